@@ -1,0 +1,394 @@
+"""Symbolic dimensions: integer polynomials over named symbols, in a sorted normal form.
+
+A dimension is an ``int`` or a :class:`Dim`; arithmetic that ends in a constant gives back an ``int``, so ``n + 1 - n`` is the
+plain ``1``. Every symbol stands for a non-negative integer (an axis may be empty: a KV cache starts with none).
+Floor division, modulo, ``max`` and ``min`` that do not simplify are kept as atoms.
+
+Comparison is three-valued: :func:`equal` and :func:`less_equal` answer ``True``, ``False`` or ``None`` for "it depends on the
+binding". Whoever needs a yes calls :func:`require_equal`, which records the unknown as a runtime check.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Union
+
+from .errors import DimError
+
+DimLike = Union[int, "Dim"]
+
+
+@dataclass(frozen=True)
+class Func:
+    """An atom that is not a symbol: ``floordiv``, ``mod``, ``max`` or ``min`` of two dimensions."""
+
+    name: str
+    lhs: DimLike
+    rhs: DimLike
+
+    def __str__(self) -> str:
+        if self.name in ("max", "min"):
+            return f"{self.name}({self.lhs}, {self.rhs})"
+        sign = "//" if self.name == "floordiv" else "%"
+        return f"({_tight(self.lhs)} {sign} {_tight(self.rhs)})"
+
+
+Atom = Union[str, Func]
+Monomial = tuple[Atom, ...]  # sorted, with repetition; () is the constant
+
+
+def _tight(d: DimLike) -> str:
+    text = str(d)
+    return text if text.isidentifier() or text.isdigit() else f"({text})"
+
+
+def _order(monomial: Monomial) -> tuple[int, tuple[str, ...]]:
+    return (-len(monomial), tuple(str(a) for a in monomial))
+
+
+@dataclass(frozen=True, eq=True)
+class Dim:
+    """A polynomial with integer coefficients; never a constant (constants are ``int``)."""
+
+    terms: tuple[tuple[Monomial, int], ...]
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self.terms)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __str__(self) -> str:
+        out = ""
+        for monomial, c in self.terms:
+            body = "*".join(str(a) for a in monomial)
+            mag = str(abs(c)) if not monomial else body if abs(c) == 1 else f"{abs(c)}*{body}"
+            out += (("-" if c < 0 else "") if not out else (" - " if c < 0 else " + ")) + mag
+        return out[1:-1] if len(self.terms) == 1 and out.startswith("(") and out.endswith(")") else out
+
+    __repr__ = __str__
+
+    def __add__(self, other: DimLike) -> DimLike:
+        return _combine(_terms(self) + _terms(other))
+
+    __radd__ = __add__
+
+    def __neg__(self) -> DimLike:
+        return _combine([(m, -c) for m, c in self.terms])
+
+    def __sub__(self, other: DimLike) -> DimLike:
+        return _combine(_terms(self) + [(m, -c) for m, c in _terms(other)])
+
+    def __rsub__(self, other: DimLike) -> DimLike:
+        return -self + other
+
+    def __mul__(self, other: DimLike) -> DimLike:
+        return _combine(
+            [(tuple(sorted(m + n, key=str)), c * d) for m, c in self.terms for n, d in _terms(other)]
+        )
+
+    __rmul__ = __mul__
+
+    def __floordiv__(self, other: DimLike) -> DimLike:
+        return floordiv(self, other)
+
+    def __rfloordiv__(self, other: int) -> DimLike:
+        return floordiv(other, self)
+
+    def __mod__(self, other: DimLike) -> DimLike:
+        return mod(self, other)
+
+    def __rmod__(self, other: int) -> DimLike:
+        return mod(other, self)
+
+    def __bool__(self) -> bool:
+        raise DimError(f"the truth of dimension {self} depends on its binding: compare it with equal() or less_equal()")
+
+    def __lt__(self, other: object) -> bool:
+        raise DimError(f"{self} < {other} depends on the binding: use less_equal(), whose answer may be None")
+
+    __le__ = __gt__ = __ge__ = __lt__
+
+    @property
+    def symbols(self) -> tuple[str, ...]:
+        """Names of the symbols in it, in order of appearance, without repetition."""
+        return tuple(dict.fromkeys(_symbols(self)))
+
+
+def _symbols(d: DimLike) -> Iterator[str]:
+    if isinstance(d, Dim):
+        for monomial, _ in d.terms:
+            for a in monomial:
+                if isinstance(a, str):
+                    yield a
+                else:
+                    yield from _symbols(a.lhs)
+                    yield from _symbols(a.rhs)
+
+
+def symbols_of(dims: Iterable[object]) -> tuple[str, ...]:
+    """Symbols of all the dimensions in ``dims``, in order of appearance."""
+    return tuple(dict.fromkeys(s for d in dims if isinstance(d, Dim) for s in d.symbols))
+
+
+def _terms(d: DimLike) -> list[tuple[Monomial, int]]:
+    if isinstance(d, Dim):
+        return list(d.terms)
+    return [((), int(d))]
+
+
+def _combine(terms: Iterable[tuple[Monomial, int]]) -> DimLike:
+    total: dict[Monomial, int] = {}
+    for m, c in terms:
+        total[m] = total.get(m, 0) + c
+    left = sorted(((m, c) for m, c in total.items() if c), key=lambda t: _order(t[0]))
+    if not left:
+        return 0
+    if len(left) == 1 and not left[0][0]:
+        return left[0][1]
+    return Dim(tuple(left))
+
+
+def symbol(name: str) -> Dim:
+    """The dimension named ``name`` (a Python identifier)."""
+    if not name.isidentifier() or name in ("max", "min"):
+        raise DimError(f"{name!r} cannot name a dimension: use a plain identifier other than max and min")
+    return Dim((((name,), 1),))
+
+
+def _func(name: str, lhs: DimLike, rhs: DimLike) -> Dim:
+    return Dim((((Func(name, lhs, rhs),), 1),))
+
+
+def _split(d: DimLike, by: int) -> tuple[DimLike, DimLike]:
+    """``(q, r)`` with ``d == by*q + r``, every coefficient of r in ``0 .. by-1``."""
+    q = _combine([(m, c // by) for m, c in _terms(d)])
+    r = _combine([(m, c % by) for m, c in _terms(d)])
+    return q, r
+
+
+def floordiv(lhs: DimLike, rhs: DimLike) -> DimLike:
+    """``lhs // rhs``; exact where a factor cancels, an atom otherwise."""
+    if isinstance(rhs, int):
+        if rhs == 0:
+            raise DimError(f"division of dimension {lhs} by zero")
+        if isinstance(lhs, int):
+            return lhs // rhs
+        if rhs < 0:
+            return floordiv(-lhs, -rhs)
+        q, r = _split(lhs, rhs)
+        if isinstance(r, int):
+            return q + r // rhs
+        return q + _func("floordiv", r, rhs)
+    exact = _divide(lhs, rhs)
+    return exact if exact is not None else 0 if lhs == 0 else _func("floordiv", lhs, rhs)
+
+
+def _divide(lhs: DimLike, rhs: Dim) -> DimLike | None:
+    """The exact quotient of two polynomials, or None (long division on leading terms)."""
+    quotient: list[tuple[Monomial, int]] = []
+    rest: DimLike = lhs
+    lead, lc = rhs.terms[0]
+    for _ in range(64):
+        if rest == 0:
+            return _combine(quotient)
+        monomial, c = _terms(rest)[0]
+        left = list(monomial)
+        for a in lead:
+            if a not in left:
+                return None
+            left.remove(a)
+        if c % lc:
+            return None
+        step: list[tuple[Monomial, int]] = [(tuple(left), c // lc)]
+        quotient += step
+        rest = rest - rhs * _combine(step)
+    return None
+
+
+def mod(lhs: DimLike, rhs: DimLike) -> DimLike:
+    """``lhs % rhs``; 0 where ``rhs`` divides ``lhs`` for every binding."""
+    if isinstance(rhs, int):
+        if rhs <= 0:
+            raise DimError(f"{lhs} % {rhs}: the modulus must be positive")
+        if isinstance(lhs, int):
+            return lhs % rhs
+        _, r = _split(lhs, rhs)
+        return r % rhs if isinstance(r, int) else _func("mod", r, rhs)
+    return 0 if _divide(lhs, rhs) is not None else _func("mod", lhs, rhs)
+
+
+def maximum(lhs: DimLike, rhs: DimLike) -> DimLike:
+    """The larger of two dimensions, simplified where their order is known."""
+    if less_equal(lhs, rhs):
+        return rhs
+    return lhs if less_equal(rhs, lhs) else _func("max", *sorted((lhs, rhs), key=str))
+
+
+def minimum(lhs: DimLike, rhs: DimLike) -> DimLike:
+    """The smaller of two dimensions, simplified where their order is known."""
+    if less_equal(lhs, rhs):
+        return lhs
+    return rhs if less_equal(rhs, lhs) else _func("min", *sorted((lhs, rhs), key=str))
+
+
+def _non_negative(d: DimLike) -> bool:
+    """Whether ``d >= 0`` follows from every symbol being >= 0 (sufficient, not necessary)."""
+    return all(c >= 0 and all(_atom_non_negative(a) for a in m) for m, c in _terms(d))
+
+
+def _atom_non_negative(a: Atom) -> bool:
+    if isinstance(a, str):
+        return True
+    if a.name == "mod":
+        return True
+    if a.name == "max":
+        return _non_negative(a.lhs) or _non_negative(a.rhs)
+    return _non_negative(a.lhs) and _non_negative(a.rhs)
+
+
+def less_equal(lhs: DimLike, rhs: DimLike) -> bool | None:
+    """Whether ``lhs <= rhs``: yes, no, or None where it depends on the binding."""
+    if _non_negative(rhs - lhs):
+        return True
+    return False if _non_negative(lhs - rhs - 1) else None
+
+
+def equal(lhs: DimLike, rhs: DimLike) -> bool | None:
+    """Whether ``lhs == rhs``: yes, no, or None where it depends on the binding."""
+    d = lhs - rhs
+    if isinstance(d, int):
+        return d == 0
+    return False if _non_negative(d - 1) or _non_negative(-d - 1) else None
+
+
+Check = tuple[DimLike, DimLike]
+_checks: ContextVar[list[Check] | None] = ContextVar("checks", default=None)
+
+
+@contextlib.contextmanager
+def collect_checks() -> Iterator[list[Check]]:
+    """Collects what :func:`require_equal` could not decide, as pairs that must be equal at run time."""
+    found: list[Check] = []
+    token = _checks.set(found)
+    try:
+        yield found
+    finally:
+        _checks.reset(token)
+
+
+def require_equal(lhs: DimLike, rhs: DimLike, what: str) -> DimLike:
+    """Returns the common dimension; raises DimError if they differ; records an unknown as a runtime check.
+
+    Of two sides that may be equal the simpler (a constant, then the shorter) is returned.
+    """
+    answer = equal(lhs, rhs)
+    if answer is False:
+        raise DimError(f"{what}: {lhs} is not {rhs}")
+    if answer is None:
+        found = _checks.get()
+        if found is not None and (lhs, rhs) not in found:
+            found.append((lhs, rhs))
+    return min((lhs, rhs), key=lambda d: (isinstance(d, Dim), len(str(d))))
+
+
+_FUNCS: dict[str, Callable[[DimLike, DimLike], DimLike]] = {
+    "floordiv": floordiv, "mod": mod, "max": maximum, "min": minimum,
+}  # fmt: skip
+
+
+def substitute(d: DimLike, env: Mapping[str, DimLike]) -> DimLike:
+    """``d`` with the symbols that ``env`` names replaced."""
+    if not isinstance(d, Dim):
+        return d
+    total: DimLike = 0
+    for monomial, c in d.terms:
+        term: DimLike = c
+        for a in monomial:
+            if isinstance(a, str):
+                term = term * env.get(a, symbol(a))
+            else:
+                term = term * _FUNCS[a.name](substitute(a.lhs, env), substitute(a.rhs, env))
+        total = total + term
+    return total
+
+
+def evaluate_dim(d: DimLike, env: Mapping[str, int]) -> int:
+    """``d`` as an integer under a complete binding."""
+    value = substitute(d, env)
+    if isinstance(value, Dim):
+        missing = [s for s in value.symbols if s not in env]
+        raise DimError(f"dimension {d} needs a binding of {', '.join(missing)}")
+    return value
+
+
+def solve(equations: Iterable[tuple[DimLike, int, str]], env: Mapping[str, int] | None = None) -> dict[str, int]:
+    """Binds symbols from ``(dimension, actual size, where)`` triples.
+
+    Bare symbols bind directly; a polynomial that is linear in one remaining unknown is solved. Raises DimError where sizes
+    contradict each other. Dimensions that stay undetermined are left out of the result.
+    """
+    found: dict[str, int] = dict(env or {})
+    pending = list(equations)
+    while True:
+        rest = []
+        for d, size, where in pending:
+            left = substitute(d, found) - size
+            if isinstance(left, int):
+                if left:
+                    given = ", ".join(f"{s}={found[s]}" for s in symbols_of([d]) if s in found)
+                    raise DimError(f"{where}: size is {size}, expected {d}" + (f" with {given}" if given else ""))
+                continue
+            unknown = left.symbols
+            const = sum(c for m, c in left.terms if not m)
+            linear = [(m, c) for m, c in left.terms if m]
+            if len(unknown) == 1 and len(linear) == 1 and linear[0][0] == (unknown[0],):
+                value, remainder = divmod(-const, linear[0][1])
+                if remainder or value < 0:
+                    raise DimError(f"{where}: size is {size}, and no {unknown[0]} makes {d} that")
+                found[unknown[0]] = value
+            else:
+                rest.append((d, size, where))
+        if len(rest) == len(pending):
+            return found
+        pending = rest
+
+
+def parse_dim(text: str) -> DimLike:
+    """Reads what ``str`` of a dimension wrote: ``+ - * // %``, ``max(a, b)``, ``min(a, b)``, integers and names."""
+    try:
+        return _from_ast(ast.parse(text.strip(), mode="eval").body)
+    except (SyntaxError, ValueError):
+        raise DimError(f"{text!r} is not a dimension expression") from None
+
+
+def _from_ast(node: ast.expr) -> DimLike:
+    match node:
+        case ast.Constant(value=int() as value) if not isinstance(value, bool):
+            return value
+        case ast.Name(id=name):
+            return symbol(name)
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_from_ast(operand)
+        case ast.BinOp(left=left, op=op, right=right):
+            a, b = _from_ast(left), _from_ast(right)
+            match op:
+                case ast.Add():
+                    return a + b
+                case ast.Sub():
+                    return a - b
+                case ast.Mult():
+                    return a * b
+                case ast.FloorDiv():
+                    return floordiv(a, b)
+                case ast.Mod():
+                    return mod(a, b)
+        case ast.Call(func=ast.Name(id="max" | "min" as name), args=[x, y]):
+            return _FUNCS[name](_from_ast(x), _from_ast(y))
+    raise ValueError(ast.dump(node))

@@ -1,0 +1,116 @@
+"""What a graph means: its nodes' references, in order. Every other way to run a graph is judged by this one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from .dims import DimError, evaluate_dim, solve
+from .errors import IRError, WasatError
+from .graph import Graph, Node
+from .types import Array, DType, QArray, TensorType, Type, type_of
+
+
+def bind_symbols(graph: Graph, arrays: Mapping[str, Array], params: Mapping[str, Array] | None = None) -> dict[str, int]:
+    """Values of the graph's symbols, from the shapes of concrete inputs (and parameters).
+
+    Raises IRError, naming the input, for a wrong rank, element type or size.
+    """
+    equations = []
+    given = [(v.name, v.type, arrays[v.name]) for v in graph.inputs]
+    given += [(k, v.type, params[k]) for k, v in graph.params.items() if params is not None and v.type.symbols]
+    for name, type, x in given:
+        actual = type_of(x)
+        if not _same_kind(type, actual):
+            raise IRError(f"graph @{graph.name}: input {name} must be {type}, not {actual}")
+        equations += [(d, int(n), f"input {name}, axis {i}") for i, (d, n) in enumerate(zip(type.shape, x.shape))]
+    try:
+        return solve(equations)
+    except DimError as e:
+        raise IRError(f"graph @{graph.name}: {e}") from None
+
+
+def _same_kind(declared: Type, actual: Type) -> bool:
+    if declared.rank != actual.rank:
+        return False
+    if isinstance(declared, TensorType) and isinstance(actual, TensorType):
+        return declared.dtype is actual.dtype
+    return (
+        not isinstance(declared, TensorType) and not isinstance(actual, TensorType)
+        and (declared.scheme, declared.block, declared.scale) == (actual.scheme, actual.block, actual.scale)
+    )  # fmt: skip
+
+
+def _as_array(x: Any, declared: Type) -> Array:
+    """Lists and Python numbers become arrays; arrays keep their element type."""
+    if isinstance(x, QArray):
+        return x
+    if not isinstance(x, (np.ndarray, np.generic)) and isinstance(declared, TensorType):
+        return np.asarray(x, declared.dtype.np)
+    return np.asarray(x)
+
+
+def evaluate(
+    graph: Graph, inputs: Mapping[str, Any], params: Mapping[str, Array] | None = None, *,
+    symbols: Mapping[str, int] | None = None, observe: Callable[[Node, tuple[Array, ...]], None] | None = None,
+) -> list[Array]:  # fmt: skip
+    """Runs ``graph`` on NumPy arrays; returns its outputs in order.
+
+    ``symbols`` binds what no input's shape determines. ``observe`` sees every node with its results. Values are dropped after
+    their last use. Raises IRError for missing, unknown or misshaped inputs, and where a runtime check fails.
+    """
+    wanted = [v.name for v in graph.inputs]
+    missing, unknown = [n for n in wanted if n not in inputs], [n for n in inputs if n not in wanted]
+    if missing or unknown:
+        raise IRError(
+            f"graph @{graph.name} takes inputs {', '.join(wanted) or '(none)'}"
+            + (f"; missing {', '.join(missing)}" if missing else "")
+            + (f"; unknown {', '.join(unknown)}" if unknown else "")
+        )
+    absent = [n for n in graph.params if n not in (params or {})]
+    if absent:
+        raise IRError(f"graph @{graph.name} needs parameters {', '.join(absent[:8])}{' …' if len(absent) > 8 else ''}")
+    arrays = {v.name: _as_array(inputs[v.name], v.type) for v in graph.inputs}
+    dims = {**bind_symbols(graph, arrays, params), **(symbols or {})}
+    env: dict[Any, Array] = {v: arrays[v.name] for v in graph.inputs}
+    for name, v in graph.params.items():
+        env[v] = (params or {})[name]
+    left = {v: len(v.uses) + graph.is_output(v) for v in graph.values()}
+    for node in graph.nodes:
+        results = run_node(node, [env[v] for v in node.inputs], dims)
+        for v, x in zip(node.outputs, results):
+            env[v] = x
+        if observe is not None:
+            observe(node, results)
+        for v in node.inputs:
+            left[v] -= 1
+            if not left[v]:
+                del env[v]
+    return [env[v] for v in graph.outputs]
+
+
+def run_node(node: Node, arrays: list[Array], dims: Mapping[str, int]) -> tuple[Array, ...]:
+    """The reference of one node on concrete arrays, its runtime checks included."""
+    try:
+        for a, b in node.checks:
+            if evaluate_dim(a, dims) != evaluate_dim(b, dims):
+                given = ", ".join(f"{k}={v}" for k, v in dims.items())
+                raise IRError(f"{node!r}: needs {a} == {b}, which {given} does not satisfy", node.loc)
+        with np.errstate(all="ignore"):
+            out = node.op.reference(node.attrs.bind(dims), *arrays)
+    except WasatError:
+        raise
+    except Exception as e:
+        raise IRError(f"{node!r}: {type(e).__name__}: {e}", node.loc) from e
+    results = tuple(out) if isinstance(out, (tuple, list)) else (out,)
+    fixed = []
+    for v, x in zip(node.outputs, results):
+        want = v.type
+        if isinstance(want, TensorType) and not isinstance(x, QArray):
+            x = np.asarray(x)
+            if x.dtype != want.dtype.np or x.shape != want.concrete(dims):
+                raise IRError(f"{node!r}: the reference made {DType.of(x.dtype)}{list(x.shape)}", node.loc)
+        fixed.append(x)
+    return tuple(fixed)

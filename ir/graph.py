@@ -1,0 +1,419 @@
+"""The graph: values, nodes in order, entry points of a program.
+
+A value has one producer (a node, or the graph itself for inputs and parameters) and an ordered set of uses. Nodes form a
+linked list in execution order, so that inserting, removing and iterating while changing are O(1) a step. There are no side
+effects: whatever changes (a cache, optimizer state) goes in as a value and comes out as one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from .dims import Check, DimError, collect_checks, symbols_of
+from .errors import IRError, Loc, TypeMismatch, VerifyError
+from .types import Array, TensorType, Type
+
+if TYPE_CHECKING:
+    import networkx
+
+    from .op import Attrs, Op
+
+
+class Value:
+    """One tensor in a graph. Equality is identity."""
+
+    __slots__ = ("graph", "index", "name", "node", "type", "uses")
+
+    def __init__(self, graph: Graph, type: Type, name: str, node: Node | None = None, index: int = 0) -> None:
+        self.graph = graph
+        self.type = type
+        self.name = name
+        self.node = node
+        """The node that makes it; None for an input or a parameter."""
+        self.index = index
+        """Which output of the node it is."""
+        self.uses: dict[tuple[Node, int], None] = {}
+        """``(node, operand index)`` of every use, in order. Graph outputs are not in it: see Graph.is_output."""
+
+    def __repr__(self) -> str:
+        return f"%{self.name}: {self.type}"
+
+    @property
+    def tensor(self) -> TensorType:
+        """Its type, which must be a dense tensor's."""
+        if not isinstance(self.type, TensorType):
+            raise TypeMismatch(f"{self!r} is quantized; a dense tensor is needed here", self.loc)
+        return self.type
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        return self.type.shape
+
+    @property
+    def const(self) -> np.ndarray | None:
+        """The array, if a ``constant`` node makes it."""
+        if self.node is not None and self.node.op.name == "constant":
+            return self.node.attrs.value.array  # type: ignore[attr-defined, no-any-return]
+        return None
+
+    @property
+    def loc(self) -> Loc | None:
+        return self.node.loc if self.node is not None else None
+
+    @property
+    def users(self) -> list[Node]:
+        """The nodes that read it, each once, in order."""
+        return list(dict.fromkeys(n for n, _ in self.uses))
+
+
+class Node:
+    """An operation applied to values. Inputs change only through the graph (replace_uses, set_inputs)."""
+
+    __slots__ = ("attrs", "checks", "erased", "graph", "inputs", "loc", "next", "op", "outputs", "prev")
+
+    def __init__(self, graph: Graph, op: Op, inputs: tuple[Value, ...], attrs: Attrs, loc: Loc | None) -> None:
+        self.graph = graph
+        self.op = op
+        self.inputs = inputs
+        self.attrs = attrs
+        self.outputs: tuple[Value, ...] = ()
+        self.loc = loc
+        self.checks: tuple[Check, ...] = ()
+        """Pairs of dimensions that ``infer`` needed equal and could not decide: checked at run time."""
+        self.prev: Node | None = None
+        self.next: Node | None = None
+        self.erased = False
+
+    @property
+    def output(self) -> Value:
+        """The only output."""
+        (out,) = self.outputs
+        return out
+
+    def __repr__(self) -> str:
+        from .printer import node_text
+
+        return node_text(self)
+
+
+class Graph:
+    """A function from inputs (and named parameters) to outputs, as an ordered list of nodes."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.inputs: list[Value] = []
+        self.params: dict[str, Value] = {}
+        """Parameters that this graph reads, by name (a path such as ``layers.0.q.weight``), in order of declaration."""
+        self.outputs: list[Value] = []
+        self.output_names: list[str] = []
+        self.first: Node | None = None
+        self.last: Node | None = None
+        self._count = 0
+        self._names: dict[str, int] = {}
+        self._out: dict[Value, int] = {}
+
+    # -- construction ------------------------------------------------------------------------------------------------
+    def fresh(self, hint: str) -> str:
+        """A name no value of this graph has: ``hint``, or ``hint_1``, ``hint_2``, …"""
+        n = self._names.get(hint)
+        if n is None:
+            self._names[hint] = 0
+            return hint
+        while True:
+            n += 1
+            name = f"{hint}_{n}"
+            if name not in self._names:
+                self._names[hint] = n
+                self._names[name] = 0
+                return name
+
+    def rename(self, value: Value, hint: str) -> None:
+        """Gives ``value`` the name ``hint`` (made unique)."""
+        if value.name != hint:
+            self._names.pop(value.name, None)
+            value.name = self.fresh(hint)
+
+    def add_input(self, name: str, type: Type) -> Value:
+        """Declares the next input."""
+        if name in self._names:
+            raise IRError(f"graph @{self.name} already has a value %{name}")
+        value = Value(self, type, self.fresh(name))
+        self.inputs.append(value)
+        return value
+
+    def add_param(self, name: str, type: Type) -> Value:
+        """Declares parameter ``name``, or returns the value that already stands for it."""
+        if name in self.params:
+            if self.params[name].type != type:
+                raise TypeMismatch(f"parameter {name} is {self.params[name].type} and {type}")
+            return self.params[name]
+        value = self.params[name] = Value(self, type, self.fresh(name))
+        return value
+
+    def add_node(
+        self, op: Op, inputs: Sequence[Value], attrs: Attrs, *, before: Node | None = None, loc: Loc | None = None,
+        names: Sequence[str] | None = None,
+    ) -> Node:  # fmt: skip
+        """Appends a node (or puts it before another), inferring the types of its outputs.
+
+        Raises TypeMismatch, naming the operation, its operands and ``loc``, if the operation refuses them.
+        """
+        node = Node(self, op, tuple(inputs), attrs, loc)
+        types, node.checks = infer(op, node.attrs, inputs, loc)
+        hints = list(names) if names else [op.name] * len(types)
+        node.outputs = tuple(Value(self, t, self.fresh(h), node, i) for i, (t, h) in enumerate(zip(types, hints)))
+        for i, v in enumerate(node.inputs):
+            v.uses[node, i] = None
+        self._link(node, before)
+        return node
+
+    def _link(self, node: Node, before: Node | None) -> None:
+        node.next = before
+        node.prev = before.prev if before is not None else self.last
+        if node.prev is not None:
+            node.prev.next = node
+        else:
+            self.first = node
+        if before is not None:
+            before.prev = node
+        else:
+            self.last = node
+        self._count += 1
+
+    def set_outputs(self, outputs: Sequence[Value], names: Sequence[str] | None = None) -> None:
+        """Declares what the graph returns; ``names`` default to the values' own names."""
+        self.outputs = list(outputs)
+        self.output_names = list(names) if names is not None else [v.name for v in outputs]
+        if len(self.outputs) != len(self.output_names):
+            raise IRError(f"graph @{self.name}: {len(self.outputs)} outputs, {len(self.output_names)} output names")
+        self._out = {}
+        for v in self.outputs:
+            self._out[v] = self._out.get(v, 0) + 1
+
+    # -- change ------------------------------------------------------------------------------------------------------
+    def set_inputs(self, node: Node, inputs: Sequence[Value]) -> None:
+        """Changes the operands of ``node``; output types must stay as they are (verify() checks)."""
+        for i, v in enumerate(node.inputs):
+            v.uses.pop((node, i), None)
+        node.inputs = tuple(inputs)
+        for i, v in enumerate(node.inputs):
+            v.uses[node, i] = None
+
+    def replace_uses(self, old: Value, new: Value) -> None:
+        """Every use of ``old``, graph outputs included, becomes a use of ``new``."""
+        if old is new:
+            return
+        for node, i in list(old.uses):
+            inputs = list(node.inputs)
+            inputs[i] = new
+            node.inputs = tuple(inputs)
+            new.uses[node, i] = None
+        old.uses.clear()
+        if old in self._out:
+            self.outputs = [new if v is old else v for v in self.outputs]
+            self._out[new] = self._out.get(new, 0) + self._out.pop(old)
+
+    def erase(self, node: Node) -> None:
+        """Removes a node whose outputs nobody uses."""
+        for v in node.outputs:
+            if v.uses or v in self._out:
+                raise IRError(f"%{v.name} is still used and cannot be erased", node.loc)
+            self._names.pop(v.name, None)
+        for i, v in enumerate(node.inputs):
+            v.uses.pop((node, i), None)
+        if node.prev is not None:
+            node.prev.next = node.next
+        else:
+            self.first = node.next
+        if node.next is not None:
+            node.next.prev = node.prev
+        else:
+            self.last = node.prev
+        node.erased = True
+        self._count -= 1
+
+    # -- reading -----------------------------------------------------------------------------------------------------
+    @property
+    def nodes(self) -> Iterator[Node]:
+        """Nodes in order. Erasing any node, or inserting before the one at hand, is safe while iterating."""
+        node = self.first
+        while node is not None:
+            if not node.erased:
+                yield node
+            node = node.next  # an erased node still points onwards
+
+    @property
+    def nodes_reversed(self) -> Iterator[Node]:
+        node = self.last
+        while node is not None:
+            before = node.prev
+            yield node
+            node = before
+
+    def __len__(self) -> int:
+        return self._count
+
+    def is_output(self, value: Value) -> bool:
+        return value in self._out
+
+    def values(self) -> Iterator[Value]:
+        """Inputs, parameters, and every node output, in order."""
+        yield from self.inputs
+        yield from self.params.values()
+        for node in self.nodes:
+            yield from node.outputs
+
+    @property
+    def symbols(self) -> tuple[str, ...]:
+        """Symbols of the input and parameter types, in order of appearance."""
+        return symbols_of(d for v in [*self.inputs, *self.params.values()] for d in v.type.shape)
+
+    def count(self, op: str) -> int:
+        """How many nodes apply the operation named ``op``."""
+        return sum(n.op.name == op for n in self.nodes)
+
+    def prune_params(self) -> list[str]:
+        """Forgets parameters that nothing reads; returns their names."""
+        gone = [k for k, v in self.params.items() if not v.uses and v not in self._out]
+        for k in gone:
+            self._names.pop(self.params.pop(k).name, None)
+        return gone
+
+    def __str__(self) -> str:
+        from .printer import graph_text
+
+        return graph_text(self)
+
+    def to_networkx(self) -> networkx.DiGraph:
+        """Dataflow as a networkx graph: nodes are Values and Nodes, edges run value -> node -> value."""
+        import networkx as nx
+
+        g = nx.DiGraph(name=self.name)
+        for v in [*self.inputs, *self.params.values()]:
+            g.add_node(v, kind="input" if v in self.inputs else "param", label=v.name)
+        for node in self.nodes:
+            g.add_node(node, kind="node", label=node.op.name)
+            g.add_edges_from((v, node) for v in node.inputs)
+            for v in node.outputs:
+                g.add_node(v, kind="value", label=v.name)
+                g.add_edge(node, v)
+        return g
+
+    def clone(self, name: str | None = None) -> Graph:
+        """A copy with the same text."""
+        other = Graph(name or self.name)
+        env: dict[Value, Value] = {}
+        for v in self.inputs:
+            env[v] = other.add_input(v.name, v.type)
+        for k, v in self.params.items():
+            p = env[v] = other.add_param(k, v.type)
+            other.rename(p, v.name)
+        for node in self.nodes:
+            copy_node(other, node, env)
+        other.set_outputs([env[v] for v in self.outputs], self.output_names)
+        return other
+
+
+def copy_node(graph: Graph, node: Node, env: dict[Value, Value], *, before: Node | None = None) -> Node:
+    """Appends a copy of ``node`` to ``graph``, operands mapped through ``env``, which receives its outputs."""
+    new = graph.add_node(
+        node.op, [env[v] for v in node.inputs], node.attrs, before=before, loc=node.loc, names=[v.name for v in node.outputs]
+    )
+    env.update(zip(node.outputs, new.outputs))
+    return new
+
+
+def infer(op: Op, attrs: Attrs, inputs: Sequence[Value], loc: Loc | None) -> tuple[list[Type], tuple[Check, ...]]:
+    """Output types of an operation and the checks they rest on; errors name the operation, operands and ``loc``."""
+    try:
+        with collect_checks() as checks:
+            types = op.infer(attrs, *(v.type for v in inputs))
+    except (TypeMismatch, DimError) as e:
+        message = e.message if isinstance(e, IRError) else str(e)
+        operands = ", ".join(repr(v) for v in inputs)
+        raise TypeMismatch(f"{op.name}({operands}){_attrs_note(attrs)}: {message}", loc) from None
+    except TypeError as e:
+        raise TypeMismatch(f"{op.name} does not take {len(inputs)} operands: {e}", loc) from None
+    return (list(types) if isinstance(types, (tuple, list)) else [types]), tuple(checks)
+
+
+def _attrs_note(attrs: Attrs) -> str:
+    from .printer import attrs_text
+
+    text = attrs_text(attrs)
+    return f" {text}" if text else ""
+
+
+class ParamSource(Protocol):
+    """Where a parameter's data come from; nothing is read before ``load``."""
+
+    @property
+    def type(self) -> Type: ...
+
+    def load(self) -> Array: ...
+
+
+@dataclass(frozen=True)
+class ArrayParam:
+    """A parameter that is already in memory."""
+
+    array: Array
+    type: Type
+
+    def load(self) -> Array:
+        return self.array
+
+
+@dataclass
+class DerivedParam:
+    """A parameter computed from others by a one-output graph when (and each time) it is asked for."""
+
+    graph: Graph
+    sources: Mapping[str, ParamSource]
+
+    @property
+    def type(self) -> Type:
+        return self.graph.outputs[0].type
+
+    def load(self) -> Array:
+        from .evaluate import evaluate
+
+        return evaluate(self.graph, {v.name: self.sources[v.name].load() for v in self.graph.inputs})[0]
+
+
+@dataclass
+class Program:
+    """Entry points that share one set of named parameters."""
+
+    graphs: dict[str, Graph]
+    params: dict[str, ParamSource] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return "\n".join(str(g) for g in self.graphs.values())
+
+    def __getitem__(self, name: str) -> Graph:
+        if name not in self.graphs:
+            raise IRError(f"no graph @{name} in this program; there are {', '.join('@' + n for n in self.graphs)}")
+        return self.graphs[name]
+
+    def map(self, change: Callable[[Graph], object], only: Iterable[str] | None = None) -> None:
+        """Calls ``change`` on each graph (or those named in ``only``)."""
+        for name in list(self.graphs) if only is None else only:
+            change(self[name])
+
+    def verify(self) -> None:
+        """Verifies each graph, and that every parameter it reads exists with that type."""
+        from .verify import verify
+
+        for g in self.graphs.values():
+            verify(g)
+            for name, v in g.params.items():
+                if name not in self.params:
+                    raise VerifyError(f"graph @{g.name} reads parameter {name}, which the program does not have")
+                if self.params[name].type != v.type:
+                    raise VerifyError(f"parameter {name} is {self.params[name].type}; graph @{g.name} reads {v.type}")

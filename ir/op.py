@@ -1,0 +1,272 @@
+"""What an operation is: attributes, types, meaning, decomposition, gradient and samples, in one class.
+
+    @register
+    class Relu(Op):
+        \"\"\"max(x, 0).\"\"\"
+        name = "relu"
+
+        def infer(self, attrs, x): return x
+        def reference(self, attrs, x): return np.maximum(x, 0)
+        def decompose(self, b, attrs, x): return b.maximum(x, 0.0)
+        def vjp(self, b, node, g): ...
+        def samples(self): yield Sample([f32(2, 3)])
+        def errors(self): yield ErrorSample(["bool[2]"], {}, "needs a float")
+
+One test sweeps the registry: reference against decomposition, gradient against finite differences in float64, inferred types
+against what the reference returned, and every error sample refused with its message.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import numpy as np
+
+from .dims import Dim, DimLike, evaluate_dim, substitute, symbols_of
+from .errors import IRError, NotDifferentiable, TypeMismatch
+from .types import Array, DType, QTensorType, TensorType, Type
+
+if TYPE_CHECKING:
+    from .builder import Builder
+    from .graph import Node, Value
+
+A = TypeVar("A", bound="Attrs")
+
+
+@dataclass(frozen=True)
+class Literal:
+    """A constant tensor as an attribute: hashable, compared by its bytes."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+    data: bytes
+
+    @staticmethod
+    def of(x: Any, dtype: DType | str | None = None) -> Literal:
+        array = np.asarray(x) if dtype is None else np.asarray(x).astype(DType.of(dtype).np)
+        return Literal(DType.of(array.dtype), array.shape, np.ascontiguousarray(array).tobytes())
+
+    @property
+    def array(self) -> np.ndarray:
+        """A read-only view of the data."""
+        return np.frombuffer(self.data, self.dtype.np).reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class Attrs:
+    """Base of attribute classes: frozen, canonical at construction.
+
+    Ints given for float fields become floats, lists become tuples, dtype names become DTypes. What needs the operands' rank
+    (negative axes) is settled by :meth:`canonical`, which the builder calls before the node is made.
+    """
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            fixed = _canonical(value, str(f.type))
+            if fixed is not value:
+                object.__setattr__(self, f.name, fixed)
+
+    def canonical(self: A, *types: Type) -> A:
+        """The same attributes with everything that depends on the operands' types filled in."""
+        return self
+
+    def bind(self: A, env: Mapping[str, DimLike]) -> A:
+        """Dimensions among the attributes with symbols substituted (ints where ``env`` is complete)."""
+        changes = {}
+        for f in dataclasses.fields(self):
+            old = getattr(self, f.name)
+            new = _bind(old, env)
+            if new is not old:
+                changes[f.name] = new
+        return dataclasses.replace(self, **changes) if changes else self
+
+    @property
+    def symbols(self) -> tuple[str, ...]:
+        """Symbols of the dimensions among the attributes."""
+        flat: list[object] = []
+        for f in dataclasses.fields(self):
+            v = getattr(self, f.name)
+            flat += v if isinstance(v, tuple) else [v]
+        return symbols_of(flat)
+
+
+def _canonical(value: Any, annotation: str) -> Any:
+    if isinstance(value, list):
+        value = tuple(value)
+    if isinstance(value, tuple):
+        fixed = tuple(_canonical(v, annotation) for v in value)
+        return value if all(a is b for a, b in zip(fixed, value)) else fixed
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, str) and "DType" in annotation:
+        return DType.of(value)
+    if isinstance(value, int) and not isinstance(value, bool) and "float" in annotation:
+        return float(value)
+    return value
+
+
+def _bind(value: Any, env: Mapping[str, DimLike]) -> Any:
+    if isinstance(value, Dim):
+        return substitute(value, env)
+    if isinstance(value, tuple) and any(isinstance(v, (Dim, tuple)) for v in value):
+        return tuple(_bind(v, env) for v in value)
+    return value
+
+
+def axis_of(axis: int, rank: int) -> int:
+    """``axis`` counted from the front. Raises TypeMismatch outside ``-rank .. rank-1``."""
+    if not -rank <= axis < rank:
+        raise TypeMismatch(f"axis {axis} is outside a tensor of rank {rank}")
+    return axis % rank
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Arrays (and attributes) on which an operation must work.
+
+    ``grad`` names the operands to check gradients for (default: every float one); ``rtol``/``atol`` bound decomposition
+    against reference (in the sample's own dtype), and are for operations whose decomposition rounds differently.
+    """
+
+    inputs: Sequence[Any]
+    attrs: Mapping[str, Any] = field(default_factory=dict)
+    grad: tuple[int, ...] | None = None
+    rtol: float = 1e-5
+    atol: float = 1e-6
+
+
+@dataclass(frozen=True)
+class ErrorSample:
+    """Operand types (as text, e.g. ``"f32[b, 4]"``) and attributes that must be refused, and a part of the message."""
+
+    types: Sequence[str]
+    attrs: Mapping[str, Any]
+    match: str
+
+
+class Op:
+    """Base of operations. Subclasses are registered once and used as singletons."""
+
+    name: ClassVar[str]
+    Attrs: ClassVar[type[Attrs]] = Attrs
+    elementwise: ClassVar[bool] = False
+    """Output element i depends only on element i of the (broadcast) operands."""
+    commutative: ClassVar[bool] = False
+    differentiable: ClassVar[bool] = True
+    """False for operations whose gradient is zero or meaningless (comparisons, casts to int, indices)."""
+
+    def infer(self, attrs: Any, *types: Any) -> Type | Sequence[Type]:
+        """Types of the outputs. Raises TypeMismatch."""
+        raise NotImplementedError(self.name)
+
+    def reference(self, attrs: Any, *arrays: Any) -> Array | Sequence[Array]:
+        """The definition, in NumPy. ``attrs`` hold no symbols here."""
+        raise NotImplementedError(self.name)
+
+    def decompose(self, b: Builder, attrs: Any, *inputs: Any) -> Value | Sequence[Value]:
+        """The same in simpler operations; primitives have none."""
+        raise NotImplementedError(self.name)
+
+    def vjp(self, b: Builder, node: Node, *grads: Any) -> Sequence[Value | None]:
+        """Gradients of the operands, given those of the outputs (None: zero). Default: the decomposition's."""
+        raise NotDifferentiable(f"{self.name} has no gradient", node.loc)
+
+    def samples(self) -> Iterable[Sample]:
+        """Inputs that must work."""
+        raise NotImplementedError(f"{self.name} has no samples")
+
+    def errors(self) -> Iterable[ErrorSample]:
+        """Inputs that must be refused."""
+        return ()
+
+    @property
+    def is_composite(self) -> bool:
+        return type(self).decompose is not Op.decompose
+
+    @property
+    def has_vjp(self) -> bool:
+        return type(self).vjp is not Op.vjp
+
+    def __repr__(self) -> str:
+        return f"<op {self.name}>"
+
+
+OPS: dict[str, Op] = {}
+"""Every operation by name."""
+
+O = TypeVar("O", bound=type[Op])
+
+
+def register(cls: O) -> O:
+    """Class decorator: makes the operation known under its ``name``."""
+    if cls.name in OPS:
+        raise IRError(f"operation {cls.name} is defined twice")
+    OPS[cls.name] = cls()
+    return cls
+
+
+def op_named(name: str) -> Op:
+    """The operation called ``name``; an unknown name raises IRError with the nearest ones."""
+    from . import ops as _families  # noqa: F401  (registers them)
+
+    if name not in OPS:
+        import difflib
+
+        near = difflib.get_close_matches(name, OPS, 3)
+        raise IRError(f"there is no operation {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+    return OPS[name]
+
+
+# -- helpers for infer ------------------------------------------------------------------------------------------------
+def tensor(t: Type, what: str = "operand") -> TensorType:
+    """``t`` as a dense tensor type, or TypeMismatch."""
+    if not isinstance(t, TensorType):
+        raise TypeMismatch(f"{what} is quantized ({t}); dequantize it first")
+    return t
+
+
+def floating(t: Type, what: str = "operand") -> TensorType:
+    """``t`` as a dense tensor of floats, or TypeMismatch."""
+    if not tensor(t, what).dtype.is_float:
+        raise TypeMismatch(f"{what} must be float, not {t}")
+    return tensor(t, what)
+
+
+def quantized(t: Type, what: str = "operand") -> QTensorType:
+    """``t`` as a quantized type, or TypeMismatch."""
+    if not isinstance(t, QTensorType):
+        raise TypeMismatch(f"{what} must be quantized, not {t}")
+    return t
+
+
+def same_dtype(*types: Type) -> DType:
+    """The common element type, or TypeMismatch."""
+    dtypes = {tensor(t).dtype for t in types}
+    if len(dtypes) != 1:
+        raise TypeMismatch(f"element types differ: {', '.join(str(tensor(t).dtype) for t in types)}; cast one of them")
+    return dtypes.pop()
+
+
+def broadcast_shapes(*shapes: Sequence[DimLike]) -> tuple[DimLike, ...]:
+    """NumPy's broadcasting over symbolic shapes: aligned at the end, only a literal 1 stretches."""
+    from .dims import require_equal
+
+    rank = max((len(s) for s in shapes), default=0)
+    out: list[DimLike] = []
+    for i in range(rank):
+        dim: DimLike = 1
+        for s in shapes:
+            j = i - (rank - len(s))
+            if j >= 0 and s[j] != 1:
+                dim = s[j] if dim == 1 else require_equal(dim, s[j], f"axis {i} of the broadcast shape")
+        out.append(dim)
+    return tuple(out)
+
+
+def concrete(d: DimLike) -> int:
+    """A dimension attribute inside ``reference``, where every symbol is bound."""
+    return evaluate_dim(d, {})

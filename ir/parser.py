@@ -1,0 +1,361 @@
+"""Reads the text form of graphs. Errors show file, line and a caret under the place."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import re
+import zlib
+from typing import Any, NoReturn
+
+import numpy as np
+
+from .dims import Dim, DimError, DimLike, floordiv, maximum, minimum, mod, symbol
+from .errors import IRError, Loc, ParseError
+from .graph import Graph, Program, Value
+from .op import Literal, op_named
+from .types import DType, QTensorType, TensorType, Type
+
+_TOKEN = re.compile(
+    r"""(?P<space>[ \t\r]+|\#[^\n]*) | (?P<newline>\n)
+      | (?P<value>%(?:[A-Za-z_][A-Za-z0-9_.\-]*|"(?:[^"\\]|\\.)*"))
+      | (?P<graph>@[A-Za-z_][A-Za-z0-9_.\-]*)
+      | (?P<string>"(?:[^"\\]|\\.)*")
+      | (?P<number>-?(?:\d+\.\d*(?:[eE][+-]?\d+)?|\d+[eE][+-]?\d+|\d+|inf\b|nan\b))
+      | (?P<word>[A-Za-z_][A-Za-z0-9_]*)
+      | (?P<sign>//|[-+*%()\[\]{}<>,:=])""",
+    re.VERBOSE,
+)
+_QTYPE = re.compile(r"(int8|int4)b(\d+)(f16|f32|bf16|f64)\Z")
+_DTYPES = {d.value: d for d in DType}
+
+
+class _Parser:
+    def __init__(self, text: str, file: str) -> None:
+        self.text, self.file = text, file
+        self.tokens: list[tuple[str, str, int]] = []
+        at = 0
+        while at < len(text):
+            m = _TOKEN.match(text, at)
+            if m is None:
+                self.fail(f"unexpected character {text[at]!r}", at)
+            kind = str(m.lastgroup)
+            if kind not in ("space", "newline"):
+                self.tokens.append((kind, m.group(), at))
+            at = m.end()
+        self.tokens.append(("end", "end of text", len(text)))
+        self.i = 0
+
+    # -- tokens ------------------------------------------------------------------------------------------------------
+    def fail(self, message: str, at: int | None = None) -> NoReturn:
+        at = self.tokens[self.i][2] if at is None else at
+        line = self.text.count("\n", 0, at) + 1
+        start = self.text.rfind("\n", 0, at) + 1
+        end = self.text.find("\n", at)
+        source = self.text[start : end if end >= 0 else len(self.text)]
+        raise ParseError(f"{self.file}:{line}: {message}\n    {source}\n    {' ' * (at - start)}^")
+
+    @property
+    def kind(self) -> str:
+        return self.tokens[self.i][0]
+
+    @property
+    def word(self) -> str:
+        return self.tokens[self.i][1]
+
+    def next(self) -> str:
+        self.i += 1
+        return self.tokens[self.i - 1][1]
+
+    def accept(self, word: str) -> bool:
+        if self.word == word and self.kind != "string":
+            self.i += 1
+            return True
+        return False
+
+    def expect(self, word: str) -> None:
+        if not self.accept(word):
+            self.fail(f"expected {word!r}, found {self.word!r}")
+
+    def take(self, kind: str, what: str) -> str:
+        if self.kind != kind:
+            self.fail(f"expected {what}, found {self.word!r}")
+        return self.next()
+
+    def value_name(self) -> str:
+        name = self.take("value", "a value (%name)")[1:]
+        return json.loads(name) if name.startswith('"') else name
+
+    # -- dimensions and types ------------------------------------------------------------------------------------------
+    def dim(self) -> DimLike:
+        total = self.dim_term()
+        while self.word in ("+", "-") or (self.kind == "number" and self.word.startswith("-")):
+            if self.kind == "number":  # "a -1" tokenized as a negative number
+                total = total + self.dim_term()
+            elif self.next() == "+":
+                total = total + self.dim_term()
+            else:
+                total = total - self.dim_term()
+        return total
+
+    def dim_term(self) -> DimLike:
+        x = self.dim_atom()
+        while self.word in ("*", "//", "%"):
+            sign, y = self.next(), self.dim_atom()
+            x = x * y if sign == "*" else floordiv(x, y) if sign == "//" else mod(x, y)
+        return x
+
+    def dim_atom(self) -> DimLike:
+        if self.accept("-"):
+            return -1 * self.dim_atom()
+        if self.accept("("):
+            x = self.dim()
+            self.expect(")")
+            return x
+        if self.kind == "number":
+            try:
+                return int(self.word)
+            except ValueError:
+                self.fail(f"a dimension is an integer, not {self.word}")
+            finally:
+                self.i += 1
+        name = self.take("word", "a dimension")
+        if name in ("max", "min") and self.accept("("):
+            x = self.dim()
+            self.expect(",")
+            y = self.dim()
+            self.expect(")")
+            return maximum(x, y) if name == "max" else minimum(x, y)
+        if name in _DTYPES:
+            self.i -= 1
+            self.fail(f"{name} is an element type and cannot name a dimension")
+        return symbol(name)
+
+    def type(self) -> Type:
+        at = self.tokens[self.i][2]
+        word = self.take("word", "a type such as f32[2, n]")
+        q = _QTYPE.match(word)
+        if word not in _DTYPES and not q:
+            self.fail(f"{word!r} is no element type", at)
+        self.expect("[")
+        dims: list[DimLike] = []
+        while not self.accept("]"):
+            dims.append(self.dim())
+            if self.word != "]":
+                self.expect(",")
+        if q:
+            return QTensorType(q[1], tuple(dims), int(q[2]), DType.of(q[3]))
+        return TensorType(_DTYPES[word], tuple(dims))
+
+    # -- attributes ----------------------------------------------------------------------------------------------------
+    def number(self) -> int | float:
+        word = self.take("number", "a number")
+        try:
+            return int(word)
+        except ValueError:
+            return float(word)
+
+    def scalar_literal(self) -> Literal | None:
+        """``0.5:f32`` or ``true:bool`` at this place, or None."""
+        word, kind, dtype = self.word, self.kind, self.tokens[self.i + 2][1] if self.i + 2 < len(self.tokens) else ""
+        if self.tokens[self.i + 1][1] != ":" or dtype not in _DTYPES or (kind != "number" and word not in ("true", "false")):
+            return None
+        self.i += 3
+        return Literal.of(_number(word), dtype)
+
+    def dense(self) -> Literal:
+        self.expect("dense")
+        self.expect("<")
+        t = self.type()
+        self.expect(",")
+        assert isinstance(t, TensorType)
+        shape = tuple(int(d) for d in t.shape if isinstance(d, int))
+        if self.kind == "string":
+            data = zlib.decompress(base64.b64decode(json.loads(self.next())))
+            array = np.frombuffer(data, t.dtype.np)
+        else:
+            numbers = []
+            while self.word != ">":
+                if self.kind not in ("number", "word"):
+                    self.fail(f"expected a number, found {self.word!r}")
+                numbers.append(_number(self.next()))
+            array = np.array(numbers).astype(t.dtype.np)
+        if array.size != math.prod(shape) or len(shape) != t.rank:
+            self.fail(f"{array.size} elements for {t}")
+        self.expect(">")
+        return Literal.of(array.reshape(shape), t.dtype)
+
+    def attr(self) -> Any:
+        if self.kind == "string":
+            return json.loads(self.next())
+        if self.word in ("true", "false", "none"):
+            return {"true": True, "false": False, "none": None}[self.next()]
+        if self.word == "dense":
+            return self.dense()
+        literal = self.scalar_literal()
+        if literal is not None:
+            return literal
+        if self.kind == "number" and not self.word.lstrip("-").isdigit():
+            return self.number()
+        if self.kind == "word" and self.word in _DTYPES:
+            return _DTYPES[self.next()]
+        if self.word == "(":
+            return self.tuple_or_dim()
+        return self.dim()
+
+    def tuple_or_dim(self) -> Any:
+        start = self.i
+        self.expect("(")
+        items, comma = [], False
+        while not self.accept(")"):
+            items.append(self.attr())
+            if self.word != ")":
+                self.expect(",")
+                comma = True
+        if len(items) == 1 and not comma:  # a parenthesised dimension
+            self.i = start
+            return self.dim()
+        return tuple(items)
+
+    # -- graphs --------------------------------------------------------------------------------------------------------
+    def graph(self) -> Graph:
+        self.expect("graph")
+        g = Graph(self.take("graph", "a graph name (@name)")[1:])
+        env: dict[str, Value] = {}
+        self.expect("(")
+        while not self.accept(")"):
+            name = self.value_name()
+            self.expect(":")
+            env[name] = g.add_input(name, self.type())
+            if self.word != ")":
+                self.expect(",")
+        self.expect("{")
+        while self.accept("param"):
+            at = self.tokens[self.i][2]
+            name = self.value_name()
+            self.expect(":")
+            t = self.type()
+            key = json.loads(self.take("string", "the parameter's name")) if self.accept("=") else name
+            if name in env:
+                self.fail(f"%{name} is defined twice", at)
+            env[name] = g.add_param(key, t)
+            g.rename(env[name], name)
+        while not self.accept("return"):
+            self.node(g, env)
+        outputs, names = [], []
+        while not self.accept("}"):
+            given = None
+            if self.kind in ("word", "string") and self.tokens[self.i + 1][1] == "=":
+                given = self.next()
+                given = json.loads(given) if given.startswith('"') else given
+                self.expect("=")
+            v = self.operand(g, env)
+            outputs.append(v)
+            names.append(given or v.name)
+            if self.word != "}":
+                self.expect(",")
+        g.set_outputs(outputs, names)
+        return g
+
+    def operand(self, g: Graph, env: dict[str, Value]) -> Value:
+        at = self.tokens[self.i][2]
+        literal = self.scalar_literal()
+        if literal is not None:
+            op = op_named("constant")
+            return g.add_node(op, (), op.Attrs(value=literal)).output  # type: ignore[call-arg]
+        name = self.value_name()
+        if name not in env:
+            self.fail(f"%{name} is not defined before this use", at)
+        return env[name]
+
+    def node(self, g: Graph, env: dict[str, Value]) -> None:
+        start = self.tokens[self.i][2]
+        outs: list[tuple[str, Type, int]] = []
+        while True:
+            at = self.tokens[self.i][2]
+            name = self.value_name()
+            self.expect(":")
+            outs.append((name, self.type(), at))
+            if not self.accept(","):
+                break
+        self.expect("=")
+        at = self.tokens[self.i][2]
+        op_name = self.take("word", "an operation")
+        try:
+            op = op_named(op_name)
+        except IRError as e:
+            self.fail(e.message, at)
+        inputs = []
+        self.expect("(")
+        while not self.accept(")"):
+            inputs.append(self.operand(g, env))
+            if self.word != ")":
+                self.expect(",")
+        attrs: dict[str, Any] = {}
+        if self.accept("{"):
+            while not self.accept("}"):
+                key = self.take("word", "an attribute name")
+                self.expect("=")
+                attrs[key] = self.attr()
+                if self.word != "}":
+                    self.expect(",")
+        line = self.text.count("\n", 0, start) + 1
+        loc = Loc(self.file, line)
+        try:
+            canonical = op.Attrs(**attrs).canonical(*(v.type for v in inputs))
+            node = g.add_node(op, inputs, canonical, loc=loc, names=[n for n, _, _ in outs])
+        except TypeError as e:
+            self.fail(f"{op_name}: {e}", at)
+        except (IRError, DimError) as e:
+            self.fail(e.message if isinstance(e, IRError) else str(e), at)
+        if len(node.outputs) != len(outs):
+            self.fail(f"{op_name} has {len(node.outputs)} outputs, {len(outs)} are named", start)
+        for v, (name, t, at) in zip(node.outputs, outs):
+            if name in env:
+                self.fail(f"%{name} is defined twice", at)
+            if v.type != t:
+                self.fail(f"{op_name} makes {v.type}, but %{name} is declared {t}", at)
+            env[name] = v
+
+
+def _number(word: str) -> bool | int | float:
+    if word in ("true", "false"):
+        return word == "true"
+    try:
+        return int(word)
+    except ValueError:
+        return float(word)
+
+
+def parse(text: str, file: str = "<text>") -> Graph:
+    """Reads one graph. Raises ParseError with file, line and caret; the graph's types are checked while reading."""
+    p = _Parser(text, file)
+    g = p.graph()
+    if p.kind != "end":
+        p.fail(f"expected the end of the text, found {p.word!r}")
+    return g
+
+
+def parse_program(text: str, file: str = "<text>") -> Program:
+    """Reads any number of graphs."""
+    p = _Parser(text, file)
+    graphs: dict[str, Graph] = {}
+    while p.kind != "end":
+        g = p.graph()
+        if g.name in graphs:
+            p.fail(f"graph @{g.name} is defined twice")
+        graphs[g.name] = g
+    return Program(graphs)
+
+
+def parse_type(text: str) -> Type:
+    """Reads a type such as ``f32[b, p + s, 64]``."""
+    p = _Parser(text, "<type>")
+    t = p.type()
+    if p.kind != "end":
+        p.fail(f"expected the end of the type, found {p.word!r}")
+    return t
+
+
+__all__ = ["Dim", "parse", "parse_program", "parse_type"]

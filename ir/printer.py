@@ -1,0 +1,118 @@
+"""Graphs as text. The same graph prints the same bytes; :func:`wasat.ir.parse` reads them back to an equal graph."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import math
+import re
+import zlib
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .dims import Dim
+from .errors import Loc
+from .op import Attrs, Literal
+from .types import DType
+
+if TYPE_CHECKING:
+    from .graph import Graph, Node, Value
+
+_PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_.\-]*\Z")
+_INLINE = 64  # constants up to this many elements are written as numbers
+
+
+def name_text(name: str) -> str:
+    """A value name as written after ``%``; quoted where it is no plain word."""
+    return name if _PLAIN.match(name) else json.dumps(name)
+
+
+def number_text(x: Any) -> str:
+    """A scalar as text that reads back to the same bits."""
+    if isinstance(x, (bool, np.bool_)):
+        return "true" if x else "false"
+    if isinstance(x, (int, np.integer)):
+        return str(int(x))
+    if isinstance(x, np.floating) and x.dtype.itemsize < 8 and math.isfinite(x):
+        short = str(x)  # shortest for its own width
+        return short if "." in short or "e" in short else short + ".0"
+    return repr(float(x))
+
+
+def literal_text(value: Literal) -> str:
+    """``0.5:f32`` for a scalar, ``dense<f32[2], 1.0 2.0>`` or base64 of compressed bytes for a tensor."""
+    array = value.array
+    if not value.shape:
+        return f"{number_text(array[()])}:{value.dtype}"
+    kind = f"{value.dtype}[{', '.join(map(str, value.shape))}]"
+    if array.size <= _INLINE:
+        return f"dense<{kind}, {' '.join(number_text(x) for x in array.ravel())}>"
+    return f'dense<{kind}, "{base64.b64encode(zlib.compress(value.data, 9)).decode()}">'
+
+
+def attr_text(x: Any) -> str:
+    """One attribute value."""
+    if x is None:
+        return "none"
+    if isinstance(x, (bool, int, float)):
+        return number_text(x)
+    if isinstance(x, str):
+        return json.dumps(x)
+    if isinstance(x, (DType, Dim)):
+        return str(x)
+    if isinstance(x, tuple):
+        return "(" + ", ".join(attr_text(v) for v in x) + ("," if len(x) == 1 else "") + ")"
+    if isinstance(x, Literal):
+        return literal_text(x)
+    raise TypeError(f"attribute value {x!r} has no text form")
+
+
+def attrs_text(attrs: Attrs) -> str:
+    """``{axis=2, keepdims=true}``: the attributes that differ from their defaults; empty if none."""
+    parts = []
+    for f in dataclasses.fields(attrs):
+        value = getattr(attrs, f.name)
+        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+        if not (type(value) is type(default) and value == default):
+            parts.append(f"{f.name}={attr_text(value)}")
+    return "{" + ", ".join(parts) + "}" if parts else ""
+
+
+def _inline(v: Value) -> bool:
+    return v.node is not None and v.node.op.name == "constant" and not v.shape
+
+
+def operand_text(v: Value) -> str:
+    """``%x``, or the number itself for a scalar constant."""
+    return literal_text(v.node.attrs.value) if _inline(v) else "%" + name_text(v.name)  # type: ignore[union-attr, attr-defined]
+
+
+def node_text(node: Node) -> str:
+    """One line: outputs with their types, operation, operands, attributes."""
+    outs = ", ".join(f"%{name_text(v.name)}: {v.type}" for v in node.outputs)
+    attrs = attrs_text(node.attrs)
+    return f"{outs} = {node.op.name}({', '.join(map(operand_text, node.inputs))})" + (f" {attrs}" if attrs else "")
+
+
+def _loc_note(loc: Loc | None) -> str:
+    return f"  # {loc}" if loc is not None else ""
+
+
+def graph_text(graph: Graph, locs: bool = False) -> str:
+    """The whole graph; with ``locs``, each line ends in a comment naming where it was written."""
+    inputs = ", ".join(f"%{name_text(v.name)}: {v.type}" for v in graph.inputs)
+    lines = [f"graph @{graph.name}({inputs}) {{"]
+    for name, v in graph.params.items():
+        alias = "" if name == v.name else f" = {json.dumps(name)}"
+        lines.append(f"  param %{name_text(v.name)}: {v.type}{alias}")
+    for node in graph.nodes:
+        if not _inline(node.outputs[0]):
+            lines.append("  " + node_text(node) + (_loc_note(node.loc) if locs else ""))
+    results = [
+        operand_text(v) if v.name == n and not _inline(v) else f"{name_text(n)}={operand_text(v)}"
+        for v, n in zip(graph.outputs, graph.output_names)
+    ]
+    lines.append("  return " + ", ".join(results) if results else "  return")
+    return "\n".join([*lines, "}", ""])

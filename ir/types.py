@@ -1,0 +1,219 @@
+"""Types of values: dense tensors and block-quantized weights, both with symbolic shapes."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Union
+
+import ml_dtypes
+import numpy as np
+
+from .dims import Dim, DimLike, evaluate_dim, substitute, symbols_of
+from .errors import TypeMismatch
+
+
+class DType(enum.Enum):
+    """Element types. The value is the name in the text format."""
+
+    F64, F32, F16, BF16 = "f64", "f32", "f16", "bf16"
+    F8E4M3, F8E5M2 = "f8e4m3", "f8e5m2"
+    I64, I32, I16, I8, I4 = "i64", "i32", "i16", "i8", "i4"
+    U64, U32, U16, U8, U4 = "u64", "u32", "u16", "u8", "u4"
+    BOOL = "bool"
+
+    def __str__(self) -> str:
+        return self.value
+
+    __repr__ = __str__
+
+    @property
+    def np(self) -> np.dtype:
+        """The NumPy dtype (from ml_dtypes where NumPy has none) of its elements in the interpreter."""
+        return _NP[self]
+
+    @property
+    def is_float(self) -> bool:
+        return self.value.startswith(("f", "bf"))
+
+    @property
+    def is_int(self) -> bool:
+        return self.value.startswith(("i", "u"))
+
+    @property
+    def bits(self) -> int:
+        """Size of one element as stored in a packed tensor, in bits."""
+        return {DType.I4: 4, DType.U4: 4}.get(self, _NP[self].itemsize * 8)
+
+    @staticmethod
+    def of(x: DType | str | np.dtype | type) -> DType:
+        """The DType of a name (``"f32"``, ``"float32"``) or NumPy dtype. Raises TypeMismatch for any other."""
+        if isinstance(x, DType):
+            return x
+        if isinstance(x, str) and x in _BY_NAME:
+            return _BY_NAME[x]
+        try:
+            return _BY_NP[np.dtype(x)]
+        except (KeyError, TypeError):
+            raise TypeMismatch(f"{x!r} is no element type of the IR; there are {', '.join(_BY_NAME)}") from None
+
+
+_NP: dict[DType, np.dtype] = {
+    DType.F64: np.dtype(np.float64), DType.F32: np.dtype(np.float32), DType.F16: np.dtype(np.float16),
+    DType.BF16: np.dtype(ml_dtypes.bfloat16), DType.F8E4M3: np.dtype(ml_dtypes.float8_e4m3fn),
+    DType.F8E5M2: np.dtype(ml_dtypes.float8_e5m2), DType.I64: np.dtype(np.int64), DType.I32: np.dtype(np.int32),
+    DType.I16: np.dtype(np.int16), DType.I8: np.dtype(np.int8), DType.I4: np.dtype(ml_dtypes.int4),
+    DType.U64: np.dtype(np.uint64), DType.U32: np.dtype(np.uint32), DType.U16: np.dtype(np.uint16),
+    DType.U8: np.dtype(np.uint8), DType.U4: np.dtype(ml_dtypes.uint4), DType.BOOL: np.dtype(np.bool_),
+}  # fmt: skip
+_BY_NP = {v: k for k, v in _NP.items()}
+_BY_NAME = {d.value: d for d in DType}
+
+
+def _shape(dims: Iterable[DimLike]) -> tuple[DimLike, ...]:
+    out: list[DimLike] = []
+    for d in dims:
+        if isinstance(d, (int, np.integer)) and not isinstance(d, bool):
+            if d < 0:
+                raise TypeMismatch(f"a dimension cannot be {d}")
+            out.append(int(d))
+        elif isinstance(d, Dim):
+            out.append(d)
+        else:
+            raise TypeMismatch(f"a dimension is an int or a Dim, not {d!r}")
+    return tuple(out)
+
+
+@dataclass(frozen=True)
+class TensorType:
+    """A dense tensor: element type and shape."""
+
+    dtype: DType
+    shape: tuple[DimLike, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", DType.of(self.dtype))
+        object.__setattr__(self, "shape", _shape(self.shape))
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{', '.join(str(d) for d in self.shape)}]"
+
+    __repr__ = __str__
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.dtype, self.shape))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @property
+    def rank(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> DimLike:
+        """Number of elements."""
+        n: DimLike = 1
+        for d in self.shape:
+            n = n * d
+        return n
+
+    @property
+    def symbols(self) -> tuple[str, ...]:
+        return symbols_of(self.shape)
+
+    def with_shape(self, *shape: DimLike) -> TensorType:
+        return TensorType(self.dtype, shape)
+
+    def with_dtype(self, dtype: DType | str) -> TensorType:
+        return TensorType(DType.of(dtype), self.shape)
+
+    def substitute(self, env: Mapping[str, DimLike]) -> TensorType:
+        return TensorType(self.dtype, tuple(substitute(d, env) for d in self.shape))
+
+    def concrete(self, env: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape under a complete binding of its symbols."""
+        return tuple(evaluate_dim(d, env) for d in self.shape)
+
+
+@dataclass(frozen=True)
+class QTensorType:
+    """A weight quantized symmetrically in blocks along its last axis.
+
+    ``scheme`` is ``int8`` (values -127..127) or ``int4`` (-8..7); each block of ``block`` consecutive elements shares one
+    scale of type ``scale``; the last block of a row may be short. An element is ``value * scale``.
+    Its text is e.g. ``int4b32f16[2048, 640]``.
+    """
+
+    scheme: str
+    shape: tuple[DimLike, ...]
+    block: int = 32
+    scale: DType = DType.F16
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", _shape(self.shape))
+        object.__setattr__(self, "scale", DType.of(self.scale))
+        if self.scheme not in ("int8", "int4"):
+            raise TypeMismatch(f"quantization scheme {self.scheme!r} is not one of int8, int4")
+        if self.block < 1 or not self.scale.is_float or not self.shape:
+            raise TypeMismatch(f"{self}: a quantized tensor needs a block >= 1, a float scale and at least one axis")
+
+    def __str__(self) -> str:
+        return f"{self.scheme}b{self.block}{self.scale}[{', '.join(str(d) for d in self.shape)}]"
+
+    __repr__ = __str__
+
+    @property
+    def rank(self) -> int:
+        return len(self.shape)
+
+    @property
+    def symbols(self) -> tuple[str, ...]:
+        return symbols_of(self.shape)
+
+    @property
+    def blocks(self) -> DimLike:
+        """Blocks per row: ceil(last axis / block)."""
+        return (self.shape[-1] + (self.block - 1)) // self.block
+
+    @property
+    def qmax(self) -> int:
+        """Largest magnitude that quantization produces."""
+        return 127 if self.scheme == "int8" else 7
+
+    def substitute(self, env: Mapping[str, DimLike]) -> QTensorType:
+        return QTensorType(self.scheme, tuple(substitute(d, env) for d in self.shape), self.block, self.scale)
+
+
+Type = Union[TensorType, QTensorType]
+
+
+@dataclass(frozen=True, eq=False)
+class QArray:
+    """A quantized weight in memory: ``values`` int8 of the type's shape, ``scales`` [..., blocks]."""
+
+    type: QTensorType
+    values: np.ndarray
+    scales: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    def dense(self, dtype: DType = DType.F32) -> np.ndarray:
+        """The weight it stands for: value * scale, computed in f32."""
+        scales = np.repeat(self.scales.astype(np.float32), self.type.block, axis=-1)[..., : self.values.shape[-1]]
+        return (self.values.astype(np.float32) * scales).astype(dtype.np)
+
+
+Array = Union[np.ndarray, QArray]
+
+
+def type_of(x: Array) -> Type:
+    """The type of a concrete array."""
+    if isinstance(x, QArray):
+        return x.type
+    return TensorType(DType.of(x.dtype), x.shape)

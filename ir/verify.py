@@ -1,0 +1,70 @@
+"""Checks that a graph is consistent: order, uses, names, and that every operation still infers the types it carries."""
+
+from __future__ import annotations
+
+from .errors import IRError, VerifyError
+from .graph import Graph, Node, Value, infer
+
+
+def _context(node: Node) -> str:
+    """The node's line between its neighbours'."""
+    lines = []
+    for n in (node.prev, node, node.next):
+        if n is not None:
+            lines.append(("  > " if n is node else "    ") + repr(n))
+    return "\n".join(lines)
+
+
+def _fail(graph: Graph, node: Node, message: str) -> None:
+    raise VerifyError(f"graph @{graph.name}: {message}\n{_context(node)}", node.loc)
+
+
+def verify(graph: Graph) -> None:
+    """Raises VerifyError, showing the node, its neighbours and the user's line, at the first inconsistency."""
+    defined: set[Value] = set()
+    names: set[str] = set()
+    uses: dict[Value, int] = {}
+    for v in [*graph.inputs, *graph.params.values()]:
+        if v.node is not None or v.graph is not graph:
+            raise VerifyError(f"graph @{graph.name}: input %{v.name} belongs elsewhere")
+        if v.name in names:
+            raise VerifyError(f"graph @{graph.name}: two values are named %{v.name}")
+        names.add(v.name)
+        defined.add(v)
+    previous: Node | None = None
+    count = 0
+    for node in graph.nodes:
+        count += 1
+        if node.prev is not previous or node.graph is not graph:
+            _fail(graph, node, "the node list is broken")
+        previous = node
+        for i, v in enumerate(node.inputs):
+            if v not in defined:
+                _fail(graph, node, f"%{v.name} is used before it is defined, or belongs to another graph")
+            if (node, i) not in v.uses:
+                _fail(graph, node, f"%{v.name} does not know that it is used here")
+            uses[v] = uses.get(v, 0) + 1
+        try:
+            types, checks = infer(node.op, node.attrs, node.inputs, node.loc)
+        except IRError as e:
+            _fail(graph, node, e.message)
+        if types != [v.type for v in node.outputs]:
+            _fail(graph, node, f"{node.op.name} makes {', '.join(map(str, types))} here")
+        node.checks = checks
+        for i, v in enumerate(node.outputs):
+            if v.node is not node or v.index != i:
+                _fail(graph, node, f"%{v.name} does not know its producer")
+            if v.name in names:
+                _fail(graph, node, f"two values are named %{v.name}")
+            names.add(v.name)
+            defined.add(v)
+    if count != len(graph):
+        raise VerifyError(f"graph @{graph.name}: {count} nodes are linked, {len(graph)} are counted")
+    for v in defined:
+        if len(v.uses) != uses.get(v, 0):
+            raise VerifyError(f"graph @{graph.name}: %{v.name} lists {len(v.uses)} uses and has {uses.get(v, 0)}")
+    for v in graph.outputs:
+        if v not in defined:
+            raise VerifyError(f"graph @{graph.name}: output %{v.name} is not defined in it")
+    if len(graph.outputs) != len(graph.output_names) or len(set(graph.output_names)) != len(graph.output_names):
+        raise VerifyError(f"graph @{graph.name}: output names {graph.output_names} do not name each output once")
