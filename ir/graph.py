@@ -26,9 +26,11 @@ if TYPE_CHECKING:
 class Value:
     """One tensor in a graph. Equality is identity."""
 
-    __slots__ = ("graph", "index", "name", "node", "type", "uses")
+    __slots__ = ("graph", "index", "name", "node", "param", "type", "uses")
 
-    def __init__(self, graph: Graph, type: Type, name: str, node: Node | None = None, index: int = 0) -> None:
+    def __init__(
+        self, graph: Graph, type: Type, name: str, node: Node | None = None, index: int = 0, param: str | None = None
+    ) -> None:
         self.graph = graph
         self.type = type
         self.name = name
@@ -36,6 +38,8 @@ class Value:
         """The node that makes it; None for an input or a parameter."""
         self.index = index
         """Which output of the node it is."""
+        self.param = param
+        """The parameter's name, if it stands for one; None for every other value."""
         self.uses: dict[tuple[Node, int], None] = {}
         """``(node, operand index)`` of every use, in order. Graph outputs are not in it: see Graph.is_output."""
 
@@ -151,7 +155,7 @@ class Graph:
             if self.params[name].type != type:
                 raise TypeMismatch(f"parameter {name} is {self.params[name].type} and {type}")
             return self.params[name]
-        value = self.params[name] = Value(self, type, self.fresh(name))
+        value = self.params[name] = Value(self, type, self.fresh(name), param=name)
         return value
 
     def add_node(

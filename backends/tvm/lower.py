@@ -1,0 +1,271 @@
+"""Graph to Relax: one table from operation to lowering, symbolic dimensions all the way.
+
+A lowering is a function ``(ctx, node, *operands) -> Relax expression(s)``. Operations that a target's table lacks are decomposed
+before anything is emitted, so a table needs the primitives and whatever it has better code for. Weights that a kernel reads in
+a layout of its own are packed when the artifact is written: the lowering names the layout, and gets the packed arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import tvm
+from tvm import relax, tirx
+
+from wasat.ir import DType, Graph, IRError, Node, Program, QTensorType, TensorType, Type, Value
+from wasat.ir.dims import Dim, DimLike, Func
+
+TVM_DTYPE: dict[DType, str] = {
+    DType.F64: "float64", DType.F32: "float32", DType.F16: "float16", DType.BF16: "bfloat16",
+    DType.F8E4M3: "float8_e4m3fn", DType.F8E5M2: "float8_e5m2", DType.I64: "int64", DType.I32: "int32",
+    DType.I16: "int16", DType.I8: "int8", DType.U64: "uint64", DType.U32: "uint32", DType.U16: "uint16",
+    DType.U8: "uint8", DType.BOOL: "bool",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One array of a packed weight, as the compiled program reads it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Layout(Protocol):
+    """How a kernel wants a weight. Equal layouts of one parameter share one packed copy."""
+
+    def arrays(self, name: str, type: Type) -> list[Packed]:
+        """What :meth:`pack` will produce for parameter ``name`` of ``type``."""
+        ...
+
+    def pack(self, weight: Any) -> list[np.ndarray]:
+        """The arrays for a loaded weight (an ndarray, or a QArray where the type is quantized)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Row-major, as it is."""
+
+    def arrays(self, name: str, type: Type) -> list[Packed]:
+        if not isinstance(type, TensorType):
+            raise IRError(f"parameter {name} ({type}) has no plain form: some operation that this target lacks reads it")
+        shape = type.concrete({})
+        return [Packed(name, tvm_dtype(type.dtype), shape)]
+
+    def pack(self, weight: Any) -> list[np.ndarray]:
+        return [np.ascontiguousarray(weight)]
+
+
+def tvm_dtype(dtype: DType) -> str:
+    """TVM's name of an element type; raises IRError for one that the backend does not carry."""
+    if dtype not in TVM_DTYPE:
+        raise IRError(f"element type {dtype} cannot be compiled; cast it to another, or use the interpreter")
+    return TVM_DTYPE[dtype]
+
+
+Lowered = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """How one operation becomes Relax.
+
+    ``lower(ctx, node, *operands)``; ``layouts(node)`` names, by operand index, the packed layout of operands that must be
+    parameters (they arrive as lists of Relax variables); ``applies(node)`` refuses nodes it cannot do, which are then
+    decomposed.
+    """
+
+    lower: Lowered
+    applies: Callable[[Node], bool] = lambda node: True
+    layouts: Callable[[Node], Mapping[int, Layout]] = lambda node: {}
+
+    def takes(self, node: Node) -> bool:
+        """Whether this lowering can have the node: it applies, and packed operands are parameters."""
+        return self.applies(node) and all(node.inputs[i].param for i in self.layouts(node))
+
+
+Table = Mapping[str, Lowering]
+
+
+@dataclass
+class WeightPlan:
+    """Which packed arrays a program's entries take, in call order."""
+
+    layouts: dict[tuple[str, Layout], list[Packed]] = field(default_factory=dict)
+
+    def add(self, name: str, layout: Layout, type: Type) -> None:
+        if (name, layout) not in self.layouts:
+            self.layouts[name, layout] = layout.arrays(name, type)
+
+    @property
+    def arrays(self) -> list[Packed]:
+        return [a for arrays in self.layouts.values() for a in arrays]
+
+
+def plan_weights(graphs: Sequence[Graph], table: Table) -> WeightPlan:
+    """The union of what the graphs' operations read."""
+    plan = WeightPlan()
+    for graph in graphs:
+        names = {v: k for k, v in graph.params.items()}
+        wanted: dict[Value, list[Layout]] = {v: [] for v in names}
+        for node in graph.nodes:
+            low = table[node.op.name].layouts(node) if node.op.name in table else {}
+            for i, v in enumerate(node.inputs):
+                if v in wanted:
+                    wanted[v].append(low.get(i, Plain()))
+        for v, layouts in wanted.items():
+            if graph.is_output(v):
+                layouts.append(Plain())
+            for layout in layouts:
+                plan.add(names[v], layout, v.type)
+    return plan
+
+
+class Context:
+    """What lowerings see while one graph is emitted."""
+
+    def __init__(self, bb: relax.BlockBuilder, graph: Graph, kernels: dict[Any, Any]) -> None:
+        self.bb = bb
+        self.graph = graph
+        self.symbols: dict[str, tirx.Var] = {}
+        self.env: dict[Value, Any] = {}
+        self.packed: dict[tuple[Value, Layout], list[relax.Var]] = {}
+        self.kernels = kernels
+        self.memo: dict[Any, Any] = {}
+        """Free for lowerings: results shared between nodes (an activation quantized once)."""
+
+    # -- dimensions and types ------------------------------------------------------------------------------------------
+    def symbol(self, name: str) -> tirx.Var:
+        return self.symbols.setdefault(name, tirx.Var(name, "int64"))
+
+    def dim(self, d: DimLike) -> Any:
+        """A dimension as a TIR expression (int64)."""
+        if not isinstance(d, Dim):
+            return tirx.IntImm("int64", int(d))
+        total: Any = None
+        for monomial, c in d.terms:
+            term: Any = None
+            for a in monomial:
+                x = self.symbol(a) if isinstance(a, str) else self._func(a)
+                term = x if term is None else term * x
+            scaled = tirx.IntImm("int64", c) if term is None else term if c == 1 else term * tirx.IntImm("int64", c)
+            total = scaled if total is None else total + scaled
+        return total
+
+    def _func(self, f: Func) -> Any:
+        build = {"floordiv": tirx.floordiv, "mod": tirx.floormod, "max": tirx.max, "min": tirx.min}[f.name]
+        return build(self.dim(f.lhs), self.dim(f.rhs))
+
+    def dims(self, shape: Sequence[DimLike]) -> list[Any]:
+        return [self.dim(d) for d in shape]
+
+    def shape(self, shape: Sequence[DimLike]) -> relax.ShapeExpr:
+        return relax.ShapeExpr(self.dims(shape))
+
+    def type(self, t: Type) -> relax.TensorType:
+        if isinstance(t, QTensorType):
+            raise IRError(f"a value of type {t} was left unpacked: quantized weights must be parameters here")
+        return relax.TensorType(self.dims(t.shape), tvm_dtype(t.dtype))
+
+    # -- emission ------------------------------------------------------------------------------------------------------
+    def emit(self, expr: Any, hint: str = "") -> Any:
+        return self.bb.emit(expr, hint)
+
+    def te(self, build: Callable[..., Any], *args: Any, name: str) -> Any:
+        """Emits a tensor expression; ``build`` gets TE tensors for Relax operands."""
+        return self.bb.emit_te(build, *args, primfunc_name_hint=name)
+
+    def kernel(self, key: Any, build: Callable[[], tirx.PrimFunc], name: str) -> Any:
+        """The module's one copy of a hand-written kernel, by its description ``key``."""
+        if key not in self.kernels:
+            self.kernels[key] = self.bb.add_func(build().with_attr("op_pattern", 8), name)
+        return self.kernels[key]
+
+    def call(self, gv: Any, args: Sequence[Any], out: Any, tir_vars: Sequence[Any] | None = None) -> Any:
+        """``call_tir``: ``out`` is one tensor type or a list of them."""
+        ty = list(out) if isinstance(out, (list, tuple)) else out
+        return self.emit(relax.op.call_tir(gv, list(args), ty, tir_vars=relax.ShapeExpr(list(tir_vars)) if tir_vars else None))
+
+    def call_inplace(self, gv: Any, args: Sequence[Any], indices: Sequence[int], out: Sequence[Any]) -> Any:
+        """``call_tir_inplace``: output i aliases argument ``indices[i]`` (-1: a new tensor)."""
+        return self.emit(relax.op.call_tir_inplace(gv, list(args), list(indices), list(out)))
+
+
+def emit_graph(
+    bb: relax.BlockBuilder, graph: Graph, table: Table, plan: WeightPlan, states: Sequence[str], kernels: dict[Any, Any],
+    state_types: Mapping[str, Callable[[Context], Any]] | None = None,
+) -> None:  # fmt: skip
+    """Adds ``graph`` to the module as a Relax function: inputs, states, then all weights of the plan.
+
+    Outputs that are states (same name as an input) are updated in place and not returned.
+    """
+    ctx = Context(bb, graph, kernels)
+    by_name = {v.name: v for v in graph.inputs}
+    ordered = [v for v in graph.inputs if v.name not in states] + [by_name[s] for s in states if s in by_name]
+    params: list[relax.Var] = []
+    for v in ordered:
+        make = (state_types or {}).get(v.name)
+        var = relax.Var(_identifier(v.name), make(ctx) if make else ctx.type(v.type))
+        ctx.env[v] = var
+        params.append(var)
+    inputs = len(params)
+    for (name, layout), arrays in plan.layouts.items():
+        vars_ = [relax.Var(_identifier(a.name), relax.TensorType(list(a.shape), a.dtype)) for a in arrays]
+        params += vars_
+        if name in graph.params:
+            v = graph.params[name]
+            ctx.packed[v, layout] = vars_
+            if isinstance(layout, Plain):
+                ctx.env[v] = vars_[0]
+    with bb.function(_identifier(graph.name), params, attrs={"num_input": inputs, "relax.force_pure": True}):
+        with bb.dataflow():
+            for node in graph.nodes:
+                _emit_node(ctx, node, table)
+            outputs = [ctx.env[v] for v, n in zip(graph.outputs, graph.output_names) if n not in states]
+            kept = [ctx.env[v] for v, n in zip(graph.outputs, graph.output_names) if n in states]
+            result = bb.emit_output(relax.Tuple([*outputs, *kept]))
+        bb.emit_func_output(result)
+
+
+def _emit_node(ctx: Context, node: Node, table: Table) -> None:
+    low = table.get(node.op.name)
+    if low is None:
+        raise IRError(f"{node!r}: this target has no code for {node.op.name}", node.loc)
+    layouts = low.layouts(node)
+    operands = [ctx.packed[v, layouts[i]] if i in layouts else ctx.env[v] for i, v in enumerate(node.inputs)]
+    try:
+        out = low.lower(ctx, node, *operands)
+    except IRError:
+        raise
+    except Exception as e:
+        raise IRError(f"{node!r}: lowering failed: {type(e).__name__}: {e}", node.loc) from e
+    results = list(out) if isinstance(out, (list, tuple)) else [out]
+    for v, x in zip(node.outputs, results):
+        ctx.env[v] = x
+
+
+def _identifier(name: str) -> str:
+    return "".join(c if c.isalnum() or c == "_" else "_" for c in name)
+
+
+def lower_program(
+    program: Program, table: Table, states: Sequence[str] = (), state_types: Mapping[str, Any] | None = None
+) -> tuple[tvm.IRModule, WeightPlan]:
+    """A Relax module with one function per graph, and the weights that each of them takes after its inputs and states."""
+    from wasat.ir.decompose import decompose
+
+    graphs = [g.clone() for g in program.graphs.values()]
+    for g in graphs:
+        decompose(g, lambda node: node.op.name in table and table[node.op.name].takes(node))
+        g.prune_params()
+    plan = plan_weights(graphs, table)
+    bb = relax.BlockBuilder()
+    kernels: dict[Any, Any] = {}
+    for g in graphs:
+        emit_graph(bb, g, table, plan, states, kernels, state_types)
+    return bb.finalize(), plan
