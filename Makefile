@@ -1,0 +1,43 @@
+# make demo | test | check | bench | parity: each sets up what it needs in .venv (Python 3.11+, a C++ compiler)
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+SOURCES := ir passes backends frontend runtime training wasat
+
+.PHONY: demo test check lint types bench parity clean
+
+demo: $(READY)
+	$(BIN)/wasat demo
+
+test: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+check: lint types test
+
+lint: $(READY)
+	$(BIN)/ruff check .
+
+# the folders at the top are installed as wasat.*: mypy sees them through links of that shape
+types: $(READY)
+	@rm -rf build/types && mkdir -p build/types
+	@cp -rs $(CURDIR)/wasat build/types/wasat
+	@for room in ir passes backends frontend runtime training; do ln -sfn $(CURDIR)/$$room build/types/wasat/$$room; done
+	MYPYPATH=build/types $(BIN)/mypy -p wasat
+
+bench: $(READY)
+	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/passes.py
+
+parity: $(READY)
+	$(BIN)/pip install -q torch==2.13.0 transformers==5.23.0
+	$(BIN)/python -m pytest tests/parity
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade pip
+	$(BIN)/pip install -q -e '.[dev]'
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) build out .pytest_cache .mypy_cache .ruff_cache .hypothesis
