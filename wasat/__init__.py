@@ -1,3 +1,36 @@
-"""Wasat: a compiler for multimodal transformers."""
+"""Wasat: a compiler for multimodal transformers.
+
+    import wasat as ws
+    program = ws.from_pretrained("folder")                        # a Hugging Face folder becomes a typed graph
+    ws.compile(program, "model.wasat", quantize="int4")           # passes, TVM, packed weights: one folder
+    model = ws.load("model.wasat")                                # needs no compiler
+    print(model.generate("def main():", max_tokens=50)[0].text)
+
+Names are imported when first used, so that ``wasat.runtime`` alone loads neither the compiler nor NumPy-heavy rooms.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "from_pretrained": "wasat.frontend", "trace": "wasat.frontend", "nn": "wasat.frontend",
+    "compile": "wasat.driver", "optimize": "wasat.driver", "run": "wasat.driver", "explain": "wasat.driver",
+    "load": "wasat.runtime", "Model": "wasat.runtime", "SamplingOptions": "wasat.runtime",
+    "parse": "wasat.ir", "Graph": "wasat.ir", "Program": "wasat.ir", "evaluate": "wasat.ir",
+}  # fmt: skip
+
+__all__ = [*_HOME, "__version__"]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'wasat' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -198,7 +198,7 @@ class Context:
 
 def emit_graph(
     bb: relax.BlockBuilder, graph: Graph, table: Table, plan: WeightPlan, states: Sequence[str], kernels: dict[Any, Any],
-    state_types: Mapping[str, Callable[[Context], Any]] | None = None,
+    state_types: Mapping[str, TensorType],
 ) -> None:  # fmt: skip
     """Adds ``graph`` to the module as a Relax function: inputs, states, then all weights of the plan.
 
@@ -209,8 +209,7 @@ def emit_graph(
     ordered = [v for v in graph.inputs if v.name not in states] + [by_name[s] for s in states if s in by_name]
     params: list[relax.Var] = []
     for v in ordered:
-        make = (state_types or {}).get(v.name)
-        var = relax.Var(_identifier(v.name), make(ctx) if make else ctx.type(v.type))
+        var = relax.Var(_identifier(v.name), ctx.type(state_types.get(v.name, v.type)))
         ctx.env[v] = var
         params.append(var)
     inputs = len(params)
@@ -254,7 +253,7 @@ def _identifier(name: str) -> str:
 
 
 def lower_program(
-    program: Program, table: Table, states: Sequence[str] = (), state_types: Mapping[str, Any] | None = None
+    program: Program, table: Table, states: Sequence[str] = (), state_types: Mapping[str, TensorType] | None = None
 ) -> tuple[tvm.IRModule, WeightPlan]:
     """A Relax module with one function per graph, and the weights that each of them takes after its inputs and states."""
     from wasat.ir.decompose import decompose
@@ -267,5 +266,5 @@ def lower_program(
     bb = relax.BlockBuilder()
     kernels: dict[Any, Any] = {}
     for g in graphs:
-        emit_graph(bb, g, table, plan, states, kernels, state_types)
+        emit_graph(bb, g, table, plan, states, kernels, state_types or {})
     return bb.finalize(), plan

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import tvm
 from tvm import relax
 
-from wasat.ir import IRError, Program
+from wasat.ir import IRError, Program, TensorType
 
-from .lower import Context, Table
+from .lower import Table
 from .primitives import PRIMITIVES
 
 
@@ -40,8 +44,10 @@ class Target:
     """Lowerings beyond the primitives."""
     threads: int = field(default_factory=cpu_count)
     needs_compiler: bool = True
-    states: Callable[[Target, Program], Mapping[str, Callable[[Context], Any]]] = field(default=lambda target, program: {})
-    """Physical types of states whose layout the kernels choose."""
+    state_layout: Callable[[Mapping[str, Any], TensorType], TensorType] = field(default=lambda state, type: type)
+    """Physical type of a state, from its description and its type in the graph: kernels may choose the layout."""
+    features: Callable[[Target], list[str]] = field(default=lambda target: [])
+    """What the machine that runs the code must have, in the words of /proc/cpuinfo."""
 
     @cached_property
     def tvm(self) -> tvm.target.Target:
@@ -61,17 +67,59 @@ class Target:
         with tvm.transform.PassContext(opt_level=3), self.tvm:
             yield
 
-    def state_types(self, program: Program) -> Mapping[str, Callable[[Context], Any]]:
-        return self.states(self, program)
+    def state_types(self, program: Program) -> dict[str, TensorType]:
+        """Physical types of the program's states, by name, over the graphs' symbols."""
+        graphs = program.graphs.values()
+        types = {v.name: v.tensor for g in graphs for v in g.inputs}
+        return {s["name"]: self.state_layout(s, types[s["name"]]) for s in program.metadata.get("states", [])}
 
     def link_options(self) -> dict[str, Any]:
+        """Further arguments of export_library."""
         return {}
+
+    def requirements(self) -> dict[str, Any]:
+        """The manifest's ``target`` section: what must hold where the artifact is loaded."""
+        return {
+            "kind": self.config["kind"], "device": self.name, "arch": platform.machine(), "os": sys.platform,
+            "mcpu": self.config.get("mcpu") or self.config.get("arch"), "features": self.features(self),
+        }  # fmt: skip
+
+    @staticmethod
+    def versions() -> dict[str, str]:
+        """Versions that the library was made with."""
+        return {"tvm": version("apache-tvm"), "tvm_ffi": version("apache-tvm-ffi")}
+
+    def runtime_files(self) -> list[Path]:
+        """The libraries that run the code: all that a machine without the compiler needs."""
+        import tvm_ffi
+
+        return [
+            Path(tvm.__file__).parent / "lib" / "libtvm_runtime.so",
+            Path(tvm_ffi.__file__).parent / "lib" / "libtvm_ffi.so",
+        ]
+
+
+# LLVM's feature names that code generation uses, as /proc/cpuinfo spells them
+_CPUINFO = {
+    "sse3": "pni", "ssse3": "ssse3", "sse4.1": "sse4_1", "sse4.2": "sse4_2", "avx": "avx", "avx2": "avx2", "fma": "fma",
+    "f16c": "f16c", "bmi": "bmi1", "bmi2": "bmi2", "lzcnt": "abm", "popcnt": "popcnt", "movbe": "movbe", "avxvnni": "avx_vnni",
+    "avx512f": "avx512f", "avx512bw": "avx512bw", "avx512cd": "avx512cd", "avx512dq": "avx512dq", "avx512vl": "avx512vl",
+    "avx512vnni": "avx512_vnni", "avx512bf16": "avx512_bf16", "avx512fp16": "avx512_fp16", "avx512ifma": "avx512ifma",
+    "avx512vbmi": "avx512vbmi", "avx512vbmi2": "avx512_vbmi2", "avx512bitalg": "avx512_bitalg",
+    "avx512vpopcntdq": "avx512_vpopcntdq", "gfni": "gfni",
+}  # fmt: skip
+
+
+def cpu_features(target: Target) -> list[str]:
+    """Instruction sets that code for this CPU may use, as /proc/cpuinfo names them."""
+    found = {str(f) for f in tvm.target.codegen.llvm_get_cpu_features(target.tvm)}
+    return sorted(v for k, v in _CPUINFO.items() if k in found)
 
 
 def cpu(mcpu: str | None = None, threads: int | None = None) -> Target:
     """The CPU ``mcpu`` (an LLVM name; default: this machine's)."""
     n = threads or cpu_count()
-    return Target("cpu", {"kind": "llvm", "mcpu": mcpu or host_cpu(), "num-cores": n}, threads=n)
+    return Target("cpu", {"kind": "llvm", "mcpu": mcpu or host_cpu(), "num-cores": n}, threads=n, features=cpu_features)
 
 
 def cuda(arch: str = "sm_80") -> Target:
@@ -82,9 +130,11 @@ def cuda(arch: str = "sm_80") -> Target:
 TARGETS: dict[str, Callable[..., Target]] = {"cpu": cpu, "cuda": cuda}
 
 
-def target_named(name: str) -> Target:
+def target_named(name: str, threads: int | None = None) -> Target:
     """``cpu``, ``cpu:znver3``, ``cuda``, ``cuda:sm_90``. Raises IRError for any other."""
     kind, _, detail = name.partition(":")
     if kind not in TARGETS:
         raise IRError(f"there is no target {name!r}; there are {', '.join(TARGETS)} (cpu:MCPU, cuda:ARCH choose a model)")
+    if kind == "cpu":
+        return cpu(detail or None, threads)
     return TARGETS[kind](detail) if detail else TARGETS[kind]()

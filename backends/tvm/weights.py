@@ -1,0 +1,61 @@
+"""Packs parameters into the arrays a compiled program reads, one parameter at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from wasat.ir import IRError, ParamSource
+
+from .lower import Layout, Packed, WeightPlan
+
+_SAFETENSORS: dict[str, str] = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint64": "U64",
+    "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
+
+
+def nbytes(a: Packed) -> int:
+    """Size of a packed array in bytes."""
+    size = {"bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}.get(a.dtype)
+    return int(np.prod(a.shape, dtype=np.int64)) * (size or np.dtype(a.dtype).itemsize)
+
+
+def write_weights(
+    path: Path, plan: WeightPlan, params: Mapping[str, ParamSource], on_progress: Callable[[int, int], None] = lambda done, of: None
+) -> None:
+    """Writes ``plan``'s arrays as a safetensors file.
+
+    The safetensors library's writer wants every array in memory at once; sizes are known from the plan, so the header is
+    written first and each parameter is loaded, packed and dropped in turn. ``on_progress(bytes done, bytes in all)``.
+    """
+    header, at = {}, 0
+    for a in plan.arrays:
+        header[a.name] = {"dtype": _SAFETENSORS[a.dtype], "shape": list(a.shape), "data_offsets": [at, at + nbytes(a)]}
+        at += nbytes(a)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % 64)  # data starts aligned, so a mapped file can be read as it is
+    total, done = at, 0
+    start = 8 + len(text)
+    jobs: dict[str, list[tuple[Layout, list[Packed]]]] = {}
+    for (name, layout), arrays in plan.layouts.items():
+        jobs.setdefault(name, []).append((layout, arrays))
+    with open(path, "wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for name, uses in jobs.items():
+            weight = params[name].load()
+            for layout, arrays in uses:
+                packed = layout.pack(weight)
+                for a, x in zip(arrays, packed, strict=True):
+                    if tuple(x.shape) != a.shape or x.nbytes != nbytes(a):
+                        raise IRError(f"packing {name} made {x.dtype}{list(x.shape)} for {a.name}: {a.dtype}{list(a.shape)}")
+                    f.seek(start + header[a.name]["data_offsets"][0])  # type: ignore[index]
+                    f.write(memoryview(np.ascontiguousarray(x).reshape(-1).view(np.uint8)))
+                    done += x.nbytes
+                    on_progress(done, total)
+            del weight
+        f.truncate(start + total)

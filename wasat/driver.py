@@ -1,0 +1,164 @@
+"""The way through the house: a program, passes, a backend, an artifact."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from wasat import __version__
+from wasat.ir import Array, Graph, IRError, Program, WasatError, evaluate
+from wasat.ir.types import QTensorType
+from wasat.passes import PassManager, Report, default_pipeline
+
+
+class Progress(Protocol):
+    """What long work tells: a stage's name, and how far it is (``done`` of ``total``, in the stage's own unit)."""
+
+    def __call__(self, stage: str, done: int = 0, total: int = 0) -> None: ...
+
+
+def _quiet(stage: str, done: int = 0, total: int = 0) -> None:
+    pass
+
+
+def optimize(
+    program: Program, *, quantize: str | None = None, activation: str | None = "int8",
+    overrides: Mapping[str, str] | None = None, kv_cache: bool = True, chunk: int = 512, verify: bool = True,
+    check: Any = None, dump: Any = None, progress: Progress = _quiet,
+) -> tuple[Program, Report]:  # fmt: skip
+    """Runs the default passes over a copy of ``program``; returns it with the report of what each pass did and missed.
+
+    ``quantize``: ``"int8"``, ``"int4"``, ``"f16"``, ``"bf16"`` or None (weights as f32). ``activation``: ``"int8"`` for
+    integer dot products where weights are integers, None to compute in f32. ``overrides``: parameter glob to scheme.
+    ``kv_cache``: derive ``prefill`` and ``decode`` from ``forward``. ``chunk``: most tokens per prefill call.
+    """
+    copy = Program({k: g.clone() for k, g in program.graphs.items()}, dict(program.params), dict(program.metadata))
+    passes = default_pipeline(
+        quantize=quantize, activation=activation, overrides=dict(overrides or {}), kv_cache=kv_cache, chunk=chunk
+    )
+    count = len(passes)
+    done = iter(range(count + 1))
+    manager = PassManager(
+        passes, verify=verify, check=check, dump=dump, on_progress=lambda name: progress(f"pass {name}", next(done, count), count)
+    )
+    return copy, manager.run(copy)
+
+
+def compile(  # noqa: A001
+    program: Program, out: str | Path, *, target: str = "cpu", quantize: str | None = None, activation: str | None = "int8",
+    overrides: Mapping[str, str] | None = None, chunk: int = 512, threads: int | None = None, progress: Progress = _quiet,
+) -> Report:  # fmt: skip
+    """Compiles ``program`` into the artifact folder ``out``; see :func:`optimize` for the options.
+
+    The folder is complete or absent: it is written beside its place and renamed. Raises WasatError for an unknown target, a
+    missing C++ compiler (before the long work), an operation the target lacks, a model whose cache cannot be derived.
+    """
+    from wasat.backends.tvm.build import build, check_tools
+    from wasat.backends.tvm.targets import target_named
+    from wasat.backends.tvm.weights import write_weights
+    from wasat.runtime.artifact import write_artifact
+
+    machine = target_named(target, threads)
+    check_tools(machine)
+    causal = "forward" in program.graphs and len(program["forward"].outputs) == 1 and "vocab" in program.metadata
+    optimized, report = optimize(
+        program, quantize=quantize, activation=activation, overrides=overrides, kv_cache=causal, chunk=chunk, progress=progress
+    )
+    states = [s["name"] for s in optimized.metadata.get("states", [])]
+    library = build(optimized, machine, states, on_progress=progress)
+    manifest = _manifest(optimized, library, {
+        "quantize": quantize, "activation": activation, "overrides": dict(overrides or {}), "target": target,
+        "threads": machine.threads,
+    })  # fmt: skip
+    files: dict[str, Any] = {
+        "model.so": library.export,
+        "weights.safetensors": lambda path: write_weights(
+            path, library.plan, optimized.params, lambda done, total: progress("packing weights", done, total)
+        ),
+        **{Path(p).name: Path(p) for p in machine.runtime_files()},
+    }
+    tokenizer = program.metadata.get("tokenizer")
+    if tokenizer:
+        files["tokenizer.json"] = Path(tokenizer)
+    write_artifact(Path(out), manifest, files)
+    progress("done", 1, 1)
+    return report
+
+
+def _manifest(program: Program, library: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """Everything a runtime must know, the files' hashes aside; the format is runtime/artifact.py's."""
+    meta = program.metadata
+    states = {s["name"]: s for s in meta.get("states", [])}
+
+    def describe(name: str, type: Any) -> dict[str, Any]:
+        return {"name": name, "dtype": type.dtype.np.name, "shape": [d if isinstance(d, int) else str(d) for d in type.shape]}
+
+    entries = {}
+    for g in program.graphs.values():
+        entries[g.name] = {
+            "inputs": [describe(v.name, v.type) for v in g.inputs if v.name not in states],
+            "outputs": [describe(n, v.type) for n, v in zip(g.output_names, g.outputs) if n not in states],
+            "states": [n for n in states if any(v.name == n for v in g.inputs)],
+        }
+    physical = {n: describe(n, t) for n, t in library.target.state_types(program).items()}
+    return {
+        "format": 1, "wasat": __version__, **library.target.versions(), "name": str(meta.get("name", "model")),
+        "target": library.target.requirements(), "entries": entries,
+        "states": [{**s, **physical[n]} for n, s in states.items()],
+        "weights": [{"name": a.name, "dtype": a.dtype, "shape": list(a.shape)} for a in library.plan.arrays],
+        "limits": {"context": meta.get("context"), "chunk": meta.get("chunk")},
+        "generation": {**meta.get("generation", {}), "vocab": meta.get("vocab")},
+        "settings": settings,
+    }  # fmt: skip
+
+
+def run(
+    program: Program, graph: str = "forward", *, backend: str = "interpreter",
+    symbols: Mapping[str, int] | None = None, **inputs: Any,
+) -> dict[str, Array]:  # fmt: skip
+    """Runs one graph on NumPy arrays: on the interpreter (the reference), or compiled for a target (``backend="cpu"``)."""
+    g = program[graph]
+    if backend == "interpreter":
+        params = {name: program.params[name].load() for name in g.params}
+        return dict(zip(g.output_names, evaluate(g, inputs, params, symbols=symbols)))
+    from wasat.backends.tvm.build import Runner
+    from wasat.backends.tvm.targets import target_named
+
+    states = [s["name"] for s in program.metadata.get("states", [])]
+    return dict(Runner(program, target_named(backend), states)(graph, inputs))
+
+
+def explain(report: Report) -> str:
+    """What every pass did, and what it nearly did and why not, with the user's source lines."""
+    return report.explain()
+
+
+def load_program(path: str | Path) -> Program:
+    """A Hugging Face folder, or a file of graph text (``.wasat.txt`` or any other text file), as a program."""
+    from wasat.frontend import from_pretrained
+    from wasat.ir import parse_program
+
+    p = Path(path)
+    if p.is_dir():
+        return from_pretrained(p)
+    if p.is_file():
+        return parse_program(p.read_text(), str(p))
+    raise WasatError(f"{p} is neither a Hugging Face folder nor a file of graph text")
+
+
+def random_params(graph: Graph, seed: int = 0) -> dict[str, Array]:
+    """Random values for the parameters of a graph that came without any (text), for trying it."""
+    rng = np.random.default_rng(seed)
+    out: dict[str, Array] = {}
+    for name, v in graph.params.items():
+        if isinstance(v.type, QTensorType):
+            raise IRError(f"parameter {name} is quantized: give its data")
+        out[name] = rng.standard_normal(v.type.concrete({})).astype(v.type.dtype.np)
+    return out
+
+
+__all__ = ["Callable", "Progress", "compile", "explain", "load_program", "optimize", "random_params", "run", "tempfile"]
