@@ -1,0 +1,112 @@
+"""Attention as the formula, softmax(q kᵀ · scale, masked) v, with masks written as comparisons of positions."""
+
+from __future__ import annotations
+
+import math
+
+from wasat.ir import DType, TypeMismatch
+
+from .einsum import einsum
+from .functions import Mask, causal, softmax, tanh, where, within
+from .layers import Linear, RMSNorm
+from .module import Module
+from .rope import RoPE
+from .tensor import Tensor, fail
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, keep: Mask = True, *, scale: float | None = None, softcap: float | None = None
+) -> Tensor:
+    """``q[b, s, h, d]``, ``k[b, t, g, d]``, ``v[b, t, g, e]`` -> ``[b, s, h, e]``; query head i reads key head ``i // (h/g)``.
+
+    ``keep`` (bool ``[s, t]``, ``[b, s, t]`` or ``[b, h, s, t]``; true: attend); ``scale`` defaults to ``d ** -0.5``; ``softcap``
+    bounds the scores: ``softcap * tanh(scores / softcap)``. The softmax is computed in f32.
+    """
+    heads, groups = q.shape[2], k.shape[2]
+    if scale is None:
+        width = q.shape[3]
+        scale = width**-0.5 if isinstance(width, int) else fail(f"nn.attention: give scale=, the head size {width} is symbolic")
+    if heads == groups:
+        scores = einsum("b s h d, b t h d -> b h s t", q, k) * scale
+    else:
+        scores = einsum("b s (g r) d, b t g d -> b (g r) s t", q, k) * scale
+    if softcap is not None:
+        scores = tanh(scores / softcap) * softcap
+    if isinstance(keep, Tensor) and keep.rank == 3:
+        keep = keep[:, None]
+    scores = scores.cast(DType.F32)
+    probs = softmax(where(keep, scores, -math.inf), axis=-1).cast(v.dtype)
+    if heads == groups:
+        return einsum("b h s t, b t h e -> b s h e", probs, v)
+    return einsum("b (g r) s t, b t g e -> b s (g r) e", probs, v)
+
+
+class Attention(Module):
+    """Grouped-query self-attention: ``x[b, s, dim]``, positions i64 ``[s]`` or ``[b, s]`` -> ``[b, s, dim]``.
+
+    ``window``: a query sees itself and ``window - 1`` positions before. ``qk_norm``: the eps of RMS norms on queries and keys
+    (``norm_offset`` added to their weights). ``bias``: on q, k, v; ``out_bias``: on the output.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, kv_heads: int | None = None, head_dim: int | None = None, *, window: int | None = None,
+        softcap: float | None = None, scale: float | None = None, qk_norm: float | None = None, norm_offset: float = 0.0,
+        bias: bool = False, out_bias: bool = False, rope: RoPE | None = None, causal: bool = True,
+    ) -> None:  # fmt: skip
+        kv_heads = heads if kv_heads is None else kv_heads
+        if head_dim is None:
+            if dim % heads:
+                raise TypeMismatch(f"Attention: dim {dim} does not split into {heads} heads; give head_dim")
+            head_dim = dim // heads
+        if heads % kv_heads:
+            raise TypeMismatch(f"Attention: {heads} query heads are not a multiple of {kv_heads} key/value heads")
+        if window is not None and not causal:
+            raise TypeMismatch("Attention: a window looks back from the query, so it needs causal=True")
+        self.heads, self.kv_heads = heads, kv_heads
+        self.window, self.softcap, self.causal = window, softcap, causal
+        self.scale = head_dim**-0.5 if scale is None else scale
+        self.q_proj = Linear(dim, heads * head_dim, bias)
+        self.k_proj = Linear(dim, kv_heads * head_dim, bias)
+        self.v_proj = Linear(dim, kv_heads * head_dim, bias)
+        self.o_proj = Linear(heads * head_dim, dim, out_bias)
+        self.q_norm = None if qk_norm is None else RMSNorm(head_dim, qk_norm, norm_offset)
+        self.k_norm = None if qk_norm is None else RMSNorm(head_dim, qk_norm, norm_offset)
+        self.rope = rope
+
+    def __call__(self, x: Tensor, positions: Tensor, keep: Mask = True) -> Tensor:
+        q, k = self.q_proj(x).heads(self.heads), self.k_proj(x).heads(self.kv_heads)
+        v = self.v_proj(x).heads(self.kv_heads)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rope is not None:
+            q, k = self.rope(q, positions), self.rope(k, positions)
+        if self.causal:
+            keep = causal(positions) & within(positions, self.window) & keep
+        out = attention(q, k, v, keep, scale=self.scale, softcap=self.softcap)
+        return self.o_proj(out.merge())  # type: ignore[no-any-return]
+
+
+class CrossAttention(Module):
+    """Attention of ``x[b, s, dim]`` over ``context[b, t, context_dim]`` -> ``[b, s, dim]``; no positions, no causality.
+
+    ``keep`` (bool ``[s, t]`` or ``[b, s, t]``) hides parts of the context, e.g. its padding.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, context_dim: int | None = None, kv_heads: int | None = None,
+        head_dim: int | None = None, *, scale: float | None = None, bias: bool = False, out_bias: bool = False,
+    ) -> None:  # fmt: skip
+        context_dim = dim if context_dim is None else context_dim
+        kv_heads = heads if kv_heads is None else kv_heads
+        head_dim = dim // heads if head_dim is None else head_dim
+        self.heads, self.kv_heads = heads, kv_heads
+        self.scale = head_dim**-0.5 if scale is None else scale
+        self.q_proj = Linear(dim, heads * head_dim, bias)
+        self.k_proj = Linear(context_dim, kv_heads * head_dim, bias)
+        self.v_proj = Linear(context_dim, kv_heads * head_dim, bias)
+        self.o_proj = Linear(heads * head_dim, dim, out_bias)
+
+    def __call__(self, x: Tensor, context: Tensor, keep: Mask = True) -> Tensor:
+        q = self.q_proj(x).heads(self.heads)
+        k, v = self.k_proj(context).heads(self.kv_heads), self.v_proj(context).heads(self.kv_heads)
+        return self.o_proj(attention(q, k, v, keep, scale=self.scale).merge())  # type: ignore[no-any-return]

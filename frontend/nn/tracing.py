@@ -1,0 +1,67 @@
+"""Runs a module on symbolic inputs and returns the program it wrote."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+
+from wasat import ir
+from wasat.ir import Graph, IRError, Program, Type
+
+from .module import Module, Parameter, random_params
+from .tensor import Tensor, Trace, _current, current
+
+
+def trace(
+    module: Module, inputs: Mapping[str, str | Type], name: str = "forward", *, method: str = "__call__",
+    outputs: Sequence[str] | None = None, seed: int = 0, training: bool = False,
+) -> Program:  # fmt: skip
+    """The program of calling ``module`` (or its ``method``) with ``inputs``: name -> type, e.g. ``{"tokens": "i64[b, s]"}``.
+
+    Inputs are passed by keyword where the method has parameters of those names, else by position. The result is a Tensor, or
+    a tuple or dictionary of them; ``outputs`` names them (default: the dictionary's keys, or the values' own names).
+    Parameters are random sources (``seed``) until replaced: ``program.params[name] = ...``. ``training`` turns dropout on.
+
+    Raises TypeMismatch at the user's line where shapes or element types do not fit.
+    """
+    graph = Graph(name)
+    t = Trace(graph, type(module).__name__, trace.__code__, training)
+    for path, x in module.walk():
+        (t.parameter_names if isinstance(x, Parameter) else t.module_paths)[id(x)] = path
+    args = {k: Tensor(t, graph.add_input(k, ir.parse_type(v) if isinstance(v, str) else v)) for k, v in inputs.items()}
+    call = getattr(module, method)
+    accepted = inspect.signature(call).parameters
+    by_name = all(k in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values()) for k in args)
+    token = _current.set(t)
+    try:
+        result = call(**args) if by_name else call(*args.values())
+        values, names = _outputs(t, result, outputs)
+    finally:
+        _current.reset(token)
+    graph.set_outputs(values, names)
+    sources = random_params(module, seed)
+    return Program({name: graph}, {k: sources[k] for k in graph.params})
+
+
+def _outputs(t: Trace, result: object, names: Sequence[str] | None) -> tuple[list[ir.Value], list[str]]:
+    if isinstance(result, dict):
+        names = list(result) if names is None else names
+        result = tuple(result.values())
+    items = result if isinstance(result, (tuple, list)) else (result,)
+    for x in items:
+        if not isinstance(x, Tensor):
+            raise IRError(f"{t.root} returned {x!r}; a module returns a Tensor, or a tuple or dictionary of Tensors")
+        if x.trace is not t:
+            raise IRError(f"{t.root} returned {x!r}, which belongs to another trace")
+    values = [x.value for x in items]
+    if names is None:
+        names = [v.name for v in values]
+        names = [n if n not in names[:i] else f"{n}_{i}" for i, n in enumerate(names)]
+    if len(names) != len(values):
+        raise IRError(f"{t.root} returned {len(values)} tensors; outputs= names {len(names)}: {', '.join(names)}")
+    return values, list(names)
+
+
+def is_training() -> bool:
+    """Whether the running trace has dropout on."""
+    return current("nn.is_training").training
