@@ -1,0 +1,8 @@
+"""Where graphs come from: the ``nn`` DSL, model families, Hugging Face folders."""
+
+from . import nn
+from .checkpoint import CheckpointError, FileParam
+from .families import FAMILIES, ConfigError
+from .huggingface import from_pretrained
+
+__all__ = ["FAMILIES", "CheckpointError", "ConfigError", "FileParam", "from_pretrained", "nn"]

@@ -1,9 +1,11 @@
 """Attention as people write it: one bare block in many spellings, each with what the fused operation must say.
 
-    for case in CASES: program = case.build(); ...; case.expected == {"scale": …, "causal": …, "window": …, "softcap": …}
+    for case in CASES: program = case.build(); ...; case.expected == {"scale": …, "causal": …, "window": …, "softcap":
+    …}
 
-Every block maps ``x[b, s, 32]`` to ``[b, s, 32]`` with 4 query heads of 8 elements: projections, the attention itself, output
-projection; nothing else (no layer norm to anchor a pattern on). ``CASES`` are the nine classic variants, ``MORE`` other spellings.
+Every block maps ``x[b, s, 32]`` to ``[b, s, 32]`` with 4 query heads of 8 elements: projections, the attention
+itself, output projection; nothing else (no layer norm to anchor a pattern on). ``CASES`` are the nine classic
+variants, ``MORE`` other spellings.
 """
 
 from __future__ import annotations
@@ -13,8 +15,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from wasat import ir
 from wasat.frontend import nn
+
+from wasat import ir
 
 DIM, HEADS, HEAD_DIM = 32, 4, 8
 
@@ -251,10 +254,17 @@ class Biased(Block):
         return (nn.softmax((q @ k.T) * HEAD_DIM**-0.5 + bias) @ v).swap(1, 2)
 
 
-def _case(name: str, block: type[Block], dtype: str = "f32", inputs: Mapping[str, str] | None = None, **expected: Any) -> Case:
+def _case(
+    name: str, block: type[Block], dtype: str = "f32", inputs: Mapping[str, str] | None = None, **expected: Any
+) -> Case:
     types = {"x": f"{dtype}[b, s, {DIM}]", **(inputs or {})}
     return Case(
-        name, lambda: nn.trace(block(dtype), types, outputs=["y"]), dtype=dtype, inputs=types, kv_heads=block.kv_heads, **expected
+        name,
+        lambda: nn.trace(block(dtype), types, outputs=["y"]),
+        dtype=dtype,
+        inputs=types,
+        kv_heads=block.kv_heads,
+        **expected,
     )
 
 

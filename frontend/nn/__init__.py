@@ -1,13 +1,13 @@
 """The DSL: declare modules, write their forward pass in plain math, trace it into a graph.
 
-    class Block(nn.Module):
-        def __init__(self, dim, heads):
-            self.norm, self.attention = nn.RMSNorm(dim), nn.Attention(dim, heads, rope=nn.RoPE(dim // heads))
+class Block(nn.Module):
+    def __init__(self, dim, heads):
+        self.norm, self.attention = nn.RMSNorm(dim), nn.Attention(dim, heads, rope=nn.RoPE(dim // heads))
 
-        def __call__(self, x):
-            return x + self.attention(self.norm(x), nn.positions(x))
+    def __call__(self, x):
+        return x + self.attention(self.norm(x), nn.positions(x))
 
-    program = nn.trace(Block(64, 4), {"x": "f32[b, s, 64]"})
+program = nn.trace(Block(64, 4), {"x": "f32[b, s, 64]"})
 """
 
 from .attention import Attention, CrossAttention, attention
@@ -82,8 +82,8 @@ __all__ = [
     "ACTIVATIONS", "GLU", "MLP", "SCALINGS", "Attention", "Conv1d", "Conv2d", "CrossAttention", "Dropout", "Embedding",
     "LayerNorm", "Linear", "Mask", "Module", "ModuleList", "Parameter", "RMSNorm", "RandomParam", "RoPE", "Tensor",
     "activation", "arange", "attention", "causal", "ceil", "concat", "constant", "conv", "cos", "cumsum", "dropout",
-    "einsum", "emit", "erf", "exp", "floor", "frequencies", "full", "gather", "gelu", "heads", "is_training", "layer_norm",
-    "linear", "log", "log_softmax", "maximum", "merge", "minimum", "one_hot", "pad", "positions", "random_normal",
-    "random_uniform", "relu", "rms_norm", "rope", "rsqrt", "sigmoid", "sign", "silu", "sin", "softmax", "softplus", "sqrt",
-    "stack", "stop_gradient", "take_along", "tanh", "top_k", "trace", "where", "within",
+    "einsum", "emit", "erf", "exp", "floor", "frequencies", "full", "gather", "gelu", "heads", "is_training",
+    "layer_norm", "linear", "log", "log_softmax", "maximum", "merge", "minimum", "one_hot", "pad", "positions",
+    "random_normal", "random_uniform", "relu", "rms_norm", "rope", "rsqrt", "sigmoid", "sign", "silu", "sin", "softmax",
+    "softplus", "sqrt", "stack", "stop_gradient", "take_along", "tanh", "top_k", "trace", "where", "within",
 ]  # fmt: skip

@@ -17,15 +17,20 @@ from .tensor import Tensor, fail
 def attention(
     q: Tensor, k: Tensor, v: Tensor, keep: Mask = True, *, scale: float | None = None, softcap: float | None = None
 ) -> Tensor:
-    """``q[b, s, h, d]``, ``k[b, t, g, d]``, ``v[b, t, g, e]`` -> ``[b, s, h, e]``; query head i reads key head ``i // (h/g)``.
+    """``q[b, s, h, d]``, ``k[b, t, g, d]``, ``v[b, t, g, e]`` -> ``[b, s, h, e]``; query head i reads key head ``i //
+    (h/g)``.
 
-    ``keep`` (bool ``[s, t]``, ``[b, s, t]`` or ``[b, h, s, t]``; true: attend); ``scale`` defaults to ``d ** -0.5``; ``softcap``
-    bounds the scores: ``softcap * tanh(scores / softcap)``. The softmax is computed in f32.
+    ``keep`` (bool ``[s, t]``, ``[b, s, t]`` or ``[b, h, s, t]``; true: attend); ``scale`` defaults to ``d ** -0.5``;
+    ``softcap`` bounds the scores: ``softcap * tanh(scores / softcap)``. The softmax is computed in f32.
     """
     heads, groups = q.shape[2], k.shape[2]
     if scale is None:
         width = q.shape[3]
-        scale = width**-0.5 if isinstance(width, int) else fail(f"nn.attention: give scale=, the head size {width} is symbolic")
+        scale = (
+            width**-0.5
+            if isinstance(width, int)
+            else fail(f"nn.attention: give scale=, the head size {width} is symbolic")
+        )
     if heads == groups:
         scores = einsum("b s h d, b t h d -> b h s t", q, k) * scale
     else:
@@ -44,13 +49,14 @@ def attention(
 class Attention(Module):
     """Grouped-query self-attention: ``x[b, s, dim]``, positions i64 ``[s]`` or ``[b, s]`` -> ``[b, s, dim]``.
 
-    ``window``: a query sees itself and ``window - 1`` positions before. ``qk_norm``: the eps of RMS norms on queries and keys
-    (``norm_offset`` added to their weights). ``bias``: on q, k, v; ``out_bias``: on the output.
+    ``window``: a query sees itself and ``window - 1`` positions before. ``qk_norm``: the eps of RMS norms on queries
+    and keys (``norm_offset`` added to their weights). ``bias``: on q, k, v; ``out_bias``: on the output.
     """
 
     def __init__(
-        self, dim: int, heads: int, kv_heads: int | None = None, head_dim: int | None = None, *, window: int | None = None,
-        softcap: float | None = None, scale: float | None = None, qk_norm: float | None = None, norm_offset: float = 0.0,
+        self, dim: int, heads: int, kv_heads: int | None = None, head_dim: int | None = None, *,
+        window: int | None = None, softcap: float | None = None, scale: float | None = None,
+        qk_norm: float | None = None, norm_offset: float = 0.0,
         bias: bool = False, out_bias: bool = False, rope: RoPE | None = None, causal: bool = True,
     ) -> None:  # fmt: skip
         kv_heads = heads if kv_heads is None else kv_heads
@@ -83,7 +89,7 @@ class Attention(Module):
         if self.causal:
             keep = causal(positions) & within(positions, self.window) & keep
         out = attention(q, k, v, keep, scale=self.scale, softcap=self.softcap)
-        return self.o_proj(out.merge())  # type: ignore[no-any-return]
+        return self.o_proj(out.merge())
 
 
 class CrossAttention(Module):
@@ -109,4 +115,4 @@ class CrossAttention(Module):
     def __call__(self, x: Tensor, context: Tensor, keep: Mask = True) -> Tensor:
         q = self.q_proj(x).heads(self.heads)
         k, v = self.k_proj(context).heads(self.kv_heads), self.v_proj(context).heads(self.kv_heads)
-        return self.o_proj(attention(q, k, v, keep, scale=self.scale).merge())  # type: ignore[no-any-return]
+        return self.o_proj(attention(q, k, v, keep, scale=self.scale).merge())

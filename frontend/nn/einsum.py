@@ -1,7 +1,7 @@
 """``nn.einsum`` with einops-like groups, lowered while tracing to reshape, transpose and matmul (or mul and sum).
 
-    nn.einsum("b s (g r) d, b t g d -> b (g r) s t", q, k)      # grouped-query scores
-    nn.einsum("b s d -> b s g d", x, g=4)                       # a new axis: repeats
+nn.einsum("b s (g r) d, b t g d -> b (g r) s t", q, k)      # grouped-query scores
+nn.einsum("b s d -> b s g d", x, g=4)                       # a new axis: repeats
 """
 
 from __future__ import annotations
@@ -11,13 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from wasat import ir
 from wasat.ir import DimLike
 from wasat.ir.dims import floordiv
 
+from wasat import ir
+
 from .tensor import Tensor, emit, fail
 
-Axis = tuple[str, ...]  # one axis of a tensor: a name, or several that were merged, outermost first; () is the literal 1
+Axis = tuple[
+    str, ...
+]  # one axis of a tensor: a name, or several that were merged, outermost first; () is the literal 1
 _TOKEN = re.compile(r"\s*(?:([A-Za-z_]\w*)|(\()|(\))|(\.\.\.)|(1(?!\d)))")
 
 
@@ -60,7 +63,9 @@ class _Einsum:
             name, opening, closing, dots, one = m.groups()
             if name:
                 if name in seen:
-                    self.fail(f"axis {name} appears twice in {text.strip()!r}; take a diagonal with nn.where or nn.gather")
+                    self.fail(
+                        f"axis {name} appears twice in {text.strip()!r}; take a diagonal with nn.where or nn.gather"
+                    )
                 seen.add(name)
                 if group is None:
                     axes.append((name,))
@@ -114,7 +119,9 @@ class _Einsum:
             for n in axis:
                 known = known * self.sizes.get(n, 1)
             if len(unknown) > 1:
-                self.fail(f"the sizes of {' and '.join(unknown)} in ({' '.join(axis)}) are unknown; give one: {unknown[0]}=...")
+                self.fail(
+                    f"the sizes of {' and '.join(unknown)} in ({' '.join(axis)}) are unknown; give {unknown[0]}=..."
+                )
             if unknown:
                 self.sizes[unknown[0]] = floordiv(size, known)
                 known = known * self.sizes[unknown[0]]
@@ -148,7 +155,7 @@ class _Einsum:
         result = sorted({*a.names, *b.names} - {*summed}, key=order.index)
         if not summed:
             return _Term(emit("mul", self.stretch(a, result), self.stretch(b, result)), result)
-        # the last free axis of each side makes the matrix; the others ride along as batch axes of size 1 on the other side,
+        # the last free axis of each side makes the matrix; the others are batch axes, of size 1 on the other side,
         # except a run of free axes of b that stays in place: that is one wide matrix
         rows = [n for n in result if n in free_a][-1:]
         columns = [n for n in result if n in free_b]
@@ -158,8 +165,8 @@ class _Einsum:
         x = self.matrix(a, batch, rows, summed)
         y = self.matrix(b, batch, summed, columns)
         out = emit("matmul", x, y)
-        return _Term(out.reshape(*self.shape([*batch, *rows, *columns])) if len(rows) != 1 or len(columns) != 1 else out,
-                     [*batch, *rows, *columns])  # fmt: skip
+        names = [*batch, *rows, *columns]
+        return _Term(out if len(rows) == len(columns) == 1 else out.reshape(*self.shape(names)), names)
 
     def matrix(self, term: _Term, batch: list[str], rows: list[str], columns: list[str]) -> Tensor:
         """``term`` as [batch axes (1 where it has none)..., rows, columns]; leading ones are left out."""
@@ -221,9 +228,9 @@ def _run(names: Sequence[str], within: Sequence[str]) -> bool:
 def einsum(pattern: str, *operands: Tensor, **sizes: DimLike) -> Tensor:
     """Sums of products by named axes, e.g. ``"b s (g r) d, b t g d -> b (g r) s t"``.
 
-    A parenthesised group is one axis of the tensor made of several, the first outermost; a size that cannot be deduced is given
-    by keyword. ``1`` is an axis of size 1, ``...`` any further axes. Axes missing in the result are summed; axes only in the
-    result repeat. All operands have one element type.
+    A parenthesised group is one axis of the tensor made of several, the first outermost; a size that cannot be
+    deduced is given by keyword. ``1`` is an axis of size 1, ``...`` any further axes. Axes missing in the result are
+    summed; axes only in the result repeat. All operands have one element type.
     """
     for x in operands:
         if not isinstance(x, Tensor):

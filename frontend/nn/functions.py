@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-
 from wasat.ir import DimLike, DType
 
 from .tensor import Operand, Tensor, current, emit, fail
@@ -26,7 +25,7 @@ def constant(x: Any, dtype: DType | str | None = None) -> Tensor:
 
 def full(shape: Sequence[DimLike], value: float, dtype: DType | str = "f32") -> Tensor:
     """A tensor of one repeated number."""
-    return emit("broadcast_to", constant(value, dtype), shape=tuple(shape))  # type: ignore[no-any-return]
+    return emit("broadcast_to", constant(value, dtype), shape=tuple(shape))
 
 
 def arange(size: DimLike, start: DimLike = 0, dtype: DType | str = "i64") -> Tensor:
@@ -42,7 +41,7 @@ def positions(x: Tensor, axis: int = 1) -> Tensor:
 
 def _unary(op: str, doc: str) -> Callable[[Tensor], Tensor]:
     def f(x: Tensor) -> Tensor:
-        return emit(op, x)  # type: ignore[no-any-return]
+        return emit(op, x)
 
     f.__name__ = f.__qualname__ = op
     f.__doc__ = doc
@@ -69,27 +68,27 @@ stop_gradient = _unary("stop_gradient", "x, through which no gradient flows.")
 
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
     """Gaussian error linear unit; ``approximate`` is "none" (erf) or "tanh"."""
-    return emit("gelu", x, approximate=approximate)  # type: ignore[no-any-return]
+    return emit("gelu", x, approximate=approximate)
 
 
 def maximum(x: Operand, y: Operand) -> Tensor:
     """The larger, element by element."""
-    return emit("maximum", x, y)  # type: ignore[no-any-return]
+    return emit("maximum", x, y)
 
 
 def minimum(x: Operand, y: Operand) -> Tensor:
     """The smaller, element by element."""
-    return emit("minimum", x, y)  # type: ignore[no-any-return]
+    return emit("minimum", x, y)
 
 
 def softmax(x: Tensor, axis: int = -1) -> Tensor:
     """exp(x) / sum(exp(x)) along ``axis``."""
-    return emit("softmax", x, axis=axis)  # type: ignore[no-any-return]
+    return emit("softmax", x, axis=axis)
 
 
 def log_softmax(x: Tensor, axis: int = -1) -> Tensor:
     """log(softmax(x)) along ``axis``."""
-    return emit("log_softmax", x, axis=axis)  # type: ignore[no-any-return]
+    return emit("log_softmax", x, axis=axis)
 
 
 def where(condition: Mask, x: Operand, y: Operand) -> Tensor:
@@ -103,12 +102,12 @@ def where(condition: Mask, x: Operand, y: Operand) -> Tensor:
         fail(f"nn.where: {x.value!r} and {y.value!r} differ in element type; cast one")
     if not isinstance(x, Tensor) and not isinstance(y, Tensor):
         x = constant(x)
-    return emit("select", condition, x, y)  # type: ignore[no-any-return]
+    return emit("select", condition, x, y)
 
 
 def concat(xs: Sequence[Tensor], axis: int = -1) -> Tensor:
     """Joined along ``axis``."""
-    return emit("concat", *xs, axis=axis)  # type: ignore[no-any-return]
+    return emit("concat", *xs, axis=axis)
 
 
 def stack(xs: Sequence[Tensor], axis: int = 0) -> Tensor:
@@ -119,38 +118,38 @@ def stack(xs: Sequence[Tensor], axis: int = 0) -> Tensor:
 
 def pad(x: Tensor, low: Sequence[DimLike], high: Sequence[DimLike], value: float = 0.0) -> Tensor:
     """``low[i]`` elements before and ``high[i]`` after, along each axis."""
-    return emit("pad", x, low=tuple(low), high=tuple(high), value=value)  # type: ignore[no-any-return]
+    return emit("pad", x, low=tuple(low), high=tuple(high), value=value)
 
 
 def gather(x: Tensor, indices: Tensor, axis: int = 0) -> Tensor:
     """``np.take``: slices of ``x`` along ``axis`` at integer ``indices``."""
-    return emit("gather", x, indices, axis=axis)  # type: ignore[no-any-return]
+    return emit("gather", x, indices, axis=axis)
 
 
 def take_along(x: Tensor, indices: Tensor, axis: int = -1) -> Tensor:
     """``np.take_along_axis``."""
-    return emit("take_along", x, indices, axis=axis)  # type: ignore[no-any-return]
+    return emit("take_along", x, indices, axis=axis)
 
 
 def one_hot(ids: Tensor, size: DimLike, dtype: DType | str = "f32") -> Tensor:
     """``[...] -> [..., size]``: 1 at the id, 0 elsewhere."""
-    return emit("one_hot", ids, size=size, dtype=dtype)  # type: ignore[no-any-return]
+    return emit("one_hot", ids, size=size, dtype=dtype)
 
 
 def cumsum(x: Tensor, axis: int = -1) -> Tensor:
     """Running sum along ``axis``."""
-    return emit("cumsum", x, axis=axis)  # type: ignore[no-any-return]
+    return emit("cumsum", x, axis=axis)
 
 
 def top_k(x: Tensor, k: int, axis: int = -1) -> tuple[Tensor, Tensor]:
     """The ``k`` largest along ``axis`` and their indices (i64), largest first."""
-    return emit("top_k", x, k=k, axis=axis)  # type: ignore[no-any-return]
+    return emit("top_k", x, k=k, axis=axis)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, name: str | None = None) -> Tensor:
     """``x[..., k]``, ``weight[n, k]``, ``bias[n]`` -> ``[..., n]``: x @ weightᵀ + bias."""
     operands = (x, weight) if bias is None else (x, weight, bias)
-    return emit("linear", *operands, name=name)  # type: ignore[no-any-return]
+    return emit("linear", *operands, name=name)
 
 
 def heads(x: Tensor, n: DimLike) -> Tensor:
@@ -165,12 +164,12 @@ def merge(x: Tensor) -> Tensor:
 
 def random_uniform(key: Tensor, shape: Sequence[DimLike], dtype: DType | str = "f32") -> Tensor:
     """Uniform in [0, 1), fixed by ``key`` (u32[2])."""
-    return emit("random_uniform", key, shape=tuple(shape), dtype=dtype)  # type: ignore[no-any-return]
+    return emit("random_uniform", key, shape=tuple(shape), dtype=dtype)
 
 
 def random_normal(key: Tensor, shape: Sequence[DimLike], dtype: DType | str = "f32") -> Tensor:
     """Standard normal, fixed by ``key`` (u32[2])."""
-    return emit("random_normal", key, shape=tuple(shape), dtype=dtype)  # type: ignore[no-any-return]
+    return emit("random_normal", key, shape=tuple(shape), dtype=dtype)
 
 
 def dropout(x: Tensor, key: Tensor | None, rate: float) -> Tensor:
@@ -179,12 +178,12 @@ def dropout(x: Tensor, key: Tensor | None, rate: float) -> Tensor:
         return x
     if key is None:
         fail("nn.dropout in training needs a key (u32[2]); make it an input of the traced module and pass it down")
-    return emit("dropout", x, key, rate=rate)  # type: ignore[no-any-return]
+    return emit("dropout", x, key, rate=rate)
 
 
-# -- masks: comparisons of positions ------------------------------------------------------------------------------------
+# -- masks: comparisons of positions -------------------------------------------
 def causal(queries: Tensor, keys: Tensor | None = None) -> Tensor:
-    """Which keys a query may see, itself and earlier ones: positions ``[..., s]``, ``[..., t]`` -> bool ``[..., s, t]``."""
+    """A query sees itself and earlier keys: positions ``[..., s]``, ``[..., t]`` -> bool ``[..., s, t]``."""
     keys = queries if keys is None else keys
     return keys[..., None, :] <= queries[..., :, None]
 
@@ -195,5 +194,3 @@ def within(queries: Tensor, window: DimLike | None, keys: Tensor | None = None) 
         return True
     keys = queries if keys is None else keys
     return queries[..., :, None] - keys[..., None, :] < window
-
-

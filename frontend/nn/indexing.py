@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from wasat import ir
 from wasat.ir import Dim, DimLike
+
+from wasat import ir
 
 from .tensor import Index, Tensor, emit, fail
 
@@ -52,11 +53,13 @@ def take(x: Tensor, index: tuple[Index, ...]) -> Tensor:
     return out if out.shape == tuple(shape) else out.reshape(*shape)
 
 
-def _expand(x: Tensor, index: tuple[Index, ...]) -> list[Index]:
+def _expand(x: Tensor, index: tuple[Index, ...]) -> list[int | Dim | slice | None]:
     """One entry per axis, the Ellipsis and missing trailing axes written out."""
     for item in index:
         if isinstance(item, Tensor):
-            fail(f"{x.value!r}: a tensor cannot be an index here; use nn.gather(x, indices, axis=…) or nn.where(mask, x, y)")
+            fail(
+                f"{x.value!r}: a tensor cannot be an index; use nn.gather(x, indices, axis=…) or nn.where(mask, x, y)"
+            )
         if isinstance(item, bool) or not (item is None or item is ... or isinstance(item, (int, Dim, slice))):
             fail(f"{x.value!r}: an index is an int, a dimension, a slice, None or ..., not {item!r}")
     dots = [i for i, item in enumerate(index) if item is ...]
@@ -65,9 +68,9 @@ def _expand(x: Tensor, index: tuple[Index, ...]) -> list[Index]:
     given = sum(item is not None and item is not ... for item in index)
     if given > x.rank:
         fail(f"{x.value!r}: {given} indices for {x.rank} axes")
-    rest: list[Index] = [slice(None)] * (x.rank - given)
+    rest = [slice(None)] * (x.rank - given)
     at = dots[0] if dots else len(index)
-    return [*index[:at], *rest, *index[at + 1 :]]
+    return [item for item in (*index[:at], *rest, *index[at + 1 :]) if item is not ...]
 
 
 def _bound(x: Tensor, axis: int, bound: object, default: DimLike) -> DimLike:

@@ -50,7 +50,7 @@ class Embedding(Module):
         self.weight = Parameter((size, dim), dtype)
 
     def __call__(self, ids: Tensor) -> Tensor:
-        return emit("embedding", self.weight, ids, dtype=self.weight.dtype)  # type: ignore[no-any-return]
+        return emit("embedding", self.weight, ids, dtype=self.weight.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
@@ -103,7 +103,7 @@ class MLP(Module):
         self.act = activation(act)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act(self.up_proj(x)))  # type: ignore[no-any-return]
+        return self.down_proj(self.act(self.up_proj(x)))
 
 
 class GLU(Module):
@@ -116,11 +116,11 @@ class GLU(Module):
         self.act = activation(act)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Dropout(Module):
-    """Zeroes elements with probability ``rate`` while training (``nn.trace(..., training=True)``); needs a key there."""
+    """Zeroes elements with probability ``rate`` while training (``trace(..., training=True)``); needs a key there."""
 
     def __init__(self, rate: float) -> None:
         self.rate = rate
@@ -183,6 +183,6 @@ class Conv1d(_Conv):
 
 
 class Conv2d(_Conv):
-    """``x[b, inputs, height, width] -> [b, outputs, height', width']``; padding is a number, one per axis, or "same"."""
+    """``x[b, inputs, height, width] -> [b, outputs, height', width']``; padding: a number, one per axis, "same"."""
 
     axes = 2

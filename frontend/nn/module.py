@@ -1,4 +1,4 @@
-"""Modules: Python objects whose attributes are parameters and further modules. A parameter's name is its attribute path."""
+"""Modules: objects whose attributes are parameters and further modules. A parameter's name is its attribute path."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from wasat.ir import DimLike, DType, TensorType
 
 from wasat import ir
-from wasat.ir import DimLike, DType, TensorType
 
 from .tensor import Tensor, Trace, _current, current, fail
 
@@ -26,7 +26,7 @@ class Parameter(Tensor):
         self, shape: Sequence[DimLike], dtype: DType | str = "f32", *, mean: float = 0.0, std: float = 0.02
     ) -> None:
         self._type = TensorType(DType.of(dtype), tuple(shape))
-        self.mean, self.std = mean, std
+        self.noise = (mean, std)
 
     @property
     def trace(self) -> Trace:
@@ -42,8 +42,8 @@ class Parameter(Tensor):
         name = t.parameter_names.get(id(self))
         if name is None:
             fail(
-                f"a parameter {self._type} is used that cannot be reached from {t.root}: make the module that holds it an "
-                f"attribute of {t.root} or of a module inside it"
+                f"a parameter {self._type} is used that cannot be reached from {t.root}: make the module that holds it "
+                f"an attribute of {t.root} or of a module inside it"
             )
         return t.graph.add_param(name, self._type)
 
@@ -81,7 +81,7 @@ class Module:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "__call__" in cls.__dict__:
-            cls.__call__ = scoped(cls.__dict__["__call__"])  # type: ignore[method-assign]
+            setattr(cls, "__call__", scoped(cls.__dict__["__call__"]))  # noqa: B010 (mypy refuses the assignment)
 
     def walk(self) -> Iterator[tuple[str, Module | Parameter]]:
         """``(path, module or parameter)`` of everything inside (and itself, path ``""``), in order, each once."""
@@ -98,7 +98,7 @@ class Module:
 
 def random_params(module: Module, seed: int) -> dict[str, RandomParam]:
     """A lazy random source for each parameter of ``module``."""
-    return {name: RandomParam(name, p.type, seed, p.mean, p.std) for name, p in module.parameters().items()}
+    return {name: RandomParam(name, p.type, seed, *p.noise) for name, p in module.parameters().items()}
 
 
 class ModuleList(list[Module]):
@@ -137,8 +137,10 @@ def scoped(call: Callable[..., Any]) -> Callable[..., Any]:
         if t.scope and t.scope[-1][0] == id(self):  # super().__call__
             return call(self, *args, **kwargs)
         path = t.module_paths.get(id(self))
-        if path is None:  # a module without parameters, made on the fly
+        if path is None:  # made on the fly
             path = f"{t.path}.{type(self).__name__}".lstrip(".")
+        elif t.path and not path.startswith(t.path + "."):  # shared: where it is called from says more
+            path = f"{t.path}.{path.rpartition('.')[2]}"
         t.scope.append((id(self), path))
         try:
             return call(self, *args, **kwargs)

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-
 from wasat.ir import DType, WasatError
 
 from .functions import concat, cos, sin
@@ -65,7 +64,8 @@ def _yarn(inv_freq: np.ndarray, p: Mapping[str, Any], dim: int, theta: float) ->
 
 _SCALINGS = {"linear": _linear, "llama3": _llama3, "yarn": _yarn}
 _NEEDED = {
-    "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings"),
 }  # fmt: skip
 SCALINGS = ("default", *_SCALINGS)
@@ -75,7 +75,8 @@ SCALINGS = ("default", *_SCALINGS)
 class RoPE(Module):
     """Rotates the first ``fraction`` of each head by position: ``x[b, s, h, d]``, positions i64 ``[s]`` or ``[b, s]``.
 
-    ``scaling`` is a Hugging Face ``rope_parameters`` dictionary: ``rope_type`` default, linear, llama3 or yarn, with its numbers.
+    ``scaling`` is a Hugging Face ``rope_parameters`` dictionary: ``rope_type`` default, linear, llama3 or yarn, with
+    its numbers.
     """
 
     def __init__(
@@ -97,10 +98,11 @@ class RoPE(Module):
 
 
 def rope(x: Tensor, positions: Tensor, inv_freq: np.ndarray | float = 10000.0, factor: float = 1.0) -> Tensor:
-    """``x * cos + rotate_half(x) * sin`` with angles ``positions * inv_freq``; ``x[b, s, h, d]``, positions ``[s]`` or ``[b, s]``.
+    """``x * cos + rotate_half(x) * sin`` with angles ``positions * inv_freq``; ``x[b, s, h, d]``, positions ``[s]``
+    or ``[b, s]``.
 
-    ``inv_freq`` (radians per position, one per pair ``(i, i + r/2)``) rotates the first ``r = 2 * len(inv_freq)`` elements; a
-    number is the base theta over the whole head. ``factor`` multiplies cos and sin.
+    ``inv_freq`` (radians per position, one per pair ``(i, i + r/2)``) rotates the first ``r = 2 * len(inv_freq)``
+    elements; a number is the base theta over the whole head. ``factor`` multiplies cos and sin.
     """
     if not isinstance(inv_freq, np.ndarray):
         width = x.shape[-1]

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from types import CodeType, EllipsisType, FrameType
-from typing import Any, NoReturn, Union
+from typing import Any, NoReturn, TypeAlias, Union
 
 import numpy as np
-
-from wasat import ir
 from wasat.ir import Dim, DimLike, DType, Loc, TypeMismatch
 from wasat.ir.dims import floordiv
 
+from wasat import ir
+
 Operand = Union["Tensor", int, float, bool, Dim, np.ndarray, np.generic]
-Index = Union[int, Dim, slice, None, EllipsisType]
+Index: TypeAlias = int | Dim | slice | EllipsisType | None
 
 _PACKAGE = str(Path(__file__).parent)
 _current: ContextVar[Trace | None] = ContextVar("trace", default=None)
@@ -68,7 +68,9 @@ def current(what: str = "a tensor operation") -> Trace:
     """The trace that is running; an error naming ``what`` if none is."""
     t = _current.get()
     if t is None:
-        raise ir.IRError(f"{what} is possible only while nn.trace runs the module: tensors are symbolic, they hold no data")
+        raise ir.IRError(
+            f"{what} is possible only while nn.trace runs the module: tensors are symbolic, they hold no data"
+        )
     return t
 
 
@@ -114,7 +116,7 @@ def _binary(op: str, x: Operand, y: Operand) -> Tensor:
             f"{op}({x.value!r}, {y.value!r}): element types differ, {x.dtype} and {y.dtype}, and nothing is converted "
             f'silently; cast one: .cast("{b.dtype}") on the {a.dtype} tensor'
         )
-    return emit(op, x, y)  # type: ignore[no-any-return]
+    return emit(op, x, y)
 
 
 class Tensor:
@@ -153,7 +155,7 @@ class Tensor:
     def __repr__(self) -> str:
         return f"Tensor({self.value!r})"
 
-    # -- arithmetic ----------------------------------------------------------------------------------------------------
+    # -- arithmetic ----------------------------------------
     def __add__(self, other: Operand) -> Tensor:
         return _binary("add", self, other)
 
@@ -203,19 +205,19 @@ class Tensor:
         return _binary("matmul", other, self)
 
     def __neg__(self) -> Tensor:
-        return emit("neg", self)  # type: ignore[no-any-return]
+        return emit("neg", self)
 
     def __abs__(self) -> Tensor:
-        return emit("abs", self)  # type: ignore[no-any-return]
+        return emit("abs", self)
 
-    # -- comparison and logic --------------------------------------------------------------------------------------------
+    # -- comparison and logic ----------------------------------------
     __hash__ = object.__hash__
 
     def __eq__(self, other: object) -> Tensor:  # type: ignore[override]
-        return _binary("equal", self, other)  # type: ignore[arg-type]
+        return _binary("equal", self, other)
 
     def __ne__(self, other: object) -> Tensor:  # type: ignore[override]
-        return _binary("not_equal", self, other)  # type: ignore[arg-type]
+        return _binary("not_equal", self, other)
 
     def __lt__(self, other: Operand) -> Tensor:
         return _binary("less", self, other)
@@ -244,9 +246,9 @@ class Tensor:
     __rand__, __ror__, __rxor__ = __and__, __or__, __xor__
 
     def __invert__(self) -> Tensor:
-        return emit("logical_not" if self.dtype is DType.BOOL else "bit_not", self)  # type: ignore[no-any-return]
+        return emit("logical_not" if self.dtype is DType.BOOL else "bit_not", self)
 
-    # -- what a symbolic tensor cannot do --------------------------------------------------------------------------------
+    # -- what a symbolic tensor cannot do ----------------------------------------
     def _refuse(self, what: str, instead: str) -> NoReturn:
         fail(f"{what} of {self.value!r} is not known while tracing: it depends on the data. {instead}")
 
@@ -275,7 +277,7 @@ class Tensor:
     def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
         fail(f"NumPy cannot compute with {self.value!r}, which is symbolic; use the function of the same name in nn")
 
-    # -- shape -----------------------------------------------------------------------------------------------------------
+    # -- shape ----------------------------------------
     def reshape(self, *shape: DimLike) -> Tensor:
         """The same elements in another shape; one entry may be -1."""
         if len(shape) == 1 and isinstance(shape[0], (tuple, list)):
@@ -288,12 +290,12 @@ class Tensor:
             if ir.equal(free * rest, self.type.size) is not True:
                 fail(f"reshape of {self.value!r} to {shape}: {self.type.size} elements are not a multiple of {rest}")
             shape = tuple(free if isinstance(d, int) and d == -1 else d for d in shape)
-        return emit("reshape", self, shape=shape)  # type: ignore[no-any-return]
+        return emit("reshape", self, shape=shape)
 
     def transpose(self, *perm: int) -> Tensor:
         """Axes in the order ``perm``."""
         perm = tuple(p % self.rank if self.rank else p for p in perm)
-        return emit("transpose", self, perm=perm)  # type: ignore[no-any-return]
+        return emit("transpose", self, perm=perm)
 
     def swap(self, a: int, b: int) -> Tensor:
         """Axes ``a`` and ``b`` exchanged."""
@@ -308,7 +310,7 @@ class Tensor:
 
     def broadcast_to(self, *shape: DimLike) -> Tensor:
         """Stretched to ``shape``: axes of size 1, and new leading ones."""
-        return emit("broadcast_to", self, shape=shape)  # type: ignore[no-any-return]
+        return emit("broadcast_to", self, shape=shape)
 
     def cast(self, dtype: DType | str) -> Tensor:
         """Elements converted to ``dtype``; itself if they are of it already."""
@@ -338,7 +340,7 @@ class Tensor:
             sizes: list[DimLike] = [each] * parts
         else:
             sizes = list(parts)
-            if ir.equal(sum(sizes, 0), size) is not True:  # type: ignore[arg-type]
+            if ir.equal(sum(sizes, 0), size) is not True:
                 fail(f"{self.value!r}: parts of {', '.join(map(str, sizes))} do not make up axis {axis} of size {size}")
         out, at = [], 0  # type: list[Tensor], DimLike
         for n in sizes:
@@ -355,7 +357,7 @@ class Tensor:
         starts: list[DimLike] = [0] * self.rank
         stops = list(self.shape)
         starts[axis], stops[axis] = start, stop
-        return emit("slice", self, starts=tuple(starts), stops=tuple(stops))  # type: ignore[no-any-return]
+        return emit("slice", self, starts=tuple(starts), stops=tuple(stops))
 
     def __getitem__(self, index: Index | tuple[Index, ...]) -> Tensor:
         """NumPy's basic indexing: ints, slices (with symbolic dimensions too), None, Ellipsis."""
@@ -363,10 +365,10 @@ class Tensor:
 
         return take(self, index if isinstance(index, tuple) else (index,))
 
-    # -- reductions ------------------------------------------------------------------------------------------------------
+    # -- reductions ----------------------------------------
     def _reduce(self, op: str, axis: int | Sequence[int] | None, keepdims: bool) -> Tensor:
         axes = range(self.rank) if axis is None else [axis] if isinstance(axis, int) else axis
-        return emit(op, self, axes=tuple(self._axis(a) for a in axes), keepdims=keepdims)  # type: ignore[no-any-return]
+        return emit(op, self, axes=tuple(self._axis(a) for a in axes), keepdims=keepdims)
 
     def sum(self, axis: int | Sequence[int] | None = None, keepdims: bool = False) -> Tensor:
         """Sum over ``axis`` (default: all)."""

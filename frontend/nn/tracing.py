@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 
-from wasat import ir
 from wasat.ir import Graph, IRError, Program, Type
+
+from wasat import ir
 
 from .module import Module, Parameter, random_params
 from .tensor import Tensor, Trace, _current, current
@@ -16,11 +17,13 @@ def trace(
     module: Module, inputs: Mapping[str, str | Type], name: str = "forward", *, method: str = "__call__",
     outputs: Sequence[str] | None = None, seed: int = 0, training: bool = False,
 ) -> Program:  # fmt: skip
-    """The program of calling ``module`` (or its ``method``) with ``inputs``: name -> type, e.g. ``{"tokens": "i64[b, s]"}``.
+    """The program of calling ``module`` (or its ``method``) with ``inputs``: name -> type, e.g. ``{"tokens": "i64[b,
+    s]"}``.
 
-    Inputs are passed by keyword where the method has parameters of those names, else by position. The result is a Tensor, or
-    a tuple or dictionary of them; ``outputs`` names them (default: the dictionary's keys, or the values' own names).
-    Parameters are random sources (``seed``) until replaced: ``program.params[name] = ...``. ``training`` turns dropout on.
+    Inputs are passed by keyword where the method has parameters of those names, else by position. The result is a
+    Tensor, or a tuple or dictionary of them; ``outputs`` names them (default: the dictionary's keys, or the values'
+    own names). Parameters are random sources (``seed``) until replaced: ``program.params[name] = ...``. ``training``
+    turns dropout on.
 
     Raises TypeMismatch at the user's line where shapes or element types do not fit.
     """

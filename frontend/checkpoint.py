@@ -1,0 +1,198 @@
+"""Safetensors files, memory-mapped: parameters are read one at a time, when asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from wasat.ir import DType, TensorType, WasatError
+
+_DTYPES = {
+    "F64": DType.F64, "F32": DType.F32, "F16": DType.F16, "BF16": DType.BF16, "F8_E4M3": DType.F8E4M3,
+    "F8_E5M2": DType.F8E5M2, "I64": DType.I64, "I32": DType.I32, "I16": DType.I16, "I8": DType.I8, "U64": DType.U64,
+    "U32": DType.U32, "U16": DType.U16, "U8": DType.U8, "BOOL": DType.BOOL,
+}  # fmt: skip
+_HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
+STORED = (DType.F32, DType.F16, DType.BF16)
+"""Element types that a float parameter may be stored in."""
+
+
+class CheckpointError(WasatError):
+    """Files that are missing, damaged, or hold other tensors than the model needs."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor in a safetensors file."""
+
+    file: Path
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    offset: int
+    """First byte in the file."""
+
+    def map(self) -> np.ndarray:
+        """A read-only view of the file, of the stored type."""
+        if 0 in self.shape:
+            return np.zeros(self.shape, self.dtype.np)
+        try:
+            raw = np.memmap(self.file, self.dtype.np, "r", self.offset, self.shape)
+        except (OSError, ValueError) as e:
+            raise CheckpointError(f"{self.file}: tensor {self.name} cannot be read: {e}") from None
+        return raw.view(np.ndarray)
+
+
+@dataclass(frozen=True)
+class FileParam:
+    """A parameter in a safetensors file, converted to ``type``'s element type each time it is loaded."""
+
+    type: TensorType
+    stored: Stored
+
+    def load(self) -> np.ndarray:
+        """The array; a view of the file where nothing has to be converted."""
+        return self.stored.map().astype(self.type.dtype.np, copy=False)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; errors name the file and place."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise CheckpointError(f"{path} cannot be read: {e}") from None
+    except json.JSONDecodeError as e:
+        raise CheckpointError(f"{path}:{e.lineno}:{e.colno}: not JSON: {e.msg}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}, not an object")
+    return value
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """What a safetensors file holds, by name, its header checked against the file's size."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as f:
+            n = int.from_bytes(f.read(8), "little")
+            if size < 8 or n > min(_HEADER_LIMIT, size - 8):
+                raise CheckpointError(
+                    f"{path} is no safetensors file, or is truncated: it has {size} bytes, its header {n}"
+                )
+            header = json.loads(f.read(n))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist") from None
+    except OSError as e:
+        raise CheckpointError(f"{path} cannot be read: {e}") from None
+    except ValueError:
+        raise CheckpointError(f"{path}: the safetensors header is not JSON; the file is damaged") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: the safetensors header is not an object; the file is damaged")
+    out: dict[str, Stored] = {}
+    spans: list[tuple[int, int, str]] = []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            kind, shape, (start, stop) = entry["dtype"], tuple(int(d) for d in entry["shape"]), entry["data_offsets"]
+        except (KeyError, TypeError, ValueError):
+            raise CheckpointError(f"{path}: the header's entry for {name} is malformed; the file is damaged") from None
+        if kind not in _DTYPES:
+            raise CheckpointError(f"{path}: tensor {name} has element type {kind}; known are {', '.join(_DTYPES)}")
+        dtype = _DTYPES[kind]
+        count = 1
+        for d in shape:
+            count *= d
+        if min(shape, default=0) < 0 or start < 0 or stop - start != count * dtype.np.itemsize:
+            raise CheckpointError(
+                f"{path}: tensor {name} {kind}{list(shape)} does not fit its {stop - start} bytes; damaged"
+            )
+        if 8 + n + stop > size:
+            raise CheckpointError(
+                f"{path} is truncated: it has {size} bytes, tensor {name} ends at {8 + n + stop}; download it again"
+            )
+        spans.append((start, stop, name))
+        out[name] = Stored(path, name, dtype, shape, 8 + n + start)
+    at, last = 0, "the header"
+    for start, stop, name in sorted(spans):
+        if start != at:
+            raise CheckpointError(f"{path}: tensor {name} does not begin where {last} ends; the file is damaged")
+        at, last = stop, name
+    if 8 + n + at != size:
+        raise CheckpointError(f"{path}: {size - 8 - n - at} bytes follow the last tensor; the file is damaged")
+    return out
+
+
+def read_folder(folder: Path) -> dict[str, Stored]:
+    """All tensors of a folder: ``model.safetensors``, or the shards that ``model.safetensors.index.json`` lists."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return read_header(single)
+    if not index.exists():
+        others = sorted(
+            p.name for pattern in ("*.bin", "*.pt", "*.gguf", "*.safetensors") for p in folder.glob(pattern)
+        )
+        raise CheckpointError(
+            f"{folder} has neither model.safetensors nor model.safetensors.index.json"
+            + (
+                f"; it has {', '.join(others[:4])}, which cannot be read: save the model as safetensors"
+                if others
+                else ""
+            )
+        )
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(v, str) for v in where.values()):
+        raise CheckpointError(f"{index}: weight_map is not an object of tensor name -> file name")
+    shards: dict[str, dict[str, Stored]] = {}
+    for shard in dict.fromkeys(where.values()):
+        if Path(shard).name != shard:
+            raise CheckpointError(f"{index}: shard {shard!r} is not a file name inside the folder")
+        if not (folder / shard).exists():
+            count = sum(v == shard for v in where.values())
+            raise CheckpointError(f"{folder / shard} is missing: {index.name} places {count} tensors in it")
+        shards[shard] = read_header(folder / shard)
+    problems = [f"{name} is not in {shard}" for name, shard in where.items() if name not in shards[shard]]
+    problems += [
+        f"{name} is in {shard}, but the index places it {'in ' + where[name] if name in where else 'nowhere'}"
+        for shard, found in shards.items() for name in found if where.get(name) != shard
+    ]  # fmt: skip
+    if problems:
+        raise CheckpointError(f"{index.name} and its shards disagree:\n" + _list(problems))
+    return {name: shards[shard][name] for name, shard in where.items()}
+
+
+def _list(lines: Iterable[str]) -> str:
+    lines = list(lines)
+    more = [f"  … and {len(lines) - 20} more"] if len(lines) > 20 else []
+    return "\n".join([f"  {x}" for x in lines[:20]] + more)
+
+
+def match(
+    wanted: Mapping[str, TensorType], found: Mapping[str, Stored], ignorable: Iterable[str], where: Path
+) -> dict[str, FileParam]:
+    """A source for each wanted parameter. All that is missing, unexpected, misshaped or mistyped is named at once."""
+    ignored = set(ignorable)
+    problems = [f"missing: {name} {t}" for name, t in wanted.items() if name not in found]
+    problems += [
+        f"unexpected: {name} {s.dtype}{list(s.shape)}"
+        for name, s in found.items()
+        if name not in wanted and name not in ignored
+    ]
+    for name, t in wanted.items():
+        s = found.get(name)
+        if s is None:
+            continue
+        if s.shape != t.shape:
+            problems.append(f"misshaped: {name} is {list(s.shape)}, the configuration asks for {list(t.shape)}")
+        if s.dtype not in STORED:
+            problems.append(
+                f"wrong type: {name} is stored as {s.dtype}; a float parameter is {', '.join(map(str, STORED))}"
+            )
+    if problems:
+        raise CheckpointError(f"{where}: the checkpoint does not fit config.json:\n{_list(problems)}")
+    return {name: FileParam(t, found[name]) for name, t in wanted.items()}

@@ -1,0 +1,135 @@
+"""Gemma 3, text: five sliding layers to one full, two RoPE bases, norms before and after, scaled tied embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from wasat.frontend import nn
+
+from .config import Fields, layer_types, rope
+
+
+@dataclass(frozen=True)
+class Options:
+    """Sizes and switches of a Gemma 3 decoder."""
+
+    vocab: int
+    dim: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    eps: float
+    act: str
+    tied: bool
+    scale: float
+    bias: bool
+    softcap: float | None
+    logit_softcap: float | None
+    window: int | None
+    types: Sequence[str]
+
+
+class DecoderLayer(nn.Module):
+    """Attention and gated feed-forward, each between two RMS norms whose scale is 1 + weight."""
+
+    def __init__(self, o: Options, window: int | None, rope: nn.RoPE) -> None:
+        self.self_attn = nn.Attention(
+            o.dim, o.heads, o.kv_heads, o.head_dim, window=window, softcap=o.softcap, scale=o.scale, qk_norm=o.eps,
+            norm_offset=1.0, bias=o.bias, out_bias=o.bias, rope=rope,
+        )  # fmt: skip
+        self.mlp = nn.GLU(o.dim, o.hidden, o.act)
+        self.input_layernorm = nn.RMSNorm(o.dim, o.eps, offset=1.0)
+        self.post_attention_layernorm = nn.RMSNorm(o.dim, o.eps, offset=1.0)
+        self.pre_feedforward_layernorm = nn.RMSNorm(o.dim, o.eps, offset=1.0)
+        self.post_feedforward_layernorm = nn.RMSNorm(o.dim, o.eps, offset=1.0)
+
+    def __call__(self, x: nn.Tensor, positions: nn.Tensor) -> nn.Tensor:
+        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), positions))
+        out: nn.Tensor = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        return out
+
+
+class Decoder(nn.Module):
+    """Token ids i64[b, s] -> hidden states f32[b, s, dim]."""
+
+    def __init__(self, o: Options, ropes: dict[str, nn.RoPE]) -> None:
+        self.scale = o.dim**0.5
+        self.embed_tokens = nn.Embedding(o.vocab, o.dim)
+        self.layers = nn.ModuleList(
+            [DecoderLayer(o, o.window if t == "sliding_attention" else None, ropes[t]) for t in o.types]
+        )
+        self.norm = nn.RMSNorm(o.dim, o.eps, offset=1.0)
+
+    def __call__(self, tokens: nn.Tensor) -> nn.Tensor:
+        positions = nn.positions(tokens)
+        x = self.embed_tokens(tokens) * self.scale
+        for layer in self.layers:
+            x = layer(x, positions)
+        out: nn.Tensor = self.norm(x)
+        return out
+
+
+class Gemma3(nn.Module):
+    """Token ids i64[b, s] -> logits f32[b, s, vocab]."""
+
+    def __init__(self, o: Options, ropes: dict[str, nn.RoPE]) -> None:
+        self.softcap = o.logit_softcap
+        self.model = Decoder(o, ropes)
+        self.lm_head = None if o.tied else nn.Linear(o.dim, o.vocab)
+
+    def __call__(self, tokens: nn.Tensor) -> nn.Tensor:
+        x = self.model(tokens)
+        if self.lm_head is None:
+            logits = nn.linear(x, self.model.embed_tokens.weight, name="lm_head")
+        else:
+            logits = self.lm_head(x)
+        return logits if self.softcap is None else nn.tanh(logits / self.softcap) * self.softcap
+
+
+def gemma3_text(fields: Fields) -> Gemma3:
+    """``model_type: gemma3_text``."""
+    layers, context, head_dim = (
+        fields.size("num_hidden_layers"),
+        fields.size("max_position_embeddings"),
+        fields.size("head_dim"),
+    )
+    fields.refuse("use_bidirectional_attention", False, "only causal Gemma 3 is implemented")
+    period = fields.take("_sliding_window_pattern", int, None) or fields.take("sliding_window_pattern", int, None) or 6
+    fields.take("sliding_window_pattern", int, None)
+    default = ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(layers)]
+    heads, kv_heads = fields.size("num_attention_heads"), fields.size("num_key_value_heads")
+    if heads % kv_heads:
+        raise fields.fail(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+    options = Options(
+        vocab=fields.size("vocab_size"), dim=fields.size("hidden_size"), hidden=fields.size("intermediate_size"),
+        heads=heads, kv_heads=kv_heads, head_dim=head_dim, eps=fields.take("rms_norm_eps", float, 1e-6),
+        act=fields.activation("hidden_activation", "hidden_act", default="gelu_pytorch_tanh"),
+        tied=fields.flag("tie_word_embeddings", True), scale=fields.take("query_pre_attn_scalar", (int, float)) ** -0.5,
+        bias=fields.flag("attention_bias", False), softcap=fields.take("attn_logit_softcapping", float, None),
+        logit_softcap=fields.take("final_logit_softcapping", float, None),
+        window=fields.take("sliding_window", int, None), types=layer_types(fields, layers, default),
+    )  # fmt: skip
+    if options.window is None and "sliding_attention" in options.types:
+        raise fields.fail("sliding_window is missing, and layer_types holds sliding_attention")
+    model = Gemma3(options, _ropes(fields, head_dim, context))
+    fields.finish("gemma3_text")
+    return model
+
+
+def _ropes(fields: Fields, head_dim: int, context: int) -> dict[str, nn.RoPE]:
+    """One rotary embedding per kind of layer; older files scale only that of the full layers."""
+    theta = fields.take("rope_theta", float, None) or 1e6
+    local = fields.take("rope_local_base_freq", float, None) or 1e4
+    scaling = fields.take("rope_scaling", dict, None) or {}
+    given = fields.take("rope_parameters", dict, None)
+    if given is None:
+        given = {"full_attention": scaling, "sliding_attention": {}}
+    unknown = [k for k in given if k not in ("full_attention", "sliding_attention")]
+    if unknown:
+        raise fields.fail(f"rope_parameters has {', '.join(unknown)}; expected full_attention and sliding_attention")
+    return {
+        kind: rope(fields, f"rope_parameters.{kind}", given.get(kind) or {}, head_dim, context, base)
+        for kind, base in (("full_attention", theta), ("sliding_attention", local))
+    }

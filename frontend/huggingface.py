@@ -1,0 +1,106 @@
+"""Hugging Face model folders: config.json, safetensors, tokenizer.json -> a program with lazy parameters."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from wasat.frontend import nn
+from wasat.ir import Program, TensorType
+
+from .checkpoint import CheckpointError, FileParam, Stored, match, read_folder, read_json
+from .families import FAMILIES, ConfigError, Fields
+
+_BUFFERS = re.compile(r"(.*\.)?rotary_emb\.inv_freq\Z")
+"""Tensors that old checkpoints store although they follow from the configuration; transformers ignores them too."""
+
+
+def from_pretrained(folder: str | Path) -> Program:
+    """The program of a model folder: graph ``forward(tokens i64[b, s]) -> logits f32[b, s, vocab]``.
+
+    Parameters are memory-mapped and converted to f32 one at a time, when loaded; their names are the checkpoint's.
+    ``metadata``: family, name, context (positions), vocab, generation (bos, eos list, pad), tokenizer (path or None),
+    config.
+
+    Raises ConfigError for a field that is not implemented, CheckpointError for files that are damaged or do not fit.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder; give the folder that holds config.json")
+    config = read_json(folder / "config.json")
+    fields = Fields(config, str(folder / "config.json"))
+    family, module = build(fields)
+    program = nn.trace(module, {"tokens": "i64[b, s]"}, outputs=["logits"])
+    found = read_folder(folder)
+    wanted = {name: p.type for name, p in module.parameters().items()}
+    program.params.update(_sources(wanted, found, folder, tied="lm_head.weight" not in wanted))
+    tokenizer = folder / "tokenizer.json"
+    program.metadata.update(
+        family=family, name=folder.resolve().name, context=config["max_position_embeddings"],
+        vocab=config["vocab_size"], generation=_generation(folder, config), tokenizer=str(tokenizer) if tokenizer.exists() else None, config=config,
+    )  # fmt: skip
+    return program
+
+
+def build(fields: Fields) -> tuple[str, nn.Module]:
+    """The family's name and the module that a configuration describes."""
+    kind = fields.config.get("model_type")
+    if kind not in FAMILIES:
+        near = difflib.get_close_matches(str(kind), FAMILIES, 1)
+        raise fields.fail(
+            f"model_type {kind!r} is not supported; supported are {', '.join(FAMILIES)}"
+            + (f" (nearest: {near[0]})" if near else "")
+        )
+    if fields.config.get("quantization_config"):
+        method = fields.config["quantization_config"].get("quant_method", "?")
+        raise fields.fail(
+            f"quantization_config: the checkpoint is quantized ({method}); use the original, unquantized one"
+        )
+    architecture, builder = FAMILIES[kind]
+    given = fields.config.get("architectures") or [architecture]
+    if architecture not in given:
+        raise fields.fail(f"architectures is {given}; of model_type {kind} only {architecture} is supported")
+    return kind, builder(fields)
+
+
+def _sources(wanted: dict[str, TensorType], found: dict[str, Stored], folder: Path, tied: bool) -> dict[str, FileParam]:
+    """File parameters for ``wanted``; a tied head that is stored all the same must equal the embedding."""
+    ignorable = [name for name in found if _BUFFERS.match(name)]
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    if tied and head in found:
+        if embedding not in found:
+            found = {**found, embedding: found[head]}
+        elif not _same(found[embedding], found[head]):
+            raise CheckpointError(
+                f"{folder}: config.json ties {head} to {embedding}, and the checkpoint holds different numbers; "
+                "set tie_word_embeddings to false if the head is meant to be used"
+            )
+        ignorable.append(head)
+    return match(wanted, found, ignorable, folder)
+
+
+def _same(a: Stored, b: Stored) -> bool:
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    x, y = a.map(), b.map()
+    return all(np.array_equal(x[i : i + 4096], y[i : i + 4096]) for i in range(0, a.shape[0] if a.shape else 0, 4096))
+
+
+def _generation(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """``{bos, eos, pad}`` token ids; generation_config.json goes before config.json. ``eos`` is a list."""
+    path = folder / "generation_config.json"
+    first = read_json(path) if path.exists() else {}
+    ids: dict[str, Any] = {}
+    for key in ("bos", "eos", "pad"):
+        name = f"{key}_token_id"
+        value = first.get(name) if first.get(name) is not None else config.get(name)
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
+            raise ConfigError(
+                f"{path if name in first else folder / 'config.json'}: {name} is {value!r}; expected token ids"
+            )
+        ids[key] = values if key == "eos" else values[0] if values else None
+    return ids
