@@ -1,0 +1,239 @@
+"""y = x @ w^T (+ bias) over packed f32, f16 or dequantized int8/int4 weights, all arithmetic in f32.
+
+One PrimFunc holds a matrix-vector path (one row: a panel is a stream from memory) and register-tiled paths for more
+rows; the number of rows chooses at run time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from tvm import tirx
+
+from .emit import (
+    Buffer,
+    Expr,
+    Kernel,
+    cast,
+    ceil_div,
+    f16_to_f32,
+    floor_div,
+    floor_mod,
+    int64,
+    load,
+    maximum,
+    minimum,
+    splat,
+    splat_int,
+    symbol,
+    vector,
+    widen,
+)
+from .emit import bits as reinterpret
+from .isa import Isa
+from .pack import BLOCK, float_shape, int_shape, padded
+
+Weights = Literal["float32", "float16", "int8", "int4"]
+_CHUNK = 240  # rows of x that a panel is applied to before the next panel is fetched; a multiple of every tile
+
+
+@dataclass(frozen=True)
+class Linear:
+    """y[m, n] = x[m, k] @ w[n, k]^T (+ bias[n]); ``weights`` names the storage, see :mod:`pack`."""
+
+    isa: Isa
+    n: int
+    k: int
+    weights: Weights = "float32"
+    bias: bool = False
+    threads: int = 1
+
+    @property
+    def name(self) -> str:
+        return f"linear_{self.weights}_{self.n}x{self.k}{'_bias' if self.bias else ''}"
+
+
+def linear(desc: Linear) -> tirx.PrimFunc:
+    """PrimFunc(x f32[m, k], w packed, [bias f32[padded n]], y f32[m, n])."""
+    isa, n, k, lanes = desc.isa, desc.n, desc.k, desc.isa.lanes
+    kernel = Kernel(desc.name)
+    m = symbol("m")
+    x = kernel.param("x", (m, k), "float32")
+    quantized = desc.weights in ("int8", "int4")
+    if quantized:
+        w = kernel.param("w", int_shape(n, k, int(desc.weights[3:]), isa), "uint8")
+    else:
+        w = kernel.param("w", float_shape(n, k, isa), desc.weights)
+    bias = kernel.param("bias", (padded(n, isa.columns),), "float32") if desc.bias else None
+    y = kernel.param("y", (m, n), "float32")
+    panels = padded(n, isa.columns) // isa.columns
+
+    def start(acc: Buffer, rows: int, panel: Expr) -> None:
+        for v in range(2):
+            first = splat(0.0, lanes) if bias is None else kernel.let(load(bias, panel * isa.columns + v * lanes, lanes))
+            for i in range(rows):
+                kernel.store(acc, (i * 2 + v) * lanes, first)
+
+    def finish(acc: Buffer, rows: int, row: Expr, panel: Expr) -> None:
+        store_panel(kernel, acc, rows, y, row, panel, n, lanes)
+
+    def tile(rows: int, row: Expr, panel: Expr, source: Callable[[Expr, int], Expr]) -> None:
+        acc = kernel.registers(rows * 2, "float32", lanes)
+        start(acc, rows, panel)
+        with kernel.loop(k) as kk:
+            columns = [kernel.let(source(kk, v)) for v in range(2)]
+            for i in range(rows):
+                value = splat(load(x, (row + i, kk)), lanes)
+                for v in range(2):
+                    at = (i * 2 + v) * lanes
+                    kernel.store(acc, at, load(acc, at, lanes) + value * columns[v])
+        finish(acc, rows, row, panel)
+
+    def vector_path(first: Expr, last: Expr) -> None:
+        with kernel.range(first, last) as panel:
+            if not quantized:
+                tile(1, int64(0), panel, lambda kk, v: widen(load(w, (panel, kk, v * lanes), lanes), isa.native_f16))
+                return
+            acc = kernel.registers(2, "float32", lanes)
+            start(acc, 1, panel)
+
+            def add(block: Expr, limit: int) -> None:
+                for step, v, value in dequantized(kernel, desc, w, panel, block):
+                    if step < limit:
+                        at = v * lanes
+                        kernel.store(acc, at, load(acc, at, lanes) + splat(load(x, (int64(0), block * BLOCK + step)), lanes) * value)
+
+            with kernel.loop(k // BLOCK) as block:
+                add(block, BLOCK)
+            if k % BLOCK:
+                add(int64(k // BLOCK), k % BLOCK)
+            finish(acc, 1, int64(0), panel)
+
+    def matrix_path(first: Expr, last: Expr) -> None:
+        chunk = minimum(m, _CHUNK)
+        panel_copy = None if desc.weights == "float32" else kernel.scratch(
+            padded(k, BLOCK) * isa.columns, "float32")
+        with kernel.range(first, last) as unit:
+            panel = kernel.let(floor_mod(unit, panels), "panel")
+            low = kernel.let(floor_div(unit, panels) * chunk, "low")
+            high = kernel.let(minimum(low + chunk, m), "high")
+            if panel_copy is None:
+                def source(kk: Expr, v: int) -> Expr:
+                    return load(w, (panel, kk, v * lanes), lanes)
+            else:
+                unpack(kernel, desc, w, panel, panel_copy)
+
+                def source(kk: Expr, v: int) -> Expr:
+                    return load(panel_copy, kk * isa.columns + v * lanes, lanes)
+            for_tiles(kernel, isa.tiles[1:], low, high, lambda rows, row: tile(rows, row, panel, source))
+
+    def many() -> None:
+        kernel.share(desc.threads, ceil_div(m, minimum(m, _CHUNK)) * panels, matrix_path)
+
+    serial = desc.threads == 1 or n * k < 32768
+    kernel.either(tirx.EQ(m, int64(1)),
+                  lambda: kernel.share(1 if serial else desc.threads, panels, vector_path), many)
+    return kernel.build()
+
+
+def for_tiles(kernel: Kernel, tiles: tuple[int, ...], low: Expr, high: Expr,
+              tile: Callable[[int, Expr], None]) -> None:
+    """Cover rows low..high (at least two) by tiles of the largest size that fits; the last one overlaps its
+    predecessor rather than needing a code path for every remainder."""
+
+    def with_size(at: int) -> None:
+        rows = tiles[at]
+
+        def cover() -> None:
+            with kernel.loop(ceil_div(high - low, rows)) as i:
+                tile(rows, kernel.let(minimum(low + i * rows, high - rows), "row"))
+
+        if at == 0:
+            # a chunk of one row after a full one is covered from the row before it
+            with kernel.loop(ceil_div(high - low, rows)) as i:
+                tile(rows, kernel.let(maximum(minimum(low + i * rows, high - rows), 0), "row"))
+        else:
+            kernel.either(high - low >= rows, cover, lambda: with_size(at - 1))
+
+    with_size(len(tiles) - 1)
+
+
+def store_panel(kernel: Kernel, acc: Buffer, rows: int, y: Buffer, row: Expr, panel: Expr, n: int, lanes: int) -> None:
+    """Write accumulators [rows, 2 vectors] to y[row.., panel..], the last panel possibly cut by n."""
+    columns = 2 * lanes
+
+    def whole() -> None:
+        for i in range(rows):
+            for v in range(2):
+                kernel.store(y, (row + i, panel * columns + v * lanes), load(acc, (i * 2 + v) * lanes, lanes))
+
+    def cut() -> None:
+        spill = kernel.scratch(rows * columns, "float32")
+        for i in range(rows * 2):
+            kernel.store(spill, i * lanes, load(acc, i * lanes, lanes))
+        with kernel.loop(n % columns) as j:
+            for i in range(rows):
+                kernel.store(y, (row + i, panel * columns + j), load(spill, i * columns + j))
+
+    if n % columns:
+        kernel.either(panel < n // columns, whole, cut)
+    else:
+        whole()
+
+
+def block_scales(kernel: Kernel, isa: Isa, w: Buffer, panel: Expr, block: Expr) -> list[Expr]:
+    """The f32 scales of a block: one vector for each half of the panel."""
+    out = []
+    for v in range(2):
+        raw = load(w, (panel, block, v * isa.lanes * 2), isa.lanes * 2)
+        half = reinterpret(vector("float16", isa.lanes), raw)
+        out.append(kernel.let(f16_to_f32(half, isa.native_f16)))
+    return out
+
+
+def dequantized(kernel: Kernel, desc: Linear, w: Buffer, panel: Expr,
+                block: Expr) -> list[tuple[int, int, Expr]]:
+    """The 32 steps of a block as f32 vectors: (step of k, half of the panel, values)."""
+    isa, lanes = desc.isa, desc.isa.lanes
+    scales = block_scales(kernel, isa, w, panel, block)
+    out = []
+    four_bits = desc.weights == "int4"
+    for group in range(4 if four_bits else 8):
+        for v in range(2):
+            at = isa.columns * 2 + (group * 2 + v) * lanes * 4
+            raw = kernel.let(reinterpret(vector("int32", lanes), load(w, (panel, block, at), lanes * 4)))
+            for t in range(4):
+                for high in range(2 if four_bits else 1):
+                    out.append((group * 4 + high * 16 + t, v,
+                                cast("float32", byte_of(raw, t, high, desc.weights, isa)) * scales[v]))
+    return out
+
+
+def byte_of(raw: Expr, t: int, high: int, weights: str, isa: Isa) -> Expr:
+    """Signed integer number ``t`` of each 32-bit lane of four bytes (or of their low or high nibbles)."""
+    lanes = isa.lanes
+
+    def c(x: int) -> Expr:
+        return splat_int(x, lanes)
+
+    if weights == "int4":
+        return ((raw >> c(8 * t + 4 * high)) & c(15)) - c(8)
+    if isa.dot == "vnni":
+        return ((raw >> c(8 * t)) & c(255)) - c(128)
+    return (raw << c(24 - 8 * t)) >> c(24)
+
+
+def unpack(kernel: Kernel, desc: Linear, w: Buffer, panel: Expr, out: Buffer) -> None:
+    """A panel of any storage to f32 [k, columns]."""
+    isa, lanes = desc.isa, desc.isa.lanes
+    if desc.weights in ("float32", "float16"):
+        with kernel.loop(desc.k) as kk:
+            for v in range(2):
+                kernel.store(out, kk * isa.columns + v * lanes,
+                             widen(load(w, (panel, kk, v * lanes), lanes), isa.native_f16))
+        return
+    with kernel.loop(padded(desc.k, BLOCK) // BLOCK) as block:
+        for step, v, value in dequantized(kernel, desc, w, panel, block):
+            kernel.store(out, (block * BLOCK + step) * isa.columns + v * lanes, value)

@@ -1,0 +1,120 @@
+"""Rows of activations as int8 in blocks of 32, ready for the integer kernels.
+
+The result is one tensor ``int32[m, blocks, 10]``: eight words of four int8 values, the scale ``d`` (the bits of an
+f32), and ``-8 * sum(q)``, which undoes the offset of the weights' unsigned form.
+With ``amax = max|x|`` over a block: ``d = amax / 127``, ``q = round_half_even(x * (127 / amax))``, zero if amax is 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from tvm import tirx
+
+from .emit import (
+    Buffer,
+    Expr,
+    Index,
+    Kernel,
+    absolute,
+    bits,
+    cast,
+    int64,
+    load,
+    reduce_max,
+    reduce_sum_int,
+    round_even,
+    splat,
+    splat_int,
+    symbol,
+    vector,
+)
+from .isa import Isa
+from .pack import BLOCK, padded
+
+WORDS = 10
+SCALE, CORRECTION = 8, 9
+
+
+@dataclass(frozen=True)
+class QuantizeRows:
+    """x f32[m, k] -> int32[m, ceil(k / 32), 10]."""
+
+    isa: Isa
+    k: int
+    threads: int = 1
+
+    @property
+    def name(self) -> str:
+        return f"quantize_rows_{self.k}"
+
+
+def quantize_rows(desc: QuantizeRows) -> tirx.PrimFunc:
+    """PrimFunc(x f32[m, k], out int32[m, blocks, 10])."""
+    kernel = Kernel(desc.name)
+    m = symbol("m")
+    x = kernel.param("x", (m, desc.k), "float32")
+    out = quantized_param(kernel, "out", m, desc.k)
+    kernel.rows(desc.threads, m, desc.k * 2, lambda row: quantize_row(
+        kernel, desc.isa, desc.k, out, row, lambda at, lanes: load(x, (row, at), lanes)))
+    return kernel.build()
+
+
+def quantized_param(kernel: Kernel, name: str, m: Index, k: int) -> Buffer:
+    return kernel.param(name, (m, padded(k, BLOCK) // BLOCK, WORDS), "int32")
+
+
+def quantize_row(kernel: Kernel, isa: Isa, k: int, out: Buffer, row: Expr,
+                 read: Callable[[Expr, int], Expr]) -> None:
+    """Quantize one row of which ``read(at, lanes)`` gives f32 elements."""
+    lanes = isa.lanes
+    count = BLOCK // lanes
+    with kernel.loop(k // BLOCK) as block:
+        _block(kernel, isa, out, row, block,
+               [kernel.let(read(block * BLOCK + i * lanes, lanes)) for i in range(count)])
+    if k % BLOCK:
+        tail = kernel.scratch(BLOCK, "float32")
+        for i in range(count):
+            kernel.store(tail, i * lanes, splat(0.0, lanes))
+        with kernel.loop(k % BLOCK) as j:
+            kernel.store(tail, j, read(int64(k // BLOCK * BLOCK) + j, 1))
+        _block(kernel, isa, out, row, int64(k // BLOCK),
+               [kernel.let(load(tail, i * lanes, lanes)) for i in range(count)])
+
+
+def _block(kernel: Kernel, isa: Isa, out: Buffer, row: Expr, block: Expr, values: list[Expr]) -> None:
+    lanes = isa.lanes
+    largest = absolute(values[0])
+    for value in values[1:]:
+        largest = tirx.max(largest, absolute(value))
+    amax = kernel.let(reduce_max(kernel.let(largest)))
+    inverse = kernel.let(tirx.Select(amax > splat(0.0, 1), splat(127.0, 1) / amax, splat(0.0, 1)))
+    total = splat_int(0, lanes)
+    for i, value in enumerate(values):
+        q = kernel.let(cast("int32", round_even(value * splat(inverse, lanes))))
+        total = total + q
+        words = bits(vector("int32", lanes // 4), cast("int8", q))
+        kernel.store(out, (row, block, i * lanes // 4), words)
+    kernel.store(out, (row, block, SCALE), bits("int32", amax / splat(127.0, 1)))
+    kernel.store(out, (row, block, CORRECTION), reduce_sum_int(kernel.let(total)) * splat_int(-8, 1))
+
+
+def quantize_rows_reference(x: NDArray[np.float32]) -> NDArray[np.int32]:
+    """The same in NumPy: f32[m, k] -> int32[m, blocks, 10]."""
+    m, k = x.shape
+    blocks = padded(k, BLOCK) // BLOCK
+    grid = np.zeros((m, blocks * BLOCK), np.float32)
+    grid[:, :k] = x
+    grid = grid.reshape(m, blocks, BLOCK)
+    amax = np.abs(grid).max(-1)
+    with np.errstate(divide="ignore"):
+        inverse = np.where(amax > 0, np.float32(127) / amax, np.float32(0)).astype(np.float32)
+    q = np.rint(grid * inverse[..., None]).astype(np.int8)
+    out = np.empty((m, blocks, WORDS), np.int32)
+    out[..., :8] = q.view(np.int32)
+    out[..., SCALE] = (amax / np.float32(127)).astype(np.float32).view(np.int32)
+    out[..., CORRECTION] = -8 * q.astype(np.int32).sum(-1)
+    return out

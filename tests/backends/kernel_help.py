@@ -1,0 +1,67 @@
+"""Compile a PrimFunc for one instruction set and run it on NumPy arrays."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TVM_NUM_THREADS", "2")
+os.environ.setdefault("TVM_BIND_THREADS", "0")
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import tvm
+from numpy.typing import NDArray
+from wasat.backends.tvm.kernels.isa import AVX2, AVX512_VNNI, AVX_VNNI, GENERIC, NEON, Isa
+
+MCPU = {AVX512_VNNI: "sapphirerapids", AVX_VNNI: "alderlake", AVX2: "x86-64-v3", GENERIC: "x86-64"}
+
+
+@cache
+def _flags() -> frozenset[str]:
+    with open("/proc/cpuinfo") as lines:
+        return frozenset(next((line.split(":")[1].split() for line in lines if line.startswith("flags")), ()))
+
+
+def runnable() -> list[Isa]:
+    """The instruction sets of this processor."""
+    needs = {AVX512_VNNI: {"avx512_vnni", "avx512bw", "avx512vl"}, AVX_VNNI: {"avx_vnni"}, AVX2: {"avx2", "f16c", "fma"},
+             GENERIC: set()}
+    return [isa for isa, flags in needs.items() if flags <= _flags()]
+
+
+def each_isa(*names: str) -> pytest.MarkDecorator:
+    isas = [isa for isa in runnable() if not names or isa.name in names]
+    return pytest.mark.parametrize("isa", isas, ids=lambda isa: isa.name)
+
+
+def target_of(isa: Isa) -> tvm.target.Target:
+    if isa is NEON:
+        return tvm.target.Target({"kind": "llvm", "mtriple": "aarch64-linux-gnu"})
+    return tvm.target.Target({"kind": "llvm", "mcpu": MCPU[isa]})
+
+
+def build(func: tvm.tirx.PrimFunc, isa: Isa) -> Any:
+    return tvm.tirx.build(tvm.IRModule({"main": func}), target=target_of(isa))["main"]
+
+
+def tensor(x: NDArray[Any]) -> Any:
+    return tvm.runtime.tensor(np.ascontiguousarray(x))
+
+
+def run(compiled: Any, inputs: list[Any], *outputs: tuple[tuple[int, ...], str]) -> list[NDArray[Any]]:
+    """Call with inputs (arrays or tensors) and fresh outputs, filled with junk so that a missed element shows."""
+    made = [tensor(np.full(shape, 77, dtype)) for shape, dtype in outputs]
+    compiled(*[tensor(x) if isinstance(x, np.ndarray) else x for x in inputs], *made)
+    return [m.numpy() for m in made]
+
+
+def assert_near(got: NDArray[Any], want: NDArray[Any], tolerance: float) -> None:
+    """Largest difference, relative to the largest magnitude of ``want``."""
+    assert got.shape == want.shape
+    assert np.isfinite(got).all()
+    scale = float(np.abs(want).max()) or 1.0
+    error = float(np.abs(got.astype(np.float64) - want).max()) / scale
+    assert error <= tolerance, f"relative difference {error:.2e} > {tolerance:.1e}"
