@@ -1,41 +1,304 @@
-"""Elementwise arithmetic and comparisons. Binary operations broadcast as NumPy does; element types must agree."""
+"""Elementwise arithmetic and comparisons. Binary operations broadcast as NumPy does; element types must agree.
+
+f16, bf16 and the 8-bit floats are computed in f32 and rounded once; integers wrap around.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from .. import op as _op
+from ..errors import TypeMismatch
 from ..op import Attrs, ErrorSample, Op, Sample, broadcast_shapes, floating, register, same_dtype, tensor
-from ..types import TensorType
+from ..types import DType, TensorType
 
 if TYPE_CHECKING:
     from ..builder import Builder
     from ..graph import Node, Value
 
-
-def _grid(*shape: int, low: float = -2.0, high: float = 2.0) -> np.ndarray:
-    n = int(np.prod(shape))
-    return np.linspace(low, high, n, dtype=np.float32).reshape(shape)
+Grads = Sequence["Value | None"]
 
 
+def grid(*shape: int, low: float = -2.0, high: float = 2.0) -> np.ndarray:
+    """Evenly spread f32 values, for samples."""
+    return np.linspace(low, high, int(np.prod(shape)), dtype=np.float32).reshape(shape)
+
+
+def wide(x: np.ndarray) -> np.ndarray:
+    """Floats narrower than f32 as f32; everything else as it is."""
+    return x.astype(np.float32) if x.dtype.itemsize <= 2 and DType.of(x.dtype).is_float else x
+
+
+_ERF = np.frompyfunc(math.erf, 1, 1)
+
+
+def erf(x: np.ndarray) -> np.ndarray:
+    """The error function (NumPy has none), correct to the last bits of f64."""
+    return np.asarray(_ERF(x)).astype(x.dtype)
+
+
+# -- one operand ----------------------------------------------------------------------------------------------------------
+class Unary(Op):
+    """Base of float functions of one operand; ``low``/``high`` bound the samples."""
+
+    elementwise = True
+    f: ClassVar[Callable[[Any], Any]]
+    low: ClassVar[float] = -2.0
+    high: ClassVar[float] = 2.0
+
+    def infer(self, attrs: Attrs, x: TensorType) -> TensorType:
+        return floating(x)
+
+    def reference(self, attrs: Attrs, x: np.ndarray) -> np.ndarray:
+        return np.asarray(type(self).f(wide(x))).astype(x.dtype)
+
+    def samples(self) -> Iterable[Sample]:
+        yield Sample([grid(2, 4, low=self.low, high=self.high)])
+        yield Sample([grid(5, low=self.low, high=self.high).astype(np.float16)])
+
+    def errors(self) -> Iterable[ErrorSample]:
+        yield ErrorSample(["i32[2]"], {}, "must be float")
+
+
+def _unary(
+    op_name: str, f: Callable[[Any], Any], grad: Callable[[Builder, Value, Value], Any] | None, doc: str,
+    low: float = -2.0, high: float = 2.0,
+) -> None:  # fmt: skip
+    """Registers a float function; ``grad(b, x, y)`` is dy/dx."""
+
+    def vjp(self: Op, b: Builder, node: Node, g: Value) -> Grads:
+        return [b.mul(g, grad(b, node.inputs[0], node.output))] if grad else [None]
+
+    body: dict[str, Any] = {
+        "__doc__": doc, "name": op_name, "f": staticmethod(f), "low": low, "high": high, "differentiable": grad is not None,
+    }  # fmt: skip
+    if grad:
+        body["vjp"] = vjp
+    register(type(op_name.capitalize(), (Unary,), body))
+
+
+_unary("exp", np.exp, lambda b, x, y: y, "e to the x.")
+_unary("expm1", np.expm1, lambda b, x, y: b.add(y, 1.0), "exp(x) - 1, exact near 0.")
+_unary("log", np.log, lambda b, x, y: b.div(1.0, x), "Natural logarithm.", 0.2, 3.0)
+_unary("log1p", np.log1p, lambda b, x, y: b.div(1.0, b.add(x, 1.0)), "log(1 + x), exact near 0.", -0.5, 3.0)
+_unary("sqrt", np.sqrt, lambda b, x, y: b.div(0.5, y), "Square root.", 0.2, 3.0)
+_unary("rsqrt", lambda x: 1 / np.sqrt(x), lambda b, x, y: b.mul(-0.5, b.div(y, x)), "1 / sqrt(x).", 0.2, 3.0)
+_unary("sin", np.sin, lambda b, x, y: b.cos(x), "Sine.")
+_unary("cos", np.cos, lambda b, x, y: b.neg(b.sin(x)), "Cosine.")
+_unary("tan", np.tan, lambda b, x, y: b.add(b.mul(y, y), 1.0), "Tangent.", -1.2, 1.2)
+_unary("asin", np.arcsin, lambda b, x, y: b.rsqrt(b.sub(1.0, b.mul(x, x))), "Inverse sine.", -0.9, 0.9)
+_unary("acos", np.arccos, lambda b, x, y: b.neg(b.rsqrt(b.sub(1.0, b.mul(x, x)))), "Inverse cosine.", -0.9, 0.9)
+_unary("atan", np.arctan, lambda b, x, y: b.div(1.0, b.add(b.mul(x, x), 1.0)), "Inverse tangent.")
+_unary("sinh", np.sinh, lambda b, x, y: b.cosh(x), "Hyperbolic sine.")
+_unary("cosh", np.cosh, lambda b, x, y: b.sinh(x), "Hyperbolic cosine.")
+_unary("tanh", np.tanh, lambda b, x, y: b.sub(1.0, b.mul(y, y)), "Hyperbolic tangent.")
+_unary("asinh", np.arcsinh, lambda b, x, y: b.rsqrt(b.add(b.mul(x, x), 1.0)), "Inverse hyperbolic sine.")
+_unary("acosh", np.arccosh, lambda b, x, y: b.rsqrt(b.sub(b.mul(x, x), 1.0)), "Inverse hyperbolic cosine.", 1.2, 3.0)
+_unary("atanh", np.arctanh, lambda b, x, y: b.div(1.0, b.sub(1.0, b.mul(x, x))), "Inverse hyperbolic tangent.", -0.9, 0.9)
+_unary("erf", erf, lambda b, x, y: b.mul(2 / math.sqrt(math.pi), b.exp(b.neg(b.mul(x, x)))), "2/sqrt(pi) * integral of exp(-t^2), 0..x.")
+_unary("floor", np.floor, None, "Largest integer not above x.")
+_unary("ceil", np.ceil, None, "Smallest integer not below x.")
+_unary("round", np.rint, None, "Nearest integer, halves to even.")
+
+
+@register
+class Neg(Op):
+    """-x; integers wrap around."""
+
+    name = "neg"
+    elementwise = True
+
+    def infer(self, attrs: Attrs, x: TensorType) -> TensorType:
+        return _number(x)
+
+    def reference(self, attrs: Attrs, x: np.ndarray) -> np.ndarray:
+        return np.negative(x)
+
+    def vjp(self, b: Builder, node: Node, g: Value) -> Grads:
+        return [b.neg(g)]
+
+    def samples(self) -> Iterable[Sample]:
+        yield Sample([grid(2, 3)])
+        yield Sample([np.array([-128, 5], np.int8)])
+
+    def errors(self) -> Iterable[ErrorSample]:
+        yield ErrorSample(["bool[2]"], {}, "must be numbers")
+
+
+def _number(x: TensorType) -> TensorType:
+    if tensor(x).dtype is DType.BOOL:
+        raise TypeMismatch(f"the operand must be numbers, not {x}; cast it first")
+    return x
+
+
+@register
+class Abs(Neg):
+    """Magnitude; the gradient at 0 is 0."""
+
+    name = "abs"
+
+    def reference(self, attrs: Attrs, x: np.ndarray) -> np.ndarray:
+        return np.abs(x)
+
+    def vjp(self, b: Builder, node: Node, g: Value) -> Grads:
+        return [b.mul(g, b.sign(node.inputs[0]))]
+
+    def samples(self) -> Iterable[Sample]:
+        yield Sample([grid(2, 4)])
+        yield Sample([np.array([-7, 5], np.int32)])
+
+
+@register
+class Sign(Neg):
+    """-1, 0 or 1; NaN stays NaN."""
+
+    name = "sign"
+    differentiable = False
+
+    def reference(self, attrs: Attrs, x: np.ndarray) -> np.ndarray:
+        return np.sign(x)
+
+    def vjp(self, b: Builder, node: Node, g: Value) -> Grads:
+        return [None]
+
+    def samples(self) -> Iterable[Sample]:
+        yield Sample([np.array([-2.5, 0.0, 3.0], np.float32)])
+        yield Sample([np.array([-2, 0, 3], np.int64)])
+
+
+class _Test(Op):
+    """Base of tests of floats."""
+
+    elementwise = True
+    differentiable = False
+
+    def infer(self, attrs: Attrs, x: TensorType) -> TensorType:
+        return floating(x).with_dtype(DType.BOOL)
+
+    def samples(self) -> Iterable[Sample]:
+        yield Sample([np.array([1.0, np.nan, np.inf, -np.inf], np.float32)])
+
+    def errors(self) -> Iterable[ErrorSample]:
+        yield ErrorSample(["i32[2]"], {}, "must be float")
+
+
+@register
+class IsNan(_Test):
+    """Whether x is NaN."""
+
+    name = "isnan"
+
+    def reference(self, attrs: Attrs, x: np.ndarray) -> np.ndarray:
+        return np.isnan(x)
+
+
+@register
+class IsInf(_Test):
+    """Whether x is an infinity of either sign."""
+
+    name = "isinf"
+
+    def reference(self, attrs: Attrs, x: np.ndarray) -> np.ndarray:
+        return np.isinf(x)
+
+
+@register
+class LogicalNot(Op):
+    """not x, of booleans."""
+
+    name = "logical_not"
+    elementwise = True
+    differentiable = False
+
+    def infer(self, attrs: Attrs, x: TensorType) -> TensorType:
+        return _booleans(x)
+
+    def reference(self, attrs: Attrs, x: np.ndarray) -> np.ndarray:
+        return np.logical_not(x)
+
+    def samples(self) -> Iterable[Sample]:
+        yield Sample([np.array([True, False])])
+
+    def errors(self) -> Iterable[ErrorSample]:
+        yield ErrorSample(["f32[2]"], {}, "must be booleans")
+
+
+def _booleans(x: TensorType) -> TensorType:
+    if tensor(x).dtype is not DType.BOOL:
+        raise TypeMismatch(f"the operand must be booleans, not {x}; compare it with 0 first")
+    return x
+
+
+@register
+class BitNot(Op):
+    """All bits of an integer inverted."""
+
+    name = "bit_not"
+    elementwise = True
+    differentiable = False
+
+    def infer(self, attrs: Attrs, x: TensorType) -> TensorType:
+        return _integers(x)
+
+    def reference(self, attrs: Attrs, x: np.ndarray) -> np.ndarray:
+        return np.invert(x)
+
+    def samples(self) -> Iterable[Sample]:
+        yield Sample([np.array([0, 5, 255], np.uint8)])
+
+    def errors(self) -> Iterable[ErrorSample]:
+        yield ErrorSample(["f32[2]"], {}, "must be integers")
+
+
+def _integers(x: TensorType) -> TensorType:
+    if not tensor(x).dtype.is_int:
+        raise TypeMismatch(f"the operand must be integers, not {x}")
+    return x
+
+
+# -- two operands -----------------------------------------------------------------------------------------------------------
 class Binary(Op):
     """Base of elementwise operations of two operands of one element type."""
 
     elementwise = True
 
     def infer(self, attrs: Attrs, x: TensorType, y: TensorType) -> TensorType:
-        return TensorType(same_dtype(x, y), broadcast_shapes(tensor(x).shape, tensor(y).shape))
+        dtype = same_dtype(x, y)
+        self.accept(dtype)
+        return TensorType(dtype, broadcast_shapes(tensor(x).shape, tensor(y).shape))
+
+    def accept(self, dtype: DType) -> None:
+        if dtype is DType.BOOL:
+            raise TypeMismatch("the operands must be numbers; cast booleans first, or use a logical operation")
 
     def errors(self) -> Iterable[ErrorSample]:
         yield ErrorSample(["f32[2]", "i32[2]"], {}, "element types differ")
-        yield ErrorSample(["f32[2, 3]", "f32[2]"], {}, "axis 1")
+        yield ErrorSample(["i32[2, 3]", "i32[2]"], {}, "axis 1")
+
+
+def _grad_pair(b: Builder, node: Node, gx: Value | None, gy: Value | None) -> Grads:
+    x, y = node.inputs
+    return [b.sum_to(gx, x.shape) if gx is not None else None, b.sum_to(gy, y.shape) if gy is not None else None]
+
+
+def _float_samples() -> Iterable[Sample]:
+    yield Sample([grid(2, 3, low=0.5), grid(3, low=0.6, high=1.7)])
+    yield Sample([grid(2, 1, 3, low=0.4, high=1.9), grid(4, 1, low=0.5, high=2.1)])
+    yield Sample([grid(4, low=0.5).astype(np.float16), grid(4, low=0.6).astype(np.float16)])
+
+
+def _int_samples() -> Iterable[Sample]:
+    yield Sample([np.array([7, -7, 2**31 - 1, -9], np.int32), np.array([2, 2, 3, 4], np.int32)])
 
 
 @register
 class Add(Binary):
-    """x + y; integers wrap around."""
+    """x + y."""
 
     name = "add"
     commutative = True
@@ -43,18 +306,32 @@ class Add(Binary):
     def reference(self, attrs: Attrs, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return x + y
 
-    def vjp(self, b: Builder, node: Node, g: Value) -> Sequence[Value | None]:
-        return [b.sum_to(g, v.shape) for v in node.inputs]
+    def vjp(self, b: Builder, node: Node, g: Value) -> Grads:
+        return _grad_pair(b, node, g, g)
 
     def samples(self) -> Iterable[Sample]:
-        yield Sample([_grid(2, 3), _grid(3)])
-        yield Sample([np.array([2**31 - 1], np.int32), np.array([1], np.int32)])
-        yield Sample([_grid(2, 1, 3), _grid(4, 1)])
+        yield from [*_float_samples(), *_int_samples()]
+
+
+@register
+class Sub(Binary):
+    """x - y."""
+
+    name = "sub"
+
+    def reference(self, attrs: Attrs, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return x - y
+
+    def vjp(self, b: Builder, node: Node, g: Value) -> Grads:
+        return _grad_pair(b, node, g, b.neg(g))
+
+    def samples(self) -> Iterable[Sample]:
+        yield from [*_float_samples(), *_int_samples()]
 
 
 @register
 class Mul(Binary):
-    """x * y; integers wrap around."""
+    """x * y."""
 
     name = "mul"
     commutative = True
@@ -62,34 +339,333 @@ class Mul(Binary):
     def reference(self, attrs: Attrs, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return x * y
 
-    def vjp(self, b: Builder, node: Node, g: Value) -> Sequence[Value | None]:
+    def vjp(self, b: Builder, node: Node, g: Value) -> Grads:
         x, y = node.inputs
-        return [b.sum_to(b.mul(g, y), x.shape), b.sum_to(b.mul(g, x), y.shape)]
+        return _grad_pair(b, node, b.mul(g, y), b.mul(g, x))
 
     def samples(self) -> Iterable[Sample]:
-        yield Sample([_grid(2, 3), _grid(3)])
-        yield Sample([np.array([3], np.int64), np.array([-4], np.int64)])
+        yield from [*_float_samples(), *_int_samples()]
 
 
 @register
-class Tanh(Op):
-    """Hyperbolic tangent."""
+class Div(Binary):
+    """x / y; of integers, truncated toward zero (as in C and ONNX)."""
 
-    name = "tanh"
-    elementwise = True
+    name = "div"
 
-    def infer(self, attrs: Attrs, x: TensorType) -> TensorType:
-        return floating(x)
+    def reference(self, attrs: Attrs, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        if DType.of(x.dtype).is_float:
+            return x / y
+        q = x // y
+        return (q + ((q < 0) & (q * y != x))).astype(x.dtype)
 
-    def reference(self, attrs: Attrs, x: np.ndarray) -> np.ndarray:
-        return np.tanh(x)
-
-    def vjp(self, b: Builder, node: Node, g: Value) -> Sequence[Value | None]:
-        y: Any = node.output
-        return [b.mul(g, b.add(b.mul(b.mul(y, y), -1.0), 1.0))]
+    def vjp(self, b: Builder, node: Node, g: Value) -> Grads:
+        y, d = node.inputs[1], b.div(g, node.inputs[1])
+        del y
+        return _grad_pair(b, node, d, b.neg(b.mul(d, node.output)))
 
     def samples(self) -> Iterable[Sample]:
-        yield Sample([_grid(2, 3)])
+        yield from [*_float_samples(), *_int_samples()]
+
+
+@register
+class FloorDiv(Binary):
+    """x / y rounded down."""
+
+    name = "floor_div"
+    differentiable = False
+
+    def reference(self, attrs: Attrs, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return np.floor_divide(wide(x), wide(y)).astype(x.dtype)
+
+    def samples(self) -> Iterable[Sample]:
+        yield from _int_samples()
+        yield Sample([np.array([7.5, -7.5], np.float32), np.array([2.0, 2.0], np.float32)])
+
+
+@register
+class Mod(Binary):
+    """x - y * floor(x / y): the remainder with the sign of the divisor."""
+
+    name = "mod"
+
+    def reference(self, attrs: Attrs, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return np.mod(wide(x), wide(y)).astype(x.dtype)
+
+    def vjp(self, b: Builder, node: Node, g: Value) -> Grads:
+        return _grad_pair(b, node, g, b.neg(b.mul(g, b.floor(b.div(*node.inputs)))))
+
+    def samples(self) -> Iterable[Sample]:
+        yield from _int_samples()
+        yield Sample([np.array([7.5, -7.5, 0.5], np.float32), np.array([2.0, 2.1, -2.0], np.float32)])
+
+
+@register
+class Pow(Binary):
+    """x to the y."""
+
+    name = "pow"
+
+    def reference(self, attrs: Attrs, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return np.power(wide(x), wide(y)).astype(x.dtype)
+
+    def vjp(self, b: Builder, node: Node, g: Value) -> Grads:
+        x, y = node.inputs
+        gx = b.mul(g, b.mul(y, b.pow(x, b.sub(y, 1.0))))
+        safe = b.select(b.greater(x, 0.0), x, 1.0)
+        return _grad_pair(b, node, gx, b.mul(g, b.mul(node.output, b.log(safe))))
+
+    def samples(self) -> Iterable[Sample]:
+        yield Sample([grid(2, 3, low=0.5), grid(3)])
+        yield Sample([np.array([2, 3], np.int64), np.array([5, 0], np.int64)])
+
+
+class _Extreme(Binary):
+    commutative = True
+    first: ClassVar[str]
+
+    def vjp(self, b: Builder, node: Node, g: Value) -> Grads:
+        x, y = node.inputs
+        hit = b.emit(type(self).first, x, y)
+        tie = b.equal(x, y)
+        gx = b.select(tie, b.mul(g, 0.5), b.select(hit, g, b.mul(g, 0.0)))
+        return _grad_pair(b, node, gx, b.sub(g, gx))
+
+    def samples(self) -> Iterable[Sample]:
+        yield Sample([grid(2, 3), grid(3, low=-1.1, high=1.3)])
+        yield from _int_samples()
+
+
+@register
+class Maximum(_Extreme):
+    """The larger; NaN if either is. The gradient of equals is shared."""
+
+    name = "maximum"
+    first = "greater"
+
+    def reference(self, attrs: Attrs, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return np.maximum(x, y)
+
+
+@register
+class Minimum(_Extreme):
+    """The smaller; NaN if either is. The gradient of equals is shared."""
+
+    name = "minimum"
+    first = "less"
+
+    def reference(self, attrs: Attrs, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return np.minimum(x, y)
+
+
+@register
+class Atan2(Binary):
+    """Angle of the point (y, x) = (first operand, second operand)."""
+
+    name = "atan2"
+
+    def accept(self, dtype: DType) -> None:
+        if not dtype.is_float:
+            raise TypeMismatch("the operands must be float")
+
+    def reference(self, attrs: Attrs, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return np.arctan2(wide(x), wide(y)).astype(x.dtype)
+
+    def vjp(self, b: Builder, node: Node, g: Value) -> Grads:
+        x, y = node.inputs
+        d = b.div(g, b.add(b.mul(x, x), b.mul(y, y)))
+        return _grad_pair(b, node, b.mul(d, y), b.neg(b.mul(d, x)))
+
+    def samples(self) -> Iterable[Sample]:
+        yield from _float_samples()
 
     def errors(self) -> Iterable[ErrorSample]:
-        yield ErrorSample(["i32[2]"], {}, "must be float")
+        yield ErrorSample(["i32[2]", "i32[2]"], {}, "must be float")
+
+
+class _Compare(Binary):
+    """Base of comparisons; false with NaN, but for not_equal."""
+
+    differentiable = False
+    f: ClassVar[Callable[..., Any]]
+
+    def accept(self, dtype: DType) -> None:
+        pass
+
+    def infer(self, attrs: Attrs, x: TensorType, y: TensorType) -> TensorType:
+        return super().infer(attrs, x, y).with_dtype(DType.BOOL)
+
+    def reference(self, attrs: Attrs, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return np.asarray(type(self).f(wide(x), wide(y)))
+
+    def samples(self) -> Iterable[Sample]:
+        yield Sample([np.array([[1.0, np.nan, 2.0], [0.0, 1.0, -1.0]], np.float32), np.array([1.0, 1.0, 3.0], np.float32)])
+        yield Sample([np.array([1, 2, 3]), np.array([3, 2, 1])])
+
+
+def _binary(base: type[Binary], op_name: str, f: Callable[..., Any], doc: str, **more: Any) -> None:
+    register(type(op_name.title().replace("_", ""), (base,), {"__doc__": doc, "name": op_name, "f": staticmethod(f), **more}))
+
+
+_binary(_Compare, "equal", np.equal, "x == y.", commutative=True)
+_binary(_Compare, "not_equal", np.not_equal, "x != y; true with NaN.", commutative=True)
+_binary(_Compare, "less", np.less, "x < y.")
+_binary(_Compare, "less_equal", np.less_equal, "x <= y.")
+_binary(_Compare, "greater", np.greater, "x > y.")
+_binary(_Compare, "greater_equal", np.greater_equal, "x >= y.")
+
+
+class _Logic(Binary):
+    differentiable = False
+    commutative = True
+    f: ClassVar[Callable[..., Any]]
+
+    def accept(self, dtype: DType) -> None:
+        if dtype is not DType.BOOL:
+            raise TypeMismatch("the operands must be booleans; compare them with 0 first")
+
+    def reference(self, attrs: Attrs, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return np.asarray(type(self).f(x, y))
+
+    def samples(self) -> Iterable[Sample]:
+        yield Sample([np.array([[True], [False]]), np.array([True, False])])
+
+    def errors(self) -> Iterable[ErrorSample]:
+        yield ErrorSample(["f32[2]", "f32[2]"], {}, "must be booleans")
+
+
+_binary(_Logic, "logical_and", np.logical_and, "x and y.")
+_binary(_Logic, "logical_or", np.logical_or, "x or y.")
+_binary(_Logic, "logical_xor", np.logical_xor, "Exactly one of x and y.")
+
+
+class _Bits(Binary):
+    differentiable = False
+    f: ClassVar[Callable[..., Any]]
+
+    def accept(self, dtype: DType) -> None:
+        if not dtype.is_int:
+            raise TypeMismatch("the operands must be integers")
+
+    def reference(self, attrs: Attrs, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return np.asarray(type(self).f(x, y)).astype(x.dtype)
+
+    def samples(self) -> Iterable[Sample]:
+        yield Sample([np.array([12, 200, 255], np.uint8), np.array([3, 2, 7], np.uint8)])
+        yield Sample([np.array([-12, 200], np.int32), np.array([3, 2], np.int32)])
+
+    def errors(self) -> Iterable[ErrorSample]:
+        yield ErrorSample(["f32[2]", "f32[2]"], {}, "must be integers")
+
+
+_binary(_Bits, "bit_and", np.bitwise_and, "Bits set in both.", commutative=True)
+_binary(_Bits, "bit_or", np.bitwise_or, "Bits set in either.", commutative=True)
+_binary(_Bits, "bit_xor", np.bitwise_xor, "Bits set in exactly one.", commutative=True)
+_binary(_Bits, "shift_left", np.left_shift, "x * 2**y, wrapped; 0 <= y < bits.")
+_binary(_Bits, "shift_right", np.right_shift, "x / 2**y rounded down (the sign is kept); 0 <= y < bits.")
+
+
+# -- choice, type, gradient ---------------------------------------------------------------------------------------------------
+@register
+class Select(Op):
+    """x where ``cond`` is true, y elsewhere; the three broadcast."""
+
+    name = "select"
+    elementwise = True
+
+    def infer(self, attrs: Attrs, cond: TensorType, x: TensorType, y: TensorType) -> TensorType:
+        if tensor(cond).dtype is not DType.BOOL:
+            raise TypeMismatch(f"the condition must be booleans, not {cond}")
+        return TensorType(same_dtype(x, y), broadcast_shapes(cond.shape, tensor(x).shape, tensor(y).shape))
+
+    def reference(self, attrs: Attrs, cond: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return np.where(cond, x, y)
+
+    def vjp(self, b: Builder, node: Node, g: Value) -> Grads:
+        cond, x, y = node.inputs
+        zero = b.constant(0.0, g.tensor.dtype)
+        return [None, b.sum_to(b.select(cond, g, zero), x.shape), b.sum_to(b.select(cond, zero, g), y.shape)]
+
+    def samples(self) -> Iterable[Sample]:
+        yield Sample([np.array([[True], [False]]), grid(2, 3), grid(3)])
+        yield Sample([np.array([True, False]), np.array([1, 2]), np.array(9)])
+
+    def errors(self) -> Iterable[ErrorSample]:
+        yield ErrorSample(["f32[2]", "f32[2]", "f32[2]"], {}, "must be booleans")
+        yield ErrorSample(["bool[2]", "f32[2]", "i32[2]"], {}, "element types differ")
+        yield ErrorSample(["bool[2]", "f32[3]", "f32[3]"], {}, "axis 0")
+
+
+@register
+class Cast(Op):
+    """x in another element type. Float to integer truncates toward zero and saturates; NaN becomes 0; to bool: x != 0.
+
+    Float to a narrower float rounds to nearest even; what is too large becomes inf (NaN in f8e4m3, which has no inf).
+    Integer to integer wraps around.
+    """
+
+    name = "cast"
+    elementwise = True
+
+    @dataclass(frozen=True)
+    class Attrs(_op.Attrs):
+        dtype: DType
+
+    def infer(self, attrs: Attrs, x: TensorType) -> TensorType:
+        return tensor(x).with_dtype(attrs.dtype)
+
+    def reference(self, attrs: Attrs, x: np.ndarray) -> np.ndarray:
+        to, source = attrs.dtype, DType.of(x.dtype)
+        if to is DType.BOOL:
+            return np.asarray(wide(x) != 0) if source.is_float else np.asarray(x.astype(np.int64) != 0)
+        if source.is_float and to.is_int:
+            bits = to.bits
+            low, high = (0, 2**bits - 1) if to.value.startswith("u") else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+            t = np.trunc(np.nan_to_num(x.astype(np.float64), nan=0.0, posinf=np.inf, neginf=-np.inf))
+            big = t >= float(high)  # float(2**63 - 1) rounds up: compare before converting
+            whole = np.where(big | (t <= low), 0, t).astype(np.uint64 if to is DType.U64 else np.int64)
+            out = np.where(big, np.asarray(high, whole.dtype), np.where(t <= low, np.asarray(low, whole.dtype), whole))
+            return out.astype(to.np)
+        if bits_differ(source) and not to.is_float:
+            return x.astype(np.int64).astype(to.np)
+        return x.astype(to.np)
+
+    def vjp(self, b: Builder, node: Node, g: Value) -> Grads:
+        source = node.inputs[0].tensor.dtype
+        return [b.cast(g, dtype=source) if source.is_float and node.output.tensor.dtype.is_float else None]
+
+    def samples(self) -> Iterable[Sample]:
+        yield Sample([grid(2, 3)], {"dtype": "f64"})
+        yield Sample([np.array([1.9, -1.9, np.nan, 1e20, -np.inf], np.float32)], {"dtype": "i32"}, grad=())
+        yield Sample([np.array([300.0, -5.0], np.float32)], {"dtype": "u8"}, grad=())
+        yield Sample([np.array([0, 3, -1], np.int64)], {"dtype": "f32"})
+        yield Sample([np.array([0.0, 0.5], np.float32)], {"dtype": "bool"}, grad=())
+        yield Sample([np.array([True, False])], {"dtype": "i64"})
+        yield Sample([np.array([1.5, 1e6], np.float32)], {"dtype": "bf16"}, grad=())
+        yield Sample([np.array([300, -1], np.int32)], {"dtype": "i8"})
+
+
+def bits_differ(dtype: DType) -> bool:
+    """Whether NumPy stores the type in more bits than it has (the 4-bit integers)."""
+    return dtype in (DType.I4, DType.U4)
+
+
+@register
+class StopGradient(Op):
+    """x, through which no gradient flows."""
+
+    name = "stop_gradient"
+    elementwise = True
+    differentiable = False
+
+    def infer(self, attrs: Attrs, x: TensorType) -> TensorType:
+        return tensor(x)
+
+    def reference(self, attrs: Attrs, x: np.ndarray) -> np.ndarray:
+        return x
+
+    def vjp(self, b: Builder, node: Node, g: Value) -> Grads:
+        return [None]
+
+    def samples(self) -> Iterable[Sample]:
+        yield Sample([grid(3)])

@@ -1,0 +1,314 @@
+"""Operations that move elements and change none: reshape, transpose, broadcast, slice, concat, pad, reverse."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .. import op as _op
+from ..dims import DimLike, equal, less_equal, require_equal
+from ..errors import TypeMismatch
+from ..op import ErrorSample, Op, Sample, axis_of, concrete, register, same_dtype, tensor
+from ..types import TensorType, Type
+
+if TYPE_CHECKING:
+    from ..builder import Builder
+    from ..graph import Node, Value
+
+
+def _x(*shape: int) -> np.ndarray:
+    return np.arange(int(np.prod(shape)), dtype=np.float32).reshape(shape)
+
+
+@register
+class Reshape(Op):
+    """The same elements in row-major order under another shape of as many elements."""
+
+    name = "reshape"
+
+    @dataclass(frozen=True)
+    class Attrs(_op.Attrs):
+        shape: tuple[DimLike, ...]
+
+    def infer(self, attrs: Attrs, x: TensorType) -> TensorType:
+        out = TensorType(tensor(x).dtype, attrs.shape)
+        require_equal(x.size, out.size, f"number of elements of {x} and of shape {list(attrs.shape)}")
+        return out
+
+    def reference(self, attrs: Attrs, x: np.ndarray) -> np.ndarray:
+        return x.reshape([concrete(d) for d in attrs.shape])
+
+    def vjp(self, b: Builder, node: Node, g: Value) -> Sequence[Value | None]:
+        return [b.reshape(g, shape=node.inputs[0].shape)]
+
+    def samples(self) -> Iterable[Sample]:
+        yield Sample([_x(2, 6)], {"shape": (3, 4)})
+        yield Sample([_x(1)], {"shape": ()})
+        yield Sample([_x(0, 3)], {"shape": (3, 0)})
+
+    def errors(self) -> Iterable[ErrorSample]:
+        yield ErrorSample(["f32[2, 3]"], {"shape": (4,)}, "number of elements")
+
+
+@register
+class Transpose(Op):
+    """Axis i of the result is axis ``perm[i]`` of x."""
+
+    name = "transpose"
+
+    @dataclass(frozen=True)
+    class Attrs(_op.Attrs):
+        perm: tuple[int, ...]
+
+        def canonical(self, *types: Type) -> Transpose.Attrs:
+            rank = types[0].rank
+            return Transpose.Attrs(tuple(axis_of(p, rank) for p in self.perm))
+
+    def infer(self, attrs: Attrs, x: TensorType) -> TensorType:
+        if sorted(attrs.perm) != list(range(tensor(x).rank)):
+            raise TypeMismatch(f"perm {attrs.perm} does not name each of the {x.rank} axes once")
+        return x.with_shape(*(x.shape[p] for p in attrs.perm))
+
+    def reference(self, attrs: Attrs, x: np.ndarray) -> np.ndarray:
+        return x.transpose(attrs.perm)
+
+    def vjp(self, b: Builder, node: Node, g: Value) -> Sequence[Value | None]:
+        perm = node.attrs.perm  # type: ignore[attr-defined]
+        return [b.transpose(g, perm=tuple(perm.index(i) for i in range(len(perm))))]
+
+    def samples(self) -> Iterable[Sample]:
+        yield Sample([_x(2, 3, 4)], {"perm": (2, 0, 1)})
+        yield Sample([_x(2, 3)], {"perm": (-1, 0)})
+
+    def errors(self) -> Iterable[ErrorSample]:
+        yield ErrorSample(["f32[2, 3]"], {"perm": (0, 0)}, "each of the 2 axes once")
+
+
+@register
+class BroadcastTo(Op):
+    """x stretched along axes of size 1 (and new leading axes) to ``shape``."""
+
+    name = "broadcast_to"
+
+    @dataclass(frozen=True)
+    class Attrs(_op.Attrs):
+        shape: tuple[DimLike, ...]
+
+    def infer(self, attrs: Attrs, x: TensorType) -> TensorType:
+        out = TensorType(tensor(x).dtype, attrs.shape)
+        if out.rank < x.rank:
+            raise TypeMismatch(f"{x} has more axes than shape {list(attrs.shape)}")
+        for i, d in enumerate(x.shape):
+            if d != 1:
+                require_equal(d, out.shape[out.rank - x.rank + i], f"axis {i} of {x} in shape {list(attrs.shape)}")
+        return out
+
+    def reference(self, attrs: Attrs, x: np.ndarray) -> np.ndarray:
+        return np.broadcast_to(x, [concrete(d) for d in attrs.shape])
+
+    def vjp(self, b: Builder, node: Node, g: Value) -> Sequence[Value | None]:
+        return [b.sum_to(g, node.inputs[0].shape)]
+
+    def samples(self) -> Iterable[Sample]:
+        yield Sample([_x(3, 1)], {"shape": (2, 3, 4)})
+        yield Sample([_x()], {"shape": (2,)})
+
+    def errors(self) -> Iterable[ErrorSample]:
+        yield ErrorSample(["f32[2]"], {"shape": (3,)}, "axis 0")
+        yield ErrorSample(["f32[2, 1]"], {"shape": (2,)}, "more axes")
+
+
+@register
+class Slice(Op):
+    """Along each axis, elements ``start, start + step, …`` before ``stop``. One entry per axis; dimensions allowed.
+
+    ``0 <= start <= stop <= size`` and ``step >= 1``; a missing ``steps`` means 1 everywhere.
+    """
+
+    name = "slice"
+
+    @dataclass(frozen=True)
+    class Attrs(_op.Attrs):
+        starts: tuple[DimLike, ...]
+        stops: tuple[DimLike, ...]
+        steps: tuple[int, ...] = ()
+
+        def canonical(self, *types: Type) -> Slice.Attrs:
+            return self if self.steps else Slice.Attrs(self.starts, self.stops, (1,) * len(self.starts))
+
+    def infer(self, attrs: Attrs, x: TensorType) -> TensorType:
+        if not len(attrs.starts) == len(attrs.stops) == len(attrs.steps) == tensor(x).rank:
+            raise TypeMismatch(f"a slice of {x} needs {x.rank} starts, stops and steps")
+        shape = []
+        for i, (lo, hi, step, n) in enumerate(zip(attrs.starts, attrs.stops, attrs.steps, x.shape)):
+            if less_equal(0, lo) is False or less_equal(lo, hi) is False or less_equal(hi, n) is False:
+                raise TypeMismatch(f"slice {lo}:{hi} is outside axis {i} of size {n}")
+            if not isinstance(step, int) or step < 1:
+                raise TypeMismatch(f"slice step {step} on axis {i}: a step is an integer >= 1")
+            shape.append((hi - lo + (step - 1)) // step)
+        return x.with_shape(*shape)
+
+    def reference(self, attrs: Attrs, x: np.ndarray) -> np.ndarray:
+        index = []
+        for i, (lo, hi, step) in enumerate(zip(attrs.starts, attrs.stops, attrs.steps)):
+            lo, hi = concrete(lo), concrete(hi)
+            if not 0 <= lo <= hi <= x.shape[i]:
+                raise TypeMismatch(f"slice {lo}:{hi} is outside axis {i} of size {x.shape[i]}")
+            index.append(slice(lo, hi, step))
+        return x[tuple(index)]
+
+    def vjp(self, b: Builder, node: Node, g: Value) -> Sequence[Value | None]:
+        a, x = node.attrs, node.inputs[0]
+        assert isinstance(a, Slice.Attrs)
+        if any(s != 1 for s in a.steps):  # put back at stride: scatter along each strided axis
+            for i, s in enumerate(a.steps):
+                if s != 1:
+                    n = g.shape[i]
+                    at = b.add(b.mul(b.iota(size=n), s), b.dim_size(size=a.starts[i]))
+                    shape = list(g.shape)
+                    shape[i] = x.shape[i]
+                    zeros = b.broadcast_to(b.constant(0.0, x.tensor.dtype), shape=tuple(shape))
+                    g = b.scatter(zeros, at, g, axis=i, reduce="add")
+            a = Slice.Attrs(
+                tuple(0 if s != 1 else lo for lo, s in zip(a.starts, a.steps)),
+                tuple(n if s != 1 else hi for hi, n, s in zip(a.stops, x.shape, a.steps)), (1,) * len(a.steps),
+            )  # fmt: skip
+        return [b.pad(g, low=a.starts, high=tuple(n - hi for n, hi in zip(x.shape, a.stops)))]
+
+    def samples(self) -> Iterable[Sample]:
+        yield Sample([_x(4, 5)], {"starts": (1, 0), "stops": (3, 5)})
+        yield Sample([_x(7, 5)], {"starts": (1, 0), "stops": (6, 5), "steps": (2, 3)})
+        yield Sample([_x(3)], {"starts": (2,), "stops": (2,)})
+
+    def errors(self) -> Iterable[ErrorSample]:
+        yield ErrorSample(["f32[4]"], {"starts": (0,), "stops": (5,)}, "outside axis 0")
+        yield ErrorSample(["f32[4]"], {"starts": (3,), "stops": (2,)}, "outside axis 0")
+        yield ErrorSample(["f32[4, 2]"], {"starts": (3,), "stops": (2,)}, "needs 2 starts")
+        yield ErrorSample(["f32[4]"], {"starts": (0,), "stops": (2,), "steps": (0,)}, "step")
+
+
+@register
+class Concat(Op):
+    """Operands one after another along ``axis``."""
+
+    name = "concat"
+
+    @dataclass(frozen=True)
+    class Attrs(_op.Attrs):
+        axis: int
+
+        def canonical(self, *types: Type) -> Concat.Attrs:
+            return Concat.Attrs(axis_of(self.axis, types[0].rank)) if types else self
+
+    def infer(self, attrs: Attrs, *xs: TensorType) -> TensorType:
+        if not xs:
+            raise TypeMismatch("concat needs at least one operand")
+        same_dtype(*xs)
+        shape = list(xs[0].shape)
+        for x in xs[1:]:
+            if x.rank != xs[0].rank:
+                raise TypeMismatch(f"ranks differ: {xs[0]} and {x}")
+            for i, d in enumerate(x.shape):
+                if i == attrs.axis:
+                    shape[i] = shape[i] + d
+                else:
+                    shape[i] = require_equal(shape[i], d, f"axis {i} of the operands of concat along axis {attrs.axis}")
+        return xs[0].with_shape(*shape)
+
+    def reference(self, attrs: Attrs, *xs: np.ndarray) -> np.ndarray:
+        return np.concatenate(xs, attrs.axis)
+
+    def vjp(self, b: Builder, node: Node, g: Value) -> Sequence[Value | None]:
+        axis, at, out = node.attrs.axis, 0, []  # type: ignore[attr-defined]
+        zeros = (0,) * len(g.shape)
+        for v in node.inputs:
+            starts, stops = list(zeros), list(g.shape)
+            starts[axis], stops[axis] = at, at + v.shape[axis]
+            out.append(b.slice(g, starts=starts, stops=stops))
+            at = at + v.shape[axis]
+        return out
+
+    def samples(self) -> Iterable[Sample]:
+        yield Sample([_x(2, 3), _x(2, 1)], {"axis": -1})
+        yield Sample([_x(2), _x(0), _x(3)], {"axis": 0})
+
+    def errors(self) -> Iterable[ErrorSample]:
+        yield ErrorSample(["f32[2, 3]", "f32[3, 3]"], {"axis": 1}, "axis 0")
+        yield ErrorSample(["f32[2]", "i32[2]"], {"axis": 0}, "element types differ")
+        yield ErrorSample(["f32[2]", "f32[2, 1]"], {"axis": 0}, "ranks differ")
+        yield ErrorSample([], {"axis": 0}, "at least one")
+
+
+@register
+class Pad(Op):
+    """``low[i]`` elements ``value`` before and ``high[i]`` after x along each axis i."""
+
+    name = "pad"
+
+    @dataclass(frozen=True)
+    class Attrs(_op.Attrs):
+        low: tuple[DimLike, ...]
+        high: tuple[DimLike, ...]
+        value: float = 0.0
+
+    def infer(self, attrs: Attrs, x: TensorType) -> TensorType:
+        if not len(attrs.low) == len(attrs.high) == tensor(x).rank:
+            raise TypeMismatch(f"padding {x} needs {x.rank} low and high amounts")
+        for d in (*attrs.low, *attrs.high):
+            if less_equal(0, d) is False:
+                raise TypeMismatch(f"a padding amount cannot be {d}; slice instead")
+        return x.with_shape(*(lo + d + hi for lo, d, hi in zip(attrs.low, x.shape, attrs.high)))
+
+    def reference(self, attrs: Attrs, x: np.ndarray) -> np.ndarray:
+        width = [(concrete(lo), concrete(hi)) for lo, hi in zip(attrs.low, attrs.high)]
+        return np.pad(x, width, constant_values=np.asarray(attrs.value, x.dtype)) if width else x
+
+    def vjp(self, b: Builder, node: Node, g: Value) -> Sequence[Value | None]:
+        a, x = node.attrs, node.inputs[0]
+        assert isinstance(a, Pad.Attrs)
+        return [b.slice(g, starts=a.low, stops=tuple(lo + d for lo, d in zip(a.low, x.shape)))]
+
+    def samples(self) -> Iterable[Sample]:
+        yield Sample([_x(2, 3)], {"low": (1, 0), "high": (0, 2), "value": 7.0})
+
+    def errors(self) -> Iterable[ErrorSample]:
+        yield ErrorSample(["f32[2]"], {"low": (-1,), "high": (0,)}, "cannot be -1")
+        yield ErrorSample(["f32[2]"], {"low": (1, 1), "high": (0,)}, "needs 1 low")
+
+
+@register
+class Reverse(Op):
+    """x backwards along ``axes``."""
+
+    name = "reverse"
+
+    @dataclass(frozen=True)
+    class Attrs(_op.Attrs):
+        axes: tuple[int, ...]
+
+        def canonical(self, *types: Type) -> Reverse.Attrs:
+            return Reverse.Attrs(tuple(sorted(axis_of(a, types[0].rank) for a in self.axes)))
+
+    def infer(self, attrs: Attrs, x: TensorType) -> TensorType:
+        if len(set(attrs.axes)) != len(attrs.axes):
+            raise TypeMismatch(f"axes {attrs.axes} repeat one")
+        return tensor(x)
+
+    def reference(self, attrs: Attrs, x: np.ndarray) -> np.ndarray:
+        return np.flip(x, attrs.axes)
+
+    def vjp(self, b: Builder, node: Node, g: Value) -> Sequence[Value | None]:
+        return [b.reverse(g, axes=node.attrs.axes)]  # type: ignore[attr-defined]
+
+    def samples(self) -> Iterable[Sample]:
+        yield Sample([_x(2, 3)], {"axes": (-1,)})
+
+    def errors(self) -> Iterable[ErrorSample]:
+        yield ErrorSample(["f32[2]"], {"axes": (1,)}, "outside a tensor of rank 1")
+        yield ErrorSample(["f32[2]"], {"axes": (0, 0)}, "repeat")
+
+
+__all__ = ["equal"]
