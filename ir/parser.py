@@ -91,9 +91,7 @@ class _Parser:
     def dim(self) -> DimLike:
         total = self.dim_term()
         while self.word in ("+", "-") or (self.kind == "number" and self.word.startswith("-")):
-            if self.kind == "number":  # "a -1" tokenized as a negative number
-                total = total + self.dim_term()
-            elif self.next() == "+":
+            if self.kind == "number" or self.next() == "+":  # "a -1" tokenized as a negative number
                 total = total + self.dim_term()
             else:
                 total = total - self.dim_term()

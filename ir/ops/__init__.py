@@ -1,5 +1,5 @@
 """The operations, by family. Importing this package registers them all."""
 
-from . import constant, elementwise, index, reduce, shape
+from . import attention, constant, elementwise, index, linalg, nn, quant, reduce, shape
 
-__all__ = ["constant", "elementwise", "index", "reduce", "shape"]
+__all__ = ["attention", "constant", "elementwise", "index", "linalg", "nn", "quant", "reduce", "shape"]

@@ -1,0 +1,450 @@
+"""Rotary positions, attention, and attention over a cache. Heads are the third axis: [batch, position, head, feature]."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .. import op as _op
+from ..dims import DimLike, equal, require_equal
+from ..errors import TypeMismatch
+from ..op import ErrorSample, Op, Sample, broadcast_shapes, floating, register, same_dtype, tensor
+from ..types import DType, TensorType
+from .elementwise import wide
+from .index import indices
+
+if TYPE_CHECKING:
+    from ..builder import Builder
+    from ..graph import Value
+
+
+def _wave(*shape: int, step: float = 0.37) -> np.ndarray:
+    return np.sin(np.arange(int(np.prod(shape))) * step).astype(np.float32).reshape(shape)
+
+
+def _rank4(t: TensorType, what: str) -> TensorType:
+    if floating(t, what).rank != 4:
+        raise TypeMismatch(f"{what} must be [batch, position, head, feature], not {t}")
+    return t
+
+
+# -- rotary positions -------------------------------------------------------------------------------------------------------
+@register
+class Rope(Op):
+    """Rotary position embedding (arXiv:2104.09864).
+
+    x [b, s, h, d], positions int [s] or [b, s], inv_freq f32 [r/2]. The first r features are rotated by angles
+    position * inv_freq, in pairs (i, i + r/2), or (2i, 2i + 1) if ``interleaved``; the others pass. Angles, sine and cosine
+    are f32 (f64 for f64 x); both are multiplied by ``factor`` (YaRN's attention factor).
+    """
+
+    name = "rope"
+
+    @dataclass(frozen=True)
+    class Attrs(_op.Attrs):
+        factor: float = 1.0
+        interleaved: bool = False
+
+    def infer(self, attrs: Attrs, x: TensorType, positions: TensorType, inv_freq: TensorType) -> TensorType:
+        _rank4(x, "x")
+        if indices(positions, "positions").rank not in (1, 2):
+            raise TypeMismatch(f"positions must be [s] or [b, s], not {positions}")
+        require_equal(positions.shape[-1], x.shape[1], "positions and axis 1 of x")
+        if positions.rank == 2 and positions.shape[0] != 1:
+            require_equal(positions.shape[0], x.shape[0], "batch of positions and x")
+        if floating(inv_freq, "inv_freq").rank != 1 or not isinstance(inv_freq.shape[0], int):
+            raise TypeMismatch(f"inv_freq must be a vector of known length, not {inv_freq}")
+        if inv_freq.dtype is not (DType.F64 if x.dtype is DType.F64 else DType.F32):
+            raise TypeMismatch(f"inv_freq must be f32, not {inv_freq}")
+        if isinstance(x.shape[3], int) and 2 * inv_freq.shape[0] > x.shape[3]:
+            raise TypeMismatch(f"{inv_freq.shape[0]} frequencies rotate {2 * inv_freq.shape[0]} features; {x} has {x.shape[3]}")
+        return x
+
+    def reference(self, attrs: Attrs, x: np.ndarray, positions: np.ndarray, inv_freq: np.ndarray) -> np.ndarray:
+        w = wide(x)
+        angles = (positions[..., None].astype(inv_freq.dtype) * inv_freq)[..., None, :]  # [(b,) s, 1, r/2]
+        factor = np.asarray(attrs.factor, angles.dtype)
+        cos, sin = (np.cos(angles) * factor).astype(w.dtype), (np.sin(angles) * factor).astype(w.dtype)
+        half = len(inv_freq)
+        out = np.array(w)
+        a, b = (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if attrs.interleaved else (slice(0, half), slice(half, 2 * half))
+        out[..., a] = w[..., a] * cos - w[..., b] * sin
+        out[..., b] = w[..., b] * cos + w[..., a] * sin
+        return out.astype(x.dtype)
+
+    def decompose(self, b: Builder, attrs: Attrs, x: Value, positions: Value, inv_freq: Value) -> Value:
+        dtype = x.tensor.dtype
+        x = b.cast(x, dtype=DType.F32) if dtype.bits < 32 else x
+        half = inv_freq.shape[0]
+        shape = (*positions.shape, 1, 1)
+        angles = b.mul(b.cast(b.reshape(positions, shape=shape), dtype=inv_freq.tensor.dtype), inv_freq)
+        cos, sin = (b.mul(f(angles), attrs.factor) for f in (b.cos, b.sin))
+        lead = x.shape[:3]
+
+        def part(lo: DimLike, hi: DimLike) -> Value:
+            return b.slice(x, starts=(0, 0, 0, lo), stops=(*lead, hi))  # type: ignore[no-any-return]
+
+        if attrs.interleaved:
+            pairs = b.reshape(part(0, 2 * half), shape=(*lead, half, 2))
+            x1, x2 = (
+                b.reshape(b.slice(pairs, starts=(0, 0, 0, 0, i), stops=(*lead, half, i + 1)), shape=(*lead, half)) for i in (0, 1)
+            )
+        else:
+            x1, x2 = part(0, half), part(half, 2 * half)
+        y1 = b.sub(b.mul(x1, cos), b.mul(x2, sin))
+        y2 = b.add(b.mul(x2, cos), b.mul(x1, sin))
+        if attrs.interleaved:
+            y = b.concat(b.reshape(y1, shape=(*lead, half, 1)), b.reshape(y2, shape=(*lead, half, 1)), axis=4)
+            parts = [b.reshape(y, shape=(*lead, 2 * half))]
+        else:
+            parts = [y1, y2]
+        if equal(x.shape[3], 2 * half) is not True:
+            parts.append(part(2 * half, x.shape[3]))
+        out = parts[0] if len(parts) == 1 else b.concat(*parts, axis=3)
+        return b.cast(out, dtype=dtype) if dtype.bits < 32 else out  # type: ignore[no-any-return]
+
+    def samples(self) -> Iterable[Sample]:
+        freq = np.array([1.0, 0.3], np.float32)
+        yield Sample([_wave(2, 3, 2, 4), np.arange(3), freq])
+        yield Sample([_wave(2, 3, 1, 7), np.array([[5, 6, 7], [0, 1, 2]]), freq], {"factor": 1.3})
+        yield Sample([_wave(1, 3, 2, 4), np.arange(3), freq], {"interleaved": True})
+        yield Sample([_wave(1, 2, 2, 6), np.array([[3, 9]]), freq], {"interleaved": True})
+
+    def errors(self) -> Iterable[ErrorSample]:
+        yield ErrorSample(["f32[b, s, 2, 3]", "i64[s]", "f32[2]"], {}, "rotate 4 features")
+        yield ErrorSample(["f32[b, s, 2, 4]", "i64[b, 3, 2]", "f32[2]"], {}, "positions must be")
+        yield ErrorSample(["f32[b, 4, 2, 4]", "i64[3]", "f32[2]"], {}, "positions and axis 1")
+        yield ErrorSample(["f32[b, s, 4]", "i64[s]", "f32[2]"], {}, "must be [batch, position")
+        yield ErrorSample(["f32[b, s, 2, 4]", "f32[s]", "f32[2]"], {}, "must be integers")
+
+
+# -- attention ----------------------------------------------------------------------------------------------------------------
+def _check_qkv(q: TensorType, k: TensorType, v: TensorType) -> None:
+    for t, what in ((q, "q"), (k, "k"), (v, "v")):
+        _rank4(t, what)
+    same_dtype(q, k, v)
+    for t, what in ((k, "k"), (v, "v")):
+        require_equal(q.shape[0], t.shape[0], f"batch of q and {what}")
+    require_equal(k.shape[1], v.shape[1], "positions of k and v")
+    require_equal(k.shape[2], v.shape[2], "heads of k and v")
+    require_equal(q.shape[3], k.shape[3], "features of q and k")
+    if equal(q.shape[2] % k.shape[2], 0) is not True:
+        raise TypeMismatch(f"{q.shape[2]} query heads do not divide among {k.shape[2]} key heads")
+
+
+def _check_window(window: int | None) -> None:
+    if window is not None and window < 1:
+        raise TypeMismatch(f"window={window}: a window holds at least the position itself")
+
+
+def _grouped(q: np.ndarray, k: np.ndarray, scale: float, softcap: float | None) -> np.ndarray:
+    """Scores [b, g, h/g, s, t] in f32 or wider."""
+    b, s, h, d = q.shape
+    g = k.shape[2]
+    qg = wide(q).reshape(b, s, g, h // g, d).transpose(0, 2, 3, 1, 4)
+    x = (qg @ wide(k).transpose(0, 2, 3, 1)[:, :, None]) * np.asarray(scale, qg.dtype)
+    if softcap is not None:
+        x = np.tanh(x / np.asarray(softcap, x.dtype)) * np.asarray(softcap, x.dtype)
+    return x  # type: ignore[no-any-return]
+
+
+def _weighted(x: np.ndarray, v: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Softmax of scores over keys (0 for a row of only -inf), times v: [b, s, h, e]."""
+    top = x.max(-1, keepdims=True, initial=-np.inf)
+    e = np.exp(x - np.where(np.isfinite(top), top, np.zeros((), x.dtype)))
+    total = e.sum(-1, keepdims=True)
+    out = (e / np.where(total > 0, total, np.ones((), x.dtype))) @ wide(v).transpose(0, 2, 1, 3)[:, :, None]
+    b, g, r, s, d = out.shape
+    return out.transpose(0, 3, 1, 2, 4).reshape(b, s, g * r, d).astype(dtype)  # type: ignore[no-any-return]
+
+
+def _keep(query: np.ndarray, key: np.ndarray, causal: bool, window: int | None) -> np.ndarray:
+    keep = np.ones(np.broadcast_shapes(query.shape, key.shape), bool)
+    if causal:
+        keep &= key <= query
+    if window is not None:
+        keep &= query - key < window
+    return keep
+
+
+@dataclass(frozen=True)
+class AttentionAttrs(_op.Attrs):
+    """``scale`` multiplies q·k; ``softcap`` c then maps x to c*tanh(x/c); ``causal`` and ``window`` choose what is seen."""
+
+    scale: float
+    causal: bool = False
+    window: int | None = None
+    softcap: float | None = None
+
+
+def _emit_softmax_v(b: Builder, scores: Value, keep: Value | None, v: Value, out: tuple[DimLike, ...]) -> Value:
+    """Masked softmax over the last axis of scores [b, g, r, s, t], times v [b, t, g, e] -> [b, s, h, e] = ``out``."""
+    e_: Value
+    if keep is not None:
+        scores = b.select(keep, scores, b.constant(float("-inf"), scores.tensor.dtype))
+    top = b.stop_gradient(b.reduce_max(scores, axes=(4,), keepdims=True))
+    top = b.select(b.isinf(top), b.constant(0.0, top.tensor.dtype), top)
+    e_ = b.exp(b.sub(scores, top))
+    total = b.reduce_sum(e_, axes=(4,), keepdims=True)
+    probs = b.div(e_, b.select(b.greater(total, 0.0), total, b.constant(1.0, total.tensor.dtype)))
+    n, t, g, e = v.shape
+    values = b.reshape(b.transpose(v, perm=(0, 2, 1, 3)), shape=(n, g, 1, t, e))
+    return b.reshape(b.transpose(b.matmul(probs, values), perm=(0, 3, 1, 2, 4)), shape=out)  # type: ignore[no-any-return]
+
+
+def _emit_scores(b: Builder, attrs: AttentionAttrs | CachedAttrs, q: Value, k: Value) -> Value:
+    n, s, h, d = q.shape
+    t, g = k.shape[1], k.shape[2]
+    qg = b.transpose(b.reshape(q, shape=(n, s, g, h // g, d)), perm=(0, 2, 3, 1, 4))
+    kt = b.reshape(b.transpose(k, perm=(0, 2, 3, 1)), shape=(n, g, 1, d, t))
+    x = b.mul(b.matmul(qg, kt), attrs.scale)
+    if attrs.softcap is not None:
+        x = b.mul(b.tanh(b.div(x, attrs.softcap)), attrs.softcap)
+    return x  # type: ignore[no-any-return]
+
+
+def _emit_keep(b: Builder, query: Value, key: Value, causal: bool, window: int | None) -> Value | None:
+    keep = b.less_equal(key, query) if causal else None
+    if window is not None:
+        near = b.less(b.sub(query, key), window)
+        keep = near if keep is None else b.logical_and(keep, near)
+    return keep
+
+
+@register
+class Attention(Op):
+    """Scaled dot-product attention with grouped queries (arXiv:1706.03762, arXiv:2305.13245).
+
+    q [b, s, h, d], k [b, t, g, d], v [b, t, g, e], mask? -> [b, s, h, e]; query head i reads key head i // (h/g).
+    scores = scale * q·k; softcap; then the mask, broadcastable to [b, h, s, t]: booleans keep where true, floats are added.
+    ``causal``: query i stands at i + (t - s) and sees no later key. ``window`` w: only keys less than w behind it.
+    Softmax in f32 or wider. A query that sees nothing gives 0.
+    """
+
+    name = "attention"
+    Attrs = AttentionAttrs
+
+    def infer(
+        self, attrs: AttentionAttrs, q: TensorType, k: TensorType, v: TensorType, mask: TensorType | None = None
+    ) -> TensorType:
+        _check_qkv(q, k, v)
+        _check_window(attrs.window)
+        if mask is not None:
+            if tensor(mask).dtype not in (DType.BOOL, q.dtype):
+                raise TypeMismatch(f"the mask must be bool or {q.dtype}, not {mask}")
+            full = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+            if mask.rank > 4 or broadcast_shapes(full, mask.shape) != full:
+                raise TypeMismatch(f"the mask {mask} does not broadcast to [b, h, s, t] = {list(full)}")
+        return q.with_shape(*q.shape[:3], v.shape[3])
+
+    def reference(
+        self, attrs: AttentionAttrs, q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray | None = None
+    ) -> np.ndarray:
+        x = _grouped(q, k, attrs.scale, attrs.softcap)
+        n, g, r, s, t = x.shape
+        keep = _keep(np.arange(s)[:, None] + (t - s), np.arange(t), attrs.causal, attrs.window)
+        if mask is not None:
+            full = np.broadcast_to(mask, (n, g * r, s, t)).reshape(x.shape)
+            if mask.dtype == np.bool_:
+                keep = keep & full
+            else:
+                x = x + wide(full)
+        return _weighted(np.where(keep, x, np.asarray(-np.inf, x.dtype)), v, q.dtype)
+
+    def decompose(self, b: Builder, attrs: AttentionAttrs, q: Value, k: Value, v: Value, mask: Value | None = None) -> Value:
+        dtype = q.tensor.dtype
+        if dtype.bits < 32:
+            q, k, v = (b.cast(x, dtype=DType.F32) for x in (q, k, v))
+        n, s, h, _ = q.shape
+        t, g = k.shape[1], k.shape[2]
+        x = _emit_scores(b, attrs, q, k)
+        query = b.reshape(b.iota(size=s), shape=(s, 1))
+        if equal(s, t) is not True:
+            query = b.add(query, b.sub(b.dim_size(size=t), b.dim_size(size=s)))
+        keep = _emit_keep(b, query, b.iota(size=t), attrs.causal, attrs.window)
+        if mask is not None:
+            shape = (1,) * (4 - len(mask.shape)) + tuple(mask.shape)
+            heads = (1, 1) if shape[1] == 1 else (g, h // g)
+            full = b.reshape(mask, shape=(shape[0], *heads, *shape[2:]))
+            if mask.tensor.dtype is DType.BOOL:
+                keep = full if keep is None else b.logical_and(keep, full)
+            else:
+                x = b.add(x, b.cast(full, dtype=DType.F32) if dtype.bits < 32 else full)
+        out = _emit_softmax_v(b, x, keep, v, (n, s, h, v.shape[3]))
+        return b.cast(out, dtype=dtype) if dtype.bits < 32 else out  # type: ignore[no-any-return]
+
+    def samples(self) -> Iterable[Sample]:
+        q, k, v = _wave(2, 3, 4, 5), _wave(2, 3, 2, 5, step=0.7), _wave(2, 3, 2, 6, step=0.9)
+        yield Sample([q, k, v], {"scale": 0.5})
+        yield Sample([q, k, v], {"scale": 0.5, "causal": True, "window": 2, "softcap": 3.0})
+        yield Sample([q[:, :2], k, v], {"scale": 1.0, "causal": True})
+        yield Sample([q, k, v, np.array([[True, False, True], [False, False, False], [True, True, True]])], {"scale": 0.5})
+        yield Sample([q, k, v, _wave(2, 4, 3, 3)], {"scale": 0.5, "causal": True})
+        yield Sample([q[:1, :, :1], k[:1, :, :1], v[:1, :, :1], _wave(1, 1, 1, 3)], {"scale": 0.5})
+
+    def errors(self) -> Iterable[ErrorSample]:
+        ok = ["f32[b, s, 4, 8]", "f32[b, t, 2, 8]", "f32[b, t, 2, 8]"]
+        yield ErrorSample([ok[0], "f32[b, t, 3, 8]", "f32[b, t, 3, 8]"], {"scale": 1.0}, "do not divide among")
+        yield ErrorSample([ok[0], "f32[b, t, 2, 6]", ok[2]], {"scale": 1.0}, "features of q and k")
+        yield ErrorSample([ok[0], "f32[b, 3, 2, 8]", "f32[b, 4, 2, 8]"], {"scale": 1.0}, "positions of k and v")
+        yield ErrorSample([*ok, "f32[5, 5]"], {"scale": 1.0, "window": 0}, "at least the position itself")
+        yield ErrorSample([*ok, "i64[s, t]"], {"scale": 1.0}, "the mask must be")
+        yield ErrorSample([*ok, "f32[7, b, 4, s, t]"], {"scale": 1.0}, "does not broadcast")
+        yield ErrorSample(["f32[s, 4, 8]", *ok[1:]], {"scale": 1.0}, "must be [batch, position")
+
+
+# -- caches -------------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class CacheAttrs(_op.Attrs):
+    """``ring``: position p stands in slot p modulo the capacity; else in slot p."""
+
+    ring: bool = False
+
+
+def _check_cache(cache: TensorType, new: TensorType, past: TensorType, what: str) -> None:
+    if tensor(cache, what).rank < 2 or tensor(new, "new").rank != cache.rank:
+        raise TypeMismatch(f"{what} must be [batch, capacity, ..] and new [batch, s, ..], not {cache} and {new}")
+    same_dtype(cache, new)
+    for i in range(cache.rank):
+        if i != 1:
+            require_equal(cache.shape[i], new.shape[i], f"axis {i} of {what} and the new values")
+    if indices(past, "past").rank != 1:
+        raise TypeMismatch(f"past must be [batch], not {past}")
+    require_equal(past.shape[0], cache.shape[0], f"batch of past and {what}")
+
+
+def _write(cache: np.ndarray, new: np.ndarray, past: np.ndarray, ring: bool) -> np.ndarray:
+    at = past[:, None] + np.arange(new.shape[1])
+    if ring:
+        at = at % cache.shape[1]
+    elif at.size and at.max() >= cache.shape[1]:
+        raise TypeMismatch(f"position {at.max()} is outside a cache of {cache.shape[1]}: compile or open it with more context")
+    out = np.array(cache)
+    for i in range(new.shape[1]):  # in order: in a ring a later position overwrites
+        out[np.arange(len(cache)), at[:, i]] = new[:, i]
+    return out
+
+
+@register
+class CacheUpdate(Op):
+    """cache [b, c, ..] with new [b, s, ..] written at positions past[r] .. past[r]+s-1 of each row r.
+
+    A ring keeps the last c positions; without ``ring``, a position at or past c is an error.
+    """
+
+    name = "cache_update"
+    Attrs = CacheAttrs
+    differentiable = False
+
+    def infer(self, attrs: CacheAttrs, cache: TensorType, new: TensorType, past: TensorType) -> TensorType:
+        _check_cache(cache, new, past, "the cache")
+        return cache
+
+    def reference(self, attrs: CacheAttrs, cache: np.ndarray, new: np.ndarray, past: np.ndarray) -> np.ndarray:
+        return _write(cache, new, past, attrs.ring)
+
+    def samples(self) -> Iterable[Sample]:
+        yield Sample([_wave(2, 6, 3), _wave(2, 2, 3, step=2.0), np.array([4, 1])])
+        yield Sample([_wave(2, 3, 1, 2), _wave(2, 2, 1, 2, step=2.0), np.array([4, 2])], {"ring": True})
+
+    def errors(self) -> Iterable[ErrorSample]:
+        yield ErrorSample(["f32[b, 6, 3]", "f32[b, s, 4]", "i64[b]"], {}, "axis 2")
+        yield ErrorSample(["f32[2, 6, 3]", "f32[2, s, 3]", "i64[3]"], {}, "batch of past")
+        yield ErrorSample(["f32[b, 6, 3]", "f32[b, s]", "i64[b]"], {}, "must be [batch, capacity")
+
+
+@dataclass(frozen=True)
+class CachedAttrs(_op.Attrs):
+    """As attention's; ``ring`` as cache_update's."""
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    ring: bool = False
+
+
+@register
+class CachedAttention(Op):
+    """Causal attention of new positions over a cache, which takes them up first.
+
+    q [b, s, h, d], k [b, s, g, d], v [b, s, g, e], k_cache [b, c, g, d], v_cache [b, c, g, e], past i64[b]
+    -> out [b, s, h, e], k_cache', v_cache'. Row r's new positions are past[r] + i; query i sees every position up to its own
+    (less than ``window`` behind). A ring needs c >= window + s - 1: what a query still sees must not be overwritten.
+    """
+
+    name = "cached_attention"
+    Attrs = CachedAttrs
+    differentiable = False
+
+    def infer(
+        self, attrs: CachedAttrs, q: TensorType, k: TensorType, v: TensorType, k_cache: TensorType, v_cache: TensorType,
+        past: TensorType,
+    ) -> tuple[TensorType, TensorType, TensorType]:  # fmt: skip
+        _check_qkv(q, k, v)
+        require_equal(q.shape[1], k.shape[1], "positions of q and k")
+        _check_cache(k_cache, k, past, "k_cache")
+        _check_cache(v_cache, v, past, "v_cache")
+        require_equal(k_cache.shape[1], v_cache.shape[1], "capacity of the caches")
+        _check_window(attrs.window)
+        if attrs.ring and attrs.window is None:
+            raise TypeMismatch("a ring cache forgets: it needs a window")
+        return q.with_shape(*q.shape[:3], v.shape[3]), k_cache, v_cache
+
+    def reference(
+        self, attrs: CachedAttrs, q: np.ndarray, k: np.ndarray, v: np.ndarray, k_cache: np.ndarray, v_cache: np.ndarray,
+        past: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+        s, c = q.shape[1], k_cache.shape[1]
+        if attrs.ring and attrs.window is not None and c < attrs.window + s - 1:
+            raise TypeMismatch(f"a ring of {c} cannot take {s} new positions under a window of {attrs.window}")
+        k_cache, v_cache = _write(k_cache, k, past, attrs.ring), _write(v_cache, v, past, attrs.ring)
+        query = past[:, None, None] + np.arange(s)[:, None]  # [b, s, 1]
+        slot = np.arange(c)
+        last = past[:, None, None] + (s - 1)
+        key = last - (last - slot) % c if attrs.ring else np.broadcast_to(slot, (len(past), 1, c))  # the position in each slot
+        keep = _keep(query, key, True, attrs.window) & (key >= 0)
+        x = np.where(keep[:, None, None], _grouped(q, k_cache, attrs.scale, attrs.softcap), -np.inf)
+        return _weighted(x.astype(wide(q).dtype), v_cache, q.dtype), k_cache, v_cache
+
+    def decompose(
+        self, b: Builder, attrs: CachedAttrs, q: Value, k: Value, v: Value, k_cache: Value, v_cache: Value, past: Value
+    ) -> tuple[Value, Value, Value]:
+        dtype = q.tensor.dtype
+        kc, vc = b.cache_update(k_cache, k, past, ring=attrs.ring), b.cache_update(v_cache, v, past, ring=attrs.ring)
+        keys, values = kc, vc
+        if dtype.bits < 32:
+            q, keys, values = (b.cast(x, dtype=DType.F32) for x in (q, kc, vc))
+        n, s, h, _ = q.shape
+        c = kc.shape[1]
+        start = b.reshape(past, shape=(n, 1, 1, 1, 1))
+        query = b.add(start, b.reshape(b.iota(size=s, dtype=past.tensor.dtype), shape=(s, 1)))
+        key = b.iota(size=c, dtype=past.tensor.dtype)
+        if attrs.ring:
+            last = b.add(start, b.sub(b.dim_size(size=s, dtype=past.tensor.dtype), 1))
+            key = b.sub(last, b.mod(b.sub(last, key), b.dim_size(size=c, dtype=past.tensor.dtype)))
+        keep = _emit_keep(b, query, key, True, attrs.window)
+        if attrs.ring:
+            keep = b.logical_and(keep, b.greater_equal(key, 0))
+        out = _emit_softmax_v(b, _emit_scores(b, attrs, q, keys), keep, values, (n, s, h, v.shape[3]))
+        return (b.cast(out, dtype=dtype) if dtype.bits < 32 else out), kc, vc
+
+    def samples(self) -> Iterable[Sample]:
+        q, k, v = _wave(2, 2, 4, 5), _wave(2, 2, 2, 5, step=0.7), _wave(2, 2, 2, 6, step=0.9)
+        kc, vc = _wave(2, 7, 2, 5, step=1.1), _wave(2, 7, 2, 6, step=1.3)
+        yield Sample([q, k, v, kc, vc, np.array([5, 0])], {"scale": 0.5})
+        yield Sample([q, k, v, kc, vc, np.array([3, 5])], {"scale": 0.5, "window": 2, "softcap": 2.0})
+        yield Sample([q, k, v, kc, vc, np.array([30, 2])], {"scale": 0.5, "window": 6, "ring": True})
+        yield Sample([q[:, :1], k[:, :1], v[:, :1], kc, vc, np.array([6, 1])], {"scale": 0.5, "window": 7, "ring": True})
+
+    def errors(self) -> Iterable[ErrorSample]:
+        qkv = ["f32[b, s, 4, 8]", "f32[b, s, 2, 8]", "f32[b, s, 2, 8]"]
+        cache = ["f32[b, c, 2, 8]", "f32[b, c, 2, 8]", "i64[b]"]
+        yield ErrorSample([*qkv, *cache], {"scale": 1.0, "ring": True}, "needs a window")
+        yield ErrorSample([*qkv, "f32[b, c, 3, 8]", *cache[1:]], {"scale": 1.0}, "axis 2 of k_cache")
+        yield ErrorSample([*qkv, *cache[:2], "i64[b, 1]"], {"scale": 1.0}, "past must be")
+
+
+__all__ = ["Attention", "CacheUpdate", "CachedAttention", "Rope"]

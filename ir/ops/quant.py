@@ -1,0 +1,278 @@
+"""Weights in blocks of few bits, and the operations that read them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .. import op as _op
+from ..dims import require_equal
+from ..errors import TypeMismatch
+from ..op import ErrorSample, Op, Sample, floating, quantized, register, same_dtype, tensor
+from ..types import DType, QArray, QTensorType, TensorType
+from .elementwise import grid, wide
+from .index import _checked, indices
+
+if TYPE_CHECKING:
+    from ..builder import Builder
+    from ..graph import Node, Value
+
+
+def quantize_array(x: np.ndarray, type: QTensorType) -> QArray:
+    """``x`` quantized in blocks along its last axis; see :class:`Quantize`. Works through x in slabs: memory matters here."""
+    *lead, k = x.shape
+    blocks = -(-k // type.block)
+    rows = x.reshape(-1, k)
+    values = np.empty((len(rows), k), np.int8)
+    scales = np.empty((len(rows), blocks), type.scale.np)
+    low, high = (-127, 127) if type.scheme == "int8" else (-8, 7)
+    step = max(1, (1 << 20) // max(k, 1))
+    for i in range(0, len(rows), step):
+        w = np.zeros((len(rows[i : i + step]), blocks * type.block), np.float32)
+        w[:, :k] = rows[i : i + step]
+        w = w.reshape(len(w), blocks, type.block)
+        if type.scheme == "int8":
+            d = np.abs(w).max(-1) / np.float32(127)
+        else:  # the element of largest magnitude, sign included, goes to -8: one more level than +-7 (as llama.cpp's Q4_0)
+            peak = np.take_along_axis(w, np.abs(w).argmax(-1)[..., None], -1)[..., 0]
+            d = peak / np.float32(-8)
+        s = d.astype(type.scale.np)
+        inverse = np.divide(np.float32(1), s, where=s != 0, out=np.zeros(s.shape, np.float32), dtype=np.float32)
+        w *= inverse[..., None]
+        np.rint(w, out=w)
+        np.clip(w, low, high, out=w)
+        values[i : i + step] = w.reshape(len(w), -1)[:, :k]
+        scales[i : i + step] = s
+    return QArray(type, values.reshape(x.shape), scales.reshape(*lead, blocks))
+
+
+def quantize_rows(x: np.ndarray, block: int = 32) -> tuple[np.ndarray, np.ndarray]:
+    """Activations [m, k] to int8 per row and block: q [m, blocks, block] (zero-padded) and d f32 [m, blocks].
+
+    d = max|x| / 127 and q = round_half_even(x * (127 / max|x|)), both in f32; a block of zeros has q = 0, d = 0.
+    """
+    m, k = x.shape
+    blocks = -(-k // block)
+    padded = np.zeros((m, blocks * block), np.float32)
+    padded[:, :k] = x
+    padded = padded.reshape(m, blocks, block)
+    top = np.abs(padded).max(-1)
+    inverse = np.divide(np.float32(127), top, where=top > 0, out=np.zeros_like(top))
+    return np.rint(padded * inverse[..., None]).astype(np.int8), top / np.float32(127)
+
+
+@register
+class Quantize(Op):
+    """Symmetric quantization in blocks of ``block`` along the last axis: value = clip(round_half_even(x / scale)).
+
+    int8: scale = max|block| / 127, values -127..127. int4: scale = -(element of largest magnitude) / 8, values -8..7.
+    Scales are rounded to ``scale`` before the values are computed.
+    """
+
+    name = "quantize"
+    differentiable = False
+
+    @dataclass(frozen=True)
+    class Attrs(_op.Attrs):
+        scheme: str
+        block: int = 32
+        scale: DType = DType.F16
+
+    def infer(self, attrs: Attrs, x: TensorType) -> QTensorType:
+        if floating(x).rank < 1:
+            raise TypeMismatch("a scalar cannot be quantized in blocks")
+        return QTensorType(attrs.scheme, x.shape, attrs.block, attrs.scale)
+
+    def reference(self, attrs: Attrs, x: np.ndarray) -> QArray:
+        return quantize_array(x, QTensorType(attrs.scheme, x.shape, attrs.block, attrs.scale))
+
+    def samples(self) -> Iterable[Sample]:
+        yield Sample([grid(3, 70)], {"scheme": "int8"})
+        yield Sample([grid(3, 64)], {"scheme": "int4"})
+        yield Sample([grid(2, 9)], {"scheme": "int4", "block": 4, "scale": "f32"})
+        yield Sample([np.zeros((2, 32), np.float32)], {"scheme": "int8"})
+
+    def errors(self) -> Iterable[ErrorSample]:
+        yield ErrorSample(["f32[4]"], {"scheme": "int3"}, "is not one of int8, int4")
+        yield ErrorSample(["i32[4]"], {"scheme": "int4"}, "must be float")
+        yield ErrorSample(["f32[4]"], {"scheme": "int4", "block": 0}, "block >= 1")
+
+
+@dataclass(frozen=True)
+class DTypeAttrs(_op.Attrs):
+    """Element type of the result."""
+
+    dtype: DType = DType.F32
+
+
+@register
+class Dequantize(Op):
+    """The dense tensor a quantized one stands for: value * scale, computed in f32."""
+
+    name = "dequantize"
+    Attrs = DTypeAttrs
+    differentiable = False
+
+    def infer(self, attrs: DTypeAttrs, q: QTensorType) -> TensorType:
+        return TensorType(attrs.dtype, quantized(q).shape)
+
+    def reference(self, attrs: DTypeAttrs, q: QArray) -> np.ndarray:
+        return q.dense(attrs.dtype)
+
+    def samples(self) -> Iterable[Sample]:
+        yield Sample([_q("int4", 3, 70)])
+        yield Sample([_q("int8", 3, 64)], {"dtype": "f16"})
+
+    def errors(self) -> Iterable[ErrorSample]:
+        yield ErrorSample(["f32[4]"], {}, "must be quantized")
+
+
+def _q(scheme: str, *shape: int) -> QArray:
+    x = np.sin(np.arange(int(np.prod(shape)))).astype(np.float32).reshape(shape)
+    return quantize_array(x, QTensorType(scheme, shape))
+
+
+@register
+class QuantizedLinear(Op):
+    """x [.., k] @ w^T (+ bias) with a quantized weight w [n, k] -> [.., n].
+
+    ``activation=None``: linear(x, dequantize(w)). ``"int8"``: each row of x is quantized per block of w (see quantize_rows), the
+    blocks' integer dot products are exact, and y = sum over blocks of w_scale * d * dot, in f32.
+    """
+
+    name = "quantized_linear"
+
+    @dataclass(frozen=True)
+    class Attrs(_op.Attrs):
+        activation: str | None = None
+
+    def infer(self, attrs: Attrs, x: TensorType, w: QTensorType, bias: TensorType | None = None) -> TensorType:
+        if attrs.activation not in (None, "int8"):
+            raise TypeMismatch(f"activation={attrs.activation!r} is not one of int8, none")
+        if quantized(w, "the weight").rank != 2 or floating(x, "x").rank < 1:
+            raise TypeMismatch(f"quantized_linear takes x [.., k] and a weight [n, k], not {x} and {w}")
+        require_equal(x.shape[-1], w.shape[1], "last axis of x and of the weight")
+        if bias is not None:
+            if tensor(bias).rank != 1 or same_dtype(x, bias) is None:
+                raise TypeMismatch(f"the bias must be [{w.shape[0]}], not {bias}")
+            require_equal(bias.shape[0], w.shape[0], "bias and first axis of the weight")
+        return x.with_shape(*x.shape[:-1], w.shape[0])
+
+    def reference(self, attrs: Attrs, x: np.ndarray, w: QArray, bias: np.ndarray | None = None) -> np.ndarray:
+        if attrs.activation is None:
+            y = wide(x) @ w.dense(DType.F32).T.astype(wide(x).dtype)
+        else:
+            n, k = w.shape
+            flat = wide(x).reshape(-1, k).astype(np.float32)
+            q, d = quantize_rows(flat, w.type.block)
+            block, blocks = w.type.block, q.shape[1]
+            values = np.zeros((n, blocks * block), np.float32)  # dots of int8 blocks are exact in f32
+            values[:, :k] = w.values
+            values = values.reshape(n, blocks, block)
+            out = np.zeros((len(flat), n), np.float32)
+            for i in range(blocks):
+                dot = q[:, i].astype(np.float32) @ values[:, i].T
+                out += dot * (d[:, i, None] * w.scales[None, :, i].astype(np.float32))
+            y = out.reshape(*x.shape[:-1], n)
+        return (y if bias is None else y + wide(bias)).astype(x.dtype)
+
+    def decompose(self, b: Builder, attrs: Attrs, x: Value, w: Value, bias: Value | None = None) -> Value:
+        q = w.type
+        assert isinstance(q, QTensorType)
+        dtype = x.tensor.dtype
+        if attrs.activation is None:
+            dense = b.dequantize(w, dtype=dtype)
+            return b.linear(x, dense) if bias is None else b.linear(x, dense, bias)  # type: ignore[no-any-return]
+        # the integers are emulated in f32, where dots of a block are exact; scales join before the sum over blocks
+        k, block, blocks = x.shape[-1], q.block, q.blocks
+        lead = (0,) * (len(x.shape) - 1)
+        f = b.cast(x, dtype=DType.F32) if dtype is not DType.F32 else x
+        f = b.pad(f, low=(*lead, 0), high=(*lead, blocks * block - k))
+        f = b.reshape(f, shape=(*x.shape[:-1], blocks, block))
+        top = b.reduce_max(b.abs(f), axes=(len(x.shape),), keepdims=True)
+        inverse = b.select(b.greater(top, 0.0), b.div(127.0, b.select(b.greater(top, 0.0), top, 1.0)), 0.0)
+        rounded = b.mul(b.round(b.mul(f, inverse)), b.div(top, 127.0))
+        rounded = b.slice(b.reshape(rounded, shape=(*x.shape[:-1], blocks * block)), starts=(*lead, 0), stops=x.shape)
+        dense = b.dequantize(w, dtype=DType.F32)
+        y = b.linear(rounded, dense) if bias is None else b.linear(rounded, dense, b.cast(bias, dtype=DType.F32))
+        return b.cast(y, dtype=dtype) if dtype is not DType.F32 else y  # type: ignore[no-any-return]
+
+    def vjp(self, b: Builder, node: Node, g: Value) -> Sequence[Value | None]:
+        """Straight through the rounding of activations; the weight is a constant."""
+        x, w = node.inputs[:2]
+        rows = b.reshape(g, shape=(1, *g.shape)) if len(g.shape) == 1 else g
+        gx = b.sum_to(b.matmul(rows, b.dequantize(w, dtype=x.tensor.dtype)), x.shape)
+        gb = [b.sum_to(g, node.inputs[2].shape)] if len(node.inputs) > 2 else []
+        return [gx, None, *gb]
+
+    def samples(self) -> Iterable[Sample]:
+        yield Sample([grid(2, 3, 70), _q("int4", 5, 70)], grad=(0,))
+        yield Sample([grid(3, 64), _q("int8", 5, 64), grid(5)], grad=(0, 2))
+        yield Sample([grid(3, 70), _q("int8", 5, 70)], {"activation": "int8"}, grad=())
+        yield Sample([grid(3, 96), _q("int4", 5, 96), grid(5)], {"activation": "int8"}, grad=())
+
+    def errors(self) -> Iterable[ErrorSample]:
+        yield ErrorSample(["f32[b, 3]", "int4b32f16[4, 5]"], {}, "last axis of x")
+        yield ErrorSample(["f32[b, 5]", "f32[4, 5]"], {}, "must be quantized")
+        yield ErrorSample(["f32[b, 5]", "int4b32f16[4, 5]"], {"activation": "int4"}, "is not one of")
+
+
+@register
+class Embedding(Op):
+    """Rows of a table: w [v, d], ids int [..] -> [.., d] of type ``dtype`` (the table may be stored in another float type)."""
+
+    name = "embedding"
+    Attrs = DTypeAttrs
+
+    def infer(self, attrs: DTypeAttrs, w: TensorType, ids: TensorType) -> TensorType:
+        if floating(w, "the table").rank != 2 or not attrs.dtype.is_float:
+            raise TypeMismatch(f"the table must be [v, d] of floats, not {w}")
+        return TensorType(attrs.dtype, (*indices(ids, "ids").shape, w.shape[1]))
+
+    def reference(self, attrs: DTypeAttrs, w: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        return w[_checked(ids, len(w))].astype(attrs.dtype.np)
+
+    def decompose(self, b: Builder, attrs: DTypeAttrs, w: Value, ids: Value) -> Value:
+        rows = b.gather(w, ids, axis=0)
+        return rows if w.tensor.dtype is attrs.dtype else b.cast(rows, dtype=attrs.dtype)  # type: ignore[no-any-return]
+
+    def samples(self) -> Iterable[Sample]:
+        yield Sample([grid(5, 3), np.array([[0, 4], [4, 1]])])
+        yield Sample([grid(5, 3).astype(np.float16), np.array([2])], grad=())
+
+    def errors(self) -> Iterable[ErrorSample]:
+        yield ErrorSample(["f32[5]", "i64[2]"], {}, "the table must be")
+        yield ErrorSample(["f32[5, 2]", "f32[2]"], {}, "must be integers")
+
+
+@register
+class QuantizedEmbedding(Op):
+    """Rows of a quantized table, dequantized: w [v, d], ids int [..] -> [.., d]."""
+
+    name = "quantized_embedding"
+    Attrs = DTypeAttrs
+    differentiable = False
+
+    def infer(self, attrs: DTypeAttrs, w: QTensorType, ids: TensorType) -> TensorType:
+        if quantized(w, "the table").rank != 2:
+            raise TypeMismatch(f"the table must be [v, d], not {w}")
+        return TensorType(attrs.dtype, (*indices(ids, "ids").shape, w.shape[1]))
+
+    def reference(self, attrs: DTypeAttrs, w: QArray, ids: np.ndarray) -> np.ndarray:
+        at = _checked(ids, w.shape[0])
+        rows = QTensorType(w.type.scheme, (*at.shape, w.shape[1]), w.type.block, w.type.scale)
+        return QArray(rows, w.values[at], w.scales[at]).dense(attrs.dtype)
+
+    def decompose(self, b: Builder, attrs: DTypeAttrs, w: Value, ids: Value) -> Value:
+        return b.gather(b.dequantize(w, dtype=attrs.dtype), ids, axis=0)  # type: ignore[no-any-return]
+
+    def samples(self) -> Iterable[Sample]:
+        yield Sample([_q("int4", 5, 40), np.array([[0, 4], [4, 1]])])
+        yield Sample([_q("int8", 5, 64), np.array([2], np.int32)], {"dtype": "f16"})
+
+    def errors(self) -> Iterable[ErrorSample]:
+        yield ErrorSample(["f32[5, 2]", "i64[2]"], {}, "must be quantized")
+        yield ErrorSample(["int4b32f16[5, 2]", "f32[2]"], {}, "must be integers")
