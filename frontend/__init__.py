@@ -2,7 +2,7 @@
 
 from . import nn
 from .checkpoint import CheckpointError, FileParam
-from .families import FAMILIES, ConfigError
+from .families import FAMILIES, ConfigError, Fields
 from .huggingface import from_pretrained
 
-__all__ = ["FAMILIES", "CheckpointError", "ConfigError", "FileParam", "from_pretrained", "nn"]
+__all__ = ["FAMILIES", "CheckpointError", "ConfigError", "Fields", "FileParam", "from_pretrained", "nn"]

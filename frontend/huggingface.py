@@ -40,7 +40,8 @@ def from_pretrained(folder: str | Path) -> Program:
     tokenizer = folder / "tokenizer.json"
     program.metadata.update(
         family=family, name=folder.resolve().name, context=config["max_position_embeddings"],
-        vocab=config["vocab_size"], generation=_generation(folder, config), tokenizer=str(tokenizer) if tokenizer.exists() else None, config=config,
+        vocab=config["vocab_size"], generation=_generation(folder, config), config=config,
+        tokenizer=str(tokenizer) if tokenizer.exists() else None,
     )  # fmt: skip
     return program
 

@@ -11,7 +11,7 @@ variants, ``MORE`` other spellings.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,13 +65,12 @@ class Block(nn.Module):
         out: nn.Tensor = self.o(self.core(q, k, v, nn.positions(x), **rest).merge())
         return out
 
-    def core(self, q: nn.Tensor, k: nn.Tensor, v: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
-        raise NotImplementedError
+    core: Callable[..., nn.Tensor]
 
 
-def _rows(*xs: nn.Tensor) -> tuple[nn.Tensor, ...]:
+def _rows(*xs: nn.Tensor) -> Iterator[nn.Tensor]:
     """[b, s, h, d] -> [b, h, s, d]."""
-    return tuple(x.swap(1, 2) for x in xs)
+    return (x.swap(1, 2) for x in xs)
 
 
 def _expand(x: nn.Tensor, times: int) -> nn.Tensor:
@@ -83,7 +82,7 @@ def _expand(x: nn.Tensor, times: int) -> nn.Tensor:
 class Plain(Block):
     """Multi-head, nothing hidden."""
 
-    def core(self, q, k, v, at):  # type: ignore[no-untyped-def]
+    def core(self, q: nn.Tensor, k: nn.Tensor, v: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
         q, k, v = _rows(q, k, v)
         return (nn.softmax((q @ k.T) * HEAD_DIM**-0.5) @ v).swap(1, 2)
 
@@ -91,7 +90,7 @@ class Plain(Block):
 class CausalAdditive(Block):
     """0 or -inf added to the scores."""
 
-    def core(self, q, k, v, at):  # type: ignore[no-untyped-def]
+    def core(self, q: nn.Tensor, k: nn.Tensor, v: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
         q, k, v = _rows(q, k, v)
         mask = nn.where(nn.causal(at), 0.0, -math.inf)
         return (nn.softmax((q @ k.T) * HEAD_DIM**-0.5 + mask) @ v).swap(1, 2)
@@ -100,7 +99,7 @@ class CausalAdditive(Block):
 class CausalSelect(Block):
     """-inf where a key is later than the query."""
 
-    def core(self, q, k, v, at):  # type: ignore[no-untyped-def]
+    def core(self, q: nn.Tensor, k: nn.Tensor, v: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
         scores = nn.einsum("b s h d, b t h d -> b h s t", q, k) * HEAD_DIM**-0.5
         probs = nn.softmax(nn.where(nn.causal(at), scores, -math.inf))
         return nn.einsum("b h s t, b t h d -> b s h d", probs, v)
@@ -109,7 +108,7 @@ class CausalSelect(Block):
 class WideSoftmax(Block):
     """f16 tensors, softmax in f32."""
 
-    def core(self, q, k, v, at):  # type: ignore[no-untyped-def]
+    def core(self, q: nn.Tensor, k: nn.Tensor, v: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
         q, k, v = _rows(q, k, v)
         scores = nn.where(nn.causal(at), (q @ k.T) * HEAD_DIM**-0.5, -math.inf)
         return (nn.softmax(scores.cast("f32")).cast("f16") @ v).swap(1, 2)
@@ -120,7 +119,7 @@ class GroupedExpand(Block):
 
     kv_heads = 2
 
-    def core(self, q, k, v, at):  # type: ignore[no-untyped-def]
+    def core(self, q: nn.Tensor, k: nn.Tensor, v: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
         q, k, v = _rows(q, _expand(k, 2), _expand(v, 2))
         scores = nn.where(nn.causal(at), (q @ k.T) * HEAD_DIM**-0.5, -math.inf)
         return (nn.softmax(scores) @ v).swap(1, 2)
@@ -134,7 +133,7 @@ class NormRope(Block):
         self.q_norm = nn.RMSNorm(HEAD_DIM, dtype=dtype)
         self.k_norm = nn.RMSNorm(HEAD_DIM, dtype=dtype)
 
-    def core(self, q, k, v, at):  # type: ignore[no-untyped-def]
+    def core(self, q: nn.Tensor, k: nn.Tensor, v: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
         q, k, v = _rows(nn.rope(self.q_norm(q), at), nn.rope(self.k_norm(k), at), v)
         scores = nn.where(nn.causal(at), (q @ k.T) * HEAD_DIM**-0.5, -math.inf)
         return (nn.softmax(scores) @ v).swap(1, 2)
@@ -143,7 +142,7 @@ class NormRope(Block):
 class Sliding(Block):
     """Sees itself and three positions before."""
 
-    def core(self, q, k, v, at):  # type: ignore[no-untyped-def]
+    def core(self, q: nn.Tensor, k: nn.Tensor, v: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
         q, k, v = _rows(q, k, v)
         keep = nn.causal(at) & nn.within(at, 4)
         return (nn.softmax(nn.where(keep, (q @ k.T) * HEAD_DIM**-0.5, -math.inf)) @ v).swap(1, 2)
@@ -152,7 +151,7 @@ class Sliding(Block):
 class ScaleOne(Block):
     """No scale at all."""
 
-    def core(self, q, k, v, at):  # type: ignore[no-untyped-def]
+    def core(self, q: nn.Tensor, k: nn.Tensor, v: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
         q, k, v = _rows(q, k, v)
         return (nn.softmax(nn.where(nn.causal(at), q @ k.T, -math.inf)) @ v).swap(1, 2)
 
@@ -160,7 +159,7 @@ class ScaleOne(Block):
 class Softcap(Block):
     """Scores bounded by 5 * tanh(x / 5)."""
 
-    def core(self, q, k, v, at):  # type: ignore[no-untyped-def]
+    def core(self, q: nn.Tensor, k: nn.Tensor, v: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
         q, k, v = _rows(q, k, v)
         scores = nn.tanh((q @ k.T) * HEAD_DIM**-0.5 / 5.0) * 5.0
         return (nn.softmax(nn.where(nn.causal(at), scores, -math.inf)) @ v).swap(1, 2)
@@ -171,7 +170,7 @@ class Everything(NormRope):
 
     kv_heads = 2
 
-    def core(self, q, k, v, at):  # type: ignore[no-untyped-def]
+    def core(self, q: nn.Tensor, k: nn.Tensor, v: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
         q, k = nn.rope(self.q_norm(q), at), nn.rope(self.k_norm(k), at)
         q, k, v = _rows(q * 0.5, _expand(k, 2), _expand(v, 2))
         scores = nn.tanh(q @ k.T / 5.0) * 5.0
@@ -183,7 +182,7 @@ class Everything(NormRope):
 class ScaleOnK(Block):
     """The scale applied to the keys."""
 
-    def core(self, q, k, v, at):  # type: ignore[no-untyped-def]
+    def core(self, q: nn.Tensor, k: nn.Tensor, v: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
         q, k, v = _rows(q, k * HEAD_DIM**-0.5, v)
         return (nn.softmax(nn.where(nn.causal(at), q @ k.T, -math.inf)) @ v).swap(1, 2)
 
@@ -191,7 +190,7 @@ class ScaleOnK(Block):
 class ScaleBoth(Block):
     """The square root of the scale on queries and on keys."""
 
-    def core(self, q, k, v, at):  # type: ignore[no-untyped-def]
+    def core(self, q: nn.Tensor, k: nn.Tensor, v: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
         q, k, v = _rows(q * 0.5, k * 0.5, v)
         return (nn.softmax(nn.where(nn.causal(at), q @ k.T, -math.inf)) @ v).swap(1, 2)
 
@@ -199,7 +198,7 @@ class ScaleBoth(Block):
 class ScaleByDivision(Block):
     """Scores divided by sqrt(d); the mask compares the other way round and is inverted."""
 
-    def core(self, q, k, v, at):  # type: ignore[no-untyped-def]
+    def core(self, q: nn.Tensor, k: nn.Tensor, v: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
         q, k, v = _rows(q, k, v)
         later = at[None, :] > at[:, None]
         return (nn.softmax(nn.where(later, -math.inf, (q @ k.T) / 4.0)) @ v).swap(1, 2)
@@ -210,7 +209,7 @@ class GroupedEinsum(Block):
 
     kv_heads = 2
 
-    def core(self, q, k, v, at):  # type: ignore[no-untyped-def]
+    def core(self, q: nn.Tensor, k: nn.Tensor, v: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
         scores = nn.einsum("b s (g r) d, b t g d -> b (g r) s t", q, k) * HEAD_DIM**-0.5
         probs = nn.softmax(nn.where(nn.causal(at), scores, -1e30))
         return nn.einsum("b (g r) s t, b t g d -> b s (g r) d", probs, v)
@@ -221,7 +220,7 @@ class MultiQuery(Block):
 
     kv_heads = 1
 
-    def core(self, q, k, v, at):  # type: ignore[no-untyped-def]
+    def core(self, q: nn.Tensor, k: nn.Tensor, v: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
         q, k, v = _rows(q, k, v)
         scores = nn.where(nn.causal(at), (q @ k.T) * HEAD_DIM**-0.5, -math.inf)
         return (nn.softmax(scores) @ v).swap(1, 2)
@@ -232,7 +231,7 @@ class Library(Block):
 
     kv_heads = 2
 
-    def core(self, q, k, v, at):  # type: ignore[no-untyped-def]
+    def core(self, q: nn.Tensor, k: nn.Tensor, v: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
         keep = nn.causal(at) & nn.within(at, 4)
         return nn.attention(nn.rope(q, at), nn.rope(k, at), v, keep, softcap=5.0)
 
@@ -240,7 +239,7 @@ class Library(Block):
 class Padded(Block):
     """Causal, and an input says which keys are real: bool [b, s]."""
 
-    def core(self, q, k, v, at, real):  # type: ignore[no-untyped-def]
+    def core(self, q: nn.Tensor, k: nn.Tensor, v: nn.Tensor, at: nn.Tensor, real: nn.Tensor) -> nn.Tensor:
         q, k, v = _rows(q, k, v)
         keep = nn.causal(at) & real[:, None, None, :]
         return (nn.softmax(nn.where(keep, (q @ k.T) * HEAD_DIM**-0.5, -math.inf)) @ v).swap(1, 2)
@@ -249,7 +248,7 @@ class Padded(Block):
 class Biased(Block):
     """An additive mask that is an input: f32 [s, s]."""
 
-    def core(self, q, k, v, at, bias):  # type: ignore[no-untyped-def]
+    def core(self, q: nn.Tensor, k: nn.Tensor, v: nn.Tensor, at: nn.Tensor, bias: nn.Tensor) -> nn.Tensor:
         q, k, v = _rows(q, k, v)
         return (nn.softmax((q @ k.T) * HEAD_DIM**-0.5 + bias) @ v).swap(1, 2)
 

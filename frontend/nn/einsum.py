@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from wasat.ir import DimLike
+from wasat.ir import Dim, DimLike
 from wasat.ir.dims import floordiv
 
 from wasat import ir
@@ -136,6 +136,12 @@ class _Einsum:
     def shape(self, names: Sequence[str]) -> list[DimLike]:
         return [self.sizes[n] for n in names]
 
+    def size(self, names: Sequence[str]) -> DimLike:
+        total: DimLike = 1
+        for n in names:
+            total = total * self.sizes[n]
+        return total
+
     def arrange(self, term: _Term, names: Sequence[str]) -> Tensor:
         """The term's tensor with axes in the order ``names``."""
         perm = [term.names.index(n) for n in names]
@@ -157,10 +163,12 @@ class _Einsum:
             return _Term(emit("mul", self.stretch(a, result), self.stretch(b, result)), result)
         # the last free axis of each side makes the matrix; the others are batch axes, of size 1 on the other side,
         # except a run of free axes of b that stays in place: that is one wide matrix
-        rows = [n for n in result if n in free_a][-1:]
         columns = [n for n in result if n in free_b]
         if not (_run(columns, b.names) and _run(columns, result)):
             columns = columns[-1:]
+        if _larger(self.size(summed), self.size(columns)):  # a is larger than the result: its axes stay in order
+            result.sort(key=lambda n: a.names.index(n) if n in a.names else len(a.names))
+        rows = [n for n in result if n in free_a][-1:]
         batch = [n for n in result if n not in rows and n not in columns]
         x = self.matrix(a, batch, rows, summed)
         y = self.matrix(b, batch, summed, columns)
@@ -175,14 +183,9 @@ class _Einsum:
         lead: list[DimLike] = [self.sizes[n] if n in own else 1 for n in batch]
         while lead and batch[len(batch) - len(lead)] not in own:
             lead = lead[1:]
-        size: list[DimLike] = []
-        for part in (rows, columns):
-            n: DimLike = 1
-            for name in part:
-                n = n * self.sizes[name]
-            size.append(n)
-        shape = [*lead, *size]
-        return x if len(rows) == len(columns) == 1 and len(lead) == len(own) else x.reshape(*shape)
+        if len(rows) == len(columns) == 1 and len(lead) == len(own):
+            return x
+        return x.reshape(*lead, self.size(rows), self.size(columns))
 
     def stretch(self, term: _Term, names: Sequence[str]) -> Tensor:
         """``term`` in the order ``names``, with axes of size 1 where it has none."""
@@ -209,14 +212,13 @@ class _Einsum:
         if any(n not in total.names for n in wanted):
             x = x.broadcast_to(*self.shape(wanted))
         if any(len(a) != 1 for a in self.output):
-            merged = []
-            for axis in self.output:
-                size: DimLike = 1
-                for n in axis:
-                    size = size * self.sizes[n]
-                merged.append(size)
-            x = x.reshape(*merged)
+            x = x.reshape(*map(self.size, self.output))
         return x
+
+
+def _larger(a: DimLike, b: DimLike) -> bool:
+    """Whether ``a`` is likely the larger; a symbol is taken to be larger than a number."""
+    return a > b if isinstance(a, int) and isinstance(b, int) else isinstance(a, Dim) and isinstance(b, int)
 
 
 def _run(names: Sequence[str], within: Sequence[str]) -> bool:

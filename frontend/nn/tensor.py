@@ -122,8 +122,6 @@ def _binary(op: str, x: Operand, y: Operand) -> Tensor:
 class Tensor:
     """A symbolic tensor: an ``ir.Value`` with Python's operators. Shapes hold ints and symbolic dimensions."""
 
-    __array_ufunc__ = None  # NumPy arrays leave mixed arithmetic to us
-
     def __init__(self, trace: Trace, value: ir.Value) -> None:
         self._trace, self._value = trace, value
 
@@ -274,6 +272,13 @@ class Tensor:
         n = self.shape[0] if self.rank else fail(f"{self.value!r} is a scalar and has no length")
         return n if isinstance(n, int) else fail(f"the length of {self.value!r} is symbolic; use x.shape[0]")
 
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Tensor:
+        """``array + tensor`` and the like; any other NumPy function is refused."""
+        op = _UFUNCS.get(ufunc.__name__)
+        if op is None or method != "__call__" or kwargs:
+            fail(f"np.{ufunc.__name__} cannot compute with {self.value!r}, which is symbolic; use nn.{ufunc.__name__}")
+        return _divide(*inputs) if op == "div" else _binary(op, *inputs)
+
     def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
         fail(f"NumPy cannot compute with {self.value!r}, which is symbolic; use the function of the same name in nn")
 
@@ -397,6 +402,13 @@ class Tensor:
     def all(self, axis: int | Sequence[int] | None = None, keepdims: bool = False) -> Tensor:
         """Whether all elements over ``axis`` (default: all) are true."""
         return self._reduce("reduce_all", axis, keepdims)
+
+
+_UFUNCS = {
+    "add": "add", "subtract": "sub", "multiply": "mul", "divide": "div", "true_divide": "div", "power": "pow",
+    "floor_divide": "floor_div", "remainder": "mod", "matmul": "matmul", "equal": "equal", "not_equal": "not_equal",
+    "less": "less", "less_equal": "less_equal", "greater": "greater", "greater_equal": "greater_equal",
+}  # fmt: skip
 
 
 def _divide(x: Operand, y: Operand) -> Tensor:

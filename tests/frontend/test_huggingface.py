@@ -1,0 +1,318 @@
+"""Hugging Face folders: logits equal to transformers', and every kind of folder that must be refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+from safetensors.numpy import save_file
+from wasat.frontend import FAMILIES, CheckpointError, ConfigError, Fields, FileParam, from_pretrained
+from wasat.frontend.huggingface import build
+from wasat.ir import Program, evaluate, parse, verify
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "hf"
+CASES = sorted(p.parent for p in GOLDEN.glob("*/golden.npz"))
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 40, "hidden_size": 16,
+    "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False,
+    "bos_token_id": 1, "eos_token_id": [2, 3], "torch_dtype": "bfloat16", "use_cache": True, "hidden_act": "silu",
+}  # fmt: skip
+
+
+def tensors(config: dict[str, Any]) -> dict[str, np.ndarray]:
+    return build(Fields(config, "config"))[1].init(0)
+
+
+def save(folder: Path, config: dict[str, Any], weights: dict[str, np.ndarray]) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+def shard(folder: Path, config: dict[str, Any], weights: dict[str, np.ndarray]) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    names = list(weights)
+    where: dict[str, str] = {}
+    for i, part in enumerate((names[:5], names[5:])):
+        file = f"model-{i + 1:05}-of-00002.safetensors"
+        save_file({n: weights[n] for n in part}, folder / file)
+        where |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return folder
+
+
+def logits(program: Program, ids: np.ndarray) -> np.ndarray:
+    return evaluate(program["forward"], {"tokens": ids}, {k: p.load() for k, p in program.params.items()})[0]
+
+
+@pytest.mark.parametrize("folder", CASES, ids=lambda p: p.name)
+def test_logits_equal_transformers(folder: Path) -> None:
+    program = from_pretrained(folder)
+    graph = program["forward"]
+    program.verify()
+    assert str(graph.outputs[0].type).startswith("f32[b, s, ")
+    assert str(parse(str(graph))) == str(graph)
+    golden = np.load(folder / "golden.npz")
+    ids = golden["ids"].astype(np.int64)
+    got = logits(program, ids if ids.ndim == 2 else ids[None])
+    assert float(np.abs(got - golden["logits"]).max()) <= 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_a_golden_case(family: str) -> None:
+    assert any(json.loads((c / "config.json").read_text())["model_type"] == family for c in CASES)
+
+
+def test_metadata_and_lazy_parameters(tmp_path: Path) -> None:
+    weights = {k: v.astype(ml_dtypes.bfloat16) for k, v in tensors(LLAMA).items()}
+    folder = save(tmp_path / "tiny", LLAMA, weights)
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "generation_config.json").write_text('{"eos_token_id": 7, "temperature": 0.6}')
+    program = from_pretrained(folder)
+    m = program.metadata
+    assert (m["family"], m["name"], m["context"], m["vocab"]) == ("llama", "tiny", 64, 40)
+    assert m["generation"] == {"bos": 1, "eos": [7], "pad": None}
+    assert m["tokenizer"] == str(folder / "tokenizer.json")
+    assert m["config"] == LLAMA
+    source = program.params["model.embed_tokens.weight"]
+    assert isinstance(source, FileParam)
+    assert str(source.type) == "f32[40, 16]"
+    loaded = source.load()
+    assert loaded.dtype == np.float32
+    assert_array_equal(loaded, weights["model.embed_tokens.weight"].astype(np.float32))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_stored_types_and_shards_do_not_change_the_result(tmp_path: Path, dtype: Any) -> None:
+    weights = {k: v.astype(ml_dtypes.float8_e4m3fn).astype(dtype) for k, v in tensors(LLAMA).items()}
+    ids = np.arange(9, dtype=np.int64)[None]
+    one = logits(from_pretrained(save(tmp_path / "one", LLAMA, weights)), ids)
+    two = logits(from_pretrained(shard(tmp_path / "two", LLAMA, weights)), ids)
+    assert_array_equal(one, two)
+    wide = {k: v.astype(np.float32) for k, v in weights.items()}
+    assert_array_equal(one, logits(from_pretrained(save(tmp_path / "wide", LLAMA, wide)), ids))
+
+
+def test_tied_heads(tmp_path: Path) -> None:
+    config = {**LLAMA, "tie_word_embeddings": True}
+    weights = tensors(config)
+    assert "lm_head.weight" not in weights
+    ids = np.arange(9, dtype=np.int64)[None]
+    want = logits(from_pretrained(save(tmp_path / "tied", config, weights)), ids)
+    both = {**weights, "lm_head.weight": weights["model.embed_tokens.weight"]}
+    assert_array_equal(logits(from_pretrained(save(tmp_path / "both", config, both)), ids), want)
+    only = {k: v for k, v in both.items() if k != "model.embed_tokens.weight"}
+    assert_array_equal(logits(from_pretrained(save(tmp_path / "only", config, only)), ids), want)
+    both["lm_head.weight"] = both["lm_head.weight"] + 1
+    with pytest.raises(CheckpointError, match="different numbers"):
+        from_pretrained(save(tmp_path / "other", config, both))
+
+
+def test_rotary_buffers_of_old_checkpoints_are_ignored(tmp_path: Path) -> None:
+    weights = {**tensors(LLAMA), "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}
+    from_pretrained(save(tmp_path / "old", LLAMA, weights))
+
+
+def test_older_config_files_mean_the_same() -> None:
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+    old = {**LLAMA, "rope_theta": 5e5, "rope_scaling": {**scaling, "rope_type": "llama3"}}
+    new = {k: v for k, v in LLAMA.items() if k != "rope_theta"}
+    new["rope_parameters"] = {**scaling, "rope_type": "llama3", "rope_theta": 5e5}
+    a, b = (build(Fields(c, "config"))[1].model.layers[0].self_attn.rope for c in (old, new))
+    assert_array_equal(a.inv_freq, b.inv_freq)
+
+
+def _config(change: dict[str, Any], base: dict[str, Any] = LLAMA) -> dict[str, Any]:
+    return {k: v for k, v in {**base, **change}.items() if v != "absent"}
+
+
+QWEN2 = {**LLAMA, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+GEMMA3 = {
+    **_config({"rope_theta": "absent", "hidden_act": "absent"}), "model_type": "gemma3_text",
+    "architectures": ["Gemma3ForCausalLM"], "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 4,
+    "hidden_activation": "gelu_pytorch_tanh",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "config, messages",
+    [
+        (_config({"model_type": "lama"}),
+         ["model_type 'lama' is not supported", "gemma3_text, llama", "nearest: llama"]),
+        (_config({"model_type": "absent"}), ["model_type None is not supported"]),
+        (_config({"architectures": ["LlamaForSequenceClassification"]}),
+         ["LlamaForSequenceClassification", "only LlamaForCausalLM"]),
+        (_config({"hidden_size": "absent"}), ["hidden_size is missing"]),
+        (_config({"hidden_size": "16"}), ["hidden_size is '16'; expected int"]),
+        (_config({"hidden_size": True}), ["hidden_size is True; expected int"]),
+        (_config({"num_hidden_layers": 0}), ["num_hidden_layers is 0; expected a positive"]),
+        (_config({"hidden_size": 18}), ["does not split into 4 heads"]),
+        (_config({"num_key_value_heads": 3}), ["num_attention_heads 4 is not a multiple of num_key_value_heads 3"]),
+        (_config({"embedding_multiplier": 12.0, "new_idea": "x"}),
+         ["embedding_multiplier = 12.0; new_idea = 'x'", "ignored"]),
+        (_config({"hidden_act": "quick_gelu"}), ["hidden_act 'quick_gelu' is not implemented"]),
+        (_config({"pretraining_tp": 2}), ["pretraining_tp is 2"]),
+        (_config({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}),
+         ["rope_scaling.rope_type 'longrope'", "llama3"]),
+        (_config({"rope_scaling": {"type": "dynamic", "factor": 2.0}}), ["rope_scaling.rope_type 'dynamic'"]),
+        (_config({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}), ["'llama3' needs low_freq_factor"]),
+        (_config({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "twist": 3}}),
+         ["has no meaning for twist = 3"]),
+        (_config({"partial_rotary_factor": 0.5}), ["partial_rotary_factor is 0.5"]),
+        (_config({"quantization_config": {"quant_method": "gptq"}}), ["quantized (gptq)", "unquantized"]),
+        (_config({"sliding_window": 8}), ["sliding_window = 8"]),
+        (_config({"num_key_value_heads": "absent"}, QWEN2), ["num_key_value_heads is missing"]),
+        (_config({"layer_types": ["full_attention"]}, QWEN2), ["layer_types has 1 entries for 2 layers"]),
+        (_config({"layer_types": ["full_attention", "linear_attention"]}, QWEN2),
+         ["layer_types holds 'linear_attention'"]),
+        (_config({"layer_types": ["full_attention", "sliding_attention"]}, QWEN2), ["use_sliding_window is false"]),
+        (_config({"use_bidirectional_attention": True}, GEMMA3),
+         ["use_bidirectional_attention is True", "only causal"]),
+        (_config({"sliding_window": "absent"}, GEMMA3), ["sliding_window is missing"]),
+        (_config({"rope_parameters": {"rope_theta": 1e4}}, GEMMA3), ["rope_parameters has rope_theta"]),
+    ],
+)  # fmt: skip
+def test_configurations_are_refused_by_name(config: dict[str, Any], messages: list[str]) -> None:
+    with pytest.raises(ConfigError) as e:
+        build(Fields(config, "folder/config.json"))
+    assert "folder/config.json: " in str(e.value)
+    for m in messages:
+        assert m in str(e.value)
+
+
+def test_the_base_configurations_of_these_tests_are_accepted() -> None:
+    for config in (LLAMA, QWEN2, GEMMA3):
+        build(Fields(config, "config"))
+
+
+def test_everything_wrong_with_the_tensors_is_named_at_once(tmp_path: Path) -> None:
+    weights = tensors(LLAMA)
+    del weights["model.norm.weight"]
+    weights["model.layers.0.mlp.up_proj.weight"] = np.zeros((24, 15), np.float32)
+    weights["model.layers.1.mlp.up_proj.weight"] = np.zeros((24, 16), np.int8)
+    weights["model.layers.2.mlp.up_proj.weight"] = np.zeros((24, 16), np.float32)
+    with pytest.raises(CheckpointError) as e:
+        from_pretrained(save(tmp_path / "m", LLAMA, weights))
+    for m in (
+        "missing: model.norm.weight f32[16]",
+        "unexpected: model.layers.2.mlp.up_proj.weight f32[24, 16]",
+        "misshaped: model.layers.0.mlp.up_proj.weight is [24, 15], the configuration asks for [24, 16]",
+        "wrong type: model.layers.1.mlp.up_proj.weight is stored as i8",
+    ):
+        assert m in str(e.value)
+
+
+def _cut(path: Path, n: int) -> None:
+    path.write_bytes(path.read_bytes()[:n])
+
+
+def _header(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    data = path.read_bytes()
+    n = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + n])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + n :])
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "truncated data": (lambda f: _cut(f, f.stat().st_size - 10), "truncated"),
+    "truncated header": (lambda f: _cut(f, 100), "truncated"),
+    "empty": (lambda f: _cut(f, 0), "truncated"),
+    "not json": (lambda f: f.write_bytes((8).to_bytes(8, "little") + b"notjson!"), "not JSON"),
+    "trailing bytes": (lambda f: f.write_bytes(f.read_bytes() + b"12"), "2 bytes follow the last tensor"),
+    "wrong size": (lambda f: _header(f, lambda h: h["model.norm.weight"].update(shape=[17])), "model.norm.weight"),
+    "negative": (lambda f: _header(f, lambda h: h["model.norm.weight"].update(shape=[-16])), "model.norm.weight"),
+    "unknown type": (lambda f: _header(f, lambda h: h["model.norm.weight"].update(dtype="F6")), "element type F6"),
+    "no offsets": (lambda f: _header(f, lambda h: h["model.norm.weight"].pop("data_offsets")), "malformed"),
+    "a hole": (lambda f: _header(f, lambda h: h.pop("model.layers.0.mlp.up_proj.weight")), "does not begin where"),
+}
+
+
+@pytest.mark.parametrize("damage, message", DAMAGE.values(), ids=DAMAGE)
+def test_damaged_files_are_refused(tmp_path: Path, damage: Callable[[Path], Any], message: str) -> None:
+    folder = save(tmp_path / "m", LLAMA, tensors(LLAMA))
+    damage(folder / "model.safetensors")
+    with pytest.raises(CheckpointError) as e:
+        from_pretrained(folder)
+    assert "model.safetensors" in str(e.value)
+    assert message in str(e.value)
+
+
+def _index(folder: Path, change: Callable[[dict[str, str]], Any]) -> None:
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    change(index["weight_map"])
+    path.write_text(json.dumps(index))
+
+
+FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+SHARDS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "shard missing": (lambda f: (f / SECOND).unlink(), f"{SECOND} is missing"),
+    "shard truncated": (lambda f: _cut(f / SECOND, 3000), "truncated"),
+    "tensor not in its shard": (lambda f: _index(f, lambda m: m.update(extra=FIRST)), f"extra is not in {FIRST}"),
+    "tensor not in the index": (
+        lambda f: _index(f, lambda m: m.pop("model.norm.weight")), "model.norm.weight is in"),
+    "tensor in another shard": (
+        lambda f: _index(f, lambda m: m.update({"model.norm.weight": FIRST})), "model.norm.weight is not in"),
+    "shard outside the folder": (lambda f: _index(f, lambda m: m.update(x="../x")), "not a file name inside"),
+    "bad index": (lambda f: (f / "model.safetensors.index.json").write_text('{"a": '), "index.json:1:7: not JSON"),
+    "no weight map": (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "weight_map"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage, message", SHARDS.values(), ids=SHARDS)
+def test_shards_that_disagree_are_refused(tmp_path: Path, damage: Callable[[Path], Any], message: str) -> None:
+    folder = shard(tmp_path / "m", LLAMA, tensors(LLAMA))
+    damage(folder)
+    with pytest.raises(CheckpointError) as e:
+        from_pretrained(folder)
+    assert message in str(e.value)
+
+
+def test_folders_without_the_files(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is not a folder"):
+        from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"config\.json does not exist"):
+        from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama",\n oops}')
+    with pytest.raises(CheckpointError, match=r"config\.json:2:2: not JSON"):
+        from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="holds a list"):
+        from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    (tmp_path / "pytorch_model.bin").write_text("")
+    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor .*pytorch_model\.bin.*safetensors"):
+        from_pretrained(tmp_path)
+    save(tmp_path, LLAMA, tensors(LLAMA))
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+    with pytest.raises(ConfigError, match=r"generation_config\.json: eos_token_id is '</s>'"):
+        from_pretrained(tmp_path)
+
+
+def test_a_file_cut_after_loading_began_is_an_error(tmp_path: Path) -> None:
+    folder = save(tmp_path / "m", LLAMA, tensors(LLAMA))
+    program = from_pretrained(folder)
+    _cut(folder / "model.safetensors", 3000)
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight cannot be read"):
+        program.params["model.norm.weight"].load()
+
+
+def test_graphs_of_all_families_verify_for_symbolic_sizes() -> None:
+    from wasat.frontend import nn
+
+    for config in (LLAMA, QWEN2, GEMMA3):
+        program = nn.trace(build(Fields(config, "config"))[1], {"tokens": "i64[b, s]"})
+        verify(program["forward"])
+        assert program["forward"].symbols == ("b", "s")
