@@ -316,6 +316,8 @@ def sin_cos(k: Kernel, angle: Expr) -> tuple[Expr, Expr]:
     def i(x: int) -> Expr:
         return splat_int(x, lanes)
 
+    # the rounded product is the angle: fused into the reduction it would be another one
+    angle = k.let(intrinsic(vector("float32", lanes), "llvm.arithmetic.fence", angle))
     count = k.let(bits(vector("int32", lanes), angle * c(0.6366197723675814) + c(12582912.0)) - i(0x4B400000))
     n = k.let(cast("float32", count))
     r = angle
@@ -325,12 +327,12 @@ def sin_cos(k: Kernel, angle: Expr) -> tuple[Expr, Expr]:
     s = k.let(((c(-1.9515295891e-4) * z + c(8.3321608736e-3)) * z + c(-1.6666654611e-1)) * z * r + r)
     q = k.let(((c(2.443315711809948e-5) * z + c(-1.388731625493765e-3)) * z + c(4.166664568298827e-2)) * (z * z)
               - c(0.5) * z + c(1.0))
-    swap = k.let((count & i(1)) << i(31))
-    odd = swap < i(0)
+    odd = tirx.EQ(count & i(1), i(1))
     sine = k.let(bits(vector("int32", lanes), tirx.Select(odd, q, s)))
     cosine = k.let(bits(vector("int32", lanes), tirx.Select(odd, s, q)))
-    sine_sign = (count & i(2)) << i(30)
-    cosine_sign = ((count + i(1)) & i(2)) << i(30)
+    sign = i(-(1 << 31))
+    sine_sign = tirx.Select(tirx.EQ(count & i(2), i(2)), sign, i(0))
+    cosine_sign = tirx.Select(tirx.EQ((count + i(1)) & i(2), i(2)), sign, i(0))
     real = vector("float32", lanes)
     return k.let(bits(real, sine ^ sine_sign)), k.let(bits(real, cosine ^ cosine_sign))
 

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from kernel_help import assert_near, build, each_isa, run
+from numpy.typing import NDArray
+
+from wasat.backends.tvm.kernels.glu import Activation, Glu, glu
+from wasat.backends.tvm.kernels.isa import Isa
+from wasat.backends.tvm.kernels.norm import Norm, norm
+from wasat.backends.tvm.kernels.quantize import quantize_rows_reference
+
+Array = NDArray[np.float64]
+
+
+def rms(x: Array, weight: Array | float, eps: float) -> Array:
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight
+
+
+def assert_quantized(got: NDArray[np.int32], want: Array) -> None:
+    """Equal to the quantization of ``want``, up to one step where rounding noise crosses a half."""
+    exact = quantize_rows_reference(want.astype(np.float32))
+    q, expected = (np.ascontiguousarray(a[..., :8]).view(np.int8).astype(int) for a in (got, exact))
+    assert np.abs(q - expected).max() <= 1
+    assert (q != expected).mean() < 0.01
+    np.testing.assert_allclose(np.ascontiguousarray(got[..., 8]).view(np.float32),
+                               np.ascontiguousarray(exact[..., 8]).view(np.float32), rtol=1e-5)
+    np.testing.assert_array_equal(got[..., 9], -8 * q.sum(-1))
+
+
+@each_isa()
+@pytest.mark.parametrize("options", [
+    {}, {"weight": False}, {"residual": True}, {"residual": True, "pre_norm": True, "quantize": "both"},
+    {"kind": "layer", "bias": True}, {"kind": "layer", "residual": True, "quantize": "yes"},
+], ids=str)
+def test_norm(isa: Isa, options: dict[str, object]) -> None:
+    n, eps = 72, 1e-3
+    desc = Norm(isa, n, eps=eps, threads=2, **options)  # type: ignore[arg-type]
+    compiled = build(norm(desc), isa)
+    rng = np.random.default_rng(0)
+    w, b, bw = (rng.standard_normal(n).astype(np.float32) for _ in range(3))
+    for m in (1, 5, 300):
+        x, branch = (rng.standard_normal((m, n)).astype(np.float32) for _ in range(2))
+        args, outputs, want = [x], [], []
+        total = x.astype(np.float64)
+        if desc.residual:
+            args.append(branch)
+            total = total + (rms(branch.astype(np.float64), bw, eps) if desc.pre_norm else branch)
+            outputs.append(((m, n), "float32"))
+            want.append(total)
+        args += [a for a, on in ((bw, desc.pre_norm), (w, desc.weight), (b, desc.bias)) if on]
+        weight = w if desc.weight else 1.0
+        if desc.kind == "rms":
+            y = rms(total, weight, eps)
+        else:
+            centred = total - total.mean(-1, keepdims=True)
+            y = rms(centred, weight, eps) + (b if desc.bias else 0)
+        if desc.quantize != "yes":
+            outputs.append(((m, n), "float32"))
+            want.append(y)
+        if desc.quantize != "no":
+            outputs.append(((m, -(-n // 32), 10), "int32"))
+        got = run(compiled, args, *outputs)
+        for g, e in zip(got, want, strict=False):
+            assert_near(g, e, 1e-6)
+        if desc.quantize != "no":
+            assert_quantized(got[-1], y)
+
+
+def activation(x: Array, kind: str) -> Array:
+    if kind == "relu":
+        return np.maximum(x, 0)
+    if kind == "gelu":
+        return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+    if kind == "gelu_tanh":
+        return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    s = 1 / (1 + np.exp(-x))
+    return s if kind == "sigmoid" else x * s
+
+
+@each_isa()
+@pytest.mark.parametrize("kind", ["gelu", "gelu_tanh", "silu", "relu", "sigmoid"])
+def test_glu(isa: Isa, kind: Activation) -> None:
+    n = 70
+    rng = np.random.default_rng(0)
+    plain = build(glu(Glu(isa, n, kind, threads=2)), isa)
+    quantized = build(glu(Glu(isa, n, kind, quantize=True, threads=2)), isa)
+    for m in (1, 200):
+        x = (rng.standard_normal((m, 2 * n)) * 4).astype(np.float32)
+        x[0, :4] = [-200, 200, 0, -1e-4]  # saturated, and small enough for cancellation to show
+        want = activation(x[:, :n].astype(np.float64), kind) * x[:, n:]
+        [y] = run(plain, [x], ((m, n), "float32"))
+        assert_near(y, want, 1e-6)
+        np.testing.assert_allclose(y[0, 3], want[0, 3], rtol=1e-3)
+        [yq] = run(quantized, [x], ((m, -(-n // 32), 10), "int32"))
+        assert_quantized(yq, want)
