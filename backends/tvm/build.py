@@ -91,7 +91,7 @@ class Runner:
                     raise IRError(f"{node!r}: needs {a} == {b}", node.loc)
         ordered = [v.name for v in g.inputs if v.name not in self.states] + [s for s in self.states if s in arrays]
         out = self.vm["".join(c if c.isalnum() or c == "_" else "_" for c in graph)](
-            *(tvm.runtime.tensor(np.ascontiguousarray(arrays[n])) for n in ordered), *self.weights
+            *(tvm.runtime.tensor(np.array(arrays[n], order="C")) for n in ordered), *self.weights
         )
         results = [x.numpy() for x in out]
         names = [n for n in g.output_names if n not in self.states] + [n for n in g.output_names if n in self.states]

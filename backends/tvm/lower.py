@@ -183,7 +183,9 @@ class Context:
     def kernel(self, key: Any, build: Callable[[], tirx.PrimFunc], name: str) -> Any:
         """The module's one copy of a hand-written kernel, by its description ``key``."""
         if key not in self.kernels:
-            self.kernels[key] = self.bb.add_func(build().with_attr("op_pattern", 8), name)
+            unique = f"{name}_{len(self.kernels)}"
+            func = build().with_attr("op_pattern", 8).with_attr("global_symbol", unique)
+            self.kernels[key] = self.bb.add_func(func, unique)
         return self.kernels[key]
 
     def call(self, gv: Any, args: Sequence[Any], out: Any, tir_vars: Sequence[Any] | None = None) -> Any:

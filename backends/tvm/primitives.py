@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import tvm
 from tvm import relax, te, tirx
+from tvm.script import tirx as T
 
-from wasat.ir import DType, IRError, Node, TensorType
+from wasat.ir import DimLike, DType, IRError, Node, QArray, QTensorType, TensorType, Type
 
-from .lower import Context, Lowering, tvm_dtype
+from .lower import Context, Lowering, Packed, tvm_dtype
 
 R = relax.op
 PRIMITIVES: dict[str, Lowering] = {}
@@ -31,14 +32,13 @@ def lowers(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 # -- elementwise --------------------------------------------------------------------------------------------------------
 _RELAX: dict[str, Callable[..., Any]] = {
     "neg": R.negative, "abs": R.abs, "exp": R.exp, "log": R.log, "sqrt": R.sqrt, "rsqrt": R.rsqrt, "sin": R.sin, "cos": R.cos,
-    "tan": R.tan, "asin": R.asin, "acos": R.acos, "atan": R.atan, "sinh": R.sinh, "cosh": R.cosh, "tanh": R.tanh,
-    "asinh": R.asinh, "acosh": R.acosh, "atanh": R.atanh, "erf": R.erf, "floor": R.floor, "ceil": R.ceil,
+    "tan": R.tan, "tanh": R.tanh, "erf": R.erf, "floor": R.floor, "ceil": R.ceil,
     "logical_not": R.logical_not, "isnan": R.isnan, "isinf": R.isinf, "bit_not": R.bitwise_not, "sigmoid": R.sigmoid,
-    "add": R.add, "sub": R.subtract, "mul": R.multiply, "pow": R.power, "maximum": R.maximum, "minimum": R.minimum,
-    "equal": R.equal, "not_equal": R.not_equal, "less": R.less, "less_equal": R.less_equal, "greater": R.greater,
+    "add": R.add, "sub": R.subtract, "mul": R.multiply, "maximum": R.maximum, "minimum": R.minimum,
+    "equal": R.equal, "less": R.less, "less_equal": R.less_equal, "greater": R.greater,
     "greater_equal": R.greater_equal, "logical_and": R.logical_and, "logical_or": R.logical_or, "logical_xor": R.logical_xor,
     "bit_and": R.bitwise_and, "bit_or": R.bitwise_or, "bit_xor": R.bitwise_xor, "shift_left": R.left_shift,
-    "shift_right": R.right_shift, "select": R.where, "floor_div": R.floor_divide, "mod": R.floor_mod, "atan2": R.atan2,
+    "shift_right": R.right_shift, "select": R.where, "floor_div": R.floor_divide, "mod": R.floor_mod,
 }  # fmt: skip
 
 
@@ -53,6 +53,43 @@ for _name, _f in _RELAX.items():
 def _elementwise(ctx: Context, node: Node, f: Callable[..., Any], *xs: Any) -> Any:
     """A tensor expression over operands of the output's own shape."""
     return ctx.te(lambda *ts: te.compute(ts[0].shape, lambda *i: f(*(t(*i) for t in ts)), name=node.op.name), *xs, name=node.op.name)
+
+
+@lowers("not_equal")
+def _not_equal(ctx: Context, node: Node, x: Any, y: Any) -> Any:
+    return ctx.emit(R.logical_not(R.equal(x, y)))  # TVM's != is false with NaN
+
+
+@lowers("asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "atan2")
+def _libm(ctx: Context, node: Node, *xs: Any) -> Any:
+    """Functions that TVM has no code for: the C library's (CUDA has the same names)."""
+    dtype = node.output.tensor.dtype
+    shape = ctx.shape(node.output.shape)
+    xs = tuple(ctx.emit(R.broadcast_to(x, shape)) for x in xs) if len(xs) > 1 else xs
+    if dtype.bits < 32:
+        xs = tuple(ctx.emit(R.astype(x, "float32")) for x in xs)
+    wide, suffix = ("float64", "") if dtype is DType.F64 else ("float32", "f")
+    y = _elementwise(ctx, node, lambda *v: tirx.call_pure_extern(wide, node.op.name + suffix, *v), *xs)
+    return ctx.emit(R.astype(y, tvm_dtype(dtype))) if dtype.bits < 32 else y
+
+
+@lowers("pow")
+def _pow(ctx: Context, node: Node, x: Any, y: Any) -> Any:
+    dtype = node.output.tensor.dtype
+    if dtype.is_float:
+        return ctx.emit(R.power(x, y))
+    shape = ctx.shape(node.output.shape)
+    x, y = ctx.emit(R.broadcast_to(x, shape)), ctx.emit(R.broadcast_to(y, shape))
+
+    def f(base: Any, exponent: Any) -> Any:  # by squaring: exact, and wraps as integers do
+        one, result = tirx.const(1, tvm_dtype(dtype)), tirx.const(1, tvm_dtype(dtype))
+        for bit in range(6):
+            odd = tirx.floormod(tirx.shift_right(exponent, tirx.const(bit, tvm_dtype(dtype))), tirx.const(2, tvm_dtype(dtype)))
+            result = result * tirx.Select(odd == one, base, one)
+            base = base * base
+        return result
+
+    return _elementwise(ctx, node, f, x, y)
 
 
 @lowers("sign")
@@ -103,7 +140,20 @@ def _cast(ctx: Context, node: Node, x: Any) -> Any:
     source, target = node.inputs[0].tensor.dtype, node.attrs.dtype  # type: ignore[attr-defined]
     if target is DType.BOOL:
         return ctx.emit(R.not_equal(x, relax.const(np.zeros((), source.np))))
-    return x if source is target else ctx.emit(R.astype(x, tvm_dtype(target)))
+    if source is target:
+        return x
+    if source.is_float and target.is_int:  # saturating, NaN to 0: the conversion alone is undefined there
+        low, high = (0, 2**target.bits - 1) if target.value.startswith("u") else (-(2 ** (target.bits - 1)), 2 ** (target.bits - 1) - 1)
+        x = x if source.bits >= 32 else ctx.emit(R.astype(x, "float32"))
+        t, to = "float64" if source is DType.F64 else "float32", tvm_dtype(target)
+
+        def f(v: Any) -> Any:
+            inside = tirx.Select(tirx.all(v > tirx.const(float(low), t), v < tirx.const(float(high), t)), v, tirx.const(0.0, t))
+            ends = tirx.Select(v >= tirx.const(float(high), t), tirx.const(high, to), tirx.Cast(to, tirx.trunc(inside)))
+            return tirx.Select(v <= tirx.const(float(low), t), tirx.const(low, to), ends)
+
+        return _elementwise(ctx, node, f, x)
+    return ctx.emit(R.astype(x, tvm_dtype(target)))
 
 
 @lowers("stop_gradient")
@@ -135,6 +185,8 @@ def _iota(ctx: Context, node: Node) -> Any:
 # -- shape ----------------------------------------------------------------------------------------------------------------
 @lowers("reshape")
 def _reshape(ctx: Context, node: Node, x: Any) -> Any:
+    if 0 in node.output.shape:  # Relax reads a 0 as "keep this dimension"
+        return ctx.emit(R.zeros(ctx.shape(node.output.shape), tvm_dtype(node.output.tensor.dtype)))
     return ctx.emit(R.reshape(x, ctx.shape(node.output.shape)))
 
 
@@ -280,29 +332,107 @@ def _take_along(ctx: Context, node: Node, x: Any, indices: Any) -> Any:
 
 @lowers("cache_update")
 def _cache_update(ctx: Context, node: Node, cache: Any, new: Any, past: Any) -> Any:
-    a: Any = node.attrs
-    kind = (node.inputs[0].type, node.inputs[1].type, a.ring)
-    gv = ctx.kernel(("cache_update", str(kind)), lambda: _cache_update_kernel(node), "cache_update")
-    return ctx.call_inplace(gv, [cache, new, past], [0], [ctx.type(node.output.type)])
+    """``cache[r, past[r] + i] = new[r, i]``; caches of rank 4 (all that states are) in place."""
+    ring = bool(node.attrs.ring)  # type: ignore[attr-defined]
+    tail = [int(d) for d in node.inputs[0].shape[2:] if isinstance(d, int)]
+    if len(tail) + 2 != node.output.tensor.rank:
+        raise IRError(f"{node!r}: axes after the second must be of known size")
+    if len(tail) == 2:
+        dtype = tvm_dtype(node.output.tensor.dtype)
+        key = ("cache_update", dtype, tuple(tail), ring)
+        gv = ctx.kernel(key, lambda: _cache_update_kernel(tail[0], tail[1], dtype, ring), "cache_update")
+        return ctx.call_inplace(gv, [cache, new, past], [0], [ctx.type(node.output.type)])
+
+    def build(old: Any, fresh: Any, start: Any) -> Any:
+        c, s = old.shape[1], fresh.shape[1]
+
+        def at(*i: Any) -> Any:
+            offset = i[1] - start[i[0]]
+            if ring:  # the last of the new positions that land in this slot
+                offset = s - 1 - tirx.floormod(start[i[0]] + s - 1 - i[1], c)
+            return tirx.if_then_else(tirx.all(offset >= 0, offset < s), fresh(i[0], offset, *i[2:]), old(*i))
+
+        return te.compute(old.shape, at, name="cache_update")
+
+    return ctx.te(build, cache, new, past, name="cache_update")
 
 
-def _cache_update_kernel(node: Node) -> tirx.PrimFunc:
-    """``cache[r, (past[r] + i) % c, ...] = new[r, i, ...]``, in place."""
-    local = Context(relax.BlockBuilder(), node.graph, {})
-    cache = tirx.decl_buffer(local.dims(node.inputs[0].shape), tvm_dtype(node.output.tensor.dtype), name="cache")
-    new = tirx.decl_buffer(local.dims(node.inputs[1].shape), tvm_dtype(node.output.tensor.dtype), name="new")
-    past = tirx.decl_buffer(local.dims(node.inputs[2].shape), "int64", name="past")
-    capacity = local.dim(node.inputs[0].shape[1])
-    loops = [tirx.Var(f"i{k}", "int64") for k in range(len(new.shape))]
-    slot = past[loops[0]] + loops[1]
-    if node.attrs.ring:  # type: ignore[attr-defined]
-        slot = tirx.floormod(slot, capacity)
-    body: Any = tirx.BufferStore(cache, new[tuple(loops)], [loops[0], slot, *loops[2:]])
-    for var, extent in reversed(list(zip(loops, new.shape))):
-        body = tirx.For(var, tirx.IntImm("int64", 0), extent, tirx.ForKind.SERIAL, body)
-    handles = [tirx.Var(n, "handle") for n in ("cache_ptr", "new_ptr", "past_ptr")]
-    func = tirx.PrimFunc(handles, body, buffer_map=dict(zip(handles, (cache, new, past))))
-    return func.with_attr({"tirx.noalias": True, "s_tir": True})
+def _cache_update_kernel(heads: int, width: int, dtype: str, ring: bool) -> Any:
+    @T.prim_func(s_tir=True, private=True)
+    def cache_update(cache_ptr: T.handle, new_ptr: T.handle, past_ptr: T.handle) -> None:
+        T.func_attr({"tirx.noalias": True})
+        b, c, s = T.int64(), T.int64(), T.int64()
+        cache = T.match_buffer(cache_ptr, (b, c, heads, width), dtype)
+        new = T.match_buffer(new_ptr, (b, s, heads, width), dtype)
+        past = T.match_buffer(past_ptr, (b,), "int64")
+        for r, i, h, d in T.grid(b, s, T.int64(heads), T.int64(width)):
+            with T.sblock("write"):
+                vr, vi, vh, vd = T.axis.remap("SSSS", [r, i, h, d])
+                slot = T.meta_var(T.floormod(past[vr] + vi, c) if ring else past[vr] + vi)
+                cache[vr, slot, vh, vd] = new[vr, vi, vh, vd]
+
+    return cache_update
 
 
-__all__ = ["PRIMITIVES", "IRError", "TensorType", "lowers", "tvm"]
+# -- quantized weights, for targets without kernels of their own ---------------------------------------------------------------
+@dataclass(frozen=True)
+class PlainQuantized:
+    """Values row by row, two 4-bit ones a byte (low nibble first, offset 8); scales [.., blocks]."""
+
+    def arrays(self, name: str, type: Type) -> list[Packed]:
+        assert isinstance(type, QTensorType)
+        *lead, k = TensorType(DType.I8, type.shape).concrete({})
+        blocks = -(-k // type.block)
+        four = type.scheme == "int4"
+        return [
+            Packed(f"{name}/values", "uint8" if four else "int8", (*lead, (k + 1) // 2 if four else k)),
+            Packed(f"{name}/scales", tvm_dtype(type.scale), (*lead, blocks)),
+        ]
+
+    def pack(self, weight: QArray) -> list[np.ndarray]:
+        values = weight.values
+        if weight.type.scheme == "int4":
+            if values.shape[-1] % 2:
+                values = np.concatenate([values, np.zeros_like(values[..., :1])], -1)
+            nibbles = (values + 8).astype(np.uint8)
+            values = nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
+        return [values, weight.scales]
+
+
+def _dequantized(q: QTensorType, dtype: str, values: Any, scales: Any) -> Callable[..., Any]:
+    """The element function of a quantized tensor of rank 2 or more."""
+
+    def at(*i: Any) -> Any:
+        *lead, j = i
+        if q.scheme == "int4":
+            byte = tirx.Cast("int32", values(*lead, tirx.floordiv(j, 2)))
+            v = tirx.bitwise_and(tirx.shift_right(byte, tirx.Cast("int32", tirx.floormod(j, 2) * 4)), 15) - 8
+        else:
+            v = tirx.Cast("int32", values(*lead, j))
+        scale = tirx.Cast("float32", scales(*lead, tirx.floordiv(j, q.block)))
+        return tirx.Cast(dtype, tirx.Cast("float32", v) * scale)
+
+    return at
+
+
+def _lower_dequantize(ctx: Context, node: Node, packed: list[Any]) -> Any:
+    q, shape = node.inputs[0].type, ctx.dims(node.output.shape)
+    assert isinstance(q, QTensorType)
+    dtype = tvm_dtype(node.output.tensor.dtype)
+    return ctx.te(lambda v, s: te.compute(shape, _dequantized(q, dtype, v, s), name="dequantize"), *packed, name="dequantize")
+
+
+def _lower_quantized_embedding(ctx: Context, node: Node, packed: list[Any], ids: Any) -> Any:
+    q, shape = node.inputs[0].type, ctx.dims(node.output.shape)
+    assert isinstance(q, QTensorType)
+    dtype = tvm_dtype(node.output.tensor.dtype)
+
+    def build(values: Any, scales: Any, rows: Any) -> Any:
+        at = _dequantized(q, dtype, values, scales)
+        return te.compute(shape, lambda *i: at(tirx.Cast("int64", rows(*i[:-1])), i[-1]), name="embedding")
+
+    return ctx.te(build, *packed, ids, name="embedding")
+
+
+PRIMITIVES["dequantize"] = Lowering(_lower_dequantize, layouts=lambda node: {0: PlainQuantized()})
+PRIMITIVES["quantized_embedding"] = Lowering(_lower_quantized_embedding, layouts=lambda node: {0: PlainQuantized()})

@@ -1,0 +1,236 @@
+"""Attention of a few query rows over blocks of keys with a running softmax: what every attention kernel is made of.
+
+Rows of one kv head are numbered ``position * group + head in group``, so that grouped queries share each key read.
+Memory depends on the tile, never on the context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tvm import tirx
+
+from .cache import GROUP
+from .emit import Buffer, Expr, Index, Kernel, bits, ceil_div, exp, int64, load, minimum, reduce_max, reduce_sum
+from .emit import splat, splat_int, tanh, vector, widen
+from .isa import Isa
+from .pack import padded
+
+_MINUS_INFINITY = -(1 << 23)  # 0xff800000
+
+
+def minus_infinity(lanes: int) -> Expr:
+    return splat(bits("float32", tirx.IntImm("int32", _MINUS_INFINITY)), lanes)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How a score is made: softcap * tanh(scale * q.k / softcap), seen if key <= row and row - key < window."""
+
+    scale: float
+    softcap: float | None = None
+    window: int | None = None
+    causal: bool = True
+
+
+@dataclass
+class Source:
+    """Where the keys and values of a block are: flat buffers, f32 or f16.
+
+    ``key(group)``: start of 16 transposed positions, ``value(t)``: start of a row; both counted from the block's start.
+    """
+
+    keys: Buffer
+    values: Buffer
+    key: Callable[[Expr], Expr]
+    value: Callable[[Expr], Expr]
+
+
+class Flash:
+    """The state of ``tiles`` tiles of ``rows`` query rows, and the code that advances it by a block of keys."""
+
+    def __init__(self, kernel: Kernel, isa: Isa, scores: Scores, rows: int, tiles: int, block: int, head_dim: int,
+                 value_dim: int) -> None:
+        if block % (2 * GROUP):
+            raise ValueError(f"a block must be a multiple of {2 * GROUP}, not {block}")
+        self.kernel, self.isa, self.desc = kernel, isa, scores
+        self.rows, self.tiles, self.block = rows, tiles, block
+        self.head_dim, self.value_dim, self.value_width = head_dim, value_dim, padded(value_dim, GROUP)
+        total = rows * tiles
+        self.queries = kernel.scratch(total * head_dim, "float32")
+        self.out = kernel.scratch(total * self.value_width, "float32")
+        self.largest = kernel.scratch(total, "float32")
+        self.sums = kernel.scratch(total, "float32")
+        self.positions = kernel.scratch(total, "int32")
+        self.strip = kernel.scratch(rows * block, "float32")
+
+    def begin(self, rows: Index, query: Callable[[Expr], tuple[Buffer, Expr]],
+              position: Callable[[Expr], Expr]) -> None:
+        """Load the scaled queries of ``rows`` rows (at most rows * tiles) and clear the state; ``query(row)`` is a
+        flat buffer and where to start in it. Rows up to the end of the last tile repeat the last row."""
+        kernel, d, lanes = self.kernel, self.head_dim, self.isa.lanes
+        with kernel.loop(ceil_div(rows, self.rows) * self.rows) as i:
+            row = kernel.let(minimum(i, int64(rows) - 1))
+            buffer, start = query(row)
+            start = kernel.let(start)
+            scale = self.desc.scale
+
+            def copy(j: Expr, width: int, i: Expr = i, buffer: Buffer = buffer, start: Expr = start) -> None:
+                kernel.store(self.queries, i * d + j, load(buffer, start + j, width) * splat(scale, width))
+
+            _vectors(kernel, d, lanes, copy)
+            with kernel.loop(self.value_width // lanes) as j:
+                kernel.store(self.out, i * self.value_width + j * lanes, splat(0.0, lanes))
+            kernel.store(self.largest, i, minus_infinity(1))
+            kernel.store(self.sums, i, splat(0.0, 1))
+            kernel.store(self.positions, i, tirx.Cast("int32", position(row)))
+
+    def advance(self, tile: Index, start: Expr, count: Expr, source: Source,
+                mask: Callable[[Expr, Expr, int], Expr] | None = None) -> None:
+        """Let a tile see the keys start..start + count (count <= block).
+
+        ``mask(row of all tiles, key, width)`` gives addends for keys below the count.
+        """
+        kernel = self.kernel
+        steps = kernel.let(ceil_div(count, 2 * self.isa.lanes), "steps")
+        self._scores(tile, steps, source)
+        with kernel.loop(self.rows) as i:
+            self._softmax(kernel.let(int64(tile) * self.rows + i), i, start, count, steps, mask)
+        self._weigh(tile, count, source)
+
+    def _scores(self, tile: Index, steps: Expr, source: Source) -> None:
+        kernel, lanes, d = self.kernel, self.isa.lanes, self.head_dim
+        with kernel.loop(steps) as step:
+            starts = []
+            for v in range(2):
+                at = step * (2 * lanes) + v * lanes
+                group = tirx.truncdiv(at, int64(GROUP))
+                starts.append(kernel.let(source.key(group) + tirx.truncmod(at, int64(GROUP)), "start"))
+            acc = kernel.registers(self.rows * 2, "float32", lanes)
+            for j in range(self.rows * 2):
+                kernel.store(acc, j * lanes, splat(0.0, lanes))
+            base = kernel.let(int64(tile) * (self.rows * d), "base")
+            with kernel.loop(d) as e:
+                keys = [kernel.let(widen(load(source.keys, start + e * GROUP, lanes), self.isa.native_f16))
+                        for start in starts]
+                for i in range(self.rows):
+                    q = splat(load(self.queries, base + (i * d) + e), lanes)
+                    for v in range(2):
+                        at = (i * 2 + v) * lanes
+                        kernel.store(acc, at, load(acc, at, lanes) + q * keys[v])
+            for i in range(self.rows):
+                for v in range(2):
+                    kernel.store(self.strip, step * (2 * lanes) + (i * self.block + v * lanes),
+                                 load(acc, (i * 2 + v) * lanes, lanes))
+
+    def _softmax(self, row: Expr, i: Expr, start: Expr, count: Expr, steps: Expr,
+                 mask: Callable[[Expr, Expr, int], Expr] | None) -> None:
+        kernel, lanes, desc = self.kernel, self.isa.lanes, self.desc
+        strip = kernel.let(i * self.block)
+        if mask is not None:
+            with kernel.loop(count) as j:
+                kernel.store(self.strip, strip + j, self._capped(load(self.strip, strip + j)) + mask(row, start + j, 1))
+        position = load(self.positions, row)
+        # keys seen, counted from the block's start: first..last
+        last = tirx.Cast("int32", count) - splat_int(1, 1)
+        if desc.causal:
+            last = tirx.min(last, position - tirx.Cast("int32", start))
+        last = splat(kernel.let(last), lanes)
+        first = None
+        if desc.window is not None:
+            first = splat(kernel.let(position - tirx.Cast("int32", start) - splat_int(desc.window - 1, 1)), lanes)
+        best = kernel.registers(1, "float32", lanes)
+        kernel.store(best, 0, minus_infinity(lanes))
+        with kernel.loop(steps * 2) as step:
+            at = kernel.let(strip + step * lanes)
+            score = load(self.strip, at, lanes)
+            score = kernel.let(score if mask is not None else self._capped(score))
+            key = tirx.Ramp(tirx.Cast("int32", step * lanes), splat_int(1, 1), lanes)
+            seen = key <= last
+            if first is not None:
+                seen = tirx.And(seen, key >= first) if lanes == 1 else (seen & (key >= first))
+            score = kernel.let(tirx.Select(seen, score, minus_infinity(lanes)))
+            kernel.store(self.strip, at, score)
+            kernel.store(best, 0, tirx.max(load(best, 0, lanes), score))
+        before = kernel.let(load(self.largest, row))
+        largest = kernel.let(tirx.max(before, reduce_max(kernel.let(load(best, 0, lanes)))))
+        # a row that has seen nothing stays at minus infinity without producing inf - inf
+        finite = kernel.let(tirx.Select(largest > minus_infinity(1), largest, splat(0.0, 1)))
+        total = kernel.registers(1, "float32", lanes)
+        kernel.store(total, 0, splat(0.0, lanes))
+        with kernel.loop(steps * 2) as step:
+            at = kernel.let(strip + step * lanes)
+            p = exp(kernel, load(self.strip, at, lanes) - splat(finite, lanes))
+            kernel.store(self.strip, at, p)
+            kernel.store(total, 0, load(total, 0, lanes) + p)
+        added = kernel.let(reduce_sum(kernel.let(load(total, 0, lanes))))
+        with kernel.when(largest > before):
+            decay = exp(kernel, before - finite)
+            kernel.store(self.sums, row, load(self.sums, row) * decay)
+            with kernel.loop(self.value_width // lanes) as j:
+                at = kernel.let(row * self.value_width + j * lanes)
+                kernel.store(self.out, at, load(self.out, at, lanes) * splat(decay, lanes))
+        kernel.store(self.sums, row, load(self.sums, row) + added)
+        kernel.store(self.largest, row, largest)
+
+    def _capped(self, score: Expr) -> Expr:
+        cap = self.desc.softcap
+        if cap is None:
+            return score
+        lanes = int(str(score.ty.dtype).split("x")[1]) if "x" in str(score.ty.dtype) else 1
+        return tanh(self.kernel, self.kernel.let(score * splat(1.0 / cap, lanes))) * splat(cap, lanes)
+
+    def _weigh(self, tile: Index, count: Expr, source: Source) -> None:
+        kernel, lanes, width = self.kernel, self.isa.lanes, self.value_width
+        base = kernel.let(int64(tile) * (self.rows * width), "base")
+
+        def columns(at: Index, vectors: int) -> None:
+            acc = kernel.registers(self.rows * vectors, "float32", lanes)
+            for i in range(self.rows):
+                for v in range(vectors):
+                    kernel.store(acc, (i * vectors + v) * lanes, load(self.out, base + at + (i * width + v * lanes), lanes))
+            with kernel.loop(count) as t:
+                row = kernel.let(source.value(t) + at, "row")
+                values = [kernel.let(widen(load(source.values, row + v * lanes, lanes), self.isa.native_f16))
+                          for v in range(vectors)]
+                for i in range(self.rows):
+                    p = splat(load(self.strip, t + i * self.block), lanes)
+                    for v in range(vectors):
+                        j = (i * vectors + v) * lanes
+                        kernel.store(acc, j, load(acc, j, lanes) + p * values[v])
+            for i in range(self.rows):
+                for v in range(vectors):
+                    kernel.store(self.out, base + at + (i * width + v * lanes), load(acc, (i * vectors + v) * lanes, lanes))
+
+        pairs, odd = divmod(width // lanes, 2)
+        with kernel.loop(pairs) as pair:
+            columns(pair * (2 * lanes), 2)
+        if odd:
+            columns(int64(pairs * 2 * lanes), 1)
+
+    def finish(self, rows: Index, target: Callable[[Expr], tuple[Buffer, Expr]]) -> None:
+        """Write softmax-weighted values of each row; a row that saw nothing gives 0."""
+        kernel = self.kernel
+        with kernel.loop(rows) as i:
+            buffer, start = target(i)
+            start = kernel.let(start)
+            inverse = kernel.let(tirx.Select(load(self.largest, i) > minus_infinity(1),
+                                             splat(1.0, 1) / load(self.sums, i), splat(0.0, 1)))
+
+            def copy(j: Expr, width: int, i: Expr = i, buffer: Buffer = buffer, start: Expr = start,
+                     inverse: Expr = inverse) -> None:
+                kernel.store(buffer, start + j, load(self.out, i * self.value_width + j, width) * splat(inverse, width))
+
+            _vectors(kernel, self.value_dim, self.isa.lanes, copy)
+
+
+def _vectors(kernel: Kernel, n: int, lanes: int, body: Callable[[Expr, int], None]) -> None:
+    with kernel.loop(n // lanes) as i:
+        body(i * lanes, lanes)
+    if n % lanes:
+        with kernel.loop(n % lanes) as i:
+            body(int64(n // lanes * lanes) + i, 1)
+
+
+__all__ = ["Flash", "Scores", "Source", "minus_infinity", "vector"]

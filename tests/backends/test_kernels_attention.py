@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from kernel_help import assert_near, build, each_isa, run, tensor
+from numpy.typing import NDArray
+
+from wasat.backends.tvm.kernels.attention import Attention, CachedAttention, attention, cached_attention
+from wasat.backends.tvm.kernels.cache import Cache, cache_shape
+from wasat.backends.tvm.kernels.flash import Scores
+from wasat.backends.tvm.kernels.isa import Isa
+
+Array = NDArray[np.float64]
+
+
+def reference(q: Array, k: Array, v: Array, scores: Scores, offset: NDArray[np.int64],
+              mask: Array | None = None) -> Array:
+    """q[b, s, h, d], k[b, t, g, d], v[b, t, g, e]; query i of row b sits at offset[b] + i."""
+    b, s, h, _ = q.shape
+    t, g = k.shape[1], k.shape[2]
+    x = np.einsum("bshd,bthd->bhst", q, np.repeat(k, h // g, axis=2)) * scores.scale
+    if scores.softcap is not None:
+        x = scores.softcap * np.tanh(x / scores.softcap)
+    if mask is not None:
+        x = x + mask
+    i = (offset[:, None] + np.arange(s))[:, None, :, None]
+    j = np.arange(t)
+    seen = np.ones((b, 1, s, t), bool)
+    if scores.causal:
+        seen &= j <= i
+    if scores.window is not None:
+        seen &= i - j < scores.window
+    x = np.where(seen, x, -np.inf)
+    top = x.max(-1, keepdims=True)
+    p = np.exp(x - np.where(np.isfinite(top), top, 0))
+    total = p.sum(-1, keepdims=True)
+    p = np.divide(p, total, out=np.zeros_like(p), where=total > 0)
+    return np.einsum("bhst,bthe->bshe", p, np.repeat(v, h // g, axis=2))
+
+
+def filled(rng: np.random.Generator, cache: Cache, k: NDArray[np.float32], v: NDArray[np.float32], c: int,
+           lengths: NDArray[np.int64]) -> list[object]:
+    """Caches that hold the first lengths[b] positions of k and v[b, t, g, d]; everything else is NaN."""
+    b, _, g, d = k.shape
+    keys = np.full((b, g, c, d), np.nan, cache.dtype)
+    values = np.full(cache_shape("v", b, g, c, v.shape[-1]), np.nan, cache.dtype)
+    for row in range(b):
+        for position in range(lengths[row]):
+            slot = position % c
+            keys[row, :, slot] = k[row, position]
+            values[row, :, slot, : v.shape[-1]] = v[row, position]
+    packed = keys.reshape(b, g, c // 16, 16, d).swapaxes(3, 4).reshape(b, g, c, d)
+    return [tensor(packed), tensor(values)]
+
+
+CACHED = {
+    "plain": (4, Cache(2, 24, 24), Scores(0.2)),
+    "window": (3, Cache(1, 32, 40), Scores(0.2, window=50, softcap=5.0)),
+    "ring": (4, Cache(1, 40, 40, capacity=208), Scores(1.0, window=70)),
+    "f16": (2, Cache(2, 32, 32, dtype="float16"), Scores(0.3, window=130)),
+    "many heads": (26, Cache(2, 16, 16), Scores(0.5)),
+}
+
+
+@each_isa()
+@pytest.mark.parametrize("decode", [False, True], ids=["prefill", "decode"])
+@pytest.mark.parametrize("case", CACHED)
+def test_cached_attention(isa: Isa, case: str, decode: bool) -> None:
+    h, cache, scores = CACHED[case]
+    g, d, e = cache.kv_heads, cache.head_dim, cache.value_dim
+    compiled = build(cached_attention(CachedAttention(isa, h, cache, scores, decode=decode, threads=2)), isa)
+    rng = np.random.default_rng(0)
+    c = cache.capacity or 432
+    steps = [(1, [0]), (1, [5, 300, 129])] if decode else [(1, [0]), (2, [3, 127]), (37, [0, 250]), (137, [290, 31])]
+    for s, past in steps:
+        b = len(past)
+        offset = np.array(past)
+        t = int(offset.max()) + s
+        q = rng.standard_normal((b, s, h, d)).astype(np.float32)
+        k = rng.standard_normal((b, t, g, d)).astype(cache.dtype).astype(np.float32)
+        v = rng.standard_normal((b, t, g, e)).astype(cache.dtype).astype(np.float32)
+        held = filled(rng, cache, k, v, c, offset + s)
+        [y] = run(compiled, [q, offset, *held], ((b, s, h, e), "float32"))
+        want = reference(q.astype(np.float64), k.astype(np.float64), v.astype(np.float64), scores, offset)
+        assert_near(y, want, 2e-6)
+
+
+PLAIN = {
+    "encoder": (Attention, Scores(0.2, causal=False), "no"),
+    "causal": (Attention, Scores(0.2), "no"),
+    "window": (Attention, Scores(0.2, window=20, softcap=3.0), "no"),
+    "mask": (Attention, Scores(0.2, causal=False), "b1"),
+    "mask per head": (Attention, Scores(0.2, softcap=2.0), "1h"),
+}
+
+
+@each_isa()
+@pytest.mark.parametrize("case", PLAIN)
+def test_attention(isa: Isa, case: str) -> None:
+    _, scores, mask = PLAIN[case]
+    h, g, d, e = 4, 2, 24, 40
+    compiled = build(attention(Attention(isa, h, g, d, e, scores, mask=mask, threads=2)), isa)  # type: ignore[arg-type]
+    rng = np.random.default_rng(0)
+    for b, s, t in ((1, 1, 7), (2, 33, 33), (2, 50, 170), (1, 9, 4)):
+        q = rng.standard_normal((b, s, h, d)).astype(np.float32)
+        k = rng.standard_normal((b, t, g, d)).astype(np.float32)
+        v = rng.standard_normal((b, t, g, e)).astype(np.float32)
+        add = None
+        if mask != "no":
+            add = rng.standard_normal((b if "b" in mask else 1, h if "h" in mask else 1, s, t)).astype(np.float32)
+            add[rng.random(add.shape) < 0.3] = -np.inf
+            add[0, 0, -1] = -np.inf  # a row that sees nothing
+        [y] = run(compiled, [q, k, v, *([] if add is None else [add])], ((b, s, h, e), "float32"))
+        wide = [x.astype(np.float64) for x in (q, k, v)]
+        want = reference(*wide, scores, np.full(b, t - s), None if add is None else add.astype(np.float64))
+        assert_near(y, want, 2e-6)
