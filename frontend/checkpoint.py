@@ -81,9 +81,7 @@ def read_header(path: Path) -> dict[str, Stored]:
         with path.open("rb") as f:
             n = int.from_bytes(f.read(8), "little")
             if size < 8 or n > min(_HEADER_LIMIT, size - 8):
-                raise CheckpointError(
-                    f"{path} is no safetensors file, or is truncated: it has {size} bytes, its header {n}"
-                )
+                raise CheckpointError(f"{path} is no safetensors file, or is truncated: it has {size} bytes, its header {n}")
             header = json.loads(f.read(n))
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
@@ -109,9 +107,7 @@ def read_header(path: Path) -> dict[str, Stored]:
         for d in shape:
             count *= d
         if min(shape, default=0) < 0 or start < 0 or stop - start != count * dtype.np.itemsize:
-            raise CheckpointError(
-                f"{path}: tensor {name} {kind}{list(shape)} does not fit its {stop - start} bytes; damaged"
-            )
+            raise CheckpointError(f"{path}: tensor {name} {kind}{list(shape)} does not fit its {stop - start} bytes; damaged")
         if 8 + n + stop > size:
             raise CheckpointError(
                 f"{path} is truncated: it has {size} bytes, tensor {name} ends at {8 + n + stop}; download it again"
@@ -134,16 +130,10 @@ def read_folder(folder: Path) -> dict[str, Stored]:
     if single.exists():
         return read_header(single)
     if not index.exists():
-        others = sorted(
-            p.name for pattern in ("*.bin", "*.pt", "*.gguf", "*.safetensors") for p in folder.glob(pattern)
-        )
+        others = sorted(p.name for pattern in ("*.bin", "*.pt", "*.gguf", "*.safetensors") for p in folder.glob(pattern))
         raise CheckpointError(
             f"{folder} has neither model.safetensors nor model.safetensors.index.json"
-            + (
-                f"; it has {', '.join(others[:4])}, which cannot be read: save the model as safetensors"
-                if others
-                else ""
-            )
+            + (f"; it has {', '.join(others[:4])}, which cannot be read: save the model as safetensors" if others else "")
         )
     where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not all(isinstance(v, str) for v in where.values()):
@@ -190,9 +180,7 @@ def match(
         if s.shape != t.shape:
             problems.append(f"misshaped: {name} is {list(s.shape)}, the configuration asks for {list(t.shape)}")
         if s.dtype not in STORED:
-            problems.append(
-                f"wrong type: {name} is stored as {s.dtype}; a float parameter is {', '.join(map(str, STORED))}"
-            )
+            problems.append(f"wrong type: {name} is stored as {s.dtype}; a float parameter is {', '.join(map(str, STORED))}")
     if problems:
         raise CheckpointError(f"{where}: the checkpoint does not fit config.json:\n{_list(problems)}")
     return {name: FileParam(t, found[name]) for name, t in wanted.items()}

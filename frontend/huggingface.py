@@ -57,9 +57,7 @@ def build(fields: Fields) -> tuple[str, nn.Module]:
         )
     if fields.config.get("quantization_config"):
         method = fields.config["quantization_config"].get("quant_method", "?")
-        raise fields.fail(
-            f"quantization_config: the checkpoint is quantized ({method}); use the original, unquantized one"
-        )
+        raise fields.fail(f"quantization_config: the checkpoint is quantized ({method}); use the original, unquantized one")
     architecture, builder = FAMILIES[kind]
     given = fields.config.get("architectures") or [architecture]
     if architecture not in given:
@@ -100,8 +98,6 @@ def _generation(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
         value = first.get(name) if first.get(name) is not None else config.get(name)
         values = value if isinstance(value, list) else [] if value is None else [value]
         if not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
-            raise ConfigError(
-                f"{path if name in first else folder / 'config.json'}: {name} is {value!r}; expected token ids"
-            )
+            raise ConfigError(f"{path if name in first else folder / 'config.json'}: {name} is {value!r}; expected token ids")
         ids[key] = values if key == "eos" else values[0] if values else None
     return ids

@@ -253,9 +253,7 @@ class Biased(Block):
         return (nn.softmax((q @ k.T) * HEAD_DIM**-0.5 + bias) @ v).swap(1, 2)
 
 
-def _case(
-    name: str, block: type[Block], dtype: str = "f32", inputs: Mapping[str, str] | None = None, **expected: Any
-) -> Case:
+def _case(name: str, block: type[Block], dtype: str = "f32", inputs: Mapping[str, str] | None = None, **expected: Any) -> Case:
     types = {"x": f"{dtype}[b, s, {DIM}]", **(inputs or {})}
     return Case(
         name,

@@ -183,7 +183,7 @@ class Context:
     def kernel(self, key: Any, build: Callable[[], tirx.PrimFunc], name: str) -> Any:
         """The module's one copy of a hand-written kernel, by its description ``key``."""
         if key not in self.kernels:
-            unique = f"{name}_{len(self.kernels)}"
+            unique = f"kernel{len(self.kernels)}_{name}"
             func = build().with_attr("op_pattern", 8).with_attr("global_symbol", unique)
             self.kernels[key] = self.bb.add_func(func, unique)
         return self.kernels[key]

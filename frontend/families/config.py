@@ -72,16 +72,22 @@ class Fields:
             raise self.fail(f"{name} is {value!r}; expected a positive number")
         return value
 
+    def window(self, default: int | None) -> int | None:
+        """``sliding_window``: a positive int, or None."""
+        value: int | None = self.take("sliding_window", int, default)
+        if value is not None and value < 1:
+            raise self.fail(f"sliding_window is {value}; expected a positive number or null")
+        return value
+
     def flag(self, name: str, default: bool) -> bool:
         """A bool; null is False."""
         return bool(self.take(name, bool, default))
 
-    def activation(self, *names: str, default: str) -> str:
-        """The name in ``nn.ACTIVATIONS`` of the activation that the first field present in ``names`` gives."""
-        given = [self.take(n, str, None) for n in names]
-        value = next((g for g in given if g is not None), default)
+    def activation(self, name: str, default: str) -> str:
+        """The name in ``nn.ACTIVATIONS`` of the activation that field ``name`` gives."""
+        value = self.take(name, str, None) or default
         if value not in ACTIVATIONS:
-            raise self.fail(f"{names[0]} {value!r} is not implemented; there are {', '.join(ACTIVATIONS)}")
+            raise self.fail(f"{name} {value!r} is not implemented; there are {', '.join(ACTIVATIONS)}")
         return ACTIVATIONS[value]
 
     def refuse(self, name: str, default: Any, why: str) -> None:
@@ -133,7 +139,7 @@ def rope(fields: Fields, where: str, given: Mapping[str, Any], head_dim: int, co
     if unknown:
         found = "; ".join(f"{k} = {_brief(v)}" for k, v in unknown.items())
         raise fields.fail(f"{where}: rope_type {kind!r} has no meaning for {found}")
-    if kind == "yarn":
+    if kind in ("yarn", "llama3"):
         p.setdefault("original_max_position_embeddings", context)
     try:
         return nn.RoPE(head_dim, theta, {"rope_type": kind, **p})
@@ -147,7 +153,9 @@ def single_rope(fields: Fields, head_dim: int, context: int) -> nn.RoPE:
     scaling = fields.take("rope_scaling", dict, None)
     parameters = fields.take("rope_parameters", dict, None)
     fields.refuse("partial_rotary_factor", 1.0, "this family rotates whole heads")
-    if parameters is not None:
+    if parameters and scaling:
+        raise fields.fail("both rope_parameters and rope_scaling are given; keep the one that is meant")
+    if parameters:
         return rope(fields, "rope_parameters", parameters, head_dim, context, theta)
     return rope(fields, "rope_scaling", scaling or {}, head_dim, context, theta)
 

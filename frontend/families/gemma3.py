@@ -25,7 +25,6 @@ class Options:
     tied: bool
     scale: float
     bias: bool
-    softcap: float | None
     logit_softcap: float | None
     window: int | None
     types: Sequence[str]
@@ -36,7 +35,7 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, o: Options, window: int | None, rope: nn.RoPE) -> None:
         self.self_attn = nn.Attention(
-            o.dim, o.heads, o.kv_heads, o.head_dim, window=window, softcap=o.softcap, scale=o.scale, qk_norm=o.eps,
+            o.dim, o.heads, o.kv_heads, o.head_dim, window=window, scale=o.scale, qk_norm=o.eps,
             norm_offset=1.0, bias=o.bias, out_bias=o.bias, rope=rope,
         )  # fmt: skip
         self.mlp = nn.GLU(o.dim, o.hidden, o.act)
@@ -96,8 +95,10 @@ def gemma3_text(fields: Fields) -> Gemma3:
         fields.size("head_dim"),
     )
     fields.refuse("use_bidirectional_attention", False, "only causal Gemma 3 is implemented")
-    period = fields.take("_sliding_window_pattern", int, None) or fields.take("sliding_window_pattern", int, None) or 6
-    fields.take("sliding_window_pattern", int, None)
+    why = "the reference implementation declares it for Gemma 3 and never applies it, so what is meant is unclear; use null"
+    fields.refuse("attn_logit_softcapping", None, why)
+    fields.take("_sliding_window_pattern", int, None)  # written by transformers, read by nothing
+    period = fields.take("sliding_window_pattern", int, None) or 6
     default = ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(layers)]
     heads, kv_heads = fields.size("num_attention_heads"), fields.size("num_key_value_heads")
     if heads % kv_heads:
@@ -105,14 +106,14 @@ def gemma3_text(fields: Fields) -> Gemma3:
     options = Options(
         vocab=fields.size("vocab_size"), dim=fields.size("hidden_size"), hidden=fields.size("intermediate_size"),
         heads=heads, kv_heads=kv_heads, head_dim=head_dim, eps=fields.take("rms_norm_eps", float, 1e-6),
-        act=fields.activation("hidden_activation", "hidden_act", default="gelu_pytorch_tanh"),
+        act=fields.activation("hidden_activation", default="gelu_pytorch_tanh"),
         tied=fields.flag("tie_word_embeddings", True), scale=fields.take("query_pre_attn_scalar", (int, float)) ** -0.5,
-        bias=fields.flag("attention_bias", False), softcap=fields.take("attn_logit_softcapping", float, None),
+        bias=fields.flag("attention_bias", False), 
         logit_softcap=fields.take("final_logit_softcapping", float, None),
-        window=fields.take("sliding_window", int, None), types=layer_types(fields, layers, default),
+        window=fields.window(4096), types=layer_types(fields, layers, default),
     )  # fmt: skip
     if options.window is None and "sliding_attention" in options.types:
-        raise fields.fail("sliding_window is missing, and layer_types holds sliding_attention")
+        raise fields.fail("sliding_window is null, and layer_types holds sliding_attention")
     model = Gemma3(options, _ropes(fields, head_dim, context))
     fields.finish("gemma3_text")
     return model
@@ -124,7 +125,9 @@ def _ropes(fields: Fields, head_dim: int, context: int) -> dict[str, nn.RoPE]:
     local = fields.take("rope_local_base_freq", float, None) or 1e4
     scaling = fields.take("rope_scaling", dict, None) or {}
     given = fields.take("rope_parameters", dict, None)
-    if given is None:
+    if given and scaling:
+        raise fields.fail("both rope_parameters and rope_scaling are given; keep the one that is meant")
+    if not given:
         given = {"full_attention": scaling, "sliding_attention": {}}
     unknown = [k for k in given if k not in ("full_attention", "sliding_attention")]
     if unknown:

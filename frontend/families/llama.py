@@ -121,17 +121,15 @@ def _windows(fields: Fields, family: str, layers: int) -> list[int | None]:
     if family == "llama":
         return [None] * layers
     if family == "mistral":
-        return [fields.take("sliding_window", int, 4096)] * layers
+        return [fields.window(4096)] * layers
     used = fields.flag("use_sliding_window", False)
-    window = fields.take("sliding_window", int, 4096)
+    window = fields.window(4096)
     window = window if used else None
     first = fields.take("max_window_layers", int, 28)
     default = ["sliding_attention" if window is not None and i >= first else "full_attention" for i in range(layers)]
     types = layer_types(fields, layers, default)
     if window is None and "sliding_attention" in types:
-        raise fields.fail(
-            "layer_types holds sliding_attention, but use_sliding_window is false or sliding_window is null"
-        )
+        raise fields.fail("layer_types holds sliding_attention, but use_sliding_window is false or sliding_window is null")
     return [window if t == "sliding_attention" else None for t in types]
 
 

@@ -26,11 +26,7 @@ def attention(
     heads, groups = q.shape[2], k.shape[2]
     if scale is None:
         width = q.shape[3]
-        scale = (
-            width**-0.5
-            if isinstance(width, int)
-            else fail(f"nn.attention: give scale=, the head size {width} is symbolic")
-        )
+        scale = width**-0.5 if isinstance(width, int) else fail(f"nn.attention: give scale=, the head size {width} is symbolic")
     if heads == groups:
         scores = einsum("b s h d, b t h d -> b h s t", q, k) * scale
     else:

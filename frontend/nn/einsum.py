@@ -18,9 +18,7 @@ from wasat import ir
 
 from .tensor import Tensor, emit, fail
 
-Axis = tuple[
-    str, ...
-]  # one axis of a tensor: a name, or several that were merged, outermost first; () is the literal 1
+Axis = tuple[str, ...]  # one axis of a tensor: a name, or several that were merged, outermost first; () is the literal 1
 _TOKEN = re.compile(r"\s*(?:([A-Za-z_]\w*)|(\()|(\))|(\.\.\.)|(1(?!\d)))")
 
 
@@ -63,9 +61,7 @@ class _Einsum:
             name, opening, closing, dots, one = m.groups()
             if name:
                 if name in seen:
-                    self.fail(
-                        f"axis {name} appears twice in {text.strip()!r}; take a diagonal with nn.where or nn.gather"
-                    )
+                    self.fail(f"axis {name} appears twice in {text.strip()!r}; take a diagonal with nn.where or nn.gather")
                 seen.add(name)
                 if group is None:
                     axes.append((name,))
@@ -119,9 +115,7 @@ class _Einsum:
             for n in axis:
                 known = known * self.sizes.get(n, 1)
             if len(unknown) > 1:
-                self.fail(
-                    f"the sizes of {' and '.join(unknown)} in ({' '.join(axis)}) are unknown; give {unknown[0]}=..."
-                )
+                self.fail(f"the sizes of {' and '.join(unknown)} in ({' '.join(axis)}) are unknown; give {unknown[0]}=...")
             if unknown:
                 self.sizes[unknown[0]] = floordiv(size, known)
                 known = known * self.sizes[unknown[0]]

@@ -57,9 +57,7 @@ def _expand(x: Tensor, index: tuple[Index, ...]) -> list[int | Dim | slice | Non
     """One entry per axis, the Ellipsis and missing trailing axes written out."""
     for item in index:
         if isinstance(item, Tensor):
-            fail(
-                f"{x.value!r}: a tensor cannot be an index; use nn.gather(x, indices, axis=…) or nn.where(mask, x, y)"
-            )
+            fail(f"{x.value!r}: a tensor cannot be an index; use nn.gather(x, indices, axis=…) or nn.where(mask, x, y)")
         if isinstance(item, bool) or not (item is None or item is ... or isinstance(item, (int, Dim, slice))):
             fail(f"{x.value!r}: an index is an int, a dimension, a slice, None or ..., not {item!r}")
     dots = [i for i, item in enumerate(index) if item is ...]

@@ -22,9 +22,7 @@ class Parameter(Tensor):
     Until data are loaded it stands for random numbers, ``mean + std * normal``, fixed by its name and a seed.
     """
 
-    def __init__(
-        self, shape: Sequence[DimLike], dtype: DType | str = "f32", *, mean: float = 0.0, std: float = 0.02
-    ) -> None:
+    def __init__(self, shape: Sequence[DimLike], dtype: DType | str = "f32", *, mean: float = 0.0, std: float = 0.02) -> None:
         self._type = TensorType(DType.of(dtype), tuple(shape))
         self.noise = (mean, std)
 

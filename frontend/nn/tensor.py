@@ -68,9 +68,7 @@ def current(what: str = "a tensor operation") -> Trace:
     """The trace that is running; an error naming ``what`` if none is."""
     t = _current.get()
     if t is None:
-        raise ir.IRError(
-            f"{what} is possible only while nn.trace runs the module: tensors are symbolic, they hold no data"
-        )
+        raise ir.IRError(f"{what} is possible only while nn.trace runs the module: tensors are symbolic, they hold no data")
     return t
 
 

@@ -178,7 +178,12 @@ GEMMA3 = {
         (_config({"layer_types": ["full_attention", "sliding_attention"]}, QWEN2), ["use_sliding_window is false"]),
         (_config({"use_bidirectional_attention": True}, GEMMA3),
          ["use_bidirectional_attention is True", "only causal"]),
-        (_config({"sliding_window": "absent"}, GEMMA3), ["sliding_window is missing"]),
+        (_config({"attn_logit_softcapping": 50.0}, GEMMA3), ["attn_logit_softcapping is 50.0", "never applies it"]),
+        (_config({"sliding_window": None}, GEMMA3), ["sliding_window is null"]),
+        (_config({"sliding_window": 0}, GEMMA3), ["sliding_window is 0; expected a positive"]),
+        (_config({"hidden_act": "silu"}, GEMMA3), ["hidden_act = 'silu'"]),
+        (_config({"rope_parameters": {"rope_theta": 1e4}, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
+         ["both rope_parameters and rope_scaling"]),
         (_config({"rope_parameters": {"rope_theta": 1e4}}, GEMMA3), ["rope_parameters has rope_theta"]),
     ],
 )  # fmt: skip

@@ -17,9 +17,7 @@ def reference(case: Case, p: dict[str, np.ndarray], x: np.ndarray, extra: dict[s
     b, s, _ = x.shape
     q, k, v = ((x @ w[f"{n}.weight"].T).reshape(b, s, -1, HEAD_DIM) for n in "qkv")
     if case.norms:
-        q, k = (
-            t / np.sqrt((t * t).mean(-1, keepdims=True) + 1e-6) * w[f"{n}_norm.weight"] for n, t in (("q", q), ("k", k))
-        )
+        q, k = (t / np.sqrt((t * t).mean(-1, keepdims=True) + 1e-6) * w[f"{n}_norm.weight"] for n, t in (("q", q), ("k", k)))
     if case.ropes:
         angle = np.arange(s)[:, None, None] * nn.frequencies(HEAD_DIM).astype(np.float64)
         c, n = np.cos(angle), np.sin(angle)
