@@ -1,0 +1,199 @@
+"""Passes, their remarks, and the manager that runs them: verified, timed, dumped, checked against the interpreter.
+
+    @dataclass(frozen=True)
+    class DropStopGradient(GraphPass):
+        \"\"\"stop_gradient(x) -> x, where nothing will be differentiated.\"\"\"
+        name = "drop-stop-gradient"
+
+        def run_graph(self, graph, remarks):
+            ...
+            return changed
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, Protocol
+
+from wasat.ir import Graph, IRError, Loc, Node, Program, Value, WasatError
+
+Kind = Literal["applied", "missed"]
+
+
+@dataclass(frozen=True)
+class Remark:
+    """What a pass did (``applied``), or nearly did and why not (``missed``)."""
+
+    kind: Kind
+    message: str
+    graph: str
+    loc: Loc | None = None
+
+    def __str__(self) -> str:
+        text = f"{self.kind}: {self.message} (@{self.graph})"
+        if self.loc is not None:
+            text += f"\n    at {self.loc}" + (f": {self.loc.source}" if self.loc.source else "")
+        return text
+
+
+class Remarks:
+    """Collects the remarks of one run of a pass."""
+
+    def __init__(self) -> None:
+        self.items: list[Remark] = []
+
+    def applied(self, message: str, at: Node | Value | Graph) -> None:
+        """Notes what was done, and where."""
+        self._add("applied", message, at)
+
+    def missed(self, reason: str, at: Node | Value | Graph) -> None:
+        """Notes an optimization that was lost at this place, and the reason."""
+        self._add("missed", reason, at)
+
+    def _add(self, kind: Kind, message: str, at: Node | Value | Graph) -> None:
+        if isinstance(at, Graph):
+            self.items.append(Remark(kind, message, at.name))
+        else:
+            self.items.append(Remark(kind, message, at.graph.name, at.loc))
+
+    def of(self, kind: Kind) -> list[Remark]:
+        return [r for r in self.items if r.kind == kind]
+
+    def __iter__(self) -> Iterator[Remark]:
+        return iter(self.items)
+
+
+class PassError(WasatError):
+    """A pass that cannot do what it was asked for, or that broke the program."""
+
+
+class Pass:
+    """A change of a program. Subclasses are frozen dataclasses whose fields are their options."""
+
+    name: ClassVar[str]
+    exact: ClassVar[bool] = True
+    """Whether results stay the same up to rounding (quantization does not promise it)."""
+
+    def run(self, program: Program, remarks: Remarks) -> bool:
+        """Changes ``program`` in place; returns whether it did."""
+        raise NotImplementedError
+
+    def requires(self, program: Program) -> None:
+        """Raises PassError if the program is not in the form that the pass needs."""
+
+    def ensures(self, program: Program) -> None:
+        """Raises PassError if the program is not in the form that the pass promises."""
+
+
+class GraphPass(Pass):
+    """A pass that looks at one graph at a time."""
+
+    def run(self, program: Program, remarks: Remarks) -> bool:
+        changed = [self.run_graph(g, remarks) for g in program.graphs.values()]
+        return any(changed)
+
+    def run_graph(self, graph: Graph, remarks: Remarks) -> bool:
+        """Changes ``graph`` in place; returns whether it did."""
+        raise NotImplementedError
+
+
+@dataclass
+class Step:
+    """One pass as it ran."""
+
+    name: str
+    seconds: float
+    nodes_before: int
+    nodes_after: int
+    modified: bool
+    remarks: list[Remark]
+
+
+@dataclass
+class Report:
+    """Everything the manager saw."""
+
+    steps: list[Step] = field(default_factory=list)
+
+    def remarks(self, kind: Kind | None = None) -> list[Remark]:
+        return [r for s in self.steps for r in s.remarks if kind in (None, r.kind)]
+
+    def explain(self, only: Kind | None = None) -> str:
+        """Every pass with its remarks, as text."""
+        lines = []
+        for s in self.steps:
+            shown = [r for r in s.remarks if only in (None, r.kind)]
+            if only is None or shown:
+                lines.append(f"{s.name}: {s.nodes_before} -> {s.nodes_after} nodes, {s.seconds * 1e3:.1f} ms")
+                lines += ["  " + str(r).replace("\n", "\n  ") for r in shown]
+        return "\n".join(lines) if lines else "nothing was missed" if only == "missed" else "no pass ran"
+
+
+class Check(Protocol):
+    """Compares what a program computes before and after a pass: see :class:`wasat.testing.InterpreterCheck`."""
+
+    def baseline(self, program: Program) -> None:
+        """Remembers what the program computes now."""
+        ...
+
+    def compare(self, program: Program, name: str) -> None:
+        """Raises PassError if the program computes something else than the last baseline."""
+        ...
+
+
+Dump = Callable[[str, Literal["before", "after"], Program], None]
+
+
+@dataclass
+class PassManager:
+    """Runs passes in order.
+
+    ``verify``: the program is verified before the first and after every pass. ``check``: the interpreter's results are compared
+    around every pass that promises to keep them. ``dump(pass name, "before" | "after", program)`` sees every stage.
+    Errors name the pass and those that ran before it.
+    """
+
+    passes: Sequence[Pass]
+    verify: bool = True
+    check: Check | None = None
+    dump: Dump | None = None
+    on_progress: Callable[[str], None] = lambda name: None
+
+    def run(self, program: Program) -> Report:
+        report = Report()
+        if self.verify:
+            program.verify()
+        if self.check is not None:
+            self.check.baseline(program)
+        for p in self.passes:
+            self.on_progress(p.name)
+            report.steps.append(self._step(p, program, report))
+        return report
+
+    def _step(self, p: Pass, program: Program, report: Report) -> Step:
+        remarks = Remarks()
+        if self.dump is not None:
+            self.dump(p.name, "before", program)
+        before = sum(len(g) for g in program.graphs.values())
+        started = time.perf_counter()
+        try:
+            p.requires(program)
+            modified = p.run(program, remarks)
+            seconds = time.perf_counter() - started
+            if modified and self.verify:
+                program.verify()
+            p.ensures(program)
+        except WasatError as e:
+            done = ", ".join(s.name for s in report.steps) or "none"
+            message = f"pass {p.name}: {e.message if isinstance(e, IRError) else e}\n  (passes that ran before it: {done})"
+            raise (type(e)(message, e.loc) if isinstance(e, IRError) else PassError(message)) from e
+        if self.check is not None and modified:
+            if p.exact:
+                self.check.compare(program, p.name)
+            self.check.baseline(program)
+        if self.dump is not None:
+            self.dump(p.name, "after", program)
+        after = sum(len(g) for g in program.graphs.values())
+        return Step(p.name, seconds, before, after, modified, remarks.items)

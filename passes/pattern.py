@@ -1,0 +1,319 @@
+"""Rewrites from patterns. A pattern is a traced Python function; this engine owns everything the rules should not repeat.
+
+    class FuseSilu(Rewrite):
+        \"\"\"x * sigmoid(x) -> silu(x)\"\"\"
+        name, landmark = "fuse-silu", "sigmoid"
+
+        def pattern(self, p, x):
+            return p.mul(x, p.sigmoid(x))
+
+        def build(self, b, m):
+            return b.silu(m["x"])
+
+The engine tries both orders of commutative operands, refuses matches whose inner values are used elsewhere or whose replacement has
+another type, keeps the name and the line of what was replaced, and says for every ``landmark`` operation that it leaves how far the
+pattern got and what stopped it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+from wasat.ir import Builder, Graph, Node, Value, op_named
+from wasat.ir.op import Op
+
+from .core import GraphPass, Remarks
+
+
+class Mismatch(Exception):
+    """Raised by ``build`` where a match must not be rewritten; the reason becomes a remark."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pattern:
+    """Matches values; equal objects must match equal values."""
+
+
+@dataclass(frozen=True, eq=False)
+class Var(Pattern):
+    """Any value."""
+
+    name: str
+
+
+@dataclass(frozen=True, eq=False)
+class Number(Pattern):
+    """A constant whose elements are all one number; captured as a float."""
+
+    name: str
+    value: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Apply(Pattern):
+    """An operation; an attribute is given as a value, or as a predicate ``(attribute, node) -> bool``."""
+
+    op: Op
+    args: tuple[Pattern, ...]
+    attrs: Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Either(Pattern):
+    """The first of the options that matches."""
+
+    options: tuple[Pattern, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Shared(Pattern):
+    """Like ``inner``, whose values may also be used elsewhere (a table of cosines that several layers read)."""
+
+    inner: Pattern
+
+
+class Tracer:
+    """What ``pattern`` functions get as ``p``: operations, numbers, alternatives."""
+
+    def number(self, x: Var) -> Number:
+        """A constant number, captured under the name of ``x``."""
+        return Number(x.name)
+
+    def either(self, *options: Pattern) -> Pattern:
+        return Either(options)
+
+    def maybe_cast(self, x: Pattern) -> Pattern:
+        """``x``, or ``x`` cast to any type."""
+        return Either((Apply(op_named("cast"), (x,), {}), x))
+
+    def shared(self, x: Pattern) -> Pattern:
+        return Shared(x)
+
+    def __getattr__(self, name: str) -> Callable[..., Pattern]:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        op = op_named(name)
+        return lambda *args, **attrs: Apply(op, tuple(map(_pattern, args)), attrs)
+
+
+def _pattern(x: Pattern | float) -> Pattern:
+    return x if isinstance(x, Pattern) else Number("", float(x))
+
+
+def last_axis(axes: Any, node: Node) -> bool:
+    """Predicate for ``axes``/``axis`` attributes: only the last axis."""
+    last = len(node.inputs[0].shape) - 1
+    return bool(axes == (last,) or axes == last)
+
+
+def number_of(v: Value) -> float | None:
+    """The number that a constant consists of, or None. -0.0 and NaN are no numbers here."""
+    array = v.const
+    if array is None or array.size == 0 or (array.size > 1 and not (array == array.flat[0]).all()):
+        return None
+    x = float(array.flat[0])
+    return None if math.isnan(x) or (x == 0 and math.copysign(1, x) < 0) else x
+
+
+@dataclass(frozen=True)
+class _State:
+    bound: Mapping[Pattern, Value | float] = field(default_factory=dict)
+    nodes: tuple[Node, ...] = ()
+    open: frozenset[Value] = frozenset()
+    """Values that may be used outside the match."""
+
+
+class Match(dict[str, Any]):
+    """Captures by name: values, and floats for numbers."""
+
+    root: Value
+    nodes: tuple[Node, ...]
+
+
+class Rewrite(GraphPass):
+    """One pattern and what replaces it. Rules hold no state of a match."""
+
+    landmark: ClassVar[str] = ""
+    """The operation by which a reader would recognize the pattern: each one left over is reported with the reason."""
+
+    def pattern(self, p: Tracer, *variables: Any) -> Pattern:
+        raise NotImplementedError
+
+    def build(self, b: Builder, m: Match) -> Value:
+        """The replacement; raises Mismatch to refuse."""
+        raise NotImplementedError
+
+    def run_graph(self, graph: Graph, remarks: Remarks) -> bool:
+        tracer = Tracer()
+        names = [n for n in inspect.signature(self.pattern).parameters if n != "p"]
+        root = self.pattern(tracer, *(Var(n) for n in names))
+        roots = root.options if isinstance(root, Either) else (root,)
+        starts = {r.op.name for r in roots if isinstance(r, Apply)}
+        attempt = _Attempt(self.landmark)
+        count = 0
+        for node in graph.nodes:
+            if node.op.name in starts and self._apply(graph, node, root, attempt, remarks):
+                count += 1
+        for landmark, (_, reason) in attempt.misses.items():
+            if not landmark.erased:
+                remarks.missed(f"{landmark!r}: {reason}", landmark)
+        return count > 0
+
+    def _apply(self, graph: Graph, node: Node, root: Pattern, attempt: _Attempt, remarks: Remarks) -> bool:
+        old = node.output
+        for state in attempt.match(root, old, _State()):
+            reason = _outside_use(graph, state, old)
+            if reason is None:
+                m = Match()
+                m.root, m.nodes = old, state.nodes
+                for p, v in state.bound.items():
+                    if isinstance(p, (Var, Number)) and p.name:
+                        m[p.name] = v
+                last = node.prev
+                try:
+                    new = self.build(Builder(graph, before=node, loc=node.loc), m)
+                    if new.type != old.type:
+                        raise Mismatch(f"the replacement would be {new.type}, not {old.type}")
+                except Mismatch as e:
+                    reason = str(e)
+                    _erase_back(graph, node.prev, last)
+            if reason is not None:
+                attempt.note(state, reason)
+                continue
+            replace(graph, old, new)
+            remarks.applied(f"%{new.name} = {new.node.op.name if new.node is not None else 'input'}", new)
+            return True
+        return False
+
+
+def _erase_back(graph: Graph, node: Node | None, stop: Node | None) -> None:
+    """Erases what a refused build left between ``stop`` and ``node``."""
+    while node is not None and node is not stop:
+        before = node.prev
+        graph.erase(node)
+        node = before
+
+
+def replace(graph: Graph, old: Value, new: Value) -> None:
+    """``new`` takes the uses and the name of ``old``; what nobody reads any more goes."""
+    if new is old:
+        return
+    graph.replace_uses(old, new)
+    name = old.name
+    if old.node is not None:
+        erase_dead(graph, old.node)
+        if old.node.erased and new.node is not None and new.node.op.name != "constant":
+            graph.rename(new, name)
+
+
+def erase_dead(graph: Graph, node: Node) -> None:
+    """Erases ``node`` and, upwards, whatever only it needed."""
+    stack = [node]
+    while stack:
+        n = stack.pop()
+        if n.erased or any(v.uses or graph.is_output(v) for v in n.outputs):
+            continue
+        graph.erase(n)
+        stack += [v.node for v in n.inputs if v.node is not None]
+
+
+def _outside_use(graph: Graph, state: _State, root: Value) -> str | None:
+    inside = set(state.nodes)
+    for n in state.nodes:
+        for v in n.outputs:
+            if v is root or v in state.open:
+                continue
+            if graph.is_output(v):
+                return f"%{v.name} is also an output of the graph"
+            if any(user not in inside for user, _ in v.uses):
+                return f"%{v.name} is also used outside the match"
+    return None
+
+
+class _Attempt:
+    """The matcher, and the farthest failure at every landmark."""
+
+    def __init__(self, landmark: str) -> None:
+        self.landmark = landmark
+        self.misses: dict[Node, tuple[int, str]] = {}
+
+    def note(self, state: _State, reason: str) -> None:
+        for n in state.nodes:
+            if n.op.name == self.landmark and len(state.nodes) > self.misses.get(n, (0, ""))[0]:
+                self.misses[n] = (len(state.nodes), reason)
+
+    def match(self, pattern: Pattern, value: Value, state: _State) -> Iterator[_State]:
+        if isinstance(pattern, Either):
+            for option in pattern.options:
+                yield from self.match(option, value, state)
+            return
+        if isinstance(pattern, Shared):
+            known = len(state.nodes)
+            for s in self.match(pattern.inner, value, state):
+                inner = frozenset(v for n in s.nodes[known:] for v in n.outputs)
+                yield _State(s.bound, s.nodes, s.open | inner)
+            return
+        if isinstance(pattern, Number):
+            yield from self._number(pattern, value, state)
+            return
+        if pattern in state.bound:
+            if state.bound[pattern] is value:
+                yield state
+            else:
+                self.note(state, f"%{value.name} and {_text(state.bound[pattern])} are not the same value")
+            return
+        bound = {**state.bound, pattern: value}
+        if isinstance(pattern, Var):
+            yield _State(bound, state.nodes, state.open)
+            return
+        assert isinstance(pattern, Apply)
+        node = value.node
+        if node is None or node.op is not pattern.op or len(node.outputs) != 1:
+            self.note(state, f"%{value.name} is {node.op.name if node else 'an input'}, not {pattern.op.name}")
+            return
+        if len(node.inputs) != len(pattern.args):
+            self.note(state, f"{node!r}: expected {len(pattern.args)} operands")
+            return
+        for key, want in pattern.attrs.items():
+            got = getattr(node.attrs, key)
+            if not (want(got, node) if callable(want) else got == want):
+                self.note(state, f"{node!r}: {key} is {got}")
+                return
+        inner = _State(bound, (*state.nodes, node), state.open)
+        for operands in _orders(node):
+            yield from self._operands(pattern.args, operands, inner)
+
+    def _operands(self, args: tuple[Pattern, ...], values: tuple[Value, ...], state: _State) -> Iterator[_State]:
+        if not args:
+            yield state
+            return
+        for s in self.match(args[0], values[0], state):
+            yield from self._operands(args[1:], values[1:], s)
+
+    def _number(self, pattern: Number, value: Value, state: _State) -> Iterator[_State]:
+        x = number_of(value)
+        if x is None:
+            self.note(state, f"%{value.name} is no constant number")
+        elif pattern.value is not None and not np.isclose(x, pattern.value, rtol=1e-3 if _narrow(value) else 1e-6, atol=0):
+            self.note(state, f"%{value.name} is {x:g}, not {pattern.value:g}")
+        else:
+            yield _State({**state.bound, pattern: x}, state.nodes, state.open)
+
+
+def _narrow(v: Value) -> bool:
+    return v.tensor.dtype.bits < 32
+
+
+def _text(x: Value | float) -> str:
+    return f"%{x.name}" if isinstance(x, Value) else f"{x:g}"
+
+
+def _orders(node: Node) -> Iterator[tuple[Value, ...]]:
+    yield node.inputs
+    if node.op.commutative and len(node.inputs) == 2 and node.inputs[0] is not node.inputs[1]:
+        yield node.inputs[::-1]
