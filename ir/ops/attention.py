@@ -90,7 +90,8 @@ class Rope(Op):
         if attrs.interleaved:
             pairs = b.reshape(part(0, 2 * half), shape=(*lead, half, 2))
             x1, x2 = (
-                b.reshape(b.slice(pairs, starts=(0, 0, 0, 0, i), stops=(*lead, half, i + 1)), shape=(*lead, half)) for i in (0, 1)
+                b.reshape(b.slice(pairs, starts=(0, 0, 0, 0, i), stops=(*lead, half, i + 1)), shape=(*lead, half))
+                for i in (0, 1)
             )
         else:
             x1, x2 = part(0, half), part(half, 2 * half)

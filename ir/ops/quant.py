@@ -139,8 +139,8 @@ def _q(scheme: str, *shape: int) -> QArray:
 class QuantizedLinear(Op):
     """x [.., k] @ w^T (+ bias) with a quantized weight w [n, k] -> [.., n].
 
-    ``activation=None``: linear(x, dequantize(w)). ``"int8"``: each row of x is quantized per block of w (see quantize_rows), the
-    blocks' integer dot products are exact, and y = sum over blocks of w_scale * d * dot, in f32.
+    ``activation=None``: linear(x, dequantize(w)). ``"int8"``: each row of x is quantized per block of w (see
+    quantize_rows), the blocks' integer dot products are exact, and y = sum over blocks of w_scale * d * dot, in f32.
     """
 
     name = "quantized_linear"
