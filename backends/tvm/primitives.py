@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 from tvm import relax, te, tirx
 from tvm.script import tirx as T
-
-from wasat.ir import DimLike, DType, IRError, Node, QArray, QTensorType, TensorType, Type
+from wasat.ir import DType, IRError, Node, QArray, QTensorType, TensorType, Type
 
 from .lower import Context, Lowering, Packed, tvm_dtype
 
@@ -296,12 +295,11 @@ def _gather(ctx: Context, node: Node, x: Any, indices: Any) -> Any:
     a: Any = node.attrs
     shape = ctx.dims(node.output.shape)
     rank = node.inputs[1].tensor.rank
-    extent = ctx.dim(node.inputs[0].shape[a.axis])
 
     def build(t: Any, ids: Any) -> Any:
         def at(*i: Any) -> Any:
             row = tirx.Cast("int64", ids(*i[a.axis : a.axis + rank]))
-            row = tirx.Select(row < 0, row + extent, row)
+            row = tirx.Select(row < 0, row + t.shape[a.axis], row)
             return t(*i[: a.axis], row, *i[a.axis + rank :])
 
         return te.compute(shape, at, name="gather")
@@ -313,14 +311,13 @@ def _gather(ctx: Context, node: Node, x: Any, indices: Any) -> Any:
 def _take_along(ctx: Context, node: Node, x: Any, indices: Any) -> Any:
     a: Any = node.attrs
     shape = ctx.dims(node.output.shape)
-    extent = ctx.dim(node.inputs[0].shape[a.axis])
     ones = [d == 1 for d in node.inputs[0].shape]
     index_ones = [d == 1 for d in node.inputs[1].shape]
 
     def build(t: Any, ids: Any) -> Any:
         def at(*i: Any) -> Any:
             row = tirx.Cast("int64", ids(*(0 if one else j for j, one in zip(i, index_ones))))
-            row = tirx.Select(row < 0, row + extent, row)
+            row = tirx.Select(row < 0, row + t.shape[a.axis], row)
             place = [0 if one and k != a.axis else j for k, (j, one) in enumerate(zip(i, ones))]
             place[a.axis] = row
             return t(*place)
