@@ -59,16 +59,32 @@ class FileParam:
         return self.stored.map().astype(self.type.dtype.np, copy=False)
 
 
+class _Duplicate(ValueError):
+    """A key that occurs twice in one JSON object."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) < len(pairs):
+        names = [k for k, _ in pairs]
+        raise _Duplicate(f"{next(k for k in out if names.count(k) > 1)!r} is given twice")
+    return out
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; errors name the file and place."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
     except (OSError, UnicodeDecodeError) as e:
         raise CheckpointError(f"{path} cannot be read: {e}") from None
     except json.JSONDecodeError as e:
         raise CheckpointError(f"{path}:{e.lineno}:{e.colno}: not JSON: {e.msg}") from None
+    except _Duplicate as e:
+        raise CheckpointError(f"{path}: {e}") from None
+    except RecursionError:
+        raise CheckpointError(f"{path}: nested too deeply") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}, not an object")
     return value
@@ -82,12 +98,14 @@ def read_header(path: Path) -> dict[str, Stored]:
             n = int.from_bytes(f.read(8), "little")
             if size < 8 or n > min(_HEADER_LIMIT, size - 8):
                 raise CheckpointError(f"{path} is no safetensors file, or is truncated: it has {size} bytes, its header {n}")
-            header = json.loads(f.read(n))
+            header = json.loads(f.read(n), object_pairs_hook=_unique)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
     except OSError as e:
         raise CheckpointError(f"{path} cannot be read: {e}") from None
-    except ValueError:
+    except _Duplicate as e:
+        raise CheckpointError(f"{path}: in the safetensors header {e}; the file is damaged") from None
+    except (ValueError, RecursionError):
         raise CheckpointError(f"{path}: the safetensors header is not JSON; the file is damaged") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: the safetensors header is not an object; the file is damaged")
@@ -97,9 +115,11 @@ def read_header(path: Path) -> dict[str, Stored]:
         if name == "__metadata__":
             continue
         try:
-            kind, shape, (start, stop) = entry["dtype"], tuple(int(d) for d in entry["shape"]), entry["data_offsets"]
+            kind, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         except (KeyError, TypeError, ValueError):
             raise CheckpointError(f"{path}: the header's entry for {name} is malformed; the file is damaged") from None
+        if not isinstance(kind, str) or any(type(d) is not int for d in (*shape, start, stop)):
+            raise CheckpointError(f"{path}: the header's entry for {name} is malformed; the file is damaged")
         if kind not in _DTYPES:
             raise CheckpointError(f"{path}: tensor {name} has element type {kind}; known are {', '.join(_DTYPES)}")
         dtype = _DTYPES[kind]
@@ -140,8 +160,8 @@ def read_folder(folder: Path) -> dict[str, Stored]:
         raise CheckpointError(f"{index}: weight_map is not an object of tensor name -> file name")
     shards: dict[str, dict[str, Stored]] = {}
     for shard in dict.fromkeys(where.values()):
-        if Path(shard).name != shard:
-            raise CheckpointError(f"{index}: shard {shard!r} is not a file name inside the folder")
+        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise CheckpointError(f"{index}: shard {shard!r} is not the name of a safetensors file inside the folder")
         if not (folder / shard).exists():
             count = sum(v == shard for v in where.values())
             raise CheckpointError(f"{folder / shard} is missing: {index.name} places {count} tensors in it")

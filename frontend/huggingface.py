@@ -16,6 +16,12 @@ from .families import FAMILIES, ConfigError, Fields
 
 _BUFFERS = re.compile(r"(.*\.)?rotary_emb\.inv_freq\Z")
 """Tensors that old checkpoints store although they follow from the configuration; transformers ignores them too."""
+_IDS = {
+    "gemma3_text": {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0},
+    "llama": {"bos_token_id": 1, "eos_token_id": 2},
+    "mistral": {"bos_token_id": 1, "eos_token_id": 2},
+}
+"""Token ids of a family whose config.json leaves them out."""
 
 
 def from_pretrained(folder: str | Path) -> Program:
@@ -48,18 +54,20 @@ def from_pretrained(folder: str | Path) -> Program:
 
 def build(fields: Fields) -> tuple[str, nn.Module]:
     """The family's name and the module that a configuration describes."""
-    kind = fields.config.get("model_type")
+    kind = fields.take("model_type", str)
     if kind not in FAMILIES:
-        near = difflib.get_close_matches(str(kind), FAMILIES, 1)
+        near = difflib.get_close_matches(kind, FAMILIES, 1)
         raise fields.fail(
             f"model_type {kind!r} is not supported; supported are {', '.join(FAMILIES)}"
             + (f" (nearest: {near[0]})" if near else "")
         )
-    if fields.config.get("quantization_config"):
-        method = fields.config["quantization_config"].get("quant_method", "?")
+    quantized = fields.take("quantization_config", dict, None)
+    if quantized is not None:
+        method = quantized.get("quant_method", "?")
         raise fields.fail(f"quantization_config: the checkpoint is quantized ({method}); use the original, unquantized one")
+    fields.refuse("auto_map", {}, "the folder brings Python code of its own, which is not run; what it computes is unknown")
     architecture, builder = FAMILIES[kind]
-    given = fields.config.get("architectures") or [architecture]
+    given = fields.take("architectures", list, None) or [architecture]
     if architecture not in given:
         raise fields.fail(f"architectures is {given}; of model_type {kind} only {architecture} is supported")
     return kind, builder(fields)
@@ -89,7 +97,10 @@ def _same(a: Stored, b: Stored) -> bool:
 
 
 def _generation(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """``{bos, eos, pad}`` token ids; generation_config.json goes before config.json. ``eos`` is a list."""
+    """``{bos, eos, pad}`` token ids; generation_config.json goes before config.json, that before the family's own. ``eos`` is
+    a list.
+    """
+    config = {**_IDS.get(config["model_type"], {}), **config}
     path = folder / "generation_config.json"
     first = read_json(path) if path.exists() else {}
     ids: dict[str, Any] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,13 +13,14 @@ _MISSING: Any = object()
 
 WITHOUT_EFFECT = frozenset({
     # bookkeeping
-    "_name_or_path", "_attn_implementation_autoset", "_from_model_config", "architectures", "auto_map", "dtype",
-    "torch_dtype", "model_type", "name_or_path", "transformers_version", "task_specific_params", "finetuning_task",
+    "_name_or_path", "_attn_implementation_autoset", "_commit_hash", "_from_model_config", "architectures",
+    "attn_implementation", "dtype", "is_llama_config", "model_type", "name_or_path", "torch_dtype", "transformers.js_config",
+    "transformers_version", "task_specific_params", "finetuning_task", "unsloth_fixed", "unsloth_version",
     # training only
     "attention_dropout", "initializer_range", "problem_type", "id2label", "label2id", "num_labels",
-    # what a call returns or keeps, not what it computes
-    "cache_implementation", "output_attentions", "output_hidden_states", "return_dict", "torchscript", "use_cache",
-    "use_return_dict", "is_decoder", "is_encoder_decoder",
+    # what a call returns or keeps, or how it is cut into pieces, not what it computes
+    "cache_implementation", "chunk_size_feed_forward", "is_decoder", "output_attentions", "output_hidden_states",
+    "return_dict", "torchscript", "use_cache", "use_return_dict",
     # generation, read from generation_config.json or by the caller
     "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "max_length",
     "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty", "temperature",
@@ -28,6 +30,13 @@ WITHOUT_EFFECT = frozenset({
     "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "tokenizer_class", "prefix",
 })  # fmt: skip
 """Fields that do not change the logits of a forward pass at inference."""
+
+NEUTRAL: dict[str, Any] = {
+    "add_cross_attention": False, "attention_bias": False, "is_causal": True, "is_encoder_decoder": False,
+    "mlp_bias": False, "pruned_heads": {}, "rope_interleaved": False, "tie_encoder_decoder": False,
+    "use_bfloat16": False, "use_mrope": False,
+}  # fmt: skip
+"""Fields that mean nothing at this one value (where a family does not take them) and are not implemented at any other."""
 
 ACTIVATIONS = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
@@ -40,70 +49,77 @@ class ConfigError(WasatError):
 
 
 class Fields:
-    """The fields of one ``config.json``, each to be taken once; ``finish`` refuses what is left."""
+    """The fields of one object of a ``config.json``, each to be taken once; ``finish`` refuses what is left."""
 
-    def __init__(self, config: Mapping[str, Any], where: str) -> None:
+    def __init__(self, config: Mapping[str, Any], where: str, harmless: frozenset[str] = WITHOUT_EFFECT) -> None:
         self.config = dict(config)
         self.where = where
-        self._taken: set[str] = set(WITHOUT_EFFECT)
+        self._taken: set[str] = set(harmless)
 
     def fail(self, message: str) -> ConfigError:
         return ConfigError(f"{self.where}: {message}")
 
     def take(self, name: str, kind: type | tuple[type, ...], default: Any = _MISSING) -> Any:
-        """The field ``name``, of Python type ``kind``; ``default`` if absent (none given: an error); null is None."""
+        """The field ``name``, of Python type ``kind``; ``default`` if absent (none given: an error). Null is allowed, and
+        is None, where ``default`` is None."""
         self._taken.add(name)
         value = self.config.get(name, default)
         if value is _MISSING:
             raise self.fail(f"{name} is missing; the model cannot be built without it")
-        if value is None and (default is None or default is not _MISSING):
+        if value is None and default is None:
             return None
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
         kinds = kind if isinstance(kind, tuple) else (kind,)
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise self.fail(f"{name} is {value!r}; expected {' or '.join(k.__name__ for k in kinds)}")
+            raise self.fail(f"{name} is {_brief(value)}; expected {' or '.join(k.__name__ for k in kinds)}")
         return value
 
-    def size(self, name: str, default: Any = _MISSING) -> int:
-        """A positive int."""
+    def size(self, name: str, default: Any = _MISSING) -> Any:
+        """A positive int; None where ``default`` is None and the field absent or null."""
         value = self.take(name, int, default)
-        if not isinstance(value, int) or value < 1:
+        if value is not None and value < 1:
             raise self.fail(f"{name} is {value!r}; expected a positive number")
         return value
 
-    def window(self, default: int | None) -> int | None:
-        """``sliding_window``: a positive int, or None."""
-        value: int | None = self.take("sliding_window", int, default)
-        if value is not None and value < 1:
-            raise self.fail(f"sliding_window is {value}; expected a positive number or null")
-        return value
+    def number(self, name: str, default: Any = _MISSING) -> Any:
+        """A positive finite float; None where ``default`` is None and the field absent or null."""
+        value = self.take(name, (int, float), default)
+        if value is not None and not (0 < value < math.inf):
+            raise self.fail(f"{name} is {value!r}; expected a positive number")
+        return None if value is None else float(value)
+
+    def window(self, default: int) -> int | None:
+        """``sliding_window``: a positive int, None for null, ``default`` if absent."""
+        absent = "sliding_window" not in self.config
+        window: int | None = default if absent else self.size("sliding_window", None)
+        return window
 
     def flag(self, name: str, default: bool) -> bool:
-        """A bool; null is False."""
-        return bool(self.take(name, bool, default))
+        """A bool."""
+        value: bool = self.take(name, bool, default)
+        return value
 
     def activation(self, name: str, default: str) -> str:
         """The name in ``nn.ACTIVATIONS`` of the activation that field ``name`` gives."""
-        value = self.take(name, str, None) or default
+        value = self.take(name, str, default)
         if value not in ACTIVATIONS:
             raise self.fail(f"{name} {value!r} is not implemented; there are {', '.join(ACTIVATIONS)}")
         return ACTIVATIONS[value]
 
-    def refuse(self, name: str, default: Any, why: str) -> None:
-        """Refuses ``name`` unless it is absent, null, false or ``default``."""
+    def refuse(self, name: str, neutral: Any, why: str) -> None:
+        """Refuses ``name`` unless it is absent, null or ``neutral``."""
         self._taken.add(name)
         value = self.config.get(name)
-        if value is not None and value is not False and value != default:
-            raise self.fail(f"{name} is {value!r}: {why}")
+        if value is not None and value != neutral:
+            raise self.fail(f"{name} is {_brief(value)}: {why}")
 
-    def finish(self, family: str) -> None:
-        """Refuses every field that nothing has taken, unless it is null or false."""
-        left = {k: v for k, v in self.config.items() if k not in self._taken and v is not None and v is not False}
+    def finish(self, what: str) -> None:
+        """Refuses every field that ``what`` has not taken, unless it is null or at its neutral value."""
+        left = {k: v for k, v in self.config.items() if k not in self._taken}
+        left = {k: v for k, v in left.items() if (v != NEUTRAL[k] if k in NEUTRAL else v is not None)}
         if left:
             fields = "; ".join(f"{k} = {_brief(v)}" for k, v in left.items())
             raise self.fail(
-                f"{family} has no meaning for: {fields}. A field that changes the computation must not be ignored; "
+                f"{what} has no meaning for {fields}. A field that may change the computation is not ignored; "
                 "remove it from config.json if you know that it has no effect"
             )
 
@@ -118,46 +134,58 @@ _ROPE_NUMBERS = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": (
-        "factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate",
-        "original_max_position_embeddings",
+        "factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "original_max_position_embeddings",
     ),
 }  # fmt: skip
 
 
-def rope(fields: Fields, where: str, given: Mapping[str, Any], head_dim: int, context: int, theta: float) -> nn.RoPE:
-    """The rotary embedding of a ``rope_parameters`` (or ``rope_scaling``) dictionary; ``theta`` is the default base."""
-    p = dict(given)
-    kind = p.pop("rope_type", None) or p.pop("type", None) or "default"
-    p.pop("type", None)
+def rope(
+    fields: Fields, name: str, given: object, head_dim: int, context: int, theta: float | None, default: float
+) -> nn.RoPE:
+    """The rotary embedding of a ``rope_parameters`` (or ``rope_scaling``) dictionary ``given``, found at ``name``.
+
+    ``theta`` is the base that the configuration gives outside the dictionary, ``default`` the family's own.
+    """
+    if not isinstance(given, dict):
+        raise fields.fail(f"{name} is {_brief(given)}; expected an object")
+    p = Fields(given, f"{fields.where}: {name}", frozenset())
+    kind, old = p.take("rope_type", str, None), p.take("type", str, None)
+    if kind is not None and old is not None and kind != old:
+        raise p.fail(f"rope_type is {kind!r} and type is {old!r}; keep the one that is meant")
+    kind = kind or old or "default"
     if kind not in _ROPE_NUMBERS:
-        raise fields.fail(f"{where}.rope_type {kind!r} is not implemented; there are {', '.join(_ROPE_NUMBERS)}")
-    theta = float(p.pop("rope_theta", None) or theta)
-    fraction = p.pop("partial_rotary_factor", None)
-    if fraction not in (None, 1, 1.0):
-        raise fields.fail(f"{where}.partial_rotary_factor is {fraction!r}: this family rotates whole heads")
-    unknown = {k: v for k, v in p.items() if k not in _ROPE_NUMBERS[kind] and v is not None}
-    if unknown:
-        found = "; ".join(f"{k} = {_brief(v)}" for k, v in unknown.items())
-        raise fields.fail(f"{where}: rope_type {kind!r} has no meaning for {found}")
-    if kind in ("yarn", "llama3"):
-        p.setdefault("original_max_position_embeddings", context)
+        raise p.fail(f"rope_type {kind!r} is not implemented; there are {', '.join(_ROPE_NUMBERS)}")
+    own = p.number("rope_theta", None)
+    if own is not None and theta is not None and own != theta:
+        raise p.fail(f"rope_theta is {own}, and {theta} outside; keep the one that is meant")
+    p.refuse("partial_rotary_factor", 1.0, "this family rotates whole heads")
+    scaling = {k: p.number(k, None) for k in _ROPE_NUMBERS[kind]}
+    if kind == "yarn":
+        scaling["truncate"] = p.flag("truncate", True)
+    if kind in ("yarn", "llama3") and "original_max_position_embeddings" not in given:
+        scaling["original_max_position_embeddings"] = context
+    p.finish(f"rope_type {kind!r}")
     try:
-        return nn.RoPE(head_dim, theta, {"rope_type": kind, **p})
+        return nn.RoPE(head_dim, own or theta or default, {"rope_type": kind, **scaling})
     except WasatError as e:
-        raise fields.fail(f"{where}: {e}") from None
+        raise p.fail(str(e)) from None
+
+
+def rope_dictionaries(fields: Fields) -> tuple[dict[str, Any], dict[str, Any]]:
+    """``rope_parameters``, and the ``rope_scaling`` of older files; at most one of them holds anything."""
+    parameters, scaling = (fields.take(name, dict, None) or {} for name in ("rope_parameters", "rope_scaling"))
+    if parameters and scaling:
+        raise fields.fail("both rope_parameters and rope_scaling are given; keep the one that is meant")
+    return parameters, scaling
 
 
 def single_rope(fields: Fields, head_dim: int, context: int) -> nn.RoPE:
     """A model's one rotary embedding: ``rope_parameters``, or ``rope_theta`` and ``rope_scaling`` of older files."""
-    theta = fields.take("rope_theta", float, None) or 10000.0
-    scaling = fields.take("rope_scaling", dict, None)
-    parameters = fields.take("rope_parameters", dict, None)
+    theta = fields.number("rope_theta", None)
     fields.refuse("partial_rotary_factor", 1.0, "this family rotates whole heads")
-    if parameters and scaling:
-        raise fields.fail("both rope_parameters and rope_scaling are given; keep the one that is meant")
-    if parameters:
-        return rope(fields, "rope_parameters", parameters, head_dim, context, theta)
-    return rope(fields, "rope_scaling", scaling or {}, head_dim, context, theta)
+    parameters, scaling = rope_dictionaries(fields)
+    name = "rope_parameters" if parameters else "rope_scaling"
+    return rope(fields, name, parameters or scaling, head_dim, context, theta, 10000.0)
 
 
 def layer_types(fields: Fields, layers: int, default: list[str]) -> list[str]:
@@ -170,3 +198,14 @@ def layer_types(fields: Fields, layers: int, default: list[str]) -> list[str]:
         if t not in ("full_attention", "sliding_attention"):
             raise fields.fail(f"layer_types holds {t!r}; only full_attention and sliding_attention are implemented")
     return types
+
+
+def attention_heads(fields: Fields, optional: bool = False) -> tuple[int, int]:
+    """``(num_attention_heads, num_key_value_heads)``; null, or where ``optional`` absent, means as many as queries have."""
+    heads = fields.size("num_attention_heads")
+    if not optional and "num_key_value_heads" not in fields.config:
+        raise fields.fail("num_key_value_heads is missing; the model cannot be built without it")
+    groups = fields.size("num_key_value_heads", None) or heads
+    if heads % groups:
+        raise fields.fail(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
+    return heads, groups

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from wasat.frontend import nn
 
-from .config import Fields, layer_types, rope
+from .config import Fields, attention_heads, layer_types, rope, rope_dictionaries
 
 
 @dataclass(frozen=True)
@@ -89,27 +89,21 @@ class Gemma3(nn.Module):
 
 def gemma3_text(fields: Fields) -> Gemma3:
     """``model_type: gemma3_text``."""
-    layers, context, head_dim = (
-        fields.size("num_hidden_layers"),
-        fields.size("max_position_embeddings"),
-        fields.size("head_dim"),
-    )
+    layers, context = fields.size("num_hidden_layers"), fields.size("max_position_embeddings")
+    heads, kv_heads = attention_heads(fields)
+    head_dim = fields.size("head_dim")
     fields.refuse("use_bidirectional_attention", False, "only causal Gemma 3 is implemented")
     why = "the reference implementation declares it for Gemma 3 and never applies it, so what is meant is unclear; use null"
     fields.refuse("attn_logit_softcapping", None, why)
     fields.take("_sliding_window_pattern", int, None)  # written by transformers, read by nothing
-    period = fields.take("sliding_window_pattern", int, None) or 6
+    period = fields.size("sliding_window_pattern", 6)
     default = ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(layers)]
-    heads, kv_heads = fields.size("num_attention_heads"), fields.size("num_key_value_heads")
-    if heads % kv_heads:
-        raise fields.fail(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
     options = Options(
         vocab=fields.size("vocab_size"), dim=fields.size("hidden_size"), hidden=fields.size("intermediate_size"),
-        heads=heads, kv_heads=kv_heads, head_dim=head_dim, eps=fields.take("rms_norm_eps", float, 1e-6),
+        heads=heads, kv_heads=kv_heads, head_dim=head_dim, eps=fields.number("rms_norm_eps", 1e-6),
         act=fields.activation("hidden_activation", default="gelu_pytorch_tanh"),
-        tied=fields.flag("tie_word_embeddings", True), scale=fields.take("query_pre_attn_scalar", (int, float)) ** -0.5,
-        bias=fields.flag("attention_bias", False), 
-        logit_softcap=fields.take("final_logit_softcapping", float, None),
+        tied=fields.flag("tie_word_embeddings", True), scale=fields.number("query_pre_attn_scalar") ** -0.5,
+        bias=fields.flag("attention_bias", False), logit_softcap=fields.number("final_logit_softcapping", None),
         window=fields.window(4096), types=layer_types(fields, layers, default),
     )  # fmt: skip
     if options.window is None and "sliding_attention" in options.types:
@@ -120,19 +114,21 @@ def gemma3_text(fields: Fields) -> Gemma3:
 
 
 def _ropes(fields: Fields, head_dim: int, context: int) -> dict[str, nn.RoPE]:
-    """One rotary embedding per kind of layer; older files scale only that of the full layers."""
-    theta = fields.take("rope_theta", float, None) or 1e6
-    local = fields.take("rope_local_base_freq", float, None) or 1e4
-    scaling = fields.take("rope_scaling", dict, None) or {}
-    given = fields.take("rope_parameters", dict, None)
-    if given and scaling:
-        raise fields.fail("both rope_parameters and rope_scaling are given; keep the one that is meant")
-    if not given:
-        given = {"full_attention": scaling, "sliding_attention": {}}
-    unknown = [k for k in given if k not in ("full_attention", "sliding_attention")]
+    """One rotary embedding per kind of layer; ``rope_scaling`` of older files scales only that of the full layers."""
+    full, sliding = "full_attention", "sliding_attention"
+    theta, local = fields.number("rope_theta", None), fields.number("rope_local_base_freq", None)
+    parameters, scaling = rope_dictionaries(fields)
+    unknown = [k for k in parameters if k not in (full, sliding)]
     if unknown:
-        raise fields.fail(f"rope_parameters has {', '.join(unknown)}; expected full_attention and sliding_attention")
+        raise fields.fail(f"rope_parameters has {', '.join(unknown)}; expected {full} and {sliding}")
+    if "type" in scaling:
+        raise fields.fail("rope_scaling.type is not read by the reference implementation of Gemma 3; call it rope_type")
+
+    def one(kind: str, given: object, theta: float | None, default: float) -> nn.RoPE:
+        name = "rope_scaling" if given is scaling else f"rope_parameters.{kind}"
+        return rope(fields, name, {} if given is None else given, head_dim, context, theta, default)
+
     return {
-        kind: rope(fields, f"rope_parameters.{kind}", given.get(kind) or {}, head_dim, context, base)
-        for kind, base in (("full_attention", theta), ("sliding_attention", local))
+        full: one(full, scaling or parameters.get(full), theta, 1e6),
+        sliding: one(sliding, parameters.get(sliding), local, 1e4),
     }

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from wasat.frontend import nn
 
-from .config import Fields, layer_types, single_rope
+from .config import Fields, attention_heads, layer_types, single_rope
 
 
 @dataclass(frozen=True)
@@ -17,11 +17,9 @@ class Options:
     vocab: int
     dim: int
     hidden: int
-    layers: int
     heads: int
     kv_heads: int
     head_dim: int
-    context: int
     eps: float
     act: str
     tied: bool
@@ -84,30 +82,21 @@ class Llama(nn.Module):
 
 
 def _build(fields: Fields, family: str) -> Llama:
-    dim, heads, layers = (
-        fields.size("hidden_size"),
-        fields.size("num_attention_heads"),
-        fields.size("num_hidden_layers"),
-    )
-    head_dim = fields.take("head_dim", int, 128 if family == "qwen3" else None)
+    dim, layers = fields.size("hidden_size"), fields.size("num_hidden_layers")
+    heads, kv_heads = attention_heads(fields, optional=family == "llama")
+    head_dim = fields.size("head_dim", 128 if family == "qwen3" else None)
     if head_dim is None:
         if dim % heads:
             raise fields.fail(f"hidden_size {dim} does not split into {heads} heads; head_dim must say their size")
         head_dim = dim // heads
-    kv_heads = fields.take("num_key_value_heads", int, None)
-    if kv_heads is None and family != "llama" and "num_key_value_heads" not in fields.config:
-        raise fields.fail("num_key_value_heads is missing; the model cannot be built without it")
-    kv_heads = heads if kv_heads is None else kv_heads
-    if heads % kv_heads:
-        raise fields.fail(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
     context = fields.size("max_position_embeddings")
     bias = fields.flag("attention_bias", False) if family in ("llama", "qwen3") else family == "qwen2"
     options = Options(
-        vocab=fields.size("vocab_size"), dim=dim, hidden=fields.size("intermediate_size"), layers=layers, heads=heads,
-        kv_heads=kv_heads, head_dim=head_dim, context=context, eps=fields.take("rms_norm_eps", float, 1e-6),
-        act=fields.activation("hidden_act", default="silu"), tied=fields.flag("tie_word_embeddings", False),
-        windows=_windows(fields, family, layers), qkv_bias=bias, out_bias=bias and family != "qwen2",
-        mlp_bias=fields.flag("mlp_bias", False) if family == "llama" else False, qk_norm=family == "qwen3",
+        vocab=fields.size("vocab_size"), dim=dim, hidden=fields.size("intermediate_size"), heads=heads, kv_heads=kv_heads,
+        head_dim=head_dim, eps=fields.number("rms_norm_eps", 1e-6), act=fields.activation("hidden_act", default="silu"),
+        tied=fields.flag("tie_word_embeddings", False), windows=_windows(fields, family, layers), qkv_bias=bias,
+        out_bias=bias and family != "qwen2", mlp_bias=fields.flag("mlp_bias", False) if family == "llama" else False,
+        qk_norm=family == "qwen3",
     )  # fmt: skip
     if family == "llama":
         fields.refuse("pretraining_tp", 1, "tensor-parallel pretraining slices are not implemented; set it to 1")
@@ -120,11 +109,11 @@ def _windows(fields: Fields, family: str, layers: int) -> list[int | None]:
     """The sliding window of each layer."""
     if family == "llama":
         return [None] * layers
-    if family == "mistral":
-        return [fields.window(4096)] * layers
-    used = fields.flag("use_sliding_window", False)
     window = fields.window(4096)
-    window = window if used else None
+    if family == "mistral":
+        return [window] * layers
+    if not fields.flag("use_sliding_window", False):
+        window = None
     first = fields.take("max_window_layers", int, 28)
     default = ["sliding_attention" if window is not None and i >= first else "full_attention" for i in range(layers)]
     types = layer_types(fields, layers, default)

@@ -83,6 +83,8 @@ class RoPE(Module):
         self, head_dim: int, theta: float = 10000.0, scaling: Mapping[str, Any] | None = None, fraction: float = 1.0
     ) -> None:
         dim = int(head_dim * fraction)
+        if dim < 2 or dim % 2:
+            raise WasatError(f"RoPE rotates pairs of elements: {dim} of {head_dim} is not an even number of them")
         self.inv_freq, self.factor = frequencies(dim, theta), 1.0
         kind = (scaling or {}).get("rope_type", "default")
         if scaling is not None and kind != "default":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,72 @@ def test_rotary_buffers_of_old_checkpoints_are_ignored(tmp_path: Path) -> None:
     from_pretrained(save(tmp_path / "old", LLAMA, weights))
 
 
+CHANGES: dict[str, list[dict[str, Any]]] = {
+    "llama": [{"rms_norm_eps": 1e-3}, {"rope_parameters": {"rope_theta": 600.0}}, {"hidden_act": "gelu"}],
+    "llama3_rope_tied": [{"rope_parameters": {"rope_theta": 5000.0}}],
+    "llama_bias_sharded": [
+        {"rope_parameters": {"rope_theta": 1000.0}}, {"hidden_act": "gelu_pytorch_tanh"}, {"rms_norm_eps": 1e-3}],
+    "qwen2": [{"sliding_window": 6}, {"layer_types": ["full_attention"] * 3}, {"layer_types": ["sliding_attention"] * 3}],
+    "qwen2_yarn_tied": [{"rope_parameters": {"rope_theta": 1000.0}}],
+    "mistral": [{"sliding_window": 5}, {"sliding_window": None}],
+    "gemma3": [
+        {"sliding_window": 8}, {"query_pre_attn_scalar": 16}, {"hidden_activation": "gelu"},
+        {"rope_parameters": {"full_attention": {"rope_theta": 5000.0}, "sliding_attention": {"rope_theta": 100.0}}}],
+    "gemma3_softcap_untied": [{"final_logit_softcapping": None}, {"layer_types": ["sliding_attention"] * 3}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, change", [(name, c) for name, changes in CHANGES.items() for c in changes])
+def test_the_golden_cases_notice_each_field(tmp_path: Path, name: str, change: dict[str, Any]) -> None:
+    config = json.loads((GOLDEN / name / "config.json").read_text())
+    golden = np.load(GOLDEN / name / "golden.npz")
+    folder = _copy(GOLDEN / name, tmp_path / "m", {**config, **change})
+    assert float(np.abs(logits(from_pretrained(folder), golden["ids"]) - golden["logits"]).max()) > 1e-3
+
+
+def _copy(source: Path, folder: Path, config: dict[str, Any]) -> Path:
+    """A model folder with another config.json."""
+    shutil.copytree(source, folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_older_config_files_of_gemma3_mean_the_same(tmp_path: Path) -> None:
+    config = json.loads((GOLDEN / "gemma3" / "config.json").read_text())
+    for name in ("rope_parameters", "layer_types", "_sliding_window_pattern", "dtype", "tie_word_embeddings"):
+        del config[name]
+    config |= {
+        "rope_theta": 5000.0, "rope_local_base_freq": 100.0, "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window_pattern": 6, "torch_dtype": "float32", "cache_implementation": "hybrid",
+    }  # fmt: skip
+    golden = np.load(GOLDEN / "gemma3" / "golden.npz")
+    program = from_pretrained(_copy(GOLDEN / "gemma3", tmp_path / "m", config))
+    assert float(np.abs(logits(program, golden["ids"]) - golden["logits"]).max()) <= 1e-4
+
+
+def test_what_a_family_means_by_absent_fields() -> None:
+    def built(change: dict[str, Any], base: dict[str, Any]) -> Any:
+        return build(Fields(_config(change, base), "config"))[1].model.layers
+
+    assert built({"num_key_value_heads": None}, QWEN2)[0].self_attn.kv_heads == 4
+    assert built({"num_key_value_heads": "absent"}, LLAMA)[0].self_attn.kv_heads == 4
+    assert built({"head_dim": "absent"}, QWEN3)[0].self_attn.q_norm.weight.shape == (128,)
+    assert built({"sliding_window": "absent"}, MISTRAL)[0].self_attn.window == 4096
+    assert built({"sliding_window": None}, MISTRAL)[0].self_attn.window is None
+    sliding = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+    assert [x.self_attn.window for x in built(sliding, QWEN2)] == [None, 4]
+    assert [x.self_attn.window for x in built({**sliding, "sliding_window": None}, QWEN3)] == [None, None]
+    assert [x.self_attn.window for x in built({"num_hidden_layers": 7}, GEMMA3)] == [4] * 5 + [None, 4]
+
+
+def test_token_ids_of_a_family_that_config_leaves_out(tmp_path: Path) -> None:
+    bare = _config({"bos_token_id": "absent", "eos_token_id": "absent"})
+    program = from_pretrained(save(tmp_path / "m", bare, tensors(bare)))
+    assert program.metadata["generation"] == {"bos": 1, "eos": [2], "pad": None}
+    none = {**bare, "eos_token_id": None}
+    assert from_pretrained(save(tmp_path / "n", none, tensors(none))).metadata["generation"]["eos"] == []
+
+
 def test_older_config_files_mean_the_same() -> None:
     scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
     old = {**LLAMA, "rope_theta": 5e5, "rope_scaling": {**scaling, "rope_type": "llama3"}}
@@ -137,6 +204,8 @@ def _config(change: dict[str, Any], base: dict[str, Any] = LLAMA) -> dict[str, A
 
 
 QWEN2 = {**LLAMA, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+QWEN3 = {**LLAMA, "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 8}
+MISTRAL = {**LLAMA, "model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 4}
 GEMMA3 = {
     **_config({"rope_theta": "absent", "hidden_act": "absent"}), "model_type": "gemma3_text",
     "architectures": ["Gemma3ForCausalLM"], "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 4,
@@ -149,7 +218,7 @@ GEMMA3 = {
     [
         (_config({"model_type": "lama"}),
          ["model_type 'lama' is not supported", "gemma3_text, llama", "nearest: llama"]),
-        (_config({"model_type": "absent"}), ["model_type None is not supported"]),
+        (_config({"model_type": "absent"}), ["model_type is missing"]),
         (_config({"architectures": ["LlamaForSequenceClassification"]}),
          ["LlamaForSequenceClassification", "only LlamaForCausalLM"]),
         (_config({"hidden_size": "absent"}), ["hidden_size is missing"]),
@@ -163,14 +232,62 @@ GEMMA3 = {
         (_config({"hidden_act": "quick_gelu"}), ["hidden_act 'quick_gelu' is not implemented"]),
         (_config({"pretraining_tp": 2}), ["pretraining_tp is 2"]),
         (_config({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}),
-         ["rope_scaling.rope_type 'longrope'", "llama3"]),
-        (_config({"rope_scaling": {"type": "dynamic", "factor": 2.0}}), ["rope_scaling.rope_type 'dynamic'"]),
+         ["rope_scaling: rope_type 'longrope' is not implemented", "llama3"]),
+        (_config({"rope_scaling": {"type": "dynamic", "factor": 2.0}}), ["rope_scaling: rope_type 'dynamic'"]),
         (_config({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}), ["'llama3' needs low_freq_factor"]),
         (_config({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "twist": 3}}),
          ["has no meaning for twist = 3"]),
         (_config({"partial_rotary_factor": 0.5}), ["partial_rotary_factor is 0.5"]),
         (_config({"quantization_config": {"quant_method": "gptq"}}), ["quantized (gptq)", "unquantized"]),
         (_config({"sliding_window": 8}), ["sliding_window = 8"]),
+        (_config({"model_type": ["llama"]}), ["model_type is ['llama']; expected str"]),
+        (_config({"architectures": "LlamaForCausalLM"}), ["architectures is 'LlamaForCausalLM'; expected list"]),
+        (_config({"quantization_config": "int8"}), ["quantization_config is 'int8'; expected dict"]),
+        (_config({"auto_map": {"AutoModelForCausalLM": "own.Model"}}), ["auto_map is", "Python code of its own"]),
+        (_config({"new_idea": False}), ["new_idea = False"]),
+        (_config({"is_causal": False}), ["is_causal = False"]),
+        (_config({"is_causal": None}), ["is_causal = None"]),
+        (_config({"add_cross_attention": True}), ["add_cross_attention = True"]),
+        (_config({"pruned_heads": {"0": [1]}}), ["pruned_heads = "]),
+        (_config({"rope_interleaved": True}), ["rope_interleaved = True"]),
+        (_config({"per_layer_config": {"0": {"hidden_act": "relu"}}}), ["per_layer_config = "]),
+        (_config({"original_max_position_embeddings": 32}), ["original_max_position_embeddings = 32"]),
+        (_config({"layer_types": ["full_attention"] * 2}), ["layer_types = "]),
+        (_config({"use_bidirectional_attention": True}), ["use_bidirectional_attention = True"]),
+        (_config({"rms_norm_eps": None}), ["rms_norm_eps is None; expected int or float"]),
+        (_config({"rms_norm_eps": -1e-6}), ["rms_norm_eps is -1e-06; expected a positive number"]),
+        (_config({"rms_norm_eps": float("nan")}), ["rms_norm_eps is nan"]),
+        (_config({"rope_theta": 0}), ["rope_theta is 0; expected a positive number"]),
+        (_config({"rope_theta": float("inf")}), ["rope_theta is inf"]),
+        (_config({"rope_theta": "10000"}), ["rope_theta is '10000'; expected int or float"]),
+        (_config({"head_dim": 0}), ["head_dim is 0"]),
+        (_config({"head_dim": 5}), ["5 of 5 is not an even number"]),
+        (_config({"hidden_act": None}), ["hidden_act is None; expected str"]),
+        (_config({"tie_word_embeddings": None}), ["tie_word_embeddings is None; expected bool"]),
+        (_config({"attention_bias": 1}), ["attention_bias is 1; expected bool"]),
+        (_config({"rope_scaling": [2.0]}), ["rope_scaling is [2.0]; expected dict"]),
+        (_config({"rope_scaling": {"rope_type": "linear", "type": "llama3", "factor": 2.0}}),
+         ["rope_type is 'linear' and type is 'llama3'"]),
+        (_config({"rope_scaling": {"rope_type": "linear", "factor": "2"}}), ["rope_scaling: factor is '2'"]),
+        (_config({"rope_scaling": {"rope_type": "linear", "factor": 0.0}}), ["rope_scaling: factor is 0.0"]),
+        (_config({"rope_scaling": {"factor": 2.0}}), ["rope_type 'default' has no meaning for factor = 2.0"]),
+        (_config({"rope_parameters": {"rope_theta": 5e5}}), ["rope_theta is 500000.0, and 10000.0 outside"]),
+        (_config({"rope_parameters": {"partial_rotary_factor": 0.5}}), ["rope_parameters: partial_rotary_factor is 0.5"]),
+        (_config({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}), ["no meaning for full_attention"]),
+        (_config({"attention_bias": True}, QWEN2), ["attention_bias = True"]),
+        (_config({"use_mrope": True}, QWEN2), ["use_mrope = True"]),
+        (_config({"max_window_layers": None}, QWEN2), ["max_window_layers is None; expected int"]),
+        (_config({"layer_types": ["full_attention"] * 2}, MISTRAL), ["layer_types = "]),
+        (_config({"sliding_window": 2.5}, MISTRAL), ["sliding_window is 2.5; expected int"]),
+        (_config({"query_pre_attn_scalar": 0}, GEMMA3), ["query_pre_attn_scalar is 0"]),
+        (_config({"final_logit_softcapping": 0.0}, GEMMA3), ["final_logit_softcapping is 0.0"]),
+        (_config({"sliding_window_pattern": 0}, GEMMA3), ["sliding_window_pattern is 0"]),
+        (_config({"partial_rotary_factor": 0.5}, GEMMA3), ["partial_rotary_factor = 0.5"]),
+        (_config({"rope_scaling": {"type": "linear", "factor": 8.0}}, GEMMA3), ["call it rope_type"]),
+        (_config({"rope_parameters": {"full_attention": [1]}}, GEMMA3),
+         ["rope_parameters.full_attention is [1]; expected an object"]),
+        (_config({"rope_parameters": {"sliding_attention": {"rope_type": "dynamic"}}}, GEMMA3),
+         ["rope_parameters.sliding_attention: rope_type 'dynamic'"]),
         (_config({"num_key_value_heads": "absent"}, QWEN2), ["num_key_value_heads is missing"]),
         (_config({"layer_types": ["full_attention"]}, QWEN2), ["layer_types has 1 entries for 2 layers"]),
         (_config({"layer_types": ["full_attention", "linear_attention"]}, QWEN2),
@@ -196,7 +313,7 @@ def test_configurations_are_refused_by_name(config: dict[str, Any], messages: li
 
 
 def test_the_base_configurations_of_these_tests_are_accepted() -> None:
-    for config in (LLAMA, QWEN2, GEMMA3):
+    for config in (LLAMA, QWEN2, QWEN3, MISTRAL, GEMMA3):
         build(Fields(config, "config"))
 
 
@@ -240,8 +357,22 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "negative": (lambda f: _header(f, lambda h: h["model.norm.weight"].update(shape=[-16])), "model.norm.weight"),
     "unknown type": (lambda f: _header(f, lambda h: h["model.norm.weight"].update(dtype="F6")), "element type F6"),
     "no offsets": (lambda f: _header(f, lambda h: h["model.norm.weight"].pop("data_offsets")), "malformed"),
+    "offsets are text": (
+        lambda f: _header(f, lambda h: h["model.norm.weight"].update(data_offsets=["0", "64"])), "malformed"),
+    "a fractional size": (lambda f: _header(f, lambda h: h["model.norm.weight"].update(shape=[16.5])), "malformed"),
+    "type is a list": (lambda f: _header(f, lambda h: h["model.norm.weight"].update(dtype=["F32"])), "malformed"),
+    "entry is a number": (lambda f: _header(f, lambda h: h.update({"model.norm.weight": 3})), "malformed"),
+    "header is a list": (lambda f: f.write_bytes((2).to_bytes(8, "little") + b"[]"), "not an object"),
+    "header too deep": (
+        lambda f: f.write_bytes((100_000).to_bytes(8, "little") + b"[" * 100_000), "not JSON"),
+    "header larger than the file": (lambda f: f.write_bytes((1 << 40).to_bytes(8, "little") + b"{}"), "its header 109951"),
+    "tensor twice": (
+        lambda f: f.write_bytes((14).to_bytes(8, "little") + b'{"a":1, "a":2}'), "'a' is given twice"),
+    "overlap": (
+        lambda f: _header(f, lambda h: h["model.norm.weight"].update(
+            data_offsets=h["model.layers.0.input_layernorm.weight"]["data_offsets"])), "does not begin where"),
     "a hole": (lambda f: _header(f, lambda h: h.pop("model.layers.0.mlp.up_proj.weight")), "does not begin where"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("damage, message", DAMAGE.values(), ids=DAMAGE)
@@ -252,6 +383,13 @@ def test_damaged_files_are_refused(tmp_path: Path, damage: Callable[[Path], Any]
         from_pretrained(folder)
     assert "model.safetensors" in str(e.value)
     assert message in str(e.value)
+
+
+def _twice(path: Path, key: str) -> None:
+    """Repeats the entry ``key`` of a JSON text."""
+    text = path.read_text()
+    assert key in text
+    path.write_text(text.replace(key, f'{key}"x", {key}'))
 
 
 def _index(folder: Path, change: Callable[[dict[str, str]], Any]) -> None:
@@ -270,7 +408,16 @@ SHARDS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: _index(f, lambda m: m.pop("model.norm.weight")), "model.norm.weight is in"),
     "tensor in another shard": (
         lambda f: _index(f, lambda m: m.update({"model.norm.weight": FIRST})), "model.norm.weight is not in"),
-    "shard outside the folder": (lambda f: _index(f, lambda m: m.update(x="../x")), "not a file name inside"),
+    "shard outside the folder": (
+        lambda f: _index(f, lambda m: m.update(x="../x.safetensors")), "'../x.safetensors' is not the name of a"),
+    "shard by absolute path": (lambda f: _index(f, lambda m: m.update(x=str(f / FIRST))), "inside the folder"),
+    "shard is the parent": (lambda f: _index(f, lambda m: m.update(x="..")), "'..' is not the name of a safetensors"),
+    "tensor twice in the index": (
+        lambda f: _twice(f / "model.safetensors.index.json", '"model.norm.weight": '), "'model.norm.weight' is given twice"),
+    "tensor in two shards": (
+        lambda f: shutil.copy(f / FIRST, f / SECOND), f"model.embed_tokens.weight is in {SECOND}, but the index places it in"),
+    "shard is a folder": (lambda f: (f / SECOND).unlink() or (f / SECOND).mkdir(), "cannot be read"),
+    "index too deep": (lambda f: (f / "model.safetensors.index.json").write_text("[" * 100_000), "too deeply"),
     "bad index": (lambda f: (f / "model.safetensors.index.json").write_text('{"a": '), "index.json:1:7: not JSON"),
     "no weight map": (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "weight_map"),
 }  # fmt: skip
@@ -317,7 +464,7 @@ def test_a_file_cut_after_loading_began_is_an_error(tmp_path: Path) -> None:
 def test_graphs_of_all_families_verify_for_symbolic_sizes() -> None:
     from wasat.frontend import nn
 
-    for config in (LLAMA, QWEN2, GEMMA3):
+    for config in (LLAMA, QWEN2, QWEN3, MISTRAL, GEMMA3):
         program = nn.trace(build(Fields(config, "config"))[1], {"tokens": "i64[b, s]"})
         verify(program["forward"])
         assert program["forward"].symbols == ("b", "s")

@@ -3,9 +3,9 @@
     pip install torch==2.13.0 transformers==5.23.0
     python make_hf.py [CASE ...]
 
-A folder holds config.json and safetensors as ``save_pretrained`` writes them (float32, one case sharded) and golden.npz: ``ids``
-i64[b, s], longer than every window, and ``logits`` f32[b, s, vocab] of eager attention on the CPU. Every parameter is random and of
-noticeable size, norms and biases too, so that a wrong convention (``w`` for ``1 + w``, a lost bias) shows in the logits.
+A folder holds config.json and safetensors as ``save_pretrained`` writes them (float32, one case sharded) and golden.npz:
+``ids`` i64[b, s], longer than every window, and ``logits`` f32[b, s, vocab] of eager attention on the CPU. Every parameter is
+random and of noticeable size, norms and biases too, so that a wrong convention (``w`` for ``1 + w``, a lost bias) shows.
 """
 
 import json
