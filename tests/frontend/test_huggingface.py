@@ -18,6 +18,7 @@ from wasat.frontend.huggingface import build
 from wasat.ir import Program, evaluate, parse, verify
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "hf"
+PYGEMMA = GOLDEN.parent.parent.parent / "examples" / "pygemma"
 CASES = sorted(p.parent for p in GOLDEN.glob("*/golden.npz"))
 
 LLAMA: dict[str, Any] = {
@@ -64,9 +65,17 @@ def test_logits_equal_transformers(folder: Path) -> None:
     assert str(graph.outputs[0].type).startswith("f32[b, s, ")
     assert str(parse(str(graph))) == str(graph)
     golden = np.load(folder / "golden.npz")
-    ids = golden["ids"].astype(np.int64)
-    got = logits(program, ids if ids.ndim == 2 else ids[None])
-    assert float(np.abs(got - golden["logits"]).max()) <= 1e-4
+    assert float(np.abs(logits(program, golden["ids"]) - golden["logits"]).max()) <= 1e-4
+
+
+def test_the_trained_example_equals_transformers() -> None:
+    program = from_pretrained(PYGEMMA)
+    golden = np.load(PYGEMMA / "golden.npz")
+    assert float(np.abs(logits(program, golden["ids"][None])[0] - golden["logits"]).max()) <= 1e-4
+    for name in ("greedy_0", "greedy_1", "greedy_2"):
+        ids = golden[name]
+        written = logits(program, ids[None])[0].argmax(-1)[:-1]
+        assert_array_equal(written[-100:], ids[-100:])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
