@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import tvm
 from tvm import relax
-
 from wasat.ir import Graph, IRError, Program, WasatError, evaluate_dim
 from wasat.ir.evaluate import bind_symbols
 
@@ -55,7 +54,9 @@ def build(
     """
     check_tools(target)
     on_progress("lowering")
-    module, plan = lower_program(program, target.table(), states, target.state_types(program))
+    module, plan = lower_program(
+        program, target.table(), states, target.state_types(program), target.kernels(target, program)
+    )
     on_progress("generating code")
     with target.scope():
         executable = tvm.compile(module, target=target.tvm, relax_pipeline=target.pipeline())
@@ -72,6 +73,7 @@ class Runner:
 
     def __init__(self, program: Program, target: Target, states: Sequence[str] = ()) -> None:
         self.program, self.states = program, tuple(states)
+        self.layouts = target.state_layouts(program)
         library = build(program, target, states)
         self.vm = relax.VirtualMachine(library.executable, tvm.cpu())
         self.weights = [
@@ -89,10 +91,11 @@ class Runner:
             for a, b in node.checks:
                 if evaluate_dim(a, dims) != evaluate_dim(b, dims):
                     raise IRError(f"{node!r}: needs {a} == {b}", node.loc)
+        laid_out = {n: self.layouts[n].pack(x) if n in self.layouts else x for n, x in arrays.items()}
         ordered = [v.name for v in g.inputs if v.name not in self.states] + [s for s in self.states if s in arrays]
         out = self.vm["".join(c if c.isalnum() or c == "_" else "_" for c in graph)](
-            *(tvm.runtime.tensor(np.array(arrays[n], order="C")) for n in ordered), *self.weights
+            *(tvm.runtime.tensor(np.array(laid_out[n], order="C")) for n in ordered), *self.weights
         )
         results = [x.numpy() for x in out]
         names = [n for n in g.output_names if n not in self.states] + [n for n in g.output_names if n in self.states]
-        return dict(zip(names, results))
+        return {n: self.layouts[n].unpack(x) if n in self.layouts else x for n, x in zip(names, results)}

@@ -1,8 +1,9 @@
 """Graph to Relax: one table from operation to lowering, symbolic dimensions all the way.
 
 A lowering is a function ``(ctx, node, *operands) -> Relax expression(s)``. Operations that a target's table lacks are decomposed
-before anything is emitted, so a table needs the primitives and whatever it has better code for. Weights that a kernel reads in
-a layout of its own are packed when the artifact is written: the lowering names the layout, and gets the packed arrays.
+before anything is emitted, so a table needs the primitives and whatever it has better code for. A target with hand-written
+kernels first *selects*: it replaces operations, alone or several at once, by nodes of :class:`KernelCall`. Weights that a kernel
+reads in a layout of its own are packed when the artifact is written: the lowering names the layout, and gets the packed arrays.
 """
 
 from __future__ import annotations
@@ -14,8 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import tvm
 from tvm import relax, tirx
-
-from wasat.ir import DType, Graph, IRError, Node, Program, QTensorType, TensorType, Type, Value
+from wasat.ir import Attrs, DType, Graph, IRError, Node, Op, Program, QTensorType, TensorType, Type, Value
 from wasat.ir.dims import Dim, DimLike, Func
 
 TVM_DTYPE: dict[DType, str] = {
@@ -61,6 +61,26 @@ class Plain:
         return [np.ascontiguousarray(weight)]
 
 
+@dataclass(frozen=True)
+class StateLayout:
+    """How a state lies in memory: here as its type in the graph says, elsewhere as a target's kernels want it."""
+
+    logical: TensorType
+
+    @property
+    def type(self) -> TensorType:
+        """The type of the tensor that holds the state."""
+        return self.logical
+
+    def pack(self, x: np.ndarray) -> np.ndarray:
+        """A state of the logical type as it lies in memory."""
+        return x
+
+    def unpack(self, x: np.ndarray) -> np.ndarray:
+        """What a tensor in memory holds, in the logical type."""
+        return x
+
+
 def tvm_dtype(dtype: DType) -> str:
     """TVM's name of an element type; raises IRError for one that the backend does not carry."""
     if dtype not in TVM_DTYPE:
@@ -92,6 +112,65 @@ class Lowering:
 Table = Mapping[str, Lowering]
 
 
+@dataclass(frozen=True)
+class Result:
+    """One result of a kernel: its type in the graph; the shape the kernel writes, if that differs; the operand whose memory
+    it is, if the kernel writes in place."""
+
+    type: TensorType
+    shape: tuple[DimLike, ...] | None = None
+    alias: int | None = None
+
+
+class KernelCall(Op):
+    """The operation "call this hand-written kernel", made for one node.
+
+    ``build(desc)`` makes the PrimFunc, whose parameters are the operands, then the results that are not in place; equal
+    descriptions share one function. Operand i is passed under ``shapes[i]`` if it is there (the same elements, row-major), or,
+    a parameter, as the arrays of ``layouts[i]``.
+    """
+
+    def __init__(
+        self, desc: Any, build: Callable[[Any], tirx.PrimFunc], results: Sequence[Result],
+        shapes: Mapping[int, tuple[DimLike, ...]], layouts: Mapping[int, Layout],
+    ) -> None:  # fmt: skip
+        self.name = f"kernel.{desc.name}"  # type: ignore[misc]
+        self.desc, self.build, self.results, self.shapes, self.layouts = desc, build, tuple(results), shapes, layouts
+        self.lowering = Lowering(self.lower, layouts=lambda node: self.layouts)
+
+    def infer(self, attrs: Attrs, *types: Type) -> list[Type]:
+        return [r.type for r in self.results]
+
+    def lower(self, ctx: Context, node: Node, *operands: Any) -> list[Any]:
+        args: list[Any] = []
+        places = []  # of each operand among the arguments
+        for i, (x, v) in enumerate(zip(operands, node.inputs)):
+            places.append(len(args))
+            if i in self.layouts:
+                args += x
+            else:
+                args.append(ctx.view(x, v.shape, self.shapes[i]) if i in self.shapes else x)
+        function = ctx.kernel(self.desc, lambda: self.build(self.desc), self.desc.name)
+        types = [
+            ctx.type(TensorType(r.type.dtype, r.shape or r.type.shape)) if r.alias is None else args[places[r.alias]].ty
+            for r in self.results
+        ]
+        if any(r.alias is not None for r in self.results):
+            made = ctx.call_inplace(function, args, [-1 if r.alias is None else places[r.alias] for r in self.results], types)
+        else:
+            made = ctx.call(function, args, types if len(types) > 1 else types[0])
+        parts = [made] if len(types) == 1 else [ctx.emit(relax.TupleGetItem(made, i)) for i in range(len(types))]
+        return [
+            x if r.alias is not None or r.shape is None else ctx.view(x, r.shape, r.type.shape)
+            for x, r in zip(parts, self.results)
+        ]
+
+
+def lowering_of(node: Node, table: Table) -> Lowering | None:
+    """How ``node`` is lowered: a kernel call by itself, any other by the table."""
+    return node.op.lowering if isinstance(node.op, KernelCall) else table.get(node.op.name)
+
+
 @dataclass
 class WeightPlan:
     """Which packed arrays a program's entries take, in call order."""
@@ -114,10 +193,11 @@ def plan_weights(graphs: Sequence[Graph], table: Table) -> WeightPlan:
         names = {v: k for k, v in graph.params.items()}
         wanted: dict[Value, list[Layout]] = {v: [] for v in names}
         for node in graph.nodes:
-            low = table[node.op.name].layouts(node) if node.op.name in table else {}
+            low = lowering_of(node, table)
+            layouts_of = low.layouts(node) if low is not None else {}
             for i, v in enumerate(node.inputs):
                 if v in wanted:
-                    wanted[v].append(low.get(i, Plain()))
+                    wanted[v].append(layouts_of.get(i, Plain()))
         for v, layouts in wanted.items():
             if graph.is_output(v):
                 layouts.append(Plain())
@@ -176,6 +256,10 @@ class Context:
     def emit(self, expr: Any, hint: str = "") -> Any:
         return self.bb.emit(expr, hint)
 
+    def view(self, x: Any, shape: Sequence[DimLike], to: Sequence[DimLike]) -> Any:
+        """``x``, which has ``shape``, under another one of as many elements: no copy."""
+        return x if tuple(shape) == tuple(to) else self.emit(relax.op.reshape(x, self.shape(to)))
+
     def te(self, build: Callable[..., Any], *args: Any, name: str) -> Any:
         """Emits a tensor expression; ``build`` gets TE tensors for Relax operands."""
         return self.bb.emit_te(build, *args, primfunc_name_hint=name)
@@ -188,10 +272,9 @@ class Context:
             self.kernels[key] = self.bb.add_func(func, unique)
         return self.kernels[key]
 
-    def call(self, gv: Any, args: Sequence[Any], out: Any, tir_vars: Sequence[Any] | None = None) -> Any:
+    def call(self, gv: Any, args: Sequence[Any], out: Any) -> Any:
         """``call_tir``: ``out`` is one tensor type or a list of them."""
-        ty = list(out) if isinstance(out, (list, tuple)) else out
-        return self.emit(relax.op.call_tir(gv, list(args), ty, tir_vars=relax.ShapeExpr(list(tir_vars)) if tir_vars else None))
+        return self.emit(relax.op.call_tir(gv, list(args), out))
 
     def call_inplace(self, gv: Any, args: Sequence[Any], indices: Sequence[int], out: Sequence[Any]) -> Any:
         """``call_tir_inplace``: output i aliases argument ``indices[i]`` (-1: a new tensor)."""
@@ -234,7 +317,7 @@ def emit_graph(
 
 
 def _emit_node(ctx: Context, node: Node, table: Table) -> None:
-    low = table.get(node.op.name)
+    low = lowering_of(node, table)
     if low is None:
         raise IRError(f"{node!r}: this target has no code for {node.op.name}", node.loc)
     layouts = low.layouts(node)
@@ -255,13 +338,18 @@ def _identifier(name: str) -> str:
 
 
 def lower_program(
-    program: Program, table: Table, states: Sequence[str] = (), state_types: Mapping[str, TensorType] | None = None
-) -> tuple[tvm.IRModule, WeightPlan]:
-    """A Relax module with one function per graph, and the weights that each of them takes after its inputs and states."""
+    program: Program, table: Table, states: Sequence[str] = (), state_types: Mapping[str, TensorType] | None = None,
+    select: Callable[[Graph], None] = lambda graph: None,
+) -> tuple[tvm.IRModule, WeightPlan]:  # fmt: skip
+    """A Relax module with one function per graph, and the weights that each of them takes after its inputs and states.
+
+    ``select`` puts a target's kernels into a copy of each graph before what has no kernel is decomposed.
+    """
     from wasat.ir.decompose import decompose
 
     graphs = [g.clone() for g in program.graphs.values()]
     for g in graphs:
+        select(g)
         decompose(g, lambda node: node.op.name in table and table[node.op.name].takes(node))
         g.prune_params()
     plan = plan_weights(graphs, table)

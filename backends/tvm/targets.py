@@ -15,10 +15,11 @@ from typing import Any
 
 import tvm
 from tvm import relax
+from wasat.ir import Graph, IRError, Program, TensorType
 
-from wasat.ir import IRError, Program, TensorType
-
-from .lower import Table
+from . import cpu as cpu_kernels
+from .kernels.cache import CacheType
+from .lower import StateLayout, Table
 from .primitives import PRIMITIVES
 
 
@@ -40,12 +41,12 @@ class Target:
     config: Mapping[str, Any]
     """What tvm.target.Target takes."""
     host: Mapping[str, Any] | None = None
-    extra: Callable[[Target], Table] = field(default=lambda target: {})
-    """Lowerings beyond the primitives."""
+    kernels: Callable[[Target, Program], Callable[[Graph], None]] = field(default=lambda target, program: lambda graph: None)
+    """Puts the target's hand-written kernels into a graph of the program, in place of operations."""
     threads: int = field(default_factory=cpu_count)
     needs_compiler: bool = True
-    state_layout: Callable[[Mapping[str, Any], TensorType], TensorType] = field(default=lambda state, type: type)
-    """Physical type of a state, from its description and its type in the graph: kernels may choose the layout."""
+    state_layout: Callable[[Mapping[str, Any], TensorType], StateLayout] = field(default=lambda state, type: StateLayout(type))
+    """How a state lies in memory, from its description and its type in the graph: kernels may choose."""
     features: Callable[[Target], list[str]] = field(default=lambda target: [])
     """What the machine that runs the code must have, in the words of /proc/cpuinfo."""
 
@@ -55,8 +56,8 @@ class Target:
         return tvm.target.Target(t, host=tvm.target.Target(dict(self.host))) if self.host else t
 
     def table(self) -> Table:
-        """Operation to lowering."""
-        return {**PRIMITIVES, **self.extra(self)}
+        """Operation to lowering, of what no kernel does."""
+        return PRIMITIVES
 
     def pipeline(self) -> Any:
         """The Relax pass pipeline: fusion of elementwise chains included, which tvm.compile's default lacks on CPUs."""
@@ -67,11 +68,15 @@ class Target:
         with tvm.transform.PassContext(opt_level=3), self.tvm:
             yield
 
-    def state_types(self, program: Program) -> dict[str, TensorType]:
-        """Physical types of the program's states, by name, over the graphs' symbols."""
+    def state_layouts(self, program: Program) -> dict[str, StateLayout]:
+        """How the program's states lie in memory, by name, over the graphs' symbols."""
         graphs = program.graphs.values()
         types = {v.name: v.tensor for g in graphs for v in g.inputs}
         return {s["name"]: self.state_layout(s, types[s["name"]]) for s in program.metadata.get("states", [])}
+
+    def state_types(self, program: Program) -> dict[str, TensorType]:
+        """The types of the tensors that hold the program's states, by name."""
+        return {name: layout.type for name, layout in self.state_layouts(program).items()}
 
     def link_options(self) -> dict[str, Any]:
         """Further arguments of export_library."""
@@ -116,10 +121,14 @@ def cpu_features(target: Target) -> list[str]:
     return sorted(v for k, v in _CPUINFO.items() if k in found)
 
 
-def cpu(mcpu: str | None = None, threads: int | None = None) -> Target:
-    """The CPU ``mcpu`` (an LLVM name; default: this machine's)."""
+def cpu(mcpu: str | None = None, threads: int | None = None, cache: CacheType = "float32") -> Target:
+    """The CPU ``mcpu`` (an LLVM name; default: this machine's), key and value caches stored as ``cache``."""
     n = threads or cpu_count()
-    return Target("cpu", {"kind": "llvm", "mcpu": mcpu or host_cpu(), "num-cores": n}, threads=n, features=cpu_features)
+    return Target(
+        "cpu", {"kind": "llvm", "mcpu": mcpu or host_cpu(), "num-cores": n}, threads=n, features=cpu_features,
+        kernels=lambda target, program: cpu_kernels.selection(target.tvm, n, cache, program.metadata.get("states", [])),
+        state_layout=lambda state, type: cpu_kernels.state_layout(state, type, cache),
+    )  # fmt: skip
 
 
 def cuda(arch: str = "sm_80") -> Target:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
-
 from wasat.ir import IRError, ParamSource
 
 from .lower import Layout, Packed, WeightPlan

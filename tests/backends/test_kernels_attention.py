@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from kernel_help import assert_near, build, each_isa, run, tensor
 from numpy.typing import NDArray
-
 from wasat.backends.tvm.kernels.attention import Attention, CachedAttention, attention, cached_attention
 from wasat.backends.tvm.kernels.cache import Cache, cache_shape
 from wasat.backends.tvm.kernels.flash import Scores

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from kernel_help import assert_near, build, each_isa, run
 from numpy.typing import NDArray
-
 from wasat.backends.tvm.kernels.glu import Activation, Glu, glu
 from wasat.backends.tvm.kernels.isa import Isa
 from wasat.backends.tvm.kernels.norm import Norm, norm

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from kernel_help import assert_near, build, each_isa, run, tensor
 from numpy.typing import NDArray
-
 from wasat.backends.tvm.kernels.cache import Cache, CacheWrite, cache_shape, cache_write
 from wasat.backends.tvm.kernels.isa import Isa
 from wasat.backends.tvm.kernels.rope import QkvToCache, Rope, Rotary, qkv_to_cache, rope

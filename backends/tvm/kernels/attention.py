@@ -8,8 +8,7 @@ from typing import Literal
 from tvm import tirx
 
 from .cache import GROUP, Cache, CacheView, cache_params, flat_view
-from .emit import Buffer, Expr, Kernel, ceil_div, exp, floor_div, floor_mod, int64, load, maximum, minimum, splat
-from .emit import symbol, widen
+from .emit import Buffer, Expr, Kernel, ceil_div, exp, floor_div, floor_mod, int64, load, maximum, minimum, splat, symbol, widen
 from .flash import Flash, Scores, Source, minus_infinity
 from .isa import Isa
 from .norm import for_vectors

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from tvm import tirx
 
 from .emit import Buffer, Expr, Index, Kernel, f32_to_f16, floor_div, floor_mod, int64, load, symbol
@@ -27,6 +29,23 @@ def cache_shape(kind: Literal["k", "v"], batch: Index, kv_heads: int, capacity: 
     if isinstance(capacity, int) and capacity % GROUP:
         raise ValueError(f"the capacity of a cache must be a multiple of {GROUP}, not {capacity}")
     return batch, kv_heads, capacity, head_dim if kind == "k" else padded(head_dim, GROUP)
+
+
+def pack_cache(kind: Literal["k", "v"], x: NDArray[np.float32], dtype: CacheType = "float32") -> NDArray[np.floating]:
+    """A cache [b, c, g, d], c a multiple of 16, in its physical form."""
+    b, c, g, d = x.shape
+    heads = x.transpose(0, 2, 1, 3).astype(dtype)
+    if kind == "k":
+        return np.ascontiguousarray(heads.reshape(b, g, c // GROUP, GROUP, d).swapaxes(3, 4)).reshape(b, g, c, d)
+    return np.pad(heads, ((0, 0), (0, 0), (0, 0), (0, padded(d, GROUP) - d)))
+
+
+def unpack_cache(kind: Literal["k", "v"], x: NDArray[np.floating], head_dim: int) -> NDArray[np.floating]:
+    """The cache [b, c, g, d] of which ``x`` is the physical form."""
+    b, g, c, _ = x.shape
+    if kind == "k":
+        x = x.reshape(b, g, c // GROUP, head_dim, GROUP).swapaxes(3, 4).reshape(b, g, c, head_dim)
+    return np.ascontiguousarray(x[..., :head_dim].transpose(0, 2, 1, 3))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from tvm import tirx
 from .emit import Expr, Kernel, bits, cast, f16_to_f32, floor_div, floor_mod, load, splat, splat_int, symbol, widen
 from .isa import Isa
 from .linear_float import Weights
-from .pack import BLOCK, float_shape, int_shape, padded
+from .pack import BLOCK, float_shape, int_shape, padded, storage_dtype
 
 
 @dataclass(frozen=True)
@@ -29,20 +29,21 @@ class Embedding:
 
 
 def embedding(desc: Embedding) -> tirx.PrimFunc:
-    """PrimFunc(ids i64[m], w packed, y f32[m, k]). Ids are clamped to 0..n-1."""
+    """PrimFunc(ids i64[m], w packed, y f32[m, k]). Negative ids count from the end; ids outside -n..n-1 are clamped."""
     isa, k = desc.isa, desc.k
     kernel = Kernel(desc.name)
     m = symbol("m")
     ids = kernel.param("ids", (m,), "int64")
     quantized = desc.weights in ("int8", "int4")
     shape = int_shape(desc.n, k, int(desc.weights[3:]), isa) if quantized else float_shape(desc.n, k, isa)
-    w = kernel.param("w", shape, "uint8" if quantized else desc.weights)
+    w = kernel.param("w", shape, "uint8" if quantized else storage_dtype(desc.weights))
     y = kernel.param("y", (m, k), "float32")
     scale = splat(desc.scale, 1)
 
     def row(at: Expr) -> None:
-        token = kernel.let(tirx.max(tirx.min(load(ids, at), tirx.IntImm("int64", desc.n - 1)),
-                                    tirx.IntImm("int64", 0)))
+        given = kernel.let(load(ids, at))
+        given = kernel.let(tirx.Select(given < 0, given + desc.n, given))
+        token = kernel.let(tirx.max(tirx.min(given, tirx.IntImm("int64", desc.n - 1)), tirx.IntImm("int64", 0)))
         panel = kernel.let(floor_div(token, isa.columns))
         column = kernel.let(floor_mod(token, isa.columns))
         if not quantized:

@@ -13,6 +13,7 @@ from typing import Any
 
 import tvm
 from tvm import tirx
+from tvm.s_tir import SBlock, SBlockRealize
 from tvm.script import tirx as T
 
 Expr = Any  # tvm.ir.Expr; the package has no type stubs
@@ -180,7 +181,8 @@ class Kernel:
                         lambda: self.share(threads, total, span))
 
     def build(self) -> tirx.PrimFunc:
-        body = self._close()
+        # Relax looks for a root block in every function of one operand
+        body = SBlockRealize([], True, SBlock([], [], [], "root", self._close()))
         attrs = tvm.ir.make_node("ir.DictAttrs", **{
             "global_symbol": self.name, "s_tir": True, "tirx.noalias": True, "tirx.is_scheduled": True,
             "op_pattern": _OPAQUE,
@@ -382,10 +384,12 @@ def f32_to_f16(value: Expr, native: bool) -> Expr:
 
 
 def widen(value: Expr, native: bool) -> Expr:
-    """f32, f16 or bf16 storage to f32."""
-    kind = str(value.ty.dtype).split("x")[0]
+    """f32, f16 or (in uint16) bf16 storage to f32."""
+    kind, lanes = str(value.ty.dtype).split("x")[0], _lanes(value)
     if kind == "float32":
         return value
     if kind == "float16":
         return f16_to_f32(value, native)
+    if kind == "uint16":
+        return bits(vector("float32", lanes), cast("int32", value) << splat_int(16, lanes))
     raise ValueError(f"no storage type {kind!r}")

@@ -12,8 +12,25 @@ from dataclasses import dataclass
 from tvm import tirx
 
 from .cache import GROUP
-from .emit import Buffer, Expr, Index, Kernel, bits, ceil_div, exp, int64, load, minimum, reduce_max, reduce_sum
-from .emit import splat, splat_int, tanh, vector, widen
+from .emit import (
+    Buffer,
+    Expr,
+    Index,
+    Kernel,
+    bits,
+    ceil_div,
+    exp,
+    int64,
+    load,
+    minimum,
+    reduce_max,
+    reduce_sum,
+    splat,
+    splat_int,
+    tanh,
+    vector,
+    widen,
+)
 from .isa import Isa
 from .pack import padded
 

@@ -1,4 +1,4 @@
-"""y = x @ w^T (+ bias) over packed f32, f16 or dequantized int8/int4 weights, all arithmetic in f32.
+"""y = x @ w^T (+ bias) over packed f32, f16, bf16 or dequantized int8/int4 weights, all arithmetic in f32.
 
 One PrimFunc holds a matrix-vector path (one row: a panel is a stream from memory) and register-tiled paths for more
 rows; the number of rows chooses at run time.
@@ -33,9 +33,9 @@ from .emit import (
 )
 from .emit import bits as reinterpret
 from .isa import Isa
-from .pack import BLOCK, float_shape, int_shape, padded
+from .pack import BLOCK, float_shape, int_shape, padded, storage_dtype
 
-Weights = Literal["float32", "float16", "int8", "int4"]
+Weights = Literal["float32", "float16", "bfloat16", "int8", "int4"]
 _CHUNK = 240  # rows of x that a panel is applied to before the next panel is fetched; a multiple of every tile
 
 
@@ -65,7 +65,7 @@ def linear(desc: Linear) -> tirx.PrimFunc:
     if quantized:
         w = kernel.param("w", int_shape(n, k, int(desc.weights[3:]), isa), "uint8")
     else:
-        w = kernel.param("w", float_shape(n, k, isa), desc.weights)
+        w = kernel.param("w", float_shape(n, k, isa), storage_dtype(desc.weights))
     bias = kernel.param("bias", (padded(n, isa.columns),), "float32") if desc.bias else None
     y = kernel.param("y", (m, n), "float32")
     panels = padded(n, isa.columns) // isa.columns
@@ -228,7 +228,7 @@ def byte_of(raw: Expr, t: int, high: int, weights: str, isa: Isa) -> Expr:
 def unpack(kernel: Kernel, desc: Linear, w: Buffer, panel: Expr, out: Buffer) -> None:
     """A panel of any storage to f32 [k, columns]."""
     isa, lanes = desc.isa, desc.isa.lanes
-    if desc.weights in ("float32", "float16"):
+    if desc.weights not in ("int8", "int4"):
         with kernel.loop(desc.k) as kk:
             for v in range(2):
                 kernel.store(out, kk * isa.columns + v * lanes,

@@ -2,7 +2,7 @@
 
 Weights w[n, k] are cut into panels of ``isa.columns`` output rows (n padded with zeros).
 
-- float: ``[panels, k, columns]`` of f32 or f16.
+- float: ``[panels, k, columns]`` of f32, f16, or bf16 (as the uint16 of its bits).
 - int8 and int4: ``uint8[panels, blocks, bytes]``, a block being 32 steps of k (k padded with zero weights). The bytes
   of a block are the columns' f16 scales, then for every group of four k the columns' bytes, four k side by side.
   int4 keeps groups 0..3 in low nibbles and 4..7 in high ones, offset by 8. int8 is offset by 128 where the processor
@@ -11,7 +11,7 @@ Weights w[n, k] are cut into panels of ``isa.columns`` output rows (n padded wit
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,12 @@ from numpy.typing import NDArray
 from .isa import Isa
 
 BLOCK = 32
-Storage = Literal["float32", "float16"]
+Storage = Literal["float32", "float16", "bfloat16"]
+
+
+def storage_dtype(storage: Storage) -> str:
+    """Element type of the packed array."""
+    return "uint16" if storage == "bfloat16" else storage
 
 
 def padded(n: int, multiple: int) -> int:
@@ -38,11 +43,12 @@ def int_shape(n: int, k: int, bits: int, isa: Isa) -> tuple[int, int, int]:
             isa.columns * 2 + isa.columns * BLOCK * bits // 8)
 
 
-def pack_float(w: NDArray[np.floating], isa: Isa, dtype: Storage = "float32") -> NDArray[np.floating]:
-    """w[n, k] -> dtype[panels, k, columns]."""
+def pack_float(w: NDArray[Any], isa: Isa, dtype: Storage = "float32") -> NDArray[Any]:
+    """w[n, k] -> dtype[panels, k, columns]; bfloat16 wants w in it already."""
     n, k = w.shape
     panels = padded(n, isa.columns) // isa.columns
-    out = np.zeros((panels, k, isa.columns), dtype)
+    out = np.zeros((panels, k, isa.columns), storage_dtype(dtype))
+    w = w.view(np.uint16) if dtype == "bfloat16" else w
     whole = n // isa.columns
     cut = whole * isa.columns
     out[:whole] = w[:cut].reshape(whole, isa.columns, k).transpose(0, 2, 1)

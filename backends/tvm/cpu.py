@@ -1,0 +1,474 @@
+"""Kernel selection for CPUs: which operations, alone or together, become calls of the kernels in :mod:`.kernels`.
+
+Selected are ``linear``, ``quantized_linear``, ``embedding``, ``quantized_embedding``, ``rms_norm``, ``layer_norm``, ``glu``,
+``rope``, ``attention`` and ``cached_attention``, in f32 and with sizes known but for batch and positions. Together go
+
+- ``a + b`` (``b`` perhaps an ``rms_norm``), the norm of the sum, and its quantization for the integer linears;
+- ``glu`` and that quantization; ``embedding`` and a scale; ``rms_norm`` and ``rope``;
+- slices of a merged projection, reshapes, ``rms_norm``, ``rope`` at positions ``past + iota`` and the cache update.
+
+Whatever is not selected is left as it is, to be decomposed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import numpy as np
+import tvm
+from wasat.ir import Attrs, Builder, DimLike, DType, Graph, IRError, Node, QArray, QTensorType, TensorType, Type, Value, equal
+
+from .kernels.attention import Attention, CachedAttention, attention, cached_attention
+from .kernels.cache import GROUP, Cache, CacheType, CacheWrite, cache_shape, cache_write, pack_cache, unpack_cache
+from .kernels.embedding import Embedding, embedding
+from .kernels.flash import Scores
+from .kernels.glu import Glu, glu
+from .kernels.isa import Isa, isa_of
+from .kernels.linear_float import Linear, Weights, linear
+from .kernels.linear_int import LinearInt, linear_int
+from .kernels.norm import Norm, norm
+from .kernels.pack import BLOCK, Storage, float_shape, int_shape, pack_bias, pack_float, pack_int, padded, storage_dtype
+from .kernels.quantize import WORDS, QuantizeRows, quantize_rows
+from .kernels.rope import QkvToCache, Rope, Rotary, qkv_to_cache, rope
+from .lower import KernelCall, Layout, Packed, Result, StateLayout
+
+Shape = tuple[DimLike, ...]
+State = Mapping[str, Any]
+
+
+# -- weights ----------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Panels:
+    """A matrix in panels, as the linear and embedding kernels read it: see :mod:`.kernels.pack`."""
+
+    isa: Isa
+    weights: Weights
+
+    def arrays(self, name: str, type: Type) -> list[Packed]:
+        n, k = (int(d) for d in type.shape)  # type: ignore[call-overload]
+        if isinstance(type, QTensorType):
+            return [Packed(f"{name}/panels", "uint8", int_shape(n, k, int(self.weights[3:]), self.isa))]
+        return [Packed(f"{name}/panels", storage_dtype(cast(Storage, self.weights)), float_shape(n, k, self.isa))]
+
+    def pack(self, weight: Any) -> list[np.ndarray]:
+        if isinstance(weight, QArray):
+            return [pack_int(weight.values, weight.scales, int(self.weights[3:]), self.isa)]
+        return [pack_float(weight, self.isa, cast(Storage, self.weights))]
+
+
+@dataclass(frozen=True)
+class PaddedBias:
+    """A bias in f32, padded to whole panels."""
+
+    isa: Isa
+
+    def arrays(self, name: str, type: Type) -> list[Packed]:
+        return [Packed(f"{name}/padded", "float32", (padded(int(type.shape[0]), self.isa.columns),))]  # type: ignore[call-overload]
+
+    def pack(self, weight: np.ndarray) -> list[np.ndarray]:
+        return [pack_bias(weight, self.isa)]
+
+
+# -- states -----------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class CacheLayout(StateLayout):
+    """A key or value cache as the kernels keep it; see :mod:`.kernels.cache`."""
+
+    role: Literal["k", "v"]
+    physical: TensorType
+
+    @property
+    def type(self) -> TensorType:
+        return self.physical
+
+    def pack(self, x: np.ndarray) -> np.ndarray:
+        return pack_cache(self.role, x, cast(CacheType, self.physical.dtype.np.name))
+
+    def unpack(self, x: np.ndarray) -> np.ndarray:
+        return unpack_cache(self.role, x, int(self.logical.shape[3])).astype(np.float32)  # type: ignore[call-overload]
+
+
+def state_layout(state: State, type: TensorType, cache: CacheType) -> StateLayout:
+    """Keys and values of ``cached_attention`` (a ``role``, f32 [b, c, g, d]) are kept in the kernels' layout, as ``cache``.
+
+    A ring must have a known capacity, and any known capacity must be a multiple of 16; others keep their plain form.
+    """
+    if state.get("role") not in ("k", "v") or type.dtype is not DType.F32 or type.rank != 4:
+        return StateLayout(type)
+    b, c, g, d = type.shape
+    known = isinstance(c, int)
+    if not _known(g, d) or (known and c % GROUP) or (state.get("kind") == "ring" and not known):
+        return StateLayout(type)
+    role: Literal["k", "v"] = state["role"]
+    return CacheLayout(type, role, TensorType(DType.of(cache), cache_shape(role, b, g, c, d)))
+
+
+# -- selection --------------------------------------------------------------------------------------------------------------
+def selection(target: tvm.target.Target, threads: int, cache: CacheType, states: Sequence[State]) -> Callable[[Graph], None]:
+    """The function that puts the kernels for ``target`` into a graph whose inputs named in ``states`` are states."""
+    isa = isa_of(target)
+    by_name = {s["name"]: s for s in states}
+    return lambda graph: _Selection(graph, isa, threads, cache, by_name).run()
+
+
+def _known(*dims: DimLike) -> bool:
+    return all(isinstance(d, int) for d in dims)
+
+
+def _f32(*values: Value | None) -> bool:
+    return all(v is None or (isinstance(v.type, TensorType) and v.type.dtype is DType.F32) for v in values)
+
+
+def _made_by(v: Value, op: str) -> Node | None:
+    return v.node if v.node is not None and v.node.op.name == op else None
+
+
+class _Selection:
+    """Replaces the operations of one graph, in order, by kernel calls."""
+
+    def __init__(self, graph: Graph, isa: Isa, threads: int, cache: CacheType, states: Mapping[str, State]) -> None:
+        self.graph, self.isa, self.threads, self.cache, self.states = graph, isa, threads, cache, states
+        self.order = {node: i for i, node in enumerate(graph.nodes)}
+        self.quantized: dict[Value, Value] = {}
+        """Rows of a value quantized for the integer linears, where some kernel has made them."""
+
+    def run(self) -> None:
+        for node in list(self.graph.nodes):
+            select = getattr(self, f"_{node.op.name}", None)
+            if select is not None:
+                select(node)
+        for node in self.graph.nodes_reversed:
+            if not any(v.uses or self.graph.is_output(v) for v in node.outputs):
+                self.graph.erase(node)
+        for v in self.graph.inputs:
+            self._check_state(v)
+
+    def call(
+        self, at: Node, desc: Any, build: Callable[[Any], Any], operands: Sequence[Value], results: Sequence[Result],
+        shapes: Mapping[int, Shape] | None = None, layouts: Mapping[int, Layout] | None = None,
+    ) -> tuple[Value, ...]:  # fmt: skip
+        """A kernel call before ``at``; returns its results."""
+        op = KernelCall(desc, build, results, shapes or {}, layouts or {})
+        names = [at.outputs[min(i, len(at.outputs) - 1)].name for i in range(len(results))]
+        return self.graph.add_node(op, operands, Attrs(), before=at, loc=at.loc, names=names).outputs
+
+    def rows(self, v: Value) -> tuple[DimLike, int]:
+        """The shape [m, n] of ``v`` with all axes but the last as one."""
+        m: DimLike = 1
+        for d in v.shape[:-1]:
+            m = m * d
+        return m, v.shape[-1]
+
+    def builder(self, at: Node) -> Builder:
+        return Builder(self.graph, before=at, loc=at.loc)
+
+    # -- matrices -----------------------------------------------------------------------------------------------------------
+    def _weight(self, w: Value) -> tuple[Value, Panels] | None:
+        """The parameter behind a matrix operand and the layout that reads it; None if no kernel does."""
+        cast_ = _made_by(w, "cast")
+        if cast_ is not None and _f32(w):  # a narrow parameter widened where it is used
+            w = cast_.inputs[0]
+        if w.param is None or not _known(*w.shape):
+            return None
+        if isinstance(w.type, QTensorType):
+            fits = w.type.block == BLOCK and w.type.scale is DType.F16
+            return (w, Panels(self.isa, cast(Weights, w.type.scheme))) if fits else None
+        storage = {DType.F32: "float32", DType.F16: "float16", DType.BF16: "bfloat16"}.get(w.type.dtype)
+        return (w, Panels(self.isa, cast(Weights, storage))) if storage else None
+
+    def _matrix(self, node: Node, kernel: Callable[..., Any], build: Callable[[Any], Any], x: Value, rows: Shape) -> None:
+        """x @ w^T (+ bias) by ``kernel``; x is passed as ``rows``."""
+        found = self._weight(node.inputs[1])
+        assert found is not None
+        w, panels = found
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        fused = bias is not None and bias.param is not None  # another one is added afterwards
+        out = node.output
+        n, k = w.shape
+        desc = kernel(self.isa, n, k, panels.weights, bias=fused, threads=self.threads)
+        layouts: dict[int, Layout] = {1: panels}
+        operands = [x, w]
+        if bias is not None and fused:
+            operands.append(bias)
+            layouts[2] = PaddedBias(self.isa)
+        results = [Result(out.tensor, (rows[0], n))]
+        [y] = self.call(node, desc, build, operands, results, {0: rows}, layouts)
+        self.graph.replace_uses(out, y if bias is None or fused else self.builder(node).add(y, bias))
+
+    def _linear(self, node: Node) -> None:
+        x, w = node.inputs[:2]
+        if _f32(x, *node.inputs[2:]) and self._weight(w) is not None:
+            self._matrix(node, Linear, linear, x, self.rows(x))
+
+    def _quantized_linear(self, node: Node) -> None:
+        x = node.inputs[0]
+        if not _f32(x, *node.inputs[2:]) or self._weight(node.inputs[1]) is None:
+            return
+        if node.attrs.activation is None:  # type: ignore[attr-defined]
+            self._matrix(node, Linear, linear, x, self.rows(x))
+            return
+        if x not in self.quantized:
+            m, k = self.rows(x)
+            desc = QuantizeRows(self.isa, k, self.threads)
+            [self.quantized[x]] = self.call(node, desc, quantize_rows, [x], [self._quantized_rows(x)], {0: (m, k)})
+        xq = self.quantized[x]
+        self._matrix(node, LinearInt, linear_int, xq, xq.shape)
+
+    def _quantized_rows(self, x: Value) -> Result:
+        m, k = self.rows(x)
+        return Result(TensorType(DType.I32, (m, padded(k, BLOCK) // BLOCK, WORDS)))
+
+    def _wants(self, x: Value) -> Literal["no", "yes", "both"]:
+        """Whether x is read quantized: by integer linears alone (yes), by them among others (both), or not."""
+        count = sum(
+            node.op.name == "quantized_linear" and i == 0 and node.attrs.activation == "int8"  # type: ignore[attr-defined]
+            and self._weight(node.inputs[1]) is not None
+            for node, i in x.uses
+        )  # fmt: skip
+        return "no" if not count else "yes" if count == len(x.uses) and not self.graph.is_output(x) else "both"
+
+    def _embedding(self, node: Node) -> None:
+        found = self._weight(node.inputs[0])
+        if found is None or not _f32(node.output):
+            return
+        w, panels = found
+        ids, out, scale = node.inputs[1], node.output, 1.0
+        if ids.tensor.dtype is not DType.I64:
+            ids = self.builder(node).cast(ids, dtype=DType.I64)
+        if len(out.uses) == 1 and not self.graph.is_output(out):
+            [user] = out.users
+            factor = next((v.const for v in user.inputs if v is not out), None)
+            if user.op.name == "mul" and factor is not None and factor.ndim == 0:
+                out, scale = user.output, float(factor)
+        n, k = w.shape
+        m, _ = self.rows(out)
+        desc = Embedding(self.isa, n, k, panels.weights, scale, self.threads)
+        [y] = self.call(node, desc, embedding, [ids, w], [Result(out.tensor, (m, k))], {0: (m,)}, {1: panels})
+        self.graph.replace_uses(out, y)
+
+    _quantized_embedding = _embedding
+
+    # -- rows ---------------------------------------------------------------------------------------------------------------
+    def _rms_norm(self, node: Node) -> None:
+        self._norm(node, "rms")
+
+    def _layer_norm(self, node: Node) -> None:
+        self._norm(node, "layer")
+
+    def _norm(self, node: Node, kind: Literal["rms", "layer"]) -> None:
+        x, *scales = node.inputs
+        if not _f32(x, *scales) or not _known(x.shape[-1]):
+            return
+        out, eps = node.output, node.attrs.eps  # type: ignore[attr-defined]
+        operands, branch_weight = [x], None
+        total = _made_by(x, "add")
+        if total is not None and self._can_sum_at(total, node):
+            a, b = total.inputs
+            for stem, other in ((a, b), (b, a)):
+                inner = _made_by(other, "rms_norm")
+                if kind == "rms" and inner is not None and len(inner.inputs) == 2 and inner.attrs.eps == eps:  # type: ignore[attr-defined]
+                    a, b, branch_weight = stem, inner.inputs[0], inner.inputs[1]
+                    break
+            operands = [a, b]
+        else:
+            total = None
+        quantize = self._wants(out)
+        rows = self.rows(x)
+        operands += [v for v in (branch_weight, *scales) if v is not None]
+        desc = Norm(
+            self.isa, rows[1], kind, eps, weight=bool(scales), bias=len(scales) > 1, residual=total is not None,
+            pre_norm=branch_weight is not None, quantize=quantize, threads=self.threads,
+        )  # fmt: skip
+        results = [Result(x.tensor, rows)] if total is not None else []
+        results += [Result(x.tensor, rows)] if quantize != "yes" else []
+        results += [self._quantized_rows(x)] if quantize != "no" else []
+        made = list(self.call(node, desc, norm, operands, results, {i: rows for i in range(2 if total is not None else 1)}))
+        if total is not None:
+            self.graph.replace_uses(x, made.pop(0))
+        if quantize != "yes":
+            self.graph.replace_uses(out, made[0])
+            out = made[0]
+        if quantize != "no":
+            self.quantized[out] = made[-1]
+
+    def _can_sum_at(self, total: Node, node: Node) -> bool:
+        """Whether the f32 sum ``total`` may be computed where ``node`` stands: same shapes, and no reader before."""
+        a, b = total.inputs
+        return (
+            a is not b and _f32(a, b) and a.shape == b.shape
+            and all(user is node or self.order.get(user, -1) > self.order[node] for user in total.output.users)
+        )  # fmt: skip
+
+    def _glu(self, node: Node) -> None:
+        x, out = node.inputs[0], node.output
+        if not _f32(x) or not _known(x.shape[-1]):
+            return
+        quantize = self._wants(out) == "yes"
+        m, n = self.rows(out)
+        desc = Glu(self.isa, n, node.attrs.activation, quantize, self.threads)  # type: ignore[attr-defined]
+        result = self._quantized_rows(out) if quantize else Result(out.tensor, (m, n))
+        [y] = self.call(node, desc, glu, [x], [result], {0: (m, 2 * n)})
+        if quantize:
+            self.quantized[out] = y
+        else:
+            self.graph.replace_uses(out, y)
+
+    # -- positions ----------------------------------------------------------------------------------------------------------
+    def _head_norm(self, x: Value) -> tuple[Value, Value | None, float]:
+        """x as it was before an RMS norm of its heads, that norm's weight, and its eps."""
+        inner = _made_by(x, "rms_norm")
+        if inner is None or len(inner.inputs) != 2 or not _f32(*inner.inputs):
+            return x, None, 0.0
+        return inner.inputs[0], inner.inputs[1], inner.attrs.eps  # type: ignore[attr-defined]
+
+    def _rope(self, node: Node) -> None:
+        x, positions, inv_freq = node.inputs
+        b, s, h, d = x.shape
+        if not _f32(x) or not _known(h, d):
+            return
+        builder = self.builder(node)
+        if positions.shape != (b, s):
+            positions = builder.broadcast_to(positions, shape=(b, s))
+        if positions.tensor.dtype is not DType.I64:
+            positions = builder.cast(positions, dtype=DType.I64)
+        x, weight, eps = self._head_norm(x)
+        rotary = _rotary(node, d)
+        desc = Rope(self.isa, h, rotary, weight is not None, eps, self.threads)
+        operands = [x, positions, inv_freq, *([weight] if weight is not None else [])]
+        [y] = self.call(node, desc, rope, operands, [Result(node.output.tensor)])
+        self.graph.replace_uses(node.output, y)
+
+    def _attention(self, node: Node) -> None:
+        q, k, v = node.inputs[:3]
+        mask = node.inputs[3] if len(node.inputs) > 3 else None
+        a: Any = node.attrs
+        (n, s, h, d), (t, g, e) = q.shape, v.shape[1:]
+        if not _f32(q, k, v) or not _known(h, d, g, e):
+            return
+        operands, kind = [q, k, v], "no"
+        if mask is not None:
+            builder = self.builder(node)
+            if mask.tensor.dtype is DType.BOOL:
+                mask = builder.select(mask, 0.0, float("-inf"))
+            full = (1,) * (4 - len(mask.shape)) + tuple(mask.shape)
+            per_batch, per_head = full[0] != 1, full[1] != 1
+            shape = (n if per_batch else 1, h if per_head else 1, s, t)
+            if full != tuple(mask.shape):
+                mask = builder.reshape(mask, shape=full)
+            operands.append(mask if full == shape else builder.broadcast_to(mask, shape=shape))
+            kind = ("b" if per_batch else "1") + ("h" if per_head else "1")
+        scores = Scores(a.scale, a.softcap, a.window, a.causal)
+        desc = Attention(self.isa, h, g, d, e, scores, cast(Any, kind), self.threads)
+        [y] = self.call(node, desc, attention, operands, [Result(node.output.tensor)])
+        self.graph.replace_uses(node.output, y)
+
+    def _cached_attention(self, node: Node) -> None:
+        q, k, v, keys, values, past = node.inputs
+        a: Any = node.attrs
+        s, h = q.shape[1:3]
+        if not (_f32(q, k, v) and _known(h) and self._is_cache(keys) and self._is_cache(values)):
+            return
+        capacity, g, d = keys.shape[1:]
+        for cache in (keys, values):
+            if (self.states[cache.name].get("kind") == "ring") != a.ring:
+                raise IRError(f"{node!r}: %{cache.name} is declared {self.states[cache.name].get('kind')}", node.loc)
+        if a.ring and capacity < a.window:
+            raise IRError(f"{node!r}: a ring of {capacity} positions cannot hold a window of {a.window}", node.loc)
+        cache = Cache(g, d, v.shape[3], capacity if a.ring else None, self.cache)
+        if past.tensor.dtype is not DType.I64:
+            past = self.builder(node).cast(past, dtype=DType.I64)
+        fused = self._qkv(node, cache, past)
+        if fused is not None:
+            q, keys, values = fused
+        else:
+            written = [Result(keys.tensor, alias=3), Result(values.tensor, alias=4)]
+            keys, values = self.call(node, CacheWrite(self.isa, cache, self.threads), cache_write,
+                                     [k, v, past, keys, values], written)  # fmt: skip
+        desc = CachedAttention(
+            self.isa, h, cache, Scores(a.scale, a.softcap, a.window), decode=equal(s, 1) is True, threads=self.threads
+        )
+        [y] = self.call(node, desc, cached_attention, [q, past, keys, values], [Result(node.outputs[0].tensor)])
+        for old, new in zip(node.outputs, (y, keys, values)):
+            self.graph.replace_uses(old, new)
+
+    def _is_cache(self, v: Value) -> bool:
+        state = self.states.get(v.name) if v.node is None and v.param is None else None
+        return state is not None and isinstance(state_layout(state, v.tensor, self.cache), CacheLayout)
+
+    def _check_state(self, v: Value) -> None:
+        """A cache in the kernels' layout means nothing to any other operation."""
+        if self._is_cache(v):
+            for user in v.users:
+                if not isinstance(user.op, KernelCall):
+                    raise IRError(f"{user!r}: the state %{v.name} can only be read by cached_attention", user.loc)
+
+    def _qkv(self, node: Node, cache: Cache, past: Value) -> tuple[Value, Value, Value] | None:
+        """From a merged projection to the queries and both caches in one call, where that is what stands before ``node``."""
+        q, k, v, keys, values, _ = node.inputs
+        b, s, h, d = q.shape
+        rotary, inv_freq = Rotary(d, 0), None
+        turned = [_made_by(x, "rope") for x in (q, k)]
+        if turned[0] is not None and turned[1] is not None:
+            first, second = turned
+            if first.inputs[1:] != second.inputs[1:] or first.attrs != second.attrs:
+                return None
+            if not _is_past_plus_iota(first.inputs[1], past):
+                return None
+            q, k, inv_freq, rotary = first.inputs[0], second.inputs[0], first.inputs[2], _rotary(first, d)
+        elif turned != [None, None]:
+            return None
+        (q, q_weight, q_eps), (k, k_weight, k_eps) = self._head_norm(q), self._head_norm(k)
+        if (q_weight is None) != (k_weight is None) or q_eps != k_eps:
+            return None
+        parts = [_part(x) for x in (q, k, v)]
+        if None in parts:
+            return None
+        (qkv, q_at), (k_source, k_at), (v_source, v_at) = cast(Any, parts)
+        width = (h + cache.kv_heads) * d + cache.kv_heads * cache.value_dim
+        if not qkv is k_source is v_source or (q_at, k_at, v_at) != (0, h * d, (h + cache.kv_heads) * d):
+            return None
+        if qkv.shape != (b, s, width):
+            return None
+        operands = [x for x in (qkv, past, inv_freq, q_weight, k_weight) if x is not None]
+        at = len(operands)
+        desc = QkvToCache(self.isa, h, cache, rotary, q_weight is not None, q_eps, self.threads)
+        results = [
+            Result(keys.tensor, alias=at), Result(values.tensor, alias=at + 1), Result(TensorType(DType.F32, (b, s, h, d))),
+        ]  # fmt: skip
+        new_keys, new_values, new_q = self.call(node, desc, qkv_to_cache, [*operands, keys, values], results)
+        return new_q, new_keys, new_values
+
+
+def _rotary(node: Node, head_dim: int) -> Rotary:
+    a: Any = node.attrs
+    return Rotary(head_dim, 2 * node.inputs[2].shape[0], a.factor, a.interleaved)
+
+
+def _part(x: Value) -> tuple[Value, int] | None:
+    """The value of which ``x`` [b, s, h, d] is a run of last-axis elements, in heads; and where the run begins."""
+    heads = _made_by(x, "reshape")
+    cut = _made_by(heads.inputs[0], "slice") if heads is not None else None
+    if cut is None or heads is None:
+        return None
+    whole, a = cut.inputs[0], cast(Any, cut.attrs)
+    lead = len(whole.shape) - 1
+    whole_rows = all(equal(lo, 0) and equal(hi, n) for lo, hi, n in zip(a.starts[:lead], a.stops[:lead], whole.shape))
+    if lead != 2 or not whole_rows or set(a.steps) != {1} or not _known(a.starts[2]) or x.shape[:2] != whole.shape[:2]:
+        return None
+    return whole, a.starts[2]
+
+
+def _is_past_plus_iota(positions: Value, past: Value) -> bool:
+    """Whether ``positions`` [b, s] is past[:, None] + iota."""
+    total = _made_by(positions, "add")
+    if total is None:
+        return False
+    for start, steps in (total.inputs, total.inputs[::-1]):
+        column = _made_by(start, "reshape")
+        row = _made_by(steps, "reshape")
+        steps = row.inputs[0] if row is not None and row.output.shape == (1, positions.shape[1]) else steps
+        if column is not None and column.inputs[0] is past and column.output.shape == (past.shape[0], 1):
+            return _made_by(steps, "iota") is not None
+    return False
