@@ -35,6 +35,8 @@ class _Parser:
     def __init__(self, text: str, file: str) -> None:
         self.text, self.file = text, file
         self.tokens: list[tuple[str, str, int]] = []
+        self.unnamed: dict[str, Value] = {}
+        """Constants written as operands of the graph at hand, by the names they were given: the text may use those later."""
         at = 0
         while at < len(text):
             m = _TOKEN.match(text, at)
@@ -221,6 +223,7 @@ class _Parser:
         self.expect("graph")
         g = Graph(self.take("graph", "a graph name (@name)")[1:])
         env: dict[str, Value] = {}
+        self.unnamed = {}
         self.expect("(")
         while not self.accept(")"):
             name = self.value_name()
@@ -261,7 +264,9 @@ class _Parser:
         literal = self.scalar_literal()
         if literal is not None:
             op = op_named("constant")
-            return g.add_node(op, (), op.Attrs(value=literal)).output  # type: ignore[call-arg]
+            v = g.add_node(op, (), op.Attrs(value=literal)).output  # type: ignore[call-arg]
+            self.unnamed[v.name] = v
+            return v
         name = self.value_name()
         if name not in env:
             self.fail(f"%{name} is not defined before this use", at)
@@ -298,6 +303,11 @@ class _Parser:
                 attrs[key] = self.attr()
                 if self.word != "}":
                     self.expect(",")
+        for name, _, _ in outs:
+            if name in self.unnamed:
+                v = self.unnamed.pop(name)
+                g.rename(v, f"{name}.0")
+                self.unnamed[v.name] = v
         line = self.text.count("\n", 0, start) + 1
         loc = Loc(self.file, line)
         try:

@@ -69,16 +69,15 @@ def _unary(
     op_name: str, f: Callable[[Any], Any], grad: Callable[[Builder, Value, Value], Any] | None, doc: str,
     low: float = -2.0, high: float = 2.0,
 ) -> None:  # fmt: skip
-    """Registers a float function; ``grad(b, x, y)`` is dy/dx."""
+    """Registers a float function; ``grad(b, x, y)`` is dy/dx, None for a step function, whose gradient is zero."""
 
     def vjp(self: Op, b: Builder, node: Node, g: Value) -> Grads:
         return [b.mul(g, grad(b, node.inputs[0], node.output))] if grad else [None]
 
     body: dict[str, Any] = {
         "__doc__": doc, "name": op_name, "f": staticmethod(f), "low": low, "high": high, "differentiable": grad is not None,
+        "vjp": vjp,
     }  # fmt: skip
-    if grad:
-        body["vjp"] = vjp
     register(type(op_name.capitalize(), (Unary,), body))
 
 
@@ -273,8 +272,7 @@ class Div(Binary):
         return (q + ((q < 0) & (q * y != x))).astype(x.dtype)
 
     def vjp(self, b: Builder, node: Node, g: Value) -> Grads:
-        y, d = node.inputs[1], b.div(g, node.inputs[1])
-        del y
+        d = b.div(g, node.inputs[1])
         return _grad_pair(b, node, d, b.neg(b.mul(d, node.output)))
 
     def samples(self) -> Iterable[Sample]:
@@ -290,6 +288,9 @@ class FloorDiv(Binary):
 
     def reference(self, attrs: Attrs, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return np.floor_divide(wide(x), wide(y)).astype(x.dtype)
+
+    def vjp(self, b: Builder, node: Node, g: Value) -> Grads:
+        return [None, None]
 
     def samples(self) -> Iterable[Sample]:
         yield from _int_samples()

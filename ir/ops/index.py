@@ -280,7 +280,6 @@ class Sort(Op):
     """Elements along ``axis`` in ascending (or ``descending``) order; stable; NaN last."""
 
     name = "sort"
-    differentiable = False
 
     @dataclass(frozen=True)
     class Attrs(_op.Attrs):
@@ -295,6 +294,13 @@ class Sort(Op):
 
     def reference(self, attrs: Attrs, x: np.ndarray) -> np.ndarray:
         return np.take_along_axis(x, _order(x, attrs.axis, attrs.descending), attrs.axis)
+
+    def vjp(self, b: Builder, node: Node, g: Value) -> Sequence[Value | None]:
+        x, a = node.inputs[0], node.attrs
+        assert isinstance(a, Sort.Attrs)
+        _, at = b.top_k(x, k=x.shape[a.axis], axis=a.axis, largest=a.descending)
+        zeros = b.broadcast_to(b.constant(0.0, x.tensor.dtype), shape=x.shape)
+        return [b.scatter_along(zeros, at, g, axis=a.axis, reduce="add")]
 
     def samples(self) -> Iterable[Sample]:
         yield Sample([_x(2, 5)])

@@ -1,0 +1,219 @@
+"""One sweep over every operation: reference, decomposition, inferred types, text, refusals, gradients."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from wasat.ir import (
+    OPS, Array, Builder, DimError, DType, Graph, IRError, Op, QArray, Sample, TensorType, Type, Value, evaluate, parse,
+    parse_type, symbol, symbols_of, type_of, verify,
+)  # fmt: skip
+from wasat.ir.decompose import decompose
+from wasat.ir.graph import infer
+from wasat.ir.vjp import backward
+
+NAMES = sorted(OPS)
+DIFFERENTIABLE = [n for n in NAMES if OPS[n].differentiable]
+
+
+def arrays_of(sample: Sample) -> list[Array]:
+    return [x if isinstance(x, QArray) else np.asarray(x) for x in sample.inputs]
+
+
+def graph_of(op: Op, arrays: Sequence[Array], attrs: Any) -> tuple[Graph, dict[str, Array]]:
+    """A graph of one node, and what to feed it."""
+    g = Graph("g")
+    values = [g.add_input(f"x{i}", type_of(x)) for i, x in enumerate(arrays)]
+    out = Builder(g).emit(op, *values, **attrs)
+    g.set_outputs(list(out) if isinstance(out, tuple) else [out])
+    return g, {f"x{i}": x for i, x in enumerate(arrays)}
+
+
+def is_float(t: Type) -> bool:
+    return isinstance(t, TensorType) and t.dtype.is_float
+
+
+def assert_same(got: Array, want: Array, rtol: float = 0.0, atol: float = 0.0) -> None:
+    if isinstance(want, QArray):
+        assert isinstance(got, QArray)
+        assert got.type == want.type
+        assert_array_equal(got.values, want.values)
+        assert_array_equal(got.scales, want.scales)
+        return
+    assert isinstance(got, np.ndarray)
+    assert got.dtype == want.dtype
+    assert got.shape == want.shape
+    if DType.of(want.dtype).is_float:
+        assert_allclose(got.astype(np.float64), want.astype(np.float64), rtol=rtol, atol=atol)
+    else:
+        assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_is_documented_and_sampled(name: str) -> None:
+    op = OPS[name]
+    assert op.__doc__
+    assert list(op.samples())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reference_makes_what_infer_says(name: str) -> None:
+    for sample in OPS[name].samples():
+        g, feed = graph_of(OPS[name], arrays_of(sample), sample.attrs)
+        verify(g)
+        before = [x.values.copy() if isinstance(x, QArray) else x.copy() for x in feed.values()]
+        for v, x in zip(g.outputs, evaluate(g, feed)):
+            assert type_of(x) == v.type
+        for x, old in zip(feed.values(), before):  # operands are read only
+            assert_array_equal(x.values if isinstance(x, QArray) else x, old)
+
+
+NEEDS_KNOWN_SIZES = {
+    "rope": "a vector of known length",
+    "attention": "do not divide among",
+    "cached_attention": "do not divide among",
+    **dict.fromkeys(("random_bits", "random_uniform", "random_normal", "dropout"), "the key must be u32[2]"),
+}
+"""Operations that refuse some symbolic sizes, and how they say so."""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_infer_over_symbols_agrees_with_the_reference(name: str) -> None:
+    """Each size among the operands in turn becomes a symbol; the inferred types, bound again, are what the reference made."""
+    op = OPS[name]
+    for sample in op.samples():
+        arrays = arrays_of(sample)
+        g, feed = graph_of(op, arrays, sample.attrs)
+        results = evaluate(g, feed)
+        attrs = next(g.nodes).attrs
+        for size in sorted({d for x in arrays for d in x.shape if d > 1}):
+            env = {"n": size}
+            types = [_generalized(type_of(x), size) for x in arrays]
+            values = [Value(g, t, f"v{i}") for i, t in enumerate(types)]
+            try:
+                inferred, checks = infer(op, attrs, values, None)
+            except IRError as e:
+                assert NEEDS_KNOWN_SIZES.get(name, "(nothing)") in str(e)
+                continue
+            for t, x in zip(inferred, results):
+                assert t.substitute(env) == type_of(x)
+            for a, b in checks:
+                assert symbols_of([a, b]) == ("n",)
+
+
+def _generalized(t: Type, size: int) -> Type:
+    shape = tuple(symbol("n") if d == size else d for d in t.shape)
+    return t.with_shape(*shape) if isinstance(t, TensorType) else type(t)(t.scheme, shape, t.block, t.scale)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if OPS[n].is_composite])
+def test_decomposition_equals_reference(name: str) -> None:
+    for sample in OPS[name].samples():
+        g, feed = graph_of(OPS[name], arrays_of(sample), sample.attrs)
+        want = evaluate(g, feed)
+        names = [v.name for v in g.outputs]
+        once = g.clone()
+        decompose(once, lambda node: node.op.name != name)
+        decompose(g, lambda node: False)  # down to primitives
+        for h in (once, g):
+            verify(h)
+            assert [v.name for v in h.outputs if v.node] == [n for n, v in zip(names, h.outputs) if v.node]
+            assert not h.count(name)
+            for got, w in zip(evaluate(h, feed), want):
+                narrow = isinstance(w, np.ndarray) and w.dtype.itemsize <= 2 and DType.of(w.dtype).is_float
+                assert_same(got, w, max(sample.rtol, 2e-3) if narrow else sample.rtol, sample.atol)
+        assert not any(node.op.is_composite for node in g.nodes)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_text_round_trip(name: str) -> None:
+    for sample in OPS[name].samples():
+        g, feed = graph_of(OPS[name], arrays_of(sample), sample.attrs)
+        again = parse(str(g))
+        verify(again)
+        assert str(again) == str(g)
+        assert [n.attrs for n in again.nodes] == [n.attrs for n in g.nodes]
+        for got, want in zip(evaluate(again, feed), evaluate(g, feed)):
+            assert_same(got, want)
+
+
+WITHOUT_ERRORS = {"cast", "constant", "dim_size", "stop_gradient"}
+"""Operations that take whatever they are given."""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_errors_are_refused_with_their_message(name: str) -> None:
+    errors = list(OPS[name].errors())
+    assert bool(errors) != (name in WITHOUT_ERRORS)
+    for error in errors:
+        g = Graph("g")
+        values = [g.add_input(f"x{i}", parse_type(t)) for i, t in enumerate(error.types)]
+        with pytest.raises(IRError, match=re.escape(error.match)):
+            Builder(g).emit(OPS[name], *values, **error.attrs)
+        assert len(g) == 0  # a refused node leaves nothing behind
+        assert not any(v.uses for v in values)
+
+
+def wide(sample: Sample, op: Op) -> tuple[list[Array], dict[str, Any]]:
+    """The sample in f64, attributes included."""
+    arrays = [x.astype(np.float64) if is_float(type_of(x)) else x for x in arrays_of(sample)]  # type: ignore[union-attr]
+    attrs = dict(sample.attrs)
+    dtype = getattr(op.Attrs(**attrs), "dtype", None)
+    if isinstance(dtype, DType) and dtype.is_float:
+        attrs["dtype"] = "f64"
+    return arrays, attrs
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_gradient_equals_finite_differences(name: str) -> None:
+    op, checked = OPS[name], 0
+    for sample in op.samples():
+        arrays, attrs = wide(sample, op)
+        floats = [i for i, x in enumerate(arrays) if is_float(type_of(x))]
+        wrt = floats if sample.grad is None else list(sample.grad)
+        g, feed = graph_of(op, arrays, attrs)
+        outputs = [v for v in g.outputs if is_float(v.type)]
+        if not wrt or not outputs:
+            continue
+        rng = np.random.default_rng(0)
+        forward = g.clone()
+        forward.set_outputs([v for v in forward.outputs if is_float(v.type)])
+        seeds = [rng.standard_normal(v.tensor.concrete({})) for v in outputs]
+        b = Builder(g)
+        grads = backward(b, outputs, [b.constant(s) for s in seeds], [g.inputs[i] for i in wrt])
+        g.set_outputs([v if v is not None else b.constant(0.0) for v in grads], [f"d{i}" for i in wrt])
+        verify(g)
+        for i, got in zip(wrt, evaluate(g, feed)):
+            want = numeric(forward, feed, f"x{i}", seeds)
+            assert_allclose(np.broadcast_to(got, want.shape), want, rtol=1e-5, atol=1e-7, err_msg=f"{forward}d/dx{i}")
+            checked += want.size
+    assert checked, f"{name} says that it is differentiable, and no sample checks it"
+
+
+def numeric(g: Graph, feed: dict[str, Array], name: str, seeds: Sequence[np.ndarray], h: float = 1e-5) -> np.ndarray:
+    """Central differences of sum(outputs * seeds) by each element of input ``name``."""
+    x = feed[name]
+    assert isinstance(x, np.ndarray)
+    out = np.zeros_like(x)
+    for at in np.ndindex(x.shape):
+        ends = []
+        for step in (h, -h):
+            moved = x.copy()
+            moved[at] += step
+            results = evaluate(g, {**feed, name: moved})
+            ends.append(sum(float((r * s).sum()) for r, s in zip(results, seeds)))
+        out[at] = (ends[0] - ends[1]) / (2 * h)
+    return out
+
+
+def test_dimension_errors_become_type_errors() -> None:
+    g = Graph("g")
+    x = g.add_input("x", parse_type("f32[n, 3]"))
+    with pytest.raises(IRError, match=r"add\(%x: f32\[n, 3\], %x_1: f32\[n, 4\]\)") as e:
+        Builder(g).add(x, g.add_input("x_1", parse_type("f32[n, 4]")))
+    assert not isinstance(e.value, DimError)

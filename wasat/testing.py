@@ -1,0 +1,206 @@
+"""For tests of graphs and passes: random graphs, and inputs for any graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from wasat.ir import Array, Builder, DimLike, DType, Graph, QTensorType, TensorType, Value, symbol
+from wasat.ir.ops.quant import quantize_array
+
+__all__ = ["feed", "random_graph"]
+
+
+def feed(graph: Graph, dims: Mapping[str, int], seed: int = 0) -> dict[str, Array]:
+    """Random inputs for ``graph`` at a binding of its symbols, parameters not included.
+
+    Floats are standard normal, booleans even, integers 0..3 (so that they can index any axis of four or more), but u32 and
+    u64, which are keys or bits, take every value. Raises DimError for a symbol that ``dims`` leaves out.
+    """
+    rng = np.random.default_rng(seed)
+    return {v.name: _random_array(rng, v.type.substitute(dims)) for v in graph.inputs}
+
+
+def _random_array(rng: np.random.Generator, t: TensorType | QTensorType) -> Array:
+    if isinstance(t, QTensorType):
+        dense = TensorType(DType.F32, t.shape)
+        return quantize_array(rng.standard_normal(dense.concrete({}), np.float32), t)
+    shape = t.concrete({})
+    if t.dtype is DType.BOOL:
+        return rng.random(shape) < 0.5
+    if t.dtype.is_float:
+        return np.asarray(rng.standard_normal(shape)).astype(t.dtype.np)
+    high = 2**t.dtype.bits if t.dtype in (DType.U32, DType.U64) else 4
+    return np.asarray(rng.integers(0, high, shape, np.uint64)).astype(t.dtype.np)
+
+
+def random_graph(rng: np.random.Generator, nodes: int = 20, name: str = "random") -> Graph:
+    """A graph of about ``nodes`` steps over symbols ``b`` and ``s``, valid for every binding of at least 1.
+
+    It has float, integer and boolean inputs, parameters, constants, operations of every family, values used many times and
+    values not used at all. Floats stay moderate, and only integers are compared, so that a rewrite which rounds
+    differently changes results slightly and never by a jump.
+    """
+    return _Growth(rng, name).grow(nodes)
+
+
+class _Growth:
+    """A random graph in the making: each step applies something to values that exist."""
+
+    def __init__(self, rng: np.random.Generator, name: str) -> None:
+        self.rng, self.graph = rng, Graph(name)
+        self.b = Builder(self.graph)
+        b, s = symbol("b"), symbol("s")
+        add = self.graph.add_input
+        self.floats = [add("x", TensorType(DType.F32, (b, s, 4))), add("y", TensorType(DType.F32, (s, 4)))]
+        self.floats.append(self.graph.add_param("layer.bias", TensorType(DType.F32, (4,))))
+        self.ints = [add("ids", TensorType(DType.I64, (b, s)))]
+        self.masks = [add("keep mask", TensorType(DType.BOOL, (b, s, 1)))]  # a name that has to be quoted
+
+    def grow(self, nodes: int) -> Graph:
+        steps: list[Callable[[], None]] = [
+            self.unary, self.unary, self.binary, self.binary, self.scalar, self.normalize, self.reduce, self.transpose,
+            self.reshape, self.part, self.join, self.product, self.linear, self.look_up, self.integers, self.choose, self.top,
+            self.again,
+        ]  # fmt: skip
+        for _ in range(nodes):
+            steps[self.below(len(steps))]()
+        every = [*self.floats, *self.ints, *self.masks]
+        outputs = [self.floats[-1], *(self.pick(every) for _ in range(self.below(3)))]
+        self.graph.set_outputs(outputs, [f"out{i}" for i in range(len(outputs))])
+        return self.graph
+
+    # -- choices -----------------------------------------------------------------------------------------------------------
+    def below(self, n: int) -> int:
+        return int(self.rng.integers(n))
+
+    def pick(self, values: list[Value]) -> Value:
+        return values[self.below(len(values))]
+
+    def float(self, rank: int = 0) -> Value:
+        """Any float value of at least ``rank`` axes."""
+        return self.pick([v for v in self.floats if len(v.shape) >= rank])
+
+    def axis(self, x: Value) -> int:
+        return self.below(len(x.shape))
+
+    # -- steps -------------------------------------------------------------------------------------------------------------
+    def unary(self) -> None:
+        names = ["neg", "abs", "tanh", "sin", "cos", "sigmoid", "silu", "relu", "softplus", "gelu", "erf", "stop_gradient"]
+        self.floats.append(self.b.emit(names[self.below(len(names))], self.float()))
+
+    def binary(self) -> None:
+        x = self.float()
+        y = self.pick([v for v in self.floats if v.shape in (x.shape, x.shape[1:], x.shape[-1:])])
+        name = ["add", "sub", "mul", "maximum", "minimum"][self.below(5)]
+        if name == "mul":
+            y = self.b.tanh(y)  # products of products would overflow
+        self.floats.append(self.b.emit(name, *((x, y) if self.below(2) else (y, x))))
+
+    def scalar(self) -> None:
+        name = ["add", "sub", "mul", "div"][self.below(4)]
+        number = [1.0, 0.5, 2.0, -1.0][self.below(4)] if name in ("mul", "div") else [0.0, 1.0, -0.25][self.below(3)]
+        self.floats.append(self.b.emit(name, self.float(), number))
+
+    def normalize(self) -> None:
+        x = self.float(1)
+        match self.below(3):
+            case 0:
+                y = self.b.softmax(x, axis=self.axis(x))
+            case 1:
+                y = self.b.rms_norm(x, eps=0.1)
+            case _:
+                y = self.b.layer_norm(x, eps=0.1)
+        self.floats.append(y)
+
+    def reduce(self) -> None:
+        x = self.float(2)
+        name = ["reduce_sum", "reduce_mean", "reduce_max", "logsumexp"][self.below(4)]
+        y = self.b.emit(name, x, axes=(self.axis(x),), keepdims=bool(self.below(2)))
+        self.floats.append(self.b.tanh(y))
+
+    def transpose(self) -> None:
+        x = self.float(2)
+        self.floats.append(self.b.transpose(x, perm=tuple(int(i) for i in self.rng.permutation(len(x.shape)))))
+
+    def reshape(self) -> None:
+        x = self.float(1)
+        at = self.axis(x)
+        if self.below(2) or at == 0:
+            shape: tuple[DimLike, ...] = (*x.shape[:at], 1, *x.shape[at:]) if len(x.shape) < 4 else x.shape
+        else:
+            shape = (*x.shape[: at - 1], x.shape[at - 1] * x.shape[at], *x.shape[at + 1 :])
+        self.floats.append(self.b.reshape(x, shape=shape))
+
+    def part(self) -> None:
+        x = self.float(1)
+        at, zeros = self.axis(x), (0,) * len(x.shape)
+        step = 1 + self.below(2)
+        if self.below(2):
+            low = tuple(int(i == at) for i in range(len(x.shape)))
+            y = self.b.pad(x, low=low, high=zeros, value=0.5)
+            x = self.b.slice(y, starts=zeros, stops=x.shape)
+        steps = tuple(step if i == at else 1 for i in range(len(x.shape)))
+        y = self.b.slice(x, starts=zeros, stops=x.shape, steps=steps)
+        self.floats.append(self.b.reverse(y, axes=(at,)) if self.below(2) else y)
+
+    def join(self) -> None:
+        x = self.float(1)
+        y = self.pick([v for v in self.floats if v.shape == x.shape])
+        self.floats.append(self.b.concat(x, y, axis=self.axis(x)))
+
+    def product(self) -> None:
+        x = self.b.tanh(self.float(2))
+        rank = len(x.shape)
+        y = self.b.transpose(x, perm=(*range(rank - 2), rank - 1, rank - 2))
+        self.floats.append(self.b.tanh(self.b.matmul(x, y)))
+
+    def linear(self) -> None:
+        x = self.float(1)
+        k = x.shape[-1]
+        if isinstance(k, int):
+            w = self.graph.add_param(f"layers.{self.below(3)}.w{k}", TensorType(DType.F32, (4, k)))
+            self.floats.append(self.b.linear(x, w))
+
+    def look_up(self) -> None:
+        table = self.graph.add_param("table", TensorType(DType.F32, (4, 4)))
+        ids = self.b.mod(self.pick(self.ints), 4)
+        self.floats.append(self.b.embedding(table, ids) if self.below(2) else self.b.gather(table, ids, axis=0))
+
+    def integers(self) -> None:
+        b, x = self.b, self.pick(self.ints)
+        match self.below(4):
+            case 0:
+                self.ints.append(b.add(x, self.below(3)))
+            case 1:
+                self.ints.append(b.sub(b.floor_div(x, 2), b.dim_size(size=symbol("s"))))
+            case 2:
+                self.floats.append(b.tanh(b.cast(x, dtype="f32")))
+            case _:
+                self.ints.append(b.minimum(x, b.constant(np.array([3]))))
+
+    def choose(self) -> None:
+        """A causal or windowed mask over positions, or the given one, between two values."""
+        b, x = self.b, self.float(2)
+        rows, columns = x.shape[-2:]
+        row, column = b.reshape(b.iota(size=rows), shape=(rows, 1)), b.iota(size=columns)
+        mask = b.less_equal(column, row)
+        if self.below(2):
+            mask = b.logical_and(mask, b.less(b.sub(row, column), 2))
+        self.masks.append(mask)
+        if self.below(2) and len(x.shape) == 3 and x.shape[:2] == self.masks[0].shape[:2]:
+            mask = b.logical_or(mask, self.masks[0])
+        other = self.pick([v for v in self.floats if v.shape == x.shape])
+        self.floats.append(b.select(mask, x, other if self.below(2) else -1.0))
+
+    def top(self) -> None:
+        x = self.float(1)
+        if isinstance(x.shape[-1], int) and x.shape[-1] > 1:
+            self.floats.append(self.b.top_k(x, k=2)[0])
+
+    def again(self) -> None:
+        """A node once more, for common subexpressions."""
+        made = [n for n in self.graph.nodes if len(n.outputs) == 1 and n.output in self.floats]
+        if made:
+            n = made[self.below(len(made))]
+            self.floats.append(self.graph.add_node(n.op, n.inputs, n.attrs).output)
