@@ -1,0 +1,89 @@
+"""Random configurations of each family, saved by transformers on the spot: the interpreter's logits equal its own.
+
+Runs where torch and transformers are installed: ``make parity``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from wasat.frontend import FAMILIES, from_pretrained
+from wasat.ir import evaluate
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+def _rope(rng: np.random.Generator) -> dict[str, Any]:
+    kinds: list[dict[str, Any]] = [
+        {"rope_type": "default"},
+        {"rope_type": "linear", "factor": 4.0},
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+         "original_max_position_embeddings": 32},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+        {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16, "beta_fast": 16.0, "beta_slow": 2.0,
+         "truncate": False},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "attention_factor": 0.8},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "mscale": 0.7, "mscale_all_dim": 1.2},
+    ]  # fmt: skip
+    return {**kinds[rng.integers(len(kinds))], "rope_theta": float(rng.choice([100.0, 1e4, 1e6]))}
+
+
+def random_config(family: str, rng: np.random.Generator) -> dict[str, Any]:
+    """Keyword arguments of ``AutoConfig.for_model``."""
+
+    def coin() -> bool:
+        return bool(rng.integers(2))
+
+    def one_of(*values: int) -> int:
+        return int(rng.choice(values))
+
+    layers, groups = one_of(2, 3, 7), one_of(1, 2, 3)
+    config: dict[str, Any] = {
+        "model_type": family, "vocab_size": one_of(50, 96), "hidden_size": 24 * one_of(1, 2),
+        "intermediate_size": one_of(20, 72), "num_hidden_layers": layers, "num_attention_heads": groups * one_of(1, 2),
+        "num_key_value_heads": groups, "max_position_embeddings": 128, "rms_norm_eps": 10.0 ** -one_of(2, 5, 6),
+        "tie_word_embeddings": coin(), "head_dim": one_of(8, 12, 32), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    }  # fmt: skip
+    if family == "gemma3_text":
+        types = [SLIDING if coin() else FULL for _ in range(layers)] if coin() else None
+        config |= {
+            "query_pre_attn_scalar": one_of(4, 10, 24), "sliding_window": one_of(1, 5, 9), "layer_types": types,
+            "rope_parameters": {SLIDING: _rope(rng), FULL: _rope(rng)}, "attention_bias": coin(),
+            "final_logit_softcapping": 4.0 if coin() else None,
+        }  # fmt: skip
+        return config
+    config |= {"rope_parameters": _rope(rng), "hidden_act": str(rng.choice(["silu", "gelu", "gelu_pytorch_tanh", "relu"]))}
+    if family in ("llama", "qwen3"):
+        config["attention_bias"] = coin()
+    if family == "llama":
+        config["mlp_bias"] = coin()
+    if family == "mistral":
+        config["sliding_window"] = one_of(1, 5, 9) if coin() else None
+    if family in ("qwen2", "qwen3"):
+        config |= {"use_sliding_window": coin(), "sliding_window": one_of(1, 5, 9), "max_window_layers": one_of(0, 1, 9)}
+    return config
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits(tmp_path: Path, family: str, seed: int) -> None:
+    rng = np.random.default_rng([list(FAMILIES).index(family), seed])
+    config = transformers.AutoConfig.for_model(**random_config(family, rng), dtype="float32")
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    noise = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        spread = p.shape[-1] ** -0.5 if p.ndim == 2 else 0.3
+        p.data = spread * torch.randn(p.shape, generator=noise) + float(p.ndim == 1 and family != "gemma3_text")
+    model.save_pretrained(tmp_path, max_shard_size=["1GB", "20KB"][seed % 2])
+    ids = rng.integers(0, config.vocab_size, (2, 40))
+    with torch.no_grad():
+        want = model(torch.from_numpy(ids)).logits.numpy()
+    program = from_pretrained(tmp_path)
+    got = evaluate(program["forward"], {"tokens": ids}, {k: p.load() for k, p in program.params.items()})[0]
+    assert float(np.abs(got - want).max()) <= 1e-4
