@@ -10,9 +10,9 @@
         def build(self, b, m):
             return b.silu(m["x"])
 
-The engine tries both orders of commutative operands, refuses matches whose inner values are used elsewhere or whose replacement has
-another type, keeps the name and the line of what was replaced, and says for every ``landmark`` operation that it leaves how far the
-pattern got and what stopped it.
+The engine tries both orders of commutative operands, refuses matches whose inner values are used elsewhere or whose
+replacement has another type, keeps the name and the line of what was replaced, and says for every ``landmark`` operation
+that it leaves what stopped the attempt that got farthest.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ class Rewrite(GraphPass):
             if reason is not None:
                 attempt.note(state, reason)
                 continue
-            replace(graph, old, new)
+            replace(graph, old, new, rename=new.node in between(last, node.prev))
             remarks.applied(f"%{new.name} = {new.node.op.name if new.node is not None else 'input'}", new)
             return True
         return False
@@ -199,16 +199,25 @@ def _erase_back(graph: Graph, node: Node | None, stop: Node | None) -> None:
         node = before
 
 
-def replace(graph: Graph, old: Value, new: Value) -> None:
-    """``new`` takes the uses and the name of ``old``; what nobody reads any more goes."""
+def replace(graph: Graph, old: Value, new: Value, rename: bool = True) -> None:
+    """``new`` takes the uses and (``rename``) the name of ``old``; what nobody reads any more goes."""
     if new is old:
         return
     graph.replace_uses(old, new)
     name = old.name
     if old.node is not None:
         erase_dead(graph, old.node)
-        if old.node.erased and new.node is not None and new.node.op.name != "constant":
+        if rename and old.node.erased and new.node is not None and new.node.op.name != "constant":
             graph.rename(new, name)
+
+
+def between(first: Node | None, last: Node | None) -> set[Node]:
+    """The nodes after ``first``, up to and including ``last``."""
+    found = set()
+    while last is not None and last is not first:
+        found.add(last)
+        last = last.prev
+    return found
 
 
 def erase_dead(graph: Graph, node: Node) -> None:

@@ -1,0 +1,351 @@
+"""softmax(q kᵀ · scale, softcapped, masked) v -> attention(q, k, v[, mask]), however it was written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from wasat.ir import Builder, DimLike, Graph, Node, Value, equal
+
+from .core import GraphPass, Remarks
+from .mask import Mask, analyze, is_fill
+from .pattern import erase_dead, number_of
+from .views import Atom, View, arrange, product, trivial, view_of
+
+
+class Miss(Exception):
+    """The guard that failed."""
+
+
+@dataclass
+class _Scores:
+    """What stands between a softmax and the product of queries and keys."""
+
+    softmax: Node
+    product: Node
+    scale: float
+    softcap: float | None
+    mask: Mask
+    additive: list[tuple[Value, float]]
+    """Float masks, each with the number that multiplies it."""
+    shape: tuple[DimLike, ...]
+
+
+@dataclass(frozen=True)
+class FuseAttention(GraphPass):
+    """Recognizes attention at every softmax; each one that stays is reported with the guard that failed.
+
+    Takes multi-head, grouped (by repetition or broadcast of heads) and multi-query attention in any order of axes; a scale on
+    scores, queries or keys; softcap; causal and window predicates over positions in any spelling, which become attributes;
+    other masks, boolean or additive, which stay operands; a softmax in a wider type.
+    """
+
+    name = "fuse-attention"
+
+    def run_graph(self, graph: Graph, remarks: Remarks) -> bool:
+        changed = False
+        for node in graph.nodes:
+            if node.op.name != "softmax":
+                continue
+            try:
+                fused = _fuse(graph, node)
+            except Miss as e:
+                remarks.missed(f"%{node.output.name} = softmax stays unfused: {e}", node)
+                continue
+            changed = True
+            remarks.applied(_describe(fused), fused)
+        return changed
+
+
+def _describe(v: Value) -> str:
+    assert v.node is not None
+    a, (q, k) = v.node.attrs, v.node.inputs[:2]
+    what = [f"{q.shape[2]} heads over {k.shape[2]}", f"scale {a.scale:g}"]  # type: ignore[attr-defined]
+    what += ["causal"] if a.causal else []  # type: ignore[attr-defined]
+    what += [f"window {a.window}"] if a.window is not None else []  # type: ignore[attr-defined]
+    what += [f"softcap {a.softcap:g}"] if a.softcap is not None else []  # type: ignore[attr-defined]
+    what += ["a mask operand"] if len(v.node.inputs) > 3 else []
+    return f"%{v.name} = attention: {', '.join(what)}"
+
+
+def _only_use(graph: Graph, v: Value) -> Node:
+    """The one node that reads ``v``; Miss if others do, or the caller of the graph."""
+    if graph.is_output(v):
+        raise Miss(f"%{v.name} is also an output of the graph")
+    users = v.users
+    if len(users) != 1 or len(v.uses) != 1:
+        raise Miss(f"%{v.name} is also used outside the match")
+    return users[0]
+
+
+def _passes(node: Node) -> bool:
+    """Whether scores stay scores: a cast between floats, or a reshape that only regroups heads."""
+    if node.op.name == "cast":
+        return node.inputs[0].tensor.dtype.is_float and node.output.tensor.dtype.is_float
+    if node.op.name != "reshape":
+        return False
+    a, b = node.inputs[0].shape, node.output.shape
+    if len(a) < 2 or len(b) < 2 or any(equal(x, y) is not True for x, y in zip(a[-2:], b[-2:])):
+        return False
+    return len(a) > 2 and len(b) > 2 and equal(a[0], b[0]) is True
+
+
+def _reaches_product(v: Value, depth: int = 12) -> bool:
+    """Whether a matrix product stands above ``v``, within the operations that scores pass through."""
+    n = v.node
+    if n is None or depth == 0:
+        return False
+    if n.op.name == "matmul":
+        return True
+    through = {"cast": (0,), "reshape": (0,), "tanh": (0,), "div": (0,), "mul": (0, 1), "add": (0, 1), "select": (1, 2)}
+    return any(_reaches_product(n.inputs[i], depth - 1) for i in through.get(n.op.name, ()))
+
+
+def _scores(graph: Graph, softmax: Node) -> _Scores:
+    """Walks up from the softmax to the product of queries and keys."""
+    x = softmax.inputs[0]
+    rank = len(x.shape)
+    axis = softmax.attrs.axis  # type: ignore[attr-defined]
+    if rank < 2 or axis != rank - 1:
+        raise Miss(f"softmax axis is {axis}, not the key axis {rank - 1}")
+    factor, softcap = 1.0, None
+    mask, additive = Mask(), []
+    while True:
+        node = x.node
+        if node is None:
+            raise Miss(f"%{x.name} is an input: there is no product of queries and keys above the softmax")
+        _only_use(graph, x)
+        name, shape = node.op.name, x.shape
+        if name == "matmul":
+            return _Scores(softmax, node, factor, softcap, mask, additive, shape)
+        if _passes(node):
+            x = node.inputs[0]
+        elif name == "select":
+            x = _selected(node, shape, mask, additive, factor, softcap)
+        elif name in ("mul", "div") and (step := _number_operand(node)) is not None:
+            x, c = step
+            inner = x.node
+            if name == "mul" and inner is not None and inner.op.name == "tanh" and softcap is None:
+                if factor != 1.0 or additive or c <= 0:
+                    raise Miss(f"{node!r}: a factor is applied after the softcap")
+                _only_use(graph, x)
+                softcap, factor, x = c, c, inner.inputs[0]
+            else:
+                factor *= c
+        elif name == "add":
+            x = _added(node, shape, mask, additive, factor, softcap)
+        else:
+            raise Miss(f"%{x.name} is {name}; between softmax and q @ k stand only scale, softcap, mask and casts")
+
+
+def _number_operand(node: Node) -> tuple[Value, float] | None:
+    """``(x, c)`` for x * c, c * x, x / c of x's own shape."""
+    a, b = node.inputs
+    c = number_of(b)
+    if c is None and node.op.name == "mul":
+        a, c = b, number_of(a)
+    if c is None or a.shape != node.output.shape or (node.op.name == "div" and c == 0):
+        return None
+    return a, (c if node.op.name == "mul" else 1 / c)
+
+
+def _before_softcap(node: Node, softcap: float | None) -> None:
+    if softcap is not None:
+        raise Miss(f"{node!r}: the mask is inside the softcap")
+
+
+def _selected(
+    node: Node, shape: Sequence[DimLike], mask: Mask, additive: list[tuple[Value, float]], factor: float, softcap: float | None
+) -> Value:
+    """select(keep, scores, -inf), or the other way round: notes the mask, returns the scores."""
+    condition, yes, no = node.inputs
+    keep = is_fill(no) is not None
+    fill = is_fill(no) if keep else is_fill(yes)
+    scores = yes if keep else no
+    if fill is None:
+        raise Miss(f"{node!r}: neither choice is minus infinity")
+    if scores.shape != node.output.shape:
+        raise Miss(f"{node!r}: the scores are broadcast by the mask")
+    _before_softcap(node, softcap)
+    if factor <= 0:
+        raise Miss(f"{node!r}: the mask is multiplied by {factor:g}")
+    _meet(node, mask, analyze(condition, shape, keep), fill)
+    return scores
+
+
+def _meet(node: Node, mask: Mask, found: Mask, fill: float) -> None:
+    if found.operands and fill != float("-inf"):
+        # a row that keeps nothing is uniform under a finite number and zero under -inf: only -inf may become a boolean mask
+        raise Miss(f"{node!r}: a mask that is data fills with {fill:g}; use -inf")
+    mask.meet(found)
+
+
+def _added(
+    node: Node, shape: Sequence[DimLike], mask: Mask, additive: list[tuple[Value, float]], factor: float, softcap: float | None
+) -> Value:
+    """scores + mask: notes the mask, returns the scores."""
+    a, b = node.inputs
+    if _reaches_product(a) == _reaches_product(b):
+        raise Miss(f"{node!r}: cannot tell the scores from the mask")
+    scores, addend = (a, b) if _reaches_product(a) else (b, a)
+    if scores.shape != node.output.shape:
+        raise Miss(f"{node!r}: the scores are broadcast by the mask")
+    _before_softcap(node, softcap)
+    choice = _choice(addend)
+    if choice is not None and factor > 0:
+        condition, keep, fill = choice
+        _meet(node, mask, analyze(condition, shape, keep), fill)
+    else:
+        additive.append((addend, factor))
+    return scores
+
+
+def _choice(v: Value) -> tuple[Value, bool, float] | None:
+    """``(condition, keep, fill)`` if ``v`` is 0 where kept and minus infinity elsewhere."""
+    n = v.node
+    while n is not None and n.op.name in ("cast", "reshape", "broadcast_to") and n.inputs[0].shape[-2:] == v.shape[-2:]:
+        n = n.inputs[0].node
+    if n is None or n.op.name != "select":
+        return None
+    condition, yes, no = n.inputs
+    for zero, fill, keep in ((yes, no, True), (no, yes, False)):
+        x = is_fill(fill)
+        if number_of(zero) == 0 and x is not None:
+            return condition, keep, x
+    return None
+
+
+@dataclass
+class _Heads:
+    """Keys or values: the view, and its atoms by meaning."""
+
+    view: View
+    batch: list[Atom]
+    heads: list[Atom]
+    rows: list[Atom]
+    columns: list[Atom]
+
+    def arranged(self, b: Builder, transposed: bool) -> Value:
+        """[batch, position, head, feature]."""
+        positions, features = (self.columns, self.rows) if transposed else (self.rows, self.columns)
+        return arrange(b, self.view, (self.batch, positions, self.heads, features))
+
+
+def _operand(v: Value, lead: Sequence[DimLike], what: str, scales: bool) -> _Heads:
+    """An operand [*lead, rows, columns] of a batched matrix product: its heads, repetitions taken away."""
+    view = view_of(v, scales)
+    if what == "q" and any(a.broadcast for axis in view.axes for a in axis):
+        view = trivial(v)
+    extra = len(lead) - (len(v.shape) - 2)
+    axes: list[list[Atom]] = []
+    for i, d in enumerate(lead):
+        own = view.axes[i - extra] if i >= extra else []
+        missing = d != 1 and (i < extra or v.shape[i - extra] == 1)
+        axes.append([Atom(d, broadcast=True)] if missing else own)
+    batch, heads = (axes[0] if axes else []), [a for axis in axes[1:] for a in axis]
+    rows, columns = view.axes[-2], view.axes[-1]
+    if any(a.broadcast for a in batch):
+        raise Miss(f"%{v.name} ({what}) broadcasts over the batch")
+    if any(a.broadcast for a in (*rows, *columns)):
+        raise Miss(f"%{v.name} ({what}) broadcasts over positions or features")
+    data = [i for i, a in enumerate(heads) if not a.broadcast]
+    if data and data != list(range(len(data))):
+        groups = product([heads[i] for i in data])
+        raise Miss(f"%{v.name} ({what}): query head i reads head i mod {groups}, where attention takes consecutive ones")
+    if what == "q" and len(data) != len(heads):
+        raise Miss(f"%{v.name} (q) broadcasts over heads")
+    return _Heads(view, batch, heads[: len(data)], rows, columns)
+
+
+def _values(graph: Graph, softmax: Node) -> Node:
+    """Walks down from the softmax to its product with the values."""
+    y = softmax.output
+    while True:
+        node = _only_use(graph, y)
+        if node.op.name == "matmul" and node.inputs[0] is y:
+            return node
+        if _passes(node):
+            y = node.output
+            continue
+        raise Miss(f"%{y.name} goes into {node.op.name}, not into a product with the values")
+
+
+def _fuse(graph: Graph, softmax: Node) -> Value:
+    s = _scores(graph, softmax)
+    last = _values(graph, softmax)
+    lead, out = s.product.output.shape[:-2], last.output
+    if not lead or len(out.shape) < 3:
+        raise Miss("scores without a batch axis")
+    if equal(lead[0], out.shape[0]) is not True:
+        raise Miss(f"the batch is {lead[0]} in the scores and {out.shape[0]} in the result")
+    q = _operand(s.product.inputs[0], lead, "q", True)
+    k = _operand(s.product.inputs[1], lead, "k", True)
+    v = _operand(last.inputs[1], out.shape[:-2], "v", False)
+    if equal(product(k.heads), product(v.heads)) is not True:
+        raise Miss(f"{product(k.heads)} key heads and {product(v.heads)} value heads")
+    dtypes = {x.view.base.tensor.dtype for x in (q, k, v)}
+    if len(dtypes) != 1:
+        raise Miss(f"q, k and v are {', '.join(str(x.view.base.tensor.dtype) for x in (q, k, v))}")
+    mask = _mask_parts(s)
+    b = Builder(graph, before=last, loc=softmax.loc)
+    operands = [q.arranged(b, False), k.arranged(b, True), v.arranged(b, False)]
+    if mask:
+        operands.append(_emit_mask(b, mask, operands[0].tensor.dtype))
+    y = b.attention(
+        *operands, scale=s.scale * q.view.scale * k.view.scale, causal=s.mask.causal, window=s.mask.window, softcap=s.softcap,
+        name="attention",
+    )  # fmt: skip
+    n, rows, heads, width = out.shape[0], out.shape[-2], out.shape[1:-2], out.shape[-1]
+    r = len(heads)
+    z = b.reshape(y, shape=(n, rows, *heads, width))
+    z = b.transpose(z, perm=(0, *range(2, 2 + r), 1, 2 + r))
+    graph.replace_uses(out, z)
+    erase_dead(graph, last)
+    return y  # type: ignore[no-any-return]
+
+
+@dataclass
+class _MaskPart:
+    """One mask that stays data: boolean (perhaps negated) or additive (times a number); ``shape``: of the scores."""
+
+    value: Value
+    shape: tuple[DimLike, ...]
+    negate: bool = False
+    factor: float = 1.0
+
+
+def _mask_parts(s: _Scores) -> list[_MaskPart]:
+    """The masks that stay data, checked; nothing is emitted yet."""
+    shape = s.softmax.inputs[0].shape
+    parts = [_MaskPart(v, shape, negate=n) for v, n in s.mask.operands] + [_MaskPart(v, shape, factor=f) for v, f in s.additive]
+    dtype = s.product.output.tensor.dtype
+    for p in parts:
+        own = (1,) * (len(shape) - len(p.value.shape)) + tuple(p.value.shape)
+        heads = own[1:-2]
+        if any(d != 1 for d in heads) and any(equal(a, c) is not True for a, c in zip(heads, shape[1:-2])):
+            raise Miss(f"the mask %{p.value.name} is broadcast over some of the axes that make up the heads")
+        if p.value.tensor.dtype.is_float and p.value.tensor.dtype is not dtype:
+            raise Miss(f"the mask %{p.value.name} is {p.value.tensor.dtype}, queries and keys are {dtype}")
+    return parts
+
+
+def _emit_mask(b: Builder, parts: list[_MaskPart], dtype: object) -> Value:
+    """One operand, [batch | 1, heads | 1, queries | 1, keys | 1]."""
+    keep: Value | None = None
+    total: Value | None = None
+    for p in parts:
+        own = (1,) * (len(p.shape) - len(p.value.shape)) + tuple(p.value.shape)
+        heads: DimLike = 1
+        for d in own[1:-2]:
+            heads = heads * d
+        m = b.reshape(p.value, shape=(own[0], heads, *own[-2:]))
+        if p.value.tensor.dtype.is_float:
+            m = m if p.factor == 1.0 else b.mul(m, p.factor)
+            total = m if total is None else b.add(total, m)
+        else:
+            m = b.logical_not(m) if p.negate else m
+            keep = m if keep is None else b.logical_and(keep, m)
+    if total is None:
+        assert keep is not None
+        return keep
+    return total if keep is None else b.select(keep, total, b.constant(float("-inf"), dtype))  # type: ignore[no-any-return]
