@@ -126,7 +126,11 @@ def _made_by(v: Value, op: str) -> Node | None:
 
 
 class _Selection:
-    """Replaces the operations of one graph, in order, by kernel calls."""
+    """Replaces the operations of one graph by kernel calls.
+
+    Users come before what they use, so that a kernel takes up what precedes it before that is selected by itself; matrices come
+    last, when it is settled who quantizes their rows.
+    """
 
     def __init__(self, graph: Graph, isa: Isa, threads: int, cache: CacheType, states: Mapping[str, State]) -> None:
         self.graph, self.isa, self.threads, self.cache, self.states = graph, isa, threads, cache, states
@@ -135,15 +139,31 @@ class _Selection:
         """Rows of a value quantized for the integer linears, where some kernel has made them."""
 
     def run(self) -> None:
-        for node in list(self.graph.nodes):
-            select = getattr(self, f"_{node.op.name}", None)
-            if select is not None:
-                select(node)
+        rows: dict[str, Callable[[Node], None]] = {
+            "rms_norm": self._rms_norm, "layer_norm": self._layer_norm, "glu": self._glu, "rope": self._rope,
+            "attention": self._attention, "cached_attention": self._cached_attention,
+        }  # fmt: skip
+        matrices: dict[str, Callable[[Node], None]] = {
+            "linear": self._linear, "quantized_linear": self._quantized_linear,
+            "embedding": self._embedding, "quantized_embedding": self._embedding,
+        }  # fmt: skip
         for node in self.graph.nodes_reversed:
-            if not any(v.uses or self.graph.is_output(v) for v in node.outputs):
-                self.graph.erase(node)
+            if not self._erased(node) and node.op.name in rows:
+                rows[node.op.name](node)
+        for node in self.graph.nodes:
+            if node.op.name in matrices:
+                matrices[node.op.name](node)
+        for node in self.graph.nodes_reversed:
+            self._erased(node)
         for v in self.graph.inputs:
             self._check_state(v)
+
+    def _erased(self, node: Node) -> bool:
+        """Erases a node that nothing reads."""
+        unused = not any(v.uses or self.graph.is_output(v) for v in node.outputs)
+        if unused:
+            self.graph.erase(node)
+        return unused
 
     def call(
         self, at: Node, desc: Any, build: Callable[[Any], Any], operands: Sequence[Value], results: Sequence[Result],
@@ -152,7 +172,9 @@ class _Selection:
         """A kernel call before ``at``; returns its results."""
         op = KernelCall(desc, build, results, shapes or {}, layouts or {})
         names = [at.outputs[min(i, len(at.outputs) - 1)].name for i in range(len(results))]
-        return self.graph.add_node(op, operands, Attrs(), before=at, loc=at.loc, names=names).outputs
+        node = self.graph.add_node(op, operands, Attrs(), before=at, loc=at.loc, names=names)
+        self.order[node] = self.order.get(at, -1)
+        return node.outputs
 
     def rows(self, v: Value) -> tuple[DimLike, int]:
         """The shape [m, n] of ``v`` with all axes but the last as one."""
@@ -247,8 +269,6 @@ class _Selection:
         desc = Embedding(self.isa, n, k, panels.weights, scale, self.threads)
         [y] = self.call(node, desc, embedding, [ids, w], [Result(out.tensor, (m, k))], {0: (m,)}, {1: panels})
         self.graph.replace_uses(out, y)
-
-    _quantized_embedding = _embedding
 
     # -- rows ---------------------------------------------------------------------------------------------------------------
     def _rms_norm(self, node: Node) -> None:

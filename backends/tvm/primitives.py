@@ -10,11 +10,13 @@ import numpy as np
 from tvm import relax, te, tirx
 from tvm.script import tirx as T
 from wasat.ir import DType, IRError, Node, QArray, QTensorType, TensorType, Type
+from wasat.ir.ops.random import PARITY, ROTATIONS
 
 from .lower import Context, Lowering, Packed, tvm_dtype
+from .primitives_index import INDEXING
 
 R = relax.op
-PRIMITIVES: dict[str, Lowering] = {}
+PRIMITIVES: dict[str, Lowering] = {**INDEXING}
 
 
 def lowers(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -287,6 +289,89 @@ def _matmul(ctx: Context, node: Node, x: Any, y: Any) -> Any:
     if t in (DType.F16, DType.BF16):
         return ctx.emit(R.astype(R.matmul(x, y, out_dtype="float32"), tvm_dtype(t)))
     return ctx.emit(R.matmul(x, y))
+
+
+@lowers("conv")
+def _conv(ctx: Context, node: Node, x: Any, w: Any) -> Any:
+    """Two stages: x spread and padded, then a sum without branches."""
+    a: Any = node.attrs
+    dtype = node.output.tensor.dtype
+    if 0 in node.output.shape:
+        return ctx.emit(R.zeros(ctx.shape(node.output.shape), tvm_dtype(dtype)))
+    wide = tvm_dtype(DType.F32 if dtype.bits < 32 else dtype)
+    shape, space = ctx.dims(node.output.shape), ctx.dims(node.inputs[0].shape[2:])
+    low, kernel = ctx.dims(a.low), ctx.dims(node.inputs[1].shape[2:])
+    each, outputs = ctx.dim(node.inputs[1].shape[1]), ctx.dim(node.output.shape[1] // a.groups)
+    reach = [(m - 1) * s + (k - 1) * d + 1 for m, s, k, d in zip(shape[2:], a.strides, kernel, a.dilation)]
+
+    def build(t: Any, u: Any) -> Any:
+        def source(*i: Any) -> Any:
+            at = [j - lo for j, lo in zip(i[2:], low)]
+            inside = [
+                tirx.all(j >= 0, j < n * s, tirx.floormod(j, tirx.IntImm("int64", s)) == 0)
+                for j, n, s in zip(at, space, a.input_dilation)
+            ]
+            place = [tirx.floordiv(j, tirx.IntImm("int64", s)) for j, s in zip(at, a.input_dilation)]
+            return tirx.if_then_else(tirx.all(*inside), tirx.Cast(wide, t(*i[:2], *place)), tirx.const(0.0, wide))
+
+        padded = te.compute([*ctx.dims(node.inputs[0].shape[:2]), *reach], source, name="padded")
+        c = te.reduce_axis((0, each), name="c")
+        taps = [te.reduce_axis((0, k), name=f"k{i}") for i, k in enumerate(kernel)]
+
+        def at(b: Any, o: Any, *p: Any) -> Any:
+            places = [j * s + k * d for j, s, k, d in zip(p, a.strides, taps, a.dilation)]
+            value = padded(b, tirx.floordiv(o, outputs) * each + c, *places) * tirx.Cast(wide, u(o, c, *taps))
+            return te.sum(value, axis=[c, *taps])
+
+        out = te.compute(shape, at, name="conv")
+        return out if wide == tvm_dtype(dtype) else te.compute(shape, lambda *i: tirx.Cast(tvm_dtype(dtype), out(*i)), name="cast")
+
+    return ctx.te(build, x, w, name="conv")
+
+
+# -- random -----------------------------------------------------------------------------------------------------------------
+@lowers("random_bits")
+def _random_bits(ctx: Context, node: Node, key: Any) -> Any:
+    """Threefry-2x32-20, one block an element; see the operation. Each round's words are bound, or the term would double."""
+    shape, dtype = ctx.dims(node.output.shape), tvm_dtype(node.output.tensor.dtype)
+
+    def word(value: int) -> Any:
+        return tirx.IntImm("uint32", value)
+
+    def build(k: Any) -> Any:
+        def at(*i: Any) -> Any:
+            flat: Any = tirx.IntImm("int64", 0)
+            for j, n in zip(i, shape):
+                flat = flat * n + j
+            bound: list[tuple[Any, Any]] = []
+
+            def let(value: Any) -> Any:
+                bound.append((tirx.Var(f"x{len(bound)}", "uint32"), value))
+                return bound[-1][0]
+
+            counter = [tirx.Cast("uint32", tirx.shift_right(flat, tirx.IntImm("int64", 32))), tirx.Cast("uint32", flat)]
+            keys = [let(k(0)), let(k(1))]
+            keys.append(let(tirx.bitwise_xor(tirx.bitwise_xor(*keys), word(PARITY))))
+            a, b = (let(c + q) for c, q in zip(counter, keys))
+            for group in range(5):
+                for r in ROTATIONS[group % 2]:
+                    a = let(a + b)
+                    turned = tirx.bitwise_or(tirx.shift_left(b, word(r)), tirx.shift_right(b, word(32 - r)))
+                    b = let(tirx.bitwise_xor(turned, a))
+                a = let(a + keys[(group + 1) % 3])
+                b = let(b + keys[(group + 2) % 3] + word(group + 1))
+            if dtype == "uint32":
+                out = tirx.bitwise_xor(a, b)
+            else:
+                high = tirx.shift_left(tirx.Cast("uint64", a), tirx.IntImm("uint64", 32))
+                out = tirx.bitwise_or(high, tirx.Cast("uint64", b))
+            for var, value in reversed(bound):
+                out = tirx.Let(var, value, out)
+            return out
+
+        return te.compute(shape, at, name="random_bits")
+
+    return ctx.te(build, key, name="random_bits")
 
 
 # -- indexing ---------------------------------------------------------------------------------------------------------------

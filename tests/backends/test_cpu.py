@@ -1,0 +1,117 @@
+"""Kernel selection on the CPU: what becomes a kernel call, and that graphs mean the same compiled as interpreted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from decoder import Decoder
+from kernel_help import assert_near
+from wasat.backends.tvm.build import Runner
+from wasat.backends.tvm.lower import KernelCall
+from wasat.backends.tvm.targets import Target, cpu
+from wasat.ir import Graph, Program, evaluate, verify
+
+
+def selected(program: Program, graph: str, target: Target) -> Graph:
+    g = program[graph].clone()
+    target.kernels(target, program)(g)
+    verify(g)
+    return g
+
+
+def calls(g: Graph) -> list[str]:
+    """The kernels that a graph calls, without their sizes, and whatever else it applies."""
+    return [type(n.op.desc).__name__ if isinstance(n.op, KernelCall) else n.op.name for n in g.nodes if n.inputs]
+
+
+def feeds(program: Program, graph: str, b: int, s: int, past: list[int], c: int, states: dict[str, Any], seed: int) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    g = program[graph]
+    made: dict[str, Any] = {"tokens": rng.integers(0, 70, (b, s)), "past": np.array(past)}
+    if any(v.name == "last" for v in g.inputs):
+        made["last"] = rng.integers(0, s, b)
+    for v in g.inputs:
+        if v.name not in made:
+            made[v.name] = states.get(v.name, np.zeros(v.tensor.concrete({"b": b, "c": c}), np.float32))
+    return made
+
+
+def assert_same_steps(decoder: Decoder, tolerance: float, target: Target) -> None:
+    """A prompt in two chunks of uneven size, rows at different positions, then single tokens."""
+    program = decoder.program()
+    names = [s["name"] for s in program.metadata["states"]]
+    runner = Runner(program, target, names)
+    params = {k: p.load() for k, p in program.params.items()}
+    got_states: dict[str, Any] = {}
+    want_states: dict[str, Any] = {}
+    c, b, past = 64, 2, [0, 3]
+    for step, (graph, s) in enumerate([("prefill", 7), ("prefill", 12), ("decode", 1), ("prefill", 1), ("decode", 1)]):
+        got = runner(graph, feeds(program, graph, b, s, past, c, got_states, step))
+        g = program[graph]
+        want = dict(zip(g.output_names, evaluate(g, feeds(program, graph, b, s, past, c, want_states, step), params)))
+        for name in want:
+            assert_near(got[name], np.asarray(want[name], np.float64), tolerance)
+        got_states, want_states = ({n: x[n] for n in names} for x in (got, want))
+        past = [p + s for p in past]
+
+
+FLOAT = {
+    "f32": Decoder(weights="f32"),
+    "f16, biases, no norms of heads": Decoder(weights="f16", bias=True, qk_norm=False, act="silu"),
+    "bf16, no post norms": Decoder(weights="bf16", post_norm=False, head_dim=20),
+    "int8 weights": Decoder(weights="int8", activation=None, kv_heads=1),
+    "int4 weights, odd sizes": Decoder(weights="int4", activation=None, dim=50, hidden=45, heads=3, kv_heads=3, head_dim=18),
+}
+
+
+@pytest.mark.parametrize("name", FLOAT)
+def test_decoder_equals_reference(name: str) -> None:
+    assert_same_steps(FLOAT[name], 2e-5, cpu())
+
+
+@pytest.mark.parametrize("decoder", [Decoder(weights="int8"), Decoder(weights="int4", bias=True, post_norm=False)], ids=["int8", "int4"])
+def test_integer_decoder_equals_reference(decoder: Decoder) -> None:
+    # where rounding noise crosses a half, one element of a row is one 127th of its block's largest off
+    assert_same_steps(decoder, 1e-2, cpu())
+
+
+def test_caches_in_f16() -> None:
+    assert_same_steps(Decoder(weights="f32"), 2e-3, cpu(cache="float16"))
+
+
+def test_one_thread() -> None:
+    assert_same_steps(Decoder(weights="f32"), 2e-5, cpu(threads=1))
+
+
+LAYER = ["Norm", "LinearInt", "QkvToCache", "CachedAttention", "reshape", "QuantizeRows", "LinearInt", "Norm", "LinearInt", "Glu", "LinearInt"]
+
+
+def test_what_is_fused() -> None:
+    target = cpu()
+    program = Decoder().program()
+    g = selected(program, "decode", target)
+    # the last sum has no norm after it in prefill: a position is taken between them
+    assert calls(g) == ["Embedding", *LAYER, *LAYER, "Norm", "reshape", "QuantizeRows", "LinearInt"]
+    descs = [n.op.desc for n in g.nodes if isinstance(n.op, KernelCall)]
+    norms = [d for d in descs if type(d).__name__ == "Norm"]
+    assert [(d.residual, d.pre_norm, d.quantize) for d in norms] == [
+        (False, False, "yes"), (True, True, "yes"), (True, True, "yes"), (True, True, "yes"), (True, True, "no")
+    ]  # fmt: skip
+    assert [d.decode for d in descs if type(d).__name__ == "CachedAttention"] == [True, True]
+    prefill = selected(program, "prefill", target)
+    assert [n.op.desc.decode for n in prefill.nodes if isinstance(n.op, KernelCall) and "attention" in n.op.name] == [False, False]
+
+
+def test_tied_table_is_packed_once() -> None:
+    from wasat.backends.tvm.lower import lower_program
+
+    target = cpu()
+    program = Decoder().program()
+    names = [s["name"] for s in program.metadata["states"]]
+    _, plan = lower_program(program, target.table(), names, target.state_types(program), target.kernels(target, program))
+    assert [layout for name, layout in plan.layouts if name == "embed"] != []
+    assert len([name for name, _ in plan.layouts if name == "embed"]) == 1
+    assert len({a.name for a in plan.arrays}) == len(plan.arrays)
+
