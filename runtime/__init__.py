@@ -1,0 +1,21 @@
+"""What a deployed machine needs and no more: artifacts, sessions, sampling, generation.
+
+    from wasat import runtime
+    model = runtime.load("model.wasat")
+    print(model.generate("def main():", max_tokens=50)[0].text)
+
+Needs NumPy, apache-tvm-ffi and, for text, tokenizers; neither TVM's compiler nor any other room of Wasat.
+"""
+
+from .artifact import write_artifact
+from .errors import ArtifactError, ContextLimitError, InputError, ModelError, RuntimeErrorBase
+from .generate import Generation
+from .model import Model, load
+from .sampling import SamplingOptions, TokenLogprob
+from .session import Session
+from .tokenizer import Tokenizer
+
+__all__ = [
+    "ArtifactError", "ContextLimitError", "Generation", "InputError", "Model", "ModelError", "RuntimeErrorBase",
+    "SamplingOptions", "Session", "TokenLogprob", "Tokenizer", "load", "write_artifact",
+]  # fmt: skip

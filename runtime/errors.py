@@ -1,0 +1,23 @@
+"""What the runtime raises. Every message says what is wrong and what to do about it."""
+
+from __future__ import annotations
+
+
+class RuntimeErrorBase(Exception):
+    """Base of every error that the runtime raises on purpose."""
+
+
+class ArtifactError(RuntimeErrorBase):
+    """An artifact that is damaged, incomplete or made for another machine, or a place where none can be written."""
+
+
+class InputError(RuntimeErrorBase, ValueError):
+    """A prompt, option or array that the model cannot take."""
+
+
+class ContextLimitError(InputError):
+    """More positions than the model, or the session, has room for. Nothing was written."""
+
+
+class ModelError(RuntimeErrorBase):
+    """The model itself misbehaved: it returned numbers that are no numbers."""

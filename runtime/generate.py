@@ -1,0 +1,199 @@
+"""Text from a model: prompts in, tokens one at a time out, until something says stop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from .errors import ContextLimitError, InputError
+from .sampling import Sampler, SamplingOptions, TokenLogprob, logprob
+from .tokenizer import StopStrings
+
+if TYPE_CHECKING:
+    from .model import Model
+
+Finish = Literal["stop", "eos", "length"]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How one prompt went on."""
+
+    text: str
+    """What follows the prompt, without the stop string; empty where the model has no tokenizer."""
+    tokens: list[int]
+    """The tokens chosen, those of a stop string included, the one that ended the text (EOS or a stop token) not."""
+    finish: Finish
+    """``stop``: a stop string or stop token; ``eos``: the model's own end; ``length``: max_tokens."""
+    logprobs: list[TokenLogprob] | None
+    """One for each of ``tokens``, where asked for."""
+    prompt_tokens: int
+    steps: int
+    """Decode steps: tokens chosen after the first, the one that ended the text included."""
+    prefill_seconds: float
+    """Reading the prompts, all rows of the batch together."""
+    decode_seconds: float
+    """From the first token to this row's last; sampling, detokenizing and the stream's callback included."""
+
+    def summary(self) -> str:
+        """One line: how many tokens, how fast, and what ended it."""
+        parts = [f"{self.prompt_tokens} prompt tokens in {self.prefill_seconds:.3f} s"]
+        if self.prefill_seconds > 0:
+            parts[0] += f" ({self.prompt_tokens / self.prefill_seconds:.0f}/s)"
+        parts.append(f"{len(self.tokens)} tokens")
+        if self.steps and self.decode_seconds > 0:
+            parts[1] += f" in {self.decode_seconds:.3f} s ({self.steps / self.decode_seconds:.1f}/s)"
+        return ", ".join([*parts, f"finished by {self.finish}"])
+
+
+class _Row:
+    """One prompt being continued."""
+
+    def __init__(self, index: int, prompt: list[int], limit: int, settings: _Settings) -> None:
+        self.index, self.prompt, self.limit, self.settings = index, prompt, limit, settings
+        self.sampler = Sampler(settings.options, index, prompt)
+        self.stream = settings.model.tokenizer.stream(prompt) if settings.model.has_tokenizer else None
+        self.stops = StopStrings(settings.stop)
+        self.tokens: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.text: list[str] = []
+        self.finish: Finish | None = None
+        self.chosen = 0
+        self.ended = 0.0
+
+    def take(self, logits: np.ndarray) -> None:
+        """Chooses the next token, and finds out whether it is the last."""
+        s = self.settings
+        token = self.sampler.sample(logits)
+        self.chosen += 1
+        if token in s.eos or token in s.stop_tokens:
+            return self._end("eos" if token in s.eos else "stop")
+        self.tokens.append(token)
+        if s.logprobs is not None:
+            self.logprobs.append(logprob(logits, token, s.logprobs))
+        if self.stream is not None and self._show(self.stream.push(token)):
+            self._end("stop")
+        elif len(self.tokens) == self.limit:
+            self._end("length")
+
+    def _show(self, piece: str, last: bool = False) -> bool:
+        """Passes text on, up to the first stop string; returns whether there was one."""
+        shown, hit = self.stops.push(piece, last)
+        if shown:
+            self.text.append(shown)
+            if self.settings.stream is not None:
+                self.settings.stream(self.index, shown)
+        return hit
+
+    def _end(self, finish: Finish) -> None:
+        """Settles the row; the text that was held back is certain now."""
+        if self.stream is not None and self._show(self.stream.flush(), last=True):
+            finish = "stop"
+        self.finish, self.ended = finish, time.perf_counter()
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What all rows share."""
+
+    model: Model
+    options: SamplingOptions
+    eos: frozenset[int]
+    stop_tokens: frozenset[int]
+    stop: Sequence[str]
+    stream: Callable[[int, str], None] | None
+    logprobs: int | None
+
+
+def generate(
+    model: Model, prompts: str | Sequence[str | Sequence[int]], max_tokens: int | None, options: SamplingOptions, *,
+    stop: Sequence[str] = (), stop_tokens: Sequence[int] = (), stream: Callable[[int, str], None] | None = None,
+    logprobs: int | None = None,
+) -> list[Generation]:  # fmt: skip
+    """Continues each of ``prompts``: a text, or token ids that are fed as they are. One text may stand for a list of one.
+
+    ``max_tokens``: most tokens for each; None: as many as the context holds. ``stop``: strings before which the text ends.
+    ``stop_tokens``: token ids that end it, beside the model's EOS. ``stream(row, piece)`` receives each row's text as soon as
+    it is certain: whole characters, and nothing that a stop string may begin with. ``logprobs``: also return each token's
+    log-probability and those of so many likeliest tokens.
+
+    Row r's result is that of the same prompt as row r of any other batch, up to the rounding of differently shaped products.
+    Raises InputError for what cannot be done, ContextLimitError where prompt and ``max_tokens`` exceed the context; both
+    before the model runs.
+    """
+    rows_of_ids = _prompts(model, [prompts] if isinstance(prompts, str) else prompts)
+    if not rows_of_ids:
+        return []
+    if max_tokens is not None and max_tokens < 1:
+        raise InputError(f"max_tokens is {max_tokens}; it must be at least 1")
+    if logprobs is not None and logprobs < 0:
+        raise InputError(f"logprobs is {logprobs}; it must be 0 or above")
+    if stop and not model.has_tokenizer:
+        raise InputError("stop strings need a tokenizer, which the artifact lacks: use stop_tokens")
+    if "" in stop:
+        raise InputError("an empty stop string would stop everything; leave it out")
+    limits = [_limit(model, row, len(ids), max_tokens) for row, ids in enumerate(rows_of_ids)]
+    settings = _Settings(model, options, frozenset(model.manifest.eos), frozenset(stop_tokens), tuple(stop), stream, logprobs)
+    rows = [_Row(i, ids, limit, settings) for i, (ids, limit) in enumerate(zip(rows_of_ids, limits))]
+
+    lengths = np.array([len(ids) for ids in rows_of_ids])
+    tokens = np.zeros((len(rows), lengths.max()), np.int64)
+    for row in rows:
+        tokens[row.index, : len(row.prompt)] = row.prompt
+    session = model.session(len(rows), max(len(ids) + limit for ids, limit in zip(rows_of_ids, limits)))
+    started = time.perf_counter()
+    logits = session.step(tokens, lengths)
+    read = time.perf_counter()
+    fed = np.zeros((len(rows), 1), np.int64)
+    active = rows
+    while True:
+        for row in active:
+            row.take(logits[row.index])
+        active = [row for row in active if row.finish is None]
+        if not active:
+            break
+        lengths[:] = 0
+        for row in active:
+            fed[row.index], lengths[row.index] = row.tokens[-1], 1
+        logits = session.step(fed, lengths)
+    return [
+        Generation(
+            "".join(r.text), r.tokens, r.finish or "length", r.logprobs if logprobs is not None else None, len(r.prompt),
+            r.chosen - 1, read - started, r.ended - read,
+        )
+        for r in rows
+    ]  # fmt: skip
+
+
+def _prompts(model: Model, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
+    """Token ids of every prompt; an empty one becomes BOS where the model has it."""
+    out = []
+    for i, prompt in enumerate(prompts):
+        if isinstance(prompt, (int, np.integer)):
+            raise InputError("prompts is a list of prompts: put token ids into a list of their own, [[1, 2, 3]]")
+        ids = model.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(t) for t in prompt]
+        if not ids and model.manifest.bos is None:
+            raise InputError(f"prompt {i} is empty, and the model has no token to begin a text with")
+        out.append(ids or [int(model.manifest.bos or 0)])
+    return out
+
+
+def _limit(model: Model, row: int, prompt: int, max_tokens: int | None) -> int:
+    """How many tokens may follow a prompt of ``prompt`` tokens."""
+    context = model.manifest.context
+    if context is None and max_tokens is None:
+        raise InputError("the model states no context limit: give max_tokens")
+    room = max_tokens if context is None else context - prompt
+    assert room is not None
+    if room < (max_tokens or 1):
+        raise ContextLimitError(
+            f"prompt {row} has {prompt} tokens and "
+            + (f"max_tokens={max_tokens} more would make {prompt + max_tokens}" if max_tokens else "nothing can follow it")
+            + f"; the model's context is {context}: shorten the prompt"
+            + (f", or ask for at most {room}" if max_tokens and room > 0 else "")
+        )
+    return max_tokens or room

@@ -1,0 +1,269 @@
+"""What ``manifest.json`` says: the signatures, limits and needs of a compiled program, read with every field's type checked.
+
+Fields that this version does not know are left alone: what changes the meaning of an artifact changes ``format``.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import ArtifactError
+
+FORMAT = 1
+AGAIN = "compile the model again"
+
+Extent = int | str
+"""A dimension: a number, or an expression over symbols (``b`` rows, ``s`` new tokens, ``c`` capacity of full caches)."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """An array that goes in or comes out."""
+
+    name: str
+    dtype: str
+    shape: tuple[Extent, ...]
+
+
+@dataclass(frozen=True)
+class StateSpec(TensorSpec):
+    """A cache, as it lies in memory. A ``full`` one grows along the axis whose extent names ``c``; a ``ring`` has
+    ``capacity`` positions, at least ``window + chunk - 1``."""
+
+    kind: str
+    capacity: int | None
+    window: int | None
+
+    @property
+    def growing_axis(self) -> int | None:
+        """The axis that the capacity of full caches sizes; None for a ring."""
+        return next((i for i, d in enumerate(self.shape) if isinstance(d, str) and re.search(r"\bc\b", d)), None)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One function of the library: ``inputs``, then the states named, then all weights -> ``outputs``."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    states: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """The machine that the library was compiled for."""
+
+    kind: str
+    arch: str
+    os: str
+    features: tuple[str, ...]
+    """Instruction sets, in the words of /proc/cpuinfo."""
+
+
+@dataclass(frozen=True)
+class FileSpec:
+    """A file of the artifact."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The whole of it."""
+
+    name: str
+    wasat: str
+    tvm: str
+    tvm_ffi: str
+    target: Needs
+    entries: dict[str, Entry]
+    states: dict[str, StateSpec]
+    weights: tuple[TensorSpec, ...]
+    context: int | None
+    """Most positions of a row; None for a program without such a limit."""
+    chunk: int | None
+    """Most tokens of one prefill call; None: any number."""
+    bos: int | None
+    eos: tuple[int, ...]
+    vocab: int | None
+    files: dict[str, FileSpec]
+
+
+class _Fields:
+    """A JSON object whose fields are taken with their types; errors name the field's path."""
+
+    def __init__(self, data: Any, path: str) -> None:
+        self.path = path
+        if not isinstance(data, dict):
+            raise ArtifactError(f"manifest.json: {path or 'the whole'} is {_kind(data)}, not an object; {AGAIN}")
+        self.data = data
+
+    def get(self, name: str, *types: type, optional: bool = False) -> Any:
+        where = self._at(name)
+        value = self.data.get(name)
+        if value is None and optional:
+            return None
+        if name not in self.data:
+            raise ArtifactError(f"manifest.json: {where} is missing; {AGAIN}")
+        if not isinstance(value, types) or isinstance(value, bool):
+            raise ArtifactError(
+                f"manifest.json: {where} is {_kind(value)}, not {' or '.join(map(_NAMES.__getitem__, types))}; {AGAIN}"
+            )
+        if isinstance(value, int) and value < 0:
+            raise ArtifactError(f"manifest.json: {where} is {value}; it cannot be negative; {AGAIN}")
+        return value
+
+    def items(self, name: str, *types: type, optional: bool = False) -> list[Any]:
+        values = self.get(name, list, optional=optional) or []
+        items = _Fields({str(i): x for i, x in enumerate(values)}, self._at(name))
+        return [items.get(i, *types) for i in items.data]
+
+    def section(self, name: str) -> _Fields:
+        return _Fields(self.get(name, dict), self._at(name))
+
+    def sections(self, name: str) -> list[_Fields]:
+        return [_Fields(x, f"{self._at(name)}.{i}") for i, x in enumerate(self.items(name, dict))]
+
+    def _at(self, name: str) -> str:
+        return f"{self.path}.{name}" if self.path else name
+
+
+_NAMES = {str: "text", int: "a whole number", dict: "an object", list: "a list"}
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else _NAMES.get(type(value), f"{value!r}")
+
+
+def parse_manifest(data: Any) -> Manifest:
+    """The manifest in the JSON value ``data``. Raises ArtifactError for another format, a missing or mistyped field."""
+    top = _Fields(data, "")
+    number = top.get("format", int)
+    if number > FORMAT:
+        made_by = top.data.get("wasat", "?")
+        raise ArtifactError(
+            f"the artifact has format {number} (made by wasat {made_by}) and this runtime reads format {FORMAT}: "
+            f"update wasat, or {AGAIN}"
+        )
+    if number != FORMAT:
+        raise ArtifactError(f"the artifact has format {number}; this runtime reads format {FORMAT}: {AGAIN}")
+    target, limits, generation, files = (top.section(k) for k in ("target", "limits", "generation", "files"))
+    entries = top.section("entries")
+    manifest = Manifest(
+        name=top.get("name", str), wasat=top.get("wasat", str), tvm=top.get("tvm", str), tvm_ffi=top.get("tvm_ffi", str),
+        target=Needs(
+            target.get("kind", str), target.get("arch", str), target.get("os", str), tuple(target.items("features", str))
+        ),
+        entries={name: _entry(entries.section(name)) for name in entries.data},
+        states={s.name: s for s in map(_state, top.sections("states"))},
+        weights=tuple(map(_tensor, top.sections("weights"))),
+        context=limits.get("context", int, optional=True), chunk=limits.get("chunk", int, optional=True),
+        bos=generation.get("bos", int, optional=True), eos=tuple(generation.items("eos", int, optional=True)),
+        vocab=generation.get("vocab", int, optional=True),
+        files={name: _file(files.section(name)) for name in files.data},
+    )  # fmt: skip
+    _check(manifest)
+    return manifest
+
+
+def _tensor(f: _Fields) -> TensorSpec:
+    spec = TensorSpec(f.get("name", str), f.get("dtype", str), tuple(f.items("shape", int, str)))
+    for d in spec.shape:
+        if isinstance(d, str):
+            _parsed(d)
+    return spec
+
+
+def _state(f: _Fields) -> StateSpec:
+    t = _tensor(f)
+    return StateSpec(
+        t.name, t.dtype, t.shape, f.get("kind", str), f.get("capacity", int, optional=True), f.get("window", int, optional=True)
+    )
+
+
+def _entry(f: _Fields) -> Entry:
+    return Entry(
+        tuple(map(_tensor, f.sections("inputs"))), tuple(map(_tensor, f.sections("outputs"))), tuple(f.items("states", str))
+    )
+
+
+def _file(f: _Fields) -> FileSpec:
+    return FileSpec(f.get("sha256", str), f.get("bytes", int))
+
+
+def _check(m: Manifest) -> None:
+    """What a cache that is too small, or sized by nothing, would do is write outside its memory: refused here."""
+    for name, e in m.entries.items():
+        for s in e.states:
+            if s not in m.states:
+                raise ArtifactError(f"manifest.json: entry {name} has a state {s} that is not described; {AGAIN}")
+    for w in m.weights:
+        if any(isinstance(d, str) for d in w.shape):
+            raise ArtifactError(f"manifest.json: weight {w.name} has the shape {list(w.shape)}, not whole numbers; {AGAIN}")
+    for state in m.states.values():
+        try:
+            extents(state.shape, {"b": 1, "c": 16})
+        except (KeyError, ZeroDivisionError):
+            raise ArtifactError(
+                f"manifest.json: the shape {list(state.shape)} of state {state.name} is not one over b and c; {AGAIN}"
+            ) from None
+        if state.kind == "ring":
+            if not state.capacity or not state.window or state.capacity < state.window + (m.chunk or 1) - 1:
+                raise ArtifactError(
+                    f"manifest.json: ring cache {state.name} has capacity {state.capacity}; "
+                    f"window {state.window} and chunk {m.chunk} need more; {AGAIN}"
+                )
+        elif state.kind != "full" or state.growing_axis is None:
+            raise ArtifactError(
+                f"manifest.json: state {state.name} of kind {state.kind} and shape {list(state.shape)} is neither a ring nor "
+                f"a full cache with an axis of size c; {AGAIN}"
+            )
+    for name in m.files:
+        if "/" in name or "\\" in name or name in ("", ".", "..", "manifest.json"):
+            raise ArtifactError(f"manifest.json: {name!r} is no name for a file of an artifact; {AGAIN}")
+
+
+# -- dimensions ------------------------------------------------------------------------------------------------------------
+_OPERATORS: dict[type, Callable[[int, int], int]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+}  # fmt: skip
+_FUNCTIONS: dict[str, Callable[[int, int], int]] = {"max": max, "min": min}
+
+
+def _parsed(text: str) -> ast.expr:
+    try:
+        return ast.parse(text, mode="eval").body
+    except (SyntaxError, ValueError):
+        raise ArtifactError(f"manifest.json: {text!r} is no dimension; {AGAIN}") from None
+
+
+def extent(d: Extent, symbols: Mapping[str, int]) -> int:
+    """The value of a dimension. Raises KeyError for a symbol that is not bound."""
+    return d if isinstance(d, int) else _evaluate(_parsed(d), symbols)
+
+
+def _evaluate(e: ast.expr, symbols: Mapping[str, int]) -> int:
+    match e:
+        case ast.Constant(value=int(n)):
+            return n
+        case ast.Name(id=name):
+            return symbols[name]
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
+            return _OPERATORS[type(op)](_evaluate(left, symbols), _evaluate(right, symbols))
+        case ast.UnaryOp(op=ast.USub(), operand=x):
+            return -_evaluate(x, symbols)
+        case ast.Call(func=ast.Name(id=name), args=[left, right]) if name in _FUNCTIONS:
+            return _FUNCTIONS[name](_evaluate(left, symbols), _evaluate(right, symbols))
+    raise ArtifactError(f"manifest.json: {ast.unparse(e)!r} is no dimension; {AGAIN}")
+
+
+def extents(shape: Sequence[Extent], symbols: Mapping[str, int]) -> tuple[int, ...]:
+    """The values of all dimensions of a shape."""
+    return tuple(extent(d, symbols) for d in shape)

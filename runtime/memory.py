@@ -1,0 +1,63 @@
+"""Memory for tensors: zeroed, aligned as compiled code assumes, in huge pages where the system has them."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tvm_ffi
+
+ALIGNMENT = 64
+"""What code generation assumes of every tensor's address; NumPy's own arrays are aligned to 16."""
+_HUGE = 2 << 20
+
+
+def allocate(nbytes: int) -> np.ndarray:
+    """Zeroed bytes u8[nbytes] that start a page. Weights read through huge pages miss the TLB far less often."""
+    memory = mmap.mmap(-1, max(nbytes, 1))
+    if nbytes >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel built without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8, nbytes)
+
+
+def item_size(dtype: str) -> int:
+    """Bytes of one element. Raises ValueError for a name that is no element type."""
+    return int(tvm_ffi.dtype(dtype).itemsize)
+
+
+def size_of(dtype: str, shape: Sequence[int]) -> int:
+    """Bytes of a tensor."""
+    return item_size(dtype) * int(np.prod(shape, dtype=np.int64))
+
+
+class Views:
+    """Tensors inside one stretch of memory, which they keep alive. Needs the TVM runtime to be loaded."""
+
+    def __init__(self, memory: np.ndarray) -> None:
+        self._whole = tvm_ffi.from_dlpack(memory)
+        self._view = tvm_ffi.get_global_func("runtime.TVMTensorCreateView")
+
+    def tensor(self, dtype: str, shape: Sequence[int], offset: int = 0) -> Any:
+        """The tensor whose data begin ``offset`` bytes in; element types that NumPy lacks (bfloat16) are as good as any."""
+        return self._view(self._whole, tvm_ffi.Shape(tuple(shape)), tvm_ffi.dtype(dtype), offset)
+
+
+def zeros(dtype: str, shape: Sequence[int]) -> tuple[Any, np.ndarray]:
+    """A tensor of zeros and its elements as a NumPy array (as unsigned integers of their size where NumPy lacks the type)."""
+    memory = allocate(size_of(dtype, shape))
+    try:
+        kind = np.dtype(dtype)
+    except TypeError:
+        kind = np.dtype(f"u{item_size(dtype)}")
+    return Views(memory).tensor(dtype, shape), memory.view(kind).reshape(shape)
+
+
+def tensor_of(array: np.ndarray) -> Any:
+    """A tensor with a copy of ``array``."""
+    tensor, view = zeros(array.dtype.name, array.shape)
+    view[...] = array
+    return tensor

@@ -1,0 +1,138 @@
+"""A loaded artifact: sessions and generation for causal language models, plain calls for everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .artifact import TOKENIZER, WEIGHTS, check_hash, read_manifest, sha256
+from .errors import ArtifactError, InputError
+from .generate import Generation, generate
+from .manifest import AGAIN, Entry, Manifest, TensorSpec, extents
+from .module import Library, check_ffi
+from .sampling import SamplingOptions
+from .session import Session
+from .tokenizer import Tokenizer
+
+
+def load(folder: str | Path, threads: int | None = None, verify: bool = True) -> Model:
+    """The model of an artifact folder, ready to run.
+
+    ``threads``: how many compute; default: ``TVM_NUM_THREADS`` where it is set, else the CPUs that this process may use.
+    ``verify=False`` skips the hashes (sizes, versions and the machine are checked all the same).
+
+    Raises ArtifactError for an artifact that is damaged, or made by other versions or for another machine.
+    """
+    from .weights import Weights  # needs tvm_ffi, which check_ffi has a sentence about
+
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    check_ffi(manifest)
+    with ThreadPoolExecutor() as pool:
+        others = [n for n in manifest.files if n != WEIGHTS] if verify else []
+        hashes = [pool.submit(sha256, folder / n) for n in others]
+        weights = Weights(folder / WEIGHTS, manifest.weights, hashed=verify)
+        for name, found in zip(others, hashes):
+            check_hash(folder / name, found.result(), manifest)
+        if weights.sha256 is not None:
+            check_hash(folder / WEIGHTS, weights.sha256, manifest)
+    return Model(folder, manifest, Library(folder, manifest, threads), weights.tensors())
+
+
+class Model:
+    """What :func:`load` returns."""
+
+    def __init__(self, folder: Path, manifest: Manifest, library: Library, weights: Sequence[Any]) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.library = library
+        self.weights = tuple(weights)
+        self._functions: dict[str, Callable[..., Any]] = {}
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer. Raises ArtifactError where the artifact has none."""
+        if TOKENIZER not in self.manifest.files:
+            raise ArtifactError(
+                f"{self.folder} holds no {TOKENIZER}: give token ids instead of text, or {AGAIN} with its tokenizer"
+            )
+        return Tokenizer(self.folder / TOKENIZER)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether text can go in and come out."""
+        return TOKENIZER in self.manifest.files
+
+    def generate(
+        self, prompts: str | Sequence[str | Sequence[int]], max_tokens: int | None = None,
+        options: SamplingOptions | None = None, *, stop: str | Sequence[str] = (), stop_tokens: Sequence[int] = (),
+        stream: Callable[[int, str], None] | None = None, logprobs: int | None = None,
+    ) -> list[Generation]:  # fmt: skip
+        """Continues each prompt (a text, or token ids); see :func:`wasat.runtime.generate.generate`."""
+        return generate(
+            self, prompts, max_tokens, options or SamplingOptions(), stop=[stop] if isinstance(stop, str) else stop,
+            stop_tokens=stop_tokens, stream=stream, logprobs=logprobs,
+        )  # fmt: skip
+
+    def session(self, batch: int = 1, context: int | None = None) -> Session:
+        """Caches for ``batch`` rows of up to ``context`` positions (default: as many as the model takes)."""
+        return Session(self, batch, context)
+
+    def run(self, entry: str, **arrays: Any) -> dict[str, np.ndarray]:
+        """Calls an entry point without caches, e.g. ``forward``; returns its outputs by name.
+
+        Raises InputError for inputs that are missing, unknown or do not fit the entry's signature.
+        """
+        e = self.entry(entry)
+        if e.states:
+            raise InputError(f"entry {entry} keeps caches: use session()")
+        wanted, given = [i.name for i in e.inputs], list(arrays)
+        if sorted(wanted) != sorted(given):
+            raise InputError(f"entry {entry} takes {', '.join(wanted) or 'no inputs'}; given: {', '.join(given) or 'none'}")
+        symbols: dict[str, int] = {}
+        values = [_fit(spec, np.asarray(arrays[spec.name]), symbols) for spec in e.inputs]
+        for spec, x in zip(e.inputs, values):
+            try:
+                want = extents(spec.shape, symbols)
+            except KeyError:  # a symbol that no input's axis is: the library checks those
+                continue
+            if x.shape != want:
+                raise InputError(f"input {spec.name} has shape {list(x.shape)}; beside the others it must be {list(want)}")
+        from .memory import tensor_of
+
+        results = self.function(entry)(*map(tensor_of, values), *self.weights)
+        return {spec.name: np.from_dlpack(x) for spec, x in zip(e.outputs, results)}
+
+    def entry(self, name: str) -> Entry:
+        """The signature of an entry point. Raises InputError for a name there is none of."""
+        if name not in self.manifest.entries:
+            raise InputError(f"{self.folder} has no entry {name!r}; it has {', '.join(self.manifest.entries)}")
+        return self.manifest.entries[name]
+
+    def function(self, entry: str) -> Callable[..., Any]:
+        """The compiled function of an entry point: takes tensors (inputs, states, weights)."""
+        if entry not in self._functions:
+            self._functions[entry] = self.library.function(entry)
+        return self._functions[entry]
+
+    def __repr__(self) -> str:
+        return f"Model({str(self.folder)!r}: {self.manifest.name}; {', '.join(self.manifest.entries)})"
+
+
+def _fit(spec: TensorSpec, x: np.ndarray, symbols: dict[str, int]) -> np.ndarray:
+    """``x`` with the element type of ``spec`` (converted only if nothing can be lost); binds the symbols that are axes."""
+    try:
+        x = x.astype(spec.dtype, casting="safe")
+    except TypeError:
+        raise InputError(f"input {spec.name} must be {spec.dtype}, not {x.dtype}") from None
+    if x.ndim != len(spec.shape):
+        raise InputError(f"input {spec.name} must have the axes {list(spec.shape)}, not {x.ndim} of them")
+    for d, n in zip(spec.shape, x.shape):
+        if isinstance(d, str) and d.isidentifier():
+            symbols.setdefault(d, n)
+    return x

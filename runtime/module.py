@@ -1,0 +1,121 @@
+"""The compiled library and the TVM runtime that runs it: loaded without ``import tvm``, with threads set as we want them."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from .artifact import LIBRARY, RUNTIME_LIBRARY
+from .errors import ArtifactError, InputError, RuntimeErrorBase
+from .manifest import AGAIN, Manifest
+
+_CPU, _POOLED = 1, 2
+_loaded: list[str] = []
+"""Version of the TVM runtime that this module brought into the process: at most one."""
+
+
+def check_ffi(manifest: Manifest) -> None:
+    """Raises ArtifactError unless the tvm_ffi package here is the one that the library was made with."""
+    try:
+        found = version("apache-tvm-ffi")
+    except PackageNotFoundError:
+        found = None
+    if found != manifest.tvm_ffi:
+        raise ArtifactError(
+            f"the artifact needs apache-tvm-ffi {manifest.tvm_ffi}, "
+            + (f"here is {found}" if found else "which is not installed")
+            + f": pip install apache-tvm-ffi=={manifest.tvm_ffi}, or {AGAIN}"
+        )
+
+
+class Library:
+    """The functions of an artifact, with the runtime and its threads set up.
+
+    ``threads``: how many compute; default: ``TVM_NUM_THREADS`` where it is set, else the CPUs that this process may use.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, threads: int | None = None) -> None:
+        import tvm_ffi
+
+        _set_threads(threads)
+        _load_runtime(folder / RUNTIME_LIBRARY, manifest.tvm)
+        _check_threads(threads)
+        # the system takes a path it has loaded for the library it has: an artifact compiled anew needs a path of its own
+        with tempfile.TemporaryDirectory() as place:
+            link = Path(place) / LIBRARY
+            link.symlink_to((folder / LIBRARY).resolve())
+            try:
+                self._vm = tvm_ffi.load_module(str(link))["vm_load_executable"]()
+            except (RuntimeError, AttributeError) as e:
+                raise ArtifactError(f"{folder / LIBRARY} cannot be loaded ({e}); {AGAIN}") from None
+        self._vm["vm_initialization"](_CPU, 0, _POOLED)
+        self._lock = threading.Lock()
+
+    def function(self, entry: str) -> Callable[..., Any]:
+        """Calls ``entry`` with tensors; returns its outputs, and after them what it likes. One call at a time: its machine
+        has one stack."""
+        call, lock = self._vm["".join(c if c.isalnum() or c == "_" else "_" for c in entry)], self._lock
+
+        def locked(*args: Any) -> Any:
+            with lock:
+                return call(*args)
+
+        return locked
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is not None and threads < 1:
+        raise InputError(f"threads is {threads}; it must be at least 1")
+    if threads is not None or "TVM_NUM_THREADS" not in os.environ:
+        os.environ["TVM_NUM_THREADS"] = str(threads or cpu_count())
+    # else the first launch pins the calling thread to core 0, and everything that Python starts from it
+    os.environ.setdefault("TVM_BIND_THREADS", "0")
+
+
+def cpu_count() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _check_threads(threads: int | None) -> None:
+    """TVM's pool, once started, keeps its size."""
+    import tvm_ffi
+
+    running, wanted = int(tvm_ffi.get_global_func("runtime.NumThreads")()), os.environ["TVM_NUM_THREADS"]
+    if str(running) == wanted:
+        return
+    message = (
+        f"TVM already runs with {running} threads in this process and cannot change to {wanted}; "
+        "set TVM_NUM_THREADS before its first use, or load the artifact in a process of its own"
+    )
+    if threads is not None:
+        raise RuntimeErrorBase(message)
+    warnings.warn(message, stacklevel=4)
+
+
+def _load_runtime(path: Path, wanted: str) -> None:
+    """The artifact's own copy of the TVM runtime, unless the process has one: two would fight over global names."""
+    import tvm_ffi
+
+    if tvm_ffi.get_global_func("runtime.NumThreads", allow_missing=True) is None:
+        ctypes.CDLL(str(path.resolve()), ctypes.RTLD_GLOBAL)
+        _loaded.append(wanted)
+        return
+    present = _loaded[0] if _loaded else getattr(sys.modules.get("tvm"), "__version__", wanted)
+    if _release(present) != _release(wanted):
+        raise ArtifactError(
+            f"this process already runs TVM {present} and the artifact needs {wanted}: load it in a process of its own"
+        )
+
+
+def _release(v: str) -> str:
+    """``0.27.0.post1`` and the ``0.27.0`` that the library calls itself are one release."""
+    return v.split(".post")[0]

@@ -1,0 +1,203 @@
+"""Caches of a batch of rows, and feeding them: prompts of any length in chunks, then one token at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .errors import ArtifactError, ContextLimitError, InputError
+from .manifest import AGAIN, StateSpec, extents
+from .memory import tensor_of, zeros
+
+if TYPE_CHECKING:
+    from .model import Model
+
+_GRAIN = 16
+"""Capacities of full caches are multiples of this: kernels lay positions out in such groups."""
+_FIRST = 256
+"""Capacity of full caches when a session opens; it doubles whenever it is used up."""
+
+
+class Session:
+    """Caches for ``batch`` rows. Rows advance independently: each has its own position.
+
+    ``context``: most positions of a row, at most (and by default) the model's. Memory for full caches grows with use.
+    Raises InputError for a program without ``prefill`` and ``decode``, ContextLimitError for more context than it has.
+    """
+
+    def __init__(self, model: Model, batch: int = 1, context: int | None = None) -> None:
+        m = model.manifest
+        for name, inputs in (("prefill", ["tokens", "past", "last"]), ("decode", ["tokens", "past"])):
+            if [i.name for i in model.entry(name).inputs] != inputs:
+                raise ArtifactError(f"entry {name} does not take {', '.join(inputs)}; {AGAIN}")
+        if batch < 1:
+            raise InputError(f"batch is {batch}; it must be at least 1")
+        limit = context if m.context is None else m.context
+        if limit is None:
+            raise InputError("the model states no context limit: say how many positions the session is for (context=)")
+        if context is not None and not 1 <= context <= limit:
+            raise ContextLimitError(f"context={context}: the model takes 1 to {limit} positions")
+        self.batch, self.context = batch, context or limit
+        self._vocab = m.vocab
+        self._chunk = m.chunk or self.context
+        self._weights = model.weights
+        self._states = {name: model.entry(name).states for name in ("prefill", "decode")}
+        self._functions = {name: model.function(name) for name in ("prefill", "decode")}
+        self._most = _rounded(limit)
+        self._specs = list(m.states.values())
+        self._past_tensor, self._past = zeros("int64", [batch])
+        self._token_tensor, self._token = zeros("int64", [batch, 1])
+        self._written = np.zeros(batch, np.int64)  # one past the furthest position ever written, padding included
+        self._caches: dict[str, tuple[Any, np.ndarray]] = {}
+        self._capacity = 0
+        self._reserve(min(_FIRST, self._most))
+
+    @property
+    def past(self) -> np.ndarray:
+        """How many positions each row holds: i64[batch]."""
+        return self._past.copy()
+
+    def step(
+        self, tokens: np.ndarray | Sequence[Sequence[int]], lengths: np.ndarray | Sequence[int] | None = None
+    ) -> np.ndarray:
+        """Appends tokens [b, s] to the rows; returns the logits f32[b, vocab] after each row's last one.
+
+        ``lengths`` [b]: how many of its s tokens each row has (the rest is padding, on the right); a row with 0 stays as it
+        is, and its logits mean nothing. Raises ContextLimitError, before anything is written, where a row would be too long;
+        InputError for tokens that are none of the vocabulary.
+        """
+        tokens = self._tokens(tokens)
+        s = tokens.shape[1]
+        counts = np.full(self.batch, s) if lengths is None else self._lengths(lengths, s)
+        longest = int((self._past + counts).max())
+        if longest > self.context:
+            row = int((self._past + counts).argmax())
+            raise ContextLimitError(
+                f"row {row} holds {self._past[row]} tokens and {counts[row]} more make {longest}; the session's context is "
+                f"{self.context}: feed less, truncate() or reset()"
+            )
+        if s <= self._chunk:
+            return self._feed(tokens, counts)
+        logits: np.ndarray | None = None
+        for start in range(0, int(counts.max()), self._chunk):
+            part = np.clip(counts - start, 0, self._chunk)
+            width = int(part.max())
+            got = self._feed(tokens[:, start : start + width], part)
+            logits = got if logits is None else np.where(part[:, None] > 0, got, logits)
+        assert logits is not None  # there is a row with at least one token
+        return logits
+
+    def reset(self) -> None:
+        """Empties all rows. Memory stays."""
+        self._past[:] = self._written[:] = 0
+
+    def truncate(self, length: int | Sequence[int] | np.ndarray) -> None:
+        """Forgets what each row holds beyond ``length`` positions (one number, or one per row).
+
+        Raises InputError, changing nothing, where a sliding-window cache has already overwritten positions that the next
+        token would see.
+        """
+        to = np.broadcast_to(np.asarray(length, np.int64), self._past.shape)
+        if (to < 0).any() or (to > self._past).any():
+            raise InputError(f"rows hold {self._past.tolist()} positions; they cannot be cut to {to.tolist()}")
+        for spec in self._specs:
+            if spec.kind == "ring" and spec.capacity is not None and spec.window is not None:
+                oldest = np.maximum(to - spec.window + 1, 0)  # that the next token sees
+                lost = (to > 0) & (oldest + spec.capacity < self._written)
+                if lost.any():
+                    row = int(lost.argmax())
+                    raise InputError(
+                        f"row {row} cannot go back to {to[row]} of {self._past[row]} positions: sliding-window caches hold the "
+                        f"last {spec.capacity} only; reset() and feed the tokens again"
+                    )
+        self._past[:] = to
+        self._written[to == 0] = 0
+
+    # -- feeding ---------------------------------------------------------------------------------------------------------
+    def _feed(self, tokens: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """One call for all rows, with at most ``chunk`` tokens each."""
+        s = tokens.shape[1]
+        needed = int(self._past.max()) + s
+        if needed > self._most:  # padding of one row would lie beyond the largest cache
+            return self._feed_one_by_one(tokens, counts)
+        self._reserve(needed)
+        if s == 1:
+            self._token[...] = tokens
+            out = self._functions["decode"](*self._decode_arguments)
+        else:
+            last = tensor_of(np.maximum(counts - 1, 0))
+            out = self._functions["prefill"](tensor_of(tokens), self._past_tensor, last, *self._prefill_arguments)
+        np.maximum(self._written, self._past + s, out=self._written)
+        self._past += counts
+        return np.from_dlpack(out[0])
+
+    def _feed_one_by_one(self, tokens: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Each row by itself, on copies of its caches, so that none needs padding."""
+        self._reserve(int((self._past + counts).max()))
+        logits: np.ndarray | None = None
+        for r in np.flatnonzero(counts):
+            n, past = int(counts[r]), int(self._past[r])
+            name = "decode" if n == 1 else "prefill"
+            row = {k: zeros(self._spec(k).dtype, array[r : r + 1].shape) for k, (_, array) in self._caches.items()}
+            for k, (_, array) in row.items():
+                array[...] = self._caches[k][1][r : r + 1]
+            inputs = [tokens[r : r + 1, :n], np.array([past]), np.array([n - 1])][: 2 if n == 1 else 3]
+            states = [row[k][0] for k in self._states[name]]
+            out = np.from_dlpack(self._functions[name](*map(tensor_of, inputs), *states, *self._weights)[0])
+            for k, (_, array) in row.items():
+                self._caches[k][1][r : r + 1] = array
+            logits = np.zeros((self.batch, out.shape[1]), out.dtype) if logits is None else logits
+            logits[r] = out[0]
+        np.maximum(self._written, self._past + counts, out=self._written)
+        self._past += counts
+        assert logits is not None
+        return logits
+
+    def _tokens(self, tokens: np.ndarray | Sequence[Sequence[int]]) -> np.ndarray:
+        try:
+            ids = np.asarray(tokens)
+        except ValueError:
+            raise InputError("rows of tokens differ in length: pad them on the right and give lengths") from None
+        if ids.ndim != 2 or len(ids) != self.batch or not ids.shape[1] or ids.dtype.kind not in "iu":
+            raise InputError(f"tokens must be integers [{self.batch}, s] with s >= 1, not {ids.dtype}{list(ids.shape)}")
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or (self._vocab is not None and high >= self._vocab):
+            raise InputError(f"token {low if low < 0 else high} is outside the vocabulary of {self._vocab}")
+        return ids
+
+    def _lengths(self, lengths: Sequence[int] | np.ndarray, s: int) -> np.ndarray:
+        counts = np.asarray(lengths)
+        if counts.shape != (self.batch,) or counts.dtype.kind not in "iu" or counts.min() < 0 or not 0 < counts.max() <= s:
+            raise InputError(f"lengths must be {self.batch} whole numbers from 0 to {s}, not all 0; given: {list(lengths)}")
+        return counts.astype(np.int64)
+
+    # -- caches ----------------------------------------------------------------------------------------------------------
+    def _spec(self, name: str) -> StateSpec:
+        return next(s for s in self._specs if s.name == name)
+
+    def _reserve(self, needed: int) -> None:
+        """Caches for at least ``needed`` positions; what full ones hold is copied to larger ones."""
+        if needed <= self._capacity:
+            return
+        self._capacity = min(_rounded(max(needed, 2 * self._capacity)), self._most)
+        for spec in self._specs:
+            axis = spec.growing_axis
+            old = self._caches.get(spec.name)
+            if old is not None and axis is None:
+                continue
+            shape = extents(spec.shape, {"b": self.batch, "c": self._capacity})
+            fresh = zeros(spec.dtype, shape)
+            if old is not None and axis is not None:
+                fresh[1][(slice(None),) * axis + (slice(old[1].shape[axis]),)] = old[1]
+            self._caches[spec.name] = fresh
+        caches = {k: tensor for k, (tensor, _) in self._caches.items()}
+        self._prefill_arguments = (*(caches[k] for k in self._states["prefill"]), *self._weights)
+        self._decode_arguments = (
+            self._token_tensor, self._past_tensor, *(caches[k] for k in self._states["decode"]), *self._weights
+        )  # fmt: skip
+
+
+def _rounded(n: int) -> int:
+    return -(-n // _GRAIN) * _GRAIN
