@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -77,6 +77,14 @@ class Shared(Pattern):
     inner: Pattern
 
 
+@dataclass(frozen=True, eq=False)
+class Named(Pattern):
+    """``inner``, whose value is captured under a name: for rules that look at a node's attributes."""
+
+    name: str
+    inner: Pattern
+
+
 class Tracer:
     """What ``pattern`` functions get as ``p``: operations, numbers, alternatives."""
 
@@ -92,7 +100,12 @@ class Tracer:
         return Either((Apply(op_named("cast"), (x,), {}), x))
 
     def shared(self, x: Pattern) -> Pattern:
+        """``x``, whose values may also be used elsewhere."""
         return Shared(x)
+
+    def named(self, name: str, x: Pattern) -> Pattern:
+        """``x``, captured as ``name``."""
+        return Named(name, x)
 
     def __getattr__(self, name: str) -> Callable[..., Pattern]:
         if name.startswith("_"):
@@ -138,8 +151,8 @@ class Match(dict[str, Any]):
 class Rewrite(GraphPass):
     """One pattern and what replaces it. Rules hold no state of a match."""
 
-    landmark: ClassVar[str] = ""
-    """The operation by which a reader would recognize the pattern: each one left over is reported with the reason."""
+    landmark: ClassVar[str | tuple[str, ...]] = ""
+    """The operation by which a reader would recognize the pattern: each one at which an attempt failed is reported."""
 
     def pattern(self, p: Tracer, *variables: Any) -> Pattern:
         raise NotImplementedError
@@ -149,22 +162,19 @@ class Rewrite(GraphPass):
         raise NotImplementedError
 
     def run_graph(self, graph: Graph, remarks: Remarks) -> bool:
-        tracer = Tracer()
-        names = [n for n in inspect.signature(self.pattern).parameters if n != "p"]
-        root = self.pattern(tracer, *(Var(n) for n in names))
-        roots = root.options if isinstance(root, Either) else (root,)
-        starts = {r.op.name for r in roots if isinstance(r, Apply)}
-        attempt = _Attempt(self.landmark)
-        count = 0
-        for node in graph.nodes:
-            if node.op.name in starts and self._apply(graph, node, root, attempt, remarks):
-                count += 1
-        for landmark, (_, reason) in attempt.misses.items():
-            if not landmark.erased:
-                remarks.missed(f"{landmark!r}: {reason}", landmark)
-        return count > 0
+        return run_rules((self,), graph, remarks)
 
-    def _apply(self, graph: Graph, node: Node, root: Pattern, attempt: _Attempt, remarks: Remarks) -> bool:
+    def rewrite(self, graph: Graph, attempt: _Attempt) -> Iterator[Value]:
+        """Rewrites every match in one sweep; yields what was put in."""
+        names = [n for n in inspect.signature(self.pattern).parameters if n != "p"]
+        root = self.pattern(Tracer(), *(Var(n) for n in names))
+        starts = set(_starts(root))
+        attempt.landmarks = (self.landmark,) if isinstance(self.landmark, str) else self.landmark
+        for node in graph.nodes:
+            if node.op.name in starts:
+                yield from self._apply(graph, node, root, attempt)
+
+    def _apply(self, graph: Graph, node: Node, root: Pattern, attempt: _Attempt) -> Iterator[Value]:
         old = node.output
         for state in attempt.match(root, old, _State()):
             reason = _outside_use(graph, state, old)
@@ -172,7 +182,7 @@ class Rewrite(GraphPass):
                 m = Match()
                 m.root, m.nodes = old, state.nodes
                 for p, v in state.bound.items():
-                    if isinstance(p, (Var, Number)) and p.name:
+                    if isinstance(p, (Var, Number, Named)) and p.name:
                         m[p.name] = v
                 last = node.prev
                 try:
@@ -186,9 +196,41 @@ class Rewrite(GraphPass):
                 attempt.note(state, reason)
                 continue
             replace(graph, old, new, rename=new.node in between(last, node.prev))
-            remarks.applied(f"%{new.name} = {new.node.op.name if new.node is not None else 'input'}", new)
-            return True
-        return False
+            yield new
+            return
+
+
+class Rewrites(GraphPass):
+    """Several rewrites as one pass: each sweeps once, in order."""
+
+    rules: ClassVar[tuple[Rewrite, ...]]
+
+    def run_graph(self, graph: Graph, remarks: Remarks) -> bool:
+        return run_rules(self.rules, graph, remarks)
+
+
+def run_rules(rules: Iterable[Rewrite], graph: Graph, remarks: Remarks) -> bool:
+    """Sweeps ``graph`` once with each rule; reports what stands in the end, and why landmarks were left."""
+    attempt = _Attempt()
+    made = dict.fromkeys(v for rule in rules for v in rule.rewrite(graph, attempt))
+    for v in made:
+        if v.node is None or not v.node.erased:
+            remarks.applied(f"%{v.name} = {v.node.op.name if v.node is not None else 'input'}", v)
+    for landmark, (_, reason) in attempt.misses.items():
+        if not landmark.erased:
+            remarks.missed(f"{landmark!r}: {reason}", landmark)
+    return bool(made)
+
+
+def _starts(pattern: Pattern) -> Iterator[str]:
+    """Names of the operations that the pattern's root may be."""
+    if isinstance(pattern, Apply):
+        yield pattern.op.name
+    elif isinstance(pattern, Either):
+        for option in pattern.options:
+            yield from _starts(option)
+    elif isinstance(pattern, (Shared, Named)):
+        yield from _starts(pattern.inner)
 
 
 def _erase_back(graph: Graph, node: Node | None, stop: Node | None) -> None:
@@ -247,13 +289,15 @@ def _outside_use(graph: Graph, state: _State, root: Value) -> str | None:
 class _Attempt:
     """The matcher, and the farthest failure at every landmark."""
 
-    def __init__(self, landmark: str) -> None:
-        self.landmark = landmark
+    def __init__(self) -> None:
+        self.landmarks: tuple[str, ...] = ()
         self.misses: dict[Node, tuple[int, str]] = {}
 
-    def note(self, state: _State, reason: str) -> None:
-        for n in state.nodes:
-            if n.op.name == self.landmark and len(state.nodes) > self.misses.get(n, (0, ""))[0]:
+    def note(self, state: _State, reason: str, at: Value | None = None) -> None:
+        """Remembers why a match ended, at the landmarks in it and at or just above the value it ended at."""
+        near = () if at is None or at.node is None else (at.node, *(v.node for v in at.node.inputs))
+        for n in (*state.nodes, *near):
+            if n is not None and n.op.name in self.landmarks and len(state.nodes) > self.misses.get(n, (0, ""))[0]:
                 self.misses[n] = (len(state.nodes), reason)
 
     def match(self, pattern: Pattern, value: Value, state: _State) -> Iterator[_State]:
@@ -266,6 +310,10 @@ class _Attempt:
             for s in self.match(pattern.inner, value, state):
                 inner = frozenset(v for n in s.nodes[known:] for v in n.outputs)
                 yield _State(s.bound, s.nodes, s.open | inner)
+            return
+        if isinstance(pattern, Named):
+            for s in self.match(pattern.inner, value, state):
+                yield _State({**s.bound, pattern: value}, s.nodes, s.open)
             return
         if isinstance(pattern, Number):
             yield from self._number(pattern, value, state)
@@ -283,7 +331,7 @@ class _Attempt:
         assert isinstance(pattern, Apply)
         node = value.node
         if node is None or node.op is not pattern.op or len(node.outputs) != 1:
-            self.note(state, f"%{value.name} is {node.op.name if node else 'an input'}, not {pattern.op.name}")
+            self.note(state, f"%{value.name} is {node.op.name if node else 'an input'}, not {pattern.op.name}", value)
             return
         if len(node.inputs) != len(pattern.args):
             self.note(state, f"{node!r}: expected {len(pattern.args)} operands")
@@ -307,9 +355,11 @@ class _Attempt:
     def _number(self, pattern: Number, value: Value, state: _State) -> Iterator[_State]:
         x = number_of(value)
         if x is None:
-            self.note(state, f"%{value.name} is no constant number")
+            self.note(state, f"%{value.name} is no constant number", value)
         elif pattern.value is not None and not np.isclose(x, pattern.value, rtol=1e-3 if _narrow(value) else 1e-6, atol=0):
             self.note(state, f"%{value.name} is {x:g}, not {pattern.value:g}")
+        elif state.bound.get(pattern, x) != x:
+            self.note(state, f"%{value.name} is {x:g}, not {_text(state.bound[pattern])} as elsewhere")
         else:
             yield _State({**state.bound, pattern: x}, state.nodes, state.open)
 

@@ -1,14 +1,36 @@
-"""For tests of graphs and passes: random graphs, and inputs for any graph."""
+"""For tests of graphs and passes: random graphs, inputs for any graph, and what a pass must and must not do to a text.
+
+    check_pass(FuseSilu(), BEFORE, AFTER, dims=[{"b": 1}, {"b": 3}])      # this text becomes that one and means the same
+    check_untouched(FuseSilu(), NEAR_MISS, "%y and %x are not the same")  # stays as it is, and the remarks say why
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
-from wasat.ir import Array, Builder, DimLike, DType, Graph, QTensorType, TensorType, Value, symbol
-from wasat.ir.ops.quant import quantize_array
 
-__all__ = ["feed", "random_graph"]
+from wasat.ir import (
+    Array,
+    ArrayParam,
+    Builder,
+    DimLike,
+    DType,
+    Graph,
+    Program,
+    QArray,
+    QTensorType,
+    TensorType,
+    Value,
+    evaluate,
+    parse_program,
+    symbol,
+)
+from wasat.ir.ops.quant import quantize_array
+from wasat.passes.core import Pass, PassError, PassManager, Remark
+
+__all__ = ["InterpreterCheck", "check_pass", "check_untouched", "feed", "random_graph", "random_program"]
 
 
 def feed(graph: Graph, dims: Mapping[str, int], seed: int = 0) -> dict[str, Array]:
@@ -32,6 +54,86 @@ def _random_array(rng: np.random.Generator, t: TensorType | QTensorType) -> Arra
         return np.asarray(rng.standard_normal(shape)).astype(t.dtype.np)
     high = 2**t.dtype.bits if t.dtype in (DType.U32, DType.U64) else 4
     return np.asarray(rng.integers(0, high, shape, np.uint64)).astype(t.dtype.np)
+
+
+def random_program(text: str | Graph, seed: int = 0) -> Program:
+    """The program written in ``text`` (or of one graph), with random parameters; their shapes must hold no symbols."""
+    program = Program({text.name: text}) if isinstance(text, Graph) else parse_program(text)
+    rng = np.random.default_rng(seed)
+    for g in program.graphs.values():
+        for name, v in g.params.items():
+            if name not in program.params:
+                program.params[name] = ArrayParam(_random_array(rng, v.type), v.type)
+    return program
+
+
+class InterpreterCheck:
+    """Runs every graph on random inputs at the bindings ``dims``, before and after a pass: a ``check`` for PassManager.
+
+    Graphs are compared whose name, inputs and outputs are what they were; the others are what the pass was for.
+    """
+
+    def __init__(self, dims: Sequence[Mapping[str, int]], *, rtol: float = 1e-5, atol: float = 1e-5, seed: int = 0) -> None:
+        self.dims, self.rtol, self.atol, self.seed = dims, rtol, atol, seed
+        self._before: dict[str, tuple[Any, list[list[Array]]]] = {}
+
+    def baseline(self, program: Program) -> None:
+        """Remembers what every graph computes now."""
+        self._before = {g.name: (_signature(g), self._results(program, g)) for g in program.graphs.values()}
+
+    def compare(self, program: Program, name: str) -> None:
+        """Raises PassError, naming pass, graph, output and binding, if a graph computes something else than at the baseline."""
+        for g in program.graphs.values():
+            signature, before = self._before.get(g.name, (None, []))
+            if signature != _signature(g):
+                continue
+            for dims, old, new in zip(self.dims, before, self._results(program, g)):
+                for output, a, b in zip(g.output_names, old, new):
+                    self._equal(a, b, f"pass {name} changes output {output} of @{g.name} at {dict(dims)}")
+
+    def _results(self, program: Program, g: Graph) -> list[list[Array]]:
+        params = {k: program.params[k].load() for k in g.params}
+        return [evaluate(g, feed(g, dims, self.seed), params, symbols=dims) for dims in self.dims]
+
+    def _equal(self, a: Array, b: Array, what: str) -> None:
+        x, y = (np.asarray(v.dense() if isinstance(v, QArray) else v) for v in (a, b))
+        if x.dtype.kind not in "biu":
+            x, y = x.astype(np.float64), y.astype(np.float64)
+        try:
+            np.testing.assert_allclose(y, x, self.rtol, self.atol)
+        except AssertionError as e:
+            raise PassError(f"{what}: {e}") from None
+
+
+def _signature(g: Graph) -> Any:
+    return [(v.name, v.type) for v in g.inputs], [(n, v.type) for n, v in zip(g.output_names, g.outputs)]
+
+
+def check_pass(
+    pass_: Pass, before: str, after: str, dims: Sequence[Mapping[str, int]] = ({},), *, rtol: float = 1e-5, atol: float = 1e-5
+) -> list[Remark]:
+    """Asserts that ``pass_`` turns the text ``before`` into ``after`` and nothing more when it runs again, and (for a pass that
+    is ``exact``) that the results stay the same at each of the bindings ``dims``. Returns the remarks of the first run.
+    """
+    program = random_program(before)
+    check = InterpreterCheck(dims, rtol=rtol, atol=atol)
+    report = PassManager([pass_], check=check).run(program)
+    assert str(program) == str(parse_program(after))
+    assert report.steps[0].modified
+    again = PassManager([pass_]).run(program)
+    assert str(program) == str(parse_program(after)), f"{pass_.name} is not done after one run"
+    assert not again.steps[0].modified
+    return report.remarks()
+
+
+def check_untouched(pass_: Pass, text: str, reason: str | None = None) -> None:
+    """Asserts that ``pass_`` leaves ``text`` as it is and (``reason``) that one of its remarks says why."""
+    program = random_program(text)
+    report = PassManager([pass_]).run(program)
+    assert str(program) == str(parse_program(text))
+    assert not report.steps[0].modified
+    missed = [r.message for r in report.remarks("missed")]
+    assert reason is None or any(reason in m for m in missed), f"none of the remarks says {reason!r}: {missed}"
 
 
 def random_graph(rng: np.random.Generator, nodes: int = 20, name: str = "random") -> Graph:
