@@ -139,9 +139,7 @@ _ROPE_NUMBERS = {
 }  # fmt: skip
 
 
-def rope(
-    fields: Fields, name: str, given: object, head_dim: int, context: int, theta: float | None, default: float
-) -> nn.RoPE:
+def rope(fields: Fields, name: str, given: object, head_dim: int, context: int, theta: float | None, default: float) -> nn.RoPE:
     """The rotary embedding of a ``rope_parameters`` (or ``rope_scaling``) dictionary ``given``, found at ``name``.
 
     ``theta`` is the base that the configuration gives outside the dictionary, ``default`` the family's own.

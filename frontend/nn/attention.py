@@ -23,6 +23,11 @@ def attention(
     ``keep`` (bool ``[s, t]``, ``[b, s, t]`` or ``[b, h, s, t]``; true: attend); ``scale`` defaults to ``d ** -0.5``;
     ``softcap`` bounds the scores: ``softcap * tanh(scores / softcap)``. The softmax is computed in f32.
     """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.rank != 4:
+            fail(f"nn.attention: {name} is [b, s, heads, d], not {x.value!r}; x.heads(n) makes heads")
+    if isinstance(keep, Tensor) and keep.dtype is not DType.BOOL:
+        fail(f"nn.attention: keep is a bool mask (true: attend), not {keep.value!r}; compare it with something first")
     heads, groups = q.shape[2], k.shape[2]
     if scale is None:
         width = q.shape[3]
@@ -42,6 +47,18 @@ def attention(
     return einsum("b (g r) s t, b t g e -> b s (g r) e", probs, v)
 
 
+def _head_sizes(who: str, dim: int, heads: int, kv_heads: int | None, head_dim: int | None) -> tuple[int, int]:
+    """Key/value heads (default: as many as query heads) and the size of a head (default: an equal part of ``dim``)."""
+    kv_heads = heads if kv_heads is None else kv_heads
+    if head_dim is None:
+        if dim % heads:
+            raise TypeMismatch(f"{who}: dim {dim} does not split into {heads} heads; give head_dim")
+        head_dim = dim // heads
+    if heads % kv_heads:
+        raise TypeMismatch(f"{who}: {heads} query heads are not a multiple of {kv_heads} key/value heads")
+    return kv_heads, head_dim
+
+
 class Attention(Module):
     """Grouped-query self-attention: ``x[b, s, dim]``, positions i64 ``[s]`` or ``[b, s]`` -> ``[b, s, dim]``.
 
@@ -55,13 +72,7 @@ class Attention(Module):
         qk_norm: float | None = None, norm_offset: float = 0.0,
         bias: bool = False, out_bias: bool = False, rope: RoPE | None = None, causal: bool = True,
     ) -> None:  # fmt: skip
-        kv_heads = heads if kv_heads is None else kv_heads
-        if head_dim is None:
-            if dim % heads:
-                raise TypeMismatch(f"Attention: dim {dim} does not split into {heads} heads; give head_dim")
-            head_dim = dim // heads
-        if heads % kv_heads:
-            raise TypeMismatch(f"Attention: {heads} query heads are not a multiple of {kv_heads} key/value heads")
+        kv_heads, head_dim = _head_sizes("Attention", dim, heads, kv_heads, head_dim)
         if window is not None and not causal:
             raise TypeMismatch("Attention: a window looks back from the query, so it needs causal=True")
         self.heads, self.kv_heads = heads, kv_heads
@@ -99,8 +110,7 @@ class CrossAttention(Module):
         head_dim: int | None = None, *, scale: float | None = None, bias: bool = False, out_bias: bool = False,
     ) -> None:  # fmt: skip
         context_dim = dim if context_dim is None else context_dim
-        kv_heads = heads if kv_heads is None else kv_heads
-        head_dim = dim // heads if head_dim is None else head_dim
+        kv_heads, head_dim = _head_sizes("CrossAttention", dim, heads, kv_heads, head_dim)
         self.heads, self.kv_heads = heads, kv_heads
         self.scale = head_dim**-0.5 if scale is None else scale
         self.q_proj = Linear(dim, heads * head_dim, bias)

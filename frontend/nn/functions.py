@@ -105,13 +105,20 @@ def where(condition: Mask, x: Operand, y: Operand) -> Tensor:
     return emit("select", condition, x, y)
 
 
+def _several(what: str, xs: Sequence[Tensor]) -> None:
+    if isinstance(xs, Tensor) or not xs:
+        fail(f"{what} takes a list of tensors: {what}([x, y], axis=…)")
+
+
 def concat(xs: Sequence[Tensor], axis: int = -1) -> Tensor:
     """Joined along ``axis``."""
+    _several("nn.concat", xs)
     return emit("concat", *xs, axis=axis)
 
 
 def stack(xs: Sequence[Tensor], axis: int = 0) -> Tensor:
     """Joined along a new axis."""
+    _several("nn.stack", xs)
     at = axis if axis >= 0 else axis + xs[0].rank + 1
     return concat([x.reshape(*x.shape[:at], 1, *x.shape[at:]) for x in xs], axis=at)
 

@@ -32,10 +32,17 @@ def _short(path: str) -> str | None:
     return path.rpartition(".")[2] or None
 
 
+def _sizes(who: object, **sizes: int) -> None:
+    for name, n in sizes.items():
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise WasatError(f"{type(who).__name__}: {name} is {n!r}; expected a positive int")
+
+
 class Linear(Module):
     """``x[..., inputs] -> [..., outputs]``: x @ weightᵀ + bias, weight ``[outputs, inputs]``."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool = False, dtype: DType | str = "f32") -> None:
+        _sizes(self, inputs=inputs, outputs=outputs)
         self.weight = Parameter((outputs, inputs), dtype, std=inputs**-0.5)
         self.bias = Parameter((outputs,), dtype, std=0.0) if bias else None
 
@@ -47,6 +54,7 @@ class Embedding(Module):
     """``ids[...] -> [..., dim]``: rows of weight ``[size, dim]``."""
 
     def __init__(self, size: int, dim: int, dtype: DType | str = "f32") -> None:
+        _sizes(self, size=size, dim=dim)
         self.weight = Parameter((size, dim), dtype)
 
     def __call__(self, ids: Tensor) -> Tensor:
@@ -75,6 +83,7 @@ class RMSNorm(Module):
     """Root-mean-square normalization of the last axis; the scale is ``offset + weight`` (Gemma 2 and 3: offset 1)."""
 
     def __init__(self, dim: int, eps: float = 1e-6, offset: float = 0.0, dtype: DType | str = "f32") -> None:
+        _sizes(self, dim=dim)
         self.weight = Parameter((dim,), dtype, mean=1.0 - offset, std=0.0)
         self.eps, self.offset = eps, offset
 
@@ -86,6 +95,7 @@ class LayerNorm(Module):
     """Normalization of the last axis to mean 0 and variance 1, then ``* weight + bias``."""
 
     def __init__(self, dim: int, eps: float = 1e-5, bias: bool = True, dtype: DType | str = "f32") -> None:
+        _sizes(self, dim=dim)
         self.weight = Parameter((dim,), dtype, mean=1.0, std=0.0)
         self.bias = Parameter((dim,), dtype, std=0.0) if bias else None
         self.eps = eps
@@ -123,6 +133,8 @@ class Dropout(Module):
     """Zeroes elements with probability ``rate`` while training (``trace(..., training=True)``); needs a key there."""
 
     def __init__(self, rate: float) -> None:
+        if not 0 <= rate < 1:
+            raise WasatError(f"Dropout: rate is {rate!r}; expected a probability below 1")
         self.rate = rate
 
     def __call__(self, x: Tensor, key: Tensor | None = None) -> Tensor:
@@ -149,6 +161,9 @@ class _Conv(Module):
         self, inputs: int, outputs: int, kernel: int | Sequence[int], stride: int | Sequence[int] = 1,
         padding: int | str | Sequence[int] = 0, dilation: int | Sequence[int] = 1, groups: int = 1, bias: bool = True,
     ) -> None:  # fmt: skip
+        _sizes(self, inputs=inputs, outputs=outputs, groups=groups)
+        if inputs % groups or outputs % groups:
+            raise WasatError(f"{type(self).__name__}: {inputs} inputs and {outputs} outputs do not split into {groups} groups")
         size = self._each(kernel)
         self.stride, self.dilation, self.groups = self._each(stride), self._each(dilation), groups
         reach = [d * (k - 1) for d, k in zip(self.dilation, size)]
@@ -167,7 +182,10 @@ class _Conv(Module):
         self.bias = Parameter((outputs,), std=0.0) if bias else None
 
     def _each(self, x: int | Sequence[int]) -> list[int]:
-        return [x] * self.axes if isinstance(x, int) else list(x)
+        each = [x] * self.axes if isinstance(x, int) else list(x)
+        if len(each) != self.axes:
+            raise WasatError(f"{type(self).__name__}: {x} has {len(each)} numbers; expected one, or {self.axes}")
+        return each
 
     def __call__(self, x: Tensor) -> Tensor:
         return conv(

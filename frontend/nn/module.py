@@ -23,6 +23,8 @@ class Parameter(Tensor):
     """
 
     def __init__(self, shape: Sequence[DimLike], dtype: DType | str = "f32", *, mean: float = 0.0, std: float = 0.02) -> None:
+        if not isinstance(shape, (tuple, list)):
+            raise ir.TypeMismatch(f"Parameter: the shape is a tuple of sizes, not {shape!r}")
         self._type = TensorType(DType.of(dtype), tuple(shape))
         self.noise = (mean, std)
 

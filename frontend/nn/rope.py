@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from wasat.ir import DType, WasatError
+from wasat.ir import DType, WasatError, less_equal
 
 from .functions import concat, cos, sin
 from .module import Module
@@ -106,12 +106,18 @@ def rope(x: Tensor, positions: Tensor, inv_freq: np.ndarray | float = 10000.0, f
     ``inv_freq`` (radians per position, one per pair ``(i, i + r/2)``) rotates the first ``r = 2 * len(inv_freq)``
     elements; a number is the base theta over the whole head. ``factor`` multiplies cos and sin.
     """
+    if x.rank != 4:
+        fail(f"nn.rope: x is [b, s, heads, d], not {x.value!r}; x.heads(n) makes heads")
+    if positions.dtype not in (DType.I64, DType.I32) or positions.rank not in (1, 2):
+        fail(f"nn.rope: positions are i64 [s] or [b, s], not {positions.value!r}; nn.positions(x) counts from 0")
     if not isinstance(inv_freq, np.ndarray):
         width = x.shape[-1]
         if not isinstance(width, int):
             fail(f"nn.rope: the head size of {x.value!r} must be a number, or give inv_freq")
         inv_freq = frequencies(width, float(inv_freq))
     half = len(inv_freq)
+    if less_equal(2 * half, x.shape[-1]) is False:
+        fail(f"nn.rope: {2 * half} elements of each head rotate, {x.value!r} has {x.shape[-1]}")
     angles = positions[..., None].cast(DType.F32) * inv_freq.astype(np.float32)
     angles = concat([angles, angles])[..., None, :]
     c, s = cos(angles), sin(angles)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from types import CodeType, EllipsisType, FrameType
-from typing import Any, NoReturn, TypeAlias, Union
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, Union
 
 import numpy as np
 from wasat.ir import Dim, DimLike, DType, Loc, TypeMismatch
@@ -108,6 +108,12 @@ def _values(t: Trace, op: str, operands: Sequence[Operand]) -> list[Any]:
 
 
 def _binary(op: str, x: Operand, y: Operand) -> Tensor:
+    for tensor, array in ((x, y), (y, x)):
+        if isinstance(tensor, Tensor) and isinstance(array, np.ndarray) and array.dtype != tensor.dtype.np:
+            fail(
+                f"{op}: an array of {array.dtype} meets {tensor.value!r}, and nothing is converted silently; "
+                f"convert the array: .astype(np.{tensor.dtype.np.name})"
+            )
     if isinstance(x, Tensor) and isinstance(y, Tensor) and x.dtype is not y.dtype:
         a, b = (x, y) if y.dtype is DType.F32 or not x.dtype.is_float else (y, x)
         fail(
@@ -209,10 +215,10 @@ class Tensor:
     # -- comparison and logic ----------------------------------------
     __hash__ = object.__hash__
 
-    def __eq__(self, other: object) -> Tensor:  # type: ignore[override]
+    def __eq__(self, other: Operand) -> Tensor:  # type: ignore[override]
         return _binary("equal", self, other)
 
-    def __ne__(self, other: object) -> Tensor:  # type: ignore[override]
+    def __ne__(self, other: Operand) -> Tensor:  # type: ignore[override]
         return _binary("not_equal", self, other)
 
     def __lt__(self, other: Operand) -> Tensor:
@@ -228,6 +234,8 @@ class Tensor:
         return _binary("greater_equal", self, other)
 
     def _logic(self, op: str, other: Operand) -> Tensor:
+        if isinstance(other, Tensor) and (self.dtype is DType.BOOL) is not (other.dtype is DType.BOOL):
+            fail(f"{op}: {self.value!r} and {other.value!r}: only one is a bool mask; compare the other with something first")
         return _binary(("logical_" if self.dtype is DType.BOOL else "bit_") + op, self, other)
 
     def __and__(self, other: Operand) -> Tensor:
@@ -285,6 +293,9 @@ class Tensor:
         """The same elements in another shape; one entry may be -1."""
         if len(shape) == 1 and isinstance(shape[0], (tuple, list)):
             shape = tuple(shape[0])
+        for d in shape:
+            if isinstance(d, bool) or not isinstance(d, (int, Dim)):
+                fail(f"reshape of {self.value!r}: a size is an int or a dimension, not {d!r}; divide sizes with //")
         if any(isinstance(d, int) and d == -1 for d in shape):
             rest: DimLike = 1
             for d in shape:
@@ -293,12 +304,14 @@ class Tensor:
             if ir.equal(free * rest, self.type.size) is not True:
                 fail(f"reshape of {self.value!r} to {shape}: {self.type.size} elements are not a multiple of {rest}")
             shape = tuple(free if isinstance(d, int) and d == -1 else d for d in shape)
+        before, after = _apart(self.shape, shape)  # that b * 64 and b * 60 are equal for b = 0 is not what is meant
+        if ir.equal(before, after) is False:
+            fail(f"reshape of {self.value!r} to ({', '.join(map(str, shape))}): {before} elements do not make {after}")
         return emit("reshape", self, shape=shape)
 
     def transpose(self, *perm: int) -> Tensor:
         """Axes in the order ``perm``."""
-        perm = tuple(p % self.rank if self.rank else p for p in perm)
-        return emit("transpose", self, perm=perm)
+        return emit("transpose", self, perm=tuple(self._axis(p) for p in perm))
 
     def swap(self, a: int, b: int) -> Tensor:
         """Axes ``a`` and ``b`` exchanged."""
@@ -317,7 +330,11 @@ class Tensor:
 
     def cast(self, dtype: DType | str) -> Tensor:
         """Elements converted to ``dtype``; itself if they are of it already."""
-        return self if self.dtype is DType.of(dtype) else emit("cast", self, dtype=dtype)
+        try:
+            dtype = DType.of(dtype)
+        except ir.IRError as e:
+            fail(f"cast of {self.value!r}: {e.message}")
+        return self if self.dtype is dtype else emit("cast", self, dtype=dtype)
 
     def heads(self, n: DimLike) -> Tensor:
         """``[..., n*d] -> [..., n, d]``."""
@@ -368,6 +385,17 @@ class Tensor:
 
         return take(self, index if isinstance(index, tuple) else (index,))
 
+    def __setitem__(self, index: object, value: object) -> NoReturn:
+        fail(f"{self.value!r} cannot be assigned to, tensors are values; make a new one with nn.where or nn.concat")
+
+    if not TYPE_CHECKING:  # a type checker reports unknown attributes itself
+
+        def __getattr__(self, name: str) -> NoReturn:
+            from wasat.frontend import nn
+
+            instead = _INSTEAD.get(name) or (f"nn.{name}(x)" if name in nn.__all__ else None)
+            raise AttributeError(f"a Tensor has no {name!r}" + (f"; use {instead}" if instead else ""), name=name, obj=self)
+
     # -- reductions ----------------------------------------
     def _reduce(self, op: str, axis: int | Sequence[int] | None, keepdims: bool) -> Tensor:
         axes = range(self.rank) if axis is None else [axis] if isinstance(axis, int) else axis
@@ -402,11 +430,34 @@ class Tensor:
         return self._reduce("reduce_all", axis, keepdims)
 
 
+_INSTEAD = {
+    "astype": "x.cast(dtype)", "chunk": "x.split(n, axis)", "dim": "x.rank", "expand": "x.broadcast_to(*shape)",
+    "flatten": "x.reshape(...) or x.merge()", "item": "a Tensor; its data are not known while tracing", "ndim": "x.rank",
+    "permute": "x.transpose(*perm)", "size": "x.shape", "squeeze": "x.reshape(...) or x[:, 0]", "to": "x.cast(dtype)",
+    "unsqueeze": "x[..., None]", "view": "x.reshape(*shape)",
+}  # fmt: skip
+"""What other libraries call a method -> what it is here."""
+
 _UFUNCS = {
     "add": "add", "subtract": "sub", "multiply": "mul", "divide": "div", "true_divide": "div", "power": "pow",
     "floor_divide": "floor_div", "remainder": "mod", "matmul": "matmul", "equal": "equal", "not_equal": "not_equal",
     "less": "less", "less_equal": "less_equal", "greater": "greater", "greater_equal": "greater_equal",
 }  # fmt: skip
+
+
+def _apart(a: Sequence[DimLike], b: Sequence[DimLike]) -> tuple[DimLike, DimLike]:
+    """Products of two shapes, without the entries that both have."""
+    left: DimLike = 1
+    rest = list(b)
+    for d in a:
+        if d in rest:
+            rest.remove(d)
+        else:
+            left = left * d
+    right: DimLike = 1
+    for d in rest:
+        right = right * d
+    return left, right
 
 
 def _divide(x: Operand, y: Operand) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 
-from wasat.ir import Graph, IRError, Program, Type
+from wasat.ir import Graph, IRError, Program, QTensorType, TensorType, Type
 
 from wasat import ir
 
@@ -27,23 +27,45 @@ def trace(
 
     Raises TypeMismatch at the user's line where shapes or element types do not fit.
     """
+    if not isinstance(module, Module):
+        raise IRError(f"nn.trace runs an object of a class derived from nn.Module, not {module!r}")
+    call = getattr(module, method, None)
+    if call is None:
+        raise IRError(f"{type(module).__name__} has no {method}: the method that nn.trace runs, by default __call__")
     graph = Graph(name)
     t = Trace(graph, type(module).__name__, trace.__code__, training)
     for path, x in module.walk():
         (t.parameter_names if isinstance(x, Parameter) else t.module_paths)[id(x)] = path
-    args = {k: Tensor(t, graph.add_input(k, ir.parse_type(v) if isinstance(v, str) else v)) for k, v in inputs.items()}
-    call = getattr(module, method)
-    accepted = inspect.signature(call).parameters
+    args = {k: Tensor(t, graph.add_input(k, _type(k, v))) for k, v in inputs.items()}
+    signature = inspect.signature(call)
+    accepted = signature.parameters
     by_name = all(k in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values()) for k in args)
+    try:
+        bound = signature.bind(**args) if by_name else signature.bind(*args.values())
+    except TypeError as e:
+        raise IRError(
+            f"{type(module).__name__}.{method} takes {', '.join(accepted)}; given are {', '.join(args) or 'no inputs'}: {e}"
+        ) from None
     token = _current.set(t)
     try:
-        result = call(**args) if by_name else call(*args.values())
+        result = call(*bound.args, **bound.kwargs)
         values, names = _outputs(t, result, outputs)
     finally:
         _current.reset(token)
     graph.set_outputs(values, names)
     sources = random_params(module, seed)
     return Program({name: graph}, {k: sources[k] for k in graph.params})
+
+
+def _type(name: str, given: str | Type) -> Type:
+    if isinstance(given, (TensorType, QTensorType)):
+        return given
+    if not isinstance(given, str):
+        raise IRError(f'input {name}: a type is written like "f32[b, s, 64]", not {given!r}')
+    try:
+        return ir.parse_type(given)
+    except ir.ParseError as e:
+        raise IRError(f"input {name}: {e}") from None
 
 
 def _outputs(t: Trace, result: object, names: Sequence[str] | None) -> tuple[list[ir.Value], list[str]]:

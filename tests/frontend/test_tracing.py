@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from wasat.frontend import nn
-from wasat.ir import IRError, TypeMismatch, evaluate, verify
+from wasat.ir import IRError, TypeMismatch, WasatError, evaluate, verify
 
 
 class Block(nn.Module):
@@ -138,6 +138,20 @@ F, T = "f32[b, s, 64]", "f32[b, s, 32]"
         (F, "i64[b, s]", lambda x, y: y / 2, ["use // for integers"]),
         (F, T, lambda x, y: x.heads(5), ["the last axis, 64, does not split into 5 heads"]),
         (F, T, lambda x, y: x.reshape(x.shape[0], 7, -1), ["not a multiple of 7*b"]),
+        (F, T, lambda x, y: x.reshape(*x.shape[:2], 4, 15), ["to (b, s, 4, 15): 64 elements do not make 60"]),
+        (F, T, lambda x, y: x.reshape(*x.shape[:2], 4, 64 / 4), ["a size is an int or a dimension, not 16.0", "//"]),
+        (F, T, lambda x, y: x.transpose(0, 2, 3), ["%x: f32[b, s, 64] has no axis 3"]),
+        (F, T, lambda x, y: x.cast("float33"), ["cast of %x: f32[b, s, 64]: 'float33' is no element type"]),
+        (F, T, lambda x, y: x.__setitem__(0, 1.0), ["cannot be assigned to", "nn.where"]),
+        (F, T, lambda x, y: x + np.ones(64), ["an array of float64 meets %x: f32[b, s, 64]", ".astype(np.float32)"]),
+        (F, T, lambda x, y: (x > 0) & y, ["%y: f32[b, s, 32]: only one is a bool mask", "compare"]),
+        (F, T, lambda x, y: nn.concat(x), ["nn.concat takes a list of tensors: nn.concat([x, y]"]),
+        (F, T, lambda x, y: nn.stack(x), ["nn.stack takes a list of tensors"]),
+        (F, T, lambda x, y: nn.rope(x, nn.positions(x)), ["x is [b, s, heads, d], not %x: f32[b, s, 64]", "x.heads(n)"]),
+        (F, T, lambda x, y: nn.rope(x.heads(4), y[:, :, 0]), ["positions are i64 [s] or [b, s], not", "nn.positions(x)"]),
+        (F, T, lambda x, y: nn.RoPE(32)(x.heads(4), nn.positions(x)), ["32 elements of each head rotate", "has 16"]),
+        (F, T, lambda x, y: nn.attention(x, x, x), ["q is [b, s, heads, d], not %x: f32[b, s, 64]"]),
+        (F, T, lambda x, y: nn.attention(*[x.heads(4)] * 3, y), ["keep is a bool mask (true: attend), not %y"]),
         (F, T, lambda x, y: x[:, :, 64], ["index 64 is outside axis 2 of size 64"]),
         (F, T, lambda x, y: x[0, 0, 0, 0], ["4 indices for 3 axes"]),
         (F, T, lambda x, y: x[y], ["a tensor cannot be an index", "nn.gather"]),
@@ -167,6 +181,65 @@ def test_mistakes_are_shown_at_the_users_line(x: str, y: str, f: Callable[..., A
         line = inspect.getsourcelines(f)[1]
         assert f"{__file__}:" in text
         assert any(f"{__file__}:{n} " in text for n in range(line, line + 3)), text
+
+
+@pytest.mark.parametrize(
+    "f, message",
+    [
+        (lambda x, y: x.view(1), r"a Tensor has no 'view'; use x.reshape\(\*shape\)"),
+        (lambda x, y: x.softmax(-1), r"a Tensor has no 'softmax'; use nn.softmax\(x\)"),
+        (lambda x, y: x.wobble, "a Tensor has no 'wobble'$"),
+    ],
+)
+def test_methods_of_other_libraries_are_answered_with_ours(f: Callable[..., Any], message: str) -> None:
+    with pytest.raises(AttributeError, match=message):
+        nn.trace(Call(f), {"x": F, "y": T})
+
+
+class Forward(nn.Module):
+    def forward(self, x: nn.Tensor) -> nn.Tensor:
+        return x
+
+
+@pytest.mark.parametrize(
+    "module, inputs, message",
+    [
+        (Call(iterate), {"x": F}, "Call.__call__ takes x, y; given are x: missing a required argument: 'y'"),
+        (Call(iterate), {"x": F, "y": F, "z": F}, "takes x, y; given are x, y, z: too many positional arguments"),
+        (Call(iterate), {"x": (2, 3), "y": F}, r'input x: a type is written like "f32\[b, s, 64\]", not \(2, 3\)'),
+        (Call(iterate), {"x": "float[b]", "y": F}, "input x: .*'float' is no element type"),
+        (Forward(), {"x": F}, "Forward has no __call__"),
+        (Forward, {"x": F}, "an object of a class derived from nn.Module, not <class"),
+        (iterate, {"x": F}, "an object of a class derived from nn.Module, not <function"),
+    ],
+)
+def test_what_cannot_be_traced(module: Any, inputs: dict[str, Any], message: str) -> None:
+    with pytest.raises(IRError, match=message):
+        nn.trace(module, inputs)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: nn.Attention(64, 5), "Attention: dim 64 does not split into 5 heads; give head_dim"),
+        (lambda: nn.CrossAttention(64, 5), "CrossAttention: dim 64 does not split into 5 heads"),
+        (lambda: nn.CrossAttention(64, 4, kv_heads=3), "4 query heads are not a multiple of 3 key/value heads"),
+        (lambda: nn.Linear("64", 3), "Linear: inputs is '64'; expected a positive int"),
+        (lambda: nn.Embedding(10, 0), "Embedding: dim is 0; expected a positive int"),
+        (lambda: nn.RMSNorm(8.0), "RMSNorm: dim is 8.0"),
+        (lambda: nn.LayerNorm(True), "LayerNorm: dim is True"),
+        (lambda: nn.Parameter(64), "the shape is a tuple of sizes, not 64"),
+        (lambda: nn.MLP(8, 16, "gello"), "there is no activation 'gello'; there are gelu"),
+        (lambda: nn.RoPE(7), "7 of 7 is not an even number"),
+        (lambda: nn.Dropout(1.5), "Dropout: rate is 1.5"),
+        (lambda: nn.Conv1d(4, 6, 3, groups=3), "4 inputs and 6 outputs do not split into 3 groups"),
+        (lambda: nn.Conv1d(4, 6, 3, padding="cauzal"), "padding 'cauzal' is none of"),
+        (lambda: nn.Conv2d(3, 4, (2, 2, 2)), r"\(2, 2, 2\) has 3 numbers; expected one, or 2"),
+    ],
+)
+def test_layers_that_cannot_be(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(WasatError, match=message):
+        make()
 
 
 def test_a_tensor_of_another_trace_is_refused() -> None:
