@@ -1,0 +1,338 @@
+"""KV-cache derivation: from a cache-less forward pass to ``prefill`` and ``decode`` (and ``encode``), by proof, not by pattern.
+
+If everything that mixes tokens is causal attention, what a token computes depends on earlier ones only through keys and values:
+keep those, and the program runs on the new tokens alone, its positions offset by how many there are already.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from wasat.ir import Builder, DimLike, DType, Graph, IRError, Node, Program, TensorType, Value, substitute, symbol
+from wasat.ir.graph import copy_node
+
+from .axis import Label, analyze, refuse
+from .core import Pass, PassError, Remarks
+
+ROUND = 16
+"""Capacities are multiples of this: kernels read keys in groups."""
+
+
+@dataclass(frozen=True)
+class DeriveKVCache(Pass):
+    """Replaces ``graph`` by entry points over caches.
+
+    ``prefill(tokens [b, s], past i64[b], last i64[b], ..caches)``: row r already holds past[r] positions; returns each
+    output at index last[r] of the new ones, without the sequence axis. ``decode``: the same for one token, without ``last``.
+    Caches are inputs and outputs of one name. Whatever needs no token becomes ``encode``, whose results the others take.
+
+    Full caches hold [b, c, heads, features]; attention with a window gets a ring of window + chunk - 1 positions (at most
+    ``chunk`` new tokens at a time), or a full cache where the context is no longer than that.
+
+    Raises IRError, with the node and the line, where the graph looks ahead.
+    """
+
+    name = "derive-kv-cache"
+    graph: str = "forward"
+    chunk: int = 512
+
+    def requires(self, program: Program) -> None:
+        if self.graph not in program.graphs:
+            raise PassError(f"there is no graph @{self.graph}; there are {', '.join('@' + n for n in program.graphs)}")
+        if self.chunk < 1:
+            raise PassError(f"chunk={self.chunk}: a chunk holds at least one token")
+
+    def run(self, program: Program, remarks: Remarks) -> bool:
+        forward = program[self.graph]
+        tokens = _tokens(forward)
+        seq = str(tokens.shape[1])
+        labels = analyze(forward, seq)
+        for name, v in zip(forward.output_names, forward.outputs):
+            if labels[v].kind == "ahead":
+                raise refuse(labels[v], name, seq)
+        plan = _Plan.make(forward, tokens, seq, labels, self.chunk, program.metadata.get("context"))
+        graphs = dict(program.graphs)
+        del graphs[self.graph]
+        made = [_Derivation(plan, name).run() for name in ("prefill", "decode")]
+        if plan.memory:
+            made.insert(0, _encode(plan))
+        clash = [g.name for g in made if g.name in graphs]
+        if clash:
+            raise PassError(f"the program already has a graph @{clash[0]}")
+        program.graphs = {**graphs, **{g.name: g for g in made}}
+        program.metadata["states"] = [s for c in plan.caches.values() for s in c.states()]
+        program.metadata["chunk"] = self.chunk
+        for node, cache in plan.of.items():
+            remarks.applied(f"%{node.output.name}: {cache.describe()}", node)
+        if plan.memory:
+            remarks.applied(f"@encode computes {len(plan.memory)} values once", made[0])
+        return True
+
+
+def _tokens(graph: Graph) -> Value:
+    """The input that holds tokens: integers [batch, sequence]."""
+    found = [
+        v for v in graph.inputs
+        if isinstance(v.type, TensorType) and v.type.dtype.is_int and v.type.rank == 2 and str(v.shape[1]).isidentifier()
+    ]  # fmt: skip
+    named = [v for v in found if v.name == "tokens"] or found
+    if len(named) != 1:
+        raise IRError(
+            f"graph @{graph.name} has {len(named)} inputs that could be its tokens; it needs one integer input "
+            "[batch, sequence] with a symbolic sequence (or one named tokens)"
+        )
+    return named[0]
+
+
+@dataclass
+class _Cache:
+    """The keys and values of one attention."""
+
+    index: int
+    keys: TensorType
+    values: TensorType
+    window: int | None
+    capacity: int | None
+    """Positions of a ring; None for a full cache."""
+
+    def names(self) -> tuple[str, str]:
+        return f"cache.{self.index}.k", f"cache.{self.index}.v"
+
+    def types(self, batch: DimLike, capacity: DimLike) -> tuple[TensorType, TensorType]:
+        c = capacity if self.capacity is None else self.capacity
+        return tuple(t.with_shape(batch, c, *t.shape[2:]) for t in (self.keys, self.values))  # type: ignore[return-value]
+
+    def states(self) -> list[dict[str, Any]]:
+        kind = "full" if self.capacity is None else "ring"
+        return [
+            {"name": n, "role": role, "kind": kind, "capacity": self.capacity, "window": self.window}
+            for n, role in zip(self.names(), "kv")
+        ]
+
+    def describe(self) -> str:
+        if self.capacity is None:
+            return "full cache" + (f", window {self.window}" if self.window is not None else "")
+        return f"ring cache of {self.capacity} positions, window {self.window}"
+
+
+@dataclass
+class _Plan:
+    """What all derived graphs share."""
+
+    forward: Graph
+    tokens: Value
+    seq: str
+    labels: dict[Value, Label]
+    caches: dict[tuple[Value, Value, int | None], _Cache] = field(default_factory=dict)
+    of: dict[Node, _Cache] = field(default_factory=dict)
+    memory: dict[Value, str] = field(default_factory=dict)
+    """Fixed values that depend on inputs, read by what runs along the sequence."""
+    capacity: DimLike = 0
+    last_mixing: Node | None = None
+
+    @staticmethod
+    def make(forward: Graph, tokens: Value, seq: str, labels: dict[Value, Label], chunk: int, context: int | None) -> _Plan:
+        plan = _Plan(forward, tokens, seq, labels)
+        name = "c"
+        while name in forward.symbols:
+            name += "_"
+        plan.capacity = symbol(name)
+        dependent = _on_inputs(plan)
+        for node in forward.nodes:
+            for v in node.inputs:
+                if v in dependent and v.node is not None and any(labels[o].along for o in node.outputs):
+                    plan.memory.setdefault(v, f"memory.{len(plan.memory)}")
+            if labels[node.outputs[0]].mixes:
+                plan.last_mixing = node
+                plan._cache(node, chunk, context)
+        for v in forward.outputs:
+            if v in dependent and v.node is not None:
+                plan.memory.setdefault(v, f"memory.{len(plan.memory)}")
+        return plan
+
+    def _cache(self, node: Node, chunk: int, context: int | None) -> None:
+        _, k, v = node.inputs[:3]
+        window = node.attrs.window  # type: ignore[attr-defined]
+        capacity = None if window is None else -(-(window + chunk - 1) // ROUND) * ROUND
+        if capacity is not None and context is not None and context <= capacity:
+            capacity = None
+        key = (k, v, capacity)
+        if key not in self.caches:
+            self.caches[key] = _Cache(len(self.caches), k.tensor, v.tensor, window, capacity)
+        self.of[node] = self.caches[key]
+
+
+def _on_inputs(plan: _Plan) -> set[Value]:
+    """Fixed values that depend on an input."""
+    found = {v for v in plan.forward.inputs if plan.labels[v].kind == "fixed"}
+    for node in plan.forward.nodes:
+        if plan.labels[node.outputs[0]].kind == "fixed" and any(v in found for v in node.inputs):
+            found.update(node.outputs)
+    return found
+
+
+def _encode(plan: _Plan) -> Graph:
+    g = Graph("encode")
+    env = _declare(g, plan, {v for v in plan.forward.inputs if plan.labels[v].kind == "fixed"}, {})
+    for node in plan.forward.nodes:
+        if plan.labels[node.outputs[0]].kind == "fixed":
+            copy_node(g, node, env)
+    g.set_outputs([env[v] for v in plan.memory], list(plan.memory.values()))
+    return g
+
+
+def _declare(g: Graph, plan: _Plan, inputs: set[Value], sizes: dict[str, DimLike]) -> dict[Value, Value]:
+    env: dict[Value, Value] = {}
+    for v in plan.forward.inputs:
+        if v in inputs:
+            env[v] = g.add_input(v.name, v.type.substitute(sizes))
+    for name, v in plan.forward.params.items():
+        env[v] = g.add_param(name, v.type)
+        g.rename(env[v], v.name)
+    return env
+
+
+_LEADING = frozenset({"rope", "embedding", "quantized_embedding", "one_hot"})
+"""Operations that take positions with a batch axis in front as they are."""
+
+
+class _Derivation:
+    """One derived graph under construction.
+
+    ``env`` holds values over all new tokens; ``rows``, in prefill, values at each row's last token: once nothing mixes tokens any
+    more, only that one goes on.
+    """
+
+    def __init__(self, plan: _Plan, name: str) -> None:
+        self.plan, self.labels = plan, plan.labels
+        self.one = name == "decode"
+        self.g = Graph(name)
+        self.b = Builder(self.g)
+        self.sizes: dict[str, DimLike] = {plan.seq: 1} if self.one else {}
+        self.env = _declare(self.g, plan, {v for v in plan.forward.inputs if self._reads(v)}, self.sizes)
+        self.rows: dict[Value, Value] = {}
+        self.batch = plan.tokens.shape[0]
+        per_row = TensorType(DType.I64, (self.batch,))
+        self.past = self.g.add_input("past", per_row)
+        self.last = None if self.one else self.g.add_input("last", per_row)
+        for v, memory in plan.memory.items():
+            self.env[v] = self.g.add_input(memory, v.type)
+        self.states: dict[str, Value] = {}
+        for cache in plan.caches.values():
+            for n, t in zip(cache.names(), cache.types(self.batch, plan.capacity)):
+                self.states[n] = self.g.add_input(n, t)
+
+    def run(self) -> Graph:
+        plan = self.plan
+        tail = plan.last_mixing is None
+        for node in plan.forward.nodes:
+            label = self.labels[node.outputs[0]]
+            self.b.loc = node.loc
+            if label.kind == "fixed":
+                if not any(v in plan.memory for v in node.outputs) and all(v in self.env for v in node.inputs):
+                    copy_node(self.g, node, self.env)
+            elif label.kind == "ahead":
+                continue  # no output needs it
+            elif label.mixes:
+                self._attend(node)
+            elif tail and not self.one and label.kind == "token":
+                self._apply(node, [self._row(v) for v in node.inputs], {plan.seq: 1}, self.rows)
+            else:
+                self._apply(node, [self.env[v] for v in node.inputs], self.sizes, self.env)
+            tail = tail or node is plan.last_mixing
+        outputs = [self._output(v) for v in plan.forward.outputs]
+        self.g.set_outputs([*outputs, *self.states.values()], [*plan.forward.output_names, *self.states])
+        return self.g
+
+    def _reads(self, v: Value) -> bool:
+        """Whether an input is needed beside what @encode makes of it."""
+        return self.labels[v].along or any(self.labels[o].along for n in v.users for o in n.outputs)
+
+    # -- nodes ---------------------------------------------------------------------------------------------------------
+    def _apply(self, node: Node, inputs: list[Value], sizes: dict[str, DimLike], env: dict[Value, Value]) -> None:
+        """The node over the new tokens. Positions differ between rows: values made of them gain a batch axis in front."""
+        label = self.labels[node.outputs[0]]
+        names = [v.name for v in node.outputs]
+        if node.op.name == "iota":
+            at = self.b.iota(size=substitute(node.attrs.size, sizes))  # type: ignore[attr-defined]
+            at = self.b.add(self.b.reshape(self.past, shape=(self.batch, 1)), at, name=names[0])
+            dtype = node.attrs.dtype  # type: ignore[attr-defined]
+            env[node.output] = at if dtype is DType.I64 else self.b.cast(at, dtype=dtype)
+            return
+        attrs = node.attrs.bind(sizes)
+        lifted = [self.labels[v].kind == "position" for v in node.inputs]
+        if any(lifted) and node.op.name not in _LEADING:
+            rank = len(node.output.shape)
+            if node.op.elementwise:
+                own = label.kind == "position"
+                inputs = [self._spread(v, x, rank + own) if up else x for v, x, up in zip(node.inputs, inputs, lifted)]
+            elif label.kind == "position":
+                attrs = self._shifted(node, attrs)
+                if node.op.name == "broadcast_to":
+                    inputs = [self._spread(node.inputs[0], inputs[0], rank + 1)]
+            else:
+                raise IRError(f"{node!r}: positions cannot be offset through {node.op.name}", node.loc)
+        made = self.g.add_node(node.op, inputs, attrs, loc=node.loc, names=names)
+        env.update(zip(node.outputs, made.outputs))
+
+    def _spread(self, old: Value, x: Value, rank: int) -> Value:
+        """A lifted value [b, *shape] as [b, 1, .., *shape] of ``rank`` axes."""
+        own = list(x.shape[1:])
+        while len(own) > rank - 1 and own[0] == 1:
+            own.pop(0)
+        if len(own) > rank - 1:
+            raise IRError(f"%{old.name}: positions meet a value whose first axis is not the batch", old.loc)
+        return self.b.reshape(x, shape=(self.batch, *(1,) * (rank - 1 - len(own)), *own))  # type: ignore[no-any-return]
+
+    def _shifted(self, node: Node, attrs: Any) -> Any:
+        """Attributes for operands with one more axis in front."""
+        name, b = node.op.name, self.batch
+        if name in ("reshape", "broadcast_to"):
+            return type(attrs)((b, *attrs.shape))
+        if name == "transpose":
+            return type(attrs)((0, *(p + 1 for p in attrs.perm)))
+        if name == "slice":
+            return type(attrs)((0, *attrs.starts), (b, *attrs.stops), (1, *attrs.steps))
+        if name == "concat":
+            return type(attrs)(attrs.axis + 1)
+        raise IRError(f"{node!r}: positions cannot be offset through {name}", node.loc)
+
+    def _attend(self, node: Node) -> None:
+        attrs: Any = node.attrs
+        cache = self.plan.of[node]
+        k, v = cache.names()
+        out = self.b.cached_attention(
+            *(self.env[x] for x in node.inputs[:3]), self.states[k], self.states[v], self.past, scale=attrs.scale,
+            window=attrs.window, softcap=attrs.softcap, ring=cache.capacity is not None, name=[node.output.name, k, v],
+        )  # fmt: skip
+        self.env[node.output], self.states[k], self.states[v] = out
+
+    # -- the last position ---------------------------------------------------------------------------------------------
+    def _row(self, v: Value) -> Value:
+        """``v`` at each row's last token, its sequence axis of size 1."""
+        label = self.labels[v]
+        if not label.along:
+            return self.env[v]
+        if v not in self.rows:
+            self.rows[v] = self._take(self.env[v], label)
+        return self.rows[v]
+
+    def _take(self, x: Value, label: Label) -> Value:
+        if label.kind == "uniform":
+            stops = [1 if i == label.axis else d for i, d in enumerate(x.shape)]
+            return self.b.slice(x, starts=(0,) * len(stops), stops=tuple(stops))  # type: ignore[no-any-return]
+        axis = label.axis + (label.kind == "position")
+        perm = (0, axis, *(i for i in range(1, len(x.shape)) if i != axis))
+        if axis == 0:
+            raise IRError(f"%{x.name}: the sequence is the first axis, where the batch should be", x.loc)
+        y = self.b.take_row(self.b.transpose(x, perm=perm), self.last)
+        return self.b.transpose(y, perm=tuple(perm.index(i) for i in range(len(perm))))  # type: ignore[no-any-return]
+
+    def _output(self, v: Value) -> Value:
+        label = self.labels[v]
+        if not label.along:
+            return self.env[v]
+        x = self.env[v] if self.one else self._row(v)
+        axis = label.axis + (label.kind == "position")
+        return self.b.reshape(x, shape=tuple(d for i, d in enumerate(x.shape) if i != axis))  # type: ignore[no-any-return]
