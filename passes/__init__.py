@@ -1,0 +1,18 @@
+"""Graph to graph: clean-up, fusion, quantization, KV-cache derivation; the manager that runs passes, and their remarks."""
+
+from .cleanup import Cleanup
+from .core import Check, GraphPass, Pass, PassError, PassManager, Remark, Remarks, Report, Step
+from .fuse_activations import FuseActivations
+from .fuse_attention import FuseAttention
+from .fuse_norm import FuseNorm
+from .fuse_rope import FuseRope
+from .hoist_params import HoistParams
+from .kv_cache import DeriveKVCache
+from .pattern import Match, Mismatch, Rewrite, Tracer
+from .quantize import Quantize
+
+__all__ = [
+    "Check", "Cleanup", "DeriveKVCache", "FuseActivations", "FuseAttention", "FuseNorm", "FuseRope", "GraphPass",
+    "HoistParams", "Match", "Mismatch", "Pass", "PassError", "PassManager", "Quantize", "Remark", "Remarks",
+    "Report", "Rewrite", "Step", "Tracer",
+]  # fmt: skip

@@ -169,14 +169,15 @@ def _selected(
     _before_softcap(node, softcap)
     if factor <= 0:
         raise Miss(f"{node!r}: the mask is multiplied by {factor:g}")
-    _meet(node, mask, analyze(condition, shape, keep), fill)
+    _meet(node, mask, analyze(condition, shape, keep), fill, shape)
     return scores
 
 
-def _meet(node: Node, mask: Mask, found: Mask, fill: float) -> None:
-    if found.operands and fill != float("-inf"):
-        # a row that keeps nothing is uniform under a finite number and zero under -inf: only -inf may become a boolean mask
-        raise Miss(f"{node!r}: a mask that is data fills with {fill:g}; use -inf")
+def _meet(node: Node, mask: Mask, found: Mask, fill: float, shape: Sequence[DimLike]) -> None:
+    # a query that sees nothing gives the mean of the values under a finite number, and 0 in the fused operation: where that
+    # can happen (masks that are data; predicates, unless every query sees itself), only -inf will do
+    if fill != float("-inf") and (found.operands or equal(shape[-1], shape[-2]) is not True):
+        raise Miss(f"{node!r}: it fills with {fill:g}, and some query may see nothing; use -inf")
     mask.meet(found)
 
 
@@ -194,7 +195,7 @@ def _added(
     choice = _choice(addend)
     if choice is not None and factor > 0:
         condition, keep, fill = choice
-        _meet(node, mask, analyze(condition, shape, keep), fill)
+        _meet(node, mask, analyze(condition, shape, keep), fill, shape)
     else:
         additive.append((addend, factor))
     return scores

@@ -200,8 +200,8 @@ _LEADING = frozenset({"rope", "embedding", "quantized_embedding", "one_hot"})
 class _Derivation:
     """One derived graph under construction.
 
-    ``env`` holds values over all new tokens; ``rows``, in prefill, values at each row's last token: once nothing mixes tokens any
-    more, only that one goes on.
+    ``env`` holds values over all new tokens; ``rows``, in prefill, values at each row's last token: once nothing mixes
+    tokens any more, only that one goes on.
     """
 
     def __init__(self, plan: _Plan, name: str) -> None:

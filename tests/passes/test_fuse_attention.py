@@ -1,0 +1,267 @@
+"""Attention fusion: every spelling of the zoo fuses to what it says; every guard has a near miss, with the reason."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from attention_zoo import CASES, MORE, Case
+from wasat.ir import evaluate, parse
+from wasat.passes import Cleanup, FuseAttention, FuseNorm, FuseRope, PassManager
+
+from wasat.testing import InterpreterCheck, check_pass, feed, random_program
+
+
+@pytest.mark.parametrize("case", [*CASES, *MORE], ids=lambda c: c.name)
+def test_zoo(case: Case) -> None:
+    """One attention with the expected attributes and heads, nothing left of the formula, the same numbers."""
+    program = case.build()
+    tolerance = {"f32": 1e-5, "f16": 5e-3}[case.dtype]
+    dims = [{"b": 1, "s": 1}, {"b": 2, "s": 9}]
+    check = None if "real" in case.inputs else InterpreterCheck(dims, rtol=tolerance, atol=tolerance)
+    written = program["forward"].clone()
+    passes = [Cleanup(), FuseNorm(), FuseRope(), FuseAttention(), Cleanup()]
+    report = PassManager(passes, check=check).run(program)
+    g = program["forward"]
+    (node,) = (n for n in g.nodes if n.op.name == "attention")
+    want = {**case.expected, "scale": pytest.approx(case.scale, rel=1e-3 if case.dtype == "f16" else 1e-6)}
+    assert {k: getattr(node.attrs, k) for k in want} == want
+    assert (node.inputs[0].shape[2], node.inputs[1].shape[2]) == (4, case.kv_heads)
+    assert (len(node.inputs) == 4) == case.mask
+    assert (g.count("rope"), g.count("rms_norm")) == (case.ropes, case.norms)
+    assert g.count("softmax") == g.count("matmul") == g.count("transpose") == g.count("broadcast_to") == 0
+    assert not report.remarks("missed")
+    if check is None:  # where padding hides everything, the formula gives NaN and the operation 0
+        feeds = feed(g, dims[1])
+        feeds["real"] = np.arange(9)[None] < np.array([[9], [4]])
+        params = {k: p.load() for k, p in program.params.items()}
+        (want_y,), (got_y,) = evaluate(written, feeds, params), evaluate(g, feeds, params)
+        np.testing.assert_allclose(got_y, want_y, rtol=tolerance, atol=tolerance)
+
+
+BEFORE = """graph @f(%q: f32[b, 4, s, 8], %k: f32[b, 4, t, 8], %v: f32[b, 4, t, 6], %m: bool[b, 1, 1, t]) {
+  %kt: f32[b, 4, 8, t] = transpose(%k) {perm=(0, 1, 3, 2)}
+  %scores: f32[b, 4, s, t] = matmul(%q, %kt)
+  %scaled: f32[b, 4, s, t] = mul(%scores, 0.5:f32)
+  %masked: f32[b, 4, s, t] = select(%m, %scaled, -inf:f32)
+  %probs: f32[b, 4, s, t] = softmax(%masked) {axis=3}
+  %out: f32[b, 4, s, 6] = matmul(%probs, %v)
+  return %out
+}
+"""
+AFTER = """graph @f(%q: f32[b, 4, s, 8], %k: f32[b, 4, t, 8], %v: f32[b, 4, t, 6], %m: bool[b, 1, 1, t]) {
+  %reshape: f32[b, 4, s, 8] = reshape(%q) {shape=(b, 4, s, 8)}
+  %transpose: f32[b, s, 4, 8] = transpose(%reshape) {perm=(0, 2, 1, 3)}
+  %reshape_1: f32[b, s, 4, 8] = reshape(%transpose) {shape=(b, s, 4, 8)}
+  %reshape_2: f32[b, 4, t, 8] = reshape(%k) {shape=(b, 4, t, 8)}
+  %transpose_1: f32[b, t, 4, 8] = transpose(%reshape_2) {perm=(0, 2, 1, 3)}
+  %reshape_3: f32[b, t, 4, 8] = reshape(%transpose_1) {shape=(b, t, 4, 8)}
+  %reshape_4: f32[b, 4, t, 6] = reshape(%v) {shape=(b, 4, t, 6)}
+  %transpose_2: f32[b, t, 4, 6] = transpose(%reshape_4) {perm=(0, 2, 1, 3)}
+  %reshape_5: f32[b, t, 4, 6] = reshape(%transpose_2) {shape=(b, t, 4, 6)}
+  %reshape_6: bool[b, 1, 1, t] = reshape(%m) {shape=(b, 1, 1, t)}
+  %attention: f32[b, s, 4, 6] = attention(%reshape_1, %reshape_3, %reshape_5, %reshape_6) {scale=0.5}
+  %reshape_7: f32[b, s, 4, 6] = reshape(%attention) {shape=(b, s, 4, 6)}
+  %transpose_3: f32[b, 4, s, 6] = transpose(%reshape_7) {perm=(0, 2, 1, 3)}
+  return out=%transpose_3
+}
+"""
+DIMS = [{"b": 2, "s": 3, "t": 5}, {"b": 1, "s": 1, "t": 1}]
+
+
+def test_text() -> None:
+    """Symbolic shapes, a mask that stays an operand, values of another width."""
+    (remark,) = check_pass(FuseAttention(), BEFORE, AFTER, [{"b": 1, "s": 3, "t": 5}])  # no row is masked out: NaN before
+    assert remark.message == "%attention = attention: 4 heads over 4, scale 0.5, a mask operand"
+
+
+NEAR_MISSES = {
+    "softmax over queries": ([("axis=3", "axis=2")], "softmax axis is 2, not the key axis 3"),
+    "probs returned": ([("return %out", "return %out, %probs")], "%probs is also an output of the graph"),
+    "scores returned": ([("return %out", "return %out, %scaled")], "%scaled is also an output of the graph"),
+    "probs used twice": (
+        [("  return %out", "  %again: f32[b, 4, s, t] = neg(%probs)\n  return %out, %again")],
+        "%probs is also used outside the match",
+    ),
+    "v broadcasts over the batch": ([("%v: f32[b,", "%v: f32[1,")], "%v (v) broadcasts over the batch"),
+    "k broadcasts over the batch": (
+        [("%k: f32[b,", "%k: f32[1,"), ("%kt: f32[b,", "%kt: f32[1,")], "%kt (k) broadcasts over the batch",
+    ),
+    "q broadcasts over heads": ([("%q: f32[b, 4,", "%q: f32[b, 1,")], "%q (q) broadcasts over heads"),
+    "v has other heads": ([("%v: f32[b, 4,", "%v: f32[b, 1,")], "4 key heads and 1 value heads"),
+    "no minus infinity": ([("-inf:f32", "-100.0:f32")], "neither choice is minus infinity"),
+    "finite fill under a mask that is data": ([("-inf:f32", "-1e30:f32")], "some query may see nothing; use -inf"),
+    "activation on scores": ([("= mul(%scores, 0.5:f32)", "= relu(%scores)")], "%scaled is relu"),
+    "scores are an input": (
+        [("%m: bool", "%x: f32[b, 4, s, t], %m: bool"), ("softmax(%masked)", "softmax(%x)")], "%x is an input",
+    ),
+    "probs go elsewhere": (
+        [("%out: f32[b, 4, s, 6] = matmul(%probs, %v)", "%out: f32[b, 4, s, t] = relu(%probs)")], "goes into relu",
+    ),
+    "dropout on probs": (
+        [("  %out: f32[b, 4, s, 6] = matmul(%probs,", "  %half: f32[b, 4, s, t] = mul(%probs, 0.5:f32)\n"
+          "  %out: f32[b, 4, s, 6] = matmul(%half,")], "%probs goes into mul",
+    ),
+    "mask inside the softcap": (
+        [("softmax(%masked)", "softmax(%capped)"),
+         ("  %probs", "  %t: f32[b, 4, s, t] = tanh(%masked)\n  %capped: f32[b, 4, s, t] = mul(%t, 3.0:f32)\n  %probs")],
+        "the mask is inside the softcap",
+    ),
+    "factor after the softcap": (
+        [("= mul(%scores, 0.5:f32)", "= mul(%capped, 0.5:f32)"),
+         ("  %scaled", "  %t: f32[b, 4, s, t] = tanh(%scores)\n  %capped: f32[b, 4, s, t] = mul(%t, 3.0:f32)\n  %scaled")],
+        "a factor is applied after the softcap",
+    ),
+    "negative factor after the mask": (
+        [("softmax(%masked)", "softmax(%flipped)"),
+         ("  %probs", "  %flipped: f32[b, 4, s, t] = mul(%masked, -1.0:f32)\n  %probs")],
+        "the mask is multiplied by -1",
+    ),
+    "scores broadcast by the mask": (
+        [("%m: bool[b, 1, 1, t]", "%m: bool[b, 4, s, t]"), ("%q: f32[b, 4, s, 8]", "%q: f32[b, 4, 1, 8]"),
+         ("%scores: f32[b, 4, s, t]", "%scores: f32[b, 4, 1, t]"), ("%scaled: f32[b, 4, s, t]", "%scaled: f32[b, 4, 1, t]")],
+        "the scores are broadcast by the mask",
+    ),
+    "mask broadcasts over some heads": (
+        [("%m: bool[b, 1, 1, t]", "%m: bool[b, 2, 1, s, t]"), ("softmax(%masked)", "softmax(%flat)"),
+         ("%masked: f32[b, 4, s, t] = select(%m, %scaled, -inf:f32)",
+          "%five: f32[b, 2, 2, s, t] = reshape(%scaled) {shape=(b, 2, 2, s, t)}\n"
+          "  %masked: f32[b, 2, 2, s, t] = select(%m, %five, -inf:f32)\n"
+          "  %flat: f32[b, 4, s, t] = reshape(%masked) {shape=(b, 4, s, t)}")],
+        "is broadcast over some of the axes that make up the heads",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("edits, reason", NEAR_MISSES.values(), ids=NEAR_MISSES)
+def test_near_miss_is_left_alone(edits: list[tuple[str, str]], reason: str) -> None:
+    text = BEFORE
+    for old, new in edits:
+        assert old in text
+        text = text.replace(old, new)
+    program = random_program(text)
+    before = str(program)
+    report = PassManager([FuseAttention()]).run(program)
+    assert str(program) == before
+    (remark,) = report.remarks()
+    assert remark.kind == "missed"
+    assert reason in remark.message
+
+
+def interleaved(perm: str) -> str:
+    """Query head i over key head i mod 2 (repetition outside) or i // 2 (inside)."""
+    outer = perm == "outer"
+    five = "[b, 2, 2, t, 8]"
+    first = "(b, 1, 2, t, 8)" if outer else "(b, 2, 1, t, 8)"
+    return f"""graph @f(%q: f32[b, 4, s, 8], %k: f32[b, 2, t, 8], %v: f32[b, 2, t, 8]) {{
+  %k1: f32{first.replace("(", "[").replace(")", "]")} = reshape(%k) {{shape={first}}}
+  %k2: f32{five} = broadcast_to(%k1) {{shape=(b, 2, 2, t, 8)}}
+  %k3: f32[b, 4, t, 8] = reshape(%k2) {{shape=(b, 4, t, 8)}}
+  %v1: f32{first.replace("(", "[").replace(")", "]")} = reshape(%v) {{shape={first}}}
+  %v2: f32{five} = broadcast_to(%v1) {{shape=(b, 2, 2, t, 8)}}
+  %v3: f32[b, 4, t, 8] = reshape(%v2) {{shape=(b, 4, t, 8)}}
+  %kt: f32[b, 4, 8, t] = transpose(%k3) {{perm=(0, 1, 3, 2)}}
+  %scores: f32[b, 4, s, t] = matmul(%q, %kt)
+  %probs: f32[b, 4, s, t] = softmax(%scores) {{axis=3}}
+  %out: f32[b, 4, s, 8] = matmul(%probs, %v3)
+  return %out
+}}
+"""
+
+
+def test_head_order_is_read_from_the_repetition() -> None:
+    """Consecutive query heads share a key head; interleaved ones are another function, and stay."""
+    program = random_program(interleaved("inner"))
+    PassManager([FuseAttention(), Cleanup()], check=InterpreterCheck(DIMS)).run(program)
+    (node,) = (n for n in program["f"].nodes if n.op.name == "attention")
+    assert node.inputs[1].shape[2] == 2
+    report = PassManager([FuseAttention()]).run(other := random_program(interleaved("outer")))
+    assert other["f"].count("attention") == 0
+    assert "query head i reads head i mod 2" in report.remarks("missed")[0].message
+
+
+POSITIONS = """graph @f(%q: f32[b, s, 1, 8], %k: f32[b, s, 1, 8], %v: f32[b, s, 1, 8]) {
+  %q1: f32[b, 1, s, 8] = transpose(%q) {perm=(0, 2, 1, 3)}
+  %k1: f32[b, 1, 8, s] = transpose(%k) {perm=(0, 2, 3, 1)}
+  %v1: f32[b, 1, s, 8] = transpose(%v) {perm=(0, 2, 1, 3)}
+  %scores: f32[b, 1, s, s] = matmul(%q1, %k1)
+  %at: i64[s] = iota() {size=s}
+  %row: i64[s, 1] = reshape(%at) {shape=(s, 1)}
+  %keep: bool[s, s] = MASK
+  %masked: f32[b, 1, s, s] = select(%keep, %scores, FILL)
+  %probs: f32[b, 1, s, s] = softmax(%masked) {axis=3}
+  %out: f32[b, 1, s, 8] = matmul(%probs, %v1)
+  return %out
+}
+"""
+MASKS = {
+    "key <= query": ("less_equal(%at, %row)", True, None, False),
+    "query >= key": ("greater_equal(%row, %at)", True, None, False),
+    "key < query + 1": ("less(%at, %next)\n  %next: i64[s, 1] = add(%row, 1:i64)", True, None, False),
+    "key - query < 1": ("less(%d, 1:i64)\n  %d: i64[s, s] = sub(%at, %row)", True, None, False),
+    "query - key < 3": ("less(%d, 3:i64)\n  %d: i64[s, s] = sub(%row, %at)", False, 3, False),
+    "key > query - 3": ("greater(%at, %d)\n  %d: i64[s, 1] = sub(%row, 3:i64)", False, 3, False),
+    "key < query": ("less(%at, %row)", False, None, True),
+    "key <= query + 1": ("less_equal(%at, %d)\n  %d: i64[s, 1] = add(%row, 1:i64)", False, None, True),
+    "key >= query": ("greater_equal(%at, %row)", False, 1, False),
+    "key == query": ("equal(%at, %row)", False, None, True),
+    "2 * key <= query": ("less_equal(%d, %row)\n  %d: i64[s] = add(%at, %at)", False, None, True),
+    "not later": ("logical_not(%l)\n  %l: bool[s, s] = greater(%at, %row)", True, None, False),
+}
+
+
+def positions(mask: str, fill: str = "-inf:f32") -> str:
+    lines = mask.split("\n")
+    text = POSITIONS.replace("  %keep", "\n".join([*lines[1:], "  %keep"])).replace("MASK", lines[0])
+    return text.replace("FILL", fill)
+
+
+@pytest.mark.parametrize("mask, causal, window, operand", MASKS.values(), ids=MASKS)
+def test_masks_are_understood(mask: str, causal: bool, window: int | None, operand: bool) -> None:
+    """Predicates over positions become attributes only where they say exactly that."""
+    program = random_program(positions(mask))
+    dims = [{"b": 1, "s": 1}, {"b": 1, "s": 6}] if mask != "less(%at, %row)" else []  # there the first query sees nothing: NaN
+    PassManager([FuseAttention(), Cleanup()], check=InterpreterCheck(dims)).run(program)
+    (node,) = (n for n in program["f"].nodes if n.op.name == "attention")
+    attrs = node.attrs
+    assert (attrs.causal, attrs.window, len(node.inputs) == 4) == (causal, window, operand)  # type: ignore[attr-defined]
+
+
+def test_finite_fill_is_minus_infinity_only_where_every_query_sees_something() -> None:
+    report = PassManager([FuseAttention()]).run(program := random_program(positions(MASKS["key <= query"][0], "-1e30:f32")))
+    assert program["f"].count("attention") == 1
+    assert not report.remarks("missed")
+    report = PassManager([FuseAttention()]).run(program := random_program(positions(MASKS["key < query"][0], "-1e30:f32")))
+    assert program["f"].count("attention") == 0
+    assert "some query may see nothing" in report.remarks("missed")[0].message
+
+
+def test_rectangular_causal_counts_from_the_end() -> None:
+    """With more keys than queries, only the comparison shifted by t - s is causal."""
+    text = (
+        positions("less_equal(%at, %row)").replace("%k: f32[b, s,", "%k: f32[b, t,").replace("%v: f32[b, s,", "%v: f32[b, t,")
+        .replace("f32[b, 1, 8, s]", "f32[b, 1, 8, t]").replace("%v1: f32[b, 1, s,", "%v1: f32[b, 1, t,")
+        .replace("f32[b, 1, s, s]", "f32[b, 1, s, t]").replace("bool[s, s]", "bool[s, t]")
+        .replace("  %keep", "  %key: i64[t] = iota() {size=t}\n  %keep").replace("less_equal(%at,", "less_equal(%key,")
+    )  # fmt: skip
+    program = random_program(text)
+    dims = [{"b": 1, "s": 3, "t": 5}]
+    PassManager([FuseAttention()], check=InterpreterCheck(dims)).run(program)
+    (node,) = (n for n in program["f"].nodes if n.op.name == "attention")
+    assert (node.attrs.causal, len(node.inputs)) == (False, 4)  # type: ignore[attr-defined]
+    shifted = text.replace("  %keep:", "  %t: i64[] = dim_size() {size=t - s}\n  %late: i64[s, 1] = add(%row, %t)\n  %keep:")
+    program = random_program(shifted.replace("less_equal(%key, %row)", "less_equal(%key, %late)"))
+    PassManager([FuseAttention()], check=InterpreterCheck(dims)).run(program)
+    (node,) = (n for n in program["f"].nodes if n.op.name == "attention")
+    assert (node.attrs.causal, len(node.inputs)) == (True, 3)  # type: ignore[attr-defined]
+
+
+def test_additive_mask_after_a_factor() -> None:
+    """(scores + mask) * 2: the mask is scaled too."""
+    text = BEFORE.replace("%m: bool", "%m: f32").replace("select(%m, %scaled, -inf:f32)", "add(%scaled, %m)")
+    text = text.replace("softmax(%masked)", "softmax(%two)")
+    text = text.replace("  %probs", "  %two: f32[b, 4, s, t] = mul(%masked, 2.0:f32)\n  %probs")
+    program = random_program(text)
+    PassManager([FuseAttention()], check=InterpreterCheck(DIMS)).run(program)
+    (node,) = (n for n in program["f"].nodes if n.op.name == "attention")
+    assert node.attrs.scale == 1.0  # type: ignore[attr-defined]
+    assert parse(str(program["f"]))
