@@ -34,16 +34,13 @@ def size_of(dtype: str, shape: Sequence[int]) -> int:
     return item_size(dtype) * int(np.prod(shape, dtype=np.int64))
 
 
-class Views:
-    """Tensors inside one stretch of memory, which they keep alive. Needs the TVM runtime to be loaded."""
+def tensor_in(memory: np.ndarray, dtype: str, shape: Sequence[int]) -> Any:
+    """The tensor whose data are the bytes ``memory``, which it keeps alive; its address should be a multiple of ALIGNMENT.
 
-    def __init__(self, memory: np.ndarray) -> None:
-        self._whole = tvm_ffi.from_dlpack(memory)
-        self._view = tvm_ffi.get_global_func("runtime.TVMTensorCreateView")
-
-    def tensor(self, dtype: str, shape: Sequence[int], offset: int = 0) -> Any:
-        """The tensor whose data begin ``offset`` bytes in; element types that NumPy lacks (bfloat16) are as good as any."""
-        return self._view(self._whole, tvm_ffi.Shape(tuple(shape)), tvm_ffi.dtype(dtype), offset)
+    Element types that NumPy lacks (bfloat16) are as good as any. Needs the TVM runtime to be loaded.
+    """
+    view = tvm_ffi.get_global_func("runtime.TVMTensorCreateView")
+    return view(tvm_ffi.from_dlpack(memory), tvm_ffi.Shape(tuple(shape)), tvm_ffi.dtype(dtype), 0)
 
 
 def zeros(dtype: str, shape: Sequence[int]) -> tuple[Any, np.ndarray]:
@@ -53,7 +50,7 @@ def zeros(dtype: str, shape: Sequence[int]) -> tuple[Any, np.ndarray]:
         kind = np.dtype(dtype)
     except TypeError:
         kind = np.dtype(f"u{item_size(dtype)}")
-    return Views(memory).tensor(dtype, shape), memory.view(kind).reshape(shape)
+    return tensor_in(memory, dtype, shape), memory.view(kind).reshape(shape)
 
 
 def tensor_of(array: np.ndarray) -> Any:

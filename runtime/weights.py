@@ -12,7 +12,7 @@ from typing import Any
 
 from .errors import ArtifactError
 from .manifest import AGAIN, TensorSpec
-from .memory import ALIGNMENT, Views, allocate, size_of
+from .memory import ALIGNMENT, allocate, size_of, tensor_in
 
 _DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
@@ -64,8 +64,10 @@ class Weights:
 
     def tensors(self) -> list[Any]:
         """The tensors, in the program's order. Needs the TVM runtime to be loaded."""
-        views = Views(self._memory)
-        return [views.tensor(s.dtype, _shape(s), self._offsets[s.name]) for s in self._specs]
+        return [
+            tensor_in(self._memory[at : at + size_of(s.dtype, _shape(s))], s.dtype, _shape(s))
+            for s, at in ((s, self._offsets[s.name]) for s in self._specs)
+        ]
 
     def _fill(self, f: FileIO, into: memoryview) -> None:
         """Reads ``into`` full from where the file is."""

@@ -1,0 +1,77 @@
+"""The tiny model as an artifact, compiled once."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TVM_NUM_THREADS", "2")
+os.environ.setdefault("TVM_BIND_THREADS", "0")
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("tvm")
+
+from tiny_model import STATES, Reference, tiny_program
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from wasat.backends.tvm.build import build
+from wasat.backends.tvm.targets import Target, cpu, cpu_features, host_cpu
+from wasat.backends.tvm.weights import write_weights
+from wasat.ir import Program
+from wasat.runtime import Model, load, write_artifact
+
+from wasat.driver import _manifest
+
+
+@pytest.fixture(scope="session")
+def program() -> Program:
+    return tiny_program()
+
+
+@pytest.fixture(scope="session")
+def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One token per byte: random tokens are mostly no UTF-8."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    t = Tokenizer(models.BPE({c: i for i, c in enumerate(letters)}, []))
+    t.add_special_tokens(["<eos>", "<bos>"])
+    t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    t.decoder = decoders.ByteLevel()
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    t.save(str(path))
+    return path
+
+
+@pytest.fixture(scope="session", params=["generic", "kernels"])
+def artifact(
+    request: pytest.FixtureRequest, program: Program, tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The program compiled: caches as the graph has them, and in the layout of the CPU kernels."""
+    plain = Target("cpu", {"kind": "llvm", "mcpu": host_cpu()}, features=cpu_features)
+    library = build(program, plain if request.param == "generic" else cpu(), STATES)
+    out = tmp_path_factory.mktemp("artifact") / "tiny.wasat"
+    files = {
+        "model.so": library.export,
+        "weights.safetensors": lambda path: write_weights(path, library.plan, program.params),
+        "tokenizer.json": tokenizer_file,
+        **{p.name: p for p in library.target.runtime_files()},
+    }
+    write_artifact(out, _manifest(program, library, {}), files)
+    return out
+
+
+@pytest.fixture(scope="session")
+def model(artifact: Path) -> Model:
+    return load(artifact)
+
+
+@pytest.fixture
+def copy(artifact: Path, tmp_path: Path) -> Path:
+    """An artifact to damage."""
+    return Path(shutil.copytree(artifact, tmp_path / "copy.wasat"))
+
+
+@pytest.fixture
+def reference(program: Program) -> Reference:
+    return Reference(program)
