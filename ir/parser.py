@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import bisect
 import json
 import math
 import re
@@ -34,6 +35,7 @@ _DTYPES = {d.value: d for d in DType}
 class _Parser:
     def __init__(self, text: str, file: str) -> None:
         self.text, self.file = text, file
+        self.newlines = [m.start() for m in re.finditer("\n", text)]
         self.tokens: list[tuple[str, str, int]] = []
         self.unnamed: dict[str, Value] = {}
         """Constants written as operands of the graph at hand, by the names they were given: the text may use those later."""
@@ -308,8 +310,7 @@ class _Parser:
                 v = self.unnamed.pop(name)
                 g.rename(v, f"{name}.0")
                 self.unnamed[v.name] = v
-        line = self.text.count("\n", 0, start) + 1
-        loc = Loc(self.file, line)
+        loc = Loc(self.file, bisect.bisect_left(self.newlines, start) + 1)
         try:
             canonical = op.Attrs(**attrs).canonical(*(v.type for v in inputs))
             node = g.add_node(op, inputs, canonical, loc=loc, names=[n for n, _, _ in outs])

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from tvm import relax, te, tirx
 from tvm.script import tirx as T
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as I
 from wasat.ir import DType, IRError, Node, QArray, QTensorType, TensorType, Type
 from wasat.ir.ops.random import PARITY, ROTATIONS
 
@@ -53,7 +55,10 @@ for _name, _f in _RELAX.items():
 
 def _elementwise(ctx: Context, node: Node, f: Callable[..., Any], *xs: Any) -> Any:
     """A tensor expression over operands of the output's own shape."""
-    return ctx.te(lambda *ts: te.compute(ts[0].shape, lambda *i: f(*(t(*i) for t in ts)), name=node.op.name), *xs, name=node.op.name)
+    def build(*ts: Any) -> Any:
+        return te.compute(ts[0].shape, lambda *i: f(*(t(*i) for t in ts)), name=node.op.name)
+
+    return ctx.te(build, *xs, name=node.op.name)
 
 
 @lowers("not_equal")
@@ -144,7 +149,8 @@ def _cast(ctx: Context, node: Node, x: Any) -> Any:
     if source is target:
         return x
     if source.is_float and target.is_int:  # saturating, NaN to 0: the conversion alone is undefined there
-        low, high = (0, 2**target.bits - 1) if target.value.startswith("u") else (-(2 ** (target.bits - 1)), 2 ** (target.bits - 1) - 1)
+        half = 2 ** (target.bits - 1)
+        low, high = (0, 2 * half - 1) if target.value.startswith("u") else (-half, half - 1)
         x = x if source.bits >= 32 else ctx.emit(R.astype(x, "float32"))
         t, to = "float64" if source is DType.F64 else "float32", tvm_dtype(target)
 
@@ -323,55 +329,53 @@ def _conv(ctx: Context, node: Node, x: Any, w: Any) -> Any:
             value = padded(b, tirx.floordiv(o, outputs) * each + c, *places) * tirx.Cast(wide, u(o, c, *taps))
             return te.sum(value, axis=[c, *taps])
 
-        out = te.compute(shape, at, name="conv")
-        return out if wide == tvm_dtype(dtype) else te.compute(shape, lambda *i: tirx.Cast(tvm_dtype(dtype), out(*i)), name="cast")
+        return te.compute(shape, at, name="conv")
 
-    return ctx.te(build, x, w, name="conv")
+    y = ctx.te(build, x, w, name="conv")
+    return y if wide == tvm_dtype(dtype) else ctx.emit(R.astype(y, tvm_dtype(dtype)))
 
 
 # -- random -----------------------------------------------------------------------------------------------------------------
 @lowers("random_bits")
 def _random_bits(ctx: Context, node: Node, key: Any) -> Any:
-    """Threefry-2x32-20, one block an element; see the operation. Each round's words are bound, or the term would double."""
-    shape, dtype = ctx.dims(node.output.shape), tvm_dtype(node.output.tensor.dtype)
+    dtype, size = tvm_dtype(node.output.tensor.dtype), ctx.dim(node.output.tensor.size)
+    gv = ctx.kernel(("random_bits", dtype), lambda: _random_bits_kernel(dtype), "random_bits")
+    flat = ctx.call(gv, [key], relax.TensorType([size], dtype))
+    return _reshape(ctx, node, flat)
 
-    def word(value: int) -> Any:
-        return tirx.IntImm("uint32", value)
 
-    def build(k: Any) -> Any:
-        def at(*i: Any) -> Any:
-            flat: Any = tirx.IntImm("int64", 0)
-            for j, n in zip(i, shape):
-                flat = flat * n + j
-            bound: list[tuple[Any, Any]] = []
-
-            def let(value: Any) -> Any:
-                bound.append((tirx.Var(f"x{len(bound)}", "uint32"), value))
-                return bound[-1][0]
-
-            counter = [tirx.Cast("uint32", tirx.shift_right(flat, tirx.IntImm("int64", 32))), tirx.Cast("uint32", flat)]
-            keys = [let(k(0)), let(k(1))]
-            keys.append(let(tirx.bitwise_xor(tirx.bitwise_xor(*keys), word(PARITY))))
-            a, b = (let(c + q) for c, q in zip(counter, keys))
+def _random_bits_kernel(dtype: str) -> Any:
+    """Threefry-2x32-20, one block an element; see the operation. The state is stored each round: as a term it would double."""
+    size = tirx.Var("n", "int64")
+    with IRBuilder() as ib, I.prim_func(s_tir=True, private=True):
+        I.func_name("random_bits")
+        I.func_attr({"tirx.noalias": True})
+        key = I.match_buffer(I.arg("key_ptr", I.handle()), (2,), "uint32")
+        out = I.match_buffer(I.arg("out_ptr", I.handle()), (size,), dtype)
+        with I.grid(size) as loop, I.sblock("random_bits"):
+            i = I.axis.spatial(size, loop)
+            keys, x = I.sblock_alloc_buffer((3,), "uint32", scope="local"), I.sblock_alloc_buffer((2,), "uint32", scope="local")
+            I.reads(key[0:2])
+            I.writes(out[i])
+            for j in range(2):
+                I.buffer_store(keys, key[j], [j])
+            I.buffer_store(keys, keys[0] ^ keys[1] ^ tirx.IntImm("uint32", PARITY), [2])
+            counter = (tirx.Cast("uint32", tirx.shift_right(i, tirx.IntImm("int64", 32))), tirx.Cast("uint32", i))
+            for j in range(2):
+                I.buffer_store(x, counter[j] + keys[j], [j])
             for group in range(5):
                 for r in ROTATIONS[group % 2]:
-                    a = let(a + b)
-                    turned = tirx.bitwise_or(tirx.shift_left(b, word(r)), tirx.shift_right(b, word(32 - r)))
-                    b = let(tirx.bitwise_xor(turned, a))
-                a = let(a + keys[(group + 1) % 3])
-                b = let(b + keys[(group + 2) % 3] + word(group + 1))
+                    left, right = tirx.IntImm("uint32", r), tirx.IntImm("uint32", 32 - r)
+                    I.buffer_store(x, x[0] + x[1], [0])
+                    I.buffer_store(x, ((x[1] << left) | (x[1] >> right)) ^ x[0], [1])
+                I.buffer_store(x, x[0] + keys[(group + 1) % 3], [0])
+                I.buffer_store(x, x[1] + keys[(group + 2) % 3] + tirx.IntImm("uint32", group + 1), [1])
             if dtype == "uint32":
-                out = tirx.bitwise_xor(a, b)
+                I.buffer_store(out, x[0] ^ x[1], [i])
             else:
-                high = tirx.shift_left(tirx.Cast("uint64", a), tirx.IntImm("uint64", 32))
-                out = tirx.bitwise_or(high, tirx.Cast("uint64", b))
-            for var, value in reversed(bound):
-                out = tirx.Let(var, value, out)
-            return out
-
-        return te.compute(shape, at, name="random_bits")
-
-    return ctx.te(build, key, name="random_bits")
+                high = tirx.Cast("uint64", x[0]) << tirx.IntImm("uint64", 32)
+                I.buffer_store(out, high | tirx.Cast("uint64", x[1]), [i])
+    return ib.get()
 
 
 # -- indexing ---------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import op as _op
-from ..dims import DimLike, require_equal
+from ..dims import DimLike, less_equal, require_equal
 from ..errors import TypeMismatch
 from ..op import ErrorSample, Op, Sample, axis_of, concrete, register, same_dtype, tensor
 from ..types import DType, TensorType, Type
@@ -173,6 +173,9 @@ class Scatter(Op):
         yield Sample([_x(4, 3), np.array([2, 0]), _x(2, 3)])
         yield Sample([_x(2, 4), np.array([[3, 3]]), _x(2, 1, 2)], {"axis": 1, "reduce": "add"})
         yield Sample([_x(4), np.array([1, 1]), _x(2)], {"reduce": "max"}, grad=())
+        yield Sample([_x(4), np.array([1, -1, 1]), _x(3)], grad=())  # the last write wins
+        yield Sample([_x(2, 3), np.array(1, np.int32), _x(2)], {"axis": 1})
+        yield Sample([np.array([5, 7, 9]), np.array([2, 0, 2]), np.array([2, 3, 4])], {"reduce": "mul"})
 
     def errors(self) -> Iterable[ErrorSample]:
         yield ErrorSample(["f32[4]", "i64[2]", "f32[3]"], {}, "axis 0 of updates")
@@ -192,6 +195,8 @@ class ScatterAlong(Op):
             raise TypeMismatch(f"ranks differ: {x}, {ids}, {updates}")
         for i, (d, e) in enumerate(zip(ids.shape, updates.shape)):
             require_equal(d, e, f"axis {i} of indices and updates")
+            if i != attrs.axis and less_equal(d, x.shape[i]) is False:
+                raise TypeMismatch(f"axis {i} of the indices, {d}, is longer than that of {x}")
         return x
 
     def reference(self, attrs: ScatterAttrs, x: np.ndarray, ids: np.ndarray, updates: np.ndarray) -> np.ndarray:
@@ -202,21 +207,25 @@ class ScatterAlong(Op):
     def vjp(self, b: Builder, node: Node, g: Value) -> Sequence[Value | None]:
         a, (x, ids, updates) = node.attrs, node.inputs
         assert isinstance(a, ScatterAttrs)
-        if a.reduce not in ("none", "add") or any(
-            d != e for i, (d, e) in enumerate(zip(x.shape, ids.shape)) if i != a.axis
-        ):
+        if a.reduce not in ("none", "add"):
             return super().vjp(b, node, g)
         zeros = b.broadcast_to(b.constant(0.0, updates.tensor.dtype), shape=updates.shape)
         gx = g if a.reduce == "add" else b.scatter_along(g, ids, zeros, axis=a.axis)
+        reached = tuple(d if i == a.axis else e for i, (d, e) in enumerate(zip(x.shape, ids.shape)))
+        if reached != x.shape:
+            g = b.slice(g, starts=(0,) * len(reached), stops=reached)
         return [gx, None, b.take_along(g, ids, axis=a.axis)]
 
     def samples(self) -> Iterable[Sample]:
         yield Sample([_x(3, 2), np.array([[2, 0], [0, 1]]), _x(2, 2)])
         yield Sample([_x(2, 3), np.array([[2, 2], [0, 1]]), _x(2, 2)], {"axis": 1, "reduce": "add"})
+        yield Sample([_x(3, 4, 2), np.array([[[1], [-1]]]), _x(1, 2, 1)], {"axis": 1})
+        yield Sample([_x(2, 3), np.array([[2, 2]]), _x(1, 2)], {"axis": 1, "reduce": "min"}, grad=())
 
     def errors(self) -> Iterable[ErrorSample]:
         yield ErrorSample(["f32[4]", "i64[2]", "f32[3]"], {}, "axis 0 of indices and updates")
         yield ErrorSample(["f32[4]", "i64[2, 1]", "f32[2]"], {}, "ranks differ")
+        yield ErrorSample(["f32[4, 2]", "i64[2, 3]", "f32[2, 3]"], {}, "longer than that of")
 
 
 @register
@@ -275,6 +284,9 @@ class TakeRow(Op):
         yield ErrorSample(["f32[2]", "i64[2]"], {}, "take_row needs")
 
 
+_ODD = np.array([0.5, np.nan, 1.0, np.inf, -np.inf, np.nan, 1.0, -0.0, 0.0], np.float32)
+
+
 @register
 class Sort(Op):
     """Elements along ``axis`` in ascending (or ``descending``) order; stable; NaN last."""
@@ -304,7 +316,12 @@ class Sort(Op):
 
     def samples(self) -> Iterable[Sample]:
         yield Sample([_x(2, 5)])
+        yield Sample([_x(5, 2, 3)], {"axis": 0, "descending": True})
         yield Sample([np.array([[3, 1], [2, 2]])], {"axis": 0, "descending": True})
+        yield Sample([_ODD], grad=())
+        yield Sample([_ODD.astype(np.float16)], {"descending": True}, grad=())
+        yield Sample([np.array([True, False, True])])
+        yield Sample([np.array([200, 3, 255], np.uint8)], {"descending": True})
 
     def errors(self) -> Iterable[ErrorSample]:
         yield ErrorSample(["f32[2]"], {"axis": 1}, "outside a tensor of rank 1")
@@ -353,6 +370,8 @@ class TopK(Op):
 
     def samples(self) -> Iterable[Sample]:
         yield Sample([_x(2, 5)], {"k": 2})
+        yield Sample([_ODD], {"k": 9}, grad=())
+        yield Sample([_ODD], {"k": 5, "largest": False}, grad=())
         yield Sample([np.array([[3, 1], [2, 2], [3, 0]])], {"k": 2, "axis": 0, "largest": False})
 
     def errors(self) -> Iterable[ErrorSample]:

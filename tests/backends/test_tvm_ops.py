@@ -17,12 +17,6 @@ from wasat.ir import OPS, Builder, Graph, IRError, Op, Program, QArray, Sample, 
 # operations whose operands the backend does not carry as values
 NOT_COMPILED = {
     "quantize": "weights are quantized when the artifact is written, not in the compiled program",
-    "sort": "no lowering yet",
-    "top_k": "no lowering yet",
-    "random_bits": "no lowering yet",
-    "scatter": "no lowering yet",
-    "scatter_along": "no lowering yet",
-    "conv": "no lowering yet",
 }
 
 

@@ -1,0 +1,171 @@
+"""Lowerings of ordering and scattering, for every target: kernels that any of TVM's schedules can take.
+
+Spatial loops may run in any order or at once; what has to happen in order (a merge, writes to one place) is a loop inside a
+block, or a reduction axis.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tvm import relax, te, tirx
+from tvm.script import tirx as T
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as I
+from wasat.ir import DType, Node
+
+from .kernels.emit import int64, symbol
+from .lower import Context, Lowering, tvm_dtype
+
+R = relax.op
+
+
+# -- order ------------------------------------------------------------------------------------------------------------------
+def _order(ctx: Context, node: Node, x: Any, descending: bool) -> Any:
+    """Places of x's elements along the node's axis in sorted order, the axis last: i64 [rows, n]."""
+    axis, t = node.attrs.axis, node.inputs[0].tensor  # type: ignore[attr-defined]
+    n = t.shape[axis]
+    rest = [d for i, d in enumerate(t.shape) if i != axis]
+    flat = (math.prod(rest), n)
+    rows = ctx.emit(R.reshape(R.permute_dims(x, _last(axis, t.rank)), ctx.shape(flat)))
+    kind = tvm_dtype(t.dtype)
+    if t.dtype is DType.BOOL or (t.dtype.is_float and t.dtype.bits < 32):
+        kind = "int32" if t.dtype is DType.BOOL else "float32"
+        rows = ctx.emit(R.astype(rows, kind))
+    gv = ctx.kernel(("order", kind, descending), lambda: _order_kernel(kind, t.dtype.is_float, descending), "order")
+    out = relax.TensorType(ctx.dims(flat), "int64")
+    return ctx.emit(relax.TupleGetItem(ctx.call(gv, [rows], [out, out]), 0))
+
+
+def _last(axis: int, rank: int) -> list[int]:
+    return [i for i in range(rank) if i != axis] + [axis]
+
+
+def _order_kernel(dtype: str, is_float: bool, descending: bool) -> Any:
+    """Stable merge sort of each row by place; the second output is where it works."""
+
+    def before(a: Any, b: Any) -> Any:
+        """Whether b has to stand before a, which stands first."""
+        strictly = b > a if descending else b < a
+        return tirx.any(strictly, tirx.all(tirx.isnan(a), tirx.Not(tirx.isnan(b)))) if is_float else strictly
+
+    @T.prim_func(s_tir=True, private=True)
+    def order(x_ptr: T.handle, out_ptr: T.handle, work_ptr: T.handle) -> None:
+        T.func_attr({"tirx.noalias": True})
+        rows, n = T.int64(), T.int64()
+        x = T.match_buffer(x_ptr, (rows, n), dtype)
+        out = T.match_buffer(out_ptr, (rows, n), "int64")
+        work = T.match_buffer(work_ptr, (rows, n), "int64")
+        for row in T.serial(rows):
+            with T.sblock("order"):
+                r = T.axis.spatial(rows, row)
+                T.reads(x[r, 0:n])
+                T.writes(out[r, 0:n], work[r, 0:n])
+                at = T.alloc_buffer((2,), "int64", scope="local")
+                for i in T.serial(n):
+                    out[r, i] = i
+                for level in T.serial(T.int64(62)):
+                    width = T.meta_var(T.shift_left(T.int64(1), level))
+                    if width < n:
+                        for pair in T.serial(T.ceildiv(n, 2 * width)):
+                            start = T.meta_var(pair * 2 * width)
+                            middle = T.meta_var(T.min(start + width, n))
+                            end = T.meta_var(T.min(start + 2 * width, n))
+                            at[0] = start
+                            at[1] = middle
+                            for i in T.serial(end - start):
+                                left = T.meta_var(T.min(at[0], n - 1))
+                                right = T.meta_var(T.min(at[1], n - 1))
+                                later = T.meta_var(before(x[r, out[r, left]], x[r, out[r, right]]))
+                                if at[1] < end and (at[0] >= middle or later):
+                                    work[r, start + i] = out[r, right]
+                                    at[1] = at[1] + 1
+                                else:
+                                    work[r, start + i] = out[r, left]
+                                    at[0] = at[0] + 1
+                        for i in T.serial(n):
+                            out[r, i] = work[r, i]
+
+    return order
+
+
+def _picked(ctx: Context, node: Node, x: Any, order: Any) -> tuple[Any, Any]:
+    """The first of x's elements in ``order`` that the output has room for, and their places in the output's shape."""
+    axis, t = node.attrs.axis, node.inputs[0].tensor  # type: ignore[attr-defined]
+    shape, sizes = ctx.dims(node.outputs[0].shape), ctx.dims(t.shape)
+
+    def place(o: Any, i: Sequence[Any]) -> Any:
+        row: Any = tirx.IntImm("int64", 0)
+        for j in range(t.rank):
+            row = row if j == axis else row * sizes[j] + i[j]
+        return o(row, i[axis])
+
+    places = ctx.te(lambda o: te.compute(shape, lambda *i: place(o, i), name="places"), order, name="places")
+
+    def pick(v: Any, p: Any) -> Any:
+        return te.compute(shape, lambda *i: v(*i[:axis], p(*i), *i[axis + 1 :]), name="ordered")
+
+    return ctx.te(pick, x, places, name="ordered"), places
+
+
+def _sort(ctx: Context, node: Node, x: Any) -> Any:
+    return _picked(ctx, node, x, _order(ctx, node, x, node.attrs.descending))[0]  # type: ignore[attr-defined]
+
+
+def _top_k(ctx: Context, node: Node, x: Any) -> tuple[Any, Any]:
+    return _picked(ctx, node, x, _order(ctx, node, x, node.attrs.largest))  # type: ignore[attr-defined]
+
+
+# -- scatter ------------------------------------------------------------------------------------------------------------------
+_COMBINE: dict[str, Callable[[Any, Any], Any]] = {
+    "none": lambda old, new: new, "add": lambda old, new: old + new, "mul": lambda old, new: old * new,
+    "max": tirx.max, "min": tirx.min,
+}  # fmt: skip
+
+
+def _scatter_kernel(node: Node) -> Any:
+    """out = x, then each update in turn combined with its place.
+
+    Loops over axes of the updates run in order (reduction axes) where two of their steps can lead to one place.
+    """
+    axis, combine = node.attrs.axis, _COMBINE[node.attrs.reduce]  # type: ignore[attr-defined]
+    types = [v.tensor for v in node.inputs]
+    x_shape, ids_shape, updates_shape = ([int64(d) if isinstance(d, int) else symbol("n") for d in t.shape] for t in types)
+    run = len(ids_shape) if node.op.name == "scatter" else 1  # axes of the updates that stand for the axis of x
+    kinds = "".join("R" if axis <= i < axis + run else "S" for i in range(len(updates_shape)))
+    with IRBuilder() as ib, I.prim_func(s_tir=True, private=True):
+        I.func_name("scatter")
+        I.func_attr({"tirx.noalias": True})
+        handles = [I.arg(name, I.handle()) for name in ("x_ptr", "ids_ptr", "updates_ptr", "out_ptr")]
+        dtypes = [tvm_dtype(t.dtype) for t in (*types, types[0])]
+        shapes = (x_shape, ids_shape, updates_shape, x_shape)
+        x, ids, updates, out = (I.match_buffer(h, s, d) for h, s, d in zip(handles, shapes, dtypes))
+        with I.grid(*x_shape) as loops, I.sblock("copy"):
+            i = _axes("S" * len(x_shape), loops)
+            I.buffer_store(out, x[tuple(i)], i)
+        with I.grid(*updates_shape) as loops, I.sblock("write"):
+            i = _axes(kinds, loops)
+            row = tirx.Cast("int64", ids[tuple(i[axis : axis + run] if node.op.name == "scatter" else i)])
+            place = [*i[:axis], tirx.Select(row < 0, row + x_shape[axis], row), *i[axis + run :]]
+            I.buffer_store(out, combine(out[tuple(place)], updates[tuple(i)]), place)
+    return ib.get()
+
+
+def _axes(kinds: str, loops: Any) -> list[Any]:
+    """Block axes over loops; TVM unwraps what is single."""
+    axes = I.axis.remap(kinds, [loops] if len(kinds) == 1 else list(loops)) if kinds else []
+    return [axes] if len(kinds) == 1 else list(axes)
+
+
+def _scatter(ctx: Context, node: Node, x: Any, ids: Any, updates: Any) -> Any:
+    types = tuple((v.tensor.dtype, *(d if isinstance(d, int) else None for d in v.shape)) for v in node.inputs)
+    gv = ctx.kernel((node.op.name, node.attrs, types), lambda: _scatter_kernel(node), node.op.name)
+    return ctx.call(gv, [x, ids, updates], ctx.type(node.output.type))
+
+
+INDEXING: dict[str, Lowering] = {
+    "sort": Lowering(_sort), "top_k": Lowering(_top_k), "scatter": Lowering(_scatter), "scatter_along": Lowering(_scatter),
+}  # fmt: skip
+"""Operation to lowering."""
