@@ -4,15 +4,18 @@ from .cleanup import Cleanup
 from .core import Check, GraphPass, Pass, PassError, PassManager, Remark, Remarks, Report, Step
 from .fuse_activations import FuseActivations
 from .fuse_attention import FuseAttention
+from .fuse_glu import FuseGlu
 from .fuse_norm import FuseNorm
 from .fuse_rope import FuseRope
 from .hoist_params import HoistParams
 from .kv_cache import DeriveKVCache
+from .merge_linears import MergeLinears
 from .pattern import Match, Mismatch, Rewrite, Tracer
+from .pipelines import default_pipeline
 from .quantize import Quantize
 
 __all__ = [
-    "Check", "Cleanup", "DeriveKVCache", "FuseActivations", "FuseAttention", "FuseNorm", "FuseRope", "GraphPass",
-    "HoistParams", "Match", "Mismatch", "Pass", "PassError", "PassManager", "Quantize", "Remark", "Remarks",
-    "Report", "Rewrite", "Step", "Tracer",
+    "Check", "Cleanup", "DeriveKVCache", "FuseActivations", "FuseAttention", "FuseGlu", "FuseNorm", "FuseRope", "GraphPass",
+    "HoistParams", "Match", "MergeLinears", "Mismatch", "Pass", "PassError", "PassManager", "Quantize", "Remark", "Remarks",
+    "Report", "Rewrite", "Step", "Tracer", "default_pipeline",
 ]  # fmt: skip

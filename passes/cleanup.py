@@ -287,7 +287,8 @@ class Cleanup(GraphPass):
             if not any(v.uses or graph.is_output(v) for v in node.outputs):
                 graph.erase(node)
                 counts["dead"] += 1
-        changed = any(counts.values()) or bool(graph.prune_params())
+        dropped = graph.prune_params()
+        changed = any(counts.values()) or bool(dropped)
         if changed:
             remarks.applied(", ".join(f"{n} {what}" for what, n in counts.items() if n) or "unused parameters dropped", graph)
         return changed

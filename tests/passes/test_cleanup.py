@@ -1,0 +1,179 @@
+"""Clean-up: what each rule does, what it must not touch, and that random graphs keep their meaning."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from wasat.ir import Builder, DType, Graph, TensorType, evaluate
+from wasat.passes import Cleanup, PassManager
+
+from wasat.testing import InterpreterCheck, check_pass, check_untouched, random_graph, random_program
+
+INPUTS = "%x: f32[b, 4], %y: f32[b, 4], %i: i64[b, 4], %p: bool[b, 4], %h: f16[b, 4]"
+
+
+def one(*lines: str, out: str = "%z") -> str:
+    body = "".join(f"  {line}\n" for line in lines)
+    return f"graph @f({INPUTS}) {{\n{body}  return {out}\n}}\n"
+
+
+SIMPLIFIED = {
+    "x - 0": (["%z: f32[b, 4] = sub(%x, 0.0:f32)"], "z=%x"),
+    "x * 1": (["%z: f32[b, 4] = mul(1.0:f32, %x)"], "z=%x"),
+    "x / 1": (["%z: f32[b, 4] = div(%x, 1.0:f32)"], "z=%x"),
+    "x + -0": (["%z: f32[b, 4] = add(%x, -0.0:f32)"], "z=%x"),
+    "i + 0": (["%z: i64[b, 4] = add(%i, 0:i64)"], "z=%i"),
+    "p and true": (["%z: bool[b, 4] = logical_and(%p, true:bool)"], "z=%p"),
+    "p or p": (["%z: bool[b, 4] = logical_or(%p, %p)"], "z=%p"),
+    "not not p": (["%n: bool[b, 4] = logical_not(%p)", "%z: bool[b, 4] = logical_not(%n)"], "z=%p"),
+    "- - x": (["%n: f32[b, 4] = neg(%x)", "%z: f32[b, 4] = neg(%n)"], "z=%x"),
+    "f16 -> f32 -> f16": (["%n: f32[b, 4] = cast(%h) {dtype=f32}", "%z: f16[b, 4] = cast(%n) {dtype=f16}"], "z=%h"),
+    "cast to its own type": (["%z: f32[b, 4] = cast(%x) {dtype=f32}"], "z=%x"),
+    "reshape there and back": (
+        ["%n: f32[4*b] = reshape(%x) {shape=(4*b,)}", "%z: f32[b, 4] = reshape(%n) {shape=(b, 4)}"], "z=%x",
+    ),
+    "transpose there and back": (
+        ["%n: f32[4, b] = transpose(%x) {perm=(1, 0)}", "%z: f32[b, 4] = transpose(%n) {perm=(1, 0)}"], "z=%x",
+    ),
+    "whole slice": (["%z: f32[b, 4] = slice(%x) {starts=(0, 0), stops=(b, 4)}"], "z=%x"),
+    "slices joined again": (
+        ["%l: f32[b, 1] = slice(%x) {starts=(0, 0), stops=(b, 1)}", "%r: f32[b, 3] = slice(%x) {starts=(0, 1), stops=(b, 4)}",
+         "%z: f32[b, 4] = concat(%l, %r) {axis=1}"], "z=%x",
+    ),
+    "padding by nothing": (["%z: f32[b, 4] = pad(%x) {low=(0, 0), high=(0, 0)}"], "z=%x"),
+    "broadcast to itself": (["%z: f32[b, 4] = broadcast_to(%x) {shape=(b, 4)}"], "z=%x"),
+    "choice between equals": (["%z: f32[b, 4] = select(%p, %x, %x)"], "z=%x"),
+    "choice by true": (["%z: f32[b, 4] = select(true:bool, %x, %y)"], "z=%x"),
+    "choice by false": (["%z: f32[b, 4] = select(false:bool, %x, %y)"], "z=%y"),
+    "concatenation of one": (["%z: f32[b, 4] = concat(%x) {axis=1}"], "z=%x"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lines, result", SIMPLIFIED.values(), ids=SIMPLIFIED)
+def test_becomes_its_operand(lines: list[str], result: str) -> None:
+    check_pass(Cleanup(), one(*lines), one(out=result), [{"b": 3}])
+
+
+REWRITTEN = {
+    "select by a negation": (
+        ["%n: bool[b, 4] = logical_not(%p)", "%z: f32[b, 4] = select(%n, %x, %y)"], ["%z: f32[b, 4] = select(%p, %y, %x)"],
+    ),
+    "slices compose": (
+        ["%n: f32[b, 3] = slice(%x) {starts=(0, 1), stops=(b, 4)}", "%z: f32[b, 1] = slice(%n) {starts=(0, 1), stops=(b, 2)}"],
+        ["%z: f32[b, 1] = slice(%x) {starts=(0, 2), stops=(b, 3)}"],
+    ),
+    "widening casts compose": (
+        ["%n: f32[b, 4] = cast(%h) {dtype=f32}", "%z: f64[b, 4] = cast(%n) {dtype=f64}"],
+        ["%z: f64[b, 4] = cast(%h) {dtype=f64}"],
+    ),
+    "constants go second": (["%z: f32[b, 4] = mul(2.0:f32, %x)"], ["%z: f32[b, 4] = mul(%x, 2.0:f32)"]),
+    "folding": (
+        ["%c: f32[] = sqrt(16.0:f32)", "%z: f32[b, 4] = div(%x, %c)"], ["%z: f32[b, 4] = div(%x, 4.0:f32)"],
+    ),
+    "equal nodes merge, either order": (
+        ["%a: f32[b, 4] = add(%x, %y)", "%c: f32[b, 4] = add(%y, %x)", "%z: f32[b, 4] = mul(%a, %c)"],
+        ["%a: f32[b, 4] = add(%x, %y)", "%z: f32[b, 4] = mul(%a, %a)"],
+    ),
+    "dead code": (["%n: f32[b, 4] = exp(%x)", "%z: f32[b, 4] = neg(%x)"], ["%z: f32[b, 4] = neg(%x)"]),
+    "a transpose of sizes 1 is a reshape": (
+        ["%n: f32[b, 1, 4] = reshape(%x) {shape=(b, 1, 4)}", "%z: f32[1, b, 4] = transpose(%n) {perm=(1, 0, 2)}"],
+        ["%z: f32[1, b, 4] = reshape(%x) {shape=(1, b, 4)}"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("before, after", REWRITTEN.values(), ids=REWRITTEN)
+def test_becomes(before: list[str], after: list[str]) -> None:
+    check_pass(Cleanup(), one(*before), one(*after), [{"b": 3}])
+
+
+KEPT = {
+    "x + 0, where x may be -0": ["%z: f32[b, 4] = add(%x, 0.0:f32)"],
+    "x - -0, where x may be -0": ["%z: f32[b, 4] = sub(%x, -0.0:f32)"],
+    "0 - x": ["%z: f32[b, 4] = sub(0.0:f32, %x)"],
+    "1 / x": ["%z: f32[b, 4] = div(1.0:f32, %x)"],
+    "x * 0, where x may be infinite": ["%z: f32[b, 4] = mul(%x, 0.0:f32)"],
+    "x - x, where x may be NaN": ["%z: f32[b, 4] = sub(%x, %x)"],
+    "operands of a difference": ["%a: f32[b, 4] = sub(%x, %y)", "%c: f32[b, 4] = sub(%y, %x)", "%z: f32[b, 4] = mul(%a, %c)"],
+    "f32 -> f16 -> f32 loses bits": ["%n: f16[b, 4] = cast(%x) {dtype=f16}", "%z: f32[b, 4] = cast(%n) {dtype=f32}"],
+    "x * 1 that broadcasts": [
+        "%r: f32[4] = reduce_sum(%x) {axes=(0,)}", "%o: f32[b, 4] = broadcast_to(1.0:f32) {shape=(b, 4)}",
+        "%z: f32[b, 4] = mul(%r, %o)",
+    ],
+    "slices joined the other way round": [
+        "%l: f32[b, 2] = slice(%x) {starts=(0, 0), stops=(b, 2)}", "%r: f32[b, 2] = slice(%x) {starts=(0, 2), stops=(b, 4)}",
+        "%z: f32[b, 4] = concat(%r, %l) {axis=1}",
+    ],
+    "slices of two values": [
+        "%l: f32[b, 2] = slice(%x) {starts=(0, 0), stops=(b, 2)}", "%r: f32[b, 2] = slice(%y) {starts=(0, 2), stops=(b, 4)}",
+        "%z: f32[b, 4] = concat(%l, %r) {axis=1}",
+    ],
+    "slices that leave some out": [
+        "%l: f32[b, 2] = slice(%x) {starts=(0, 0), stops=(b, 2)}", "%r: f32[b, 1] = slice(%x) {starts=(0, 2), stops=(b, 3)}",
+        "%z: f32[b, 3] = concat(%l, %r) {axis=1}",
+    ],
+    "every second element": ["%z: f32[b, 2] = slice(%x) {starts=(0, 0), stops=(b, 4), steps=(1, 2)}"],
+    "rotation by padding": ["%z: f32[b, 5] = pad(%x) {low=(0, 1), high=(0, 0)}"],
+    "product with a transposed value": [
+        "%t: f32[4, b] = transpose(%y) {perm=(1, 0)}", "%z: f32[b, b] = matmul(%x, %t)",
+    ],
+    "large constants stay operations": [
+        "%n: i64[100000] = iota() {size=100000}", "%w: i64[b, 4] = gather(%n, %i)", "%z: i64[b, 4] = neg(%w)",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lines", KEPT.values(), ids=KEPT)
+def test_stays(lines: list[str]) -> None:
+    check_untouched(Cleanup(), one(*lines))
+
+
+def test_weights_are_read_as_stored() -> None:
+    """x @ transpose(parameter), also widened, is a linear layer."""
+    text = """graph @f(%x: f32[b, 4]) {{
+  param %w: {dtype}[3, 4]
+{cast}{z}
+  return %z
+}}
+"""
+    plain = "  %t: f32[4, 3] = transpose(%w) {perm=(1, 0)}\n  %z: f32[b, 3] = matmul(%x, %t)"
+    check_pass(
+        Cleanup(), text.format(dtype="f32", cast="", z=plain),
+        text.format(dtype="f32", cast="", z="  %z: f32[b, 3] = linear(%x, %w)"), [{"b": 2}],
+    )  # fmt: skip
+    cast = "  %c: f32[3, 4] = cast(%w) {dtype=f32}\n"
+    check_pass(
+        Cleanup(), text.format(dtype="f16", cast=cast, z=plain.replace("(%w)", "(%c)")),
+        text.format(dtype="f16", cast=cast, z="  %z: f32[b, 3] = linear(%x, %c)"), [{"b": 2}],
+    )  # fmt: skip
+
+
+def test_folding_is_the_reference() -> None:
+    """0/0 is NaN and 1/0 infinity, as the operation itself says."""
+    g = Graph("f")
+    b = Builder(g)
+    g.set_outputs([b.div(b.constant(np.array([0.0, 1.0], np.float32)), b.constant(0.0))])
+    program = random_program(g)
+    PassManager([Cleanup()]).run(program)
+    assert [n.op.name for n in program["f"].nodes] == ["constant"]
+    (y,) = evaluate(program["f"], {})
+    np.testing.assert_array_equal(y, [np.nan, np.inf])
+
+
+def test_unused_parameters_go() -> None:
+    g = Graph("f")
+    g.add_param("w", TensorType(DType.F32, (2,)))
+    g.set_outputs([g.add_input("x", TensorType(DType.F32, (2,)))])
+    program = random_program(g)
+    PassManager([Cleanup()]).run(program)
+    assert not program["f"].params
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_graphs_keep_their_meaning_and_settle(seed: int) -> None:
+    program = random_program(random_graph(np.random.default_rng(seed), 40))
+    PassManager([Cleanup()], check=InterpreterCheck([{"b": 1, "s": 1}, {"b": 2, "s": 3}])).run(program)
+    once = str(program)
+    report = PassManager([Cleanup()]).run(program)
+    assert str(program) == once
+    assert not report.steps[0].modified
