@@ -125,11 +125,15 @@ def last_axis(axes: Any, node: Node) -> bool:
 
 
 def number_of(v: Value) -> float | None:
-    """The number that a constant consists of, or None. -0.0 and NaN are no numbers here."""
+    """The number that a constant consists of, or None. -0.0 and NaN are no numbers here.
+
+    Of an f32 it is the shortest decimal that rounds to it: 1e-6 stays 1e-6.
+    """
     array = v.const
     if array is None or array.size == 0 or (array.size > 1 and not (array == array.flat[0]).all()):
         return None
-    x = float(array.flat[0])
+    first = array.flat[0]
+    x = float(str(first)) if array.dtype == np.float32 else float(first)
     return None if math.isnan(x) or (x == 0 and math.copysign(1, x) < 0) else x
 
 

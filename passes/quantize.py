@@ -1,0 +1,148 @@
+"""Stores weights in fewer bits."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from wasat.ir import Builder, DType, Graph, Node, Program, Value
+
+from .core import Pass, PassError, Remarks
+from .hoist_params import param_only, size_in_bytes
+
+_INTEGERS = ("int8", "int4")
+_FLOATS = {"f16": DType.F16, "bf16": DType.BF16}
+SCHEMES = (*_INTEGERS, *_FLOATS)
+_WEIGHT = {"linear": 1, "embedding": 0}
+"""Operations with a weight, and which operand it is."""
+
+
+@dataclass(frozen=True)
+class Quantize(Pass):
+    """Weights of ``linear`` and ``embedding`` in fewer bits; norms, biases and everything else stay.
+
+    ``int8``, ``int4``: ``quantized_linear`` and ``quantized_embedding`` of ``quantize(weight)``, in blocks of ``block`` along
+    the last axis that share an f16 scale. ``activation="int8"``: products are of integers, x being quantized row by row.
+    ``f16``, ``bf16``: the weight is cast, and widened as it is read. ``overrides``: pairs of a glob over parameter names and
+    the scheme (or ``"f32"``: leave it) of the weights that match; the first that matches decides.
+
+    Raises PassError for an unknown scheme and for a glob that matches no parameter.
+    """
+
+    scheme: str = "int8"
+    activation: str | None = "int8"
+    overrides: tuple[tuple[str, str], ...] = ()
+    block: int = 32
+    name = "quantize"
+    exact = False
+
+    def requires(self, program: Program) -> None:
+        for scheme in (self.scheme, *(s for _, s in self.overrides if s != "f32")):
+            if scheme not in SCHEMES:
+                raise PassError(f"there is no quantization scheme {scheme!r}; there are {', '.join(SCHEMES)}")
+        if self.activation not in (None, "int8"):
+            raise PassError(f"activations can be int8 or None, not {self.activation!r}")
+        names = list(dict.fromkeys(name for g in program.graphs.values() for name in g.params))
+        for glob, _ in self.overrides:
+            if not any(fnmatchcase(name, glob) for name in names):
+                near = difflib.get_close_matches(glob, names, 3, cutoff=0.4)
+                raise PassError(
+                    f"override {glob!r} matches no parameter" + (f"; near it are {', '.join(near)}" if near else "")
+                )
+
+    def run(self, program: Program, remarks: Remarks) -> bool:
+        changed = [_Run(self, g, remarks).run() for g in program.graphs.values()]
+        return any(changed)
+
+    def scheme_of(self, names: list[str]) -> str:
+        """The scheme for a weight computed from the parameters ``names``: of the first override that matches one of them."""
+        return next((s for glob, s in self.overrides if any(fnmatchcase(n, glob) for n in names)), self.scheme)
+
+
+class _Run:
+    """Quantization of one graph."""
+
+    def __init__(self, options: Quantize, graph: Graph, remarks: Remarks) -> None:
+        self.options, self.graph, self.remarks = options, graph, remarks
+        self.only = param_only(graph)
+        self.small: dict[Value, Value] = {}
+        """Weights and what stands for them: one copy, however many operations read it."""
+        self.left: set[Value] = set()
+        self.count: Counter[str] = Counter()
+        self.before: Counter[str] = Counter()
+        self.after: Counter[str] = Counter()
+
+    def run(self) -> bool:
+        for node in self.graph.nodes:
+            if node.op.name in _WEIGHT:
+                self._node(node, node.inputs[_WEIGHT[node.op.name]])
+        for scheme, n in self.count.items():
+            sizes = f"{_size(self.before[scheme])} -> {_size(self.after[scheme])}"
+            self.remarks.applied(f"{n} weight{'s' if n > 1 else ''} to {scheme}: {sizes}", self.graph)
+        for w, small in self.small.items():
+            for user in w.users:
+                if user is not small.node:
+                    self.remarks.missed(f"%{w.name} is also kept as {w.type}, because {user!r} reads it", user)
+        return bool(self.small)
+
+    def _node(self, node: Node, w: Value) -> None:
+        if w not in self.small and not self._quantize(node, w):
+            return
+        b = Builder(self.graph, before=node, loc=node.loc)
+        at = _WEIGHT[node.op.name]
+        operands = (*node.inputs[:at], self.small[w], *node.inputs[at + 1 :])
+        old, name = node.output, node.output.name
+        if self.small[w].node.op.name != "quantize":  # type: ignore[union-attr]
+            self.graph.set_inputs(node, operands)
+            return
+        if node.op.name == "linear":
+            new = b.quantized_linear(*operands, activation=self.options.activation)
+        else:
+            new = b.quantized_embedding(*operands, dtype=old.tensor.dtype)
+        self.graph.replace_uses(old, new)
+        self.graph.erase(node)
+        self.graph.rename(new, name)
+
+    def _quantize(self, node: Node, w: Value) -> bool:
+        """Makes the small copy of ``w`` before its first reader, or says why not."""
+        if w in self.left:
+            return False
+        names = _sources(w) if w in self.only else []
+        scheme = self.options.scheme_of(names)
+        reason = self._obstacle(w, scheme)
+        if reason is not None or scheme == "f32" or (scheme in _FLOATS and w.tensor.dtype.bits <= 16):
+            self.left.add(w)
+            if reason is not None:
+                self.remarks.missed(f"%{w.name} stays {w.type}: {reason}", node)
+            return False
+        b = Builder(self.graph, before=node, loc=node.loc)
+        new = b.cast(w, dtype=_FLOATS[scheme]) if scheme in _FLOATS else b.quantize(w, scheme=scheme, block=self.options.block)
+        self.small[w] = new
+        self.count[scheme] += 1
+        self.before[scheme] += round(size_in_bytes(w.type))
+        self.after[scheme] += round(size_in_bytes(new.type))
+        return True
+
+    def _obstacle(self, w: Value, scheme: str) -> str | None:
+        if w not in self.only:
+            return "it is not computed from parameters alone"
+        if scheme in _INTEGERS and w.shape[-1] < self.options.block:
+            return f"its rows are shorter than a block of {self.options.block}"
+        return None
+
+
+def _sources(w: Value) -> list[str]:
+    """Names of the parameters that ``w`` is computed from."""
+    seen = {w: None}
+    for v in (todo := [w]):
+        for x in v.node.inputs if v.node is not None else ():
+            if x not in seen:
+                seen[x] = None
+                todo.append(x)
+    return [v.param for v in seen if v.param is not None]
+
+
+def _size(n: float) -> str:
+    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.2f} MB" if n >= 1e6 else f"{n / 1e3:.2f} kB"
