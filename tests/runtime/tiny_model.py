@@ -79,9 +79,9 @@ def tiny_program() -> Program:
 
 
 def edit_manifest(folder: Path, path: str, value: Any) -> None:
-    """Sets the field ``path`` (``limits.context``); ``...`` as the value removes it."""
+    """Sets the field ``path`` (``limits.context``; % for a dot in a name); ``...`` as the value removes it."""
     data = json.loads((folder / "manifest.json").read_text())
-    *outer, last = path.split(".")
+    *outer, last = (key.replace("%", ".") for key in path.split("."))
     at = data
     for key in outer:
         at = at[int(key) if isinstance(at, list) else key]

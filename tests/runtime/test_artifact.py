@@ -1,0 +1,340 @@
+"""Artifacts: written whole or not at all, refused with a sentence, run without the compiler."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tvm_ffi
+from tiny_model import RING, edit_manifest
+from wasat.runtime import ArtifactError, InputError, Model, RuntimeErrorBase, load, write_artifact
+from wasat.runtime.manifest import TensorSpec, extents
+from wasat.runtime.weights import Weights
+
+FILES = ("libtvm_ffi.so", "libtvm_runtime.so", "model.so", "tokenizer.json", "weights.safetensors")
+
+
+# -- writing ---------------------------------------------------------------------------------------------------------------
+def _write(out: Path, text: str = "x") -> None:
+    write_artifact(out, {"name": "n"}, {"a.bin": lambda path: path.write_text(text)})  # type: ignore[arg-type,dict-item]
+
+
+def test_files_are_copied_or_written_and_described(tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(b"copied")
+    out = tmp_path / "deep" / "model.wasat"
+    write_artifact(out, {"name": "n"}, {"copy": tmp_path / "source", "made": lambda path: path.write_bytes(b"made!") and None})
+    assert json.loads((out / "manifest.json").read_text()) == {
+        "name": "n",
+        "files": {
+            "copy": {"sha256": hashlib.sha256(b"copied").hexdigest(), "bytes": 6},
+            "made": {"sha256": hashlib.sha256(b"made!").hexdigest(), "bytes": 5},
+        },
+    }
+    assert (out / "copy").read_bytes() == b"copied"
+    assert sorted(os.listdir(out.parent)) == ["model.wasat"]
+
+
+def test_an_artifact_is_replaced(tmp_path: Path) -> None:
+    _write(tmp_path / "m")
+    _write(tmp_path / "m", "new")
+    assert (tmp_path / "m" / "a.bin").read_text() == "new"
+    assert os.listdir(tmp_path) == ["m"]
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_failure_leaves_nothing_and_keeps_the_old(tmp_path: Path, error: type[BaseException]) -> None:
+    def fail(path: Path) -> None:
+        path.write_text("half")
+        raise error
+
+    _write(tmp_path / "m")
+    for out in ("m", "other"):
+        with pytest.raises(error):
+            write_artifact(tmp_path / out, {}, {"a.bin": fail})
+    assert os.listdir(tmp_path) == ["m"]
+    assert (tmp_path / "m" / "a.bin").read_text() == "x"
+
+
+def test_a_failed_rename_puts_the_old_one_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _write(tmp_path / "m")
+    rename = Path.rename
+
+    def refuse(self: Path, target: Path) -> Path:
+        if ".new." in self.name:
+            raise OSError("no")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OSError, match="no"):
+        _write(tmp_path / "m", "new")
+    assert os.listdir(tmp_path) == ["m"]
+    assert (tmp_path / "m" / "a.bin").read_text() == "x"
+
+
+def test_what_is_no_artifact_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "precious").write_text("data")
+    (tmp_path / "file").write_text("data")
+    for name in ("folder", "file"):
+        with pytest.raises(ArtifactError, match=r"is no artifact .* choose another place"):
+            _write(tmp_path / name)
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+    assert os.listdir(tmp_path / "folder") == ["precious"]
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------------
+def _refused(folder: Path, message: str, **options: Any) -> None:
+    with pytest.raises(ArtifactError, match=message):
+        load(folder, **options)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file(copy: Path, name: str) -> None:
+    (copy / name).unlink()
+    _refused(copy, rf"{name} is missing; copy the whole folder again")
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_truncated_file(copy: Path, name: str, verify: bool) -> None:
+    size = (copy / name).stat().st_size
+    os.truncate(copy / name, size - 1)
+    _refused(copy, rf"{name} has {size - 1} bytes instead of {size}", verify=verify)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_changed_byte(copy: Path, name: str) -> None:
+    data = bytearray((copy / name).read_bytes())
+    data[-1] ^= 1
+    (copy / name).write_bytes(data)
+    _refused(copy, rf"{name} is not the file that was compiled \(its SHA-256 differs\)")
+
+
+def test_hashes_can_be_skipped(copy: Path, model: Model) -> None:
+    data = bytearray((copy / "libtvm_ffi.so").read_bytes())
+    data[-1] ^= 1
+    (copy / "libtvm_ffi.so").write_bytes(data)
+    assert load(copy, verify=False).generate("a", max_tokens=3)[0].tokens == model.generate("a", max_tokens=3)[0].tokens
+
+
+def test_no_artifact_at_all(tmp_path: Path) -> None:
+    _refused(tmp_path, r"is no artifact: it holds no manifest\.json")
+    _refused(tmp_path / "nowhere", "is no artifact")
+
+
+def test_a_damaged_manifest(copy: Path) -> None:
+    text = (copy / "manifest.json").read_text()
+    (copy / "manifest.json").write_text(text[: len(text) // 2])
+    _refused(copy, r"manifest\.json is damaged")
+    (copy / "manifest.json").write_bytes(b"\xff\xfe\x00")
+    _refused(copy, r"manifest\.json is damaged")
+    (copy / "manifest.json").write_text("[]")
+    _refused(copy, "the whole is a list, not an object")
+
+
+@pytest.mark.parametrize("field, value, message", [
+    ("format", 2, r"format 2 \(made by wasat .*\) and this runtime reads format 1: update wasat"),
+    ("format", 0, "has format 0; this runtime reads format 1: compile the model again"),
+    ("format", "1", "format is text, not a whole number"),
+    ("format", ..., "format is missing"),
+    ("target.os", "plan9", "compiled for plan9, this is "),
+    ("target.arch", "pdp11", "compiled for pdp11 processors, this is "),
+    ("target.kind", "cuda", "compiled for cuda; this runtime runs CPU artifacts"),
+    ("target.features", ["fma9", "avx1024"], "this processor lacks fma9, avx1024, which the artifact uses"),
+    ("tvm_ffi", "0.0.1", r"needs apache-tvm-ffi 0\.0\.1, here is .* pip install apache-tvm-ffi==0\.0\.1"),
+    ("tvm", "0.1.0", r"already runs TVM .* needs 0\.1\.0: load it in a process of its own"),
+    ("name", 3, "name is a whole number, not text"),
+    ("limits", [], "limits is a list, not an object"),
+    ("limits.context", "long", r"limits\.context is text, not a whole number"),
+    ("limits.context", -4, r"limits\.context is -4; it cannot be negative"),
+    ("limits.context", True, r"limits\.context is True, not a whole number"),
+    ("limits.chunk", 64, rf"ring cache ring\.k has capacity {RING}; window 4 and chunk 64 need more"),
+    ("generation.eos", 1, r"generation\.eos is a whole number, not a list"),
+    ("generation.eos", ["</s>"], r"generation\.eos\.0 is text, not a whole number"),
+    ("entries.decode.inputs.0.dtype", 8, r"entries\.decode\.inputs\.0\.dtype is a whole number, not text"),
+    ("entries.decode.inputs.0.shape", ["b", 1.5], r"shape\.1 is 1\.5, not a whole number or text"),
+    ("entries.decode.inputs.0.shape", ["b +", 1], "'b \\+' is no dimension"),
+    ("entries.decode.states", ["nothing"], "entry decode has a state nothing that is not described"),
+    ("states.0.kind", "round", r"state full\.k of kind round .* is neither a ring nor a full cache"),
+    ("states.0.shape", ["b", 4, 1, 8], r"state full\.k .* with an axis of size c"),
+    ("states.0.shape", ["b", "c + k", 1, 8], r"state full\.k is not one over b and c"),
+    ("states.0.shape", ["b", "__import__('os')", 1, 8], "is no dimension"),
+    ("states.2.capacity", 8, r"ring cache ring\.k has capacity 8"),
+    ("weights.0.shape", ["c", 8], "weight .* has the shape .* not whole numbers"),
+    ("weights.0.shape", [3, 8], r"array \S+ is float32.*; manifest\.json says float32\[3, 8\]"),
+    ("weights.0.dtype", "int8", r"array \S+ is float32.*; manifest\.json says int8"),
+    ("weights.0.name", "other", "it (lacks|has) an array .*, unlike manifest"),
+    ("files.model%so", ..., r"does not list model\.so"),
+    ("files.model%so.sha256", 1, "sha256 is a whole number, not text"),
+    ("files.model%so.bytes", None, r"files\.model\.so\.bytes is null, not a whole number"),
+    ("files.%%/x", {"sha256": "", "bytes": 0}, r"'\.\./x' is no name for a file"),
+], ids=str)  # fmt: skip
+def test_a_manifest_that_cannot_be(copy: Path, field: str, value: Any, message: str) -> None:
+    edit_manifest(copy, field, value)
+    _refused(copy, message)
+
+
+def test_fields_from_the_future_are_left_alone(copy: Path) -> None:
+    edit_manifest(copy, "states.0.colour", "red")
+    edit_manifest(copy, "novelty", 1)
+    load(copy)
+
+
+def test_a_program_with_other_entries_has_no_session(copy: Path) -> None:
+    edit_manifest(copy, "entries.prefill.inputs.1.name", "history")
+    with pytest.raises(ArtifactError, match="prefill does not take tokens, past, last"):
+        load(copy).session()
+    edit_manifest(copy, "entries.prefill", ...)
+    with pytest.raises(InputError, match="no entry 'prefill'; it has decode, sum"):
+        load(copy).generate("a")
+
+
+def test_every_weight_is_where_it_should_be(artifact: Path, model: Model) -> None:
+    from safetensors.numpy import load_file
+
+    want = load_file(artifact / "weights.safetensors")
+    for spec, tensor in zip(model.manifest.weights, model.weights, strict=True):
+        assert tensor.data_ptr() % 64 == 0
+        np.testing.assert_array_equal(np.from_dlpack(tensor), want[spec.name])
+
+
+def _safetensors(path: Path, header: dict[str, Any] | bytes, data: bytes) -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return path
+
+
+SPECS = [TensorSpec("a", "uint8", (3,)), TensorSpec("b", "bfloat16", (2,)), TensorSpec("empty", "float32", (0, 4))]
+HEADER = {
+    "b": {"dtype": "BF16", "shape": [2], "data_offsets": [3, 7]}, "__metadata__": {"k": "v"},
+    "a": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]},
+    "empty": {"dtype": "F32", "shape": [0, 4], "data_offsets": [7, 7]},
+}  # fmt: skip
+
+
+def test_types_that_numpy_lacks_and_odd_offsets(tmp_path: Path, model: Model) -> None:
+    """bfloat16 goes from file to tensor; an array at offset 3 is aligned in memory. (``model``: the runtime is loaded.)"""
+    path = _safetensors(tmp_path / "w.safetensors", HEADER, b"\x01\x02\x03\x80\x3f\x00\x40")
+    weights = Weights(path, SPECS)
+    assert weights.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    a, b, empty = weights.tensors()
+    assert np.from_dlpack(a).tolist() == [1, 2, 3]
+    assert (str(b.dtype), tuple(b.shape), b.data_ptr() % 64) == ("bfloat16", (2,), 0)
+    view = tvm_ffi.get_global_func("runtime.TVMTensorCreateView")
+    assert np.from_dlpack(view(b, tvm_ffi.Shape((2,)), tvm_ffi.dtype("uint16"), 0)).tolist() == [0x3F80, 0x4000]
+    assert tuple(empty.shape) == (0, 4)
+
+
+def _without(name: str) -> dict[str, Any]:
+    return {k: v for k, v in HEADER.items() if k != name}
+
+
+@pytest.mark.parametrize("header, data, message", [
+    (_without("a"), bytes(4), "lacks an array a"),
+    ({**HEADER, "z": {"dtype": "U8", "shape": [1], "data_offsets": [7, 8]}}, bytes(8), "has an array z"),
+    ({**HEADER, "a": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}}, bytes(7), r"uint8\[4\]; .* says uint8\[3\]"),
+    ({**HEADER, "b": {"dtype": "F16", "shape": [2], "data_offsets": [3, 7]}}, bytes(7), "says bfloat16"),
+    ({**HEADER, "b": {"dtype": "I3", "shape": [2], "data_offsets": [3, 7]}}, bytes(7), "header cannot be read .*I3"),
+    ({**HEADER, "b": {"dtype": "BF16", "shape": [2], "data_offsets": [0, 4]}}, bytes(7), "array . lies at 0"),
+    ({**HEADER, "b": {"dtype": "BF16", "shape": [2], "data_offsets": [3, 8]}}, bytes(8), r"lies at 3\.\.8, which does not fit"),
+    ({**HEADER, "b": {"dtype": "BF16", "shape": [2], "data_offsets": [4, 8]}}, bytes(8), r"lies at 4\.\.8, which does not fit"),
+    ({**HEADER, "b": {"dtype": "BF16", "shape": [2], "data_offsets": [3]}}, bytes(7), "header cannot be read"),
+    (HEADER, bytes(8), "its arrays have 7 bytes, the file 8"),
+    (HEADER, bytes(6), "its arrays have 7 bytes, the file 6"),
+    (b"{", b"", "header cannot be read"),
+    (b"[]", b"", "header cannot be read"),
+], ids=str)  # fmt: skip
+def test_a_weight_file_that_cannot_be(tmp_path: Path, header: dict[str, Any] | bytes, data: bytes, message: str) -> None:
+    with pytest.raises(ArtifactError, match=message):
+        Weights(_safetensors(tmp_path / "w.safetensors", header, data), SPECS)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x01\x00", (1 << 60).to_bytes(8, "little") + b"{}"])
+def test_a_weight_file_without_a_header(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "w.safetensors").write_bytes(content)
+    with pytest.raises(ArtifactError, match="is damaged: it"):
+        Weights(tmp_path / "w.safetensors", SPECS)
+
+
+def test_dimensions() -> None:
+    shape = (4, "b", "c // 16", "(s + 15) // 16 * 2 - 1", "max(s, 3)", "-s + 20", "s % 4")
+    assert extents(shape, {"b": 2, "c": 64, "s": 17}) == (4, 2, 4, 3, 17, 3, 1)
+    for wrong in ("c ** 2", "c.real", "f(c, 1)", "'c'"):
+        with pytest.raises(ArtifactError, match="is no dimension"):
+            extents([wrong], {"c": 16})
+    with pytest.raises(KeyError):
+        extents(["k"], {})
+
+
+# -- the process -----------------------------------------------------------------------------------------------------------
+def test_an_artifact_compiled_anew_is_loaded_anew(copy: Path, artifact: Path) -> None:
+    """The system's loader takes a path that it has seen for the library it has: the second load must not get the first's."""
+    load(copy)
+    shutil.rmtree(copy)
+    shutil.copytree(artifact, copy)
+    (copy / "model.so").write_bytes(b"no library")
+    edit_manifest(copy, "files.model%so", {"sha256": hashlib.sha256(b"no library").hexdigest(), "bytes": 10})
+    _refused(copy, r"model\.so cannot be loaded")
+
+
+def test_threads_that_cannot_be(artifact: Path) -> None:
+    with pytest.raises(InputError, match="threads is 0"):
+        load(artifact, threads=0)
+    running = int(tvm_ffi.get_global_func("runtime.NumThreads")())
+    before = os.environ["TVM_NUM_THREADS"]
+    try:
+        with pytest.raises(RuntimeErrorBase, match=f"already runs with {running} threads"):
+            load(artifact, threads=running + 1)
+    finally:
+        os.environ["TVM_NUM_THREADS"] = before
+
+
+ALONE = """
+    import json, os, sys
+    for name in ("tvm", "torch", "ml_dtypes", "wasat.ir", "wasat.passes", "wasat.backends", "wasat.frontend", "wasat.training",
+                 "wasat.driver"):
+        sys.modules[name] = None  # importing it raises ImportError
+    import wasat as ws
+    model = ws.load(sys.argv[1])
+    (got,) = model.generate("naïve ", max_tokens=12, logprobs=0)
+    maps = open("/proc/self/maps").read()
+    import tvm_ffi
+    print(json.dumps({
+        "tokens": got.tokens, "text": got.text,
+        "libraries": sorted({line.split("/")[-1] for line in maps.splitlines() if "libtvm" in line}),
+        "own": sys.argv[1] + "/libtvm_runtime.so" in maps,
+        "threads": int(tvm_ffi.get_global_func("runtime.NumThreads")()),
+        "cpus": len(os.sched_getaffinity(0)),
+    }))
+"""
+
+
+def _alone(artifact: Path, **environment: str) -> dict[str, Any]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("TVM", "OMP", "LD_", "PATH"))}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(ALONE), str(artifact)], env={**clean, **environment}, text=True,
+        capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)  # type: ignore[no-any-return]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_runs_without_the_compiler_and_the_other_rooms(artifact: Path, model: Model) -> None:
+    got = _alone(artifact)
+    (want,) = model.generate("naïve ", max_tokens=12)
+    assert (got["tokens"], got["text"]) == (want.tokens, want.text)
+    assert "libtvm_runtime.so" in got["libraries"]
+    assert "libtvm_compiler.so" not in got["libraries"]
+    assert got["own"], "the TVM runtime must be the artifact's own"
+    assert got["threads"] == got["cpus"]
+    assert _alone(artifact, TVM_NUM_THREADS="1")["threads"] == 1

@@ -1,0 +1,200 @@
+"""Generation against the interpreter, and everything that ends or shapes a text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_model import BOS, CHUNK, CONTEXT, EOS, VOCAB, Reference, edit_manifest
+from wasat.ir import Program
+from wasat.runtime import ArtifactError, ContextLimitError, InputError, Model, SamplingOptions, load
+
+PROMPT = "naïve "
+LONG = "a prompt of several chunks, longer than any window: " * 2
+
+
+def _greedy(program: Program, model: Model, prompt: str, count: int) -> list[int]:
+    tokens = Reference(program).greedy(model.tokenizer.encode(prompt), count)
+    assert EOS not in tokens
+    return tokens
+
+
+@pytest.mark.parametrize("prompt", ["x", PROMPT, LONG])
+def test_greedy_equals_the_interpreter(model: Model, program: Program, prompt: str) -> None:
+    want = _greedy(program, model, prompt, 40)
+    (got,) = model.generate(prompt, max_tokens=40)
+    assert got.tokens == want
+    assert got.text == model.tokenizer.decode(want)
+    assert got.finish == "length"
+    assert got.prompt_tokens == len(prompt.encode())
+    assert got.steps == 39
+    assert got.prefill_seconds > 0
+    assert got.decode_seconds > 0
+    assert "40 tokens in" in got.summary()
+    assert got.summary().endswith("finished by length")
+
+
+@pytest.mark.parametrize(
+    "options", [SamplingOptions(), SamplingOptions(temperature=2.0, top_p=0.9, repetition_penalty=1.3, seed=4)]
+)
+def test_a_row_does_not_depend_on_the_others(model: Model, options: SamplingOptions) -> None:
+    prompts = [PROMPT, "b", LONG, "c" * CHUNK]
+    batch = model.generate(prompts, max_tokens=25, options=options)
+    for row, prompt in enumerate(prompts):
+        others = ["zz"] * row + [prompt] + ["y" * 30]
+        assert model.generate(others, max_tokens=25, options=options)[row].tokens == batch[row].tokens
+    if options.temperature == 0:
+        assert [model.generate(p, max_tokens=25)[0].text for p in prompts] == [g.text for g in batch]
+
+
+def test_equal_prompts_of_a_batch_are_sampled_apart(model: Model) -> None:
+    a, b = model.generate([PROMPT, PROMPT], max_tokens=20, options=SamplingOptions(temperature=1.0))
+    assert a.tokens != b.tokens
+    again = model.generate([PROMPT, PROMPT], max_tokens=20, options=SamplingOptions(temperature=1.0))
+    assert [g.tokens for g in again] == [a.tokens, b.tokens]
+
+
+def test_eos_ends_a_text(model: Model, program: Program, copy: Path) -> None:
+    want = _greedy(program, model, PROMPT, 12)
+    edit_manifest(copy, "generation.eos", [EOS, want[7]])
+    at = want.index(want[7])
+    (got,) = load(copy).generate(PROMPT, max_tokens=12)
+    assert (got.tokens, got.finish, got.steps) == (want[:at], "eos", at)
+
+
+def test_stop_tokens_end_a_text_and_other_rows_go_on(model: Model, program: Program) -> None:
+    want, other = _greedy(program, model, PROMPT, 12), _greedy(program, model, LONG, 12)
+    stop = next(t for t in want if t not in other)
+    first, second = model.generate([PROMPT, LONG], max_tokens=12, stop_tokens=[stop])
+    assert (first.tokens, first.finish) == (want[: want.index(stop)], "stop")
+    assert (second.tokens, second.finish) == (other, "length")
+
+
+class _Scripted(Model):
+    """A model whose every next token is set: what is tested is what becomes of the text."""
+
+    def __init__(self, model: Model, script: list[int]) -> None:
+        super().__init__(model.folder, model.manifest, model.library, model.weights)
+        self.script = script
+
+    def session(self, batch: int = 1, context: int | None = None) -> _ScriptedSession:  # type: ignore[override]
+        return _ScriptedSession(self.script, batch)
+
+
+class _ScriptedSession:
+    def __init__(self, script: list[int], batch: int) -> None:
+        self.script, self.batch, self.at = script, batch, 0
+
+    def step(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        logits = np.zeros((self.batch, VOCAB), np.float32)
+        logits[:, self.script[self.at]] = 1.0
+        self.at += 1
+        return logits
+
+
+@pytest.mark.parametrize("stop, text, finish, used", [
+    ([], "one; two; drei 🙂", "length", 19),
+    (["; "], "one", "stop", 5),
+    ("; ", "one", "stop", 5),
+    (["two", "e; t"], "on", "stop", 6),
+    (["🙂"], "one; two; drei ", "stop", 19),
+    (["never", " 🙂!"], "one; two; drei 🙂", "length", 19),
+])  # fmt: skip
+def test_stop_strings(model: Model, stop: list[str] | str, text: str, finish: str, used: int) -> None:
+    script = model.tokenizer.encode("one; two; drei 🙂")
+    pieces: list[tuple[int, str]] = []
+    (got,) = _Scripted(model, script).generate(
+        "x", max_tokens=len(script), stop=stop, stream=lambda row, piece: pieces.append((row, piece))
+    )
+    assert (got.text, got.finish, got.tokens) == (text, finish, script[:used])
+    assert "".join(piece for _, piece in pieces) == text
+    assert all(row == 0 and piece and "\ufffd" not in piece for row, piece in pieces)
+
+
+def test_a_stop_string_completed_by_the_last_bytes(model: Model) -> None:
+    """U+FFFD stands only at the end, when nothing can complete the character; a stop string may wait for it."""
+    script = [*model.tokenizer.encode("ab"), model.tokenizer.encode("漢")[0]]
+    (got,) = _Scripted(model, script).generate("x", max_tokens=3)
+    assert got.text == "ab\ufffd"
+    assert got.finish == "length"
+    (got,) = _Scripted(model, script).generate("x", max_tokens=3, stop="b\ufffd")
+    assert got.text == "a"
+    assert got.finish == "stop"
+
+
+def test_a_stream_is_the_text_in_pieces(model: Model) -> None:
+    texts = ["", ""]
+
+    def collect(row: int, piece: str) -> None:
+        assert piece
+        texts[row] += piece
+
+    got = model.generate([PROMPT, LONG], max_tokens=30, options=SamplingOptions(temperature=3.0), stream=collect)
+    assert texts == [g.text for g in got]
+
+
+def test_token_prompts_and_empty_ones(model: Model, program: Program, copy: Path) -> None:
+    ids = model.tokenizer.encode(PROMPT)
+    assert model.generate([ids], max_tokens=5)[0].tokens == model.generate(PROMPT, max_tokens=5)[0].tokens
+    assert model.generate([np.array(ids)], max_tokens=5)[0].tokens == model.generate(PROMPT, max_tokens=5)[0].tokens  # type: ignore[list-item]
+    assert model.generate([], max_tokens=5) == []
+    assert model.generate("", max_tokens=5)[0].tokens == Reference(program).greedy([BOS], 5)
+    edit_manifest(copy, "generation.bos", None)
+    with pytest.raises(InputError, match="prompt 1 is empty"):
+        load(copy).generate(["a", ""], max_tokens=5)
+
+
+def test_logprobs(model: Model, program: Program) -> None:
+    (got,) = model.generate(
+        PROMPT, max_tokens=6, logprobs=3, options=SamplingOptions(temperature=2.0, top_k=9, repetition_penalty=1.5)
+    )
+    assert got.logprobs is not None
+    assert [x.token for x in got.logprobs] == got.tokens
+    prompt = model.tokenizer.encode(PROMPT)
+    logits = list(Reference(program).feed(prompt + got.tokens))[len(prompt) - 1 : -1]
+    for entry, x in zip(got.logprobs, logits, strict=True):
+        p = x.astype(np.float64) - np.logaddexp.reduce(x.astype(np.float64))
+        assert entry.logprob == pytest.approx(p[entry.token], abs=1e-4)
+        assert [t for t, _ in entry.top] == np.argsort(-p)[:3].tolist()
+    assert model.generate(PROMPT, max_tokens=2)[0].logprobs is None
+
+
+def test_without_a_limit_the_context_is_filled(model: Model) -> None:
+    prompt = [1] * (CONTEXT - 5)
+    (got,) = model.generate([prompt])
+    assert (len(got.tokens), got.finish) == (5, "length")
+
+
+def test_the_context_limit_says_so(model: Model) -> None:
+    def never(row: int, piece: str) -> None:
+        raise AssertionError
+
+    with pytest.raises(ContextLimitError, match=rf"prompt 1 has {CONTEXT - 5} tokens .* {CONTEXT}: shorten .* at most 5$"):
+        model.generate([[1], [1] * (CONTEXT - 5)], max_tokens=6, stream=never)
+    with pytest.raises(ContextLimitError, match="nothing can follow it"):
+        model.generate([[1] * CONTEXT], stream=never)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ({"prompts": [1, 2]}, "put token ids into a list"),
+    ({"prompts": [[VOCAB]]}, f"token {VOCAB} is outside"),
+    ({"prompts": "a", "max_tokens": 0}, "max_tokens is 0"),
+    ({"prompts": "a", "logprobs": -1}, "logprobs is -1"),
+    ({"prompts": "a", "stop": [""]}, "empty stop string"),
+])  # fmt: skip
+def test_what_cannot_be_asked(model: Model, arguments: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        model.generate(**{"max_tokens": 3, **arguments})
+
+
+def test_without_a_tokenizer_there_are_tokens(copy: Path, model: Model) -> None:
+    edit_manifest(copy, "files.tokenizer%json", ...)
+    bare = load(copy)
+    (got,) = bare.generate([[1, 2, 3]], max_tokens=4)
+    assert got.tokens == model.generate([[1, 2, 3]], max_tokens=4)[0].tokens
+    assert got.text == ""
+    with pytest.raises(ArtifactError, match=r"holds no tokenizer\.json: give token ids"):
+        bare.generate("text", max_tokens=4)
+    with pytest.raises(InputError, match="stop strings need a tokenizer"):
+        bare.generate([[1]], max_tokens=4, stop="x")
