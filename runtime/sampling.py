@@ -90,8 +90,10 @@ def penalize(logits: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarray
 
 def candidates(logits: np.ndarray, options: SamplingOptions) -> tuple[np.ndarray, np.ndarray]:
     """The tokens that temperature (above 0), top-k, top-p and min-p leave: ids i64[n], probabilities f64[n] that sum to 1."""
-    ids = likeliest(logits, options.top_k) if 0 < options.top_k < logits.size else np.arange(logits.size)
-    x = logits[ids].astype(np.float64)
+    ids, x = np.arange(logits.size), logits.astype(np.float64)
+    if 0 < options.top_k < logits.size:
+        ids = likeliest(logits, options.top_k)
+        x = x[ids]
     p = np.exp((x - x.max()) / options.temperature)
     p /= p.sum()
     if options.top_p < 1:
@@ -109,21 +111,16 @@ def likeliest(x: np.ndarray, k: int) -> np.ndarray:
 
 
 def nucleus(p: np.ndarray, mass: float) -> np.ndarray:
-    """Indices of the smallest set of largest ``p`` (which sum to 1) that sums to at least ``mass``; likeliest first.
+    """Indices, ascending, of the smallest set of largest ``p`` (which sum to 1) that sums to at least ``mass``.
 
-    Of equal ones the lower index goes first. Sorts only as many as are needed.
+    Of equal ones the lower index goes first. Sorts no indices, and no values below (1 - mass) / n: together those hold at most
+    1 - mass, so the others suffice.
     """
-    k = 256
-    while k < p.size:
-        best = likeliest(p, k)
-        if p[best].sum() > mass:
-            break
-        k *= 8
-    else:
-        best = np.arange(p.size)
-    order = best[np.argsort(-p[best], kind="stable")]
-    count = int(np.searchsorted(np.cumsum(p[order]), mass, side="left")) + 1
-    return order[:count]
+    ordered = np.sort(p[p > (1 - mass) / p.size])[::-1]
+    count = min(int(np.searchsorted(np.cumsum(ordered), mass, side="left")) + 1, ordered.size)
+    least = ordered[count - 1]
+    above = np.flatnonzero(p > least)
+    return np.sort(np.concatenate([above, np.flatnonzero(p == least)[: count - above.size]]))
 
 
 def logprob(logits: np.ndarray, token: int, top: int) -> TokenLogprob:
