@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import tvm
-from tvm import relax, tirx
+from tvm import relax, te, tirx
 from wasat.ir import Attrs, DType, Graph, IRError, Node, Op, Program, QTensorType, TensorType, Type, Value
 from wasat.ir.dims import Dim, DimLike, Func
 
@@ -261,8 +261,19 @@ class Context:
         return x if tuple(shape) == tuple(to) else self.emit(relax.op.reshape(x, self.shape(to)))
 
     def te(self, build: Callable[..., Any], *args: Any, name: str) -> Any:
-        """Emits a tensor expression; ``build`` gets TE tensors for Relax operands."""
-        return self.bb.emit_te(build, *args, primfunc_name_hint=name)
+        """Emits a tensor expression; ``build`` gets TE tensors for Relax operands, and may use any dimension of the graph.
+
+        Not ``emit_te``, which renames the symbols in the operands' shapes and misses what ``build`` closes over.
+        """
+        inputs = [te.placeholder(x.ty.shape.values, x.ty.dtype, f"x{i}") for i, x in enumerate(args)]
+        out = build(*inputs)
+        func = te.create_prim_func([*inputs, out], "int64")
+        missing = set(tirx.analysis.undefined_vars(func.body)) - {d for t in inputs for d in t.shape}
+        free = [v for v in self.symbols.values() if v in missing]
+        if free:
+            func = te.create_prim_func([*inputs, *free, out], "int64")
+        gv = self.bb.add_func(func.without_attr("global_symbol"), name)
+        return self.call(gv, [*args, *free], relax.TensorType(list(out.shape), out.dtype))
 
     def kernel(self, key: Any, build: Callable[[], tirx.PrimFunc], name: str) -> Any:
         """The module's one copy of a hand-written kernel, by its description ``key``."""

@@ -179,14 +179,14 @@ def _constant(ctx: Context, node: Node) -> Any:
 def _dim_size(ctx: Context, node: Node) -> Any:
     a: Any = node.attrs
     n = ctx.dim(a.size)
-    return ctx.te(lambda v: te.compute((), lambda: tirx.Cast(tvm_dtype(a.dtype), v), name="dim_size"), n, name="dim_size")
+    return ctx.te(lambda: te.compute((), lambda: tirx.Cast(tvm_dtype(a.dtype), n), name="dim_size"), name="dim_size")
 
 
 @lowers("iota")
 def _iota(ctx: Context, node: Node) -> Any:
     a: Any = node.attrs
     n = ctx.dim(a.size)
-    return ctx.te(lambda m: te.compute((m,), lambda i: tirx.Cast(tvm_dtype(a.dtype), i), name="iota"), n, name="iota")
+    return ctx.te(lambda: te.compute((n,), lambda i: tirx.Cast(tvm_dtype(a.dtype), i), name="iota"), name="iota")
 
 
 # -- shape ----------------------------------------------------------------------------------------------------------------
