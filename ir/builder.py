@@ -45,7 +45,7 @@ class Builder:
         """A constant tensor. Python floats are f32 and ints i64 unless ``dtype`` says otherwise."""
         if dtype is None and isinstance(value, float):
             dtype = DType.F32
-        return self.emit("constant", value=Literal.of(value, dtype), name=name)  # type: ignore[no-any-return]
+        return self.emit("constant", value=Literal.of(value, dtype), name=name)
 
     def _values(self, inputs: Sequence[Operand]) -> list[Value]:
         dtypes = [v.type.dtype for v in inputs if isinstance(v, Value) and isinstance(v.type, TensorType)]

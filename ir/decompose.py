@@ -21,7 +21,7 @@ def decompose(graph: Graph, keep: Callable[[Node], bool]) -> int:
             continue
         before, kept = node.prev, set(node.inputs)
         out = node.op.decompose(Builder(graph, before=node, loc=node.loc), node.attrs, *node.inputs)
-        results: list[Value] = list(out) if isinstance(out, (tuple, list)) else [out]
+        results: list[Value] = [out] if isinstance(out, Value) else list(out)
         names = [v.name for v in node.outputs]
         for old, new in zip(node.outputs, results):
             graph.replace_uses(old, new)

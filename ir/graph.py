@@ -15,7 +15,7 @@ import numpy as np
 
 from .dims import Check, DimError, collect_checks, symbols_of
 from .errors import IRError, Loc, TypeMismatch, VerifyError
-from .types import Array, TensorType, Type
+from .types import Array, QTensorType, TensorType, Type
 
 if TYPE_CHECKING:
     import networkx
@@ -61,7 +61,7 @@ class Value:
     def const(self) -> np.ndarray | None:
         """The array, if a ``constant`` node makes it."""
         if self.node is not None and self.node.op.name == "constant":
-            return self.node.attrs.value.array  # type: ignore[attr-defined, no-any-return]
+            return self.node.attrs.value.array
         return None
 
     @property
@@ -342,7 +342,7 @@ def infer(op: Op, attrs: Attrs, inputs: Sequence[Value], loc: Loc | None) -> tup
         raise TypeMismatch(f"{op.name}({operands}){_attrs_note(attrs)}: {message}", loc) from None
     except TypeError as e:
         raise TypeMismatch(f"{op.name} does not take {len(inputs)} operands: {e}", loc) from None
-    return (list(types) if isinstance(types, (tuple, list)) else [types]), tuple(checks)
+    return ([types] if isinstance(types, (TensorType, QTensorType)) else list(types)), tuple(checks)
 
 
 def _attrs_note(attrs: Attrs) -> str:

@@ -86,7 +86,7 @@ def _inline(v: Value) -> bool:
 
 def operand_text(v: Value) -> str:
     """``%x``, or the number itself for a scalar constant."""
-    return literal_text(v.node.attrs.value) if _inline(v) else "%" + name_text(v.name)  # type: ignore[union-attr, attr-defined]
+    return literal_text(v.node.attrs.value) if _inline(v) else "%" + name_text(v.name)
 
 
 def node_text(node: Node) -> str:

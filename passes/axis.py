@@ -37,6 +37,9 @@ class Label:
 FIXED = Label("fixed")
 
 
+_HINT = "if this is attention, explain says why it was not fused"
+
+
 class LooksAhead(Exception):
     """Raised by a transfer function; the analysis attaches the node."""
 
@@ -121,7 +124,7 @@ def _own(node: Node, given: list[Label], symbol: str) -> Label:
 
 def _same(axes: set[int]) -> int:
     if len(axes) != 1:
-        raise LooksAhead("its operands run along different axes: positions meet each other")
+        raise LooksAhead("its operands run along different axes: positions meet each other; " + _HINT)
     return axes.pop()
 
 
@@ -247,10 +250,10 @@ def _matmul(node: Node, given: Sequence[Label]) -> int:
     (x, y), (lx, ly) = node.inputs, given
     rank = len(node.output.shape)
     if (lx.along and lx.axis == len(x.shape) - 1) or (ly.along and ly.axis == len(y.shape) - 2):
-        raise LooksAhead("it sums over the sequence, later tokens included; attention that was fused as causal would not")
+        raise LooksAhead("it sums over the sequence, later tokens included; " + _HINT)
     axes = {lab.axis + rank - len(v.shape) for v, lab in ((x, lx), (y, ly)) if lab.along}
     if len(axes) != 1:
-        raise LooksAhead("every position meets every other here, outside of an attention that was fused")
+        raise LooksAhead("every position meets every other; " + _HINT)
     return axes.pop()
 
 

@@ -6,11 +6,12 @@ point in time linear in the graph. Every rule is exact: no result changes, NaN, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from wasat.ir import Builder, Graph, Node, TensorType, Value, equal, run_node
+from wasat.ir import Builder, DimLike, Graph, Node, TensorType, Value, equal, run_node
 from wasat.ir.types import DType, QArray
 
 from .core import GraphPass, Remarks
@@ -95,7 +96,7 @@ def _cast(b: Builder, node: Node) -> Value | None:
     x = inner.inputs[0]
     if inner.output.tensor.dtype not in _WIDER.get(x.tensor.dtype, ()):
         return None
-    return x if x.type == node.output.type else b.cast(x, dtype=node.output.tensor.dtype)  # type: ignore[no-any-return]
+    return x if x.type == node.output.type else b.cast(x, dtype=node.output.tensor.dtype)
 
 
 def _reshape(b: Builder, node: Node) -> Value | None:
@@ -111,7 +112,7 @@ def _transpose(b: Builder, node: Node) -> Value | None:
         return x
     inner = _producer(x, "transpose")
     if inner is not None:
-        return b.transpose(inner.inputs[0], perm=tuple(inner.attrs.perm[i] for i in perm))  # type: ignore[no-any-return, attr-defined]
+        return b.transpose(inner.inputs[0], perm=tuple(inner.attrs.perm[i] for i in perm))
     moved = [i for i in perm if x.shape[i] != 1]
     return b.reshape(x, shape=node.output.shape) if moved == sorted(moved) else None
 
@@ -122,7 +123,7 @@ def _matmul(b: Builder, node: Node) -> Value | None:
     inner = _producer(w, "transpose")
     if inner is None or len(w.shape) != 2 or len(x.shape) < 2 or not _from_param(inner.inputs[0]):
         return None
-    return b.linear(x, inner.inputs[0])  # type: ignore[no-any-return]
+    return b.linear(x, inner.inputs[0])
 
 
 def _pad(b: Builder, node: Node) -> Value | None:
@@ -156,7 +157,7 @@ def _slice(b: Builder, node: Node) -> Value | None:
         return None
     starts = tuple(p + q for p, q in zip(a.starts, c.starts))  # type: ignore[attr-defined]
     stops = tuple(p + q for p, q in zip(a.starts, c.stops))  # type: ignore[attr-defined]
-    return b.slice(inner.inputs[0], starts=starts, stops=stops)  # type: ignore[no-any-return]
+    return b.slice(inner.inputs[0], starts=starts, stops=stops)
 
 
 def _concat(b: Builder, node: Node) -> Value | None:
@@ -176,7 +177,7 @@ def _concat(b: Builder, node: Node) -> Value | None:
     return source if source is not None and equal(at, source.shape[axis]) is True else None
 
 
-def _bounds(part: Node) -> list[tuple[object, object, object]]:
+def _bounds(part: Node) -> list[tuple[DimLike, DimLike, DimLike]]:
     return list(zip(part.attrs.starts, part.attrs.stops, part.inputs[0].shape))  # type: ignore[attr-defined]
 
 
@@ -237,11 +238,11 @@ def _fold(b: Builder, node: Node) -> list[Value] | None:
     """A node over constants becomes constants, by its reference."""
     if node.op.name == "constant" or not all(v.const is not None for v in node.inputs) or node.checks or node.attrs.symbols:
         return None
-    types = [v.type for v in node.outputs]
-    if any(not isinstance(t, TensorType) or t.symbols for t in types):
+    types = [v.type for v in node.outputs if isinstance(v.type, TensorType) and not v.type.symbols]
+    if len(types) != len(node.outputs):
         return None
     given = sum(v.const.size for v in node.inputs if v.const is not None)
-    if sum(int(np.prod(t.shape)) for t in types) > max(_FOLD_LIMIT, given):
+    if sum(math.prod(t.concrete({})) for t in types) > max(_FOLD_LIMIT, given):
         return None
     arrays = run_node(node, [v.const for v in node.inputs if v.const is not None], {})
     if any(isinstance(a, QArray) for a in arrays):

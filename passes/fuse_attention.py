@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from wasat.ir import Builder, DimLike, Graph, Node, Value, equal
+from wasat.ir import Builder, DimLike, DType, Graph, Node, Value, equal
 
 from .core import GraphPass, Remarks
 from .mask import Mask, analyze, is_fill
@@ -109,7 +109,8 @@ def _scores(graph: Graph, softmax: Node) -> _Scores:
     if rank < 2 or axis != rank - 1:
         raise Miss(f"softmax axis is {axis}, not the key axis {rank - 1}")
     factor, softcap = 1.0, None
-    mask, additive = Mask(), []
+    mask = Mask()
+    additive: list[tuple[Value, float]] = []
     while True:
         node = x.node
         if node is None:
@@ -302,7 +303,7 @@ def _fuse(graph: Graph, softmax: Node) -> Value:
     z = b.transpose(z, perm=(0, *range(2, 2 + r), 1, 2 + r))
     graph.replace_uses(out, z)
     erase_dead(graph, last)
-    return y  # type: ignore[no-any-return]
+    return y
 
 
 @dataclass
@@ -330,7 +331,7 @@ def _mask_parts(s: _Scores) -> list[_MaskPart]:
     return parts
 
 
-def _emit_mask(b: Builder, parts: list[_MaskPart], dtype: object) -> Value:
+def _emit_mask(b: Builder, parts: list[_MaskPart], dtype: DType) -> Value:
     """One operand, [batch | 1, heads | 1, queries | 1, keys | 1]."""
     keep: Value | None = None
     total: Value | None = None
@@ -349,4 +350,4 @@ def _emit_mask(b: Builder, parts: list[_MaskPart], dtype: object) -> Value:
     if total is None:
         assert keep is not None
         return keep
-    return total if keep is None else b.select(keep, total, b.constant(float("-inf"), dtype))  # type: ignore[no-any-return]
+    return total if keep is None else b.select(keep, total, b.constant(float("-inf"), dtype))

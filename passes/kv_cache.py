@@ -283,7 +283,7 @@ class _Derivation:
             own.pop(0)
         if len(own) > rank - 1:
             raise IRError(f"%{old.name}: positions meet a value whose first axis is not the batch", old.loc)
-        return self.b.reshape(x, shape=(self.batch, *(1,) * (rank - 1 - len(own)), *own))  # type: ignore[no-any-return]
+        return self.b.reshape(x, shape=(self.batch, *(1,) * (rank - 1 - len(own)), *own))
 
     def _shifted(self, node: Node, attrs: Any) -> Any:
         """Attributes for operands with one more axis in front."""
@@ -321,13 +321,13 @@ class _Derivation:
     def _take(self, x: Value, label: Label) -> Value:
         if label.kind == "uniform":
             stops = [1 if i == label.axis else d for i, d in enumerate(x.shape)]
-            return self.b.slice(x, starts=(0,) * len(stops), stops=tuple(stops))  # type: ignore[no-any-return]
+            return self.b.slice(x, starts=(0,) * len(stops), stops=tuple(stops))
         axis = label.axis + (label.kind == "position")
         perm = (0, axis, *(i for i in range(1, len(x.shape)) if i != axis))
         if axis == 0:
             raise IRError(f"%{x.name}: the sequence is the first axis, where the batch should be", x.loc)
         y = self.b.take_row(self.b.transpose(x, perm=perm), self.last)
-        return self.b.transpose(y, perm=tuple(perm.index(i) for i in range(len(perm))))  # type: ignore[no-any-return]
+        return self.b.transpose(y, perm=tuple(perm.index(i) for i in range(len(perm))))
 
     def _output(self, v: Value) -> Value:
         label = self.labels[v]
@@ -335,4 +335,4 @@ class _Derivation:
             return self.env[v]
         x = self.env[v] if self.one else self._row(v)
         axis = label.axis + (label.kind == "position")
-        return self.b.reshape(x, shape=tuple(d for i, d in enumerate(x.shape) if i != axis))  # type: ignore[no-any-return]
+        return self.b.reshape(x, shape=tuple(d for i, d in enumerate(x.shape) if i != axis))

@@ -121,8 +121,8 @@ def affine(v: Value) -> Affine | None:
         wide = v.tensor.dtype
         return affine(node.inputs[0]) if (wide.is_int and wide.bits >= 32) or (wide.is_float and wide.bits >= 32) else None
     if name == "neg":
-        x = affine(node.inputs[0])
-        return x.scaled(-1) if x is not None else None
+        inner = affine(node.inputs[0])
+        return inner.scaled(-1) if inner is not None else None
     if name in ("add", "sub"):
         a, b = (affine(x) for x in node.inputs)
         return a.plus(b.scaled(1 if name == "add" else -1)) if a is not None and b is not None else None

@@ -164,4 +164,4 @@ def arrange(b: Builder, view: View, groups: Sequence[Sequence[Atom]]) -> Value:
     assert sorted(map(id, order)) == sorted(map(id, flat)), "atoms were lost"
     x = b.reshape(view.base, shape=tuple(a.size for a in order))
     x = b.transpose(x, perm=tuple(next(i for i, o in enumerate(order) if o is a) for a in flat))
-    return b.reshape(x, shape=tuple(product(g) for g in groups))  # type: ignore[no-any-return]
+    return b.reshape(x, shape=tuple(product(g) for g in groups))

@@ -23,7 +23,7 @@ _HOME = {
     "parse": "wasat.ir", "Graph": "wasat.ir", "Program": "wasat.ir", "evaluate": "wasat.ir",
 }  # fmt: skip
 
-__all__ = [*_HOME, "__version__"]  # noqa: PLE0604
+__all__ = [*_HOME, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -84,7 +84,7 @@ def _main(version: Annotated[bool, typer.Option("--version", callback=_version, 
 
 
 @app.command()
-def compile(  # noqa: A001
+def compile(
     source: Source,
     output: Annotated[Path, typer.Option("--output", "-o", help="The artifact folder to write.", show_default=False)],
     quantize: Quantize = None,

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 from wasat import __version__
-from wasat.ir import Array, Graph, IRError, Program, WasatError, evaluate
-from wasat.ir.types import QTensorType
+from wasat.ir import Array, IRError, Program, Type, WasatError, evaluate
 from wasat.passes import PassManager, Report, default_pipeline
 
 
@@ -41,14 +38,15 @@ def optimize(
         quantize=quantize, activation=activation, overrides=dict(overrides or {}), kv_cache=kv_cache, chunk=chunk
     )
     count = len(passes)
-    done = iter(range(count + 1))
-    manager = PassManager(
-        passes, verify=verify, check=check, dump=dump, on_progress=lambda name: progress(f"pass {name}", next(done, count), count)
-    )
-    return copy, manager.run(copy)
+    done = iter(range(count))
+
+    def tell(name: str) -> None:
+        progress(f"pass {name}", next(done), count)
+
+    return copy, PassManager(passes, verify=verify, check=check, dump=dump, on_progress=tell).run(copy)
 
 
-def compile(  # noqa: A001
+def compile(
     program: Program, out: str | Path, *, target: str = "cpu", quantize: str | None = None, activation: str | None = "int8",
     overrides: Mapping[str, str] | None = None, chunk: int = 512, threads: int | None = None, progress: Progress = _quiet,
 ) -> Report:  # fmt: skip
@@ -137,6 +135,17 @@ def explain(report: Report) -> str:
     return report.explain()
 
 
+@dataclass(frozen=True)
+class _NoData:
+    """A parameter of a program that came as text: its type is known, its numbers are not."""
+
+    name: str
+    type: Type
+
+    def load(self) -> Array:
+        raise IRError(f"parameter {self.name} has no data: the program was read from text, which names its parameters only")
+
+
 def load_program(path: str | Path) -> Program:
     """A Hugging Face folder, or a file of graph text (``.wasat.txt`` or any other text file), as a program."""
     from wasat.frontend import from_pretrained
@@ -146,19 +155,8 @@ def load_program(path: str | Path) -> Program:
     if p.is_dir():
         return from_pretrained(p)
     if p.is_file():
-        return parse_program(p.read_text(), str(p))
+        program = parse_program(p.read_text(), str(p))
+        for g in program.graphs.values():
+            program.params.update({name: _NoData(name, v.type) for name, v in g.params.items()})
+        return program
     raise WasatError(f"{p} is neither a Hugging Face folder nor a file of graph text")
-
-
-def random_params(graph: Graph, seed: int = 0) -> dict[str, Array]:
-    """Random values for the parameters of a graph that came without any (text), for trying it."""
-    rng = np.random.default_rng(seed)
-    out: dict[str, Array] = {}
-    for name, v in graph.params.items():
-        if isinstance(v.type, QTensorType):
-            raise IRError(f"parameter {name} is quantized: give its data")
-        out[name] = rng.standard_normal(v.type.concrete({})).astype(v.type.dtype.np)
-    return out
-
-
-__all__ = ["Callable", "Progress", "compile", "explain", "load_program", "optimize", "random_params", "run", "tempfile"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from wasat.ir import IRError, ParamSource
@@ -25,14 +26,16 @@ def nbytes(a: Packed) -> int:
 
 
 def write_weights(
-    path: Path, plan: WeightPlan, params: Mapping[str, ParamSource], on_progress: Callable[[int, int], None] = lambda done, of: None
-) -> None:
+    path: Path, plan: WeightPlan, params: Mapping[str, ParamSource],
+    on_progress: Callable[[int, int], None] = lambda done, of: None,
+) -> None:  # fmt: skip
     """Writes ``plan``'s arrays as a safetensors file.
 
     The safetensors library's writer wants every array in memory at once; sizes are known from the plan, so the header is
     written first and each parameter is loaded, packed and dropped in turn. ``on_progress(bytes done, bytes in all)``.
     """
-    header, at = {}, 0
+    header: dict[str, dict[str, Any]] = {}
+    at = 0
     for a in plan.arrays:
         header[a.name] = {"dtype": _SAFETENSORS[a.dtype], "shape": list(a.shape), "data_offsets": [at, at + nbytes(a)]}
         at += nbytes(a)
@@ -52,8 +55,8 @@ def write_weights(
                 for a, x in zip(arrays, packed, strict=True):
                     if tuple(x.shape) != a.shape or x.nbytes != nbytes(a):
                         raise IRError(f"packing {name} made {x.dtype}{list(x.shape)} for {a.name}: {a.dtype}{list(a.shape)}")
-                    f.seek(start + header[a.name]["data_offsets"][0])  # type: ignore[index]
-                    f.write(memoryview(np.ascontiguousarray(x).reshape(-1).view(np.uint8)))
+                    f.seek(start + header[a.name]["data_offsets"][0])
+                    f.write(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
                     done += x.nbytes
                     on_progress(done, total)
             del weight

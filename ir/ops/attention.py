@@ -85,7 +85,7 @@ class Rope(Op):
         lead = x.shape[:3]
 
         def part(lo: DimLike, hi: DimLike) -> Value:
-            return b.slice(x, starts=(0, 0, 0, lo), stops=(*lead, hi))  # type: ignore[no-any-return]
+            return b.slice(x, starts=(0, 0, 0, lo), stops=(*lead, hi))
 
         if attrs.interleaved:
             pairs = b.reshape(part(0, 2 * half), shape=(*lead, half, 2))
@@ -105,7 +105,7 @@ class Rope(Op):
         if equal(x.shape[3], 2 * half) is not True:
             parts.append(part(2 * half, x.shape[3]))
         out = parts[0] if len(parts) == 1 else b.concat(*parts, axis=3)
-        return b.cast(out, dtype=dtype) if dtype.bits < 32 else out  # type: ignore[no-any-return]
+        return b.cast(out, dtype=dtype) if dtype.bits < 32 else out
 
     def samples(self) -> Iterable[Sample]:
         freq = np.array([1.0, 0.3], np.float32)
@@ -149,7 +149,7 @@ def _grouped(q: np.ndarray, k: np.ndarray, scale: float, softcap: float | None) 
     x = (qg @ wide(k).transpose(0, 2, 3, 1)[:, :, None]) * np.asarray(scale, qg.dtype)
     if softcap is not None:
         x = np.tanh(x / np.asarray(softcap, x.dtype)) * np.asarray(softcap, x.dtype)
-    return x  # type: ignore[no-any-return]
+    return x
 
 
 def _weighted(x: np.ndarray, v: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -159,7 +159,7 @@ def _weighted(x: np.ndarray, v: np.ndarray, dtype: np.dtype) -> np.ndarray:
     total = e.sum(-1, keepdims=True)
     out = (e / np.where(total > 0, total, np.ones((), x.dtype))) @ wide(v).transpose(0, 2, 1, 3)[:, :, None]
     b, g, r, s, d = out.shape
-    return out.transpose(0, 3, 1, 2, 4).reshape(b, s, g * r, d).astype(dtype)  # type: ignore[no-any-return]
+    return out.transpose(0, 3, 1, 2, 4).reshape(b, s, g * r, d).astype(dtype)
 
 
 def _keep(query: np.ndarray, key: np.ndarray, causal: bool, window: int | None) -> np.ndarray:
@@ -193,7 +193,7 @@ def _emit_softmax_v(b: Builder, scores: Value, keep: Value | None, v: Value, out
     probs = b.div(e_, b.select(b.greater(total, 0.0), total, b.constant(1.0, total.tensor.dtype)))
     n, t, g, e = v.shape
     values = b.reshape(b.transpose(v, perm=(0, 2, 1, 3)), shape=(n, g, 1, t, e))
-    return b.reshape(b.transpose(b.matmul(probs, values), perm=(0, 3, 1, 2, 4)), shape=out)  # type: ignore[no-any-return]
+    return b.reshape(b.transpose(b.matmul(probs, values), perm=(0, 3, 1, 2, 4)), shape=out)
 
 
 def _emit_scores(b: Builder, attrs: AttentionAttrs | CachedAttrs, q: Value, k: Value) -> Value:
@@ -204,7 +204,7 @@ def _emit_scores(b: Builder, attrs: AttentionAttrs | CachedAttrs, q: Value, k: V
     x = b.mul(b.matmul(qg, kt), attrs.scale)
     if attrs.softcap is not None:
         x = b.mul(b.tanh(b.div(x, attrs.softcap)), attrs.softcap)
-    return x  # type: ignore[no-any-return]
+    return x
 
 
 def _emit_keep(b: Builder, query: Value, key: Value, causal: bool, window: int | None) -> Value | None:
@@ -275,7 +275,7 @@ class Attention(Op):
             else:
                 x = b.add(x, b.cast(full, dtype=DType.F32) if dtype.bits < 32 else full)
         out = _emit_softmax_v(b, x, keep, v, (n, s, h, v.shape[3]))
-        return b.cast(out, dtype=dtype) if dtype.bits < 32 else out  # type: ignore[no-any-return]
+        return b.cast(out, dtype=dtype) if dtype.bits < 32 else out
 
     def samples(self) -> Iterable[Sample]:
         q, k, v = _wave(2, 3, 4, 5), _wave(2, 3, 2, 5, step=0.7), _wave(2, 3, 2, 6, step=0.9)

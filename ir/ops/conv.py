@@ -76,7 +76,8 @@ class Conv(Op):
     def reference(self, attrs: Attrs, x: np.ndarray, w: np.ndarray) -> np.ndarray:
         (b, c, *_), (o, _, *kernel) = x.shape, w.shape
         n, g = len(kernel), attrs.groups
-        cols, out = wide(x), []
+        cols = wide(x)
+        out: list[int] = []
         for i in reversed(range(n)):  # each spatial axis becomes two: the output's and the kernel's
             size = x.shape[2 + i]
             stride, dilation, spread = attrs.strides[i], attrs.dilation[i], attrs.input_dilation[i]

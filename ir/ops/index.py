@@ -248,7 +248,7 @@ class OneHot(Op):
 
     def decompose(self, b: Builder, attrs: Attrs, ids: Value) -> Value:
         hit = b.equal(b.reshape(ids, shape=(*ids.shape, 1)), b.iota(size=attrs.size, dtype=ids.tensor.dtype))
-        return b.cast(hit, dtype=attrs.dtype)  # type: ignore[no-any-return]
+        return b.cast(hit, dtype=attrs.dtype)
 
     def samples(self) -> Iterable[Sample]:
         yield Sample([np.array([[0, 2], [5, -1]])], {"size": 3})
@@ -273,7 +273,7 @@ class TakeRow(Op):
         return x[np.arange(len(x)), _checked(index, x.shape[1])][:, None]
 
     def decompose(self, b: Builder, attrs: _op.Attrs, x: Value, index: Value) -> Value:
-        return b.take_along(x, b.reshape(index, shape=(x.shape[0],) + (1,) * (len(x.shape) - 1)), axis=1)  # type: ignore[no-any-return]
+        return b.take_along(x, b.reshape(index, shape=(x.shape[0],) + (1,) * (len(x.shape) - 1)), axis=1)
 
     def samples(self) -> Iterable[Sample]:
         yield Sample([_x(2, 3, 4), np.array([2, 0])])
@@ -354,7 +354,7 @@ class TopK(Op):
             return TopK.Attrs(self.k, axis_of(self.axis, types[0].rank), self.largest)
 
     def infer(self, attrs: Attrs, x: TensorType) -> tuple[TensorType, TensorType]:
-        if isinstance(attrs.k, int) and isinstance(tensor(x).shape[attrs.axis], int) and attrs.k > x.shape[attrs.axis]:  # type: ignore[operator]
+        if isinstance(attrs.k, int) and isinstance(tensor(x).shape[attrs.axis], int) and attrs.k > x.shape[attrs.axis]:
             raise TypeMismatch(f"top {attrs.k} of an axis of size {x.shape[attrs.axis]}")
         shape = tuple(attrs.k if i == attrs.axis else d for i, d in enumerate(x.shape))
         return x.with_shape(*shape), TensorType(DType.I64, shape)

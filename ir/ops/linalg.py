@@ -39,7 +39,7 @@ class MatMul(Op):
 
         def t(v: Value) -> Value:
             r = len(v.shape)
-            return b.transpose(v, perm=(*range(r - 2), r - 1, r - 2))  # type: ignore[no-any-return]
+            return b.transpose(v, perm=(*range(r - 2), r - 1, r - 2))
 
         return [b.sum_to(b.matmul(g, t(y)), x.shape), b.sum_to(b.matmul(t(x), g), y.shape)]
 
@@ -86,7 +86,7 @@ class Linear(Op):
         y = b.matmul(flat, b.transpose(w, perm=(1, 0)))
         if len(x.shape) == 1:
             y = b.reshape(y, shape=(w.shape[0],))
-        return y if bias is None else b.add(y, bias)  # type: ignore[no-any-return]
+        return y if bias is None else b.add(y, bias)
 
     def samples(self) -> Iterable[Sample]:
         yield Sample([grid(2, 3, 5), grid(4, 5)])

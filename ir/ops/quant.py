@@ -185,7 +185,7 @@ class QuantizedLinear(Op):
         dtype = x.tensor.dtype
         if attrs.activation is None:
             dense = b.dequantize(w, dtype=dtype)
-            return b.linear(x, dense) if bias is None else b.linear(x, dense, bias)  # type: ignore[no-any-return]
+            return b.linear(x, dense) if bias is None else b.linear(x, dense, bias)
         # the integers are emulated in f32, where dots of a block are exact; scales join before the sum over blocks
         k, block, blocks = x.shape[-1], q.block, q.blocks
         lead = (0,) * (len(x.shape) - 1)
@@ -198,7 +198,7 @@ class QuantizedLinear(Op):
         rounded = b.slice(b.reshape(rounded, shape=(*x.shape[:-1], blocks * block)), starts=(*lead, 0), stops=x.shape)
         dense = b.dequantize(w, dtype=DType.F32)
         y = b.linear(rounded, dense) if bias is None else b.linear(rounded, dense, b.cast(bias, dtype=DType.F32))
-        return b.cast(y, dtype=dtype) if dtype is not DType.F32 else y  # type: ignore[no-any-return]
+        return b.cast(y, dtype=dtype) if dtype is not DType.F32 else y
 
     def vjp(self, b: Builder, node: Node, g: Value) -> Sequence[Value | None]:
         """Straight through the rounding of activations; the weight is a constant."""
@@ -237,7 +237,7 @@ class Embedding(Op):
 
     def decompose(self, b: Builder, attrs: DTypeAttrs, w: Value, ids: Value) -> Value:
         rows = b.gather(w, ids, axis=0)
-        return rows if w.tensor.dtype is attrs.dtype else b.cast(rows, dtype=attrs.dtype)  # type: ignore[no-any-return]
+        return rows if w.tensor.dtype is attrs.dtype else b.cast(rows, dtype=attrs.dtype)
 
     def samples(self) -> Iterable[Sample]:
         yield Sample([grid(5, 3), np.array([[0, 4], [4, 1]])])
@@ -267,7 +267,7 @@ class QuantizedEmbedding(Op):
         return QArray(rows, w.values[at], w.scales[at]).dense(attrs.dtype)
 
     def decompose(self, b: Builder, attrs: DTypeAttrs, w: Value, ids: Value) -> Value:
-        return b.gather(b.dequantize(w, dtype=attrs.dtype), ids, axis=0)  # type: ignore[no-any-return]
+        return b.gather(b.dequantize(w, dtype=attrs.dtype), ids, axis=0)
 
     def samples(self) -> Iterable[Sample]:
         yield Sample([_q("int4", 5, 40), np.array([[0, 4], [4, 1]])])

@@ -143,7 +143,7 @@ class RandomUniform(_Random):
     def decompose(self, b: Builder, attrs: RandomAttrs, key: Value) -> Value:
         bits, p = _bits(attrs.dtype), _DIGITS[attrs.dtype]
         x = b.shift_right(b.random_bits(key, shape=attrs.shape, dtype=bits), bits.bits - p)
-        return b.mul(b.cast(x, dtype=attrs.dtype), 2.0**-p)  # type: ignore[no-any-return]
+        return b.mul(b.cast(x, dtype=attrs.dtype), 2.0**-p)
 
 
 def _bits(dtype: DType) -> DType:
@@ -169,7 +169,7 @@ class RandomNormal(_Random):
             b.reshape(b.slice(pair, starts=(i, *zeros), stops=(i + 1, *attrs.shape)), shape=attrs.shape) for i in range(2)
         )
         y = b.mul(b.sqrt(b.mul(b.log(b.sub(1.0, u)), -2.0)), b.cos(b.mul(v, 2 * math.pi)))
-        return y if t is attrs.dtype else b.cast(y, dtype=attrs.dtype)  # type: ignore[no-any-return]
+        return y if t is attrs.dtype else b.cast(y, dtype=attrs.dtype)
 
 
 def _wide(dtype: DType) -> DType:
@@ -202,7 +202,7 @@ class Dropout(Op):
         keep = b.greater_equal(b.random_uniform(key, shape=x.shape), attrs.rate)
         w = b.cast(x, dtype=DType.F32) if dtype.bits < 32 else x
         y = b.select(keep, b.div(w, 1 - attrs.rate), b.constant(0.0, w.tensor.dtype))
-        return b.cast(y, dtype=dtype) if dtype.bits < 32 else y  # type: ignore[no-any-return]
+        return b.cast(y, dtype=dtype) if dtype.bits < 32 else y
 
     def samples(self) -> Iterable[Sample]:
         x = np.linspace(-2, 2, 60, dtype=np.float32).reshape(3, 20)

@@ -49,7 +49,7 @@ def _keep(b: Builder, node: Node, v: Value) -> Value:
     if a.keepdims:
         return v
     shape = tuple(1 if i in a.axes else d for i, d in enumerate(node.inputs[0].shape))
-    return b.reshape(v, shape=shape)  # type: ignore[no-any-return]
+    return b.reshape(v, shape=shape)
 
 
 def wide(x: np.ndarray) -> np.ndarray:
@@ -175,7 +175,7 @@ class ReduceMean(Reduce):
         total = b.reduce_sum(x, axes=attrs.axes, keepdims=attrs.keepdims)
         n = float(count) if isinstance(count, int) else b.dim_size(size=count, dtype=x.tensor.dtype)
         mean = b.div(total, n)
-        return b.cast(mean, dtype=narrow) if narrow else mean  # type: ignore[no-any-return]
+        return b.cast(mean, dtype=narrow) if narrow else mean
 
     def errors(self) -> Iterable[ErrorSample]:
         yield ErrorSample(["i32[2]"], {"axes": (0,)}, "must be float")

@@ -1,0 +1,338 @@
+"""KV-cache derivation: incremental equals full in any chunking; what looks ahead is refused, by node and line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from wasat.frontend import nn
+from wasat.ir import IRError, Program, evaluate
+from wasat.passes import Cleanup, DeriveKVCache, FuseAttention, FuseNorm, FuseRope, PassError, PassManager
+
+from wasat.testing import random_program
+
+VOCAB, DIM = 11, 16
+
+
+class Layer(nn.Module):
+    def __init__(self, window: int | None, rope: nn.RoPE | None) -> None:
+        self.norm = nn.RMSNorm(DIM)
+        self.attention = nn.Attention(DIM, 4, 2, 4, window=window, rope=rope, qk_norm=1e-6, softcap=20.0)
+        self.mlp = nn.GLU(DIM, 24)
+
+    def __call__(self, x: nn.Tensor, positions: nn.Tensor) -> nn.Tensor:
+        x = x + self.attention(self.norm(x), positions)
+        return x + self.mlp(x)
+
+
+class Decoder(nn.Module):
+    """Windows 3, none, 3; rotary or learned positions."""
+
+    def __init__(self, learned: bool = False) -> None:
+        self.embed = nn.Embedding(VOCAB, DIM)
+        self.places = nn.Embedding(64, DIM) if learned else None
+        rope = None if learned else nn.RoPE(4)
+        self.layers = nn.ModuleList([Layer(w, rope) for w in (3, None, 3)])
+        self.head = nn.Linear(DIM, VOCAB, bias=True)
+
+    def __call__(self, tokens: nn.Tensor) -> nn.Tensor:
+        x, at = self.embed(tokens), nn.positions(tokens)
+        if self.places is not None:
+            x = x + self.places(at)
+        for layer in self.layers:
+            x = layer(x, at)
+        return self.head(x)
+
+
+class Translator(nn.Module):
+    """A decoder that attends to an encoded sequence of features."""
+
+    def __init__(self) -> None:
+        self.encoder = nn.Linear(6, DIM)
+        self.embed = nn.Embedding(VOCAB, DIM)
+        self.layer = Layer(None, nn.RoPE(4))
+        self.cross = nn.CrossAttention(DIM, 4)
+        self.head = nn.Linear(DIM, VOCAB)
+
+    def __call__(self, tokens: nn.Tensor, features: nn.Tensor) -> nn.Tensor:
+        memory = nn.gelu(self.encoder(features))
+        x = self.layer(self.embed(tokens), nn.positions(tokens))
+        return self.head(x + self.cross(x, memory))
+
+
+PASSES = [Cleanup(), FuseNorm(), FuseRope(), FuseAttention(), Cleanup()]
+MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
+    "rotary": (Decoder, {"tokens": "i64[b, s]"}),
+    "learned positions": (lambda: Decoder(learned=True), {"tokens": "i64[b, s]"}),
+    "encoder": (Translator, {"tokens": "i64[b, s]", "features": "f32[b, n, 6]"}),
+}
+
+
+def derived(name: str, chunk: int) -> tuple[Program, Program]:
+    """The forward program, and the one with caches."""
+    make, inputs = MODELS[name]
+    program = nn.trace(make(), inputs, outputs=["logits"])
+    program.params = {k: _Cached(p.load()) for k, p in program.params.items()}  # type: ignore[misc]
+    forward = Program({"forward": program["forward"].clone()}, program.params)
+    PassManager([*PASSES, DeriveKVCache(chunk=chunk), Cleanup()]).run(program)
+    return forward, program
+
+
+class _Cached:
+    def __init__(self, x: np.ndarray) -> None:
+        from wasat.ir import type_of
+
+        self.x, self.type = x, type_of(x)
+
+    def load(self) -> np.ndarray:
+        return self.x
+
+
+class Session:
+    """Feeds tokens to prefill and decode on the interpreter."""
+
+    def __init__(self, program: Program, batch: int, capacity: int, extra: dict[str, np.ndarray]) -> None:
+        self.program, self.past = program, np.zeros(batch, np.int64)
+        self.params = {k: p.load() for k, p in program.params.items()}
+        self.states = {}
+        for v in program["decode"].inputs:
+            if v.name.startswith("cache."):
+                shape = v.tensor.substitute({"b": batch, "c": capacity}).concrete({})
+                self.states[v.name] = np.full(shape, 1e3, np.float32)  # what was never written must not matter
+        self.memory: dict[str, Any] = {}
+        if "encode" in program.graphs:
+            g = program["encode"]
+            self.memory = dict(zip(g.output_names, evaluate(g, extra, {k: self.params[k] for k in g.params})))
+
+    def feed(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        g = self.program["decode" if tokens.shape[1] == 1 else "prefill"]
+        feeds = {"tokens": tokens, "past": self.past, **self.memory, **self.states}
+        if g.name == "prefill":
+            feeds["last"] = lengths - 1
+        out = dict(zip(g.output_names, evaluate(g, feeds, {k: self.params[k] for k in g.params})))
+        self.states = {k: out[k] for k in self.states}
+        self.past = self.past + lengths
+        return out["logits"]
+
+
+PROGRAMS = {(name, chunk): derived(name, chunk) for name in MODELS for chunk in (1, 5)}
+
+
+@given(st.data())
+@settings(max_examples=40, deadline=None)
+def test_incremental_equals_full(data: st.DataObject) -> None:
+    """Any chunking, rows of different lengths padded on the right, rings that wrapped several times."""
+    name, chunk = data.draw(st.sampled_from(sorted(PROGRAMS)))
+    forward, program = PROGRAMS[name, chunk]
+    batch = data.draw(st.integers(1, 3))
+    rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
+    extra = {"features": rng.standard_normal((batch, 3, 6)).astype(np.float32)} if name == "encoder" else {}
+    rows: list[list[int]] = [[] for _ in range(batch)]
+    session = Session(program, batch, 64, extra)
+    params = {k: p.load() for k, p in forward.params.items()}
+    for _ in range(data.draw(st.integers(1, 8))):
+        lengths = np.array([data.draw(st.integers(1, chunk)) for _ in range(batch)])
+        tokens = rng.integers(0, VOCAB, (batch, lengths.max()))
+        got = session.feed(tokens, lengths)
+        for r in range(batch):
+            rows[r] += tokens[r, : lengths[r]].tolist()
+            one = {k: v[r : r + 1] for k, v in extra.items()}
+            want = evaluate(forward["forward"], {"tokens": np.array([rows[r]]), **one}, params)[0][0, -1]
+            np.testing.assert_allclose(got[r], want, rtol=1e-4, atol=1e-5)
+
+
+def test_states_and_entry_points() -> None:
+    _, program = PROGRAMS["rotary", 5]
+    assert list(program.graphs) == ["prefill", "decode"]
+    assert program.metadata["chunk"] == 5
+    states = program.metadata["states"]
+    assert [s["name"] for s in states] == [f"cache.{i}.{r}" for i in range(3) for r in "kv"]
+    assert [(s["kind"], s["capacity"]) for s in states[::2]] == [("ring", 16), ("full", None), ("ring", 16)]
+    types = {v.name: str(v.type) for v in program["prefill"].inputs}
+    assert types["cache.0.k"] == "f32[b, 16, 2, 4]"
+    assert types["cache.1.v"] == "f32[b, c, 2, 4]"
+    assert (types["past"], types["last"]) == ("i64[b]", "i64[b]")
+    assert str(program["prefill"].outputs[0].type) == str(program["decode"].outputs[0].type) == f"f32[b, {VOCAB}]"
+    _, program = PROGRAMS["encoder", 5]
+    assert list(program.graphs) == ["encode", "prefill", "decode"]
+    assert [v.name for v in program["encode"].inputs] == ["features"]
+    assert {v.name for v in program["decode"].inputs} >= {"memory.0", "memory.1"}
+    assert "features" not in {v.name for v in program["decode"].inputs}
+
+
+def test_only_the_last_position_reaches_the_head() -> None:
+    _, program = PROGRAMS["rotary", 5]
+    head = next(n for n in program["prefill"].nodes if n.op.name == "linear" and n.output.shape[-1] == VOCAB)
+    assert head.output.shape[1] == 1
+
+
+def test_rings_hold_the_cache_of_a_5_to_1_model_down() -> None:
+    """At 8192 positions only the full layer's cache grows with the context."""
+    layers = "".join(_layer(i, 512 if i % 6 < 5 else None) for i in range(12))
+    text = f"graph @forward(%tokens: i64[b, s], %x0: f32[b, s, 2, 8]) {{\n{layers}  return %x12\n}}\n"
+    program = random_program(text)
+    PassManager([DeriveKVCache(chunk=512), Cleanup()]).run(program)
+    assert [s["capacity"] for s in program.metadata["states"][::2]] == [*[1024] * 5, None] * 2
+
+
+def _layer(i: int, window: int | None) -> str:
+    w = "" if window is None else f", window={window}"
+    x = f"%x{i}"
+    return f"  %x{i + 1}: f32[b, s, 2, 8] = attention({x}, {x}, {x}) {{scale=1.0, causal=true{w}}}\n"
+
+
+def test_short_contexts_need_no_ring() -> None:
+    text = f"graph @forward(%tokens: i64[b, s], %x0: f32[b, s, 2, 8]) {{\n{_layer(0, 8)}  return %x1\n}}\n"
+    for context, capacity in ((32, None), (33, 32)):
+        program = random_program(text)
+        program.metadata["context"] = context
+        PassManager([DeriveKVCache(chunk=10)]).run(program)
+        assert program.metadata["states"][0]["capacity"] == capacity
+
+
+def test_layers_that_share_keys_and_values_share_a_cache() -> None:
+    text = """graph @forward(%tokens: i64[b, s], %x: f32[b, s, 2, 8]) {
+  %y: f32[b, s, 2, 8] = attention(%x, %x, %x) {scale=1.0, causal=true}
+  %z: f32[b, s, 2, 8] = attention(%y, %x, %x) {scale=1.0, causal=true}
+  return %z
+}
+"""
+    program = random_program(text)
+    PassManager([DeriveKVCache()]).run(program)
+    assert len(program.metadata["states"]) == 2
+
+
+# -- refusals -----------------------------------------------------------------------------------------------------------------
+class _Model(nn.Module):
+    def __init__(self) -> None:
+        self.embed = nn.Embedding(VOCAB, DIM)
+        self.conv = nn.Conv1d(DIM, DIM, 3, padding="same")
+
+    def heads(self, tokens: nn.Tensor) -> nn.Tensor:
+        return self.embed(tokens).heads(2)
+
+
+class Bidirectional(_Model):
+    def __call__(self, tokens: nn.Tensor) -> nn.Tensor:
+        x = self.heads(tokens)
+        return nn.attention(x, x, x).merge()  # here
+
+
+class MeanOverSequence(_Model):
+    def __call__(self, tokens: nn.Tensor) -> nn.Tensor:
+        x = self.embed(tokens)
+        return x - x.mean(axis=1, keepdims=True)  # here
+
+
+class Convolution(_Model):
+    def __call__(self, tokens: nn.Tensor) -> nn.Tensor:
+        return self.conv(self.embed(tokens).swap(1, 2)).swap(1, 2)
+
+
+class LookAtNext(_Model):
+    def __call__(self, tokens: nn.Tensor) -> nn.Tensor:
+        x = self.embed(tokens)
+        return nn.concat([x[:, 1:], x[:, :1]], axis=1)  # here
+
+
+class LengthDependent(_Model):
+    def __call__(self, tokens: nn.Tensor) -> nn.Tensor:
+        x = self.embed(tokens)
+        return nn.softmax(x, axis=1)  # here
+
+
+class Unfused(_Model):
+    def __call__(self, tokens: nn.Tensor) -> nn.Tensor:
+        x = self.heads(tokens).swap(1, 2)
+        keep = nn.causal(nn.positions(tokens))
+        return (nn.softmax(nn.relu(nn.where(keep, x @ x.T, -math.inf))) @ x).swap(1, 2).merge()  # here
+
+
+class MaskedByInput(_Model):
+    def __call__(self, tokens: nn.Tensor) -> nn.Tensor:
+        x = self.heads(tokens).swap(1, 2)
+        keep = nn.causal(nn.positions(tokens)) & (tokens > 0)[:, None, None, :]
+        return (nn.softmax(nn.where(keep, x @ x.T, -math.inf)) @ x).swap(1, 2).merge()  # here
+
+
+REFUSED = [
+    (Bidirectional, "it is bidirectional: a token attends to later ones"),
+    (MeanOverSequence, "it reduces over the sequence"),
+    (Convolution, "it is a convolution over the sequence"),
+    (LookAtNext, "it takes a part of the sequence"),
+    (LengthDependent, "it works across the sequence"),
+    (Unfused, "positions meet each other; if this is attention, explain says why it was not fused"),
+    (MaskedByInput, "its mask is data that runs along the sequence"),
+]
+
+
+@pytest.mark.parametrize("model, reason", REFUSED, ids=lambda x: getattr(x, "__name__", None))
+def test_what_looks_ahead_is_refused(model: type[nn.Module], reason: str) -> None:
+    """By node, reason and the line of the model; the program stays as it was."""
+    program = nn.trace(model(), {"tokens": "i64[b, s]"}, outputs=["y"])
+    PassManager(PASSES).run(program)
+    before = str(program)
+    with pytest.raises(IRError, match="no KV cache can be derived for output y") as e:
+        PassManager([DeriveKVCache()]).run(program)
+    assert reason in str(e.value)
+    assert f"in {model.__name__}.__call__" in str(e.value)
+    assert str(program) == before
+
+
+BASE = """graph @forward(%tokens: i64[b, s], %x: f32[b, s, 2, 8], %m: bool[b, 1, 1, n], %memory: f32[b, n, 2, 8]) {
+  %y: f32[b, s, 2, 8] = attention(%x, %x, %x) {scale=1.0, causal=true}
+  %z: f32[b, s, 2, 8] = attention(%y, %memory, %memory, %m) {scale=1.0}
+  return %z
+}
+"""
+TEXT_REFUSED = {
+    "causal over a memory": ([("%m) {scale=1.0}", "%m) {scale=1.0, causal=true}")], "causal over keys that do not run"),
+    "positions on another axis": (
+        [("= attention(%x, %x, %x) {scale=1.0, causal=true}", "= transpose(%t) {perm=(1, 0, 2, 3)}"),
+         ("  %y", "  %t0: f32[s, b, 2, 8] = transpose(%x) {perm=(1, 0, 2, 3)}\n"
+          "  %t: f32[s, b, 2, 8] = attention(%t0, %t0, %t0) {scale=1.0, causal=true}\n  %y")],
+        "q are not axis 1",
+    ),
+    "two sizes of the sequence": ([("%m: bool[b, 1, 1, n]", "%m: bool[b, 1, s, s]"), ("%memory, %memory", "%x, %x")],
+                                  "must be the size of just one axis"),
+    "twice the sequence": ([("return %z", "%w: f32[2*b*s, 8] = reshape(%z) {shape=(2*b*s, 8)}\n  return %w")],
+                           "it merges the sequence with another axis"),
+    "the number of tokens": ([("return %z", "%w: i64[] = dim_size() {size=s}\n  return %w")], "depends on s, the number"),
+    "a running sum": ([("return %z", "%w: f32[b, s, 2, 8] = cumsum(%z) {axis=1}\n  return %w")], "works across the sequence"),
+    "padding": ([("return %z", "%w: f32[b, s + 1, 2, 8] = pad(%z) {low=(0, 1, 0, 0), high=(0, 0, 0, 0)}\n  return %w")],
+                "it pads the sequence"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("edits, reason", TEXT_REFUSED.values(), ids=TEXT_REFUSED)
+def test_text_refused(edits: list[tuple[str, str]], reason: str) -> None:
+    text = BASE
+    for old, new in edits:
+        assert old in text
+        text = text.replace(old, new)
+    with pytest.raises(IRError) as e:
+        PassManager([DeriveKVCache()]).run(random_program(text))
+    assert reason in str(e.value)
+
+
+def test_base_of_the_refusals_is_accepted() -> None:
+    PassManager([DeriveKVCache()]).run(random_program(BASE))
+
+
+def test_wrong_programs() -> None:
+    with pytest.raises(PassError, match="there is no graph @forward; there are @other"):
+        PassManager([DeriveKVCache()]).run(random_program(BASE.replace("@forward", "@other")))
+    with pytest.raises(PassError, match="a chunk holds at least one token"):
+        PassManager([DeriveKVCache(chunk=0)]).run(random_program(BASE))
+    with pytest.raises(IRError, match="0 inputs that could be its tokens"):
+        PassManager([DeriveKVCache()]).run(random_program(BASE.replace("%tokens: i64[b, s], ", "")))
+    two = random_program(BASE.replace("%tokens: i64[b, s]", "%first: i64[b, s], %second: i64[b, s]"))
+    with pytest.raises(IRError, match="2 inputs that could be its tokens"):
+        PassManager([DeriveKVCache()]).run(two)
+    with pytest.raises(PassError, match="already has a graph @decode"):
+        PassManager([DeriveKVCache()]).run(random_program(BASE + BASE.replace("@forward", "@decode")))
