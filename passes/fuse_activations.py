@@ -16,7 +16,7 @@ def _half(p: Tracer, x: Pattern) -> Pattern:
 
 def _times_half(p: Tracer, x: Pattern, y: Pattern) -> Pattern:
     """x * y / 2, halved anywhere."""
-    return p.either(p.mul(_half(p, x), y), p.mul(x, _half(p, y)), _half(p, p.mul(x, y)))
+    return p.either(p.mul(x, _half(p, y)), p.mul(_half(p, x), y), _half(p, p.mul(x, y)))
 
 
 class _Sigmoid(Rewrite):
@@ -26,7 +26,7 @@ class _Sigmoid(Rewrite):
         return p.either(p.div(1.0, p.add(p.exp(p.neg(x)), 1.0)), _half(p, p.add(p.tanh(_half(p, x)), 1.0)))
 
     def build(self, b: Builder, m: Match) -> Value:
-        return b.sigmoid(m["x"])  # type: ignore[no-any-return]
+        return b.sigmoid(m["x"])
 
 
 class _Silu(Rewrite):
@@ -36,7 +36,7 @@ class _Silu(Rewrite):
         return p.either(p.mul(x, p.sigmoid(x)), p.div(x, p.add(p.exp(p.neg(x)), 1.0)))
 
     def build(self, b: Builder, m: Match) -> Value:
-        return b.silu(m["x"])  # type: ignore[no-any-return]
+        return b.silu(m["x"])
 
 
 class _GeluErf(Rewrite):
@@ -46,10 +46,10 @@ class _GeluErf(Rewrite):
 
     def pattern(self, p: Tracer, x: Var) -> Pattern:
         scaled = p.either(p.mul(x, math.sqrt(0.5)), p.div(x, math.sqrt(2)))
-        return _times_half(p, x, p.add(p.erf(scaled), 1.0))
+        return _times_half(p, p.add(p.erf(scaled), 1.0), x)
 
     def build(self, b: Builder, m: Match) -> Value:
-        return b.gelu(m["x"])  # type: ignore[no-any-return]
+        return b.gelu(m["x"])
 
 
 class _GeluTanh(Rewrite):
@@ -66,21 +66,27 @@ class _GeluTanh(Rewrite):
             p.mul(p.mul(x, c), p.add(p.mul(square, k), 1.0)),
             p.mul(x, p.add(p.mul(square, k * c), c)),
         )
-        return _times_half(p, x, p.add(p.tanh(scaled), 1.0))
+        return _times_half(p, p.add(p.tanh(scaled), 1.0), x)
 
     def build(self, b: Builder, m: Match) -> Value:
-        return b.gelu(m["x"], approximate="tanh")  # type: ignore[no-any-return]
+        return b.gelu(m["x"], approximate="tanh")
 
 
-class _Softplus(Rewrite):
+class _StableSoftplus(Rewrite):
+    """max(x, 0) + log(1 + exp(-|x|)) -> softplus(x)"""
+
+    def pattern(self, p: Tracer, x: Var) -> Pattern:
+        return p.add(p.maximum(x, 0.0), p.log1p(p.exp(p.neg(p.abs(x)))))
+
+    def build(self, b: Builder, m: Match) -> Value:
+        return b.softplus(m["x"])
+
+
+class _Softplus(_StableSoftplus):
     """log(1 + exp(x)) -> softplus(x), which does not overflow"""
 
     def pattern(self, p: Tracer, x: Var) -> Pattern:
-        stable = p.add(p.maximum(x, 0.0), p.log1p(p.exp(p.neg(p.abs(x)))))
-        return p.either(p.log1p(p.exp(x)), p.log(p.add(p.exp(x), 1.0)), stable)
-
-    def build(self, b: Builder, m: Match) -> Value:
-        return b.softplus(m["x"])  # type: ignore[no-any-return]
+        return p.either(p.log1p(p.exp(x)), p.log(p.add(p.exp(x), 1.0)))
 
 
 def _one_axis(axes: Any, node: Node) -> bool:
@@ -97,7 +103,7 @@ class _Softmax(Rewrite):
         return p.div(e, p.named("sum", p.reduce_sum(e, axes=_one_axis, keepdims=True)))
 
     def build(self, b: Builder, m: Match) -> Value:
-        return b.softmax(m["x"], axis=m["sum"].node.attrs.axes[0])  # type: ignore[no-any-return]
+        return b.softmax(m["x"], axis=m["sum"].node.attrs.axes[0])
 
 
 class _Unshift(Rewrite):
@@ -105,13 +111,13 @@ class _Unshift(Rewrite):
 
     def pattern(self, p: Tracer, x: Var) -> Pattern:
         top = p.named("max", p.reduce_max(x, axes=_one_axis, keepdims=True))
-        return p.softmax(p.sub(x, p.either(top, p.stop_gradient(top))))
+        return p.named("softmax", p.softmax(p.sub(x, p.either(top, p.stop_gradient(top)))))
 
     def build(self, b: Builder, m: Match) -> Value:
-        axis = m.root.node.attrs.axis
+        axis = m["softmax"].node.attrs.axis
         if m["max"].node.attrs.axes != (axis,):
             raise Mismatch("the maximum is over another axis than the softmax")
-        return b.softmax(m["x"], axis=axis)  # type: ignore[no-any-return]
+        return b.softmax(m["x"], axis=axis)
 
 
 class FuseActivations(Rewrites):
@@ -121,4 +127,4 @@ class FuseActivations(Rewrites):
     """
 
     name = "fuse-activations"
-    rules = (_Sigmoid(), _Silu(), _GeluErf(), _GeluTanh(), _Softplus(), _Softmax(), _Unshift())
+    rules = (_Sigmoid(), _Silu(), _GeluErf(), _GeluTanh(), _StableSoftplus(), _Softplus(), _Softmax(), _Unshift())

@@ -34,7 +34,7 @@ class FuseGlu(Rewrite):
             raise Mismatch(f"up, {up.starts[-1]}:{stop}, does not follow the gate, {start}:{gate.stops[-1]}")
         if (start, stop) != (0, y.shape[-1]):
             y = b.slice(y, starts=(*(0 for _ in lead), start), stops=(*y.shape[:-1], stop))
-        return b.glu(y, activation=next(k for k in _ACTS if k in m))  # type: ignore[no-any-return]
+        return b.glu(y, activation=next(k for k in _ACTS if k in m))
 
 
 _ACTS = {name: (op, {"approximate": "none", **attrs} if op == "gelu" else attrs) for name, (op, attrs) in ACTIVATIONS.items()}

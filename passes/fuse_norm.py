@@ -47,7 +47,7 @@ class _Mean(Rewrite):
         if not isinstance(size, int) or abs(n - size) > 1e-6 * size:
             raise Mismatch(f"{n:g} is not the number of elements, {size}")
         attrs = m["total"].node.attrs
-        return b.reduce_mean(m["x"], axes=attrs.axes, keepdims=attrs.keepdims)  # type: ignore[no-any-return]
+        return b.reduce_mean(m["x"], axes=attrs.axes, keepdims=attrs.keepdims)
 
 
 class _LayerNorm(Rewrite):
@@ -60,7 +60,7 @@ class _LayerNorm(Rewrite):
         return _over_root(p, centered, _variance(p, centered, eps))
 
     def build(self, b: Builder, m: Match) -> Value:
-        return b.layer_norm(m["x"], eps=m["eps"])  # type: ignore[no-any-return]
+        return b.layer_norm(m["x"], eps=m["eps"])
 
 
 class _LayerNormWeight(Rewrite):
@@ -70,7 +70,7 @@ class _LayerNormWeight(Rewrite):
         return p.mul(p.named("norm", p.layer_norm(x)), w)
 
     def build(self, b: Builder, m: Match) -> Value:
-        return b.layer_norm(m["x"], _per_feature(m, "w", m["x"]), eps=m["norm"].node.attrs.eps)  # type: ignore[no-any-return]
+        return b.layer_norm(m["x"], _per_feature(m, "w", m["x"]), eps=m["norm"].node.attrs.eps)
 
 
 class _LayerNormBias(Rewrite):
@@ -80,7 +80,7 @@ class _LayerNormBias(Rewrite):
         return p.add(p.named("norm", p.layer_norm(x, w)), bias)
 
     def build(self, b: Builder, m: Match) -> Value:
-        return b.layer_norm(m["x"], m["w"], _per_feature(m, "bias", m["x"]), eps=m["norm"].node.attrs.eps)  # type: ignore[no-any-return]
+        return b.layer_norm(m["x"], m["w"], _per_feature(m, "bias", m["x"]), eps=m["norm"].node.attrs.eps)
 
 
 class _RmsNorm(Rewrite):
@@ -94,7 +94,7 @@ class _RmsNorm(Rewrite):
 
     def build(self, b: Builder, m: Match) -> Value:
         weight = [_per_feature(m, "w", m["x"])] if "w" in m else []
-        return b.rms_norm(m["x"], *weight, eps=m["eps"])  # type: ignore[no-any-return]
+        return b.rms_norm(m["x"], *weight, eps=m["eps"])
 
 
 class _RmsNormWeight(Rewrite):
@@ -104,7 +104,7 @@ class _RmsNormWeight(Rewrite):
         return p.mul(p.named("norm", p.rms_norm(x)), w)
 
     def build(self, b: Builder, m: Match) -> Value:
-        return b.rms_norm(m["x"], _per_feature(m, "w", m["x"]), eps=m["norm"].node.attrs.eps)  # type: ignore[no-any-return]
+        return b.rms_norm(m["x"], _per_feature(m, "w", m["x"]), eps=m["norm"].node.attrs.eps)
 
 
 class _Narrow(Rewrite):
@@ -120,7 +120,7 @@ class _Narrow(Rewrite):
         if x.tensor.dtype is not m.root.tensor.dtype or x.tensor.dtype.bits >= node.output.tensor.dtype.bits:
             raise Mismatch(f"{x!r} is not widened for the norm and narrowed to what it was")
         operands: list[Any] = [_per_feature(m, k, x) for k in ("w", "bias") if k in m]
-        return b.emit(node.op, x, *operands, eps=node.attrs.eps)  # type: ignore[no-any-return]
+        return b.emit(node.op, x, *operands, eps=node.attrs.eps)
 
 
 class FuseNorm(Rewrites):

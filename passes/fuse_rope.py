@@ -120,7 +120,7 @@ def _rope(b: Builder, x: Value, cos: Value, sin: Value, repeats: int, interleave
     inv_freq = b.constant(c.inv_freq, wide)
     x = b.transpose(x, perm=_SWAP) if axis == 2 else x
     y = b.rope(x, positions, inv_freq, factor=c.factor, interleaved=interleaved)
-    return b.transpose(y, perm=_SWAP) if axis == 2 else y  # type: ignore[no-any-return]
+    return b.transpose(y, perm=_SWAP) if axis == 2 else y
 
 
 def _part(v: Value) -> tuple[DimLike, DimLike]:
@@ -155,7 +155,7 @@ class _RotateHalf(Rewrite):
         x, source = m["x"], m["source"]
         start, half = _halves(m["low"], m["high"])
         if x is source:
-            mine = (0, x.shape[-1])
+            mine: tuple[DimLike, DimLike] = (0, x.shape[-1])
         elif x.node is not None and x.node.op.name == "slice" and x.node.inputs[0] is source:
             mine = _part(x)
         else:
@@ -224,7 +224,7 @@ class _Partial(Rewrite):
             raise Mismatch(f"%{m['turned'].name} and %{m['rest'].name} do not make up the features of %{x.name}")
         x = b.transpose(x, perm=_SWAP) if "swapped" in m else x
         y = b.rope(x, m["positions"], m["inv_freq"], factor=old.factor, interleaved=old.interleaved)
-        return b.transpose(y, perm=_SWAP) if "swapped" in m else y  # type: ignore[no-any-return]
+        return b.transpose(y, perm=_SWAP) if "swapped" in m else y
 
 
 class _Narrow(Rewrite):
@@ -237,7 +237,7 @@ class _Narrow(Rewrite):
         x, old = m["x"], m["rope"].node.attrs
         if x.tensor.dtype is not m.root.tensor.dtype or x.tensor.dtype.bits >= m["rope"].tensor.dtype.bits:
             raise Mismatch(f"{x!r} is not widened for the rotation and narrowed to what it was")
-        return b.rope(x, m["positions"], m["inv_freq"], factor=old.factor, interleaved=old.interleaved)  # type: ignore[no-any-return]
+        return b.rope(x, m["positions"], m["inv_freq"], factor=old.factor, interleaved=old.interleaved)
 
 
 class FuseRope(Rewrites):

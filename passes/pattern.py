@@ -301,8 +301,8 @@ class _Attempt:
         """Remembers why a match ended, at the landmarks in it and at or just above the value it ended at."""
         near = () if at is None or at.node is None else (at.node, *(v.node for v in at.node.inputs))
         for n in (*state.nodes, *near):
-            if n is not None and n.op.name in self.landmarks and len(state.nodes) > self.misses.get(n, (0, ""))[0]:
-                self.misses[n] = (len(state.nodes), reason)
+            if n is not None and n.op.name in self.landmarks and len(state.bound) > self.misses.get(n, (0, ""))[0]:
+                self.misses[n] = (len(state.bound), reason)
 
     def match(self, pattern: Pattern, value: Value, state: _State) -> Iterator[_State]:
         if isinstance(pattern, Either):
@@ -312,8 +312,8 @@ class _Attempt:
         if isinstance(pattern, Shared):
             known = len(state.nodes)
             for s in self.match(pattern.inner, value, state):
-                inner = frozenset(v for n in s.nodes[known:] for v in n.outputs)
-                yield _State(s.bound, s.nodes, s.open | inner)
+                shared = frozenset(v for n in s.nodes[known:] for v in n.outputs)
+                yield _State(s.bound, s.nodes, s.open | shared)
             return
         if isinstance(pattern, Named):
             for s in self.match(pattern.inner, value, state):

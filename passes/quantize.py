@@ -14,7 +14,7 @@ from .hoist_params import param_only, size_in_bytes
 
 _INTEGERS = ("int8", "int4")
 _FLOATS = {"f16": DType.F16, "bf16": DType.BF16}
-SCHEMES = (*_INTEGERS, *_FLOATS)
+SCHEMES = (*_INTEGERS, *_FLOATS, "f32")
 _WEIGHT = {"linear": 1, "embedding": 0}
 """Operations with a weight, and which operand it is."""
 
@@ -25,8 +25,8 @@ class Quantize(Pass):
 
     ``int8``, ``int4``: ``quantized_linear`` and ``quantized_embedding`` of ``quantize(weight)``, in blocks of ``block`` along
     the last axis that share an f16 scale. ``activation="int8"``: products are of integers, x being quantized row by row.
-    ``f16``, ``bf16``: the weight is cast, and widened as it is read. ``overrides``: pairs of a glob over parameter names and
-    the scheme (or ``"f32"``: leave it) of the weights that match; the first that matches decides.
+    ``f16``, ``bf16``: the weight is cast, and widened as it is read. ``f32``: it is left as it is. ``overrides``: pairs of a
+    glob over parameter names and the scheme of the weights that match; the first that matches decides.
 
     Raises PassError for an unknown scheme and for a glob that matches no parameter.
     """
@@ -39,7 +39,7 @@ class Quantize(Pass):
     exact = False
 
     def requires(self, program: Program) -> None:
-        for scheme in (self.scheme, *(s for _, s in self.overrides if s != "f32")):
+        for scheme in (self.scheme, *(s for _, s in self.overrides)):
             if scheme not in SCHEMES:
                 raise PassError(f"there is no quantization scheme {scheme!r}; there are {', '.join(SCHEMES)}")
         if self.activation not in (None, "int8"):

@@ -1,0 +1,168 @@
+"""The pass manager: order, verification, checks against the interpreter, reports, and errors that name the pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from wasat.ir import Builder, Graph, IRError, Loc, Program, VerifyError, evaluate
+from wasat.passes.core import GraphPass, Pass, PassError, PassManager, Remarks
+
+from wasat.testing import InterpreterCheck, feed, random_program
+
+TEXT = """
+graph @f(%x: f32[n, 4]) {
+  param %w: f32[4]
+  %y: f32[n, 4] = mul(%x, %w)
+  %z: f32[n, 4] = neg(%y)
+  return %z
+}
+graph @g(%x: f32[n]) {
+  %a: f32[n] = abs(%x)
+  return %a
+}
+"""
+
+
+@dataclass(frozen=True)
+class Scale(GraphPass):
+    """Multiplies the first output: wrong, unless by 1."""
+
+    by: float = 1.0
+    name = "scale"
+
+    def run_graph(self, graph: Graph, remarks: Remarks) -> bool:
+        if graph.name != "f":
+            remarks.missed("not @f", graph)
+            return False
+        old = graph.outputs[0]
+        new = Builder(graph, loc=Loc("model.py", 7)).mul(old, self.by)
+        graph.set_outputs([new], graph.output_names)
+        remarks.applied("scaled", new)
+        return True
+
+
+@dataclass(frozen=True)
+class Inexact(Scale):
+    by: float = 2.0
+    name = "inexact"
+    exact = False
+
+
+@dataclass(frozen=True)
+class Do(Pass):
+    """Whatever is asked for."""
+
+    what: Callable[[Program], bool]
+    needs: str = ""
+    promises: str = ""
+    name = "do"
+
+    def run(self, program: Program, remarks: Remarks) -> bool:
+        return self.what(program)
+
+    def requires(self, program: Program) -> None:
+        if self.needs:
+            raise PassError(self.needs)
+
+    def ensures(self, program: Program) -> None:
+        if self.promises:
+            raise PassError(self.promises)
+
+
+CHECK = InterpreterCheck([{"n": 1}, {"n": 3}])
+
+
+def test_report_counts_times_and_explains() -> None:
+    seen: list[Any] = []
+    manager = PassManager(
+        [Scale(), Do(lambda p: False)],
+        dump=lambda name, when, p: seen.append((name, when, len(p["f"]))),
+        on_progress=lambda name: seen.append(name),
+    )
+    report = manager.run(random_program(TEXT))
+    first, second = report.steps
+    assert (first.name, first.nodes_before, first.nodes_after, first.modified) == ("scale", 3, 5, True)
+    assert not second.modified
+    assert first.seconds > 0
+    assert seen == ["scale", ("scale", "before", 2), ("scale", "after", 4), "do", ("do", "before", 4), ("do", "after", 4)]
+    assert [r.message for r in report.remarks("applied")] == ["scaled"]
+    assert [str(r) for r in report.remarks()] == ["applied: scaled (@f)\n    at model.py:7", "missed: not @f (@g)"]
+    assert "scale: 3 -> 5 nodes" in report.explain()
+    assert "do: 5 -> 5 nodes" in report.explain()
+    assert report.explain("missed").splitlines()[1:] == ["  missed: not @f (@g)"]
+
+
+def test_explain_of_nothing() -> None:
+    assert PassManager([]).run(random_program(TEXT)).explain() == "no pass ran"
+    report = PassManager([Do(lambda p: False)]).run(random_program(TEXT))
+    assert report.explain("missed") == "nothing was missed"
+
+
+def test_check_finds_a_pass_that_changes_results() -> None:
+    PassManager([Scale(1.0)], check=CHECK).run(random_program(TEXT))
+    with pytest.raises(PassError, match=r"pass scale changes output z of @f at \{'n': 1\}"):
+        PassManager([Scale(1.01)], check=CHECK).run(random_program(TEXT))
+
+
+def test_an_inexact_pass_sets_the_baseline_of_the_next() -> None:
+    PassManager([Inexact(), Scale(1.0)], check=CHECK).run(random_program(TEXT))
+    with pytest.raises(PassError, match="pass scale changes"):
+        PassManager([Inexact(), Scale(1.01)], check=CHECK).run(random_program(TEXT))
+
+
+def test_check_passes_over_graphs_with_another_signature() -> None:
+    def replace(program: Program) -> bool:
+        g = Graph("f")
+        x = g.add_input("x", program["f"].inputs[0].type)
+        g.set_outputs([Builder(g).exp(x)], ["other"])
+        program.graphs["f"] = g
+        return True
+
+    PassManager([Do(replace)], check=CHECK).run(random_program(TEXT))
+
+
+def _corrupt(program: Program) -> bool:
+    node = program["f"].first
+    assert node is not None
+    node.outputs[0].uses.clear()
+    return True
+
+
+def test_verification_names_the_pass_and_those_before_it() -> None:
+    with pytest.raises(VerifyError, match=r"pass do: graph @f: .*\n(.*\n)*  \(passes that ran before it: scale\)"):
+        PassManager([Scale(), Do(_corrupt)]).run(random_program(TEXT))
+    PassManager([Do(_corrupt)], verify=False).run(random_program(TEXT))
+
+
+def test_a_broken_program_is_no_pass_s_fault() -> None:
+    program = random_program(TEXT)
+    _corrupt(program)
+    with pytest.raises(VerifyError) as e:
+        PassManager([Scale()]).run(program)
+    assert "pass" not in str(e.value)
+
+
+def test_requires_and_ensures() -> None:
+    program = random_program(TEXT)
+    with pytest.raises(PassError, match=r"pass do: needs more\n  \(passes that ran before it: none\)"):
+        PassManager([Do(lambda p: True, needs="needs more")]).run(program)
+    with pytest.raises(PassError, match="pass do: not kept"):
+        PassManager([Do(lambda p: True, promises="not kept")]).run(program)
+
+
+def test_an_error_inside_keeps_its_place_in_the_model() -> None:
+    def fail(program: Program) -> bool:
+        raise IRError("cannot be", Loc("model.py", 12))
+
+    with pytest.raises(IRError, match=r"pass do: cannot be\n(.*\n)*  at model.py:12"):
+        PassManager([Do(fail)]).run(random_program(TEXT))
+
+
+def test_feeds_of_a_binding_are_the_same_each_time() -> None:
+    program = random_program(TEXT)
+    params = {k: p.load() for k, p in program.params.items()}
+    a, b = (evaluate(program["f"], feed(program["f"], {"n": 2}), params)[0] for _ in range(2))
+    assert (a == b).all()
