@@ -216,8 +216,8 @@ class Context:
         self.env: dict[Value, Any] = {}
         self.packed: dict[tuple[Value, Layout], list[relax.Var]] = {}
         self.kernels = kernels
-        self.memo: dict[Any, Any] = {}
-        """Free for lowerings: results shared between nodes (an activation quantized once)."""
+        self.views: dict[Any, tuple[Any, dict[tuple[DimLike, ...], Any]]] = {}
+        """Of a variable: the one that it is a view of, and that one's views by their shape."""
 
     # -- dimensions and types ------------------------------------------------------------------------------------------
     def symbol(self, name: str) -> tirx.Var:
@@ -257,8 +257,13 @@ class Context:
         return self.bb.emit(expr, hint)
 
     def view(self, x: Any, shape: Sequence[DimLike], to: Sequence[DimLike]) -> Any:
-        """``x``, which has ``shape``, under another one of as many elements: no copy."""
-        return x if tuple(shape) == tuple(to) else self.emit(relax.op.reshape(x, self.shape(to)))
+        """``x``, which has ``shape``, under another one of as many elements: no copy, and a view of a view is one of its source."""
+        source, forms = self.views.get(x, (x, {tuple(shape): x}))
+        if tuple(to) not in forms:
+            forms[tuple(to)] = self.emit(relax.op.reshape(source, self.shape(to)))
+        found = forms[tuple(to)]
+        self.views[source] = self.views[found] = (source, forms)
+        return found
 
     def te(self, build: Callable[..., Any], *args: Any, name: str) -> Any:
         """Emits a tensor expression; ``build`` gets TE tensors for Relax operands, and may use any dimension of the graph.
@@ -368,4 +373,4 @@ def lower_program(
     kernels: dict[Any, Any] = {}
     for g in graphs:
         emit_graph(bb, g, table, plan, states, kernels, state_types or {})
-    return bb.finalize(), plan
+    return relax.transform.DeadCodeElimination()(bb.finalize()), plan  # views that turned out to have no reader
