@@ -1,13 +1,14 @@
 """Lowerings of ordering and scattering, for every target: kernels that any of TVM's schedules can take.
 
 Spatial loops may run in any order or at once; what has to happen in order (a merge, writes to one place) is a loop inside a
-block, or a reduction axis.
+block.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from tvm import relax, te, tirx
@@ -16,7 +17,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as I
 from wasat.ir import DType, Node
 
-from .kernels.emit import int64, symbol
+from .kernels.emit import ceil_div, int64, minimum, symbol
 from .lower import Context, Lowering, tvm_dtype
 
 R = relax.op
@@ -125,16 +126,23 @@ _COMBINE: dict[str, Callable[[Any, Any], Any]] = {
 }  # fmt: skip
 
 
+_LINE = 16
+"""Elements side by side that a block writes: a cache line of f32."""
+
+
 def _scatter_kernel(node: Node) -> Any:
     """out = x, then each update in turn combined with its place.
 
-    Loops over axes of the updates run in order (reduction axes) where two of their steps can lead to one place.
+    A block has a line of places in all rows of the axis to itself, and walks the updates that may fall there in order.
     """
     axis, combine = node.attrs.axis, _COMBINE[node.attrs.reduce]  # type: ignore[attr-defined]
     types = [v.tensor for v in node.inputs]
     x_shape, ids_shape, updates_shape = ([int64(d) if isinstance(d, int) else symbol("n") for d in t.shape] for t in types)
-    run = len(ids_shape) if node.op.name == "scatter" else 1  # axes of the updates that stand for the axis of x
-    kinds = "".join("R" if axis <= i < axis + run else "S" for i in range(len(updates_shape)))
+    slices, last = node.op.name == "scatter", len(x_shape) - 1
+    run = len(ids_shape) if slices else 1  # axes of the updates that stand for the axis of x
+    line = axis != last
+    free = [k for k in range(last + 1) if k != axis]
+    blocks = [ceil_div(x_shape[k], _LINE) if line and k == last else x_shape[k] for k in free]
     with IRBuilder() as ib, I.prim_func(s_tir=True, private=True):
         I.func_name("scatter")
         I.func_attr({"tirx.noalias": True})
@@ -142,21 +150,50 @@ def _scatter_kernel(node: Node) -> Any:
         dtypes = [tvm_dtype(t.dtype) for t in (*types, types[0])]
         shapes = (x_shape, ids_shape, updates_shape, x_shape)
         x, ids, updates, out = (I.match_buffer(h, s, d) for h, s, d in zip(handles, shapes, dtypes))
-        with I.grid(*x_shape) as loops, I.sblock("copy"):
-            i = _axes("S" * len(x_shape), loops)
-            I.buffer_store(out, x[tuple(i)], i)
-        with I.grid(*updates_shape) as loops, I.sblock("write"):
-            i = _axes(kinds, loops)
-            row = tirx.Cast("int64", ids[tuple(i[axis : axis + run] if node.op.name == "scatter" else i)])
-            place = [*i[:axis], tirx.Select(row < 0, row + x_shape[axis], row), *i[axis + run :]]
-            I.buffer_store(out, combine(out[tuple(place)], updates[tuple(i)]), place)
+        total = math.prod(blocks, start=int64(1))
+        with I.serial(total) as loop, I.sblock("scatter"):  # one axis: TVM's GPU rules trip over two or three here
+            at, place = I.axis.spatial(total, loop), {}
+            for k, n in zip(reversed(free), reversed(blocks)):
+                at, place[k] = tirx.floordiv(at, n), tirx.floormod(at, n)
+            I.reads(*map(_whole, (x, ids, updates)))
+            I.writes(_whole(out))
+            start = place[last] * _LINE if line else int64(0)
+
+            def along(extents: Sequence[Any], shape: Sequence[Any]) -> Any:
+                return _nest([*extents, minimum(_LINE, shape[-1] - start)] if line else extents)
+
+            with along([x_shape[axis]], x_shape) as inner:
+                to = [inner[0] if k == axis else start + inner[1] if k == last else place[k] for k in range(last + 1)]
+                I.buffer_store(out, x[tuple(to)], to)
+            inside = [place[k] < updates_shape[k] for k in free if not slices and not (line and k == last)]
+            with _when(inside), along(updates_shape[axis : axis + run], updates_shape) as inner:
+                if line:
+                    place[last] = start + inner[-1]
+                at = [*(place[k] for k in range(axis)), *inner[:run], *(place[k] for k in range(axis + 1, last + 1))]
+                row = tirx.Cast("int64", ids[tuple(inner[:run] if slices else at)])
+                to = [tirx.Select(row < 0, row + x_shape[axis], row) if k == axis else place[k] for k in range(last + 1)]
+                I.buffer_store(out, combine(out[tuple(to)], updates[tuple(at)]), to)
     return ib.get()
 
 
-def _axes(kinds: str, loops: Any) -> list[Any]:
-    """Block axes over loops; TVM unwraps what is single."""
-    axes = I.axis.remap(kinds, [loops] if len(kinds) == 1 else list(loops)) if kinds else []
-    return [axes] if len(kinds) == 1 else list(axes)
+def _whole(buffer: Any) -> Any:
+    return buffer[tuple(slice(0, n) for n in buffer.shape)]
+
+
+@contextmanager
+def _when(conditions: Sequence[Any]) -> Iterator[None]:
+    with ExitStack() as stack:
+        if conditions:
+            stack.enter_context(I.If(tirx.all(*conditions)))
+            stack.enter_context(I.Then())
+        yield
+
+
+@contextmanager
+def _nest(extents: Sequence[Any]) -> Iterator[list[Any]]:
+    """Nested loops; any number of them, none included."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(I.serial(n)) for n in extents]
 
 
 def _scatter(ctx: Context, node: Node, x: Any, ids: Any, updates: Any) -> Any:

@@ -9,9 +9,9 @@ import pytest
 
 pytest.importorskip("tvm")
 
-from wasat.backends.tvm.build import Runner
+from wasat.backends.tvm.build import Runner, build
 from wasat.backends.tvm.lower import TVM_DTYPE
-from wasat.backends.tvm.targets import cpu
+from wasat.backends.tvm.targets import cpu, target_named
 from wasat.ir import OPS, Builder, Graph, IRError, Op, Program, QArray, Sample, TensorType, evaluate, parse, type_of
 
 from wasat.testing import feed
@@ -128,6 +128,11 @@ def test_symbolic_sizes() -> None:
                     np.testing.assert_array_equal(got[n], w, err_msg=n)
                 else:
                     np.testing.assert_allclose(got[n], w, rtol=2e-5, atol=2e-5, err_msg=n)
+
+
+def test_symbolic_sizes_compile_for_a_gpu() -> None:
+    """Compiled, not run: kernels without a schedule of their own take TVM's."""
+    build(Program({name: parse(text) for name, text in SYMBOLIC.items()}), target_named("cuda"))
 
 
 def test_sorting_a_long_row_is_stable() -> None:
