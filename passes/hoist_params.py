@@ -52,6 +52,10 @@ class HoistParams(Pass):
         derived: dict[int, str] = {}
         for graph in program.graphs.values():
             self._hoist(graph, program, keys, derived, remarks)
+        if derived:
+            gone = {name for graph in program.graphs.values() for name in graph.prune_params()}
+            for name in gone.difference(*(g.params for g in program.graphs.values())):
+                del program.params[name]
         return bool(derived)
 
     def _hoist(self, graph: Graph, program: Program, keys: _Keys, derived: dict[int, str], remarks: Remarks) -> None:
@@ -66,9 +70,6 @@ class HoistParams(Pass):
             remarks.applied(f"parameter {derived[key]} is computed when it is loaded", v)
             graph.replace_uses(v, graph.add_param(derived[key], v.type))
             erase_dead(graph, v.node)
-        for name in graph.prune_params() if roots else ():
-            if all(name not in g.params for g in program.graphs.values()):
-                del program.params[name]
 
     def _small(self, graph: Graph, only: set[Value]) -> set[Value]:
         """Values of ``only`` that are no larger than ``growth`` times what they are made of."""

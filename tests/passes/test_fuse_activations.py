@@ -49,8 +49,8 @@ SPELLINGS = {
     "gelu {approximate=\"tanh\"}": [
         CUBE + TANH + HALF,
         CUBE.replace("q = mul(%x, %x)\n c = mul(%q, %x)", "c = pow(%x, 3.0:f32)") + TANH + HALF.replace("%h, %p", "%p, %h"),
-        CUBE.replace("c = mul(%q, %x)\n k = mul(%c, 0.044715", "c = mul(%q, 0.044715:f32)\n k = mul(%x, %c").replace(
-            "%c:f32", "%c") + TANH + HALVED,
+        "q = mul(%x, %x)\n c = mul(%q, 0.044715:f32)\n k = mul(%x, %c)\n i = add(%x, %k)\n s = mul(%i, 0.7978845608:f32)\n"
+        + TANH + HALVED,
         "k = mul(%x, 0.044715:f32)\n q = mul(%x, %x)\n c = mul(%k, %q)\n i = add(%x, %c)\n s = mul(%i, 0.7978845608:f32)\n"
         + TANH + HALVED,
         "a = mul(%x, 0.7978845608:f32)\n q = pow(%x, 2.0:f32)\n k = mul(%q, 0.044715:f32)\n i = add(%k, 1.0:f32)\n"

@@ -1,0 +1,171 @@
+"""Weights in fewer bits: which, how, what stays, and what the options refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from wasat.ir import Program, evaluate
+from wasat.passes import Cleanup, PassError, PassManager, Quantize, Report
+
+from wasat.testing import check_pass, check_untouched, feed, random_program
+
+HEAD = """graph @f(%x: f32[n, 64], %ids: i64[n]) {
+  param %q.weight: f32[32, 64]
+  param %q.bias: f32[32]
+  param %embed: f32[8, 64]
+"""
+BEFORE = HEAD + """
+  %e: f32[n, 64] = embedding(%embed, %ids)
+  %h: f32[n, 64] = add(%x, %e)
+  %q: f32[n, 32] = linear(%h, %q.weight, %q.bias)
+  %logits: f32[n, 8] = linear(%h, %embed)
+  return %q, %logits
+}
+"""
+
+
+def run(text: str, *passes: Quantize) -> tuple[Program, Report]:
+    program = random_program(text)
+    return program, PassManager(passes).run(program)
+
+
+def outputs(program: Program, n: int) -> list[np.ndarray]:
+    g = program["f"]
+    params = {k: program.params[k].load() for k in g.params}
+    return [np.asarray(x) for x in evaluate(g, feed(g, {"n": n}), params)]
+
+
+@pytest.mark.parametrize("scheme, small", [("int8", "2.72 kB"), ("int4", "1.44 kB")])
+@pytest.mark.parametrize("activation", ["int8", None])
+def test_integers(scheme: str, small: str, activation: str | None) -> None:
+    act = ' {activation="int8"}' if activation else ""
+    after = HEAD + f"""
+  %quantize: {scheme}b32f16[8, 64] = quantize(%embed) {{scheme="{scheme}"}}
+  %e: f32[n, 64] = quantized_embedding(%quantize, %ids)
+  %h: f32[n, 64] = add(%x, %e)
+  %quantize_1: {scheme}b32f16[32, 64] = quantize(%q.weight) {{scheme="{scheme}"}}
+  %q: f32[n, 32] = quantized_linear(%h, %quantize_1, %q.bias){act}
+  %logits: f32[n, 8] = quantized_linear(%h, %quantize){act}
+  return %q, %logits
+}}
+"""
+    remarks = check_pass(Quantize(scheme, activation), BEFORE, after, [{"n": 2}])
+    assert [str(r) for r in remarks] == [f"applied: 2 weights to {scheme}: 10.24 kB -> {small} (@f)"]
+
+
+@pytest.mark.parametrize("scheme", ["f16", "bf16"])
+def test_narrow_floats(scheme: str) -> None:
+    after = HEAD + f"""
+  %cast: {scheme}[8, 64] = cast(%embed) {{dtype={scheme}}}
+  %e: f32[n, 64] = embedding(%cast, %ids)
+  %h: f32[n, 64] = add(%x, %e)
+  %cast_1: {scheme}[32, 64] = cast(%q.weight) {{dtype={scheme}}}
+  %q: f32[n, 32] = linear(%h, %cast_1, %q.bias)
+  %logits: f32[n, 8] = linear(%h, %cast)
+  return %q, %logits
+}}
+"""
+    remarks = check_pass(Quantize(scheme), BEFORE, after, [{"n": 2}])
+    assert [r.message for r in remarks] == [f"2 weights to {scheme}: 10.24 kB -> 5.12 kB"]
+
+
+@pytest.mark.parametrize("scheme", ["f16", "bf16"])
+def test_clean_up_keeps_the_loss_of_bits(scheme: str) -> None:
+    program, _ = run(BEFORE, Quantize(scheme))
+    before = outputs(program, 3)
+    PassManager([Cleanup()]).run(program)
+    assert program["f"].count("cast") == 2
+    for a, b in zip(before, outputs(program, 3)):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("n", [1, 5])
+@pytest.mark.parametrize("scheme, error", [("int8", 0.02), ("int4", 0.2), ("f16", 1e-3), ("bf16", 8e-3)])
+def test_results_are_near(n: int, scheme: str, error: float) -> None:
+    exact = outputs(random_program(BEFORE), n)
+    program, _ = run(BEFORE, Quantize(scheme))
+    for a, b in zip(exact, outputs(program, n)):
+        relative = np.linalg.norm(a - b) / np.linalg.norm(a)
+        assert error / 100 < relative < error
+
+
+@pytest.mark.parametrize(
+    "overrides, want",
+    [
+        ([("q.*", "f32")], ["quantized_embedding", "linear", "quantized_linear"]),
+        ([("embed", "f32")], ["embedding", "quantized_linear", "linear"]),
+        ([("q.*", "int8")], ["quantized_embedding", "quantized_linear", "quantized_linear"]),
+        ([("q.weight", "f32"), ("q.*", "int8")], ["quantized_embedding", "linear", "quantized_linear"]),
+        ([("*", "f32")], ["embedding", "linear", "linear"]),
+    ],
+)
+def test_overrides(overrides: Sequence[tuple[str, str]], want: list[str]) -> None:
+    program, report = run(BEFORE, Quantize("int4", overrides=tuple(overrides)))
+    g = program["f"]
+    assert [n.op.name for n in g.nodes if "linear" in n.op.name or "embedding" in n.op.name] == want
+    if overrides == [("q.*", "int8")]:
+        assert [n.attrs.scheme for n in g.nodes if n.op.name == "quantize"] == ["int4", "int8"]  # type: ignore[attr-defined]
+        assert [r.message.split(":")[0] for r in report.remarks()] == ["1 weight to int4", "1 weight to int8"]
+    assert not report.remarks("missed")
+
+
+def test_overrides_alone() -> None:
+    program, _ = run(BEFORE, Quantize("f32", overrides=(("embed", "int8"),)))
+    assert program["f"].count("quantized_linear") == 1
+    check_untouched(Quantize("f32"), BEFORE)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (Quantize("int3"), "no quantization scheme 'int3'; there are int8, int4, f16, bf16, f32"),
+        (Quantize("int8", overrides=(("q.*", "int5"),)), "no quantization scheme 'int5'"),
+        (Quantize("int8", "int4"), "activations can be int8 or None, not 'int4'"),
+        (Quantize("int8", overrides=(("q.wieght", "f32"),)), r"'q.wieght' matches no parameter; near it are q.weight"),
+        (Quantize("int8", overrides=(("lm_head*", "f32"), ("q.*", "f32"))), "'lm_head\\*' matches no parameter$"),
+    ],
+)
+def test_refused_options(options: Quantize, message: str) -> None:
+    with pytest.raises(PassError, match=message.replace("$", r"\n")):
+        run(BEFORE, options)
+
+
+def one(weight: str, body: str = "", params: str = "param %w: f32[8, 64]", x: str = "f32[n, 64]") -> str:
+    n = weight.rpartition("[")[2].partition(",")[0]
+    linear = f"%y: f32[n, {n}] = linear(%x, {weight.partition(':')[0]})"
+    return f"graph @f(%x: {x}, %v: f32[8, 64]) {{\n{params}\n{body}\n{linear}\nreturn %y\n}}"
+
+
+def test_what_is_computed_from_parameters_is_a_weight() -> None:
+    body = "%t: f32[8, 64] = transpose(%w) {perm=(1, 0)}"
+    program, report = run(one("%t: f32[8, 64]", body, "param %w: f32[64, 8]"), Quantize("int8"))
+    assert [n.op.name for n in program["f"].nodes] == ["transpose", "quantize", "quantized_linear"]
+    named, _ = run(one("%t: f32[8, 64]", body, "param %w: f32[64, 8]"), Quantize("int8", overrides=(("w", "f32"),)))
+    assert named["f"].count("linear") == 1
+    assert not report.remarks("missed")
+
+
+def test_near_misses() -> None:
+    check_untouched(Quantize("int8"), one("%v: f32[8, 64]"), "%v stays f32[8, 64]: it is not computed from parameters alone")
+    short = one("%w: f32[8, 31]", "", "param %w: f32[8, 31]", "f32[n, 31]")
+    check_untouched(Quantize("int4"), short, "%w stays f32[8, 31]: its rows are shorter than a block of 32")
+    program, _ = run(short, Quantize("f16"))
+    assert program["f"].count("cast") == 1
+    f16 = one("%w: f16[8, 64]", "", "param %w: f16[8, 64]")
+    check_untouched(Quantize("bf16"), f16)
+
+
+def test_a_weight_that_something_else_reads_is_kept_too() -> None:
+    text = BEFORE.replace("return %q", "%m: f32[64, 8] = transpose(%embed) {perm=(1, 0)}\n return %m, %q")
+    program, report = run(text, Quantize("int8"))
+    assert program["f"].count("quantize") == 2
+    (missed,) = report.remarks("missed")
+    assert missed.message.startswith("%embed is also kept as f32[8, 64], because %m: f32[64, 8] = transpose(%embed)")
+
+
+def test_every_graph_of_a_program() -> None:
+    program, report = run(BEFORE + BEFORE.replace("@f", "@g"), Quantize("int8"))
+    assert all(g.count("quantized_linear") == 2 for g in program.graphs.values())
+    assert [r.graph for r in report.remarks()] == ["f", "g"]
