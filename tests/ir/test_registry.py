@@ -10,8 +10,26 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from wasat.ir import (
-    OPS, Array, Builder, DimError, DType, Graph, IRError, Op, QArray, Sample, TensorType, Type, Value, evaluate, parse,
-    parse_type, symbol, symbols_of, type_of, verify,
+    OPS,
+    Array,
+    Builder,
+    DimError,
+    DType,
+    Graph,
+    IRError,
+    Op,
+    QArray,
+    Sample,
+    TensorType,
+    Type,
+    Value,
+    evaluate,
+    parse,
+    parse_type,
+    symbol,
+    symbols_of,
+    type_of,
+    verify,
 )  # fmt: skip
 from wasat.ir.decompose import decompose
 from wasat.ir.graph import infer
@@ -98,7 +116,8 @@ def test_infer_over_symbols_agrees_with_the_reference(name: str) -> None:
             try:
                 inferred, checks = infer(op, attrs, values, None)
             except IRError as e:
-                assert NEEDS_KNOWN_SIZES.get(name, "(nothing)") in str(e)
+                if NEEDS_KNOWN_SIZES.get(name, "(nothing)") not in str(e):
+                    raise
                 continue
             for t, x in zip(inferred, results):
                 assert t.substitute(env) == type_of(x)

@@ -1,0 +1,201 @@
+"""Dimensions: a normal form, arithmetic that agrees with integers, comparisons that are never wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from wasat.ir import (
+    Dim,
+    DimError,
+    DimLike,
+    equal,
+    evaluate_dim,
+    less_equal,
+    maximum,
+    minimum,
+    parse_dim,
+    require_equal,
+    solve,
+    substitute,
+    symbol,
+    symbols_of,
+)  # fmt: skip
+from wasat.ir.dims import collect_checks
+
+NAMES = ("a", "b", "n")
+Pair = tuple[DimLike, Callable[[dict[str, int]], int]]
+"""A dimension and the same computation on integers."""
+
+
+def _leaf() -> st.SearchStrategy[Pair]:
+    numbers = st.integers(-4, 9).map(lambda k: (k, lambda env, k=k: k))
+    names = st.sampled_from(NAMES).map(lambda s: (symbol(s), lambda env, s=s: env[s]))
+    return st.one_of(names, numbers)
+
+
+def _combine(x: Pair, y: Pair, how: str, k: int) -> Pair:
+    (d, f), (e, g) = x, y
+    match how:
+        case "+":
+            return d + e, lambda env: f(env) + g(env)
+        case "-":
+            return d - e, lambda env: f(env) - g(env)
+        case "*":
+            return d * e, lambda env: f(env) * g(env)
+        case "//":
+            return d // k, lambda env: f(env) // k
+        case "%":
+            return d % k, lambda env: f(env) % k
+        case "max":
+            return maximum(d, e), lambda env: max(f(env), g(env))
+    return minimum(d, e), lambda env: min(f(env), g(env))
+
+
+def _grow(inner: st.SearchStrategy[Pair]) -> st.SearchStrategy[Pair]:
+    return st.builds(_combine, inner, inner, st.sampled_from(["+", "-", "*", "//", "%", "max", "min"]), st.integers(1, 5))
+
+
+pairs = st.recursive(_leaf(), _grow, max_leaves=8)
+bindings = st.fixed_dictionaries({n: st.integers(0, 12) for n in NAMES})
+
+
+@given(pairs, bindings)
+def test_agrees_with_integers(pair: Pair, env: dict[str, int]) -> None:
+    d, f = pair
+    assert evaluate_dim(d, env) == f(env)
+    partly = substitute(d, {"a": env["a"]})  # in two steps
+    assert "a" not in symbols_of([partly])
+    assert evaluate_dim(partly, env) == f(env)
+
+
+@given(pairs, pairs, pairs)
+def test_normal_form(x: Pair, y: Pair, z: Pair) -> None:
+    a, b, c = x[0], y[0], z[0]
+    assert a + b == b + a
+    assert a * b == b * a
+    assert (a + b) + c == a + (b + c)
+    assert (a + b) * c == a * c + b * c
+    assert hash((a + b) * c) == hash(a * c + b * c)
+    assert a - a == 0
+    assert isinstance(a - a, int)
+    assert str((a + b) * c) == str(c * b + c * a)
+
+
+@given(pairs)
+def test_a_constant_is_an_int(pair: Pair) -> None:
+    d, _ = pair
+    assert isinstance(d, int) or (d.symbols and isinstance(d, Dim))
+
+
+@given(pairs)
+def test_text_reads_back(pair: Pair) -> None:
+    assert parse_dim(str(pair[0])) == pair[0]
+
+
+@given(pairs, pairs, bindings)
+def test_comparisons_are_never_wrong(x: Pair, y: Pair, env: dict[str, int]) -> None:
+    (a, f), (b, g) = x, y
+    assert equal(a, b) in (None, f(env) == g(env))
+    assert less_equal(a, b) in (None, f(env) <= g(env))
+
+
+@given(st.integers(0, 9), st.integers(0, 9), bindings)
+def test_comparisons_decide_what_models_need(k: int, j: int, env: dict[str, int]) -> None:
+    n, a = symbol("n"), symbol("a")
+    assert equal(k, j) is (k == j)
+    assert less_equal(n, n + k) is True
+    assert less_equal(n + k + 1, n) is False
+    assert equal(n + k + 1, n) is False
+    assert less_equal(n // 2, n // 2 + a) is True
+    assert less_equal(n % 3, maximum(n, a)) is None
+    assert equal(n, a) is None
+    assert less_equal(n, k) is None
+    assert less_equal(0, n * a) is True
+
+
+@given(st.integers(1, 6), pairs)
+def test_division_cancels_factors(k: int, pair: Pair) -> None:
+    n, d = symbol("n"), pair[0]
+    assert (d * k) // k == d
+    assert (d * k) % k == 0
+    assert (n * 4 + 6) // 2 == 2 * n + 3
+    assert (k * n + k) // (n + 1) == k
+    assert (n * n + n) % (n + 1) == 0
+    assert (d * (n + 1)) // (n + 1) == d
+
+
+def test_text() -> None:
+    a, b = symbol("a"), symbol("b")
+    assert str(2 * (a + b)) == "2*a + 2*b"
+    assert str(b * a - 1) == "a*b - 1"
+    assert str((a + 1) // 2) == "(a + 1) // 2"
+    assert str((a + 1) // 2 * 3) == "3*((a + 1) // 2)"
+    assert str(maximum(b, a + 1)) == "max(a + 1, b)"
+    assert str(a - a * 2) == "-a"
+
+
+@pytest.mark.parametrize("use", [bool, lambda d: d < 3, lambda d: d >= 3, lambda d: d < 3])
+def test_silent_comparison_is_refused(use: Callable[[Any], object]) -> None:
+    with pytest.raises(DimError, match="less_equal"):
+        use(symbol("n"))
+
+
+@pytest.mark.parametrize("make, match", [
+    (lambda: symbol("n") // 0, "by zero"),
+    (lambda: symbol("n") % 0, "modulus must be positive"),
+    (lambda: symbol("max"), "cannot name a dimension"),
+    (lambda: symbol("2n"), "cannot name a dimension"),
+    (lambda: evaluate_dim(symbol("n") + symbol("m"), {"m": 2}), "needs a binding of n"),
+    (lambda: parse_dim("n +"), "is not a dimension expression"),
+    (lambda: parse_dim("f(n)"), "is not a dimension expression"),
+    (lambda: parse_dim("n / 2"), "is not a dimension expression"),
+    (lambda: parse_dim("1.5"), "is not a dimension expression"),
+])  # fmt: skip
+def test_what_cannot_be(make: Callable[[], object], match: str) -> None:
+    with pytest.raises(DimError, match=match):
+        make()
+
+
+def test_an_unknown_becomes_a_check() -> None:
+    n, m = symbol("n"), symbol("m")
+    with collect_checks() as checks:
+        assert require_equal(n, n, "axis 0") == n
+        assert require_equal(n + 1, m, "axis 0") == m  # the simpler side
+        require_equal(n + 1, m, "axis 1")  # once is enough
+        assert require_equal(n, 4, "axis 0") == 4
+    assert checks == [(n + 1, m), (n, 4)]
+    with pytest.raises(DimError, match=r"axis 2: n \+ 1 is not n"):
+        require_equal(n + 1, n, "axis 2")
+
+
+# -- solving ---------------------------------------------------------------------------------------------------------------
+@given(bindings)
+def test_solve_finds_the_binding(env: dict[str, int]) -> None:
+    a, b, n = (symbol(s) for s in NAMES)
+    dims = [a + b, 2 * b + 1, a * b + n, a]  # the first waits for the others
+    found = solve([(d, evaluate_dim(d, env), "x") for d in dims])
+    assert found == env
+
+
+@given(pairs, bindings, st.integers(-3, 3))
+def test_solve_refuses_what_contradicts(pair: Pair, env: dict[str, int], off: int) -> None:
+    d, f = pair
+    assume(off != 0)
+    with pytest.raises(DimError, match=r"input x, axis 1: size is|input y: size is"):
+        solve([*((symbol(s), k, "input y") for s, k in env.items()), (d, f(env) + off, "input x, axis 1")])
+
+
+def test_solve_says_where_and_why() -> None:
+    n = symbol("n")
+    with pytest.raises(DimError, match=r"input y, axis 0: size is 5, expected n \+ 1 with n=3"):
+        solve([(n, 3, "input x, axis 0"), (n + 1, 5, "input y, axis 0")])
+    with pytest.raises(DimError, match=r"size is 5, and no n makes 2\*n that"):
+        solve([(2 * n, 5, "input x, axis 0")])
+    with pytest.raises(DimError, match=r"size is 1, and no n makes n \+ 2 that"):
+        solve([(n + 2, 1, "input x, axis 0")])
+    assert solve([(n * symbol("m"), 6, "x")]) == {}  # left open, not guessed
+    assert solve([(n * symbol("m"), 6, "x")], {"m": 2}) == {"m": 2, "n": 3}
