@@ -59,7 +59,9 @@ def build(
     )
     on_progress("generating code")
     with target.scope():
-        executable = tvm.compile(module, target=target.tvm, relax_pipeline=target.pipeline())
+        executable = tvm.compile(
+            module, target=target.tvm, relax_pipeline=target.pipeline(), tir_pipeline=target.tir_pipeline
+        )
     return Library(executable, plan, target)
 
 

@@ -18,6 +18,7 @@ from tvm import relax
 from wasat.ir import Graph, IRError, Program, TensorType
 
 from . import cpu as cpu_kernels
+from . import tir_pipeline
 from .kernels.cache import CacheType
 from .lower import StateLayout, Table
 from .primitives import PRIMITIVES
@@ -45,6 +46,8 @@ class Target:
     """Puts the target's hand-written kernels into a graph of the program, in place of operations."""
     threads: int = field(default_factory=cpu_count)
     needs_compiler: bool = True
+    tir_pipeline: str | None = None
+    """Name of the TensorIR pass pipeline; None: TVM's own for the target."""
     state_layout: Callable[[Mapping[str, Any], TensorType], StateLayout] = field(default=lambda state, type: StateLayout(type))
     """How a state lies in memory, from its description and its type in the graph: kernels may choose."""
     features: Callable[[Target], list[str]] = field(default=lambda target: [])
@@ -127,7 +130,7 @@ def cpu(mcpu: str | None = None, threads: int | None = None, cache: CacheType = 
     return Target(
         "cpu", {"kind": "llvm", "mcpu": mcpu or host_cpu(), "num-cores": n}, threads=n, features=cpu_features,
         kernels=lambda target, program: cpu_kernels.selection(target.tvm, n, cache, program.metadata.get("states", [])),
-        state_layout=lambda state, type: cpu_kernels.state_layout(state, type, cache),
+        state_layout=lambda state, type: cpu_kernels.state_layout(state, type, cache), tir_pipeline=tir_pipeline.register(),
     )  # fmt: skip
 
 
