@@ -13,7 +13,7 @@ from wasat.ir import Builder, DimLike, DType, Graph, IRError, Node, Program, Ten
 from wasat.ir.graph import copy_node
 
 from .axis import Label, analyze, refuse
-from .core import Pass, PassError, Remarks
+from .core import Pass, PassError, Remark, Remarks
 
 ROUND = 16
 """Capacities are multiples of this: kernels read keys in groups."""
@@ -30,12 +30,14 @@ class DeriveKVCache(Pass):
     Full caches hold [b, c, heads, features]; attention with a window gets a ring of window + chunk - 1 positions (at most
     ``chunk`` new tokens at a time), or a full cache where the context is no longer than that.
 
-    Raises IRError, with the node and the line, where the graph looks ahead.
+    Raises IRError, with the node and the line, where the graph looks ahead; unless ``required``, that is a missed remark and
+    the graph stays as it is.
     """
 
     name = "derive-kv-cache"
     graph: str = "forward"
     chunk: int = 512
+    required: bool = True
 
     def requires(self, program: Program) -> None:
         if self.graph not in program.graphs:
@@ -44,6 +46,16 @@ class DeriveKVCache(Pass):
             raise PassError(f"chunk={self.chunk}: a chunk holds at least one token")
 
     def run(self, program: Program, remarks: Remarks) -> bool:
+        try:
+            self._derive(program, remarks)
+        except IRError as e:
+            if self.required:
+                raise
+            remarks.items.append(Remark("missed", f"@{self.graph} stays as it is: {e.message}", self.graph, e.loc))
+            return False
+        return True
+
+    def _derive(self, program: Program, remarks: Remarks) -> None:
         forward = program[self.graph]
         tokens = _tokens(forward)
         seq = str(tokens.shape[1])
@@ -67,7 +79,6 @@ class DeriveKVCache(Pass):
             remarks.applied(f"%{node.output.name}: {cache.describe()}", node)
         if plan.memory:
             remarks.applied(f"@encode computes {len(plan.memory)} values once", made[0])
-        return True
 
 
 def _tokens(graph: Graph) -> Value:

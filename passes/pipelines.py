@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 from .cleanup import Cleanup
 from .core import Pass
@@ -19,13 +20,16 @@ from .quantize import Quantize
 
 def default_pipeline(
     *, quantize: str | None = None, activation: str | None = "int8", overrides: Mapping[str, str] | None = None,
-    kv_cache: bool = True, chunk: int = 512,
+    kv_cache: Literal["required", "tried"] | None = "required", chunk: int = 512,
 ) -> list[Pass]:  # fmt: skip
-    """The passes of :func:`wasat.compile`, with its options."""
+    """The passes of :func:`wasat.compile`, with its options.
+
+    ``kv_cache``: whether ``forward`` becomes ``prefill`` and ``decode``; ``"tried"``: where that can be proved, else not.
+    """
     passes: list[Pass] = [Cleanup(), FuseNorm(), FuseRope(), FuseActivations(), FuseAttention(), Cleanup()]
     if quantize is not None or overrides:
         passes.append(Quantize(quantize or "f32", activation, tuple((overrides or {}).items())))
     passes += [MergeLinears(), FuseGlu(), HoistParams()]
-    if kv_cache:
-        passes.append(DeriveKVCache(chunk=chunk))
+    if kv_cache is not None:
+        passes.append(DeriveKVCache(chunk=chunk, required=kv_cache == "required"))
     return [*passes, Cleanup()]

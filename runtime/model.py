@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from .arrays import fit
 from .artifact import TOKENIZER, WEIGHTS, check_hash, read_manifest, sha256
 from .errors import ArtifactError, InputError
 from .generate import Generation, generate
-from .manifest import AGAIN, Entry, Manifest, TensorSpec, extents
+from .manifest import AGAIN, Entry, Manifest
 from .module import Library, check_ffi
 from .sampling import SamplingOptions
 from .session import Session
@@ -91,18 +92,7 @@ class Model:
         e = self.entry(entry)
         if e.states:
             raise InputError(f"entry {entry} keeps caches: use session()")
-        wanted, given = [i.name for i in e.inputs], list(arrays)
-        if sorted(wanted) != sorted(given):
-            raise InputError(f"entry {entry} takes {', '.join(wanted) or 'no inputs'}; given: {', '.join(given) or 'none'}")
-        symbols: dict[str, int] = {}
-        values = [_fit(spec, np.asarray(arrays[spec.name]), symbols) for spec in e.inputs]
-        for spec, x in zip(e.inputs, values):
-            try:
-                want = extents(spec.shape, symbols)
-            except KeyError:  # a symbol that no input's axis is: the library checks those
-                continue
-            if x.shape != want:
-                raise InputError(f"input {spec.name} has shape {list(x.shape)}; beside the others it must be {list(want)}")
+        values = fit(f"entry {entry}", e.inputs, arrays, {})
         from .memory import tensor_of
 
         results = self.function(entry)(*map(tensor_of, values), *self.weights)
@@ -122,17 +112,3 @@ class Model:
 
     def __repr__(self) -> str:
         return f"Model({str(self.folder)!r}: {self.manifest.name}; {', '.join(self.manifest.entries)})"
-
-
-def _fit(spec: TensorSpec, x: np.ndarray, symbols: dict[str, int]) -> np.ndarray:
-    """``x`` with the element type of ``spec`` (converted only if nothing can be lost); binds the symbols that are axes."""
-    try:
-        x = x.astype(spec.dtype, casting="safe")
-    except TypeError:
-        raise InputError(f"input {spec.name} must be {spec.dtype}, not {x.dtype}") from None
-    if x.ndim != len(spec.shape):
-        raise InputError(f"input {spec.name} must have the axes {list(spec.shape)}, not {x.ndim} of them")
-    for d, n in zip(spec.shape, x.shape):
-        if isinstance(d, str) and d.isidentifier():
-            symbols.setdefault(d, n)
-    return x

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .arrays import fit
 from .errors import ArtifactError, ContextLimitError, InputError
-from .manifest import AGAIN, StateSpec, extents
+from .manifest import AGAIN, StateSpec, TensorSpec, extents
 from .memory import tensor_of, zeros
 
 if TYPE_CHECKING:
@@ -23,15 +24,24 @@ _FIRST = 256
 class Session:
     """Caches for ``batch`` rows. Rows advance independently: each has its own position.
 
-    ``context``: most positions of a row, at most (and by default) the model's. Memory for full caches grows with use.
+    ``context``: most positions of a row, at most (and by default) the model's. Memory for full caches grows with use. A model
+    that takes more than tokens (a translator the text to translate) needs it before the first step: :meth:`encode`.
     Raises InputError for a program without ``prefill`` and ``decode``, ContextLimitError for more context than it has.
     """
 
     def __init__(self, model: Model, batch: int = 1, context: int | None = None) -> None:
         m = model.manifest
-        for name, inputs in (("prefill", ["tokens", "past", "last"]), ("decode", ["tokens", "past"])):
-            if [i.name for i in model.entry(name).inputs] != inputs:
-                raise ArtifactError(f"entry {name} does not take {', '.join(inputs)}; {AGAIN}")
+        self._names: dict[str, list[str]] = {}
+        self._others: dict[str, TensorSpec] = {}  # what both entries take beside tokens and positions
+        for name, own in (("prefill", ("tokens", "past", "last")), ("decode", ("tokens", "past"))):
+            specs = {i.name: i for i in model.entry(name).inputs}
+            others = {k: spec for k, spec in specs.items() if k not in own}
+            if not specs.keys() >= set(own) or (name == "decode" and others != self._others):
+                raise ArtifactError(f"entry {name} does not take {', '.join((*own, *self._others))}; {AGAIN}")
+            self._names[name], self._others = list(specs), others
+        self._given: dict[str, tuple[Any, np.ndarray]] = {}  # of the others, once they are here
+        self._rows = next(i.shape[0] for i in model.entry("prefill").inputs if i.name == "tokens")
+        self._model = model
         if batch < 1:
             raise InputError(f"batch is {batch}; it must be at least 1")
         limit = context if m.context is None else m.context
@@ -54,6 +64,23 @@ class Session:
         self._capacity = 0
         self._reserve(min(_FIRST, self._most))
 
+    def encode(self, **inputs: Any) -> None:
+        """Gives the model what it takes beside tokens, one row for each of the session's, and empties all rows.
+
+        Runs the entry ``encode``, where there is one, once; its results serve all steps. Raises InputError for arrays that
+        are missing, unknown or do not fit.
+        """
+        encoder = self._model.manifest.entries.get("encode")
+        made = {spec.name for spec in encoder.outputs} if encoder else set()
+        wanted = {spec.name: spec for spec in encoder.inputs} if encoder else {}
+        wanted |= {name: spec for name, spec in self._others.items() if name not in made}
+        sizes = {self._rows: self.batch} if isinstance(self._rows, str) else {}
+        values = dict(zip(wanted, fit("encode", list(wanted.values()), inputs, sizes)))
+        if encoder:
+            values |= self._model.run("encode", **{spec.name: values[spec.name] for spec in encoder.inputs})
+        self._given = {name: (tensor_of(values[name]), values[name]) for name in self._others}
+        self.reset()
+
     @property
     def past(self) -> np.ndarray:
         """How many positions each row holds: i64[batch]."""
@@ -69,6 +96,8 @@ class Session:
         InputError for tokens that are none of the vocabulary.
         """
         tokens = self._tokens(tokens)
+        if len(self._given) < len(self._others):
+            raise InputError("the model takes more than tokens: call encode() with it before the first step")
         s = tokens.shape[1]
         counts = np.full(self.batch, s) if lengths is None else self._lengths(lengths, s)
         longest = int((self._past + counts).max())
@@ -125,10 +154,12 @@ class Session:
         self._reserve(needed)
         if s == 1:
             self._token[...] = tokens
-            out = self._functions["decode"](*self._decode_arguments)
+            name, own = "decode", {"tokens": self._token_tensor, "past": self._past_tensor}
         else:
             last = tensor_of(np.maximum(counts - 1, 0))
-            out = self._functions["prefill"](tensor_of(tokens), self._past_tensor, last, *self._prefill_arguments)
+            name, own = "prefill", {"tokens": tensor_of(tokens), "past": self._past_tensor, "last": last}
+        own |= {k: tensor for k, (tensor, _) in self._given.items()}
+        out = self._functions[name](*(own[k] for k in self._names[name]), *self._kept[name])
         np.maximum(self._written, self._past + s, out=self._written)
         self._past += counts
         return np.from_dlpack(out[0])
@@ -143,9 +174,13 @@ class Session:
             row = {k: zeros(self._spec(k).dtype, array[r : r + 1].shape) for k, (_, array) in self._caches.items()}
             for k, (_, array) in row.items():
                 array[...] = self._caches[k][1][r : r + 1]
-            inputs = [tokens[r : r + 1, :n], np.array([past]), np.array([n - 1])][: 2 if n == 1 else 3]
+            own = {"tokens": tokens[r : r + 1, :n], "past": np.array([past]), "last": np.array([n - 1])}
+            for k, (_, array) in self._given.items():
+                at = [slice(r, r + 1) if d == self._rows else slice(None) for d in self._others[k].shape]
+                own[k] = array[tuple(at)]
             states = [row[k][0] for k in self._states[name]]
-            out = np.from_dlpack(self._functions[name](*map(tensor_of, inputs), *states, *self._weights)[0])
+            inputs = [tensor_of(own[k]) for k in self._names[name]]
+            out = np.from_dlpack(self._functions[name](*inputs, *states, *self._weights)[0])
             for k, (_, array) in row.items():
                 self._caches[k][1][r : r + 1] = array
             logits = np.zeros((self.batch, out.shape[1]), out.dtype) if logits is None else logits
@@ -193,10 +228,7 @@ class Session:
                 fresh[1][(slice(None),) * axis + (slice(old[1].shape[axis]),)] = old[1]
             self._caches[spec.name] = fresh
         caches = {k: tensor for k, (tensor, _) in self._caches.items()}
-        self._prefill_arguments = (*(caches[k] for k in self._states["prefill"]), *self._weights)
-        self._decode_arguments = (
-            self._token_tensor, self._past_tensor, *(caches[k] for k in self._states["decode"]), *self._weights
-        )  # fmt: skip
+        self._kept = {name: (*(caches[k] for k in states), *self._weights) for name, states in self._states.items()}
 
 
 def _rounded(n: int) -> int:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from wasat import __version__
-from wasat.ir import Array, IRError, Program, Type, WasatError, evaluate
+from wasat.ir import Array, DimLike, DType, IRError, Program, TensorType, Type, WasatError, evaluate, symbol, symbols_of
 from wasat.passes import PassManager, Report, default_pipeline
+from wasat.passes.core import Dump
 
 
 class Progress(Protocol):
@@ -24,48 +25,87 @@ def _quiet(stage: str, done: int = 0, total: int = 0) -> None:
 
 def optimize(
     program: Program, *, quantize: str | None = None, activation: str | None = "int8",
-    overrides: Mapping[str, str] | None = None, kv_cache: bool = True, chunk: int = 512, verify: bool = True,
-    check: Any = None, dump: Any = None, progress: Progress = _quiet,
+    overrides: Mapping[str, str] | None = None, kv_cache: bool | None = None, chunk: int = 512, verify: bool = True,
+    check: bool = False, dump: Dump | None = None, progress: Progress = _quiet,
 ) -> tuple[Program, Report]:  # fmt: skip
     """Runs the default passes over a copy of ``program``; returns it with the report of what each pass did and missed.
 
     ``quantize``: ``"int8"``, ``"int4"``, ``"f16"``, ``"bf16"`` or None (weights as f32). ``activation``: ``"int8"`` for
     integer dot products where weights are integers, None to compute in f32. ``overrides``: parameter glob to scheme.
-    ``kv_cache``: derive ``prefill`` and ``decode`` from ``forward``. ``chunk``: most tokens per prefill call.
+    ``kv_cache``: derive ``prefill`` and ``decode`` from ``forward``; None: if it takes tokens, and for a model that came
+    without generation metadata only if that can be proved (else a remark says why not). ``chunk``: most tokens per prefill
+    call. ``verify``: around every pass. ``check``: the interpreter compares results, at small sizes, around every pass that
+    promises to keep them. ``dump(pass, "before" | "after", program)`` sees every stage.
+
+    Raises WasatError where a pass cannot do what was asked for, naming the pass.
     """
     copy = Program({k: g.clone() for k, g in program.graphs.items()}, dict(program.params), dict(program.metadata))
+    if kv_cache is None:
+        caches = None if not _takes_tokens(program) else "required" if "generation" in program.metadata else "tried"
+    else:
+        caches = "required" if kv_cache else None
     passes = default_pipeline(
-        quantize=quantize, activation=activation, overrides=dict(overrides or {}), kv_cache=kv_cache, chunk=chunk
+        quantize=quantize, activation=activation, overrides=dict(overrides or {}), kv_cache=caches, chunk=chunk
     )
+    checker = None
+    if check:
+        from wasat.testing import InterpreterCheck
+
+        checker = InterpreterCheck(_small_sizes(program))
     count = len(passes)
     done = iter(range(count))
 
     def tell(name: str) -> None:
         progress(f"pass {name}", next(done), count)
 
-    return copy, PassManager(passes, verify=verify, check=check, dump=dump, on_progress=tell).run(copy)
+    return copy, PassManager(passes, verify=verify, check=checker, dump=dump, on_progress=tell).run(copy)
+
+
+def _takes_tokens(program: Program) -> bool:
+    """Whether sessions can feed ``forward``, once it has caches: tokens i64[batch, s], nothing else along s, one output."""
+    if "forward" not in program.graphs or len(program["forward"].outputs) != 1:
+        return False
+    inputs = {v.name: v.type for v in program["forward"].inputs}
+    tokens = inputs.pop("tokens", None)
+    if not isinstance(tokens, TensorType) or tokens.dtype is not DType.I64 or tokens.rank != 2:
+        return False
+    new = set(symbols_of(tokens.shape[1:]))
+    return bool(new) and not any(new.intersection(t.symbols) for t in inputs.values())
+
+
+def _small_sizes(program: Program) -> list[dict[str, int]]:
+    """Two bindings of the program's symbols, and of the capacity that caches bring. Random integers are below 4."""
+    names = sorted({name for g in program.graphs.values() for name in g.symbols})
+    return [{"c": 16, **{name: first + i for i, name in enumerate(names)}} for first in (4, 7)]
 
 
 def compile(
     program: Program, out: str | Path, *, target: str = "cpu", quantize: str | None = None, activation: str | None = "int8",
-    overrides: Mapping[str, str] | None = None, chunk: int = 512, threads: int | None = None, progress: Progress = _quiet,
+    overrides: Mapping[str, str] | None = None, kv_cache: bool | None = None, chunk: int = 512, threads: int | None = None,
+    check: bool = False, progress: Progress = _quiet,
 ) -> Report:  # fmt: skip
     """Compiles ``program`` into the artifact folder ``out``; see :func:`optimize` for the options.
 
-    The folder is complete or absent: it is written beside its place and renamed. Raises WasatError for an unknown target, a
-    missing C++ compiler (before the long work), an operation the target lacks, a model whose cache cannot be derived.
+    The folder is complete or absent: it is written beside its place and renamed. An artifact that is there is replaced.
+    Raises, before the long work: WasatError for an unknown target, a missing C++ compiler, a program without its numbers, a
+    model whose cache cannot be derived; ArtifactError for a place that holds something else. Later: IRError for an operation
+    that the target lacks.
     """
     from wasat.backends.tvm.build import build, check_tools
     from wasat.backends.tvm.targets import target_named
     from wasat.backends.tvm.weights import write_weights
-    from wasat.runtime.artifact import write_artifact
+    from wasat.runtime.artifact import check_destination, write_artifact
 
     machine = target_named(target, threads)
     check_tools(machine)
-    causal = "forward" in program.graphs and len(program["forward"].outputs) == 1 and "vocab" in program.metadata
+    check_destination(Path(out))
+    for source in program.params.values():
+        if isinstance(source, _NoData):
+            source.load()
     optimized, report = optimize(
-        program, quantize=quantize, activation=activation, overrides=overrides, kv_cache=causal, chunk=chunk, progress=progress
-    )
+        program, quantize=quantize, activation=activation, overrides=overrides, kv_cache=kv_cache, chunk=chunk, check=check,
+        progress=progress,
+    )  # fmt: skip
     states = [s["name"] for s in optimized.metadata.get("states", [])]
     library = build(optimized, machine, states, on_progress=progress)
     manifest = _manifest(optimized, library, {
@@ -83,12 +123,11 @@ def compile(
     if tokenizer:
         files["tokenizer.json"] = Path(tokenizer)
     write_artifact(Path(out), manifest, files)
-    progress("done", 1, 1)
     return report
 
 
 def _manifest(program: Program, library: Any, settings: dict[str, Any]) -> dict[str, Any]:
-    """Everything a runtime must know, the files' hashes aside; the format is runtime/artifact.py's."""
+    """Everything a runtime must know, the files' hashes aside; the format is runtime/manifest.py's."""
     meta = program.metadata
     states = {s["name"]: s for s in meta.get("states", [])}
 
@@ -102,16 +141,36 @@ def _manifest(program: Program, library: Any, settings: dict[str, Any]) -> dict[
             "outputs": [describe(n, v.type) for n, v in zip(g.output_names, g.outputs) if n not in states],
             "states": [n for n in states if any(v.name == n for v in g.inputs)],
         }
-    physical = {n: describe(n, t) for n, t in library.target.state_types(program).items()}
+    sizes = _state_symbols(program) if states else {}
+    physical = {n: describe(n, t.substitute(sizes)) for n, t in library.target.state_types(program).items()}
     return {
         "format": 1, "wasat": __version__, **library.target.versions(), "name": str(meta.get("name", "model")),
         "target": library.target.requirements(), "entries": entries,
         "states": [{**s, **physical[n]} for n, s in states.items()],
         "weights": [{"name": a.name, "dtype": a.dtype, "shape": list(a.shape)} for a in library.plan.arrays],
         "limits": {"context": meta.get("context"), "chunk": meta.get("chunk")},
-        "generation": {**meta.get("generation", {}), "vocab": meta.get("vocab")},
+        "generation": {**meta.get("generation", {}), "vocab": meta.get("vocab") or _vocabulary(program)},
         "settings": settings,
     }  # fmt: skip
+
+
+def _state_symbols(program: Program) -> dict[str, DimLike]:
+    """The names that a manifest has for the sizes of states, ``b`` rows and ``c`` positions, by those of the program."""
+    decode = program["decode"]
+    types = {v.name: v.tensor for v in decode.inputs}
+    rows = symbols_of(types["tokens"].shape[:1])
+    found = {name for s in program.metadata["states"] for name in types[s["name"]].symbols}
+    return {name: symbol("b" if name in rows else "c") for name in found}
+
+
+def _vocabulary(program: Program) -> int | None:
+    """How many tokens there are, from the tables that ``tokens`` index; None where they index none."""
+    tables = [
+        n.inputs[0].shape[0]
+        for g in program.graphs.values() for v in g.inputs if v.name == "tokens"
+        for n in v.users if n.op.name in ("embedding", "quantized_embedding") and n.inputs[1] is v
+    ]  # fmt: skip
+    return min(tables, default=None)
 
 
 def run(
@@ -155,7 +214,11 @@ def load_program(path: str | Path) -> Program:
     if p.is_dir():
         return from_pretrained(p)
     if p.is_file():
-        program = parse_program(p.read_text(), str(p))
+        try:
+            text = p.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise WasatError(f"{p} is not text: give a Hugging Face folder, or a file of graph text") from None
+        program = parse_program(text, str(p))
         for g in program.graphs.values():
             program.params.update({name: _NoData(name, v.type) for name, v in g.params.items()})
         return program
