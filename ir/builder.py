@@ -43,7 +43,7 @@ class Builder:
 
     def constant(self, value: Any, dtype: DType | str | None = None, name: str | None = None) -> Value:
         """A constant tensor. Python floats are f32 and ints i64 unless ``dtype`` says otherwise."""
-        if dtype is None and isinstance(value, float):
+        if dtype is None and type(value) is float:  # not np.float64, which says what it is
             dtype = DType.F32
         return self.emit("constant", value=Literal.of(value, dtype), name=name)
 

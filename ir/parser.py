@@ -182,7 +182,11 @@ class _Parser:
                 if self.kind not in ("number", "word"):
                     self.fail(f"expected a number, found {self.word!r}")
                 numbers.append(_number(self.next()))
-            array = np.array(numbers).astype(t.dtype.np)
+            wide = t.dtype in (DType.I64, DType.U64)  # which NumPy's own choice would not always hold
+            try:
+                array = np.array(numbers, t.dtype.np if wide else None).astype(t.dtype.np)
+            except OverflowError:
+                self.fail(f"a number is outside {t.dtype}")
         if array.size != math.prod(shape) or len(shape) != t.rank:
             self.fail(f"{array.size} elements for {t}")
         self.expect(">")

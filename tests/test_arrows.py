@@ -1,0 +1,107 @@
+"""The house's walls: which room may import which, and how long a file may be."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ALLOWED = {
+    "ir": set(),
+    "frontend": {"ir"},
+    "passes": {"ir"},
+    "backends": {"ir"},
+    "runtime": set(),
+    "training": {"ir", "passes", "backends"},
+    "wasat": {"ir", "frontend", "passes", "backends", "runtime", "training"},
+}
+"""Room -> the rooms that it may import besides itself (DESIGN: the house)."""
+DEPLOYED = {"numpy", "tokenizers", "tvm_ffi", "ml_dtypes", "safetensors"}
+"""What runtime/, which runs where the compiler is not installed, may import beyond the standard library."""
+LONGEST = 600
+
+
+def files(room: str) -> list[Path]:
+    return sorted((ROOT / room).rglob("*.py"))
+
+
+def imports(source: str, package: tuple[str, ...]) -> Iterator[tuple[int, str]]:
+    """Line and absolute name of each import in a module of ``package``, those inside functions too."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                yield node.lineno, f"{module}.{alias.name}"
+
+
+def package_of(path: Path) -> tuple[str, ...]:
+    parts = path.relative_to(ROOT).parts[:-1]
+    return parts if parts[0] == "wasat" else ("wasat", *parts)
+
+
+def room_of(name: str) -> str | None:
+    """The room an absolute import reaches into; the face itself is ``wasat``."""
+    parts = name.split(".")
+    if parts[0] in ALLOWED and parts[0] != "wasat":
+        return "not installed under this name"
+    if parts[0] != "wasat":
+        return None
+    return parts[1] if len(parts) > 1 and parts[1] in ALLOWED else "wasat"
+
+
+def broken(room: str, path: Path, source: str) -> list[str]:
+    return [
+        f"{path.relative_to(ROOT)}:{line} imports {name}; {room}/ may import {sorted(ALLOWED[room])}"
+        for line, name in imports(source, package_of(path))
+        if room_of(name) not in {None, room, *ALLOWED[room]}
+    ]
+
+
+@pytest.mark.parametrize("room", ALLOWED)
+def test_rooms_import_what_the_table_allows(room: str) -> None:
+    assert files(room), f"{room}/ has no Python files: is this the right folder?"
+    assert not [line for path in files(room) for line in broken(room, path, path.read_text())]
+
+
+@pytest.mark.parametrize("room, source", [
+    ("ir", "from wasat.passes import core"), ("ir", "def f():\n    import wasat.backends.tvm"),
+    ("frontend", "from ..passes import x"),
+    ("passes", "from wasat import compile"), ("passes", "import backends"), ("runtime", "from wasat.ir import DType"),
+    ("runtime", "from .. import ir"), ("training", "from wasat.frontend import nn"), ("backends", "import wasat"),
+])  # fmt: skip
+def test_a_forbidden_import_is_seen(room: str, source: str) -> None:
+    assert broken(room, ROOT / room / "module.py", source)
+
+
+@pytest.mark.parametrize("room, source", [
+    ("ir", "from .dims import Dim"), ("passes", "from wasat.ir import Graph"), ("backends", "from ...ir import x"),
+    ("wasat", "from .runtime import load"), ("training", "from wasat.passes.core import x"), ("ir", "import numpy as np"),
+])  # fmt: skip
+def test_an_allowed_import_passes(room: str, source: str) -> None:
+    inner = ROOT / room / "tvm" / "m.py" if room == "backends" else ROOT / room / "module.py"
+    assert not broken(room, inner, source)
+
+
+def test_the_runtime_needs_no_compiler() -> None:
+    import sys
+
+    outside = {
+        name.split(".")[0]
+        for path in files("runtime")
+        for _, name in imports(path.read_text(), package_of(path))
+        if room_of(name) is None
+    }
+    assert outside - set(sys.stdlib_module_names) <= DEPLOYED
+
+
+def test_no_file_is_two_files() -> None:
+    every = [p for room in (*ALLOWED, "tests", "benchmarks", "examples") for p in files(room)]
+    long = {str(p.relative_to(ROOT)): n for p in every if (n := len(p.read_text().splitlines())) > LONGEST}
+    assert not long, f"past {LONGEST} lines a file is two files: {long}"
