@@ -481,14 +481,21 @@ def _part(x: Value) -> tuple[Value, int] | None:
 
 
 def _is_past_plus_iota(positions: Value, past: Value) -> bool:
-    """Whether ``positions`` [b, s] is past[:, None] + iota."""
+    """Whether ``positions`` [b, s] is past[:, None] + iota, of which past[:, None] is left where s is 1."""
+
+    def column(v: Value) -> bool:
+        return _reshaped(v, (past.shape[0], 1)) is past
+
     total = _made_by(positions, "add")
     if total is None:
-        return False
-    for start, steps in (total.inputs, total.inputs[::-1]):
-        column = _made_by(start, "reshape")
-        row = _made_by(steps, "reshape")
-        steps = row.inputs[0] if row is not None and row.output.shape == (1, positions.shape[1]) else steps
-        if column is not None and column.inputs[0] is past and column.output.shape == (past.shape[0], 1):
-            return _made_by(steps, "iota") is not None
-    return False
+        return column(positions)
+    return any(
+        column(start) and _made_by(_reshaped(steps, (1, positions.shape[1])), "iota") is not None
+        for start, steps in (total.inputs, total.inputs[::-1])
+    )
+
+
+def _reshaped(v: Value, shape: Shape) -> Value:
+    """What ``v`` was before it was given ``shape``; ``v`` itself if no reshape did that."""
+    node = _made_by(v, "reshape")
+    return node.inputs[0] if node is not None and v.shape == shape else v

@@ -90,7 +90,8 @@ class Decoder:
              for role in ("k", "v")]
             for i, w in enumerate(self.windows)
         ]  # fmt: skip
-        positions = b.add(b.reshape(past, shape=(n, 1)), b.iota(size=s))
+        positions = b.reshape(past, shape=(n, 1))
+        positions = positions if s == 1 else b.add(positions, b.iota(size=s))
         table = param("embed", self.vocab, self.dim)
         embed = b.quantized_embedding if quantized else b.embedding
         x = b.mul(embed(table, tokens, dtype=DType.F32), self.dim**0.5)

@@ -119,9 +119,6 @@ class Kernel:
             indices[-1] = tirx.Ramp(indices[-1], int64(1), lanes)
         self._emit(tirx.BufferStore(buffer, value, indices))
 
-    def call(self, value: Expr) -> None:
-        self._emit(tirx.Evaluate(value))
-
     @contextmanager
     def loop(self, extent: Index, *, parallel: bool = False) -> Iterator[Expr]:
         self._names += 1
