@@ -30,7 +30,7 @@ class FuseGlu(Rewrite):
         for attrs in (gate, up):
             if list(zip(attrs.starts[:-1], attrs.stops[:-1], attrs.steps[:-1])) != lead or attrs.steps[-1] != 1:
                 raise Mismatch("gate and up are not parts of the last axis")
-        if gate.stops[-1] != up.starts[-1] or stop != start + 2 * n:
+        if (up.starts[-1], stop) != (gate.stops[-1], start + 2 * n):
             raise Mismatch(f"up, {up.starts[-1]}:{stop}, does not follow the gate, {start}:{gate.stops[-1]}")
         if (start, stop) != (0, y.shape[-1]):
             y = b.slice(y, starts=(*(0 for _ in lead), start), stops=(*y.shape[:-1], stop))

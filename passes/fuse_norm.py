@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from wasat.ir import Builder, Value
+from wasat.ir import Builder, DType, Value
 
 from .pattern import Match, Mismatch, Pattern, Rewrite, Rewrites, Tracer, Var, last_axis
 
@@ -117,8 +117,8 @@ class _Narrow(Rewrite):
 
     def build(self, b: Builder, m: Match) -> Value:
         x, node = m["x"], m["norm"].node
-        if x.tensor.dtype is not m.root.tensor.dtype or x.tensor.dtype.bits >= node.output.tensor.dtype.bits:
-            raise Mismatch(f"{x!r} is not widened for the norm and narrowed to what it was")
+        if x.tensor.dtype.bits >= 32 or node.output.tensor.dtype is not DType.F32:
+            raise Mismatch(f"{x!r} is not widened to f32")
         operands: list[Any] = [_per_feature(m, k, x) for k in ("w", "bias") if k in m]
         return b.emit(node.op, x, *operands, eps=node.attrs.eps)
 

@@ -43,10 +43,10 @@ def _table(v: Value) -> _Table:
         v = node.inputs[0]
     repeats = 1
     v = _past_units(v)
-    if v.node is not None and v.node.op.name == "concat" and v.node.attrs.axis == len(v.shape) - 1:  # type: ignore[attr-defined]
-        if len(v.node.inputs) != 2 or v.node.inputs[0] is not v.node.inputs[1]:
-            raise Mismatch(f"%{v.name} does not hold the same angles twice")
-        repeats = 2
+    if v.node is not None and v.node.op.name == "concat":  # along another axis than the last, the width would not fit
+        if len(set(v.node.inputs)) > 1:
+            raise Mismatch(f"%{v.name} does not repeat the same angles")
+        repeats = len(v.node.inputs)
         v = _past_units(v.node.inputs[0])
     if v.node is None or v.node.op.name != "mul":
         raise Mismatch(f"%{v.name} is no product of positions and frequencies")
@@ -54,7 +54,7 @@ def _table(v: Value) -> _Table:
         raise Mismatch(f"the angles are {v.tensor.dtype}, too narrow for far positions")
     for position, frequency in (v.node.inputs, v.node.inputs[::-1]):
         array, at = _past_units(frequency).const, _positions(position)
-        if array is not None and at is not None and position.shape[-1:] == (1,) and array.size == frequency.shape[-1]:
+        if array is not None and at is not None and position.shape[-1:] == (1,):
             return _Table(fn, at, array.reshape(-1), factor, _check_width(table, repeats * array.size))
     raise Mismatch(f"%{v.name} is no product of integer positions [.., 1] and constant frequencies")
 
@@ -133,11 +133,11 @@ def _part(v: Value) -> tuple[DimLike, DimLike]:
     return attrs.starts[-1], attrs.stops[-1]
 
 
-def _halves(low: Value, high: Value) -> tuple[DimLike, int]:
+def _halves(low: Value, high: Value) -> tuple[DimLike, DimLike]:
     """Where two adjacent slices of one size begin, and that size; raises Mismatch."""
     (start, middle), (start2, stop) = _part(low), _part(high)
     size = middle - start
-    if not isinstance(size, int) or start2 != middle or stop != middle + size:
+    if (start2, stop) != (middle, middle + size):
         raise Mismatch(f"%{low.name} and %{high.name} are not halves of one vector")
     return start, size
 
@@ -202,10 +202,11 @@ class _Pairs(Rewrite):
 
     def build(self, b: Builder, m: Match) -> Value:
         x, pairs = m["x"], m["pairs"]
-        half = pairs.shape[-2] if len(pairs.shape) == 5 else None
-        apart = pairs.shape == (*x.shape[:3], half, 2) == m["both"].shape and m["y1"].shape == (*x.shape[:3], half)
-        if not apart or m.root.shape != x.shape or _halves(m["x1"], m["x2"]) != (0, 1):
+        half = x.shape[-1] // 2
+        apart = pairs.shape == (*x.shape[:-1], half, 2) == m["both"].shape
+        if not apart or m["y1"].shape != (*x.shape[:-1], half):
             raise Mismatch(f"%{pairs.name} does not hold the pairs of features of %{x.name}")
+        _halves(m["x1"], m["x2"])  # of a pair
         return _rope(b, x, m["cos"], m["sin"], repeats=1, interleaved=True)
 
 
@@ -235,8 +236,8 @@ class _Narrow(Rewrite):
 
     def build(self, b: Builder, m: Match) -> Value:
         x, old = m["x"], m["rope"].node.attrs
-        if x.tensor.dtype is not m.root.tensor.dtype or x.tensor.dtype.bits >= m["rope"].tensor.dtype.bits:
-            raise Mismatch(f"{x!r} is not widened for the rotation and narrowed to what it was")
+        if x.tensor.dtype.bits >= 32 or m["rope"].tensor.dtype is not DType.F32:
+            raise Mismatch(f"{x!r} is not widened to f32")
         return b.rope(x, m["positions"], m["inv_freq"], factor=old.factor, interleaved=old.interleaved)
 
 

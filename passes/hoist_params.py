@@ -76,8 +76,8 @@ class HoistParams(Pass):
         made_of = {v: size_in_bytes(v.type) for v in graph.params.values() if v in only}
         small = set(made_of)
         for node in graph.nodes:
-            v = node.outputs[0] if len(node.outputs) == 1 else None
-            if v in only and v is not None:
+            v = node.outputs[0]  # the only one, where it is in ``only``
+            if v in only:
                 made_of[v] = sum(made_of.get(x) or size_in_bytes(x.type) for x in dict.fromkeys(node.inputs))
                 if size_in_bytes(v.type) <= self.growth * made_of[v]:
                     small.add(v)
@@ -89,7 +89,7 @@ def _roots(graph: Graph, only: set[Value], small: set[Value]) -> list[Value]:
     needed: set[Value] = set(graph.outputs)
     roots = []
     for node in graph.nodes_reversed:
-        v = node.outputs[0] if len(node.outputs) == 1 else None
+        v = node.outputs[0]
         if v in only:
             if v not in needed:
                 continue
@@ -97,7 +97,7 @@ def _roots(graph: Graph, only: set[Value], small: set[Value]) -> list[Value]:
                 roots.append(v)
                 continue
         needed.update(node.inputs)
-    return [v for v in reversed(roots) if v is not None]
+    return roots[::-1]
 
 
 @dataclass

@@ -67,7 +67,9 @@ class MergeLinears(GraphPass):
         weight = stored
         if stored.node is not None and stored.node.op.name in _STORED:
             weight, how = stored.node.inputs[0], (stored.node.op, stored.node.attrs)
-        if weight not in only or not isinstance(weight.type, TensorType):
+        if not isinstance(weight.type, TensorType):
+            return node, f"its weight %{weight.name} is quantized already"
+        if weight not in only:
             return node, f"its weight %{weight.name} is not computed from parameters alone"
         if any(len(v.uses) > 1 or graph.is_output(v) for v in (stored, weight)):
             return node, f"its weight %{weight.name} is also used elsewhere"
@@ -107,7 +109,7 @@ def _gates_first(parts: list[_Part]) -> list[_Part]:
         product = user.output.users[0]
         if product.op.name == "mul":
             other = [v for v in product.inputs if v is not user.output]
-            if len(other) == 1 and other[0] in of and other[0] is not gate and len(other[0].uses) == 1:
+            if len(other) == 1 and other[0] in of:
                 up_of[gate] = other[0]
     ups = set(up_of.values())
     ordered = []

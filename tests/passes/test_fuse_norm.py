@@ -115,8 +115,14 @@ def test_a_wide_weight_is_not_narrowed() -> None:
     check_pass(FuseNorm(), NARROW.format(w="f32", rest=rest), text, DIMS)
 
 
-def test_a_norm_cast_to_another_type_than_it_came_from_stays() -> None:
+def test_casts_that_do_something_stay() -> None:
     check_untouched(FuseNorm(), NARROW.format(w="f32", rest="%z: bf16[b, s, 8] = cast(%y) {dtype=bf16}"))
+    back = NARROW.format(w="f32", rest="%z: f16[b, s, 8] = cast(%y) {dtype=f16}")
+    check_untouched(FuseNorm(), back.replace("f32", "f64"))
+    check_untouched(FuseNorm(), back.replace("f16", "f64"))
+    other = "%d: f32[8] = cast(%w) {dtype=f32}\n %z: f16[b, s, 8] = cast(%y) {dtype=f16}"
+    text = NARROW.format(w="bf16", rest=other).replace("  %y: f32[b, s, 8] = rms_norm(%c) {eps=0.01}\n", "")
+    check_untouched(FuseNorm(), text.replace("%z:", "%y: f32[b, s, 8] = rms_norm(%c, %d) {eps=0.01}\n %z:"))
 
 
 NEAR = {
@@ -146,6 +152,18 @@ def test_what_is_no_weight_stays_outside(norm: str) -> None:
     for other in ("%x", "%k"):
         text = HEAD + f"param %k: f32[1]\n %y: f32[b, s, 8] = {norm}\n %z: f32[b, s, 8] = mul(%y, {other})\n return %z\n}}"
         check_untouched(FuseNorm(), text)
+
+
+def test_a_matrix_is_no_weight() -> None:
+    head = "graph @f(%x: f32[b, 8, 8]) {\n param %w: f32[8, 8]\n "
+    check_untouched(FuseNorm(), head + "%y: f32[b, 8, 8] = rms_norm(%x)\n %z: f32[b, 8, 8] = mul(%y, %w)\n return %z\n}")
+
+
+def test_sums_that_are_no_means() -> None:
+    text = "graph @f(%x: f32[b, d]) {\n %t: f32[b] = reduce_sum(%x) {axes=(1,), keepdims=false}\n"
+    text += "%y: f32[b] = div(%t, 8.0:f32)\n"
+    check_untouched(FuseNorm(), text + "return %y\n}")
+    check_untouched(FuseNorm(), text.replace("div(%t, 8.0", "mul(%t, 0.0").replace("d]", "8]") + "return %y\n}")
 
 
 def test_a_norm_that_is_also_read_without_its_weight() -> None:

@@ -95,6 +95,7 @@ REST = """
   %rest: f32[b, s, 3, 3] = slice(%x) {starts=(0, 0, 0, 4), stops=(b, s, 3, 7)}
   %z: f32[b, s, 3, 7] = concat(%y, %rest) {axis=3}
 """
+REST_AT = "0, 4), stops=(b, s, 3, 7)"
 WIDE = "f32[b, s, 3, 7]"
 PARTIAL = PART + TURN.replace("mul(%x", "mul(%part")
 
@@ -122,10 +123,21 @@ def test_part_of_each_head_with_heads_before_positions() -> None:
     check_pass(FuseRope(), before, want.replace("%transpose", "%transpose_2").replace("%rope", "%rope_1"), DIMS)
 
 
-def test_part_of_each_head_where_the_rest_is_more_or_less() -> None:
-    rest = REST.replace("0, 4), s", "0, 3), s").replace("3] = slice", "4] = slice").replace("7] = concat", "8] = concat")
-    want = graph(PART, INV, "%y: f32[b, s, 3, 4] = rope(%part, %at, %constant)", rest, result="%z", x=WIDE)
-    check_pass(FuseRope(), graph(TABLES, PARTIAL, rest, result="%z", x=WIDE), want, DIMS)
+@pytest.mark.parametrize(
+    "part, rest", [("0, 0), stops=(b, s, 3, 4)", "0, 3), stops=(b, s, 3, 6)"), ("0, 1), stops=(b, s, 3, 5)", REST_AT)]
+)
+def test_parts_that_do_not_make_up_a_head(part: str, rest: str) -> None:
+    turn = PARTIAL.replace("= slice(%x) {starts=(0, 0, 0, ", "= slice(%part) {starts=(0, 0, 0, ")
+    turn = turn.replace("slice(%part) {starts=(0, 0, 0, 0), stops=(b, s, 3, 4)}", f"slice(%x) {{starts=(0, 0, {part}}}", 1)
+    made, after = turn.split("\n")[0], REST.replace(REST_AT, rest)
+    want = graph(made, INV, "%y: f32[b, s, 3, 4] = rope(%part, %at, %constant)", after, result="%z", x=WIDE)
+    check_pass(FuseRope(), graph(TABLES, turn, after, result="%z", x=WIDE), want, DIMS)
+
+
+def test_part_of_a_head_turned_by_the_halves_of_another() -> None:
+    turn = PARTIAL.replace("0, 0), stops=(b, s, 3, 2)", "0, 3), stops=(b, s, 3, 5)")
+    turn = turn.replace("0, 2), stops=(b, s, 3, 4)", "0, 5), stops=(b, s, 3, 7)")
+    check_untouched(FuseRope(), graph(TABLES, turn, x=WIDE), "%lo and %hi are not the halves of %part")
 
 
 def test_tables_shared_by_q_and_k_go_when_both_are_done() -> None:
@@ -159,18 +171,21 @@ def test_the_layer_of_the_frontend(dtype: str, tol: float, fraction: float) -> N
     assert g.last.attrs.factor == pytest.approx(0.1 * np.log(4) + 1)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("dtype, tol", [("f32", 1e-5), ("f16", 2e-3)])
+@pytest.mark.parametrize("dtype, tol", [("f32", 1e-5), ("f16", 2e-3), ("f64", 1e-9)])
 @pytest.mark.parametrize("attrs", [{}, {"factor": 1.5}, {"interleaved": True}, {"interleaved": True, "factor": 0.5}])
 @pytest.mark.parametrize("width", [4, 6])
 def test_decompositions_are_recognized(dtype: str, tol: float, attrs: dict[str, Any], width: int) -> None:
     inputs = [("x", parse_type(f"{dtype}[b, s, 3, {width}]")), ("at", parse_type("i64[s]"))]
-    freq = np.array([1.0, 0.1], np.float32)
+    freq = np.array([1.0, 0.1], np.float64 if dtype == "f64" else np.float32)
     g = build("f", inputs, lambda b, x, at: b.rope(x, at, freq, **attrs))
     decompose(g, keep=lambda node: False)
     PassManager([Cleanup(), FuseRope(), Cleanup()], check=InterpreterCheck(DIMS, rtol=tol, atol=tol)).run(Program({"f": g}))
     assert [n.op.name for n in g.nodes] == ["constant", "rope"]
     assert g.last is not None
     assert g.last.attrs == g.last.op.Attrs(**attrs)
+
+
+ONE_HEAD = [(f"%{n}: f32[b, s, 3", f"%{n}: f32[b, s, 1") for n in ("rot", "m2")]
 
 
 def _edit(*changes: tuple[str, str]) -> Callable[[str], str]:
@@ -193,7 +208,16 @@ NEAR: dict[str, tuple[Callable[[str], str], str]] = {
         _edit(("%x, %c)", "%x, %u)"), ("%at: i64[s]", "%at: i64[s], %u: f32[s, 1, 4]")), "%u is no table of cosines or sines"
     ),
     "angles that differ": (
-        _edit(("concat(%a, %a)", "concat(%a, %a2)"), ("%aa: ", "%a2: f32[s, 2] = neg(%a)\n %aa: ")), "the same angles twice"
+        _edit(("concat(%a, %a)", "concat(%a, %a2)"), ("%aa: ", "%a2: f32[s, 2] = neg(%a)\n %aa: ")), "does not repeat",
+    ),
+    "sums for products": (_edit(("%a: f32[s, 2] = mul(", "%a: f32[s, 2] = add(")), "%a is no product of positions"),
+    "two sets of frequencies": (
+        _edit(("= sin(%t)", "= sin(%t2)"), ("%c: ", """
+  %inv2: f32[2] = constant() {value=dense<f32[2], 1.0 0.2>}
+  %a2: f32[s, 2] = mul(%f, %inv2)
+  %aa2: f32[s, 4] = concat(%a2, %a2) {axis=1}
+  %t2: f32[s, 1, 4] = reshape(%aa2) {shape=(s, 1, 4)}
+  %c: """)), "not of the same angles",
     ),
     "factor on one table": (
         _edit(("%x, %c)", "%x, %c2)"), ("%m1: ", "%c2: f32[s, 1, 4] = mul(%c, 2.0:f32)\n %m1: ")), "not of the same angles"
@@ -211,6 +235,38 @@ NEAR: dict[str, tuple[Callable[[str], str], str]] = {
               ("starts=(0, 0, 0, 0), stops=(b, s, 3, 2)", "starts=(0, 0, 0, 2), stops=(b, s, 3, 4)"),
               ("starts=(0, 0, 0, 9), stops=(b, s, 3, 9)", "starts=(0, 0, 0, 0), stops=(b, s, 3, 2)")),
         "are not halves of one vector",
+    ),
+    "one half twice": (_edit(("0, 2), stops=(b, s, 3, 4)", "0, 0), stops=(b, s, 3, 2)")), "are not halves of one vector"),
+    "the halves of the first head": (
+        _edit(("3, 2] =", "1, 2] ="), ("stops=(b, s, 3", "stops=(b, s, 1"), *ONE_HEAD),
+        "is not a part of the features",
+    ),
+    "the halves of the last head": (
+        _edit(("3, 2] =", "1, 2] ="), ("starts=(0, 0, 0", "starts=(0, 0, 2"), *ONE_HEAD),
+        "is not a part of the features",
+    ),
+    "positions that were rounded": (
+        _edit(("%at: i64[s]", "%at: f16[s]"), ("i64[s, 1]", "f16[s, 1]")), "no product of integer positions"
+    ),
+    "tables that were rounded": (
+        _edit(("%x, %c)", "%x, %c3)"), ("%m1: ", "%c2: i32[s, 1, 4] = cast(%c) {dtype=i32}\n"
+              "%c3: f32[s, 1, 4] = cast(%c2) {dtype=f32}\n %m1: ")), "%c3 is cast of something, no table",
+    ),
+    "the halves of what x comes from": (
+        _edit(("mul(%x, %c)", "mul(%w, %c)"), ("%m1: ", "%w: f32[b, s, 3, 4] = abs(%x)\n %m1: ")), "%w is not what"
+    ),
+    "a part of another value": (
+        _edit(("mul(%x, %c)", "mul(%w, %c)"), ("%at: i64[s]", "%at: i64[s], %v: f32[b, s, 3, 7]"),
+              ("%m1: ", "%w: f32[b, s, 3, 4] = slice(%v) {starts=(0, 0, 0, 0), stops=(b, s, 3, 4)}\n %m1: ")), "%w is not what",
+    ),
+    "two sets of positions": (
+        _edit(("= sin(%t)", "= sin(%t2)"), ("%at: i64[s]", "%at: i64[s], %at2: i64[s]"), ("%c: ", """
+  %p2: i64[s, 1] = reshape(%at2) {shape=(s, 1)}
+  %f2: f32[s, 1] = cast(%p2) {dtype=f32}
+  %a2: f32[s, 2] = mul(%f2, %inv)
+  %aa2: f32[s, 4] = concat(%a2, %a2) {axis=1}
+  %t2: f32[s, 1, 4] = reshape(%aa2) {shape=(s, 1, 4)}
+  %c: """)), "not of the same angles",
     ),
     "every second element": (
         _edit(("{starts=(0, 0, 0, 2), stops=(b, s, 3, 4)}", "{starts=(0, 0, 0, 1), stops=(b, s, 3, 4), steps=(1, 1, 1, 2)}")),
@@ -239,12 +295,138 @@ def test_three_axes() -> None:
     check_untouched(FuseRope(), graph(TABLES, turn, x="f32[s, 3, 4]"), "has not the four axes")
 
 
-def test_a_table_along_both_axes() -> None:
-    tables = TABLES
-    for wide, table in (("%cw", "%c"), ("%nw", "%n")):
-        tables += f"{wide}: f32[s, s, 4] = broadcast_to({table}) {{shape=(s, s, 4)}}\n"
-    turn = TURN.replace("%x, %c", "%x, %cw").replace("%rot, %n", "%rot, %nw").replace("s, 3, ", "s, s, ")
-    check_untouched(FuseRope(), graph(tables, turn, x="f32[b, s, s, 4]"), "%cw is broadcast_to of something")
+def test_a_position_for_each_head() -> None:
+    tables = TABLES.replace("[s, 1]", "[s, s, 1]").replace("(s, 1)", "(s, s, 1)").replace("[s, 2]", "[s, s, 2]")
+    tables = tables.replace("%aa: f32[s, 4]", "%aa: f32[s, s, 4]").replace("axis=1", "axis=2")
+    tables = tables.replace("f32[s, 1, 4]", "f32[s, s, 4]").replace("(s, 1, 4)", "(s, s, 4)")
+    text = graph(tables, TURN.replace("s, 3, ", "s, s, "), x="f32[b, s, s, 4]", at="i64[s, s]")
+    check_untouched(FuseRope(), text, "does not vary along one position axis")
+
+
+def test_one_vector_turned_to_many_positions() -> None:
+    turn = TURN.replace("[b, s, 3, ", "[b, 1, 3, ").replace("(b, s, 3, ", "(b, 1, 3, ")
+    for name in ("m1", "m2", "y"):
+        turn = turn.replace(f"%{name}: f32[b, 1", f"%{name}: f32[b, s")
+    check_untouched(FuseRope(), graph(TABLES, turn, x="f32[b, 1, 3, 4]"), "does not vary along one position axis")
+
+
+def test_one_vector_turned_to_many_positions_after_the_heads() -> None:
+    turn = TURN.replace("[b, s, 3, ", "[b, 3, 1, ").replace("(b, s, 3, ", "(b, 3, 1, ")
+    for name in ("m1", "m2", "y"):
+        turn = turn.replace(f"%{name}: f32[b, 3, 1", f"%{name}: f32[b, 3, s")
+    tables = TABLES.replace("[s, 1, 4]", "[s, 4]").replace("(s, 1, 4)", "(s, 4)")
+    check_untouched(FuseRope(), graph(tables, turn, x="f32[b, 3, 1, 4]"), "does not vary along one position axis")
+
+
+def test_cosines_along_one_axis_and_sines_along_another() -> None:
+    tables = TABLES + "%n2: f32[1, s, 4] = reshape(%n) {shape=(1, s, 4)}\n"
+    turn = TURN.replace("%rot, %n", "%rot, %n2").replace("s, 3, ", "s, s, ")
+    check_untouched(FuseRope(), graph(tables, turn, x="f32[b, s, s, 4]"), "not of the same angles")
+
+
+def test_a_position_for_each_frequency() -> None:
+    tables = TABLES.replace("[s, 1, 4]", "[4]").replace("(s, 1, 4)", "(4,)").replace("axis=1", "axis=0")
+    tables = tables.replace("[s, 1]", "[2]").replace("(s, 1)", "(2,)").replace("[s, 2]", "[2]").replace("[s, 4]", "[4]")
+    turn = TURN.replace("b, s, 3", "b, 1, 3")
+    text = graph(tables, turn, x="f32[b, 1, 3, 4]", at="i64[2]")
+    check_untouched(FuseRope(), text, "no product of integer positions [.., 1]")
+
+
+def test_angles_along_the_heads() -> None:
+    tables = TABLES.replace("[s, ", "[1, ").replace("(s, ", "(1, ")
+    tables = tables.replace("[1, 1, 4]", "[1, 4, 1]").replace("(1, 1, 4)", "(1, 4, 1)")
+    turn = TURN.replace("[b, s, 3, ", "[b, 3, 4, ").replace("(b, s, 3, ", "(b, 3, 4, ")
+    check_untouched(FuseRope(), graph(tables, turn, x="f32[b, 3, 4, 4]", at="i64[1]"), "is not 4 angles")
+
+
+def test_tables_may_be_shaped_last() -> None:
+    shaped = "".join(f"%{k}2: f32[1, s, 1, 4] = reshape(%{k}) {{shape=(1, s, 1, 4)}}\n" for k in "cn")
+    turn = TURN.replace("%x, %c", "%x, %c2").replace("%rot, %n", "%rot, %n2")
+    check_pass(FuseRope(), graph(TABLES, shaped, turn), AFTER, DIMS)
+
+
+def product(n: str) -> str:
+    """x1, x2 turned apart."""
+    return """
+  %p1: f32[b, s, 3, 2] = mul(%x1, %c)
+  %p2: f32[b, s, 3, 2] = mul(%x2, %n)
+  %y1: f32[b, s, 3, 2] = sub(%p1, %p2)
+  %p3: f32[b, s, 3, 2] = mul(%x2, %c)
+  %p4: f32[b, s, 3, 2] = mul(%x1, %n)
+  %y2: f32[b, s, 3, 2] = add(%p3, %p4)
+""".replace("3, 2]", n)
+
+
+HALF_TABLES = TABLES.replace("  %aa: f32[s, 4] = concat(%a, %a) {axis=1}\n", "").replace("%aa", "%a").replace("1, 4", "1, 2")
+
+
+def test_angles_repeated_inside_a_half() -> None:
+    halves = """
+  %x1: f32[b, s, 3, 4] = slice(%x) {starts=(0, 0, 0, 0), stops=(b, s, 3, 4)}
+  %x2: f32[b, s, 3, 4] = slice(%x) {starts=(0, 0, 0, 4), stops=(b, s, 3, 8)}
+""" + product("3, 4]") + "%y: f32[b, s, 3, 8] = concat(%y1, %y2) {axis=3}"  # fmt: skip
+    check_untouched(FuseRope(), graph(TABLES, halves, x="f32[b, s, 3, 8]"), "holds 4 angles per position for 2 frequencies")
+
+
+@pytest.mark.parametrize("at, rest", [(2, 0), (0, 3)])
+def test_halves_and_rest_in_another_place(at: int, rest: int) -> None:
+    body = f"""
+  %x1: f32[b, s, 3, 2] = slice(%x) {{starts=(0, 0, 0, {at}), stops=(b, s, 3, {at + 2})}}
+  %x2: f32[b, s, 3, 2] = slice(%x) {{starts=(0, 0, 0, {at + 2}), stops=(b, s, 3, {at + 4})}}
+  %rest: f32[b, s, 3, 2] = slice(%x) {{starts=(0, 0, 0, {rest}), stops=(b, s, 3, {rest + 2})}}
+{product("3, 2]")}
+  %y: f32[b, s, 3, 6] = concat(%y1, %y2, %rest) {{axis=3}}"""
+    check_untouched(FuseRope(), graph(HALF_TABLES, body, x="f32[b, s, 3, 6]"), "the parts do not make up the features of %x")
+
+
+PAIRS = """
+  %pairs: f32[b, s, 3, 2, 2] = reshape(%x) {shape=(b, s, 3, 2, 2)}
+  %s1: f32[b, s, 3, 2, 1] = slice(%pairs) {starts=(0, 0, 0, 0, 0), stops=(b, s, 3, 2, 1)}
+  %s2: f32[b, s, 3, 2, 1] = slice(%pairs) {starts=(0, 0, 0, 0, 1), stops=(b, s, 3, 2, 2)}
+  %x1: f32[b, s, 3, 2] = reshape(%s1) {shape=(b, s, 3, 2)}
+  %x2: f32[b, s, 3, 2] = reshape(%s2) {shape=(b, s, 3, 2)}
+"""
+JOINED = """
+  %r1: f32[b, s, 3, 2, 1] = reshape(%y1) {shape=(b, s, 3, 2, 1)}
+  %r2: f32[b, s, 3, 2, 1] = reshape(%y2) {shape=(b, s, 3, 2, 1)}
+  %both: f32[b, s, 3, 2, 2] = concat(%r1, %r2) {axis=4}
+  %y: f32[b, s, 3, 4] = reshape(%both) {shape=(b, s, 3, 4)}
+"""
+
+
+def test_interleaved_pairs() -> None:
+    want = graph(INV, "%y: f32[b, s, 3, 4] = rope(%x, %at, %constant) {interleaved=true}")
+    check_pass(FuseRope(), graph(HALF_TABLES, PAIRS, product("3, 2]"), JOINED), want, DIMS)
+
+
+@pytest.mark.parametrize("way", ["halves in, pairs out", "pairs in, halves out", "second before first", "heads among pairs"])
+def test_pairs_put_otherwise(way: str) -> None:
+    pairs, joined, tables, n, reason = PAIRS, JOINED, HALF_TABLES, "3, 2]", "does not hold the pairs of features"
+    match way:
+        case "halves in, pairs out":
+            pairs = pairs.replace("3, 2, 2]", "3, 1, 4]").replace("(b, s, 3, 2, 2)}\n  %s1", "(b, s, 3, 1, 4)}\n  %s1")
+            pairs = pairs.replace("3, 2, 1] = slice", "3, 1, 2] = slice")
+            pairs = pairs.replace("0, 1), stops=(b, s, 3, 2, 2)", "0, 2), stops=(b, s, 3, 1, 4)")
+            pairs = pairs.replace("0, 0), stops=(b, s, 3, 2, 1)", "0, 0), stops=(b, s, 3, 1, 2)")
+        case "pairs in, halves out":
+            joined = joined.replace("3, 2, 1", "3, 1, 2").replace("3, 2, 2]", "3, 1, 4]")
+        case "second before first":
+            pairs = pairs.replace("(%s1)", "(%s0)").replace("(%s2)", "(%s1)").replace("(%s0)", "(%s2)")
+            reason = "%s2 and %s1 are not halves of one vector"
+        case _:
+            n, tables = "2, 3]", tables.replace("s, 2]", "s, 3]").replace("1, 2", "1, 3").replace("f32[2]", "f32[3]")
+            tables = tables.replace("0.1>", "0.1 0.01>")
+            pairs = pairs.replace("3, 2] = reshape", "2, 3] = reshape").replace("(b, s, 3, 2)}", "(b, s, 2, 3)}")
+    check_untouched(FuseRope(), graph(tables, pairs, product(n), joined), reason)
+
+
+@pytest.mark.parametrize("x, wide", [("f16", "f64"), ("f64", "f32")])
+def test_casts_that_do_something_stay(x: str, wide: str) -> None:
+    body = f"""%inv: {wide}[2] = constant() {{value=dense<{wide}[2], 1.0 0.1>}}
+  %w: {wide}[b, s, 3, 4] = cast(%x) {{dtype={wide}}}
+  %r: {wide}[b, s, 3, 4] = rope(%w, %at, %inv)
+  %y: {x}[b, s, 3, 4] = cast(%r) {{dtype={x}}}"""
+    check_untouched(FuseRope(), graph(body, x=f"{x}[b, s, 3, 4]"))
 
 
 def test_a_batch_of_positions_for_one_row() -> None:

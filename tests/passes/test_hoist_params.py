@@ -95,13 +95,15 @@ def test_a_result_inside_another_is_computed_from_the_parameters() -> None:
 
 
 def test_hoisting_again_composes() -> None:
-    program = hoisted("%t: f32[4, 4] = add(%a.w, %b.w)\n %y: f32[n, 4] = linear(%x, %t)")
+    two = "%u: f32[4, 4] = mul(%a.w, %b.w)\n %z: f32[n, 4] = linear(%x, %u)\n"
+    program = hoisted(two + "%t: f32[4, 4] = add(%a.w, %b.w)\n %y: f32[n, 4] = linear(%z, %t)")
     g = program["f0"]
-    linear = g.last
-    assert linear is not None
-    b = Builder(g, before=linear)
-    t = linear.inputs[1]
-    g.set_inputs(linear, [linear.inputs[0], b.mul(t, b.neg(t))])
+    assert g.first is not None
+    assert g.last is not None
+    u, t = g.first.inputs[1], g.last.inputs[1]
+    b = Builder(g, before=g.first)
+    g.set_inputs(g.first, [g.inputs[0], b.constant(np.eye(4), "f32")])
+    g.set_inputs(g.last, [g.last.inputs[0], b.mul(t, b.neg(u))])
     check = InterpreterCheck(DIMS)
     check.baseline(program)
     PassManager([HoistParams()], check=check).run(program)
@@ -109,7 +111,7 @@ def test_hoisting_again_composes() -> None:
     assert isinstance(p, DerivedParam)
     assert list(p.sources) == ["a.w", "b.w"]
     assert not any(isinstance(s, DerivedParam) for s in p.sources.values())
-    assert [n.op.name for n in p.graph.nodes] == ["add", "neg", "mul"]
+    assert [n.op.name for n in p.graph.nodes] == ["mul", "add", "neg", "mul"]
 
 
 def test_parameters_that_other_graphs_read_stay() -> None:

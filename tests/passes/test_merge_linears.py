@@ -62,8 +62,9 @@ def test_weights_are_joined_before_they_are_stored(scheme: str, stored: str) -> 
 
 
 def test_a_weight_computed_later_moves_up() -> None:
-    before = HEAD + PAIR.replace("%k.w)", "%t)").replace("  %k:", "  %t: f32[4, 32] = add(%k.w, 1.0:f32)\n %k:")
-    weight = "%t_1: f32[4, 32] = add(%k.w, 1.0:f32)\n %concat: f32[12, 32] = concat(%q.w, %t_1) {axis=0}\n"
+    made = "%t: f32[4, 32] = add(%k.w, 1.0:f32)\n %w: f32[4, 32] = mul(%t, %t)\n"
+    before = HEAD + PAIR.replace("%k.w)", "%w)").replace("  %k:", made + "%k:")
+    weight = made.replace("%t", "%t_1").replace("%w", "%w_1") + "%concat: f32[12, 32] = concat(%q.w, %w_1) {axis=0}\n"
     after = HEAD + weight + "%q_k: f32[b, s, 12] = linear(%x, %concat)\n" + SLICES
     check_pass(MergeLinears(), before, after, DIMS)
 
@@ -113,6 +114,20 @@ def test_up_follows_its_gate(order: str, want: str, operands: str) -> None:
 
 
 TRANSPOSED = "%t: f32[32, 8] = transpose(%q.w) {perm=(1, 0)}\n return %t, %q"
+
+
+def test_order_stays_where_nothing_is_gated() -> None:
+    gated = GATED.replace("(%x:", "(%other: f32[8], %x:")
+    lines = "\n".join(LINES[n] for n in "ugk")
+    texts = [gated.format(lines, product) for product in ("%other, %act", "%act, %act")]
+    texts.append(gated.format(lines, "%act, %u").replace("silu(%g)", "neg(%g)"))
+    texts.append(gated.format(lines, "%u, %k").replace("return %y", "return %act, %y"))
+    for text in texts:
+        program = random_program(text)
+        PassManager([MergeLinears()], check=InterpreterCheck(DIMS)).run(program)
+        assert [n.output.name for n in program["f"].nodes if n.op.name == "linear"] == ["u_g_k"]
+
+
 SLICED = "%o: f32[4, 32] = slice(%r) {starts=(0, 0), stops=(4, 32)}\n %k:"
 NEAR = {
     "tied": (PAIR.replace("return %q", TRANSPOSED), "%q.w is also used elsewhere"),
@@ -121,6 +136,11 @@ NEAR = {
     "a weight of no parameter": (
         PAIR.replace("linear(%x, %k.w)", "linear(%x, %o)").replace("  %k:", SLICED),
         "its weight %o is not computed from parameters alone",
+    ),
+    "quantized parameters": (
+        "param %a: int8b32f16[8, 32]\n param %c: int8b32f16[4, 32]\n %q: f32[b, s, 8] = quantized_linear(%x, %a)\n"
+        "%k: f32[b, s, 4] = quantized_linear(%x, %c)\n return %q, %k\n}",
+        "its weight %a is quantized already",
     ),
     "a bias of no parameter": (PAIR.replace("%k.w)", "%k.w, %z)"), "its bias %z is not computed from parameters alone"),
     "stored in another type": (

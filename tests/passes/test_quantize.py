@@ -153,8 +153,12 @@ def test_near_misses() -> None:
     check_untouched(Quantize("int4"), short, "%w stays f32[8, 31]: its rows are shorter than a block of 32")
     program, _ = run(short, Quantize("f16"))
     assert program["f"].count("cast") == 1
+    twice = short.replace("return %y", "%z: f32[n, 8] = linear(%x, %w)\n return %y, %z")
+    _, report = run(twice, Quantize("int8"))
+    assert len(report.remarks("missed")) == 1
     f16 = one("%w: f16[8, 64]", "", "param %w: f16[8, 64]")
     check_untouched(Quantize("bf16"), f16)
+    assert run(f16, Quantize("int8"))[0]["f"].count("quantized_linear") == 1
 
 
 def test_a_weight_that_something_else_reads_is_kept_too() -> None:
