@@ -61,7 +61,8 @@ class Value:
     def const(self) -> np.ndarray | None:
         """The array, if a ``constant`` node makes it."""
         if self.node is not None and self.node.op.name == "constant":
-            return self.node.attrs.value.array
+            attrs: Any = self.node.attrs
+            return np.asarray(attrs.value.array)
         return None
 
     @property

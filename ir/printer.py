@@ -86,7 +86,8 @@ def _inline(v: Value) -> bool:
 
 def operand_text(v: Value) -> str:
     """``%x``, or the number itself for a scalar constant."""
-    return literal_text(v.node.attrs.value) if _inline(v) else "%" + name_text(v.name)
+    const = v.const if _inline(v) else None
+    return "%" + name_text(v.name) if const is None else literal_text(Literal.of(const))
 
 
 def node_text(node: Node) -> str:

@@ -15,6 +15,9 @@ from .dims import Dim, DimLike, evaluate_dim, substitute, symbols_of
 from .errors import TypeMismatch
 
 
+_NumpyType = np.dtype  # inside DType, np is a property
+
+
 class DType(enum.Enum):
     """Element types. The value is the name in the text format."""
 
@@ -48,7 +51,7 @@ class DType(enum.Enum):
         return {DType.I4: 4, DType.U4: 4}.get(self, _NP[self].itemsize * 8)
 
     @staticmethod
-    def of(x: DType | str | np.dtype | type) -> DType:
+    def of(x: DType | str | _NumpyType | type) -> DType:
         """The DType of a name (``"f32"``, ``"float32"``) or NumPy dtype. Raises TypeMismatch for any other."""
         if isinstance(x, DType):
             return x

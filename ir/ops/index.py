@@ -200,7 +200,7 @@ class ScatterAlong(Op):
         return x
 
     def reference(self, attrs: ScatterAttrs, x: np.ndarray, ids: np.ndarray, updates: np.ndarray) -> np.ndarray:
-        at = list(np.indices(ids.shape, sparse=True))
+        at: list[np.ndarray] = list(np.indices(ids.shape, sparse=True))
         at[attrs.axis] = _checked(ids, x.shape[attrs.axis])
         return _write(np.array(x), tuple(at), updates, attrs.reduce)
 
