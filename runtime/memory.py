@@ -1,4 +1,7 @@
-"""Memory for tensors: zeroed, aligned as compiled code assumes, in huge pages where the system has them."""
+"""Memory for tensors: zeroed, aligned as compiled code assumes, in huge pages where the system has them.
+
+tvm_ffi is imported where it is used, here and in module.py: what is wrong with its installation is load()'s to say.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import tvm_ffi
 
 ALIGNMENT = 64
 """What code generation assumes of every tensor's address; NumPy's own arrays are aligned to 16."""
@@ -26,6 +28,8 @@ def allocate(nbytes: int) -> np.ndarray:
 
 def item_size(dtype: str) -> int:
     """Bytes of one element. Raises ValueError for a name that is no element type."""
+    import tvm_ffi
+
     return int(tvm_ffi.dtype(dtype).itemsize)
 
 
@@ -39,6 +43,8 @@ def tensor_in(memory: np.ndarray, dtype: str, shape: Sequence[int]) -> Any:
 
     Element types that NumPy lacks (bfloat16) are as good as any. Needs the TVM runtime to be loaded.
     """
+    import tvm_ffi
+
     view = tvm_ffi.get_global_func("runtime.TVMTensorCreateView")
     return view(tvm_ffi.from_dlpack(memory), tvm_ffi.Shape(tuple(shape)), tvm_ffi.dtype(dtype), 0)
 

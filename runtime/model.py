@@ -15,10 +15,12 @@ from .artifact import TOKENIZER, WEIGHTS, check_hash, read_manifest, sha256
 from .errors import ArtifactError, InputError
 from .generate import Generation, generate
 from .manifest import AGAIN, Entry, Manifest
+from .memory import tensor_of
 from .module import Library, check_ffi
 from .sampling import SamplingOptions
 from .session import Session
 from .tokenizer import Tokenizer
+from .weights import Weights
 
 
 def load(folder: str | Path, threads: int | None = None, verify: bool = True) -> Model:
@@ -29,8 +31,6 @@ def load(folder: str | Path, threads: int | None = None, verify: bool = True) ->
 
     Raises ArtifactError for an artifact that is damaged, or made by other versions or for another machine.
     """
-    from .weights import Weights  # needs tvm_ffi, which check_ffi has a sentence about
-
     folder = Path(folder)
     manifest = read_manifest(folder)
     check_ffi(manifest)
@@ -93,8 +93,6 @@ class Model:
         if e.states:
             raise InputError(f"entry {entry} keeps caches: use session()")
         values = fit(f"entry {entry}", e.inputs, arrays, {})
-        from .memory import tensor_of
-
         results = self.function(entry)(*map(tensor_of, values), *self.weights)
         return {spec.name: np.from_dlpack(x) for spec, x in zip(e.outputs, results)}
 

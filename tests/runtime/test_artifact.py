@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -286,16 +288,36 @@ def test_an_artifact_compiled_anew_is_loaded_anew(copy: Path, artifact: Path) ->
     _refused(copy, r"model\.so cannot be loaded")
 
 
-def test_threads_that_cannot_be(artifact: Path) -> None:
+def test_threads_that_cannot_be(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="threads is 0"):
         load(artifact, threads=0)
     running = int(tvm_ffi.get_global_func("runtime.NumThreads")())
-    before = os.environ["TVM_NUM_THREADS"]
-    try:
-        with pytest.raises(RuntimeErrorBase, match=f"already runs with {running} threads"):
-            load(artifact, threads=running + 1)
-    finally:
-        os.environ["TVM_NUM_THREADS"] = before
+    monkeypatch.setenv("TVM_NUM_THREADS", str(running))  # load() sets it; put it back afterwards
+    with pytest.raises(RuntimeErrorBase, match=f"already runs with {running} threads"):
+        load(artifact, threads=running + 1)
+
+
+def test_a_number_of_threads_from_the_environment_that_comes_too_late(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    running = int(tvm_ffi.get_global_func("runtime.NumThreads")())
+    monkeypatch.setenv("TVM_NUM_THREADS", str(running + 1))
+    with pytest.warns(UserWarning, match=f"already runs with {running} threads .* cannot change to {running + 1}"):
+        load(artifact)
+
+
+def test_without_tvm_ffi(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("wasat.runtime.module.version", absent)
+    _refused(artifact, r"which is not installed: pip install apache-tvm-ffi==")
+
+
+def test_sessions_in_several_threads(model: Model) -> None:
+    prompts = [[i, 2 * i, 3 * i] for i in range(4)]
+    want = [model.generate([p], max_tokens=30)[0].tokens for p in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(lambda p: model.generate([p], max_tokens=30)[0].tokens, prompts))
+    assert got == want
 
 
 ALONE = """
@@ -304,6 +326,8 @@ ALONE = """
                  "wasat.driver"):
         sys.modules[name] = None  # importing it raises ImportError
     import wasat as ws
+    import wasat.runtime
+    assert "tvm_ffi" not in sys.modules  # importing costs little, and works where tvm_ffi does not
     model = ws.load(sys.argv[1])
     (got,) = model.generate("naïve ", max_tokens=12, logprobs=0)
     maps = open("/proc/self/maps").read()

@@ -88,6 +88,19 @@ def test_reset_forgets(model: Model, reference: Reference) -> None:
     _near(session.step([[3, 1, 4]])[0], want[-1])
 
 
+def test_what_was_forgotten_does_not_stand_in_the_way(model: Model, program: Program) -> None:
+    """After reset(), or truncate(0), a ring that once wrapped can be cut back like a fresh one."""
+    session = model.session()
+    for forget in (session.reset, lambda: session.truncate(0)):
+        session.step([_tokens(3 * RING, 10)])
+        forget()
+        session.step([[3, 1, 4, 1, 5]])
+        session.truncate(2)
+        ref = Reference(program)
+        list(ref.feed([3, 1]))
+        _near(session.step([[9]])[0], next(ref.feed([9])))
+
+
 def test_truncate_goes_back(model: Model, program: Program) -> None:
     tokens = _tokens(RING, 7)
     session = model.session()

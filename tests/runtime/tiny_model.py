@@ -11,7 +11,7 @@ import numpy as np
 from wasat.ir import ArrayParam, Builder, DType, Graph, Program, TensorType, evaluate, symbol, type_of
 
 HEADS, WIDTH = 2, 8
-WINDOW, CHUNK, RING, CONTEXT = 4, 8, 16, 600
+WINDOW, CHUNK, RING, CONTEXT = 4, 8, 16, 608
 EOS, BOS, VOCAB = 256, 257, 259  # one token per byte; 258 is in no text
 STATES = ("full.k", "full.v", "ring.k", "ring.v")
 
