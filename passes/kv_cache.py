@@ -81,6 +81,14 @@ class DeriveKVCache(Pass):
             remarks.applied(f"@encode computes {len(plan.memory)} values once", made[0])
 
 
+def capacity_name(forward: Graph) -> str:
+    """The symbol for the positions of full caches: ``c``, unless the graph has one of that name."""
+    name = "c"
+    while name in forward.symbols:
+        name += "_"
+    return name
+
+
 def _tokens(graph: Graph) -> Value:
     """The input that holds tokens: integers [batch, sequence]."""
     found = [
@@ -145,10 +153,7 @@ class _Plan:
     @staticmethod
     def make(forward: Graph, tokens: Value, seq: str, labels: dict[Value, Label], chunk: int, context: int | None) -> _Plan:
         plan = _Plan(forward, tokens, seq, labels)
-        name = "c"
-        while name in forward.symbols:
-            name += "_"
-        plan.capacity = symbol(name)
+        plan.capacity = symbol(capacity_name(forward))
         dependent = _on_inputs(plan)
         for node in forward.nodes:
             for v in node.inputs:

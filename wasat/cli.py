@@ -5,61 +5,72 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from wasat import __version__
 
 app = typer.Typer(
     name="wasat", no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False,
-    help="Compile multimodal transformers.\n\n"
-    "`wasat compile FOLDER -o OUT --quantize int4` turns a Hugging Face folder into an artifact; "
-    "`wasat generate OUT \"prompt\"` runs it, without the compiler. `wasat show` prints graphs as text, before or after any "
-    "pass; `wasat explain` says what each pass did, and for every lost optimization why and where. `wasat demo` does it all "
-    "on a small model that comes along.",
+    help="""Compile multimodal transformers.
+
+A first round, from a clone of the repository:
+
+- `wasat compile examples/pygemma -o pygemma.wasat --quantize int4` makes an artifact of a Hugging Face folder
+- `wasat generate pygemma.wasat "def read_file(path):"` runs it, without the compiler
+- `wasat show examples/pygemma --after fuse-attention` prints the graph as any pass leaves it
+- `wasat explain examples/pygemma` says what each pass did, and for every lost optimization why and where
+- `wasat demo` does it all on that small model
+""",
 )  # fmt: skip
 out, err = Console(), Console(stderr=True)
 
-Quantize = Annotated[
-    str | None,
-    typer.Option(help="Weights as `int4` or `int8` (blocks of 32, f16 scales), `f16`, `bf16`; default: f32."),
-]
+Scheme = Literal["int4", "int8", "f16", "bf16", "f32"]
+Quantize = Annotated[Scheme, typer.Option(help="Weights in fewer bits; `int4` and `int8` share f16 scales in blocks of 32.")]
 Override = Annotated[
     list[str] | None,
     typer.Option("--override", help="`GLOB=SCHEME` for the parameters that match, e.g. `'*embed*=int8'`; repeatable."),
 ]
+Activation = Annotated[
+    Literal["int8", "f32"],
+    typer.Option(help="Where weights are integers: integer dot products, or activations in float (slower, more exact)."),
+]
 Source = Annotated[Path, typer.Argument(help="A Hugging Face folder, or a file of graph text.", show_default=False)]
 
 
-class _Bars:
-    """Progress bars on stderr, one per stage; silent where stderr is no terminal."""
+class _Refusal(Exception):
+    """An option that cannot be."""
+
+
+class _Bar:
+    """What is going on, in one line of stderr that is gone afterwards; nothing where stderr is no terminal."""
 
     def __init__(self) -> None:
-        self.bars = Progress(
-            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-            TimeElapsedColumn(), console=err, transient=True, disable=not err.is_terminal,
+        self._bar = Progress(
+            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
+            console=err, transient=True, disable=not err.is_terminal,
         )  # fmt: skip
-        self.tasks: dict[str, Any] = {}
+        self._task: TaskID | None = None
+        self._stage = ""
 
-    def __enter__(self) -> _Bars:
-        self.bars.start()
+    def __enter__(self) -> _Bar:
+        self._bar.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.bars.stop()
+        self._bar.stop()
 
     def __call__(self, stage: str, done: int = 0, total: int = 0) -> None:
-        group = "passes" if stage.startswith("pass ") else stage
-        if group not in self.tasks:
-            for other in self.tasks.values():
-                task = self.bars.tasks[self.bars.task_ids.index(other)]
-                self.bars.update(other, completed=task.total or 1, total=task.total or 1)
-            self.tasks[group] = self.bars.add_task(group, total=total or None)
-        self.bars.update(self.tasks[group], completed=done, total=total or None, description=stage)
+        group = stage.split()[0]  # passes are parts of one stage
+        if group != self._stage or self._task is None:
+            if self._task is not None:
+                self._bar.remove_task(self._task)
+            self._task, self._stage = self._bar.add_task("", total=total or None), group
+        self._bar.update(self._task, description=f"{stage:<24}", completed=done)
 
 
 def _overrides(items: list[str] | None) -> dict[str, str]:
@@ -67,7 +78,7 @@ def _overrides(items: list[str] | None) -> dict[str, str]:
     for item in items or []:
         glob, sign, scheme = item.rpartition("=")
         if not sign or not glob:
-            raise typer.BadParameter(f"{item!r}: write GLOB=SCHEME, e.g. '*embed*=int8'")
+            raise _Refusal(f"--override {item!r}: write GLOB=SCHEME, e.g. '*embed*=int8'")
         found[glob] = scheme
     return found
 
@@ -87,34 +98,42 @@ def _main(version: Annotated[bool, typer.Option("--version", callback=_version, 
 def compile(
     source: Source,
     output: Annotated[Path, typer.Option("--output", "-o", help="The artifact folder to write.", show_default=False)],
-    quantize: Quantize = None,
+    quantize: Quantize = "f32",
     override: Override = None,
+    activation: Activation = "int8",
     target: Annotated[str, typer.Option(help="`cpu` (this machine), `cpu:znver3`, `cuda:sm_80`, …")] = "cpu",
-    activation: Annotated[
-        str, typer.Option(help="`int8`: integer dot products; `f32`: activations stay float (slower, more exact).")
-    ] = "int8",
     chunk: Annotated[int, typer.Option(help="Most prompt tokens per call; sliding-window caches hold window + chunk.")] = 512,
     threads: Annotated[int | None, typer.Option(help="Threads the code is laid out for; default: this machine's.")] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Compare results, on the interpreter, before and after every pass (slow).")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say what every pass did.")] = False,
 ) -> None:
     """Compile a model into an artifact: one folder with library, packed weights, tokenizer and runtime.
 
-    Example: `wasat compile examples/pygemma -o pygemma.wasat --quantize int4`
+    Examples:
+
+    - `wasat compile examples/pygemma -o pygemma.wasat --quantize int4`
+    - `wasat compile examples/pygemma -o mixed.wasat --quantize int4 --override '*embed*=int8'`
+    - `wasat compile examples/pygemma -o exact.wasat --check --verbose`
     """
     from wasat import driver
 
     started = time.perf_counter()
-    with _Bars() as bars:
-        bars("reading the model")
+    with _Bar() as bar:
+        bar("reading the model")
         program = driver.load_program(source)
         report = driver.compile(
-            program, output, target=target, quantize=quantize, overrides=_overrides(override), chunk=chunk, threads=threads,
-            activation=None if activation in ("f32", "none") else activation, progress=bars,
+            program, output, target=target, quantize=_or_none(quantize), overrides=_overrides(override),
+            activation=_or_none(activation), chunk=chunk, threads=threads, check=check, progress=bar,
         )  # fmt: skip
+    if verbose:
+        print(report.explain())
     size = sum(f.stat().st_size for f in output.iterdir())
-    out.print(f"[bold]{escape(str(output))}[/]: {size / 1e6:.1f} MB in {time.perf_counter() - started:.1f} s")
-    missed = [r for step in report.steps for r in step.remarks if r.kind == "missed"]
-    if missed:
-        out.print(f"{len(missed)} optimizations were missed: [bold]wasat explain {escape(str(source))}[/] names them")
+    _say(f"{output}: {size / 1e6:.1f} MB in {time.perf_counter() - started:.1f} s")
+    missed = len(report.remarks("missed"))
+    if missed and not verbose:
+        _say(f"{missed} optimization{'s were' * (missed > 1) or ' was'} missed; what and why: wasat explain {source} --missed")
 
 
 @app.command()
@@ -133,7 +152,11 @@ def generate(
 ) -> None:
     """Continue a prompt, streaming. Needs the artifact and the runtime, not the compiler.
 
-    Example: `wasat generate pygemma.wasat "def read_file(path):" --max-tokens 80`
+    Examples:
+
+    - `wasat generate pygemma.wasat "def read_file(path):" --max-tokens 80`
+    - `wasat generate pygemma.wasat "class Stack:" --temperature 0.8 --top-p 0.95 --seed 7`
+    - `echo "import os" | wasat generate pygemma.wasat - --stop "def " --quiet`
     """
     from wasat import runtime
 
@@ -150,7 +173,7 @@ def generate(
     (result,) = model.generate([text], max_tokens=max_tokens, options=options, stop=stop or [], stream=write)
     sys.stdout.write("\n")
     if not quiet:
-        err.print(f"[dim]{result.summary()}[/]")
+        err.print(result.summary(), style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -158,84 +181,112 @@ def show(
     source: Source,
     before: Annotated[str | None, typer.Option(help="Print the graphs as they enter this pass.")] = None,
     after: Annotated[str | None, typer.Option(help="Print the graphs as they leave this pass; `all`: after the last.")] = None,
-    quantize: Quantize = None,
+    graph: Annotated[str | None, typer.Option(help="Only this graph, e.g. `decode`.")] = None,
+    quantize: Quantize = "f32",
     override: Override = None,
-    locs: Annotated[bool, typer.Option(help="Note at every line where it was written.")] = False,
+    activation: Activation = "int8",
+    locs: Annotated[bool, typer.Option("--locs", help="Note at every line where it was written.")] = False,
 ) -> None:
-    """Print a model's graphs as text: as declared, or before or after any pass.
+    """Print a model's graphs as text: as declared, or before or after any pass. A pass that runs twice prints twice.
 
-    Example: `wasat show examples/pygemma --after fuse-attention`
+    Examples:
+
+    - `wasat show examples/pygemma --locs`
+    - `wasat show examples/pygemma --after fuse-attention`
+    - `wasat show examples/pygemma --quantize int4 --after all --graph decode`
     """
     from wasat import driver
     from wasat.ir import Program, graph_text
 
+    def render(p: Program) -> str:
+        if graph is not None and graph not in p.graphs:
+            raise _Refusal(f"there is no graph {graph!r} here; there are {', '.join(p.graphs)}")
+        return "\n".join(graph_text(g, locs=locs) for name, g in p.graphs.items() if graph in (None, name))
+
     program = driver.load_program(source)
-
-    def render(p: Program) -> None:
-        for g in p.graphs.values():
-            print(graph_text(g, locs=locs), end="\n")
-
     if before is None and after is None:
-        return render(program)
-    found = []
+        return print(render(program), end="")
+    seen: dict[str, None] = {}
+    shown = []
 
     def dump(name: str, when: str, p: Program) -> None:
+        seen[name] = None
         if (when, name) in (("before", before), ("after", after)):
-            found.append(name)
-            render(p)
+            shown.append(render(p))
 
-    result, report = driver.optimize(program, quantize=quantize, overrides=_overrides(override), dump=dump)
+    result, _ = driver.optimize(
+        program, quantize=_or_none(quantize), overrides=_overrides(override), activation=_or_none(activation), dump=dump
+    )
     if after == "all":
-        return render(result)
-    if not found:
-        names = ", ".join(dict.fromkeys(s.name for s in report.steps))
-        raise typer.BadParameter(f"no such pass; in order they are: {names}")
+        shown.append(render(result))
+    unknown = [name for name in (before, after) if name not in (None, *seen) and (name, after) != ("all", "all")]
+    if unknown:
+        raise _Refusal(f"there is no pass {unknown[0]!r}; in order they are: {', '.join(seen)}")
+    print("\n".join(shown), end="")
 
 
 @app.command()
 def explain(
     source: Source,
-    quantize: Quantize = None,
+    quantize: Quantize = "f32",
     override: Override = None,
-    missed: Annotated[bool, typer.Option(help="Only what was missed.")] = False,
+    activation: Activation = "int8",
+    missed: Annotated[bool, typer.Option("--missed", help="Only what was missed.")] = False,
 ) -> None:
     """Say what every pass did, and for each optimization that was lost, why and at which line of the model.
 
-    Example: `wasat explain examples/pygemma --quantize int4`
+    Examples:
+
+    - `wasat explain examples/pygemma --quantize int4`
+    - `wasat explain examples/pygemma --missed`
     """
     from wasat import driver
 
     program = driver.load_program(source)
-    _, report = driver.optimize(program, quantize=quantize, overrides=_overrides(override))
+    _, report = driver.optimize(
+        program, quantize=_or_none(quantize), overrides=_overrides(override), activation=_or_none(activation)
+    )
     print(report.explain(only="missed" if missed else None))
 
 
 @app.command()
 def demo(
-    quantize: Annotated[str, typer.Option(help="`int4`, `int8`, `f16` or `f32`.")] = "int4",
+    quantize: Quantize = "int4",
     folder: Annotated[Path | None, typer.Option(help="A Hugging Face folder to use instead of the small one.")] = None,
 ) -> None:
-    """Watch a small trained model become a graph, be fused, get its KV cache, be quantized, compiled and asked to write code."""
+    """Watch a small trained model become a graph, be fused, get its KV cache, be quantized, compiled, and write code.
+
+    Examples:
+
+    - `wasat demo`
+    - `wasat demo --quantize f32`
+    """
     from wasat import demo as _demo
 
-    _demo.main(out, folder, None if quantize == "f32" else quantize)
+    _demo.main(out, folder, _or_none(quantize))
+
+
+def _or_none(scheme: str) -> str | None:
+    """What the driver has for f32: nothing in fewer bits."""
+    return None if scheme == "f32" else scheme
+
+
+def _say(line: str) -> None:
+    """A line of the answer: whole, however narrow the terminal is."""
+    out.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def main() -> None:
-    """Entry point: Wasat's own errors become one message and exit status 1."""
+    """Entry point: what Wasat or the system refuses becomes one message and exit status 1."""
     try:
         app()
     except Exception as e:
-        from wasat.ir.errors import WasatError
-
-        kinds: tuple[type[Exception], ...] = (WasatError,)
-        runtime_errors = sys.modules.get("wasat.runtime")
-        if runtime_errors is not None:
-            kinds += (runtime_errors.RuntimeErrorBase,)
-        if isinstance(e, (*kinds, FileNotFoundError)):
-            err.print(f"[bold red]error:[/] {escape(str(e))}")
-            raise SystemExit(1) from None
-        raise
+        rooms = (("wasat.ir", "WasatError"), ("wasat.runtime", "RuntimeErrorBase"))  # imported only where they were needed
+        kinds = (_Refusal, OSError, *(getattr(sys.modules[room], name) for room, name in rooms if room in sys.modules))
+        if not isinstance(e, kinds):
+            raise
+        err.print(f"[bold red]error:[/] {escape(str(e))}", highlight=False, soft_wrap=True)
+        raise SystemExit(1) from None
 
 
-__all__ = ["MofNCompleteColumn", "app", "main"]
+__all__ = ["app", "main"]

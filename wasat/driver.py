@@ -11,6 +11,7 @@ from wasat import __version__
 from wasat.ir import Array, DimLike, DType, IRError, Program, TensorType, Type, WasatError, evaluate, symbol, symbols_of
 from wasat.passes import PassManager, Report, default_pipeline
 from wasat.passes.core import Dump
+from wasat.passes.kv_cache import capacity_name
 
 
 class Progress(Protocol):
@@ -76,7 +77,8 @@ def _takes_tokens(program: Program) -> bool:
 def _small_sizes(program: Program) -> list[dict[str, int]]:
     """Two bindings of the program's symbols, and of the capacity that caches bring. Random integers are below 4."""
     names = sorted({name for g in program.graphs.values() for name in g.symbols})
-    return [{"c": 16, **{name: first + i for i, name in enumerate(names)}} for first in (4, 7)]
+    capacity = {capacity_name(program["forward"]): 16} if "forward" in program.graphs else {}
+    return [{**{name: first + i for i, name in enumerate(names)}, **capacity} for first in (4, 6)]
 
 
 def compile(
@@ -112,8 +114,13 @@ def compile(
         "quantize": quantize, "activation": activation, "overrides": dict(overrides or {}), "target": target,
         "threads": machine.threads,
     })  # fmt: skip
+
+    def link(path: Path) -> None:
+        progress("linking")
+        library.export(path)
+
     files: dict[str, Any] = {
-        "model.so": library.export,
+        "model.so": link,
         "weights.safetensors": lambda path: write_weights(
             path, library.plan, optimized.params, lambda done, total: progress("packing weights", done, total)
         ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import os
 import platform
 import sys
@@ -127,6 +128,10 @@ def cpu_features(target: Target) -> list[str]:
 def cpu(mcpu: str | None = None, threads: int | None = None, cache: CacheType = "float32") -> Target:
     """The CPU ``mcpu`` (an LLVM name; default: this machine's), key and value caches stored as ``cache``."""
     n = threads or cpu_count()
+    known = tvm.target.codegen.llvm_get_cpu_archlist(tvm.target.Target({"kind": "llvm"}))
+    if mcpu is not None and mcpu not in known:  # LLVM itself would go on with the slowest common code
+        near = difflib.get_close_matches(mcpu, map(str, known), 3)
+        raise IRError(f"there is no CPU {mcpu!r}" + (f"; near it are {', '.join(near)}" if near else ""))
     return Target(
         "cpu", {"kind": "llvm", "mcpu": mcpu or host_cpu(), "num-cores": n}, threads=n, features=cpu_features,
         kernels=lambda target, program: cpu_kernels.selection(target.tvm, n, cache, program.metadata.get("states", [])),
@@ -143,7 +148,7 @@ TARGETS: dict[str, Callable[..., Target]] = {"cpu": cpu, "cuda": cuda}
 
 
 def target_named(name: str, threads: int | None = None) -> Target:
-    """``cpu``, ``cpu:znver3``, ``cuda``, ``cuda:sm_90``. Raises IRError for any other."""
+    """``cpu``, ``cpu:znver3``, ``cuda``, ``cuda:sm_90``. Raises IRError for a target or a CPU that there is none of."""
     kind, _, detail = name.partition(":")
     if kind not in TARGETS:
         raise IRError(f"there is no target {name!r}; there are {', '.join(TARGETS)} (cpu:MCPU, cuda:ARCH choose a model)")
