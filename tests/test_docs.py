@@ -58,10 +58,10 @@ def run(command: list[str], folder: Path) -> str:
 
 def run_document(path: Path, folder: Path) -> None:
     (folder / path.name).write_text(script(path))
-    printed = {}
+    printed: dict[int, str] = {}
     for part in run([sys.executable, path.name], folder).split(MARK)[1:]:
-        at, _, text = part.partition("\n")
-        printed[int(at)] = text
+        place, _, text = part.partition("\n")
+        printed[int(place)] = text
     last = 0
     for kind, at, text in blocks(path):
         if kind == "output":
