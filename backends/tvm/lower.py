@@ -1,9 +1,10 @@
 """Graph to Relax: one table from operation to lowering, symbolic dimensions all the way.
 
-A lowering is a function ``(ctx, node, *operands) -> Relax expression(s)``. Operations that a target's table lacks are decomposed
-before anything is emitted, so a table needs the primitives and whatever it has better code for. A target with hand-written
-kernels first *selects*: it replaces operations, alone or several at once, by nodes of :class:`KernelCall`. Weights that a kernel
-reads in a layout of its own are packed when the artifact is written: the lowering names the layout, and gets the packed arrays.
+A lowering is a function ``(ctx, node, *operands) -> Relax expression(s)``. Operations that a target's table lacks are
+decomposed before anything is emitted, so a table needs the primitives and whatever it has better code for. A target with
+hand-written kernels first *selects*: it replaces operations, alone or several at once, by nodes of :class:`KernelCall`. Weights
+that a kernel reads in a layout of its own are packed when the artifact is written: the lowering names the layout, and gets the
+packed arrays.
 """
 
 from __future__ import annotations
@@ -257,7 +258,7 @@ class Context:
         return self.bb.emit(expr, hint)
 
     def view(self, x: Any, shape: Sequence[DimLike], to: Sequence[DimLike]) -> Any:
-        """``x``, which has ``shape``, under another one of as many elements: no copy, and a view of a view is one of its source."""
+        """``x``, which has ``shape``, under another one of as many elements: no copy. A view of a view is one of its source."""
         source, forms = self.views.get(x, (x, {tuple(shape): x}))
         if tuple(to) not in forms:
             forms[tuple(to)] = self.emit(relax.op.reshape(source, self.shape(to)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -103,7 +104,7 @@ class Decoder:
             cut = [0, h * d, (h + kv) * d, (h + 2 * kv) * d]
             q, k, v = (
                 b.reshape(b.slice(qkv, starts=(0, 0, lo), stops=(n, s, hi)), shape=(n, s, (hi - lo) // d, d))
-                for lo, hi in zip(cut, cut[1:])
+                for lo, hi in pairwise(cut)
             )
             if self.qk_norm:
                 q, k = norm(q, f"{at}.q"), norm(k, f"{at}.k")

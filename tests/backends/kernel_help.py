@@ -33,9 +33,10 @@ def _flags() -> frozenset[str]:
 
 def runnable() -> list[Isa]:
     """The instruction sets of this processor."""
+    avx2 = {"avx2", "f16c", "fma"}
     needs = {
-        AVX512_VNNI: {"avx512_vnni", "avx512bw", "avx512vl", "avx512dq", "avx512cd"}, AVX_VNNI: {"avx_vnni", "avx2", "f16c", "fma"},
-        AVX2: {"avx2", "f16c", "fma"}, GENERIC: set(),
+        AVX512_VNNI: {"avx512_vnni", "avx512bw", "avx512vl", "avx512dq", "avx512cd"}, AVX_VNNI: {"avx_vnni", *avx2},
+        AVX2: avx2, GENERIC: set(),
     }  # fmt: skip
     return [isa for isa, flags in needs.items() if flags <= _flags()]
 

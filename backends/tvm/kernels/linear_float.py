@@ -103,7 +103,8 @@ def linear(desc: Linear) -> tirx.PrimFunc:
                 for step, v, value in dequantized(kernel, desc, w, panel, block):
                     if step < limit:
                         at = v * lanes
-                        kernel.store(acc, at, load(acc, at, lanes) + splat(load(x, (int64(0), block * BLOCK + step)), lanes) * value)
+                        factor = splat(load(x, (int64(0), block * BLOCK + step)), lanes)
+                        kernel.store(acc, at, load(acc, at, lanes) + factor * value)
 
             with kernel.loop(k // BLOCK) as block:
                 add(block, BLOCK)

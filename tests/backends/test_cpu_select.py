@@ -1,0 +1,244 @@
+# ruff: noqa: E501
+"""What the CPU's kernels take and what they leave, operation by operation; both ways the graph means the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from kernel_help import assert_near
+from test_cpu import calls, selected
+from wasat.backends.tvm.build import Runner
+from wasat.backends.tvm.targets import cpu
+from wasat.ir import IRError, Program, QTensorType, TensorType, evaluate, parse_type
+
+from wasat.testing import feed, random_program
+
+DIMS = {"b": 2, "s": 5, "t": 7, "c": 32}
+POSITIONS = """  %column: i64[b, 1] = reshape(%past) {shape=(b, 1)}
+  %steps: i64[s] = iota() {size=s}
+  %positions: i64[b, s] = add(%column, %steps)
+"""
+
+# inputs, parameters, nodes and result; the operations that stand there after selection
+CASES: dict[str, tuple[str, list[str]]] = {
+    "linear, any rank": ("(%x: f32[b, s, 40]) { param %w: f16[70, 40] param %v: f32[70]\n %y: f32[b, s, 70] = linear(%x, %w, %v)", ["Linear"]),
+    "linear of a vector": ("(%x: f32[40]) { param %w: f32[7, 40]\n %y: f32[7] = linear(%x, %w)", ["Linear"]),
+    "linear, bf16": ("(%x: f32[s, 40]) { param %w: bf16[70, 40]\n %y: f32[s, 70] = linear(%x, %w)", ["Linear"]),
+    "linear of a cast": (
+        "(%x: f32[s, 40]) { param %w: f16[70, 40]\n %v: f32[70, 40] = cast(%w) {dtype=f32}\n %y: f32[s, 70] = linear(%x, %v)", ["Linear"]),
+    "linear, bias no parameter": (
+        "(%x: f32[s, 40], %v: f32[70]) { param %w: f32[70, 40]\n %y: f32[s, 70] = linear(%x, %w, %v)", ["Linear", "add"]),
+    "linear, weight no parameter": ("(%x: f32[s, 40], %w: f32[70, 40]) {\n %y: f32[s, 70] = linear(%x, %w)", ["linear"]),
+    "linear in f64": ("(%x: f64[s, 40]) { param %w: f64[70, 40]\n %y: f64[s, 70] = linear(%x, %w)", ["linear"]),
+    "integer linear, other block": (
+        "(%x: f32[s, 40]) { param %w: int8b16f16[70, 40]\n %y: f32[s, 70] = quantized_linear(%x, %w)", ["quantized_linear"]),
+    "integer linear, other scale": (
+        "(%x: f32[s, 40]) { param %w: int4b32f32[70, 40]\n %y: f32[s, 70] = quantized_linear(%x, %w)", ["quantized_linear"]),
+    "rows quantized once": (
+        "(%x: f32[s, 40]) { param %w: int8b32f16[70, 40] param %v: int4b32f16[70, 40]\n"
+        ' %a: f32[s, 70] = quantized_linear(%x, %w) {activation="int8"}\n'
+        ' %c: f32[s, 70] = quantized_linear(%x, %v) {activation="int8"}\n %y: f32[s, 70] = add(%a, %c)',
+        ["QuantizeRows", "LinearInt", "LinearInt", "add"]),
+    "embedding, scaled": (
+        "(%i: i32[b, s]) { param %w: f32[9, 40]\n %e: f32[b, s, 40] = embedding(%w, %i)\n %y: f32[b, s, 40] = mul(%e, 2.5:f32)",
+        ["cast", "Embedding"]),
+    "embedding in f16": ("(%i: i64[s]) { param %w: f16[9, 40]\n %y: f16[s, 40] = embedding(%w, %i) {dtype=f16}", ["embedding"]),
+    "norm without weight": ("(%x: f32[b, s, 33]) {\n %y: f32[b, s, 33] = rms_norm(%x) {eps=0.01}", ["Norm"]),
+    "layer norm of a sum": (
+        "(%x: f32[s, 33], %z: f32[s, 33]) { param %w: f32[33] param %v: f32[33]\n"
+        " %a: f32[s, 33] = add(%x, %z)\n %n: f32[s, 33] = layer_norm(%a, %w, %v)\n %y: f32[s, 33] = mul(%n, %a)",
+        ["Norm", "mul"]),
+    "norm of unknown size": ("(%x: f32[s, t]) {\n %y: f32[s, t] = rms_norm(%x)", ["rms_norm"]),
+    "sum read before the norm": (
+        "(%x: f32[s, 33], %z: f32[s, 33]) {\n %a: f32[s, 33] = add(%x, %z)\n %e: f32[s, 33] = exp(%a)\n"
+        " %n: f32[s, 33] = rms_norm(%a)\n %y: f32[s, 33] = mul(%n, %e)", ["add", "exp", "Norm", "mul"]),
+    "sum of two shapes": (
+        "(%x: f32[s, 33], %z: f32[33]) {\n %a: f32[s, 33] = add(%x, %z)\n %y: f32[s, 33] = rms_norm(%a)", ["add", "Norm"]),
+    "sum with itself": ("(%x: f32[s, 33]) {\n %a: f32[s, 33] = add(%x, %x)\n %y: f32[s, 33] = rms_norm(%a)", ["add", "Norm"]),
+    "two norms of a sum": (
+        "(%x: f32[s, 33], %z: f32[s, 33]) {\n %a: f32[s, 33] = add(%x, %z)\n %n: f32[s, 33] = rms_norm(%a)\n"
+        " %m: f32[s, 33] = layer_norm(%a)\n %y: f32[s, 33] = mul(%n, %m)", ["Norm", "Norm", "mul"]),
+    "norm of a sum with another eps": (
+        "(%x: f32[s, 33], %z: f32[s, 33]) { param %w: f32[33]\n %n: f32[s, 33] = rms_norm(%z, %w) {eps=0.5}\n"
+        " %a: f32[s, 33] = add(%x, %n)\n %y: f32[s, 33] = rms_norm(%a, %w)", ["Norm", "Norm"]),
+    "norm read plain and quantized": (
+        "(%x: f32[s, 33]) { param %w: int8b32f16[33, 33]\n %n: f32[s, 33] = rms_norm(%x)\n"
+        ' %a: f32[s, 33] = quantized_linear(%n, %w) {activation="int8"}\n %y: f32[s, 33] = add(%a, %n)', ["Norm", "LinearInt", "add"]),
+    "glu read twice": (
+        "(%x: f32[s, 66]) { param %w: int8b32f16[33, 33]\n %n: f32[s, 33] = glu(%x)\n"
+        ' %a: f32[s, 33] = quantized_linear(%n, %w) {activation="int8"}\n %y: f32[s, 33] = add(%a, %n)',
+        ["Glu", "QuantizeRows", "LinearInt", "add"]),
+    "rope, positions of all rows": (
+        "(%x: f32[b, s, 3, 20], %p: i32[s], %f: f32[7]) {\n %y: f32[b, s, 3, 20] = rope(%x, %p, %f) {factor=1.5}",
+        ["broadcast_to", "cast", "Rope"]),
+    "rope of a norm": (
+        "(%x: f32[b, s, 3, 20], %p: i64[b, s], %f: f32[10]) { param %w: f32[20]\n %n: f32[b, s, 3, 20] = rms_norm(%x, %w)\n"
+        " %y: f32[b, s, 3, 20] = rope(%n, %p, %f) {interleaved=true}", ["Rope"]),
+    "attention": (
+        "(%q: f32[b, s, 6, 20], %k: f32[b, t, 2, 20], %v: f32[b, t, 2, 12]) {\n"
+        " %y: f32[b, s, 6, 12] = attention(%q, %k, %v) {scale=0.3, causal=true, window=3, softcap=4.0}", ["Attention"]),
+    "attention, window without causality": (
+        "(%q: f32[b, s, 6, 20], %k: f32[b, t, 2, 20], %v: f32[b, t, 2, 12]) {\n"
+        " %y: f32[b, s, 6, 12] = attention(%q, %k, %v) {scale=0.3, window=2}", ["Attention"]),
+    "attention, booleans": (
+        "(%q: f32[b, s, 6, 20], %k: f32[b, t, 2, 20], %v: f32[b, t, 2, 12], %m: bool[s, t]) {\n"
+        " %y: f32[b, s, 6, 12] = attention(%q, %k, %v, %m) {scale=0.3}", ["select", "reshape", "Attention"]),
+    "attention, addend that stretches": (
+        "(%q: f32[b, s, 6, 20], %k: f32[b, t, 2, 20], %v: f32[b, t, 2, 12], %m: f32[b, 6, 1, t]) {\n"
+        " %y: f32[b, s, 6, 12] = attention(%q, %k, %v, %m) {scale=0.3, causal=true}", ["broadcast_to", "Attention"]),
+    "attention in f16": (
+        "(%q: f16[b, s, 6, 20], %k: f16[b, t, 2, 20], %v: f16[b, t, 2, 12]) {\n"
+        " %y: f16[b, s, 6, 12] = attention(%q, %k, %v) {scale=0.3}", ["attention"]),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runner() -> Runner:
+    """All cases in one library."""
+    program = Program({})
+    for i, (body, _) in enumerate(CASES.values()):
+        one = random_program(f"graph @case{i}{_lines(body)}\n return %y\n}}", seed=i)
+        renamed = {k: f"case{i}.{k}" for k in one.params}
+        g = one.graphs[f"case{i}"]
+        g.params = {renamed[k]: v for k, v in g.params.items()}
+        for k, v in g.params.items():
+            v.param = k
+        program.graphs[g.name] = g
+        program.params |= {renamed[k]: p for k, p in one.params.items()}
+    return Runner(program, cpu())
+
+
+def _lines(body: str) -> str:
+    return body.replace(" param ", "\n param ")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_selected_and_equal(name: str, runner: Runner) -> None:
+    i = list(CASES).index(name)
+    program, graph = runner.program, f"case{i}"
+    assert calls(selected(program, graph, cpu())) == CASES[name][1]
+    g = program[graph]
+    inputs = feed(g, DIMS, seed=i)
+    want = evaluate(g, inputs, {k: program.params[k].load() for k in g.params})
+    got = runner(graph, inputs)
+    [y] = got.values()
+    assert isinstance(want[0], np.ndarray)
+    assert_near(y, want[0].astype(np.float64), 2e-3 if y.dtype == np.float16 else 1e-5)
+
+
+# -- caches -----------------------------------------------------------------------------------------------------------------
+def attention_text(edits: dict[str, str]) -> str:
+    text = (
+        "graph @step(%qkv: f32[b, s, 160], %past: i64[b], %kc: f32[b, c, 2, 20], %vc: f32[b, c, 2, 20], %f: f32[10]) {\n"
+        "  param %qn: f32[20]\n  param %kn: f32[20]\n"
+        + POSITIONS
+        + "  %qs: f32[b, s, 80] = slice(%qkv) {starts=(0, 0, 0), stops=(b, s, 80)}\n"
+        "  %ks: f32[b, s, 40] = slice(%qkv) {starts=(0, 0, 80), stops=(b, s, 120)}\n"
+        "  %vs: f32[b, s, 40] = slice(%qkv) {starts=(0, 0, 120), stops=(b, s, 160)}\n"
+        "  %q: f32[b, s, 4, 20] = reshape(%qs) {shape=(b, s, 4, 20)}\n"
+        "  %k: f32[b, s, 2, 20] = reshape(%ks) {shape=(b, s, 2, 20)}\n"
+        "  %v: f32[b, s, 2, 20] = reshape(%vs) {shape=(b, s, 2, 20)}\n"
+        "  %qr: f32[b, s, 4, 20] = rms_norm(%q, %qn)\n  %kr: f32[b, s, 2, 20] = rms_norm(%k, %kn)\n"
+        "  %qp: f32[b, s, 4, 20] = rope(%qr, %positions, %f)\n  %kp: f32[b, s, 2, 20] = rope(%kr, %positions, %f)\n"
+        "  %y: f32[b, s, 4, 20], %k2: f32[b, c, 2, 20], %v2: f32[b, c, 2, 20] = "
+        "cached_attention(%qp, %kp, %v, %kc, %vc, %past) {scale=0.3}\n"
+        "  return %y, kc=%k2, vc=%v2\n}"
+    )
+    for old, new in edits.items():
+        assert old in text
+        text = text.replace(old, new)
+    return text
+
+
+STATES = [{"name": f"{r}c", "role": r, "kind": "full", "capacity": None, "window": None} for r in "kv"]
+FUSED = ["QkvToCache", "CachedAttention"]
+SEPARATE = ["Rope", "Rope", "CacheWrite", "CachedAttention"]
+FORMS: dict[str, tuple[dict[str, str], list[str]]] = {
+    "as the passes leave it": ({}, FUSED),
+    "steps first": ({"add(%column, %steps)": "add(%steps, %column)"}, FUSED),
+    "no rope": ({"cached_attention(%qp, %kp": "cached_attention(%qr, %kr"}, FUSED),
+    "no norms": ({"rope(%qr": "rope(%q", "rope(%kr": "rope(%k"}, FUSED),
+    "one norm": ({"rope(%kr": "rope(%k"}, SEPARATE),
+    "two epsilons": ({"rms_norm(%k, %kn)": "rms_norm(%k, %kn) {eps=0.5}"}, SEPARATE),
+    "rope of queries only": ({"(%qp, %kp": "(%qp, %kr"}, ["Norm", "Rope", "CacheWrite", "CachedAttention"]),
+    "positions of another start": ({"reshape(%past)": "reshape(%other)", "%past: i64[b],": "%past: i64[b], %other: i64[b],"}, SEPARATE),
+    "two ropes": ({"rope(%kr, %positions, %f)": "rope(%kr, %positions, %f) {interleaved=true}"}, SEPARATE),
+    "values not last": ({
+        "{starts=(0, 0, 80), stops=(b, s, 120)}": "{starts=(0, 0, 120), stops=(b, s, 160)}",
+        "{starts=(0, 0, 120), stops=(b, s, 160)}\n  %q:": "{starts=(0, 0, 80), stops=(b, s, 120)}\n  %q:",
+    }, SEPARATE),
+    "wider projection": ({"f32[b, s, 160]": "f32[b, s, 170]"}, SEPARATE),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_projection_to_cache(name: str) -> None:
+    edits, expected = FORMS[name]
+    program = random_program(attention_text(edits))
+    program.metadata["states"] = STATES
+    g = selected(program, "step", cpu())
+    assert [c for c in calls(g) if c[0].isupper()] == expected
+    inputs = feed(program["step"], DIMS)
+    want = evaluate(program["step"], inputs, {k: p.load() for k, p in program.params.items()})
+    got = Runner(program, cpu(), ["kc", "vc"])("step", inputs)
+    for x, w in zip((got["y"], got["kc"], got["vc"]), want):
+        assert_near(x, np.asarray(w, np.float64), 1e-5)
+
+
+PLAIN_STATES: dict[str, tuple[dict[str, Any], str]] = {
+    "no role": ({"role": None}, "f32[b, c, 2, 20]"),
+    "another type": ({}, "f16[b, c, 2, 20]"),
+    "another rank": ({}, "f32[b, c, 20]"),
+    "capacity that groups do not fill": ({}, "f32[b, 40, 2, 20]"),
+    "ring of unknown capacity": ({"kind": "ring"}, "f32[b, c, 2, 20]"),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN_STATES)
+def test_state_keeps_its_form(name: str) -> None:
+    changes, text = PLAIN_STATES[name]
+    t = parse_type(text)
+    assert isinstance(t, TensorType)
+    assert cpu().state_layout({**STATES[0], **changes}, t).type == t
+
+
+def test_states_in_the_form_of_the_kernels() -> None:
+    keys, values = (parse_type(f"f32[b, c, 2, {d}]") for d in (20, 20))
+    assert not isinstance(keys, QTensorType)
+    assert not isinstance(values, QTensorType)
+    assert str(cpu().state_layout(STATES[0], keys).type) == "f32[b, 2, c, 20]"
+    layout = cpu(cache="float16").state_layout(STATES[1], values)
+    assert str(layout.type) == "f16[b, 2, c, 32]"
+    x = np.random.default_rng(0).standard_normal((1, 16, 2, 20)).astype(np.float16).astype(np.float32)
+    np.testing.assert_array_equal(layout.unpack(layout.pack(x)), x)
+
+
+def test_caches_that_are_no_states_are_decomposed() -> None:
+    program = random_program(attention_text({}))
+    assert "cached_attention" in calls(selected(program, "step", cpu()))
+
+
+REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
+    "read by another operation": ({"return %y": "%e: f32[b, c, 2, 20] = exp(%kc)\n  return %y, %e"}, {}, "can only be read by cached_attention"),
+    "declared a ring": ({", c,": ", 32,"}, {"kind": "ring", "window": 4}, "is declared ring"),
+    "ring below its window": (
+        {", c,": ", 16,", "{scale=0.3}": "{scale=0.3, window=20, ring=true}"}, {"kind": "ring", "window": 20}, "cannot hold a window of 20"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name: str) -> None:
+    edits, changes, message = REFUSED[name]
+    program = random_program(attention_text(edits))
+    program.metadata["states"] = [{**s, **changes} for s in STATES]
+    with pytest.raises(IRError, match=message):
+        selected(program, "step", cpu())
+
+
+def test_embedding_counts_from_the_end() -> None:
+    program = random_program("graph @g(%i: i64[s]) {\n param %w: f32[9, 40]\n %y: f32[s, 40] = embedding(%w, %i)\n return %y\n}")
+    inputs = {"i": np.array([-1, 0, 8, -9])}
+    w = program.params["w"].load()
+    np.testing.assert_array_equal(Runner(program, cpu())("g", inputs)["y"], w[inputs["i"]])
