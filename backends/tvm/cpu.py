@@ -47,10 +47,10 @@ class Panels:
     weights: Weights
 
     def arrays(self, name: str, type: Type) -> list[Packed]:
-        n, k = (int(d) for d in type.shape)  # type: ignore[call-overload]
+        n, k = _ints(type.shape)
         if isinstance(type, QTensorType):
             return [Packed(f"{name}/panels", "uint8", int_shape(n, k, int(self.weights[3:]), self.isa))]
-        return [Packed(f"{name}/panels", storage_dtype(cast(Storage, self.weights)), float_shape(n, k, self.isa))]
+        return [Packed(f"{name}/panels", storage_dtype(self.weights), float_shape(n, k, self.isa))]
 
     def pack(self, weight: Any) -> list[np.ndarray]:
         if isinstance(weight, QArray):
@@ -65,7 +65,7 @@ class PaddedBias:
     isa: Isa
 
     def arrays(self, name: str, type: Type) -> list[Packed]:
-        return [Packed(f"{name}/padded", "float32", (padded(int(type.shape[0]), self.isa.columns),))]  # type: ignore[call-overload]
+        return [Packed(f"{name}/padded", "float32", (padded(_ints(type.shape)[0], self.isa.columns),))]
 
     def pack(self, weight: np.ndarray) -> list[np.ndarray]:
         return [pack_bias(weight, self.isa)]
@@ -87,7 +87,7 @@ class CacheLayout(StateLayout):
         return pack_cache(self.role, x, cast(CacheType, self.physical.dtype.np.name))
 
     def unpack(self, x: np.ndarray) -> np.ndarray:
-        return unpack_cache(self.role, x, int(self.logical.shape[3])).astype(np.float32)  # type: ignore[call-overload]
+        return unpack_cache(self.role, x, _ints(self.logical.shape[3:])[0]).astype(np.float32)
 
 
 def state_layout(state: State, type: TensorType, cache: CacheType) -> StateLayout:
@@ -97,10 +97,10 @@ def state_layout(state: State, type: TensorType, cache: CacheType) -> StateLayou
     """
     if state.get("role") not in ("k", "v") or type.dtype is not DType.F32 or type.rank != 4:
         return StateLayout(type)
-    b, c, g, d = type.shape
-    known = isinstance(c, int)
-    if not _known(g, d) or (known and c % GROUP) or (state.get("kind") == "ring" and not known):
+    b, c = type.shape[:2]
+    if not _known(*type.shape[2:]) or (c % GROUP if isinstance(c, int) else state.get("kind") == "ring"):
         return StateLayout(type)
+    g, d = _ints(type.shape[2:])
     role: Literal["k", "v"] = state["role"]
     return CacheLayout(type, role, TensorType(DType.of(cache), cache_shape(role, b, g, c, d)))
 
@@ -115,6 +115,12 @@ def selection(target: tvm.target.Target, threads: int, cache: CacheType, states:
 
 def _known(*dims: DimLike) -> bool:
     return all(isinstance(d, int) for d in dims)
+
+
+def _ints(dims: Sequence[DimLike]) -> tuple[int, ...]:
+    """Dimensions that are known."""
+    assert _known(*dims)
+    return cast(tuple[int, ...], tuple(dims))
 
 
 def _f32(*values: Value | None) -> bool:
@@ -391,9 +397,9 @@ class _Selection:
         if not (_f32(q, k, v) and _known(h) and self._is_cache(keys) and self._is_cache(values)):
             return
         capacity, g, d = keys.shape[1:]
-        for cache in (keys, values):
-            if (self.states[cache.name].get("kind") == "ring") != a.ring:
-                raise IRError(f"{node!r}: %{cache.name} is declared {self.states[cache.name].get('kind')}", node.loc)
+        for state in (self.states[v.name] for v in (keys, values)):
+            if (state.get("kind") == "ring") != a.ring:
+                raise IRError(f"{node!r}: %{state['name']} is declared {state.get('kind')}", node.loc)
         if a.ring and capacity < a.window:
             raise IRError(f"{node!r}: a ring of {capacity} positions cannot hold a window of {a.window}", node.loc)
         cache = Cache(g, d, v.shape[3], capacity if a.ring else None, self.cache)
@@ -429,15 +435,14 @@ class _Selection:
         q, k, v, keys, values, _ = node.inputs
         b, s, h, d = q.shape
         rotary, inv_freq = Rotary(d, 0), None
-        turned = [_made_by(x, "rope") for x in (q, k)]
-        if turned[0] is not None and turned[1] is not None:
-            first, second = turned
+        first, second = _made_by(q, "rope"), _made_by(k, "rope")
+        if first is not None and second is not None:
             if first.inputs[1:] != second.inputs[1:] or first.attrs != second.attrs:
                 return None
             if not _is_past_plus_iota(first.inputs[1], past):
                 return None
             q, k, inv_freq, rotary = first.inputs[0], second.inputs[0], first.inputs[2], _rotary(first, d)
-        elif turned != [None, None]:
+        elif first is not None or second is not None:
             return None
         (q, q_weight, q_eps), (k, k_weight, k_eps) = self._head_norm(q), self._head_norm(k)
         if (q_weight is None) != (k_weight is None) or q_eps != k_eps:

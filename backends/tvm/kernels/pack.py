@@ -22,7 +22,7 @@ BLOCK = 32
 Storage = Literal["float32", "float16", "bfloat16"]
 
 
-def storage_dtype(storage: Storage) -> str:
+def storage_dtype(storage: str) -> str:
     """Element type of the packed array."""
     return "uint16" if storage == "bfloat16" else storage
 

@@ -106,9 +106,9 @@ def quantize_rows_reference(x: NDArray[np.float32]) -> NDArray[np.int32]:
     """The same in NumPy: f32[m, k] -> int32[m, blocks, 10]."""
     m, k = x.shape
     blocks = padded(k, BLOCK) // BLOCK
-    grid = np.zeros((m, blocks * BLOCK), np.float32)
-    grid[:, :k] = x
-    grid = grid.reshape(m, blocks, BLOCK)
+    rows = np.zeros((m, blocks * BLOCK), np.float32)
+    rows[:, :k] = x
+    grid = rows.reshape(m, blocks, BLOCK)
     amax = np.abs(grid).max(-1)
     with np.errstate(divide="ignore"):
         inverse = np.where(amax > 0, np.float32(127) / amax, np.float32(0)).astype(np.float32)
