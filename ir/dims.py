@@ -70,7 +70,9 @@ class Dim:
             body = "*".join(str(a) for a in monomial)
             mag = str(abs(c)) if not monomial else body if abs(c) == 1 else f"{abs(c)}*{body}"
             out += (("-" if c < 0 else "") if not out else (" - " if c < 0 else " + ")) + mag
-        return out[1:-1] if len(self.terms) == 1 and out.startswith("(") and out.endswith(")") else out
+        ((monomial, _), *rest) = self.terms
+        alone = not rest and len(monomial) == 1 and out.startswith("(")
+        return out[1:-1] if alone else out  # (n // 2) by itself needs no parentheses
 
     __repr__ = __str__
 

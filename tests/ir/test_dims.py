@@ -134,6 +134,7 @@ def test_text() -> None:
     assert str(b * a - 1) == "a*b - 1"
     assert str((a + 1) // 2) == "(a + 1) // 2"
     assert str((a + 1) // 2 * 3) == "3*((a + 1) // 2)"
+    assert str((a // 2) * (b // 2)) == "(a // 2)*(b // 2)"
     assert str(maximum(b, a + 1)) == "max(a + 1, b)"
     assert str(a - a * 2) == "-a"
 
