@@ -14,7 +14,6 @@ import numpy as np
 from .dims import Dim, DimLike, evaluate_dim, substitute, symbols_of
 from .errors import TypeMismatch
 
-
 _NumpyType = np.dtype  # inside DType, np is a property
 
 
