@@ -23,7 +23,7 @@ from wasat.ir import (
     substitute,
     symbol,
     symbols_of,
-)  # fmt: skip
+)
 from wasat.ir.dims import collect_checks
 
 NAMES = ("a", "b", "n")

@@ -28,8 +28,9 @@ from wasat.ir import (
     evaluate,
     parse,
     parse_type,
+    symbol,
     verify,
-)  # fmt: skip
+)
 
 from wasat.testing import feed, random_graph
 
@@ -278,6 +279,15 @@ def test_verify_shows_the_node_its_neighbours_and_the_line() -> None:
     lines = str(e.value).splitlines()
     assert [line.split(" = ")[0] for line in lines[1:4]] == ["    %neg: f32[2]", "  > %neg_1: f32[3]", "    %neg_2: f32[2]"]
     assert lines[4] == "  at model.py:12 in forward (layers.0)"
+
+
+def test_verify_renews_the_runtime_checks() -> None:
+    g = parse("graph @g(%x: f32[n], %y: f32[m], %z: f32[n]) {\n  %a: f32[n] = add(%x, %y)\n  return %a\n}")
+    node = next(g.nodes)
+    assert node.checks == ((symbol("n"), symbol("m")),)
+    g.set_inputs(node, [g.inputs[0], g.inputs[2]])
+    verify(g)
+    assert node.checks == ()
 
 
 # -- programs -----------------------------------------------------------------------------------------------------------------

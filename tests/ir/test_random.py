@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 from wasat.ir import build, evaluate, parse_type
+from wasat.ir.decompose import decompose
 from wasat.ir.ops.random import threefry
 
 KEY = np.array([17, 42], np.uint32)
@@ -67,6 +68,18 @@ def test_normal_follows_its_distribution(dtype: str) -> None:
     gap = np.abs(cdf - (np.arange(n) + 0.5) / n).max()
     assert gap < 2.3 / math.sqrt(n)  # Kolmogorov-Smirnov: p = 5e-5
     assert np.isfinite(x).all()
+
+
+def test_dropout_keeps_an_element_at_its_rate() -> None:
+    """rate is the probability of u < rate, u a multiple of 2**-24: at u == rate the element stays."""
+    u = draw("random_uniform", shape=(8,))
+    x = np.ones(8, np.float32)
+    types = [("x", parse_type("f32[8]")), ("key", parse_type("u32[2]"))]
+    g = build("g", types, lambda b, x, key: b.dropout(x, key, rate=float(u[3])))
+    h = g.clone()
+    decompose(h, lambda node: False)
+    for f in (g, h):
+        assert_array_equal(np.asarray(evaluate(f, {"x": x, "key": KEY})[0]) > 0, u >= u[3])
 
 
 def test_dropout_keeps_the_mean() -> None:

@@ -30,7 +30,7 @@ from wasat.ir import (
     symbols_of,
     type_of,
     verify,
-)  # fmt: skip
+)
 from wasat.ir.decompose import decompose
 from wasat.ir.graph import infer
 from wasat.ir.vjp import backward

@@ -21,7 +21,7 @@ from wasat.ir import (
     parse_program,
     parse_type,
     verify,
-)  # fmt: skip
+)
 
 from wasat.testing import random_graph
 

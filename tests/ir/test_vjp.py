@@ -94,6 +94,10 @@ def test_unrelated_values_have_no_gradient() -> None:
     nodes = len(g)
     assert backward(g, [out], [seed], [y]) == [None]
     assert len(g) == nodes  # and nothing is computed for them
+    twice = b.mul(b.mul(x, y), y)
+    adds = g.count("add")
+    backward(g, [twice], [seed], [x])
+    assert g.count("add") == adds  # nor added up for y
 
 
 def test_with_respect_to_a_value_in_the_middle() -> None:
@@ -155,6 +159,10 @@ def test_an_operation_without_gradient_is_named_with_its_line() -> None:
     seed = b.constant(np.ones((1, 4, 2)))
     with pytest.raises(NotDifferentiable, match=r"%cache_update.*has no gradient(.|\n)*model\.py:42"):
         backward(g, [y], [seed], [x])
+    x4, new4 = (b.reshape(v, shape=(1, v.shape[1], 1, 2)) for v in (x, new))
+    out, *_ = b.cached_attention(new4, new4, new4, x4, x4, past, scale=1.0)
+    with pytest.raises(NotDifferentiable, match="cached_attention has no gradient"):  # and not something inside it
+        backward(g, [out], [out], [x])
     z = b.scatter(x, b.constant(np.array([0, 1])), new, axis=1, reduce="max")
     with pytest.raises(NotDifferentiable, match=r"scatter has no gradient"):
         backward(g, [z], [seed], [x])
