@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .graph import Graph, Node, Value
 
 _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_.\-]*\Z")
+_WORD = re.compile(r"(?!(?:inf|nan)\Z)[A-Za-z_][A-Za-z0-9_]*\Z")  # what the parser reads as one word without a % before it
 _INLINE = 64  # constants up to this many elements are written as numbers
 
 
@@ -112,7 +113,7 @@ def graph_text(graph: Graph, locs: bool = False) -> str:
         if not _inline(node.outputs[0]):
             lines.append("  " + node_text(node) + (_loc_note(node.loc) if locs else ""))
     results = [
-        operand_text(v) if v.name == n and not _inline(v) else f"{name_text(n)}={operand_text(v)}"
+        operand_text(v) if v.name == n and not _inline(v) else f"{n if _WORD.match(n) else json.dumps(n)}={operand_text(v)}"
         for v, n in zip(graph.outputs, graph.output_names)
     ]
     lines.append("  return " + ", ".join(results) if results else "  return")

@@ -103,6 +103,14 @@ def test_odd_names_are_quoted() -> None:
     assert again.output_names == ["a b", "c"]
 
 
+def test_names_of_outputs_come_back() -> None:
+    names = ["x", "cache.0.k", "a-b", "inf", "nan", "return", "1st", "_"]
+    g = parse("graph @f(%x: f32[n]) {\n  return %x\n}\n")
+    g.set_outputs([g.inputs[0]] * len(names), names)
+    assert parse(str(g)).output_names == names
+
+
+
 def test_a_literal_does_not_take_a_name_that_comes_later() -> None:
     text = """graph @g(%x: f32[2]) {
   %a: f32[2] = mul(%x, 2.0:f32)

@@ -1,0 +1,45 @@
+"""The names of ``wasat``, and what importing them brings in."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import wasat as ws
+
+
+@pytest.mark.parametrize("name", ws.__all__)
+def test_every_name_is_there(name: str) -> None:
+    assert getattr(ws, name) is not None
+    assert name in dir(ws)
+
+
+def test_a_name_that_is_not_there() -> None:
+    with pytest.raises(AttributeError, match="module 'wasat' has no attribute 'nothing'"):
+        _ = ws.nothing
+
+
+def _loaded(code: str) -> set[str]:
+    """Packages that a fresh interpreter has loaded after ``code``."""
+    show = "; import sys; print(*{m.partition('.')[0] if m[:6] != 'wasat.' else m for m in sys.modules})"
+    return set(subprocess.run([sys.executable, "-c", code + show], capture_output=True, text=True, check=True).stdout.split())
+
+
+def test_importing_the_package_brings_nothing_in() -> None:
+    assert _loaded("import wasat").isdisjoint({"tvm", "tvm_ffi", "numpy", "networkx", "wasat.ir", "wasat.runtime"})
+
+
+def test_the_command_line_loads_what_a_command_needs() -> None:
+    assert _loaded("import wasat.cli").isdisjoint({"tvm", "tvm_ffi", "numpy", "wasat.ir", "wasat.runtime"})
+
+
+def test_graphs_and_passes_need_no_tvm() -> None:
+    assert "tvm" not in _loaded("import wasat; wasat.optimize, wasat.run, wasat.from_pretrained, wasat.trace")
+
+
+def test_the_runtime_needs_no_other_room() -> None:
+    loaded = _loaded("import wasat; wasat.load")
+    assert "tvm" not in loaded
+    assert {m.split(".")[1] for m in loaded if m.startswith("wasat.")} == {"runtime"}
