@@ -108,9 +108,9 @@ def _gates_first(parts: list[_Part]) -> list[_Part]:
             continue
         product = user.output.users[0]
         if product.op.name == "mul":
-            other = [v for v in product.inputs if v is not user.output]
-            if len(other) == 1 and other[0] in of:
-                up_of[gate] = other[0]
+            (other,) = (v for v in product.inputs if v is not user.output)
+            if other in of:
+                up_of[gate] = other
     ups = set(up_of.values())
     ordered = []
     for v in of:

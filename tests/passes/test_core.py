@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from wasat.ir import Builder, Graph, IRError, Loc, Program, VerifyError, evaluate
-from wasat.passes.core import GraphPass, Pass, PassError, PassManager, Remarks
+from wasat.passes.core import GraphPass, Pass, PassError, PassManager, Remark, Remarks
 
 from wasat.testing import InterpreterCheck, feed, random_program
 
@@ -72,7 +72,8 @@ class Do(Pass):
             raise PassError(self.promises)
 
 
-CHECK = InterpreterCheck([{"n": 1}, {"n": 3}])
+def checked() -> InterpreterCheck:
+    return InterpreterCheck([{"n": 1}, {"n": 3}])
 
 
 def test_report_counts_times_and_explains() -> None:
@@ -102,15 +103,15 @@ def test_explain_of_nothing() -> None:
 
 
 def test_check_finds_a_pass_that_changes_results() -> None:
-    PassManager([Scale(1.0)], check=CHECK).run(random_program(TEXT))
+    PassManager([Scale(1.0)], check=checked()).run(random_program(TEXT))
     with pytest.raises(PassError, match=r"pass scale changes output z of @f at \{'n': 1\}"):
-        PassManager([Scale(1.01)], check=CHECK).run(random_program(TEXT))
+        PassManager([Scale(1.01)], check=checked()).run(random_program(TEXT))
 
 
 def test_an_inexact_pass_sets_the_baseline_of_the_next() -> None:
-    PassManager([Inexact(), Scale(1.0)], check=CHECK).run(random_program(TEXT))
+    PassManager([Inexact(), Scale(1.0)], check=checked()).run(random_program(TEXT))
     with pytest.raises(PassError, match="pass scale changes"):
-        PassManager([Inexact(), Scale(1.01)], check=CHECK).run(random_program(TEXT))
+        PassManager([Inexact(), Scale(1.01)], check=checked()).run(random_program(TEXT))
 
 
 def test_check_passes_over_graphs_with_another_signature() -> None:
@@ -121,7 +122,7 @@ def test_check_passes_over_graphs_with_another_signature() -> None:
         program.graphs["f"] = g
         return True
 
-    PassManager([Do(replace)], check=CHECK).run(random_program(TEXT))
+    PassManager([Do(replace)], check=checked()).run(random_program(TEXT))
 
 
 def _corrupt(program: Program) -> bool:
@@ -157,8 +158,13 @@ def test_an_error_inside_keeps_its_place_in_the_model() -> None:
     def fail(program: Program) -> bool:
         raise IRError("cannot be", Loc("model.py", 12))
 
-    with pytest.raises(IRError, match=r"pass do: cannot be\n(.*\n)*  at model.py:12"):
+    with pytest.raises(IRError, match=r"pass do: cannot be\n(.*\n)*  at model.py:12") as e:
         PassManager([Do(fail)]).run(random_program(TEXT))
+    assert str(e.value).count("model.py:12") == 1
+
+
+def test_a_remark_shows_the_line() -> None:
+    assert str(Remark("missed", "why", "f", Loc(__file__, 3))).endswith("test_core.py:3: from __future__ import annotations")
 
 
 def test_feeds_of_a_binding_are_the_same_each_time() -> None:

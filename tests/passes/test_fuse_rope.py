@@ -368,7 +368,7 @@ def test_angles_repeated_inside_a_half() -> None:
     check_untouched(FuseRope(), graph(TABLES, halves, x="f32[b, s, 3, 8]"), "holds 4 angles per position for 2 frequencies")
 
 
-@pytest.mark.parametrize("at, rest", [(2, 0), (0, 3)])
+@pytest.mark.parametrize("at, rest", [(2, 0), (2, 4), (0, 3)])
 def test_halves_and_rest_in_another_place(at: int, rest: int) -> None:
     body = f"""
   %x1: f32[b, s, 3, 2] = slice(%x) {{starts=(0, 0, 0, {at}), stops=(b, s, 3, {at + 2})}}

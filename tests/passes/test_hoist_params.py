@@ -135,6 +135,14 @@ def test_what_shrinks_after_growing_moves_out() -> None:
     assert list(hoisted(body, params="param %b: f32[4]").params) == ["b|reduce_sum"]
 
 
+def test_constants_count_as_what_a_result_is_made_of() -> None:
+    numbers = " ".join(["1.0"] * 32)
+    body = f"""%c: f32[8, 4] = constant() {{value=dense<f32[8, 4], {numbers}>}}
+  %t: f32[8, 4] = add(%c, %b)
+  %y: f32[n, 8] = linear(%x, %t)"""
+    assert list(hoisted(body, params="param %b: f32[4]").params) == ["b|add"]
+
+
 def test_operands_of_what_grows_move_out() -> None:
     body = """%e: f32[4] = exp(%b)
   %t: f32[64, 4] = broadcast_to(%e) {shape=(64, 4)}

@@ -169,6 +169,12 @@ def test_a_weight_that_something_else_reads_is_kept_too() -> None:
     assert missed.message.startswith("%embed is also kept as f32[8, 64], because %m: f32[64, 8] = transpose(%embed)")
 
 
+def test_large_weights_are_counted_in_large_units() -> None:
+    text = "graph @f(%ids: i64[n]) {\n param %w: f32[1000, 640]\n %y: f32[n, 640] = embedding(%w, %ids)\n return %y\n}"
+    _, report = run(text, Quantize("f16"))
+    assert [r.message for r in report.remarks()] == ["1 weight to f16: 2.56 MB -> 1.28 MB"]
+
+
 def test_every_graph_of_a_program() -> None:
     program, report = run(BEFORE + BEFORE.replace("@f", "@g"), Quantize("int8"))
     assert all(g.count("quantized_linear") == 2 for g in program.graphs.values())
