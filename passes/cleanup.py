@@ -112,7 +112,8 @@ def _transpose(b: Builder, node: Node) -> Value | None:
         return x
     inner = _producer(x, "transpose")
     if inner is not None:
-        return b.transpose(inner.inputs[0], perm=tuple(inner.attrs.perm[i] for i in perm))
+        first: tuple[int, ...] = inner.attrs.perm  # type: ignore[attr-defined]
+        return b.transpose(inner.inputs[0], perm=tuple(first[i] for i in perm))
     moved = [i for i in perm if x.shape[i] != 1]
     return b.reshape(x, shape=node.output.shape) if moved == sorted(moved) else None
 
