@@ -65,12 +65,12 @@ class _Bar:
         self._bar.stop()
 
     def __call__(self, stage: str, done: int = 0, total: int = 0) -> None:
-        group = stage.split()[0]  # passes are parts of one stage
+        group, label = stage.split()[0], f"{stage:<24}"  # passes are parts of one stage
         if group != self._stage or self._task is None:
             if self._task is not None:
                 self._bar.remove_task(self._task)
-            self._task, self._stage = self._bar.add_task("", total=total or None), group
-        self._bar.update(self._task, description=f"{stage:<24}", completed=done)
+            self._task, self._stage = self._bar.add_task(label, total=total or None), group
+        self._bar.update(self._task, description=label, completed=done)
 
 
 def _overrides(items: list[str] | None) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from wasat import __version__
 from wasat.ir import Array, DimLike, DType, IRError, Program, TensorType, Type, WasatError, evaluate, symbol, symbols_of
@@ -41,6 +41,7 @@ def optimize(
     Raises WasatError where a pass cannot do what was asked for, naming the pass.
     """
     copy = Program({k: g.clone() for k, g in program.graphs.items()}, dict(program.params), dict(program.metadata))
+    caches: Literal["required", "tried"] | None
     if kv_cache is None:
         caches = None if not _takes_tokens(program) else "required" if "generation" in program.metadata else "tried"
     else:

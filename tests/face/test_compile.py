@@ -115,7 +115,7 @@ def test_a_place_that_is_no_artifact_is_refused_before_the_long_work(pygemma: Pa
 
 def test_graph_text_without_numbers_is_refused_before_the_long_work(tmp_path: Path) -> None:
     text = tmp_path / "graph.txt"
-    text.write_text("graph @f(%x: f32[b, 4]) params(%w: f32[2, 4]) {\n  %y: f32[b, 2] = linear(%x, %w)\n  return %y\n}\n")
+    text.write_text("graph @f(%x: f32[b, 4]) {\n  param %w: f32[2, 4]\n  %y: f32[b, 2] = linear(%x, %w)\n  return %y\n}\n")
     with pytest.raises(ws.WasatError, match="parameter w has no data"):
         ws.compile(driver.load_program(text), tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["graph.txt"]
