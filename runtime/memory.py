@@ -19,8 +19,10 @@ _HUGE = 2 << 20
 
 def allocate(nbytes: int) -> np.ndarray:
     """Zeroed bytes u8[nbytes] that start a page. Weights read through huge pages miss the TLB far less often."""
-    memory = mmap.mmap(-1, max(nbytes, 1))
-    if nbytes >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
+    if nbytes < _HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        memory = mmap.mmap(-1, max(nbytes, 1))
+    else:  # private: shared memory, which mmap makes by default, gets none
+        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with contextlib.suppress(OSError):  # a kernel built without them
             memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, np.uint8, nbytes)
