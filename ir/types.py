@@ -22,8 +22,9 @@ class DType(enum.Enum):
 
     F64, F32, F16, BF16 = "f64", "f32", "f16", "bf16"
     F8E4M3, F8E5M2 = "f8e4m3", "f8e5m2"
-    I64, I32, I16, I8, I4 = "i64", "i32", "i16", "i8", "i4"
-    U64, U32, U16, U8, U4 = "u64", "u32", "u16", "u8", "u4"
+    F8E4M3FNUZ, F8E5M2FNUZ, F8E8M0, F4E2M1 = "f8e4m3fnuz", "f8e5m2fnuz", "f8e8m0", "f4e2m1"
+    I64, I32, I16, I8, I4, I2 = "i64", "i32", "i16", "i8", "i4", "i2"
+    U64, U32, U16, U8, U4, U2 = "u64", "u32", "u16", "u8", "u4", "u2"
     BOOL = "bool"
 
     def __str__(self) -> str:
@@ -47,7 +48,7 @@ class DType(enum.Enum):
     @property
     def bits(self) -> int:
         """Size of one element as stored in a packed tensor, in bits."""
-        return {DType.I4: 4, DType.U4: 4}.get(self, _NP[self].itemsize * 8)
+        return _PACKED.get(self, _NP[self].itemsize * 8)
 
     @staticmethod
     def of(x: DType | str | _NumpyType | type) -> DType:
@@ -69,7 +70,12 @@ _NP: dict[DType, np.dtype] = {
     DType.I16: np.dtype(np.int16), DType.I8: np.dtype(np.int8), DType.I4: np.dtype(ml_dtypes.int4),
     DType.U64: np.dtype(np.uint64), DType.U32: np.dtype(np.uint32), DType.U16: np.dtype(np.uint16),
     DType.U8: np.dtype(np.uint8), DType.U4: np.dtype(ml_dtypes.uint4), DType.BOOL: np.dtype(np.bool_),
+    DType.F8E4M3FNUZ: np.dtype(ml_dtypes.float8_e4m3fnuz), DType.F8E5M2FNUZ: np.dtype(ml_dtypes.float8_e5m2fnuz),
+    DType.F8E8M0: np.dtype(ml_dtypes.float8_e8m0fnu), DType.F4E2M1: np.dtype(ml_dtypes.float4_e2m1fn),
+    DType.I2: np.dtype(ml_dtypes.int2), DType.U2: np.dtype(ml_dtypes.uint2),
 }  # fmt: skip
+_PACKED = {DType.F4E2M1: 4, DType.I4: 4, DType.U4: 4, DType.I2: 2, DType.U2: 2}
+"""Bits of the types that NumPy stores one to a byte."""
 _BY_NP = {v: k for k, v in _NP.items()}
 _BY_NAME = {d.value: d for d in DType}
 

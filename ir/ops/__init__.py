@@ -1,7 +1,8 @@
 """The operations, by family. Importing this package registers them all."""
 
-from . import attention, constant, conv, elementwise, index, linalg, logic, nn, quant, random, reduce, shape
+from . import attention, bits, constant, conv, elementwise, index, linalg, logic, nn, pool, quant, random, reduce, shape
 
 __all__ = [
-    "attention", "constant", "conv", "elementwise", "index", "linalg", "logic", "nn", "quant", "random", "reduce", "shape",
+    "attention", "bits", "constant", "conv", "elementwise", "index", "linalg", "logic", "nn", "pool", "quant", "random",
+    "reduce", "shape",
 ]  # fmt: skip

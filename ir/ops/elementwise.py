@@ -478,8 +478,8 @@ class Cast(Op):
 
 
 def bits_differ(dtype: DType) -> bool:
-    """Whether NumPy stores the type in more bits than it has (the 4-bit integers)."""
-    return dtype in (DType.I4, DType.U4)
+    """Whether NumPy stores the type in more bits than it has (integers of 4 and 2 bits)."""
+    return dtype.is_int and dtype.bits < 8
 
 
 @register

@@ -63,7 +63,7 @@ def test_round_trip(seed: int) -> None:
 @given(st.sampled_from([d for d in DType if d.is_float]), st.data())
 def test_numbers_keep_their_bits(dtype: DType, data: st.DataObject) -> None:
     raw = data.draw(st.integers(0, 2**dtype.bits - 1))
-    bits = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}[dtype.bits]
+    bits = {4: np.uint8, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}[dtype.bits]
     x = np.array([raw], bits).view(dtype.np)
     if math.isnan(float(x[0])):
         x = np.array([np.nan]).astype(dtype.np)

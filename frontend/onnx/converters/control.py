@@ -1,0 +1,106 @@
+"""If, Loop, Scan: folded where the condition is known, unrolled where the number of turns is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..emit import Emitter, Operand
+from ..errors import FromData
+from ..files import element
+from ..registry import NodeView, op
+
+MOST_TURNS = 10_000
+"""A loop that turns more often is not unrolled."""
+
+
+@op("If")
+def if_(c: Emitter, n: NodeView, cond: Operand) -> Any:
+    """The branch that is taken; both, and a choice between their results, where only a run can tell."""
+    run = n.importer.subgraph
+    try:
+        return tuple(run(n["then_branch" if bool(c.const(cond, "the condition of If")) else "else_branch"], n.frame, []))
+    except FromData as unknown:
+        if isinstance(cond, np.ndarray):
+            raise
+        yes, no = (run(n[key], n.frame, []) for key in ("then_branch", "else_branch"))
+        if any(not _same_type(c, a, b) for a, b in zip(yes, no)):
+            raise FromData(f"the branches of If differ in type, and {unknown}", unknown.inputs) from None
+        return tuple(c.select(c.view(cond), a, b) for a, b in zip(yes, no))
+
+
+def _same_type(c: Emitter, a: Any, b: Any) -> bool:
+    plain = all(v is not None and not isinstance(v, list) for v in (a, b))
+    return plain and c.shape(a) == c.shape(b) and c.dtype(a) is c.dtype(b)
+
+
+@op("Loop")
+def loop(c: Emitter, n: NodeView, turns: Operand | None = None, cond: Operand | None = None, *carried: Any) -> Any:
+    body = n["body"]
+    state = list(carried)
+    limit = None if turns is None else int(c.const(turns, "how often Loop turns"))
+    going = True if cond is None else bool(c.const(cond, "whether Loop turns"))
+    rows: list[list[Any]] = [[] for _ in range(len(body.output) - 1 - len(state))]
+    turn = 0
+    while going and (limit is None or turn < limit):
+        if turn == MOST_TURNS:
+            raise n.fail(f"it turns more than {MOST_TURNS} times and would be unrolled")
+        after, *results = n.importer.subgraph(body, n.frame, [np.asarray(turn, np.int64), np.asarray(True), *state])
+        going = bool(c.const(after, "whether Loop turns again"))
+        state = results[: len(state)]
+        for row, x in zip(rows, results[len(state) :]):
+            row.append(x)
+        turn += 1
+    declared = body.output[1 + len(state) :]
+    return (*state, *(_stacked(c, n, row, info, 0) for row, info in zip(rows, declared)))
+
+
+def _stacked(c: Emitter, n: NodeView, rows: list[Any], info: Any, axis: int) -> Any:
+    """Results of the turns along a new axis; of no turn, an empty tensor of the declared type."""
+    if rows:
+        parts = [c.add_axes(x, axis % (c.rank(x) + 1)) for x in rows]
+        return parts[0] if len(parts) == 1 else c.concat(*parts, axis=axis % (c.rank(rows[0]) + 1))
+    t = info.type.tensor_type
+    shape = [0, *(d.dim_value for d in t.shape.dim)]
+    return np.zeros(shape, element(t.elem_type, n.op).np)
+
+
+@op("Scan", since=9)
+def scan(c: Emitter, n: NodeView, *inputs: Any) -> Any:
+    count, body = n["num_scan_inputs"], n["body"]
+    state, given = list(inputs[: len(inputs) - count]), inputs[len(inputs) - count :]
+    outputs = len(body.output) - len(state)
+    axes = n.get("scan_input_axes") or [0] * count
+    backward = n.get("scan_input_directions") or [0] * count
+    out_axes = n.get("scan_output_axes") or [0] * outputs
+    out_backward = n.get("scan_output_directions") or [0] * outputs
+    axes = [a % c.rank(x) for a, x in zip(axes, given)]
+    turns = c.static(given[0], axes[0], "Scan")
+    if turns > MOST_TURNS:
+        raise n.fail(f"it turns {turns} times and would be unrolled")
+    rows: list[list[Any]] = [[] for _ in range(outputs)]
+    for turn in range(turns):
+        places = [turns - 1 - turn if back else turn for back in backward]
+        parts = [c.drop_axes(c.cut(x, a, at, at + 1), a) for x, a, at in zip(given, axes, places)]
+        results = n.importer.subgraph(body, n.frame, [*state, *parts])
+        state = results[: len(state)]
+        for row, x in zip(rows, results[len(state) :]):
+            row.append(x)
+    ordered = [row[::-1] if back else row for row, back in zip(rows, out_backward)]
+    declared = body.output[len(state) :]
+    return (*state, *(_stacked(c, n, row, info, a) for row, info, a in zip(ordered, declared, out_axes)))
+
+
+@op("Scan", since=8)
+def scan_batched(c: Emitter, n: NodeView, lengths: Operand | None, *inputs: Any) -> Any:
+    """The old form: every operand has a batch axis first; each row of it is a scan of its own."""
+    if lengths is not None:
+        raise n.fail("sequence_lens is not supported")
+    plain = NodeView(n.proto, {k: v for k, v in n.attrs.items() if k != "directions"}, n.frame, n.importer)
+    plain.attrs["scan_input_directions"] = n.get("directions")
+    batch = c.static(inputs[0], 0, "Scan")
+    rows = [scan(c, plain, *(c.drop_axes(c.cut(x, 0, i, i + 1), 0) for x in inputs)) for i in range(batch)]
+    return tuple(_stacked(c, n, list(parts), None, 0) for parts in zip(*rows))
+
+

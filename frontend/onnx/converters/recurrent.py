@@ -1,0 +1,127 @@
+"""RNN, GRU and LSTM, unrolled over a fixed number of steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from wasat.ir import DType
+
+from ..emit import Emitter, Operand
+from ..registry import NodeView, op
+
+_GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
+_STATES = {"RNN": 1, "GRU": 1, "LSTM": 2}
+_DEFAULT = {"RNN": ["Tanh"], "GRU": ["Sigmoid", "Tanh"], "LSTM": ["Sigmoid", "Tanh", "Tanh"]}
+
+
+def _activation(c: Emitter, n: NodeView, name: str, x: Any) -> Any:
+    match name:
+        case "Tanh" | "Sigmoid" | "Relu" | "Softplus":
+            return getattr(c, name.lower())(x)
+        case "Softsign":
+            return c.div(x, c.add(c.abs(x), 1.0))
+        case "HardSigmoid":
+            return c.maximum(c.minimum(c.add(c.mul(x, 0.2), 0.5), 1.0), 0.0)
+    raise n.fail(f"the activation {name} is not supported")
+
+
+@op("RNN", "GRU", "LSTM", since=7)
+def recurrent(
+    c: Emitter, n: NodeView, x: Operand, w: Operand, r: Operand, bias: Operand | None = None, lengths: Operand | None = None,
+    h: Operand | None = None, cell: Operand | None = None, peepholes: Operand | None = None,
+) -> Any:  # fmt: skip
+    """x [s, b, i] (layout 0) or [b, s, i] (1); all states and results of a direction are [b, hidden]."""
+    states = _STATES[n.op]
+    if n.get("activation_alpha") or n.get("activation_beta"):
+        raise n.fail("activation_alpha and activation_beta are not supported")
+    batch_first = bool(n.get("layout", 0))
+    if batch_first:
+        x = c.permute(x, (1, 0, 2))
+        h, cell = (c.permute(v, (1, 0, 2)) if v is not None else None for v in (h, cell))
+    steps = c.static(x, 0, f"the number of steps of {n.op}")
+    batch, hidden = c.shape(x)[1], n["hidden_size"]
+    both = n["direction"] == "bidirectional"
+    names = n.get("activations") or _DEFAULT[n.op] * (2 if both else 1)
+    every, finals = [], []
+    for d in range(2 if both else 1):
+        backward = n["direction"] == "reverse" or d == 1
+
+        def own(v: Any, d: int = d) -> Any:
+            return None if v is None else c.drop_axes(c.cut(v, 0, d, d + 1), 0)
+
+        zero = c.full((batch, hidden), 0, c.dtype(x))
+        state = [zero if v is None else own(v) for v in (h, cell)][:states]
+        cellf = _Cell(c, n, names[d * len(_DEFAULT[n.op]) :], own(w), own(r), own(bias), own(peepholes), hidden)
+        rows: list[Any] = [None] * steps
+        for t in reversed(range(steps)) if backward else range(steps):
+            new = cellf.step(c.drop_axes(c.cut(x, 0, t, t + 1), 0), state)
+            if lengths is not None:  # past the end of a row its state stands still, and its output is 0
+                live = c.greater(c.view(c.to(lengths, DType.I64), batch, 1), t)
+                state = [c.select(live, a, b) for a, b in zip(new, state)]
+                rows[t] = c.select(live, new[0], zero)
+            else:
+                state, rows[t] = new, new[0]
+        every.append(c.add_axes(_joined(c, [c.add_axes(v, 0) for v in rows]), 1))
+        finals.append([c.add_axes(v, 0) for v in state])
+    y = every[0] if not both else c.concat(*every, axis=1)
+    last = [_joined(c, [f[i] for f in finals]) for i in range(states)]
+    if batch_first:
+        y = c.permute(y, (2, 0, 1, 3))
+        last = [c.permute(v, (1, 0, 2)) for v in last]
+    return (y, *last)
+
+
+def _joined(c: Emitter, parts: list[Any]) -> Any:
+    return parts[0] if len(parts) == 1 else c.concat(*parts, axis=0)
+
+
+class _Cell:
+    """One direction's weights: w [gates*hidden, i], r [gates*hidden, hidden], bias [2*gates*hidden]."""
+
+    def __init__(
+        self, c: Emitter, n: NodeView, names: list[str], w: Any, r: Any, bias: Any, peepholes: Any, hidden: int
+    ) -> None:
+        self.c, self.n, self.names, self.hidden = c, n, names, hidden
+        self.w, self.r = (c.permute(v, (1, 0)) for v in (w, r))
+        gates = _GATES[n.op] * hidden
+        self.of_x = None if bias is None else c.cut(bias, 0, 0, gates)
+        self.of_h = None if bias is None else c.cut(bias, 0, gates, 2 * gates)
+        self.peepholes = None if peepholes is None else [c.cut(peepholes, 0, i * hidden, (i + 1) * hidden) for i in range(3)]
+
+    def gate(self, v: Any, i: int) -> Any:
+        return self.c.cut(v, 1, i * self.hidden, (i + 1) * self.hidden)
+
+    def f(self, i: int, v: Any) -> Any:
+        limit = self.n.get("clip")
+        if limit:
+            v = self.c.maximum(self.c.minimum(v, float(limit)), -float(limit))
+        return _activation(self.c, self.n, self.names[i], v)
+
+    def step(self, x: Any, state: list[Any]) -> list[Any]:
+        c = self.c
+        a, b = c.matmul(x, self.w), c.matmul(state[0], self.r)
+        if self.of_x is not None:
+            a, b = c.add(a, self.of_x), c.add(b, self.of_h)
+        if self.n.op == "RNN":
+            return [self.f(0, c.add(a, b))]
+        if self.n.op == "GRU":
+            z = self.f(0, c.add(self.gate(a, 0), self.gate(b, 0)))
+            reset = self.f(0, c.add(self.gate(a, 1), self.gate(b, 1)))
+            if self.n["linear_before_reset"]:
+                inner = c.mul(reset, self.gate(b, 2))
+            else:
+                inner = c.matmul(c.mul(reset, state[0]), self.gate(self.r, 2))
+                if self.of_h is not None:
+                    inner = c.add(inner, c.cut(self.of_h, 0, 2 * self.hidden, 3 * self.hidden))
+            new = self.f(1, c.add(self.gate(a, 2), inner))
+            return [c.add(c.mul(c.sub(1.0, z), new), c.mul(z, state[0]))]
+        total, (_, cell) = c.add(a, b), state
+
+        def gate(i: int, peephole: int, seen: Any) -> Any:
+            v = self.gate(total, i)
+            return v if self.peepholes is None else c.add(v, c.mul(self.peepholes[peephole], seen))
+
+        enter = self.f(0, gate(0, 0, cell))
+        keep = c.sub(1.0, enter) if self.n.get("input_forget") else self.f(0, gate(2, 2, cell))
+        new = c.add(c.mul(keep, cell), c.mul(enter, self.f(1, self.gate(total, 3))))
+        return [c.mul(self.f(0, gate(1, 1, new)), self.f(2, new)), new]

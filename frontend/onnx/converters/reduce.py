@@ -1,0 +1,119 @@
+"""Reductions, arg-reductions, running sums, norms over axes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from wasat.ir import DimLike, DType, less_equal
+
+from ..emit import Emitter, Operand
+from ..registry import NodeView, op
+
+_SIMPLE = {"ReduceSum": "reduce_sum", "ReduceProd": "reduce_prod", "ReduceMax": "reduce_max", "ReduceMin": "reduce_min"}
+
+
+@op(
+    *_SIMPLE, "ReduceMean", "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceSumSquare",
+)  # fmt: skip
+def reduce(c: Emitter, n: NodeView, x: Operand, axes: Operand | None = None) -> Any:
+    chosen = n.get("axes") if axes is None else [int(a) for a in c.const(axes, "the axes of a reduction")]
+    if not chosen:
+        if n.get("noop_with_empty_axes"):
+            return _whole(c, n.op, x)
+        chosen = range(c.rank(x))
+    how: dict[str, Any] = {"axes": tuple(chosen), "keepdims": bool(n["keepdims"])}
+    dtype = c.dtype(x)
+    match n.op:
+        case "ReduceMax" | "ReduceMin" if dtype is DType.BOOL:
+            return c.reduce_any(x, **how) if n.op == "ReduceMax" else c.reduce_all(x, **how)
+        case "ReduceMean" if dtype.is_float:
+            return c.reduce_mean(x, **how)
+        case "ReduceMean":
+            count: DimLike = 1
+            for a in chosen:
+                count = count * c.shape(x)[a]
+            return c.div(c.reduce_sum(x, **how), c.size_as(count, dtype))
+        case "ReduceLogSumExp":
+            return c.logsumexp(x, **how)
+        case "ReduceLogSum":
+            return c.log(c.reduce_sum(x, **how))
+        case "ReduceL2" if not dtype.is_float:
+            total = c.reduce_sum(c.mul(x, x), **how)
+            return c.to(c.sqrt(c.to(total, DType.F64)), dtype)
+        case "ReduceL2":
+            return c.sqrt(c.reduce_sum(c.mul(x, x), **how))
+        case "ReduceL1":
+            return c.reduce_sum(c.abs(x), **how)
+        case "ReduceSumSquare":
+            return c.reduce_sum(c.mul(x, x), **how)
+    return getattr(c, _SIMPLE[n.op])(x, **how)
+
+
+def _whole(c: Emitter, name: str, x: Operand) -> Any:
+    """A reduction over no axes: what it does to each element."""
+    match name:
+        case "ReduceL1" | "ReduceL2":
+            return c.abs(x)
+        case "ReduceSumSquare":
+            return c.mul(x, x)
+        case "ReduceLogSum":
+            return c.log(x)
+    return x
+
+
+@op("ArgMax", "ArgMin")
+def arg_extreme(c: Emitter, n: NodeView, x: Operand) -> Any:
+    axis, emit = n["axis"], c.arg_max if n.op == "ArgMax" else c.arg_min
+    if not n.get("select_last_index"):
+        return emit(x, axis=axis, keepdims=bool(n["keepdims"]))
+    at = emit(c.reverse(x, axes=(axis,)), axis=axis, keepdims=bool(n["keepdims"]))
+    return c.sub(c.size_as(c.shape(x)[axis] - 1, DType.I64), at)
+
+
+@op("CumSum")
+def cumsum(c: Emitter, n: NodeView, x: Operand, axis: Operand) -> Any:
+    at = int(c.const(axis, "the axis of a running sum"))
+    return c.cumsum(x, axis=at, exclusive=bool(n["exclusive"]), reverse=bool(n["reverse"]))
+
+
+@op("CumProd")
+def cumprod(c: Emitter, n: NodeView, x: Operand, axis: Operand) -> Any:
+    """Row i of a [n, n] table holds the factors of element i, 1 elsewhere."""
+    rank = c.rank(x)
+    at = int(c.const(axis, "the axis of a running product")) % rank
+    size = c.shape(x)[at]
+    row, column = c.along(c.iota(size=size), 0, 2), c.along(c.iota(size=size), 1, 2)
+    if n["reverse"]:
+        row, column = column, row
+    keep = c.less(column, row) if n["exclusive"] else c.less_equal(column, row)
+    keep = c.view(keep, *(1,) * at, size, size, *(1,) * (rank - at - 1))
+    one = 1.0 if c.dtype(x).is_float else 1
+    return c.reduce_prod(c.select(keep, c.add_axes(x, at), one), axes=(at + 1,))
+
+
+@op("LpNormalization")
+def lp_normalization(c: Emitter, n: NodeView, x: Operand) -> Any:
+    how: dict[str, Any] = {"axes": (n["axis"],), "keepdims": True}
+    norm = c.reduce_sum(c.abs(x), **how) if n["p"] == 1 else c.sqrt(c.reduce_sum(c.mul(x, x), **how))
+    return c.div(x, c.select(c.equal(norm, 0.0), 1.0, norm))
+
+
+@op("Hardmax", since=13)
+def hardmax(c: Emitter, n: NodeView, x: Operand) -> Any:
+    rank = c.rank(x)
+    axis = n["axis"] % rank
+    at = c.arg_max(x, axis=axis, keepdims=True)
+    return c.to(c.equal(at, c.along(c.iota(size=c.shape(x)[axis]), axis, rank)), c.dtype(x))
+
+
+@op("Softmax", "LogSoftmax", since=13)
+def softmax(c: Emitter, n: NodeView, x: Operand) -> Any:
+    return (c.softmax if n.op == "Softmax" else c.log_softmax)(x, axis=n["axis"])
+
+
+@op("TopK", since=10)
+def top_k(c: Emitter, n: NodeView, x: Operand, k: Operand) -> Any:
+    (count,) = c.dims(k, "how many elements TopK takes")
+    if less_equal(count, c.shape(x)[n["axis"]]) is False:
+        raise n.fail(f"takes {count} of {c.shape(x)[n['axis']]} elements")
+    return c.top_k(x, k=count, axis=n["axis"], largest=bool(n.get("largest", 1)))

@@ -1,0 +1,272 @@
+"""Shapes and moving elements: Reshape, Slice, Pad, Expand, ... and the sizes they are computed from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from wasat.ir import Dim, DimLike, DType, less_equal, maximum, minimum
+from wasat.ir.dims import floordiv
+
+from ..emit import Dims, Emitter, Operand, known, objects
+from ..registry import NodeView, op
+
+END = 2**31 - 1
+"""From here on, a bound means the end of the axis (exporters write INT_MAX or INT64_MAX)."""
+
+
+@op("Identity", "Optional")
+def identity(c: Emitter, n: NodeView, x: Any = None) -> Any:
+    return x
+
+
+@op("Constant")
+def constant(c: Emitter, n: NodeView) -> Any:
+    for key, dtype in (("value_int", np.int64), ("value_ints", np.int64), ("value_float", np.float32), ("value_floats", np.float32)):
+        if key in n.attrs:
+            return np.asarray(n[key], dtype)
+    if "value" not in n.attrs:
+        raise n.fail(f"holds {', '.join(n.attrs) or 'nothing'}; only numeric tensors are supported")
+    return np.asarray(n["value"])
+
+
+@op("Shape")
+def shape(c: Emitter, n: NodeView, x: Operand) -> Any:
+    return known(objects(c.shape(x)[n.get("start", 0) : n.get("end")]), DType.I64)
+
+
+@op("Size")
+def size(c: Emitter, n: NodeView, x: Operand) -> Any:
+    return c.dim_size(size=_product(c.shape(x)))
+
+
+def _product(dims: Sequence[DimLike]) -> DimLike:
+    total: DimLike = 1
+    for d in dims:
+        total = total * d
+    return total
+
+
+@op("ConstantOfShape")
+def constant_of_shape(c: Emitter, n: NodeView, shape: Operand) -> Any:
+    value = np.asarray(n.get("value", np.zeros(1, np.float32)))
+    return c.expand(value.reshape(()), *c.dims(shape, "the shape of ConstantOfShape"))
+
+
+@op("Reshape", since=5)
+def reshape(c: Emitter, n: NodeView, x: Operand, shape: Operand) -> Any:
+    given = list(c.dims(shape, "the shape of Reshape"))
+    if not n.get("allowzero", 0):
+        given = [c.shape(x)[i] if d == 0 else d for i, d in enumerate(given)]
+    if given.count(-1) > 1:
+        raise n.fail(f"shape {given} has more than one -1")
+    if -1 in given:
+        total = _product(c.shape(x))
+        rest = _product([d for d in given if d != -1])
+        given[given.index(-1)] = 0 if rest == 0 else floordiv(total, rest)
+    return c.view(x, *given)
+
+
+@op("Flatten")
+def flatten(c: Emitter, n: NodeView, x: Operand) -> Any:
+    axis = n["axis"] % max(c.rank(x), 1) if n["axis"] < 0 else n["axis"]
+    return c.view(x, _product(c.shape(x)[:axis]), _product(c.shape(x)[axis:]))
+
+
+def _axes(c: Emitter, n: NodeView, axes: Operand | None) -> list[int] | None:
+    return n.get("axes") if axes is None else [int(a) for a in c.const(axes, f"the axes of {n.op}").ravel()]
+
+
+@op("Squeeze")
+def squeeze(c: Emitter, n: NodeView, x: Operand, axes: Operand | None = None) -> Any:
+    chosen = _axes(c, n, axes)
+    if chosen is None:
+        chosen = [i for i, d in enumerate(c.shape(x)) if d == 1]
+    return c.drop_axes(x, *chosen)
+
+
+@op("Unsqueeze")
+def unsqueeze(c: Emitter, n: NodeView, x: Operand, axes: Operand | None = None) -> Any:
+    return c.add_axes(x, *(_axes(c, n, axes) or ()))
+
+
+@op("Transpose")
+def transpose(c: Emitter, n: NodeView, x: Operand) -> Any:
+    return c.permute(x, n.get("perm") or range(c.rank(x))[::-1])
+
+
+@op("Concat", since=4)
+def concat(c: Emitter, n: NodeView, *xs: Operand) -> Any:
+    return xs[0] if len(xs) == 1 else c.concat(*xs, axis=n["axis"])
+
+
+@op("Split", since=2)
+def split(c: Emitter, n: NodeView, x: Operand, sizes: Operand | None = None) -> Any:
+    axis = n["axis"] % c.rank(x)
+    parts: Sequence[DimLike] = n.get("split", ()) if sizes is None else c.dims(sizes, "the sizes of Split")
+    if not parts:
+        count = n.get("num_outputs") or len(n.proto.output)
+        chunk = floordiv(c.shape(x)[axis] + count - 1, count)
+        parts = [chunk] * (count - 1) + [c.shape(x)[axis] - chunk * (count - 1)]
+    out, at = [], 0
+    for part in parts:
+        out.append(c.cut(x, axis, at, at + part))
+        at = at + part
+    return tuple(out)
+
+
+@op("Slice", since=10)
+def slice_(
+    c: Emitter, n: NodeView, x: Operand, starts: Operand, ends: Operand, axes: Operand | None = None,
+    steps: Operand | None = None,
+) -> Any:  # fmt: skip
+    first, last = c.dims(starts, "where a Slice starts"), c.dims(ends, "where a Slice ends")
+    chosen = range(len(first)) if axes is None else [int(a) for a in c.const(axes, "the axes of Slice")]
+    strides = [1] * len(first) if steps is None else [int(s) for s in c.const(steps, "the steps of Slice")]
+    for axis, lo, hi, step in zip(chosen, first, last, strides):
+        axis %= c.rank(x)
+        size = c.shape(x)[axis]
+        if step < 0:  # the mirrored slice of the mirrored axis
+            x = c.reverse(x, axes=(axis,))
+            lo = size - 1 - _place(lo, size)
+            hi = size if isinstance(hi, int) and hi <= -END else size - 1 - _place(hi, size)
+            lo, hi, step = maximum(lo, 0), maximum(hi, 0), -step
+        else:
+            lo, hi = maximum(_place(lo, size), 0), maximum(_place(hi, size), 0)
+        lo = minimum(lo, size)
+        x = c.cut(x, axis, lo, maximum(minimum(hi, size), lo), step)
+    return x
+
+
+def _place(at: DimLike, size: DimLike) -> DimLike:
+    """A bound of a slice from the front; negative ones count from the end."""
+    if isinstance(at, int):
+        return size if at >= END else at + size if at < 0 else at
+    return at + size if less_equal(0, at) is False else at
+
+
+@op("Expand")
+def expand(c: Emitter, n: NodeView, x: Operand, shape: Operand) -> Any:
+    want = list(c.dims(shape, "the shape of Expand"))
+    own = list(c.shape(x))
+    rank = max(len(want), len(own))
+    want, own = [1] * (rank - len(want)) + want, [1] * (rank - len(own)) + own
+    return c.expand(x, *(b if a == 1 else a for a, b in zip(own, want)))
+
+
+@op("Tile", since=6)
+def tile(c: Emitter, n: NodeView, x: Operand, repeats: Operand) -> Any:
+    times, shape = c.dims(repeats, "the repeats of Tile"), c.shape(x)
+    pairs = c.view(x, *(d for s in shape for d in (1, s)))
+    pairs = c.expand(pairs, *(d for r, s in zip(times, shape) for d in (r, s)))
+    return c.view(pairs, *(r * s for r, s in zip(times, shape)))
+
+
+@op("Range")
+def range_(c: Emitter, n: NodeView, start: Operand, limit: Operand, delta: Operand) -> Any:
+    dtype = c.dtype(start)
+    if all(isinstance(x, np.ndarray) for x in (start, limit, delta)) or dtype.is_float:
+        lo, hi, step = (c.const(x, "a bound of Range").astype(np.float64).item() for x in (start, limit, delta))
+        count: DimLike = max(int(np.ceil((hi - lo) / step)), 0)
+    else:
+        (first,), (end,), (by,) = (c.dims(x, "a bound of Range") for x in (start, limit, delta))
+        if not isinstance(by, int) or by == 0:
+            raise n.fail(f"the step {by} must be a fixed number")
+        count = floordiv(end - first + by - 1, by) if by > 0 else floordiv(first - end - by - 1, -by)
+    at = c.iota(size=count, dtype=dtype)
+    if not (isinstance(delta, np.ndarray) and delta == 1):
+        at = c.mul(at, delta)
+    return at if isinstance(start, np.ndarray) and start == 0 else c.add(at, start)
+
+
+@op("Pad", since=11)
+def pad(
+    c: Emitter, n: NodeView, x: Operand, pads: Operand, value: Operand | None = None, axes: Operand | None = None
+) -> Any:
+    amounts, rank = c.dims(pads, "the amounts of Pad"), c.rank(x)
+    chosen = range(rank) if axes is None else [int(a) % rank for a in c.const(axes, "the axes of Pad")]
+    low: list[DimLike] = [0] * rank
+    high: list[DimLike] = [0] * rank
+    for i, axis in enumerate(chosen):
+        low[axis], high[axis] = amounts[i], amounts[len(chosen) + i]
+    return padded(c, x, low, high, n["mode"], value)
+
+
+def padded(
+    c: Emitter, x: Operand, low: Sequence[DimLike], high: Sequence[DimLike], mode: str = "constant",
+    value: Operand | None = None,
+) -> Any:  # fmt: skip
+    """``x`` with elements put before and after each axis; negative amounts remove some."""
+    shape = c.shape(x)
+    for i, (lo, hi) in enumerate(zip(low, high)):
+        first, last = (-d if isinstance(d, int) and d < 0 else 0 for d in (lo, hi))
+        if first or last:
+            x = c.cut(x, i, first, shape[i] - last)
+    low, high = ([0 if isinstance(d, int) and d < 0 else d for d in ds] for ds in (low, high))
+    if all(d == 0 for d in (*low, *high)):
+        return x
+    if mode == "constant":
+        if value is not None and not isinstance(value, np.ndarray):  # a computed value: pad a mask beside
+            inside = c.pad(c.full(c.shape(x), True, DType.BOOL), low=tuple(low), high=tuple(high))
+            return c.select(inside, c.pad(x, low=tuple(low), high=tuple(high)), c.view(value))
+        number = 0.0 if value is None else float(np.asarray(value).reshape(()))
+        return c.pad(x, low=tuple(low), high=tuple(high), value=number)
+    for i, (lo, hi) in enumerate(zip(low, high)):
+        if lo != 0 or hi != 0:
+            x = _reflected(c, x, i, lo, hi, mode)
+    return x
+
+
+def _reflected(c: Emitter, x: Operand, axis: int, low: DimLike, high: DimLike, mode: str) -> Any:
+    size = c.shape(x)[axis]
+    at = c.sub(c.iota(size=size + low + high), c.size_as(low, DType.I64))
+    if mode == "edge":
+        at = c.minimum(c.maximum(at, 0), c.size_as(size - 1, DType.I64))
+    elif mode == "wrap":
+        at = c.mod(at, c.size_as(size, DType.I64))
+    else:
+        period = c.size_as(maximum(2 * size - 2, 1), DType.I64)
+        at = c.mod(at, period)
+        at = c.minimum(at, c.sub(period, at)) if size != 1 else at
+    return c.gather(x, at, axis=axis)
+
+
+@op("DepthToSpace")
+def depth_to_space(c: Emitter, n: NodeView, x: Operand) -> Any:
+    (b, depth, h, w), k = c.shape(x), n["blocksize"]
+    if n.get("mode", "DCR") == "DCR":
+        x = c.permute(c.view(x, b, k, k, floordiv(depth, k * k), h, w), (0, 3, 4, 1, 5, 2))
+    else:
+        x = c.permute(c.view(x, b, floordiv(depth, k * k), k, k, h, w), (0, 1, 4, 2, 5, 3))
+    return c.view(x, b, floordiv(depth, k * k), h * k, w * k)
+
+
+@op("SpaceToDepth")
+def space_to_depth(c: Emitter, n: NodeView, x: Operand) -> Any:
+    (b, depth, h, w), k = c.shape(x), n["blocksize"]
+    x = c.view(x, b, depth, floordiv(h, k), k, floordiv(w, k), k)
+    if n.get("mode", "DCR") == "DCR":
+        x = c.permute(x, (0, 3, 5, 1, 2, 4))
+    else:
+        x = c.permute(x, (0, 1, 3, 5, 2, 4))
+    return c.view(x, b, depth * k * k, floordiv(h, k), floordiv(w, k))
+
+
+@op("Trilu")
+def trilu(c: Emitter, n: NodeView, x: Operand, k: Operand | None = None) -> Any:
+    rows, columns = c.shape(x)[-2:]
+    offset = c.sub(c.along(c.iota(size=columns), 1, 2), c.along(c.iota(size=rows), 0, 2))
+    shift: Any = 0 if k is None else c.view(k)
+    keep = c.greater_equal(offset, shift) if n["upper"] else c.less_equal(offset, shift)
+    return c.select(keep, x, np.zeros((), c.dtype(x).np))
+
+
+@op("EyeLike")
+def eye_like(c: Emitter, n: NodeView, x: Operand) -> Any:
+    rows, columns = c.shape(x)
+    offset = c.sub(c.along(c.iota(size=columns), 1, 2), c.along(c.iota(size=rows), 0, 2))
+    return c.to(c.equal(offset, n["k"]), n.dtype("dtype", c.dtype(x)))
+
+
+__all__ = ["Dim", "Dims", "padded"]

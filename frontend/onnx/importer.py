@@ -1,0 +1,370 @@
+"""From a parsed model to a program: nodes in order through the converters, functions inlined, control flow unrolled."""
+
+from __future__ import annotations
+
+import re
+from collections import ChainMap
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+from wasat.ir import DimError, DimLike, Graph, IRError, Loc, ParamSource, Program, TensorType, Value, parse_dim, symbol
+
+from .emit import Dims, Emitter, known
+from .errors import FromData, OnnxError
+from .files import CODE, Source, array, element, parameter
+from .registry import CONVERTERS, NodeView, converter
+
+OLDEST, NEWEST = 7, 28
+"""Operator sets read: from 13 on by promise, older ones where the operator's definition is the same."""
+SMALL = 64
+"""Integer initializers up to this many elements are constants, not parameters: they are sizes, axes, scalars."""
+
+Env = MutableMapping[str, Any]
+
+
+@dataclass
+class Frame:
+    """Where a node is executed: values by name, operator sets, the attributes of the function around it."""
+
+    env: Env
+    opsets: Mapping[str, int]
+    attrs: Mapping[str, onnx.AttributeProto] = field(default_factory=dict)
+    scope: str = ""
+    depth: int = 0
+
+
+class Importer:
+    """One import. ``constants``: inputs that are fixed to numbers; ``types``: inputs whose type is other than declared (a list
+    of types for a sequence, None for an empty optional).
+    """
+
+    def __init__(self, source: Source, constants: Mapping[str, np.ndarray], types: Mapping[str, Any]) -> None:
+        self.source = source
+        self.constants = constants
+        self.types = types
+        self.graph = Graph("forward")
+        self.params: dict[str, ParamSource] = {}
+        self.c = Emitter(self.graph, self.params)
+        self.functions = {(_domain(f.domain), f.name, f.overload): f for f in source.model.functions}
+        self.symbols: dict[str, str] = {}
+
+    def fail(self, message: str) -> OnnxError:
+        return OnnxError(f"{self.source.name}: {message}")
+
+    def run(self) -> Program:
+        model = self.source.model
+        if not model.HasField("graph"):
+            raise self.fail("the model has no graph; the file is damaged or truncated")
+        opsets = self._opsets(model.opset_import)
+        self._check_supported(model.graph, opsets)
+        env: Env = {}
+        initialized = self._initializers(model.graph, env)
+        for info in model.graph.input:
+            if info.name not in initialized:
+                self._input(info, env)
+        frame = Frame(env, opsets)
+        self._nodes(model.graph, frame)
+        structure = []
+        outputs: list[Value] = []
+        names: list[str] = []
+        for info in model.graph.output:
+            result = self._lookup(info.name, frame, "the graph's outputs")
+            items = result if isinstance(result, list) else [] if result is None else [result]
+            structure.append([info.name, len(items) if isinstance(result, list) else None if items else 0])
+            outputs += [self.c.value(x) for x in items]
+            names += [f"{info.name}.{i}" for i in range(len(items))] if isinstance(result, list) else [info.name] * len(items)
+        self.graph.set_outputs(outputs, names)
+        for name in self.graph.prune_params():
+            del self.params[name]
+        metadata = {"name": model.graph.name or "model", "onnx": {"outputs": structure}}
+        return Program({"forward": self.graph}, self.params, metadata)
+
+    # -- what the model declares -----------------------------------------------------------------------------------------
+    def _opsets(self, imports: Sequence[onnx.OperatorSetIdProto]) -> dict[str, int]:
+        opsets = {_domain(o.domain): o.version for o in imports}
+        version = opsets.setdefault("", NEWEST)
+        if not 1 <= version <= NEWEST:
+            raise self.fail(f"operator set {version} is not supported; {OLDEST} to {NEWEST} are")
+        return opsets
+
+    def _initializers(self, graph: onnx.GraphProto, env: Env, prefix: str = "") -> set[str]:
+        if graph.sparse_initializer:
+            raise self.fail("sparse initializers are not supported; store them dense")
+        for t in graph.initializer:
+            if t.name in env and not prefix:
+                raise self.fail(f"initializer {t.name!r} is given twice")
+            source = parameter(t, self.source)
+            type = source.type
+            assert isinstance(type, TensorType)
+            count = type.size
+            if count == 1 or (not type.dtype.is_float and isinstance(count, int) and count <= SMALL):
+                env[t.name] = np.asarray(source.load())
+            else:
+                self.params[prefix + t.name] = source
+                env[t.name] = self.graph.add_param(prefix + t.name, type)
+        return {t.name for t in graph.initializer}
+
+    def _input(self, info: onnx.ValueInfoProto, env: Env) -> None:
+        name = info.name
+        if name in self.constants:
+            env[name] = np.asarray(self.constants[name])
+            return
+        if name in self.types:
+            given = self.types[name]
+            if isinstance(given, (list, tuple)):
+                env[name] = [self.graph.add_input(f"{name}.{i}", t) for i, t in enumerate(given)]
+            else:
+                env[name] = None if given is None else self.graph.add_input(name, given)
+            return
+        kind = info.type.WhichOneof("value")
+        if kind != "tensor_type":
+            raise self.fail(f"input {name!r} is a {(kind or 'value without a type').replace('_type', '')}; give its type(s)")
+        t = info.type.tensor_type
+        if not t.HasField("shape"):
+            raise self.fail(f"input {name!r} has no shape: its rank must be known")
+        env[name] = self.graph.add_input(name, TensorType(element(t.elem_type, f"input {name!r}"), self._shape(t.shape, name)))
+
+    def _shape(self, shape: onnx.TensorShapeProto, name: str) -> tuple[DimLike, ...]:
+        out: list[DimLike] = []
+        for i, d in enumerate(shape.dim):
+            if d.HasField("dim_value") and d.dim_value >= 0:
+                out.append(d.dim_value)
+            else:
+                out.append(self._dim(d.dim_param or f"{name}_{i}"))
+        return tuple(out)
+
+    def _dim(self, text: str) -> DimLike:
+        """A symbolic size by its ONNX name, or the expression it spells."""
+        if not text.isidentifier():
+            try:
+                return parse_dim(text)
+            except DimError:
+                pass
+        if text not in self.symbols:
+            plain = re.sub(r"\W", "_", text) or "n"
+            plain = plain if plain.isidentifier() and plain not in ("max", "min") else f"n_{plain}"
+            while plain in self.symbols.values():
+                plain += "_"
+            self.symbols[text] = plain
+        return symbol(self.symbols[text])
+
+    # -- what cannot be imported, all at once ------------------------------------------------------------------------------
+    def _check_supported(self, graph: onnx.GraphProto, opsets: Mapping[str, int]) -> None:
+        missing: dict[str, list[str]] = {}
+        for node, sets in self._all_nodes(graph.node, opsets, ()):
+            domain = _domain(node.domain)
+            if (domain, node.op_type, node.overload) in self.functions:
+                continue
+            schema = _schema(node.op_type, sets.get(domain, 0), domain)
+            version = schema.since_version if schema is not None else sets.get(domain, 1)
+            if converter(domain, node.op_type, version) is None and not (schema is not None and _has_body(schema)):
+                key = f"{domain}.{node.op_type}" if domain else node.op_type
+                if (domain, node.op_type) in CONVERTERS:
+                    key += f" of operator set {version}"
+                missing.setdefault(key, []).append(node.name or (node.output[0] if node.output else "?"))
+        if missing:
+            lines = [
+                f"  {key}: {len(names)} ({', '.join(names[:4])}{', …' if len(names) > 4 else ''})"
+                for key, names in sorted(missing.items(), key=lambda kv: (-len(kv[1]), kv[0]))
+            ]
+            raise self.fail("these operators are not supported:\n" + "\n".join(lines))
+
+    def _all_nodes(
+        self, nodes: Sequence[onnx.NodeProto], opsets: Mapping[str, int], stack: tuple[str, ...]
+    ) -> Iterator[tuple[onnx.NodeProto, Mapping[str, int]]]:
+        """Every node, those of subgraphs and of the model's functions included. Raises OnnxError for recursive functions."""
+        for node in nodes:
+            yield node, opsets
+            for a in node.attribute:
+                for g in [a.g] if a.type == onnx.AttributeProto.GRAPH else a.graphs:
+                    yield from self._all_nodes(g.node, opsets, stack)
+            key = (_domain(node.domain), node.op_type, node.overload)
+            f = self.functions.get(key)
+            if f is not None:
+                if str(key) in stack:
+                    raise self.fail(f"function {node.op_type} calls itself")
+                yield from self._all_nodes(f.node, self._opsets(f.opset_import), (*stack, str(key)))
+
+    # -- execution -----------------------------------------------------------------------------------------------------------
+    def _nodes(self, graph: onnx.GraphProto | onnx.FunctionProto, frame: Frame) -> None:
+        for node in graph.node:
+            inputs = [self._lookup(name, frame, f"{node.op_type} node {node.name!r}") if name else None for name in node.input]
+            for name, result in zip(node.output, self._node(node, inputs, frame)):
+                if name in frame.env and name in getattr(frame.env, "maps", [frame.env])[0]:
+                    raise self.fail(f"{name!r} is made twice; every value has one producer")
+                if name:
+                    frame.env[name] = result
+
+    def _lookup(self, name: str, frame: Frame, who: str) -> Any:
+        if name not in frame.env:
+            raise self.fail(
+                f"{who} reads {name!r}, which nothing before it makes: the nodes are not in order, or form a cycle"
+            )
+        return frame.env[name]
+
+    def _node(self, node: onnx.NodeProto, inputs: list[Any], frame: Frame) -> Sequence[Any]:
+        domain = _domain(node.domain)
+        function = self.functions.get((domain, node.op_type, node.overload))
+        scope = node.name or (node.output[0] if node.output else node.op_type)
+        loc = Loc(self.source.name, None, scope=f"{frame.scope}/{scope}" if frame.scope else scope)
+        outer, self.c.b.loc = self.c.b.loc, loc
+        last = self.graph.last
+        try:
+            if function is not None:
+                return self._call(function, node, inputs, frame, self._opsets(function.opset_import))
+            schema = _schema(node.op_type, frame.opsets.get(domain, 0), domain)
+            version = schema.since_version if schema is not None else frame.opsets.get(domain, 1)
+            convert = converter(domain, node.op_type, version)
+            if convert is None:
+                return self._inline_schema(schema, node, inputs, frame)
+            view = NodeView(node, self._attributes(node, frame, schema), frame, self)
+            while inputs and inputs[-1] is None:
+                inputs.pop()
+            result = convert(self.c, view, *inputs)
+        except FromData as e:
+            raise FromData(f"{self.source.name}: {node.op_type} node {scope!r}: {e}", e.inputs) from None
+        except IRError as e:
+            raise OnnxError(f"{self.source.name}: {node.op_type} node {scope!r}: {e.message}") from e
+        finally:
+            self.c.b.loc = outer
+        results = result if isinstance(result, tuple) else (result,)
+        self._name(results, node.output, last)
+        return results
+
+    def _name(self, results: Sequence[Any], names: Sequence[str], last: Any) -> None:
+        """Gives the values that a node made their ONNX names."""
+        fresh = set()
+        n = self.graph.last
+        while n is not None and n is not last:
+            fresh.add(n)
+            n = n.prev
+        for v, name in zip(results, names):
+            if name and isinstance(v, Value) and v.node in fresh and v.node.op.name != "constant":
+                self.graph.rename(v, name)
+
+    def _attributes(self, node: onnx.NodeProto, frame: Frame, schema: onnx.defs.OpSchema | None) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        if schema is not None:
+            for name, a in schema.attributes.items():
+                if a.default_value.name:
+                    out[name] = _plain(onnx.helper.get_attribute_value(a.default_value))
+        for a in self._resolved(node, frame):
+            if a.type in (onnx.AttributeProto.TENSOR, onnx.AttributeProto.TENSORS):
+                tensors = [array(t, self.source) for t in ([a.t] if a.type == onnx.AttributeProto.TENSOR else a.tensors)]
+                out[a.name] = tensors[0] if a.type == onnx.AttributeProto.TENSOR else tensors
+            else:
+                try:
+                    out[a.name] = _plain(onnx.helper.get_attribute_value(a))
+                except ValueError as e:
+                    raise self.fail(f"attribute {a.name} of {node.op_type} node {node.name!r}: {e}") from None
+        return out
+
+    def _resolved(self, node: onnx.NodeProto, frame: Frame) -> Iterator[onnx.AttributeProto]:
+        """The node's attributes, references to those of the function around it replaced by their values."""
+        for a in node.attribute:
+            if not a.ref_attr_name:
+                yield a
+            elif a.ref_attr_name in frame.attrs:
+                own = onnx.AttributeProto()
+                own.CopyFrom(frame.attrs[a.ref_attr_name])
+                own.name = a.name
+                yield own
+
+    # -- functions and subgraphs -----------------------------------------------------------------------------------------------
+    def _call(
+        self, f: onnx.FunctionProto, node: onnx.NodeProto, inputs: list[Any], frame: Frame, opsets: Mapping[str, int]
+    ) -> list[Any]:
+        if frame.depth > 64:
+            raise self.fail(f"functions are nested too deeply at {node.op_type}")
+        attrs = {a.name: a for a in f.attribute_proto}
+        attrs.update({a.name: a for a in self._resolved(node, frame)})
+        env = dict(zip(f.input, inputs + [None] * (len(f.input) - len(inputs))))
+        scope = self.c.b.loc.scope if self.c.b.loc is not None else ""
+        inner = Frame(env, opsets, attrs, scope, frame.depth + 1)
+        self._nodes(f, inner)
+        # an optional output that nobody asks for may not be made at all
+        wanted = zip(f.output, node.output)
+        return [self._lookup(name, inner, f"the result of function {f.name}") if out else None for name, out in wanted]
+
+    def _inline_schema(
+        self, schema: onnx.defs.OpSchema | None, node: onnx.NodeProto, inputs: list[Any], frame: Frame
+    ) -> Sequence[Any]:
+        assert schema is not None  # or _check_supported had refused it
+        plain = onnx.NodeProto()
+        plain.CopyFrom(node)
+        del plain.attribute[:]
+        own = list(self._resolved(node, frame))
+        plain.attribute.extend(own)
+        version = frame.opsets[""]
+        f = onnx.FunctionProto()
+        if schema.context_dependent_function_opset_versions:
+            best = [v for v in schema.context_dependent_function_opset_versions if v <= version or _domain(node.domain)]
+            if not best:
+                raise self.fail(f"{node.op_type} node {node.name!r} has no definition at operator set {version}")
+            types = [_type_proto(x, self.c).SerializeToString() for x in inputs]
+            body = schema.get_context_dependent_function_with_opset_version(max(best), plain.SerializeToString(), types)
+            f.ParseFromString(body)
+        else:
+            f.CopyFrom(schema.function_body)
+        defaults = {a.name: a.default_value for a in schema.attributes.values() if a.default_value.name}
+        given = {a.name for a in own}
+        plain.attribute.extend(v for k, v in defaults.items() if k not in given)
+        opsets = {**frame.opsets, **{_domain(o.domain): o.version for o in f.opset_import}}
+        return self._call(f, plain, inputs, Frame({}, opsets, {}, frame.scope, frame.depth), opsets)
+
+    def subgraph(self, graph: onnx.GraphProto, frame: Frame, inputs: Sequence[Any]) -> list[Any]:
+        """The results of a subgraph; it sees the values around it."""
+        if len(inputs) != len(graph.input):
+            raise self.fail(f"subgraph {graph.name!r} takes {len(graph.input)} inputs and is given {len(inputs)}")
+        env: Env = ChainMap(dict(zip((i.name for i in graph.input), inputs)), frame.env)
+        local: Env = {}
+        if graph.initializer:
+            self._initializers(graph, local, prefix=f"{self.c.b.loc.scope}/" if self.c.b.loc is not None else "")
+            env.update(local)
+        inner = Frame(env, frame.opsets, frame.attrs, self.c.b.loc.scope if self.c.b.loc else "", frame.depth + 1)
+        if inner.depth > 64:
+            raise self.fail(f"subgraphs are nested too deeply at {graph.name!r}")
+        self._nodes(graph, inner)
+        return [self._lookup(o.name, inner, f"the result of subgraph {graph.name!r}") for o in graph.output]
+
+
+def _domain(name: str) -> str:
+    return "" if name == "ai.onnx" else name
+
+
+def _schema(name: str, version: int, domain: str) -> onnx.defs.OpSchema | None:
+    try:
+        return onnx.defs.get_schema(name, version, domain)
+    except onnx.defs.SchemaError:
+        return None
+
+
+def _has_body(schema: onnx.defs.OpSchema) -> bool:
+    return schema.has_function or schema.has_context_dependent_function
+
+
+def _plain(x: Any) -> Any:
+    if isinstance(x, bytes):
+        return x.decode("utf-8", "replace")
+    if isinstance(x, (list, tuple)) or type(x).__name__.startswith("Repeated"):
+        return [_plain(v) for v in x]
+    return x
+
+
+def _type_proto(x: Any, c: Emitter) -> onnx.TypeProto:
+    """The ONNX type of an operand, for function bodies that depend on it."""
+    t = onnx.TypeProto()
+    if x is None:
+        return t
+    if isinstance(x, list):
+        if x:
+            t.sequence_type.elem_type.CopyFrom(_type_proto(x[0], c))
+        return t
+    shape = [d if isinstance(d, int) else str(d) for d in c.shape(x)]
+    return onnx.helper.make_tensor_type_proto(CODE[c.dtype(x)], shape)
+
+
+__all__ = ["Dims", "Frame", "Importer", "known"]

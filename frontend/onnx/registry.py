@@ -1,0 +1,90 @@
+"""The table of converters: ONNX operator -> a function that emits it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import onnx
+from wasat.ir import DType
+
+from .errors import OnnxError
+from .files import element
+
+if TYPE_CHECKING:
+    from .importer import Frame, Importer
+
+ML = "ai.onnx.ml"
+PREVIEW = "ai.onnx.preview"
+TRAINING = "ai.onnx.preview.training"
+CONTRIB = "com.microsoft"
+
+Converter = Callable[..., Any]
+CONVERTERS: dict[tuple[str, str], list[tuple[int, Converter]]] = {}
+"""(domain, operator) -> (operator-set version since which it holds, converter), oldest first."""
+
+
+def op(*names: str, since: int = 1, domain: str = "") -> Callable[[Converter], Converter]:
+    """Registers ``f(c, n, *inputs)`` for operators: ``c`` emits, ``n`` holds the attributes, an absent input is None.
+
+    It returns one operand, or a tuple of them (None for an output that does not exist).
+    """
+
+    def put(f: Converter) -> Converter:
+        for name in names:
+            entry = CONVERTERS.setdefault((domain, name), [])
+            entry.append((since, f))
+            entry.sort(key=lambda e: e[0])
+        return f
+
+    return put
+
+
+def converter(domain: str, name: str, version: int) -> Converter | None:
+    """The converter for an operator whose definition dates from operator set ``version``."""
+    found = None
+    for since, f in CONVERTERS.get((domain, name), ()):
+        if since <= version:
+            found = f
+    return found
+
+
+@dataclass
+class NodeView:
+    """A node as a converter sees it: attributes with the schema's defaults filled in, and where it stands."""
+
+    proto: onnx.NodeProto
+    attrs: dict[str, Any]
+    frame: Frame
+    importer: Importer
+    outputs: list[str] = field(default_factory=list)
+
+    @property
+    def op(self) -> str:
+        return self.proto.op_type
+
+    @property
+    def name(self) -> str:
+        return self.proto.name or (self.proto.output[0] if self.proto.output else self.proto.op_type)
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self.attrs:
+            raise OnnxError(f"{self.op} node {self.name!r} lacks the attribute {key}")
+        return self.attrs[key]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self.attrs.get(key, default)
+
+    def dtype(self, key: str, default: DType | None = None) -> DType:
+        """An attribute that holds an element type; ``default`` where it is absent."""
+        if key not in self.attrs and default is not None:
+            return default
+        return element(self[key], f"{self.op} node {self.name!r}: {key}")
+
+    def wants(self, i: int) -> bool:
+        """Whether output i is used under some name."""
+        return i < len(self.proto.output) and bool(self.proto.output[i])
+
+    def fail(self, message: str) -> OnnxError:
+        return OnnxError(f"{self.op} node {self.name!r}: {message}")

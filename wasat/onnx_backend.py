@@ -1,0 +1,104 @@
+"""The standard ONNX backend interface over the interpreter (``device="CPU"``), as the ONNX backend suite calls it.
+
+    import wasat.onnx_backend as backend
+    (y,) = backend.run_model(model, [x])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx.backend.base import Backend, BackendRep, Device, DeviceType
+
+from wasat.frontend.onnx import FromData, from_onnx
+from wasat.ir import TensorType, evaluate, type_of
+
+
+class WasatRep(BackendRep):
+    """A model ready to run. It is imported for the inputs at hand: for their types and, where the model makes shapes of their
+    numbers (the ``shape`` of a Reshape), for those numbers.
+    """
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.model = model
+        initialized = {t.name for t in model.graph.initializer}
+        self.inputs = [i for i in model.graph.input if i.name not in initialized]
+
+    def run(self, inputs: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """The outputs, in order; ``inputs`` is a sequence in the order of the graph's inputs, or a dict."""
+        given = dict(inputs) if isinstance(inputs, Mapping) else dict(zip((i.name for i in self.inputs), inputs))
+        constants: dict[str, np.ndarray] = {}
+        while True:
+            types = {i.name: _type(given[i.name]) for i in self.inputs if _needs_type(i)}
+            try:
+                program = from_onnx(self.model, constants=constants, types=types)
+                break
+            except FromData as e:
+                more = {name: given[name] for name in e.inputs if name in given}
+                if not more.keys() - constants.keys():
+                    raise
+                constants.update(more)
+        graph = program["forward"]
+        feeds: dict[str, Any] = {}
+        for name, x in given.items():
+            feeds.update({f"{name}.{i}": v for i, v in enumerate(x)} if isinstance(x, (list, tuple)) else {name: x})
+        feeds = {v.name: feeds[v.name] for v in graph.inputs}
+        params = {name: program.params[name].load() for name in graph.params}
+        results = iter(evaluate(graph, feeds, params))
+        return tuple(
+            next(results) if count is None else [next(results) for _ in range(count)]
+            for _, count in program.metadata["onnx"]["outputs"]
+        )
+
+
+def _needs_type(info: onnx.ValueInfoProto) -> bool:
+    """Whether the declared type says too little: a sequence, an optional, an unknown rank."""
+    return not info.type.HasField("tensor_type") or not info.type.tensor_type.HasField("shape")
+
+
+def _type(x: Any) -> Any:
+    if x is None:
+        return None
+    if isinstance(x, (list, tuple)):
+        return [_type(v) for v in x]
+    t = type_of(np.asarray(x))
+    assert isinstance(t, TensorType)
+    return t
+
+
+class WasatBackend(Backend):
+    """The interface's class; the functions below are its methods."""
+
+    @classmethod
+    def is_compatible(cls, model: onnx.ModelProto, device: str = "CPU", **kwargs: Any) -> bool:
+        return cls.supports_device(device)
+
+    @classmethod
+    def prepare(cls, model: onnx.ModelProto, device: str = "CPU", **kwargs: Any) -> WasatRep:
+        """Raises OnnxError for a model that cannot be imported, when it is run."""
+        return WasatRep(model)
+
+    @classmethod
+    def run_node(
+        cls, node: onnx.NodeProto, inputs: Sequence[Any], device: str = "CPU", outputs_info: Any = None, **kwargs: Any
+    ) -> tuple[Any, ...]:
+        """Runs one node of the newest operator set."""
+        infos = [onnx.helper.make_empty_tensor_value_info(n) for n in node.output if n]
+        named = [onnx.helper.make_empty_tensor_value_info(n) for n in node.input if n]
+        graph = onnx.helper.make_graph([node], "node", named, infos)
+        opsets = [onnx.helper.make_opsetid(node.domain, kwargs.get("opset_version", onnx.defs.onnx_opset_version()))]
+        return cls.prepare(onnx.helper.make_model(graph, opset_imports=opsets), device).run(inputs)
+
+    @classmethod
+    def supports_device(cls, device: str) -> bool:
+        return Device(device).type == DeviceType.CPU
+
+
+is_compatible = WasatBackend.is_compatible
+prepare = WasatBackend.prepare
+run_model = WasatBackend.run_model
+run_node = WasatBackend.run_node
+supports_device = WasatBackend.supports_device
