@@ -1,5 +1,6 @@
-"""Graph to graph: clean-up, fusion, quantization, KV-cache derivation; the manager that runs passes, and their remarks."""
+"""Graph to graph: clean-up, fusion, quantization, KV-cache derivation, gradients; the manager that runs passes, and their remarks."""
 
+from .autodiff import Differentiate
 from .cleanup import Cleanup
 from .core import Check, GraphPass, Pass, PassError, PassManager, Remark, Remarks, Report, Step
 from .fuse_activations import FuseActivations
@@ -15,7 +16,7 @@ from .pipelines import default_pipeline
 from .quantize import Quantize
 
 __all__ = [
-    "Check", "Cleanup", "DeriveKVCache", "FuseActivations", "FuseAttention", "FuseGlu", "FuseNorm", "FuseRope", "GraphPass",
+    "Check", "Cleanup", "DeriveKVCache", "Differentiate", "FuseActivations", "FuseAttention", "FuseGlu", "FuseNorm", "FuseRope", "GraphPass",
     "HoistParams", "Match", "MergeLinears", "Mismatch", "Pass", "PassError", "PassManager", "Quantize", "Remark", "Remarks",
     "Report", "Rewrite", "Step", "Tracer", "default_pipeline",
 ]  # fmt: skip
