@@ -4,9 +4,10 @@
     python make_training.py
 
 Models are those of ``hf/`` (make_hf.py). ``gradients_*.npz``: ids, labels (-100: left out), loss, and by parameter name the
-gradient. ``losses.npz``: the operands, ``<case>.loss``, and ``<case>.grad`` of the logits (or points). ``optimizers.npz``: parameters that start at
-``start.<name>`` and get the gradients ``grad.<name>[step]``; what they are after each step, ``<case>.<name>[step]``.
-``run.npz``: the losses of 20 steps, with the norms before clipping, and a parameter afterwards.
+gradient. ``losses.npz``: the operands, ``<case>.loss``, and ``<case>.grad`` of the logits (or points). ``optimizers.npz``:
+parameters that start at ``start.<name>`` and get the gradients ``grad.<name>[step]``; what they are after each step,
+``<case>.<name>[step]``. ``run.npz``: the ids and labels of 4 batches, which take turns for 20 steps; the losses, the norms
+before clipping, and a parameter afterwards.
 """
 
 import math
@@ -139,9 +140,10 @@ def run() -> dict[str, np.ndarray]:
     rate = torch.optim.lr_scheduler.LambdaLR(
         made, lambda t: (t + 1) / 5 if t < 5 else 0.5 * (1 + math.cos(math.pi * (t - 5) / 15))
     )
+    batches = [batch(model.config.vocab_size, seed) for seed in range(4)]
     trajectory, norms = [], []
     for t in range(20):
-        ids, labels = batch(model.config.vocab_size, t % 4)
+        ids, labels = batches[t % 4]
         made.zero_grad()
         loss = nll(model, ids, labels)
         loss.backward()
@@ -150,7 +152,8 @@ def run() -> dict[str, np.ndarray]:
         rate.step()
         trajectory.append(loss.item())
     name = "model.layers.1.mlp.down_proj.weight"
-    return {"losses": np.array(trajectory), "norms": np.array(norms), name: params[name].detach().numpy()}
+    fed = {k: torch.stack(v).numpy() for k, v in zip(("ids", "labels"), zip(*batches))}
+    return {**fed, "losses": np.array(trajectory), "norms": np.array(norms), name: params[name].detach().numpy()}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,132 @@
+"""Optimizers, schedules, clipping and accumulation against torch.optim; averages against their definition."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+from wasat.ir import ArrayParam, Builder, Graph, IRError, Program, evaluate, parse_type, type_of
+from wasat.training.optimizers import SGD, Adafactor, AdamW, Constant, Cosine, Linear, Schedule
+from wasat.training.step import TrainStep, train_step
+
+GOLDEN = np.load(Path(__file__).parent.parent / "golden" / "training" / "optimizers.npz")
+NAMES = ["kernel", "matrix", "bias"]
+STEPS = len(GOLDEN["grad.bias"])
+ADAM = AdamW(0.8, 0.95, 1e-6, 0.1)
+
+
+def given_gradients() -> Program:
+    """sum(parameter * input): the input is the gradient."""
+    g = Graph("loss")
+    b = Builder(g)
+    loss = b.constant(0.0)
+    params = {}
+    for name in NAMES:
+        start = GOLDEN[f"start.{name}"]
+        params[name] = ArrayParam(start, type_of(start))
+        p, x = g.add_param(name, type_of(start)), g.add_input(f"{name}.gradient", type_of(start))
+        loss = b.add(loss, b.reduce_sum(b.mul(p, x), axes=tuple(range(start.ndim))))
+    g.set_outputs([loss], ["loss"])
+    return Program({"loss": g}, params)
+
+
+def run(made: TrainStep, steps: int = STEPS) -> list[dict[str, Any]]:
+    states, trace = dict(made.states), []
+    g = made.program["train_step"]
+    for t in range(steps):
+        batch = {f"{name}.gradient": GOLDEN[f"grad.{name}"][t] for name in NAMES}
+        out = dict(zip(g.output_names, evaluate(g, {**batch, **states})))
+        states = {k: out[k] for k in states}  # type: ignore[misc]
+        trace.append(out)
+    return trace
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "sgd": {"optimizer": SGD(decay=0.1), "rate": Constant(0.05)},
+    "momentum": {"optimizer": SGD(0.9, decay=0.1), "rate": Constant(0.05)},
+    "nesterov": {"optimizer": SGD(0.8, nesterov=True), "rate": Constant(0.05)},
+    "adamw": {"optimizer": ADAM, "rate": Constant(0.02)},
+    "adafactor": {"optimizer": Adafactor(decay=0.1), "rate": Constant(0.03)},
+    "clipped": {"optimizer": ADAM, "rate": Constant(0.02), "clip": 1.0},
+    "accumulated": {"optimizer": ADAM, "rate": Constant(0.02), "clip": 1.0, "accumulate": 3},
+    "linear": {"optimizer": ADAM, "rate": Linear(0.02, warmup=2, steps=6)},
+    "cosine": {"optimizer": ADAM, "rate": Cosine(0.02, warmup=2, steps=6, final=0.002)},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_of_torch(case: str) -> None:
+    trace = run(train_step(given_gradients(), **CASES[case]))
+    for t, out in enumerate(trace):
+        for name in NAMES:
+            want = GOLDEN[f"{case}.{name}"][t]
+            assert_allclose(out[name], want, rtol=2e-5, atol=2e-6, err_msg=f"{name} after step {t}")
+
+
+def test_states_have_the_sizes_of_the_method() -> None:
+    shapes = {k: v.shape for k, v in train_step(given_gradients(), optimizer=Adafactor()).states.items()}
+    assert shapes == {
+        "kernel": (2, 3, 4), "matrix": (4, 3), "bias": (3,), "optimizer.rows.kernel": (2, 3, 1),
+        "optimizer.columns.kernel": (2, 1, 4), "optimizer.rows.matrix": (4, 1), "optimizer.columns.matrix": (1, 3),
+        "optimizer.square.bias": (3,), "optimizer.count": (),
+    }  # fmt: skip
+    assert set(train_step(given_gradients(), optimizer=SGD()).states) == {*NAMES, "optimizer.count"}
+
+
+@pytest.mark.parametrize(("schedule", "at"), [
+    (Constant(0.5), [0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5]),
+    (Constant(0.5, warmup=4), [0.125, 0.25, 0.375, 0.5, 0.5, 0.5, 0.5]),
+    (Linear(1.0, warmup=1, steps=5, final=0.2), [1.0, 1.0, 0.8, 0.6, 0.4, 0.2, 0.2]),
+    (Cosine(1.0, steps=4), [1.0, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5, 0.0, 0.0, 0.0]),
+    (Cosine(1.0, warmup=2, steps=4, final=0.5), [0.5, 1.0, 1.0, 0.75, 0.5, 0.5, 0.5]),
+])  # fmt: skip
+def test_schedules(schedule: Schedule, at: list[float]) -> None:
+    g = Graph("rate")
+    step = g.add_input("step", parse_type("f32[]"))
+    g.set_outputs([schedule(Builder(g), step)])
+    assert_allclose([evaluate(g, {"step": float(t)})[0] for t in range(len(at))], at, atol=1e-7)
+
+
+def test_the_rate_and_the_norm_come_out() -> None:
+    trace = run(train_step(given_gradients(), rate=Linear(1.0, steps=4), clip=0.5), 2)
+    assert [float(out["rate"]) for out in trace] == [1.0, 0.75]
+    norm = np.sqrt(sum((GOLDEN[f"grad.{k}"][0] ** 2).sum() for k in NAMES))
+    assert_allclose(trace[0]["grad_norm"], norm, rtol=1e-6)  # before clipping
+
+
+def test_averages_follow_the_updates() -> None:
+    trace = run(train_step(given_gradients(), optimizer=SGD(), rate=Constant(0.1), ema=0.75, accumulate=2))
+    average = GOLDEN["start.matrix"]
+    for t, out in enumerate(trace):
+        if t % 2:
+            average = average + 0.25 * (out["matrix"] - average)
+        assert_allclose(out["ema.matrix"], average, rtol=1e-6, atol=1e-7)
+
+
+def test_an_infinite_gradient_does_not_stay_in_the_sum() -> None:
+    made = train_step(given_gradients(), optimizer=SGD(), accumulate=2)
+    g = made.program["train_step"]
+    batch = {f"{name}.gradient": np.full_like(GOLDEN[f"start.{name}"], np.inf) for name in NAMES}
+    out = dict(zip(g.output_names, evaluate(g, {**batch, **made.states, "optimizer.count": np.int64(1)})))
+    assert not np.asarray(out["optimizer.sum.bias"]).any()
+
+
+def test_decay_leaves_vectors_alone() -> None:
+    for optimizer in (SGD(decay=0.5), AdamW(decay=0.5), Adafactor(decay=0.5)):
+        made = train_step(given_gradients(), optimizer=optimizer, rate=Constant(0.1))
+        g = made.program["train_step"]
+        batch = {f"{name}.gradient": np.zeros_like(GOLDEN[f"start.{name}"]) for name in NAMES}
+        out = dict(zip(g.output_names, evaluate(g, {**batch, **made.states})))
+        assert_allclose(out["bias"], made.states["bias"], rtol=0)  # type: ignore[arg-type]
+        assert_allclose(out["matrix"], made.states["matrix"] * 0.95, rtol=1e-6)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"accumulate": 0}, "accumulate >= 1"), ({"clip": 0.0}, "clip > 0"), ({"ema": 1.0}, "ema < 1"), ({"ema": -0.1}, "0 <= ema"),
+])  # fmt: skip
+def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(IRError, match=message):
+        train_step(given_gradients(), **options)
