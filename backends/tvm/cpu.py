@@ -46,6 +46,10 @@ class Panels:
     isa: Isa
     weights: Weights
 
+    @property
+    def rows(self) -> int:
+        return self.isa.columns
+
     def arrays(self, name: str, type: Type) -> list[Packed]:
         n, k = _ints(type.shape)
         if isinstance(type, QTensorType):
@@ -63,6 +67,7 @@ class PaddedBias:
     """A bias in f32, padded to whole panels."""
 
     isa: Isa
+    rows = None
 
     def arrays(self, name: str, type: Type) -> list[Packed]:
         return [Packed(f"{name}/padded", "float32", (padded(_ints(type.shape)[0], self.isa.columns),))]

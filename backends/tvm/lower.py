@@ -39,6 +39,11 @@ class Packed:
 class Layout(Protocol):
     """How a kernel wants a weight. Equal layouts of one parameter share one packed copy."""
 
+    @property
+    def rows(self) -> int | None:
+        """Pieces of so many rows can be packed one by one, and joined along the first axis; None: only the whole."""
+        ...
+
     def arrays(self, name: str, type: Type) -> list[Packed]:
         """What :meth:`pack` will produce for parameter ``name`` of ``type``."""
         ...
@@ -51,6 +56,8 @@ class Layout(Protocol):
 @dataclass(frozen=True)
 class Plain:
     """Row-major, as it is."""
+
+    rows = 1
 
     def arrays(self, name: str, type: Type) -> list[Packed]:
         if not isinstance(type, TensorType):

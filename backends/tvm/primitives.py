@@ -465,6 +465,8 @@ def _cache_update_kernel(heads: int, width: int, dtype: str, ring: bool) -> Any:
 class PlainQuantized:
     """Values row by row, two 4-bit ones a byte (low nibble first, offset 8); scales [.., blocks]."""
 
+    rows = 1
+
     def arrays(self, name: str, type: Type) -> list[Packed]:
         assert isinstance(type, QTensorType)
         *lead, k = TensorType(DType.I8, type.shape).concrete({})

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from wasat.ir import IRError, ParamSource
+from wasat.ir import Array, IRError, ParamSource, QArray
 
 from .lower import Layout, Packed, WeightPlan
 
@@ -19,10 +21,33 @@ _SAFETENSORS: dict[str, str] = {
 }  # fmt: skip
 
 
+_PIECE = 32 << 20
+"""Bytes of a weight that are packed at a time."""
+
+
+def itemsize(a: Packed) -> int:
+    """Bytes of one element."""
+    return {"bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}.get(a.dtype) or np.dtype(a.dtype).itemsize
+
+
 def nbytes(a: Packed) -> int:
     """Size of a packed array in bytes."""
-    size = {"bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}.get(a.dtype)
-    return int(np.prod(a.shape, dtype=np.int64)) * (size or np.dtype(a.dtype).itemsize)
+    return math.prod(a.shape) * itemsize(a)
+
+
+def _pieces(weight: Array, rows: int | None) -> Iterator[Array]:
+    """The weight in pieces of about _PIECE bytes, each (but the last) a multiple of ``rows`` rows."""
+    if rows is None or len(weight.shape) < 2 or not math.prod(weight.shape):
+        yield weight
+        return
+    values = weight.values if isinstance(weight, QArray) else weight
+    step = max(_PIECE // (values.nbytes // len(values)) // rows, 1) * rows
+    for i in range(0, len(values), step):
+        if isinstance(weight, QArray):
+            part = values[i : i + step]
+            yield QArray(dataclasses.replace(weight.type, shape=part.shape), part, weight.scales[i : i + step])
+        else:
+            yield values[i : i + step]
 
 
 def write_weights(
@@ -51,13 +76,19 @@ def write_weights(
         for name, uses in jobs.items():
             weight = params[name].load()
             for layout, arrays in uses:
-                packed = layout.pack(weight)
-                for a, x in zip(arrays, packed, strict=True):
-                    if tuple(x.shape) != a.shape or x.nbytes != nbytes(a):
-                        raise IRError(f"packing {name} made {x.dtype}{list(x.shape)} for {a.name}: {a.dtype}{list(a.shape)}")
-                    f.seek(start + header[a.name]["data_offsets"][0])
-                    f.write(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
-                    done += x.nbytes
-                    on_progress(done, total)
+                ends = [start + header[a.name]["data_offsets"][0] for a in arrays]
+                for piece in _pieces(weight, layout.rows):
+                    for i, (a, x) in enumerate(zip(arrays, layout.pack(piece), strict=True)):
+                        if tuple(x.shape[1:]) != a.shape[1:] or x.dtype.itemsize != itemsize(a):
+                            made = f"{x.dtype}{list(x.shape)}"
+                            raise IRError(f"packing {name} made {made} for {a.name}: {a.dtype}{list(a.shape)}")
+                        f.seek(ends[i])
+                        f.write(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
+                        ends[i] += x.nbytes
+                        done += x.nbytes
+                        on_progress(done, total)
+                for a, end in zip(arrays, ends):
+                    if end != start + header[a.name]["data_offsets"][1]:
+                        raise IRError(f"packing {name} made too few or too many rows for {a.name}: {a.dtype}{list(a.shape)}")
             del weight
         f.truncate(start + total)

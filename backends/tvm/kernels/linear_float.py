@@ -39,6 +39,9 @@ Weights = Literal["float32", "float16", "bfloat16", "int8", "int4"]
 _CHUNK = 240  # rows of x that a panel is applied to before the next panel is fetched; a multiple of every tile
 
 
+_SUMS, _STEPS = 4, 8  # of the matrix-vector path: sums of each column, steps of k unrolled
+
+
 @dataclass(frozen=True)
 class Linear:
     """y[m, n] = x[m, k] @ w[n, k]^T (+ bias[n]); ``weights`` names the storage, see :mod:`pack`."""
@@ -91,10 +94,34 @@ def linear(desc: Linear) -> tirx.PrimFunc:
                     kernel.store(acc, at, load(acc, at, lanes) + value * columns[v])
         finish(acc, rows, row, panel)
 
+    def stream(panel: Expr) -> None:
+        """One row: several sums side by side, or each addition would wait for the one before."""
+        acc = kernel.registers(2 * _SUMS, "float32", lanes)
+        start(acc, 1, panel)
+        for i in range(2, 2 * _SUMS):
+            kernel.store(acc, i * lanes, splat(0.0, lanes))
+
+        def step(kk: Expr, at: int) -> None:
+            value = splat(load(x, (int64(0), kk)), lanes)
+            for v in range(2):
+                i = (at * 2 + v) * lanes
+                column = widen(load(w, (panel, kk, v * lanes), lanes), isa.native_f16)
+                kernel.store(acc, i, load(acc, i, lanes) + value * column)
+
+        with kernel.loop(k // _STEPS) as block:
+            for t in range(_STEPS):
+                step(block * _STEPS + t, t % _SUMS)
+        for t in range(k % _STEPS):
+            step(int64(k - k % _STEPS + t), t % _SUMS)
+        for i in range(2, 2 * _SUMS):
+            v = i % 2
+            kernel.store(acc, v * lanes, load(acc, v * lanes, lanes) + load(acc, i * lanes, lanes))
+        finish(acc, 1, int64(0), panel)
+
     def vector_path(first: Expr, last: Expr) -> None:
         with kernel.range(first, last) as panel:
             if not quantized:
-                tile(1, int64(0), panel, lambda kk, v: widen(load(w, (panel, kk, v * lanes), lanes), isa.native_f16))
+                stream(panel)
                 return
             acc = kernel.registers(2, "float32", lanes)
             start(acc, 1, panel)
