@@ -163,6 +163,12 @@ def _cast(ctx: Context, node: Node, x: Any) -> Any:
     return ctx.emit(R.astype(x, tvm_dtype(target)))
 
 
+@lowers("bitcast")
+def _bitcast(ctx: Context, node: Node, x: Any) -> Any:
+    to = tvm_dtype(node.attrs.dtype)  # type: ignore[attr-defined]
+    return _elementwise(ctx, node, lambda v: tirx.reinterpret(to, v), x)
+
+
 @lowers("stop_gradient")
 def _identity(ctx: Context, node: Node, x: Any) -> Any:
     return x

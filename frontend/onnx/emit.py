@@ -5,7 +5,7 @@ that are dimensions (what ``Shape`` gives, and arithmetic on it) are followed as
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, Union
 
@@ -62,6 +62,14 @@ def objects(items: Sequence[DimLike]) -> np.ndarray:
     return out
 
 
+def size_of(dims: Iterable[DimLike]) -> DimLike:
+    """The number of elements of a shape."""
+    total: DimLike = 1
+    for d in dims:
+        total = total * d
+    return total
+
+
 def known(array: np.ndarray, dtype: DType) -> Operand:
     """Dims, or a plain array where every element is a number."""
     if any(isinstance(d, Dim) for d in array.flat):
@@ -70,7 +78,7 @@ def known(array: np.ndarray, dtype: DType) -> Operand:
 
 
 class Emitter:
-    """Appends operations to ``graph``; any registered operation is a method, as in Builder. Of known operands, known results."""
+    """Appends operations to ``graph``; any registered operation is a method, as in Builder."""
 
     def __init__(self, graph: Graph, sources: Mapping[str, ParamSource]) -> None:
         self.graph = graph
@@ -201,7 +209,7 @@ class Emitter:
             return tuple(x.array.ravel())
         return tuple(int(d) for d in self.const(x, what).ravel())
 
-    # -- what converters keep needing ------------------------------------------------------------------------------------------
+    # -- what converters keep needing --------------------------------------------------------------------------------------
     def to(self, x: Operand, dtype: DType) -> Any:
         """``x`` in another element type, if it has not got it yet."""
         return x if self.dtype(x) is dtype else self.cast(x, dtype=dtype)
@@ -255,7 +263,7 @@ class Emitter:
         return functools.reduce(op, items)
 
 
-# -- operations on dimensions --------------------------------------------------------------------------------------------------
+# -- operations on dimensions ----------------------------------------------------------------------------------------------
 _MOVES = {"reshape", "transpose", "broadcast_to", "slice", "concat", "gather", "reverse", "take_along"}
 """Operations that only move elements: their references do for dimensions."""
 

@@ -15,7 +15,7 @@ from wasat.ir import DimError, DimLike, Graph, IRError, Loc, ParamSource, Progra
 from .emit import Dims, Emitter, known
 from .errors import FromData, OnnxError
 from .files import CODE, Source, array, element, parameter
-from .registry import CONVERTERS, NodeView, converter
+from .registry import CONVERTERS, Inline, NodeView, converter
 
 OLDEST, NEWEST = 7, 28
 """Operator sets read: from 13 on by promise, older ones where the operator's definition is the same."""
@@ -82,7 +82,7 @@ class Importer:
         metadata = {"name": model.graph.name or "model", "onnx": {"outputs": structure}}
         return Program({"forward": self.graph}, self.params, metadata)
 
-    # -- what the model declares -----------------------------------------------------------------------------------------
+    # -- what the model declares -------------------------------------------------------------------------------------------
     def _opsets(self, imports: Sequence[onnx.OperatorSetIdProto]) -> dict[str, int]:
         opsets = {_domain(o.domain): o.version for o in imports}
         version = opsets.setdefault("", NEWEST)
@@ -188,7 +188,7 @@ class Importer:
                     raise self.fail(f"function {node.op_type} calls itself")
                 yield from self._all_nodes(f.node, self._opsets(f.opset_import), (*stack, str(key)))
 
-    # -- execution -----------------------------------------------------------------------------------------------------------
+    # -- execution ---------------------------------------------------------------------------------------------------------
     def _nodes(self, graph: onnx.GraphProto | onnx.FunctionProto, frame: Frame) -> None:
         for node in graph.node:
             inputs = [self._lookup(name, frame, f"{node.op_type} node {node.name!r}") if name else None for name in node.input]
@@ -223,7 +223,10 @@ class Importer:
             view = NodeView(node, self._attributes(node, frame, schema), frame, self)
             while inputs and inputs[-1] is None:
                 inputs.pop()
-            result = convert(self.c, view, *inputs)
+            try:
+                result = convert(self.c, view, *inputs)
+            except Inline:
+                return self._inline_schema(schema, node, inputs, frame)
         except FromData as e:
             raise FromData(f"{self.source.name}: {node.op_type} node {scope!r}: {e}", e.inputs) from None
         except IRError as e:
@@ -273,7 +276,7 @@ class Importer:
                 own.name = a.name
                 yield own
 
-    # -- functions and subgraphs -----------------------------------------------------------------------------------------------
+    # -- functions and subgraphs -------------------------------------------------------------------------------------------
     def _call(
         self, f: onnx.FunctionProto, node: onnx.NodeProto, inputs: list[Any], frame: Frame, opsets: Mapping[str, int]
     ) -> list[Any]:

@@ -20,6 +20,11 @@ PREVIEW = "ai.onnx.preview"
 TRAINING = "ai.onnx.preview.training"
 CONTRIB = "com.microsoft"
 
+
+class Inline(Exception):
+    """A converter's answer to a node that the operator's function body shall define."""
+
+
 Converter = Callable[..., Any]
 CONVERTERS: dict[tuple[str, str], list[tuple[int, Converter]]] = {}
 """(domain, operator) -> (operator-set version since which it holds, converter), oldest first."""

@@ -1,8 +1,24 @@
 """The operations, by family. Importing this package registers them all."""
 
-from . import attention, bits, constant, conv, elementwise, index, linalg, logic, nn, pool, quant, random, reduce, shape
+from . import (
+    attention,
+    bits,
+    constant,
+    conv,
+    elementwise,
+    index,
+    linalg,
+    logic,
+    nn,
+    pool,
+    quant,
+    random,
+    reduce,
+    shape,
+    signal,
+)
 
 __all__ = [
     "attention", "bits", "constant", "conv", "elementwise", "index", "linalg", "logic", "nn", "pool", "quant", "random",
-    "reduce", "shape",
+    "reduce", "shape", "signal",
 ]  # fmt: skip

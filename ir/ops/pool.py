@@ -112,8 +112,9 @@ class Pool(Op):
         yield Sample([_x(2, 3, 7)], {"kind": "max", "kernel": (3,), **one})
         yield Sample([_x(2, 3, 7)], {"kind": "sum", "kernel": (3,), "strides": (2,), "low": (1,), "high": (2,)})
         yield Sample(
-            [_x(1, 2, 6, 5)], {"kind": "max", "kernel": (2, 3), "strides": (2, 1), "low": (0, 1), "high": (1, 0), "dilation": (2, 1)}
-        )  # fmt: skip
+            [_x(1, 2, 6, 5)],
+            {"kind": "max", "kernel": (2, 3), "strides": (2, 1), "low": (0, 1), "high": (1, 0), "dilation": (2, 1)},
+        )
         yield Sample([_x(1, 2, 5).astype(np.float16)], {"kind": "sum", "kernel": (4,), **one}, grad=())
         yield Sample([_x(1, 2, 5).astype(np.int8)], {"kind": "max", "kernel": (2,), "strides": (1,), "low": (1,), "high": (0,)})
 

@@ -93,6 +93,7 @@ def test_reference_makes_what_infer_says(name: str) -> None:
 
 NEEDS_KNOWN_SIZES = {
     "rope": "a vector of known length",
+    "dft": "dft takes x",
     "attention": "do not divide among",
     "cached_attention": "do not divide among",
     **dict.fromkeys(("random_bits", "random_uniform", "random_normal", "dropout"), "the key must be u32[2]"),

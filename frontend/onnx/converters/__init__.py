@@ -1,8 +1,24 @@
 """Converters by family. Importing this package registers them all."""
 
-from . import control, conv, image, index, math, nn, optional, quant, recurrent, reduce, shape, signal, tables, training
+from . import (
+    attention,
+    control,
+    conv,
+    image,
+    index,
+    math,
+    nn,
+    optional,
+    quant,
+    recurrent,
+    reduce,
+    shape,
+    signal,
+    tables,
+    training,
+)
 
 __all__ = [
-    "control", "conv", "image", "index", "math", "nn", "optional", "quant", "recurrent", "reduce", "shape", "signal",
-    "tables", "training",
+    "attention", "control", "conv", "image", "index", "math", "nn", "optional", "quant", "recurrent", "reduce", "shape",
+    "signal", "tables", "training",
 ]  # fmt: skip

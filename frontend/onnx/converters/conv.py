@@ -11,8 +11,9 @@ import numpy as np
 from wasat.ir import DimLike, DType, maximum, minimum
 from wasat.ir.dims import floordiv
 
-from ..emit import Emitter, Operand
+from ..emit import Emitter, Operand, size_of
 from ..registry import NodeView, op
+from .shape import padded
 
 
 def _windows(
@@ -87,7 +88,7 @@ def integer_conv(c: Emitter, n: NodeView, x: Operand, w: Operand) -> Any:
     return c.cast(_convolve(c, n, c.cast(x, dtype=work), c.cast(w, dtype=work)), dtype=DType.I32)
 
 
-# -- pooling ----------------------------------------------------------------------------------------------------------------------
+# -- pooling ---------------------------------------------------------------------------------------------------------------
 def _pooling(c: Emitter, n: NodeView, x: Operand) -> tuple[dict[str, Any], list[DimLike]]:
     """Attributes of ``pool``, its ``high`` enough for ceil_mode; and ``high`` as the model declares it."""
     kernel, space = n["kernel_shape"], c.shape(x)[2:]
@@ -184,18 +185,15 @@ def max_unpool(c: Emitter, n: NodeView, x: Operand, places: Operand, shape: Oper
     kernel = n["kernel_shape"]
     axes = range(len(kernel))
     strides, pads = n.get("strides") or [1] * len(kernel), n.get("pads") or [0] * 2 * len(kernel)
-    natural = [
-        (c.shape(x)[2 + i] - 1) * strides[i] + kernel[i] - pads[i] - pads[len(kernel) + i] for i in axes
-    ]  # fmt: skip
-    want = (*c.shape(x)[:2], *natural) if shape is None else c.dims(shape, "the output shape of MaxUnpool")
-    total: DimLike = 1
-    count: DimLike = 1
-    for d in want:
-        total = total * d
-    for d in c.shape(x):
-        count = count * d
-    flat = c.scatter(c.full((total,), 0, c.dtype(x)), c.view(places, count), c.view(x, count), axis=0)
-    return c.view(flat, *want)
+    natural = [(c.shape(x)[2 + i] - 1) * strides[i] + kernel[i] - pads[i] - pads[len(kernel) + i] for i in axes]
+    inner = (*c.shape(x)[:2], *natural)
+    flat = c.full((size_of(inner),), 0, c.dtype(x))
+    count = size_of(c.shape(x))
+    y = c.view(c.scatter(flat, c.view(places, count), c.view(x, count), axis=0), *inner)
+    if shape is None:
+        return y
+    want = c.dims(shape, "the output shape of MaxUnpool")
+    return padded(c, y, [0] * len(want), [w - d for w, d in zip(want, inner)])
 
 
 @op("Col2Im")

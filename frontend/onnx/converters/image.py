@@ -12,14 +12,14 @@ import numpy as np
 from wasat.ir import DimLike, DType
 from wasat.ir.dims import floordiv
 
-from ..emit import Emitter, Operand
+from ..emit import Emitter, Operand, size_of
 from ..registry import NodeView, op
 
 WORK = DType.F64
 """Coordinates are computed in f64: where sizes are fixed they become constants, and rounding must not decide a pixel."""
 
 
-# -- Resize ---------------------------------------------------------------------------------------------------------------------
+# -- Resize ----------------------------------------------------------------------------------------------------------------
 @op("Resize", since=11)
 def resize(
     c: Emitter, n: NodeView, x: Operand, roi: Operand | None = None, scales: Operand | None = None,
@@ -179,13 +179,11 @@ def upsample(c: Emitter, n: NodeView, x: Operand, scales: Operand) -> Any:
     return resize(c, plain, x, None, scales)
 
 
-# -- sampling at computed places --------------------------------------------------------------------------------------------------
+# -- sampling at computed places -------------------------------------------------------------------------------------------
 def sample(c: Emitter, x: Any, places: Sequence[Any], valid: Any | None = None) -> Any:
     """x [b, c, *space] at integer places (one tensor [b, p] per spatial axis) -> [b, c, p]; 0 where not ``valid``."""
     b, depth, *space = c.shape(x)
-    total: DimLike = 1
-    for d in space:
-        total = total * d
+    total = size_of(space)
     at: Any = None
     for place, d in zip(places, space):
         limit = c.size_as(d - 1, DType.I64)
@@ -202,9 +200,7 @@ def _within(c: Emitter, at: Any, size: DimLike) -> Any:
 @op("GridSample")
 def grid_sample(c: Emitter, n: NodeView, x: Operand, grid: Operand) -> Any:
     space, (b, *out, k) = c.shape(x)[2:], c.shape(grid)
-    count: DimLike = 1
-    for d in out:
-        count = count * d
+    count = size_of(out)
     mode = {"bilinear": "linear", "bicubic": "cubic"}.get(n["mode"], n["mode"])
     align, padding = bool(n["align_corners"]), n["padding_mode"]
     flat = c.view(grid, b, count, k)
@@ -311,9 +307,7 @@ def deform_conv(
     axes, k, groups, parts = range(len(space)), math.prod(kernel), n["group"], n["offset_group"]
     strides, dilations = n.get("strides") or [1] * len(space), n.get("dilations") or [1] * len(space)
     pads = n.get("pads") or [0] * 2 * len(space)
-    count: DimLike = 1
-    for d in out:
-        count = count * d
+    count = size_of(out)
     own = floordiv(depth, parts)
     rows = b * parts
     image = c.view(x, rows, own, *space)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from wasat.ir import DimLike, DType
 
-from ..emit import Emitter, Operand
+from ..emit import Emitter, Operand, size_of
 from ..registry import NodeView, op
 
 
@@ -24,13 +24,6 @@ def gather_elements(c: Emitter, n: NodeView, x: Operand, ids: Operand) -> Any:
         if i != axis:
             x = c.cut(x, i, 0, d)
     return c.take_along(x, ids, axis=axis)
-
-
-def _product(dims: Sequence[DimLike]) -> DimLike:
-    total: DimLike = 1
-    for d in dims:
-        total = total * d
-    return total
 
 
 def _places(c: Emitter, ids: Operand, sizes: Sequence[DimLike]) -> Any:
@@ -49,8 +42,8 @@ def gather_nd(c: Emitter, n: NodeView, x: Operand, ids: Operand) -> Any:
     batch, shape = n.get("batch_dims", 0), c.shape(x)
     k = c.static(ids, -1, "GatherND")
     at = _places(c, ids, shape[batch : batch + k])
-    size = _product(shape[batch : batch + k])
-    count = _product(shape[:batch])
+    size = size_of(shape[batch : batch + k])
+    count = size_of(shape[:batch])
     if batch:
         rows = c.view(c.iota(size=count, dtype=c.dtype(ids)), *shape[:batch], *(1,) * (c.rank(at) - batch))
         at = c.add(at, c.mul(rows, c.size_as(size, c.dtype(ids))))
@@ -64,7 +57,7 @@ _REDUCE = {"none": "none", "add": "add", "mul": "mul", "max": "max", "min": "min
 def scatter_nd(c: Emitter, n: NodeView, x: Operand, ids: Operand, updates: Operand) -> Any:
     k, shape = c.static(ids, -1, "ScatterND"), c.shape(x)
     at = _places(c, ids, shape[:k])
-    flat = c.view(x, _product(shape[:k]), *shape[k:])
+    flat = c.view(x, size_of(shape[:k]), *shape[k:])
     return c.view(c.scatter(flat, at, updates, axis=0, reduce=_REDUCE[n.get("reduction", "none")]), *shape)
 
 
@@ -89,7 +82,7 @@ def one_hot(c: Emitter, n: NodeView, ids: Operand, depth: Operand, values: Opera
 def compress(c: Emitter, n: NodeView, x: Operand, condition: Operand) -> Any:
     at = np.flatnonzero(c.const(condition, "the condition of Compress"))
     if n.get("axis") is None:
-        return c.gather(c.view(x, _product(c.shape(x))), at, axis=0)
+        return c.gather(c.view(x, size_of(c.shape(x))), at, axis=0)
     return c.gather(x, at, axis=n["axis"])
 
 

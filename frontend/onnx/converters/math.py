@@ -91,7 +91,7 @@ def where(c: Emitter, n: NodeView, cond: Operand, x: Operand, y: Operand) -> Any
     return c.select(cond, x, y)
 
 
-# -- element types ---------------------------------------------------------------------------------------------------------------
+# -- element types ---------------------------------------------------------------------------------------------------------
 @op("Cast")
 def cast(c: Emitter, n: NodeView, x: Operand) -> Any:
     return convert(c, x, n.dtype("to"), bool(n.get("saturate", 1)), n.get("round_mode", "up"))
@@ -146,7 +146,7 @@ def bit_cast(c: Emitter, n: NodeView, x: Operand) -> Any:
     return c.bitcast(c.to(x, DType.U8) if c.dtype(x) is DType.BOOL else x, dtype=n.dtype("to"))
 
 
-# -- activations -------------------------------------------------------------------------------------------------------------------
+# -- activations -----------------------------------------------------------------------------------------------------------
 @op("Relu")
 def relu(c: Emitter, n: NodeView, x: Operand) -> Any:
     return c.relu(x) if c.dtype(x).is_float else c.maximum(x, 0)
@@ -224,7 +224,7 @@ def shrink(c: Emitter, n: NodeView, x: Operand) -> Any:
     return c.select(high, c.sub(x, n["bias"]), c.select(low, c.add(x, n["bias"]), c.mul(x, 0.0)))
 
 
-# -- random numbers: a function of the seed ---------------------------------------------------------------------------------------
+# -- random numbers: a function of the seed --------------------------------------------------------------------------------
 def key(n: NodeView) -> np.ndarray:
     """A key from the node's seed; without one, from its name, so that an import is reproducible."""
     seed = n.get("seed")

@@ -7,7 +7,7 @@ from typing import Any
 from wasat.ir import DimLike, DType, less_equal
 from wasat.ir.dims import floordiv
 
-from ..emit import Emitter, Operand
+from ..emit import Emitter, Operand, size_of
 from ..registry import NodeView, op
 
 
@@ -80,10 +80,7 @@ def _multiply(c: Emitter, a: str, x: Any, b: str, y: Any, later: set[str]) -> tu
     size = {**dict(zip(b, c.shape(y))), **{k: d for k, d in zip(a, c.shape(x)) if d != 1 or k not in b}}
 
     def total(names: str) -> DimLike:
-        out: DimLike = 1
-        for k in names:
-            out = out * size[k]
-        return out
+        return size_of(size[k] for k in names)
 
     def drop(names: str, v: Any, other: str) -> tuple[str, Any]:
         gone = tuple(i for i, k in enumerate(names) if k not in other and k not in later)
@@ -105,7 +102,7 @@ def _multiply(c: Emitter, a: str, x: Any, b: str, y: Any, later: set[str]) -> tu
     return names, c.view(out, *(size[k] for k in names))
 
 
-# -- normalizations ------------------------------------------------------------------------------------------------------------
+# -- normalizations --------------------------------------------------------------------------------------------------------
 @op("LayerNormalization")
 def layer_norm(c: Emitter, n: NodeView, x: Operand, scale: Operand, bias: Operand | None = None) -> Any:
     rank = c.rank(x)
@@ -173,9 +170,7 @@ def local_response(c: Emitter, n: NodeView, x: Operand) -> Any:
     """The squares of neighbouring channels are summed as a window of a pool whose only spatial axis is the channel."""
     size = n["size"]
     shape = c.shape(x)
-    rest = 1
-    for d in shape[2:]:
-        rest = rest * d
+    rest = size_of(shape[2:])
     square = c.permute(c.view(c.mul(x, x), shape[0], shape[1], rest), (0, 2, 1))
     low = (size - 1) // 2
     total = c.pool(square, kind="sum", kernel=(size,), strides=(1,), low=(low,), high=(size - 1 - low,))
@@ -183,7 +178,7 @@ def local_response(c: Emitter, n: NodeView, x: Operand) -> Any:
     return c.div(x, c.pow(c.add(c.mul(total, n["alpha"] / size), n["bias"]), n["beta"]))
 
 
-# -- positions -------------------------------------------------------------------------------------------------------------------
+# -- positions -------------------------------------------------------------------------------------------------------------
 @op("RotaryEmbedding")
 def rotary(
     c: Emitter, n: NodeView, x: Operand, cos: Operand, sin: Operand, positions: Operand | None = None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from wasat.ir import DimLike, DType, less_equal
+from wasat.ir import DType, less_equal
 
-from ..emit import Emitter, Operand
+from ..emit import Emitter, Operand, size_of
 from ..registry import NodeView, op
 
 _SIMPLE = {"ReduceSum": "reduce_sum", "ReduceProd": "reduce_prod", "ReduceMax": "reduce_max", "ReduceMin": "reduce_min"}
@@ -29,9 +29,7 @@ def reduce(c: Emitter, n: NodeView, x: Operand, axes: Operand | None = None) -> 
         case "ReduceMean" if dtype.is_float:
             return c.reduce_mean(x, **how)
         case "ReduceMean":
-            count: DimLike = 1
-            for a in chosen:
-                count = count * c.shape(x)[a]
+            count = size_of(c.shape(x)[a] for a in chosen)
             return c.div(c.reduce_sum(x, **how), c.size_as(count, dtype))
         case "ReduceLogSumExp":
             return c.logsumexp(x, **how)

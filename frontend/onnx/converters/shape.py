@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from wasat.ir import Dim, DimLike, DType, less_equal, maximum, minimum
+from wasat.ir import DimLike, DType, less_equal, maximum, minimum
 from wasat.ir.dims import floordiv
 
-from ..emit import Dims, Emitter, Operand, known, objects
+from ..emit import Emitter, Operand, known, objects, size_of
 from ..registry import NodeView, op
 
 END = 2**31 - 1
@@ -23,9 +23,9 @@ def identity(c: Emitter, n: NodeView, x: Any = None) -> Any:
 
 @op("Constant")
 def constant(c: Emitter, n: NodeView) -> Any:
-    for key, dtype in (("value_int", np.int64), ("value_ints", np.int64), ("value_float", np.float32), ("value_floats", np.float32)):
+    for key in ("value_int", "value_ints", "value_float", "value_floats"):
         if key in n.attrs:
-            return np.asarray(n[key], dtype)
+            return np.asarray(n[key], np.int64 if "int" in key else np.float32)
     if "value" not in n.attrs:
         raise n.fail(f"holds {', '.join(n.attrs) or 'nothing'}; only numeric tensors are supported")
     return np.asarray(n["value"])
@@ -38,14 +38,7 @@ def shape(c: Emitter, n: NodeView, x: Operand) -> Any:
 
 @op("Size")
 def size(c: Emitter, n: NodeView, x: Operand) -> Any:
-    return c.dim_size(size=_product(c.shape(x)))
-
-
-def _product(dims: Sequence[DimLike]) -> DimLike:
-    total: DimLike = 1
-    for d in dims:
-        total = total * d
-    return total
+    return c.dim_size(size=size_of(c.shape(x)))
 
 
 @op("ConstantOfShape")
@@ -62,8 +55,8 @@ def reshape(c: Emitter, n: NodeView, x: Operand, shape: Operand) -> Any:
     if given.count(-1) > 1:
         raise n.fail(f"shape {given} has more than one -1")
     if -1 in given:
-        total = _product(c.shape(x))
-        rest = _product([d for d in given if d != -1])
+        total = size_of(c.shape(x))
+        rest = size_of([d for d in given if d != -1])
         given[given.index(-1)] = 0 if rest == 0 else floordiv(total, rest)
     return c.view(x, *given)
 
@@ -71,7 +64,7 @@ def reshape(c: Emitter, n: NodeView, x: Operand, shape: Operand) -> Any:
 @op("Flatten")
 def flatten(c: Emitter, n: NodeView, x: Operand) -> Any:
     axis = n["axis"] % max(c.rank(x), 1) if n["axis"] < 0 else n["axis"]
-    return c.view(x, _product(c.shape(x)[:axis]), _product(c.shape(x)[axis:]))
+    return c.view(x, size_of(c.shape(x)[:axis]), size_of(c.shape(x)[axis:]))
 
 
 def _axes(c: Emitter, n: NodeView, axes: Operand | None) -> list[int] | None:
@@ -267,6 +260,3 @@ def eye_like(c: Emitter, n: NodeView, x: Operand) -> Any:
     rows, columns = c.shape(x)
     offset = c.sub(c.along(c.iota(size=columns), 1, 2), c.along(c.iota(size=rows), 0, 2))
     return c.to(c.equal(offset, n["k"]), n.dtype("dtype", c.dtype(x)))
-
-
-__all__ = ["Dim", "Dims", "padded"]

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
 from wasat.ir import DType
 
-from ..emit import Emitter, Operand
+from ..emit import Emitter, Operand, size_of
 from ..registry import ML, NodeView, op
 
 
 @op("ArrayFeatureExtractor", domain=ML)
 def array_feature_extractor(c: Emitter, n: NodeView, x: Operand, ids: Operand) -> Any:
-    y = c.gather(x, c.view(ids, _size(c, ids)), axis=c.rank(x) - 1)
+    y = c.gather(x, c.view(ids, size_of(c.shape(ids))), axis=c.rank(x) - 1)
     return c.add_axes(y, 0) if c.rank(x) == 1 else y
-
-
-def _size(c: Emitter, x: Operand) -> Any:
-    total: Any = 1
-    for d in c.shape(x):
-        total = total * d
-    return total
 
 
 @op("Binarizer", domain=ML)
@@ -63,7 +57,7 @@ def tf_idf(c: Emitter, n: NodeView, x: Operand) -> Any:
     x = c.to(c.add_axes(x, 0) if flat else x, DType.I64)
     steps, starts, places = c.static(x, 1, "TfIdfVectorizer"), [*n["ngram_counts"], len(pool)], n["ngram_indexes"]
     counts, first = [], 0
-    for size, (lo, hi) in enumerate(zip(starts, starts[1:]), 1):
+    for size, (lo, hi) in enumerate(itertools.pairwise(starts), 1):
         grams = np.asarray(pool[lo:hi], np.int64).reshape(-1, size)
         if n["min_gram_length"] <= size <= n["max_gram_length"] and len(grams):
             counts.append((_count(c, x, steps, grams, n["max_skip_count"] if size > 1 else 0), first, len(grams)))
