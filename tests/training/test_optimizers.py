@@ -124,6 +124,22 @@ def test_decay_leaves_vectors_alone() -> None:
         assert_allclose(out["matrix"], made.states["matrix"] * 0.95, rtol=1e-6)  # type: ignore[arg-type]
 
 
+def test_adafactor_moves_by_the_size_of_the_parameter() -> None:
+    program = given_gradients()
+    program.params["bias"] = ArrayParam(np.zeros(3, np.float32), type_of(np.zeros(3, np.float32)))
+    first, second = run(train_step(program, optimizer=Adafactor(), rate=Constant(2.0)), 2)  # a rate above 1 / sqrt(count)
+    sizes = [float(np.sqrt((x**2).mean())) for x in (GOLDEN["start.matrix"], first["matrix"])]
+    moved = [first["matrix"] - GOLDEN["start.matrix"], second["matrix"] - first["matrix"]]
+    assert_allclose(np.sqrt((moved[0] ** 2).mean()), sizes[0], rtol=1e-5)  # 1 / sqrt(1) of it
+    assert np.sqrt((moved[1] ** 2).mean()) <= sizes[1] / np.sqrt(2) * (1 + 1e-5)
+    assert_allclose(np.abs(first["bias"]), 1e-3, rtol=1e-5)  # of nothing, eps2
+
+
+def test_small_gradients_are_not_scaled_up() -> None:
+    free, limited = (run(train_step(given_gradients(), optimizer=SGD(), clip=c), 1)[0] for c in (None, 1e6))
+    assert np.array_equal(free["matrix"], limited["matrix"])
+
+
 @pytest.mark.parametrize(("options", "message"), [
     ({"accumulate": 0}, "accumulate >= 1"), ({"clip": 0.0}, "clip > 0"), ({"ema": 1.0}, "ema < 1"), ({"ema": -0.1}, "0 <= ema"),
 ])  # fmt: skip
