@@ -1,4 +1,4 @@
-"""Graph to graph: clean-up, fusion, quantization, KV-cache derivation, gradients; the manager that runs passes, and their remarks."""
+"""Graph to graph: clean-up, fusion, quantization, KV-cache derivation, gradients; the manager that runs passes, their remarks."""
 
 from .autodiff import Differentiate
 from .cleanup import Cleanup
@@ -16,7 +16,7 @@ from .pipelines import default_pipeline
 from .quantize import Quantize
 
 __all__ = [
-    "Check", "Cleanup", "DeriveKVCache", "Differentiate", "FuseActivations", "FuseAttention", "FuseGlu", "FuseNorm", "FuseRope", "GraphPass",
-    "HoistParams", "Match", "MergeLinears", "Mismatch", "Pass", "PassError", "PassManager", "Quantize", "Remark", "Remarks",
-    "Report", "Rewrite", "Step", "Tracer", "default_pipeline",
+    "Check", "Cleanup", "DeriveKVCache", "Differentiate", "FuseActivations", "FuseAttention", "FuseGlu", "FuseNorm", "FuseRope",
+    "GraphPass", "HoistParams", "Match", "MergeLinears", "Mismatch", "Pass", "PassError", "PassManager", "Quantize", "Remark",
+    "Remarks", "Report", "Rewrite", "Step", "Tracer", "default_pipeline",
 ]  # fmt: skip
