@@ -214,20 +214,26 @@ class _NoData:
 
 
 def load_program(path: str | Path) -> Program:
-    """A Hugging Face folder, or a file of graph text (``.wasat.txt`` or any other text file), as a program."""
+    """A Hugging Face folder, an ONNX file (``.onnx``), or a file of graph text (any other text file), as a program."""
     from wasat.frontend import from_pretrained
     from wasat.ir import parse_program
 
     p = Path(path)
     if p.is_dir():
         return from_pretrained(p)
+    if p.suffix == ".onnx" and p.is_file():
+        try:
+            from wasat.frontend.onnx import from_onnx
+        except ModuleNotFoundError as e:
+            raise WasatError(f"{p}: reading ONNX files needs the package {e.name}; pip install 'wasat[onnx]'") from None
+        return from_onnx(p)
     if p.is_file():
         try:
             text = p.read_text(encoding="utf-8")
         except UnicodeDecodeError:
-            raise WasatError(f"{p} is not text: give a Hugging Face folder, or a file of graph text") from None
+            raise WasatError(f"{p} is not text: give a Hugging Face folder, an ONNX file, or a file of graph text") from None
         program = parse_program(text, str(p))
         for g in program.graphs.values():
             program.params.update({name: _NoData(name, v.type) for name, v in g.params.items()})
         return program
-    raise WasatError(f"{p} is neither a Hugging Face folder nor a file of graph text")
+    raise WasatError(f"{p} is neither a Hugging Face folder nor a file of graph text nor an ONNX file")

@@ -37,6 +37,9 @@ from .errors import FromData, OnnxError
 FOLD_LIMIT = 4096
 """A constant is computed while importing if it has at most so many elements, or no more than what it is made of."""
 
+EVALUATE_LIMIT = 2**26
+"""No tensor larger than this is computed while importing."""
+
 
 @dataclass(frozen=True, eq=False)
 class Dims:
@@ -174,34 +177,38 @@ class Emitter:
             return x
         if isinstance(x, Dims):
             raise FromData(f"{what} depends on the sizes {', '.join(map(str, x.array.flat))}; fix them", ())
-        inputs = self._inputs_of(x)
+        nodes, inputs, params = self._made_of(x)
         if inputs:
             raise FromData(f"{what} depends on the numbers in {', '.join(inputs)}", tuple(inputs))
-        return np.asarray(self._run(x))
+        values: dict[Value, Any] = {v: self.sources[name].load() for v, name in params.items()}
+        for node in self.graph.nodes:
+            if node in nodes:
+                for v in node.outputs:
+                    size = v.tensor.size
+                    if not isinstance(size, int):
+                        raise FromData(f"{what} depends on sizes that are not fixed", ())
+                    if size > EVALUATE_LIMIT:
+                        raise OnnxError(f"{what} depends on a tensor of {size} elements, too large to compute while importing")
+                values.update(zip(node.outputs, run_node(node, [values[v] for v in node.inputs], {})))
+        return np.asarray(values[x])
 
-    def _inputs_of(self, x: Value) -> list[str]:
-        found: dict[str, None] = {}
-        seen: set[Value] = set()
+    def _made_of(self, x: Value) -> tuple[set[Node], list[str], dict[Value, str]]:
+        """The nodes, inputs and parameters that ``x`` is computed from."""
+        nodes: set[Node] = set()
+        inputs: set[str] = set()
+        params: dict[Value, str] = {}
         todo = [x]
         while todo:
             v = todo.pop()
-            if v in seen:
-                continue
-            seen.add(v)
             if v.node is not None:
-                todo += v.node.inputs
-                if v.node.attrs.symbols:
-                    raise FromData("it depends on sizes that are not fixed", ())
-            elif v.param is None:
-                found[v.name] = None
-        return sorted(found)
-
-    def _run(self, x: Value) -> Any:
-        if x.param is not None:
-            return self.sources[x.param].load()
-        node = x.node
-        assert isinstance(node, Node)
-        return run_node(node, [self._run(v) for v in node.inputs], {})[x.index]
+                if v.node not in nodes:
+                    nodes.add(v.node)
+                    todo += v.node.inputs
+            elif v.param is not None:
+                params[v] = v.param
+            else:
+                inputs.add(v.name)
+        return nodes, sorted(inputs), params
 
     def dims(self, x: Operand, what: str) -> tuple[DimLike, ...]:
         """The elements of an integer vector (or scalar) as dimensions. Raises FromData."""

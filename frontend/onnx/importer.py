@@ -10,15 +10,30 @@ from typing import Any
 
 import numpy as np
 import onnx
-from wasat.ir import DimError, DimLike, Graph, IRError, Loc, ParamSource, Program, TensorType, Value, parse_dim, symbol
+from wasat.ir import (
+    Dim,
+    DimError,
+    DimLike,
+    Graph,
+    IRError,
+    Loc,
+    ParamSource,
+    Program,
+    TensorType,
+    Value,
+    parse_dim,
+    substitute,
+    symbol,
+)
 
-from .emit import Dims, Emitter, known
+from .emit import Emitter
 from .errors import FromData, OnnxError
 from .files import CODE, Source, array, element, parameter
 from .registry import CONVERTERS, Inline, NodeView, converter
 
 OLDEST, NEWEST = 7, 28
 """Operator sets read: from 13 on by promise, older ones where the operator's definition is the same."""
+MOST_NODES = 1_000_000
 SMALL = 64
 """Integer initializers up to this many elements are constants, not parameters: they are sizes, axes, scalars."""
 
@@ -50,6 +65,8 @@ class Importer:
         self.c = Emitter(self.graph, self.params)
         self.functions = {(_domain(f.domain), f.name, f.overload): f for f in source.model.functions}
         self.symbols: dict[str, str] = {}
+        self.count = 0
+        self.declared: set[str] = set()
 
     def fail(self, message: str) -> OnnxError:
         return OnnxError(f"{self.source.name}: {message}")
@@ -60,6 +77,7 @@ class Importer:
             raise self.fail("the model has no graph; the file is damaged or truncated")
         opsets = self._opsets(model.opset_import)
         self._check_supported(model.graph, opsets)
+        self.declared = {d.dim_param for i in model.graph.input for d in i.type.tensor_type.shape.dim}
         env: Env = {}
         initialized = self._initializers(model.graph, env)
         for info in model.graph.input:
@@ -138,11 +156,14 @@ class Importer:
 
     def _dim(self, text: str) -> DimLike:
         """A symbolic size by its ONNX name, or the expression it spells."""
-        if not text.isidentifier():
+        names = re.findall(r"[A-Za-z_]\w*", text)
+        if not text.isidentifier() and names and len(text) < 200 and all(n in self.declared for n in names):
             try:
-                return parse_dim(text)
+                size = parse_dim(text)
             except DimError:
-                pass
+                size = 0
+            if isinstance(size, Dim):
+                return substitute(size, {n: self._dim(n) for n in names})
         if text not in self.symbols:
             plain = re.sub(r"\W", "_", text) or "n"
             plain = plain if plain.isidentifier() and plain not in ("max", "min") else f"n_{plain}"
@@ -154,7 +175,7 @@ class Importer:
     # -- what cannot be imported, all at once ------------------------------------------------------------------------------
     def _check_supported(self, graph: onnx.GraphProto, opsets: Mapping[str, int]) -> None:
         missing: dict[str, list[str]] = {}
-        for node, sets in self._all_nodes(graph.node, opsets, ()):
+        for node, sets in self._all_nodes(graph.node, opsets, {}):
             domain = _domain(node.domain)
             if (domain, node.op_type, node.overload) in self.functions:
                 continue
@@ -173,20 +194,25 @@ class Importer:
             raise self.fail("these operators are not supported:\n" + "\n".join(lines))
 
     def _all_nodes(
-        self, nodes: Sequence[onnx.NodeProto], opsets: Mapping[str, int], stack: tuple[str, ...]
+        self, nodes: Sequence[onnx.NodeProto], opsets: Mapping[str, int], seen: dict[Any, bool]
     ) -> Iterator[tuple[onnx.NodeProto, Mapping[str, int]]]:
-        """Every node, those of subgraphs and of the model's functions included. Raises OnnxError for recursive functions."""
+        """Every node, those of subgraphs included, and those of each function that is called, once.
+
+        ``seen`` says of a function whether its nodes are all visited; one that is reached again before calls itself.
+        """
         for node in nodes:
             yield node, opsets
             for a in node.attribute:
                 for g in [a.g] if a.type == onnx.AttributeProto.GRAPH else a.graphs:
-                    yield from self._all_nodes(g.node, opsets, stack)
+                    yield from self._all_nodes(g.node, opsets, seen)
             key = (_domain(node.domain), node.op_type, node.overload)
             f = self.functions.get(key)
-            if f is not None:
-                if str(key) in stack:
+            if f is not None and not seen.get(key, False):
+                if key in seen:
                     raise self.fail(f"function {node.op_type} calls itself")
-                yield from self._all_nodes(f.node, self._opsets(f.opset_import), (*stack, str(key)))
+                seen[key] = False
+                yield from self._all_nodes(f.node, self._opsets(f.opset_import), seen)
+                seen[key] = True
 
     # -- execution ---------------------------------------------------------------------------------------------------------
     def _nodes(self, graph: onnx.GraphProto | onnx.FunctionProto, frame: Frame) -> None:
@@ -206,6 +232,9 @@ class Importer:
         return frame.env[name]
 
     def _node(self, node: onnx.NodeProto, inputs: list[Any], frame: Frame) -> Sequence[Any]:
+        self.count += 1
+        if self.count > MOST_NODES:
+            raise self.fail(f"more than {MOST_NODES} nodes, once functions are inlined and loops unrolled")
         domain = _domain(node.domain)
         function = self.functions.get((domain, node.op_type, node.overload))
         scope = node.name or (node.output[0] if node.output else node.op_type)
@@ -220,6 +249,7 @@ class Importer:
             convert = converter(domain, node.op_type, version)
             if convert is None:
                 return self._inline_schema(schema, node, inputs, frame)
+            self._check_operands(node, inputs, schema)
             view = NodeView(node, self._attributes(node, frame, schema), frame, self)
             while inputs and inputs[-1] is None:
                 inputs.pop()
@@ -231,11 +261,26 @@ class Importer:
             raise FromData(f"{self.source.name}: {node.op_type} node {scope!r}: {e}", e.inputs) from None
         except IRError as e:
             raise OnnxError(f"{self.source.name}: {node.op_type} node {scope!r}: {e.message}") from e
+        except (DimError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as e:
+            raise OnnxError(f"{self.source.name}: {node.op_type} node {scope!r} is malformed: {e}") from e
         finally:
             self.c.b.loc = outer
         results = result if isinstance(result, tuple) else (result,)
         self._name(results, node.output, last)
         return results
+
+    def _check_operands(self, node: onnx.NodeProto, inputs: Sequence[Any], schema: onnx.defs.OpSchema | None) -> None:
+        if schema is None:
+            return
+        if not schema.min_input <= len(inputs) <= schema.max_input or len(node.output) > schema.max_output:
+            raise self.fail(
+                f"{node.op_type} node {node.name!r} has {len(inputs)} inputs and {len(node.output)} outputs; it takes "
+                f"{schema.min_input} to {schema.max_input} and makes up to {schema.max_output}"
+            )
+        for given, name, declared in zip(inputs, node.input, schema.inputs):
+            optional = declared.option is not onnx.defs.OpSchema.FormalParameterOption.Single or "optional" in declared.type_str
+            if given is None and not name and not optional:
+                raise self.fail(f"{node.op_type} node {node.name!r} lacks the input {declared.name}")
 
     def _name(self, results: Sequence[Any], names: Sequence[str], last: Any) -> None:
         """Gives the values that a node made their ONNX names."""
@@ -368,6 +413,3 @@ def _type_proto(x: Any, c: Emitter) -> onnx.TypeProto:
         return t
     shape = [d if isinstance(d, int) else str(d) for d in c.shape(x)]
     return onnx.helper.make_tensor_type_proto(CODE[c.dtype(x)], shape)
-
-
-__all__ = ["Dims", "Frame", "Importer", "known"]

@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from .importer import Frame, Importer
 
 ML = "ai.onnx.ml"
-PREVIEW = "ai.onnx.preview"
 TRAINING = "ai.onnx.preview.training"
-CONTRIB = "com.microsoft"
+
+MOST = 10_000
+"""What is written out node by node (turns of a loop, elements of a window) is refused beyond this number."""
 
 
 class Inline(Exception):

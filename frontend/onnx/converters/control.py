@@ -9,10 +9,7 @@ import numpy as np
 from ..emit import Emitter, Operand
 from ..errors import FromData
 from ..files import element
-from ..registry import NodeView, op
-
-MOST_TURNS = 10_000
-"""A loop that turns more often is not unrolled."""
+from ..registry import MOST, NodeView, op
 
 
 @op("If")
@@ -44,8 +41,8 @@ def loop(c: Emitter, n: NodeView, turns: Operand | None = None, cond: Operand | 
     rows: list[list[Any]] = [[] for _ in range(len(body.output) - 1 - len(state))]
     turn = 0
     while going and (limit is None or turn < limit):
-        if turn == MOST_TURNS:
-            raise n.fail(f"it turns more than {MOST_TURNS} times and would be unrolled")
+        if turn == MOST:
+            raise n.fail(f"it turns more than {MOST} times and would be unrolled")
         after, *results = n.importer.subgraph(body, n.frame, [np.asarray(turn, np.int64), np.asarray(True), *state])
         going = bool(c.const(after, "whether Loop turns again"))
         state = results[: len(state)]
@@ -77,7 +74,7 @@ def scan(c: Emitter, n: NodeView, *inputs: Any) -> Any:
     out_backward = n.get("scan_output_directions") or [0] * outputs
     axes = [a % c.rank(x) for a, x in zip(axes, given)]
     turns = c.static(given[0], axes[0], "Scan")
-    if turns > MOST_TURNS:
+    if turns > MOST:
         raise n.fail(f"it turns {turns} times and would be unrolled")
     rows: list[list[Any]] = [[] for _ in range(outputs)]
     for turn in range(turns):

@@ -11,8 +11,8 @@ import numpy as np
 from wasat.ir import DimLike, DType, maximum, minimum
 from wasat.ir.dims import floordiv
 
-from ..emit import Emitter, Operand, size_of
-from ..registry import NodeView, op
+from ..emit import EVALUATE_LIMIT, Emitter, Operand, size_of
+from ..registry import MOST, NodeView, op
 from .shape import padded
 
 
@@ -120,6 +120,8 @@ def _pool_with_places(c: Emitter, n: NodeView, x: Operand, how: dict[str, Any]) 
     b, depth = c.shape(x)[:2]
     space = [c.static(x, 2 + i, "MaxPool with indices") for i in range(c.rank(x) - 2)]
     axes = range(len(space))
+    if math.prod(how["kernel"]) > MOST:
+        raise n.fail(f"a window of {how['kernel']} is too large")
     least = float("-inf") if c.dtype(x).is_float else float(np.iinfo(c.dtype(x).np).min)
     padded = c.pad(x, low=(0, 0, *how["low"]), high=(0, 0, *how["high"]), value=least)
     counts = [
@@ -206,6 +208,8 @@ def col2im(c: Emitter, n: NodeView, x: Operand, image: Operand, block: Operand) 
     pads = n.get("pads") or [0] * 2 * len(size)
     padded = [size[i] + pads[i] + pads[len(size) + i] for i in axes]
     counts = [(padded[i] - dilations[i] * (kernel[i] - 1) - 1) // strides[i] + 1 for i in axes]
+    if math.prod(kernel) * math.prod(counts) > EVALUATE_LIMIT:
+        raise n.fail(f"an image of {size} is too large")
     b, total = c.shape(x)[0], c.shape(x)[1]
     depth = floordiv(total, math.prod(kernel))
     place = np.zeros((1,) * 2 * len(size), np.int64)

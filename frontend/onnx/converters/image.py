@@ -13,7 +13,7 @@ from wasat.ir import DimLike, DType
 from wasat.ir.dims import floordiv
 
 from ..emit import Emitter, Operand, size_of
-from ..registry import NodeView, op
+from ..registry import MOST, NodeView, op
 
 WORK = DType.F64
 """Coordinates are computed in f64: where sizes are fixed they become constants, and rounding must not decide a pixel."""
@@ -95,6 +95,8 @@ def _resize_axis(
         shrink = min(float(known), 1.0)
     kernel, reach = (_triangle, 1) if n["mode"] == "linear" else (_cubic(n["cubic_coeff_a"]), 2)
     base = c.floor(at)
+    if reach / shrink > MOST:
+        raise n.fail(f"it shrinks by {shrink}, which takes too many pixels each")
     taps = range(math.floor(-reach / shrink) + 1, math.ceil(reach / shrink) + 1)
     weights, pixels = [], []
     for tap in taps:
@@ -310,6 +312,8 @@ def deform_conv(
     count = size_of(out)
     own = floordiv(depth, parts)
     rows = b * parts
+    if k > MOST:
+        raise n.fail(f"a kernel of {kernel} is too large")
     image = c.view(x, rows, own, *space)
     shifts = c.view(offset, rows, k, len(space), count)
     columns = []

@@ -218,6 +218,8 @@ def rotary(
 def determinant(c: Emitter, n: NodeView, x: Operand) -> Any:
     """Gaussian elimination with row pivoting, unrolled: the product of the pivots and of the exchanges' signs."""
     size = c.static(x, -1, "Det")
+    if size > 256:
+        raise n.fail(f"the elimination of a matrix of {size} rows would be unrolled")
     batch = c.shape(x)[:-2]
     m = c.view(x, *batch, size, size)
     rank = len(batch) + 2

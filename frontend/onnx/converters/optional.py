@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..emit import Emitter, Operand
-from ..registry import NodeView, op
+from ..registry import MOST, NodeView, op
 
 
 @op("OptionalHasElement")
@@ -80,11 +80,16 @@ def split_to_sequence(c: Emitter, n: NodeView, x: Operand, sizes: Operand | None
     axis = n["axis"] % c.rank(x)
     total = c.static(x, axis, "SplitToSequence")
     if sizes is None:
-        parts = [1] * total
+        step = 1
     else:
         given = c.const(sizes, "the sizes of SplitToSequence")
         step = int(given) if given.ndim == 0 else 0
-        parts = [min(step, total - at) for at in range(0, total, step)] if step else [int(d) for d in given]
+    if step > 0:
+        if total > MOST * step:
+            raise n.fail(f"more than {MOST} parts")
+        parts = [min(step, total - at) for at in range(0, total, step)]
+    else:
+        parts = [int(d) for d in given.ravel()]
     out, at = [], 0
     for part in parts:
         piece = c.cut(x, axis, at, at + part)

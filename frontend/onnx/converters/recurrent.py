@@ -7,7 +7,7 @@ from typing import Any
 from wasat.ir import DType
 
 from ..emit import Emitter, Operand
-from ..registry import NodeView, op
+from ..registry import MOST, NodeView, op
 
 _GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
 _STATES = {"RNN": 1, "GRU": 1, "LSTM": 2}
@@ -39,6 +39,8 @@ def recurrent(
         x = c.permute(x, (1, 0, 2))
         h, cell = (c.permute(v, (1, 0, 2)) if v is not None else None for v in (h, cell))
     steps = c.static(x, 0, f"the number of steps of {n.op}")
+    if steps > MOST:
+        raise n.fail(f"it has {steps} steps and would be unrolled")
     batch, hidden = c.shape(x)[1], n["hidden_size"]
     both = n["direction"] == "bidirectional"
     names = n.get("activations") or _DEFAULT[n.op] * (2 if both else 1)

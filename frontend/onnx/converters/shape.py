@@ -99,7 +99,7 @@ def split(c: Emitter, n: NodeView, x: Operand, sizes: Operand | None = None) -> 
     axis = n["axis"] % c.rank(x)
     parts: Sequence[DimLike] = n.get("split", ()) if sizes is None else c.dims(sizes, "the sizes of Split")
     if not parts:
-        count = n.get("num_outputs") or len(n.proto.output)
+        count = len(n.proto.output)
         chunk = floordiv(c.shape(x)[axis] + count - 1, count)
         parts = [chunk] * (count - 1) + [c.shape(x)[axis] - chunk * (count - 1)]
     out, at = [], 0

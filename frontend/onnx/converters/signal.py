@@ -9,7 +9,7 @@ import numpy as np
 from wasat.ir import DType
 from wasat.ir.dims import floordiv
 
-from ..emit import Emitter, Operand
+from ..emit import EVALUATE_LIMIT, Emitter, Operand
 from ..registry import NodeView, op
 
 
@@ -53,6 +53,8 @@ def mel_weights(
 ) -> Any:
     """Triangles between neighbouring mel frequencies (HTK: 2595 log10(1 + f/700)), over the bins of a transform."""
     mels, size, hertz = (int(c.const(v, "a size of MelWeightMatrix")) for v in (bins, length, rate))
+    if not 0 < mels * size < EVALUATE_LIMIT:
+        raise n.fail(f"{mels} filters over {size} samples")
     first, last = (2595 * math.log10(1 + float(c.const(v, "an edge of MelWeightMatrix")) / 700) for v in (low, high))
     points = np.arange(mels + 2) * ((last - first) / (mels + 2)) + first
     places = ((size + 1) * (700 * (10 ** (points / 2595) - 1)) // hertz).astype(np.int64)

@@ -1,0 +1,80 @@
+"""Writes docs/onnx.md: what of the ONNX backend suite passes, per operator, from the suite and the list of failures.
+
+    python tests/onnx/report.py
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import onnx
+from suite import expected_failures, group_of, node_tests
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENT = ROOT / "docs" / "onnx.md"
+LIST = Path(__file__).with_name("expected_failures.txt")
+TEXT = """\
+# ONNX
+
+<!-- written by tests/onnx/report.py -->
+
+```python
+import wasat as ws
+from onnx import TensorProto, helper
+
+x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 4])
+y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+nodes = [helper.make_node("Softmax", ["x"], ["y"], name="weights")]
+model = helper.make_model(helper.make_graph(nodes, "g", [x], [y]), opset_imports=[helper.make_opsetid("", 23)])
+program = ws.from_onnx(model)  # or the path of a .onnx file
+print(program["forward"])
+```
+```output
+graph @forward(%x: f32[batch, 4]) {{
+  %y: f32[batch, 4] = softmax(%x) {{axis=1}}
+  return %y
+}}
+```
+
+`wasat compile model.onnx -o out` takes the same way. Operator sets 13 to {newest} are read (older ones where the operators are
+defined the same). Symbolic sizes keep their names, initializers theirs as parameters, nodes theirs as locations. External data
+are memory-mapped and must lie in the model's folder. Functions are inlined; `If`, `Loop` and `Scan` are folded or unrolled.
+Arithmetic on shapes stays symbolic. What cannot be imported is listed at once, with counts and node names.
+
+`wasat.onnx_backend` is the standard `onnx.backend` interface. It imports a model for the inputs at hand: an input whose numbers
+decide a shape (the second one of `Reshape`) is a constant of that import.
+
+## The backend suite
+
+Node tests of onnx {version} on the interpreter: **{passed} of {total} pass** ({percent:.1f}%). The others, by reason
+(`tests/onnx/expected_failures.txt` names them; one that passes fails the run):
+
+{reasons}
+
+| operator | pass | of |
+|---|---|---|
+{rows}
+"""
+
+
+def document() -> str:
+    """The text of docs/onnx.md."""
+    tests, expected = node_tests(), expected_failures(LIST)
+    known = {t.model.graph.node[0].op_type for t in tests if len(t.model.graph.node) == 1}
+    total, passed = Counter[str](), Counter[str]()
+    for t in tests:
+        group = group_of(t, known)
+        total[group] += 1
+        passed[group] += t.name not in expected
+    return TEXT.format(
+        newest=onnx.defs.onnx_opset_version(), version=onnx.__version__, passed=passed.total(), total=total.total(),
+        percent=100 * passed.total() / total.total(),
+        reasons="\n".join(f"- {n}: {reason}" for reason, n in Counter(expected.values()).most_common()),
+        rows="\n".join(f"| {g} | {passed[g]} | {total[g]} |" for g in sorted(total)),
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(document())
+    print(f"{DOCUMENT.relative_to(ROOT)} written")
