@@ -1,4 +1,4 @@
-"""Graph to graph: clean-up, fusion, quantization, KV-cache derivation, gradients; the manager that runs passes, their remarks."""
+"""Graph to graph: clean-up, fusion, quantization, KV-cache derivation, gradients; the manager, remarks."""
 
 from .autodiff import Differentiate
 from .cleanup import Cleanup
