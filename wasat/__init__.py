@@ -17,7 +17,8 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "from_pretrained": "wasat.frontend", "from_onnx": "wasat.frontend.onnx", "trace": "wasat.frontend.nn", "nn": "wasat.frontend",
+    "from_pretrained": "wasat.frontend", "from_onnx": "wasat.frontend.onnx", "trace": "wasat.frontend.nn",
+    "nn": "wasat.frontend",
     "compile": "wasat.driver", "optimize": "wasat.driver", "run": "wasat.driver", "explain": "wasat.driver",
     "load": "wasat.runtime", "Model": "wasat.runtime", "SamplingOptions": "wasat.runtime",
     "parse": "wasat.ir", "Graph": "wasat.ir", "Program": "wasat.ir", "evaluate": "wasat.ir",

@@ -132,7 +132,7 @@ class Emitter:
                 out = op.infer(canonical, *types)
         except (TypeMismatch, DimError, TypeError):
             return None  # emitting it says what is wrong, and where
-        results = [out] if isinstance(out, TensorType) else list(out)
+        results: list[Any] = [out] if isinstance(out, TensorType) else list(out)  # type: ignore[arg-type]
         sizes = [t.size for t in results if isinstance(t, TensorType)]
         limit = max(FOLD_LIMIT, sum(x.size for x in xs))
         if canonical.symbols or len(sizes) != len(results) or any(not isinstance(n, int) or n > limit for n in sizes):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -28,7 +29,7 @@ ELEMENT = {
 CODE = {d: code for code, d in ELEMENT.items()}
 
 
-def element(code: int, what: str) -> DType:
+def element(code: Any, what: str) -> DType:
     """The element type with ONNX's number ``code``."""
     if code not in ELEMENT:
         name = _T.DataType.Name(code) if code in _T.DataType.values() else str(code)

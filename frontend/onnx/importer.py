@@ -269,7 +269,7 @@ class Importer:
         self._name(results, node.output, last)
         return results
 
-    def _check_operands(self, node: onnx.NodeProto, inputs: Sequence[Any], schema: onnx.defs.OpSchema | None) -> None:
+    def _check_operands(self, node: onnx.NodeProto, inputs: Sequence[Any], schema: Any) -> None:
         if schema is None:
             return
         if not schema.min_input <= len(inputs) <= schema.max_input or len(node.output) > schema.max_output:
@@ -293,7 +293,7 @@ class Importer:
             if name and isinstance(v, Value) and v.node in fresh and v.node.op.name != "constant":
                 self.graph.rename(v, name)
 
-    def _attributes(self, node: onnx.NodeProto, frame: Frame, schema: onnx.defs.OpSchema | None) -> dict[str, Any]:
+    def _attributes(self, node: onnx.NodeProto, frame: Frame, schema: Any) -> dict[str, Any]:
         out: dict[str, Any] = {}
         if schema is not None:
             for name, a in schema.attributes.items():
@@ -338,7 +338,7 @@ class Importer:
         return [self._lookup(name, inner, f"the result of function {f.name}") if out else None for name, out in wanted]
 
     def _inline_schema(
-        self, schema: onnx.defs.OpSchema | None, node: onnx.NodeProto, inputs: list[Any], frame: Frame
+        self, schema: Any, node: onnx.NodeProto, inputs: list[Any], frame: Frame
     ) -> Sequence[Any]:
         assert schema is not None  # or _check_supported had refused it
         plain = onnx.NodeProto()
@@ -383,15 +383,16 @@ def _domain(name: str) -> str:
     return "" if name == "ai.onnx" else name
 
 
-def _schema(name: str, version: int, domain: str) -> onnx.defs.OpSchema | None:
+def _schema(name: str, version: int, domain: str) -> Any:
+    """The OpSchema (whose stub lacks half of its methods), or None for an operator that onnx does not define."""
     try:
         return onnx.defs.get_schema(name, version, domain)
     except onnx.defs.SchemaError:
         return None
 
 
-def _has_body(schema: onnx.defs.OpSchema) -> bool:
-    return schema.has_function or schema.has_context_dependent_function
+def _has_body(schema: Any) -> bool:
+    return bool(schema.has_function or schema.has_context_dependent_function)
 
 
 def _plain(x: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The ONNX backend suite's node tests on the interpreter, against the list of those that fail and why. The list only shrinks."""
+"""The ONNX backend suite's node tests on the interpreter, against the list of those that fail, which only shrinks."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ onnx = pytest.importorskip("onnx")
 if not onnx.__version__.startswith("1.23."):
     pytest.skip(f"the list is of onnx 1.23, not {onnx.__version__}", allow_module_level=True)
 
-from report import DOCUMENT, LIST, document
-from suite import expected_failures, node_tests, run_test
+from report import DOCUMENT, LIST, document  # noqa: E402
+from suite import expected_failures, node_tests, run_test  # noqa: E402
 
 TESTS = node_tests()
 EXPECTED = expected_failures(LIST)

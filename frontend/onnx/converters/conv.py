@@ -143,13 +143,10 @@ def _pool_with_places(c: Emitter, n: NodeView, x: Operand, how: dict[str, Any]) 
     window = c.concat(*parts, axis=len(space) + 2)
     best = c.arg_max(window, axis=-1, keepdims=True)
     y = c.drop_axes(c.take_along(window, best, axis=-1), -1)
-    table = np.stack(places, -1)[None, None]
-    place = c.drop_axes(c.take_along(c.expand(table, 1, 1, *table.shape[2:]), best, axis=-1), -1) if b == depth == 1 else None
-    if place is None:
-        wide = c.expand(table, b, depth, *table.shape[2:])
-        place = c.drop_axes(c.take_along(wide, best, axis=-1), -1)
+    table = np.stack(places, -1)
+    at_best = c.drop_axes(c.take_along(c.expand(table, b, depth, *table.shape), best, axis=-1), -1)
     first = c.view(c.iota(size=b * depth), b, depth, *(1,) * len(space))
-    return y, c.add(place, c.mul(first, math.prod(space)))
+    return y, c.add(at_best, c.mul(first, math.prod(space)))
 
 
 @op("AveragePool", since=7)

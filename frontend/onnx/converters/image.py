@@ -39,7 +39,8 @@ def resize(
         factors = [None] * len(out)
         policy = n.get("keep_aspect_ratio_policy", "stretch")
         if policy != "stretch":
-            ratios = [w / c.static(x, a, "Resize that keeps the aspect ratio") for a, w in zip(axes, out)]
+            wanted = c.const(sizes, "the sizes of a Resize that keeps the aspect ratio")
+            ratios = [int(w) / c.static(x, a, "Resize that keeps the aspect ratio") for a, w in zip(axes, wanted)]
             ratio = min(ratios) if policy == "not_larger" else max(ratios)
             factors = [ratio] * len(out)
             out = [math.floor(ratio * shape[a] + 0.5) for a in axes]

@@ -102,7 +102,8 @@ def split(c: Emitter, n: NodeView, x: Operand, sizes: Operand | None = None) -> 
         count = len(n.proto.output)
         chunk = floordiv(c.shape(x)[axis] + count - 1, count)
         parts = [chunk] * (count - 1) + [c.shape(x)[axis] - chunk * (count - 1)]
-    out, at = [], 0
+    out: list[Any] = []
+    at: DimLike = 0
     for part in parts:
         out.append(c.cut(x, axis, at, at + part))
         at = at + part
@@ -144,7 +145,7 @@ def expand(c: Emitter, n: NodeView, x: Operand, shape: Operand) -> Any:
     want = list(c.dims(shape, "the shape of Expand"))
     own = list(c.shape(x))
     rank = max(len(want), len(own))
-    want, own = [1] * (rank - len(want)) + want, [1] * (rank - len(own)) + own
+    own, want = ([*(1,) * (rank - len(ds)), *ds] for ds in (own, want))
     return c.expand(x, *(b if a == 1 else a for a, b in zip(own, want)))
 
 
