@@ -123,14 +123,29 @@ def slice_(
         size = c.shape(x)[axis]
         if step < 0:  # the mirrored slice of the mirrored axis
             x = c.reverse(x, axes=(axis,))
-            lo = size - 1 - _place(lo, size)
+            first_kept = 0 if isinstance(lo, int) and lo >= END else size - 1 - _place(lo, size)
             hi = size if isinstance(hi, int) and hi <= -END else size - 1 - _place(hi, size)
-            lo, hi, step = maximum(lo, 0), maximum(hi, 0), -step
+            lo, step = first_kept, -step
         else:
-            lo, hi = maximum(_place(lo, size), 0), maximum(_place(hi, size), 0)
-        lo = minimum(lo, size)
-        x = c.cut(x, axis, lo, maximum(minimum(hi, size), lo), step)
+            lo, hi = _place(lo, size), _place(hi, size)
+        x = c.cut(x, axis, *_inside(lo, hi, size), step)
     return x
+
+
+def _inside(lo: DimLike, hi: DimLike, size: DimLike) -> tuple[DimLike, DimLike]:
+    """Bounds of a slice clamped to ``0 <= lo <= hi <= size``.
+
+    A literal end is clamped whatever the size; of other bounds that no size decides it is assumed that they lie inside,
+    which ``slice`` checks when it runs: shapes stay as simple as the model means them.
+    """
+    lo = 0 if less_equal(lo, 0) else size if less_equal(lo, size) is False else lo
+    if less_equal(size, hi):
+        hi = size
+    elif less_equal(hi, lo):
+        hi = lo
+    elif isinstance(hi, int):
+        hi = minimum(hi, size)
+    return lo, hi
 
 
 def _place(at: DimLike, size: DimLike) -> DimLike:
