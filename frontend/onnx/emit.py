@@ -4,6 +4,7 @@ that are dimensions (what ``Shape`` gives, and arithmetic on it) are followed as
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any, TypeVar, Union
 
 import numpy as np
 from wasat.ir import (
+    Attrs,
     Builder,
     Dim,
     DimError,
@@ -135,7 +137,8 @@ class Emitter:
         results: list[Any] = [out] if isinstance(out, TensorType) else list(out)  # type: ignore[arg-type]
         sizes = [t.size for t in results if isinstance(t, TensorType)]
         limit = max(FOLD_LIMIT, sum(x.size for x in xs))
-        if canonical.symbols or len(sizes) != len(results) or any(not isinstance(n, int) or n > limit for n in sizes):
+        known = len(sizes) == len(results) and all(isinstance(n, int) and n <= limit for n in sizes)
+        if not known or canonical.symbols or _largest(canonical) > limit:
             return None
         with np.errstate(all="ignore"):
             made = op.reference(canonical, *xs)
@@ -268,6 +271,15 @@ class Emitter:
 
     def fold_left(self, op: Callable[[T, T], T], items: Sequence[T]) -> T:
         return functools.reduce(op, items)
+
+
+def _largest(attrs: Attrs) -> int:
+    """The largest integer among attributes: what lies between operands and results (padding, a window) is no larger."""
+    flat: list[Any] = []
+    for f in dataclasses.fields(attrs):
+        v = getattr(attrs, f.name)
+        flat += v if isinstance(v, tuple) else [v]
+    return max((v for v in flat if isinstance(v, int)), default=0)
 
 
 # -- operations on dimensions ----------------------------------------------------------------------------------------------

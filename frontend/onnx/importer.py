@@ -37,6 +37,9 @@ MOST_NODES = 1_000_000
 SMALL = 64
 """Integer initializers up to this many elements are constants, not parameters: they are sizes, axes, scalars."""
 
+MALFORMED = (DimError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError)
+"""What code that trusts a file's fields meets where they are not what they should be."""
+
 Env = MutableMapping[str, Any]
 
 
@@ -72,6 +75,14 @@ class Importer:
         return OnnxError(f"{self.source.name}: {message}")
 
     def run(self) -> Program:
+        try:
+            return self._program()
+        except IRError as e:
+            raise self.fail(e.message) from e
+        except MALFORMED as e:
+            raise self.fail(f"the file is damaged: {e}") from e
+
+    def _program(self) -> Program:
         model = self.source.model
         if not model.HasField("graph"):
             raise self.fail("the model has no graph; the file is damaged or truncated")
@@ -104,6 +115,8 @@ class Importer:
     def _opsets(self, imports: Sequence[onnx.OperatorSetIdProto]) -> dict[str, int]:
         opsets = {_domain(o.domain): o.version for o in imports}
         version = opsets.setdefault("", NEWEST)
+        if any(not 0 < v < 2**31 for k, v in opsets.items() if k):
+            raise self.fail(f"the versions of the operator sets, {opsets}, make no sense")
         if not 1 <= version <= NEWEST:
             raise self.fail(f"operator set {version} is not supported; {OLDEST} to {NEWEST} are")
         return opsets
@@ -261,7 +274,7 @@ class Importer:
             raise FromData(f"{self.source.name}: {node.op_type} node {scope!r}: {e}", e.inputs) from None
         except IRError as e:
             raise OnnxError(f"{self.source.name}: {node.op_type} node {scope!r}: {e.message}") from e
-        except (DimError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as e:
+        except MALFORMED as e:
             raise OnnxError(f"{self.source.name}: {node.op_type} node {scope!r} is malformed: {e}") from e
         finally:
             self.c.b.loc = outer

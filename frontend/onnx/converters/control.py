@@ -66,6 +66,8 @@ def _stacked(c: Emitter, n: NodeView, rows: list[Any], info: Any, axis: int) -> 
 @op("Scan", since=9)
 def scan(c: Emitter, n: NodeView, *inputs: Any) -> Any:
     count, body = n["num_scan_inputs"], n["body"]
+    if not 1 <= count <= len(inputs):
+        raise n.fail(f"num_scan_inputs is {count}, of {len(inputs)} inputs")
     state, given = list(inputs[: len(inputs) - count]), inputs[len(inputs) - count :]
     outputs = len(body.output) - len(state)
     axes = n.get("scan_input_axes") or [0] * count

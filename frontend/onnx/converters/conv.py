@@ -120,14 +120,14 @@ def _pool_with_places(c: Emitter, n: NodeView, x: Operand, how: dict[str, Any]) 
     b, depth = c.shape(x)[:2]
     space = [c.static(x, 2 + i, "MaxPool with indices") for i in range(c.rank(x) - 2)]
     axes = range(len(space))
-    if math.prod(how["kernel"]) > MOST:
-        raise n.fail(f"a window of {how['kernel']} is too large")
     least = float("-inf") if c.dtype(x).is_float else float(np.iinfo(c.dtype(x).np).min)
     padded = c.pad(x, low=(0, 0, *how["low"]), high=(0, 0, *how["high"]), value=least)
     counts = [
         (space[i] + how["low"][i] + how["high"][i] - how["dilation"][i] * (how["kernel"][i] - 1) - 1) // how["strides"][i] + 1
         for i in axes
     ]
+    if min(*counts, *how["kernel"]) < 1 or math.prod(how["kernel"]) > MOST or math.prod(counts) > EVALUATE_LIMIT:
+        raise n.fail(f"windows of {how['kernel']} at {counts} places are none, or too many")
     order = list(axes) if not n["storage_order"] else list(axes)[::-1]
     parts, places = [], []
     for offset in itertools.product(*(range(k) for k in how["kernel"])):
@@ -205,8 +205,8 @@ def col2im(c: Emitter, n: NodeView, x: Operand, image: Operand, block: Operand) 
     pads = n.get("pads") or [0] * 2 * len(size)
     padded = [size[i] + pads[i] + pads[len(size) + i] for i in axes]
     counts = [(padded[i] - dilations[i] * (kernel[i] - 1) - 1) // strides[i] + 1 for i in axes]
-    if math.prod(kernel) * math.prod(counts) > EVALUATE_LIMIT:
-        raise n.fail(f"an image of {size} is too large")
+    if min(*counts, *kernel) < 1 or math.prod(kernel) * math.prod(counts) > EVALUATE_LIMIT:
+        raise n.fail(f"blocks of {kernel} in an image of {size} are none, or too many")
     b, total = c.shape(x)[0], c.shape(x)[1]
     depth = floordiv(total, math.prod(kernel))
     place = np.zeros((1,) * 2 * len(size), np.int64)

@@ -269,6 +269,8 @@ def roi_align(c: Emitter, n: NodeView, x: Operand, rois: Operand, batch: Operand
     half = n.get("coordinate_transformation_mode", "output_half_pixel") == "half_pixel"
     count, (_, depth, *space) = c.shape(rois)[0], c.shape(x)
     bins = (n["output_height"], n["output_width"])
+    if min(bins) < 1 or max(bins) * ratio > MOST:
+        raise n.fail(f"{bins} bins of {ratio} samples are none, or too many")
     axes = []
     for i, size in enumerate(space):
         start, stop = (c.sub(c.mul(c.cut(rois, 1, j, j + 1), n["spatial_scale"]), 0.5 if half else 0.0) for j in (1 - i, 3 - i))

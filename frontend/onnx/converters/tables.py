@@ -9,7 +9,7 @@ import numpy as np
 from wasat.ir import DType
 
 from ..emit import Emitter, Operand, size_of
-from ..registry import ML, NodeView, op
+from ..registry import ML, MOST, NodeView, op
 
 
 @op("ArrayFeatureExtractor", domain=ML)
@@ -56,6 +56,8 @@ def tf_idf(c: Emitter, n: NodeView, x: Operand) -> Any:
     flat = c.rank(x) == 1
     x = c.to(c.add_axes(x, 0) if flat else x, DType.I64)
     steps, starts, places = c.static(x, 1, "TfIdfVectorizer"), [*n["ngram_counts"], len(pool)], n["ngram_indexes"]
+    if min(places, default=-1) < 0 or max(places) >= MOST:
+        raise n.fail(f"ngram_indexes must lie below {MOST}")
     counts, first = [], 0
     for size, (lo, hi) in enumerate(itertools.pairwise(starts), 1):
         grams = np.asarray(pool[lo:hi], np.int64).reshape(-1, size)
