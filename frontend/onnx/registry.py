@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import onnx
@@ -64,7 +64,6 @@ class NodeView:
     attrs: dict[str, Any]
     frame: Frame
     importer: Importer
-    outputs: list[str] = field(default_factory=list)
 
     @property
     def op(self) -> str:

@@ -50,20 +50,17 @@ def gather_nd(c: Emitter, n: NodeView, x: Operand, ids: Operand) -> Any:
     return c.gather(c.view(x, count * size, *shape[batch + k :]), at, axis=0)
 
 
-_REDUCE = {"none": "none", "add": "add", "mul": "mul", "max": "max", "min": "min"}
-
-
 @op("ScatterND")
 def scatter_nd(c: Emitter, n: NodeView, x: Operand, ids: Operand, updates: Operand) -> Any:
     k, shape = c.static(ids, -1, "ScatterND"), c.shape(x)
     at = _places(c, ids, shape[:k])
     flat = c.view(x, size_of(shape[:k]), *shape[k:])
-    return c.view(c.scatter(flat, at, updates, axis=0, reduce=_REDUCE[n.get("reduction", "none")]), *shape)
+    return c.view(c.scatter(flat, at, updates, axis=0, reduce=n.get("reduction", "none")), *shape)
 
 
 @op("ScatterElements", "Scatter")
 def scatter_elements(c: Emitter, n: NodeView, x: Operand, ids: Operand, updates: Operand) -> Any:
-    return c.scatter_along(x, ids, updates, axis=n["axis"], reduce=_REDUCE[n.get("reduction", "none")])
+    return c.scatter_along(x, ids, updates, axis=n["axis"], reduce=n.get("reduction", "none"))
 
 
 @op("OneHot", since=9)
