@@ -1,5 +1,6 @@
 """Graph to graph: clean-up, fusion, quantization, KV-cache derivation, gradients; the manager, remarks."""
 
+from .affine import SimplifyIndices
 from .autodiff import Differentiate
 from .cleanup import Cleanup
 from .core import Check, GraphPass, Pass, PassError, PassManager, Remark, Remarks, Report, Step
@@ -18,5 +19,5 @@ from .quantize import Quantize
 __all__ = [
     "Check", "Cleanup", "DeriveKVCache", "Differentiate", "FuseActivations", "FuseAttention", "FuseGlu", "FuseNorm", "FuseRope",
     "GraphPass", "HoistParams", "Match", "MergeLinears", "Mismatch", "Pass", "PassError", "PassManager", "Quantize", "Remark",
-    "Remarks", "Report", "Rewrite", "Step", "Tracer", "default_pipeline",
+    "Remarks", "Report", "Rewrite", "SimplifyIndices", "Step", "Tracer", "default_pipeline",
 ]  # fmt: skip

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from wasat.ir import Builder, DimLike, Graph, Node, TensorType, Value, equal, run_node
+from wasat.ir import Builder, DimLike, Graph, Node, TensorType, Value, equal, less_equal, run_node
 from wasat.ir.types import DType, QArray
 
 from .core import GraphPass, Remarks
@@ -127,6 +127,39 @@ def _matmul(b: Builder, node: Node) -> Value | None:
     return b.linear(x, inner.inputs[0])
 
 
+def _merged_rows(b: Builder, v: Value) -> Value | None:
+    """``v`` [m, k] as [.., k], its m rows not yet merged; None if they are no merged axes."""
+    inner = _producer(v, "reshape")
+    if inner is None or len(v.shape) != 2:
+        return None
+    x = inner.inputs[0]
+    width: DimLike = 1
+    for i in reversed(range(2, len(x.shape))):
+        width = width * x.shape[i]
+        if equal(width, v.shape[-1]) is True:
+            return b.reshape(x, shape=(*x.shape[:i], width)) if i < len(x.shape) - 1 else x
+    return None
+
+
+def _rows_apart(b: Builder, node: Node) -> Value | None:
+    """f(reshape(x), w) -> reshape(f(x, w)) for an f of rows: what runs along the batch or the sequence stays visible."""
+    w = node.inputs[1]
+    x = _merged_rows(b, node.inputs[0]) if len(w.shape) == (1 if node.op.elementwise else 2) else None
+    if x is None:
+        return None
+    return b.reshape(b.emit(node.op, x, w), shape=node.output.shape)
+
+
+def _broadcast(b: Builder, node: Node) -> Value | None:
+    """f(x, broadcast_to(y)) -> f(x, y) where x alone has the shape of the result."""
+    for i, v in enumerate(node.inputs):
+        inner, other = _producer(v, "broadcast_to"), node.inputs[1 - i]
+        if inner is not None and other.shape == node.output.shape:
+            operands = (inner.inputs[0], other) if i == 0 else (other, inner.inputs[0])
+            return b.emit(node.op, *operands)
+    return None
+
+
 def _pad(b: Builder, node: Node) -> Value | None:
     """Padding by nothing."""
     amounts = (*node.attrs.low, *node.attrs.high)  # type: ignore[attr-defined]
@@ -159,6 +192,23 @@ def _slice(b: Builder, node: Node) -> Value | None:
     starts = tuple(p + q for p, q in zip(a.starts, c.starts))  # type: ignore[attr-defined]
     stops = tuple(p + q for p, q in zip(a.starts, c.stops))  # type: ignore[attr-defined]
     return b.slice(inner.inputs[0], starts=starts, stops=stops)
+
+
+def _slice_of_concat(b: Builder, node: Node) -> Value | None:
+    """A slice that lies within one part of a concatenation: of that part."""
+    inner = _producer(node.inputs[0], "concat")
+    if inner is None:
+        return None
+    a, axis, at = node.attrs, inner.attrs.axis, 0  # type: ignore[attr-defined]
+    lo, hi = a.starts[axis], a.stops[axis]  # type: ignore[attr-defined]
+    for part in inner.inputs:
+        size = part.shape[axis]
+        if less_equal(at, lo) is True and less_equal(hi, at + size) is True:
+            starts, stops = list(a.starts), list(a.stops)  # type: ignore[attr-defined]
+            starts[axis], stops[axis] = lo - at, hi - at
+            return b.slice(part, starts=tuple(starts), stops=tuple(stops), steps=a.steps)  # type: ignore[attr-defined]
+        at = at + size
+    return None
 
 
 def _concat(b: Builder, node: Node) -> Value | None:
@@ -205,10 +255,10 @@ def _stop_gradient(b: Builder, node: Node) -> Value | None:
 
 
 RULES: dict[str, tuple[Rule, ...]] = {
-    "add": (_constant_last, _neutral(-0.0), _neutral(0, integers_only=True)),
-    "sub": (_neutral(0.0, right_only=True),),
-    "mul": (_constant_last, _neutral(1)),
-    "div": (_neutral(1, right_only=True),),
+    "add": (_constant_last, _neutral(-0.0), _neutral(0, integers_only=True), _broadcast, _rows_apart),
+    "sub": (_neutral(0.0, right_only=True), _broadcast),
+    "mul": (_constant_last, _neutral(1), _broadcast),
+    "div": (_neutral(1, right_only=True), _broadcast),
     "floor_div": (_neutral(1, right_only=True, integers_only=True),),
     "pow": (_neutral(1, right_only=True),),
     "maximum": (_constant_last, _idempotent),
@@ -222,10 +272,11 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "reshape": (_same_type, _reshape),
     "broadcast_to": (_same_type,),
     "pad": (_pad,),
-    "slice": (_whole, _slice),
+    "slice": (_whole, _slice, _slice_of_concat),
     "transpose": (_transpose,),
     "concat": (_concat,),
-    "matmul": (_matmul,),
+    "matmul": (_matmul, _rows_apart),
+    "linear": (_rows_apart,),
     "select": (_select, _select_not),
     "stop_gradient": (_stop_gradient,),
 }

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from wasat.ir import Builder, DimLike, DType, Graph, Node, Value, equal
 
 from .core import GraphPass, Remarks
 from .mask import Mask, analyze, is_fill
-from .pattern import erase_dead, number_of
+from .pattern import erase_dead, number_of, replace
 from .views import Atom, View, arrange, product, trivial, view_of
 
 
@@ -45,6 +46,8 @@ class FuseAttention(GraphPass):
     def run_graph(self, graph: Graph, remarks: Remarks) -> bool:
         changed = False
         for node in graph.nodes:
+            if node.op.name == "attention" and len(node.inputs) > 3 and _read_mask(graph, node, remarks):
+                changed = True
             if node.op.name != "softmax":
                 continue
             try:
@@ -175,11 +178,18 @@ def _selected(
 
 
 def _meet(node: Node, mask: Mask, found: Mask, fill: float, shape: Sequence[DimLike]) -> None:
-    # a query that sees nothing gives the mean of the values under a finite number, and 0 in the fused operation: where that
-    # can happen (masks that are data; predicates, unless every query sees itself), only -inf will do
-    if fill != float("-inf") and (found.operands or equal(shape[-1], shape[-2]) is not True):
+    if not _exact(found, fill, shape):
         raise Miss(f"{node!r}: it fills with {fill:g}, and some query may see nothing; use -inf")
     mask.meet(found)
+
+
+def _exact(found: Mask, fill: float, shape: Sequence[DimLike]) -> bool:
+    """Whether attention under ``found`` is what masking with ``fill`` gives.
+
+    A query that sees nothing gives the mean of the values under a finite number, and 0 in the fused operation: where that can
+    happen (masks that are data; predicates, unless every query sees itself), only -inf will do.
+    """
+    return fill == float("-inf") or (not found.operands and equal(shape[-1], shape[-2]) is True)
 
 
 def _added(
@@ -194,9 +204,9 @@ def _added(
         raise Miss(f"{node!r}: the scores are broadcast by the mask")
     _before_softcap(node, softcap)
     choice = _choice(addend)
-    if choice is not None and factor > 0:
-        condition, keep, fill = choice
-        _meet(node, mask, analyze(condition, shape, keep), fill, shape)
+    found = analyze(choice[0], shape, choice[1]) if choice is not None and factor > 0 else None
+    if found is not None and choice is not None and _exact(found, choice[2], shape):
+        mask.meet(found)
     else:
         additive.append((addend, factor))
     return scores
@@ -259,14 +269,24 @@ def _operand(v: Value, lead: Sequence[DimLike], what: str, scales: bool) -> _Hea
     return _Heads(view, batch, heads[: len(data)], rows, columns)
 
 
+def _guarded(graph: Graph, y: Value) -> Node | None:
+    """The node of select(isnan(y), 0, y), where nothing else uses y: a query that sees nothing gives 0, as in the operation."""
+    users = y.users
+    choice = next((n for n in users if n.op.name == "select"), None)
+    if choice is None or graph.is_output(y) or len(y.uses) != 2 or choice.inputs[2] is not y or number_of(choice.inputs[1]) != 0:
+        return None
+    test = choice.inputs[0].node
+    return choice if test in users and test is not None and test.op.name == "isnan" and len(test.output.uses) == 1 else None
+
+
 def _values(graph: Graph, softmax: Node) -> Node:
     """Walks down from the softmax to its product with the values."""
     y = softmax.output
     while True:
-        node = _only_use(graph, y)
+        node = _guarded(graph, y) or _only_use(graph, y)
         if node.op.name == "matmul" and node.inputs[0] is y:
             return node
-        if _passes(node):
+        if _passes(node) or node.op.name == "select":
             y = node.output
             continue
         raise Miss(f"%{y.name} goes into {node.op.name}, not into a product with the values")
@@ -304,6 +324,26 @@ def _fuse(graph: Graph, softmax: Node) -> Value:
     graph.replace_uses(out, z)
     erase_dead(graph, last)
     return y
+
+
+def _read_mask(graph: Graph, node: Node, remarks: Remarks) -> bool:
+    """Predicates in the boolean mask of an attention, or in a choice between 0 and -inf, become attributes."""
+    q, k, v, mask = node.inputs
+    a: Any = node.attrs
+    condition, keep, fill = _choice(mask) or (mask, True, float("-inf"))
+    if condition.tensor.dtype is not DType.BOOL or fill != float("-inf"):
+        return False
+    shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    found = analyze(condition, shape, keep)
+    if found.operands == [(condition, not keep)]:
+        return False
+    found.meet(Mask(a.causal, a.window))
+    b = Builder(graph, before=node, loc=node.loc)
+    rest = [_emit_mask(b, [_MaskPart(m, shape, negate=n) for m, n in found.operands], q.tensor.dtype)] if found.operands else []
+    y = b.attention(q, k, v, *rest, scale=a.scale, causal=found.causal, window=found.window, softcap=a.softcap)
+    remarks.applied(_describe(y), y)
+    replace(graph, node.output, y)
+    return True
 
 
 @dataclass

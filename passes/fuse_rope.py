@@ -18,7 +18,8 @@ class _Table:
 
     fn: str
     positions: Value
-    inv_freq: np.ndarray
+    inv_freq: np.ndarray | Value
+    """Numbers, or a parameter."""
     factor: float
     shape: tuple[DimLike, ...]
 
@@ -53,9 +54,13 @@ def _table(v: Value) -> _Table:
     if v.tensor.dtype.bits < 32:
         raise Mismatch(f"the angles are {v.tensor.dtype}, too narrow for far positions")
     for position, frequency in (v.node.inputs, v.node.inputs[::-1]):
-        array, at = _past_units(frequency).const, _positions(position)
-        if array is not None and at is not None and position.shape[-1:] == (1,):
-            return _Table(fn, at, array.reshape(-1), factor, _check_width(table, repeats * array.size))
+        source, at = _past_units(frequency), _positions(position)
+        size = source.tensor.size
+        if (source.const is None and source.param is None) or at is None or position.shape[-1:] != (1,):
+            continue
+        if isinstance(size, int) and frequency.shape[-1:] == (size,):
+            inv_freq = source if source.const is None else source.const.reshape(-1)
+            return _Table(fn, at, inv_freq, factor, _check_width(table, repeats * size))
     raise Mismatch(f"%{v.name} is no product of integer positions [.., 1] and constant frequencies")
 
 
@@ -99,12 +104,14 @@ def _rope(b: Builder, x: Value, cos: Value, sin: Value, repeats: int, interleave
     if (c.fn, s.fn) != ("cos", "sin"):
         raise Mismatch(f"%{cos.name} and %{sin.name} are not cosine and sine in this order")
     same = c.positions is s.positions and c.factor == s.factor and c.shape == s.shape
-    if not same or not np.array_equal(c.inv_freq, s.inv_freq):
+    numbers = isinstance(c.inv_freq, np.ndarray) and isinstance(s.inv_freq, np.ndarray)
+    if not same or not (np.array_equal(c.inv_freq, s.inv_freq) if numbers else c.inv_freq is s.inv_freq):  # type: ignore[arg-type]
         raise Mismatch(f"%{cos.name} and %{sin.name} are not of the same angles")
     if len(x.shape) != 4:
         raise Mismatch(f"{x!r} has not the four axes batch, position, head, feature")
-    if c.shape[-1] != repeats * len(c.inv_freq):
-        raise Mismatch(f"%{cos.name} holds {c.shape[-1]} angles per position for {len(c.inv_freq)} frequencies")
+    count = c.inv_freq.size if isinstance(c.inv_freq, np.ndarray) else c.inv_freq.tensor.size
+    if c.shape[-1] != repeats * count:
+        raise Mismatch(f"%{cos.name} holds {c.shape[-1]} angles per position for {count} frequencies")
     shape = (*(1,) * (4 - len(c.shape)), *c.shape)
     if shape[2] == 1 and shape[1] == x.shape[1]:
         axis = 1
@@ -117,7 +124,11 @@ def _rope(b: Builder, x: Value, cos: Value, sin: Value, repeats: int, interleave
     at: tuple[DimLike, ...] = (shape[axis],) if shape[0] == 1 else (shape[0], shape[axis])
     positions = c.positions if c.positions.shape == at else b.reshape(c.positions, shape=at)
     wide = DType.F64 if x.tensor.dtype is DType.F64 else DType.F32
-    inv_freq = b.constant(c.inv_freq, wide)
+    if isinstance(c.inv_freq, np.ndarray):
+        inv_freq = b.constant(c.inv_freq, wide)
+    else:
+        inv_freq = b.reshape(c.inv_freq, shape=(count,))
+        inv_freq = inv_freq if inv_freq.tensor.dtype is wide else b.cast(inv_freq, dtype=wide)
     x = b.transpose(x, perm=_SWAP) if axis == 2 else x
     y = b.rope(x, positions, inv_freq, factor=c.factor, interleaved=interleaved)
     return b.transpose(y, perm=_SWAP) if axis == 2 else y

@@ -95,11 +95,11 @@ def _tokens(graph: Graph) -> Value:
         v for v in graph.inputs
         if isinstance(v.type, TensorType) and v.type.dtype.is_int and v.type.rank == 2 and str(v.shape[1]).isidentifier()
     ]  # fmt: skip
-    named = [v for v in found if v.name == "tokens"] or found
+    named = [v for v in found if v.name in ("tokens", "input_ids")] or found
     if len(named) != 1:
         raise IRError(
             f"graph @{graph.name} has {len(named)} inputs that could be its tokens; it needs one integer input "
-            "[batch, sequence] with a symbolic sequence (or one named tokens)"
+            "[batch, sequence] with a symbolic sequence (or one named tokens or input_ids)"
         )
     return named[0]
 
@@ -210,7 +210,7 @@ def _declare(g: Graph, plan: _Plan, inputs: set[Value], sizes: dict[str, DimLike
 
 
 _LEADING = frozenset({"rope", "embedding", "quantized_embedding", "one_hot"})
-"""Operations that take positions with a batch axis in front as they are."""
+"""Operations that take positions with a batch axis in front as they are; so does a gather along axis 0."""
 
 
 class _Derivation:
@@ -278,7 +278,8 @@ class _Derivation:
             return
         attrs = node.attrs.bind(sizes)
         lifted = [self.labels[v].kind == "position" for v in node.inputs]
-        if any(lifted) and node.op.name not in _LEADING:
+        leading = node.op.name in _LEADING or (node.op.name == "gather" and node.attrs.axis == 0)  # type: ignore[attr-defined]
+        if any(lifted) and not leading:
             rank = len(node.output.shape)
             if node.op.elementwise:
                 own = label.kind == "position"

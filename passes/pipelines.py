@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
+from .affine import SimplifyIndices
 from .cleanup import Cleanup
 from .core import Pass
 from .fuse_activations import FuseActivations
@@ -26,7 +27,7 @@ def default_pipeline(
 
     ``kv_cache``: whether ``forward`` becomes ``prefill`` and ``decode``; ``"tried"``: where that can be proved, else not.
     """
-    passes: list[Pass] = [Cleanup(), FuseNorm(), FuseRope(), FuseActivations(), FuseAttention(), Cleanup()]
+    passes: list[Pass] = [Cleanup(), SimplifyIndices(), FuseNorm(), FuseRope(), FuseActivations(), FuseAttention(), Cleanup()]
     if quantize is not None or overrides:
         passes.append(Quantize(quantize or "f32", activation, tuple((overrides or {}).items())))
     passes += [MergeLinears(), FuseGlu(), HoistParams()]

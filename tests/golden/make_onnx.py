@@ -150,6 +150,7 @@ def t5_encoder(attention):
 
 TOKENS = {"input_ids": {0: "b", 1: "s"}}
 MASKED = {**TOKENS, "attention_mask": {0: "b", 1: "s"}}
+PLACED = {**MASKED, "position_ids": {0: "b", 1: "s"}}
 PIXELS = {"pixel_values": {0: "b"}}
 SOUND = {"input_features": {0: "b"}}
 PAIR = {**TOKENS, "encoder_hidden_states": {0: "b", 1: "t"}}
@@ -167,14 +168,14 @@ class Case:
 
 CASES = {
     "gpt2_eager": Case(gpt2, "eager", "dynamo"),
-    "gpt2_sdpa_legacy": Case(gpt2, "sdpa", "legacy"),
+    "gpt2_sdpa_legacy": Case(gpt2, "sdpa", "legacy", CausalMasked, PLACED),
     "llama_sdpa": Case(llama, "sdpa", "dynamo"),
     "llama_sdpa_23": Case(llama, "sdpa", "dynamo_23"),
-    "llama_masked": Case(llama, "eager", "dynamo", CausalMasked, {**MASKED, "position_ids": {0: "b", 1: "s"}}),
-    "llama_legacy": Case(llama, "eager", "legacy"),
+    "llama_masked": Case(llama, "eager", "dynamo", CausalMasked, PLACED),
+    "llama_legacy": Case(llama, "eager", "legacy", CausalMasked, PLACED),
     "qwen3_sdpa": Case(qwen3, "sdpa", "dynamo"),
     "gemma3_eager": Case(gemma3, "eager", "dynamo"),
-    "gemma3_sdpa_legacy": Case(gemma3, "sdpa", "legacy"),
+    "gemma3_sdpa_legacy": Case(gemma3, "sdpa", "legacy", CausalMasked, PLACED),
     "bert_eager": Case(bert, "eager", "dynamo", Encoder, MASKED),
     "bert_sdpa_legacy": Case(bert, "sdpa", "legacy", Encoder, MASKED),
     "vit_sdpa": Case(vit, "sdpa", "dynamo", Vision, PIXELS),

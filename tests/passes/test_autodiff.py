@@ -65,11 +65,8 @@ def test_text() -> None:
   %p: f64[n] = mul(%x, %w)
   %s: f64[n] = sin(%p)
   %y: f64[] = reduce_sum(%s) {axes=(0,)}
-  %reshape_1: f64[1] = constant() {value=dense<f64[1], 1.0>}
-  %broadcast_to: f64[n] = broadcast_to(%reshape_1) {shape=(n,)}
   %cos: f64[n] = cos(%p)
-  %mul: f64[n] = mul(%broadcast_to, %cos)
-  %mul_2: f64[n] = mul(%mul, %x)
+  %mul_2: f64[n] = mul(%cos, %x)
   return %y, "grad.w"=%mul_2
 }""")
     )
