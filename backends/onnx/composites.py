@@ -1,0 +1,200 @@
+"""Emissions of norms, rotary positions, attention, caches and quantized weights; each states the semantics it rests on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from wasat.ir import DType, Node, QTensorType, equal
+
+from .emitter import Emitter, Options
+from .errors import Unsupported
+from .table import emits
+
+
+def _attrs(node: Node) -> Any:
+    return node.attrs
+
+
+# -- norms ------------------------------------------------------------------------------------------------------------------
+def _known_row(node: Node, options: Options) -> bool:
+    """The operators require a weight: ones, if the row's length is known."""
+    return len(node.inputs) > 1 or isinstance(node.inputs[0].shape[-1], int)
+
+
+def _ones(e: Emitter, node: Node, x: str) -> str:
+    return e.const(np.ones(node.inputs[0].shape[-1]), e.dtype[x])
+
+
+def _stash(e: Emitter, x: str) -> int | None:
+    """The type that statistics are computed in: f32 or wider."""
+    return 11 if e.dtype[x] is DType.F64 else None
+
+
+@emits("rms_norm", since=23, when=_known_row)
+def _rms_norm(e: Emitter, node: Node, x: str, weight: str = "") -> str:
+    own = e.dtype[x]
+    wide = e.cast(x, DType.F32) if own.bits < 32 else x  # the operator rounds before the weight, the IR after it
+    weight = e.cast(weight, e.dtype[wide]) if weight else _ones(e, node, wide)
+    return e.cast(e.op("RMSNormalization", wide, weight, epsilon=_attrs(node).eps, stash_type=_stash(e, wide)), own)
+
+
+@emits("layer_norm", when=_known_row)
+def _layer_norm(e: Emitter, node: Node, x: str, weight: str = "", bias: str = "") -> str:
+    own = e.dtype[x]
+    wide = e.cast(x, DType.F32) if own.bits < 32 else x
+    weight = e.cast(weight, e.dtype[wide]) if weight else _ones(e, node, wide)
+    bias = e.cast(bias, e.dtype[wide]) if bias else ""
+    return e.cast(e.op("LayerNormalization", wide, weight, bias, epsilon=_attrs(node).eps, stash_type=_stash(e, wide)), own)
+
+
+# -- positions --------------------------------------------------------------------------------------------------------------
+@emits("rope", since=23, when=lambda node, options: isinstance(node.inputs[0].shape[2], int))
+def _rope(e: Emitter, node: Node, x: str, positions: str, inv_freq: str) -> str:
+    """Heads stay the third axis: [b, s, h*d] with num_heads. Angles are made here, so that any position is right."""
+    a, v, at = _attrs(node), node.inputs[0], node.inputs[1]
+    b, s, h, d = v.shape
+    half = node.inputs[2].shape[0]
+    own, work = e.dtype[x], e.dtype[inv_freq]
+    angles = e.op("Mul", e.cast(e.reshape(positions, (*at.shape, 1)), work), inv_freq)
+    tables = []
+    for f in ("Cos", "Sin"):
+        t = e.op(f, angles)
+        t = t if a.factor == 1 else e.op("Mul", t, e.like(a.factor, t))
+        # one table a row: the operator does not broadcast them
+        tables.append(t if at.shape[:-1] == (b,) else e.op("Expand", t, e.shape((b, s, half))))
+    wide = e.reshape(e.cast(x, work), (b, s, h * d))
+    y = e.op(
+        "RotaryEmbedding", wide, *tables, num_heads=h, interleaved=int(a.interleaved),
+        rotary_embedding_dim=0 if d == 2 * half else 2 * half,
+    )  # fmt: skip
+    return e.reshape(e.cast(y, own), v.shape)
+
+
+# -- attention --------------------------------------------------------------------------------------------------------------
+def _direct(node: Node, options: Options) -> bool:
+    """Whether the operator's own causal rule is the IR's (it aligns queries and keys at the start): see masks.py."""
+    a = _attrs(node)
+    q, k = node.inputs[:2]
+    aligned = not a.causal or equal(q.shape[1], k.shape[1]) is True
+    return a.window is None and aligned and isinstance(q.shape[2], int) and isinstance(k.shape[2], int)
+
+
+@emits("attention", since=23, when=_direct)
+def _attention(e: Emitter, node: Node, q: str, k: str, v: str, mask: str = "") -> str:
+    """Heads stay the third axis: [b, s, h*d]. The mask gets its full [s, t]: a short last axis would be filled with -inf."""
+    a, (qv, kv, vv) = _attrs(node), node.inputs[:3]
+    b, s, h, _ = qv.shape
+    t, g = kv.shape[1:3]
+    flat = [e.reshape(x, (*y.shape[:2], y.shape[2] * y.shape[3])) for x, y in ((q, qv), (k, kv), (v, vv))]
+    if mask:
+        m = node.inputs[3]
+        lead = (1,) * (4 - len(m.shape)) + tuple(m.shape[:-2])
+        if m.shape[-2:] != (s, t):
+            mask = e.op("Expand", mask, e.shape((*lead, s, t)[-4:]))
+        elif len(m.shape) == 3:
+            mask = e.reshape(mask, (1, *m.shape))
+    own = e.dtype[q]
+    y = e.op(
+        "Attention", *flat, mask, q_num_heads=h, kv_num_heads=g, scale=a.scale, is_causal=int(a.causal),
+        softcap=a.softcap, softmax_precision=1 if own.bits < 32 else None,
+    )  # fmt: skip
+    return e.reshape(y, node.output.shape)
+
+
+@emits("cache_update", since=24)
+def _tensor_scatter(e: Emitter, node: Node, cache: str, new: str, past: str) -> str:
+    mode = "circular" if _attrs(node).ring else "linear"
+    return e.op("TensorScatter", cache, new, e.cast(past, DType.I64), axis=1, mode=mode)
+
+
+@emits("cache_update")
+def _scatter_rows(e: Emitter, node: Node, cache: str, new: str, past: str) -> str:
+    """ScatterND at (row, slot)."""
+    b, s = node.inputs[1].shape[:2]
+    zero, one = e.const(0, DType.I64), e.const(1, DType.I64)
+    at = e.op("Add", e.reshape(e.cast(past, DType.I64), (b, 1)), e.op("Range", zero, e.scalar(s), one))
+    if _attrs(node).ring:
+        at = e.op("Mod", at, e.dim(node.inputs[0].shape[1]))
+    rows = e.op("Expand", e.reshape(e.op("Range", zero, e.scalar(b), one), (b, 1)), e.shape((b, s)))
+    places = e.op("Concat", e.reshape(rows, (b, s, 1)), e.reshape(at, (b, s, 1)), axis=2)
+    return e.op("ScatterND", cache, places, new)
+
+
+# -- quantized weights ------------------------------------------------------------------------------------------------------
+def _blocks(node: Node, at: int) -> QTensorType:
+    t = node.inputs[at].type
+    assert isinstance(t, QTensorType)
+    return t
+
+
+def _dense(e: Emitter, t: QTensorType, values: str, scales: str, dtype: DType) -> str:
+    """values * scales in f32: DequantizeLinear with blocks from operator set 21 on, else a product with repeated scales."""
+    wide = e.cast(scales, DType.F32)
+    if e.opset >= 21:
+        return e.cast(
+            e.op("DequantizeLinear", values, wide, dtype=DType.F32, axis=len(t.shape) - 1, block_size=t.block), dtype
+        )
+    k = t.shape[-1]
+    assert isinstance(k, int)
+    spread = e.op("Gather", wide, e.const(np.arange(k) // t.block), axis=len(t.shape) - 1)
+    return e.cast(e.op("Mul", e.cast(values, DType.F32), spread), dtype)
+
+
+@emits("dequantize")
+def _dequantize(e: Emitter, node: Node, w: str) -> str:
+    return _dense(e, _blocks(node, 0), w, e.scales(node.inputs[0]), _attrs(node).dtype)
+
+
+@emits("quantized_embedding", when=lambda node, options: _blocks(node, 0).scheme == "int8")
+def _quantized_embedding(e: Emitter, node: Node, w: str, ids: str) -> str:
+    """Rows are picked first, so that only they become dense (of 4-bit integers ONNX has no Gather)."""
+    t = _blocks(node, 0)
+    rows = QTensorType(t.scheme, (*node.inputs[1].shape, t.shape[1]), t.block, t.scale)
+    values, scales = (e.op("Gather", x, ids, axis=0) for x in (w, e.scales(node.inputs[0])))
+    return _dense(e, rows, values, scales, _attrs(node).dtype)
+
+
+def _fits_nbits(node: Node, options: Options) -> bool:
+    """com.microsoft.MatMulNBits takes blocks of a power of two, at least 16, along k; x in f32 or f16."""
+    t = _blocks(node, 1)
+    power = t.block >= 16 and t.block & (t.block - 1) == 0
+    return options.matmul_nbits and power and node.inputs[0].tensor.dtype in (DType.F32, DType.F16)
+
+
+@emits("quantized_linear", when=_fits_nbits)
+def _matmul_nbits(e: Emitter, node: Node, x: str, w: str, bias: str = "") -> str:
+    """Unsigned values around 2^(bits-1), packed per row and block, the low half of a byte first; scales in the type of x."""
+    t, v = _blocks(node, 1), node.inputs[1]
+    (n, k), blocks = t.shape, t.blocks
+    name = v.param
+    if name is None or not isinstance(n, int) or not isinstance(k, int) or not isinstance(blocks, int):
+        raise Unsupported("MatMulNBits of a weight that is no parameter of known size")
+    bits = 4 if t.scheme == "int4" else 8
+    own = e.dtype[x]
+
+    def packed() -> np.ndarray:
+        padded = np.full((n, blocks * t.block), 2 ** (bits - 1), np.uint8)
+        padded[:, :k] = e.load(name).values.astype(np.int16) + 2 ** (bits - 1)
+        if bits == 4:
+            padded = padded[:, 0::2] | padded[:, 1::2] << 4
+        return padded.reshape(n, blocks, t.block * bits // 8)
+
+    values = e.weight(f"{name}.q{bits}", DType.U8, (n, blocks, t.block * bits // 8), packed)
+    scales = e.weight(
+        f"{name}.q{bits}.scales.{own}", own, (n, blocks), lambda: e.load(name).scales.astype(own.np)
+    )  # fmt: skip
+    level = 4 if _attrs(node).activation == "int8" else 1  # products of int8, or in f32
+    y = e.op(
+        "MatMulNBits", x, values, scales, domain="com.microsoft", dtype=own, K=k, N=n, bits=bits, block_size=t.block,
+        accuracy_level=level,
+    )  # fmt: skip
+    return str(e.op("Add", y, bias)) if bias else str(y)
+
+
+# -- signal -----------------------------------------------------------------------------------------------------------------
+@emits("dft", since=20, when=lambda node, options: len(node.inputs[0].shape) > 2 and not (
+    _attrs(node).inverse and _attrs(node).onesided))  # fmt: skip
+def _dft(e: Emitter, node: Node, x: str) -> str:
+    a = _attrs(node)
+    return e.op("DFT", x, e.scalar(a.length), e.const(-2, DType.I64), inverse=int(a.inverse), onesided=int(a.onesided))

@@ -1,0 +1,82 @@
+"""Attention in the form that ONNX's operator takes: what is seen, as far as its attributes cannot say it, as a mask operand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from wasat.ir import Builder, DimLike, DType, Graph, Node, Value, equal
+
+
+def prepare(graph: Graph) -> None:
+    """Rewrites, in place, cached_attention into cache updates and attention, and windows and offsets into masks.
+
+    The operator's causal rule aligns query 0 with key 0; the IR's aligns the last query with the last key, so that only
+    equally many of both mean the same.
+    """
+    for node in list(graph.nodes):
+        if node.op.name == "cached_attention":
+            results = _cached(Builder(graph, before=node, loc=node.loc), node)
+        elif node.op.name == "attention" and _needs_mask(node):
+            results = [_masked(Builder(graph, before=node, loc=node.loc), node)]
+        else:
+            continue
+        names = [v.name for v in node.outputs]
+        for old, new in zip(node.outputs, results):
+            graph.replace_uses(old, new)
+        graph.erase(node)
+        for new, name in zip(results, names):
+            graph.rename(new, name)
+
+
+def _needs_mask(node: Node) -> bool:
+    a: Any = node.attrs
+    q, k = node.inputs[:2]
+    return a.window is not None or (a.causal and equal(q.shape[1], k.shape[1]) is not True)
+
+
+def _seen(b: Builder, query: Value, key: Value, causal: bool, window: int | None) -> Value:
+    keep = b.less_equal(key, query) if causal else None
+    if window is not None:
+        near = b.less(b.sub(query, key), window)
+        keep = near if keep is None else b.logical_and(keep, near)
+    assert keep is not None
+    return keep
+
+
+def _masked(b: Builder, node: Node) -> Value:
+    a: Any = node.attrs
+    q, k, v = node.inputs[:3]
+    s, t = q.shape[1], k.shape[1]
+    query = b.reshape(b.iota(size=s), shape=(s, 1))
+    if equal(s, t) is not True:
+        query = b.add(query, b.sub(b.dim_size(size=t), b.dim_size(size=s)))
+    mask = _seen(b, query, b.iota(size=t), a.causal, a.window)
+    if len(node.inputs) > 3:
+        given = node.inputs[3]
+        if given.tensor.dtype is DType.BOOL:
+            mask = b.logical_and(mask, given)
+        else:
+            mask = b.select(mask, given, b.constant(float("-inf"), given.tensor.dtype))
+    return b.attention(q, k, v, mask, scale=a.scale, softcap=a.softcap)
+
+
+def _cached(b: Builder, node: Node) -> list[Value]:
+    a: Any = node.attrs
+    q, k, v, k_cache, v_cache, past = node.inputs
+    keys, values = b.cache_update(k_cache, k, past, ring=a.ring), b.cache_update(v_cache, v, past, ring=a.ring)
+    n, s = q.shape[:2]
+    c: DimLike = keys.shape[1]
+    dtype = past.tensor.dtype
+    start = b.reshape(past, shape=(n, 1, 1, 1))
+    query = b.add(start, b.reshape(b.iota(size=s, dtype=dtype), shape=(s, 1)))
+    key = b.iota(size=c, dtype=dtype)
+    if a.ring:  # the newest position that each slot can hold; slots not yet written are before position 0
+        last = b.add(start, b.sub(b.dim_size(size=s, dtype=dtype), 1))
+        key = b.sub(last, b.mod(b.sub(last, key), b.dim_size(size=c, dtype=dtype)))
+    mask = _seen(b, query, key, True, a.window)
+    if a.ring:
+        mask = b.logical_and(mask, b.greater_equal(key, 0))
+    return [b.attention(q, keys, values, mask, scale=a.scale, softcap=a.softcap), keys, values]
+
+
+__all__ = ["prepare"]
