@@ -36,7 +36,7 @@ def to_onnx(
 ) -> Path:  # fmt: skip
     """Writes one graph of ``program`` (default: its only one, or ``forward``) as the ONNX file ``path``; returns the path.
 
-    Inputs, outputs, parameters and symbolic sizes keep their names; nodes take theirs from the values they make, or from the
+    Inputs, outputs, parameters and symbolic sizes keep their names (an output named like an input gets ``_out``); nodes take theirs from the values they make, or from the
     ONNX nodes they were imported from, and tell in ``doc_string`` where they were written. Fused operations are standard
     operators where ``opset`` (17 to the newest that the installed onnx knows) has them, else what they are made of. Quantized
     weights stay quantized: DequantizeLinear with blocks (opset 21), or ``com.microsoft.MatMulNBits`` for ``matmul_nbits``.
@@ -101,8 +101,8 @@ def build(program: Program, source: Graph, options: Options) -> tuple[Emitter, o
             e.dtype[v.name] = v.type.dtype
         else:
             failures.setdefault("a quantized input (only parameters can be quantized)", []).append(v.name)
-    wanted = _names(graph, e)
-    infos = []
+    output_names = _output_names(graph)
+    wanted = _names(graph, output_names, e)
     for node in graph.nodes:
         e.at(node)
         since = len(e.nodes)
@@ -117,7 +117,7 @@ def build(program: Program, source: Graph, options: Options) -> tuple[Emitter, o
             failures.setdefault(f"{node.op.name}: {x}", []).append(node.outputs[0].name)
             _forget(e, node.outputs, names)
     outputs = []
-    for v, name in zip(graph.outputs, graph.output_names):
+    for v, name in zip(graph.outputs, output_names):
         own = e.operand(v)
         if own != name and not failures:
             e.nodes.append(helper.make_node("Identity", [own], [name], name=name))
@@ -131,7 +131,7 @@ def build(program: Program, source: Graph, options: Options) -> tuple[Emitter, o
             for what, names in sorted(failures.items(), key=lambda kv: (-len(kv[1]), kv[0]))
         ]
         raise ExportError(f"graph @{source.name} cannot be exported:\n" + "\n".join(lines))
-    made = {name for n in e.nodes for name in n.output} - set(graph.output_names)
+    made = {name for n in e.nodes for name in n.output} - set(output_names)
     infos = [
         value_info(e.names[v], v.type) for n in graph.nodes for v in n.outputs
         if e.names[v] in made and isinstance(v.type, TensorType)
@@ -156,10 +156,22 @@ def _forget(e: Emitter, outputs: Iterable[Value], names: Iterable[str]) -> None:
             e.dtype[name] = v.type.dtype
 
 
-def _names(graph: Graph, e: Emitter) -> dict[Value, str]:
+def _output_names(graph: Graph) -> list[str]:
+    """The outputs' names; one that an input has (a cache, in and out) ends in ``_out``, for ONNX names every value once."""
+    given = {v.name for v in graph.inputs} | set(graph.params)
+    names = []
+    for name in graph.output_names:
+        while name in given:
+            name += "_out"
+        names.append(name)
+        given.add(name)
+    return names
+
+
+def _names(graph: Graph, output_names: list[str], e: Emitter) -> dict[Value, str]:
     """The ONNX name of each node's results: an output's own, else the value's; never an input's or a parameter's."""
-    outputs = {v: n for v, n in zip(graph.outputs, graph.output_names)}
-    for name in {*graph.params, *graph.output_names}:
+    outputs = dict(zip(graph.outputs, output_names))
+    for name in (*graph.params, *output_names):
         e.reserve(name)
     wanted: dict[Value, str] = {}
     for node in graph.nodes:

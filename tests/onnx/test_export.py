@@ -11,8 +11,9 @@ import pytest
 onnx = pytest.importorskip("onnx")
 
 from onnx.reference import ReferenceEvaluator
+from onnx_graphs import graph_of
 from wasat.backends.onnx import NEWEST, OLDEST, ExportError, to_onnx
-from wasat.ir import OPS, ArrayParam, Builder, DType, Graph, Op, Program, QArray, Sample, evaluate, type_of
+from wasat.ir import OPS, DType, Program, QArray, Sample, evaluate
 
 NOT_EXPORTED = {
     "quantize": "ONNX has no block-quantized type of a computed value; weights are quantized before the export",
@@ -24,23 +25,6 @@ SINCE = {
 }  # fmt: skip
 """The first operator set that has a form, where it is not the oldest: BitCast, and bitwise operators."""
 LOOSE = {2: 1e-2, 4: 1e-4, 8: 1e-6}
-
-
-def graph_of(op: Op, sample: Sample) -> tuple[Program, dict[str, Any]]:
-    """A graph of one node; quantized operands are parameters, as in a real program."""
-    g = Graph("one")
-    values, feeds, params = [], {}, {}
-    for i, x in enumerate(sample.inputs):
-        array = x if isinstance(x, QArray) else np.asarray(x)
-        if isinstance(array, QArray):
-            values.append(g.add_param(f"w{i}", type_of(array)))
-            params[f"w{i}"] = ArrayParam(array, type_of(array))
-        else:
-            values.append(g.add_input(f"x{i}", type_of(array)))
-            feeds[f"x{i}"] = array
-    out = Builder(g).emit(op, *values, **sample.attrs)
-    g.set_outputs(list(out) if isinstance(out, tuple) else [out])
-    return Program({"one": g}, dict(params)), feeds
 
 
 def agree(got: Any, want: Any, what: str) -> None:

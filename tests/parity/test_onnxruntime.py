@@ -1,0 +1,76 @@
+"""Exported models give onnxruntime the interpreter's numbers, whole and with caches, fused and decomposed, quantized or not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+ort = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnx")
+
+from onnx_graphs import graph_of
+from wasat.backends.onnx import to_onnx
+from wasat.driver import optimize
+from wasat.frontend import from_pretrained
+from wasat.ir import OPS, Program, QArray, TensorType, evaluate
+from wasat.testing import feed
+
+MODEL = Path(__file__).parents[2] / "examples" / "pygemma"
+SWEPT = ("attention", "cached_attention", "cache_update", "rope", "rms_norm", "layer_norm", "gelu", "silu", "glu", "softmax",
+         "log_softmax", "linear", "dequantize", "quantized_linear", "quantized_embedding", "embedding", "conv", "sort", "top_k",
+         "scatter", "cumsum", "take_row", "one_hot")  # fmt: skip
+"""Operations whose ONNX form is more than one operator's plain definition, or whose operator has a kernel of many cases."""
+
+
+def run(path: Path, inputs: dict[str, Any]) -> list[np.ndarray]:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return list(session.run(None, inputs))
+
+
+def compare(program: Program, graph: str, inputs: dict[str, Any], path: Path, tol: float = 1e-4, **options: Any) -> None:
+    g = program[graph]
+    to_onnx(program, path, graph=graph, **options)
+    want = evaluate(g, inputs, {name: program.params[name].load() for name in g.params})
+    for name, got, w in zip(g.output_names, run(path, inputs), want):
+        assert isinstance(w, np.ndarray)
+        assert got.shape == w.shape
+        np.testing.assert_allclose(got, w, rtol=tol, atol=tol, err_msg=name)
+
+
+@pytest.mark.parametrize("opset", [17, 21, 23, 24])
+@pytest.mark.parametrize("name", SWEPT)
+def test_operations(name: str, opset: int, tmp_path: Path) -> None:
+    for sample in OPS[name].samples():
+        four_bits = any(isinstance(x, QArray) and x.type.scheme == "int4" for x in sample.inputs)
+        program, feeds = graph_of(OPS[name], sample)
+        narrow = any(isinstance(v.type, TensorType) and v.type.dtype.bits < 32 for v in program["one"].values())
+        if (four_bits and opset < 21) or any(isinstance(x, np.ndarray) and x.dtype.kind == "f" and np.isnan(x).any()
+                                             for x in sample.inputs):  # fmt: skip
+            continue
+        compare(program, "one", feeds, tmp_path / "m.onnx", 1e-2 if narrow else 1e-4, opset=opset)
+
+
+@pytest.mark.parametrize("opset", [17, 22, 23, 24])
+def test_forward(opset: int, tmp_path: Path) -> None:
+    program = from_pretrained(MODEL)
+    for batch, s in ((1, 1), (2, 40)):
+        tokens = np.random.default_rng(0).integers(0, 500, (batch, s))
+        compare(program, "forward", {"tokens": tokens}, tmp_path / "m.onnx", opset=opset)
+
+
+@pytest.mark.parametrize("quantize, options", [
+    (None, {"opset": 17}), (None, {"opset": 24}), ("int8", {"opset": 24}), ("int4", {"opset": 21}), ("int4", {"opset": 24}),
+    ("int4", {"opset": 24, "matmul_nbits": True}), ("int8", {"opset": 24, "matmul_nbits": True}),
+])  # fmt: skip
+@pytest.mark.parametrize("graph", ["prefill", "decode"])
+def test_caches(graph: str, quantize: str | None, options: dict[str, Any], tmp_path: Path) -> None:
+    program, _ = optimize(from_pretrained(MODEL), quantize=quantize, activation=None, chunk=16)
+    g = program[graph]
+    sizes = {"b": 2, "s": 5, "c": 64}
+    inputs = feed(g, {name: sizes[name] for name in g.symbols})
+    compare(program, graph, inputs, tmp_path / "m.onnx", **options)
