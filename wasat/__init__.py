@@ -18,8 +18,9 @@ __version__ = "0.1.0"
 
 _HOME = {
     "from_pretrained": "wasat.frontend", "from_onnx": "wasat.frontend.onnx", "trace": "wasat.frontend.nn",
-    "nn": "wasat.frontend",
+    "nn": "wasat.frontend", "to_onnx": "wasat.backends.onnx",
     "compile": "wasat.driver", "optimize": "wasat.driver", "run": "wasat.driver", "explain": "wasat.driver",
+    "train": "wasat.training.loop",
     "load": "wasat.runtime", "Model": "wasat.runtime", "SamplingOptions": "wasat.runtime",
     "parse": "wasat.ir", "Graph": "wasat.ir", "Program": "wasat.ir", "evaluate": "wasat.ir",
     "WasatError": "wasat.ir",

@@ -1,4 +1,4 @@
-"""The command line: ``wasat compile | generate | show | explain | demo``."""
+"""The command line: ``wasat compile | generate | show | explain | export | train | demo``."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ A first round, from a clone of the repository:
 - `wasat generate pygemma.wasat "def read_file(path):"` runs it, without the compiler
 - `wasat show examples/pygemma --after fuse-attention` prints the graph as any pass leaves it
 - `wasat explain examples/pygemma` says what each pass did, and for every lost optimization why and where
+- `wasat train examples/train_tiny.toml` trains a tiny language model in under a minute
+- `wasat export examples/pygemma --onnx pygemma.onnx` writes it as an ONNX file
 - `wasat demo` does it all on that small model
 """,
 )  # fmt: skip
@@ -250,6 +252,44 @@ def explain(
 
 
 @app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A TOML file: model, data, optimizer.", show_default=False)],
+    artifact: Annotated[
+        Path | None, typer.Option(help="When done, compile the trained model into this artifact folder.")
+    ] = None,
+) -> None:
+    """Train a language model on text files, as one compiled program per step. Run again to go on after a stop.
+
+    The file's `output` folder receives checkpoints, `log.jsonl` (a line per step) and `curve.svg`. A run that was stopped at
+    any moment goes on from its last checkpoint and ends with the same bits. `examples/train_tiny.toml` explains every entry.
+    Utilisation is the operations that the model needs per second (2 per multiply-add of its products, attention and
+    convolutions, times 3 for forward and backward), relative to NumPy's matrix product on this machine.
+
+    Examples:
+
+    - `wasat train examples/train_tiny.toml`
+    - `wasat train examples/train_tiny.toml --artifact tiny.wasat`
+    - `wasat generate tiny.wasat "def "`
+    """
+    from wasat import driver
+    from wasat.ir import Program
+    from wasat.recipe import read_recipe
+    from wasat.training.loop import CURVE
+
+    recipe = read_recipe(config)
+    done = recipe.run()
+    last = done.log[-1]
+    held_out = f", {last['eval.loss']:.4f} on held-out text" if "eval.loss" in last else ""
+    speed = f"{last['tokens_per_second']:.0f} tokens/s, {last['utilisation']:.1%} of NumPy's matrix product"
+    _say(f"step {last['step']:.0f}: loss {last['loss']:.4f}{held_out}; {speed}; {recipe.output / CURVE}")
+    if artifact is not None:
+        served = Program({"forward": done.program["forward"]}, done.program.params, done.program.metadata)
+        with _Bar() as bar:
+            driver.compile(served, artifact, progress=bar)
+        _say(f"{artifact}: wasat generate {artifact} \"…\"")
+
+
+@app.command()
 def demo(
     quantize: Quantize = "int4",
     folder: Annotated[Path | None, typer.Option(help="A Hugging Face folder to use instead of the small one.")] = None,
@@ -264,6 +304,52 @@ def demo(
     from wasat import demo as _demo
 
     _demo.main(out, folder, _or_none(quantize))
+
+
+@app.command()
+def export(
+    source: Source,
+    onnx: Annotated[Path, typer.Option("--onnx", help="The `.onnx` file to write.", show_default=False)],
+    graph: Annotated[str | None, typer.Option(help="Which graph, e.g. `decode`; default: `forward`, or the only one.")] = None,
+    opset: Annotated[int, typer.Option(help="Operator set, 17 or newer; fused operations have operators from 23 on.")] = 24,
+    optimized: Annotated[
+        bool, typer.Option("--optimized", help="After all passes: fused, with KV caches as inputs and outputs.")
+    ] = False,
+    quantize: Quantize = "f32",
+    override: Override = None,
+    external_data: Annotated[
+        bool | None, typer.Option(help="Parameters in a file beside the model; default: above 1 GiB.", show_default=False)
+    ] = None,
+    matmul_nbits: Annotated[
+        bool, typer.Option("--matmul-nbits", help="Quantized weights as onnxruntime's MatMulNBits, not DequantizeLinear.")
+    ] = False,
+) -> None:
+    """Write a model as an ONNX file: as declared, or as the passes leave it. `--quantize` implies `--optimized`.
+
+    Examples:
+
+    - `wasat export examples/pygemma --onnx pygemma.onnx`
+    - `wasat export examples/pygemma --onnx decode.onnx --graph decode --optimized --quantize int4`
+    - `wasat export examples/pygemma --onnx old.onnx --opset 17`
+    """
+    from wasat import driver
+
+    try:
+        from wasat.backends.onnx import to_onnx
+    except ModuleNotFoundError as e:
+        raise _Refusal(f"writing ONNX files needs the package {e.name}; pip install 'wasat[onnx]'") from None
+
+    program = driver.load_program(source)
+    if optimized or _or_none(quantize) is not None:
+        program, _ = driver.optimize(
+            program, quantize=_or_none(quantize), overrides=_overrides(override), activation=None
+        )  # fmt: skip
+    elif override:
+        raise _Refusal("--override chooses among quantized weights: give --quantize too")
+    to_onnx(program, onnx, graph=graph, opset=opset, external_data=external_data, matmul_nbits=matmul_nbits)
+    beside = onnx.with_name(onnx.name + ".data")
+    size = onnx.stat().st_size + (beside.stat().st_size if beside.exists() else 0)
+    _say(f"{onnx}: {size / 1e6:.1f} MB, operator set {opset}")
 
 
 def _or_none(scheme: str) -> str | None:

@@ -1,0 +1,152 @@
+"""``wasat train``: a run from a file, killed by the system and resumed, served; files that say what nobody understands."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import wasat as ws
+from wasat.recipe import RecipeError, byte_tokenizer, read_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMAND = [sys.executable, "-c", "from wasat.cli import main; main()", "train"]
+RECIPE = """
+steps = 40
+output = "run"
+[model]
+dim = 16
+layers = 1
+heads = 2
+kv_heads = 1
+hidden = 32
+context = 64
+[[data]]
+files = ["*.txt"]
+[batch]
+rows = 4
+length = 16
+[evaluation]
+files = ["b.txt"]
+every = 20
+batches = 2
+[optimizer]
+name = "adamw"
+beta2 = 0.95
+[rate]
+rate = 0.03
+warmup = 4
+[step]
+clip = 1
+[checkpoints]
+every = 5
+"""
+
+
+def write(folder: Path, recipe: str = RECIPE) -> Path:
+    folder.mkdir(exist_ok=True)
+    for name, text in (("a.txt", "the quick brown fox " * 40), ("b.txt", "jumps over the lazy dog. " * 30)):
+        (folder / name).write_text(text)
+    (folder / "run.toml").write_text(recipe)
+    return folder / "run.toml"
+
+
+def train(folder: Path, *more: str) -> str:
+    done = subprocess.run([*COMMAND, "run.toml", *more], cwd=folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def losses(folder: Path) -> list[tuple[float, ...]]:
+    lines = map(json.loads, (folder / "run" / "log.jsonl").read_text().splitlines())
+    return [(x["step"], x["loss"], x["grad_norm"], x.get("eval.loss")) for x in lines]
+
+
+def test_killed_and_resumed_and_served(tmp_path: Path) -> None:
+    for name in ("whole", "killed"):
+        write(tmp_path / name)
+    said = train(tmp_path / "whole", "--artifact", "tiny.wasat")
+    assert "step 40: loss " in said
+    assert "on held-out text" in said
+    first, last = losses(tmp_path / "whole")[0], losses(tmp_path / "whole")[-1]
+    assert last[1] < 0.6 * first[1]
+
+    killed = subprocess.Popen([*COMMAND, "run.toml"], cwd=tmp_path / "killed", stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 100
+    while not list((tmp_path / "killed" / "run").glob("step-*.safetensors")) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    train(tmp_path / "killed")
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    final = [(tmp_path / name / "run" / "step-00000040.safetensors").read_bytes() for name in ("whole", "killed")]
+    assert final[0] == final[1]
+
+    [result] = ws.load(tmp_path / "whole" / "tiny.wasat").generate(["the quick"], max_tokens=8)
+    assert len(result.tokens) == 8
+
+
+def test_every_byte_is_a_token() -> None:
+    tokenizer = byte_tokenizer()
+    text = "naïve 𝄞\n\tdef f(x):  return '\\0\x00'"
+    ids = tokenizer.encode(text).ids
+    assert len(ids) == len(text.encode())
+    assert max(ids) < 256
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.token_to_id("<end>") == 256
+
+
+def test_the_example_is_understood() -> None:
+    recipe = read_recipe(ROOT / "examples" / "train_tiny.toml")
+    assert [s.weight for s in recipe.sources] == [2.0, 1.0]
+    assert recipe.options["rate"].steps == recipe.options["steps"]
+
+
+def test_a_hugging_face_folder_goes_on(tmp_path: Path) -> None:
+    llama = ROOT / "tests" / "golden" / "hf" / "llama"
+    start, end = RECIPE.index("dim ="), RECIPE.index("[[data]]")
+    model = f'folder = "{llama}"\ntokenizer = "bytes.json"\nend = "<end>"\n'
+    byte_tokenizer().save(str(tmp_path / "bytes.json"))
+    recipe = RECIPE[:start] + model + RECIPE[end:]
+    r = read_recipe(write(tmp_path, recipe.replace('name = "adamw"\nbeta2 = 0.95', 'name = "sgd"')))
+    assert r.program["loss"].output_names == ["loss"]
+    assert r.program.params.keys() == ws.from_pretrained(llama).params.keys()
+    assert r.end == 256
+
+
+REFUSED = {
+    "no TOML": ("steps =", "is no TOML"),
+    "missing": (RECIPE.replace("steps = 40", ""), "steps is missing"),
+    "near": (RECIPE.replace("beta2", "beta_2"), r"\[optimizer\]: beta_2 is unknown; did you mean beta2"),
+    "far": (RECIPE + "zzz = 1", r"\[checkpoints\]: zzz is unknown; there are every, keep"),
+    "type": (RECIPE.replace("rows = 4", "rows = 4.5"), r"rows = 4.5 must be a whole number"),
+    "bool": (RECIPE.replace("rows = 4", "rows = true"), r"rows = True must be a whole number"),
+    "not finite": (RECIPE.replace("rate = 0.03", "rate = nan"), "rate = nan must be finite"),
+    "no file": (RECIPE.replace('"b.txt"', '"c.txt"'), r"\[evaluation\]: no file matches 'c.txt'"),
+    "a number as file": (RECIPE.replace('"b.txt"', "7"), "files must be paths, not 7"),
+    "no optimizer": (RECIPE.replace('"adamw"', '"lion"'), "there is no lion; there are adamw, adafactor, sgd"),
+    "one table": (RECIPE.replace("[[data]]", "[data]"), "data = .* must be a list"),
+    "no list of tables": ("data = [1]\n" + RECIPE.replace('[[data]]\nfiles = ["*.txt"]', ""), r"tables: \[\[data\]\]"),
+    "no tokenizer": (RECIPE.replace("dim = 16", 'dim = 16\ntokenizer = "none.json"'), "tokenizer .*none.json cannot be read"),
+    "no end": (RECIPE.replace("dim = 16", 'dim = 16\nend = "<x>"'), "has no token <x> to end a document"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(tmp_path: Path, case: str) -> None:
+    recipe, message = REFUSED[case]
+    with pytest.raises(RecipeError, match=message):
+        read_recipe(write(tmp_path, recipe))
+
+
+def test_the_schedule_counts_updates(tmp_path: Path) -> None:
+    r = read_recipe(write(tmp_path, RECIPE.replace("clip = 1", "accumulate = 4")))
+    assert (r.options["rate"].steps, r.options["accumulate"]) == (10, 4)
+    assert np.isclose(r.options["rate"].rate, 0.03)

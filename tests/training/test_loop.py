@@ -1,0 +1,197 @@
+"""The loop: a run learns, is logged, drawn and evaluated; killed anywhere it resumes bit for bit; a NaN is explained."""
+
+from __future__ import annotations
+
+import json
+import re
+import xml.etree.ElementTree
+from collections.abc import Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from wasat.ir import IRError, Program, parse
+from wasat.training.blame import Diverged, offender
+from wasat.training.checkpoint import CheckpointError, Checkpoints
+from wasat.training.curve import write_curve
+from wasat.training.data import Batch, Packed, Source
+from wasat.training.flops import step_flops
+from wasat.training.loop import Trained, train
+from wasat.training.losses import add_loss, cross_entropy
+from wasat.training.optimizers import AdamW, Constant
+
+import wasat as ws
+from wasat import nn
+
+DOCUMENTS = [[1, 2, 3, 4] * n for n in range(1, 9)]
+
+
+class Model(nn.Module):
+    """tokens i64[b, s] -> logits f32[b, s, 5]."""
+
+    def __init__(self) -> None:
+        self.embed, self.attention, self.head = nn.Embedding(5, 8), nn.Attention(8, 2), nn.Linear(8, 5)
+        self.dropout = nn.Dropout(0.1)
+
+    def __call__(self, tokens: nn.Tensor, key: nn.Tensor) -> nn.Tensor:
+        x = self.embed(tokens)
+        return self.head(self.dropout(x + self.attention(x, nn.positions(tokens)), key))
+
+
+def model() -> Program:
+    p = nn.trace(Model(), {"tokens": "i64[b, s]", "key": "u32[2]"}, outputs=["logits"], training=True)
+    add_loss(p, lambda b, v: cross_entropy(b, v["logits"], v["labels"]), {"labels": "i64[b, s]"})
+    return p
+
+
+def data(seed: int = 1) -> Packed:
+    return Packed([Source(DOCUMENTS)], batch=2, length=6, end=0, seed=seed)
+
+
+class Killed(BaseException):
+    pass
+
+
+def run(folder: Path, steps: int = 14, kill: int | None = None, **options: Any) -> Trained:
+    def progress(step: int, steps: int, said: Mapping[str, float]) -> None:
+        if step == kill:
+            raise Killed
+
+    return train(
+        model(), data(), folder, steps=steps, optimizer=AdamW(), rate=Constant(0.03), save_every=4, evaluate_every=3, keep=2,
+        evaluation=lambda: islice(data(2), 2), ema=0.5, progress=progress, **options,
+    )  # fmt: skip
+
+
+TIMED = ("tokens_per_second", "utilisation")
+
+
+def untimed(log: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{k: v for k, v in line.items() if k not in TIMED} for line in log]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Trained]:
+    folder = tmp_path_factory.mktemp("run")
+    return folder, run(folder)
+
+
+def test_a_run(whole: tuple[Path, Trained]) -> None:
+    folder, done = whole
+    assert [line["step"] for line in done.log] == list(range(1, 15))
+    assert done.log[-1]["loss"] < 0.8 * done.log[0]["loss"]
+    assert [line["step"] for line in done.log if "eval.loss" in line] == [3, 6, 9, 12, 14]
+    assert all(line[k] > 0 for line in done.log for k in TIMED)
+    assert [json.loads(t) for t in (folder / "log.jsonl").read_text().splitlines()] == done.log
+    assert Checkpoints(folder).steps() == [12, 14]
+    assert Checkpoints(folder).best() == 14
+    drawn = xml.etree.ElementTree.parse(folder / "curve.svg").getroot()
+    assert len([x for x in drawn if x.tag.endswith("polyline")]) == 2
+    averaged = done.program.params["head.weight"].load()
+    assert np.array_equal(averaged, done.states["ema.head.weight"])
+    batches = list(islice(data(2), 2))
+    key = np.array([0, 0], np.uint32)
+    losses = [ws.run(done.program, "loss", **b, key=key)["loss"] for b in batches]
+    assert done.log[-1]["eval.loss"] == pytest.approx(float(np.mean(losses)), rel=1e-5)
+
+
+@pytest.mark.parametrize("kill", [2, 4, 9])
+def test_resume_is_exact_wherever_the_kill_came(tmp_path: Path, whole: tuple[Path, Trained], kill: int) -> None:
+    with pytest.raises(Killed):
+        run(tmp_path, kill=kill)
+    with open(tmp_path / "log.jsonl", "a") as f:
+        f.write('{"step": 99, "lo')  # half a line
+    again = run(tmp_path)
+    assert untimed(again.log) == untimed(whole[1].log)
+    assert untimed([json.loads(t) for t in (tmp_path / "log.jsonl").read_text().splitlines()]) == untimed(again.log)
+    for k, x in whole[1].states.items():
+        assert again.states[k].tobytes() == x.tobytes(), k
+
+
+def test_a_longer_run_goes_on_and_another_is_refused(whole: tuple[Path, Trained]) -> None:
+    folder, done = whole
+    with pytest.raises(CheckpointError, match="at step 14, past the 10 asked for"):
+        run(folder, steps=10)
+    with pytest.raises(CheckpointError, match="holds a run of seed 0, not 1"):
+        run(folder, seed=1)
+    with pytest.raises(CheckpointError, match="holds a run of another model, loss or optimizer"):
+        run(folder, clip=0.5)
+    assert untimed(run(folder).log) == untimed(done.log)
+
+
+class Fixed:
+    """The same batch always."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+
+    def __next__(self) -> Batch:
+        return self.batch
+
+    def state(self) -> None:
+        pass
+
+    def restore(self, state: None) -> None:
+        pass
+
+
+class Logarithm(nn.Module):
+    def __init__(self) -> None:
+        self.w = nn.Parameter([3])
+
+    def __call__(self, x: nn.Tensor) -> nn.Tensor:
+        return nn.log(x * 1.0).sum() + self.w.sum()
+
+
+def test_a_nan_stops_with_the_node(tmp_path: Path) -> None:
+    p = nn.trace(Logarithm(), {"x": "f32[n]"}, name="loss", outputs=["loss"])
+    with pytest.raises(Diverged, match=r"step 1: the loss is nan.*the first NaN was made by %\w+.* = log\(.*test_loop\.py:\d+"):
+        train(p, Fixed({"x": np.array([1, -1, 1], np.float32)}), tmp_path, steps=3, progress=lambda *a: None)
+    assert not Checkpoints(tmp_path).steps()
+    with pytest.raises(Diverged, match="input %x held an infinity already"):
+        train(p, Fixed({"x": np.array([1, np.inf, 1], np.float32)}), tmp_path, steps=3, progress=lambda *a: None)
+
+
+def test_infinities_of_masks_are_not_blamed() -> None:
+    g = parse("""graph @g(%x: f32[2], %m: bool[2]) {
+  %low: f32[2] = select(%m, %x, -inf:f32)
+  %e: f32[2] = exp(%low)
+  %big: f32[2] = mul(%x, 1e38:f32)
+  %y: f32[2] = mul(%big, %e)
+  return %y
+}""")
+    x = {"x": np.array([9.0, 9.0], np.float32), "m": np.array([True, False])}
+    assert re.search(r"the first infinity was made by %big", offender(g, x, {}))  # type: ignore[arg-type]
+    assert "stays finite" in offender(g, {**x, "x": np.ones(2, np.float32)}, {})  # type: ignore[arg-type]
+
+
+def test_batches_that_do_not_fit(tmp_path: Path) -> None:
+    with pytest.raises(IRError, match="inputs that the batches lack: labels"):
+        train(model(), Fixed({"tokens": np.zeros((2, 3), np.int64)}), tmp_path, steps=1, progress=lambda *a: None)
+    with pytest.raises(IRError, match="at least 1"):
+        run(tmp_path, steps=0)
+    with pytest.raises(IRError, match=r"evaluation\(\) made no batch"):
+        train(model(), data(), tmp_path, steps=1, evaluation=lambda: [], progress=lambda *a: None)
+
+
+def test_operations_are_counted() -> None:
+    g = parse("""graph @g(%x: f32[4, 8], %q: f32[1, 5, 2, 3], %i: f32[1, 2, 9, 9]) {
+  param %w: f32[6, 8]
+  param %k: f32[3, 2, 3, 3]
+  %y: f32[4, 6] = linear(%x, %w)
+  %t: f32[6, 4] = transpose(%y) {perm=(1, 0)}
+  %z: f32[4, 4] = matmul(%y, %t)
+  %a: f32[1, 5, 2, 3] = attention(%q, %q, %q) {scale=1.0}
+  %c: f32[1, 3, 7, 7] = conv(%i, %k) {strides=(1, 1), low=(0, 0), high=(0, 0)}
+  return %z, %a, %c
+}""")
+    forward = 2 * (4 * 6 * 8 + 4 * 4 * 6 + 2 * 5 * 5 * (3 + 3) + 3 * 7 * 7 * 2 * 3 * 3)
+    assert step_flops(g) == 3 * forward  # type: ignore[arg-type]
+
+
+def test_a_curve_of_little(tmp_path: Path) -> None:
+    for series in ({}, {"a<b": [(1, 2.0)]}, {"x": [(0, float("nan"))]}):
+        write_curve(tmp_path / "c.svg", "t & u", series)
+        xml.etree.ElementTree.parse(tmp_path / "c.svg")

@@ -1,0 +1,187 @@
+"""The loop: steps, evaluation, checkpoints, log and curve; a run that was killed goes on as if it never had been."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from wasat.backends.tvm.targets import target_named
+from wasat.ir import ArrayParam, IRError, Program, type_of
+
+from .bar import Bar
+from .blame import Diverged, offender
+from .checkpoint import Checkpoint, CheckpointError, Checkpoints
+from .compiled import Compiled, specialized
+from .curve import write_curve
+from .data import Batch
+from .flops import machine_flops, step_flops
+from .optimizers import Optimizer, Schedule
+from .step import train_step
+
+LOG, CURVE = "log.jsonl", "curve.svg"
+Said = dict[str, float]
+
+
+class Batches(Protocol):
+    """Batches by input name, all of one shape, without end; what ``state`` returns is JSON (:class:`.data.Packed` is one)."""
+
+    def __next__(self) -> Batch: ...
+
+    def state(self) -> Any: ...
+
+    def restore(self, state: Any, /) -> None: ...
+
+
+class Progress(Protocol):
+    """Told after each step: how many are done, of how many, and what the log says of it."""
+
+    def __call__(self, step: int, steps: int, said: Mapping[str, float]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The end of a run: the program with its trained parameters (averages, where kept), all states, and the log by steps."""
+
+    program: Program
+    states: dict[str, np.ndarray]
+    log: list[Said]
+
+
+def train(
+    program: Program, batches: Batches, folder: str | Path, *, steps: int,
+    optimizer: Optimizer | None = None, rate: Schedule | None = None, clip: float | None = 1.0, accumulate: int = 1,
+    ema: float | None = None, train: tuple[str, ...] = ("*",), graph: str = "loss", seed: int = 0,
+    evaluation: Callable[[], Iterable[Batch]] | None = None, evaluate_every: int = 100,
+    save_every: int = 100, keep: int = 3, target: str = "cpu", threads: int | None = None, progress: Progress | None = None,
+) -> Trained:  # fmt: skip
+    """Trains the parameters of ``program`` on @graph, whose first output is the loss, up to step ``steps``.
+
+    The options up to ``graph`` are :func:`.step.train_step`'s. ``folder`` receives checkpoints (the last ``keep``, and the best
+    by evaluation loss), ``log.jsonl`` (one line a step) and ``curve.svg``. If it has a checkpoint, the run goes on
+    from there: with the same arguments every loss and parameter is, bit for bit, what a run never stopped would have had.
+    An input of @graph named ``key`` that batches lack gets (seed, step): fresh dropout in each step; in evaluation (seed, 0).
+    ``evaluation()`` makes the same batches every time; its mean of @graph's outputs is logged as ``eval.<output>``.
+
+    Logged per step: the step's outputs, ``tokens_per_second`` (elements of the batch's first input), ``utilisation``: the
+    counted operations (:func:`.flops.step_flops`) per second, relative to NumPy's matrix product on this machine.
+
+    Raises Diverged, with step and node, when the loss or the gradients' norm is not finite; CheckpointError where ``folder``
+    holds another run; IRError for batches that do not fit @graph, and what train_step and the compiler raise.
+    """
+    if steps < 1 or evaluate_every < 1 or save_every < 1 or keep < 1:
+        raise IRError("steps, evaluate_every, save_every and keep must be at least 1")
+    made = train_step(
+        program, optimizer=optimizer, rate=rate, clip=clip, accumulate=accumulate, ema=ema, train=train, graph=graph
+    )
+    run = _Run(Path(folder), program, graph, seed, Checkpoints(Path(folder), keep))
+    found = run.checkpoints.load(made.states)
+    about = {"seed": seed, "graph": str(made.program["train_step"])}
+    start, states = 0, made.states
+    log: list[Said] = []
+    start_of_data = batches.state()
+    if found is not None:
+        start, states, log = run.resumed(found, about, steps)
+        batches.restore(found.more["data"])
+    elif (run.folder / LOG).exists():
+        (run.folder / LOG).unlink()
+    first = next(batches)
+    batches.restore(start_of_data if found is None else found.more["data"])
+    sample = run.complete(first, 0)
+    compiled = Compiled(program, made, sample, target_named(target, threads), graph)
+    flops = step_flops(specialized(program[graph], {**sample}))
+    peak, tokens = machine_flops(), next(iter(first.values())).size
+    bar = Bar() if progress is None else None
+    tell = progress or bar
+    assert tell is not None
+    run.folder.mkdir(parents=True, exist_ok=True)
+    params = {k: v.load() for k, v in made.program.params.items()}
+    loss = program[graph].output_names[0]
+    try:
+        with open(run.folder / LOG, "a") as out:
+            for step in range(start + 1, steps + 1):
+                batch = run.complete(next(batches), step)
+                began = time.perf_counter()
+                said, after = compiled.step(batch, states)
+                took = time.perf_counter() - began
+                line: Said = {"step": step, **{k: float(v) for k, v in said.items() if v.ndim == 0}}
+                line |= {"tokens_per_second": tokens / took, "utilisation": flops / took / peak}
+                if not (math.isfinite(line[loss]) and math.isfinite(line["grad_norm"])):
+                    why = offender(compiled.plain["train_step"], {**batch, **states}, params)
+                    raise Diverged(f"step {step}: the loss is {line[loss]}, the gradients' norm {line['grad_norm']}; {why}")
+                states = after
+                last = step == steps
+                if evaluation is not None and (last or step % evaluate_every == 0):
+                    line |= run.evaluated(compiled, evaluation(), states)
+                log.append(line)
+                out.write(json.dumps(line) + "\n")
+                if last or step % save_every == 0:
+                    out.flush()  # the log reaches as far as the checkpoint
+                    more = {**about, "data": batches.state()}
+                    run.checkpoints.save(step, states, score=line.get(f"eval.{loss}"), more=more)
+                    run.draw(log)
+                tell(step, steps, {**line, "loss": line[loss]})
+    finally:
+        if bar is not None:
+            bar.close()
+    return Trained(run.trained(made.states, states), states, log)
+
+
+@dataclass(frozen=True)
+class _Run:
+    folder: Path
+    program: Program
+    graph: str
+    seed: int
+    checkpoints: Checkpoints
+
+    def complete(self, batch: Batch, step: int) -> Batch:
+        """The batch, and the key of the step where the graph wants one."""
+        wants = any(v.name == "key" for v in self.program[self.graph].inputs)
+        return {**batch, "key": np.array([self.seed, step], np.uint32)} if wants and "key" not in batch else batch
+
+    def resumed(self, found: Checkpoint, about: dict[str, Any], steps: int) -> tuple[int, dict[str, np.ndarray], list[Said]]:
+        """Step, states and log of the checkpoint; what the log has beyond it is cut off."""
+        for k, v in about.items():
+            if found.more[k] != v:
+                what = f"seed {found.more[k]}, not {v}" if k == "seed" else "another model, loss or optimizer"
+                raise CheckpointError(f"{self.folder} holds a run of {what}; choose another folder, or remove it")
+        if found.step > steps:
+            raise CheckpointError(f"{self.folder} holds a run that is at step {found.step}, past the {steps} asked for")
+        log = []
+        path = self.folder / LOG
+        for text in path.read_text().splitlines() if path.exists() else []:
+            try:
+                line = json.loads(text)
+            except ValueError:  # the kill came while it was written
+                break
+            if line["step"] > found.step:
+                break
+            log.append(line)
+        unfinished = path.with_suffix(".unfinished")
+        unfinished.write_text("".join(json.dumps(line) + "\n" for line in log))
+        unfinished.replace(path)
+        return found.step, found.states, log
+
+    def evaluated(self, compiled: Compiled, batches: Iterable[Batch], states: Mapping[str, np.ndarray]) -> Said:
+        each = [compiled.loss(self.complete(b, 0), states) for b in batches]
+        if not each:
+            raise IRError("evaluation() made no batch")
+        return {f"eval.{k}": float(np.mean([x[k] for x in each])) for k in each[0] if each[0][k].ndim == 0}
+
+    def draw(self, log: list[Said]) -> None:
+        loss = self.program[self.graph].output_names[0]
+        series = {k: [(int(line["step"]), line[k]) for line in log if k in line] for k in (loss, f"eval.{loss}")}
+        write_curve(self.folder / CURVE, str(self.program.metadata.get("name", loss)), series)
+
+    def trained(self, begun: Mapping[str, np.ndarray], states: Mapping[str, np.ndarray]) -> Program:
+        params = dict(self.program.params)
+        for name in params.keys() & begun.keys():
+            x = states.get(f"ema.{name}", states[name])
+            params[name] = ArrayParam(x, type_of(x))
+        return Program({k: g.clone() for k, g in self.program.graphs.items()}, params, dict(self.program.metadata))

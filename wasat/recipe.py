@@ -1,0 +1,262 @@
+"""Training from a file: what ``wasat train`` reads, and what it makes of it."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import math
+import tomllib
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, dataclass, fields
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from wasat import nn
+from wasat.frontend import from_pretrained
+from wasat.ir import Program, WasatError
+from wasat.training.data import Batch, Packed, Source, TextFiles
+from wasat.training.loop import Progress, Trained, train
+from wasat.training.losses import add_loss, cross_entropy
+from wasat.training.optimizers import SGD, Adafactor, AdamW, Constant, Cosine, Linear, Optimizer, Schedule
+
+END = "<end>"
+
+
+class RecipeError(WasatError):
+    """A training file that does not say what is needed, or says what nobody understands."""
+
+
+@dataclass(frozen=True)
+class DecoderSize:
+    """The sizes of :class:`Decoder`."""
+
+    dim: int
+    layers: int
+    heads: int
+    kv_heads: int
+    hidden: int
+    context: int = 1024
+
+
+class _Block(nn.Module):
+    def __init__(self, size: DecoderSize) -> None:
+        rope = nn.RoPE(size.dim // size.heads)
+        self.attention_norm, self.mlp_norm = nn.RMSNorm(size.dim), nn.RMSNorm(size.dim)
+        self.attention = nn.Attention(size.dim, size.heads, size.kv_heads, rope=rope)
+        self.mlp = nn.GLU(size.dim, size.hidden)
+
+    def __call__(self, x: nn.Tensor, positions: nn.Tensor) -> nn.Tensor:
+        x = x + self.attention(self.attention_norm(x), positions)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Decoder(nn.Module):
+    """tokens i64[b, s] -> logits f32[b, s, vocab]; the architecture of Llama (arXiv:2307.09288)."""
+
+    def __init__(self, size: DecoderSize, vocab: int) -> None:
+        self.embed = nn.Embedding(vocab, size.dim)
+        self.blocks = [_Block(size) for _ in range(size.layers)]
+        self.norm, self.head = nn.RMSNorm(size.dim), nn.Linear(size.dim, vocab)
+
+    def __call__(self, tokens: nn.Tensor) -> nn.Tensor:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x, nn.positions(tokens))
+        return self.head(self.norm(x))
+
+
+def byte_tokenizer() -> Tokenizer:
+    """Token i is the i-th byte of the alphabet; 256 ends a document."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([END])
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training run that a file describes; nothing is read or compiled before :meth:`run`."""
+
+    program: Program
+    tokenizer: Tokenizer
+    output: Path
+    sources: tuple[Source, ...]
+    evaluation: tuple[Source, ...]
+    end: int
+    options: dict[str, Any]
+    """Of :func:`wasat.train`."""
+    batch: dict[str, int]
+    batches: int
+    """Of each evaluation."""
+
+    def run(self, progress: Progress | None = None) -> Trained:
+        """Trains, or goes on where the output folder's last checkpoint is; returns the trained program."""
+
+        def held_out() -> Iterable[Batch]:
+            return islice(Packed(self.evaluation, **self.batch, end=self.end), self.batches)
+
+        self.output.mkdir(parents=True, exist_ok=True)
+        tokenizer = self.output / "tokenizer.json"
+        self.tokenizer.save(str(tokenizer))
+        self.program.metadata["tokenizer"] = str(tokenizer)
+        packed = Packed(self.sources, **self.batch, end=self.end, seed=self.options["seed"])
+        evaluation: Callable[[], Iterable[Batch]] | None = held_out if self.evaluation else None
+        return train(self.program, packed, self.output, evaluation=evaluation, progress=progress, **self.options)
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """The run that a TOML file describes; ``examples/train_tiny.toml`` shows all of it.
+
+    Raises RecipeError, naming file and key, for a key that is missing, unknown or of another type, and for files that are not
+    there.
+    """
+    path = Path(path)
+    try:
+        top = _Table(tomllib.loads(path.read_text(encoding="utf-8")), str(path))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise RecipeError(f"{path} is no TOML: {e}") from None
+    seed = top.take("seed", int, 0)
+    options: dict[str, Any] = {"seed": seed, "steps": top.take("steps", int)}
+    output = Path(top.take("output", str))
+    program, tokenizer, end = _model(top.table("model"), path.parent, seed)
+
+    def source(t: _Table) -> Source:
+        files = TextFiles(_files(t, path.parent), lambda text: tokenizer.encode(text, add_special_tokens=False).ids)
+        weight = t.take("weight", float, 1.0)
+        t.close()
+        return Source(files, weight)
+
+    sources = tuple(source(t) for t in top.tables("data"))
+    batch = top.table("batch")
+    sizes = {"batch": batch.take("rows", int), "length": batch.take("length", int)}
+    batch.close()
+    evaluation: tuple[Source, ...] = ()
+    batches = 0
+    if "evaluation" in top.items:
+        t = top.table("evaluation")
+        options["evaluate_every"], batches = t.take("every", int, 100), t.take("batches", int, 8)
+        evaluation = (source(t),)
+    options["optimizer"] = _chosen(top.table("optimizer", {}), _OPTIMIZERS, "adamw")
+    rate = top.table("rate", {})
+    if rate.items.get("name", "cosine") != "constant":
+        rate.items.setdefault("steps", options["steps"] // max(_accumulate(top), 1))
+    options["rate"] = _chosen(rate, _SCHEDULES, "cosine")
+    step = top.table("step", {})
+    options["accumulate"], options["ema"] = step.take("accumulate", int, 1), step.take("ema", float, None)
+    options["clip"] = step.take("clip", float, None)
+    step.close()
+    saving = top.table("checkpoints", {})
+    options["save_every"], options["keep"] = saving.take("every", int, 100), saving.take("keep", int, 3)
+    saving.close()
+    top.close()
+    return Recipe(program, tokenizer, output, sources, evaluation, end, options, sizes, batches)
+
+
+_OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW, "adafactor": Adafactor, "sgd": SGD}
+_SCHEDULES: dict[str, type[Schedule]] = {"cosine": Cosine, "linear": Linear, "constant": Constant}
+
+
+class _Table:
+    """A table of the file whose keys are taken one by one; what is left at the end is unknown."""
+
+    def __init__(self, items: dict[str, Any], where: str) -> None:
+        self.items, self.where, self._known = dict(items), where, list[str]()
+
+    def take(self, key: str, type: type, *default: Any) -> Any:
+        self._known.append(key)
+        if key not in self.items:
+            if not default:
+                raise RecipeError(f"{self.where}: {key} is missing")
+            return default[0]
+        value = self.items.pop(key)
+        if type is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if not isinstance(value, type) or (isinstance(value, bool) and type is not bool):
+            raise RecipeError(f"{self.where}: {key} = {value!r} must be {_KINDS[type]}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise RecipeError(f"{self.where}: {key} = {value!r} must be finite")
+        return value
+
+    def table(self, key: str, *default: Any) -> _Table:
+        return _Table(self.take(key, dict, *default), f"{self.where} [{key}]")
+
+    def tables(self, key: str) -> list[_Table]:
+        found = self.take(key, list)
+        if not found or not all(isinstance(x, dict) for x in found):
+            raise RecipeError(f"{self.where}: {key} must be tables: [[{key}]]")
+        return [_Table(x, f"{self.where} [[{key}]] {i}") for i, x in enumerate(found, 1)]
+
+    def close(self) -> None:
+        for key in self.items:
+            near = difflib.get_close_matches(key, self._known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(self._known)}"
+            raise RecipeError(f"{self.where}: {key} is unknown; {hint}")
+
+
+_KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "a table", list: "a list"}
+
+
+def _made(table: _Table, cls: type) -> Any:
+    """A dataclass of numbers from the table's keys."""
+    kinds = {"int": int, "float": float, "bool": bool}
+    values = {
+        f.name: table.take(f.name, kinds[str(f.type)], *([] if f.default is MISSING else [f.default])) for f in fields(cls)
+    }
+    table.close()
+    return cls(**values)
+
+
+def _chosen(table: _Table, there: dict[str, Any], default: str) -> Any:
+    name = table.take("name", str, default)
+    if name not in there:
+        raise RecipeError(f"{table.where}: there is no {name}; there are {', '.join(there)}")
+    return _made(table, there[name])
+
+
+def _accumulate(top: _Table) -> int:
+    """Calls per update: schedules count updates."""
+    step = top.items.get("step", {})
+    found = step.get("accumulate", 1) if isinstance(step, dict) else 1
+    return found if isinstance(found, int) else 1
+
+
+def _files(table: _Table, base: Path) -> tuple[Path, ...]:
+    found: list[Path] = []
+    for pattern in table.take("files", list):
+        if not isinstance(pattern, str):
+            raise RecipeError(f"{table.where}: files must be paths, not {pattern!r}")
+        matches = sorted(Path(p) for p in glob.glob(str(base / pattern), recursive=True))
+        if not any(p.is_file() for p in matches):
+            raise RecipeError(f"{table.where}: no file matches {pattern!r} (looked from {base})")
+        found += [p for p in matches if p.is_file()]
+    return tuple(dict.fromkeys(found))
+
+
+def _model(table: _Table, base: Path, seed: int) -> tuple[Program, Tokenizer, int]:
+    """The program with its @loss, its tokenizer, and the token that ends a document."""
+    folder, given = table.take("folder", str, None), table.take("tokenizer", str, None)
+    path = base / given if given else base / folder / "tokenizer.json" if folder else None
+    try:
+        tokenizer = Tokenizer.from_file(str(path)) if path else byte_tokenizer()
+    except Exception as e:  # the library raises bare Exceptions
+        raise RecipeError(f"{table.where}: the tokenizer {path} cannot be read: {e}") from None
+    wanted = table.take("end", str, None)
+    names = [wanted] if wanted is not None else [END, "<eos>", "</s>", "<|endoftext|>"]
+    end = next((i for i in map(tokenizer.token_to_id, names) if i is not None), None)
+    if end is None:
+        raise RecipeError(f"{table.where}: the tokenizer has no token {' or '.join(names)} to end a document; give end = TOKEN")
+    if folder:
+        table.close()
+        program = from_pretrained(base / folder)
+    else:
+        size: DecoderSize = _made(table, DecoderSize)
+        vocab = tokenizer.get_vocab_size()
+        program = nn.trace(Decoder(size, vocab), {"tokens": "i64[b, s]"}, outputs=["logits"], seed=seed)
+        program.metadata.update(name="decoder", context=size.context, vocab=vocab, generation={"eos": [end]})
+    add_loss(program, lambda b, v: cross_entropy(b, v["logits"], v["labels"]), {"labels": "i64[b, s]"})
+    return program, tokenizer, end
