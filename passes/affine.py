@@ -325,7 +325,7 @@ def _places(at: Indexing, index: Affine, shape: Sequence[DimLike], sizes: Sequen
 
 @dataclass(frozen=True)
 class SimplifyIndices(GraphPass):
-    """``gather`` and ``embedding`` at indices that come to ``c``, or ``i + c`` along one axis -> at an iota, broadcast over others.
+    """``gather`` and ``embedding`` at indices that come to ``c``, or ``i + c`` along one axis -> at an iota, then repeated.
 
     Exporters repeat positions over the batch, wrap negative ones, look them up by other indices.
     """

@@ -271,22 +271,26 @@ def _operand(v: Value, lead: Sequence[DimLike], what: str, scales: bool) -> _Hea
 
 def _guarded(graph: Graph, y: Value) -> Node | None:
     """The node of select(isnan(y), 0, y), where nothing else uses y: a query that sees nothing gives 0, as in the operation."""
-    users = y.users
-    choice = next((n for n in users if n.op.name == "select"), None)
-    if choice is None or graph.is_output(y) or len(y.uses) != 2 or choice.inputs[2] is not y or number_of(choice.inputs[1]) != 0:
+    choice = next((n for n in y.users if n.op.name == "select" and n.inputs[2] is y), None)
+    if choice is None or graph.is_output(y) or len(y.uses) != 2 or number_of(choice.inputs[1]) != 0:
         return None
     test = choice.inputs[0].node
-    return choice if test in users and test is not None and test.op.name == "isnan" and len(test.output.uses) == 1 else None
+    is_test = test is not None and test.op.name == "isnan" and test.inputs[0] is y
+    return choice if is_test and len(choice.inputs[0].uses) == 1 and not graph.is_output(choice.inputs[0]) else None
 
 
 def _values(graph: Graph, softmax: Node) -> Node:
     """Walks down from the softmax to its product with the values."""
     y = softmax.output
     while True:
-        node = _guarded(graph, y) or _only_use(graph, y)
+        guard = _guarded(graph, y)
+        if guard is not None:
+            y = guard.output
+            continue
+        node = _only_use(graph, y)
         if node.op.name == "matmul" and node.inputs[0] is y:
             return node
-        if _passes(node) or node.op.name == "select":
+        if _passes(node):
             y = node.output
             continue
         raise Miss(f"%{y.name} goes into {node.op.name}, not into a product with the values")

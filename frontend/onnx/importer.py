@@ -141,7 +141,10 @@ class Importer:
     def _input(self, info: onnx.ValueInfoProto, env: Env) -> None:
         name = info.name
         if name in self.constants:
-            env[name] = np.asarray(self.constants[name])
+            number = np.asarray(self.constants[name])
+            t = info.type.tensor_type
+            fills = number.ndim == 0 and t.HasField("shape") and len(t.shape.dim) > 0
+            env[name] = self.c.full(self._shape(t.shape, name), number, element(t.elem_type, name)) if fills else number
             return
         if name in self.types:
             given = self.types[name]

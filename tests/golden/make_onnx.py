@@ -41,9 +41,9 @@ from transformers import (
 )
 
 HERE = Path(__file__).parent / "onnx"
-DIM, HEADS, VOCAB, MEMORY = 32, 4, 96, 20
+DIM, HEADS, VOCAB, MEMORY = 32, 4, 40, 20
 DECODER = {
-    "vocab_size": VOCAB, "hidden_size": DIM, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": HEADS,
+    "vocab_size": VOCAB, "hidden_size": DIM, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": HEADS,
     "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
 
@@ -91,7 +91,7 @@ class Translator(Causal):
 
 def gpt2(attention):
     return GPT2LMHeadModel(GPT2Config(
-        vocab_size=VOCAB, n_embd=DIM, n_layer=2, n_head=HEADS, n_positions=64, attn_implementation=attention,
+        vocab_size=VOCAB, n_embd=DIM, n_layer=2, n_head=HEADS, n_positions=64, n_inner=32, attn_implementation=attention,
         bos_token_id=1, eos_token_id=2,
     ))  # fmt: skip
 
@@ -105,22 +105,22 @@ def qwen3(attention):
 
 
 def gemma3(attention):
-    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    kinds = ["sliding_attention", "full_attention"]
     return Gemma3ForCausalLM(Gemma3TextConfig(**{
-        **DECODER, "num_hidden_layers": 3, "head_dim": 8, "query_pre_attn_scalar": 12, "sliding_window": 5, "layer_types": kinds,
+        **DECODER, "head_dim": 8, "query_pre_attn_scalar": 12, "sliding_window": 5, "layer_types": kinds,
     }, attn_implementation=attention))  # fmt: skip
 
 
 def bert(attention):
     return BertModel(BertConfig(
-        vocab_size=VOCAB, hidden_size=DIM, num_hidden_layers=2, num_attention_heads=HEADS, intermediate_size=48,
+        vocab_size=VOCAB, hidden_size=DIM, num_hidden_layers=2, num_attention_heads=HEADS, intermediate_size=32,
         max_position_embeddings=64, attn_implementation=attention,
     ), add_pooling_layer=False)  # fmt: skip
 
 
 def vit(attention):
     return ViTModel(ViTConfig(
-        hidden_size=DIM, num_hidden_layers=2, num_attention_heads=HEADS, intermediate_size=48, image_size=16, patch_size=4,
+        hidden_size=DIM, num_hidden_layers=2, num_attention_heads=HEADS, intermediate_size=32, image_size=16, patch_size=4,
         attn_implementation=attention,
     ), add_pooling_layer=False)  # fmt: skip
 
@@ -128,14 +128,14 @@ def vit(attention):
 def whisper(attention):
     return WhisperForConditionalGeneration(WhisperConfig(
         vocab_size=VOCAB, d_model=DIM, encoder_layers=2, decoder_layers=2, encoder_attention_heads=HEADS,
-        decoder_attention_heads=HEADS, encoder_ffn_dim=48, decoder_ffn_dim=48, num_mel_bins=8, max_source_positions=MEMORY,
+        decoder_attention_heads=HEADS, encoder_ffn_dim=32, decoder_ffn_dim=32, num_mel_bins=8, max_source_positions=MEMORY,
         max_target_positions=64, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
         attn_implementation=attention,
     ))  # fmt: skip
 
 
 T5 = {
-    "vocab_size": VOCAB, "d_model": DIM, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2, "num_heads": HEADS,
+    "vocab_size": VOCAB, "d_model": DIM, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_decoder_layers": 2, "num_heads": HEADS,
     "relative_attention_num_buckets": 8, "relative_attention_max_distance": 20, "decoder_start_token_id": 0,
 }  # fmt: skip
 
@@ -236,9 +236,9 @@ def make(name: str, case: Case) -> None:
         else:
             opset = 23 if case.exporter.endswith("_23") else 18
             torch.onnx.export(
-                wrapped, (), str(path), kwargs=traced, dynamo=True, opset_version=opset, dynamic_shapes=case.axes, verbose=False,
-                **common,
-            )
+                wrapped, (), str(path), kwargs=traced, dynamo=True, opset_version=opset, dynamic_shapes=case.axes,
+                verbose=False, **common,
+            )  # fmt: skip
     strip(path)
     arrays = {f"in.{k}": v.numpy() for k, v in golden.items()}
     np.savez_compressed(path.with_suffix(".npz"), out=out.numpy(), **arrays)

@@ -8,7 +8,7 @@ from attention_zoo import CASES, MORE, Case
 from wasat.ir import evaluate, parse
 from wasat.passes import Cleanup, FuseAttention, FuseNorm, FuseRope, PassManager
 
-from wasat.testing import InterpreterCheck, check_pass, feed, random_program
+from wasat.testing import InterpreterCheck, check_pass, check_untouched, feed, random_program
 
 
 @pytest.mark.parametrize("case", [*CASES, *MORE], ids=lambda c: c.name)
@@ -265,3 +265,119 @@ def test_additive_mask_after_a_factor() -> None:
     (node,) = (n for n in program["f"].nodes if n.op.name == "attention")
     assert node.attrs.scale == 1.0  # type: ignore[attr-defined]
     assert parse(str(program["f"]))
+
+
+GUARDED = BEFORE.replace("matmul(%probs, %v)", "matmul(%seen, %v)").replace(
+    "  %out",
+    "  %nan: bool[b, 4, s, t] = isnan(%probs)\n  %seen: f32[b, 4, s, t] = select(%nan, 0.0:f32, %probs)\n  %out",
+)
+
+
+def test_guard_against_rows_that_see_nothing() -> None:
+    """select(isnan(probs), 0, probs), as scaled_dot_product_attention is decomposed: 0 is what the operation gives there."""
+    program = random_program(GUARDED)
+    feeds = feed(program["f"], DIMS[0])
+    feeds["m"] = np.arange(5) < np.array([0, 3]).reshape(2, 1, 1, 1)
+    (want,) = evaluate(program["f"], feeds)
+    report = PassManager([FuseAttention(), Cleanup()]).run(program)
+    assert program["f"].count("attention") == 1
+    assert not report.remarks("missed")
+    np.testing.assert_allclose(evaluate(program["f"], feeds)[0], want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("select(%nan, 0.0:f32, %probs)", "select(%nan, 1.0:f32, %probs)"),
+        ("select(%nan, 0.0:f32, %probs)", "select(%nan, %probs, 0.0:f32)"),
+        ("%nan: bool[b, 4, s, t] = isnan(%probs)", "%nan: bool[b, 4, s, t] = less(%probs, 0.5:f32)"),
+        ("isnan(%probs)", "isnan(%scaled)"),
+        ("return %out", "return %out, %nan"),
+        ("return %out", "return %out, %probs"),
+    ],
+)
+def test_other_guards_stay(old: str, new: str) -> None:
+    check_untouched(FuseAttention(), GUARDED.replace(old, new))
+
+
+ADDED = BEFORE.replace(
+    "%masked: f32[b, 4, s, t] = select(%m, %scaled, -inf:f32)",
+    "%bias: f32[b, 1, 1, t] = select(%m, 0.0:f32, -3.4e38:f32)\n  %masked: f32[b, 4, s, t] = add(%scaled, %bias)",
+)
+
+
+def test_finite_number_added_under_a_mask_that_is_data_stays_as_it_is() -> None:
+    """Where nothing is seen, the mean of the values: the addend is the operand, and the numbers agree."""
+    program = random_program(ADDED)
+    feeds = feed(program["f"], DIMS[0])
+    feeds["m"] = np.arange(5) < np.array([0, 3]).reshape(2, 1, 1, 1)
+    (want,) = evaluate(program["f"], feeds)
+    PassManager([FuseAttention(), Cleanup()]).run(program)
+    (node,) = (n for n in program["f"].nodes if n.op.name == "attention")
+    assert node.inputs[3].tensor.dtype.is_float
+    np.testing.assert_allclose(evaluate(program["f"], feeds)[0], want, rtol=1e-5, atol=1e-6)
+
+
+DECLARED = """graph @f(%q: f32[b, s, 4, 8], %k: f32[b, s, 2, 8], %v: f32[b, s, 2, 8], %m: bool[b, 1, 1, s]) {
+  %i: i64[s] = iota() {size=s}
+  %row: i64[s, 1] = reshape(%i) {shape=(s, 1)}
+  %past: bool[s, s] = less_equal(%i, %row)
+  %both: bool[b, 1, s, s] = logical_and(%m, %past)
+  %out: f32[b, s, 4, 8] = attention(%q, %k, %v, %both) {scale=0.5}
+  return %out
+}"""
+FAR = """  %far: i64[s, s] = sub(%row, %i)
+  %near: bool[s, s] = less(%far, 3:i64)
+  %past: bool[s, s] = logical_and(%near, %edge)
+"""
+
+
+@pytest.mark.parametrize(
+    "old, new, causal, window, operand",
+    [
+        ("", "", True, None, True),
+        ("logical_and(%m, %past)", "broadcast_to(%past) {shape=(b, 1, s, s)}", True, None, False),
+        ("  %past: bool[s, s] =", "  %edge: bool[s, s] =", True, 3, True),
+        ("{scale=0.5}", "{scale=0.5, window=2}", True, 2, True),
+    ],
+)
+def test_mask_of_an_attention(old: str, new: str, causal: bool, window: int | None, operand: bool) -> None:
+    """Predicates in the mask of a declared attention become attributes, beside those it has."""
+    text = DECLARED.replace(old, new) if old else DECLARED
+    text = text.replace("  %both", FAR + "  %both") if "%edge" in text else text
+    program = random_program(text)
+    dims = [{"b": 1, "s": 1}, {"b": 2, "s": 6}]
+    PassManager([FuseAttention(), Cleanup()], check=InterpreterCheck(dims)).run(program)
+    (node,) = (n for n in program["f"].nodes if n.op.name == "attention")
+    a = node.attrs
+    assert (a.causal, a.window, len(node.inputs) == 4) == (causal, window, operand)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("fill, causal", [("-inf:f32", True), ("-3.4e38:f32", False)])
+def test_additive_mask_of_an_attention(fill: str, causal: bool) -> None:
+    """0 and -inf are a predicate; a finite number is none, as another mask may hide what it leaves."""
+    text = DECLARED.replace("%k, %v, %both)", "%k, %v, %bias)").replace(
+        "  %out", f"  %bias: f32[b, 1, s, s] = select(%both, 0.0:f32, {fill})\n  %out"
+    )
+    program = random_program(text)
+    PassManager([FuseAttention(), Cleanup()], check=InterpreterCheck([{"b": 2, "s": 4}])).run(program)
+    (node,) = (n for n in program["f"].nodes if n.op.name == "attention")
+    assert node.attrs.causal == causal  # type: ignore[attr-defined]
+
+
+def test_mask_of_an_attention_that_is_data_stays() -> None:
+    check_untouched(FuseAttention(), DECLARED.replace("%k, %v, %both)", "%k, %v, %m)"))
+
+
+def test_mask_cast_to_numbers_and_back() -> None:
+    """And a positive constant in it is dropped: an attention mask of ones."""
+    text = DECLARED.replace("logical_and(%m, %past)", "logical_and(%flag, %one)").replace(
+        "  %both",
+        "  %wide: i64[s, s] = cast(%past) {dtype=i64}\n  %flag: bool[s, s] = cast(%wide) {dtype=bool}\n"
+        "  %ones: i64[b, 1, 1, s] = broadcast_to(1:i64) {shape=(b, 1, 1, s)}\n"
+        "  %one: bool[b, 1, 1, s] = cast(%ones) {dtype=bool}\n  %both",
+    )
+    program = random_program(text)
+    PassManager([FuseAttention(), Cleanup()], check=InterpreterCheck([{"b": 2, "s": 4}])).run(program)
+    (node,) = (n for n in program["f"].nodes if n.op.name == "attention")
+    assert (node.attrs.causal, len(node.inputs)) == (True, 3)  # type: ignore[attr-defined]

@@ -1,0 +1,133 @@
+"""Index arithmetic in closed form: every rule, every near miss; gathers at indices that are simpler than they look."""
+
+from __future__ import annotations
+
+import pytest
+from wasat.ir import parse, symbol
+from wasat.passes import SimplifyIndices
+from wasat.passes.affine import Indexing
+
+from wasat.testing import check_pass, check_untouched
+
+I = "  %i: i64[s] = iota() {size=s}\n"
+ROWS = I + "  %r: i64[b, s] = broadcast_to(%i) {shape=(b, s)}\n"
+FLAT = ROWS + """  %f: i64[b*s] = reshape(%r) {shape=(b*s,)}
+  %n: i64[b] = iota() {size=b}
+  %c: i64[b, 1] = reshape(%n) {shape=(b, 1)}
+  %z: i64[] = dim_size() {size=s}
+"""
+TESTS = I + "  %t: bool[s] = less(%i, 0:i64)\n  %u: bool[s] = less(%i, 1:i64)\n"
+# sizes are at least 1, written in symbols that start at 0: s is s + 1
+CASES: dict[str, tuple[str, str, str | None]] = {
+    "counting": (I, "s", "1"),
+    "moved": (I + "  %y: i64[1, s, 1] = reshape(%i) {shape=(1, s, 1)}\n", "s", "0 1 0"),
+    "size": ("  %y: i64[] = dim_size() {size=s}\n", "s", "+ s + 1"),
+    "negated": (I + "  %y: i64[s] = neg(%i)\n", "s", "-1"),
+    "scaled": (I + "  %y: i64[s] = mul(%i, 3:i64)\n", "s", "3"),
+    "squared": (I + "  %y: i64[s] = mul(%i, %i)\n", "s", None),
+    "greater than less": (I + "  %y: i64[s] = maximum(%i, -1:i64)\n", "s", "1"),
+    "less than greater": (I + "  %y: i64[s] = minimum(%i, -1:i64)\n", "s", "0 + -1"),
+    "kinked": (I + "  %y: i64[s] = maximum(%i, 1:i64)\n", "s", None),
+    "as a float": (I + "  %y: f32[s] = cast(%i) {dtype=f32}\n", "s", "1"),
+    "as a narrow integer": (I + "  %y: i8[s] = cast(%i) {dtype=i8}\n", "s", None),
+    "never below 0": (I + "  %y: bool[s] = less(%i, 0:i64)\n", "s", "0 + 0"),
+    "sometimes below 1": (I + "  %y: bool[s] = less(%i, 1:i64)\n", "s", None),
+    "always equal": (I + "  %y: bool[s] = equal(%i, %i)\n", "s", "0 + 1"),
+    "always different": (I + "  %y: bool[s] = not_equal(%i, -1:i64)\n", "s", "0 + 1"),
+    "not": (I + "  %t: bool[s] = less(%i, 0:i64)\n  %y: bool[s] = logical_not(%t)\n", "s", "0 + 1"),
+    "and something unknown": (TESTS + "  %y: bool[s] = logical_and(%u, %t)\n", "s", "0 + 0"),
+    "or something unknown": (TESTS + "  %y: bool[s] = logical_or(%u, %t)\n", "s", None),
+    "decided choice": (I + "  %t: bool[s] = less(%i, 0:i64)\n  %y: i64[s] = select(%t, 7:i64, %i)\n", "s", "1"),
+    "open choice": (I + "  %t: bool[s] = less(%i, 1:i64)\n  %y: i64[s] = select(%t, 7:i64, %i)\n", "s", None),
+    "part": (I + "  %y: i64[s - 2] = slice(%i) {starts=(2,), stops=(s,)}\n", "s", "1 + 2"),
+    "parts that continue each other": (
+        I + "  %p: i64[2] = constant() {value=dense<i64[2], -2 -1>}\n  %y: i64[s + 2] = concat(%p, %i) {axis=0}\n",
+        "s", "1 + -2",
+    ),
+    "one before": (
+        I + "  %p: i64[1] = constant() {value=dense<i64[1], -1>}\n  %y: i64[s + 1] = concat(%p, %i) {axis=0}\n", "s", "1 + -1",
+    ),
+    "parts with a jump": (
+        I + "  %p: i64[1] = constant() {value=dense<i64[1], 5>}\n  %y: i64[s + 1] = concat(%p, %i) {axis=0}\n", "s", None,
+    ),
+    "a table of multiples": ("  %y: i64[2, 3] = constant() {value=dense<i64[2, 3], 1 3 5 2 4 6>}\n", "s", "1 2 + 1"),
+    "a table of squares": ("  %y: i64[3] = constant() {value=dense<i64[3], 0 1 4>}\n", "s", None),
+    "sum of nothing": (I + "  %o: i64[s] = sub(%i, %i)\n  %y: i64[s] = cumsum(%o) {axis=0}\n", "s", "0 + 0"),
+    "sum of something": (I + "  %y: i64[s] = cumsum(%i) {axis=0}\n", "s", None),
+    "rows merged": (ROWS + "  %y: i64[b*s] = reshape(%r) {shape=(b*s,)}\n", "bs", None),
+    "picked by position": (I + "  %y: i64[s] = gather(%i, %i) {axis=0}\n", "s", "1"),
+    "picked from the end": (I + "  %j: i64[s] = sub(%i, 1:i64)\n  %y: i64[s] = gather(%i, %j) {axis=0}\n", "s", None),
+    "picked from merged rows": (
+        FLAT + "  %m: i64[b, 1] = mul(%c, %z)\n  %j: i64[b, s] = add(%m, %i)\n"
+        "  %y: i64[b, s] = gather(%f, %j) {axis=0}\n", "bs", "0 1",
+    ),
+    "picked across merged rows": (
+        FLAT + "  %m: i64[b, 1] = mul(%c, %z)\n  %k: i64[s] = mul(%i, 2:i64)\n  %j: i64[b, s] = add(%m, %k)\n"
+        "  %y: i64[b, s] = gather(%f, %j) {axis=0}\n", "bs", None,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("body, nonempty, want", CASES.values(), ids=CASES)
+def test_rules(body: str, nonempty: str, want: str | None) -> None:
+    last = body.rstrip().splitlines()[-1].split(":")[0].strip()
+    g = parse(f"graph @f(%x: i64[b, s]) {{\n{body}  return {last}\n}}")
+    found = Indexing([symbol(n) for n in nonempty]).of(g.outputs[0])
+    if want is None:
+        assert found is None
+        return
+    terms, _, const = want.partition("+ ")
+    assert found is not None
+    assert (" ".join(map(str, found.terms)), str(found.const)) == (terms.strip(), const or "0")
+
+
+def test_a_size_that_may_be_zero() -> None:
+    """min(1, s) is 1 only where nothing is computed for s = 0."""
+    g = parse("""graph @f(%x: f32[s]) {
+  %n: i64[] = dim_size() {size=min(1, s)}
+  %y: bool[] = equal(%n, 1:i64)
+  return %y
+}""")
+    found = Indexing(g.inputs[0].shape).of(g.outputs[0])
+    assert found is not None
+    assert found.number == 1
+    assert Indexing([]).of(g.outputs[0]) is None
+
+
+BEFORE = """graph @f(%table: f32[4, 5], %tokens: i64[b, s]) {
+  %i: i64[s] = iota() {size=s}
+  %one: i64[s] = add(%i, 1:i64)
+  %low: bool[s] = less(%one, 0:i64)
+  %far: i64[s] = add(%one, 4:i64)
+  %at: i64[s] = select(%low, %far, %one)
+  %rows: i64[b, s] = broadcast_to(%at) {shape=(b, s)}
+  %y: f32[b, s, 5] = gather(%table, %rows)
+  return %y
+}"""
+AFTER = """graph @f(%table: f32[4, 5], %tokens: i64[b, s]) {
+  %iota: i64[s] = iota() {size=s}
+  %add: i64[s] = add(%iota, 1:i64)
+  %gather: f32[s, 5] = gather(%table, %add)
+  %reshape: f32[1, s, 5] = reshape(%gather) {shape=(1, s, 5)}
+  %y: f32[b, s, 5] = broadcast_to(%reshape) {shape=(b, s, 5)}
+  return %y
+}"""
+
+
+def test_repeated_positions() -> None:
+    check_pass(SimplifyIndices(), BEFORE, AFTER, dims=[{"b": 2, "s": 3}, {"b": 1, "s": 1}])
+
+
+@pytest.mark.parametrize(
+    "edits",
+    [
+        [("add(%i, 1:i64)", "sub(%i, 1:i64)"), ("broadcast_to(%at)", "broadcast_to(%one)")],  # the first counts from the end
+        [("add(%i, 1:i64)", "mul(%i, 2:i64)")],
+        [("broadcast_to(%at) {shape=(b, s)}", "add(%tokens, %at)")],
+    ],
+)
+def test_other_indices_stay(edits: list[tuple[str, str]]) -> None:
+    text = BEFORE
+    for old, new in edits:
+        text = text.replace(old, new)
+    check_untouched(SimplifyIndices(), text)
