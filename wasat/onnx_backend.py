@@ -2,11 +2,12 @@
 
     import wasat.onnx_backend as backend
     (y,) = backend.run_model(model, [x])
+    (y,) = backend.prepare(model, target="cpu").run([x])  # compiled
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import onnx
 from onnx.backend.base import Backend, BackendRep, Device, DeviceType
 
 from wasat.frontend.onnx import FromData, from_onnx
-from wasat.ir import TensorType, evaluate, type_of
+from wasat.ir import Program, TensorType, evaluate, type_of
 
 
 class WasatRep(BackendRep):
@@ -22,13 +23,13 @@ class WasatRep(BackendRep):
     numbers (the ``shape`` of a Reshape), for those numbers.
     """
 
-    def __init__(self, model: onnx.ModelProto) -> None:
-        self.model = model
+    def __init__(self, model: onnx.ModelProto, target: str | None = None) -> None:
+        self.model, self.target = model, target
         initialized = {t.name for t in model.graph.initializer}
         self.inputs = [i for i in model.graph.input if i.name not in initialized]
 
-    def run(self, inputs: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """The outputs, in order; ``inputs`` is a sequence in the order of the graph's inputs, or a dict."""
+    def bind(self, inputs: Any) -> tuple[Program, dict[str, Any]]:
+        """The program imported for ``inputs``, and what its graph ``forward`` takes: sequences by their elements."""
         given = dict(inputs) if isinstance(inputs, Mapping) else dict(zip((i.name for i in self.inputs), inputs))
         constants: dict[str, np.ndarray] = {}
         while True:
@@ -41,17 +42,30 @@ class WasatRep(BackendRep):
                 if not more.keys() - constants.keys():
                     raise
                 constants.update(more)
-        graph = program["forward"]
         feeds: dict[str, Any] = {}
         for name, x in given.items():
             feeds.update({f"{name}.{i}": v for i, v in enumerate(x)} if isinstance(x, (list, tuple)) else {name: x})
-        feeds = {v.name: feeds[v.name] for v in graph.inputs}
-        params = {name: program.params[name].load() for name in graph.params}
-        results = iter(evaluate(graph, feeds, params))
-        return tuple(
-            next(results) if count is None else [next(results) for _ in range(count)]
-            for _, count in program.metadata["onnx"]["outputs"]
-        )
+        return program, {v.name: feeds[v.name] for v in program["forward"].inputs}
+
+    def run(self, inputs: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """The outputs, in order; ``inputs`` is a sequence in the order of the graph's inputs, or a dict."""
+        program, feeds = self.bind(inputs)
+        graph = program["forward"]
+        if self.target is None:
+            params = {name: program.params[name].load() for name in graph.params}
+            return grouped(program, evaluate(graph, feeds, params))
+        from wasat.backends.tvm.build import Runner
+        from wasat.backends.tvm.targets import target_named
+
+        results = Runner(program, target_named(self.target))(graph.name, feeds)
+        return grouped(program, [results[name] for name in graph.output_names])
+
+
+def grouped(program: Program, arrays: Iterable[Any]) -> tuple[Any, ...]:
+    """The model's outputs from those of the graph, which has one for each element of a sequence."""
+    rest = iter(arrays)
+    counts = [count for _, count in program.metadata["onnx"]["outputs"]]
+    return tuple(next(rest) if count is None else [next(rest) for _ in range(count)] for count in counts)
 
 
 def _needs_type(info: onnx.ValueInfoProto) -> bool:
@@ -77,9 +91,13 @@ class WasatBackend(Backend):
         return cls.supports_device(device)
 
     @classmethod
-    def prepare(cls, model: onnx.ModelProto, device: str = "CPU", **kwargs: Any) -> WasatRep:
-        """Raises OnnxError for a model that cannot be imported, when it is run."""
-        return WasatRep(model)
+    def prepare(
+        cls, model: onnx.ModelProto, device: str = "CPU", target: str | None = None, **kwargs: Any
+    ) -> WasatRep:
+        """Compiled for ``target`` if one is named (``"cpu"``). Raises OnnxError for a model that cannot be imported, and IRError
+        for one that cannot be compiled, when it is run.
+        """
+        return WasatRep(model, target)
 
     @classmethod
     def run_node(
