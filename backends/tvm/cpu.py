@@ -1,7 +1,8 @@
 """Kernel selection for CPUs: which operations, alone or together, become calls of the kernels in :mod:`.kernels`.
 
 Selected are ``linear``, ``quantized_linear``, ``embedding``, ``quantized_embedding``, ``rms_norm``, ``layer_norm``, ``glu``,
-``rope``, ``attention`` and ``cached_attention``, in f32 and with sizes known but for batch and positions. Together go
+``rope``, ``attention`` and ``cached_attention``, in f32 and with sizes known but for batch and positions; and, as row-major
+operands, ``linear`` and two-dimensional ``matmul`` whose sizes are all known. Together go
 
 - ``a + b`` (``b`` perhaps an ``rms_norm``), the norm of the sum, and its quantization for the integer linears;
 - ``glu`` and that quantization; ``embedding`` and a scale; ``rms_norm`` and ``rope``;
@@ -24,6 +25,7 @@ from .kernels.attention import Attention, CachedAttention, attention, cached_att
 from .kernels.cache import GROUP, Cache, CacheType, CacheWrite, cache_shape, cache_write, pack_cache, unpack_cache
 from .kernels.embedding import Embedding, embedding
 from .kernels.flash import Scores
+from .kernels.gemm import Gemm, gemm
 from .kernels.glu import Glu, glu
 from .kernels.isa import Isa, isa_of
 from .kernels.linear_float import Linear, Weights, linear
@@ -155,7 +157,7 @@ class _Selection:
             "attention": self._attention, "cached_attention": self._cached_attention,
         }  # fmt: skip
         matrices: dict[str, Callable[[Node], None]] = {
-            "linear": self._linear, "quantized_linear": self._quantized_linear,
+            "linear": self._linear, "matmul": self._matmul, "quantized_linear": self._quantized_linear,
             "embedding": self._embedding, "quantized_embedding": self._embedding,
         }  # fmt: skip
         for node in self.graph.nodes_reversed:
@@ -232,8 +234,38 @@ class _Selection:
 
     def _linear(self, node: Node) -> None:
         x, w = node.inputs[:2]
-        if _f32(x, *node.inputs[2:]) and self._weight(w) is not None:
+        if not _f32(x, *node.inputs[2:]):
+            return
+        if self._weight(w) is not None:
             self._matrix(node, Linear, linear, x, self.rows(x))
+        elif (y := self._product(node, x, self.rows(x), w, "b")) is not None:
+            self.graph.replace_uses(node.output, y if len(node.inputs) < 3 else self.builder(node).add(y, node.inputs[2]))
+
+    def _matmul(self, node: Node) -> None:
+        """A product of matrices, one of which may be the transpose of what is there."""
+        x, y = node.inputs
+        if len(x.shape) != 2 or len(y.shape) != 2:
+            return
+        a, b = (_made_by(v, "transpose") for v in (x, y))
+        if a is not None:
+            product = self._product(node, a.inputs[0], x.shape, y, "a")
+        elif b is not None:
+            product = self._product(node, x, x.shape, b.inputs[0], "b")
+        else:
+            product = self._product(node, x, x.shape, y, "")
+        if product is not None:
+            self.graph.replace_uses(node.output, product)
+
+    def _product(self, node: Node, x: Value, rows: Shape, y: Value, transposed: Literal["", "a", "b"]) -> Value | None:
+        """[m, k] = ``rows``; the product of row-major f32 matrices by the kernel, if their sizes are known."""
+        n = node.output.shape[-1]
+        if not _f32(x, y) or not _known(*rows, n) or min(_ints((*rows, n))) < 1 or _ints(rows)[0] < 2:
+            return None
+        (m, k), (n,) = _ints(rows), _ints((n,))
+        desc = Gemm(self.isa, m, n, k, transposed, self.threads)
+        shapes = {} if transposed == "a" else {0: (m, k)}
+        [made] = self.call(node, desc, gemm, [x, y], [Result(node.output.tensor, (m, n))], shapes)
+        return made
 
     def _quantized_linear(self, node: Node) -> None:
         x = node.inputs[0]

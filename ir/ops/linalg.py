@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..dims import require_equal
+from ..dims import DimLike, require_equal
 from ..errors import TypeMismatch
 from ..op import Attrs, ErrorSample, Op, Sample, broadcast_shapes, floating, register, same_dtype, tensor
 from ..types import TensorType
@@ -87,6 +87,18 @@ class Linear(Op):
         if len(x.shape) == 1:
             y = b.reshape(y, shape=(w.shape[0],))
         return y if bias is None else b.add(y, bias)
+
+    def vjp(self, b: Builder, node: Node, g: Value) -> Sequence[Value | None]:
+        """Leading axes are rows of one product: the decomposition's would sum a weight gradient for each of them."""
+        x, w = node.inputs[:2]
+        n, k = w.shape
+        rows: DimLike = 1
+        for d in x.shape[:-1]:
+            rows = rows * d
+        x_rows, g_rows = b.reshape(x, shape=(rows, k)), b.reshape(g, shape=(rows, n))
+        dx = b.reshape(b.matmul(g_rows, b.cast(w, dtype=x.tensor.dtype)), shape=x.shape)
+        dw = b.cast(b.matmul(b.transpose(g_rows, perm=(1, 0)), x_rows), dtype=w.tensor.dtype)
+        return [dx, dw, *([b.reduce_sum(g_rows, axes=(0,))] if len(node.inputs) > 2 else [])]
 
     def samples(self) -> Iterable[Sample]:
         yield Sample([grid(2, 3, 5), grid(4, 5)])

@@ -31,6 +31,13 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "linear, bias no parameter": (
         "(%x: f32[s, 40], %v: f32[70]) { param %w: f32[70, 40]\n %y: f32[s, 70] = linear(%x, %w, %v)", ["Linear", "add"]),
     "linear, weight no parameter": ("(%x: f32[s, 40], %w: f32[70, 40]) {\n %y: f32[s, 70] = linear(%x, %w)", ["linear"]),
+    "products of known sizes": (
+        "(%x: f32[2, 5, 40], %w: f32[70, 40], %v: f32[70], %u: f32[10, 70]) {\n %z: f32[2, 5, 70] = linear(%x, %w, %v)\n"
+        " %r: f32[10, 70] = reshape(%z) {shape=(10, 70)}\n %t: f32[70, 10] = transpose(%r) {perm=(1, 0)}\n"
+        " %a: f32[70, 70] = matmul(%t, %u)\n %c: f32[10, 10] = matmul(%u, %t)\n %d: f32[10, 70] = matmul(%c, %u)\n"
+        " %e: f32[10, 70] = matmul(%d, %a)\n %y: f32[10, 70] = add(%e, %r)", ["Gemm", "add", "reshape", "Gemm", "Gemm", "Gemm", "Gemm", "add"]),
+    "a product of one row": ("(%x: f32[1, 40], %w: f32[70, 40]) {\n %y: f32[1, 70] = linear(%x, %w)", ["linear"]),
+    "a product in f64": ("(%x: f64[4, 40], %w: f64[40, 7]) {\n %y: f64[4, 7] = matmul(%x, %w)", ["matmul"]),
     "linear in f64": ("(%x: f64[s, 40]) { param %w: f64[70, 40]\n %y: f64[s, 70] = linear(%x, %w)", ["linear"]),
     "integer linear, other block": (
         "(%x: f32[s, 40]) { param %w: int8b16f16[70, 40]\n %y: f32[s, 70] = quantized_linear(%x, %w)", ["quantized_linear"]),
