@@ -348,7 +348,7 @@ class SimplifyIndices(GraphPass):
             b = Builder(graph, before=node, loc=node.loc)
             row = b.iota(size=ids.shape[runs[0]] if runs else 1, dtype=ids.tensor.dtype)
             row = b.add(row, index.const) if index.const else row
-            y = b.emit(node.op, node.inputs[0], row, **({"axis": axis} if node.op.name == "gather" else {}))
+            y = graph.add_node(node.op, [node.inputs[0], row], node.attrs, before=node, loc=node.loc).output
             units = [d if i in runs else 1 for i, d in enumerate(ids.shape)]
             shape = node.output.shape
             y = b.reshape(y, shape=(*shape[:axis], *units, *shape[axis + len(units) :]))

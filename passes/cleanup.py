@@ -119,12 +119,22 @@ def _transpose(b: Builder, node: Node) -> Value | None:
 
 
 def _matmul(b: Builder, node: Node) -> Value | None:
-    """x @ transpose(w) -> linear(x, w) for a parameter w: it is read in the order in which it is stored."""
+    """x @ transpose(w) -> linear(x, w) for a parameter w, and x @ w -> linear(x, transpose(w)): rows of weights are what
+    kernels read and quantization rounds, and transposing a parameter is done when it is loaded."""
     x, w = node.inputs
     inner = _producer(w, "transpose")
-    if inner is None or len(w.shape) != 2 or len(x.shape) < 2 or not _from_param(inner.inputs[0]):
+    if len(w.shape) != 2 or len(x.shape) < 2 or w.type.symbols:
         return None
-    return b.linear(x, inner.inputs[0])
+    if inner is not None and _from_param(inner.inputs[0]):
+        return b.linear(x, inner.inputs[0])
+    return b.linear(x, b.transpose(w, perm=(1, 0))) if _from_param(w) and x.param is None else None
+
+
+def _gather(b: Builder, node: Node) -> Value | None:
+    """Rows of a parameter that is a table of floats -> embedding."""
+    w, ids = node.inputs
+    table = _from_param(w) and len(w.shape) == 2 and not w.type.symbols and w.tensor.dtype.is_float
+    return b.embedding(w, ids, dtype=w.tensor.dtype) if table and node.attrs.axis == 0 else None  # type: ignore[attr-defined]
 
 
 def _merged_rows(b: Builder, v: Value) -> Value | None:
@@ -275,6 +285,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "slice": (_whole, _slice, _slice_of_concat),
     "transpose": (_transpose,),
     "concat": (_concat,),
+    "gather": (_gather,),
     "matmul": (_matmul, _rows_apart),
     "linear": (_rows_apart,),
     "select": (_select, _select_not),

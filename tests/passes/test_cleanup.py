@@ -79,7 +79,57 @@ REWRITTEN = {
         ["%n: f32[b, 1, 4] = reshape(%x) {shape=(b, 1, 4)}", "%z: f32[1, b, 4] = transpose(%n) {perm=(1, 0, 2)}"],
         ["%z: f32[1, b, 4] = reshape(%x) {shape=(1, b, 4)}"],
     ),
+    "a slice within a part of a concatenation": (
+        ["%n: f32[b, 8] = concat(%x, %y) {axis=1}", "%z: f32[b, 2] = slice(%n) {starts=(0, 5), stops=(b, 7)}"],
+        ["%z: f32[b, 2] = slice(%y) {starts=(0, 1), stops=(b, 3)}"],
+    ),
+    "a part of a concatenation": (
+        ["%n: f32[b, 8] = concat(%x, %y) {axis=1}", "%m: f32[b, 4] = slice(%n) {starts=(0, 4), stops=(b, 8)}",
+         "%z: f32[b, 4] = neg(%m)"],
+        ["%z: f32[b, 4] = neg(%y)"],
+    ),
+    "repetition that the operation does by itself": (
+        ["%r: f32[4] = reduce_sum(%x) {axes=(0,)}", "%n: f32[b, 4] = broadcast_to(%r) {shape=(b, 4)}",
+         "%z: f32[b, 4] = sub(%n, %y)"],
+        ["%r: f32[4] = reduce_sum(%x) {axes=(0,)}", "%z: f32[b, 4] = sub(%r, %y)"],
+    ),
 }  # fmt: skip
+
+ROWS = """graph @f(%x: f32[b, s, 2, 3], %w: f32[6, 5], %bias: f32[5]) {
+  %m: f32[b*s, 6] = reshape(%x) {shape=(b*s, 6)}
+  %p: f32[b*s, 5] = matmul(%m, %w)
+  %q: f32[b*s, 5] = add(%p, %bias)
+  %y: f32[b, s, 5] = reshape(%q) {shape=(b, s, 5)}
+  return %y
+}"""
+
+
+def test_rows_stay_apart_around_a_product() -> None:
+    """As a Gemm over batch times sequence is exported: the sequence stays an axis of its own."""
+    after = """graph @f(%x: f32[b, s, 2, 3], %w: f32[6, 5], %bias: f32[5]) {
+  %reshape: f32[b, s, 6] = reshape(%x) {shape=(b, s, 6)}
+  %matmul: f32[b, s, 5] = matmul(%reshape, %w)
+  %add: f32[b, s, 5] = add(%matmul, %bias)
+  return y=%add
+}"""
+    check_pass(Cleanup(), ROWS, after, [{"b": 2, "s": 3}])
+
+
+@pytest.mark.parametrize(
+    "edits",
+    [
+        [("%x: f32[b, s, 2, 3]", "%x: f32[b*s, 2, 3]")],  # nothing was merged but the features
+        [("%x: f32[b, s, 2, 3]", "%x: f32[b, s, 4, 2]"), ("f32[b*s, 6]", "f32[b*s, 8]"), ("(b*s, 6)", "(b*s, 8)"),
+         ("[6, 5]", "[b*s, 8, 5]"), ("%p: f32[b*s, 5]", "%p: f32[b*s, b*s, 5]"), ("%q: f32[b*s, 5]", "%q: f32[b*s, b*s, 5]"),
+         ("%y: f32[b, s, 5] = reshape(%q) {shape=(b, s, 5)}", "%y: f32[b*s, b*s, 5] = neg(%q)")],  # a batch of products
+        [("%x: f32[b, s, 2, 3]", "%x: f32[2, 3, b, s]")],  # the features are rows
+    ],
+)  # fmt: skip
+def test_other_merged_rows_stay(edits: list[tuple[str, str]]) -> None:
+    text = ROWS
+    for old, new in edits:
+        text = text.replace(old, new)
+    check_untouched(Cleanup(), text)
 
 
 @pytest.mark.parametrize("before, after", REWRITTEN.values(), ids=REWRITTEN)
@@ -88,6 +138,13 @@ def test_becomes(before: list[str], after: list[str]) -> None:
 
 
 KEPT = {
+    "a slice across the parts of a concatenation": [
+        "%n: f32[b, 8] = concat(%x, %y) {axis=1}", "%z: f32[b, 4] = slice(%n) {starts=(0, 2), stops=(b, 6)}",
+    ],
+    "repetition that makes the shape": [
+        "%r: f32[4] = reduce_sum(%x) {axes=(0,)}", "%u: f32[4] = reduce_sum(%y) {axes=(0,)}",
+        "%n: f32[b, 4] = broadcast_to(%r) {shape=(b, 4)}", "%z: f32[b, 4] = sub(%n, %u)",
+    ],
     "x + 0, where x may be -0": ["%z: f32[b, 4] = add(%x, 0.0:f32)"],
     "x - -0, where x may be -0": ["%z: f32[b, 4] = sub(%x, -0.0:f32)"],
     "0 - x": ["%z: f32[b, 4] = sub(0.0:f32, %x)"],
@@ -177,3 +234,45 @@ def test_random_graphs_keep_their_meaning_and_settle(seed: int) -> None:
     report = PassManager([Cleanup()]).run(program)
     assert str(program) == once
     assert not report.steps[0].modified
+
+
+WEIGHTS = """graph @f(%x: f32[b, 4], %i: i64[b, 2]) {
+  param %w: f32[4, 3]
+  %y: f32[b, 3] = matmul(%x, %w)
+  %z: f32[b, 2, 3] = gather(%w, %i)
+  return %y, %z
+}"""
+
+
+def test_parameters_are_read_by_rows() -> None:
+    """A product with a parameter is linear, a lookup in one an embedding: what the passes after it, and kernels, know."""
+    after = """graph @f(%x: f32[b, 4], %i: i64[b, 2]) {
+  param %w: f32[4, 3]
+  %transpose: f32[3, 4] = transpose(%w) {perm=(1, 0)}
+  %y: f32[b, 3] = linear(%x, %transpose)
+  %z: f32[b, 2, 3] = embedding(%w, %i) {dtype=f32}
+  return %y, %z
+}"""
+    check_pass(Cleanup(), WEIGHTS, after, [{"b": 3}])
+
+
+@pytest.mark.parametrize(
+    "edits",
+    [
+        [("%i: i64[b, 2]) {\n  param %w: f32[4, 3]", "%i: i64[b, 2], %w: f32[4, 3]) {")],
+        [("param %w: f32[4, 3]", "param %w: f32[5, 4, 3]"), ("%y: f32[b, 3]", "%y: f32[5, b, 3]"),
+         ("%z: f32[b, 2, 3]", "%z: f32[b, 2, 4, 3]")],
+        [("gather(%w, %i)", "gather(%w, %i) {axis=1}"), ("%z: f32[b, 2, 3]", "%z: f32[4, b, 2]"), ("matmul(%x, %w)", "neg(%x)"),
+         ("%y: f32[b, 3]", "%y: f32[b, 4]")],
+        [("f32[4, 3]", "i64[4, 3]"), ("%z: f32", "%z: i64"), ("matmul(%x, %w)", "neg(%x)"), ("%y: f32[b, 3]", "%y: f32[b, 4]")],
+        [("param %w: f32[4, 3]", "param %w: f32[4, 3]\n  param %v: f32[2, 4]"), ("%y: f32[b, 3] = matmul(%x,",
+          "%y: f32[2, 3] = matmul(%v,"),
+         ("gather(%w, %i)", "broadcast_to(1.0:f32) {shape=(b, 2, 3)}")],
+    ],
+)  # fmt: skip
+def test_other_products_and_lookups_stay(edits: list[tuple[str, str]]) -> None:
+    text = WEIGHTS
+    for old, new in edits:
+        assert old in text
+        text = text.replace(old, new)
+    check_untouched(Cleanup(), text)

@@ -12,7 +12,7 @@ from wasat.ir import Program, build, parse_type
 from wasat.ir.decompose import decompose
 from wasat.passes import Cleanup, FuseRope, PassManager
 
-from wasat.testing import InterpreterCheck, check_pass, check_untouched
+from wasat.testing import InterpreterCheck, check_pass, check_untouched, random_program
 
 DIMS = [{"b": 1, "s": 3}, {"b": 2, "s": 5}]
 
@@ -435,3 +435,32 @@ def test_a_batch_of_positions_for_one_row() -> None:
     turn = turn.replace("%rot: f32[b", "%rot: f32[1").replace("stops=(b", "stops=(1")
     text = graph(tables, turn, x="f32[1, s, 3, 4]", at="i64[b, s]")
     check_untouched(FuseRope(), text, "does not vary along one position axis")
+
+
+PARAM_TABLES = TABLES.replace("  %inv: f32[2] = constant() {value=dense<f32[2], 1.0 0.1>}\n", "").replace("%inv", "%freq")
+
+
+def with_params(text: str) -> str:
+    return text.replace("{\n", "{\n  param %freq: f32[2]\n  param %other: f32[2]\n", 1)
+
+
+def test_frequencies_that_are_a_parameter() -> None:
+    """As they come with a checkpoint's buffers."""
+    program = random_program(with_params(graph(PARAM_TABLES, TURN)))
+    PassManager([FuseRope(), Cleanup()], check=InterpreterCheck(DIMS)).run(program)
+    (node,) = (n for n in program["f"].nodes if n.op.name == "rope")
+    assert node.inputs[2].param == "freq"
+
+
+def test_cosines_and_sines_of_two_parameters() -> None:
+    tables = PARAM_TABLES.replace(
+        "%n: f32[s, 1, 4] = sin(%t)",
+        "%a2: f32[s, 2] = mul(%f, %other)\n  %aa2: f32[s, 4] = concat(%a2, %a2) {axis=1}\n"
+        "  %t2: f32[s, 1, 4] = reshape(%aa2) {shape=(s, 1, 4)}\n  %n: f32[s, 1, 4] = sin(%t2)",
+    )
+    check_untouched(FuseRope(), with_params(graph(tables, TURN)), "are not of the same angles")
+
+
+def test_frequencies_that_are_computed_from_inputs() -> None:
+    text = graph(PARAM_TABLES, TURN).replace("%at: i64[s]", "%at: i64[s], %freq: f32[2]")
+    check_untouched(FuseRope(), text, "no product of integer positions [.., 1]")

@@ -304,6 +304,13 @@ TEXT_REFUSED = {
                            "it merges the sequence with another axis"),
     "the number of tokens": ([("return %z", "%w: i64[] = dim_size() {size=s}\n  return %w")], "depends on s, the number"),
     "a running sum": ([("return %z", "%w: f32[b, s, 2, 8] = cumsum(%z) {axis=1}\n  return %w")], "works across the sequence"),
+    "positions looked up along another axis": (
+        [("  %y", "  %i: i64[s] = iota() {size=s}\n  %table: f32[8, 9] = broadcast_to(1.0:f32) {shape=(8, 9)}\n"
+          "  %t0: f32[8, s] = gather(%table, %i) {axis=1}\n  %t1: f32[s, 8] = transpose(%t0) {perm=(1, 0)}\n"
+          "  %at: f32[s, 1, 8] = reshape(%t1) {shape=(s, 1, 8)}\n  %w: f32[b, s, 2, 8] = add(%x, %at)\n  %y"),
+         ("attention(%x, %x, %x)", "attention(%w, %w, %w)")],
+        "positions cannot be offset through gather",
+    ),
     "padding": ([("return %z", "%w: f32[b, s + 1, 2, 8] = pad(%z) {low=(0, 1, 0, 0), high=(0, 0, 0, 0)}\n  return %w")],
                 "it pads the sequence"),
 }  # fmt: skip
