@@ -91,11 +91,10 @@ class WasatBackend(Backend):
         return cls.supports_device(device)
 
     @classmethod
-    def prepare(
-        cls, model: onnx.ModelProto, device: str = "CPU", target: str | None = None, **kwargs: Any
-    ) -> WasatRep:
-        """Compiled for ``target`` if one is named (``"cpu"``). Raises OnnxError for a model that cannot be imported, and IRError
-        for one that cannot be compiled, when it is run.
+    def prepare(cls, model: onnx.ModelProto, device: str = "CPU", target: str | None = None, **kwargs: Any) -> WasatRep:
+        """Compiled, at each run, for ``target`` if one is named (``"cpu"``).
+
+        When it is run: OnnxError for a model that cannot be imported, IRError for one that cannot be compiled.
         """
         return WasatRep(model, target)
 
