@@ -151,7 +151,7 @@ class TensorType:
 class QTensorType:
     """A weight quantized symmetrically in blocks along its last axis.
 
-    ``scheme`` is ``int8`` (values -127..127) or ``int4`` (-8..7); each block of ``block`` consecutive elements shares one
+    ``scheme`` is ``int8`` (values -128..127) or ``int4`` (-8..7); each block of ``block`` consecutive elements shares one
     scale of type ``scale``; the last block of a row may be short. An element is ``value * scale``.
     Its text is e.g. ``int4b32f16[2048, 640]``.
     """

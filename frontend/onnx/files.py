@@ -96,6 +96,24 @@ class _ProtoParam:
         return x
 
 
+@dataclass(frozen=True)
+class _PackedFileParam:
+    """A tensor of elements of less than a byte in a file of external data."""
+
+    type: TensorType
+    name: str
+    path: Path
+    offset: int
+    length: int
+
+    def load(self) -> np.ndarray:
+        with self.path.open("rb") as f:
+            f.seek(self.offset)
+            data = f.read(self.length)
+        proto = onnx.TensorProto(name=self.name, data_type=CODE[self.type.dtype], dims=self.type.shape, raw_data=data)
+        return _ProtoParam(self.type, proto).load()
+
+
 def _type(t: onnx.TensorProto) -> TensorType:
     what = f"tensor {t.name}"
     if any(d < 0 for d in t.dims):
@@ -140,11 +158,7 @@ def _external(t: onnx.TensorProto, type: TensorType, source: Source) -> ParamSou
         )
     if type.dtype.bits >= 8:
         return FileParam(type, Stored(path, t.name, type.dtype, tuple(t.dims), offset))
-    packed = onnx.TensorProto(name=t.name, data_type=t.data_type, dims=t.dims)
-    with path.open("rb") as f:
-        f.seek(offset)
-        packed.raw_data = f.read(want)
-    return _ProtoParam(type, packed)
+    return _PackedFileParam(type, t.name, path, offset, want)
 
 
 __all__ = ["CODE", "ELEMENT", "Source", "array", "element", "parameter", "read"]

@@ -26,6 +26,7 @@ from wasat.ir import (
     symbol,
 )
 
+from .converters.quantized import Weights
 from .emit import Emitter
 from .errors import FromData, OnnxError
 from .files import CODE, Source, array, element, parameter
@@ -66,6 +67,7 @@ class Importer:
         self.graph = Graph("forward")
         self.params: dict[str, ParamSource] = {}
         self.c = Emitter(self.graph, self.params)
+        self.weights = Weights()
         self.functions = {(_domain(f.domain), f.name, f.overload): f for f in source.model.functions}
         self.symbols: dict[str, str] = {}
         self.count = 0
@@ -106,9 +108,10 @@ class Importer:
             outputs += [self.c.value(x) for x in items]
             names += [f"{info.name}.{i}" for i in range(len(items))] if isinstance(result, list) else [info.name] * len(items)
         self.graph.set_outputs(outputs, names)
+        self.weights.fold(self)
         for name in self.graph.prune_params():
             del self.params[name]
-        metadata = {"name": model.graph.name or "model", "onnx": {"outputs": structure}}
+        metadata = {"name": model.graph.name or "model", "onnx": {"outputs": structure, "dequantized": self.weights.dense}}
         return Program({"forward": self.graph}, self.params, metadata)
 
     # -- what the model declares -------------------------------------------------------------------------------------------

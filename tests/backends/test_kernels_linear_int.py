@@ -15,7 +15,7 @@ ROWS = (1, 2, 3, 7, 29, 241)
 
 
 def weights(rng: np.random.Generator, n: int, k: int, bits: int) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
-    low, high = (-8, 8) if bits == 4 else (-127, 128)
+    low, high = (-8, 8) if bits == 4 else (-128, 128)
     values = rng.integers(low, high, (n, k)).astype(np.int8)
     values[0, :4] = low  # the extreme values, side by side: the sums that could saturate
     scales = (rng.standard_normal((n, -(-k // 32))) * 0.01).astype(np.float16)

@@ -65,9 +65,9 @@ def pack_bias(bias: NDArray[np.floating], isa: Isa) -> NDArray[np.float32]:
 
 
 def pack_int(values: NDArray[np.int8], scales: NDArray[np.float16], bits: int, isa: Isa) -> NDArray[np.uint8]:
-    """values i8[n, k] (int8: -127..127, int4: -8..7) and scales f16[n, ceil(k / 32)] -> u8[panels, blocks, bytes]."""
+    """values i8[n, k] (int8: -128..127, int4: -8..7) and scales f16[n, ceil(k / 32)] -> u8[panels, blocks, bytes]."""
     n, k = values.shape
-    low, high = (-8, 7) if bits == 4 else (-127, 127)
+    low, high = (-8, 7) if bits == 4 else (-128, 127)
     if bits not in (4, 8):
         raise ValueError(f"bits must be 4 or 8, not {bits}")
     blocks = padded(k, BLOCK) // BLOCK

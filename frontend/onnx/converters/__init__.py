@@ -10,6 +10,7 @@ from . import (
     nn,
     optional,
     quant,
+    quantized,
     recurrent,
     reduce,
     shape,
@@ -19,6 +20,6 @@ from . import (
 )
 
 __all__ = [
-    "attention", "control", "conv", "image", "index", "math", "nn", "optional", "quant", "recurrent", "reduce", "shape",
-    "signal", "tables", "training",
+    "attention", "control", "conv", "image", "index", "math", "nn", "optional", "quant", "quantized", "recurrent", "reduce",
+    "shape", "signal", "tables", "training",
 ]  # fmt: skip
