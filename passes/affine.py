@@ -223,7 +223,8 @@ def _reshape(at: Indexing, node: Node) -> Affine | None:
         return None
     if x.number is not None:
         return Affine((0,) * len(new), x.const)
-    terms, rest = [], [(d, t) for d, t in zip(old, x.terms) if d != 1]
+    terms: list[DimLike] = []
+    rest = [(d, t) for d, t in zip(old, x.terms) if d != 1]
     for d in new:
         if d == 1:
             terms.append(0)
