@@ -9,8 +9,9 @@ from typing import Any
 
 from onnx.backend.test.loader import load_model_tests
 from onnx.backend.test.runner import Runner, _normalize_tensor
+from wasat.ir import Program
 
-from wasat.onnx_backend import WasatBackend
+from wasat.onnx_backend import WasatBackend, grouped
 
 
 def node_tests() -> list[Any]:
@@ -26,6 +27,41 @@ def run_test(test: Any) -> None:
     for inputs, wanted in test.data_sets:
         got = rep.run([_normalize_tensor(x) for x in inputs])
         Runner.assert_similar_outputs([_normalize_tensor(x) for x in wanted], got, test.rtol, test.atol)
+
+
+def run_compiled(tests: list[Any]) -> dict[str, Exception]:
+    """Compiles the tests into one library and runs them; what went wrong, by the name of the test.
+
+    Where the library as a whole cannot be compiled, each test gets one of its own.
+    """
+    from wasat.backends.tvm.build import Runner as Compiled
+    from wasat.backends.tvm.targets import cpu
+
+    whole, cases = Program({}), []
+    try:
+        for t in tests:
+            for inputs, wanted in t.data_sets:
+                program, feeds = WasatBackend.prepare(t.model).bind([_normalize_tensor(x) for x in inputs])
+                g = program["forward"]
+                g.name = f"t{len(cases)}"
+                whole.params.update({f"{g.name}.{n}": program.params[n] for n in g.params})
+                g.params = {f"{g.name}.{n}": v for n, v in g.params.items()}
+                whole.graphs[g.name] = g
+                cases.append((t, program, g, feeds, [_normalize_tensor(x) for x in wanted]))
+        compiled = Compiled(whole, cpu())
+    except Exception as e:
+        if len(tests) == 1:
+            return {tests[0].name: e}
+        return {name: x for t in tests for name, x in run_compiled([t]).items()}
+    failed: dict[str, Exception] = {}
+    for t, program, g, feeds, wanted in cases:
+        try:
+            results = compiled(g.name, feeds)
+            got = grouped(program, [results[n] for n in g.output_names])
+            Runner.assert_similar_outputs(wanted, got, t.rtol, t.atol)
+        except Exception as e:
+            failed[t.name] = e
+    return failed
 
 
 def expected_failures(path: Path) -> dict[str, str]:

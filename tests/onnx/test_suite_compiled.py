@@ -1,0 +1,40 @@
+"""The ONNX backend suite's node tests compiled for the CPU, many in one library, against the list of those that fail."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("tvm")
+onnx = pytest.importorskip("onnx")
+if not onnx.__version__.startswith("1.23."):
+    pytest.skip(f"the list is of onnx 1.23, not {onnx.__version__}", allow_module_level=True)
+
+from report import COMPILED, LIST  # noqa: E402
+from suite import expected_failures, node_tests, run_compiled  # noqa: E402
+
+BATCH = 60
+INTERPRETED, EXPECTED = expected_failures(LIST), expected_failures(COMPILED)
+TESTS = [t for t in node_tests() if t.name not in INTERPRETED]
+PASSING = [t for t in TESTS if t.name not in EXPECTED]
+BATCHES = [PASSING[i : i + BATCH] for i in range(0, len(PASSING), BATCH)]
+
+
+@pytest.mark.parametrize("batch", BATCHES, ids=[f"{b[0].name}..{b[-1].name}" for b in BATCHES])
+@pytest.mark.filterwarnings("ignore")
+def test_nodes(batch: list[Any]) -> None:
+    failed = run_compiled(batch)
+    assert not failed, "\n".join(f"{name}: {e}" for name, e in failed.items())
+
+
+@pytest.mark.parametrize("reason", sorted(set(EXPECTED.values())))
+@pytest.mark.filterwarnings("ignore")
+def test_listed(reason: str) -> None:
+    listed = [t for t in TESTS if EXPECTED.get(t.name) == reason]
+    passed = [t.name for t in listed if not run_compiled([t])]
+    assert not passed, f"they pass now: take {passed} off {COMPILED.name} and run tests/onnx/report.py"
+
+
+def test_the_list_names_tests_that_the_interpreter_passes() -> None:
+    assert EXPECTED.keys() <= {t.name for t in TESTS}
