@@ -110,7 +110,7 @@ class _PackedFileParam:
         with self.path.open("rb") as f:
             f.seek(self.offset)
             data = f.read(self.length)
-        proto = onnx.TensorProto(name=self.name, data_type=CODE[self.type.dtype], dims=self.type.shape, raw_data=data)
+        proto = onnx.TensorProto(name=self.name, data_type=CODE[self.type.dtype], dims=self.type.concrete({}), raw_data=data)
         return _ProtoParam(self.type, proto).load()
 
 

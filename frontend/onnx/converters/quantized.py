@@ -232,8 +232,9 @@ def _erase_unused(v: Value) -> None:
 def note(c: Emitter, n: NodeView, x: Operand, scale: Operand, zero: Operand | None, result: Any) -> None:
     """Remembers a dequantized initializer, for :meth:`Weights.fold`."""
     integers, scales, zeros = _loader(c, x), _loader(c, scale), _loader(c, zero)
-    fits = isinstance(result, Value) and isinstance(x, Value) and c.rank(x) == 2 and c.dtype(x).is_int and c.dtype(x).bits <= 8
-    if not fits or integers is None or scales is None or (zero is not None and zeros is None):
+    if not isinstance(result, Value) or not isinstance(x, Value) or x.param is None or integers is None or scales is None:
+        return
+    if c.rank(x) != 2 or not c.dtype(x).is_int or c.dtype(x).bits > 8 or (zero is not None and zeros is None):
         return
     weights = n.importer.weights
     if c.dtype(result) is not c.dtype(scale):  # rounded twice
