@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -42,7 +42,7 @@ def _wider(d: DType) -> tuple[DType, ...]:
     return tuple(w for w in (*_SIGNED, DType.U64) if w.bits > d.bits and (w.value[0] == "i" or d.value[0] == "u"))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _schema(kind: str, opset: int, domain: str) -> defs.OpSchema | None:
     try:
         return defs.get_schema(kind, opset, domain)

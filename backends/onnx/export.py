@@ -36,16 +36,18 @@ def to_onnx(
 ) -> Path:  # fmt: skip
     """Writes one graph of ``program`` (default: its only one, or ``forward``) as the ONNX file ``path``; returns the path.
 
-    Inputs, outputs, parameters and symbolic sizes keep their names (an output named like an input gets ``_out``); nodes take theirs from the values they make, or from the
-    ONNX nodes they were imported from, and tell in ``doc_string`` where they were written. Fused operations are standard
-    operators where ``opset`` (17 to the newest that the installed onnx knows) has them, else what they are made of. Quantized
-    weights stay quantized: DequantizeLinear with blocks (opset 21), or ``com.microsoft.MatMulNBits`` for ``matmul_nbits``.
+    Inputs, outputs, parameters and symbolic sizes keep their names (an output named like an input gets ``_out``); nodes take
+    theirs from the values they make, or from the ONNX nodes they were imported from, and tell in ``doc_string`` where they
+    were written. Fused operations are standard operators where ``opset`` (17 to the newest that the installed onnx knows) has
+    them, else what they are made of. Quantized weights stay quantized: DequantizeLinear with blocks (opset 21), or
+    ``com.microsoft.MatMulNBits`` for ``matmul_nbits``.
 
     ``external_data``: parameters in ``<path>.data``, streamed one at a time; None: if they exceed 1 GiB. The files are checked
     (onnx.checker, full) and then renamed into place: complete or absent.
 
     Raises ExportError for an opset or graph that there is not, and for operations that ONNX cannot express: all of them, with
-    counts and names, before any parameter is read. Runtime checks of sizes (``Node.checks``) have no ONNX form and are left out.
+    counts and names, before any parameter is read. Runtime checks of sizes (``Node.checks``) have no ONNX form and are left
+    out.
     """
     if isinstance(program, Graph):
         program = Program({program.name: program})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
 from wasat.ir import Dim, DimLike, DType, Node
 from wasat.ir.dims import maximum, minimum
 from wasat.ir.ops.random import PARITY, ROTATIONS

@@ -16,7 +16,7 @@ Emit = Callable[..., Results]
 
 @dataclass(frozen=True)
 class Emission:
-    """``emit(e, node, *operand names)`` returns the names of the results; valid from operator set ``since`` on, ``when`` true."""
+    """``emit(e, node, *operand names)`` returns the results' names; valid from operator set ``since`` on, where ``when`` is."""
 
     emit: Emit
     since: int

@@ -147,7 +147,7 @@ class Importer:
             number = np.asarray(self.constants[name])
             t = info.type.tensor_type
             fills = number.ndim == 0 and t.HasField("shape") and len(t.shape.dim) > 0
-            env[name] = self.c.full(self._shape(t.shape, name), number, element(t.elem_type, name)) if fills else number
+            env[name] = self.c.full(self._shape(t.shape, name), number.item(), element(t.elem_type, name)) if fills else number
             return
         if name in self.types:
             given = self.types[name]

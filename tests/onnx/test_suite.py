@@ -10,8 +10,8 @@ onnx = pytest.importorskip("onnx")
 if not onnx.__version__.startswith("1.23."):
     pytest.skip(f"the list is of onnx 1.23, not {onnx.__version__}", allow_module_level=True)
 
-from report import DOCUMENT, LIST, document  # noqa: E402
-from suite import expected_failures, node_tests, run_test  # noqa: E402
+from report import DOCUMENT, LIST, document
+from suite import expected_failures, node_tests, run_test
 
 TESTS = node_tests()
 EXPECTED = expected_failures(LIST)

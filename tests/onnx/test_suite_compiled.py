@@ -11,8 +11,8 @@ onnx = pytest.importorskip("onnx")
 if not onnx.__version__.startswith("1.23."):
     pytest.skip(f"the list is of onnx 1.23, not {onnx.__version__}", allow_module_level=True)
 
-from report import COMPILED, LIST  # noqa: E402
-from suite import expected_failures, node_tests, run_compiled  # noqa: E402
+from report import COMPILED, LIST
+from suite import expected_failures, node_tests, run_compiled
 
 BATCH = 60
 INTERPRETED, EXPECTED = expected_failures(LIST), expected_failures(COMPILED)

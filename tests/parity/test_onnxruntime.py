@@ -13,9 +13,10 @@ pytest.importorskip("onnx")
 
 from onnx_graphs import graph_of
 from wasat.backends.onnx import to_onnx
-from wasat.driver import optimize
 from wasat.frontend import from_pretrained
 from wasat.ir import OPS, Program, QArray, TensorType, evaluate
+
+from wasat.driver import optimize
 from wasat.testing import feed
 
 MODEL = Path(__file__).parents[2] / "examples" / "pygemma"
@@ -48,6 +49,8 @@ def test_operations(name: str, opset: int, tmp_path: Path) -> None:
     for sample in OPS[name].samples():
         four_bits = any(isinstance(x, QArray) and x.type.scheme == "int4" for x in sample.inputs)
         program, feeds = graph_of(OPS[name], sample)
+        if name == "conv" and 0 in program["one"].outputs[0].shape:
+            continue  # onnxruntime refuses a convolution without a result
         narrow = any(isinstance(v.type, TensorType) and v.type.dtype.bits < 32 for v in program["one"].values())
         if (four_bits and opset < 21) or any(isinstance(x, np.ndarray) and x.dtype.kind == "f" and np.isnan(x).any()
                                              for x in sample.inputs):  # fmt: skip
