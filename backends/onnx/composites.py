@@ -84,7 +84,7 @@ def _direct(node: Node, options: Options) -> bool:
 def _attention(e: Emitter, node: Node, q: str, k: str, v: str, mask: str = "") -> str:
     """Heads stay the third axis: [b, s, h*d]. The mask gets its full [s, t]: a short last axis would be filled with -inf."""
     a, (qv, kv, vv) = _attrs(node), node.inputs[:3]
-    b, s, h, _ = qv.shape
+    _, s, h, _ = qv.shape
     t, g = kv.shape[1:3]
     flat = [e.reshape(x, (*y.shape[:2], y.shape[2] * y.shape[3])) for x, y in ((q, qv), (k, kv), (v, vv))]
     if mask:
@@ -176,9 +176,8 @@ def _matmul_nbits(e: Emitter, node: Node, x: str, w: str, bias: str = "") -> str
     def packed() -> np.ndarray:
         padded = np.full((n, blocks * t.block), 2 ** (bits - 1), np.uint8)
         padded[:, :k] = e.load(name).values.astype(np.int16) + 2 ** (bits - 1)
-        if bits == 4:
-            padded = padded[:, 0::2] | padded[:, 1::2] << 4
-        return padded.reshape(n, blocks, t.block * bits // 8)
+        stored = padded if bits == 8 else padded[:, 0::2] | (padded[:, 1::2] << 4)
+        return stored.reshape(n, blocks, t.block * bits // 8)
 
     values = e.weight(f"{name}.q{bits}", DType.U8, (n, blocks, t.block * bits // 8), packed)
     scales = e.weight(
