@@ -6,8 +6,9 @@ An operator that lacks an element type is computed in a wider one, between casts
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -112,7 +113,8 @@ class Emitter:
         loc = node.loc
         self._hint = node.outputs[0].name
         self._node_hint = loc.scope if loc is not None and loc.line is None and loc.scope else self._hint
-        self._doc = str(loc) if loc is not None else ""
+        # the file's name, not its path: the model may go where the exporting machine's folders are nobody's business
+        self._doc = str(replace(loc, file=Path(loc.file).name)) if loc is not None else ""
 
     # -- nodes -------------------------------------------------------------------------------------------------------
     def op(
