@@ -258,11 +258,23 @@ def _reverse(ctx: Context, node: Node, x: Any) -> Any:
 _REDUCE = {"reduce_sum": R.sum, "reduce_max": R.max, "reduce_min": R.min, "reduce_prod": R.prod}
 
 
+def _of_nothing(ctx: Context, node: Node) -> Any:
+    """The reduction of an axis of size 0: the reference's own neutral element, where TVM would leave memory unwritten."""
+    a: Any = node.attrs
+    t = node.inputs[0].tensor
+    if not any(isinstance(t.shape[i], int) and t.shape[i] == 0 for i in a.axes):
+        return None
+    neutral = node.op.reference(type(a)(axes=(0,), keepdims=False), np.zeros((0,), t.dtype.np))
+    return ctx.emit(R.broadcast_to(relax.const(np.asarray(neutral)), ctx.shape(node.output.shape)))
+
+
 @lowers("reduce_sum", "reduce_max", "reduce_min", "reduce_prod")
 def _reduce(ctx: Context, node: Node, x: Any) -> Any:
     a: Any = node.attrs
     if not a.axes:
         return x
+    if (nothing := _of_nothing(ctx, node)) is not None:
+        return nothing
     narrow = node.output.tensor.dtype in (DType.F16, DType.BF16)  # accumulate in f32, as the reference does
     wide = ctx.emit(R.astype(x, "float32")) if narrow else x
     out = ctx.emit(_REDUCE[node.op.name](wide, list(a.axes), a.keepdims))
@@ -274,6 +286,8 @@ def _reduce_bool(ctx: Context, node: Node, x: Any) -> Any:
     a: Any = node.attrs
     if not a.axes:
         return x
+    if (nothing := _of_nothing(ctx, node)) is not None:
+        return nothing
     f = R.max if node.op.name == "reduce_any" else R.min
     return ctx.emit(R.astype(f(R.astype(x, "int8"), list(a.axes), a.keepdims), "bool"))
 

@@ -1,0 +1,21 @@
+"""Reductions of an axis of size 0 give the reference's neutral element, where memory would be left unwritten."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from wasat.backends.tvm.build import Runner
+from wasat.backends.tvm.targets import cpu
+from wasat.ir import evaluate, parse_program
+
+CASES = [(op, t) for op in ("reduce_max", "reduce_min", "reduce_sum", "reduce_prod") for t in ("f32", "f16", "i32")]
+
+
+@pytest.mark.parametrize("op, dtype", [*CASES, ("reduce_any", "bool"), ("reduce_all", "bool")])
+def test_neutral_element(op: str, dtype: str) -> None:
+    program = parse_program(
+        f"graph @f(%x: {dtype}[2, 0, b]) {{\n  %y: {dtype}[2, 1, b] = {op}(%x) {{axes=(1,), keepdims=true}}\n  return %y\n}}\n"
+    )
+    x = np.zeros((2, 0, 3), program["f"].inputs[0].tensor.dtype.np)
+    (want,) = evaluate(program["f"], {"x": x})
+    np.testing.assert_array_equal(Runner(program, cpu())("f", {"x": x})["y"], want)
