@@ -11,7 +11,7 @@ from wasat.ir import Builder, DimLike, DType, Graph, Node, Value, equal
 from .core import GraphPass, Remarks
 from .mask import Mask, analyze, is_fill
 from .pattern import erase_dead, number_of, replace
-from .views import Atom, View, arrange, product, trivial, view_of
+from .views import Atom, View, arrange, product, scaling, trivial, view_of
 
 
 class Miss(Exception):
@@ -126,7 +126,7 @@ def _scores(graph: Graph, softmax: Node) -> _Scores:
             x = node.inputs[0]
         elif name == "select":
             x = _selected(node, shape, mask, additive, factor, softcap)
-        elif name in ("mul", "div") and (step := _number_operand(node)) is not None:
+        elif (step := scaling(node)) is not None:
             x, c = step
             inner = x.node
             if name == "mul" and inner is not None and inner.op.name == "tanh" and softcap is None:
@@ -140,17 +140,6 @@ def _scores(graph: Graph, softmax: Node) -> _Scores:
             x = _added(node, shape, mask, additive, factor, softcap)
         else:
             raise Miss(f"%{x.name} is {name}; between softmax and q @ k stand only scale, softcap, mask and casts")
-
-
-def _number_operand(node: Node) -> tuple[Value, float] | None:
-    """``(x, c)`` for x * c, c * x, x / c of x's own shape."""
-    a, b = node.inputs
-    c = number_of(b)
-    if c is None and node.op.name == "mul":
-        a, c = b, number_of(a)
-    if c is None or a.shape != node.output.shape or (node.op.name == "div" and c == 0):
-        return None
-    return a, (c if node.op.name == "mul" else 1 / c)
 
 
 def _before_softcap(node: Node, softcap: float | None) -> None:

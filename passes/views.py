@@ -56,7 +56,7 @@ def view_of(value: Value, scales: bool = False) -> View:
     base, factor = value, 1.0
     while base.node is not None:
         node = base.node
-        step = _scaling(node) if scales else None
+        step = scaling(node) if scales else None
         if node.op.name in ("reshape", "transpose", "broadcast_to"):
             base = node.inputs[0]
         elif step is not None:
@@ -72,7 +72,7 @@ def view_of(value: Value, scales: bool = False) -> View:
                 base, chain = chain[i].output, chain[:i]
                 factor = 1.0
                 for n in chain:
-                    s = _scaling(n)
+                    s = scaling(n)
                     factor *= s[1] if s is not None else 1.0
                 break
         else:
@@ -80,7 +80,7 @@ def view_of(value: Value, scales: bool = False) -> View:
             return view
 
 
-def _scaling(node: Node) -> tuple[Value, float] | None:
+def scaling(node: Node) -> tuple[Value, float] | None:
     """``(x, c)`` if the node is x * c or x / c of the same shape for a number c."""
     if node.op.name not in ("mul", "div"):
         return None
