@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from wasat.ir import DType, Node, QTensorType, equal
 
-from .emitter import Emitter, Options
-from .errors import Unsupported
+from .emitter import INTEGERS, Emitter, Options
+from .primitives import reduced
 from .table import emits
 
 
@@ -49,7 +49,12 @@ def _layer_norm(e: Emitter, node: Node, x: str, weight: str = "", bias: str = ""
 
 
 # -- positions --------------------------------------------------------------------------------------------------------------
-@emits("rope", since=23, when=lambda node, options: isinstance(node.inputs[0].shape[2], int))
+def _rotary(node: Node, options: Options) -> bool:
+    """The operator needs the number of heads, and works in f32 or less."""
+    return isinstance(node.inputs[0].shape[2], int) and node.inputs[2].tensor.dtype is not DType.F64
+
+
+@emits("rope", since=23, when=_rotary)
 def _rope(e: Emitter, node: Node, x: str, positions: str, inv_freq: str) -> str:
     """Heads stay the third axis: [b, s, h*d] with num_heads. Angles are made here, so that any position is right."""
     a, v, at = _attrs(node), node.inputs[0], node.inputs[1]
@@ -141,6 +146,33 @@ def _dense(e: Emitter, t: QTensorType, values: str, scales: str, dtype: DType) -
     return e.cast(e.op("Mul", e.cast(values, DType.F32), spread), dtype)
 
 
+@emits("quantize")
+def _quantize(e: Emitter, node: Node, x: str) -> str:
+    """As ir.ops.quant.quantize_array: a scale a block, rounded before the values are divided by it."""
+    t = node.output.type
+    assert isinstance(t, QTensorType)
+    *lead, k = t.shape
+    wide, last = e.cast(x, DType.F32), len(t.shape)
+    pads = e.shape([*(0 for _ in range(2 * last - 1)), t.blocks * t.block - k])
+    rows = e.reshape(e.op("Pad", wide, pads, e.like(0, wide)), (*lead, t.blocks, t.block))
+    size, axis = e.op("Abs", rows), e.const([last], DType.I64)
+    if t.scheme == "int8":
+        top = reduced(e, "ReduceMax", size, (last,), True)
+        step, low, high = e.op("Div", top, e.like(127, top)), -127, 127
+    else:  # the element of largest magnitude, sign included, goes to -8
+        peak = e.op("GatherElements", rows, e.op("ArgMax", size, axis=last), axis=last)
+        step, low, high = e.op("Div", peak, e.like(-8, peak)), -8, 7
+    scales = e.cast(step, t.scale)
+    step = e.cast(scales, DType.F32)
+    zero = e.like(0, step)
+    inverse = e.op("Where", e.op("Equal", step, zero), zero, e.op("Reciprocal", step))
+    level = e.op("Round", e.op("Mul", rows, inverse))
+    level = e.reshape(e.op("Clip", level, e.like(low, level), e.like(high, level)), (*lead, t.blocks * t.block))
+    level = e.op("Slice", level, e.shape([0]), e.shape([k]), e.shape([last - 1]))
+    e.scale_names[node.output] = e.op("Squeeze", scales, axis)
+    return e.cast(level, INTEGERS[t.scheme])
+
+
 @emits("dequantize")
 def _dequantize(e: Emitter, node: Node, w: str) -> str:
     return _dense(e, _blocks(node, 0), w, e.scales(node.inputs[0]), _attrs(node).dtype)
@@ -156,10 +188,11 @@ def _quantized_embedding(e: Emitter, node: Node, w: str, ids: str) -> str:
 
 
 def _fits_nbits(node: Node, options: Options) -> bool:
-    """com.microsoft.MatMulNBits takes blocks of a power of two, at least 16, along k; x in f32 or f16."""
+    """com.microsoft.MatMulNBits takes a parameter in blocks of a power of two, at least 16, along k; x in f32 or f16."""
     t = _blocks(node, 1)
     power = t.block >= 16 and t.block & (t.block - 1) == 0
-    return options.matmul_nbits and power and node.inputs[0].tensor.dtype in (DType.F32, DType.F16)
+    stored = node.inputs[1].param is not None and not t.symbols
+    return options.matmul_nbits and power and stored and node.inputs[0].tensor.dtype in (DType.F32, DType.F16)
 
 
 @emits("quantized_linear", when=_fits_nbits)
@@ -168,8 +201,10 @@ def _matmul_nbits(e: Emitter, node: Node, x: str, w: str, bias: str = "") -> str
     t, v = _blocks(node, 1), node.inputs[1]
     (n, k), blocks = t.shape, t.blocks
     name = v.param
-    if name is None or not isinstance(n, int) or not isinstance(k, int) or not isinstance(blocks, int):
-        raise Unsupported("MatMulNBits of a weight that is no parameter of known size")
+    assert name is not None
+    assert isinstance(n, int)
+    assert isinstance(k, int)
+    assert isinstance(blocks, int)
     bits = 4 if t.scheme == "int4" else 8
     own = e.dtype[x]
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 from onnx import defs, helper, numpy_helper
-from wasat.ir import Dim, DimLike, DType, Graph, Literal, Node, QTensorType, TensorType, Type, Value
+from wasat.ir import Dim, DimLike, DType, Graph, Literal, Node, QTensorType, TensorType, Type, Value, less_equal
 
 from .errors import Unsupported
 
@@ -30,6 +30,8 @@ CODE = {
 """ONNX's number of each element type."""
 TEXT = {d: f"tensor({_T.DataType.Name(code).lower()})" for d, code in CODE.items()}
 """How schemas spell an element type."""
+INTEGERS = {"int8": DType.I8, "int4": DType.I4}
+"""What each scheme of quantization stores."""
 _FROM_TEXT = {text: d for d, text in TEXT.items()}
 _SIGNED = (DType.I32, DType.I64)
 
@@ -84,6 +86,8 @@ class Emitter:
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     dtype: dict[str, DType] = field(default_factory=dict)
     names: dict[Value, str] = field(default_factory=dict)
+    scale_names: dict[Value, str] = field(default_factory=dict)
+    """The scales of quantized values that nodes make."""
     weights: dict[str, Weight] = field(default_factory=dict)
     domains: set[str] = field(default_factory=set)
     load: Callable[[str], Any] = lambda name: None
@@ -226,6 +230,8 @@ class Emitter:
         x, y = self.dim(f.lhs), self.dim(f.rhs)
         if f.name in ("max", "min"):
             return str(self.op(f.name.capitalize(), x, y))
+        if f.name == "floordiv" and less_equal(0, f.lhs) and less_equal(0, f.rhs):
+            return str(self.op("Div", x, y))  # toward zero, which is down
         rest = self.op("Mod", x, y)  # of the divisor's sign: what floor division leaves
         return str(rest if f.name == "mod" else self.op("Div", self.op("Sub", x, rest), y))
 
@@ -281,17 +287,18 @@ class Emitter:
             assert v.param is not None, v
             name, t = v.param, v.type
             if isinstance(t, QTensorType):
-                dtype = DType.I4 if t.scheme == "int4" else DType.I8
-                self.names[v] = self.weight(name, dtype, t.shape, lambda: self.load(name).values)
+                self.names[v] = self.weight(name, INTEGERS[t.scheme], t.shape, lambda: self.load(name).values)
             else:
                 self.names[v] = self.weight(name, t.dtype, t.shape, lambda: np.asarray(self.load(name)))
         return self.names[v]
 
     def scales(self, v: Value) -> str:
-        """The scales of a quantized parameter, [.., blocks]."""
+        """The scales of a quantized value, [.., blocks]."""
+        if v in self.scale_names:
+            return self.scale_names[v]
         t, name = v.type, v.param
-        if name is None or not isinstance(t, QTensorType):
-            raise Unsupported("quantized values other than parameters")
+        assert isinstance(t, QTensorType)
+        assert name is not None, v
         return self.weight(f"{name}.scales", t.scale, (*t.shape[:-1], t.blocks), lambda: self.load(name).scales)
 
     # -- results -----------------------------------------------------------------------------------------------------
@@ -359,4 +366,4 @@ def value_info(name: str, t: Type) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, CODE[t.dtype], [d if isinstance(d, int) else str(d) for d in t.shape])
 
 
-__all__ = ["CODE", "Emitter", "Options", "Weight", "value_info"]
+__all__ = ["CODE", "INTEGERS", "Emitter", "Options", "Weight", "value_info"]

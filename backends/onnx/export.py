@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from wasat.ir import Graph, IRError, Program, QTensorType, TensorType, Value
 from wasat.ir.decompose import decompose
 
 from . import composites, primitives  # noqa: F401  (fill the table)
-from .emitter import CODE, Emitter, Options, Weight, value_info
+from .emitter import CODE, INTEGERS, Emitter, Options, Weight, value_info
 from .errors import ExportError, Unsupported
 from .masks import prepare
 from .table import OLDEST, emission
@@ -98,10 +97,8 @@ def build(program: Program, source: Graph, options: Options) -> tuple[Emitter, o
     failures: dict[str, list[str]] = {}
     for v in graph.inputs:
         e.reserve(v.name)
-        e.names[v] = v.name
-        if isinstance(v.type, TensorType):
-            e.dtype[v.name] = v.type.dtype
-        else:
+        _declare(e, v, v.name)
+        if isinstance(v.type, QTensorType):
             failures.setdefault("a quantized input (only parameters can be quantized)", []).append(v.name)
     output_names = _output_names(graph)
     wanted = _names(graph, output_names, e)
@@ -117,7 +114,8 @@ def build(program: Program, source: Graph, options: Options) -> tuple[Emitter, o
             e.bind(node, [out] if isinstance(out, str) else out, since, names)
         except Unsupported as x:
             failures.setdefault(f"{node.op.name}: {x}", []).append(node.outputs[0].name)
-            _forget(e, node.outputs, names)
+            for v, name in zip(node.outputs, names):
+                _declare(e, v, name)  # so that every failure after it is found
     outputs = []
     for v, name in zip(graph.outputs, output_names):
         own = e.operand(v)
@@ -150,12 +148,14 @@ def build(program: Program, source: Graph, options: Options) -> tuple[Emitter, o
     return e, model
 
 
-def _forget(e: Emitter, outputs: Iterable[Value], names: Iterable[str]) -> None:
-    """After a failure: names for what follows, so that every failure is found."""
-    for v, name in zip(outputs, names):
-        e.names[v] = name
-        if isinstance(v.type, TensorType):
-            e.dtype[name] = v.type.dtype
+def _declare(e: Emitter, v: Value, name: str) -> None:
+    """``name`` for a value that no emission made."""
+    e.names[v] = name
+    if isinstance(v.type, TensorType):
+        e.dtype[name] = v.type.dtype
+    else:
+        e.dtype[name], e.scale_names[v] = INTEGERS[v.type.scheme], f"{name}.scales"
+        e.dtype[e.scale_names[v]] = v.type.scale
 
 
 def _output_names(graph: Graph) -> list[str]:

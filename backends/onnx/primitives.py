@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from wasat.ir import Dim, DimLike, DType, Node
+import numpy as np
+from wasat.ir import Dim, DimLike, DType, Node, less_equal
 from wasat.ir.dims import maximum, minimum
 from wasat.ir.ops.random import PARITY, ROTATIONS
 
@@ -199,11 +200,20 @@ def _broadcast_to(e: Emitter, node: Node, x: str) -> str:
     return e.op("Expand", x, e.shape(_attrs(node).shape))
 
 
+def _could_be_short(a: Any, axis: int, size: DimLike) -> bool:
+    """Whether a part of known size is taken of an axis that may be shorter: ONNX's Slice would clamp, Gather refuses."""
+    fixed = isinstance(a.starts[axis], int) and isinstance(a.stops[axis], int)
+    return fixed and less_equal(a.stops[axis], size) is not True
+
+
 @emits("slice")
 def _slice(e: Emitter, node: Node, x: str) -> str:
     a = _attrs(node)
     sizes = node.inputs[0].shape
     cut = [i for i in range(len(sizes)) if (a.starts[i], a.stops[i], a.steps[i]) != (0, sizes[i], 1)]
+    for i in [i for i in cut if _could_be_short(a, i, sizes[i])]:
+        x = e.op("Gather", x, e.const(np.arange(a.starts[i], a.stops[i], a.steps[i])), axis=i)
+        cut.remove(i)
     if not cut:
         return x
     starts, stops = e.shape([a.starts[i] for i in cut]), e.shape([a.stops[i] for i in cut])
@@ -277,7 +287,7 @@ def _top_k(e: Emitter, node: Node, x: str) -> tuple[str, ...]:
 
 
 # -- reductions -------------------------------------------------------------------------------------------------------------
-def _reduce(e: Emitter, kind: str, x: str, axes: tuple[int, ...], keepdims: bool) -> str:
+def reduced(e: Emitter, kind: str, x: str, axes: tuple[int, ...], keepdims: bool) -> str:
     """Axes are an input from operator set 18 on, for sums from 13; no axes means all of them to ONNX, none to the IR."""
     if not axes:
         return x
@@ -287,7 +297,7 @@ def _reduce(e: Emitter, kind: str, x: str, axes: tuple[int, ...], keepdims: bool
 
 
 def _reduction(kind: str) -> Any:
-    return lambda e, node, x: _reduce(e, kind, x, node.attrs.axes, node.attrs.keepdims)
+    return lambda e, node, x: reduced(e, kind, x, node.attrs.axes, node.attrs.keepdims)
 
 
 for _name in ("sum", "prod", "max", "min", "mean"):
@@ -297,13 +307,13 @@ for _name in ("sum", "prod", "max", "min", "mean"):
 @emits("reduce_any")
 def _any(e: Emitter, node: Node, x: str) -> str:
     a = _attrs(node)
-    return e.cast(_reduce(e, "ReduceSum", e.cast(x, DType.I64), a.axes, a.keepdims), DType.BOOL)
+    return e.cast(reduced(e, "ReduceSum", e.cast(x, DType.I64), a.axes, a.keepdims), DType.BOOL)
 
 
 @emits("reduce_all")
 def _all(e: Emitter, node: Node, x: str) -> str:
     a = _attrs(node)
-    wrong = _reduce(e, "ReduceSum", e.cast(e.op("Not", x), DType.I64), a.axes, a.keepdims)
+    wrong = reduced(e, "ReduceSum", e.cast(e.op("Not", x), DType.I64), a.axes, a.keepdims)
     return e.op("Not", e.cast(wrong, DType.BOOL))
 
 
@@ -404,4 +414,4 @@ def _random_bits(e: Emitter, node: Node, key: str) -> str:
     return e.reshape(e.op("BitwiseOr", top, e.cast(x1, DType.U64)), a.shape)
 
 
-__all__ = ["SAME"]
+__all__ = ["SAME", "reduced"]

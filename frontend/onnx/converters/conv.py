@@ -17,7 +17,7 @@ from .shape import padded
 
 
 def _windows(
-    c: Emitter, n: NodeView, space: Sequence[DimLike], kernel: Sequence[int]
+    c: Emitter, n: NodeView, space: Sequence[DimLike], kernel: Sequence[DimLike]
 ) -> tuple[list[int], list[int], list[DimLike], list[DimLike]]:
     """Strides, dilations, and the padding before and after each spatial axis."""
     axes = range(len(space))
@@ -44,8 +44,7 @@ def conv(c: Emitter, n: NodeView, x: Operand, w: Operand, bias: Operand | None =
 
 
 def _convolve(c: Emitter, n: NodeView, x: Operand, w: Operand) -> Any:
-    kernel = [c.static(w, 2 + i, n.op) for i in range(c.rank(w) - 2)]
-    strides, dilations, low, high = _windows(c, n, c.shape(x)[2:], kernel)
+    strides, dilations, low, high = _windows(c, n, c.shape(x)[2:], c.shape(w)[2:])
     return c.conv(x, w, strides=strides, low=low, high=high, dilation=dilations, groups=n["group"])
 
 

@@ -1,0 +1,157 @@
+"""Export to ONNX and import again: the same meaning, for one graph, or for every graph that the tests meet.
+
+    python -m pytest -p roundtrip tests          # needs no test to know of it; prints what was swept, refused and wrong
+
+As a plugin it goes along with the tests: what they evaluate is exported at an old and a new operator set, imported, and
+evaluated on the same inputs; what they verify and never evaluate is given random ones.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import wasat.ir
+from wasat.ir import Array, ArrayParam, DType, Graph, Program, QArray, WasatError, evaluate, type_of
+
+OPSETS = (18, 24)
+TOLERANCE = {DType.F64: 1e-6, DType.F32: 1e-4, DType.F16: 1e-2, DType.BF16: 4e-2}
+"""Relative to a value, and to the largest one of its tensor: export may decompose, and sums then round elsewhere."""
+
+
+def agree(got: Array, want: Array, what: str) -> None:
+    """Asserts equal shapes, element types and numbers (integers and infinities exactly)."""
+    x, y = (np.asarray(a.dense() if isinstance(a, QArray) else a) for a in (got, want))
+    assert (x.shape, x.dtype) == (y.shape, y.dtype), what
+    if y.dtype.kind in "biu" or y.dtype.itemsize == 1:
+        np.testing.assert_array_equal(x, y, err_msg=what)
+        return
+    tol = TOLERANCE[DType.of(y.dtype)]
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    scale = float(np.abs(y[np.isfinite(y)]).max(initial=0))
+    np.testing.assert_allclose(x, y, rtol=tol, atol=tol * scale, err_msg=what)
+
+
+def roundtrip(
+    program: Program, graph: str, inputs: Mapping[str, Any], opset: int, want: Sequence[Array] | None = None, **options: Any
+) -> Program:
+    """Exports ``graph`` (checked by onnx.checker), imports the file, and asserts the interpreter's ``want`` of both.
+
+    Returns the imported program. Raises ExportError for what cannot be exported.
+    """
+    from wasat.backends.onnx import to_onnx
+    from wasat.frontend.onnx import from_onnx
+
+    g = program[graph]
+    with tempfile.TemporaryDirectory() as folder:
+        back = from_onnx(to_onnx(program, Path(folder) / "m.onnx", graph=graph, opset=opset, **options))
+        again = back["forward"]
+        assert [(v.name, v.type.shape) for v in again.inputs] == [(v.name, v.type.shape) for v in g.inputs]
+        if want is None:
+            want = evaluate(g, inputs, {name: program.params[name].load() for name in g.params})
+        got = evaluate(again, inputs, {name: p.load() for name, p in back.params.items()})
+    assert len(got) == len(want)
+    for name, x, y in zip(g.output_names, got, want):
+        agree(x, y, f"output {name} of @{g.name} at operator set {opset}")
+    return back
+
+
+# -- the plugin --------------------------------------------------------------------------------------------------------------
+class Sweep:
+    """Rounds every new graph; what it met is counted."""
+
+    def __init__(self) -> None:
+        self.seen: set[str] = set()
+        self.verified: dict[str, Graph] = {}
+        self.same = 0
+        self.refused: Counter[str] = Counter()
+        self.wrong: list[str] = []
+        self.busy = False
+
+    def evaluated(self, graph: Graph, inputs: Mapping[str, Any], params: Mapping[str, Array] | None, want: Any) -> None:
+        text = str(graph)
+        self.verified.pop(text, None)
+        if self.busy or text in self.seen:
+            return
+        self.seen.add(text)
+        self.busy = True
+        program = Program({graph.name: graph}, {k: ArrayParam(x, type_of(x)) for k, x in (params or {}).items()})
+        try:
+            for opset in OPSETS:
+                self._one(program, graph, dict(inputs), opset, want)
+        finally:
+            self.busy = False
+
+    def _one(self, program: Program, graph: Graph, inputs: dict[str, Any], opset: int, want: Any) -> None:
+        from wasat.backends.onnx import ExportError
+
+        try:
+            roundtrip(program, graph.name, inputs, opset, want)
+            self.same += 1
+        except ExportError as e:
+            self.refused.update(f"{opset}: {line.strip()}" for line in str(e).splitlines()[1:])
+        except Exception as e:
+            self.wrong.append(f"operator set {opset}: {type(e).__name__}: {e}\n{graph}")
+
+    def finish(self) -> None:
+        """What was verified and not evaluated, on random inputs that it accepts."""
+        from wasat.testing import feed, random_program
+
+        for graph in list(self.verified.values()):
+            try:
+                dims = {name: 4 + i for i, name in enumerate(graph.symbols)}
+                program, inputs = random_program(graph), feed(graph, dims)
+                params = {name: program.params[name].load() for name in graph.params}
+                self.busy = True
+                want = evaluate(graph, inputs, params)
+            except WasatError:
+                continue
+            finally:
+                self.busy = False
+            self.evaluated(graph, inputs, params, want)
+
+
+SWEEP = Sweep()
+
+
+def _watch(sweep: Sweep) -> None:
+    def follow(name: str, after: Callable[..., None]) -> None:
+        original = getattr(wasat.ir, name)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            after(result, *args, **kwargs)
+            return result
+
+        for module in [m for k, m in sys.modules.items() if k.startswith("wasat.")]:
+            if getattr(module, name, None) is original:
+                setattr(module, name, watched)
+
+    def on_evaluate(result: Any, graph: Graph, inputs: Any, params: Any = None, **rest: Any) -> None:
+        sweep.evaluated(graph, inputs, params, result)
+
+    def on_verify(result: Any, graph: Graph, *rest: Any, **more: Any) -> None:
+        if not sweep.busy and len(graph) < 2000:
+            sweep.verified.setdefault(str(graph), graph.clone())
+
+    follow("evaluate", on_evaluate)
+    follow("verify", on_verify)
+
+
+def pytest_configure(config: Any) -> None:
+    _watch(SWEEP)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    SWEEP.finish()
+    say = terminalreporter.write_line
+    say(f"ONNX round trips: {len(SWEEP.seen)} graphs, {SWEEP.same} the same, {len(SWEEP.wrong)} wrong")
+    for reason, count in SWEEP.refused.most_common():
+        say(f"  refused {count}: {reason}")
+    for text in SWEEP.wrong:
+        say(f"WRONG {text}")
