@@ -1,9 +1,10 @@
 """Export to ONNX and import again: the same meaning, for one graph, or for every graph that the tests meet.
 
-    python -m pytest -p roundtrip tests          # needs no test to know of it; prints what was swept, refused and wrong
+    PYTHONPATH=tests python -m pytest -p roundtrip tests/passes
 
-As a plugin it goes along with the tests: what they evaluate is exported at an old and a new operator set, imported, and
-evaluated on the same inputs; what they verify and never evaluate is given random ones.
+As a plugin it goes along with any tests: what they evaluate is exported at an old and a new operator set, imported, and
+evaluated on the same inputs; what they verify and never evaluate is given random ones. The end of the run counts what was the
+same and what ONNX cannot express, and prints what was wrong, for which the run fails.
 """
 
 from __future__ import annotations
@@ -71,21 +72,21 @@ class Sweep:
         self.same = 0
         self.refused: Counter[str] = Counter()
         self.wrong: list[str] = []
-        self.busy = False
+        self._busy = False
 
     def evaluated(self, graph: Graph, inputs: Mapping[str, Any], params: Mapping[str, Array] | None, want: Any) -> None:
         text = str(graph)
         self.verified.pop(text, None)
-        if self.busy or text in self.seen:
+        if self._busy or text in self.seen:
             return
         self.seen.add(text)
-        self.busy = True
+        self._busy = True
         program = Program({graph.name: graph}, {k: ArrayParam(x, type_of(x)) for k, x in (params or {}).items()})
         try:
             for opset in OPSETS:
                 self._one(program, graph, dict(inputs), opset, want)
         finally:
-            self.busy = False
+            self._busy = False
 
     def _one(self, program: Program, graph: Graph, inputs: dict[str, Any], opset: int, want: Any) -> None:
         from wasat.backends.onnx import ExportError
@@ -94,7 +95,8 @@ class Sweep:
             roundtrip(program, graph.name, inputs, opset, want)
             self.same += 1
         except ExportError as e:
-            self.refused.update(f"{opset}: {line.strip()}" for line in str(e).splitlines()[1:])
+            reasons = [line.strip().split(": 1 (")[0] for line in str(e).splitlines()[1:]] or [str(e)]
+            self.refused.update(f"{opset}: {reason}" for reason in reasons)
         except Exception as e:
             self.wrong.append(f"operator set {opset}: {type(e).__name__}: {e}\n{graph}")
 
@@ -107,12 +109,12 @@ class Sweep:
                 dims = {name: 4 + i for i, name in enumerate(graph.symbols)}
                 program, inputs = random_program(graph), feed(graph, dims)
                 params = {name: program.params[name].load() for name in graph.params}
-                self.busy = True
+                self._busy = True
                 want = evaluate(graph, inputs, params)
             except WasatError:
                 continue
             finally:
-                self.busy = False
+                self._busy = False
             self.evaluated(graph, inputs, params, want)
 
 
@@ -136,7 +138,7 @@ def _watch(sweep: Sweep) -> None:
         sweep.evaluated(graph, inputs, params, result)
 
     def on_verify(result: Any, graph: Graph, *rest: Any, **more: Any) -> None:
-        if not sweep.busy and len(graph) < 2000:
+        if not sweep._busy and len(graph) < 2000:
             sweep.verified.setdefault(str(graph), graph.clone())
 
     follow("evaluate", on_evaluate)
@@ -147,8 +149,13 @@ def pytest_configure(config: Any) -> None:
     _watch(SWEEP)
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
+def pytest_sessionfinish(session: Any) -> None:
     SWEEP.finish()
+    if SWEEP.wrong:
+        session.exitstatus = 1
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
     say = terminalreporter.write_line
     say(f"ONNX round trips: {len(SWEEP.seen)} graphs, {SWEEP.same} the same, {len(SWEEP.wrong)} wrong")
     for reason, count in SWEEP.refused.most_common():

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from wasat.ir import DType, Node, QTensorType, equal
 
-from .emitter import INTEGERS, Emitter, Options
+from .emitter import Emitter, Options
 from .primitives import reduced
 from .table import emits
 
@@ -170,7 +170,7 @@ def _quantize(e: Emitter, node: Node, x: str) -> str:
     level = e.reshape(e.op("Clip", level, e.like(low, level), e.like(high, level)), (*lead, t.blocks * t.block))
     level = e.op("Slice", level, e.shape([0]), e.shape([k]), e.shape([last - 1]))
     e.scale_names[node.output] = e.op("Squeeze", scales, axis)
-    return e.cast(level, INTEGERS[t.scheme])
+    return e.cast(level, e.integer(t))
 
 
 @emits("dequantize")

@@ -30,8 +30,6 @@ CODE = {
 """ONNX's number of each element type."""
 TEXT = {d: f"tensor({_T.DataType.Name(code).lower()})" for d, code in CODE.items()}
 """How schemas spell an element type."""
-INTEGERS = {"int8": DType.I8, "int4": DType.I4}
-"""What each scheme of quantization stores."""
 _FROM_TEXT = {text: d for d, text in TEXT.items()}
 _SIGNED = (DType.I32, DType.I64)
 
@@ -287,10 +285,14 @@ class Emitter:
             assert v.param is not None, v
             name, t = v.param, v.type
             if isinstance(t, QTensorType):
-                self.names[v] = self.weight(name, INTEGERS[t.scheme], t.shape, lambda: self.load(name).values)
+                self.names[v] = self.weight(name, self.integer(t), t.shape, lambda: self.load(name).values)
             else:
                 self.names[v] = self.weight(name, t.dtype, t.shape, lambda: np.asarray(self.load(name)))
         return self.names[v]
+
+    def integer(self, t: QTensorType) -> DType:
+        """The element type of quantized values: 4-bit integers take a byte each before operator set 21, which has them."""
+        return DType.I4 if t.scheme == "int4" and self.opset >= 21 else DType.I8
 
     def scales(self, v: Value) -> str:
         """The scales of a quantized value, [.., blocks]."""
@@ -366,4 +368,4 @@ def value_info(name: str, t: Type) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, CODE[t.dtype], [d if isinstance(d, int) else str(d) for d in t.shape])
 
 
-__all__ = ["CODE", "INTEGERS", "Emitter", "Options", "Weight", "value_info"]
+__all__ = ["CODE", "Emitter", "Options", "Weight", "value_info"]

@@ -14,7 +14,7 @@ from wasat.ir import Graph, IRError, Program, QTensorType, TensorType, Value
 from wasat.ir.decompose import decompose
 
 from . import composites, primitives  # noqa: F401  (fill the table)
-from .emitter import CODE, INTEGERS, Emitter, Options, Weight, value_info
+from .emitter import CODE, Emitter, Options, Weight, value_info
 from .errors import ExportError, Unsupported
 from .masks import prepare
 from .table import OLDEST, emission
@@ -38,21 +38,22 @@ def to_onnx(
     Inputs, outputs, parameters and symbolic sizes keep their names (an output named like an input gets ``_out``); nodes take
     theirs from the values they make, or from the ONNX nodes they were imported from, and tell in ``doc_string`` where they
     were written. Fused operations are standard operators where ``opset`` (17 to the newest that the installed onnx knows) has
-    them, else what they are made of. Quantized weights stay quantized: DequantizeLinear with blocks (opset 21), or
-    ``com.microsoft.MatMulNBits`` for ``matmul_nbits``.
+    them, else what they are made of. Quantized weights stay quantized: DequantizeLinear with blocks (from opset 21 on; before,
+    a byte a value and a product with the scales), or ``com.microsoft.MatMulNBits`` for ``matmul_nbits``.
 
     ``external_data``: parameters in ``<path>.data``, streamed one at a time; None: if they exceed 1 GiB. The files are checked
     (onnx.checker, full) and then renamed into place: complete or absent.
 
-    Raises ExportError for an opset or graph that there is not, and for operations that ONNX cannot express: all of them, with
-    counts and names, before any parameter is read. Runtime checks of sizes (``Node.checks``) have no ONNX form and are left
-    out.
+    Raises ExportError for an opset or graph that there is not; for operations that ONNX cannot express: all of them, with
+    counts and names, before any parameter is read; and for what onnx.checker refuses. Runtime checks of sizes
+    (``Node.checks``) have no ONNX form and are left out.
     """
     if isinstance(program, Graph):
         program = Program({program.name: program})
     if not OLDEST <= opset <= NEWEST:
         raise ExportError(f"operator set {opset} cannot be exported; {OLDEST} to {NEWEST} can")
-    emitter, model = build(program, _chosen(program, graph), Options(opset, matmul_nbits))
+    source = _chosen(program, graph)
+    emitter, model = build(program, source, Options(opset, matmul_nbits))
     weights = list(emitter.weights.values())
     if external_data is None:
         external_data = sum(w.nbytes for w in weights) > EXTERNAL
@@ -63,7 +64,10 @@ def to_onnx(
         beside = f"{target.name}.data"
         _write_weights(model, weights, folder / beside if external_data else None)
         (folder / target.name).write_bytes(model.SerializeToString())
-        onnx.checker.check_model(str(folder / target.name), full_check=True)
+        try:
+            onnx.checker.check_model(str(folder / target.name), full_check=True)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as e:
+            raise ExportError(f"onnx.checker refuses what graph @{source.name} becomes: {e}") from None
         for name in (beside, target.name):  # the model last: it must not name what is not there
             if (folder / name).exists():
                 os.replace(folder / name, target.parent / name)
@@ -154,7 +158,7 @@ def _declare(e: Emitter, v: Value, name: str) -> None:
     if isinstance(v.type, TensorType):
         e.dtype[name] = v.type.dtype
     else:
-        e.dtype[name], e.scale_names[v] = INTEGERS[v.type.scheme], f"{name}.scales"
+        e.dtype[name], e.scale_names[v] = e.integer(v.type), f"{name}.scales"
         e.dtype[e.scale_names[v]] = v.type.scale
 
 

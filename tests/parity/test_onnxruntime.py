@@ -14,7 +14,7 @@ pytest.importorskip("onnx")
 from onnx_graphs import graph_of
 from wasat.backends.onnx import to_onnx
 from wasat.frontend import from_pretrained
-from wasat.ir import OPS, Program, QArray, TensorType, evaluate
+from wasat.ir import OPS, Program, TensorType, evaluate
 
 from wasat.driver import optimize
 from wasat.testing import feed
@@ -47,13 +47,11 @@ def compare(program: Program, graph: str, inputs: dict[str, Any], path: Path, to
 @pytest.mark.parametrize("name", SWEPT)
 def test_operations(name: str, opset: int, tmp_path: Path) -> None:
     for sample in OPS[name].samples():
-        four_bits = any(isinstance(x, QArray) and x.type.scheme == "int4" for x in sample.inputs)
         program, feeds = graph_of(OPS[name], sample)
         if name == "conv" and 0 in program["one"].outputs[0].shape:
             continue  # onnxruntime refuses a convolution without a result
         narrow = any(isinstance(v.type, TensorType) and v.type.dtype.bits < 32 for v in program["one"].values())
-        if (four_bits and opset < 21) or any(isinstance(x, np.ndarray) and x.dtype.kind == "f" and np.isnan(x).any()
-                                             for x in sample.inputs):  # fmt: skip
+        if any(isinstance(x, np.ndarray) and x.dtype.kind == "f" and np.isnan(x).any() for x in sample.inputs):
             continue
         compare(program, "one", feeds, tmp_path / "m.onnx", 1e-2 if narrow else 1e-4, opset=opset)
 

@@ -1,0 +1,115 @@
+"""import(export(g)) means what g means: whole models in every form that the passes give them, training, random graphs.
+
+tests/roundtrip.py does the same with every graph of whichever tests it goes along with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("onnx")
+
+from attention_zoo import CASES, MORE, Case
+from roundtrip import OPSETS, Sweep, roundtrip
+from wasat.backends.onnx.table import TABLE, Emission
+from wasat.frontend import from_pretrained
+from wasat.frontend.onnx import from_onnx
+from wasat.ir import Program, evaluate
+from wasat.passes import PassManager, default_pipeline
+from wasat.training.losses import add_loss, cross_entropy
+from wasat.training.optimizers import AdamW, Cosine
+from wasat.training.step import train_step
+
+from wasat.driver import optimize
+from wasat.testing import feed, random_graph, random_program
+
+TESTS = Path(__file__).parents[1]
+HF = sorted(p for p in (TESTS / "golden" / "hf").iterdir() if p.is_dir())
+ONNX = sorted((TESTS / "golden" / "onnx").glob("*.onnx"))
+SIZES = {"b": 2, "s": 5, "c": 24}
+opsets = pytest.mark.parametrize("opset", OPSETS)
+
+
+def sweep(program: Program, opset: int, sizes: Mapping[str, int] = SIZES) -> None:
+    """Every graph of a program, on random inputs."""
+    for name, g in program.graphs.items():
+        roundtrip(program, name, feed(g, {n: sizes[n] for n in g.symbols}), opset)
+
+
+@opsets
+@pytest.mark.parametrize("case", [*CASES, *MORE], ids=lambda c: c.name)
+def test_attention(case: Case, opset: int) -> None:
+    """As it is written, and fused."""
+    written, fused = random_program(case.build()["forward"]), random_program(case.build()["forward"])
+    PassManager(default_pipeline(kv_cache=None)).run(fused)
+    assert fused["forward"].count("attention") == 1
+    for program in (written, fused):
+        sweep(program, opset)
+
+
+@opsets
+@pytest.mark.parametrize("folder", HF, ids=lambda p: p.name)
+def test_decoders(folder: Path, opset: int) -> None:
+    """As declared, and as prefill and decode with caches."""
+    program = from_pretrained(folder)
+    sweep(program, opset)
+    sweep(optimize(program, chunk=8)[0], opset)
+
+
+@opsets
+@pytest.mark.parametrize("scheme, activation", [("int8", "int8"), ("int4", None), ("int4", "int8"), ("bf16", None)])
+def test_quantized(scheme: str, activation: str | None, opset: int) -> None:
+    sweep(optimize(from_pretrained(HF[0]), quantize=scheme, activation=activation, chunk=8)[0], opset)
+
+
+@pytest.mark.parametrize("path", ONNX, ids=lambda p: p.stem)
+def test_imported(path: Path) -> None:
+    """What torch exported, again at its own inputs: as imported at an old operator set, fused at a new one."""
+    program = from_onnx(path)
+    with np.load(path.with_suffix(".npz")) as data:
+        inputs = {v.name: data[f"in.{v.name}"] for v in program["forward"].inputs}
+    roundtrip(program, "forward", inputs, OPSETS[0])
+    PassManager(default_pipeline(kv_cache=None)).run(program)
+    roundtrip(program, "forward", inputs, OPSETS[-1])
+
+
+@cache
+def step() -> tuple[Program, dict[str, Any]]:
+    program = from_pretrained(TESTS / "golden" / "hf" / "llama")
+    add_loss(program, lambda b, v: cross_entropy(b, v["logits"], v["labels"]), {"labels": "i64[b, s]"})
+    made = train_step(program, optimizer=AdamW(decay=0.1), rate=Cosine(3e-3, warmup=5, steps=20), clip=1.0)
+    return made.program, dict(made.states)
+
+
+@opsets
+def test_training(opset: int) -> None:
+    """A step: losses, gradients, clipping, the optimizer with its states."""
+    program, states = step()
+    ids = np.random.default_rng(0).integers(0, 40, (2, 7))
+    roundtrip(program, "train_step", {"tokens": ids[:, :-1], "labels": ids[:, 1:], **states}, opset)
+
+
+@opsets
+@pytest.mark.parametrize("seed", range(12))
+def test_random_graphs(seed: int, opset: int) -> None:
+    sweep(random_program(random_graph(np.random.default_rng(seed), 60)), opset, {"b": 2, "s": 3})
+
+
+def test_a_wrong_export_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the function and by the plugin, which goes on and says which graph it was."""
+    wrong = Emission(lambda e, node, x, y: e.op("Add", y, y), 17, lambda node, options: True)
+    monkeypatch.setitem(TABLE, "add", [wrong])
+    program = random_program("graph @sum(%x: f32[2], %y: f32[2]) {\n  %z: f32[2] = add(%x, %y)\n  return %z\n}")
+    inputs = feed(program["sum"], {})
+    with pytest.raises(AssertionError, match="output z of @sum at operator set 18"):
+        roundtrip(program, "sum", inputs, OPSETS[0])
+    plugin = Sweep()
+    plugin.evaluated(program["sum"], inputs, {}, evaluate(program["sum"], inputs))
+    assert len(plugin.wrong) == len(OPSETS)
+    assert "@sum" in plugin.wrong[0]
