@@ -2,10 +2,11 @@
 
 Selected are ``linear``, ``quantized_linear``, ``embedding``, ``quantized_embedding``, ``rms_norm``, ``layer_norm``, ``glu``,
 ``rope``, ``attention`` and ``cached_attention``, in f32 and with sizes known but for batch and positions; and, as row-major
-operands, ``linear`` and two-dimensional ``matmul`` whose sizes are all known. Together go
+operands, ``linear`` and ``matmul`` whose sizes are all known. Together go
 
 - ``a + b`` (``b`` perhaps an ``rms_norm``), the norm of the sum, and its quantization for the integer linears;
 - ``glu`` and that quantization; ``embedding`` and a scale; ``rms_norm`` and ``rope``;
+- ``matmul`` and what only moves elements before and after it;
 - slices of a merged projection, reshapes, ``rms_norm``, ``rope`` at positions ``past + iota`` and the cache update.
 
 Whatever is not selected is left as it is, to be decomposed.
@@ -25,7 +26,7 @@ from .kernels.attention import Attention, CachedAttention, attention, cached_att
 from .kernels.cache import GROUP, Cache, CacheType, CacheWrite, cache_shape, cache_write, pack_cache, unpack_cache
 from .kernels.embedding import Embedding, embedding
 from .kernels.flash import Scores
-from .kernels.gemm import Gemm, gemm
+from .kernels.gemm import gemm
 from .kernels.glu import Glu, glu
 from .kernels.isa import Isa, isa_of
 from .kernels.linear_float import Linear, Weights, linear
@@ -35,6 +36,7 @@ from .kernels.pack import BLOCK, Storage, float_shape, int_shape, pack_bias, pac
 from .kernels.quantize import WORDS, QuantizeRows, quantize_rows
 from .kernels.rope import QkvToCache, Rope, Rotary, qkv_to_cache, rope
 from .lower import KernelCall, Layout, Packed, Result, StateLayout
+from .views import View, product, row_major, view_of
 
 Shape = tuple[DimLike, ...]
 State = Mapping[str, Any]
@@ -128,6 +130,11 @@ def _ints(dims: Sequence[DimLike]) -> tuple[int, ...]:
     """Dimensions that are known."""
     assert _known(*dims)
     return cast(tuple[int, ...], tuple(dims))
+
+
+def _sized(*values: Value) -> bool:
+    """Whether all sizes are known."""
+    return all(_known(*v.shape) for v in values)
 
 
 def _f32(*values: Value | None) -> bool:
@@ -238,33 +245,36 @@ class _Selection:
             return
         if self._weight(w) is not None:
             self._matrix(node, Linear, linear, x, self.rows(x))
-        elif (y := self._product(node, x, self.rows(x), w, "b")) is not None:
-            self.graph.replace_uses(node.output, y if len(node.inputs) < 3 else self.builder(node).add(y, node.inputs[2]))
+        elif _sized(x, w):
+            m, k = _ints(self.rows(x))
+            rows = view_of(x).reshaped((m, k)) or row_major(x, (m, k))
+            y = self._product(node, rows, view_of(w).permuted((1, 0)), row_major(node.output, (m, w.shape[0])))
+            if y is not None:
+                self.graph.replace_uses(node.output, y if len(node.inputs) < 3 else self.builder(node).add(y, node.inputs[2]))
 
     def _matmul(self, node: Node) -> None:
-        """A product of matrices, one of which may be the transpose of what is there."""
-        x, y = node.inputs
-        if len(x.shape) != 2 or len(y.shape) != 2:
+        """Products of matrices, read where they were before they were transposed, and written as they will be."""
+        if not (_f32(*node.inputs) and _sized(*node.inputs)):
             return
-        a, b = (_made_by(v, "transpose") for v in (x, y))
-        if a is not None:
-            product = self._product(node, a.inputs[0], x.shape, y, "a")
-        elif b is not None:
-            product = self._product(node, x, x.shape, b.inputs[0], "b")
-        else:
-            product = self._product(node, x, x.shape, y, "")
-        if product is not None:
-            self.graph.replace_uses(node.output, product)
+        out = node.output
+        y = row_major(out, out.shape)
+        [user] = out.users if len(out.uses) == 1 and not self.graph.is_output(out) else [None]
+        perm = cast(Any, user.attrs).perm if user is not None and user.op.name == "transpose" else ()
+        if user is not None and perm and perm[-1] >= len(perm) - 2:  # rows of the product or of its transpose
+            out = user.output
+            y = row_major(out, out.shape).permuted(sorted(range(len(perm)), key=lambda i: perm[i]))
+        a, b = (view_of(x).broadcast((*y.shape[:-2], *x.shape[-2:])) for x in node.inputs)
+        made = self._product(node, a, b, y)
+        if made is not None:
+            self.graph.replace_uses(out, made)
 
-    def _product(self, node: Node, x: Value, rows: Shape, y: Value, transposed: Literal["", "a", "b"]) -> Value | None:
-        """[m, k] = ``rows``; the product of row-major f32 matrices by the kernel, if their sizes are known."""
-        n = node.output.shape[-1]
-        if not _f32(x, y) or not _known(*rows, n) or min(_ints((*rows, n))) < 1 or _ints(rows)[0] < 2:
+    def _product(self, node: Node, a: View, b: View, y: View) -> Value | None:
+        """y = a @ b by the kernel; None where there is nothing to multiply."""
+        if 0 in (*a.shape, *b.shape):
             return None
-        (m, k), (n,) = _ints(rows), _ints((n,))
-        desc = Gemm(self.isa, m, n, k, transposed, self.threads)
-        shapes = {} if transposed == "a" else {0: (m, k)}
-        [made] = self.call(node, desc, gemm, [x, y], [Result(node.output.tensor, (m, n))], shapes)
+        desc, sources = product(self.isa, a, b, y, self.threads)
+        results = [Result(y.source.tensor, (desc.y.size,))]
+        [made] = self.call(node, desc, gemm, sources, results, {0: (desc.a.size,), 1: (desc.b.size,)})
         return made
 
     def _quantized_linear(self, node: Node) -> None:

@@ -36,7 +36,31 @@ CASES: dict[str, tuple[str, list[str]]] = {
         " %r: f32[10, 70] = reshape(%z) {shape=(10, 70)}\n %t: f32[70, 10] = transpose(%r) {perm=(1, 0)}\n"
         " %a: f32[70, 70] = matmul(%t, %u)\n %c: f32[10, 10] = matmul(%u, %t)\n %d: f32[10, 70] = matmul(%c, %u)\n"
         " %e: f32[10, 70] = matmul(%d, %a)\n %y: f32[10, 70] = add(%e, %r)", ["Gemm", "add", "reshape", "Gemm", "Gemm", "Gemm", "Gemm", "add"]),
-    "a product of one row": ("(%x: f32[1, 40], %w: f32[70, 40]) {\n %y: f32[1, 70] = linear(%x, %w)", ["linear"]),
+    "a product of one row": ("(%x: f32[1, 40], %w: f32[70, 40]) {\n %y: f32[1, 70] = linear(%x, %w)", ["Gemm"]),
+    "attention by heads of a merged projection": (
+        "(%x: f32[2, 5, 36]) {\n %h: f32[2, 5, 9, 4] = reshape(%x) {shape=(2, 5, 9, 4)}\n"
+        " %a: f32[2, 5, 3, 4] = slice(%h) {starts=(0, 0, 0, 0), stops=(2, 5, 3, 4), steps=(1, 1, 1, 1)}\n"
+        " %c: f32[2, 5, 3, 4] = slice(%h) {starts=(0, 0, 3, 0), stops=(2, 5, 9, 4), steps=(1, 1, 2, 1)}\n"
+        " %q: f32[2, 3, 5, 4] = transpose(%a) {perm=(0, 2, 1, 3)}\n %k: f32[2, 3, 4, 5] = transpose(%c) {perm=(0, 2, 3, 1)}\n"
+        " %v: f32[2, 3, 5, 4] = transpose(%c) {perm=(0, 2, 1, 3)}\n %p: f32[2, 3, 5, 5] = matmul(%q, %k)\n"
+        " %t: f32[2, 3, 5, 5] = transpose(%p) {perm=(0, 1, 3, 2)}\n %o: f32[2, 3, 5, 4] = matmul(%t, %v)\n"
+        " %y: f32[2, 5, 3, 4] = transpose(%o) {perm=(0, 2, 1, 3)}", ["Gemm", "Gemm"]),
+    "a product written as its transpose": (
+        "(%x: f32[3, 5, 40], %w: f32[40, 7]) {\n %a: f32[3, 5, 7] = matmul(%x, %w)\n %y: f32[7, 3, 5] = transpose(%a) {perm=(2, 0, 1)}",
+        ["Gemm"]),
+    "a product whose rows and columns are apart": (
+        "(%x: f32[3, 5, 40], %w: f32[40, 7]) {\n %a: f32[3, 5, 7] = matmul(%x, %w)\n %y: f32[7, 5, 3] = transpose(%a) {perm=(2, 1, 0)}",
+        ["Gemm", "transpose"]),
+    "a product read before it is transposed": (
+        "(%x: f32[3, 3]) {\n %a: f32[3, 3] = matmul(%x, %x)\n %t: f32[3, 3] = transpose(%a) {perm=(1, 0)}\n %y: f32[3, 3] = add(%a, %t)",
+        ["Gemm", "transpose", "add"]),
+    "shared keys": (
+        "(%x: f32[2, 6, 5, 4], %k: f32[2, 1, 4, 5]) {\n %s: f32[2, 6, 4, 5] = broadcast_to(%k) {shape=(2, 6, 4, 5)}\n"
+        " %y: f32[2, 6, 5, 5] = matmul(%x, %s)", ["Gemm"]),
+    "an operand that no strides describe": (
+        "(%x: f32[4, 3, 5], %w: f32[6, 2]) {\n %t: f32[3, 4, 5] = transpose(%x) {perm=(1, 0, 2)}\n"
+        " %r: f32[10, 6] = reshape(%t) {shape=(10, 6)}\n %y: f32[10, 2] = matmul(%r, %w)", ["transpose", "Gemm"]),
+    "a product of nothing": ("(%x: f32[4, 0], %w: f32[0, 7]) {\n %y: f32[4, 7] = matmul(%x, %w)", ["matmul"]),
     "a product in f64": ("(%x: f64[4, 40], %w: f64[40, 7]) {\n %y: f64[4, 7] = matmul(%x, %w)", ["matmul"]),
     "linear in f64": ("(%x: f64[s, 40]) { param %w: f64[70, 40]\n %y: f64[s, 70] = linear(%x, %w)", ["linear"]),
     "integer linear, other block": (

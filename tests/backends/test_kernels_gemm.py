@@ -1,19 +1,56 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from kernel_help import assert_near, build, each_isa, run
-from wasat.backends.tvm.kernels.gemm import Gemm, gemm
+from wasat.backends.tvm.kernels.gemm import Gemm, Matrix, gemm
 from wasat.backends.tvm.kernels.isa import Isa
 
 
+def matrix(x: np.ndarray, whole: np.ndarray) -> Matrix:
+    """Where the view ``x`` [.., m, n] lies in ``whole``, of which it is a part."""
+    offset = (x.__array_interface__["data"][0] - whole.__array_interface__["data"][0]) // 4
+    *batch, row, column = (s // 4 for s in x.strides)
+    return Matrix(whole.size, row, column, tuple(batch), offset)
+
+
+def check(isa: Isa, a: np.ndarray, b: np.ndarray, wholes: list[np.ndarray], y: Matrix | None = None) -> np.ndarray:
+    """The product of views into ``wholes``; returns y's whole buffer."""
+    (*batch, m, k), n = a.shape, b.shape[-1]
+    rows = [n * math.prod([m, *batch[i + 1 :]]) for i in range(len(batch))]
+    y = y or Matrix(math.prod([*batch, m, n]), n, 1, tuple(rows))
+    desc = Gemm(isa, m, n, k, matrix(a, wholes[0]), matrix(b, wholes[1]), y, tuple(batch), threads=2)
+    [made] = run(build(gemm(desc), isa), [w.reshape(-1) for w in wholes], ((y.size,), "float32"))
+    return made
+
+
 @each_isa()
-@pytest.mark.parametrize("transposed", ["", "a", "b"])
-@pytest.mark.parametrize("m, n, k", [(2, 7, 5), (13, 64, 33), (29, 100, 72), (961, 40, 9)])
+@pytest.mark.parametrize("transposed", ["", "a", "b", "ab"])
+@pytest.mark.parametrize("m, n, k", [(1, 7, 5), (13, 64, 33), (29, 100, 72), (961, 40, 9), (31, 33, 519), (5, 1, 1)])
 def test_gemm(isa: Isa, transposed: str, m: int, n: int, k: int) -> None:
     rng = np.random.default_rng(0)
-    compiled = build(gemm(Gemm(isa, m, n, k, transposed, threads=2)), isa)  # type: ignore[arg-type]
     a, b = rng.standard_normal((m, k), np.float32), rng.standard_normal((k, n), np.float32)
-    stored = [np.ascontiguousarray(x.T) if transposed == name else x for name, x in (("a", a), ("b", b))]
-    [y] = run(compiled, stored, ((m, n), "float32"))
-    assert_near(y, a.astype(np.float64) @ b.astype(np.float64), 1e-6)
+    stored = [np.ascontiguousarray(x.T if name in transposed else x) for name, x in (("a", a), ("b", b))]
+    views = [x.T if name in transposed else x for name, x in zip("ab", stored)]
+    y = check(isa, views[0], views[1], stored)
+    assert_near(y.reshape(m, n), a.astype(np.float64) @ b.astype(np.float64), 1e-6)
+
+
+@each_isa()
+@pytest.mark.parametrize("keys_first", [False, True])
+def test_batches_at_any_strides(isa: Isa, keys_first: bool) -> None:
+    """Heads as slices of one merged projection, shared keys, the result as merged heads."""
+    rng = np.random.default_rng(1)
+    n, s, h, d = 3, 37, 4, 20
+    merged = rng.standard_normal((n, s, h + 2, d), np.float32)
+    q = merged[:, :, :h].transpose(0, 2, 1, 3)
+    k = np.broadcast_to(merged[:, :, h : h + 1].transpose(0, 2, 3, 1), (n, h, d, s))
+    probs = check(isa, q, k, [merged, merged]).reshape(n, h, s, s)
+    assert_near(probs, q.astype(np.float64) @ k.astype(np.float64), 1e-6)
+    v = np.broadcast_to(merged[:, :, h + 1 :].transpose(0, 2, 1, 3), (n, h, s, d))
+    a = probs.swapaxes(2, 3) if keys_first else probs
+    out = check(isa, a, v, [probs, merged], Matrix(n * s * h * d, h * d, 1, (s * h * d, d)))
+    want = a.astype(np.float64) @ v.astype(np.float64)
+    assert_near(out.reshape(n, s, h, d), want.transpose(0, 2, 1, 3), 1e-6)

@@ -1,91 +1,183 @@
-"""y = a @ b over row-major f32 matrices of known sizes, either of them perhaps transposed: the products of a training step.
+"""y = a @ b over f32 matrices of known sizes, many at once, read and written at any strides: the products of a training step.
 
-Panels of b are copied to the order of packed weights as they are needed, then multiplied as :mod:`.linear_float` does.
+Panels of b are copied to the order of packed weights as they are needed, a block of k at a time, and multiplied by rows of a
+where these lie. A transpose, a slice or a broadcast of an operand is a matter of strides, not a copy.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 from tvm import tirx
 
-from .emit import Buffer, Expr, Kernel, ceil_div, floor_div, floor_mod, int64, load, minimum, splat
+from .emit import Buffer, Expr, Kernel, floor_div, floor_mod, int64, load, minimum, splat
 from .isa import Isa
-from .linear_float import for_tiles, store_panel
-from .pack import padded
 
-_CHUNK = 960  # rows of a that a copied panel is applied to; a multiple of every tile
+_BLOCK = 256  # steps of k: a panel of b stays in the first cache
+_SERIAL = 32768  # multiply-adds below which a second thread costs more than it saves
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Where a matrix lies in a flat buffer of ``size`` elements: [.., i, j] is at ``offset`` + the sum of index * stride.
+
+    ``batch`` has a stride for every batch axis: 0 where the matrix is the same all along it.
+    """
+
+    size: int
+    row: int
+    column: int
+    batch: tuple[int, ...] = ()
+    offset: int = 0
+
+    @property
+    def swapped(self) -> Matrix:
+        """The transpose."""
+        return Matrix(self.size, self.column, self.row, self.batch, self.offset)
 
 
 @dataclass(frozen=True)
 class Gemm:
-    """y[m, n] = a[m, k] @ b[k, n]; ``transposed`` names the operand that is stored the other way, a[k, m] or b[n, k]."""
+    """y[.., m, n] = a[.., m, k] @ b[.., k, n] over the batch axes ``batch``; columns of y are contiguous (stride 1)."""
 
     isa: Isa
     m: int
     n: int
     k: int
-    transposed: Literal["", "a", "b"] = ""
+    a: Matrix
+    b: Matrix
+    y: Matrix
+    batch: tuple[int, ...] = ()
     threads: int = 1
 
     @property
     def name(self) -> str:
-        return f"gemm{self.transposed and '_t' + self.transposed}_{self.m}x{self.n}x{self.k}"
+        return "gemm_" + "x".join(map(str, (*self.batch, self.m, self.n, self.k)))
+
+    @property
+    def rows(self) -> int:
+        """Rows of a register tile: as many as fit, in tiles of about one size."""
+        return math.ceil(self.m / math.ceil(self.m / self.isa.rows))
+
+    @property
+    def steps(self) -> int:
+        """Steps of k per block."""
+        return math.ceil(self.k / math.ceil(self.k / _BLOCK))
+
+    @property
+    def chunk(self) -> int:
+        """Tiles that a copied panel is applied to: all, or fewer where that gives every thread its share."""
+        tiles, panels = math.ceil(self.m / self.rows), math.prod(self.batch) * math.ceil(self.n / self.isa.columns)
+        chunks = 1
+        while panels * chunks % self.threads and panels * chunks < 8 * self.threads and tiles >= 4 * (chunks + 1):
+            chunks += 1
+        return math.ceil(tiles / chunks)
 
 
 def gemm(desc: Gemm) -> tirx.PrimFunc:
-    """PrimFunc(a f32, b f32, y f32[m, n]); m is at least 2."""
-    isa, m, n, k, lanes = desc.isa, desc.m, desc.n, desc.k, desc.isa.lanes
+    """PrimFunc(a f32[a.size], b f32[b.size], y f32[y.size])."""
+    isa, m, n, k, lanes, rows = desc.isa, desc.m, desc.n, desc.k, desc.isa.lanes, desc.rows
     kernel = Kernel(desc.name)
-    a = kernel.param("a", (k, m) if desc.transposed == "a" else (m, k), "float32")
-    b = kernel.param("b", (n, k) if desc.transposed == "b" else (k, n), "float32")
-    y = kernel.param("y", (m, n), "float32")
-    panels, chunk = padded(n, isa.columns) // isa.columns, min(m, _CHUNK)
+    a, b, y = (kernel.param(name, (x.size,), "float32") for name, x in (("a", desc.a), ("b", desc.b), ("y", desc.y)))
+    panels, tiles, blocks = math.ceil(n / isa.columns), math.ceil(m / rows), math.ceil(k / desc.steps)
+    chunks = math.ceil(tiles / desc.chunk)
+    cut, rest = n % isa.columns, m % rows
 
-    def copy(panel: Expr, to: Buffer, columns: int) -> None:
-        """The first ``columns`` of a panel of b as [k, isa.columns]; what is computed of the rest is dropped."""
-        first = panel * isa.columns
-        with kernel.loop(k) as kk:
-            at = kk * isa.columns
-            if desc.transposed == "b":
-                for j in range(columns):
-                    kernel.store(to, at + j, load(b, (first + j, kk)))
-                return
-            whole = columns // lanes
-            for v in range(whole):
-                kernel.store(to, at + v * lanes, load(b, (kk, first + v * lanes), lanes))
-            for j in range(whole * lanes, columns):
-                kernel.store(to, at + j, load(b, (kk, first + j)))
+    def starts(unit: Expr) -> list[Expr]:
+        """Of a, b and y: the place of the unit's matrix."""
+        places = [int64(x.offset) for x in (desc.a, desc.b, desc.y)]
+        for axis in reversed(range(len(desc.batch))):
+            index = kernel.let(floor_mod(unit, desc.batch[axis]))
+            unit = floor_div(unit, desc.batch[axis])
+            places = [p + index * x.batch[axis] if x.batch[axis] else p for p, x in zip(places, (desc.a, desc.b, desc.y))]
+        return [kernel.let(p, "start") for p in places]
 
-    def tile(rows: int, row: Expr, panel: Expr, source: Buffer) -> None:
-        acc = kernel.registers(rows * 2, "float32", lanes)
-        for i in range(rows * 2):
+    def copy(start: Expr, first: Expr, steps: Expr, to: Buffer, columns: int) -> None:
+        """Rows first .. first + steps of b's ``columns`` columns from ``start`` on; columns without a source become 0."""
+        width = math.ceil(columns / lanes) * lanes
+        whole = columns - columns % lanes if desc.b.column == 1 else 0
+        with kernel.loop(steps) as kk:
+            source, at = kernel.let(start + (first + kk) * desc.b.row), kk * isa.columns
+            for j in range(0, whole, lanes):
+                kernel.store(to, at + j, load(b, source + j, lanes))
+            for j in range(whole, width):
+                kernel.store(to, at + j, load(b, source + j * desc.b.column) if j < columns else splat(0.0, 1))
+
+    def tile(height: int, columns: int, place: Expr, to: Expr, block: Expr, steps: Expr, source: Buffer) -> None:
+        """``height`` rows of a from ``place`` on times the copied columns, to y from ``to`` on."""
+        vectors = math.ceil(columns / lanes)
+        acc = kernel.registers(height * vectors, "float32", lanes)
+        for i in range(height * vectors):
             kernel.store(acc, i * lanes, splat(0.0, lanes))
-        with kernel.loop(k) as kk:
-            columns = [kernel.let(load(source, kk * isa.columns + v * lanes, lanes)) for v in range(2)]
-            for i in range(rows):
-                value = splat(load(a, (kk, row + i) if desc.transposed == "a" else (row + i, kk)), lanes)
-                for v in range(2):
-                    at = (i * 2 + v) * lanes
-                    kernel.store(acc, at, load(acc, at, lanes) + value * columns[v])
-        store_panel(kernel, acc, rows, y, row, panel, n, lanes)
+        with kernel.loop(steps) as kk:
+            values = [kernel.let(load(source, kk * isa.columns + v * lanes, lanes)) for v in range(vectors)]
+            at = kernel.let(place + kk * desc.a.column)
+            for i in range(height):
+                value = splat(load(a, at + i * desc.a.row), lanes)
+                for v in range(vectors):
+                    here = (i * vectors + v) * lanes
+                    kernel.store(acc, here, load(acc, here, lanes) + value * values[v])
+        if columns % lanes:
+            spill = kernel.scratch(height * vectors * lanes, "float32")
+            for i in range(height * vectors):
+                kernel.store(spill, i * lanes, load(acc, i * lanes, lanes))
+
+        def write(add: bool) -> None:
+            for i in range(height):
+                row = to + i * desc.y.row
+                for v in range(columns // lanes):
+                    at, value = row + v * lanes, load(acc, (i * vectors + v) * lanes, lanes)
+                    kernel.store(y, at, load(y, at, lanes) + value if add else value)
+            if columns % lanes:
+                with kernel.loop(columns % lanes) as j:
+                    for i in range(height):
+                        at = to + i * desc.y.row + columns // lanes * lanes + j
+                        value = load(spill, (i * vectors + vectors - 1) * lanes + j)
+                        kernel.store(y, at, load(y, at) + value if add else value)
+
+        if blocks == 1:
+            write(False)
+        else:
+            kernel.either(tirx.EQ(block, int64(0)), lambda: write(False), lambda: write(True))
+
+    def panel(columns: int, a_start: Expr, b_start: Expr, y_start: Expr, low: Expr, high: Expr, source: Buffer) -> None:
+        """Tiles low .. high of ``columns`` columns."""
+        with kernel.loop(blocks) as block:
+            first = kernel.let(block * desc.steps)
+            steps = int64(k) if blocks == 1 else kernel.let(minimum(int64(k) - first, desc.steps))
+            copy(b_start, first, steps, source, columns)
+            with kernel.range(low, high) as t:
+                place = kernel.let(a_start + first * desc.a.column + t * (rows * desc.a.row))
+                to = kernel.let(y_start + t * (rows * desc.y.row))
+                if rest:
+                    kernel.either(
+                        t < m // rows,
+                        lambda: tile(rows, columns, place, to, block, steps, source),
+                        lambda: tile(rest, columns, place, to, block, steps, source),
+                    )
+                else:
+                    tile(rows, columns, place, to, block, steps, source)
 
     def part(first: Expr, last: Expr) -> None:
-        source = kernel.scratch(k * isa.columns, "float32")
-        cut = n % isa.columns
+        source = kernel.scratch(desc.steps * isa.columns, "float32")
         with kernel.range(first, last) as unit:
-            panel = kernel.let(floor_mod(unit, int64(panels)), "panel")
-            low = kernel.let(floor_div(unit, int64(panels)) * chunk, "low")
-            high = kernel.let(minimum(low + chunk, int64(m)), "high")
-            if cut:
-                with kernel.loop(k * isa.columns // lanes) as i:
-                    kernel.store(source, i * lanes, splat(0.0, lanes))
-                whole = panel < n // isa.columns
-                kernel.either(whole, lambda: copy(panel, source, isa.columns), lambda: copy(panel, source, cut))
-            else:
-                copy(panel, source, isa.columns)
-            for_tiles(kernel, isa.tiles[1:], low, high, lambda rows, row: tile(rows, row, panel, source))
+            at = kernel.let(floor_mod(unit, int64(panels)), "panel")
+            low = kernel.let(floor_mod(floor_div(unit, int64(panels)), int64(chunks)) * desc.chunk, "low")
+            high = minimum(low + desc.chunk, int64(tiles))
+            a_start, b_start, y_start = starts(floor_div(unit, int64(panels * chunks)))
+            b_start = kernel.let(b_start + at * (isa.columns * desc.b.column))
+            y_start = kernel.let(y_start + at * isa.columns)
 
-    kernel.share(1 if m * n * k < 32768 else desc.threads, ceil_div(int64(m), chunk) * panels, part)
+            def with_columns(columns: int) -> Callable[[], None]:
+                return lambda: panel(columns, a_start, b_start, y_start, low, high, source)
+
+            if cut and n > cut:
+                kernel.either(at < panels - 1, with_columns(isa.columns), with_columns(cut))
+            else:
+                with_columns(cut or isa.columns)()
+
+    batch = math.prod(desc.batch)
+    kernel.share(1 if batch * m * n * k < _SERIAL else desc.threads, batch * chunks * panels, part)
     return kernel.build()
