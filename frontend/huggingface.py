@@ -46,7 +46,7 @@ def from_pretrained(folder: str | Path) -> Program:
     tokenizer = folder / "tokenizer.json"
     program.metadata.update(
         family=family, name=folder.resolve().name, context=config["max_position_embeddings"],
-        vocab=config["vocab_size"], generation=_generation(folder, config), config=config,
+        vocab=config["vocab_size"], generation=generation_ids(folder, config), config=config,
         tokenizer=str(tokenizer) if tokenizer.exists() else None,
     )  # fmt: skip
     return program
@@ -96,11 +96,11 @@ def _same(a: Stored, b: Stored) -> bool:
     return all(np.array_equal(x[i : i + 4096], y[i : i + 4096]) for i in range(0, a.shape[0] if a.shape else 0, 4096))
 
 
-def _generation(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+def generation_ids(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     """``{bos, eos, pad}`` token ids; generation_config.json goes before config.json, that before the family's own. ``eos`` is
     a list.
     """
-    config = {**_IDS.get(config["model_type"], {}), **config}
+    config = {**_IDS.get(config.get("model_type", ""), {}), **config}
     path = folder / "generation_config.json"
     first = read_json(path) if path.exists() else {}
     ids: dict[str, Any] = {}

@@ -15,9 +15,10 @@ from .merge_linears import MergeLinears
 from .pattern import Match, Mismatch, Rewrite, Tracer
 from .pipelines import default_pipeline
 from .quantize import Quantize
+from .token_inputs import TokenInputs
 
 __all__ = [
     "Check", "Cleanup", "DeriveKVCache", "Differentiate", "FuseActivations", "FuseAttention", "FuseGlu", "FuseNorm", "FuseRope",
     "GraphPass", "HoistParams", "Match", "MergeLinears", "Mismatch", "Pass", "PassError", "PassManager", "Quantize", "Remark",
-    "Remarks", "Report", "Rewrite", "SimplifyIndices", "Step", "Tracer", "default_pipeline",
+    "Remarks", "Report", "Rewrite", "SimplifyIndices", "Step", "TokenInputs", "Tracer", "default_pipeline",
 ]  # fmt: skip

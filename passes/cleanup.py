@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from wasat.ir import Builder, DimLike, Graph, Node, TensorType, Value, equal, less_equal, run_node
@@ -137,6 +138,17 @@ def _gather(b: Builder, node: Node) -> Value | None:
     return b.embedding(w, ids, dtype=w.tensor.dtype) if table and node.attrs.axis == 0 else None  # type: ignore[attr-defined]
 
 
+def _rope(b: Builder, node: Node) -> Value | None:
+    """Rotation at positions that were repeated for every row of the batch: at the positions."""
+    x, at, freq = node.inputs
+    repeat = _producer(at, "broadcast_to")
+    if repeat is None or equal(repeat.inputs[0].tensor.size, at.shape[-1]) is not True:
+        return None
+    attrs: Any = node.attrs
+    positions = b.reshape(repeat.inputs[0], shape=at.shape[-1:])
+    return b.rope(x, positions, freq, factor=attrs.factor, interleaved=attrs.interleaved)
+
+
 def _merged_rows(b: Builder, v: Value) -> Value | None:
     """``v`` [m, k] as [.., k], its m rows not yet merged; None if they are no merged axes."""
     inner = _producer(v, "reshape")
@@ -222,10 +234,13 @@ def _slice_of_concat(b: Builder, node: Node) -> Value | None:
 
 
 def _concat(b: Builder, node: Node) -> Value | None:
-    """A concatenation of one, or of the adjacent slices that make up a whole axis."""
+    """A concatenation of one, of parts some of which are empty, or of the adjacent slices that make up a whole axis."""
     if len(node.inputs) == 1:
         return node.inputs[0]
     axis, at, source = node.attrs.axis, 0, None  # type: ignore[attr-defined]
+    parts = [v for v in node.inputs if v.shape[axis] != 0]
+    if len(parts) < len(node.inputs):
+        return b.concat(*(parts or node.inputs[:1]), axis=axis)
     for v in node.inputs:
         part = _producer(v, "slice")
         if part is None or (source is not None and part.inputs[0] is not source):
@@ -286,6 +301,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "transpose": (_transpose,),
     "concat": (_concat,),
     "gather": (_gather,),
+    "rope": (_rope,),
     "matmul": (_matmul, _rows_apart),
     "linear": (_rows_apart,),
     "select": (_select, _select_not),

@@ -12,6 +12,7 @@ from typing import Any
 from wasat.ir import Builder, DimLike, DType, Graph, IRError, Node, Program, TensorType, Value, substitute, symbol
 from wasat.ir.graph import copy_node
 
+from .affine import Indexing
 from .axis import Label, analyze, refuse
 from .core import Pass, PassError, Remark, Remarks
 
@@ -63,7 +64,9 @@ class DeriveKVCache(Pass):
         for name, v in zip(forward.output_names, forward.outputs):
             if labels[v].kind == "ahead":
                 raise refuse(labels[v], name, seq)
-        plan = _Plan.make(forward, tokens, seq, labels, self.chunk, program.metadata.get("context"))
+        limits = [n for n in (program.metadata.get("context"), _positions_known(forward, labels)) if n is not None]
+        context = min(limits, default=None)
+        plan = _Plan.make(forward, tokens, seq, labels, self.chunk, context)
         graphs = dict(program.graphs)
         del graphs[self.graph]
         made = [_Derivation(plan, name).run() for name in ("prefill", "decode")]
@@ -75,6 +78,7 @@ class DeriveKVCache(Pass):
         program.graphs = {**graphs, **{g.name: g for g in made}}
         program.metadata["states"] = [s for c in plan.caches.values() for s in c.states()]
         program.metadata["chunk"] = self.chunk
+        program.metadata["context"] = context
         for node, cache in plan.of.items():
             remarks.applied(f"%{node.output.name}: {cache.describe()}", node)
         if plan.memory:
@@ -87,6 +91,22 @@ def capacity_name(forward: Graph) -> str:
     while name in forward.symbols:
         name += "_"
     return name
+
+
+def _positions_known(graph: Graph, labels: dict[Value, Label]) -> int | None:
+    """For how many positions there are rows in the tables that positions index; None where no table is indexed so."""
+    at, rows = Indexing(()), []
+    for node in graph.nodes:
+        name = node.op.name
+        if name == "embedding" or (name == "gather" and node.attrs.axis == 0):  # type: ignore[attr-defined]
+            table, index = node.inputs
+            found = at.of(index) if labels[index].kind == "position" else None
+            if found is None or not isinstance(found.const, int) or not isinstance(table.shape[0], int):
+                continue
+            step = found.terms[labels[index].axis]
+            if isinstance(step, int) and step > 0:
+                rows.append((table.shape[0] - 1 - found.const) // step + 1)
+    return min(rows, default=None)
 
 
 def _tokens(graph: Graph) -> Value:

@@ -9,9 +9,10 @@ from typing import Any, Literal, Protocol
 
 from wasat import __version__
 from wasat.ir import Array, DimLike, DType, IRError, Program, TensorType, Type, WasatError, evaluate, symbol, symbols_of
-from wasat.passes import PassManager, Report, default_pipeline
+from wasat.passes import DeriveKVCache, PassManager, Report, TokenInputs, default_pipeline
 from wasat.passes.core import Dump
 from wasat.passes.kv_cache import capacity_name
+from wasat.passes.token_inputs import EXPORTED as TOKEN_NAMES
 
 
 class Progress(Protocol):
@@ -31,6 +32,9 @@ def optimize(
 ) -> tuple[Program, Report]:  # fmt: skip
     """Runs the default passes over a copy of ``program``; returns it with the report of what each pass did and missed.
 
+    A forward pass as exporters leave it (``input_ids`` beside a padding mask, positions, a cache) becomes one over tokens alone
+    (see :class:`wasat.passes.TokenInputs`), if a cache can then be derived; else it keeps its inputs.
+
     ``quantize``: ``"int8"``, ``"int4"``, ``"f16"``, ``"bf16"`` or None (weights as f32). ``activation``: ``"int8"`` for
     integer dot products where weights are integers, None to compute in f32. ``overrides``: parameter glob to scheme.
     ``kv_cache``: derive ``prefill`` and ``decode`` from ``forward``; None: if it takes tokens, and for a model that came
@@ -40,27 +44,47 @@ def optimize(
 
     Raises WasatError where a pass cannot do what was asked for, naming the pass.
     """
-    copy = Program({k: g.clone() for k, g in program.graphs.items()}, dict(program.params), dict(program.metadata))
+    exported = kv_cache is not False and _is_exported(program)
     caches: Literal["required", "tried"] | None
     if kv_cache is None:
-        caches = None if not _takes_tokens(program) else "required" if "generation" in program.metadata else "tried"
+        tried = "onnx" in program.metadata or "generation" not in program.metadata
+        caches = None if not (exported or _takes_tokens(program)) else "tried" if tried else "required"
     else:
         caches = "required" if kv_cache else None
-    passes = default_pipeline(
-        quantize=quantize, activation=activation, overrides=dict(overrides or {}), kv_cache=caches, chunk=chunk
+
+    def attempt(exported: bool, caches: Literal["required", "tried"] | None) -> tuple[Program, Report]:
+        copy = Program({k: g.clone() for k, g in program.graphs.items()}, dict(program.params), dict(program.metadata))
+        passes = default_pipeline(
+            quantize=quantize, activation=activation, overrides=dict(overrides or {}), kv_cache=caches, chunk=chunk
+        )
+        if exported:
+            passes.insert(0, TokenInputs(required=caches == "required"))
+        checker = None
+        if check:
+            from wasat.testing import InterpreterCheck
+
+            checker = InterpreterCheck(_small_sizes(program))
+        done = iter(range(len(passes)))
+
+        def tell(name: str) -> None:
+            progress(f"pass {name}", next(done), len(passes))
+
+        return copy, PassManager(passes, verify=verify, check=checker, dump=dump, on_progress=tell).run(copy)
+
+    served, report = attempt(exported, caches)
+    if not exported or ("decode" in served.graphs and any(v.name == "tokens" for v in served["decode"].inputs)):
+        return served, report
+    plain, other = attempt(False, None)
+    other.steps += [s for s in report.steps if s.name in (TokenInputs.name, DeriveKVCache.name)]
+    return plain, other
+
+
+def _is_exported(program: Program) -> bool:
+    """Whether ``forward`` takes tokens under an exporter's name, which no session feeds."""
+    return "forward" in program.graphs and any(
+        v.name in TOKEN_NAMES and isinstance(v.type, TensorType) and v.type.dtype.is_int and v.type.rank == 2
+        for v in program["forward"].inputs
     )
-    checker = None
-    if check:
-        from wasat.testing import InterpreterCheck
-
-        checker = InterpreterCheck(_small_sizes(program))
-    count = len(passes)
-    done = iter(range(count))
-
-    def tell(name: str) -> None:
-        progress(f"pass {name}", next(done), count)
-
-    return copy, PassManager(passes, verify=verify, check=checker, dump=dump, on_progress=tell).run(copy)
 
 
 def _takes_tokens(program: Program) -> bool:
@@ -213,8 +237,27 @@ class _NoData:
         raise IRError(f"parameter {self.name} has no data: the program was read from text, which names its parameters only")
 
 
+def _beside(model: Path) -> dict[str, Any]:
+    """What exporters leave in a model's folder: tokenizer, token ids that begin and end a text, the context's length."""
+    from wasat.frontend.checkpoint import read_json
+    from wasat.frontend.huggingface import generation_ids
+
+    found: dict[str, Any] = {}
+    tokenizer, path = model.with_name("tokenizer.json"), model.with_name("config.json")
+    if tokenizer.exists():
+        found["tokenizer"] = str(tokenizer)
+    config = read_json(path) if path.exists() else {}
+    if "model_type" in config:
+        lengths = [config[k] for k in ("max_position_embeddings", "n_positions") if isinstance(config.get(k), int)]
+        found |= {"generation": generation_ids(model.parent, config), "context": min(lengths, default=None)}
+    return found
+
+
 def load_program(path: str | Path) -> Program:
-    """A Hugging Face folder, an ONNX file (``.onnx``), or a file of graph text (any other text file), as a program."""
+    """A Hugging Face folder, an ONNX file (``.onnx``), or a file of graph text (any other text file), as a program.
+
+    An ONNX file's ``tokenizer.json``, ``config.json`` and ``generation_config.json`` are read where they stand beside it.
+    """
     from wasat.frontend import from_pretrained
     from wasat.ir import parse_program
 
@@ -226,7 +269,9 @@ def load_program(path: str | Path) -> Program:
             from wasat.frontend.onnx import from_onnx
         except ModuleNotFoundError as e:
             raise WasatError(f"{p}: reading ONNX files needs the package {e.name}; pip install 'wasat[onnx]'") from None
-        return from_onnx(p)
+        program = from_onnx(p)
+        program.metadata.update(_beside(p))
+        return program
     if p.is_file():
         try:
             text = p.read_text(encoding="utf-8")

@@ -66,6 +66,19 @@ class CausalMasked(Causal):
         ).logits
 
 
+class CausalPast(Causal):
+    """With keys and values of the past as inputs, those of past and present as outputs."""
+
+    def forward(self, input_ids, attention_mask, position_ids, *past):
+        cache = transformers.DynamicCache()
+        for i in range(len(past) // 2):
+            cache.update(past[2 * i], past[2 * i + 1], i)
+        out = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache, use_cache=True
+        )
+        return (out.logits, *(x for layer in out.past_key_values.layers for x in (layer.keys, layer.values)))
+
+
 class Encoder(Causal):
     def forward(self, input_ids, attention_mask):
         return self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
@@ -151,6 +164,10 @@ def t5_encoder(attention):
 TOKENS = {"input_ids": {0: "b", 1: "s"}}
 MASKED = {**TOKENS, "attention_mask": {0: "b", 1: "s"}}
 PLACED = {**MASKED, "position_ids": {0: "b", 1: "s"}}
+WITH_PAST = {
+    **PLACED, "attention_mask": {0: "b", 1: "t + s"},
+    **{f"past_key_values.{i}.{x}": {0: "b", 2: "t"} for i in range(2) for x in ("key", "value")},
+}  # fmt: skip
 PIXELS = {"pixel_values": {0: "b"}}
 SOUND = {"input_features": {0: "b"}}
 PAIR = {**TOKENS, "encoder_hidden_states": {0: "b", 1: "t"}}
@@ -173,6 +190,7 @@ CASES = {
     "llama_sdpa_23": Case(llama, "sdpa", "dynamo_23"),
     "llama_masked": Case(llama, "eager", "dynamo", CausalMasked, PLACED),
     "llama_legacy": Case(llama, "eager", "legacy", CausalMasked, PLACED),
+    "llama_past": Case(llama, "eager", "legacy", CausalPast, WITH_PAST),
     "qwen3_sdpa": Case(qwen3, "sdpa", "dynamo"),
     "gemma3_eager": Case(gemma3, "eager", "dynamo"),
     "gemma3_sdpa_legacy": Case(gemma3, "sdpa", "legacy", CausalMasked, PLACED),
@@ -192,12 +210,16 @@ def sample(axes: dict, sizes: dict, rng: np.random.Generator) -> dict[str, torch
     out = {}
     for name in axes:
         b, s, t = (sizes[k] for k in "bst")
+        past = t if axes is WITH_PAST else 0
         if name == "input_ids":
             x = rng.integers(3, VOCAB, (b, s))
         elif name == "attention_mask":
-            x = (np.arange(s)[None] < np.where(np.arange(b) == 0, s - 3, s)[:, None]).astype(np.int64)
+            n = past + s
+            x = (np.arange(n)[None] < np.where(np.arange(b) == 0, n - 3, n)[:, None]).astype(np.int64)
         elif name == "position_ids":
-            x = np.broadcast_to(np.arange(s), (b, s)).copy()
+            x = np.broadcast_to(past + np.arange(s), (b, s)).copy()
+        elif name.startswith("past"):
+            x = rng.standard_normal((b, 2, past, DIM // HEADS)).astype(np.float32)
         else:
             shape = {"pixel_values": (b, 3, 16, 16), "input_features": (b, 8, 2 * MEMORY)}.get(name, (b, t, DIM))
             x = rng.standard_normal(shape).astype(np.float32)
@@ -224,10 +246,12 @@ def make(name: str, case: Case) -> None:
     rng = np.random.default_rng(3)
     traced, golden = (sample(case.axes, dict(zip("bst", sizes)), rng) for sizes in ((2, 7, 5), (3, 13, 9)))
     path = HERE / f"{name}.onnx"
-    common = {"input_names": list(case.axes), "output_names": ["out"], "external_data": False}
+    present = [name.replace("past_key_values", "present") for name in case.axes if name.startswith("past")]
+    common = {"input_names": list(case.axes), "output_names": ["out", *present], "external_data": False}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        out = wrapped(**golden)
+        out = wrapped(*golden.values())
+        out = out[0] if isinstance(out, tuple) else out
         if case.exporter == "legacy":
             del common["external_data"]
             torch.onnx.export(

@@ -22,6 +22,7 @@ CASES: dict[str, tuple[int, int, int]] = {
     "llama_sdpa_23": (2, 2, 0),
     "llama_masked": (2, 0, 2),  # a finite number stands for -inf, and a hidden row may see nothing: the mask is kept whole
     "llama_legacy": (2, 0, 2),
+    "llama_past": (2, 0, 2),
     "qwen3_sdpa": (2, 2, 0),
     "gemma3_eager": (2, 2, 0),
     "gemma3_sdpa_legacy": (2, 2, 2),

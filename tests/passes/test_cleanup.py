@@ -46,6 +46,9 @@ SIMPLIFIED = {
     "choice by true": (["%z: f32[b, 4] = select(true:bool, %x, %y)"], "z=%x"),
     "choice by false": (["%z: f32[b, 4] = select(false:bool, %x, %y)"], "z=%y"),
     "concatenation of one": (["%z: f32[b, 4] = concat(%x) {axis=1}"], "z=%x"),
+    "concatenation with nothing": (
+        ["%n: f32[b, 0] = slice(%y) {starts=(0, 0), stops=(b, 0)}", "%z: f32[b, 4] = concat(%n, %x) {axis=1}"], "z=%x",
+    ),
 }  # fmt: skip
 
 
@@ -276,3 +279,20 @@ def test_other_products_and_lookups_stay(edits: list[tuple[str, str]]) -> None:
         assert old in text
         text = text.replace(old, new)
     check_untouched(Cleanup(), text)
+
+
+ROPE = """graph @f(%x: f32[b, s, 2, 4], %at: i64[{given}], %w: f32[2]) {{
+{lines}  %z: f32[b, s, 2, 4] = rope(%x, %{which}, %w) {{factor=1.5, interleaved=true}}
+  return %z
+}}
+"""
+
+
+def test_rotation_at_repeated_positions() -> None:
+    repeat = "  %n: i64[b, s] = broadcast_to(%at) {shape=(b, s)}\n"
+    alone = "  %reshape: i64[s] = reshape(%at) {shape=(s,)}\n"
+    dims = [{"b": 2, "s": 3}, {"b": 1, "s": 1}]
+    for given, lines, which in (("s", "", "at"), ("1, s", alone, "reshape")):
+        before = ROPE.format(given=given, lines=repeat, which="n")
+        check_pass(Cleanup(), before, ROPE.format(given=given, lines=lines, which=which), dims)
+    check_untouched(Cleanup(), ROPE.format(given="b, 1", lines=repeat, which="n"))

@@ -1,0 +1,95 @@
+"""Decoders that exporters left (tokens beside a mask, positions, a cache) generate: as an artifact, from the command line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from typer.testing import CliRunner
+from wasat.frontend.onnx import from_onnx
+from wasat.ir import IRError, Program, evaluate
+
+import wasat as ws
+from wasat import driver
+from wasat.cli import app
+
+HERE = Path(__file__).parents[1] / "golden" / "onnx"
+VOCAB = 40
+PROMPTS = [[5, 9, 3, 7, 11, 4], [8]]
+
+
+def chosen(program: Program, prompt: list[int], count: int) -> list[int]:
+    """The likeliest tokens after ``prompt``, each from a forward pass over all of them."""
+    params = {name: p.load() for name, p in program.params.items()}
+    ids = list(prompt)
+    for _ in range(count):
+        n = len(ids)
+        feeds = {}
+        for v in program["forward"].inputs:
+            feeds[v.name] = {"input_ids": np.array([ids]), "attention_mask": np.ones((1, n), np.int64)}.get(
+                v.name, np.arange(n)[None] if v.name == "position_ids" else np.zeros((1, 2, 0, 8), np.float32)
+            )
+        ids.append(int(evaluate(program["forward"], feeds, params)[0][0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize(
+    "name, derived, context",
+    [("llama_past", 6, None), ("gpt2_sdpa_legacy", 2, 64), ("gemma3_sdpa_legacy", 2, None), ("llama_sdpa_23", 0, None)],
+)
+def test_generates(name: str, derived: int, context: int | None, tmp_path: Path) -> None:
+    """In chunks of four, in a batch, one token at a time: what the forward pass chooses, which keeps no cache."""
+    program = driver.load_program(HERE / f"{name}.onnx")
+    report = ws.compile(program, tmp_path / "out", chunk=4)
+    assert len([r for r in report.remarks("applied") if r.message.startswith("input %")]) == derived
+    model = ws.load(tmp_path / "out")
+    assert (model.manifest.vocab, model.manifest.context) == (VOCAB, context)
+    got = model.generate(PROMPTS, max_tokens=8)
+    assert [r.tokens for r in got] == [chosen(program, p, 8) for p in PROMPTS]
+
+
+def test_what_stands_beside_the_file(tmp_path: Path) -> None:
+    """Tokenizer, the end of a text and the context's length come along; the command line answers."""
+    shutil.copy(HERE / "llama_legacy.onnx", tmp_path / "model.onnx")
+    words = {f"w{i}": i for i in range(VOCAB)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    want = chosen(from_onnx(tmp_path / "model.onnx"), [5, 9], 6)
+    config = {"model_type": "llama", "max_position_embeddings": 32, "eos_token_id": want[4]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    run = CliRunner()
+    out = str(tmp_path / "out")
+    assert run.invoke(app, ["compile", str(tmp_path / "model.onnx"), "-o", out]).exit_code == 0
+    result = run.invoke(app, ["generate", out, "w5 w9", "--max-tokens", "6", "--quiet"])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.split() == [f"w{t}" for t in want[: want.index(want[4])]]
+    manifest = ws.load(out).manifest
+    assert (manifest.context, manifest.eos) == (32, (want[4],))
+
+
+def test_a_config_that_is_none_of_a_model_is_left_alone(tmp_path: Path) -> None:
+    shutil.copy(HERE / "llama_sdpa.onnx", tmp_path / "model.onnx")
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 3}')
+    assert not driver.load_program(tmp_path / "model.onnx").metadata.keys() & {"context", "generation", "tokenizer"}
+
+
+def test_what_cannot_be_cached_keeps_its_inputs() -> None:
+    """A bidirectional encoder needs its mask; asked for a cache all the same, the answer is why not."""
+    program = from_onnx(HERE / "bert_eager.onnx")
+    optimized, report = ws.optimize(program)
+    assert [v.name for v in optimized["forward"].inputs] == ["input_ids", "attention_mask"]
+    assert any("it is bidirectional" in r.message for r in report.remarks("missed"))
+    with pytest.raises(IRError, match="it is bidirectional"):
+        ws.optimize(program, kv_cache=True)
+
+
+def test_without_a_cache_everything_stays() -> None:
+    """``kv_cache=False``: the program as the file has it, its cache an input and an output."""
+    optimized, _ = ws.optimize(from_onnx(HERE / "llama_past.onnx"), kv_cache=False)
+    assert [v.name for v in optimized["forward"].inputs][2:4] == ["position_ids", "past_key_values.0.key"]
+    assert optimized["forward"].output_names[1] == "present.0.key"

@@ -1,0 +1,88 @@
+"""What exporters leave beside tokens is derived from them; what cannot be is named, and the graph stays as it is."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from wasat.ir import IRError, evaluate
+from wasat.passes import PassError, PassManager, TokenInputs
+
+from wasat.testing import random_program
+
+BEFORE = """graph @forward(%input_ids: i32[b, s], %attention_mask: f32[n, p + s], %position_ids: i64[1, m], %cache_position: i64[s], \
+%past_key_values.0.key: f32[b, p, 4], %state: f32[b, 4]) {
+  param %table: f32[9, 4]
+  %x: f32[b, s, 4] = gather(%table, %input_ids) {axis=0}
+  %keys: f32[b, p + s, 4] = concat(%past_key_values.0.key, %x) {axis=1}
+  %whole: f32[b, p + s] = broadcast_to(%attention_mask) {shape=(b, p + s)}
+  %m: f32[b, p + s, 1] = reshape(%whole) {shape=(b, p + s, 1)}
+  %masked: f32[b, p + s, 4] = mul(%keys, %m)
+  %both: i64[1, m] = add(%position_ids, %cache_position)
+  %at: f32[1, m] = cast(%both) {dtype=f32}
+  %place: f32[1, m, 1] = reshape(%at) {shape=(1, m, 1)}
+  %new: f32[b, s, 4] = slice(%masked) {starts=(0, p, 0), stops=(b, p + s, 4)}
+  %y: f32[b, s, 4] = add(%new, %place)
+  %add: f32[b, 1, 4] = reshape(%state) {shape=(b, 1, 4)}
+  %logits: f32[b, s, 4] = add(%y, %add)
+  return logits=%logits, "present.0.key"=%keys
+}
+"""
+
+
+def test_only_tokens_stay() -> None:
+    old, new = random_program(BEFORE), random_program(BEFORE)
+    report = PassManager([TokenInputs()]).run(new)
+    g = new["forward"]
+    assert [(v.name, str(v.type)) for v in g.inputs] == [("tokens", "i64[b, s]"), ("state", "f32[b, 4]")]
+    assert g.output_names == ["logits"]
+    assert [r.message for r in report.remarks("applied")] == [
+        "input %attention_mask: all ones", "input %position_ids: 0, 1, ..", "input %cache_position: 0, 1, ..",
+        "input %past_key_values.0.key: empty: caches are derived, not taken over",
+    ]  # fmt: skip
+    tokens, state = np.array([[3, 1, 4], [1, 5, 8]]), np.ones((2, 4), np.float32)
+    feeds = {
+        "input_ids": tokens.astype(np.int32), "attention_mask": np.ones((2, 3), np.float32), "state": state,
+        "position_ids": np.arange(3)[None], "cache_position": np.arange(3),
+        "past_key_values.0.key": np.zeros((2, 0, 4), np.float32),
+    }  # fmt: skip
+    params = {k: p.load() for k, p in old.params.items()}
+    want = evaluate(old["forward"], feeds, params)[0]
+    (got,) = evaluate(g, {"tokens": tokens, "state": state}, params)
+    assert (got == want).all()
+
+
+REFUSED = {
+    "another input along s": (("%state: f32[b, 4]", "%state: f32[b, 4], %segments: i64[b, s]"),
+                              "input %segments: i64[b, s] also has an element for each token"),
+    "two outputs": (("return logits", "return hidden=%y, logits"), "it has 2 outputs (hidden, logits)"),
+    "caches of two lengths": (("%state: f32[b, 4]", "%state: f32[b, 4], %past_key_values.0.value: f32[b, e, 4]"),
+                              "its caches have several lengths: e, p"),
+    "a mask of fixed length": (("%state: f32[b, 4]", "%state: f32[b, 4], %decoder_attention_mask: i64[b, 7]"),
+                               "%decoder_attention_mask is i64[b, 7], beside %input_ids"),
+    "tokens of two names": (("%state: f32[b, 4]", "%state: f32[b, 4], %decoder_input_ids: i64[b, s]"),
+                            "it has 2 integer inputs [b, s] named input_ids or decoder_input_ids; it needs one"),
+    "an output of one length only": (("%new: f32[b, s, 4] = slice(%masked) {starts=(0, p, 0), stops=(b, p + s, 4)}",
+                                      "%new: f32[b, s, 4] = slice(%masked) {starts=(0, 1, 0), stops=(b, 1 + s, 4)}"),
+                                     "slice"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("edit, reason", REFUSED.values(), ids=REFUSED)
+def test_refused(edit: tuple[str, str], reason: str) -> None:
+    assert edit[0] in BEFORE
+    text = BEFORE.replace(*edit)
+    program = random_program(text)
+    with pytest.raises(IRError) as e:
+        PassManager([TokenInputs()]).run(program)
+    assert reason in str(e.value)
+    report = PassManager([TokenInputs(required=False)]).run(program)
+    assert str(program) == str(random_program(text))
+    assert "@forward cannot be fed tokens alone: " in report.remarks("missed")[0].message
+
+
+def test_a_fixed_number_of_tokens() -> None:
+    text = "graph @forward(%input_ids: i64[b, 7]) {\n  %y: i64[b, 7] = neg(%input_ids)\n  return %y\n}\n"
+    with pytest.raises(IRError, match="the number of tokens is fixed"):
+        PassManager([TokenInputs()]).run(random_program(text))
+    with pytest.raises(PassError, match="there is no graph @other"):
+        PassManager([TokenInputs("other")]).run(random_program(text))
