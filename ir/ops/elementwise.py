@@ -501,3 +501,32 @@ class StopGradient(Op):
 
     def samples(self) -> Iterable[Sample]:
         yield Sample([grid(3)])
+
+
+@register
+class Barrier(Op):
+    """x, not before ``after`` is known: what is computed from it stays apart from, and later than, an equal computation on x.
+
+    How a value is computed again instead of being kept (passes/remat.py). ``after`` is any dense tensor. Behind the last pass
+    that merges equal nodes it decomposes into x.
+    """
+
+    name = "barrier"
+
+    def infer(self, attrs: Attrs, x: TensorType, after: TensorType) -> TensorType:
+        tensor(after, "after")
+        return tensor(x)
+
+    def reference(self, attrs: Attrs, x: np.ndarray, after: np.ndarray) -> np.ndarray:
+        return x
+
+    def decompose(self, b: Builder, attrs: Attrs, x: Value, after: Value) -> Value:
+        return x
+
+    def samples(self) -> Iterable[Sample]:
+        yield Sample([grid(3), grid(2, 2)], grad=(0,))
+        yield Sample([np.array([True, False]), np.array(1)])
+
+    def errors(self) -> Iterable[ErrorSample]:
+        yield ErrorSample(["int8b32f16[4, 32]", "f32[]"], {}, "operand is quantized")
+        yield ErrorSample(["f32[4]", "int8b32f16[4, 32]"], {}, "after is quantized")
