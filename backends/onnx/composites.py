@@ -134,15 +134,13 @@ def _blocks(node: Node, at: int) -> QTensorType:
 
 
 def _dense(e: Emitter, t: QTensorType, values: str, scales: str, dtype: DType) -> str:
-    """values * scales in f32: DequantizeLinear with blocks from operator set 21 on, else a product with repeated scales."""
-    wide = e.cast(scales, DType.F32)
+    """values * scales, rounded once: DequantizeLinear with blocks from operator set 21 on, else scales repeated, in f32."""
     if e.opset >= 21:
-        return e.cast(
-            e.op("DequantizeLinear", values, wide, dtype=DType.F32, axis=len(t.shape) - 1, block_size=t.block), dtype
-        )
+        work = e.dtype[scales]
+        return e.cast(e.op("DequantizeLinear", values, scales, dtype=work, axis=len(t.shape) - 1, block_size=t.block), dtype)
     k = t.shape[-1]
     assert isinstance(k, int)
-    spread = e.op("Gather", wide, e.const(np.arange(k) // t.block), axis=len(t.shape) - 1)
+    spread = e.op("Gather", e.cast(scales, DType.F32), e.const(np.arange(k) // t.block), axis=len(t.shape) - 1)
     return e.cast(e.op("Mul", e.cast(values, DType.F32), spread), dtype)
 
 
@@ -175,7 +173,8 @@ def _quantize(e: Emitter, node: Node, x: str) -> str:
 
 @emits("dequantize")
 def _dequantize(e: Emitter, node: Node, w: str) -> str:
-    return _dense(e, _blocks(node, 0), w, e.scales(node.inputs[0]), _attrs(node).dtype)
+    dtype = _attrs(node).dtype
+    return _dense(e, _blocks(node, 0), w, e.scales(node.inputs[0], dtype), dtype)
 
 
 @emits("quantized_embedding", when=lambda node, options: _blocks(node, 0).scheme == "int8")
@@ -183,8 +182,9 @@ def _quantized_embedding(e: Emitter, node: Node, w: str, ids: str) -> str:
     """Rows are picked first, so that only they become dense (of 4-bit integers ONNX has no Gather)."""
     t = _blocks(node, 0)
     rows = QTensorType(t.scheme, (*node.inputs[1].shape, t.shape[1]), t.block, t.scale)
-    values, scales = (e.op("Gather", x, ids, axis=0) for x in (w, e.scales(node.inputs[0])))
-    return _dense(e, rows, values, scales, _attrs(node).dtype)
+    dtype = _attrs(node).dtype
+    values, scales = (e.op("Gather", x, ids, axis=0) for x in (w, e.scales(node.inputs[0], dtype)))
+    return _dense(e, rows, values, scales, dtype)
 
 
 def _fits_nbits(node: Node, options: Options) -> bool:

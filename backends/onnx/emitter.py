@@ -294,14 +294,20 @@ class Emitter:
         """The element type of quantized values: 4-bit integers take a byte each before operator set 21, which has them."""
         return DType.I4 if t.scheme == "int4" and self.opset >= 21 else DType.I8
 
-    def scales(self, v: Value) -> str:
-        """The scales of a quantized value, [.., blocks]."""
-        if v in self.scale_names:
-            return self.scale_names[v]
-        t, name = v.type, v.param
+    def scales(self, v: Value, dtype: DType) -> str:
+        """The scales of a quantized value, [.., blocks]: as they are if they are ``dtype``, else in f32, which holds them all.
+
+        Those of a parameter are stored so: a DequantizeLinear of initializers is what readers recognise as a weight.
+        """
+        t = v.type
         assert isinstance(t, QTensorType)
+        own = t.scale if t.scale is dtype else DType.F32
+        if v in self.scale_names:
+            return self.cast(self.scale_names[v], own)
+        name = v.param
         assert name is not None, v
-        return self.weight(f"{name}.scales", t.scale, (*t.shape[:-1], t.blocks), lambda: self.load(name).scales)
+        stored = f"{name}.scales" if own is t.scale else f"{name}.scales.{own}"
+        return self.weight(stored, own, (*t.shape[:-1], t.blocks), lambda: self.load(name).scales.astype(own.np))
 
     # -- results -----------------------------------------------------------------------------------------------------
     def bind(self, node: Node, results: Sequence[str], since: int, wanted: Sequence[str]) -> None:

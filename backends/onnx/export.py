@@ -126,7 +126,7 @@ def build(program: Program, source: Graph, options: Options) -> tuple[Emitter, o
         if own != name and not failures:
             e.nodes.append(helper.make_node("Identity", [own], [name], name=name))
         if isinstance(v.type, QTensorType):
-            failures.setdefault("a quantized output", []).append(name)
+            failures.setdefault("a quantized output (only parameters can be quantized)", []).append(name)
         else:
             outputs.append(value_info(name, v.type))
     if failures:
