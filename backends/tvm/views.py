@@ -105,5 +105,5 @@ def product(isa: Isa, a: View, b: View, y: View, threads: int) -> tuple[Gemm, li
             break
         (a, y), m = merged, m * batch.pop()  # type: ignore[assignment]
         b = View(b.source, (*batch, *b.shape[-2:]), (*b.strides[: len(batch)], *b.strides[-2:]), b.offset)
-    places = [Matrix(x.size, x.strides[-2], x.strides[-1], x.strides[:-2], x.offset) for x in (a, b, y)]
-    return Gemm(isa, m, n, a.shape[-1], *places, tuple(batch), threads), [a.source, b.source]
+    a_at, b_at, y_at = (Matrix(x.size, x.strides[-2], x.strides[-1], x.strides[:-2], x.offset) for x in (a, b, y))
+    return Gemm(isa, m, n, a.shape[-1], a_at, b_at, y_at, tuple(batch), threads), [a.source, b.source]
