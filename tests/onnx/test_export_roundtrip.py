@@ -6,9 +6,7 @@ tests/roundtrip.py does the same with every graph of whichever tests it goes alo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,22 +14,17 @@ import pytest
 pytest.importorskip("onnx")
 
 from attention_zoo import CASES, MORE, Case
+from onnx_graphs import HF, ONNX, training_step
 from roundtrip import OPSETS, Sweep, roundtrip
 from wasat.backends.onnx.table import TABLE, Emission
 from wasat.frontend import from_pretrained
 from wasat.frontend.onnx import from_onnx
 from wasat.ir import Program, evaluate
 from wasat.passes import PassManager, default_pipeline
-from wasat.training.losses import add_loss, cross_entropy
-from wasat.training.optimizers import AdamW, Cosine
-from wasat.training.step import train_step
 
 from wasat.driver import optimize
 from wasat.testing import feed, random_graph, random_program
 
-TESTS = Path(__file__).parents[1]
-HF = sorted(p for p in (TESTS / "golden" / "hf").iterdir() if p.is_dir())
-ONNX = sorted((TESTS / "golden" / "onnx").glob("*.onnx"))
 SIZES = {"b": 2, "s": 5, "c": 24}
 opsets = pytest.mark.parametrize("opset", OPSETS)
 
@@ -79,18 +72,10 @@ def test_imported(path: Path) -> None:
     roundtrip(program, "forward", inputs, OPSETS[-1])
 
 
-@cache
-def step() -> tuple[Program, dict[str, Any]]:
-    program = from_pretrained(TESTS / "golden" / "hf" / "llama")
-    add_loss(program, lambda b, v: cross_entropy(b, v["logits"], v["labels"]), {"labels": "i64[b, s]"})
-    made = train_step(program, optimizer=AdamW(decay=0.1), rate=Cosine(3e-3, warmup=5, steps=20), clip=1.0)
-    return made.program, dict(made.states)
-
-
 @opsets
 def test_training(opset: int) -> None:
     """A step: losses, gradients, clipping, the optimizer with its states."""
-    program, states = step()
+    program, states = training_step()
     ids = np.random.default_rng(0).integers(0, 40, (2, 7))
     roundtrip(program, "train_step", {"tokens": ids[:, :-1], "labels": ids[:, 1:], **states}, opset)
 
