@@ -1,0 +1,171 @@
+"""Batches of a mixture of tasks: text and media in one stream of tokens; and the tokenizer that is trained on the tasks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from .data import Batch, DataError
+from .tasks import AudioData, Example, ImageData, Split, Task, VideoData
+
+END = "<end>"
+Encode = Callable[[str], Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Share:
+    """A task, and its share of the rows relative to the others'."""
+
+    task: Task
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model numbers its tokens: text below ``vocab``, then the rows of media, so many for a picture, sound or clip."""
+
+    vocab: int
+    image: int = 0
+    audio: int = 0
+    video: int = 0
+
+
+class Mixture(Iterator[Batch]):
+    """Batches of one example a row, endless; the same in every batch are the order of tasks and the rows of each.
+
+    ``tokens``, ``labels`` i64[rows, length]: a prompt, its answer and ``end``, then padding. Labels are the tokens that follow,
+    -1 where they are prompt or padding. Id ``vocab + r`` stands for row r of the media: those of all pictures, of all sounds,
+    of all clips, in the order of their examples. ``images`` u8[i, h, w, 3], ``audio`` f32[a, n], ``videos`` u8[v, f, h, w, 3],
+    ``times`` f32[v, f]: left out where no task has any. An answer without a prompt (plain text) is cut at the row's end; any
+    other example that is longer than a row is refused.
+    """
+
+    def __init__(
+        self, shares: Sequence[Share], layout: Layout, encode: Encode, *, end: int, rows: int, length: int,
+        split: Split = "train",
+    ) -> None:  # fmt: skip
+        """Raises DataError for no tasks, weights that are not above 0, and fewer rows than tasks."""
+        if not shares or any(not s.weight > 0 for s in shares) or rows < len(shares) or length < 1:
+            raise DataError(
+                f"{rows} rows of {length} for {len(shares)} tasks: needed are tasks of weights above 0, and a row each"
+            )
+        self.tasks, self.layout, self.encode, self.end = [s.task for s in shares], layout, encode, end
+        self.length, self.split = length, split
+        self.rows = portions([s.weight for s in shares], rows)
+        self._done = 0
+
+    def __next__(self) -> Batch:
+        examples = [
+            (task, task.example(self.split, self._done * count + i))
+            for task, count in zip(self.tasks, self.rows)
+            for i in range(count)
+        ]
+        self._done += 1
+        media = _Media([e for _, e in examples], self.layout)
+        rows = [self._row(task, e, media) for task, e in examples]
+        tokens, labels = (np.stack(x) for x in zip(*rows))
+        return {"tokens": tokens, "labels": labels, **media.arrays()}
+
+    def state(self) -> dict[str, Any]:
+        """Where the batches are, as JSON: ``restore`` of it goes on with the same batches as this object."""
+        return {"done": self._done, "rows": [[t.name, t.seed, n] for t, n in zip(self.tasks, self.rows)]}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes to where ``state`` was taken. Raises DataError if it was taken of other tasks, rows or seeds."""
+        if state["rows"] != self.state()["rows"]:
+            raise DataError(f"the state is of other batches: rows were {state['rows']}, and are {self.state()['rows']}")
+        self._done = state["done"]
+
+    def _row(self, task: Task, example: Example, media: _Media) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and labels, i64[length]."""
+        prompt: list[int] = []
+        for part in example.parts:
+            prompt += self.encode(part) if isinstance(part, str) else media.ids(part)
+        answer = [*self.encode(example.answer), self.end]
+        ids = [*prompt, *answer]
+        if not prompt:
+            prompt, ids = [self.end], [self.end, *answer][: self.length + 1]  # the first token follows an end, too
+        if len(ids) > self.length + 1:
+            raise DataError(
+                f"task {task.name}: example of {len(ids) - 1} tokens, a row has {self.length}: {example.parts[-1]!r}"
+            )
+        tokens, labels = np.zeros(self.length, np.int64), np.full(self.length, -1, np.int64)
+        tokens[: len(ids) - 1] = ids[:-1]
+        labels[len(prompt) - 1 : len(ids) - 1] = ids[len(prompt) :]
+        return tokens, labels
+
+
+class _Media:
+    """The media of a batch, and the ids of their rows."""
+
+    def __init__(self, examples: Sequence[Example], layout: Layout) -> None:
+        parts = [p for e in examples for p in e.parts if not isinstance(p, str)]
+        self.images = [p for p in parts if isinstance(p, ImageData)]
+        self.audio = [p for p in parts if isinstance(p, AudioData)]
+        self.videos = [p for p in parts if isinstance(p, VideoData)]
+        first = layout.vocab
+        self._next: dict[type, tuple[int, int]] = {}
+        """Of each kind: the first id of the next part, and how many rows a part has."""
+        for kind, count in ((ImageData, layout.image), (AudioData, layout.audio), (VideoData, layout.video)):
+            there = sum(isinstance(p, kind) for p in parts)
+            if there and not count:
+                raise DataError(f"the layout has no rows for {kind.__name__}: the model lacks that modality")
+            self._next[kind] = (first, count)
+            first += count * there
+
+    def ids(self, part: ImageData | AudioData | VideoData) -> list[int]:
+        """Of the rows of ``part``; to be asked in the order of the examples."""
+        first, count = self._next[type(part)]
+        self._next[type(part)] = (first + count, count)
+        return list(range(first, first + count))
+
+    def arrays(self) -> Batch:
+        made: Batch = {}
+        if self.images:
+            made["images"] = np.stack([p.pixels for p in self.images])
+        if self.audio:
+            made["audio"] = np.stack([p.wave for p in self.audio])
+        if self.videos:
+            made |= {"videos": np.stack([p.frames for p in self.videos]), "times": np.stack([p.times for p in self.videos])}
+        return made
+
+
+def portions(weights: Sequence[float], rows: int) -> list[int]:
+    """``rows`` in whole numbers of at least 1, as near to the shares of ``weights`` as that allows."""
+    free = rows - len(weights)
+    exact = [max(w / sum(weights) * rows - 1, 0.0) for w in weights]
+    exact = [e / (sum(exact) or 1.0) * free for e in exact]
+    made = [math.floor(e) for e in exact]
+    by_rest = sorted(range(len(made)), key=lambda i: (made[i] - exact[i], i))
+    for i in by_rest[: free - sum(made)]:
+        made[i] += 1
+    return [1 + n for n in made]
+
+
+def train_tokenizer(tasks: Sequence[Task], vocab: int, examples: int = 1000) -> Tokenizer:
+    """A byte-level BPE of up to ``vocab`` tokens, trained on so many training examples of each task.
+
+    Digits are tokens of their own. Token 0 is ``<end>``.
+    """
+    texts = (
+        text
+        for task in tasks
+        for i in range(examples)
+        for e in (task.example("train", i),)
+        for text in (*(p for p in e.parts if isinstance(p, str)), e.answer)
+    )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
