@@ -11,6 +11,7 @@ program = nn.trace(Block(64, 4), {"x": "f32[b, s, 64]"})
 """
 
 from .attention import Attention, CrossAttention, attention
+from .audio import frame, log_mel, mel_filters, power_spectrum, reflect
 from .einsum import einsum
 from .functions import (
     Mask,
@@ -57,6 +58,7 @@ from .functions import (
     where,
     within,
 )
+from .image import patches, resize, sample_frames
 from .layers import (
     ACTIVATIONS,
     GLU,
@@ -82,8 +84,9 @@ __all__ = [
     "ACTIVATIONS", "GLU", "MLP", "SCALINGS", "Attention", "Conv1d", "Conv2d", "CrossAttention", "Dropout", "Embedding",
     "LayerNorm", "Linear", "Mask", "Module", "ModuleList", "Parameter", "RMSNorm", "RandomParam", "RoPE", "Tensor",
     "activation", "arange", "attention", "causal", "ceil", "concat", "constant", "conv", "cos", "cumsum", "dropout",
-    "einsum", "emit", "erf", "exp", "floor", "frequencies", "full", "gather", "gelu", "heads", "is_training",
-    "layer_norm", "linear", "log", "log_softmax", "maximum", "merge", "minimum", "one_hot", "pad", "positions",
-    "random_normal", "random_uniform", "relu", "rms_norm", "rope", "rsqrt", "sigmoid", "sign", "silu", "sin", "softmax",
-    "softplus", "sqrt", "stack", "stop_gradient", "take_along", "tanh", "top_k", "trace", "where", "within",
+    "einsum", "emit", "erf", "exp", "floor", "frame", "frequencies", "full", "gather", "gelu", "heads", "is_training",
+    "layer_norm", "linear", "log", "log_mel", "log_softmax", "maximum", "mel_filters", "merge", "minimum", "one_hot",
+    "pad", "patches", "positions", "power_spectrum", "random_normal", "random_uniform", "reflect", "relu", "resize",
+    "rms_norm", "rope", "rsqrt", "sample_frames", "sigmoid", "sign", "silu", "sin", "softmax", "softplus", "sqrt",
+    "stack", "stop_gradient", "take_along", "tanh", "top_k", "trace", "where", "within",
 ]  # fmt: skip
