@@ -30,8 +30,9 @@ bench: $(READY)
 	$(BIN)/python benchmarks/passes.py
 
 parity: $(READY)
-	$(BIN)/pip install -q torch==2.13.0 transformers==5.23.0
+	$(BIN)/pip install -q torch==2.13.0 transformers==5.23.0 onnxruntime==1.32.0
 	$(BIN)/python -m pytest tests/parity
+	PYTHONPATH=tests $(BIN)/python -m pytest -p roundtrip tests/ir tests/passes tests/frontend tests/training
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
