@@ -9,8 +9,8 @@ from wasat.passes import PassError, PassManager, TokenInputs
 
 from wasat.testing import random_program
 
-BEFORE = """graph @forward(%input_ids: i32[b, s], %attention_mask: f32[n, p + s], %position_ids: i64[1, m], %cache_position: i64[s], \
-%past_key_values.0.key: f32[b, p, 4], %state: f32[b, 4]) {
+BEFORE = """graph @forward(%input_ids: i32[b, s], %attention_mask: f32[n, p + s], %position_ids: i64[1, m], \
+%cache_position: i64[s], %past_key_values.0.key: f32[b, p, 4], %state: f32[b, 4]) {
   param %table: f32[9, 4]
   %x: f32[b, s, 4] = gather(%table, %input_ids) {axis=0}
   %keys: f32[b, p + s, 4] = concat(%past_key_values.0.key, %x) {axis=1}
