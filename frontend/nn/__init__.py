@@ -76,17 +76,17 @@ from .layers import (
     rms_norm,
 )
 from .module import Module, ModuleList, Parameter, RandomParam
-from .rope import SCALINGS, RoPE, frequencies, rope
+from .rope import SCALINGS, RoPE, RoPE2D, frequencies, rope, sinusoid
 from .tensor import Tensor, emit
 from .tracing import is_training, trace
 
 __all__ = [
     "ACTIVATIONS", "GLU", "MLP", "SCALINGS", "Attention", "Conv1d", "Conv2d", "CrossAttention", "Dropout", "Embedding",
-    "LayerNorm", "Linear", "Mask", "Module", "ModuleList", "Parameter", "RMSNorm", "RandomParam", "RoPE", "Tensor",
-    "activation", "arange", "attention", "causal", "ceil", "concat", "constant", "conv", "cos", "cumsum", "dropout",
-    "einsum", "emit", "erf", "exp", "floor", "frame", "frequencies", "full", "gather", "gelu", "heads", "is_training",
-    "layer_norm", "linear", "log", "log_mel", "log_softmax", "maximum", "mel_filters", "merge", "minimum", "one_hot",
-    "pad", "patches", "positions", "power_spectrum", "random_normal", "random_uniform", "reflect", "relu", "resize",
-    "rms_norm", "rope", "rsqrt", "sample_frames", "sigmoid", "sign", "silu", "sin", "softmax", "softplus", "sqrt",
-    "stack", "stop_gradient", "take_along", "tanh", "top_k", "trace", "where", "within",
+    "LayerNorm", "Linear", "Mask", "Module", "ModuleList", "Parameter", "RMSNorm", "RandomParam", "RoPE", "RoPE2D",
+    "Tensor", "activation", "arange", "attention", "causal", "ceil", "concat", "constant", "conv", "cos", "cumsum",
+    "dropout", "einsum", "emit", "erf", "exp", "floor", "frame", "frequencies", "full", "gather", "gelu", "heads",
+    "is_training", "layer_norm", "linear", "log", "log_mel", "log_softmax", "maximum", "mel_filters", "merge",
+    "minimum", "one_hot", "pad", "patches", "positions", "power_spectrum", "random_normal", "random_uniform", "reflect",
+    "relu", "resize", "rms_norm", "rope", "rsqrt", "sample_frames", "sigmoid", "sign", "silu", "sin", "sinusoid",
+    "softmax", "softplus", "sqrt", "stack", "stop_gradient", "take_along", "tanh", "top_k", "trace", "where", "within",
 ]  # fmt: skip

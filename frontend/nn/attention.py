@@ -10,7 +10,7 @@ from .einsum import einsum
 from .functions import Mask, causal, softmax, tanh, where, within
 from .layers import Linear, RMSNorm
 from .module import Module
-from .rope import RoPE
+from .rope import RoPE, RoPE2D
 from .tensor import Tensor, fail
 
 
@@ -70,7 +70,7 @@ class Attention(Module):
         self, dim: int, heads: int, kv_heads: int | None = None, head_dim: int | None = None, *,
         window: int | None = None, softcap: float | None = None, scale: float | None = None,
         qk_norm: float | None = None, norm_offset: float = 0.0,
-        bias: bool = False, out_bias: bool = False, rope: RoPE | None = None, causal: bool = True,
+        bias: bool = False, out_bias: bool = False, rope: RoPE | RoPE2D | None = None, causal: bool = True,
     ) -> None:  # fmt: skip
         kv_heads, head_dim = _head_sizes("Attention", dim, heads, kv_heads, head_dim)
         if window is not None and not causal:

@@ -128,3 +128,32 @@ def rope(x: Tensor, positions: Tensor, inv_freq: np.ndarray | float = 10000.0, f
     rotated = concat([-turned[..., half:], turned[..., :half]])
     out = turned * c + rotated * s
     return out if x.shape[-1] == 2 * half else concat([out, x[..., 2 * half :]])
+
+
+class RoPE2D(Module):
+    """Rotary positions of a grid that is read row by row, ``width`` to a row: ``x[b, s, h, d]``, positions i64 ``[s]``.
+
+    Half of each head turns with the row and half with the column (axial RoPE, arXiv:2403.13298).
+    """
+
+    def __init__(self, head_dim: int, width: int, theta: float = 100.0) -> None:
+        if head_dim % 4 or width < 1:
+            raise WasatError(f"RoPE2D: heads of a multiple of 4 and a width of at least 1, not {head_dim} and {width}")
+        self.width, self.inv_freq = width, frequencies(head_dim // 2, theta)
+
+    def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
+        upper, lower = x.split(2)
+        return concat([rope(upper, positions // self.width, self.inv_freq), rope(lower, positions % self.width, self.inv_freq)])
+
+
+def sinusoid(times: Tensor, dim: int, shortest: float = 0.25, longest: float = 1024.0) -> Tensor:
+    """Sines and cosines of times: f32 ``[...]`` in seconds -> ``[..., dim]`` (arXiv:1706.03762, over real time).
+
+    Feature i and i + dim/2 are sine and cosine of a wave whose period, in seconds, goes in equal ratios from ``shortest`` to
+    ``longest``.
+    """
+    if dim < 4 or dim % 2:
+        fail(f"nn.sinusoid: dim is {dim}; sines and cosines of two periods or more need an even number from 4 on")
+    periods = np.geomspace(shortest, longest, dim // 2)
+    angles = times[..., None] * (2 * math.pi / periods).astype(np.float32)
+    return concat([sin(angles), cos(angles)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from wasat.ir import Graph, IRError, Program, QTensorType, TensorType, Type
 
@@ -14,10 +14,11 @@ from .tensor import Tensor, Trace, _current, current
 
 
 def trace(
-    module: Module, inputs: Mapping[str, str | Type], name: str = "forward", *, method: str = "__call__",
-    outputs: Sequence[str] | None = None, seed: int = 0, training: bool = False,
+    module: Module, inputs: Mapping[str, str | Type], name: str = "forward", *,
+    method: str | Callable[..., object] = "__call__", outputs: Sequence[str] | None = None, seed: int = 0,
+    training: bool = False,
 ) -> Program:  # fmt: skip
-    """The program of calling ``module`` (or its ``method``) with ``inputs``: name -> type, e.g. ``{"tokens": "i64[b,
+    """The program of calling ``module`` (or its ``method``, or any function that uses it) with ``inputs``: name -> type, e.g. ``{"tokens": "i64[b,
     s]"}``.
 
     Inputs are passed by keyword where the method has parameters of those names, else by position. The result is a
@@ -29,7 +30,7 @@ def trace(
     """
     if not isinstance(module, Module):
         raise IRError(f"nn.trace runs an object of a class derived from nn.Module, not {module!r}")
-    call = getattr(module, method, None)
+    call = getattr(module, method, None) if isinstance(method, str) else method
     if call is None:
         raise IRError(f"{type(module).__name__} has no {method}: the method that nn.trace runs, by default __call__")
     graph = Graph(name)
@@ -44,7 +45,7 @@ def trace(
         bound = signature.bind(**args) if by_name else signature.bind(*args.values())
     except TypeError as e:
         raise IRError(
-            f"{type(module).__name__}.{method} takes {', '.join(accepted)}; given are {', '.join(args) or 'no inputs'}: {e}"
+            f"{type(module).__name__}.{method if isinstance(method, str) else call} takes {', '.join(accepted)}; given are {', '.join(args) or 'no inputs'}: {e}"
         ) from None
     token = _current.set(t)
     try:

@@ -1,0 +1,1 @@
+"""Models declared with ``wasat.nn`` that come with Wasat."""
