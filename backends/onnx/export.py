@@ -135,6 +135,8 @@ def build(program: Program, source: Graph, options: Options) -> tuple[Emitter, o
             for what, names in sorted(failures.items(), key=lambda kv: (-len(kv[1]), kv[0]))
         ]
         raise ExportError(f"graph @{source.name} cannot be exported:\n" + "\n".join(lines))
+    read = {name for n in (*e.sizes, *e.nodes) for name in n.input}
+    e.weights = {name: w for name, w in e.weights.items() if name in read}  # some emissions repack theirs
     made = {name for n in e.nodes for name in n.output} - set(output_names)
     infos = [
         value_info(e.names[v], v.type) for n in graph.nodes for v in n.outputs
