@@ -119,7 +119,7 @@ class _Recomputation:
 
     def _first(self, v: Value) -> bool:
         """Whether the backward pass reads ``v`` as it is."""
-        return v in self.kept or v.node is None or v.node not in self.forward or self.g.is_output(v)
+        return v in self.kept or v.node is None or v.node not in self.forward
 
     def _behind(self, v: Value, at: Node) -> Value:
         """``v`` for a reader in the backward pass, computed again just before ``at`` if it is not kept."""
