@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -177,7 +178,7 @@ def _dequantize(e: Emitter, node: Node, w: str) -> str:
     return _dense(e, _blocks(node, 0), w, e.scales(node.inputs[0], dtype), dtype)
 
 
-@emits("quantized_embedding", when=lambda node, options: _blocks(node, 0).scheme == "int8")
+@emits("quantized_embedding", when=lambda node, options: _blocks(node, 0).scheme == "int8" and not _fits_rows(node, options))
 def _quantized_embedding(e: Emitter, node: Node, w: str, ids: str) -> str:
     """Rows are picked first, so that only they become dense (of 4-bit integers ONNX has no Gather)."""
     t = _blocks(node, 0)
@@ -187,43 +188,73 @@ def _quantized_embedding(e: Emitter, node: Node, w: str, ids: str) -> str:
     return _dense(e, rows, values, scales, dtype)
 
 
-def _fits_nbits(node: Node, options: Options) -> bool:
-    """com.microsoft.MatMulNBits takes a parameter in blocks of a power of two, at least 16, along k; x in f32 or f16."""
-    t = _blocks(node, 1)
+def _nbits(t: QTensorType) -> int:
+    return 4 if t.scheme == "int4" else 8
+
+
+def _fits_nbits(node: Node, at: int, dtype: DType, options: Options) -> bool:
+    """onnxruntime's operators take a parameter in blocks of a power of two, at least 16, with scales in the type of floats."""
+    t = _blocks(node, at)
     power = t.block >= 16 and t.block & (t.block - 1) == 0
-    stored = node.inputs[1].param is not None and not t.symbols
-    return options.matmul_nbits and power and stored and node.inputs[0].tensor.dtype in (DType.F32, DType.F16)
+    stored = node.inputs[at].param is not None and not t.symbols
+    exact = dtype is DType.F32 or dtype is t.scale is DType.F16
+    return options.matmul_nbits and power and stored and exact
 
 
-@emits("quantized_linear", when=_fits_nbits)
-def _matmul_nbits(e: Emitter, node: Node, x: str, w: str, bias: str = "") -> str:
-    """Unsigned values around 2^(bits-1), packed per row and block, the low half of a byte first; scales in the type of x."""
-    t, v = _blocks(node, 1), node.inputs[1]
-    (n, k), blocks = t.shape, t.blocks
-    name = v.param
+def _packed(e: Emitter, node: Node, at: int, width: int, shape: Sequence[int], dtype: DType) -> tuple[str, str]:
+    """Initializers of values, u8 in ``shape``, and scales: values around 2^(bits-1), the low half of a byte first.
+
+    Each row is filled up to ``width`` values.
+    """
+    t, name = _blocks(node, at), node.inputs[at].param
+    bits = _nbits(t)
     assert name is not None
-    assert isinstance(n, int)
-    assert isinstance(k, int)
-    assert isinstance(blocks, int)
-    bits = 4 if t.scheme == "int4" else 8
-    own = e.dtype[x]
 
-    def packed() -> np.ndarray:
-        padded = np.full((n, blocks * t.block), 2 ** (bits - 1), np.uint8)
-        padded[:, :k] = e.load(name).values.astype(np.int16) + 2 ** (bits - 1)
+    def values() -> np.ndarray:
+        dense = e.load(name).values
+        padded = np.full((len(dense), width), 2 ** (bits - 1), np.uint8)
+        padded[:, : dense.shape[1]] = dense.astype(np.int16) + 2 ** (bits - 1)
         stored = padded if bits == 8 else padded[:, 0::2] | (padded[:, 1::2] << 4)
-        return stored.reshape(n, blocks, t.block * bits // 8)
+        return stored.reshape(shape)
 
-    values = e.weight(f"{name}.q{bits}", DType.U8, (n, blocks, t.block * bits // 8), packed)
-    scales = e.weight(
-        f"{name}.q{bits}.scales.{own}", own, (n, blocks), lambda: e.load(name).scales.astype(own.np)
-    )  # fmt: skip
+    kind = "rows" if len(shape) == 2 else "blocks"
+    stored = e.weight(f"{name}.q{bits}.{kind}", DType.U8, shape, values)
+    return stored, e.scales(node.inputs[at], dtype)
+
+
+@emits("quantized_linear", when=lambda node, options: _fits_nbits(node, 1, node.inputs[0].tensor.dtype, options))
+def _matmul_nbits(e: Emitter, node: Node, x: str, w: str, bias: str = "") -> str:
+    t = _blocks(node, 1)
+    (n, k), blocks, bits, own = t.shape, t.blocks, _nbits(t), e.dtype[x]
+    assert isinstance(n, int)
+    assert isinstance(blocks, int)
+    values, scales = _packed(e, node, 1, blocks * t.block, (n, blocks, t.block * bits // 8), own)
     level = 4 if _attrs(node).activation == "int8" else 1  # products of int8, or in f32
     y = e.op(
         "MatMulNBits", x, values, scales, domain="com.microsoft", dtype=own, K=k, N=n, bits=bits, block_size=t.block,
         accuracy_level=level,
     )  # fmt: skip
     return str(e.op("Add", y, bias)) if bias else str(y)
+
+
+def _fits_rows(node: Node, options: Options) -> bool:
+    t, k = _blocks(node, 0), _blocks(node, 0).shape[-1]
+    whole = isinstance(k, int) and k * _nbits(t) % 8 == 0
+    return whole and _fits_nbits(node, 0, _attrs(node).dtype, options)
+
+
+@emits("quantized_embedding", when=_fits_rows)
+def _gather_block_quantized(e: Emitter, node: Node, w: str, ids: str) -> str:
+    t, own = _blocks(node, 0), _attrs(node).dtype
+    v, k = t.shape
+    bits = _nbits(t)
+    assert isinstance(v, int)
+    assert isinstance(k, int)
+    values, scales = _packed(e, node, 0, k, (v, k * bits // 8), own)
+    return e.op(
+        "GatherBlockQuantized", values, e.cast(ids, DType.I64), scales, domain="com.microsoft", dtype=own, gather_axis=0,
+        quantize_axis=1, block_size=t.block, bits=bits,
+    )  # fmt: skip
 
 
 # -- signal -----------------------------------------------------------------------------------------------------------------

@@ -39,7 +39,8 @@ def to_onnx(
     theirs from the values they make, or from the ONNX nodes they were imported from, and tell in ``doc_string`` where they
     were written. Fused operations are standard operators where ``opset`` (17 to the newest that the installed onnx knows) has
     them, else what they are made of. Quantized weights stay quantized: DequantizeLinear with blocks (from opset 21 on; before,
-    a byte a value and a product with the scales), or ``com.microsoft.MatMulNBits`` for ``matmul_nbits``.
+    a byte a value and a product with the scales), or, for ``matmul_nbits``, onnxruntime's ``com.microsoft.MatMulNBits`` and
+    ``GatherBlockQuantized``.
 
     ``external_data``: parameters in ``<path>.data``, streamed one at a time; None: if they exceed 1 GiB. The files are checked
     (onnx.checker, full) and then renamed into place: complete or absent.

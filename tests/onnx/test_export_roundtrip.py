@@ -19,7 +19,7 @@ from roundtrip import OPSETS, Sweep, roundtrip
 from wasat.backends.onnx.table import TABLE, Emission
 from wasat.frontend import from_pretrained
 from wasat.frontend.onnx import from_onnx
-from wasat.ir import Program, evaluate
+from wasat.ir import Graph, Node, Program, evaluate
 from wasat.passes import PassManager, default_pipeline
 
 from wasat.driver import optimize
@@ -59,6 +59,26 @@ def test_decoders(folder: Path, opset: int) -> None:
 @pytest.mark.parametrize("scheme, activation", [("int8", "int8"), ("int4", None), ("int4", "int8"), ("bf16", None)])
 def test_quantized(scheme: str, activation: str | None, opset: int) -> None:
     sweep(optimize(from_pretrained(HF[0]), quantize=scheme, activation=activation, chunk=8)[0], opset)
+
+
+@pytest.mark.parametrize("matmul_nbits", [False, True])
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_weights_come_back_quantized(scheme: str, matmul_nbits: bool) -> None:
+    """The same integers and scales, bit for bit, in the standard's operators and in onnxruntime's."""
+    program = optimize(from_pretrained(HF[0]), quantize=scheme, activation=None, chunk=8)[0]
+    g = program["decode"]
+    back = roundtrip(program, "decode", feed(g, {n: SIZES[n] for n in g.symbols}), OPSETS[-1], matmul_nbits=matmul_nbits)
+    assert back["forward"].count("quantized_linear") == g.count("quantized_linear") > 0
+    products = {n.inputs[1].param: m.inputs[1].param for n, m in zip(linears(g), linears(back["forward"]))}
+    for name, theirs in products.items():
+        mine, other = program.params[name].load(), back.params[theirs].load()
+        assert mine.type == other.type
+        np.testing.assert_array_equal(mine.values, other.values)
+        np.testing.assert_array_equal(mine.scales, other.scales)
+
+
+def linears(g: Graph) -> list[Node]:
+    return [n for n in g.nodes if n.op.name == "quantized_linear"]
 
 
 @pytest.mark.parametrize("path", ONNX, ids=lambda p: p.stem)
