@@ -51,18 +51,21 @@ def _masked(b: Builder, node: Node) -> Value:
     if equal(s, t) is not True:
         query = b.add(query, b.sub(b.dim_size(size=t), b.dim_size(size=s)))
     mask = _seen(b, query, b.iota(size=t), a.causal, a.window)
-    if len(node.inputs) > 3:
-        given = node.inputs[3]
-        if given.tensor.dtype is DType.BOOL:
-            mask = b.logical_and(mask, given)
-        else:
-            mask = b.select(mask, given, b.constant(float("-inf"), given.tensor.dtype))
-    return b.attention(q, k, v, mask, scale=a.scale, softcap=a.softcap)
+    return b.attention(q, k, v, _joined(b, mask, *node.inputs[3:]), scale=a.scale, softcap=a.softcap)
+
+
+def _joined(b: Builder, seen: Value, mask: Value | None = None) -> Value:
+    """What is seen, as far as ``mask`` lets it be."""
+    if mask is None:
+        return seen
+    if mask.tensor.dtype is DType.BOOL:
+        return b.logical_and(seen, mask)
+    return b.select(seen, mask, b.constant(float("-inf"), mask.tensor.dtype))
 
 
 def _cached(b: Builder, node: Node) -> list[Value]:
     a: Any = node.attrs
-    q, k, v, k_cache, v_cache, past = node.inputs
+    q, k, v, k_cache, v_cache, past, *given = node.inputs
     keys, values = b.cache_update(k_cache, k, past, ring=a.ring), b.cache_update(v_cache, v, past, ring=a.ring)
     n, s = q.shape[:2]
     c: DimLike = keys.shape[1]
@@ -76,7 +79,7 @@ def _cached(b: Builder, node: Node) -> list[Value]:
     mask = _seen(b, query, key, True, a.window)
     if a.ring:
         mask = b.logical_and(mask, b.greater_equal(key, 0))
-    return [b.attention(q, keys, values, mask, scale=a.scale, softcap=a.softcap), keys, values]
+    return [b.attention(q, keys, values, _joined(b, mask, *given), scale=a.scale, softcap=a.softcap), keys, values]
 
 
 __all__ = ["prepare"]
