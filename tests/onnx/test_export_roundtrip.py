@@ -35,6 +35,55 @@ def sweep(program: Program, opset: int, sizes: Mapping[str, int] = SIZES) -> Non
         roundtrip(program, name, feed(g, {n: sizes[n] for n in g.symbols}), opset)
 
 
+TEXTS = {
+    "half of a size": """graph @f(%x: f32[s, 4]) {
+      %part: f32[(s + 1) // 2, 4] = slice(%x) {starts=(0, 0), stops=(s, 4), steps=(2, 1)}
+      %rows: i64[(s + 1) // 2] = iota() {size=(s + 1) // 2}
+      return %part, %rows
+    }""",
+    "a quotient that is negative": """graph @f(%x: f32[b, s, c]) {
+      %rows: i64[] = dim_size() {size=(s - c) // b}
+      return %rows
+    }""",
+    "a part of known size of an axis that may be shorter": """graph @f(%y: f32[b, s, 8]) {
+      %g: f32[1, s, 8] = slice(%y) {starts=(0, 0, 0), stops=(1, s, 8), steps=(1, 1, 1)}
+      %z: f32[b, s, 8] = mul(%g, %y)
+      return %z
+    }""",
+    "a kernel of symbolic size": """graph @f(%x: f32[b, 2, s + 4], %w: f32[3, 2, s]) {
+      %y: f32[b, 3, 5] = conv(%x, %w) {strides=(1,), low=(0,), high=(0,)}
+      return %y
+    }""",
+    "rotary positions in f64": """graph @f(%x: f64[b, s, 2, 4], %at: i64[b, s], %freq: f64[2]) {
+      %y: f64[b, s, 2, 4] = rope(%x, %at, %freq)
+      return %y
+    }""",
+    "computed int8": """graph @f(%x: f32[b, 5, 70]) {
+      %q: int8b32f16[b, 5, 70] = quantize(%x) {scheme="int8"}
+      %y: f16[b, 5, 70] = dequantize(%q) {dtype=f16}
+      return %y
+    }""",
+    "computed int4": """graph @f(%x: f16[b, 70]) {
+      %q: int4b16f32[b, 70] = quantize(%x) {scheme="int4", block=16, scale=f32}
+      %y: f32[b, 70] = dequantize(%q)
+      return %y
+    }""",
+    "zeros quantized": """graph @f(%x: f32[b, 64]) {
+      %zero: f32[b, 64] = mul(%x, 0.0:f32)
+      %q: int4b32f16[b, 64] = quantize(%zero) {scheme="int4"}
+      %y: f32[b, 64] = dequantize(%q)
+      return %y
+    }""",
+}
+
+
+@opsets
+@pytest.mark.parametrize("name", TEXTS)
+def test_texts(name: str, opset: int) -> None:
+    """What an ONNX operator almost does."""
+    sweep(random_program(TEXTS[name]), opset)
+
+
 @opsets
 @pytest.mark.parametrize("case", [*CASES, *MORE], ids=lambda c: c.name)
 def test_attention(case: Case, opset: int) -> None:
