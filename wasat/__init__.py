@@ -17,7 +17,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "from_pretrained": "wasat.frontend", "from_onnx": "wasat.frontend.onnx", "trace": "wasat.frontend.nn",
+    "from_pretrained": "wasat.driver", "from_onnx": "wasat.frontend.onnx", "trace": "wasat.frontend.nn",
     "nn": "wasat.frontend", "to_onnx": "wasat.backends.onnx",
     "compile": "wasat.driver", "optimize": "wasat.driver", "run": "wasat.driver", "explain": "wasat.driver",
     "train": "wasat.training.loop",

@@ -182,7 +182,7 @@ def _manifest(program: Program, library: Any, settings: dict[str, Any]) -> dict[
         "weights": [{"name": a.name, "dtype": a.dtype, "shape": list(a.shape)} for a in library.plan.arrays],
         "limits": {"context": meta.get("context"), "chunk": meta.get("chunk")},
         "generation": {**meta.get("generation", {}), "vocab": meta.get("vocab") or _vocabulary(program)},
-        "settings": settings,
+        **({"media": meta["media"]} if "media" in meta else {}), "settings": settings,
     }  # fmt: skip
 
 
@@ -253,12 +253,25 @@ def _beside(model: Path) -> dict[str, Any]:
     return found
 
 
+def from_pretrained(folder: str | Path) -> Program:
+    """The program of a model folder: Hugging Face's (:func:`wasat.frontend.from_pretrained`), or one that
+    :func:`wasat.models.gemini.save` wrote.
+    """
+    from wasat import frontend
+    from wasat.frontend.checkpoint import read_json
+    from wasat.models import gemini
+
+    config = Path(folder) / "config.json"
+    if config.is_file() and read_json(config).get("model_type") == gemini.MODEL_TYPE:
+        return gemini.load(folder)
+    return frontend.from_pretrained(folder)
+
+
 def load_program(path: str | Path) -> Program:
-    """A Hugging Face folder, an ONNX file (``.onnx``), or a file of graph text (any other text file), as a program.
+    """A model folder, an ONNX file (``.onnx``), or a file of graph text (any other text file), as a program.
 
     An ONNX file's ``tokenizer.json``, ``config.json`` and ``generation_config.json`` are read where they stand beside it.
     """
-    from wasat.frontend import from_pretrained
     from wasat.ir import parse_program
 
     p = Path(path)

@@ -18,8 +18,9 @@ def trace(
     method: str | Callable[..., object] = "__call__", outputs: Sequence[str] | None = None, seed: int = 0,
     training: bool = False,
 ) -> Program:  # fmt: skip
-    """The program of calling ``module`` (or its ``method``, or any function that uses it) with ``inputs``: name -> type, e.g. ``{"tokens": "i64[b,
-    s]"}``.
+    """The program of calling ``module`` with ``inputs``: name -> type, e.g. ``{"tokens": "i64[b, s]"}``.
+
+    ``method``: the name of another method to call, or a function that uses the module.
 
     Inputs are passed by keyword where the method has parameters of those names, else by position. The result is a
     Tensor, or a tuple or dictionary of them; ``outputs`` names them (default: the dictionary's keys, or the values'
@@ -44,8 +45,9 @@ def trace(
     try:
         bound = signature.bind(**args) if by_name else signature.bind(*args.values())
     except TypeError as e:
+        called = f"{type(module).__name__}.{method}" if isinstance(method, str) else repr(method)
         raise IRError(
-            f"{type(module).__name__}.{method if isinstance(method, str) else call} takes {', '.join(accepted)}; given are {', '.join(args) or 'no inputs'}: {e}"
+            f"{called} takes {', '.join(accepted)}; given are {', '.join(args) or 'no inputs'}: {e}"
         ) from None
     token = _current.set(t)
     try:

@@ -6,8 +6,11 @@
     gemini.save("folder", config, trained.params, tokenizer="tokenizer.json")
 """
 
-from .config import Audio, Config, ConvNet, Head, Text, Video, ViT
+from .config import MODEL_TYPE, Audio, Config, ConvNet, Head, Text, Video, ViT
+from .folder import load, save
 from .model import Gemini
 from .presets import PRESETS, preset
 
-__all__ = ["PRESETS", "Audio", "Config", "ConvNet", "Gemini", "Head", "Text", "ViT", "Video", "preset"]
+__all__ = [
+    "MODEL_TYPE", "PRESETS", "Audio", "Config", "ConvNet", "Gemini", "Head", "Text", "ViT", "Video", "load", "preset", "save",
+]  # fmt: skip

@@ -59,12 +59,11 @@ class Backbone(nn.Module):
         self.cross = {str(i): GatedCross(c) for i in range(c.layers) if cross_every and (i + 1) % cross_every == 0}
         self.norm = nn.RMSNorm(c.dim, c.eps)
 
-    def __call__(
-        self, x: nn.Tensor, memory: nn.Tensor | None = None, known: nn.Tensor | None = None
-    ) -> nn.Tensor:
+    def __call__(self, x: nn.Tensor, memory: tuple[nn.Tensor, nn.Tensor] | None = None) -> nn.Tensor:
+        """``memory``: what :class:`GatedCross` takes, where there are such blocks."""
         positions = nn.positions(x)
         for i, block in enumerate(self.blocks):
-            if str(i) in self.cross:
-                x = self.cross[str(i)](x, memory, known)
+            if memory is not None and str(i) in self.cross:
+                x = self.cross[str(i)](x, *memory)
             x = block(x, positions)
         return self.norm(x)

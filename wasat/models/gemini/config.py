@@ -262,7 +262,8 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.cross_every is not None:
-            _check(self, 0 < self.cross_every <= self.text.layers, f"cross_every is {self.cross_every}; expected 1 to the layers")
+            layers = self.text.layers
+            _check(self, 0 < self.cross_every <= layers, f"cross_every is {self.cross_every}; expected 1 to {layers}")
             _check(self, bool(self.modalities), "cross_every needs an encoder to attend to: vision or audio")
         if self.video is not None:
             if self.vision is None:

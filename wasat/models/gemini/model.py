@@ -105,7 +105,7 @@ class Gemini(nn.Module):
         if seen is None:
             return self.backbone(x)
         memory = nn.gather(media, nn.minimum(nn.maximum(seen, 0), last))
-        return self.backbone(x, memory, seen >= 0)
+        return self.backbone(x, (memory, seen >= 0))
 
     def _logits(self, x: nn.Tensor) -> nn.Tensor:
         logits = nn.linear(x, self.embedding.weight, name="head") if self.head is None else self.head(x)
