@@ -1,0 +1,145 @@
+"""Mixed precision: what becomes half, what stays f32, what is converted for it; models stay near their f32 numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+from wasat.frontend import from_pretrained
+from wasat.ir import Graph, Program, evaluate, parse
+from wasat.passes import Cleanup, FuseAttention, FuseNorm, FuseRope, PassError, PassManager
+from wasat.passes.precision import MixedPrecision
+from wasat.training.losses import add_loss, cross_entropy
+
+from wasat.testing import random_program
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+TEXT = """graph @loss(%x: f32[n, 4]) {
+  param %w: f32[6, 4]
+  param %b: f32[6]
+  param %v: f32[2, 6]
+  param %c: f32[2]
+  %y: f32[n, 6] = linear(%x, %w)
+  %z: f32[n, 6] = add(%y, %b)
+  %t: f32[n, 6] = tanh(%z)
+  %h: f32[n, 6] = mul(%t, 0.5:f32)
+  %u: f32[n, 2] = linear(%h, %v, %c)
+  %p: f32[n, 2] = softmax(%u) {axis=1}
+  %loss: f32[] = reduce_sum(%p) {axes=(0, 1)}
+  return %loss, %u
+}"""
+AFTER = """graph @loss(%x: f32[n, 4]) {
+  param %w: f32[6, 4]
+  param %b: f32[6]
+  param %v: f32[2, 6]
+  param %c: f32[2]
+  %cast: f16[n, 4] = cast(%x) {dtype=f16}
+  %y: f16[n, 6] = linear(%cast, %w)
+  %cast_1: f16[6] = cast(%b) {dtype=f16}
+  %z: f16[n, 6] = add(%y, %cast_1)
+  %t: f16[n, 6] = tanh(%z)
+  %h: f16[n, 6] = mul(%t, 0.5:f16)
+  %cast_3: f16[2, 6] = cast(%v) {dtype=f16}
+  %cast_4: f16[2] = cast(%c) {dtype=f16}
+  %u: f16[n, 2] = linear(%h, %cast_3, %cast_4)
+  %cast_5: f32[n, 2] = cast(%u) {dtype=f32}
+  %p: f32[n, 2] = softmax(%cast_5) {axis=1}
+  %loss: f32[] = reduce_sum(%p) {axes=(0, 1)}
+  return %loss, u=%cast_5
+}"""
+
+
+def mixed(text: str, dtype: str = "f16") -> tuple[Graph, list[str]]:
+    program = random_program(text)
+    report = PassManager([MixedPrecision(dtype=dtype)]).run(program)
+    PassManager([Cleanup()]).run(program)
+    return program["loss"], [str(r) for r in report.remarks()]
+
+
+def test_text() -> None:
+    g, remarks = mixed(TEXT)
+    assert str(g) == str(parse(AFTER))
+    assert remarks == ["applied: 2 products in f16 (@loss)"]
+    bf16, _ = mixed(TEXT, "bf16")
+    assert str(bf16) == str(parse(AFTER.replace("f16", "bf16")))
+
+
+def dtypes(body: str, dtype: str = "f16", inputs: str = "", params: str = "") -> dict[str, str]:
+    """Types by name of what follows ``y``, a product in half precision."""
+    declared = "".join(f"param {p}\n" for p in params.split("; ") if p)
+    text = f"graph @loss(%x: f32[n, 4]{inputs}) {{\n param %w: f32[4, 4]\n{declared}%y: f32[n, 4] = linear(%x, %w)\n{body}\n}}"
+    g, _ = mixed(text, dtype)
+    return {v.name: str(v.type) for v in g.values()}
+
+
+POSITIONS = """%i: i64[n] = iota() {size=n}
+  %f: f32[n] = cast(%i) {dtype=f32}
+  %c: f32[n, 1] = reshape(%f) {shape=(n, 1)}
+  %k: f32[1, 4] = broadcast_to(0.1:f32) {shape=(1, 4)}
+"""
+KEEPS = {  # in half precision or not, and why
+    "a constant that overflows": ("%z: f32[n, 4] = maximum(%y, -3e38:f32)\n return %z", "f16", "f32"),
+    "the same in bf16": ("%z: f32[n, 4] = maximum(%y, -3e38:f32)\n return %z", "bf16", "bf16"),
+    "a constant that vanishes": ("%z: f32[n, 4] = add(%y, 1e-12:f32)\n return %z", "f16", "f32"),
+    "an infinity": ("%z: f32[n, 4] = maximum(%y, -inf:f32)\n return %z", "f16", "f16"),
+    "an activation in f32": ("%e: f32[n, 4] = exp(%y)\n %z: f32[n, 4] = mul(%y, %e)\n return %z", "f16", "f32"),
+    "an input in f32": ("%z: f32[n, 4] = mul(%y, %x)\n return %z", "f16", "f32"),
+    "made of parameters": ("%v: f32[4, 4] = add(%w, 1.0:f32)\n %r: f32[4] = reduce_max(%v) {axes=(0,)}\n"
+                           "%z: f32[n, 4] = mul(%y, %r)\n return %z", "f16", "f16"),
+    "made of constants": (
+        POSITIONS + "%r: f32[n, 1] = mul(%c, 1e38:f32)\n %z: f32[n, 4] = maximum(%y, %r)\n return %z", "f16", "f32",
+    ),
+    "angles of positions": (POSITIONS + "%z: f32[n, 4] = matmul(%c, %k)\n return %z, %y", "bf16", "f32"),
+    "bits": ("%i: i32[n, 4] = bitcast(%y) {dtype=i32}\n %z: f32[n, 4] = bitcast(%i) {dtype=f32}\n return %z", "f16", "f32"),
+    "a normalization": ("%g: f32[4] = reshape(%s) {shape=(4,)}\n %z: f32[n, 4] = rms_norm(%y, %g)\n return %z", "f16", "f16"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", KEEPS)
+def test_what_follows_a_product(case: str) -> None:
+    body, dtype, want = KEEPS[case]
+    found = dtypes(body, dtype, params="%s: f32[2, 2]")
+    assert found["z"] == f"{want}[n, 4]"
+    assert found["y"] == f"{dtype}[n, 4]"
+
+
+def test_rows_of_a_table_are_half_and_other_types_stay() -> None:
+    body = """%e: f32[n, 4] = embedding(%table, %ids)
+  %a: f32[n, 4] = add(%e, %y)
+  %d: f64[n, 4] = mul(%wide, 2.0:f64)
+  return %a, %d"""
+    found = dtypes(body, inputs=", %ids: i64[n], %wide: f64[n, 4]", params="%table: f32[9, 4]")
+    assert (found["e"], found["a"], found["d"]) == ("f32[n, 4]", "f16[n, 4]", "f64[n, 4]")
+
+
+def test_left_alone_and_refused() -> None:
+    text = "graph @loss(%x: f32[n]) {\n %s: f32[] = reduce_sum(%x) {axes=(0,)}\n return %s\n}"
+    g, remarks = mixed(text)
+    assert str(g) == str(parse(text))
+    assert remarks == ["missed: it has no product in f32 (@loss)"]
+    with pytest.raises(PassError, match="half precision is bf16 or f16"):
+        mixed(TEXT, "f32")
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(("name", "dtype", "rtol"), [("llama", "bf16", 3e-3), ("llama", "f16", 3e-4), ("gemma3", "f16", 3e-4)])
+def test_whole_models_stay_near(name: str, dtype: str, rtol: float, fused: bool) -> None:
+    program: Program = from_pretrained(GOLDEN / "hf" / name)
+    if fused:
+        PassManager([Cleanup(), FuseNorm(), FuseRope(), FuseAttention()]).run(program)
+    add_loss(
+        program,
+        lambda b, v: cross_entropy(b, v["logits"], v["labels"], mask=b.not_equal(v["labels"], -100)),
+        {"labels": "i64[b, s]"},
+    )
+    PassManager([MixedPrecision(dtype=dtype), Cleanup()]).run(program)
+    g = program["loss"]
+    products = [n for n in g.nodes if n.op.name in ("linear", "matmul", "attention")]
+    assert all(str(n.output.type).startswith(dtype) for n in products)
+    golden = np.load(GOLDEN / "training" / f"gradients_{name}.npz")
+    params = {k: program.params[k].load() for k in g.params}
+    (loss,) = evaluate(g, {"tokens": golden["ids"], "labels": golden["labels"]}, params)
+    assert loss != golden["loss"]
+    assert_allclose(loss, golden["loss"], rtol=rtol)  # type: ignore[arg-type]
