@@ -7,11 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 from wasat.ir import Builder, DType, Graph, IRError, Program, TensorType, Value, copy_node
-from wasat.passes import Cleanup, Differentiate, PassManager
+from wasat.passes import Cleanup, Differentiate, Pass, PassManager, Remark
+from wasat.passes.precision import MixedPrecision
+from wasat.passes.remat import Rematerialize
 
 from .optimizers import AdamW, Constant, Optimizer, Schedule, clipped, global_norm
+from .scaling import GOOD, SCALE, SKIPPED, LossScale
 
 COUNT = "optimizer.count"
+_SCALED = "optimizer.scaled_loss"
 
 
 @dataclass(frozen=True)
@@ -20,16 +24,19 @@ class TrainStep:
 
     States go in and come out under the same names, those of ``program.metadata["states"]``: a backend may update them in place.
     They are the trained parameters under their own names, ``optimizer.<slot>.<parameter>``, ``optimizer.count`` (calls so far,
-    i64[]), and where asked for ``ema.<parameter>`` and ``optimizer.sum.<parameter>``.
+    i64[]), where asked for ``ema.<parameter>`` and ``optimizer.sum.<parameter>``, and in f16 those of :mod:`.scaling`.
+    ``remarks``: what the passes did, such as what rematerialization saved.
     """
 
     program: Program
     states: dict[str, np.ndarray]
+    remarks: tuple[Remark, ...] = ()
 
 
 def train_step(
     program: Program, *, optimizer: Optimizer | None = None, rate: Schedule | None = None, clip: float | None = None,
     accumulate: int = 1, ema: float | None = None, train: tuple[str, ...] = ("*",), graph: str = "loss",
+    precision: str = "f32", scaling: LossScale | None = None, remat: Mapping[str, int] | None = None,
 ) -> TrainStep:  # fmt: skip
     """One step of training on @graph, whose first output is the loss.
 
@@ -39,33 +46,57 @@ def train_step(
     mean of the gradients since the last one; in between, parameters stay. ``ema``: keeps an average of the parameters that
     moves by the share 1 - ema at each update. Defaults: AdamW, a constant rate of 1e-3. ``program`` stays as it is.
 
-    Raises IRError for a parameter of another type and for options out of range; what Differentiate raises.
+    ``precision``: ``"bf16"`` or ``"f16"`` for activations and products (:class:`wasat.passes.precision.MixedPrecision`);
+    parameters and states stay f32. In f16 the loss is scaled (``scaling``, by default LossScale()): an update whose gradients
+    overflow is left out, as if it had not been; the step also returns ``skipped`` (1 for such a call, else 0) and
+    ``loss_scale``, both f32[]. ``remat``: sizes of the symbols of @graph; the step computes again what is cheap, where that
+    lowers the peak of memory at these sizes (:class:`wasat.passes.remat.Rematerialize`).
+
+    Raises IRError for a parameter of another type and for options out of range; what Differentiate and Rematerialize raise.
     """
     if accumulate < 1 or (clip is not None and clip <= 0) or (ema is not None and not 0 <= ema < 1):
         raise IRError(f"accumulate={accumulate}, clip={clip}, ema={ema}: needed are accumulate >= 1, clip > 0, 0 <= ema < 1")
+    if precision not in ("f32", "bf16", "f16") or (scaling is not None and precision != "f16"):
+        raise IRError(f"precision={precision!r}, scaling={scaling}: a precision is f32, bf16 or f16; only f16 has a scaling")
     made = Program({graph: program[graph].clone()}, dict(program.params), dict(program.metadata))
-    PassManager([Differentiate(graph, train, into="train_step")]).run(made)
-    if inputs := [v.name for v in made[graph].inputs if v.name in train]:
-        raise IRError(f"train= names inputs of @{graph}: {', '.join(inputs)}; only parameters are trained")
-    step = _Step(made["train_step"], optimizer or AdamW(), rate or Constant(1e-3), clip, accumulate, ema)
+    report = PassManager([MixedPrecision(graph, precision)] if precision != "f32" else []).run(made)
+    inputs, outputs = [v.name for v in made[graph].inputs], tuple(made[graph].output_names)
+    if precision == "f16":
+        scaling = scaling or LossScale()
+        _scale(made[graph])
+    PassManager([Differentiate(graph, train, of=_SCALED if scaling else None, into="train_step")]).run(made)
+    if chosen := [k for k in inputs if k in train]:
+        raise IRError(f"train= names inputs of @{graph}: {', '.join(chosen)}; only parameters are trained")
+    step = _Step(made["train_step"], optimizer or AdamW(), rate or Constant(1e-3), clip, accumulate, ema, scaling)
     step.emit()
     trained = {k: np.asarray(program.params[k].load()) for k in step.trained}
     states = {k: step.initial(k, trained) for k in step.states}
     params = {k: v for k, v in program.params.items() if k in step.graph.params}
     metadata = {**program.metadata, "states": [{"name": k} for k in states]}
     result = Program({"train_step": step.graph}, params, metadata)
-    PassManager([Cleanup()]).run(result)
-    return TrainStep(result, states)
+    passes: list[Pass] = [Cleanup()]
+    if remat is not None:
+        passes.append(Rematerialize("train_step", tuple(remat.items()), outputs))
+    remarks = [*report.remarks(), *PassManager(passes).run(result).remarks()]
+    return TrainStep(result, states, tuple(remarks))
+
+
+def _scale(g: Graph) -> None:
+    """Adds an output: the loss times the scale, an input."""
+    scale = g.add_input(SCALE, TensorType(DType.F32, ()))
+    scaled = Builder(g).mul(g.outputs[0], scale)
+    g.set_outputs([*g.outputs, scaled], [*g.output_names, _SCALED])
 
 
 class _Step:
     """The graph of a step in the making, from that of the gradients."""
 
     def __init__(
-        self, source: Graph, optimizer: Optimizer, rate: Schedule, clip: float | None, accumulate: int, ema: float | None
-    ) -> None:
+        self, source: Graph, optimizer: Optimizer, rate: Schedule, clip: float | None, accumulate: int, ema: float | None,
+        scaling: LossScale | None,
+    ) -> None:  # fmt: skip
         self.source, self.optimizer, self.rate = source, optimizer, rate
-        self.clip, self.accumulate, self.ema = clip, accumulate, ema
+        self.clip, self.accumulate, self.ema, self.scaling = clip, accumulate, ema, scaling
         names = dict(zip(source.output_names, source.outputs))
         self.trained = {n.removeprefix("grad."): v for n, v in names.items() if n.startswith("grad.")}
         """Gradients in the source by parameter."""
@@ -76,7 +107,7 @@ class _Step:
 
     def emit(self) -> None:
         source, g, b = self.source, self.graph, self.b
-        env = {v: g.add_input(v.name, v.type) for v in source.inputs}
+        env = {v: g.add_input(v.name, v.type) if v.name != SCALE else self._state(SCALE, v.tensor) for v in source.inputs}
         for name, v in source.params.items():
             if name not in self.trained:
                 env[v] = g.add_param(name, v.type)
@@ -86,9 +117,14 @@ class _Step:
                 env[v] = self._state(name, v.tensor)
         slots = {name: self._slots(name, self.states[name].tensor) for name in self.trained}
         count = self._state(COUNT, TensorType(DType.I64, ()))
+        if self.scaling is not None:
+            for name in (GOOD, SKIPPED):
+                self._state(name, TensorType(DType.I64, ()))
         for node in source.nodes:
             copy_node(g, node, env)
         grads = {name: env[v] for name, v in self.trained.items()}
+        if self.scaling is not None:
+            grads = {k: b.div(v, self.states[SCALE]) for k, v in grads.items()}
         new: dict[str, Value] = {COUNT: b.add(count, 1)}
         due = None
         if self.accumulate > 1:
@@ -98,7 +134,11 @@ class _Step:
         norm = global_norm(b, list(grads.values()))
         if self.clip is not None:
             grads = clipped(b, grads, norm, self.clip)
-        updates = b.cast(b.floor_div(count, self.accumulate) if due is not None else count, dtype=DType.F32)
+        updates = b.floor_div(count, self.accumulate) if due is not None else count
+        said: dict[str, Value] = {}
+        if self.scaling is not None:
+            updates, due, said = self._scaled(norm, updates, due, new)
+        updates = b.cast(updates, dtype=DType.F32)
         rate, number = self.rate(b, updates), b.add(updates, 1.0)
         for name, grad in grads.items():
             p = self.states[name]
@@ -108,11 +148,25 @@ class _Step:
                 average = self.states[f"ema.{name}"]
                 moved[f"ema.{name}"] = b.add(average, b.mul(b.sub(changed, average), 1 - self.ema))
             new |= {k: v if due is None else b.select(due, v, self.states[k]) for k, v in moved.items()}
-        outputs = {n: env[v] for n, v in zip(source.output_names, source.outputs) if not n.startswith("grad.")}
-        more = {"grad_norm": norm, "rate": rate, **{k: new[k] for k in self.states}}
+        outputs = {n: env[v] for n, v in zip(source.output_names, source.outputs) if not n.startswith("grad.") and n != _SCALED}
+        more = {"grad_norm": norm, "rate": rate, **said, **{k: new[k] for k in self.states}}
         if taken := sorted(outputs.keys() & more.keys()):
             raise IRError(f"@train_step has outputs of its own named {', '.join(taken)}; rename those of the loss graph")
         g.set_outputs([*outputs.values(), *more.values()], [*outputs, *more])
+
+    def _scaled(
+        self, norm: Value, updates: Value, due: Value | None, new: dict[str, Value]
+    ) -> tuple[Value, Value, dict[str, Value]]:
+        """With a loss scale: the updates made so far, whether this call makes one, what to say. New states go to ``new``."""
+        assert self.scaling is not None
+        b, scale, good, skipped = self.b, *(self.states[k] for k in (SCALE, GOOD, SKIPPED))
+        finite = b.less(norm, float("inf"))  # no NaN is
+        overflow = b.logical_not(finite) if due is None else b.logical_and(due, b.logical_not(finite))
+        after = dict(zip((SCALE, GOOD), self.scaling.update(b, scale, good, finite)))
+        new |= after if due is None else {k: b.select(due, v, self.states[k]) for k, v in after.items()}
+        new[SKIPPED] = b.add(skipped, b.cast(overflow, dtype=DType.I64))
+        said = {"skipped": b.cast(overflow, dtype=DType.F32), "loss_scale": scale}
+        return b.sub(updates, skipped), finite if due is None else b.logical_and(due, finite), said
 
     def _state(self, name: str, type: TensorType) -> Value:
         self.states[name] = self.graph.add_input(name, type)
@@ -127,7 +181,9 @@ class _Step:
         return {slot: self._state(f"optimizer.{slot}.{name}", t) for slot, t in self.optimizer.slots(type).items()}
 
     def initial(self, state: str, trained: Mapping[str, np.ndarray]) -> np.ndarray:
-        """What a state begins with: parameters and their averages as they are, the rest zero."""
+        """What a state begins with: parameters and their averages as they are, the scale of the loss, the rest zero."""
+        if self.scaling is not None and state == SCALE:
+            return np.array(self.scaling.initial, np.float32)
         parameter = state.removeprefix("ema.")
         if parameter in trained:
             return trained[parameter]

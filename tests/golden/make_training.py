@@ -7,7 +7,9 @@ Models are those of ``hf/`` (make_hf.py). ``gradients_*.npz``: ids, labels (-100
 gradient. ``losses.npz``: the operands, ``<case>.loss``, and ``<case>.grad`` of the logits (or points). ``optimizers.npz``:
 parameters that start at ``start.<name>`` and get the gradients ``grad.<name>[step]``; what they are after each step,
 ``<case>.<name>[step]``. ``run.npz``: the ids and labels of 4 batches, which take turns for 20 steps; the losses, the norms
-before clipping, and a parameter afterwards.
+before clipping, and a parameter afterwards. ``scaler.npz``: ``gradients[step]`` of a parameter that starts at ``start``, some
+not finite; what AdamW behind a GradScaler makes of it, ``parameter[step]``, the scales, and with gradients of two steps summed
+``summed.parameter`` and ``summed.scale``.
 """
 
 import math
@@ -156,10 +158,32 @@ def run() -> dict[str, np.ndarray]:
     return {**fed, "losses": np.array(trajectory), "norms": np.array(norms), name: params[name].detach().numpy()}
 
 
+def scaler() -> dict[str, np.ndarray]:
+    noise = torch.Generator().manual_seed(2)
+    start, gradients = torch.randn(3, generator=noise), torch.randn(16, 3, generator=noise)
+    gradients[2, 1], gradients[3, 0], gradients[10, 2] = math.inf, math.nan, -math.inf
+    found = {"start": start.numpy(), "gradients": gradients.numpy()}
+    for prefix, every in (("", 1), ("summed.", 2)):
+        p = start.clone().requires_grad_()
+        made = torch.optim.AdamW([p], 0.05, weight_decay=0.0)
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=3)
+        after, scales = [], []
+        for t, g in enumerate(gradients):
+            scaler.scale((p * g).sum() / every).backward()
+            if t % every == every - 1:
+                scaler.step(made)
+                scaler.update()
+                made.zero_grad()
+            after.append(p.detach().numpy().copy())
+            scales.append(scaler.get_scale())
+        found |= {f"{prefix}parameter": np.stack(after), f"{prefix}scale": np.array(scales)}
+    return found
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     made = {f"gradients_{n}": gradients(n) for n in ("llama", "gemma3")}
-    made |= {"losses": losses(), "optimizers": optimizers(), "run": run()}
+    made |= {"losses": losses(), "optimizers": optimizers(), "run": run(), "scaler": scaler()}
     for name, arrays in made.items():
         np.savez_compressed(HERE / "training" / f"{name}.npz", **arrays)
         print(name, sum(a.nbytes for a in arrays.values()), "bytes")
