@@ -137,7 +137,8 @@ def main() -> None:
     parser.add_argument("--skip-suite", action="store_true", help="do not time the ONNX backend suite")
     args = parser.parse_args()
     print(f"# ONNX models\n\n`python benchmarks/onnx_models.py`, onnx {onnx.__version__}, {time.strftime('%Y-%m-%d')}.\n")
-    print("## Import of large models\n\nPeak: resident memory beyond what it was before. External floats are mapped, not read, when they are loaded.\n")
+    print("## Import of large models\n\nPeak: resident memory beyond what it was before. ", end="")
+    print("External floats are mapped, not read, when they are loaded.\n")
     with tempfile.TemporaryDirectory() as folder:
         print("\n".join(import_table(Path(folder))))
     print("\n## What is fused in models that torch exported\n\n`tests/golden/onnx`; of every softmax that is left, why.\n")
