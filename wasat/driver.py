@@ -160,11 +160,14 @@ def compile(
 
 def _manifest(program: Program, library: Any, settings: dict[str, Any]) -> dict[str, Any]:
     """Everything a runtime must know, the files' hashes aside; the format is runtime/manifest.py's."""
+    from wasat.backends.tvm.lower import tvm_dtype
+
     meta = program.metadata
     states = {s["name"]: s for s in meta.get("states", [])}
 
     def describe(name: str, type: Any) -> dict[str, Any]:
-        return {"name": name, "dtype": type.dtype.np.name, "shape": [d if isinstance(d, int) else str(d) for d in type.shape]}
+        shape = [d if isinstance(d, int) else str(d) for d in type.shape]
+        return {"name": name, "dtype": tvm_dtype(type.dtype), "shape": shape}
 
     entries = {}
     for g in program.graphs.values():

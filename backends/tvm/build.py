@@ -15,6 +15,7 @@ from wasat.ir import Graph, IRError, Program, WasatError, evaluate_dim
 from wasat.ir.evaluate import bind_symbols
 
 from .lower import WeightPlan, lower_program
+from .narrow import carried, uncarried
 from .targets import Target
 
 
@@ -96,8 +97,9 @@ class Runner:
         laid_out = {n: self.layouts[n].pack(x) if n in self.layouts else x for n, x in arrays.items()}
         ordered = [v.name for v in g.inputs if v.name not in self.states] + [s for s in self.states if s in arrays]
         out = self.vm["".join(c if c.isalnum() or c == "_" else "_" for c in graph)](
-            *(tvm.runtime.tensor(np.array(laid_out[n], order="C")) for n in ordered), *self.weights
+            *(tvm.runtime.tensor(carried(np.array(laid_out[n], order="C"))) for n in ordered), *self.weights
         )
-        results = [x.numpy() for x in out]
+        types = dict(zip(g.output_names, g.outputs))
         names = [n for n in g.output_names if n not in self.states] + [n for n in g.output_names if n in self.states]
-        return {n: self.layouts[n].unpack(x) if n in self.layouts else x for n, x in zip(names, results)}
+        results = {n: uncarried(x.numpy(), types[n].tensor.dtype) for n, x in zip(names, out)}
+        return {n: self.layouts[n].unpack(x) if n in self.layouts else x for n, x in results.items()}

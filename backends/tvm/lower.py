@@ -19,11 +19,12 @@ from tvm import relax, te, tirx
 from wasat.ir import Attrs, DType, Graph, IRError, Node, Op, Program, QTensorType, TensorType, Type, Value
 from wasat.ir.dims import Dim, DimLike, Func
 
+from .narrow import NARROW, carried
+
 TVM_DTYPE: dict[DType, str] = {
-    DType.F64: "float64", DType.F32: "float32", DType.F16: "float16", DType.BF16: "bfloat16",
-    DType.F8E4M3: "float8_e4m3fn", DType.F8E5M2: "float8_e5m2", DType.I64: "int64", DType.I32: "int32",
-    DType.I16: "int16", DType.I8: "int8", DType.U64: "uint64", DType.U32: "uint32", DType.U16: "uint16",
-    DType.U8: "uint8", DType.BOOL: "bool",
+    DType.F64: "float64", DType.F32: "float32", DType.F16: "float16", DType.BF16: "bfloat16", DType.I64: "int64",
+    DType.I32: "int32", DType.I16: "int16", DType.I8: "int8", DType.U64: "uint64", DType.U32: "uint32", DType.U16: "uint16",
+    DType.U8: "uint8", DType.BOOL: "bool", **dict.fromkeys(NARROW, "uint8"),
 }  # fmt: skip
 
 
@@ -66,7 +67,7 @@ class Plain:
         return [Packed(name, tvm_dtype(type.dtype), shape)]
 
     def pack(self, weight: Any) -> list[np.ndarray]:
-        return [np.ascontiguousarray(weight)]
+        return [carried(np.ascontiguousarray(weight))]
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,7 @@ class StateLayout:
 
 
 def tvm_dtype(dtype: DType) -> str:
-    """TVM's name of an element type; raises IRError for one that the backend does not carry."""
-    if dtype not in TVM_DTYPE:
-        raise IRError(f"element type {dtype} cannot be compiled; cast it to another, or use the interpreter")
+    """TVM's name of the element type as a compiled program holds it: narrow ones as bytes."""
     return TVM_DTYPE[dtype]
 
 
@@ -105,12 +104,13 @@ class Lowering:
 
     ``lower(ctx, node, *operands)``; ``layouts(node)`` names, by operand index, the packed layout of operands that must be
     parameters (they arrive as lists of Relax variables); ``applies(node)`` refuses nodes it cannot do, which are then
-    decomposed.
+    decomposed. ``narrow(node)``: whether operands and results may be of the types that are carried as bytes.
     """
 
     lower: Lowered
     applies: Callable[[Node], bool] = lambda node: True
     layouts: Callable[[Node], Mapping[int, Layout]] = lambda node: {}
+    narrow: Callable[[Node], bool] = lambda node: False
 
     def takes(self, node: Node) -> bool:
         """Whether this lowering can have the node: it applies, and packed operands are parameters."""
@@ -118,6 +118,20 @@ class Lowering:
 
 
 Table = Mapping[str, Lowering]
+
+
+def lowering_into(table: dict[str, Lowering]) -> Callable[..., Callable[[Lowered], Lowered]]:
+    """A decorator ``lowers(*names, narrow=False)``: the function lowers the operations ``names``, with ``narrow`` for the types
+    that are carried as bytes as well."""
+
+    def lowers(*names: str, narrow: bool = False) -> Callable[[Lowered], Lowered]:
+        def add(f: Lowered) -> Lowered:
+            table.update((n, Lowering(f, narrow=lambda node: narrow)) for n in names)
+            return f
+
+        return add
+
+    return lowers
 
 
 @dataclass(frozen=True)
@@ -344,6 +358,11 @@ def _emit_node(ctx: Context, node: Node, table: Table) -> None:
     low = lowering_of(node, table)
     if low is None:
         raise IRError(f"{node!r}: this target has no code for {node.op.name}", node.loc)
+    for v in (*node.inputs, *node.outputs):
+        if isinstance(v.type, TensorType) and v.type.dtype in NARROW and not low.narrow(node):
+            dtype = v.type.dtype
+            wide = "f32" if dtype.is_float else "i32"
+            raise IRError(f"{node!r}: compiled programs move {dtype}, and do not compute with it: cast it to {wide}", node.loc)
     layouts = low.layouts(node)
     operands = [ctx.packed[v, layouts[i]] if i in layouts else ctx.env[v] for i, v in enumerate(node.inputs)]
     try:

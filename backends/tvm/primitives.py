@@ -14,171 +14,21 @@ from tvm.script.ir_builder import tirx as I
 from wasat.ir import DType, IRError, Node, QArray, QTensorType, TensorType, Type
 from wasat.ir.ops.random import PARITY, ROTATIONS
 
-from .lower import Context, Lowering, Packed, tvm_dtype
+from .lower import Context, Lowering, Packed, lowering_into, tvm_dtype
+from .narrow import NARROW, carried
+from .primitives_elementwise import ELEMENTWISE, elementwise
 from .primitives_index import INDEXING
 
 R = relax.op
-PRIMITIVES: dict[str, Lowering] = {**INDEXING}
-
-
-def lowers(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: the function lowers the operations ``names``."""
-
-    def add(f: Callable[..., Any]) -> Callable[..., Any]:
-        for n in names:
-            PRIMITIVES[n] = Lowering(f)
-        return f
-
-    return add
-
-
-# -- elementwise --------------------------------------------------------------------------------------------------------
-_RELAX: dict[str, Callable[..., Any]] = {
-    "neg": R.negative, "abs": R.abs, "exp": R.exp, "log": R.log, "sqrt": R.sqrt, "rsqrt": R.rsqrt, "sin": R.sin, "cos": R.cos,
-    "tan": R.tan, "tanh": R.tanh, "erf": R.erf, "floor": R.floor, "ceil": R.ceil,
-    "logical_not": R.logical_not, "isnan": R.isnan, "isinf": R.isinf, "bit_not": R.bitwise_not, "sigmoid": R.sigmoid,
-    "add": R.add, "sub": R.subtract, "mul": R.multiply, "maximum": R.maximum, "minimum": R.minimum,
-    "equal": R.equal, "less": R.less, "less_equal": R.less_equal, "greater": R.greater,
-    "greater_equal": R.greater_equal, "logical_and": R.logical_and, "logical_or": R.logical_or, "logical_xor": R.logical_xor,
-    "bit_and": R.bitwise_and, "bit_or": R.bitwise_or, "bit_xor": R.bitwise_xor, "shift_left": R.left_shift,
-    "shift_right": R.right_shift, "select": R.where, "floor_div": R.floor_divide, "mod": R.floor_mod,
-}  # fmt: skip
-
-
-def _relax_op(f: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda ctx, node, *xs: ctx.emit(f(*xs))
-
-
-for _name, _f in _RELAX.items():
-    PRIMITIVES[_name] = Lowering(_relax_op(_f))
-
-
-def _elementwise(ctx: Context, node: Node, f: Callable[..., Any], *xs: Any) -> Any:
-    """A tensor expression over operands of the output's own shape."""
-    def build(*ts: Any) -> Any:
-        return te.compute(ts[0].shape, lambda *i: f(*(t(*i) for t in ts)), name=node.op.name)
-
-    return ctx.te(build, *xs, name=node.op.name)
-
-
-@lowers("not_equal")
-def _not_equal(ctx: Context, node: Node, x: Any, y: Any) -> Any:
-    return ctx.emit(R.logical_not(R.equal(x, y)))  # TVM's != is false with NaN
-
-
-@lowers("asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "atan2")
-def _libm(ctx: Context, node: Node, *xs: Any) -> Any:
-    """Functions that TVM has no code for: the C library's (CUDA has the same names)."""
-    dtype = node.output.tensor.dtype
-    shape = ctx.shape(node.output.shape)
-    xs = tuple(ctx.emit(R.broadcast_to(x, shape)) for x in xs) if len(xs) > 1 else xs
-    if dtype.bits < 32:
-        xs = tuple(ctx.emit(R.astype(x, "float32")) for x in xs)
-    wide, suffix = ("float64", "") if dtype is DType.F64 else ("float32", "f")
-    y = _elementwise(ctx, node, lambda *v: tirx.call_pure_extern(wide, node.op.name + suffix, *v), *xs)
-    return ctx.emit(R.astype(y, tvm_dtype(dtype))) if dtype.bits < 32 else y
-
-
-@lowers("pow")
-def _pow(ctx: Context, node: Node, x: Any, y: Any) -> Any:
-    dtype = node.output.tensor.dtype
-    if dtype.is_float:
-        return ctx.emit(R.power(x, y))
-    shape = ctx.shape(node.output.shape)
-    x, y = ctx.emit(R.broadcast_to(x, shape)), ctx.emit(R.broadcast_to(y, shape))
-
-    def f(base: Any, exponent: Any) -> Any:  # by squaring: exact, and wraps as integers do
-        one, result = tirx.const(1, tvm_dtype(dtype)), tirx.const(1, tvm_dtype(dtype))
-        for bit in range(6):
-            odd = tirx.floormod(tirx.shift_right(exponent, tirx.const(bit, tvm_dtype(dtype))), tirx.const(2, tvm_dtype(dtype)))
-            result = result * tirx.Select(odd == one, base, one)
-            base = base * base
-        return result
-
-    return _elementwise(ctx, node, f, x, y)
-
-
-@lowers("sign")
-def _sign(ctx: Context, node: Node, x: Any) -> Any:
-    def f(v: Any) -> Any:  # NaN stays NaN: no branch is taken
-        one, zero = tirx.const(1, v.ty.dtype), tirx.const(0, v.ty.dtype)
-        negative = tirx.const(-1, v.ty.dtype) if not str(v.ty.dtype).startswith("uint") else zero
-        return tirx.Select(v > zero, one, tirx.Select(v < zero, negative, v))
-
-    return _elementwise(ctx, node, f, x)
-
-
-@lowers("expm1")
-def _expm1(ctx: Context, node: Node, x: Any) -> Any:
-    # exp(x) - 1 loses everything near 0; tanh(x/2) * (exp(x) + 1) does not
-    one = relax.const(np.asarray(1, node.output.tensor.dtype.np))
-    half = relax.const(np.asarray(0.5, node.output.tensor.dtype.np))
-    e = ctx.emit(R.exp(x))
-    small = ctx.emit(R.multiply(R.tanh(R.multiply(x, half)), R.add(e, one)))
-    return ctx.emit(R.where(R.less(R.abs(x), one), small, R.subtract(e, one)))
-
-
-@lowers("log1p")
-def _log1p(ctx: Context, node: Node, x: Any) -> Any:
-    # log(1 + x) = 2 atanh(x / (2 + x)), which is exact near 0
-    t = node.output.tensor.dtype.np
-    one, two, half = (relax.const(np.asarray(c, t)) for c in (1, 2, 0.5))
-    small = ctx.emit(R.multiply(two, R.atanh(R.divide(x, R.add(two, x)))))
-    return ctx.emit(R.where(R.less(R.abs(x), half), small, R.log(R.add(one, x))))
-
-
-@lowers("round")
-def _round(ctx: Context, node: Node, x: Any) -> Any:
-    return _elementwise(ctx, node, lambda v: tirx.nearbyint(v), x)  # half to even
-
-
-@lowers("div")
-def _div(ctx: Context, node: Node, x: Any, y: Any) -> Any:
-    if node.output.tensor.dtype.is_float:
-        return ctx.emit(R.divide(x, y))
-    shape = ctx.shape(node.output.shape)
-    x, y = ctx.emit(R.broadcast_to(x, shape)), ctx.emit(R.broadcast_to(y, shape))
-    return _elementwise(ctx, node, tirx.truncdiv, x, y)
-
-
-@lowers("cast")
-def _cast(ctx: Context, node: Node, x: Any) -> Any:
-    source, target = node.inputs[0].tensor.dtype, node.attrs.dtype  # type: ignore[attr-defined]
-    if target is DType.BOOL:
-        return ctx.emit(R.not_equal(x, relax.const(np.zeros((), source.np))))
-    if source is target:
-        return x
-    if source.is_float and target.is_int:  # saturating, NaN to 0: the conversion alone is undefined there
-        half = 2 ** (target.bits - 1)
-        low, high = (0, 2 * half - 1) if target.value.startswith("u") else (-half, half - 1)
-        x = x if source.bits >= 32 else ctx.emit(R.astype(x, "float32"))
-        t, to = "float64" if source is DType.F64 else "float32", tvm_dtype(target)
-
-        def f(v: Any) -> Any:
-            inside = tirx.Select(tirx.all(v > tirx.const(float(low), t), v < tirx.const(float(high), t)), v, tirx.const(0.0, t))
-            ends = tirx.Select(v >= tirx.const(float(high), t), tirx.const(high, to), tirx.Cast(to, tirx.trunc(inside)))
-            return tirx.Select(v <= tirx.const(float(low), t), tirx.const(low, to), ends)
-
-        return _elementwise(ctx, node, f, x)
-    return ctx.emit(R.astype(x, tvm_dtype(target)))
-
-
-@lowers("bitcast")
-def _bitcast(ctx: Context, node: Node, x: Any) -> Any:
-    to = tvm_dtype(node.attrs.dtype)  # type: ignore[attr-defined]
-    return _elementwise(ctx, node, lambda v: tirx.reinterpret(to, v), x)
-
-
-@lowers("stop_gradient")
-def _identity(ctx: Context, node: Node, x: Any) -> Any:
-    return x
+PRIMITIVES: dict[str, Lowering] = {**ELEMENTWISE, **INDEXING}
+lowers = lowering_into(PRIMITIVES)
 
 
 # -- sources --------------------------------------------------------------------------------------------------------------
-@lowers("constant")
+@lowers("constant", narrow=True)
 def _constant(ctx: Context, node: Node) -> Any:
     literal = node.attrs.value  # type: ignore[attr-defined]
-    return relax.const(np.array(literal.array), tvm_dtype(literal.dtype))
+    return relax.const(carried(np.array(literal.array)), tvm_dtype(literal.dtype))
 
 
 @lowers("dim_size")
@@ -196,24 +46,24 @@ def _iota(ctx: Context, node: Node) -> Any:
 
 
 # -- shape ----------------------------------------------------------------------------------------------------------------
-@lowers("reshape")
+@lowers("reshape", narrow=True)
 def _reshape(ctx: Context, node: Node, x: Any) -> Any:
     if 0 in node.output.shape:  # Relax reads a 0 as "keep this dimension"
         return ctx.emit(R.zeros(ctx.shape(node.output.shape), tvm_dtype(node.output.tensor.dtype)))
     return ctx.view(x, node.inputs[0].shape, node.output.shape)
 
 
-@lowers("transpose")
+@lowers("transpose", narrow=True)
 def _transpose(ctx: Context, node: Node, x: Any) -> Any:
     return ctx.emit(R.permute_dims(x, list(node.attrs.perm)))  # type: ignore[attr-defined]
 
 
-@lowers("broadcast_to")
+@lowers("broadcast_to", narrow=True)
 def _broadcast_to(ctx: Context, node: Node, x: Any) -> Any:
     return ctx.emit(R.broadcast_to(x, ctx.shape(node.output.shape)))
 
 
-@lowers("slice")
+@lowers("slice", narrow=True)
 def _slice(ctx: Context, node: Node, x: Any) -> Any:
     a: Any = node.attrs
     starts = ctx.dims(a.starts)
@@ -226,16 +76,17 @@ def _slice(ctx: Context, node: Node, x: Any) -> Any:
     return ctx.te(build, x, name="slice")
 
 
-@lowers("concat")
+@lowers("concat", narrow=True)
 def _concat(ctx: Context, node: Node, *xs: Any) -> Any:
     return ctx.emit(R.concat(list(xs), axis=node.attrs.axis))  # type: ignore[attr-defined]
 
 
-@lowers("pad")
+@lowers("pad", narrow=True)
 def _pad(ctx: Context, node: Node, x: Any) -> Any:
     a: Any = node.attrs
     low, inner, shape = ctx.dims(a.low), ctx.dims(node.inputs[0].shape), ctx.dims(node.output.shape)
-    fill = tirx.const(a.value, tvm_dtype(node.output.tensor.dtype))
+    dtype = node.output.tensor.dtype
+    fill = tirx.const(carried(np.asarray(a.value, dtype.np)).item() if dtype in NARROW else a.value, tvm_dtype(dtype))
 
     def build(t: Any) -> Any:
         def at(*i: Any) -> Any:
@@ -247,7 +98,7 @@ def _pad(ctx: Context, node: Node, x: Any) -> Any:
     return ctx.te(build, x, name="pad") if shape else x
 
 
-@lowers("reverse")
+@lowers("reverse", narrow=True)
 def _reverse(ctx: Context, node: Node, x: Any) -> Any:
     for axis in node.attrs.axes:  # type: ignore[attr-defined]
         x = ctx.emit(R.flip(x, axis))
@@ -256,6 +107,23 @@ def _reverse(ctx: Context, node: Node, x: Any) -> Any:
 
 # -- reductions -------------------------------------------------------------------------------------------------------------
 _REDUCE = {"reduce_sum": R.sum, "reduce_max": R.max, "reduce_min": R.min, "reduce_prod": R.prod}
+
+
+def _flipped(bits: Any) -> Any:
+    """Of a float's bits as an integer, those below the sign inverted if it is set: integers in the order of the floats. Its own
+    inverse."""
+    width = 64 if str(bits.ty.dtype) == "int64" else 32
+    sign = tirx.shift_right(bits, tirx.const(width - 1, bits.ty.dtype))
+    return tirx.bitwise_xor(bits, tirx.bitwise_and(sign, tirx.const(2 ** (width - 1) - 1, bits.ty.dtype)))
+
+
+def _ordered(ctx: Context, node: Node, x: Any, largest: bool) -> Any:
+    """f32 or f64 numbers as integers in their order, NaN at the end that an extreme is looked for. TVM's own extremes of floats
+    skip NaN, and start at the greatest finite number instead of infinity."""
+    to = "int64" if str(x.ty.dtype) == "float64" else "int32"
+    quiet = int(np.array(np.nan, str(x.ty.dtype)).view(to))
+    nan = tirx.const(quiet if largest else ~quiet, to)
+    return elementwise(ctx, node, lambda v: tirx.Select(tirx.isnan(v), nan, _flipped(tirx.reinterpret(to, v))), x)
 
 
 def _of_nothing(ctx: Context, node: Node) -> Any:
@@ -275,10 +143,17 @@ def _reduce(ctx: Context, node: Node, x: Any) -> Any:
         return x
     if (nothing := _of_nothing(ctx, node)) is not None:
         return nothing
-    narrow = node.output.tensor.dtype in (DType.F16, DType.BF16)  # accumulate in f32, as the reference does
+    dtype = node.output.tensor.dtype
+    narrow = dtype in (DType.F16, DType.BF16)  # accumulate in f32, as the reference does
     wide = ctx.emit(R.astype(x, "float32")) if narrow else x
+    extreme = dtype.is_float and node.op.name in ("reduce_max", "reduce_min")
+    if extreme:
+        wide = _ordered(ctx, node, wide, node.op.name == "reduce_max")
     out = ctx.emit(_REDUCE[node.op.name](wide, list(a.axes), a.keepdims))
-    return ctx.emit(R.astype(out, tvm_dtype(node.output.tensor.dtype))) if narrow else out
+    if extreme:
+        to = "float64" if dtype is DType.F64 else "float32"
+        out = elementwise(ctx, node, lambda v: tirx.reinterpret(to, _flipped(v)), out)
+    return ctx.emit(R.astype(out, tvm_dtype(dtype))) if narrow else out
 
 
 @lowers("reduce_any", "reduce_all")
@@ -295,8 +170,13 @@ def _reduce_bool(ctx: Context, node: Node, x: Any) -> Any:
 @lowers("arg_max", "arg_min")
 def _arg(ctx: Context, node: Node, x: Any) -> Any:
     a: Any = node.attrs
-    f = R.argmax if node.op.name == "arg_max" else R.argmin
-    return ctx.emit(R.astype(f(x, a.axis, a.keepdims), "int64"))
+    largest, dtype = node.op.name == "arg_max", node.inputs[0].tensor.dtype
+    if dtype.is_float:
+        x = x if dtype.bits >= 32 else ctx.emit(R.astype(x, "float32"))
+        x = elementwise(ctx, node, lambda v: tirx.Select(v == tirx.const(0.0, v.ty.dtype), tirx.const(0.0, v.ty.dtype), v), x)
+        x = _ordered(ctx, node, x, largest)  # where -0 and 0 would differ
+    place = ctx.emit(R.astype((R.argmax if largest else R.argmin)(x, a.axis, a.keepdims), "int64"))
+    return ctx.emit(R.maximum(place, relax.const(0, "int64")))  # TVM says -1 where all are the worst integer there is
 
 
 @lowers("cumsum")
@@ -399,7 +279,7 @@ def _random_bits_kernel(dtype: str) -> Any:
 
 
 # -- indexing ---------------------------------------------------------------------------------------------------------------
-@lowers("gather")
+@lowers("gather", narrow=True)
 def _gather(ctx: Context, node: Node, x: Any, indices: Any) -> Any:
     a: Any = node.attrs
     shape = ctx.dims(node.output.shape)
@@ -416,7 +296,7 @@ def _gather(ctx: Context, node: Node, x: Any, indices: Any) -> Any:
     return ctx.te(build, x, indices, name="gather")
 
 
-@lowers("take_along")
+@lowers("take_along", narrow=True)
 def _take_along(ctx: Context, node: Node, x: Any, indices: Any) -> Any:
     a: Any = node.attrs
     shape = ctx.dims(node.output.shape)
@@ -436,7 +316,7 @@ def _take_along(ctx: Context, node: Node, x: Any, indices: Any) -> Any:
     return ctx.te(build, x, indices, name="take_along")
 
 
-@lowers("cache_update")
+@lowers("cache_update", narrow=True)
 def _cache_update(ctx: Context, node: Node, cache: Any, new: Any, past: Any) -> Any:
     """``cache[r, past[r] + i] = new[r, i]``; caches of rank 4 (all that states are) in place."""
     ring = bool(node.attrs.ring)  # type: ignore[attr-defined]
@@ -483,7 +363,7 @@ def _cache_update_kernel(heads: int, width: int, dtype: str, ring: bool) -> Any:
 # -- quantized weights, for targets without kernels of their own ---------------------------------------------------------------
 @dataclass(frozen=True)
 class PlainQuantized:
-    """Values row by row, two 4-bit ones a byte (low nibble first, offset 8); scales [.., blocks]."""
+    """Values row by row, two 4-bit ones a byte (low nibble first, offset 8); scales [.., blocks], narrow ones as f32."""
 
     rows = 1
 
@@ -494,7 +374,7 @@ class PlainQuantized:
         four = type.scheme == "int4"
         return [
             Packed(f"{name}/values", "uint8" if four else "int8", (*lead, (k + 1) // 2 if four else k)),
-            Packed(f"{name}/scales", tvm_dtype(type.scale), (*lead, blocks)),
+            Packed(f"{name}/scales", "float32" if type.scale in NARROW else tvm_dtype(type.scale), (*lead, blocks)),
         ]
 
     def pack(self, weight: QArray) -> list[np.ndarray]:
@@ -504,7 +384,7 @@ class PlainQuantized:
                 values = np.concatenate([values, np.zeros_like(values[..., :1])], -1)
             nibbles = (values + 8).astype(np.uint8)
             values = nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
-        return [values, weight.scales]
+        return [values, weight.scales.astype(np.float32) if weight.type.scale in NARROW else weight.scales]
 
 
 def _dequantized(q: QTensorType, dtype: str, values: Any, scales: Any) -> Callable[..., Any]:

@@ -202,7 +202,12 @@ def _scatter(ctx: Context, node: Node, x: Any, ids: Any, updates: Any) -> Any:
     return ctx.call(gv, [x, ids, updates], ctx.type(node.output.type))
 
 
+def _replaces(node: Node) -> bool:
+    return node.attrs.reduce == "none"  # type: ignore[attr-defined]
+
+
 INDEXING: dict[str, Lowering] = {
-    "sort": Lowering(_sort), "top_k": Lowering(_top_k), "scatter": Lowering(_scatter), "scatter_along": Lowering(_scatter),
+    "sort": Lowering(_sort), "top_k": Lowering(_top_k), "scatter": Lowering(_scatter, narrow=_replaces),
+    "scatter_along": Lowering(_scatter, narrow=_replaces),
 }  # fmt: skip
 """Operation to lowering."""

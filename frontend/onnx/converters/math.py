@@ -83,7 +83,11 @@ def isinf(c: Emitter, n: NodeView, x: Operand) -> Any:
 
 @op("BitShift")
 def bit_shift(c: Emitter, n: NodeView, x: Operand, y: Operand) -> Any:
-    return c.shift_left(x, y) if n["direction"] == "LEFT" else c.shift_right(x, y)
+    dtype, left = c.dtype(x), n["direction"] == "LEFT"
+    # the IR shifts by 0 to bits - 1; here everything may be shifted out, a negative amount read as a large one
+    inside = c.less(c.to(y, DType("u" + dtype.value[1:])), dtype.bits)
+    shifted = (c.shift_left if left else c.shift_right)(x, c.select(inside, y, 0 if left else dtype.bits - 1))
+    return c.select(inside, shifted, 0) if left else shifted
 
 
 @op("Where", since=9)
