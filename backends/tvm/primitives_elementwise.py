@@ -121,8 +121,9 @@ def _mod(ctx: Context, node: Node, x: Any, y: Any) -> Any:
         zero, one = (tirx.const(c, a.ty.dtype) for c in (0.0, 1.0))
         rest = _extern("fmod", a, b)
         below = tirx.Select(b < zero, rest > zero, rest < zero)  # the remainder has the other sign than the divisor
-        if quotient:  # in exact arithmetic whole
-            whole = tirx.nearbyint((a - rest) / b) - tirx.Select(below, one, zero)
+        if quotient:
+            near = (a - rest) / b - tirx.Select(below, one, zero)  # whole, but for the rounding
+            whole = tirx.floor(near) + tirx.Select(near - tirx.floor(near) > tirx.const(0.5, a.ty.dtype), one, zero)
             return tirx.Select(b == zero, a / b, whole)
         nothing = tirx.Select(b < zero, tirx.const(-0.0, a.ty.dtype), zero)
         return tirx.Select(rest == zero, nothing, tirx.Select(below, rest + b, rest))
