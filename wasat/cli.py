@@ -1,4 +1,4 @@
-"""The command line: ``wasat compile | generate | show | explain | export | train | demo``."""
+"""The command line: ``wasat compile | generate | show | explain | export | train | evaluate | demo``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from wasat import __version__
 
@@ -258,10 +259,11 @@ def train(
         Path | None, typer.Option(help="When done, compile the trained model into this artifact folder.")
     ] = None,
 ) -> None:
-    """Train a language model on text files, as one compiled program per step. Run again to go on after a stop.
+    """Train a model as one compiled program per step: on text files, or a multimodal one on tasks. Run again after a stop.
 
     The file's `output` folder receives checkpoints, `log.jsonl` (a line per step) and `curve.svg`. A run that was stopped at
-    any moment goes on from its last checkpoint and ends with the same bits. `examples/train_tiny.toml` explains every entry.
+    any moment goes on from its last checkpoint and ends with the same bits. `examples/train_tiny.toml` and
+    `examples/gemini.toml` explain every entry.
     Utilisation is the operations that the model needs per second (2 per multiply-add of its products, attention and
     convolutions, times 3 for forward and backward), relative to NumPy's matrix product on this machine.
 
@@ -270,23 +272,58 @@ def train(
     - `wasat train examples/train_tiny.toml`
     - `wasat train examples/train_tiny.toml --artifact tiny.wasat`
     - `wasat generate tiny.wasat "def "`
+    - `wasat train examples/gemini.toml --artifact gemini.wasat`
     """
     from wasat import driver
-    from wasat.ir import Program
     from wasat.recipe import read_recipe
     from wasat.training.loop import CURVE
 
     recipe = read_recipe(config)
     done = recipe.run()
     last = done.log[-1]
-    held_out = f", {last['eval.loss']:.4f} on held-out text" if "eval.loss" in last else ""
+    held_out = f", {last['eval.loss']:.4f} held out" if "eval.loss" in last else ""
     speed = f"{last['tokens_per_second']:.0f} tokens/s, {last['utilisation']:.1%} of NumPy's matrix product"
     _say(f"step {last['step']:.0f}: loss {last['loss']:.4f}{held_out}; {speed}; {recipe.output / CURVE}")
     if artifact is not None:
-        served = Program({"forward": done.program["forward"]}, done.program.params, done.program.metadata)
         with _Bar() as bar:
-            driver.compile(served, artifact, progress=bar)
+            driver.compile(recipe.served(done), artifact, progress=bar)
         _say(f"{artifact}: wasat generate {artifact} \"…\"")
+
+
+@app.command()
+def evaluate(
+    artifact: Annotated[Path, typer.Argument(help="An artifact folder made by `wasat compile`.", show_default=False)],
+    config: Annotated[Path, typer.Argument(help="The TOML file that it was trained by: its tasks.", show_default=False)],
+    count: Annotated[int | None, typer.Option(help="Most questions of a task; default: all of its held-out split.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the table into this Markdown file, too.")] = None,
+    kinds: Annotated[bool, typer.Option(help="A line for each kind of question.")] = True,
+) -> None:
+    """Ask an artifact the held-out questions of the tasks it was trained on; beside it, what guessing achieves.
+
+    The baseline is the commonest answer to the same kind of question. Without the medium (black pictures, silence, clips that
+    stand still), a model that looks and listens falls back to about that.
+
+    Examples:
+
+    - `wasat evaluate gemini.wasat examples/gemini.toml`
+    - `wasat evaluate gemini.wasat examples/gemini.toml --count 100 --no-kinds --markdown accuracy.md`
+    """
+    from wasat import evaluation, runtime
+    from wasat.joint import Joint
+    from wasat.recipe import read_recipe
+
+    recipe = read_recipe(config)
+    if not isinstance(recipe, Joint):
+        raise _Refusal(f"{config} describes no tasks with questions: family = \"gemini\" does")
+    with _Bar() as bar:
+        scores = evaluation.evaluate(runtime.load(artifact), recipe.tasks, count, progress=bar)
+    rows = evaluation.table(scores, kinds)
+    shown = Table(*rows[0], box=None)
+    for row in rows[1:]:
+        shown.add_row(*map(escape, row))
+    out.print(shown)
+    if markdown is not None:
+        markdown.write_text(evaluation.markdown(rows), encoding="utf-8")
 
 
 @app.command()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass, fields
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -20,9 +20,11 @@ from wasat.ir import Program, WasatError
 from wasat.training.data import Batch, Packed, Source, TextFiles
 from wasat.training.loop import Progress, Trained, train
 from wasat.training.losses import add_loss, cross_entropy
+from wasat.training.mixture import END
 from wasat.training.optimizers import SGD, Adafactor, AdamW, Constant, Cosine, Linear, Optimizer, Schedule
 
-END = "<end>"
+if TYPE_CHECKING:
+    from wasat.joint import Joint
 
 
 class RecipeError(WasatError):
@@ -108,60 +110,76 @@ class Recipe:
         evaluation: Callable[[], Iterable[Batch]] | None = held_out if self.evaluation else None
         return train(self.program, packed, self.output, evaluation=evaluation, progress=progress, **self.options)
 
+    def served(self, done: Trained) -> Program:
+        """What to compile of the trained program."""
+        return Program({"forward": done.program["forward"]}, done.program.params, done.program.metadata)
 
-def read_recipe(path: str | Path) -> Recipe:
-    """The run that a TOML file describes; ``examples/train_tiny.toml`` shows all of it.
+
+def read_recipe(path: str | Path) -> Recipe | Joint:
+    """The run that a TOML file describes; ``examples/train_tiny.toml`` and ``examples/gemini.toml`` show all of it.
 
     Raises RecipeError, naming file and key, for a key that is missing, unknown or of another type, and for files that are not
     there.
     """
     path = Path(path)
     try:
-        top = _Table(tomllib.loads(path.read_text(encoding="utf-8")), str(path))
+        top = Table(tomllib.loads(path.read_text(encoding="utf-8")), str(path))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise RecipeError(f"{path} is no TOML: {e}") from None
     seed = top.take("seed", int, 0)
     options: dict[str, Any] = {"seed": seed, "steps": top.take("steps", int)}
     output = Path(top.take("output", str))
-    program, tokenizer, end = _model(top.table("model"), path.parent, seed)
+    batch = top.table("batch")
+    sizes = {"batch": batch.take("rows", int), "length": batch.take("length", int)}
+    batch.close()
+    evaluates = "evaluation" in top.items
+    held_out = top.table("evaluation", {})
+    options["evaluate_every"], batches = held_out.take("every", int, 100), held_out.take("batches", int, 8) * evaluates
+    options |= _training(top, options["steps"])
+    about, data = top.table("model"), top.tables("data")
+    family = about.take("family", str, "decoder")
+    if family == "gemini":
+        from wasat.joint import read_joint
 
-    def source(t: _Table) -> Source:
-        files = TextFiles(_files(t, path.parent), lambda text: tokenizer.encode(text, add_special_tokens=False).ids)
+        held_out.close()
+        top.close()
+        return read_joint(about, data, path.parent, output, options, sizes, batches)
+    if family != "decoder":
+        raise RecipeError(f"{about.where}: there is no family {family}; there are decoder, gemini")
+    program, tokenizer, end = _model(about, path.parent, seed)
+
+    def source(t: Table) -> Source:
+        files = TextFiles(files_of(t, path.parent), lambda text: tokenizer.encode(text, add_special_tokens=False).ids)
         weight = t.take("weight", float, 1.0)
         t.close()
         return Source(files, weight)
 
-    sources = tuple(source(t) for t in top.tables("data"))
-    batch = top.table("batch")
-    sizes = {"batch": batch.take("rows", int), "length": batch.take("length", int)}
-    batch.close()
-    evaluation: tuple[Source, ...] = ()
-    batches = 0
-    if "evaluation" in top.items:
-        t = top.table("evaluation")
-        options["evaluate_every"], batches = t.take("every", int, 100), t.take("batches", int, 8)
-        evaluation = (source(t),)
-    options["optimizer"] = _chosen(top.table("optimizer", {}), _OPTIMIZERS, "adamw")
-    rate = top.table("rate", {})
-    if rate.items.get("name", "cosine") != "constant":
-        rate.items.setdefault("steps", options["steps"] // max(_accumulate(top), 1))
-    options["rate"] = _chosen(rate, _SCHEDULES, "cosine")
-    step = top.table("step", {})
-    options["accumulate"], options["ema"] = step.take("accumulate", int, 1), step.take("ema", float, None)
-    options["clip"] = step.take("clip", float, None)
-    step.close()
-    saving = top.table("checkpoints", {})
-    options["save_every"], options["keep"] = saving.take("every", int, 100), saving.take("keep", int, 3)
-    saving.close()
+    sources = tuple(map(source, data))
+    evaluation = (source(held_out),) if evaluates else ()
     top.close()
     return Recipe(program, tokenizer, output, sources, evaluation, end, options, sizes, batches)
+
+
+def _training(top: Table, steps: int) -> dict[str, Any]:
+    """The options of :func:`wasat.train` that every recipe has."""
+    options: dict[str, Any] = {"optimizer": _chosen(top.table("optimizer", {}), _OPTIMIZERS, "adamw")}
+    rate, step, saving = top.table("rate", {}), top.table("step", {}), top.table("checkpoints", {})
+    options["accumulate"], options["ema"] = step.take("accumulate", int, 1), step.take("ema", float, None)
+    options["clip"] = step.take("clip", float, None)
+    if rate.items.get("name", "cosine") != "constant":
+        rate.items.setdefault("steps", steps // max(options["accumulate"], 1))  # schedules count updates
+    options["rate"] = _chosen(rate, _SCHEDULES, "cosine")
+    options["save_every"], options["keep"] = saving.take("every", int, 100), saving.take("keep", int, 3)
+    for table in (step, saving):
+        table.close()
+    return options
 
 
 _OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW, "adafactor": Adafactor, "sgd": SGD}
 _SCHEDULES: dict[str, type[Schedule]] = {"cosine": Cosine, "linear": Linear, "constant": Constant}
 
 
-class _Table:
+class Table:
     """A table of the file whose keys are taken one by one; what is left at the end is unknown."""
 
     def __init__(self, items: dict[str, Any], where: str) -> None:
@@ -182,14 +200,14 @@ class _Table:
             raise RecipeError(f"{self.where}: {key} = {value!r} must be finite")
         return value
 
-    def table(self, key: str, *default: Any) -> _Table:
-        return _Table(self.take(key, dict, *default), f"{self.where} [{key}]")
+    def table(self, key: str, *default: Any) -> Table:
+        return Table(self.take(key, dict, *default), f"{self.where} [{key}]")
 
-    def tables(self, key: str) -> list[_Table]:
+    def tables(self, key: str) -> list[Table]:
         found = self.take(key, list)
         if not found or not all(isinstance(x, dict) for x in found):
             raise RecipeError(f"{self.where}: {key} must be tables: [[{key}]]")
-        return [_Table(x, f"{self.where} [[{key}]] {i}") for i, x in enumerate(found, 1)]
+        return [Table(x, f"{self.where} [[{key}]] {i}") for i, x in enumerate(found, 1)]
 
     def close(self) -> None:
         for key in self.items:
@@ -201,7 +219,7 @@ class _Table:
 _KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "a table", list: "a list"}
 
 
-def _made(table: _Table, cls: type) -> Any:
+def _made(table: Table, cls: type) -> Any:
     """A dataclass of numbers from the table's keys."""
     kinds = {"int": int, "float": float, "bool": bool}
     values = {
@@ -211,21 +229,15 @@ def _made(table: _Table, cls: type) -> Any:
     return cls(**values)
 
 
-def _chosen(table: _Table, there: dict[str, Any], default: str) -> Any:
+def _chosen(table: Table, there: dict[str, Any], default: str) -> Any:
     name = table.take("name", str, default)
     if name not in there:
         raise RecipeError(f"{table.where}: there is no {name}; there are {', '.join(there)}")
     return _made(table, there[name])
 
 
-def _accumulate(top: _Table) -> int:
-    """Calls per update: schedules count updates."""
-    step = top.items.get("step", {})
-    found = step.get("accumulate", 1) if isinstance(step, dict) else 1
-    return found if isinstance(found, int) else 1
-
-
-def _files(table: _Table, base: Path) -> tuple[Path, ...]:
+def files_of(table: Table, base: Path) -> tuple[Path, ...]:
+    """The files that the table's ``files`` match, patterns from ``base`` on."""
     found: list[Path] = []
     for pattern in table.take("files", list):
         if not isinstance(pattern, str):
@@ -237,7 +249,7 @@ def _files(table: _Table, base: Path) -> tuple[Path, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def _model(table: _Table, base: Path, seed: int) -> tuple[Program, Tokenizer, int]:
+def _model(table: Table, base: Path, seed: int) -> tuple[Program, Tokenizer, int]:
     """The program with its @loss, its tokenizer, and the token that ends a document."""
     folder, given = table.take("folder", str, None), table.take("tokenizer", str, None)
     path = base / given if given else base / folder / "tokenizer.json" if folder else None

@@ -71,10 +71,11 @@ class Example:
 
 
 class Task(ABC):
-    """Makes examples. ``held_out``: how many of the held-out split a measurement takes."""
+    """Makes examples."""
 
     name: ClassVar[str]
     held_out: int = 300
+    """How many of the held-out split are questions for a measurement."""
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed

@@ -76,7 +76,7 @@ class Sources(Task):
     """Lines of text files, to be continued from the first character on. Held out: one in ten of the files, by its name."""
 
     name = "sources"
-    held_out = 64
+    held_out = 0
 
     def __init__(self, files: Sequence[Path], length: int = 160, seed: int = 0) -> None:
         """``length``: characters of one example."""
