@@ -66,7 +66,7 @@ class _Mixed:
         self._weak: set[Value] = set(source.params.values())
         """Constants, parameters and what is made of parameters: they take the type of what they meet."""
         self._data: set[Value] = {v for v in [*source.inputs, *source.params.values()] if self._ours(v)}
-        """What depends on f32 parameters and inputs; products of anything else, such as angles of positions, need all digits."""
+        """What depends on f32 parameters and inputs; products of all else, such as angles of positions, need their digits."""
         self._casts: dict[tuple[Value, DType], Value] = {}
 
     def emit(self) -> None:

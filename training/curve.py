@@ -1,4 +1,4 @@
-"""The curve of a run as one SVG file that needs nothing else."""
+"""The curve of a run as one HTML file that needs nothing else."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ _W, _H, _LEFT, _TOP, _RIGHT, _BOTTOM = 800, 400, 60, 40, 20, 40
 Points = Sequence[tuple[int, float]]
 
 
-def write_curve(path: Path, title: str, series: Mapping[str, Points]) -> None:
-    """Draws ``series``, each (step, value) by name, over the steps; values that are not finite are left out."""
+def write_curve(path: Path, title: str, series: Mapping[str, Points], notes: Sequence[str] = ()) -> None:
+    """A page with ``series``, each (step, value) by name, drawn over the steps (values that are not finite are left out), and
+    ``notes`` beneath."""
     drawn = {k: [(x, y) for x, y in points if math.isfinite(y)] for k, points in series.items()}
     drawn = {k: points for k, points in drawn.items() if points}
     xs, ys = [x for p in drawn.values() for x, _ in p], [y for p in drawn.values() for _, y in p]
@@ -25,6 +26,7 @@ def write_curve(path: Path, title: str, series: Mapping[str, Points]) -> None:
         return _LEFT + across * (_W - _LEFT - _RIGHT), _H - _BOTTOM - up * (_H - _TOP - _BOTTOM)
 
     parts = [
+        f'<!DOCTYPE html>\n<html><head><meta charset="utf-8"/><title>{escape(title)}</title></head><body>',
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_W} {_H}" font-family="sans-serif" font-size="12">',
         f'<rect width="{_W}" height="{_H}" fill="white"/>',
         f'<text x="{_LEFT}" y="20" font-size="14">{escape(title)}</text>',
@@ -44,4 +46,5 @@ def write_curve(path: Path, title: str, series: Mapping[str, Points]) -> None:
             parts.append(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="2.5" fill="{colour}"/>')
         label = f"{name} {points[-1][1]:.4g}"
         parts.append(f'<text x="{_W - _RIGHT}" y="{20 + 16 * i}" text-anchor="end" fill="{colour}">{escape(label)}</text>')
-    path.write_text("\n".join([*parts, "</svg>", ""]))
+    parts += ["</svg>", *(f"<p>{escape(note)}</p>" for note in notes), "</body></html>", ""]
+    path.write_text("\n".join(parts), encoding="utf-8")

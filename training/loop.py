@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 import numpy as np
 from wasat.backends.tvm.targets import target_named
-from wasat.ir import ArrayParam, IRError, Program, type_of
+from wasat.ir import ArrayParam, IRError, Program, bind_symbols, type_of
+from wasat.passes import Remark
 
 from .bar import Bar
 from .blame import Diverged, offender
@@ -22,9 +23,10 @@ from .curve import write_curve
 from .data import Batch
 from .flops import machine_flops, step_flops
 from .optimizers import Optimizer, Schedule
+from .scaling import LossScale
 from .step import train_step
 
-LOG, CURVE = "log.jsonl", "curve.svg"
+LOG, CURVE = "log.jsonl", "curve.html"
 Said = dict[str, float]
 
 
@@ -46,55 +48,65 @@ class Progress(Protocol):
 
 @dataclass(frozen=True)
 class Trained:
-    """The end of a run: the program with its trained parameters (averages, where kept), all states, and the log by steps."""
+    """The end of a run: the program with its trained parameters (averages, where kept), all states, and the log by steps.
+
+    ``remarks``: what the passes over the step did, such as what rematerialization saved.
+    """
 
     program: Program
     states: dict[str, np.ndarray]
     log: list[Said]
+    remarks: tuple[Remark, ...]
 
 
 def train(
     program: Program, batches: Batches, folder: str | Path, *, steps: int,
     optimizer: Optimizer | None = None, rate: Schedule | None = None, clip: float | None = 1.0, accumulate: int = 1,
-    ema: float | None = None, train: tuple[str, ...] = ("*",), graph: str = "loss", seed: int = 0,
+    ema: float | None = None, train: tuple[str, ...] = ("*",), graph: str = "loss",
+    precision: str = "f32", scaling: LossScale | None = None, remat: bool = False, seed: int = 0,
     evaluation: Callable[[], Iterable[Batch]] | None = None, evaluate_every: int = 100,
     save_every: int = 100, keep: int = 3, target: str = "cpu", threads: int | None = None, progress: Progress | None = None,
 ) -> Trained:  # fmt: skip
     """Trains the parameters of ``program`` on @graph, whose first output is the loss, up to step ``steps``.
 
-    The options up to ``graph`` are :func:`.step.train_step`'s. ``folder`` receives checkpoints (the last ``keep``, and the best
-    by evaluation loss), ``log.jsonl`` (one line a step) and ``curve.svg``. If it has a checkpoint, the run goes on
-    from there: with the same arguments every loss and parameter is, bit for bit, what a run never stopped would have had.
+    The options up to ``remat`` are :func:`.step.train_step`'s, ``remat`` at the sizes of the batches. ``folder`` receives
+    checkpoints (the last ``keep``, and the best by evaluation loss), ``log.jsonl`` (one line a step) and ``curve.html``. If it
+    has a checkpoint, the run goes on from there: with the same arguments every loss and parameter is, bit for bit, what a run
+    never stopped would have had.
     An input of @graph named ``key`` that batches lack gets (seed, step): fresh dropout in each step; in evaluation (seed, 0).
     ``evaluation()`` makes the same batches every time; its mean of @graph's outputs is logged as ``eval.<output>``.
 
     Logged per step: the step's outputs, ``tokens_per_second`` (elements of the batch's first input), ``utilisation``: the
     counted operations (:func:`.flops.step_flops`) per second, relative to NumPy's matrix product on this machine.
 
-    Raises Diverged, with step and node, when the loss or the gradients' norm is not finite; CheckpointError where ``folder``
+    Raises Diverged, with step and node, when the loss or the gradients' norm is not finite, in f16 the latter only where no
+    scale of the loss helps (the log has ``skipped`` and ``loss_scale``); CheckpointError where ``folder``
     holds another run; IRError for batches that do not fit @graph, and what train_step and the compiler raise.
     """
     if steps < 1 or evaluate_every < 1 or save_every < 1 or keep < 1:
         raise IRError("steps, evaluate_every, save_every and keep must be at least 1")
-    made = train_step(
-        program, optimizer=optimizer, rate=rate, clip=clip, accumulate=accumulate, ema=ema, train=train, graph=graph
-    )
     run = _Run(Path(folder), program, graph, seed, Checkpoints(Path(folder), keep))
+    start_of_data = batches.state()
+    first = next(batches)
+    batches.restore(start_of_data)
+    sample = run.complete(first, 0)
+    fixed = specialized(program[graph], {**sample})
+    sizes = bind_symbols(program[graph], {**sample}) if remat else None
+    made = train_step(
+        program, optimizer=optimizer, rate=rate, clip=clip, accumulate=accumulate, ema=ema, train=train, graph=graph,
+        precision=precision, scaling=scaling, remat=sizes,
+    )  # fmt: skip
     found = run.checkpoints.load(made.states)
     about = {"seed": seed, "graph": str(made.program["train_step"])}
     start, states = 0, made.states
     log: list[Said] = []
-    start_of_data = batches.state()
     if found is not None:
         start, states, log = run.resumed(found, about, steps)
         batches.restore(found.more["data"])
     elif (run.folder / LOG).exists():
         (run.folder / LOG).unlink()
-    first = next(batches)
-    batches.restore(start_of_data if found is None else found.more["data"])
-    sample = run.complete(first, 0)
     compiled = Compiled(program, made, sample, target_named(target, threads), graph)
-    flops = step_flops(specialized(program[graph], {**sample}))
+    flops = step_flops(fixed)
     peak, tokens = machine_flops(), next(iter(first.values())).size
     bar = Bar() if progress is None else None
     tell = progress or bar
@@ -111,7 +123,8 @@ def train(
                 took = time.perf_counter() - began
                 line: Said = {"step": step, **{k: float(v) for k, v in said.items() if v.ndim == 0}}
                 line |= {"tokens_per_second": tokens / took, "utilisation": flops / took / peak}
-                if not (math.isfinite(line[loss]) and math.isfinite(line["grad_norm"])):
+                overflow = not math.isfinite(line["grad_norm"]) and line.get("loss_scale", 1.0) <= 1
+                if overflow or not math.isfinite(line[loss]):
                     why = offender(compiled.plain["train_step"], {**batch, **states}, params)
                     raise Diverged(f"step {step}: the loss is {line[loss]}, the gradients' norm {line['grad_norm']}; {why}")
                 states = after
@@ -124,12 +137,12 @@ def train(
                     out.flush()  # the log reaches as far as the checkpoint
                     more = {**about, "data": batches.state()}
                     run.checkpoints.save(step, states, score=line.get(f"eval.{loss}"), more=more)
-                    run.draw(log)
+                    run.draw(log, made.remarks)
                 tell(step, steps, {**line, "loss": line[loss]})
     finally:
         if bar is not None:
             bar.close()
-    return Trained(run.trained(made.states, states), states, log)
+    return Trained(run.trained(made.states, states), states, log, made.remarks)
 
 
 @dataclass(frozen=True)
@@ -174,10 +187,10 @@ class _Run:
             raise IRError("evaluation() made no batch")
         return {f"eval.{k}": float(np.mean([x[k] for x in each])) for k in each[0] if each[0][k].ndim == 0}
 
-    def draw(self, log: list[Said]) -> None:
+    def draw(self, log: list[Said], remarks: Iterable[Remark]) -> None:
         loss = self.program[self.graph].output_names[0]
         series = {k: [(int(line["step"]), line[k]) for line in log if k in line] for k in (loss, f"eval.{loss}")}
-        write_curve(self.folder / CURVE, str(self.program.metadata.get("name", loss)), series)
+        write_curve(self.folder / CURVE, str(self.program.metadata.get("name", loss)), series, [str(r) for r in remarks])
 
     def trained(self, begun: Mapping[str, np.ndarray], states: Mapping[str, np.ndarray]) -> Program:
         params = dict(self.program.params)

@@ -87,8 +87,8 @@ def test_a_run(whole: tuple[Path, Trained]) -> None:
     assert [json.loads(t) for t in (folder / "log.jsonl").read_text().splitlines()] == done.log
     assert Checkpoints(folder).steps() == [12, 14]
     assert Checkpoints(folder).best() == 14
-    drawn = xml.etree.ElementTree.parse(folder / "curve.svg").getroot()
-    assert len([x for x in drawn if x.tag.endswith("polyline")]) == 2
+    drawn = xml.etree.ElementTree.parse(folder / "curve.html").getroot()
+    assert len([x for x in drawn.iter() if x.tag.endswith("polyline")]) == 2
     averaged = done.program.params["head.weight"].load()
     assert np.array_equal(averaged, done.states["ema.head.weight"])
     batches = list(islice(data(2), 2))
@@ -193,5 +193,5 @@ def test_operations_are_counted() -> None:
 
 def test_a_curve_of_little(tmp_path: Path) -> None:
     for series in ({}, {"a<b": [(1, 2.0)]}, {"x": [(0, float("nan"))]}):
-        write_curve(tmp_path / "c.svg", "t & u", series)
-        xml.etree.ElementTree.parse(tmp_path / "c.svg")
+        write_curve(tmp_path / "c.html", "t & u", series, ["1 < 2"])
+        assert "1 < 2" in [x.text for x in xml.etree.ElementTree.parse(tmp_path / "c.html").iter("p")]
