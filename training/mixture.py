@@ -19,10 +19,11 @@ Encode = Callable[[str], Sequence[int]]
 
 @dataclass(frozen=True)
 class Share:
-    """A task, and its share of the rows relative to the others'."""
+    """A task, its share of the rows relative to the others', and how many of its examples follow each other in a row."""
 
     task: Task
     weight: float = 1.0
+    examples: int = 1
 
 
 @dataclass(frozen=True)
@@ -36,44 +37,44 @@ class Layout:
 
 
 class Mixture(Iterator[Batch]):
-    """Batches of one example a row, endless; the same in every batch are the order of tasks and the rows of each.
+    """Batches of examples, endless; the same in every batch are the order of tasks, the rows of each, the examples in a row.
 
-    ``tokens``, ``labels`` i64[rows, length]: a prompt, its answer and ``end``, then padding. Labels are the tokens that follow,
-    -1 where they are prompt or padding. Id ``vocab + r`` stands for row r of the media: those of all pictures, of all sounds,
-    of all clips, in the order of their examples. ``images`` u8[i, h, w, 3], ``audio`` f32[a, n], ``videos`` u8[v, f, h, w, 3],
-    ``times`` f32[v, f]: left out where no task has any. An answer without a prompt (plain text) is cut at the row's end; any
-    other example that is longer than a row is refused.
+    ``tokens``, ``labels`` i64[rows, length]: prompts, each followed by its answer and ``end``, and by further questions and
+    answers as long as there is room; then padding. Labels are the tokens that follow, -1 where these are prompt or padding.
+    Id ``vocab + r`` stands for row r of the media: those of all pictures, of all sounds, of all clips, in the order of their
+    examples. ``images`` u8[i, h, w, 3], ``audio`` f32[a, n], ``videos`` u8[v, f, h, w, 3], ``times`` f32[v, f]: left out where
+    no task has any. An answer without a prompt (plain text) is cut at the row's end; other examples must fit.
     """
 
     def __init__(
         self, shares: Sequence[Share], layout: Layout, encode: Encode, *, end: int, rows: int, length: int,
         split: Split = "train",
     ) -> None:  # fmt: skip
-        """Raises DataError for no tasks, weights that are not above 0, and fewer rows than tasks."""
-        if not shares or any(not s.weight > 0 for s in shares) or rows < len(shares) or length < 1:
+        """Raises DataError for no tasks, weights or examples that are not above 0, and fewer rows than tasks."""
+        if not shares or any(not s.weight > 0 or s.examples < 1 for s in shares) or rows < len(shares) or length < 1:
             raise DataError(
                 f"{rows} rows of {length} for {len(shares)} tasks: needed are tasks of weights above 0, and a row each"
             )
-        self.tasks, self.layout, self.encode, self.end = [s.task for s in shares], layout, encode, end
+        self.shares, self.layout, self.encode, self.end = tuple(shares), layout, encode, end
         self.length, self.split = length, split
         self.rows = portions([s.weight for s in shares], rows)
         self._done = 0
 
     def __next__(self) -> Batch:
-        examples = [
-            (task, task.example(self.split, self._done * count + i))
-            for task, count in zip(self.tasks, self.rows)
-            for i in range(count)
-        ]
+        rows = []
+        for share, count in zip(self.shares, self.rows):
+            for row in range(self._done * count, (self._done + 1) * count):
+                first = row * share.examples
+                rows.append((share.task, [share.task.example(self.split, first + i) for i in range(share.examples)]))
         self._done += 1
-        media = _Media([e for _, e in examples], self.layout)
-        rows = [self._row(task, e, media) for task, e in examples]
-        tokens, labels = (np.stack(x) for x in zip(*rows))
+        media = _Media([e for _, examples in rows for e in examples], self.layout)
+        tokens, labels = (np.stack(x) for x in zip(*[self._row(task, examples, media) for task, examples in rows]))
         return {"tokens": tokens, "labels": labels, **media.arrays()}
 
     def state(self) -> dict[str, Any]:
         """Where the batches are, as JSON: ``restore`` of it goes on with the same batches as this object."""
-        return {"done": self._done, "rows": [[t.name, t.seed, n] for t, n in zip(self.tasks, self.rows)]}
+        rows = [[s.task.name, s.task.seed, s.examples, n] for s, n in zip(self.shares, self.rows)]
+        return {"done": self._done, "rows": rows}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Goes to where ``state`` was taken. Raises DataError if it was taken of other tasks, rows or seeds."""
@@ -81,22 +82,33 @@ class Mixture(Iterator[Batch]):
             raise DataError(f"the state is of other batches: rows were {state['rows']}, and are {self.state()['rows']}")
         self._done = state["done"]
 
-    def _row(self, task: Task, example: Example, media: _Media) -> tuple[np.ndarray, np.ndarray]:
+    def _row(self, task: Task, examples: Sequence[Example], media: _Media) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and labels, i64[length]."""
-        prompt: list[int] = []
-        for part in example.parts:
-            prompt += self.encode(part) if isinstance(part, str) else media.ids(part)
-        answer = [*self.encode(example.answer), self.end]
-        ids = [*prompt, *answer]
-        if not prompt:
-            prompt, ids = [self.end], [self.end, *answer][: self.length + 1]  # the first token follows an end, too
-        if len(ids) > self.length + 1:
+        ids: list[int] = []
+        answers: list[tuple[int, int]] = []
+        """Where each begins and ends in ``ids``."""
+
+        def add(prompt: Sequence[int], answer: str) -> None:
+            begin = len(ids) + len(prompt)
+            ids.extend((*prompt, *self.encode(answer), self.end))
+            answers.append((begin, len(ids)))
+
+        for e in examples:
+            prompt = [i for p in e.parts for i in (self.encode(p) if isinstance(p, str) else media.ids(p))]
+            add(prompt or [self.end], e.answer)  # the first token of plain text follows an end, too
+        if all(e.parts for e in examples) and len(ids) > self.length + 1:
             raise DataError(
-                f"task {task.name}: example of {len(ids) - 1} tokens, a row has {self.length}: {example.parts[-1]!r}"
+                f"task {task.name}: {len(ids) - 1} tokens in a row of {self.length}, the last of {examples[-1].parts[-1]!r}"
             )
+        for question, answer in (q for e in examples[-1:] for q in e.more):
+            size = len(self.encode(question)) + len(self.encode(answer)) + 1
+            if len(ids) + size <= self.length + 1:
+                add(self.encode(question), answer)
+        del ids[self.length + 1 :]
         tokens, labels = np.zeros(self.length, np.int64), np.full(self.length, -1, np.int64)
         tokens[: len(ids) - 1] = ids[:-1]
-        labels[len(prompt) - 1 : len(ids) - 1] = ids[len(prompt) :]
+        for begin, end in answers:
+            labels[begin - 1 : end - 1] = ids[begin:end]
         return tokens, labels
 
 

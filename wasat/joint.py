@@ -114,7 +114,7 @@ def read_joint(
     draft = Config.from_json(table.items, table.where)
     shares = []
     for t in data:
-        shares.append(Share(_task(t, draft, base, options["seed"]), t.take("weight", float, 1.0)))
+        shares.append(Share(_task(t, draft, base, options["seed"]), t.take("weight", float, 1.0), t.take("examples", int, 1)))
         t.close()
     path = base / given if given else output / "tokenizer.json"
     if given or path.exists():

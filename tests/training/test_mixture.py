@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -81,6 +82,25 @@ def test_examples_follow_each_other_and_splits_differ() -> None:
     assert answers(next(mixture(Made("x", "q"), rows=2, split="held_out"))) == ["h0", "h1"]
 
 
+def test_examples_and_further_questions_in_a_row() -> None:
+    class Asking(Made):
+        def example(self, split: Split, index: int) -> Example:
+            return replace(super().example(split, index), more=(("cd", "e"), ("long question", "f"), ("g", "h")))
+
+    share = Share(Asking("x", AUDIO, "ab"), examples=2)
+    m = Mixture([share, Share(Made("y", "q"))], LAYOUT, encode, end=0, rows=3, length=25)
+    b = next(m)
+    assert m.rows == [2, 1]
+
+    def shown(ids: np.ndarray) -> str:
+        return "".join("." if t == 0 else "-" if t < 0 else "#" if t >= 300 else chr(t - 1) for t in ids)
+
+    assert [shown(row) for row in b["tokens"]] == ["###abt0.###abt1.cde.gh...", "###abt2.###abt3.cde.gh...", "qt0" + 22 * "."]
+    assert [shown(row) for row in b["labels"]] == ["----t0.-----t1.--e.-h.---", "----t2.-----t3.--e.-h.---", "t0." + 22 * "-"]
+    assert [t for t in b["tokens"][0] if t >= 300] == [300, 301, 302, 303, 304, 305]
+    assert shown(next(m)["labels"][0]).startswith("----t4.-----t5")
+
+
 def test_portions() -> None:
     assert portions([1, 1, 2], 8) == [2, 2, 4]
     assert portions([1, 100], 4) == [1, 3]
@@ -112,13 +132,16 @@ def test_what_cannot_be_is_refused() -> None:
         mixture(x, x, rows=1)
     with pytest.raises(DataError, match=r"needed are tasks of weights above 0"):
         Mixture([Share(x, 0.0)], LAYOUT, encode, end=0, rows=1, length=4)
-    with pytest.raises(DataError, match=r"task x: example of 10 tokens, a row has 9: 'question'"):
+    with pytest.raises(DataError, match=r"task x: 10 tokens in a row of 9, the last of 'question'"):
         next(mixture(x, rows=1, length=9))
     next(mixture(x, rows=1, length=10))
     with pytest.raises(DataError, match="no rows for AudioData"):
         next(Mixture([Share(Made("a", AUDIO))], Layout(300, image=2), encode, end=0, rows=1, length=9))
+    with pytest.raises(DataError, match=r"needed are tasks of weights above 0"):
+        Mixture([Share(x, examples=0)], LAYOUT, encode, end=0, rows=1, length=4)
     p = mixture(x, rows=2)
-    for other in (mixture(x, rows=3), mixture(Made("y"), rows=2), mixture(x, x, rows=2)):
+    two = Mixture([Share(x, examples=2)], LAYOUT, encode, end=0, rows=2, length=16)
+    for other in (mixture(x, rows=3), mixture(Made("y"), rows=2), mixture(x, x, rows=2), two):
         with pytest.raises(DataError, match="of other batches"):
             other.restore(p.state())
 

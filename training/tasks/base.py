@@ -59,11 +59,14 @@ Part = str | ImageData | AudioData | VideoData
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt in parts, and what is to follow. ``kind``: of the question, e.g. ``colour``; baselines are counted by it."""
+    """A prompt in parts, and what is to follow."""
 
     parts: tuple[Part, ...]
     answer: str
     kind: str = ""
+    """Of the question, e.g. ``colour``; baselines are counted by it."""
+    more: tuple[tuple[str, str], ...] = ()
+    """Further questions about the same media, with their answers: training asks as many as a row has room for."""
 
     def blind(self) -> Example:
         """The same with every picture black, every sound silent, every clip standing still."""

@@ -36,7 +36,9 @@ class Scenes(Task):
                 break
         subject = new.index(True) if any(new) else int(rng.integers(len(things)))
         question, answer = ask(rng, split, kind, things, places, subject)
-        return Example((*self.shown(rng, things, places), question), answer, kind)
+        others = [k for k in self.kinds if k != "relation" or len(things) > 1]
+        more = [ask(rng, split, k, things, places, int(rng.integers(len(things)))) for k in rng.choice(others, 3)]
+        return Example((*self.shown(rng, things, places), question), answer, kind, tuple(more))
 
     def shown(self, rng: np.random.Generator, things: list[Thing], places: list[int]) -> tuple[ImageData | str, ...]:
         """The scene as parts of a prompt."""
