@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 import xml.etree.ElementTree
 from collections.abc import Mapping
 from itertools import islice
@@ -20,7 +24,8 @@ from wasat.training.data import Batch, Packed, Source
 from wasat.training.flops import step_flops
 from wasat.training.loop import Trained, train
 from wasat.training.losses import add_loss, cross_entropy
-from wasat.training.optimizers import AdamW, Constant
+from wasat.training.optimizers import SGD, AdamW, Constant
+from wasat.training.scaling import LossScale
 
 import wasat as ws
 from wasat import nn
@@ -97,17 +102,47 @@ def test_a_run(whole: tuple[Path, Trained]) -> None:
     assert done.log[-1]["eval.loss"] == pytest.approx(float(np.mean(losses)), rel=1e-5)
 
 
-@pytest.mark.parametrize("kill", [2, 4, 9])
-def test_resume_is_exact_wherever_the_kill_came(tmp_path: Path, whole: tuple[Path, Trained], kill: int) -> None:
+def check_resumed(folder: Path, whole: Trained) -> None:
+    again = run(folder)
+    assert untimed(again.log) == untimed(whole.log)
+    assert untimed([json.loads(t) for t in (folder / "log.jsonl").read_text().splitlines()]) == untimed(again.log)
+    for k, x in whole.states.items():
+        assert again.states[k].tobytes() == x.tobytes(), k
+
+
+@pytest.mark.parametrize("kill", [2, 4])
+def test_resume_is_exact_wherever_the_run_was_stopped(tmp_path: Path, whole: tuple[Path, Trained], kill: int) -> None:
     with pytest.raises(Killed):
         run(tmp_path, kill=kill)
     with open(tmp_path / "log.jsonl", "a") as f:
         f.write('{"step": 99, "lo')  # half a line
-    again = run(tmp_path)
-    assert untimed(again.log) == untimed(whole[1].log)
-    assert untimed([json.loads(t) for t in (tmp_path / "log.jsonl").read_text().splitlines()]) == untimed(again.log)
-    for k, x in whole[1].states.items():
-        assert again.states[k].tobytes() == x.tobytes(), k
+    check_resumed(tmp_path, whole[1])
+
+
+KILL = """
+import os, signal, sys
+from pathlib import Path
+import test_loop
+real, calls = os.replace, []
+def replace(*names):
+    calls.append(names)
+    if len(calls) == 2:  # the second checkpoint is written, and has no name yet
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(*names)
+os.replace = replace
+test_loop.run(Path(sys.argv[1]))
+"""
+
+
+def test_resume_is_exact_after_kill_9_within_a_checkpoint(tmp_path: Path, whole: tuple[Path, Trained]) -> None:
+    tests = Path(__file__).parent
+    paths = os.pathsep.join([str(tests), str(tests.parent), *sys.path])
+    died = subprocess.run([sys.executable, "-c", KILL, tmp_path], env={**os.environ, "PYTHONPATH": paths}, capture_output=True)
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    assert Checkpoints(tmp_path).steps() == [4]
+    assert (tmp_path / "step-00000008.unfinished").exists()
+    check_resumed(tmp_path, whole[1])
+    assert not list(tmp_path.glob("*.unfinished"))
 
 
 def test_a_longer_run_goes_on_and_another_is_refused(whole: tuple[Path, Trained]) -> None:
@@ -152,6 +187,37 @@ def test_a_nan_stops_with_the_node(tmp_path: Path) -> None:
     assert not Checkpoints(tmp_path).steps()
     with pytest.raises(Diverged, match="input %x held an infinity already"):
         train(p, Fixed({"x": np.array([1, np.inf, 1], np.float32)}), tmp_path, steps=3, progress=lambda *a: None)
+
+
+class Steep(nn.Module):
+    """A sum, through numbers ``slope`` squared times as steep."""
+
+    def __init__(self, slope: float) -> None:
+        self.w, self.slope = nn.Parameter([1, 4]), slope
+
+    def __call__(self, x: nn.Tensor) -> nn.Tensor:
+        return ((x @ self.w.transpose(1, 0)) * self.slope * self.slope).sum()
+
+
+def test_an_overflow_in_f16_is_skipped_and_says_so(tmp_path: Path) -> None:
+    x = Fixed({"x": np.full((1, 4), 2.0**-10, np.float32)})
+
+    def steep(slope: float) -> Program:
+        return nn.trace(Steep(slope), {"x": "f32[n, 4]"}, name="loss", outputs=["loss"])
+
+    def go(p: Program, folder: str, steps: int) -> Trained:
+        return train(
+            p, x, tmp_path / folder, steps=steps, optimizer=SGD(), rate=Constant(1e-3), precision="f16", remat=True,
+            scaling=LossScale(4.0, interval=2), progress=lambda *a: None,
+        )  # fmt: skip
+
+    done = go(steep(2.0**7), "steep", 6)
+    assert [line["skipped"] for line in done.log] == [1, 0, 0, 1, 0, 0]
+    assert [line["loss_scale"] for line in done.log] == [4, 2, 2, 4, 2, 2]
+    assert done.states["optimizer.skipped"] == 2
+    assert any("backward pass" in str(r) for r in done.remarks)
+    with pytest.raises(Diverged, match=r"step 3: .*the gradients' norm inf"):
+        go(steep(2.0**9), "steeper", 9)
 
 
 def test_infinities_of_masks_are_not_blamed() -> None:
