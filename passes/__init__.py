@@ -14,11 +14,14 @@ from .kv_cache import DeriveKVCache
 from .merge_linears import MergeLinears
 from .pattern import Match, Mismatch, Rewrite, Tracer
 from .pipelines import default_pipeline
+from .precision import MixedPrecision
 from .quantize import Quantize
+from .remat import Rematerialize
 from .token_inputs import TokenInputs
 
 __all__ = [
-    "Check", "Cleanup", "DeriveKVCache", "Differentiate", "FuseActivations", "FuseAttention", "FuseGlu", "FuseNorm", "FuseRope",
-    "GraphPass", "HoistParams", "Match", "MergeLinears", "Mismatch", "Pass", "PassError", "PassManager", "Quantize", "Remark",
-    "Remarks", "Report", "Rewrite", "SimplifyIndices", "Step", "TokenInputs", "Tracer", "default_pipeline",
+    "Check", "Cleanup", "DeriveKVCache", "Differentiate", "FuseActivations", "FuseAttention", "FuseGlu", "FuseNorm",
+    "FuseRope", "GraphPass", "HoistParams", "Match", "MergeLinears", "Mismatch", "MixedPrecision", "Pass", "PassError",
+    "PassManager", "Quantize", "Remark", "Remarks", "Rematerialize", "Report", "Rewrite", "SimplifyIndices", "Step",
+    "TokenInputs", "Tracer", "default_pipeline",
 ]  # fmt: skip

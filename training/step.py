@@ -7,9 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from wasat.ir import Builder, DType, Graph, IRError, Program, TensorType, Value, copy_node
-from wasat.passes import Cleanup, Differentiate, Pass, PassManager, Remark
-from wasat.passes.precision import MixedPrecision
-from wasat.passes.remat import Rematerialize
+from wasat.passes import Cleanup, Differentiate, MixedPrecision, Pass, PassManager, Remark, Rematerialize
 
 from .optimizers import AdamW, Constant, Optimizer, Schedule, clipped, global_norm
 from .scaling import GOOD, SCALE, SKIPPED, LossScale

@@ -261,7 +261,7 @@ def train(
 ) -> None:
     """Train a model as one compiled program per step: on text files, or a multimodal one on tasks. Run again after a stop.
 
-    The file's `output` folder receives checkpoints, `log.jsonl` (a line per step) and `curve.svg`. A run that was stopped at
+    The file's `output` folder receives checkpoints, `log.jsonl` (a line per step) and `curve.html`. A run that was stopped at
     any moment goes on from its last checkpoint and ends with the same bits. `examples/train_tiny.toml` and
     `examples/gemini.toml` explain every entry.
     Utilisation is the operations that the model needs per second (2 per multiply-add of its products, attention and

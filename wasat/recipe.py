@@ -166,6 +166,7 @@ def _training(top: Table, steps: int) -> dict[str, Any]:
     rate, step, saving = top.table("rate", {}), top.table("step", {}), top.table("checkpoints", {})
     options["accumulate"], options["ema"] = step.take("accumulate", int, 1), step.take("ema", float, None)
     options["clip"] = step.take("clip", float, None)
+    options["precision"], options["remat"] = step.take("precision", str, "f32"), step.take("remat", bool, False)
     if rate.items.get("name", "cosine") != "constant":
         rate.items.setdefault("steps", steps // max(options["accumulate"], 1))  # schedules count updates
     options["rate"] = _chosen(rate, _SCHEDULES, "cosine")

@@ -69,6 +69,15 @@ def losses(folder: Path) -> list[tuple[float, ...]]:
     return [(x["step"], x["loss"], x["grad_norm"], x.get("eval.loss")) for x in lines]
 
 
+def test_options_of_the_step(tmp_path: Path) -> None:
+    recipe = RECIPE.replace("clip = 1", 'clip = 1\naccumulate = 2\nema = 0.9\nprecision = "f16"\nremat = true')
+    options = read_recipe(write(tmp_path, recipe)).options
+    wanted = {"clip": 1.0, "accumulate": 2, "ema": 0.9, "precision": "f16", "remat": True}
+    assert {k: options[k] for k in wanted} == wanted
+    plain = read_recipe(write(tmp_path)).options
+    assert (plain["precision"], plain["remat"]) == ("f32", False)
+
+
 def test_killed_and_resumed_and_served(tmp_path: Path) -> None:
     for name in ("whole", "killed"):
         write(tmp_path / name)

@@ -9,8 +9,7 @@ import pytest
 from numpy.testing import assert_allclose
 from wasat.frontend import from_pretrained
 from wasat.ir import Graph, Program, evaluate, parse
-from wasat.passes import Cleanup, FuseAttention, FuseNorm, FuseRope, PassError, PassManager
-from wasat.passes.precision import MixedPrecision
+from wasat.passes import Cleanup, FuseAttention, FuseNorm, FuseRope, MixedPrecision, PassError, PassManager
 from wasat.training.losses import add_loss, cross_entropy
 
 from wasat.testing import random_program

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from wasat.frontend import from_pretrained
 from wasat.ir import Program, evaluate, parse
-from wasat.passes import Cleanup, Differentiate, FuseAttention, FuseNorm, FuseRope, PassError, PassManager
+from wasat.passes import Cleanup, Differentiate, FuseAttention, FuseNorm, FuseRope, PassError, PassManager, Rematerialize
 from wasat.passes.memory import peak_bytes
-from wasat.passes.remat import Rematerialize
 from wasat.training.losses import add_loss, cross_entropy
 
 from wasat.testing import random_program
