@@ -12,6 +12,7 @@ from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as I
 from wasat.ir import DType, IRError, Node, QArray, QTensorType, TensorType, Type
+from wasat.ir.dims import Dim
 from wasat.ir.ops.random import PARITY, ROTATIONS
 
 from .lower import Context, Lowering, Packed, lowering_into, tvm_dtype
@@ -126,14 +127,32 @@ def _ordered(ctx: Context, node: Node, x: Any, largest: bool) -> Any:
     return elementwise(ctx, node, lambda v: tirx.Select(tirx.isnan(v), nan, _flipped(tirx.reinterpret(to, v))), x)
 
 
-def _of_nothing(ctx: Context, node: Node) -> Any:
-    """The reduction of an axis of size 0: the reference's own neutral element, where TVM would leave memory unwritten."""
+def _neutral(node: Node) -> Any:
+    """The reduction of nothing, by the reference itself; TVM leaves memory unwritten there."""
     a: Any = node.attrs
-    t = node.inputs[0].tensor
-    if not any(isinstance(t.shape[i], int) and t.shape[i] == 0 for i in a.axes):
+    dtype = node.output.tensor.dtype
+    neutral = node.op.reference(type(a)(axes=(0,), keepdims=False), np.zeros((0,), dtype.np))
+    return relax.const(np.asarray(neutral), tvm_dtype(dtype))  # the dtype in words: of f64 it would make f32
+
+
+def _of_nothing(ctx: Context, node: Node) -> Any:
+    """The reduction of an axis that is known to be empty, else None."""
+    if all(node.inputs[0].shape[i] != 0 for i in node.attrs.axes):  # type: ignore[attr-defined]
         return None
-    neutral = node.op.reference(type(a)(axes=(0,), keepdims=False), np.zeros((0,), t.dtype.np))
-    return ctx.emit(R.broadcast_to(relax.const(np.asarray(neutral)), ctx.shape(node.output.shape)))
+    return ctx.emit(R.broadcast_to(_neutral(node), ctx.shape(node.output.shape)))
+
+
+def _unless_empty(ctx: Context, node: Node, x: Any, out: Any) -> Any:
+    """``out``, the reduction of x, or the neutral element where an axis turns out to be empty at run time."""
+    axes = [i for i in node.attrs.axes if isinstance(node.inputs[0].shape[i], Dim)]  # type: ignore[attr-defined]
+    if not axes:
+        return out
+
+    def build(y: Any, source: Any, neutral: Any) -> Any:
+        filled = tirx.all(*(source.shape[i] > 0 for i in axes))
+        return te.compute(y.shape, lambda *i: tirx.Select(filled, y(*i), neutral()), name="unless_empty")
+
+    return ctx.te(build, out, x, _neutral(node), name="unless_empty")
 
 
 @lowers("reduce_sum", "reduce_max", "reduce_min", "reduce_prod")
@@ -153,7 +172,7 @@ def _reduce(ctx: Context, node: Node, x: Any) -> Any:
     if extreme:
         to = "float64" if dtype is DType.F64 else "float32"
         out = elementwise(ctx, node, lambda v: tirx.reinterpret(to, _flipped(v)), out)
-    return ctx.emit(R.astype(out, tvm_dtype(dtype))) if narrow else out
+    return _unless_empty(ctx, node, x, ctx.emit(R.astype(out, tvm_dtype(dtype))) if narrow else out)
 
 
 @lowers("reduce_any", "reduce_all")
@@ -164,7 +183,7 @@ def _reduce_bool(ctx: Context, node: Node, x: Any) -> Any:
     if (nothing := _of_nothing(ctx, node)) is not None:
         return nothing
     f = R.max if node.op.name == "reduce_any" else R.min
-    return ctx.emit(R.astype(f(R.astype(x, "int8"), list(a.axes), a.keepdims), "bool"))
+    return _unless_empty(ctx, node, x, ctx.emit(R.astype(f(R.astype(x, "int8"), list(a.axes), a.keepdims), "bool")))
 
 
 @lowers("arg_max", "arg_min")

@@ -99,3 +99,18 @@ def test_sizes_that_are_equal_at_run_time() -> None:
     got = Runner(program, cpu())("f", feeds)
     for name, want in zip(program["f"].output_names, evaluate(program["f"], feeds)):
         np.testing.assert_allclose(got[name], want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("t", FLOATS)
+def test_near_zero(t: str) -> None:
+    """expm1 and log1p do not lose what exp and log of a sum with 1 would."""
+    program = parse_program("".join(
+        f"graph @{op}(%x: {t}[n]) {{\n  %y: {t}[n] = {op}(%x)\n  return %y\n}}\n" for op in ("expm1", "log1p")
+    ))  # fmt: skip
+    x = np.array([0.0, 1e-7, -1e-4, 0.3, 2.0]).astype(program["expm1"].inputs[0].tensor.dtype.np)
+    run = Runner(program, cpu())
+    for name, g in program.graphs.items():
+        (want,) = evaluate(g, {"x": x})
+        assert isinstance(want, np.ndarray)
+        tol = {"f64": 1e-13, "f32": 1e-6, "f16": 2e-3, "bf16": 2e-2}[t]
+        np.testing.assert_allclose(run(name, {"x": x})["y"].astype(float), want.astype(float), rtol=tol)

@@ -8,7 +8,7 @@ from wasat.backends.tvm.build import Runner
 from wasat.backends.tvm.targets import cpu
 from wasat.ir import evaluate, parse_program
 
-CASES = [(op, t) for op in ("reduce_max", "reduce_min", "reduce_sum", "reduce_prod") for t in ("f32", "f16", "i32")]
+CASES = [(op, t) for op in ("reduce_max", "reduce_min", "reduce_sum", "reduce_prod") for t in ("f64", "f32", "f16", "i32")]
 
 
 @pytest.mark.parametrize("op, dtype", [*CASES, ("reduce_any", "bool"), ("reduce_all", "bool")])
@@ -19,3 +19,16 @@ def test_neutral_element(op: str, dtype: str) -> None:
     x = np.zeros((2, 0, 3), program["f"].inputs[0].tensor.dtype.np)
     (want,) = evaluate(program["f"], {"x": x})
     np.testing.assert_array_equal(Runner(program, cpu())("f", {"x": x})["y"], want)
+
+
+@pytest.mark.parametrize("op, dtype", [*CASES, ("reduce_any", "bool"), ("reduce_all", "bool")])
+def test_empty_at_run_time(op: str, dtype: str) -> None:
+    program = parse_program(
+        f"graph @f(%x: {dtype}[m, n, 2, b]) {{\n  %y: {dtype}[m, b] = {op}(%x) {{axes=(1, 2)}}\n  return %y\n}}\n"
+    )
+    run = Runner(program, cpu())
+    for n in (0, 3):
+        x = np.resize(np.array([2, 0, 3]), (2, n, 2, 3)).astype(program["f"].inputs[0].tensor.dtype.np)
+        (want,) = evaluate(program["f"], {"x": x})
+        for _ in range(2):  # memory that was used before
+            np.testing.assert_array_equal(run("f", {"x": x})["y"], want)
