@@ -8,14 +8,15 @@ Needs NumPy, apache-tvm-ffi and, for text, tokenizers; neither TVM's compiler no
 """
 
 from .artifact import write_artifact
-from .errors import ArtifactError, ContextLimitError, InputError, ModelError, RuntimeErrorBase
+from .errors import ArtifactError, ContextLimitError, InputError, MediaError, ModelError, RuntimeErrorBase
 from .generate import Generation
+from .media import Audio, Image, Video
 from .model import Model, load
 from .sampling import SamplingOptions, TokenLogprob
 from .session import Session
 from .tokenizer import Tokenizer
 
 __all__ = [
-    "ArtifactError", "ContextLimitError", "Generation", "InputError", "Model", "ModelError", "RuntimeErrorBase",
-    "SamplingOptions", "Session", "TokenLogprob", "Tokenizer", "load", "write_artifact",
+    "ArtifactError", "Audio", "ContextLimitError", "Generation", "Image", "InputError", "MediaError", "Model", "ModelError",
+    "RuntimeErrorBase", "SamplingOptions", "Session", "TokenLogprob", "Tokenizer", "Video", "load", "write_artifact",
 ]  # fmt: skip

@@ -19,5 +19,9 @@ class ContextLimitError(InputError):
     """More positions than the model, or the session, has room for. Nothing was written."""
 
 
+class MediaError(InputError):
+    """A picture, sound or video that cannot be read, or is absurd. It names the file."""
+
+
 class ModelError(RuntimeErrorBase):
     """The model itself misbehaved: it returned numbers that are no numbers."""

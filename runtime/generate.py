@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from .errors import ContextLimitError, InputError
+from .prompts import Prompt, read_prompts
 from .sampling import Sampler, SamplingOptions, TokenLogprob, logprob
 from .tokenizer import StopStrings
 
@@ -35,7 +36,7 @@ class Generation:
     steps: int
     """Decode steps: tokens chosen after the first, the one that ended the text included."""
     prefill_seconds: float
-    """Reading the prompts, all rows of the batch together."""
+    """Reading the prompts, all rows of the batch together; encoding of media not included."""
     decode_seconds: float
     """From the first token to this row's last; sampling, detokenizing and the stream's callback included."""
 
@@ -55,8 +56,10 @@ class _Row:
 
     def __init__(self, index: int, prompt: list[int], limit: int, settings: _Settings) -> None:
         self.index, self.prompt, self.limit, self.settings = index, prompt, limit, settings
-        self.sampler = Sampler(settings.options, index, prompt)
-        self.stream = settings.model.tokenizer.stream(prompt) if settings.model.has_tokenizer else None
+        media = settings.model.manifest.media
+        text = prompt if media is None else [t for t in prompt if t < media.vocab]
+        self.sampler = Sampler(settings.options, index, text)
+        self.stream = settings.model.tokenizer.stream(text) if settings.model.has_tokenizer else None
         self.stops = StopStrings(settings.stop)
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprob] = []
@@ -110,11 +113,13 @@ class _Settings:
 
 
 def generate(
-    model: Model, prompts: str | Sequence[str | Sequence[int]], max_tokens: int | None, options: SamplingOptions, *,
+    model: Model, prompts: str | Sequence[Prompt], max_tokens: int | None, options: SamplingOptions, *,
     stop: Sequence[str] = (), stop_tokens: Sequence[int] = (), stream: Callable[[int, str], None] | None = None,
     logprobs: int | None = None,
 ) -> list[Generation]:  # fmt: skip
-    """Continues each of ``prompts``: a text, or token ids that are fed as they are. One text may stand for a list of one.
+    """Continues each of ``prompts``: a text; token ids, which are fed as they are; or a list of texts and of pictures, sounds
+    and videos (:class:`Image`, :class:`Audio`, :class:`Video`, or the Path of a file, whose kind its content tells), in any
+    order. One text may stand for a list of one.
 
     ``max_tokens``: most tokens for each; None: as many as the context holds. ``stop``: strings before which the text ends.
     ``stop_tokens``: token ids that end it, beside the model's EOS. ``stream(row, piece)`` receives each row's text as soon as
@@ -122,12 +127,9 @@ def generate(
     log-probability and those of so many likeliest tokens.
 
     Row r's result is that of the same prompt as row r of any other batch, up to the rounding of differently shaped products.
-    Raises InputError for what cannot be done, ContextLimitError where prompt and ``max_tokens`` exceed the context; both
-    before the model runs.
+    Raises InputError for what cannot be done, MediaError for media that cannot be read, ContextLimitError where prompt and
+    ``max_tokens`` exceed the context; all before the first step.
     """
-    rows_of_ids = _prompts(model, [prompts] if isinstance(prompts, str) else prompts)
-    if not rows_of_ids:
-        return []
     if max_tokens is not None and max_tokens < 1:
         raise InputError(f"max_tokens is {max_tokens}; it must be at least 1")
     if logprobs is not None and logprobs < 0:
@@ -136,6 +138,9 @@ def generate(
         raise InputError("stop strings need a tokenizer, which the artifact lacks: use stop_tokens")
     if "" in stop:
         raise InputError("an empty stop string would stop everything; leave it out")
+    rows_of_ids, media = read_prompts(model, [prompts] if isinstance(prompts, str) else prompts)
+    if not rows_of_ids:
+        return []
     limits = [_limit(model, row, len(ids), max_tokens) for row, ids in enumerate(rows_of_ids)]
     settings = _Settings(model, options, frozenset(model.manifest.eos), frozenset(stop_tokens), tuple(stop), stream, logprobs)
     rows = [_Row(i, ids, limit, settings) for i, (ids, limit) in enumerate(zip(rows_of_ids, limits))]
@@ -145,6 +150,8 @@ def generate(
     for row in rows:
         tokens[row.index, : len(row.prompt)] = row.prompt
     session = model.session(len(rows), max(len(ids) + limit for ids, limit in zip(rows_of_ids, limits)))
+    if media is not None:
+        session.encode(media=media)
     started = time.perf_counter()
     logits = session.step(tokens, lengths)
     read = time.perf_counter()
@@ -167,19 +174,6 @@ def generate(
         )
         for r in rows
     ]  # fmt: skip
-
-
-def _prompts(model: Model, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
-    """Token ids of every prompt; an empty one becomes BOS where the model has it."""
-    out = []
-    for i, prompt in enumerate(prompts):
-        if isinstance(prompt, (int, np.integer)):
-            raise InputError("prompts is a list of prompts: put token ids into a list of their own, [[1, 2, 3]]")
-        ids = model.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(t) for t in prompt]
-        if not ids and model.manifest.bos is None:
-            raise InputError(f"prompt {i} is empty, and the model has no token to begin a text with")
-        out.append(ids or [int(model.manifest.bos or 0)])
-    return out
 
 
 def _limit(model: Model, row: int, prompt: int, max_tokens: int | None) -> int:

@@ -17,6 +17,9 @@ from .errors import ArtifactError
 FORMAT = 1
 AGAIN = "compile the model again"
 
+ENCODER_INPUTS = {"image": ("image",), "audio": ("audio",), "video": ("frames", "times")}
+"""What the encoder of each kind takes: u8[h, w, 3]; f32[n]; u8[n, h, w, 3] and f32[n] in seconds."""
+
 Extent = int | str
 """A dimension: a number, or an expression over symbols (``b`` rows, ``s`` new tokens, ``c`` capacity of full caches)."""
 
@@ -66,6 +69,18 @@ class Needs:
 
 
 @dataclass(frozen=True)
+class MediaSpec:
+    """A model that sees or hears: its token ``vocab + r`` stands for row r of the input ``media`` f32[m, dim], which the
+    entries ``encoders`` (by kind: image, audio, video) make of pictures, sounds and videos."""
+
+    vocab: int
+    dim: int
+    encoders: dict[str, str]
+    rate: int | None
+    """Samples per second that the audio encoder takes."""
+
+
+@dataclass(frozen=True)
 class FileSpec:
     """A file of the artifact."""
 
@@ -92,6 +107,7 @@ class Manifest:
     bos: int | None
     eos: tuple[int, ...]
     vocab: int | None
+    media: MediaSpec | None
     files: dict[str, FileSpec]
 
 
@@ -166,6 +182,7 @@ def parse_manifest(data: Any) -> Manifest:
         context=limits.get("context", int, optional=True), chunk=limits.get("chunk", int, optional=True),
         bos=generation.get("bos", int, optional=True), eos=tuple(generation.items("eos", int, optional=True)),
         vocab=generation.get("vocab", int, optional=True),
+        media=_media(top.section("media")) if top.data.get("media") is not None else None,
         files={name: _file(files.section(name)) for name in files.data},
     )  # fmt: skip
     _check(manifest)
@@ -193,6 +210,12 @@ def _entry(f: _Fields) -> Entry:
     )
 
 
+def _media(f: _Fields) -> MediaSpec:
+    kinds = {kind: f.section(kind) for kind in ("image", "audio", "video") if f.data.get(kind) is not None}
+    rate = kinds["audio"].get("rate", int) if "audio" in kinds else None
+    return MediaSpec(f.get("vocab", int), f.get("dim", int), {k: v.get("entry", str) for k, v in kinds.items()}, rate)
+
+
 def _file(f: _Fields) -> FileSpec:
     return FileSpec(f.get("sha256", str), f.get("bytes", int))
 
@@ -203,6 +226,15 @@ def _check(m: Manifest) -> None:
         for s in e.states:
             if s not in m.states:
                 raise ArtifactError(f"manifest.json: entry {name} has a state {s} that is not described; {AGAIN}")
+    if m.media and "prefill" in m.entries and all(x.name != "media" for x in m.entries["prefill"].inputs):
+        raise ArtifactError(f"manifest.json: there are media, and entry prefill takes none; {AGAIN}")
+    for kind, encoder in m.media.encoders.items() if m.media else ():
+        if encoder not in m.entries:
+            raise ArtifactError(f"manifest.json: the {kind} encoder {encoder} is no entry; {AGAIN}")
+        found = [x.name for x in m.entries[encoder].inputs]
+        if found != list(ENCODER_INPUTS[kind]):
+            wanted = ", ".join(ENCODER_INPUTS[kind])
+            raise ArtifactError(f"manifest.json: the {kind} encoder {encoder} takes {', '.join(found)}, not {wanted}; {AGAIN}")
     for w in m.weights:
         if any(isinstance(d, str) for d in w.shape):
             raise ArtifactError(f"manifest.json: weight {w.name} has the shape {list(w.shape)}, not whole numbers; {AGAIN}")

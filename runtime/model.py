@@ -14,9 +14,11 @@ from .arrays import fit
 from .artifact import TOKENIZER, WEIGHTS, check_hash, read_manifest, sha256
 from .errors import ArtifactError, InputError
 from .generate import Generation, generate
-from .manifest import AGAIN, Entry, Manifest
+from .manifest import AGAIN, ENCODER_INPUTS, Entry, Manifest
+from .media import Audio, Image, Media, Video, open_media
 from .memory import tensor_of
 from .module import Library, check_ffi
+from .prompts import Prompt
 from .sampling import SamplingOptions
 from .session import Session
 from .tokenizer import Tokenizer
@@ -70,15 +72,40 @@ class Model:
         return TOKENIZER in self.manifest.files
 
     def generate(
-        self, prompts: str | Sequence[str | Sequence[int]], max_tokens: int | None = None,
+        self, prompts: str | Sequence[Prompt], max_tokens: int | None = None,
         options: SamplingOptions | None = None, *, stop: str | Sequence[str] = (), stop_tokens: Sequence[int] = (),
         stream: Callable[[int, str], None] | None = None, logprobs: int | None = None,
     ) -> list[Generation]:  # fmt: skip
-        """Continues each prompt (a text, or token ids); see :func:`wasat.runtime.generate.generate`."""
+        """Continues each prompt (a text, token ids, or a list of texts and media); see
+        :func:`wasat.runtime.generate.generate`."""
         return generate(
             self, prompts, max_tokens, options or SamplingOptions(), stop=[stop] if isinstance(stop, str) else stop,
             stop_tokens=stop_tokens, stream=stream, logprobs=logprobs,
         )  # fmt: skip
+
+    def embed(self, media: Media | Path) -> np.ndarray:
+        """The rows f32[t, dim] that the model's encoder makes of a picture, sound or video, or of a file of one.
+
+        Rows of several make the input ``media`` of :meth:`Session.encode`; the token for row r of it is vocab + r. Raises
+        MediaError for what cannot be read, InputError for a kind that the model was not made for.
+        """
+        part = open_media(media) if isinstance(media, Path) else media
+        spec = self.manifest.media
+        kind = type(part).__name__.lower()
+        if spec is None or kind not in spec.encoders:
+            takes = ", ".join(["text", *(spec.encoders if spec else ())])
+            raise InputError(f"{part.name}: the model has no encoder for {kind}; it takes {takes}")
+        arrays: tuple[np.ndarray, ...]
+        match part:
+            case Image():
+                arrays = (part.pixels(),)
+            case Audio():
+                assert spec.rate is not None  # the manifest was read so
+                arrays = (part.samples(spec.rate),)
+            case Video():
+                arrays = part.frames()
+        (rows,) = self.run(spec.encoders[kind], **dict(zip(ENCODER_INPUTS[kind], arrays))).values()
+        return rows
 
     def session(self, batch: int = 1, context: int | None = None) -> Session:
         """Caches for ``batch`` rows of up to ``context`` positions (default: as many as the model takes)."""

@@ -25,7 +25,9 @@ class Session:
     """Caches for ``batch`` rows. Rows advance independently: each has its own position.
 
     ``context``: most positions of a row, at most (and by default) the model's. Memory for full caches grows with use. A model
-    that takes more than tokens (a translator the text to translate) needs it before the first step: :meth:`encode`.
+    that takes more than tokens (a translator the text to translate) needs it before the first step: :meth:`encode`. To one
+    that sees or hears, :meth:`encode` gives ``media=`` the rows that :meth:`Model.embed` made, for all of the session's rows
+    together; the token ``vocab + r`` is row r of them, in any row and any place.
     Raises InputError for a program without ``prefill`` and ``decode``, ContextLimitError for more context than it has.
     """
 
@@ -50,7 +52,10 @@ class Session:
         if context is not None and not 1 <= context <= limit:
             raise ContextLimitError(f"context={context}: the model takes 1 to {limit} positions")
         self.batch, self.context = batch, context or limit
-        self._vocab = m.vocab
+        self._vocab, self._media = m.vocab, m.media
+        if m.media is not None:  # until there are media, one row that no token names
+            self._vocab = m.media.vocab
+            self._given["media"] = zeros("float32", [1, m.media.dim])
         self._chunk = m.chunk or self.context
         self._weights = model.weights
         self._states = {name: model.entry(name).states for name in ("prefill", "decode")}
@@ -78,6 +83,10 @@ class Session:
         values = dict(zip(wanted, fit("encode", list(wanted.values()), inputs, sizes)))
         if encoder:
             values |= self._model.run("encode", **{spec.name: values[spec.name] for spec in encoder.inputs})
+        if self._media is not None:
+            if not len(values["media"]):
+                raise InputError("media has no rows: without media, feed text alone")
+            self._vocab = self._media.vocab + len(values["media"])
         self._given = {name: (tensor_of(values[name]), values[name]) for name in self._others}
         self.reset()
 

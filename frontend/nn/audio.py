@@ -64,7 +64,8 @@ def mel_filters(
     if scale not in _MELS:
         fail(f"nn.mel_filters: the scale is {' or '.join(map(repr, _MELS))}, not {scale!r}")
     to_mel, to_hertz = _MELS[scale]
-    edges = to_hertz(np.linspace(*to_mel(np.array([low, top])), mels + 2))
+    first, last = to_mel(np.array([low, top]))
+    edges = to_hertz(np.linspace(first, last, mels + 2))
     bins = np.arange(size // 2 + 1)[:, None] * (rate / size)
     width = np.diff(edges)
     rising = (bins - edges[:-2]) / width[:-1]

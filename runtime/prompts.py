@@ -1,0 +1,96 @@
+"""Prompts: texts, token ids, or lists in which texts and media follow each other, as token ids and rows of media."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .errors import InputError
+from .media import Audio, Image, Media, Video
+from .tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from .model import Model
+
+Prompt = str | Sequence[int] | Sequence[str | Path | Media]
+"""A text; token ids, fed as they are; or parts: texts, and pictures, sounds and videos, of which a Path is the file."""
+
+
+def read_prompts(model: Model, prompts: Sequence[Prompt]) -> tuple[list[list[int]], np.ndarray | None]:
+    """Token ids of every prompt, and the rows f32[m, dim] of all media in them (None: there are none).
+
+    An empty prompt becomes BOS where the model has it. What stands in several places is encoded once. Raises InputError for
+    what is no prompt, MediaError for media that cannot be read.
+    """
+    for prompt in prompts:
+        if isinstance(prompt, (int, np.integer)):
+            raise InputError("prompts is a list of prompts: put token ids into a list of their own, [[1, 2, 3]]")
+        if isinstance(prompt, (Path, Image, Audio, Video)):
+            raise InputError("prompts is a list of prompts: put media and text into a list of their own, [[image, 'text']]")
+    rows = _Rows(model)
+    out = []
+    for i, prompt in enumerate(prompts):
+        ids = _ids(model, i, prompt, rows)
+        if not ids and model.manifest.bos is None:
+            raise InputError(f"prompt {i} is empty, and the model has no token to begin a text with")
+        out.append(ids or [int(model.manifest.bos or 0)])
+    return out, np.concatenate(rows.all) if rows.all else None
+
+
+class _Rows:
+    """Rows of media, each medium encoded where it first appears."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.all: list[np.ndarray] = []
+        self._tokens: dict[Path | Media, range] = {}  # media are equal only to themselves
+        self._next = model.manifest.media.vocab if model.manifest.media else 0
+
+    def tokens(self, part: Path | Media) -> range:
+        """The tokens that stand for ``part``."""
+        if part not in self._tokens:
+            rows = self.model.embed(part)
+            self._tokens[part] = range(self._next, self._next + len(rows))
+            self._next += len(rows)
+            self.all.append(rows)
+        return self._tokens[part]
+
+
+def _ids(model: Model, index: int, prompt: Prompt, rows: _Rows) -> list[int]:
+    if isinstance(prompt, str):
+        return model.tokenizer.encode(prompt)
+    if not any(isinstance(part, (str, Path, Image, Audio, Video)) for part in prompt):
+        vocab = model.manifest.media.vocab if model.manifest.media else None
+        ids = [_id(index, part) for part in prompt]
+        if vocab is not None and any(t >= vocab for t in ids):
+            raise InputError(f"prompt {index}: token {max(ids)} is outside the vocabulary of {vocab}")
+        return ids
+    ids = []
+    for part in prompt:
+        if isinstance(part, str):
+            ids += model.tokenizer.encode(part, special=False)
+        elif isinstance(part, (Path, Image, Audio, Video)):
+            ids += rows.tokens(part)
+        else:
+            raise InputError(
+                f"prompt {index}: a part is a text, a Path, an Image, Audio or Video, not {type(part).__name__}; "
+                "arrays go into one of those, Image(array)"
+            )
+    before, after = _around(model.tokenizer) if any(isinstance(part, str) for part in prompt) else ([], [])
+    return [*before, *ids, *after]
+
+
+def _id(index: int, x: object) -> int:
+    if isinstance(x, (int, np.integer)):
+        return int(x)
+    raise InputError(f"prompt {index}: {type(x).__name__} is neither a token id nor a part; arrays go into Image(array)")
+
+
+def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """The tokens that the tokenizer puts before and after a text."""
+    bare, whole = (tokenizer.encode("a", special=special) for special in (False, True))
+    at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+    return whole[:at], whole[at + len(bare) :]
