@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from wasat.ir import Builder, DType, Graph, Node, Program, TensorType, TypeMismatch, Value
+from wasat.ir import Builder, DType, Graph, Node, Program, TensorType, Type, TypeMismatch, Value
 from wasat.ir.dims import collect_checks
 
 from .core import Pass, PassError, Remarks
@@ -95,7 +95,7 @@ class _Mixed:
         """Whether parameters and constants make it; constants alone may make masks, of infinities or the largest f32."""
         return self._weak >= {*node.inputs} and any(v.const is None for v in node.inputs)
 
-    def _choices(self, node: Node) -> list[list[object]]:
+    def _choices(self, node: Node) -> list[list[Type]]:
         """Types of the operands, the first of which that the operation accepts is taken."""
         was = [v.type for v in node.inputs]
         if node.op.name in _WIDE:
@@ -108,7 +108,7 @@ class _Mixed:
             return [was]
         return [now, [self._halved(v) if v in self._weak else t for v, t in zip(node.inputs, now)], was]
 
-    def _accepts(self, node: Node, types: Sequence[object]) -> bool:
+    def _accepts(self, node: Node, types: Sequence[Type]) -> bool:
         try:
             with collect_checks():
                 node.op.infer(node.attrs, *types)
@@ -119,13 +119,13 @@ class _Mixed:
     def _ours(self, v: Value) -> bool:
         return isinstance(v.type, TensorType) and v.type.dtype is DType.F32
 
-    def _halved(self, v: Value) -> object:
+    def _halved(self, v: Value) -> Type:
         """The type of ``v`` in half precision; as it is, if it is not f32 or a constant that would overflow or vanish."""
         if not self._ours(v) or (v.const is not None and not _survives(v.const, self.half)):
             return v.type
         return v.tensor.with_dtype(self.half)
 
-    def _as(self, v: Value, type: object) -> Value:
+    def _as(self, v: Value, type: Type) -> Value:
         x = self._new[v]
         if x.type == type:
             return x
