@@ -13,7 +13,7 @@ from typing import Any, Literal
 from wasat.ir import DimLike, Graph, IRError, Node, Value, equal
 from wasat.ir.dims import symbols_of
 
-Kind = Literal["fixed", "token", "position", "uniform", "ahead"]
+Kind = Literal["fixed", "token", "position", "uniform", "pair", "ahead"]
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,10 @@ class Label:
 
     kind: Kind
     """``token``: depends on tokens. ``position``: on positions alone, the same for every row of the batch. ``uniform``: repeats
-    something fixed along the axis. ``ahead``: an element may depend on later tokens, or on how many there are."""
+    something fixed along the axis. ``pair``: depends on two positions alone, along ``axis`` and ``other``, as attention masks
+    do. ``ahead``: an element may depend on later tokens, or on how many there are."""
     axis: int = 0
+    other: int = 0
     mixes: bool = False
     """The node attends over earlier positions."""
     culprit: Node | Value | None = None
@@ -31,7 +33,12 @@ class Label:
 
     @property
     def along(self) -> bool:
-        return self.kind in ("token", "position", "uniform")
+        return self.kind not in ("fixed", "ahead")
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The axes along the sequence."""
+        return (self.axis, self.other) if self.kind == "pair" else (self.axis,) if self.along else ()
 
 
 FIXED = Label("fixed")
@@ -88,8 +95,7 @@ def _label(node: Node, given: list[Label], symbol: str) -> list[Label]:
         out = []
         for v in node.outputs:
             axes = _axes_of(v.shape, symbol)
-            want = [own.axis] if own.along else []
-            if axes != want:
+            if axes != list(own.axes):
                 raise LooksAhead(f"its result {v.type} does not run along {symbol} on one axis")
             out.append(own)
         return out
@@ -110,16 +116,45 @@ def _own(node: Node, given: list[Label], symbol: str) -> Label:
             return FIXED
         if name == "broadcast_to":
             axes = _axes_of(node.output.shape, symbol)
-            return Label("uniform", axes[0]) if len(axes) == 1 else FIXED
+            return Label("uniform", axes[0]) if len(axes) == 1 else Label("pair", *axes) if len(axes) == 2 else FIXED
         raise LooksAhead(f"it depends on {symbol}, the number of tokens")
     rule = _elementwise if node.op.elementwise else TRANSFER.get(name)
     if rule is None:
         raise LooksAhead(f"nothing is known of how {name} acts along the sequence")
+    if name != "attention" and (ends := _meeting(node, given, rule, symbol)) is not None:
+        return Label("pair", *ends, culprit=node, reason="it relates positions to each other")
     result = rule(node, given)
     if isinstance(result, Label):
         return result
     kinds = {x.kind for x in given if x.along}
     return Label("token" if "token" in kinds else "position" if "position" in kinds else "uniform", result)
+
+
+def _meeting(node: Node, given: Sequence[Label], rule: Transfer, symbol: str) -> tuple[int, int] | None:
+    """The axes of a result that relates positions to positions; None for one that does not."""
+    pairs = any(x.kind == "pair" for x in given)
+    if any(x.kind == "token" for x in given):
+        if pairs:
+            raise LooksAhead("tokens meet a function of two positions; " + _HINT)
+        return None
+    if not (pairs or node.op.elementwise or node.op.name == "broadcast_to"):
+        return None
+    ends = {image(node, i, axis, rule) for i, x in enumerate(given) for axis in x.axes}
+    if node.op.name == "broadcast_to":
+        ends.update(_axes_of(node.output.shape, symbol))
+    if len(ends) == 2:
+        return min(ends), max(ends)
+    if pairs:
+        raise LooksAhead("it relates more than two positions")
+    return None
+
+
+def image(node: Node, i: int, axis: int, rule: Transfer | None = None) -> int:
+    """The axis of the result along which ``axis`` of operand i runs. Raises LooksAhead where there is none."""
+    rule = rule or (_elementwise if node.op.elementwise else TRANSFER[node.op.name])
+    end = rule(node, [Label("position", axis) if j == i else FIXED for j in range(len(node.inputs))])
+    assert isinstance(end, int)  # of attention alone it is a label
+    return end
 
 
 def _same(axes: set[int]) -> int:
@@ -272,18 +307,21 @@ def _attention(node: Node, given: Sequence[Label]) -> int | Label:
     q, k, v = given[:3]
     if q.along and q.axis != 1:
         raise LooksAhead("the positions of q are not axis 1")
-    if any(x.along for x in given[3:]):
-        raise LooksAhead("its mask is data that runs along the sequence: only causal and window predicates can be cached")
+    mask = given[3] if len(given) > 3 else FIXED
+    if mask.kind == "token":
+        raise LooksAhead("its mask is data that runs along the sequence: only functions of positions can be cached")
     if not k.along and not v.along:
         if attrs.causal or attrs.window is not None:
             raise LooksAhead("it is causal over keys that do not run along the sequence")
+        if mask.along:
+            raise LooksAhead("its mask runs along the sequence, and its keys do not")
         return q.axis
     if not (q.along and k.along and v.along) or k.axis != 1 or v.axis != 1:
         raise LooksAhead("q, k and v do not all run along the sequence on axis 1")
     if not attrs.causal:
         raise LooksAhead("it is bidirectional: a token attends to later ones")
-    if len(given) > 3:
-        raise LooksAhead("it has a mask operand beside the causal predicate")
+    if mask.along and any(len(node.inputs[3].shape) - axis > 2 for axis in mask.axes):
+        raise LooksAhead("its mask runs along the sequence on an axis that is neither that of queries nor that of keys")
     return Label("token", 1, mixes=True)
 
 

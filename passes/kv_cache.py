@@ -13,7 +13,7 @@ from wasat.ir import Builder, DimLike, DType, Graph, IRError, Node, Program, Ten
 from wasat.ir.graph import copy_node
 
 from .affine import Indexing
-from .axis import Label, analyze, refuse
+from .axis import Label, LooksAhead, analyze, image, refuse
 from .core import Pass, PassError, Remark, Remarks
 
 ROUND = 16
@@ -62,7 +62,7 @@ class DeriveKVCache(Pass):
         seq = str(tokens.shape[1])
         labels = analyze(forward, seq)
         for name, v in zip(forward.output_names, forward.outputs):
-            if labels[v].kind == "ahead":
+            if labels[v].kind in ("ahead", "pair"):
                 raise refuse(labels[v], name, seq)
         limits = [n for n in (program.metadata.get("context"), _positions_known(forward, labels)) if n is not None]
         context = min(limits, default=None)
@@ -248,6 +248,7 @@ class _Derivation:
         self.sizes: dict[str, DimLike] = {plan.seq: 1} if self.one else {}
         self.env = _declare(self.g, plan, {v for v in plan.forward.inputs if self._reads(v)}, self.sizes)
         self.rows: dict[Value, Value] = {}
+        self.keyed: dict[tuple[Value, int, int | None], Value] = {}
         self.batch = plan.tokens.shape[0]
         per_row = TensorType(DType.I64, (self.batch,))
         self.past = self.g.add_input("past", per_row)
@@ -268,8 +269,8 @@ class _Derivation:
             if label.kind == "fixed":
                 if not any(v in plan.memory for v in node.outputs) and all(v in self.env for v in node.inputs):
                     copy_node(self.g, node, self.env)
-            elif label.kind == "ahead":
-                continue  # no output needs it
+            elif label.kind in ("ahead", "pair"):
+                continue  # no output needs it; attention emits its own mask
             elif label.mixes:
                 self._attend(node)
             elif tail and not self.one and label.kind == "token":
@@ -296,22 +297,24 @@ class _Derivation:
             dtype = node.attrs.dtype  # type: ignore[attr-defined]
             env[node.output] = at if dtype is DType.I64 else self.b.cast(at, dtype=dtype)
             return
-        attrs = node.attrs.bind(sizes)
         lifted = [self.labels[v].kind == "position" for v in node.inputs]
-        leading = node.op.name in _LEADING or (node.op.name == "gather" and node.attrs.axis == 0)  # type: ignore[attr-defined]
-        if any(lifted) and not leading:
-            rank = len(node.output.shape)
-            if node.op.elementwise:
-                own = label.kind == "position"
-                inputs = [self._spread(v, x, rank + own) if up else x for v, x, up in zip(node.inputs, inputs, lifted)]
-            elif label.kind == "position":
-                attrs = self._shifted(node, attrs)
-                if node.op.name == "broadcast_to":
-                    inputs = [self._spread(node.inputs[0], inputs[0], rank + 1)]
-            else:
-                raise IRError(f"{node!r}: positions cannot be offset through {node.op.name}", node.loc)
-        made = self.g.add_node(node.op, inputs, attrs, loc=node.loc, names=names)
+        operands, attrs = self._offset(node, inputs, node.attrs.bind(sizes), lifted, label.kind == "position")
+        made = self.g.add_node(node.op, operands, attrs, loc=node.loc, names=names)
         env.update(zip(node.outputs, made.outputs))
+
+    def _offset(self, node: Node, inputs: list[Value], attrs: Any, lifted: list[bool], own: bool) -> tuple[list[Value], Any]:
+        """Operands and attributes for a node of whose operands some are lifted, as is (``own``) its result."""
+        leading = node.op.name in _LEADING or (node.op.name == "gather" and node.attrs.axis == 0)  # type: ignore[attr-defined]
+        if not any(lifted) or leading:
+            return inputs, attrs
+        rank = len(node.output.shape)
+        if node.op.elementwise:
+            return [self._spread(v, x, rank + own) if up else x for v, x, up in zip(node.inputs, inputs, lifted)], attrs
+        if not own:
+            raise IRError(f"{node!r}: positions cannot be offset through {node.op.name}", node.loc)
+        if node.op.name == "broadcast_to":
+            inputs = [self._spread(node.inputs[0], inputs[0], rank + 1)]
+        return inputs, self._shifted(node, attrs)
 
     def _spread(self, old: Value, x: Value, rank: int) -> Value:
         """A lifted value [b, *shape] as [b, 1, .., *shape] of ``rank`` axes."""
@@ -339,11 +342,69 @@ class _Derivation:
         attrs: Any = node.attrs
         cache = self.plan.of[node]
         k, v = cache.names()
+        mask = [self._mask(x, cache) for x in node.inputs[3:]]
         out = self.b.cached_attention(
-            *(self.env[x] for x in node.inputs[:3]), self.states[k], self.states[v], self.past, scale=attrs.scale,
+            *(self.env[x] for x in node.inputs[:3]), self.states[k], self.states[v], self.past, *mask, scale=attrs.scale,
             window=attrs.window, softcap=attrs.softcap, ring=cache.capacity is not None, name=[node.output.name, k, v],
         )  # fmt: skip
         self.env[node.output], self.states[k], self.states[v] = out
+
+    # -- masks, whose keys are what the cache holds --------------------------------------------------------------------
+    def _mask(self, v: Value, cache: _Cache) -> Value:
+        """A mask [b, h, new tokens, slots of the cache] (or broadcastable to it)."""
+        while v.node is not None and v.node.op.name == "broadcast_to":  # as attention does by itself
+            v = v.node.inputs[0]
+        keys = len(v.shape) - 1
+        x = self._keyed(v, keys, cache) if keys in self.labels[v].axes else self.env[v]
+        return self._spread(v, x, 4) if len(x.shape) > len(v.shape) else x
+
+    def _keyed(self, v: Value, axis: int, cache: _Cache) -> Value:
+        """``v``, a function of positions, with ``axis`` along the cache's slots; lifted, unless it repeats something fixed."""
+        key = (v, axis, cache.capacity)
+        if key not in self.keyed:
+            node = v.node
+            assert node is not None  # positions come from iota
+            self.keyed[key] = (
+                self._key_positions(node, cache) if node.op.name == "iota" else self._over_keys(node, axis, cache)
+            )
+        return self.keyed[key]
+
+    def _over_keys(self, node: Node, axis: int, cache: _Cache) -> Value:
+        v, inputs = node.output, []
+        for i, x in enumerate(node.inputs):
+            try:
+                at = next((a for a in self.labels[x].axes if image(node, i, a) == axis), None)
+            except LooksAhead as e:
+                raise IRError(f"{node!r}: positions of keys cannot be followed through {node.op.name}: {e}", node.loc) from None
+            inputs.append(self.env[x] if at is None else self._keyed(x, at, cache))
+        shape = [substitute(d, self.sizes) for d in v.shape]
+        shape[axis] = self._capacity(cache)
+        attrs: Any = node.attrs
+        if node.op.name == "slice":  # of all along the sequence
+            stops = [n if a in self.labels[v].axes else stop for a, (n, stop) in enumerate(zip(shape, attrs.stops))]
+            attrs = type(attrs)(attrs.starts, tuple(stops), attrs.steps)
+        elif node.op.name in ("reshape", "broadcast_to"):
+            attrs = type(attrs)(tuple(shape))
+        lifted = [len(x.shape) > len(old.shape) for x, old in zip(inputs, node.inputs)]
+        operands, attrs = self._offset(node, inputs, attrs, lifted, any(lifted))
+        made: Value = self.g.add_node(node.op, operands, attrs, loc=node.loc).output
+        return made
+
+    def _capacity(self, cache: _Cache) -> DimLike:
+        return self.plan.capacity if cache.capacity is None else cache.capacity
+
+    def _key_positions(self, node: Node, cache: _Cache) -> Value:
+        """The position in each slot, [b, c]; of slots not yet written, one of those that are: functions may not know others."""
+        b = self.b
+        new = substitute(node.attrs.size, self.sizes)  # type: ignore[attr-defined]
+        furthest = b.slice(b.iota(size=new), starts=(new - 1,), stops=(new,))
+        last = b.add(b.reshape(self.past, shape=(self.batch, 1)), furthest)
+        at = b.iota(size=self._capacity(cache))
+        if cache.capacity is not None:
+            at = b.sub(last, b.mod(b.sub(last, at), cache.capacity))
+        at = b.maximum(b.minimum(at, last), 0)
+        dtype = node.attrs.dtype  # type: ignore[attr-defined]
+        return at if dtype is DType.I64 else b.cast(at, dtype=dtype)
 
     # -- the last position ---------------------------------------------------------------------------------------------
     def _row(self, v: Value) -> Value:

@@ -22,7 +22,7 @@ import numpy as np
 import tvm
 from wasat.ir import Attrs, Builder, DimLike, DType, Graph, IRError, Node, QArray, QTensorType, TensorType, Type, Value, equal
 
-from .kernels.attention import Attention, CachedAttention, attention, cached_attention
+from .kernels.attention import Attention, CachedAttention, MaskShape, attention, cached_attention
 from .kernels.cache import GROUP, Cache, CacheType, CacheWrite, cache_shape, cache_write, pack_cache, unpack_cache
 from .kernels.embedding import Embedding, embedding
 from .kernels.flash import Scores
@@ -420,25 +420,31 @@ class _Selection:
         (n, s, h, d), (t, g, e) = q.shape, v.shape[1:]
         if not _f32(q, k, v) or not _known(h, d, g, e):
             return
-        operands, kind = [q, k, v], "no"
-        if mask is not None:
-            builder = self.builder(node)
-            if mask.tensor.dtype is DType.BOOL:
-                mask = builder.select(mask, 0.0, float("-inf"))
-            full = (1,) * (4 - len(mask.shape)) + tuple(mask.shape)
-            per_batch, per_head = full[0] != 1, full[1] != 1
-            shape = (n if per_batch else 1, h if per_head else 1, s, t)
-            if full != tuple(mask.shape):
-                mask = builder.reshape(mask, shape=full)
-            operands.append(mask if full == shape else builder.broadcast_to(mask, shape=shape))
-            kind = ("b" if per_batch else "1") + ("h" if per_head else "1")
+        operands, kind = self._addend(node, mask, (n, h, s, t))
+        operands = [q, k, v, *operands]
         scores = Scores(a.scale, a.softcap, a.window, a.causal)
-        desc = Attention(self.isa, h, g, d, e, scores, cast(Any, kind), self.threads)
+        desc = Attention(self.isa, h, g, d, e, scores, kind, self.threads)
         [y] = self.call(node, desc, attention, operands, [Result(node.output.tensor)])
         self.graph.replace_uses(node.output, y)
 
+    def _addend(self, node: Node, mask: Value | None, full: tuple[DimLike, ...]) -> tuple[list[Value], MaskShape]:
+        """A mask of attention, in f32 [1 | b, 1 | h, s, t], and which it is."""
+        if mask is None:
+            return [], "no"
+        b, (n, h, s, t) = self.builder(node), full
+        if mask.tensor.dtype is DType.BOOL:
+            mask = b.select(mask, 0.0, float("-inf"))
+        own = (1,) * (4 - len(mask.shape)) + tuple(mask.shape)
+        per_batch, per_head = own[0] != 1, own[1] != 1
+        shape = (n if per_batch else 1, h if per_head else 1, s, t)
+        if own != tuple(mask.shape):
+            mask = b.reshape(mask, shape=own)
+        kind = ("b" if per_batch else "1") + ("h" if per_head else "1")
+        return [mask if own == shape else b.broadcast_to(mask, shape=shape)], cast(MaskShape, kind)
+
     def _cached_attention(self, node: Node) -> None:
-        q, k, v, keys, values, past = node.inputs
+        q, k, v, keys, values, past = node.inputs[:6]
+        mask = node.inputs[6] if len(node.inputs) > 6 else None
         a: Any = node.attrs
         s, h = q.shape[1:3]
         if not (_f32(q, k, v) and _known(h) and self._is_cache(keys) and self._is_cache(values)):
@@ -459,10 +465,10 @@ class _Selection:
             written = [Result(keys.tensor, alias=3), Result(values.tensor, alias=4)]
             keys, values = self.call(node, CacheWrite(self.isa, cache, self.threads), cache_write,
                                      [k, v, past, keys, values], written)  # fmt: skip
-        desc = CachedAttention(
-            self.isa, h, cache, Scores(a.scale, a.softcap, a.window), decode=equal(s, 1) is True, threads=self.threads
-        )
-        [y] = self.call(node, desc, cached_attention, [q, past, keys, values], [Result(node.outputs[0].tensor)])
+        addend, kind = self._addend(node, mask, (q.shape[0], h, s, capacity))
+        scores, decode = Scores(a.scale, a.softcap, a.window), equal(s, 1) is True
+        desc = CachedAttention(self.isa, h, cache, scores, decode, kind, self.threads)
+        [y] = self.call(node, desc, cached_attention, [q, past, keys, values, *addend], [Result(node.outputs[0].tensor)])
         for old, new in zip(node.outputs, (y, keys, values)):
             self.graph.replace_uses(old, new)
 
@@ -479,7 +485,7 @@ class _Selection:
 
     def _qkv(self, node: Node, cache: Cache, past: Value) -> tuple[Value, Value, Value] | None:
         """From a merged projection to the queries and both caches in one call, where that is what stands before ``node``."""
-        q, k, v, keys, values, _ = node.inputs
+        q, k, v, keys, values = node.inputs[:5]
         b, s, h, d = q.shape
         rotary, inv_freq = Rotary(d, 0), None
         first, second = _made_by(q, "rope"), _made_by(k, "rope")

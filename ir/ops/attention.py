@@ -136,6 +136,14 @@ def _check_qkv(q: TensorType, k: TensorType, v: TensorType) -> None:
         raise TypeMismatch(f"{q.shape[2]} query heads do not divide among {k.shape[2]} key heads")
 
 
+def _check_mask(mask: TensorType, q: TensorType, k: TensorType) -> None:
+    if tensor(mask).dtype not in (DType.BOOL, q.dtype):
+        raise TypeMismatch(f"the mask must be bool or {q.dtype}, not {mask}")
+    full = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    if mask.rank > 4 or broadcast_shapes(full, mask.shape) != full:
+        raise TypeMismatch(f"the mask {mask} does not broadcast to [b, h, s, t] = {list(full)}")
+
+
 def _check_window(window: int | None) -> None:
     if window is not None and window < 1:
         raise TypeMismatch(f"window={window}: a window holds at least the position itself")
@@ -150,6 +158,15 @@ def _grouped(q: np.ndarray, k: np.ndarray, scale: float, softcap: float | None) 
     if softcap is not None:
         x = np.tanh(x / np.asarray(softcap, x.dtype)) * np.asarray(softcap, x.dtype)
     return x
+
+
+def _masked(x: np.ndarray, keep: np.ndarray, mask: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Scores [b, g, h/g, s, t] and what is kept of them, under a mask [b, h, s, t]."""
+    if mask is None:
+        return x, keep
+    b, g, r, s, t = x.shape
+    full = np.broadcast_to(mask, (b, g * r, s, t)).reshape(x.shape)
+    return (x, keep & full) if mask.dtype == np.bool_ else (x + wide(full), keep)
 
 
 def _weighted(x: np.ndarray, v: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -215,6 +232,18 @@ def _emit_keep(b: Builder, query: Value, key: Value, causal: bool, window: int |
     return keep
 
 
+def _emit_mask(b: Builder, x: Value, keep: Value | None, mask: Value | None) -> tuple[Value, Value | None]:
+    """As ``_masked``."""
+    if mask is None:
+        return x, keep
+    shape = (1,) * (4 - len(mask.shape)) + tuple(mask.shape)
+    heads = (1, 1) if shape[1] == 1 else x.shape[1:3]
+    full = b.reshape(mask, shape=(shape[0], *heads, *shape[2:]))
+    if mask.tensor.dtype is DType.BOOL:
+        return x, full if keep is None else b.logical_and(keep, full)
+    return b.add(x, b.cast(full, dtype=x.tensor.dtype)), keep
+
+
 @register
 class Attention(Op):
     """Scaled dot-product attention with grouped queries (arXiv:1706.03762, arXiv:2305.13245).
@@ -234,25 +263,16 @@ class Attention(Op):
         _check_qkv(q, k, v)
         _check_window(attrs.window)
         if mask is not None:
-            if tensor(mask).dtype not in (DType.BOOL, q.dtype):
-                raise TypeMismatch(f"the mask must be bool or {q.dtype}, not {mask}")
-            full = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
-            if mask.rank > 4 or broadcast_shapes(full, mask.shape) != full:
-                raise TypeMismatch(f"the mask {mask} does not broadcast to [b, h, s, t] = {list(full)}")
+            _check_mask(mask, q, k)
         return q.with_shape(*q.shape[:3], v.shape[3])
 
     def reference(
         self, attrs: AttentionAttrs, q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray | None = None
     ) -> np.ndarray:
         x = _grouped(q, k, attrs.scale, attrs.softcap)
-        n, g, r, s, t = x.shape
+        s, t = x.shape[-2:]
         keep = _keep(np.arange(s)[:, None] + (t - s), np.arange(t), attrs.causal, attrs.window)
-        if mask is not None:
-            full = np.broadcast_to(mask, (n, g * r, s, t)).reshape(x.shape)
-            if mask.dtype == np.bool_:
-                keep = keep & full
-            else:
-                x = x + wide(full)
+        x, keep = _masked(x, keep, mask)
         return _weighted(np.where(keep, x, np.asarray(-np.inf, x.dtype)), v, q.dtype)
 
     def decompose(self, b: Builder, attrs: AttentionAttrs, q: Value, k: Value, v: Value, mask: Value | None = None) -> Value:
@@ -260,20 +280,13 @@ class Attention(Op):
         if dtype.bits < 32:
             q, k, v = (b.cast(x, dtype=DType.F32) for x in (q, k, v))
         n, s, h, _ = q.shape
-        t, g = k.shape[1], k.shape[2]
+        t = k.shape[1]
         x = _emit_scores(b, attrs, q, k)
         query = b.reshape(b.iota(size=s), shape=(s, 1))
         if equal(s, t) is not True:
             query = b.add(query, b.sub(b.dim_size(size=t), b.dim_size(size=s)))
         keep = _emit_keep(b, query, b.iota(size=t), attrs.causal, attrs.window)
-        if mask is not None:
-            shape = (1,) * (4 - len(mask.shape)) + tuple(mask.shape)
-            heads = (1, 1) if shape[1] == 1 else (g, h // g)
-            full = b.reshape(mask, shape=(shape[0], *heads, *shape[2:]))
-            if mask.tensor.dtype is DType.BOOL:
-                keep = full if keep is None else b.logical_and(keep, full)
-            else:
-                x = b.add(x, b.cast(full, dtype=DType.F32) if dtype.bits < 32 else full)
+        x, keep = _emit_mask(b, x, keep, mask)
         out = _emit_softmax_v(b, x, keep, v, (n, s, h, v.shape[3]))
         return b.cast(out, dtype=dtype) if dtype.bits < 32 else out
 
@@ -371,9 +384,10 @@ class CachedAttrs(_op.Attrs):
 class CachedAttention(Op):
     """Causal attention of new positions over a cache, which takes them up first.
 
-    q [b, s, h, d], k [b, s, g, d], v [b, s, g, e], k_cache [b, c, g, d], v_cache [b, c, g, e], past i64[b]
+    q [b, s, h, d], k [b, s, g, d], v [b, s, g, e], k_cache [b, c, g, d], v_cache [b, c, g, e], past i64[b], mask?
     -> out [b, s, h, e], k_cache', v_cache'. Row r's new positions are past[r] + i; query i sees every position up to its own
     (less than ``window`` behind). A ring needs c >= window + s - 1: what a query still sees must not be overwritten.
+    The mask is attention's, broadcastable to [b, h, s, c]: its last axis is that of the cache's slots.
     """
 
     name = "cached_attention"
@@ -382,7 +396,7 @@ class CachedAttention(Op):
 
     def infer(
         self, attrs: CachedAttrs, q: TensorType, k: TensorType, v: TensorType, k_cache: TensorType, v_cache: TensorType,
-        past: TensorType,
+        past: TensorType, mask: TensorType | None = None,
     ) -> tuple[TensorType, TensorType, TensorType]:  # fmt: skip
         _check_qkv(q, k, v)
         require_equal(q.shape[1], k.shape[1], "positions of q and k")
@@ -392,11 +406,13 @@ class CachedAttention(Op):
         _check_window(attrs.window)
         if attrs.ring and attrs.window is None:
             raise TypeMismatch("a ring cache forgets: it needs a window")
+        if mask is not None:
+            _check_mask(mask, q, k_cache)
         return q.with_shape(*q.shape[:3], v.shape[3]), k_cache, v_cache
 
     def reference(
         self, attrs: CachedAttrs, q: np.ndarray, k: np.ndarray, v: np.ndarray, k_cache: np.ndarray, v_cache: np.ndarray,
-        past: np.ndarray,
+        past: np.ndarray, mask: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
         s, c = q.shape[1], k_cache.shape[1]
         if attrs.ring and attrs.window is not None and c < attrs.window + s - 1:
@@ -407,12 +423,14 @@ class CachedAttention(Op):
         last = past[:, None, None] + (s - 1)
         key = last - (last - slot) % c if attrs.ring else np.broadcast_to(slot, (len(past), 1, c))  # the position in each slot
         keep = _keep(query, key, True, attrs.window) & (key >= 0)
-        x = np.where(keep[:, None, None], _grouped(q, k_cache, attrs.scale, attrs.softcap), -np.inf)
+        x, keep = _masked(_grouped(q, k_cache, attrs.scale, attrs.softcap), keep[:, None, None], mask)
+        x = np.where(keep, x, -np.inf)
         return _weighted(x.astype(wide(q).dtype), v_cache, q.dtype), k_cache, v_cache
 
     def decompose(
-        self, b: Builder, attrs: CachedAttrs, q: Value, k: Value, v: Value, k_cache: Value, v_cache: Value, past: Value
-    ) -> tuple[Value, Value, Value]:
+        self, b: Builder, attrs: CachedAttrs, q: Value, k: Value, v: Value, k_cache: Value, v_cache: Value, past: Value,
+        mask: Value | None = None,
+    ) -> tuple[Value, Value, Value]:  # fmt: skip
         dtype = q.tensor.dtype
         kc, vc = b.cache_update(k_cache, k, past, ring=attrs.ring), b.cache_update(v_cache, v, past, ring=attrs.ring)
         keys, values = kc, vc
@@ -429,7 +447,8 @@ class CachedAttention(Op):
         keep = _emit_keep(b, query, key, True, attrs.window)
         if attrs.ring:
             keep = b.logical_and(keep, b.greater_equal(key, 0))
-        out = _emit_softmax_v(b, _emit_scores(b, attrs, q, keys), keep, values, (n, s, h, v.shape[3]))
+        x, keep = _emit_mask(b, _emit_scores(b, attrs, q, keys), keep, mask)
+        out = _emit_softmax_v(b, x, keep, values, (n, s, h, v.shape[3]))
         return (b.cast(out, dtype=dtype) if dtype.bits < 32 else out), kc, vc
 
     def samples(self) -> Iterable[Sample]:
@@ -439,6 +458,9 @@ class CachedAttention(Op):
         yield Sample([q, k, v, kc, vc, np.array([3, 5])], {"scale": 0.5, "window": 2, "softcap": 2.0})
         yield Sample([q, k, v, kc, vc, np.array([30, 2])], {"scale": 0.5, "window": 6, "ring": True})
         yield Sample([q[:, :1], k[:, :1], v[:, :1], kc, vc, np.array([6, 1])], {"scale": 0.5, "window": 7, "ring": True})
+        yield Sample([q, k, v, kc, vc, np.array([5, 0]), _wave(2, 4, 2, 7)], {"scale": 0.5, "softcap": 2.0})
+        seen = np.array([[[True, False, True, False, True, True, True]], [[False] * 7]])[:, None]
+        yield Sample([q, k, v, kc, vc, np.array([30, 2]), seen], {"scale": 0.5, "window": 6, "ring": True})
 
     def errors(self) -> Iterable[ErrorSample]:
         qkv = ["f32[b, s, 4, 8]", "f32[b, s, 2, 8]", "f32[b, s, 2, 8]"]
@@ -446,6 +468,7 @@ class CachedAttention(Op):
         yield ErrorSample([*qkv, *cache], {"scale": 1.0, "ring": True}, "needs a window")
         yield ErrorSample([*qkv, "f32[b, c, 3, 8]", *cache[1:]], {"scale": 1.0}, "axis 2 of k_cache")
         yield ErrorSample([*qkv, *cache[:2], "i64[b, 1]"], {"scale": 1.0}, "past must be")
+        yield ErrorSample([*qkv, *cache, "f32[7, b, 4, s, c]"], {"scale": 1.0}, "does not broadcast")
 
 
 __all__ = ["Attention", "CacheUpdate", "CachedAttention", "Rope"]

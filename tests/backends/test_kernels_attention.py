@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from kernel_help import assert_near, build, each_isa, run, tensor
 from numpy.typing import NDArray
-from wasat.backends.tvm.kernels.attention import Attention, CachedAttention, attention, cached_attention
+from wasat.backends.tvm.kernels.attention import Attention, CachedAttention, MaskShape, attention, cached_attention
 from wasat.backends.tvm.kernels.cache import Cache, cache_shape
 from wasat.backends.tvm.kernels.flash import Scores
 from wasat.backends.tvm.kernels.isa import Isa
@@ -52,12 +52,14 @@ def filled(rng: np.random.Generator, cache: Cache, k: NDArray[np.float32], v: ND
     return [tensor(packed), tensor(values)]
 
 
-CACHED = {
-    "plain": (4, Cache(2, 24, 24), Scores(0.2)),
-    "window": (3, Cache(1, 32, 40), Scores(0.2, window=50, softcap=5.0)),
-    "ring": (4, Cache(1, 40, 40, capacity=208), Scores(1.0, window=70)),
-    "f16": (2, Cache(2, 32, 32, dtype="float16"), Scores(0.3, window=130)),
-    "many heads": (26, Cache(2, 16, 16), Scores(0.5)),
+CACHED: dict[str, tuple[int, Cache, Scores, MaskShape]] = {
+    "plain": (4, Cache(2, 24, 24), Scores(0.2), "no"),
+    "window": (3, Cache(1, 32, 40), Scores(0.2, window=50, softcap=5.0), "no"),
+    "ring": (4, Cache(1, 40, 40, capacity=208), Scores(1.0, window=70), "no"),
+    "f16": (2, Cache(2, 32, 32, dtype="float16"), Scores(0.3, window=130), "no"),
+    "many heads": (26, Cache(2, 16, 16), Scores(0.5), "no"),
+    "mask": (4, Cache(2, 24, 24), Scores(0.2, softcap=5.0), "bh"),
+    "ring with a mask": (4, Cache(1, 40, 40, capacity=208), Scores(1.0, window=70), "1h"),
 }
 
 
@@ -65,9 +67,9 @@ CACHED = {
 @pytest.mark.parametrize("decode", [False, True], ids=["prefill", "decode"])
 @pytest.mark.parametrize("case", CACHED)
 def test_cached_attention(isa: Isa, case: str, decode: bool) -> None:
-    h, cache, scores = CACHED[case]
+    h, cache, scores, mask = CACHED[case]
     g, d, e = cache.kv_heads, cache.head_dim, cache.value_dim
-    compiled = build(cached_attention(CachedAttention(isa, h, cache, scores, decode=decode, threads=2)), isa)
+    compiled = build(cached_attention(CachedAttention(isa, h, cache, scores, decode, mask, threads=2)), isa)
     rng = np.random.default_rng(0)
     c = cache.capacity or 432
     steps = [(1, [0]), (1, [5, 300, 129])] if decode else [(1, [0]), (2, [3, 127]), (37, [0, 250]), (137, [290, 31])]
@@ -79,8 +81,14 @@ def test_cached_attention(isa: Isa, case: str, decode: bool) -> None:
         k = rng.standard_normal((b, t, g, d)).astype(cache.dtype).astype(np.float32)
         v = rng.standard_normal((b, t, g, e)).astype(cache.dtype).astype(np.float32)
         held = filled(rng, cache, k, v, c, offset + s)
-        [y] = run(compiled, [q, offset, *held], ((b, s, h, e), "float32"))
-        want = reference(q.astype(np.float64), k.astype(np.float64), v.astype(np.float64), scores, offset)
+        add, known = [], None
+        if mask != "no":
+            by_slot = rng.standard_normal((b if "b" in mask else 1, h, s, c)).astype(np.float32)
+            by_slot[rng.random(by_slot.shape) < 0.3] = -np.inf
+            by_slot[0, 0, -1] = -np.inf  # a row that sees nothing
+            add, known = [by_slot], by_slot[..., np.arange(t) % c].astype(np.float64)
+        [y] = run(compiled, [q, offset, *held, *add], ((b, s, h, e), "float32"))
+        want = reference(q.astype(np.float64), k.astype(np.float64), v.astype(np.float64), scores, offset, known)
         assert_near(y, want, 1e-5)
 
 

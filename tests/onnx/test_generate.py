@@ -52,6 +52,20 @@ def test_generates(name: str, derived: int, context: int | None, tmp_path: Path)
     assert [r.tokens for r in got] == [chosen(program, p, 8) for p in PROMPTS]
 
 
+def test_relative_positions(tmp_path: Path) -> None:
+    """T5's decoder: numbers by the distance of query and key are added to the scores, in chunks and one by one."""
+    ws.compile(driver.load_program(HERE / "t5_decoder_legacy.onnx"), tmp_path / "out", chunk=4)
+    with np.load(HERE / "t5_decoder_legacy.npz") as z:
+        ids, memory, want = z["in.input_ids"], z["in.encoder_hidden_states"], z["out"]
+    session = ws.load(tmp_path / "out").session(len(ids), context=32)
+    session.encode(encoder_hidden_states=memory)
+    at = 0
+    for step in (4, 3, *(1,) * (ids.shape[1] - 7)):
+        got = session.step(ids[:, at : at + step])
+        at += step
+        np.testing.assert_allclose(got, want[:, at - 1], rtol=1e-4, atol=1e-5)
+
+
 def test_what_stands_beside_the_file(tmp_path: Path) -> None:
     """Tokenizer, the end of a text and the context's length come along; the command line answers."""
     shutil.copy(HERE / "llama_legacy.onnx", tmp_path / "model.onnx")

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from wasat.frontend import nn
-from wasat.ir import IRError, Program, evaluate
+from wasat.ir import DType, IRError, Program, evaluate
 from wasat.passes import Cleanup, DeriveKVCache, FuseAttention, FuseNorm, FuseRope, PassError, PassManager
 
 from wasat.testing import random_program
@@ -49,6 +49,31 @@ class Decoder(nn.Module):
         return self.head(x)
 
 
+class Biased(nn.Module):
+    """Scores with a table's numbers by the distance and the head, by the key alone, or hidden where a predicate says."""
+
+    def __init__(self) -> None:
+        self.embed = nn.Embedding(VOCAB, DIM)
+        self.distances = nn.Embedding(8, 2)
+        self.head = nn.Linear(DIM, VOCAB)
+
+    def __call__(self, tokens: nn.Tensor) -> nn.Tensor:
+        x = self.embed(tokens)
+        at = nn.positions(tokens)
+        key, query = at[None, :], at[:, None]
+        table = self.distances(nn.minimum(nn.maximum(query - key, 0), 7)).transpose(2, 0, 1)[None]
+        for window, bias in ((None, table), (3, table), (3, key.cast("f32") * 0.3), (None, (query - key) % 3 < 2)):
+            h = x.heads(2).swap(1, 2)
+            scores = h @ h.T * 0.4
+            keep = nn.causal(at) if window is None else nn.causal(at) & nn.within(at, window)
+            if bias.dtype is DType.BOOL:
+                keep = keep & bias
+            else:
+                scores = scores + bias
+            x = x + (nn.softmax(nn.where(keep, scores, -math.inf)) @ h).swap(1, 2).merge()
+        return self.head(x)
+
+
 class Translator(nn.Module):
     """A decoder that attends to an encoded sequence of features."""
 
@@ -69,6 +94,7 @@ PASSES = [Cleanup(), FuseNorm(), FuseRope(), FuseAttention(), Cleanup()]
 MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
     "rotary": (Decoder, {"tokens": "i64[b, s]"}),
     "learned positions": (lambda: Decoder(learned=True), {"tokens": "i64[b, s]"}),
+    "biased": (Biased, {"tokens": "i64[b, s]"}),
     "encoder": (Translator, {"tokens": "i64[b, s]", "features": "f32[b, n, 6]"}),
 }
 
@@ -163,6 +189,15 @@ def test_states_and_entry_points() -> None:
     assert [v.name for v in program["encode"].inputs] == ["features"]
     assert {v.name for v in program["decode"].inputs} >= {"memory.0", "memory.1"}
     assert "features" not in {v.name for v in program["decode"].inputs}
+
+
+def test_masks_of_positions_go_along() -> None:
+    """By the slots of a full cache and of a ring; the causal predicate and the window are no part of them."""
+    for name in ("prefill", "decode"):
+        found = [n for n in PROGRAMS["biased", 5][1][name].nodes if n.op.name == "cached_attention"]
+        shapes = [str(n.inputs[6].type) for n in found]
+        s = "s" if name == "prefill" else "1"
+        assert shapes == [f"f32[b, 2, {s}, c]", f"f32[b, 2, {s}, 16]", "f32[b, 1, 1, 16]", f"bool[b, 1, {s}, c]"]
 
 
 def test_only_the_last_position_reaches_the_head() -> None:
@@ -266,7 +301,7 @@ REFUSED = [
     (Convolution, "it is a convolution over the sequence"),
     (LookAtNext, "it takes a part of the sequence"),
     (LengthDependent, "it works across the sequence"),
-    (Unfused, "positions meet each other; if this is attention, explain says why it was not fused"),
+    (Unfused, "every position meets every other; if this is attention, explain says why it was not fused"),
     (MaskedByInput, "its mask is data that runs along the sequence"),
 ]
 
@@ -290,6 +325,11 @@ BASE = """graph @forward(%tokens: i64[b, s], %x: f32[b, s, 2, 8], %m: bool[b, 1,
   return %z
 }
 """
+_DISTANCE = """  %i: i64[s] = iota() {size=s}
+  %q: i64[s, 1] = reshape(%i) {shape=(s, 1)}
+  %k: i64[1, s] = reshape(%i) {shape=(1, s)}
+  %d: i64[s, s] = sub(%q, %k)
+"""
 TEXT_REFUSED = {
     "causal over a memory": ([("%m) {scale=1.0}", "%m) {scale=1.0, causal=true}")], "causal over keys that do not run"),
     "positions on another axis": (
@@ -310,6 +350,39 @@ TEXT_REFUSED = {
           "  %at: f32[s, 1, 8] = reshape(%t1) {shape=(s, 1, 8)}\n  %w: f32[b, s, 2, 8] = add(%x, %at)\n  %y"),
          ("attention(%x, %x, %x)", "attention(%w, %w, %w)")],
         "positions cannot be offset through gather",
+    ),
+    "a relation of positions as a result": (
+        [("  return %z", _DISTANCE + "  return %z, %d")], "it relates positions to each other",
+    ),
+    "tokens added to a relation of positions": (
+        [("  %y", _DISTANCE + "  %ti: i64[b, s] = add(%tokens, 1:i64)\n  %t1: i64[b, s, 1] = reshape(%ti) {shape=(b, s, 1)}\n"
+          "  %t2: i64[b, s, s] = add(%t1, %d)\n  %y"), ("return %z", "return %z, %t2")],
+        "tokens meet a function of two positions",
+    ),
+    "a relation of three positions": (
+        [("  %y", _DISTANCE + "  %i3: i64[s, 1, 1] = reshape(%i) {shape=(s, 1, 1)}\n  %d3: i64[s, s, s] = add(%d, %i3)\n  %y"),
+         ("return %z", "return %z, %d3")], "it relates more than two positions",
+    ),
+    "a mask over heads and keys": (
+        [("  %y", _DISTANCE + "  %f: f32[s, s] = cast(%d) {dtype=f32}\n"
+          "  %bias: f32[s, 1, s] = reshape(%f) {shape=(s, 1, s)}\n  %y"),
+         ("(%x, %x, %x)", "(%x, %x, %x, %bias)")],
+        "on an axis that is neither that of queries nor that of keys",
+    ),
+    "a sum over keys": (
+        [("  %z", _DISTANCE + "  %f: f32[s, s] = cast(%d) {dtype=f32}\n"
+          "  %n: f32[s, 1] = reduce_sum(%f) {axes=(1,), keepdims=true}\n  %z"),
+         ("%memory, %memory, %m)", "%memory, %memory, %n)")],
+        "it reduces over the sequence",
+    ),
+    "positions over a memory": (
+        [("  %z", _DISTANCE + "  %f: f32[s, 1] = cast(%q) {dtype=f32}\n  %z"),
+         ("%memory, %memory, %m)", "%memory, %memory, %f)")], "its mask runs along the sequence, and its keys do not",
+    ),
+    "keys joined from parts": (
+        [("  %y", _DISTANCE + "  %j: i64[2, s] = concat(%k, %k) {axis=0}\n  %f: f32[2, s] = cast(%j) {dtype=f32}\n"
+          "  %bias: f32[2, 1, s] = reshape(%f) {shape=(2, 1, s)}\n  %y"), ("(%x, %x, %x)", "(%x, %x, %x, %bias)")],
+        "positions of keys cannot be followed through concat",
     ),
     "padding": ([("return %z", "%w: f32[b, s + 1, 2, 8] = pad(%z) {low=(0, 1, 0, 0), high=(0, 0, 0, 0)}\n  return %w")],
                 "it pads the sequence"),

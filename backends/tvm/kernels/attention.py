@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from tvm import tirx
 
 from .cache import GROUP, Cache, CacheView, cache_params, flat_view
-from .emit import Buffer, Expr, Kernel, ceil_div, exp, floor_div, floor_mod, int64, load, maximum, minimum, splat, symbol, widen
+from .emit import (
+    Buffer,
+    Expr,
+    Index,
+    Kernel,
+    ceil_div,
+    exp,
+    floor_div,
+    floor_mod,
+    int64,
+    load,
+    maximum,
+    minimum,
+    splat,
+    symbol,
+    widen,
+)
 from .flash import Flash, Scores, Source, minus_infinity
 from .isa import Isa
 from .norm import for_vectors
 from .pack import padded
+
+MaskShape = Literal["no", "11", "b1", "1h", "bh"]
+"""Of an f32 addend [mb, mh, s, keys]: whether mb is the batch or 1, and mh the heads or 1."""
 
 _BLOCK = 128  # keys per step of the running softmax
 _TILES = 4  # tiles of rows that share a block of keys
@@ -23,7 +42,8 @@ _PLAIN_TILES = 16  # more where a block has to be rearranged first
 class CachedAttention:
     """q f32[b, s, h, d] at positions past[b] + i over caches that already hold positions up to its own.
 
-    ``decode``: s is 1; the keys are split among the threads. Otherwise the rows are.
+    ``decode``: s is 1; the keys are split among the threads. Otherwise the rows are. ``mask``: an addend whose keys are the
+    cache's slots.
     """
 
     isa: Isa
@@ -31,6 +51,7 @@ class CachedAttention:
     cache: Cache
     scores: Scores
     decode: bool = False
+    mask: MaskShape = "no"
     threads: int = 1
 
     def __post_init__(self) -> None:
@@ -46,12 +67,42 @@ class CachedAttention:
     def name(self) -> str:
         s = self.scores
         return (f"{'decode' if self.decode else 'prefill'}_attention_{self.heads}h_{self.cache.name}"
-                f"_w{s.window}_c{s.softcap}_s{s.scale:.6g}").replace(".", "p").replace("-", "m")
+                f"_{self.mask}_w{s.window}_c{s.softcap}_s{s.scale:.6g}").replace(".", "p").replace("-", "m")
 
 
 def cached_attention(desc: CachedAttention) -> tirx.PrimFunc:
-    """PrimFunc(q f32[b, s, h, d], past i64[b], keys, values, y f32[b, s, h, e]); s is 1 in the decode kernel."""
+    """PrimFunc(q f32[b, s, h, d], past i64[b], keys, values, [mask f32[1 | b, 1 | h, s, c]], y f32[b, s, h, e]); s is 1 in the
+    decode kernel."""
     return _decode(desc) if desc.decode else _prefill(desc)
+
+
+@dataclass(frozen=True)
+class _Mask:
+    """An addend [1 | b, 1 | h, s, keys] of a kernel, declared as its next parameter."""
+
+    kernel: Kernel
+    shape: MaskShape
+    heads: int
+    queries: Index
+    keys: Expr
+    buffer: Buffer
+
+    @staticmethod
+    def param(kernel: Kernel, shape: MaskShape, b: Expr, heads: int, queries: Index, keys: Expr) -> _Mask | None:
+        if shape == "no":
+            return None
+        sizes = (b if "b" in shape else 1, heads if "h" in shape else 1, queries, keys)
+        return _Mask(kernel, shape, heads, queries, keys, kernel.param("mask", sizes, "float32"))
+
+    def flat(self) -> _Mask:
+        """The same with a flat buffer; to be called after the last parameter is declared."""
+        return replace(self, buffer=self.kernel.flat(self.buffer))
+
+    def at(self, batch: Expr, head: Expr, query: Expr, key: Expr, lanes: int) -> Expr:
+        one = int64(0)
+        outer = (batch if "b" in self.shape else one) * (self.heads if "h" in self.shape else 1) + (
+            head if "h" in self.shape else one)
+        return load(self.buffer, (outer * self.queries + query) * self.keys + key, lanes)
 
 
 def _prefill(desc: CachedAttention) -> tirx.PrimFunc:
@@ -62,9 +113,11 @@ def _prefill(desc: CachedAttention) -> tirx.PrimFunc:
     q = kernel.param("q", (b, s, h, d), "float32")
     past = kernel.param("past", (b,), "int64")
     params = cache_params(kernel, isa, cache, b)
+    mask = _Mask.param(kernel, desc.mask, b, h, s, params.capacity)
     y = kernel.param("y", (b, s, h, e), "float32")
     view = flat_view(params)
     q, y = kernel.flat(q), kernel.flat(y)
+    addend = mask.flat() if mask is not None else None
     chunk = isa.rows * _TILES
     chunks = kernel.let(ceil_div(s * group, chunk), "chunks")
     units = kernel.let(b * g * chunks, "units")
@@ -88,6 +141,11 @@ def _prefill(desc: CachedAttention) -> tirx.PrimFunc:
             def position(row: Expr) -> Expr:
                 return start + floor_div(low + row, group)
 
+            def add(row: Expr, key: Expr, lanes: int) -> Expr:
+                at = low + minimum(row, rows - 1)
+                assert addend is not None
+                return addend.at(batch, head * group + floor_mod(at, group), floor_div(at, group), view.slot(key), lanes)
+
             flash.begin(rows, lambda row: (q, place(row) * d), position)
             begin = int64(0)
             if desc.scores.window is not None:
@@ -107,7 +165,7 @@ def _prefill(desc: CachedAttention) -> tirx.PrimFunc:
                     if desc.scores.window is not None:
                         visible = tirx.And(visible, block + _BLOCK > position(tile * isa.rows) - (desc.scores.window - 1))
                     with kernel.when(visible):
-                        flash.advance(tile, block, count, source)
+                        flash.advance(tile, block, count, source, add if addend is not None else None)
             flash.finish(rows, lambda row: (y, place(row) * e))
 
     _cyclic(kernel, desc.threads, thread)
@@ -161,9 +219,11 @@ def _decode(desc: CachedAttention) -> tirx.PrimFunc:
     q = kernel.param("q", (b, 1, h, d), "float32")
     past = kernel.param("past", (b,), "int64")
     params = cache_params(kernel, isa, cache, b)
+    mask = _Mask.param(kernel, desc.mask, b, h, 1, params.capacity)
     y = kernel.param("y", (b, 1, h, e), "float32")
     view = flat_view(params)
     q, y = kernel.flat(q), kernel.flat(y)
+    addend = mask.flat() if mask is not None else None
     width = view.value_width
     # few sequences: each splits its keys among all threads; many: there is enough to share without
     splits = kernel.let(tirx.Select(b * g < 4 * desc.threads, int64(desc.threads), int64(1)), "splits")
@@ -178,6 +238,11 @@ def _decode(desc: CachedAttention) -> tirx.PrimFunc:
             head = kernel.let(floor_mod(floor_div(unit, splits), g), "head")
             batch = kernel.let(floor_div(unit, splits * g), "batch")
             position = kernel.let(load(past, batch), "position")
+
+            def add(row: Expr, key: Expr, lanes: int) -> Expr:
+                assert addend is not None
+                return addend.at(batch, head * group + minimum(row, group - 1), int64(0), view.slot(key), lanes)
+
             flash.begin(group, lambda row: (q, (batch * h + head * group + row) * d), lambda row: position)
             start = int64(0)
             if desc.scores.window is not None:
@@ -190,7 +255,8 @@ def _decode(desc: CachedAttention) -> tirx.PrimFunc:
                 block = kernel.let(low + at * _BLOCK, "block")
                 source = _cached_source(view, batch, head, block)
                 for tile in range(tiles):
-                    flash.advance(tile, block, kernel.let(minimum(high - block, _BLOCK), "count"), source)
+                    flash.advance(tile, block, kernel.let(minimum(high - block, _BLOCK), "count"), source,
+                                  add if addend is not None else None)
             with kernel.loop(group) as row:
                 at = kernel.let((batch * h + head * group + row) * splits + split)
                 kernel.store(largest, at, load(flash.largest, row))
@@ -206,6 +272,8 @@ def _decode(desc: CachedAttention) -> tirx.PrimFunc:
         kernel.store(best, 0, minus_infinity(1))
         with kernel.loop(splits) as i:
             kernel.store(best, 0, tirx.max(load(best, 0), load(largest, row * splits + i)))
+        if addend is not None:  # which may hide all keys; without it, a query sees itself
+            kernel.store(best, 0, tirx.Select(load(best, 0) > minus_infinity(1), load(best, 0), splat(0.0, 1)))
         total = kernel.registers(1, "float32", 1)
         kernel.store(total, 0, splat(0.0, 1))
         with kernel.loop(splits) as i:
@@ -213,7 +281,7 @@ def _decode(desc: CachedAttention) -> tirx.PrimFunc:
             weight = exp(kernel, load(largest, at) - load(best, 0))
             kernel.store(largest, at, weight)  # from here on: the part's share
             kernel.store(total, 0, load(total, 0) + weight * load(sums, at))
-        inverse = kernel.let(splat(1.0, 1) / load(total, 0))
+        inverse = kernel.let(tirx.Select(load(total, 0) > splat(0.0, 1), splat(1.0, 1) / load(total, 0), splat(0.0, 1)))
 
         def columns(j: Expr, lanes: int) -> None:
             acc = kernel.registers(1, "float32", lanes)
@@ -244,7 +312,7 @@ class Attention:
     head_dim: int
     value_dim: int
     scores: Scores
-    mask: Literal["no", "11", "b1", "1h", "bh"] = "no"
+    mask: MaskShape = "no"
     threads: int = 1
 
     def __post_init__(self) -> None:
@@ -268,12 +336,10 @@ def attention(desc: Attention) -> tirx.PrimFunc:
     q = kernel.param("q", (b, s, h, d), "float32")
     k = kernel.param("k", (b, t, g, d), "float32")
     v = kernel.param("v", (b, t, g, e), "float32")
-    mask = None
-    if desc.mask != "no":
-        mask = kernel.param("mask", (b if "b" in desc.mask else 1, h if "h" in desc.mask else 1, s, t), "float32")
+    mask = _Mask.param(kernel, desc.mask, b, h, s, t)
     y = kernel.param("y", (b, s, h, e), "float32")
     q, k, v, y = (kernel.flat(x) for x in (q, k, v, y))
-    addend = kernel.flat(mask) if mask is not None else None
+    addend = mask.flat() if mask is not None else None
     chunk = isa.rows * _PLAIN_TILES
     chunks = kernel.let(ceil_div(s * group, chunk), "chunks")
     units = kernel.let(b * g * chunks, "units")
@@ -312,10 +378,8 @@ def attention(desc: Attention) -> tirx.PrimFunc:
 
             def add(row: Expr, key: Expr, lanes: int) -> Expr:
                 row = minimum(row, rows - 1)
-                one = int64(0)
-                outer = (batch if "b" in desc.mask else one) * (h if "h" in desc.mask else 1) + (
-                    head_of(row) if "h" in desc.mask else one)
-                return load(addend, (outer * s + query(row)) * t + key, lanes)
+                assert addend is not None
+                return addend.at(batch, head_of(row), query(row), key, lanes)
 
             with kernel.loop(ceil_div(maximum(end - begin, 0), _BLOCK)) as at:
                 block = kernel.let(begin + at * _BLOCK, "block")
