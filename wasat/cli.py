@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -14,6 +16,10 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TaskProgre
 from rich.table import Table
 
 from wasat import __version__
+
+if TYPE_CHECKING:
+    from wasat.runtime.media import Media
+    from wasat.runtime.prompts import Prompt
 
 app = typer.Typer(
     name="wasat", no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False,
@@ -143,6 +149,9 @@ def compile(
 def generate(
     artifact: Annotated[Path, typer.Argument(help="An artifact folder made by `wasat compile`.", show_default=False)],
     prompt: Annotated[str, typer.Argument(help="The text to continue; `-` reads standard input.", show_default=False)],
+    image: Annotated[list[Path] | None, typer.Option(help="A picture; repeatable.", show_default=False)] = None,
+    audio: Annotated[list[Path] | None, typer.Option(help="A sound; repeatable.", show_default=False)] = None,
+    video: Annotated[list[Path] | None, typer.Option(help="A video; repeatable.", show_default=False)] = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens to write.")] = 200,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; 1 samples the model's distribution.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Sample among the k likeliest; 0: all.")] = 0,
@@ -155,11 +164,15 @@ def generate(
 ) -> None:
     """Continue a prompt, streaming. Needs the artifact and the runtime, not the compiler.
 
+    Pictures, sounds and videos come before the text, in this order, or where the text says `{image}`, `{audio}`, `{video}`.
+
     Examples:
 
     - `wasat generate pygemma.wasat "def read_file(path):" --max-tokens 80`
     - `wasat generate pygemma.wasat "class Stack:" --temperature 0.8 --top-p 0.95 --seed 7`
     - `echo "import os" | wasat generate pygemma.wasat - --stop "def " --quiet`
+    - `wasat generate gemini.wasat "What is this?" --image photo.jpg`
+    - `wasat generate gemini.wasat "Does {audio} name what {image} shows?" --image photo.jpg --audio word.wav`
     """
     from wasat import runtime
 
@@ -173,10 +186,31 @@ def generate(
         sys.stdout.write(piece)
         sys.stdout.flush()
 
-    (result,) = model.generate([text], max_tokens=max_tokens, options=options, stop=stop or [], stream=write)
+    media = {
+        "image": [runtime.Image(p) for p in image or ()], "audio": [runtime.Audio(p) for p in audio or ()],
+        "video": [runtime.Video(p) for p in video or ()],
+    }  # fmt: skip
+    (result,) = model.generate([_parts(text, media)], max_tokens=max_tokens, options=options, stop=stop or [], stream=write)
     sys.stdout.write("\n")
     if not quiet:
         err.print(result.summary(), style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
+def _parts(text: str, media: Mapping[str, Sequence[Media]]) -> Prompt:
+    """The prompt: media at their places in the text, those without one before it. Without media, braces are only braces."""
+    left = {kind: list(items) for kind, items in media.items() if items}
+    if not left:
+        return text
+    parts: list[str | Path | Media] = []
+    for piece in re.split(f"({'|'.join(f'{{{kind}}}' for kind in left)})", text):
+        kind = piece[1:-1]
+        if piece != f"{{{kind}}}" or kind not in left:
+            parts += [piece] if piece else []
+        elif left[kind]:
+            parts.append(left[kind].pop(0))
+        else:
+            raise _Refusal(f"the text names more than {len(media[kind])} {piece}: give --{kind} once for each")
+    return [*(x for items in left.values() for x in items), *parts]
 
 
 @app.command()
