@@ -56,14 +56,14 @@ def float_code(dtype: DType) -> Callable[[Any], Any]:
     return _exponent_code if dtype is DType.F8E8M0 else lambda v: _rounded_code(dtype, v)
 
 
-def _u32(x: int) -> Any:
-    return tirx.const(x, "uint32")
+def _i32(x: int) -> Any:
+    return tirx.const(x, "int32")
 
 
 def _magnitude(v: Any) -> tuple[Any, Any]:
-    """The bits of ``abs(v)``, and whether the sign is set."""
-    bits = tirx.reinterpret("uint32", v)
-    return tirx.bitwise_and(bits, _u32(0x7FFFFFFF)), bits > _u32(0x7FFFFFFF)
+    """The bits of ``abs(v)``, every NaN as the least one so that sums stay in i32, and whether the sign is set."""
+    bits = tirx.reinterpret("int32", v)  # signed: TVM's analysis of comparisons fails on unsigned ones
+    return tirx.min(tirx.bitwise_and(bits, _i32(0x7FFFFFFF)), _i32(0x7F800001)), bits < _i32(0)
 
 
 def _rounded_code(dtype: DType, v: Any) -> Any:
@@ -75,24 +75,24 @@ def _rounded_code(dtype: DType, v: Any) -> Any:
     drop = 23 - info.nmant
     a, negative = _magnitude(v)
     below = tirx.nearbyint(tirx.abs(v) * tirx.const(2.0**info.nmant / least, "float32"))  # of steps between subnormals
-    even = tirx.bitwise_and(tirx.shift_right(a, _u32(drop)), _u32(1))
-    rounded = tirx.shift_right(a + _u32(2 ** (drop - 1) - 1) + even, _u32(drop))
+    even = tirx.bitwise_and(tirx.shift_right(a, _i32(drop)), _i32(1))
+    rounded = tirx.shift_right(a + _i32(2 ** (drop - 1) - 1) + even, _i32(drop))
     # f32's exponent of the least normal number is our exponent 1
-    above = rounded - _u32((126 + int(math.log2(least))) << info.nmant)
-    small = a < _u32(int(np.asarray(least, np.float32).view(np.uint32)))
-    code = tirx.Select(small, tirx.Cast("uint32", tirx.Select(small, below, tirx.const(0.0, "float32"))), above)
-    code = tirx.Select(tirx.all(tirx.Not(small), code > _u32(top)), _u32(over), code)
-    code = tirx.Select(a > _u32(0x7F800000), _u32(nan), code)
+    above = rounded - _i32((126 + int(math.log2(least))) << info.nmant)
+    small = a < _i32(int(np.asarray(least, np.float32).view(np.int32)))
+    code = tirx.Select(small, tirx.Cast("int32", tirx.Select(small, below, tirx.const(0.0, "float32"))), above)
+    code = tirx.Select(tirx.all(tirx.Not(small), code > _i32(top)), _i32(over), code)
+    code = tirx.Select(a > _i32(0x7F800000), _i32(nan), code)
     sign = 2 ** (dtype.bits - 1)
     if not negative_zero:  # the code of -0 stands for NaN, which has no sign then
-        negative = tirx.all(negative, code != _u32(0), code != _u32(sign))
-    return tirx.Cast("uint8", tirx.bitwise_xor(code, tirx.Select(negative, _u32(sign), _u32(0))))
+        negative = tirx.all(negative, code != _i32(0), code != _i32(sign))
+    return tirx.Cast("uint8", tirx.bitwise_xor(code, tirx.Select(negative, _i32(sign), _i32(0))))
 
 
 def _exponent_code(v: Any) -> Any:
     """f8e8m0 is an exponent and no more: the nearest power of two, the greater of two equally near; NaN for 0 and less."""
     a, negative = _magnitude(v)
-    subnormal = tirx.Select(a > _u32(0x400000), _u32(1), _u32(0))  # above 2**-127, f32's subnormals count as 2**-126
-    code = tirx.Select(a < _u32(0x800000), subnormal, tirx.shift_right(a + _u32(0x400000), _u32(23)))
-    code = tirx.Select(tirx.any(negative, a == _u32(0)), _u32(255), tirx.min(code, _u32(255)))
+    subnormal = tirx.Select(a > _i32(0x400000), _i32(1), _i32(0))  # above 2**-127, f32's subnormals count as 2**-126
+    code = tirx.Select(a < _i32(0x800000), subnormal, tirx.shift_right(a + _i32(0x400000), _i32(23)))
+    code = tirx.Select(tirx.any(negative, a == _i32(0)), _i32(255), tirx.min(code, _i32(255)))
     return tirx.Cast("uint8", code)

@@ -11,9 +11,9 @@ import pytest
 
 pytest.importorskip("tvm")
 
-from wasat.backends.tvm.build import Runner
+from wasat.backends.tvm.build import Runner, build
 from wasat.backends.tvm.narrow import NARROW
-from wasat.backends.tvm.targets import cpu
+from wasat.backends.tvm.targets import cpu, target_named
 from wasat.ir import ArrayParam, Builder, DType, Graph, IRError, Program, QArray, QTensorType, evaluate, parse_program, type_of
 from wasat.runtime import load
 
@@ -181,3 +181,15 @@ def test_an_artifact_takes_and_gives_codes(tmp_path: Path) -> None:
     (want,) = evaluate(program["f"], {"x": codes.view(DType.F8E4M3.np)})
     got = load(tmp_path / "out").run("f", x=codes)
     np.testing.assert_array_equal(got["z"].view(DType.I4.np), want)
+
+
+def test_casts_and_extremes_compile_for_a_gpu() -> None:
+    """Compiled, not run."""
+    build(parse_program("""graph @f(%x: f32[b, n], %c: f8e4m3[n]) {
+  %e: f8e5m2[b, n] = cast(%x) {dtype=f8e5m2}
+  %i: i4[b, n] = cast(%x) {dtype=i4}
+  %d: f32[n] = cast(%c) {dtype=f32}
+  %m: f32[b] = reduce_max(%x) {axes=(1,)}
+  %a: i64[b] = arg_min(%x) {axis=1}
+  return %e, %i, %d, %m, %a
+}"""), target_named("cuda"))  # fmt: skip
