@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 
 from wasat import __version__
 from wasat.ir import Array, DimLike, DType, IRError, Program, TensorType, Type, WasatError, evaluate, symbol, symbols_of
-from wasat.passes import DeriveKVCache, PassManager, Report, TokenInputs, default_pipeline
+from wasat.passes import DeriveKVCache, PassManager, Remark, Report, Step, TokenInputs, default_pipeline
 from wasat.passes.core import Dump
 from wasat.passes.kv_cache import capacity_name
 from wasat.passes.token_inputs import EXPORTED as TOKEN_NAMES
@@ -69,7 +69,13 @@ def optimize(
         def tell(name: str) -> None:
             progress(f"pass {name}", next(done), len(passes))
 
-        return copy, PassManager(passes, verify=verify, check=checker, dump=dump, on_progress=tell).run(copy)
+        report = PassManager(passes, verify=verify, check=checker, dump=dump, on_progress=tell).run(copy)
+        dense = program.metadata.get("onnx", {}).get("dequantized", {})
+        if dense:
+            size = sum(map(len, program.graphs.values()))
+            missed = [Remark("missed", f"parameter {name} stays dequantized: {why}", "forward") for name, why in dense.items()]
+            report.steps.insert(0, Step("import", 0.0, size, size, False, missed))
+        return copy, report
 
     served, report = attempt(exported, caches)
     if not exported or ("decode" in served.graphs and any(v.name == "tokens" for v in served["decode"].inputs)):

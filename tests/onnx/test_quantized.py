@@ -132,6 +132,8 @@ def test_what_has_no_exact_form_stays_dequantized(zero: np.ndarray, axis: int, w
     program = from_onnx(m)
     assert not quantized_types(program)
     assert program.metadata["onnx"]["dequantized"] == {"w_q": why}
+    _, report = ws.optimize(program)
+    assert f"parameter w_q stays dequantized: {why}" in [r.message for r in report.remarks("missed")]
     np.testing.assert_allclose(run(program, X), ReferenceEvaluator(m).run(None, {"x": X})[0], rtol=1e-5, atol=1e-3)
 
 
