@@ -116,7 +116,9 @@ def _own(node: Node, given: list[Label], symbol: str) -> Label:
             return FIXED
         if name == "broadcast_to":
             axes = _axes_of(node.output.shape, symbol)
-            return Label("uniform", axes[0]) if len(axes) == 1 else Label("pair", *axes) if len(axes) == 2 else FIXED
+            if len(axes) == 2:
+                return Label("pair", axes[0], axes[1], culprit=node, reason="it relates positions to each other")
+            return Label("uniform", axes[0]) if len(axes) == 1 else FIXED
         raise LooksAhead(f"it depends on {symbol}, the number of tokens")
     rule = _elementwise if node.op.elementwise else TRANSFER.get(name)
     if rule is None:
