@@ -19,7 +19,7 @@ ALLOWED = {
     "wasat": {"ir", "frontend", "passes", "backends", "runtime", "training"},
 }
 """Room -> the rooms that it may import besides itself (DESIGN: the house)."""
-DEPLOYED = {"numpy", "tokenizers", "tvm_ffi", "ml_dtypes", "safetensors"}
+DEPLOYED = {"numpy", "tokenizers", "tvm_ffi", "ml_dtypes", "safetensors", "PIL", "av"}  # the last two only for media
 """What runtime/, which runs where the compiler is not installed, may import beyond the standard library."""
 LONGEST = 600
 
