@@ -142,17 +142,18 @@ def _of_nothing(ctx: Context, node: Node) -> Any:
     return ctx.emit(R.broadcast_to(_neutral(node), ctx.shape(node.output.shape)))
 
 
-def _unless_empty(ctx: Context, node: Node, x: Any, out: Any) -> Any:
-    """``out``, the reduction of x, or the neutral element where an axis turns out to be empty at run time."""
-    axes = [i for i in node.attrs.axes if isinstance(node.inputs[0].shape[i], Dim)]  # type: ignore[attr-defined]
-    if not axes:
+def _unless_empty(ctx: Context, node: Node, out: Any) -> Any:
+    """``out``, the reduction, or the neutral element where an axis turns out to be empty at run time."""
+    shape = node.inputs[0].shape
+    sizes = [ctx.dim(shape[i]) for i in node.attrs.axes if isinstance(shape[i], Dim)]  # type: ignore[attr-defined]
+    if not sizes:
         return out
 
-    def build(y: Any, source: Any, neutral: Any) -> Any:
-        filled = tirx.all(*(source.shape[i] > 0 for i in axes))
+    def build(y: Any, neutral: Any) -> Any:
+        filled = tirx.all(*(n > 0 for n in sizes))
         return te.compute(y.shape, lambda *i: tirx.Select(filled, y(*i), neutral()), name="unless_empty")
 
-    return ctx.te(build, out, x, _neutral(node), name="unless_empty")
+    return ctx.te(build, out, _neutral(node), name="unless_empty")
 
 
 @lowers("reduce_sum", "reduce_max", "reduce_min", "reduce_prod")
@@ -172,7 +173,7 @@ def _reduce(ctx: Context, node: Node, x: Any) -> Any:
     if extreme:
         to = "float64" if dtype is DType.F64 else "float32"
         out = elementwise(ctx, node, lambda v: tirx.reinterpret(to, _flipped(v)), out)
-    return _unless_empty(ctx, node, x, ctx.emit(R.astype(out, tvm_dtype(dtype))) if narrow else out)
+    return _unless_empty(ctx, node, ctx.emit(R.astype(out, tvm_dtype(dtype))) if narrow else out)
 
 
 @lowers("reduce_any", "reduce_all")
@@ -183,7 +184,7 @@ def _reduce_bool(ctx: Context, node: Node, x: Any) -> Any:
     if (nothing := _of_nothing(ctx, node)) is not None:
         return nothing
     f = R.max if node.op.name == "reduce_any" else R.min
-    return _unless_empty(ctx, node, x, ctx.emit(R.astype(f(R.astype(x, "int8"), list(a.axes), a.keepdims), "bool")))
+    return _unless_empty(ctx, node, ctx.emit(R.astype(f(R.astype(x, "int8"), list(a.axes), a.keepdims), "bool")))
 
 
 @lowers("arg_max", "arg_min")

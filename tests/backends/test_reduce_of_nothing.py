@@ -32,3 +32,17 @@ def test_empty_at_run_time(op: str, dtype: str) -> None:
         (want,) = evaluate(program["f"], {"x": x})
         for _ in range(2):  # memory that was used before
             np.testing.assert_array_equal(run("f", {"x": x})["y"], want)
+
+
+def test_a_size_that_is_known_to_be_positive() -> None:
+    """Nothing of the axis is left to ask at run time."""
+    program = parse_program(
+        "graph @f(%x: f32[n, 1]) {\n  %w: f32[n, max(n, 4)] = broadcast_to(%x) {shape=(n, max(n, 4))}\n"
+        "  %y: f32[1, 1] = reduce_sum(%w) {axes=(0, 1), keepdims=true}\n"
+        "  %z: f32[n] = reduce_sum(%w) {axes=(1,)}\n  return %y, %z\n}\n"
+    )
+    x = np.arange(3, dtype=np.float32)[:, None]
+    y, z = evaluate(program["f"], {"x": x})
+    got = Runner(program, cpu())("f", {"x": x})
+    np.testing.assert_array_equal(got["y"], y)
+    np.testing.assert_array_equal(got["z"], z)
