@@ -16,10 +16,11 @@ from typing import Any
 
 import tvm
 from tvm import relax
+from tvm.relax.backend import cpu_generic
 from wasat.ir import Graph, IRError, Program, TensorType
 
 from . import cpu as cpu_kernels
-from . import tir_pipeline
+from . import loops, tir_pipeline
 from .kernels.cache import CacheType
 from .lower import StateLayout, Table
 from .primitives import PRIMITIVES
@@ -65,7 +66,12 @@ class Target:
 
     def pipeline(self) -> Any:
         """The Relax pass pipeline: fusion of elementwise chains included, which tvm.compile's default lacks on CPUs."""
-        return relax.get_default_pipeline(self.tvm)
+        if self.config["kind"] != "llvm":
+            return relax.get_default_pipeline(self.tvm)
+        stages = cpu_generic.pipeline
+        steps = [stages.library_dispatch_passes, stages.legalize_passes, stages.dataflow_lower_passes]
+        fused = [p for make in steps for p in make(self.tvm)]
+        return tvm.transform.Sequential([*fused, loops.schedule(self.threads), *stages.finalize_passes(self.tvm)])
 
     @contextlib.contextmanager
     def scope(self) -> Iterator[None]:

@@ -1,0 +1,390 @@
+"""Loop nests for CPUs: what Relax fused, element by element, becomes one pass over memory on all threads.
+
+TVM compiles a fused function as it stands: a nest and a buffer for each operation, on one thread. Here an intermediate value
+is computed where it is read, once per element; the loops that remain are ordered so that the innermost one walks memory, which
+LLVM turns into vector code; exponentials and the like are polynomials, so that nothing calls out of it.
+
+Taken are functions of known sizes made of elementwise operations and sums, products, maxima and minima. All others are left.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import tvm
+import tvm.sym
+import tvm_ffi
+from tvm import tirx
+from tvm.ir import Call, TensorLoad
+from tvm.s_tir import SBlockRealize
+
+from .kernels.elementary import exact_erf, exact_exp, exact_sigmoid, exact_tanh
+from .kernels.emit import Buffer, Expr, Kernel, floor_div, floor_mod, int64, load, minimum
+
+_WORK = 16384  # elements below which a second thread costs more than it saves
+_INNER = 256  # elements that the loops within one unit of work have at least
+_LANES = 16  # partial results of a reduction, side by side
+_WIDTH = 256  # columns that are reduced together
+
+_BINARY = (
+    tirx.Add, tirx.Sub, tirx.Mul, tirx.Div, tirx.Mod, tirx.FloorDiv, tirx.FloorMod, tirx.Min, tirx.Max, tirx.EQ, tirx.NE,
+    tirx.LT, tirx.LE, tirx.GT, tirx.GE, tirx.And, tirx.Or, tirx.BitwiseAnd, tirx.BitwiseOr, tirx.BitwiseXor,
+    tirx.LShift, tirx.RShift,
+)  # fmt: skip
+_COMBINE = (tirx.Add, tirx.Mul, tirx.Max, tirx.Min)
+
+
+class _Unsupported(Exception):
+    """The function is not of the kind that is taken."""
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """``buffer[spatial] = value``, or, with ``combine``, the reduction of ``value`` over ``reduced``."""
+
+    buffer: Buffer
+    spatial: tuple[tuple[Expr, int], ...]
+    value: Expr
+    reduced: tuple[tuple[Expr, int], ...] = ()
+    combine: Any = None
+    neutral: Expr = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(n for _, n in self.spatial)
+
+
+def schedule(threads: int) -> Any:
+    """A pass over a module after fusion: its functions as loop nests for ``threads`` threads, where they are of the kind."""
+
+    @tvm.transform.module_pass(opt_level=0, name="CPULoops")
+    def run(module: tvm.IRModule, context: Any) -> tvm.IRModule:
+        for gv, f in module.functions_items():
+            if isinstance(f, tirx.PrimFunc) and "tirx.is_scheduled" not in (f.attrs or {}):
+                try:
+                    made = _Loops(f, gv.name_hint, threads).build()
+                except _Unsupported:
+                    continue
+                module[gv] = made
+        return module
+
+    return run
+
+
+def _size(n: Expr) -> int:
+    if not isinstance(n, tirx.IntImm) or int(n.value) < 1:
+        raise _Unsupported
+    return int(n.value)
+
+
+def _shape(buffer: Buffer) -> tuple[int, ...]:
+    return tuple(_size(n) for n in buffer.shape)
+
+
+def _stages(func: tirx.PrimFunc) -> list[_Stage]:
+    """The operations of a function in order; each is one nest of loops around one block."""
+    if not isinstance(func.body, SBlockRealize):
+        raise _Unsupported
+    body = func.body.block.body
+    out = []
+    for nest in body.seq if isinstance(body, tirx.SeqStmt) else [body]:
+        while isinstance(nest, tirx.For):
+            nest = nest.body
+        if not isinstance(nest, SBlockRealize) or not isinstance(nest.block.body, tirx.BufferStore) or nest.block.alloc_buffers:
+            raise _Unsupported
+        block, store = nest.block, nest.block.body
+        axes: dict[int, list[tuple[Expr, int]]] = {tirx.IterVar.DataPar: [], tirx.IterVar.CommReduce: []}
+        for v in block.iter_vars:
+            if v.iter_type not in axes or _size(v.dom.min + 1) != 1:
+                raise _Unsupported
+            axes[v.iter_type].append((v.var, _size(v.dom.extent)))
+        spatial, reduced = axes[tirx.IterVar.DataPar], axes[tirx.IterVar.CommReduce]
+        named = [v for v, _ in spatial] if store.indices else []  # a scalar's block has an axis of 1 that nothing names
+        if len(store.indices) != len(named) or not all(i.same_as(v) for i, v in zip(store.indices, named)):
+            raise _Unsupported
+        stage = _Stage(store.buffer, tuple(spatial), store.value)
+        if reduced:
+            value = store.value
+            if not (isinstance(value, _COMBINE) and isinstance(value.a, TensorLoad) and value.a.source.same_as(store.buffer)):
+                raise _Unsupported
+            neutral = block.init.value
+            stage = replace(stage, value=value.b, reduced=tuple(reduced), combine=type(value), neutral=neutral)
+        out.append(stage)
+    return out
+
+
+class _Loops:
+    """One function in the making."""
+
+    def __init__(self, func: tirx.PrimFunc, name: str, threads: int) -> None:
+        self.threads = threads
+        self.kernel = k = Kernel(name)
+        self.analyzer = tvm.sym.Analyzer()
+        stages = _stages(func)
+        if not all(isinstance(p.ty, tirx.BufferType) for p in func.params):
+            raise _Unsupported
+        self.flat = {b: k.flat(k.param(f"p{i}", _shape(b), b.dtype)) for i, b in enumerate(func.params)}
+        self.inlined = {s.buffer: s for s in stages if s.buffer not in self.flat and not s.reduced}
+        """Buffers that do not come to be."""
+        for s in stages:
+            if s.reduced:  # not computed several times for each element of a reduction
+                many = math.prod(s.shape) * math.prod(n for _, n in s.reduced)
+                for b in [b for b in _reads(s.value) if b in self.inlined and math.prod(_shape(b)) < many]:
+                    del self.inlined[b]
+        for s in stages:
+            if s.buffer not in self.flat and s.buffer not in self.inlined:
+                self.flat[s.buffer] = k.scratch(math.prod(s.shape), s.buffer.dtype)
+        self.bound: list[tuple[Buffer, list[Expr], Expr]] = []
+        """Elements of inlined buffers that the innermost loop has at hand."""
+        self.offsets: list[Expr] | None = None
+        """Where operands are read, while that is being found out."""
+        for s in stages:
+            if s.buffer not in self.inlined:
+                s = self._reshaped(s)
+                (self._reduce if s.reduced else self._map)(s)
+
+    def build(self) -> tirx.PrimFunc:
+        return self.kernel.build()
+
+    def _reshaped(self, s: _Stage) -> _Stage:
+        """A stage that only gives an inlined one another shape is that one."""
+        while not s.reduced and isinstance(s.value, TensorLoad) and s.value.source in self.inlined:
+            source = self.inlined[s.value.source]
+            if math.prod(source.shape) != math.prod(s.shape):
+                break
+            for v, n in s.spatial:
+                self._range(v, n)
+            here = self._offset(s.shape, [v for v, _ in s.spatial])
+            if not self._equal(here, self._offset(source.shape, list(s.value.indices)), 0):
+                break
+            s = replace(source, buffer=s.buffer)
+        return s
+
+    # -- indices ------------------------------------------------------------------------------------------------------------
+    def _range(self, v: Expr, n: int) -> Expr:
+        self.analyzer.bind(v, tvm.ir.Range(int64(0), int64(n)), True)
+        return v
+
+    def _equal(self, a: Expr, b: Expr, difference: int) -> bool:
+        found = self.analyzer.simplify(a - b)
+        return isinstance(found, tirx.IntImm) and int(found.value) == difference
+
+    def _offset(self, shape: Sequence[int], index: Sequence[Expr]) -> Expr:
+        at = int64(0)
+        for n, i in zip(shape, index):
+            at = at * n + i
+        return self.analyzer.simplify(at)
+
+    def _split(self, at: Expr, shape: Sequence[int]) -> list[Expr]:
+        """The index of element number ``at``."""
+        out: list[Expr] = []
+        for axis in reversed(range(len(shape))):
+            here = at if axis == 0 else floor_mod(at, shape[axis])
+            out.append(self._range(self.kernel.let(here), shape[axis]))
+            at = floor_div(at, shape[axis])
+        return out[::-1]
+
+    # -- values -------------------------------------------------------------------------------------------------------------
+    def _value(self, e: Expr, env: dict[Expr, Expr], always: bool = True) -> Expr:
+        """``e`` at the index that ``env`` gives; ``always``: it is evaluated whatever the data are."""
+        if isinstance(e, tirx.Var):
+            return env.get(e, e)
+        if isinstance(e, tirx.IntImm | tirx.FloatImm):
+            return e
+        if isinstance(e, _BINARY):
+            return type(e)(self._value(e.a, env, always), self._value(e.b, env, always))
+        if isinstance(e, tirx.Not | tirx.BitwiseNot):
+            return type(e)(self._value(e.a, env, always))
+        if isinstance(e, tirx.Cast):
+            return tirx.Cast(e.ty.dtype, self._value(e.value, env, always))
+        if isinstance(e, tirx.Select):
+            return tirx.Select(*(self._value(x, env, always) for x in (e.condition, e.true_value, e.false_value)))
+        if isinstance(e, TensorLoad):
+            return self._load(e.source, [self._value(i, env, always) for i in e.indices], always)
+        if isinstance(e, Call):
+            name = e.op.name
+            if name == "prim.if_then_else":
+                condition = self.analyzer.simplify(self._value(e.args[0], env, always))
+                return tirx.if_then_else(condition, *(self._value(x, env, False) for x in e.args[1:]))
+            args = [self._value(x, env, always) for x in e.args]
+            if always and name in _MATH and str(e.ty.dtype) == "float32" and self.offsets is None:
+                return _MATH[name](self.kernel, self.kernel.let(args[0]))
+            return Call(e.op, args, e.attrs, e.ty_args, ret_ty=e.ty)
+        raise _Unsupported
+
+    def _load(self, buffer: Buffer, index: list[Expr], always: bool) -> Expr:
+        if buffer not in self.inlined:
+            at = self._offset(_shape(buffer), index)
+            if self.offsets is not None:
+                self.offsets.append(at)
+            return load(self.flat[buffer], at)
+        index = [self.analyzer.simplify(i) for i in index]
+        for b, i, value in self.bound:
+            if b.same_as(buffer) and all(map(tvm_ffi.structural_equal, i, index)):
+                return value
+        stage = self.inlined[buffer]
+        value = self._value(stage.value, {v: i for (v, _), i in zip(stage.spatial, index)}, always)
+        if always and self.offsets is None:
+            value = self._once(value)
+            self.bound.append((buffer, index, value))
+        return value
+
+    def _once(self, value: Expr) -> Expr:
+        """``value``, computed here. Passes that narrow indices or widen bf16 change the types of variables, not of memory."""
+        dtype = str(value.ty.dtype)
+        if dtype in ("float32", "float64"):
+            return self.kernel.let(value)
+        place = self.kernel.registers(1, dtype, 1)
+        self.kernel.store(place, 0, value)
+        return load(place, 0)
+
+    def _element(self, s: _Stage, spatial: Sequence[Expr], reduced: Sequence[Expr] = ()) -> Expr:
+        """The value of a stage at an index, in a loop of its own."""
+        self.bound = []
+        return self._value(s.value, {v: i for (v, _), i in zip((*s.spatial, *s.reduced), (*spatial, *reduced))})
+
+    def _strides(self, s: _Stage, axis: int) -> int:
+        """How many operands are contiguous along an axis (of the spatial and reduced ones)."""
+        axes = (*s.spatial, *s.reduced)
+        if not axes:
+            return 0
+        places = []
+        for step in (0, 1):
+            self.offsets = []
+            moved = axis % len(axes)
+            self._value(s.value, {v: self._range(v, n) + (step if i == moved else 0) for i, (v, n) in enumerate(axes)})
+            places.append(self.offsets)
+        self.offsets = None
+        return sum(self._equal(b, a, 1) for a, b in zip(*places))
+
+    # -- loops --------------------------------------------------------------------------------------------------------------
+    def _nest(self, stack: ExitStack, extents: Sequence[Expr | int]) -> list[Expr]:
+        """Nested loops."""
+        out = []
+        for n in extents:
+            v = stack.enter_context(self.kernel.loop(n))
+            out.append(self._range(v, n) if isinstance(n, int) else v)
+        return out
+
+    def _units(self, total: int, work: int, body: Callable[[Expr], None]) -> None:
+        """``body`` for each of ``total`` units, on all threads if it is worth it."""
+
+        def part(first: Expr, last: Expr) -> None:
+            with self.kernel.range(first, last) as unit:
+                body(self._range(unit, total))
+
+        self.kernel.share(self.threads if total > 1 and work >= _WORK else 1, total, part)
+
+    def _map(self, s: _Stage) -> None:
+        shape, rank = s.shape, len(s.shape)
+        cut = max(rank - 1, 0)
+        while cut and math.prod(shape[cut:]) < _INNER:
+            cut -= 1
+        outer, inner = math.prod(shape[:cut]), shape[cut:]
+        width = inner[0] if inner else 1  # of what one unit does of the first inner axis
+        if outer < 4 * self.threads and math.prod(inner) >= 2 * _INNER:
+            width = math.ceil(width / (4 * self.threads))
+            width = math.ceil(width / _LANES) * _LANES if len(inner) == 1 else width
+        blocks = math.ceil(inner[0] / width) if inner else 1
+
+        def unit(at: Expr) -> None:
+            block = self._range(self.kernel.let(floor_mod(at, blocks)), blocks)
+            index = self._split(floor_div(at, blocks), shape[:cut])
+            with ExitStack() as stack:
+                start = block * width
+                extents: list[Any] = list(inner)
+                if blocks > 1:
+                    extents[0] = width if inner[0] % width == 0 else self.kernel.let(minimum(width, inner[0] - start))
+                loops = self._nest(stack, extents)
+                if blocks > 1:
+                    self._range(loops[0], width)
+                    loops[0] = start + loops[0]
+                index += loops
+                value = self._element(s, index)
+                self.kernel.store(self.flat[s.buffer], self._offset(shape, index), value)
+
+        self._units(outer * blocks, math.prod(shape), unit)
+
+    def _reduce(self, s: _Stage) -> None:
+        along, across = self._strides(s, -1), self._strides(s, len(s.spatial) - 1) if s.spatial else 0
+        if across >= along and across and s.shape[-1] > 1:
+            self._columns(s)
+        else:
+            self._rows(s)
+
+    def _rows(self, s: _Stage) -> None:
+        """A reduction whose last axis is contiguous: a row of partial results side by side."""
+        k, shape, extents = self.kernel, s.shape, [n for _, n in s.reduced]
+        whole, rest = divmod(extents[-1], _LANES)
+
+        def unit(at: Expr) -> None:
+            index = self._split(at, shape)
+            acc = k.registers(_LANES, s.buffer.dtype, 1)
+            with k.loop(_LANES) as j:
+                k.store(acc, j, s.neutral)
+            with ExitStack() as stack:
+                outer = self._nest(stack, extents[:-1])
+                if whole:
+                    with k.loop(whole) as i, k.loop(_LANES) as j:
+                        self._range(i, whole)
+                        last = i * _LANES + self._range(j, _LANES)
+                        k.store(acc, j, s.combine(load(acc, j), self._element(s, index, [*outer, last])))
+                if rest:
+                    with k.loop(rest) as j:
+                        last = self._range(j, rest) + whole * _LANES
+                        k.store(acc, j, s.combine(load(acc, j), self._element(s, index, [*outer, last])))
+            parts = [load(acc, j) for j in range(_LANES)]
+            while len(parts) > 1:
+                half = len(parts) // 2
+                parts = [k.let(s.combine(a, b)) for a, b in zip(parts[:half], parts[half:])]
+            k.store(self.flat[s.buffer], self._offset(shape, index), parts[0])
+
+        self._units(math.prod(shape), math.prod(shape) * math.prod(extents), unit)
+
+    def _columns(self, s: _Stage) -> None:
+        """A reduction whose result's last axis is contiguous: columns side by side."""
+        k, shape, extents = self.kernel, s.shape, [n for _, n in s.reduced]
+        outer, columns = math.prod(shape[:-1]), shape[-1]
+        blocks = max(math.ceil(columns / _WIDTH), 1 if outer >= self.threads else 2 * self.threads)
+        width = min(columns, math.ceil(columns / blocks / _LANES) * _LANES)
+        blocks = math.ceil(columns / width)
+
+        def unit(at: Expr) -> None:
+            block = self._range(k.let(floor_mod(at, blocks)), blocks)
+            index = self._split(floor_div(at, blocks), shape[:-1])
+            start = block * width
+            extent = width if columns % width == 0 else k.let(minimum(width, columns - start))
+            acc = k.registers(width, s.buffer.dtype, 1)
+            with k.loop(extent) as j:
+                k.store(acc, j, s.neutral)
+            with ExitStack() as stack:
+                reduced = self._nest(stack, extents)
+                with k.loop(extent) as j:
+                    value = self._element(s, [*index, start + self._range(j, width)], reduced)
+                    k.store(acc, j, s.combine(load(acc, j), value))
+            with k.loop(extent) as j:
+                to = self._offset(shape, [*index, start + self._range(j, width)])
+                k.store(self.flat[s.buffer], to, load(acc, j))
+
+        self._units(outer * blocks, math.prod(shape) * math.prod(extents), unit)
+
+
+def _reads(e: Expr) -> list[Buffer]:
+    """The buffers that an expression reads."""
+    if isinstance(e, TensorLoad):
+        return [e.source, *(b for i in e.indices for b in _reads(i))]
+    if isinstance(e, Call):
+        return [b for x in e.args for b in _reads(x)]
+    if isinstance(e, tirx.Var | tirx.IntImm | tirx.FloatImm):
+        return []
+    names = ("a", "b", "value", "condition", "true_value", "false_value")
+    return [b for name in names if hasattr(e, name) for b in _reads(getattr(e, name))]
+
+
+_MATH: dict[str, Callable[[Kernel, Expr], Expr]] = {
+    "tirx.exp": exact_exp, "tirx.sigmoid": exact_sigmoid, "tirx.tanh": exact_tanh, "tirx.erf": exact_erf,
+}  # fmt: skip

@@ -1,0 +1,104 @@
+# ruff: noqa: E501
+"""Fused functions as loop nests: the same values at sizes that nothing divides, on one thread and several; what is left alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tvm
+from tvm import tirx
+from wasat.backends.tvm import loops
+from wasat.backends.tvm.build import Runner
+from wasat.backends.tvm.targets import cpu
+from wasat.ir import evaluate, parse_program
+
+CASES = {
+    "softmax's gradient": (
+        "(%p: f32[3, 5, 37], %g: f32[3, 5, 37]) {\n %a: f32[3, 5, 37] = mul(%p, %g)\n"
+        " %s: f32[3, 5, 1] = reduce_sum(%a) {axes=(2,), keepdims=true}\n"
+        " %d: f32[3, 5, 37] = sub(%g, %s)\n %y: f32[3, 5, 37] = mul(%d, %p)"),
+    "a bias's gradient": "(%g: f32[9, 50, 70]) {\n %y: f32[70] = reduce_sum(%g) {axes=(0, 1)}",
+    "a bias's gradient, many columns": "(%g: f32[40, 1500]) {\n %y: f32[1500] = reduce_sum(%g) {axes=(0,)}",
+    "a bias's gradient by channel": "(%g: f32[3, 7, 5, 19]) {\n %y: f32[7] = reduce_sum(%g) {axes=(0, 2, 3)}",
+    "a sum of squares": "(%g: f32[130, 129]) {\n %a: f32[130, 129] = mul(%g, %g)\n %y: f32[] = reduce_sum(%a) {axes=(0, 1)}",
+    "the largest, of a middle axis": "(%x: f32[6, 33, 50]) {\n %y: f32[6, 50] = reduce_max(%x) {axes=(1,)}",
+    "a product and a least": (
+        "(%x: f32[4, 21]) {\n %a: f32[4] = reduce_prod(%x) {axes=(1,)}\n %c: f32[4] = reduce_min(%x) {axes=(1,)}\n %y: f32[4] = add(%a, %c)"),
+    "one flat axis": "(%x: f32[30001], %z: f32[]) {\n %a: f32[30001] = exp(%x)\n %y: f32[30001] = add(%a, %z)",
+    "under another shape": (
+        "(%x: f32[20, 30, 8], %z: f32[8]) {\n %a: f32[20, 30, 8] = mul(%x, %z)\n %r: f32[600, 8] = reshape(%a) {shape=(600, 8)}\n"
+        " %t: f32[8, 600] = transpose(%r) {perm=(1, 0)}\n %y: f32[4800] = reshape(%t) {shape=(4800,)}"),
+    "halves turned": (
+        "(%x: f32[40, 6, 32]) {\n %a: f32[40, 6, 16] = slice(%x) {starts=(0, 0, 0), stops=(40, 6, 16), steps=(1, 1, 1)}\n"
+        " %c: f32[40, 6, 16] = slice(%x) {starts=(0, 0, 16), stops=(40, 6, 32), steps=(1, 1, 1)}\n %n: f32[40, 6, 16] = neg(%c)\n"
+        " %h: f32[40, 6, 32] = concat(%n, %a) {axis=2}\n %e: f32[40, 6, 32] = pad(%a) {low=(0, 0, 16), high=(0, 0, 0), value=2.0}\n"
+        " %y: f32[40, 6, 32] = add(%h, %e)"),
+    "one value read many times": (
+        "(%x: f32[50, 40]) {\n %v: f32[50, 40] = mul(%x, %x)\n %w: f32[50, 40] = tanh(%v)\n %a: f32[50, 40] = add(%v, %w)\n"
+        " %c: f32[50, 40] = mul(%a, %a)\n %y: f32[50, 40] = sub(%c, %a)"),
+    "integers and truth": (
+        "(%i: i64[7, 90], %x: f32[7, 90]) {\n %k: bool[7, 90] = greater_equal(%i, 3:i64)\n %j: i64[7, 90] = add(%i, %i)\n"
+        " %f: f32[7, 90] = cast(%j) {dtype=f32}\n %s: f32[7, 90] = select(%k, %f, %x)\n %y: f32[7] = reduce_sum(%s) {axes=(1,)}"),
+    "half precision": "(%x: f16[9, 40], %z: f16[9, 40]) {\n %a: f16[9, 40] = mul(%x, %z)\n %c: f16[9, 40] = add(%a, %a)\n %y: f16[9, 40] = mul(%c, %a)",
+    "a scalar": "(%x: f32[], %z: f32[]) {\n %a: f32[] = add(%x, %z)\n %y: f32[] = sqrt(%a)",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def taken() -> Runner:
+    text = "\n".join(f"graph @case{i}{case}\n return %y\n}}" for i, case in enumerate(CASES.values()))
+    return Runner(parse_program(text), cpu(threads=2))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equal(name: str, taken: Runner) -> None:
+    graph = taken.program[f"case{list(CASES).index(name)}"]
+    rng = np.random.default_rng(0)
+    inputs = {
+        v.name: (np.abs(rng.standard_normal(v.shape)) * 2).astype(v.tensor.dtype.np) if "scalar" in name
+        else rng.integers(-9, 9, v.shape) if v.tensor.dtype.is_int
+        else np.asarray(rng.standard_normal(v.shape), v.tensor.dtype.np)
+        for v in graph.inputs
+    }  # fmt: skip
+    [want] = evaluate(graph, inputs)
+    got = taken(graph.name, inputs)["y"]
+    np.testing.assert_allclose(got, want, rtol=2e-3 if name == "half precision" else 2e-6, atol=2e-5 if want.size < 100 else 1e-6)
+
+
+@pytest.mark.parametrize("op", ["exp", "tanh", "erf", "sigmoid"])
+def test_elementary(op: str) -> None:
+    """Everywhere, where the result is tiny, too large for f32, or NaN."""
+    program = parse_program(f"graph @g(%x: f32[20000]) {{\n %y: f32[20000] = {op}(%x)\n return %y\n}}")
+    special = [np.inf, -np.inf, np.nan, 0, 88.7, 88.8, -87, 1e-30, 5, -5]
+    x = np.concatenate([np.linspace(-110, 110, 9990), np.linspace(-1e-3, 1e-3, 10000), special]).astype(np.float32)
+    with np.errstate(all="ignore"):
+        [want] = evaluate(program["g"], {"x": x})
+    np.testing.assert_allclose(Runner(program, cpu())("g", {"x": x})["y"], want, rtol=2e-6, atol=1e-37)
+
+
+def module_of(text: str) -> tvm.IRModule:
+    """What the pass makes of a program's fused functions."""
+    made = []
+    run = tvm.transform.module_pass(lambda m, c: made.append(m) or m, opt_level=0, name="Look")
+    target = cpu(threads=2)
+    original = loops.schedule
+    try:
+        loops.schedule = lambda threads: tvm.transform.Sequential([original(threads), run])
+        Runner(parse_program(text), target)
+    finally:
+        loops.schedule = original
+    return made[0]
+
+
+@pytest.mark.parametrize(
+    "text, all_taken",
+    [
+        ("(%x: f32[40, 50]) {\n %a: f32[40, 50] = exp(%x)\n %y: f32[50] = reduce_sum(%a) {axes=(0,)}", True),
+        ("(%x: f32[s, 50]) {\n %y: f32[s, 50] = exp(%x)", False),  # sizes that are not known
+        ("(%x: f32[40, 50]) {\n %y: f32[40, 50] = cumsum(%x) {axis=1}", False),  # a loop within a block
+    ],
+)
+def test_taken(text: str, all_taken: bool) -> None:
+    functions = [f for f in module_of(f"graph @g{text}\n return %y\n}}").functions.values() if isinstance(f, tirx.PrimFunc)]
+    assert functions
+    assert all("tirx.is_scheduled" in f.attrs for f in functions) == all_taken
