@@ -75,7 +75,7 @@ def _prompt(example: Example) -> list[str | Image | Audio | Video]:
         elif isinstance(part, AudioData):
             made.append(Audio(part.wave, part.rate))
         else:
-            made.append(Video(part.frames, part.times))
+            made.append(Video(part.frames, part.times.tolist()))
     return made
 
 

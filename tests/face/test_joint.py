@@ -1,0 +1,167 @@
+"""``wasat train`` of a mixture of tasks: a run from a file, resumed, saved, compiled, evaluated; files that cannot be."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from wasat.frontend.families.config import ConfigError
+from wasat.training.tasks import Code, Example, Split
+
+import wasat as ws
+from wasat.evaluation import Score, evaluate, markdown, table
+from wasat.joint import Joint, layout
+from wasat.models import gemini
+from wasat.recipe import RecipeError, read_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = """
+steps = 6
+output = "OUTPUT"
+[model]
+family = "gemini"
+[model.text]
+vocab = 320
+dim = 16
+layers = 1
+heads = 2
+kv_heads = 1
+head_dim = 8
+hidden = 16
+context = 128
+[model.vision]
+kind = "vit"
+size = 16
+tokens = 4
+patch = 8
+dim = 16
+layers = 1
+heads = 2
+hidden = 16
+[[data]]
+task = "digits"
+weight = 2
+[[data]]
+task = "code"
+examples = 2
+[batch]
+rows = 3
+length = 72
+[evaluation]
+every = 3
+batches = 2
+[rate]
+rate = 0.01
+[checkpoints]
+every = 3
+"""
+
+
+def recipe(folder: Path, text: str = RECIPE) -> Joint:
+    folder.mkdir(exist_ok=True)
+    (folder / "run.toml").write_text(text.replace("OUTPUT", str(folder / "run")))
+    made = read_recipe(folder / "run.toml")
+    assert isinstance(made, Joint)
+    return made
+
+
+def test_a_run_learns_resumes_and_is_served(tmp_path: Path) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill(step: int, steps: int, said: object) -> None:
+        if step == 4:
+            raise Killed
+
+    with pytest.raises(Killed):
+        recipe(tmp_path).run(kill)
+    joint = recipe(tmp_path)
+    done = joint.run(lambda *said: None)
+    assert [line["step"] for line in done.log] == [1, 2, 3, 4, 5, 6]
+    assert done.log[-1]["loss"] < done.log[0]["loss"]
+    for name in ("right.digits", "right.code", "eval.right.digits", "eval.right.code"):
+        assert 0 <= done.log[-1][name] <= 1
+
+    model = tmp_path / "run" / "model"
+    assert gemini.Config.from_json(json.loads((model / "config.json").read_text())) == joint.config
+    served = joint.served(done)
+    logits = served.params["embedding.weight"].load()
+    assert np.allclose(logits, done.program.params["embedding.weight"].load(), atol=1e-3)
+
+    ws.compile(ws.from_pretrained(model), tmp_path / "small.wasat")
+    scores = evaluate(ws.load(tmp_path / "small.wasat"), joint.tasks, count=5, batch=3)
+    assert [(s.name, s.count, s.blind is None) for s, *_ in scores] == [("digits", 5, False), ("code", 5, True)]
+    assert [name for name, _ in scores[0][0].baselines] == ["majority", "logistic regression"]
+
+
+def test_what_is_measured() -> None:
+    """``right.<task>``: of the rows of a task, the share of labels that the logits' largest is."""
+    joint = read_recipe(ROOT / "examples" / "gemini.toml")
+    assert isinstance(joint, Joint)
+    assert layout(joint.config) == joint.mixture().layout
+    first = next(joint.mixture())
+    assert first["images"].shape[1] == joint.config.vision.size  # type: ignore[union-attr]
+    assert sum(joint.mixture().rows) == len(first["tokens"]) == 32
+
+
+class Answers:
+    """In place of a model: says of a prompt what ``known`` has for its text, with a space too many."""
+
+    def __init__(self, known: dict[str, str]) -> None:
+        self.known = known
+        self.batches: list[int] = []
+
+    def generate(self, prompts: list[list[str]], max_tokens: int) -> list[object]:
+        self.batches.append(len(prompts))
+        return [type("Generation", (), {"text": self.known.get(p[-1], "") + " "}) for p in prompts]
+
+
+class Two(Code):
+    name = "two"
+    held_out = 4
+
+    def example(self, split: Split, index: int) -> Example:
+        return Example((f"{index} =>",), f" {index % 2}", "odd" if index % 2 else "even")
+
+
+def test_scores_and_tables() -> None:
+    model = Answers({"0 =>": " 0", "1 =>": " 1", "2 =>": "0", "3 =>": " 3"})
+    told: list[tuple[str, int, int]] = []
+    scores = evaluate(model, [Two()], batch=3, progress=lambda *x: told.append(x))  # type: ignore[arg-type]
+    assert model.batches == [3, 1]
+    assert told[-1] == ("two", 4, 4)
+    assert scores == [[Score("two", 4, 0.75, None, (("majority", 1.0),)), Score("even", 2, 1.0), Score("odd", 2, 0.5)]]
+    assert table(scores)[1:] == [
+        ["two", "4", "75.0%", "", "majority 100.0%"], ["· even", "2", "100.0%", "", ""], ["· odd", "2", "50.0%", "", ""],
+    ]  # fmt: skip
+    assert len(table(scores, kinds=False)) == 2
+    assert markdown([["a", "b"], ["c", "d"]]) == "| a | b |\n|---|---|\n| c | d |\n"
+
+
+REFUSED = {
+    "task": ('task = "code"', 'task = "cod"', RecipeError, "there is no task cod; there are digits, scenes"),
+    "modality": ('task = "code"', 'task = "match"', RecipeError, "task match needs a model with audio"),
+    "key": ("weight = 2", "wheight = 2", RecipeError, r"\[\[data\]\] 1: wheight is unknown; did you mean weight"),
+    "family": ('family = "gemini"', 'family = "gemeni"', RecipeError, "no family gemeni; there are decoder, gemini"),
+    "field": ("patch = 8", "patches = 8", ConfigError, r"\[model\].*vision: there is no field patches; did you mean patch"),
+    "evaluation": ("batches = 2", "batch = 2", RecipeError, r"\[evaluation\]: batch is unknown; did you mean batches"),
+    "tokenizer": ('family = "gemini"', 'family = "gemini"\ntokenizer = "none"', RecipeError, "none cannot be read"),
+    "voices": ('task = "code"', 'task = "speech"\nvoices = "none"', RecipeError, "task speech needs a model with audio"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(tmp_path: Path, case: str) -> None:
+    old, new, kind, message = REFUSED[case]
+    assert old in RECIPE
+    with pytest.raises(kind, match=message):
+        recipe(tmp_path, RECIPE.replace(old, new, 1))
+
+
+def test_a_tokenizer_without_an_end(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "examples" / "pygemma" / "tokenizer.json", tmp_path / "other.json")
+    with pytest.raises(RecipeError, match=r"other.json has no token <end> to end an answer"):
+        recipe(tmp_path, RECIPE.replace('family = "gemini"', 'family = "gemini"\ntokenizer = "other.json"'))
