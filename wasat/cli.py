@@ -186,7 +186,7 @@ def generate(
         sys.stdout.write(piece)
         sys.stdout.flush()
 
-    media = {
+    media: dict[str, Sequence[Media]] = {
         "image": [runtime.Image(p) for p in image or ()], "audio": [runtime.Audio(p) for p in audio or ()],
         "video": [runtime.Video(p) for p in video or ()],
     }  # fmt: skip
