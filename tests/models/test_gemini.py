@@ -198,7 +198,7 @@ def test_a_gate_of_zero_is_the_model_without_cross_attention() -> None:
 
 # -- compiled ----------------------------------------------------------------------------------------------------------------
 def test_the_artifact_does_what_the_interpreter_does(tmp_path: Path) -> None:
-    config = replace(TINY, text=replace(TINY.text, layers=1))
+    config = replace(TINY, text=replace(TINY.text, layers=1), cross_every=1)
     program = awake(gemini.Gemini(config).program())
     gemini.save(tmp_path / "model", config, program.params, dtype="f32")
     ws.compile(ws.from_pretrained(tmp_path / "model"), tmp_path / "artifact")
@@ -214,6 +214,13 @@ def test_the_artifact_does_what_the_interpreter_does(tmp_path: Path) -> None:
     picture = r.integers(0, 256, (37, 21, 3)).astype(np.uint8)
     want = run(program, "encode_image", image=picture)["rows"]
     np.testing.assert_allclose(model.run("encode_image", image=picture)["rows"], want, rtol=1e-4, atol=1e-5)
+    inputs = stream(config, program, b)
+    full = run(program, **inputs)["logits"]
+    session = model.session(2)
+    session.encode(media=inputs["media"], seen=SEEN)
+    session.step(TOKENS[:, :4])
+    session.step(TOKENS[:, 4:8])
+    np.testing.assert_allclose(session.step(TOKENS[:, 8:]), full[:, 8], rtol=1e-4, atol=1e-5)
 
 
 def test_quantized_and_compiled() -> None:
