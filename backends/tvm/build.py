@@ -71,11 +71,16 @@ def run(program: Program, target: Target, graph: str, inputs: Mapping[str, Any])
     return Runner(program, target)(graph, inputs)
 
 
+_SHARED = {"float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8"}
+"""Element types that NumPy and TVM can share in memory."""
+
+
 class Runner:
     """A program compiled and loaded in this process, weights included."""
 
-    def __init__(self, program: Program, target: Target, states: Sequence[str] = ()) -> None:
-        self.program, self.states = program, tuple(states)
+    def __init__(self, program: Program, target: Target, states: Sequence[str] = (), *, in_place: bool = True) -> None:
+        """``in_place``: the program may write into its states, so that they are copied; if not they are read where they are."""
+        self.program, self.states, self.in_place = program, tuple(states), in_place
         self.layouts = target.state_layouts(program)
         library = build(program, target, states)
         self.vm = relax.VirtualMachine(library.executable, tvm.cpu())
@@ -103,3 +108,8 @@ class Runner:
         names = [n for n in g.output_names if n not in self.states] + [n for n in g.output_names if n in self.states]
         results = {n: uncarried(x.numpy(), types[n].tensor.dtype) for n, x in zip(names, out)}
         return {n: self.layouts[n].unpack(x) if n in self.layouts else x for n, x in results.items()}
+
+    def _tensor(self, x: np.ndarray) -> Any:
+        """What a compiled function takes: the array's own memory where that may stay and is aligned as the code assumes."""
+        fits = x.dtype.name in _SHARED and x.size and x.flags.c_contiguous and x.flags.writeable and x.ctypes.data % 64 == 0
+        return tvm.runtime.from_dlpack(x) if fits and not self.in_place else tvm.runtime.tensor(np.array(x, order="C"))
