@@ -3,8 +3,8 @@
     python benchmarks/train.py --torch PYTHON --jax PYTHON -o benchmarks/results/train.md
 
 PYTHON: interpreters that have torch (2.13 or so) and jax (CPU), each of a virtual environment of its own; who has none does
-not run. Every turn is a process: it compiles, takes 3 steps to warm up and 15 that are timed. Figures are medians over the steps
-of all turns, peak memory is that of the largest process, compilation included. The losses of the contenders must agree.
+not run. Every turn is a process: it compiles, takes 3 steps to warm up and 15 that are timed. Figures are medians over
+the steps of all turns, peak memory is that of the largest process, compilation included. All losses must agree.
 
 The model: a decoder (32 rows of 64 tokens, width 192, 4 layers, 6 heads, RoPE, SwiGLU of 512, 512 tokens) that reads 8 images
 of 32 x 32 as 16 tokens each through an encoder (width 128, 2 layers, 4 heads, GELU of 256); AdamW, gradients clipped to norm 1.
