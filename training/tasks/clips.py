@@ -35,11 +35,12 @@ class Clips(Task):
             (thing,), (way,) = self._things(rng, split, 1, (0, 1, 2), centre=True)
             end = replace(thing, radius=thing.radius * list(GROWTH.values())[way])
             asked = wording(rng, split, ("Does the shape", "Does it"), ("grow or shrink?", "change its size?"))
-            return self._made(rng, [thing], [end], asked, f" {list(GROWTH)[way]}", kind)
+            return self._made(rng, split, [thing], [end], [list(GROWTH)[way]], asked, f" {list(GROWTH)[way]}", kind)
         if kind == "way":
             (thing,), (way,) = self._things(rng, split, 1, (0, 1, 2, 3), centre=True)
             asked = wording(rng, split, ("Which way", "In which direction"), ("does it move?", "does the shape go?"))
-            return self._made(rng, [thing], [_moved(thing, ways[way], 0.26)], asked, f" {ways[way]}", kind)
+            end = _moved(thing, ways[way], 0.26)
+            return self._made(rng, split, [thing], [end], [f"moves {ways[way]}"], asked, f" {ways[way]}", kind)
         things, found = self._things(rng, split, 2 if kind == "mover" else 3, (0, 1, 2, 3))
         count = 1 if kind == "mover" else int(rng.integers(split == "held_out", 4))
         ends = [_moved(t, ways[way], 0.16) if i < count else t for i, (t, way) in enumerate(zip(things, found))]
@@ -49,8 +50,10 @@ class Clips(Task):
         else:
             asked = wording(rng, split, ("How many", "What number of"), ("shapes move?", "shapes are moving?"))
             answer = f" {count}"
+        does = [f"moves {ways[way]}" if i < count else "stays" for i, way in enumerate(found)]
         order = rng.permutation(len(things))  # what moves is drawn first or last
-        return self._made(rng, [things[i] for i in order], [ends[i] for i in order], asked, answer, kind)
+        begin, after, does = ([x[i] for i in order] for x in (things, ends, does))
+        return self._made(rng, split, begin, after, does, asked, answer, kind)
 
     def _things(
         self, rng: np.random.Generator, split: Split, count: int, ways: tuple[int, ...], centre: bool = False
@@ -70,15 +73,26 @@ class Clips(Task):
         return made, found
 
     def _made(
-        self, rng: np.random.Generator, begin: list[Thing], end: list[Thing], asked: str, answer: str, kind: str
-    ) -> Example:
+        self, rng: np.random.Generator, split: Split, begin: list[Thing], end: list[Thing], does: list[str], asked: str,
+        answer: str, kind: str,
+    ) -> Example:  # fmt: skip
         grey, step = int(rng.integers(0, 60)), rng.uniform(0.08, 0.16)
         frames = [
             picture([_between(a, b, i / max(self.frames - 1, 1)) for a, b in zip(begin, end)], self.size, grey)
             for i in range(self.frames)
         ]
         times = (step * np.arange(self.frames)).astype(np.float32)
-        return Example((VideoData(np.stack(frames), times), asked), answer, kind)
+        return Example((VideoData(np.stack(frames), times), asked), answer, kind, _further(rng, split, begin, does))
+
+
+def _further(rng: np.random.Generator, split: Split, things: list[Thing], does: list[str]) -> tuple[tuple[str, str], ...]:
+    """What each thing does, told of all of them or asked of one, in any order."""
+    told = ", ".join(f"{t} {what}" for t, what in sorted(zip(things, does), key=lambda x: x[0].colour))
+    made = [(wording(rng, split, ("Describe", "Tell me about"), ("the clip.", "the shapes.")), f" {told}")]
+    for t, what in zip(things, does):
+        asked = wording(rng, split, ("What does", "What did"), (f"the {t.colour} one do?", f"the {t.colour} shape do?"))
+        made.append((asked, f" {what}"))
+    return tuple(made[i] for i in rng.permutation(len(made)))
 
 
 def _moved(t: Thing, way: str, by: float) -> Thing:
