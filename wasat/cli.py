@@ -33,7 +33,7 @@ A first round, from a clone of the repository:
 - `wasat explain examples/pygemma` says what each pass did, and for every lost optimization why and where
 - `wasat train examples/train_tiny.toml` trains a tiny language model in under a minute
 - `wasat export examples/pygemma --onnx pygemma.onnx` writes it as an ONNX file
-- `wasat demo` does it all on that small model
+- `wasat demo` does it all on small models, and writes a page
 """,
 )  # fmt: skip
 out, err = Console(), Console(stderr=True)
@@ -362,19 +362,24 @@ def evaluate(
 
 @app.command()
 def demo(
-    quantize: Quantize = "int4",
-    folder: Annotated[Path | None, typer.Option(help="A Hugging Face folder to use instead of the small one.")] = None,
+    quantize: Annotated[
+        Scheme | None,
+        typer.Option(help="Of all weights; default: `int8` where a model sees or hears, else `int4`.", show_default=False),
+    ] = None,
+    folder: Annotated[Path | None, typer.Option(help="A model folder to show instead of the examples'.")] = None,
+    page: Annotated[Path, typer.Option(help="The HTML page to write.")] = Path("out/demo.html"),
 ) -> None:
-    """Watch a small trained model become a graph, be fused, get its KV cache, be quantized, compiled, and write code.
+    """Watch models become graphs, be fused, quantized and compiled, and answer from pictures, sounds, clips and code.
 
     Examples:
 
     - `wasat demo`
     - `wasat demo --quantize f32`
+    - `wasat demo --folder gemini.run/model --page mine.html`
     """
     from wasat import demo as _demo
 
-    _demo.main(out, folder, _or_none(quantize))
+    _demo.main(out, folder, quantize, page)
 
 
 @app.command()
