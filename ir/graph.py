@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from .dims import Check, DimError, collect_checks, symbols_of
+from .dims import Check, DimError, DimLike, collect_checks, symbols_of
 from .errors import IRError, Loc, TypeMismatch, VerifyError
 from .types import Array, QTensorType, TensorType, Type
 
@@ -100,9 +100,9 @@ class Node:
         return out
 
     def __repr__(self) -> str:
-        from .printer import node_text
+        from .printer import brief, node_text
 
-        return node_text(self)
+        return node_text(self, brief)
 
 
 class Graph:
@@ -308,25 +308,30 @@ class Graph:
                 g.add_edge(node, v)
         return g
 
-    def clone(self, name: str | None = None) -> Graph:
-        """A copy with the same text."""
+    def clone(self, name: str | None = None, dims: Mapping[str, DimLike] | None = None) -> Graph:
+        """A copy with the same text, the symbols that ``dims`` names replaced."""
         other = Graph(name or self.name)
         env: dict[Value, Value] = {}
+        dims = dims or {}
         for v in self.inputs:
-            env[v] = other.add_input(v.name, v.type)
+            env[v] = other.add_input(v.name, v.type.substitute(dims))
         for k, v in self.params.items():
-            p = env[v] = other.add_param(k, v.type)
+            p = env[v] = other.add_param(k, v.type.substitute(dims))
             other.rename(p, v.name)
         for node in self.nodes:
-            copy_node(other, node, env)
+            copy_node(other, node, env, dims=dims)
         other.set_outputs([env[v] for v in self.outputs], self.output_names)
         return other
 
 
-def copy_node(graph: Graph, node: Node, env: dict[Value, Value], *, before: Node | None = None) -> Node:
-    """Appends a copy of ``node`` to ``graph``, operands mapped through ``env``, which receives its outputs."""
+def copy_node(
+    graph: Graph, node: Node, env: dict[Value, Value], *, before: Node | None = None, dims: Mapping[str, DimLike] | None = None
+) -> Node:
+    """Appends a copy of ``node`` to ``graph``, operands mapped through ``env``, which receives its outputs, and symbols
+    through ``dims``."""
+    attrs = node.attrs.bind(dims) if dims else node.attrs
     new = graph.add_node(
-        node.op, [env[v] for v in node.inputs], node.attrs, before=before, loc=node.loc, names=[v.name for v in node.outputs]
+        node.op, [env[v] for v in node.inputs], attrs, before=before, loc=node.loc, names=[v.name for v in node.outputs]
     )
     env.update(zip(node.outputs, new.outputs))
     return new
@@ -347,9 +352,9 @@ def infer(op: Op, attrs: Attrs, inputs: Sequence[Value], loc: Loc | None) -> tup
 
 
 def _attrs_note(attrs: Attrs) -> str:
-    from .printer import attrs_text
+    from .printer import attrs_text, brief
 
-    text = attrs_text(attrs)
+    text = attrs_text(attrs, brief)
     return f" {text}" if text else ""
 
 

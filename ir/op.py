@@ -19,8 +19,9 @@ against what the reference returned, and every error sample refused with its mes
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
@@ -31,7 +32,7 @@ from .types import Array, DType, QTensorType, TensorType, Type
 
 if TYPE_CHECKING:
     from .builder import Builder
-    from .graph import Node, Value
+    from .graph import Graph, Node, Value
 
 A = TypeVar("A", bound="Attrs")
 
@@ -53,6 +54,36 @@ class Literal:
     def array(self) -> np.ndarray:
         """A read-only view of the data."""
         return np.frombuffer(self.data, self.dtype.np).reshape(self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Body:
+    """A graph as an attribute: what an operation does in each turn. Compared by its text, and not to be changed in place.
+
+    It reads nothing but its inputs, and its symbols are those of the graph around it.
+    """
+
+    graph: Graph
+
+    @cached_property
+    def text(self) -> str:
+        return str(self.graph)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Body) and self.text == other.text
+
+    def __hash__(self) -> int:
+        return hash(self.text)
+
+    @cached_property
+    def symbols(self) -> tuple[str, ...]:
+        """Symbols of its types and of its nodes' attributes."""
+        types = symbols_of(d for v in self.graph.values() for d in v.type.shape)
+        return tuple(dict.fromkeys([*types, *(s for node in self.graph.nodes for s in node.attrs.symbols)]))
+
+    def substitute(self, env: Mapping[str, DimLike]) -> Body:
+        """With the symbols that ``env`` names replaced."""
+        return self if env.keys().isdisjoint(self.symbols) else Body(self.graph.clone(dims=env))
 
 
 @dataclass(frozen=True)
@@ -86,12 +117,27 @@ class Attrs:
 
     @property
     def symbols(self) -> tuple[str, ...]:
-        """Symbols of the dimensions among the attributes."""
+        """Symbols of the dimensions among the attributes, those in bodies included."""
         flat: list[object] = []
         for f in dataclasses.fields(self):
             v = getattr(self, f.name)
             flat += v if isinstance(v, tuple) else [v]
-        return symbols_of(flat)
+        return tuple(dict.fromkeys([*symbols_of(flat), *(s for body in self.bodies for s in body.symbols)]))
+
+    @property
+    def bodies(self) -> tuple[Body, ...]:
+        """The graphs among the attributes."""
+        values = (getattr(self, f.name) for f in dataclasses.fields(self))
+        return tuple(v for v in values if isinstance(v, Body))
+
+    def with_bodies(self: A, change: Callable[[Graph], object]) -> A:
+        """With copies of its bodies on which ``change`` was called; itself, if that answered for each that nothing changed."""
+        changes = {}
+        for f in dataclasses.fields(self):
+            v = getattr(self, f.name)
+            if isinstance(v, Body) and change(copy := v.graph.clone()):
+                changes[f.name] = Body(copy)
+        return dataclasses.replace(self, **changes) if changes else self
 
 
 def _canonical(value: Any, annotation: str) -> Any:
@@ -112,6 +158,8 @@ def _canonical(value: Any, annotation: str) -> Any:
 def _bind(value: Any, env: Mapping[str, DimLike]) -> Any:
     if isinstance(value, Dim):
         return substitute(value, env)
+    if isinstance(value, Body):
+        return value.substitute(env)
     if isinstance(value, tuple) and any(isinstance(v, (Dim, tuple)) for v in value):
         return tuple(_bind(v, env) for v in value)
     return value

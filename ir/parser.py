@@ -15,7 +15,7 @@ import numpy as np
 from .dims import Dim, DimError, DimLike, floordiv, maximum, minimum, mod, symbol
 from .errors import IRError, Loc, ParseError
 from .graph import Graph, Program, Value
-from .op import Literal, op_named
+from .op import Body, Literal, op_named
 from .types import DType, QTensorType, TensorType, Type
 
 _TOKEN = re.compile(
@@ -199,6 +199,8 @@ class _Parser:
             return {"true": True, "false": False, "none": None}[self.next()]
         if self.word == "dense":
             return self.dense()
+        if self.word == "graph" and self.tokens[self.i + 1][0] == "graph":
+            return self.body()
         literal = self.scalar_literal()
         if literal is not None:
             return literal
@@ -209,6 +211,12 @@ class _Parser:
         if self.word == "(":
             return self.tuple_or_dim()
         return self.dim()
+
+    def body(self) -> Body:
+        outer = self.unnamed
+        body = Body(self.graph())
+        self.unnamed = outer
+        return body
 
     def tuple_or_dim(self) -> Any:
         start = self.i

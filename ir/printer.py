@@ -8,13 +8,14 @@ import json
 import math
 import re
 import zlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .dims import Dim
 from .errors import Loc
-from .op import Attrs, Literal
+from .op import Attrs, Body, Literal
 from .types import DType
 
 if TYPE_CHECKING:
@@ -53,8 +54,17 @@ def literal_text(value: Literal) -> str:
     return f'dense<{kind}, "{base64.b64encode(zlib.compress(value.data, 9)).decode()}">'
 
 
-def attr_text(x: Any) -> str:
-    """One attribute value."""
+def brief(graph: Graph) -> str:
+    """A graph among the attributes by its name, for messages."""
+    return f"@{graph.name}"
+
+
+def _whole(graph: Graph) -> str:
+    return graph_text(graph).rstrip("\n")
+
+
+def attr_text(x: Any, nested: Callable[[Graph], str] = _whole) -> str:
+    """One attribute value; ``nested`` writes a graph."""
     if x is None:
         return "none"
     if isinstance(x, (bool, int, float)):
@@ -64,20 +74,22 @@ def attr_text(x: Any) -> str:
     if isinstance(x, (DType, Dim)):
         return str(x)
     if isinstance(x, tuple):
-        return "(" + ", ".join(attr_text(v) for v in x) + ("," if len(x) == 1 else "") + ")"
+        return "(" + ", ".join(attr_text(v, nested) for v in x) + ("," if len(x) == 1 else "") + ")"
     if isinstance(x, Literal):
         return literal_text(x)
+    if isinstance(x, Body):
+        return nested(x.graph)
     raise TypeError(f"attribute value {x!r} has no text form")
 
 
-def attrs_text(attrs: Attrs) -> str:
+def attrs_text(attrs: Attrs, nested: Callable[[Graph], str] = _whole) -> str:
     """``{axis=2, keepdims=true}``: the attributes that differ from their defaults; empty if none."""
     parts = []
     for f in dataclasses.fields(attrs):
         value = getattr(attrs, f.name)
         default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
         if not (type(value) is type(default) and value == default):
-            parts.append(f"{f.name}={attr_text(value)}")
+            parts.append(f"{f.name}={attr_text(value, nested)}")
     return "{" + ", ".join(parts) + "}" if parts else ""
 
 
@@ -91,10 +103,10 @@ def operand_text(v: Value) -> str:
     return "%" + name_text(v.name) if const is None else literal_text(Literal.of(const))
 
 
-def node_text(node: Node) -> str:
-    """One line: outputs with their types, operation, operands, attributes."""
+def node_text(node: Node, nested: Callable[[Graph], str] = _whole) -> str:
+    """One line: outputs with their types, operation, operands, attributes. A graph among these takes as many as it has."""
     outs = ", ".join(f"%{name_text(v.name)}: {v.type}" for v in node.outputs)
-    attrs = attrs_text(node.attrs)
+    attrs = attrs_text(node.attrs, nested)
     return f"{outs} = {node.op.name}({', '.join(map(operand_text, node.inputs))})" + (f" {attrs}" if attrs else "")
 
 
@@ -104,6 +116,10 @@ def _loc_note(loc: Loc | None) -> str:
 
 def graph_text(graph: Graph, locs: bool = False) -> str:
     """The whole graph; with ``locs``, each line ends in a comment naming where it was written."""
+
+    def nested(body: Graph) -> str:
+        return graph_text(body, locs).rstrip("\n").replace("\n", "\n  ")
+
     inputs = ", ".join(f"%{name_text(v.name)}: {v.type}" for v in graph.inputs)
     lines = [f"graph @{graph.name}({inputs}) {{"]
     for name, v in graph.params.items():
@@ -111,7 +127,7 @@ def graph_text(graph: Graph, locs: bool = False) -> str:
         lines.append(f"  param %{name_text(v.name)}: {v.type}{alias}")
     for node in graph.nodes:
         if not _inline(node.outputs[0]):
-            lines.append("  " + node_text(node) + (_loc_note(node.loc) if locs else ""))
+            lines.append("  " + node_text(node, nested) + (_loc_note(node.loc) if locs else ""))
     results = [
         operand_text(v) if v.name == n and not _inline(v) else f"{n if _WORD.match(n) else json.dumps(n)}={operand_text(v)}"
         for v, n in zip(graph.outputs, graph.output_names)

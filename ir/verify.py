@@ -44,6 +44,8 @@ def verify(graph: Graph) -> None:
             if (node, i) not in v.uses:
                 _fail(graph, node, f"%{v.name} does not know that it is used here")
             uses[v] = uses.get(v, 0) + 1
+        for body in node.attrs.bodies:
+            verify(body.graph)
         try:
             types, checks = infer(node.op, node.attrs, node.inputs, node.loc)
         except IRError as e:

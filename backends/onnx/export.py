@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from onnx import defs, helper
 from wasat.ir import Graph, IRError, Program, QTensorType, TensorType, Value
 from wasat.ir.decompose import decompose
 
-from . import composites, primitives  # noqa: F401  (fill the table)
+from . import composites, loops, primitives  # noqa: F401  (fill the table)
 from .emitter import CODE, Emitter, Options, Weight, value_info
 from .errors import ExportError, Unsupported
 from .masks import prepare
@@ -136,7 +137,7 @@ def build(program: Program, source: Graph, options: Options) -> tuple[Emitter, o
             for what, names in sorted(failures.items(), key=lambda kv: (-len(kv[1]), kv[0]))
         ]
         raise ExportError(f"graph @{source.name} cannot be exported:\n" + "\n".join(lines))
-    read = {name for n in (*e.sizes, *e.nodes) for name in n.input}
+    read = set(_reads([*e.sizes, *e.nodes]))
     e.weights = {name: w for name, w in e.weights.items() if name in read}  # some emissions repack theirs
     made = {name for n in e.nodes for name in n.output} - set(output_names)
     infos = [
@@ -153,6 +154,15 @@ def build(program: Program, source: Graph, options: Options) -> tuple[Emitter, o
         proto, opset_imports=imports, producer_name="wasat", ir_version=helper.find_min_ir_version_for(imports, True)
     )
     return e, model
+
+
+def _reads(nodes: Iterable[onnx.NodeProto]) -> Iterator[str]:
+    """The values that nodes read, those in their bodies included."""
+    for n in nodes:
+        yield from n.input
+        for a in n.attribute:
+            if a.type == onnx.AttributeProto.GRAPH:
+                yield from _reads(a.g.node)
 
 
 def _declare(e: Emitter, v: Value, name: str) -> None:

@@ -105,12 +105,14 @@ class Lowering:
     ``lower(ctx, node, *operands)``; ``layouts(node)`` names, by operand index, the packed layout of operands that must be
     parameters (they arrive as lists of Relax variables); ``applies(node)`` refuses nodes it cannot do, which are then
     decomposed. ``narrow(node)``: whether operands and results may be of the types that are carried as bytes.
+    ``functions(bb, node, table, kernels)`` adds the function that its code calls, ``ctx.functions[node]``, to the module.
     """
 
     lower: Lowered
     applies: Callable[[Node], bool] = lambda node: True
     layouts: Callable[[Node], Mapping[int, Layout]] = lambda node: {}
     narrow: Callable[[Node], bool] = lambda node: False
+    functions: Callable[..., Any] | None = None
 
     def takes(self, node: Node) -> bool:
         """Whether this lowering can have the node: it applies, and packed operands are parameters."""
@@ -238,6 +240,8 @@ class Context:
         self.env: dict[Value, Any] = {}
         self.packed: dict[tuple[Value, Layout], list[relax.Var]] = {}
         self.kernels = kernels
+        self.functions: dict[Node, Any] = {}
+        """The Relax functions that nodes call."""
         self.views: dict[Any, tuple[Any, dict[tuple[DimLike, ...], Any]]] = {}
         """Of a variable: the one that it is a view of, and that one's views by their shape."""
 
@@ -328,6 +332,7 @@ def emit_graph(
     Outputs that are states (same name as an input) are updated in place and not returned.
     """
     ctx = Context(bb, graph, kernels)
+    ctx.functions = called_functions(bb, graph, table, kernels)
     by_name = {v.name: v for v in graph.inputs}
     ordered = [v for v in graph.inputs if v.name not in states] + [by_name[s] for s in states if s in by_name]
     params: list[relax.Var] = []
@@ -346,12 +351,23 @@ def emit_graph(
                 ctx.env[v] = vars_[0]
     with bb.function(_identifier(graph.name), params, attrs={"num_input": inputs, "relax.force_pure": True}):
         with bb.dataflow():
-            for node in graph.nodes:
-                _emit_node(ctx, node, table)
+            emit_nodes(ctx, graph, table)
             outputs = [ctx.env[v] for v, n in zip(graph.outputs, graph.output_names) if n not in states]
             kept = [ctx.env[v] for v, n in zip(graph.outputs, graph.output_names) if n in states]
             result = bb.emit_output(relax.Tuple([*outputs, *kept]))
         bb.emit_func_output(result)
+
+
+def called_functions(bb: relax.BlockBuilder, graph: Graph, table: Table, kernels: dict[Any, Any]) -> dict[Node, Any]:
+    """Adds the functions that nodes of ``graph`` call."""
+    lowerings = ((node, lowering_of(node, table)) for node in graph.nodes)
+    return {node: low.functions(bb, node, table, kernels) for node, low in lowerings if low is not None and low.functions}
+
+
+def emit_nodes(ctx: Context, graph: Graph, table: Table) -> None:
+    """Emits the nodes of ``graph``, whose inputs are in ``ctx.env``."""
+    for node in graph.nodes:
+        _emit_node(ctx, node, table)
 
 
 def _emit_node(ctx: Context, node: Node, table: Table) -> None:

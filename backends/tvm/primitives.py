@@ -15,13 +15,14 @@ from wasat.ir import DType, IRError, Node, QArray, QTensorType, TensorType, Type
 from wasat.ir.dims import Dim
 from wasat.ir.ops.random import PARITY, ROTATIONS
 
+from .loop_scan import SCAN
 from .lower import Context, Lowering, Packed, lowering_into, tvm_dtype
 from .narrow import NARROW, carried
 from .primitives_elementwise import ELEMENTWISE, elementwise
 from .primitives_index import INDEXING
 
 R = relax.op
-PRIMITIVES: dict[str, Lowering] = {**ELEMENTWISE, **INDEXING}
+PRIMITIVES: dict[str, Lowering] = {**ELEMENTWISE, **INDEXING, "scan": SCAN}
 lowers = lowering_into(PRIMITIVES)
 
 

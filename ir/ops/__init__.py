@@ -14,11 +14,12 @@ from . import (
     quant,
     random,
     reduce,
+    scan,
     shape,
     signal,
 )
 
 __all__ = [
     "attention", "bits", "constant", "conv", "elementwise", "index", "linalg", "logic", "nn", "pool", "quant", "random",
-    "reduce", "shape", "signal",
+    "reduce", "scan", "shape", "signal",
 ]  # fmt: skip

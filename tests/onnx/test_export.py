@@ -63,8 +63,11 @@ def test_every_operation(name: str, opset: int, tmp_path: Path) -> None:
 
 
 def open_to_evaluators(name: str, sample: Sample) -> bool:
-    """Samples whose result ONNX leaves open (the order of NaN), or onnx's evaluator rounds away (log of softmax)."""
+    """Samples whose result ONNX leaves open (the order of NaN), or onnx's evaluator rounds away (log of softmax) or does not
+    implement (a Scan from the end, or of no turn)."""
     x = np.asarray(sample.inputs[0]) if sample.inputs and not isinstance(sample.inputs[0], QArray) else np.zeros(0)
+    if name == "scan":
+        return bool(sample.attrs.get("reverse")) or any(0 in np.shape(x) for x in sample.inputs)
     if name in ("sort", "top_k"):
         return x.dtype.kind == "f" and bool(np.isnan(x).any())
     return name == "log_softmax" and bool((np.abs(x) > 1e6).any())
