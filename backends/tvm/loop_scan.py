@@ -27,10 +27,11 @@ class _Scan:
 
     def __init__(self, bb: relax.BlockBuilder, node: Node, table: Table, kernels: dict[Any, Any]) -> None:
         self.bb, self.node, self.table, self.kernels = bb, node, table, kernels
-        self.attrs: Any = node.attrs
-        self.body: Graph = self.attrs.body.graph
-        c = self.attrs.carries
-        self.length: DimLike = node.inputs[c].shape[0] if self.attrs.slices else self.attrs.length
+        attrs: Any = node.attrs
+        c = attrs.carries
+        self.attrs = attrs
+        self.body: Graph = attrs.body.graph
+        self.length: DimLike = node.inputs[c].shape[0] if attrs.slices else attrs.length
         self.rows = node.outputs[c:]
         shapes = [d for v in (*node.inputs, *node.outputs) for d in v.shape]
         self.inner = called_functions(bb, self.body, table, kernels)
