@@ -76,7 +76,8 @@ def _chapter(out: Console, source: Path, quantize: str | None) -> Chapter:
 
 
 def _show_graphs(out: Console, program: Program, c: Chapter) -> None:
-    size = sum(int(np.prod(p.type.shape)) for p in program.params.values())
+    params = {name: v for g in program.graphs.values() for name, v in g.params.items()}
+    size = sum(int(np.prod(v.shape)) for v in params.values())
     c.facts["parameters"] = f"{size / 1e6:.1f} M"
     table = Table("graph", "takes", "gives", "nodes", box=None)
     for g in program.graphs.values():
