@@ -158,15 +158,15 @@ dl div { padding: 0.5rem 0.9rem; background: var(--card); border: 1px solid var(
 dt { color: var(--dim); font-size: 0.75rem; text-transform: uppercase; letter-spacing: 0.05em; }
 dd { margin: 0; font-weight: 600; font-variant-numeric: tabular-nums; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(15.5rem, 1fr)); gap: 1rem; }
-figure { display: flex; flex-direction: column; margin: 0; padding: 1rem; background: var(--card);
+figure { display: flex; flex-direction: column; min-width: 0; margin: 0; padding: 1rem; background: var(--card);
   border: 1px solid var(--line); border-radius: 0.9rem; }
 figure h3 { margin: 0 0 0.75rem; color: var(--dim); font-size: 0.8rem; font-weight: 600; text-transform: uppercase;
   letter-spacing: 0.05em; }
-figure p { margin: 0.25rem 0; }
+figure p { margin: 0.25rem 0; overflow-wrap: anywhere; }
 .media { display: flex; gap: 0.75rem; align-items: center; justify-content: center; height: 12rem; }
 .media img, .media video { min-width: 0; max-width: 100%; height: 100%; object-fit: contain; border-radius: 0.5rem; }
 .media div { flex: 1; min-width: 0; }
-.media pre { width: 100%; margin: 0; font-size: 1.1rem; text-align: center; }
+.media pre { width: 100%; margin: 0; font-size: 1.1rem; text-align: center; white-space: pre-wrap; }
 .wave { display: block; width: 100%; height: 6rem; margin-bottom: 0.75rem; }
 .wave path { stroke: var(--mark); stroke-width: 0.8; fill: none; }
 audio { width: 100%; }
