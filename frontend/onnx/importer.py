@@ -27,7 +27,7 @@ from wasat.ir import (
 )
 
 from .converters.quantized import Weights
-from .emit import Emitter
+from .emit import Dims, Emitter
 from .errors import FromData, OnnxError
 from .files import CODE, Source, array, element, parameter
 from .registry import CONVERTERS, Inline, NodeView, converter
@@ -396,6 +396,58 @@ class Importer:
             raise self.fail(f"subgraphs are nested too deeply at {graph.name!r}")
         self._nodes(graph, inner)
         return [self._lookup(o.name, inner, f"the result of subgraph {graph.name!r}") for o in graph.output]
+
+    def body(
+        self, graph: onnx.GraphProto, frame: Frame, inputs: Sequence[TensorType | np.ndarray]
+    ) -> tuple[Graph, list[Any], list[Value]]:
+        """A subgraph as a graph of its own, its results (the graph's outputs are yet to be set), and the values around it that
+        it reads, which are its last inputs. ``inputs`` are the types of the first ones; one that is known is none of them."""
+        if len(inputs) != len(graph.input):
+            raise self.fail(f"subgraph {graph.name!r} takes {len(graph.input)} inputs and is given {len(inputs)}")
+        around = dict(frame.env)
+        self._initializers(graph, around, prefix=f"{self.c.b.loc.scope}/" if self.c.b.loc is not None else "")
+        inner = Graph("turn")
+        env: Env = {}
+        for info, x in zip(graph.input, inputs):
+            env[info.name] = inner.add_input(info.name, x) if isinstance(x, TensorType) else x
+        captured: dict[Value, Value] = {}
+
+        def inside(x: Any) -> Any:
+            if isinstance(x, list):
+                return [inside(v) for v in x]
+            if isinstance(x, Value) and x not in captured:
+                name = x.name
+                while any(v.name == name for v in inner.inputs):
+                    name += "_"
+                captured[x] = inner.add_input(name, x.type)
+            return captured[x] if isinstance(x, Value) else x
+
+        for name in dict.fromkeys(_reads(graph)):
+            if name in around and name not in env:
+                env[name] = inside(around[name])
+        outside = self.graph, self.c
+        emitter = Emitter(inner, {})
+        emitter.b.loc = self.c.b.loc
+        self.graph, self.c = inner, emitter
+        try:
+            loc = emitter.b.loc
+            within = Frame(env, frame.opsets, frame.attrs, loc.scope if loc is not None else "", frame.depth + 1)
+            self._nodes(graph, within)
+            results = [self._lookup(o.name, within, f"the result of subgraph {graph.name!r}") for o in graph.output]
+            results = [emitter.value(x) if isinstance(x, Dims) else x for x in results]
+        finally:
+            self.graph, self.c = outside
+        return inner, results, list(captured)
+
+
+def _reads(graph: onnx.GraphProto) -> Iterator[str]:
+    """The names that a subgraph reads, its own included."""
+    for node in graph.node:
+        yield from node.input
+        for a in node.attribute:
+            for g in [a.g] if a.type == onnx.AttributeProto.GRAPH else a.graphs:
+                yield from _reads(g)
+    yield from (o.name for o in graph.output)
 
 
 def _domain(name: str) -> str:

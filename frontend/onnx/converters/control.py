@@ -1,15 +1,24 @@
-"""If, Loop, Scan: folded where the condition is known, unrolled where the number of turns is."""
+"""If, Loop, Scan: folded where the condition is known; loops that turn often, or as often as a size says, become scan, the
+others are unrolled."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
+from wasat.ir import Body, Builder, Dim, DimLike, DType, TensorType
 
 from ..emit import Emitter, Operand
-from ..errors import FromData
+from ..errors import FromData, OnnxError
 from ..files import element
 from ..registry import MOST, NodeView, op
+
+FEW = 16
+"""So many turns are written out: what they compute from their number folds."""
+MOST_TURNS = 2**31
+"""A loop that is to turn more often is a mistake, or means to be stopped."""
 
 
 @op("If")
@@ -36,8 +45,16 @@ def _same_type(c: Emitter, a: Any, b: Any) -> bool:
 def loop(c: Emitter, n: NodeView, turns: Operand | None = None, cond: Operand | None = None, *carried: Any) -> Any:
     body = n["body"]
     state = list(carried)
-    limit = None if turns is None else int(c.const(turns, "how often Loop turns"))
     going = True if cond is None else bool(c.const(cond, "whether Loop turns"))
+    limit: DimLike | None = None if turns is None else c.dims(turns, "how often Loop turns")[0]
+    if isinstance(limit, int) and limit > MOST_TURNS:
+        raise n.fail(f"it turns {limit} times")
+    if going and limit is not None and _often(limit):
+        made = _as_scan(c, n, limit, state, [], count=True, known=[np.asarray(True)])
+        if isinstance(made, tuple):
+            return made
+        if isinstance(limit, Dim):
+            raise n.fail(f"it turns {limit} times, and {made}")
     rows: list[list[Any]] = [[] for _ in range(len(body.output) - 1 - len(state))]
     turn = 0
     while going and (limit is None or turn < limit):
@@ -63,6 +80,50 @@ def _stacked(c: Emitter, n: NodeView, rows: list[Any], info: Any, axis: int) -> 
     return np.zeros(shape, element(t.elem_type, n.op).np)
 
 
+def _often(turns: DimLike) -> bool:
+    return isinstance(turns, Dim) or turns > FEW
+
+
+def _as_scan(
+    c: Emitter, n: NodeView, turns: DimLike, state: list[Any], xs: list[Any], count: bool = False, known: Sequence[Any] = ()
+) -> tuple[Any, ...] | str:
+    """The loop as scan, or why it is none. The body takes the turn's number (if ``count``) and what is ``known``, then the
+    state and an element of each of ``xs``; where something is known, its first result says whether to go on."""
+    if any(x is None or isinstance(x, list) for x in state):
+        return "what it carries is no tensor"
+    carried = [c.value(x) for x in state]
+    sliced = [c.iota(size=turns, dtype=DType.I64)] if count else [c.value(x) for x in xs]
+    types = [v.tensor for v in carried]
+    parts = [TensorType(v.tensor.dtype, v.shape[1:]) for v in map(c.value, sliced)]
+    order = [*parts, *known, *types] if count else [*types, *parts]
+    try:
+        body, results, captured = n.importer.body(n["body"], n.frame, order)
+    except OnnxError as e:
+        return f"its body cannot be imported once for all turns: {e}"
+    if known and not (isinstance(results[0], np.ndarray) and bool(results.pop(0))):
+        return "whether it turns again depends on what its body computes"
+    if any(x is None or isinstance(x, list) for x in results):
+        return "its body makes what is no tensor"
+    b = Builder(body, loc=c.b.loc)
+    outputs = [b.constant(x) if isinstance(x, np.ndarray) else x for x in results]
+    for was, v in zip(carried, outputs):
+        if was.type != v.type:
+            return f"it carries %{was.name}, which is {was.type} before a turn and {v.type} after it"
+    if count:  # carried values come first
+        body.inputs[: 1 + len(types)] = [*body.inputs[1 : 1 + len(types)], body.inputs[0]]
+    body.set_outputs(outputs, [f"{i}" for i in range(len(outputs))])
+    made = c.scan(*carried, *sliced, *captured, body=Body(body), carries=len(carried), slices=len(sliced))
+    return made if isinstance(made, tuple) else (made,)
+
+
+def _placed(c: Emitter, x: Any, axis: int, backward: int) -> Any:
+    """A stacked result with its turns along ``axis``, the last first if ``backward``."""
+    x = c.reverse(x, axes=(0,)) if backward else x
+    rest = list(range(1, c.rank(x)))
+    rest.insert(axis % c.rank(x), 0)
+    return c.permute(x, rest)
+
+
 @op("Scan", since=9)
 def scan(c: Emitter, n: NodeView, *inputs: Any) -> Any:
     count, body = n["num_scan_inputs"], n["body"]
@@ -75,6 +136,15 @@ def scan(c: Emitter, n: NodeView, *inputs: Any) -> Any:
     out_axes = n.get("scan_output_axes") or [0] * outputs
     out_backward = n.get("scan_output_directions") or [0] * outputs
     axes = [a % c.rank(x) for a, x in zip(axes, given)]
+    length = c.shape(given[0])[axes[0]]
+    if _often(length):
+        xs = [c.permute(x, (a, *(i for i in range(c.rank(x)) if i != a))) for x, a in zip(given, axes)]
+        xs = [c.reverse(x, axes=(0,)) if back else x for x, back in zip(xs, backward)]
+        made = _as_scan(c, n, length, state, xs)
+        if isinstance(made, tuple):
+            return (*made[: len(state)], *map(partial(_placed, c), made[len(state) :], out_axes, out_backward))
+        if isinstance(length, Dim):
+            raise n.fail(f"it turns {length} times, and {made}")
     turns = c.static(given[0], axes[0], "Scan")
     if turns > MOST:
         raise n.fail(f"it turns {turns} times and would be unrolled")
