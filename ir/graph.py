@@ -142,9 +142,9 @@ class Graph:
             self._names.pop(value.name, None)
             value.name = self.fresh(hint)
 
-    def add_input(self, name: str, type: Type) -> Value:
-        """Declares the next input."""
-        if name in self._names:
+    def add_input(self, name: str, type: Type, *, unique: bool = False) -> Value:
+        """Declares the next input; its name must be free, or is made so if ``unique``."""
+        if name in self._names and not unique:
             raise IRError(f"graph @{self.name} already has a value %{name}")
         value = Value(self, type, self.fresh(name))
         self.inputs.append(value)

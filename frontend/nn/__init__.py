@@ -75,6 +75,7 @@ from .layers import (
     layer_norm,
     rms_norm,
 )
+from .loops import scan
 from .module import Module, ModuleList, Parameter, RandomParam
 from .rope import SCALINGS, RoPE, RoPE2D, frequencies, rope, sinusoid
 from .tensor import Tensor, emit
@@ -87,6 +88,6 @@ __all__ = [
     "dropout", "einsum", "emit", "erf", "exp", "floor", "frame", "frequencies", "full", "gather", "gelu", "heads",
     "is_training", "layer_norm", "linear", "log", "log_mel", "log_softmax", "maximum", "mel_filters", "merge",
     "minimum", "one_hot", "pad", "patches", "positions", "power_spectrum", "random_normal", "random_uniform", "reflect",
-    "relu", "resize", "rms_norm", "rope", "rsqrt", "sample_frames", "sigmoid", "sign", "silu", "sin", "sinusoid",
+    "relu", "resize", "rms_norm", "rope", "rsqrt", "sample_frames", "scan", "sigmoid", "sign", "silu", "sin", "sinusoid",
     "softmax", "softplus", "sqrt", "stack", "stop_gradient", "take_along", "tanh", "top_k", "trace", "where", "within",
 ]  # fmt: skip

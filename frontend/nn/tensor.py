@@ -36,6 +36,26 @@ class Trace:
         """``(id, path)`` of the modules being called, outermost first."""
         self._bottom = bottom
         self._locs: dict[Loc, Loc] = {}
+        self.outer: Trace | None = None
+        """The trace around that of a loop's body."""
+        self.captured: dict[ir.Value, ir.Value] = {}
+        """Values around the body that it reads, and the inputs that stand for them in it."""
+
+    def body(self, name: str) -> Trace:
+        """A trace of a loop's body within this one."""
+        inner = Trace(ir.Graph(name), self.root, self._bottom, self.training)
+        inner.parameter_names, inner.module_paths, inner.scope = self.parameter_names, self.module_paths, self.scope
+        inner.outer = self
+        return inner
+
+    def inside(self, x: Tensor) -> ir.Value | None:
+        """The value of a tensor of this trace or one around it; None for any other."""
+        if x.trace is self:
+            return x.value
+        v = self.outer.inside(x) if self.outer is not None else None
+        if v is not None and v not in self.captured:
+            self.captured[v] = self.graph.add_input(v.name, v.type, unique=True)
+        return self.captured[v] if v is not None else None
 
     @property
     def path(self) -> str:
@@ -95,9 +115,10 @@ def _values(t: Trace, op: str, operands: Sequence[Operand]) -> list[Any]:
     out: list[Any] = []
     for x in operands:
         if isinstance(x, Tensor):
-            out.append(x.value)
-            if x.trace is not t:
+            value = t.inside(x)
+            if value is None:
                 fail(f"{op}: {x!r} belongs to another trace; a tensor lives only inside the nn.trace call that made it")
+            out.append(value)
         elif isinstance(x, Dim):
             out.append(t.builder.dim_size(size=x, dtype=weak))
         elif isinstance(x, (int, float, np.ndarray, np.generic)):

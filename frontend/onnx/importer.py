@@ -416,10 +416,7 @@ class Importer:
             if isinstance(x, list):
                 return [inside(v) for v in x]
             if isinstance(x, Value) and x not in captured:
-                name = x.name
-                while any(v.name == name for v in inner.inputs):
-                    name += "_"
-                captured[x] = inner.add_input(name, x.type)
+                captured[x] = inner.add_input(x.name, x.type, unique=True)
             return captured[x] if isinstance(x, Value) else x
 
         for name in dict.fromkeys(_reads(graph)):
