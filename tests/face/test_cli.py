@@ -58,8 +58,10 @@ def test_help_of_the_whole(run: Run) -> None:
 
 
 def test_the_examples_of_help_run(pygemma: Path, tmp_path: Path) -> None:
-    """Copied and pasted, in the order in which they stand; the demo's have a test of their own."""
-    examples = [e for name, doc in DOCS.items() if name != "demo" for e in re.findall(r"- `(.+wasat .+|wasat .+)`", doc)]
+    """Copied and pasted, in the order in which they stand. The demo has a test of its own, and so has the model of all
+    modalities (test_joint, test_generate_media), which takes an hour to train."""
+    found = [e for name, doc in DOCS.items() if name != "demo" for e in re.findall(r"- `(.+wasat .+|wasat .+)`", doc)]
+    examples = [e for e in found if "gemini" not in e]
     assert len(examples) >= 10
     (tmp_path / "examples").symlink_to(pygemma.parent)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
