@@ -53,9 +53,9 @@ class Linear(Module):
 class Embedding(Module):
     """``ids[...] -> [..., dim]``: rows of weight ``[size, dim]``."""
 
-    def __init__(self, size: int, dim: int, dtype: DType | str = "f32") -> None:
+    def __init__(self, size: int, dim: int, dtype: DType | str = "f32", std: float = 0.02) -> None:
         _sizes(self, size=size, dim=dim)
-        self.weight = Parameter((size, dim), dtype)
+        self.weight = Parameter((size, dim), dtype, std=std)
 
     def __call__(self, ids: Tensor) -> Tensor:
         return emit("embedding", self.weight, ids, dtype=self.weight.dtype)

@@ -22,6 +22,9 @@ class Block(nn.Module):
         self.mlp_norm = nn.RMSNorm(c.dim, c.eps)
         self.mlp = nn.GLU(c.dim, c.hidden, c.activation)
         self.mlp_post_norm = nn.RMSNorm(c.dim, c.eps) if c.post_norm else None
+        for last in (self.attention.o_proj, self.mlp.down_proj):  # so that depth does not drown the tokens (GPT-2)
+            mean, std = last.weight.noise
+            last.weight.noise = (mean, std * (2 * c.layers) ** -0.5)
 
     def __call__(self, x: nn.Tensor, positions: nn.Tensor) -> nn.Tensor:
         y = self.attention(self.attention_norm(x), positions)

@@ -36,7 +36,7 @@ class Gemini(nn.Module):
     def __init__(self, config: Config) -> None:
         text = config.text
         self.config = config
-        self.embedding = nn.Embedding(text.vocab, text.dim)
+        self.embedding = nn.Embedding(text.vocab, text.dim, std=text.dim**-0.5)  # as large as media after its scaling
         self.backbone = Backbone(text, config.cross_every)
         self.head = None if text.tied else nn.Linear(text.dim, text.vocab)
         if config.vision is not None:
