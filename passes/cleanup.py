@@ -15,6 +15,7 @@ import numpy as np
 from wasat.ir import Builder, DimLike, Graph, Node, TensorType, Value, equal, less_equal, run_node
 from wasat.ir.types import DType, QArray
 
+from .clean_loops import clean_loops
 from .core import GraphPass, Remarks
 
 Rule = Callable[[Builder, Node], "Value | None"]
@@ -367,6 +368,8 @@ class Cleanup(GraphPass):
             if not any(v.uses or graph.is_output(v) for v in node.outputs):
                 graph.erase(node)
                 counts["dead"] += 1
+        for kind, n in clean_loops(graph, lambda body: self.run_graph(body, Remarks())).items():
+            counts[kind] += n
         dropped = graph.prune_params()
         changed = any(counts.values()) or bool(dropped)
         if changed:

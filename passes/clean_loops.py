@@ -1,0 +1,91 @@
+"""Clean-up of loops: bodies are simplified, results that nobody reads go, loops over the same operands become one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from wasat.ir import Body, Builder, Graph, Node, Value
+
+
+def clean_loops(graph: Graph, clean: Callable[[Graph], bool]) -> dict[str, int]:
+    """What was done to the scans of ``graph``, by kind; ``clean`` simplifies a graph and says whether it changed."""
+    counts = {"simplified": 0, "merged": 0, "dead": 0}
+    seen: dict[object, Node] = {}
+    for node in [n for n in graph.nodes if n.op.name == "scan"]:
+        attrs: Any = node.attrs.with_bodies(clean)
+        counts["simplified"] += attrs is not node.attrs
+        node.attrs = attrs
+        if any(v.const is not None for v in attrs.body.graph.outputs):
+            continue  # numbers stand in the text without their names
+        key = _key(node)
+        if key in seen:
+            node = _merge(graph, seen[key], node)
+            counts["merged"] += 1
+        seen[key] = node
+    for node in [n for n in graph.nodes if n.op.name == "scan"]:
+        carries = node.attrs.carries  # type: ignore[attr-defined]
+        kept = [i for i, v in enumerate(node.outputs) if i < carries or v.uses or graph.is_output(v)]
+        if len(kept) < len(node.outputs) and kept:
+            counts["dead"] += len(node.outputs) - len(kept)
+            _keep(graph, node, kept)
+    return counts
+
+
+def _keep(graph: Graph, node: Node, kept: list[int]) -> None:
+    """Leaves the scan those of its results."""
+
+    def change(body: Graph) -> bool:
+        body.set_outputs([body.outputs[i] for i in kept], [body.output_names[i] for i in kept])
+        for n in body.nodes_reversed:
+            if not any(v.uses or body.is_output(v) for v in n.outputs):
+                body.erase(n)
+        return True
+
+    new = graph.add_node(node.op, node.inputs, node.attrs.with_bodies(change), before=node, loc=node.loc)
+    _replace(graph, [(node.outputs[i], v) for i, v in zip(kept, new.outputs)], [node])
+
+
+def _replace(graph: Graph, pairs: list[tuple[Value, Value]], nodes: list[Node]) -> None:
+    """New values for old ones, whose names they take, and whose ``nodes`` go."""
+    names = {new: old.name for old, new in reversed(pairs)}
+    for old, new in pairs:
+        graph.replace_uses(old, new)
+    for node in nodes:
+        graph.erase(node)
+    for new, name in names.items():
+        graph.rename(new, name)
+
+
+def _key(node: Node) -> object:
+    """Equal for scans that do the same in each turn, whatever they keep of it."""
+    attrs: Any = node.attrs
+    text, _, _ = attrs.body.text.rpartition("\n  return")
+    carried = [v.name for v in attrs.body.graph.outputs[: attrs.carries]]
+    return text.partition("(")[2], tuple(carried), node.inputs, attrs.slices, attrs.length, attrs.reverse
+
+
+def _merge(graph: Graph, first: Node, second: Node) -> Node:
+    """One scan in the place of the first, which stacks what either does."""
+    a: Any = first.attrs
+    b: Any = second.attrs
+    c = a.carries
+    body = a.body.graph.clone()
+    own = {v.name: v for v in body.values()}
+    places = []  # of the second's stacked results among those of the merged one
+    outputs = list(body.outputs)
+    for v in b.body.graph.outputs[c:]:
+        x = own[v.name]
+        if x not in outputs[c:]:
+            outputs.append(x)
+        places.append(outputs.index(x, c))
+    body.set_outputs(outputs, [str(i) for i in range(len(outputs))])
+    made = Builder(graph, before=first, loc=first.loc).scan(
+        *first.inputs, body=Body(body), carries=c, slices=a.slices, length=a.length, reverse=a.reverse
+    )
+    results = made if isinstance(made, tuple) else (made,)
+    pairs = [*zip(first.outputs, results), *zip(second.outputs, [*results[:c], *(results[i] for i in places)])]
+    _replace(graph, pairs, [second, first])
+    node = results[0].node
+    assert node is not None
+    return node

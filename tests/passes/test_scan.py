@@ -1,0 +1,123 @@
+"""What passes make of loops: clean-up within and around them, gradients that run forward once, caches refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from wasat.ir import Graph, Program, evaluate, parse, verify
+from wasat.passes.autodiff import Differentiate
+from wasat.passes.axis import analyze
+from wasat.passes.cleanup import Cleanup
+from wasat.passes.core import Remarks
+
+from wasat.testing import feed
+
+RNN = """graph @loss(%h: f32[b, 4], %x: f32[n, b, 3]) {
+  param %w: f32[3, 4]
+  %last: f32[b, 4], %ys: f32[n, b, 4] = scan(%h, %x, %w) {body=graph @cell(%h: f32[b, 4], %x: f32[b, 3], %w: f32[3, 4]) {
+    %wx: f32[b, 4] = matmul(%x, %w)
+    %same: f32[b, 4] = mul(%wx, 1.0:f32)
+    %again: f32[b, 4] = matmul(%x, %w)
+    %both: f32[b, 4] = add(%same, %again)
+    %sum: f32[b, 4] = add(%both, %h)
+    %next: f32[b, 4] = tanh(%sum)
+    %y: f32[b, 4] = exp(%next)
+    return %next, %y
+  }, carries=1, slices=1}
+  %a: f32[] = reduce_sum(%last) {axes=(0, 1)}
+  %c: f32[] = reduce_sum(%ys) {axes=(0, 1, 2)}
+  %loss: f32[] = add(%a, %c)
+  return %loss
+}
+"""
+
+
+def body(g: Graph) -> Graph:
+    (scan,) = [n for n in g.nodes if n.op.name == "scan"]
+    return scan.attrs.body.graph  # type: ignore[attr-defined, no-any-return]
+
+
+def cleaned(g: Graph) -> Graph:
+    g = g.clone()
+    Cleanup().run_graph(g, Remarks())
+    verify(g)
+    before = str(g)
+    assert not Cleanup().run_graph(g, Remarks())
+    assert str(g) == before
+    return g
+
+
+def same(got: Graph, want: Graph) -> None:
+    params = {"w": np.random.default_rng(1).standard_normal((3, 4)).astype(np.float32)}
+    for sizes in ({"b": 1, "n": 0}, {"b": 2, "n": 4}):
+        inputs = feed(want, sizes)
+        for x, y in zip(evaluate(got, inputs, params), evaluate(want, inputs, params), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+
+
+def test_bodies_are_simplified() -> None:
+    g = parse(RNN)
+    c = cleaned(g)
+    assert body(c).count("matmul") == 1
+    assert body(c).count("mul") == 0
+    assert body(g).count("matmul") == 2  # bodies are shared by copies, and not changed in place
+    same(c, g)
+
+
+def test_stacked_results_that_nobody_reads_go() -> None:
+    g = parse(RNN.replace("add(%a, %c)", "mul(%a, 2.0:f32)"))
+    c = cleaned(g)
+    assert [v.name for n in c.nodes if n.op.name == "scan" for v in n.outputs] == ["last"]
+    assert not body(c).count("exp")
+    same(c, g)
+
+
+def test_a_gradient_runs_forward_once() -> None:
+    program = Program({"loss": parse(RNN)})
+    Differentiate(wrt=("w", "h", "x")).run(program, Remarks())
+    g = program["gradients"]
+    assert g.count("scan") == 3
+    c = cleaned(g)
+    assert c.count("scan") == 2
+    same(c, g)
+
+
+@pytest.mark.parametrize("edit", [
+    ("tanh(%s)", "sin(%s)"), ("scan(%h, %x) {body=graph @two", "scan(%g, %x) {body=graph @two"),
+    ("slices=1}\n  return", "slices=1, reverse=true}\n  return"),
+], ids=["another body", "other operands", "the other way"])  # fmt: skip
+def test_loops_that_differ_stay_two(edit: tuple[str, str]) -> None:
+    text = """graph @f(%h: f32[4], %g: f32[4], %x: f32[n, 4]) {
+  %a: f32[4], %p: f32[n, 4] = scan(%h, %x) {body=graph @one(%h: f32[4], %x: f32[4]) {
+    %s: f32[4] = add(%h, %x)
+    %again: f32[4] = tanh(%s)
+    return %again, %s
+  }, carries=1, slices=1}
+  %b: f32[4], %q: f32[n, 4] = scan(%h, %x) {body=graph @two(%h: f32[4], %x: f32[4]) {
+    %s: f32[4] = add(%h, %x)
+    %again: f32[4] = tanh(%s)
+    return %again, %h
+  }, carries=1, slices=1}
+  return %a, %b, %p, %q
+}
+"""
+    both = cleaned(parse(text))
+    assert both.count("scan") == 1
+    same(both, parse(text))
+    at = text.index("@two") - 60
+    changed = text[:at] + text[at:].replace(*edit)
+    assert changed != text
+    two = cleaned(parse(changed))
+    assert two.count("scan") == 2
+    same(two, parse(changed))
+
+
+def test_a_loop_over_tokens_looks_ahead_and_is_named() -> None:
+    g = parse(RNN)
+    labels = analyze(g, "n")
+    scan = next(n for n in g.nodes if n.op.name == "scan")
+    assert labels[scan.outputs[0]].kind == "ahead"
+    assert labels[scan.outputs[0]].culprit is scan
+    assert "scan" in labels[scan.outputs[0]].reason
+    fixed = analyze(parse(RNN), "tokens")
+    assert {label.kind for label in fixed.values()} == {"fixed"}
