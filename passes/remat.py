@@ -11,7 +11,7 @@ from wasat.ir import Builder, Graph, Node, Program, Value
 from .core import Pass, PassError, Remarks
 from .memory import bytes_of, memory_of, peak_bytes, unbound, work_of
 
-_SERIAL = {"cumsum", "scatter", "scatter_along", "sort", "top_k"}
+_SERIAL = {"cumsum", "scan", "scatter", "scatter_along", "sort", "top_k"}
 """Operations without products that are not cheap either."""
 
 
