@@ -102,7 +102,7 @@ def test_tuples_keep_their_form() -> None:
 def test_refusals(call: Any, message: str) -> None:
     with pytest.raises(TypeMismatch, match=message) as e:
         traced(call)
-    assert "test_scan.py" in str(e.value)
+    assert "test_nn_scan.py" in str(e.value)
 
 
 def test_a_tensor_of_a_body_does_not_live_outside() -> None:
