@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -80,6 +81,9 @@ class Runner:
 
     def __init__(self, program: Program, target: Target, states: Sequence[str] = (), *, in_place: bool = True) -> None:
         """``in_place``: the program may write into its states, so that they are copied; if not they are read where they are."""
+        # TVM reads both when it first starts its threads: by itself it takes half of the CPUs, and pins the caller to one
+        os.environ.setdefault("TVM_NUM_THREADS", str(target.threads))
+        os.environ.setdefault("TVM_BIND_THREADS", "0")
         self.program, self.states, self.in_place = program, tuple(states), in_place
         self.layouts = target.state_layouts(program)
         library = build(program, target, states)
