@@ -121,3 +121,18 @@ def test_a_loop_over_tokens_looks_ahead_and_is_named() -> None:
     assert "scan" in labels[scan.outputs[0]].reason
     fixed = analyze(parse(RNN), "tokens")
     assert {label.kind for label in fixed.values()} == {"fixed"}
+
+
+def test_loops_that_stack_different_numbers_stay_two() -> None:
+    one = """graph @one(%h: f32[4]) {
+    %next: f32[4] = neg(%h)
+    return %next, k=1.0:f32
+  }"""
+    g = parse(f"""graph @f(%h: f32[4]) {{
+  %a: f32[4], %p: f32[3] = scan(%h) {{body={one}, carries=1, slices=0, length=3}}
+  %b: f32[4], %q: f32[3] = scan(%h) {{body={one.replace("1.0", "2.0")}, carries=1, slices=0, length=3}}
+  return %p, %q
+}}""")
+    c = cleaned(g)
+    for x, want in zip(evaluate(c, {"h": np.ones(4, np.float32)}), (1, 2), strict=True):
+        np.testing.assert_array_equal(x, [want] * 3)
