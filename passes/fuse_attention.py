@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from wasat.ir import Builder, DimLike, DType, Graph, Node, Value, equal
+from wasat.ir import Builder, DimLike, DType, Graph, Node, Value, equal, less_equal
 
 from .core import GraphPass, Remarks
-from .mask import Mask, analyze, is_fill
+from .mask import FINITE_FILL, Mask, analyze, is_fill
 from .pattern import erase_dead, number_of, replace
 from .views import Atom, View, arrange, product, scaling, trivial, view_of
 
@@ -178,7 +178,7 @@ def _exact(found: Mask, fill: float, shape: Sequence[DimLike]) -> bool:
     A query that sees nothing gives the mean of the values under a finite number, and 0 in the fused operation: where that can
     happen (masks that are data; predicates, unless every query sees itself), only -inf will do.
     """
-    return fill == float("-inf") or (not found.operands and equal(shape[-1], shape[-2]) is True)
+    return fill == float("-inf") or (not found.operands and less_equal(shape[-2], shape[-1]) is True)
 
 
 def _added(
@@ -202,18 +202,40 @@ def _added(
 
 
 def _choice(v: Value) -> tuple[Value, bool, float] | None:
-    """``(condition, keep, fill)`` if ``v`` is 0 where kept and minus infinity elsewhere."""
+    """``(condition, keep, fill)`` if ``v`` is 0 where kept and minus infinity elsewhere.
+
+    It is a choice between the two, or a number times a mask of 0 and 1: there the condition may be a mask of numbers, and the
+    fill is finite.
+    """
     n = v.node
     while n is not None and n.op.name in ("cast", "reshape", "broadcast_to") and n.inputs[0].shape[-2:] == v.shape[-2:]:
         n = n.inputs[0].node
-    if n is None or n.op.name != "select":
+    if n is None:
         return None
-    condition, yes, no = n.inputs
-    for zero, fill, keep in ((yes, no, True), (no, yes, False)):
-        x = is_fill(fill)
-        if number_of(zero) == 0 and x is not None:
-            return condition, keep, x
-    return None
+    if n.op.name == "select":
+        condition, yes, no = n.inputs
+        for zero, fill, keep in ((yes, no, True), (no, yes, False)):
+            x = is_fill(fill)
+            if number_of(zero) == 0 and x is not None:
+                return condition, keep, x
+    step = scaling(n)
+    if step is None or not float("-inf") < step[1] <= FINITE_FILL:  # 0 * -inf is NaN
+        return None
+    return *_complement(step[0]), step[1]
+
+
+def _complement(v: Value) -> tuple[Value, bool]:
+    """``(m, keep)`` for ``v`` = 1 - m, cast or not, where m is kept where it is ``keep``; m of 0 and 1, or not understood."""
+    keep = False
+    while v.node is not None and v.const is None:
+        name, inputs = v.node.op.name, v.node.inputs
+        if name == "sub" and number_of(inputs[0]) == 1 and inputs[1].shape == v.shape:
+            v, keep = inputs[1], not keep
+        elif name == "cast":
+            v = inputs[0]
+        else:
+            break
+    return v, keep
 
 
 @dataclass

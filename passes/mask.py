@@ -1,21 +1,24 @@
 """What a mask says: predicates over positions (causal, window) told apart from masks that are data.
 
 Positions are affine in the query's and the key's index (see affine.py). A comparison of two of them is ``key <= query + c`` or
-``query - key < w``; conjunctions are taken apart, negations pushed inwards, what is always true is dropped.
+``query - key < w``, and so is what a slice of a constant triangle says; conjunctions are taken apart, negations pushed inwards,
+what is always true is dropped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 from wasat.ir import DimLike, DType, Node, Value, equal
 
 from .affine import Affine, Indexing
 from .pattern import number_of
 
-FINITE_FILL = -3e4
-"""A finite number at or below this stands for minus infinity (the least f16 is -65504)."""
+FINITE_FILL = -1e4
+"""A finite number at or below this stands for minus infinity (the least f16 is -65504; models of its time wrote -1e4)."""
 
 
 @dataclass
@@ -41,7 +44,10 @@ def is_fill(v: Value) -> float | None:
 
 
 def analyze(v: Value, shape: Sequence[DimLike], keep: bool = True, at: Indexing | None = None) -> Mask:
-    """What a boolean mask, right-aligned to scores of ``shape``, keeps where it is true (false, if not ``keep``)."""
+    """What a boolean mask, right-aligned to scores of ``shape``, keeps where it is true (false, if not ``keep``).
+
+    Of a mask of numbers that are 0 or 1, 1 is true; what is not understood of it is an operand, a mask of numbers still.
+    """
     at = at or Indexing(shape)
     known = at.of(v)
     if known is not None and known.number == int(keep):
@@ -62,7 +68,7 @@ def analyze(v: Value, shape: Sequence[DimLike], keep: bool = True, at: Indexing 
         found = _comparison(node, shape, keep, at) if name in _COMPARISONS else None
         if found is not None:
             return found
-    return Mask(operands=[(v, not keep)])
+    return _triangle(v, shape, keep, at) or Mask(operands=[(v, not keep)])
 
 
 def _truth(node: Node) -> Value | None:
@@ -93,11 +99,45 @@ def _comparison(node: Node, shape: Sequence[DimLike], keep: bool, at: Indexing) 
         d, bound = d.scaled(-1), -bound - 1
     if any(t != 0 for t in d.terms[:-2]):
         return None
-    limit = bound - d.const
-    ahead = at.dim(shape[-1]) - at.dim(shape[-2])  # query i stands at i + (t - s)
-    if d.terms[-2:] == (-1, 1):
-        return Mask(causal=True) if equal(limit, ahead) is True else None
-    if d.terms[-2:] == (1, -1):
-        window = limit + ahead + 1
-        return Mask(window=window) if isinstance(window, int) and window >= 1 else None
-    return None
+    if d.terms[-2:] not in ((-1, 1), (1, -1)):
+        return None
+    return _band(d.terms[-1] == 1, bound - d.const, shape, at)
+
+
+def _band(ahead: bool, limit: DimLike, shape: Sequence[DimLike], at: Indexing) -> Mask | None:
+    """``j - i <= limit`` (``i - j``, if not ``ahead``) for the key's index j and the query's i."""
+    offset = at.dim(shape[-1]) - at.dim(shape[-2])  # query i stands at i + (t - s)
+    if ahead:
+        return Mask(causal=True) if equal(limit, offset) is True else None
+    window = limit + offset + 1
+    return Mask(window=window) if isinstance(window, int) and window >= 1 else None
+
+
+def _triangle(v: Value, shape: Sequence[DimLike], keep: bool, at: Indexing) -> Mask | None:
+    """A slice of a constant table [1, .., n, m] that is 1 (or 0) at and below a diagonal, and 0 (or 1) above."""
+    size = _tail(v)
+    if size is None or any(equal(at.dim(a), at.dim(b)) is not True for a, b in zip(size, shape[-2:])):
+        return None
+    row: DimLike = 0
+    column: DimLike = 0
+    while v.node is not None and v.const is None:
+        node, v = v.node, v.node.inputs[0] if v.node.inputs else v
+        attrs: Any = node.attrs
+        if node.op.name == "slice" and len(attrs.starts) >= 2 and attrs.steps[-2:] == (1, 1):
+            row, column = row + at.dim(attrs.starts[-2]), column + at.dim(attrs.starts[-1])
+        elif node.op.name != "cast" and not (node.op.name == "reshape" and _tail(v) == _tail(node.output)):
+            return None
+    size = _tail(v)
+    if v.const is None or size is None or v.const.size == 0:
+        return None
+    table = v.const.reshape(v.const.shape[-2:]) if v.const.ndim >= 2 else v.const[None]
+    one = table == 1
+    if not (one | (table == 0)).all():
+        return None
+    if not one[0, 0]:
+        one, keep = ~one, not keep
+    diagonal = int(one[0].sum()) - 1
+    if not np.array_equal(one, np.tri(*one.shape, diagonal, dtype=bool)):
+        return None
+    limit = diagonal + row - column
+    return _band(True, limit, shape, at) if keep else _band(False, -1 * limit - 1, shape, at)

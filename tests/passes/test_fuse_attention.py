@@ -381,3 +381,86 @@ def test_mask_cast_to_numbers_and_back() -> None:
     PassManager([FuseAttention(), Cleanup()], check=InterpreterCheck([{"b": 2, "s": 4}])).run(program)
     (node,) = (n for n in program["f"].nodes if n.op.name == "attention")
     assert (node.attrs.causal, len(node.inputs)) == (True, 3)  # type: ignore[attr-defined]
+
+
+def tabled(table: np.ndarray, mask: str, starts: str = "(0, 0, p, 0)", stops: str = "(1, 1, p + s, p + s)") -> str:
+    """s queries after p earlier positions; %m: the slice of the table, as bool; %masked: as ``mask`` says."""
+    values = " ".join(str(x).lower() if table.dtype == bool else str(x) for x in table.ravel())
+    dtype = {"bool": "bool", "uint8": "u8", "int64": "i64"}[table.dtype.name]
+    kind = f"{dtype}[1, 1, 8, 8]"
+    return f"""graph @f(%q: f32[b, 2, s, 8], %k: f32[b, 2, p + s, 8], %v: f32[b, 2, p + s, 8]) {{
+  %kt: f32[b, 2, 8, p + s] = transpose(%k) {{perm=(0, 1, 3, 2)}}
+  %scores: f32[b, 2, s, p + s] = matmul(%q, %kt)
+  %table: {kind} = constant() {{value=dense<{kind}, {values}>}}
+  %part: {dtype}[1, 1, s, p + s] = slice(%table) {{starts={starts}, stops={stops}}}
+  %m: bool[1, 1, s, p + s] = cast(%part) {{dtype=bool}}
+{mask}
+  %probs: f32[b, 2, s, p + s] = softmax(%masked) {{axis=3}}
+  %out: f32[b, 2, s, 8] = matmul(%probs, %v)
+  return %out
+}}"""
+
+
+TRI = np.tri(8, dtype=bool)
+CHOSEN = "  %masked: f32[b, 2, s, p + s] = select(%m, %scores, FILL:f32)"
+SUMMED = """  %f: f32[1, 1, s, p + s] = cast(%m) {dtype=f32}
+  %hidden: f32[1, 1, s, p + s] = sub(1.0:f32, %f)
+  %bias: f32[1, 1, s, p + s] = mul(%hidden, FILL:f32)
+  %masked: f32[b, 2, s, p + s] = add(%scores, %bias)"""
+LEAST = "-3.4028235e38"
+DIRECT = SUMMED.replace("sub(1.0:f32, %f)", "cast(%part) {dtype=f32}")
+TABLE_DIMS = [{"b": 1, "s": 1, "p": 0}, {"b": 2, "s": 3, "p": 4}, {"b": 1, "s": 8, "p": 0}]
+
+
+@pytest.mark.parametrize("dtype", ["bool", "uint8", "int64"])
+@pytest.mark.parametrize("mask, fill", [(CHOSEN, "-inf"), (CHOSEN, "-10000.0"), (SUMMED, LEAST), (SUMMED, "-10000.0")])
+def test_triangle_in_a_table(dtype: str, mask: str, fill: str) -> None:
+    """A slice of a lower triangle, chosen by or times a number that stands for minus infinity, is the causal predicate."""
+    program = random_program(tabled(TRI.astype(dtype), mask.replace("FILL", fill)))
+    PassManager([FuseAttention(), Cleanup()], check=InterpreterCheck(TABLE_DIMS)).run(program)
+    (node,) = (n for n in program["f"].nodes if n.op.name == "attention")
+    assert (node.attrs.causal, node.attrs.window, len(node.inputs)) == (True, None, 3)  # type: ignore[attr-defined]
+
+
+def test_upper_triangle_that_hides() -> None:
+    program = random_program(tabled(~np.tri(8, dtype=bool), DIRECT.replace("FILL", LEAST)))
+    PassManager([FuseAttention(), Cleanup()], check=InterpreterCheck(TABLE_DIMS)).run(program)
+    (node,) = (n for n in program["f"].nodes if n.op.name == "attention")
+    assert (node.attrs.causal, len(node.inputs)) == (True, 3)  # type: ignore[attr-defined]
+
+
+HOLE, TWO = np.tri(8, dtype=np.int64), np.tri(8, dtype=np.int64)
+HOLE[5, 2], TWO[5, 2] = 0, 2
+OTHER_TABLES = {
+    "not triangular": tabled(HOLE, CHOSEN),
+    "not 0 and 1": tabled(TWO, CHOSEN),
+    "another diagonal": tabled(np.tri(8, k=1, dtype=bool), CHOSEN),
+    "slice beside the diagonal": tabled(TRI, CHOSEN, "(0, 0, 0, 0)", "(1, 1, s, p + s)"),
+    "every other row": tabled(TRI, CHOSEN, "(0, 0, p, 0)", "(1, 1, p + 2*s, p + s), steps=(1, 1, 2, 1)"),
+}
+
+
+@pytest.mark.parametrize("text", OTHER_TABLES.values(), ids=OTHER_TABLES)
+def test_other_tables_stay_data(text: str) -> None:
+    check_untouched(FuseAttention(), text.replace("FILL", "-10000.0"), "some query may see nothing")
+
+
+@pytest.mark.parametrize(
+    "text, fill",
+    [
+        (tabled(TRI, SUMMED), "-1.0"),
+        (tabled(TRI, SUMMED), "-9999.0"),
+        (tabled(TRI, SUMMED), "10000.0"),
+        (tabled(TRI, SUMMED), "-inf"),  # 0 * -inf is NaN
+        (tabled(TRI, SUMMED.replace("sub(1.0:f32", "sub(2.0:f32")), LEAST),
+        (tabled(TRI, DIRECT), LEAST),  # hides the past
+        (tabled(HOLE, SUMMED), LEAST),
+        (tabled(TWO, DIRECT), LEAST),
+    ],
+)
+def test_other_products_stay_addends(text: str, fill: str) -> None:
+    program = random_program(text.replace("FILL", fill))
+    PassManager([FuseAttention()]).run(program)
+    (node,) = (n for n in program["f"].nodes if n.op.name == "attention")
+    assert (node.attrs.causal, node.attrs.window) == (False, None)  # type: ignore[attr-defined]
+    assert node.inputs[3].tensor.dtype.is_float
