@@ -137,7 +137,7 @@ def _triangle(v: Value, shape: Sequence[DimLike], keep: bool, at: Indexing) -> M
     if not one[0, 0]:
         one, keep = ~one, not keep
     diagonal = int(one[0].sum()) - 1
-    if not np.array_equal(one, np.tri(*one.shape, diagonal, dtype=bool)):
+    if not np.array_equal(one, np.tri(one.shape[0], one.shape[1], diagonal, dtype=bool)):
         return None
     limit = diagonal + row - column
     return _band(True, limit, shape, at) if keep else _band(False, -1 * limit - 1, shape, at)
