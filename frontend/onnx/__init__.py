@@ -23,13 +23,13 @@ def from_onnx(
     """The program of an ONNX model: one graph ``forward`` with the model's inputs, outputs, names and symbolic sizes.
 
     Initializers become parameters under their names, read when asked for; external data are memory-mapped. Functions are
-    inlined, ``If``, ``Loop`` and ``Scan`` folded or unrolled. ``constants`` fixes inputs to numbers; one number
-    fills the input's declared shape (an attention mask of ones). ``types`` gives inputs another type than declared: a
+    inlined, ``If``, ``Loop`` and ``Scan`` folded, unrolled or become ``scan``. ``constants`` fixes inputs to numbers; one
+    number fills the input's declared shape (an attention mask of ones). ``types`` gives inputs another type than declared: a
     TensorType, a list of them for a sequence, None for an empty optional.
 
     ``metadata["onnx"]["outputs"]`` lists ``[name, count]``: count is None for a tensor, else how many tensors a sequence has.
 
-    Raises OnnxError for a damaged file and for what is not supported (all operators at once), FromData where a shape depends
+    Raises OnnxError for a damaged file and for what is not supported (all at once), FromData where a shape depends
     on the numbers in an input.
     """
     return Importer(read(source), constants or {}, types or {}).run()

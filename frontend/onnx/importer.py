@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import ChainMap
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
@@ -14,6 +15,7 @@ from wasat.ir import (
     Dim,
     DimError,
     DimLike,
+    DType,
     Graph,
     IRError,
     Loc,
@@ -31,6 +33,7 @@ from .emit import Dims, Emitter
 from .errors import FromData, OnnxError
 from .files import CODE, Source, array, element, parameter
 from .registry import CONVERTERS, Inline, NodeView, converter
+from .undecided import undecided
 
 OLDEST, NEWEST = 7, 28
 """Operator sets read: from 13 on by promise, older ones where the operator's definition is the same."""
@@ -204,13 +207,45 @@ class Importer:
                 key = f"{domain}.{node.op_type}" if domain else node.op_type
                 if (domain, node.op_type) in CONVERTERS:
                     key += f" of operator set {version}"
-                missing.setdefault(key, []).append(node.name or (node.output[0] if node.output else "?"))
+                missing.setdefault(key, []).append(_label(node))
+        waiting: dict[str, list[str]] = {}
+        inputs: set[str] = set()
+        for node, what, names in self._undecided(graph):
+            inputs |= names
+            waiting.setdefault(f"{what} depends on the numbers in {', '.join(sorted(names))}", []).append(_label(node))
+        parts = []
         if missing:
-            lines = [
-                f"  {key}: {len(names)} ({', '.join(names[:4])}{', …' if len(names) > 4 else ''})"
-                for key, names in sorted(missing.items(), key=lambda kv: (-len(kv[1]), kv[0]))
-            ]
-            raise self.fail("these operators are not supported:\n" + "\n".join(lines))
+            parts.append(f"these operators are not supported:\n{_counted(missing)}")
+        if waiting:
+            parts.append(f"these must be known before a run:\n{_counted(waiting)}")
+        if missing:
+            raise self.fail("\n".join(parts))
+        if waiting:
+            raise FromData(f"{self.source.name}: {parts[0]}", tuple(sorted(inputs)))
+
+    def _undecided(self, graph: onnx.GraphProto) -> Iterator[tuple[onnx.NodeProto, str, frozenset[str]]]:
+        scalars = {t.name: t for t in graph.initializer}
+        for node in graph.node:
+            key = (_domain(node.domain), node.op_type, node.overload)
+            if key[:2] == ("", "Constant") and key not in self.functions:
+                scalars.update((name, a.t) for a in node.attribute if a.name == "value" for name in node.output)
+        constants: dict[str, Any] = {
+            name: array(t, self.source).item()
+            for name, t in scalars.items()
+            if t.data_type in (onnx.TensorProto.BOOL, onnx.TensorProto.INT64)
+            and t.data_location != onnx.TensorProto.EXTERNAL
+            and math.prod(t.dims) == 1
+        }
+        constants |= {k: np.asarray(x).item() for k, x in self.constants.items() if np.size(x) == 1}
+        given = {t.name for t in graph.initializer} | self.constants.keys()
+        data = {
+            i.name: frozenset([i.name])
+            for i in graph.input
+            if i.name not in given
+            and i.type.HasField("tensor_type")
+            and isinstance(self.types.get(i.name, TensorType(DType.F32, ())), TensorType)
+        }
+        return undecided(graph.node, data, constants, self.functions)
 
     def _all_nodes(
         self, nodes: Sequence[onnx.NodeProto], opsets: Mapping[str, int], seen: dict[Any, bool]
@@ -445,6 +480,18 @@ def _reads(graph: onnx.GraphProto) -> Iterator[str]:
             for g in [a.g] if a.type == onnx.AttributeProto.GRAPH else a.graphs:
                 yield from _reads(g)
     yield from (o.name for o in graph.output)
+
+
+def _label(node: onnx.NodeProto) -> str:
+    return node.name or (node.output[0] if node.output else "?")
+
+
+def _counted(nodes: Mapping[str, list[str]]) -> str:
+    """A line for each reason: how many nodes it has, and the first of their names."""
+    return "\n".join(
+        f"  {key}: {len(names)} ({', '.join(names[:4])}{', …' if len(names) > 4 else ''})"
+        for key, names in sorted(nodes.items(), key=lambda kv: (-len(kv[1]), kv[0]))
+    )
 
 
 def _domain(name: str) -> str:

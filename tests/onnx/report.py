@@ -40,7 +40,8 @@ graph @forward(%x: f32[batch, 4]) {{
 
 `wasat compile model.onnx -o out` takes the same way. Operator sets 13 to {newest} are read (older ones where the operators are
 defined the same). Symbolic sizes keep their names, initializers theirs as parameters, nodes theirs as locations. External data
-are memory-mapped and must lie in the model's folder. Functions are inlined; `If`, `Loop` and `Scan` are folded or unrolled.
+are memory-mapped and must lie in the model's folder. Functions are inlined; `If`, `Loop` and `Scan` are folded, unrolled or
+become `scan`.
 Arithmetic on shapes stays symbolic. What cannot be imported is listed at once, with counts and node names.
 
 `wasat.onnx_backend` is the standard `onnx.backend` interface. It imports a model for the inputs at hand: an input whose numbers

@@ -14,6 +14,7 @@ pytest.importorskip("onnx")
 import onnx
 from onnx import TensorProto, helper, numpy_helper, parser
 from wasat.frontend.onnx import FromData, OnnxError, from_onnx
+from wasat.frontend.onnx.undecided import FOLLOWS, NEEDED
 from wasat.ir import Program, evaluate, parse_type
 
 import wasat as ws
@@ -366,6 +367,104 @@ def test_all_unsupported_operators_are_listed_at_once() -> None:
     with pytest.raises(OnnxError) as e:
         from_onnx(m)
     assert "com.other.Thing: 3 (first, e, y)\n  Unique: 1 (u)" in str(e.value)
+
+
+def test_what_needs_numbers_of_a_run_is_listed_with_it() -> None:
+    text = """<ir_version: 10, opset_import: ["": 23, "com.other": 1]>
+        g (float[2] x, int64[1] s) => (float[k] y) {
+          a = com.other.Thing(x) zero = Constant <value = float {0.0}> () m = ReduceMax <keepdims = 0> (x) go = Greater(m, zero)
+          first = Loop (, go, x) <body = b (int64 i, bool c, float[2] v) => (bool d, float[2] e) { d = Identity(c) e = Neg(v) }>
+          again = Loop (, , x) <body = b (int64 i, bool c, float[2] v) => (bool d, float[2] e) {
+            e = Neg(v) t = ReduceMin <keepdims = 0> (v) d = Less(t, zero) }>
+          both = If (go) <then_branch = t () => (int64[1, n] p) { p = Compress(x, go) },
+                          else_branch = f () => (int64[1, n] q) { q = Compress(x, go) }>
+          q2 = SequenceConstruct(x, x) one = Squeeze(s) item = SequenceAt(q2, one) y = Reshape(x, s) }"""
+    lines = (
+        "these must be known before a run:\n"
+        "  the condition of Compress depends on the numbers in x: 2 (p, q)\n"
+        "  the position of SequenceAt depends on the numbers in s: 1 (item)\n"
+        "  the shape of Reshape depends on the numbers in s: 1 (y)\n"
+        "  whether Loop turns again depends on the numbers in x: 1 (again)\n"
+        "  whether Loop turns depends on the numbers in x: 1 (first)"
+    )
+    with pytest.raises(OnnxError) as e:
+        from_onnx(model(text))
+    assert str(e.value).endswith("not supported:\n  com.other.Thing: 1 (a)\n" + lines)
+    assert not isinstance(e.value, FromData)
+    with pytest.raises(FromData) as f:
+        from_onnx(model(text.replace("a = com.other.Thing(x)", "")))
+    assert str(f.value).endswith(lines)
+    assert f.value.inputs == ("s", "x")
+
+
+UNSURE = {
+    "no turn": """g (float[2] x) => (float[2] y) { n = Constant <value = int64 {0}> () go = Constant <value = bool {1}> ()
+      y = Loop (n, go, x) <body = b (int64 i, bool c, float[2] v) => (bool d, float[2] e) { e = Neg(v) d0 = Cast <to = 9> (v)
+        d = ReduceMax <keepdims = 0> (d0) }> }""",
+    "the other branch": """g (float[2] x) => (float[2] y) { c = Constant <value = bool {0}> ()
+      y = If (c) <then_branch = t () => (int64[1, n] p) { k = Cast <to = 9> (x) p = Compress(x, k) },
+                  else_branch = f () => (float[2] q) { q = Neg(x) }> }""",
+    "a size": """g (float[2, 3] x) => (float[6] y) { a = Transpose(x) s = Shape(a) n = ReduceProd(s) y = Reshape(a, n) }""",
+    "an input of that name": """g (float[2] x) => (float[2] y) { n = Constant <value = int64 {1}> ()
+   y = Loop (n, , x) <body = b (int64 x, bool c, float[2] v) => (bool d, float[2] e) { d = Identity(c) e = CumSum(v, x) }> }""",
+    "another value of that name": """g (float[2] x, bool c) => (float[2] y) {
+      y = If (c) <then_branch = t () => (float[2] p) {
+        x = Constant <value = int64[1] {2}> () z = Constant <value = float {1.0}> () p = Expand(z, x) },
+                  else_branch = f () => (float[2] q) { q = Neg(x) }> }""",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", UNSURE.values(), ids=UNSURE)
+def test_what_may_turn_out_to_be_known_is_imported(text: str) -> None:
+    from_onnx(model(text)).verify()
+
+
+def refused(m: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
+    """What the list says of the model, and what its converters say without it."""
+    with pytest.raises(OnnxError) as listed:
+        from_onnx(m)
+    with monkeypatch.context() as patch:
+        patch.setattr("wasat.frontend.onnx.importer.undecided", lambda *_: ())
+        with pytest.raises(OnnxError) as later:
+            from_onnx(m)
+    return str(listed.value), str(later.value)
+
+
+ELSEWHERE = ("Loop", "SequenceAt")  # nodes that need a body, or a sequence
+
+
+@pytest.mark.parametrize("op, at", [(op, i) for op, needed in NEEDED.items() for i in needed if op not in ELSEWHERE])
+def test_a_needed_number_is_one_that_the_converter_refuses(op: str, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = ["x", *("k" for _ in range(4))] if op == "Slice" else ["x", "k", "", "k"] if op == "Pad" else ["x", "k", "k"]
+    inputs = inputs[: max(at + 1, onnx.defs.get_schema(op, 26).min_input)]
+    inputs[at] = "s"
+    node = helper.make_node(op, inputs, ["y"])
+    x = helper.make_tensor_value_info("x", TensorProto.INT64 if op == "Range" else TensorProto.FLOAT, [2])
+    s = helper.make_tensor_value_info("s", TensorProto.BOOL if op == "Compress" else TensorProto.INT64, [1])
+    graph = helper.make_graph([node], "g", [x, s], [helper.make_empty_tensor_value_info("y")], [tensor("k", np.int64([1]))])
+    listed, later = refused(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 26)]), monkeypatch)
+    assert f"{NEEDED[op][at]} depends on the numbers in s: 1 (y)" in listed
+    assert f"{op} node 'y'" in later
+
+
+@pytest.mark.parametrize("op", sorted(FOLLOWS))
+def test_what_follows_from_an_input_is_not_known(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    logical, axes = op in ("And", "Or", "Xor", "Not"), op in NEEDED or op == "Gather"
+    count = max(onnx.defs.get_schema(op, 26).min_input, 2 if op in ("Max", "Min", "Sum", "Concat") else 1)
+    inputs = ["x", *["x" if op == "Concat" else "k" if axes else "w"] * (count - 1)]
+    if op == "Where":
+        inputs = ["go", "x", "w"]
+    attrs = {"Cast": {"to": TensorProto.INT64}, "Concat": {"axis": 0}}.get(op, {})
+    k = np.int64([0, 0]) if op == "Gather" else np.int64([2, 1]) if op == "Expand" else np.int64([0 if axes else 1])
+    k = np.int64([1, 2]) if op == "Reshape" else np.int64(0) if op == "CumSum" else k
+    element = TensorProto.BOOL if logical else TensorProto.FLOAT
+    w = tensor("w", np.zeros((2, 1), bool if logical else np.float32))
+    nodes = [helper.make_node(op, inputs, ["r"], **attrs), helper.make_node("Compress", ["w", "r"], ["y"])]
+    x = helper.make_tensor_value_info("x", element, [1, 2])
+    initializers = [w, tensor("k", k), tensor("go", np.zeros((), bool))]
+    graph = helper.make_graph(nodes, "g", [x], [helper.make_empty_tensor_value_info("y")], initializers)
+    for text in refused(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 26)]), monkeypatch):
+        assert "the condition of Compress depends on the numbers in x" in text
 
 
 DAMAGED = {
