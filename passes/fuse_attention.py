@@ -121,6 +121,8 @@ def _scores(graph: Graph, softmax: Node) -> _Scores:
         _only_use(graph, x)
         name, shape = node.op.name, x.shape
         if name == "matmul":
+            if mask.finite and (mask.operands or any(_choice(v) is not None for v, _ in additive)):
+                raise Miss("a mask fills with a finite number beside one that is data: some query may see nothing; use -inf")
             return _Scores(softmax, node, factor, softcap, mask, additive, shape)
         if _passes(node):
             x = node.inputs[0]
@@ -169,6 +171,7 @@ def _selected(
 def _meet(node: Node, mask: Mask, found: Mask, fill: float, shape: Sequence[DimLike]) -> None:
     if not _exact(found, fill, shape):
         raise Miss(f"{node!r}: it fills with {fill:g}, and some query may see nothing; use -inf")
+    found.finite = fill != float("-inf")
     mask.meet(found)
 
 
@@ -195,6 +198,7 @@ def _added(
     choice = _choice(addend)
     found = analyze(choice[0], shape, choice[1]) if choice is not None and factor > 0 else None
     if found is not None and choice is not None and _exact(found, choice[2], shape):
+        found.finite = choice[2] != float("-inf")
         mask.meet(found)
     else:
         additive.append((addend, factor))

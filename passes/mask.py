@@ -29,12 +29,15 @@ class Mask:
     window: int | None = None
     operands: list[tuple[Value, bool]] = field(default_factory=list)
     """Masks that are data, and whether each is to be negated."""
+    finite: bool = False
+    """Whether something is hidden by a finite number: another mask may hide what this one leaves, and undo it."""
 
     def meet(self, other: Mask) -> None:
         self.causal |= other.causal
         if other.window is not None:
             self.window = other.window if self.window is None else min(self.window, other.window)
         self.operands += other.operands
+        self.finite |= other.finite
 
 
 def is_fill(v: Value) -> float | None:

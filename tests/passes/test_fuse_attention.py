@@ -464,3 +464,16 @@ def test_other_products_stay_addends(text: str, fill: str) -> None:
     (node,) = (n for n in program["f"].nodes if n.op.name == "attention")
     assert (node.attrs.causal, node.attrs.window) == (False, None)  # type: ignore[attr-defined]
     assert node.inputs[3].tensor.dtype.is_float
+
+
+@pytest.mark.parametrize("mask", [CHOSEN, SUMMED])
+def test_finite_numbers_of_two_masks_add_up(mask: str) -> None:
+    """A query whose past is all padding sees the padding and the future alike: another function than causal attention."""
+    text = tabled(TRI, mask.replace("FILL", "-10000.0")).replace("p + s, 8])", "p + s, 8], %pad: bool[b, 1, 1, p + s])")
+    padding = """  %g: f32[b, 1, 1, p + s] = cast(%pad) {dtype=f32}
+  %unseen: f32[b, 1, 1, p + s] = sub(1.0:f32, %g)
+  %addend: f32[b, 1, 1, p + s] = mul(%unseen, -10000.0:f32)
+  %both: f32[b, 2, s, p + s] = add(%masked, %addend)
+"""
+    text = text.replace("  %probs:", padding + "  %probs:").replace("softmax(%masked)", "softmax(%both)")
+    check_untouched(FuseAttention(), text, "beside one that is data")
