@@ -4,7 +4,8 @@ TVM compiles a fused function as it stands: a nest and a buffer for each operati
 is computed where it is read, once per element; the loops that remain are ordered so that the innermost one walks memory, which
 LLVM turns into vector code; exponentials and the like are polynomials, so that nothing calls out of it.
 
-Taken are functions of known sizes made of elementwise operations and sums, products, maxima and minima. All others are left.
+Taken are functions of known sizes made of elementwise operations and sums, products, maxima and minima. All others are left,
+and so is bf16: the pass that widens it loses the buffers that are declared within loops.
 """
 
 from __future__ import annotations
@@ -126,6 +127,8 @@ class _Loops:
         self.analyzer = tvm.sym.Analyzer()
         stages = _stages(func)
         if not all(isinstance(p.ty, tirx.BufferType) for p in func.params):
+            raise _Unsupported
+        if any(str(b.dtype) == "bfloat16" for b in [*func.params, *(s.buffer for s in stages)]):
             raise _Unsupported
         self.flat = {b: k.flat(k.param(f"p{i}", _shape(b), b.dtype)) for i, b in enumerate(func.params)}
         self.inlined = {s.buffer: s for s in stages if s.buffer not in self.flat and not s.reduced}
