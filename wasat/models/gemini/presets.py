@@ -26,7 +26,7 @@ def _tiny() -> Config:
 
 
 def _small() -> Config:
-    """The model that ships: 3.0 million parameters."""
+    """3.0 million parameters: a size to train on a few cores."""
     return Config(
         Text(vocab=1024, dim=160, layers=6, heads=4, kv_heads=2, head_dim=40, hidden=432, context=256, activation="silu"),
         ViT(size=48, tokens=9, patch=8, dim=96, layers=4, heads=4, hidden=384),
