@@ -30,6 +30,7 @@ _WORK = 16384  # elements below which a second thread costs more than it saves
 _INNER = 256  # elements that the loops within one unit of work have at least
 _LANES = 16  # partial results of a reduction, side by side
 _WIDTH = 256  # columns that are reduced together
+_MOST = 1000  # reads of inlined buffers within one element: branches repeat what they share, which may double at each step
 
 _BINARY = (
     tirx.Add, tirx.Sub, tirx.Mul, tirx.Div, tirx.Mod, tirx.FloorDiv, tirx.FloorMod, tirx.Min, tirx.Max, tirx.EQ, tirx.NE,
@@ -143,6 +144,8 @@ class _Loops:
                 self.flat[s.buffer] = k.scratch(math.prod(s.shape), s.buffer.dtype)
         self.bound: list[tuple[Buffer, list[Expr], Expr]] = []
         """Elements of inlined buffers that the innermost loop has at hand."""
+        self.reads = 0
+        """Of inlined buffers, within the element in the making."""
         self.offsets: list[Expr] | None = None
         """Where operands are read, while that is being found out."""
         for s in stages:
@@ -225,6 +228,9 @@ class _Loops:
             if self.offsets is not None:
                 self.offsets.append(at)
             return load(self.flat[buffer], at)
+        self.reads += 1
+        if self.reads > _MOST:
+            raise _Unsupported
         index = [self.analyzer.simplify(i) for i in index]
         for b, i, value in self.bound:
             if b.same_as(buffer) and all(map(tvm_ffi.structural_equal, i, index)):
@@ -247,7 +253,7 @@ class _Loops:
 
     def _element(self, s: _Stage, spatial: Sequence[Expr], reduced: Sequence[Expr] = ()) -> Expr:
         """The value of a stage at an index, in a loop of its own."""
-        self.bound = []
+        self.bound, self.reads = [], 0
         return self._value(s.value, {v: i for (v, _), i in zip((*s.spatial, *s.reduced), (*spatial, *reduced))})
 
     def _strides(self, s: _Stage, axis: int) -> int:
@@ -257,7 +263,7 @@ class _Loops:
             return 0
         places = []
         for step in (0, 1):
-            self.offsets = []
+            self.offsets, self.reads = [], 0
             moved = axis % len(axes)
             self._value(s.value, {v: self._range(v, n) + (step if i == moved else 0) for i, (v, n) in enumerate(axes)})
             places.append(self.offsets)
