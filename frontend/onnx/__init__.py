@@ -24,7 +24,8 @@ def from_onnx(
 
     Initializers become parameters under their names, read when asked for; external data are memory-mapped. Functions are
     inlined, ``If``, ``Loop`` and ``Scan`` folded, unrolled or become ``scan``. ``constants`` fixes inputs to numbers; one
-    number fills the input's declared shape (an attention mask of ones). ``types`` gives inputs another type than declared: a
+    number fills the input's declared shape (an attention mask of ones). Of a merged decoder (``use_cache_branch``) it is the
+    branch without a past, unless ``constants`` says otherwise. ``types`` gives inputs another type than declared: a
     TensorType, a list of them for a sequence, None for an empty optional.
 
     ``metadata["onnx"]["outputs"]`` lists ``[name, count]``: count is None for a tensor, else how many tensors a sequence has.

@@ -152,6 +152,8 @@ def _external(t: onnx.TensorProto, type: TensorType, source: Source) -> ParamSou
         raise OnnxError(f"{what}: {e}") from None
     except ValueError:
         raise OnnxError(f"{what}: offset and length of its external data must be integers") from None
+    if not path.is_file():
+        raise OnnxError(f"{what} lies in {location!r}, which is no file")
     if length != want or offset < 0 or offset + want > size:
         raise OnnxError(
             f"{what} {type} needs {want} bytes; bytes {offset} to {offset + length} of {location} ({size} bytes) do not fit"

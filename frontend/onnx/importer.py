@@ -40,6 +40,8 @@ OLDEST, NEWEST = 7, 28
 MOST_NODES = 1_000_000
 SMALL = 64
 """Integer initializers up to this many elements are constants, not parameters: they are sizes, axes, scalars."""
+MERGED = "use_cache_branch"
+"""The input by which optimum's merged decoders choose between graphs with a past and without, whose outputs differ in type."""
 
 MALFORMED = (DimError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 """What code that trusts a file's fields meets where they are not what they should be."""
@@ -92,6 +94,10 @@ class Importer:
         if not model.HasField("graph"):
             raise self.fail("the model has no graph; the file is damaged or truncated")
         opsets = self._opsets(model.opset_import)
+        for info in model.graph.input:
+            t = info.type.tensor_type
+            if info.name == MERGED and t.elem_type == onnx.TensorProto.BOOL and MERGED not in self.types:
+                self.constants = {MERGED: np.zeros([1] * len(t.shape.dim), np.bool_), **self.constants}
         self._check_supported(model.graph, opsets)
         self.declared = {d.dim_param for i in model.graph.input for d in i.type.tensor_type.shape.dim}
         env: Env = {}

@@ -188,6 +188,7 @@ def test_external_data_are_mapped(tmp_path: Path) -> None:
         ({"location": "w.bin", "offset": 65}, "do not fit"), ({"location": "w.bin", "length": 10**12}, "do not fit"),
         ({"location": "w.bin", "offset": -4}, "do not fit"), ({"location": "none.bin"}, "No such file"),
         ({"location": "w.bin", "shape": (2**31, 2**31)}, "do not fit"), ({"location": ""}, "outside the model's folder"),
+        ({"location": "."}, "which is no file"),
     ],
 )  # fmt: skip
 def test_external_data_that_are_not_there(tmp_path: Path, given: dict[str, Any], message: str) -> None:

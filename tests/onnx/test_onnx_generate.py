@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import tokenizers
 from typer.testing import CliRunner
@@ -50,6 +51,56 @@ def test_generates(name: str, derived: int, context: int | None, tmp_path: Path)
     assert (model.manifest.vocab, model.manifest.context) == (VOCAB, context)
     got = model.generate(PROMPTS, max_tokens=8)
     assert [r.tokens for r in got] == [chosen(program, p, 8) for p in PROMPTS]
+
+
+def merged(path: Path) -> onnx.ModelProto:
+    """What optimum makes of a decoder over a past: an If between it and the same without a past, weights shared."""
+    model = onnx.load(path)
+    g = model.graph
+    branches = {}
+    for key in ("then_branch", "else_branch"):
+        nodes, names = [], {}
+        if key == "else_branch":  # the past is none: zeros [b, 2, 0, 8]
+            zero = onnx.numpy_helper.from_array(np.array([0]), "zero")
+            rest = onnx.numpy_helper.from_array(np.array([2, 0, 8]), "rest")
+            nodes = [
+                onnx.helper.make_node("Constant", [], ["zero"], value=zero),
+                onnx.helper.make_node("Constant", [], ["rest"], value=rest),
+                onnx.helper.make_node("Shape", ["input_ids"], ["sizes"]),
+                onnx.helper.make_node("Gather", ["sizes", "zero"], ["b"]),
+                onnx.helper.make_node("Concat", ["b", "rest"], ["none_sizes"], axis=0),
+                onnx.helper.make_node("ConstantOfShape", ["none_sizes"], ["none"]),
+            ]
+            names = {i.name: "none" for i in g.input if i.name.startswith("past")}
+        made = {o for n in g.node for o in n.output if o}
+        names |= {o: f"{key}.{o}" for o in made}
+        for node in g.node:
+            new = onnx.NodeProto.FromString(node.SerializeToString())
+            new.name = f"{key}.{node.name}"
+            new.input[:] = [names.get(x, x) for x in node.input]
+            new.output[:] = [names.get(x, x) for x in node.output]
+            nodes.append(new)
+        outputs = [onnx.helper.make_value_info(names[o.name], o.type) for o in g.output]
+        branches[key] = onnx.helper.make_graph(nodes, key, [], outputs)
+    choice = onnx.helper.make_node("If", ["use_cache_branch"], [o.name for o in g.output], "optimum::if", **branches)
+    del g.node[:]
+    g.node.append(choice)
+    g.input.append(onnx.helper.make_tensor_value_info("use_cache_branch", onnx.TensorProto.BOOL, [1]))
+    onnx.checker.check_model(model)
+    return model
+
+
+def test_merged_decoders(tmp_path: Path) -> None:
+    """Of a merged decoder the branch without a past is taken, and a cache derived; ``constants`` may take the other one."""
+    onnx.save(merged(HERE / "llama_past.onnx"), tmp_path / "model.onnx")
+    program = driver.load_program(tmp_path / "model.onnx")
+    assert "use_cache_branch" not in [v.name for v in program["forward"].inputs]
+    ws.compile(program, tmp_path / "out", chunk=4)
+    want = from_onnx(HERE / "llama_past.onnx")
+    got = ws.load(tmp_path / "out").generate(PROMPTS, max_tokens=8)
+    assert [r.tokens for r in got] == [chosen(want, p, 8) for p in PROMPTS]
+    past = from_onnx(tmp_path / "model.onnx", constants={"use_cache_branch": np.array([True])})
+    assert [str(v.type) for v in past["forward"].outputs] == [str(v.type) for v in want["forward"].outputs]
 
 
 def test_relative_positions(tmp_path: Path) -> None:
