@@ -20,7 +20,7 @@ NEEDED: dict[str, dict[int, str]] = {
     "Compress": {1: "the condition of Compress"}, "ConstantOfShape": {0: "the shape of ConstantOfShape"},
     "CumProd": {1: "the axis of a running product"}, "CumSum": {1: "the axis of a running sum"},
     "Expand": {1: "the shape of Expand"}, "Loop": {0: "how often Loop turns", 1: "whether Loop turns"},
-    "OneHot": {1: "the depth of OneHot"},
+    "NonZero": {0: "how many elements NonZero finds"}, "OneHot": {1: "the depth of OneHot"},
     "Pad": {1: "the amounts of Pad", 3: "the axes of Pad"}, "Range": dict.fromkeys(range(3), "a bound of Range"),
     "Reshape": {1: "the shape of Reshape"}, "SequenceAt": {1: "the position of SequenceAt"},
     "Slice": {1: "where a Slice starts", 2: "where a Slice ends", 3: "the axes of Slice", 4: "the steps of Slice"},

@@ -43,6 +43,7 @@ defined the same). Symbolic sizes keep their names, initializers theirs as param
 are memory-mapped and must lie in the model's folder. Functions are inlined; `If`, `Loop` and `Scan` are folded, unrolled or
 become `scan`.
 Arithmetic on shapes stays symbolic. What cannot be imported is listed at once, with counts and node names.
+Of a merged decoder of optimum (`use_cache_branch`) the branch without a past is imported, and a cache derived.
 
 `wasat.onnx_backend` is the standard `onnx.backend` interface. It imports a model for the inputs at hand: an input whose numbers
 decide a shape (the second one of `Reshape`) is a constant of that import.

@@ -85,9 +85,7 @@ def compress(c: Emitter, n: NodeView, x: Operand, condition: Operand) -> Any:
 
 @op("NonZero")
 def non_zero(c: Emitter, n: NodeView, x: Operand) -> Any:
-    if not isinstance(x, np.ndarray):
-        raise n.fail("how many elements are not zero depends on the numbers; the IR's shapes do not")
-    return np.stack(np.nonzero(np.atleast_1d(x))).astype(np.int64)
+    return np.stack(np.nonzero(np.atleast_1d(c.const(x, "how many elements NonZero finds")))).astype(np.int64)
 
 
 @op("ReverseSequence")
