@@ -18,7 +18,20 @@ from typing import Any
 
 import numpy as np
 import wasat.ir
-from wasat.ir import Array, ArrayParam, DType, Graph, Program, QArray, TensorType, WasatError, evaluate, type_of
+from wasat.ir import (
+    Array,
+    ArrayParam,
+    DType,
+    Graph,
+    Program,
+    QArray,
+    TensorType,
+    WasatError,
+    evaluate,
+    parse,
+    symbols_of,
+    type_of,
+)
 
 OPSETS = (18, 24)
 TOLERANCE = {DType.F64: 1e-6, DType.F32: 1e-4, DType.F16: 1e-2, DType.BF16: 4e-2}
@@ -56,7 +69,12 @@ def roundtrip(
     with tempfile.TemporaryDirectory() as folder:
         back = from_onnx(to_onnx(program, Path(folder) / "m.onnx", graph=graph, opset=opset, **options))
         again = back["forward"]
-        assert [(v.name, v.type.shape) for v in again.inputs] == [(v.name, v.type.shape) for v in g.inputs]
+        assert [v.name for v in again.inputs] == [v.name for v in g.inputs]
+        alone = {str(d) for v in g.inputs for d in v.type.shape}
+        for v, w in zip(again.inputs, g.inputs):
+            for d, e in zip(v.type.shape, w.type.shape, strict=True):
+                # p + s comes back as one symbol where p is no input's size: ONNX names sizes, and does not define p
+                assert d == e or (not {*symbols_of((e,))} <= alone and str(d).isidentifier()), (w.name, v.type, w.type)
         if want is None:
             want = evaluate(g, inputs, {name: program.params[name].load() for name in g.params})
         got = evaluate(again, inputs, {name: p.load() for name, p in back.params.items()})
@@ -64,9 +82,28 @@ def roundtrip(
     least = max(TOLERANCE.get(v.type.dtype, 0) for v in g.values() if isinstance(v.type, TensorType))  # the narrowest inside
     if any(getattr(n.attrs, "activation", None) == "int8" for n in g.nodes):
         least = max(least, LEVELS)
-    for name, x, y in zip(g.output_names, got, want):
-        agree(x, y, f"output {name} of @{g.name} at operator set {opset}", least)
+    for i, (name, x, y) in enumerate(zip(g.output_names, got, want)):
+        what = f"output {name} of @{g.name} at operator set {opset}"
+        try:
+            agree(x, y, what, least)
+        except AssertionError:
+            if least != TOLERANCE[DType.BF16] or not rounds_alike(x, y, in_f32(program, g, inputs)[i]):
+                raise
     return back
+
+
+def in_f32(program: Program, g: Graph, inputs: Mapping[str, Any]) -> list[Array]:
+    """What ``g`` gives where every bf16 of it is f32."""
+    wide = {k: np.asarray(x, np.float32) if type_of(x).dtype is DType.BF16 else x for k, x in inputs.items()}
+    params = {name: program.params[name].load() for name in g.params}
+    params = {k: x.astype(np.float32) if type_of(x).dtype is DType.BF16 else x for k, x in params.items()}
+    return evaluate(parse(str(g).replace("bf16", "f32")), wide, params)
+
+
+def rounds_alike(x: Array, y: Array, exact: Array) -> bool:
+    """Whether ``x`` is about as near to ``exact`` as ``y``: where sums cancel, rounding to 8 bits is all that is left."""
+    far, near = (float(np.linalg.norm(np.asarray(a, np.float64) - exact)) for a in (x, y))
+    return far <= 1.5 * near
 
 
 # -- the plugin --------------------------------------------------------------------------------------------------------------
