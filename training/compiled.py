@@ -29,7 +29,7 @@ class Compiled:
             g.prune_params()
         passes = [p for p in default_pipeline(kv_cache=None) if p.name not in ("merge-linears", "hoist-params")]
         PassManager(passes, verify=False).run(compiled)
-        self._runner = Runner(compiled, target, list(made.states), in_place=False)
+        self._runner = Runner(compiled, target, list(made.states), donate=True)
         self._states = list(made.states)
         self._read = [v.name for v in both["loss"].inputs]
 

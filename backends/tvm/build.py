@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +15,7 @@ from typing import Any
 import numpy as np
 import tvm
 from tvm import relax
-from wasat.ir import Graph, IRError, Program, WasatError, evaluate_dim
+from wasat.ir import DType, Graph, IRError, Program, WasatError, evaluate_dim
 from wasat.ir.evaluate import bind_symbols
 
 from .lower import WeightPlan, lower_program
@@ -72,30 +75,33 @@ def run(program: Program, target: Target, graph: str, inputs: Mapping[str, Any])
     return Runner(program, target)(graph, inputs)
 
 
-_SHARED = {"float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8"}
-"""Element types that NumPy and TVM can share in memory."""
-
-
 class Runner:
     """A program compiled and loaded in this process, weights included."""
 
-    def __init__(self, program: Program, target: Target, states: Sequence[str] = (), *, in_place: bool = True) -> None:
-        """``in_place``: the program may write into its states, so that they are copied; if not they are read where they are."""
+    def __init__(self, program: Program, target: Target, states: Sequence[str] = (), *, donate: bool = False) -> None:
+        """``donate``: for a program that is called again and again. States that a call returned are given up to the next one,
+        which may write its own over them: nothing is copied, nothing allocated anew. Arrays from elsewhere are copied in.
+        What compiling took is given back to the system. Such states are of NumPy's own types, and lie as these do."""
         # TVM reads both when it first starts its threads: by itself it takes half of the CPUs, and pins the caller to one
         os.environ.setdefault("TVM_NUM_THREADS", str(target.threads))
         os.environ.setdefault("TVM_BIND_THREADS", "0")
-        self.program, self.states, self.in_place = program, tuple(states), in_place
+        self.program, self.states, self.donate = program, tuple(states), donate
         self.layouts = target.state_layouts(program)
         library = build(program, target, states)
-        self.vm = relax.VirtualMachine(library.executable, tvm.cpu())
+        self.vm = relax.VirtualMachine(_linked(library) if donate else library.executable, tvm.cpu())
         self.weights = [
             tvm.runtime.tensor(array)
             for (name, layout), _ in library.plan.layouts.items()
             for array in layout.pack(program.params[name].load())
         ]
+        self._given: dict[int, tuple[np.ndarray, Any]] = {}
+        """Arrays of states that the last call returned, by id, and the tensors whose memory they are."""
+        if donate:
+            del library
+            _give_back_memory()
 
     def __call__(self, graph: str, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """Outputs of ``graph`` by name. States are copied in and come back among the outputs."""
+        """Outputs of ``graph`` by name, states among them."""
         g: Graph = self.program[graph]
         arrays = {v.name: np.asarray(inputs[v.name]) for v in g.inputs}
         dims = bind_symbols(g, arrays)
@@ -103,17 +109,43 @@ class Runner:
             for a, b in node.checks:
                 if evaluate_dim(a, dims) != evaluate_dim(b, dims):
                     raise IRError(f"{node!r}: needs {a} == {b}", node.loc)
-        laid_out = {n: self.layouts[n].pack(x) if n in self.layouts else x for n, x in arrays.items()}
         ordered = [v.name for v in g.inputs if v.name not in self.states] + [s for s in self.states if s in arrays]
         out = self.vm["".join(c if c.isalnum() or c == "_" else "_" for c in graph)](
-            *(tvm.runtime.tensor(carried(np.array(laid_out[n], order="C"))) for n in ordered), *self.weights
+            *(self._tensor(n, arrays[n]) for n in ordered), *self.weights
         )
-        types = dict(zip(g.output_names, g.outputs))
         names = [n for n in g.output_names if n not in self.states] + [n for n in g.output_names if n in self.states]
-        results = {n: uncarried(x.numpy(), types[n].tensor.dtype) for n, x in zip(names, out)}
-        return {n: self.layouts[n].unpack(x) if n in self.layouts else x for n, x in results.items()}
+        if self.donate and any(n in self.states for n in names):
+            self._given.clear()
+        types = dict(zip(g.output_names, g.outputs))
+        return {n: self._array(n, x, types[n].tensor.dtype) for n, x in zip(names, out)}
 
-    def _tensor(self, x: np.ndarray) -> Any:
-        """What a compiled function takes: the array's own memory where that may stay and is aligned as the code assumes."""
-        fits = x.dtype.name in _SHARED and x.size and x.flags.c_contiguous and x.flags.writeable and x.ctypes.data % 64 == 0
-        return tvm.runtime.from_dlpack(x) if fits and not self.in_place else tvm.runtime.tensor(np.array(x, order="C"))
+    def _tensor(self, name: str, x: np.ndarray) -> Any:
+        """What a compiled function takes for an input or a state."""
+        if id(x) in self._given:
+            return self._given[id(x)][1]
+        laid_out = self.layouts[name].pack(x) if name in self.layouts else x
+        return tvm.runtime.tensor(carried(np.asarray(laid_out, order="C")))
+
+    def _array(self, name: str, tensor: Any, dtype: DType) -> np.ndarray:
+        """A result; a state that will be donated is the tensor's own memory."""
+        if self.donate and name in self.states:
+            x = np.from_dlpack(tensor)
+            self._given[id(x)] = x, tensor
+            return x
+        x = uncarried(tensor.numpy(), dtype)
+        return self.layouts[name].unpack(x) if name in self.layouts else x
+
+
+def _linked(library: Library) -> Any:
+    """The library as a file that was loaded: unlike code made in place, it leaves nothing of the compiler in memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        library.export(Path(folder) / "program.so")
+        return tvm.runtime.load_module(f"{folder}/program.so")
+
+
+def _give_back_memory() -> None:
+    """glibc keeps what is freed between what is not, and large blocks are not made of it: it is told to return it."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
