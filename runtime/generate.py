@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from .errors import ContextLimitError, InputError
-from .prompts import Prompt, read_prompts
+from .prompts import Prompt, padded, read_prompts, seen_rows
 from .sampling import Sampler, SamplingOptions, TokenLogprob, logprob
 from .tokenizer import StopStrings
 
@@ -146,12 +146,11 @@ def generate(
     rows = [_Row(i, ids, limit, settings) for i, (ids, limit) in enumerate(zip(rows_of_ids, limits))]
 
     lengths = np.array([len(ids) for ids in rows_of_ids])
-    tokens = np.zeros((len(rows), lengths.max()), np.int64)
-    for row in rows:
-        tokens[row.index, : len(row.prompt)] = row.prompt
+    tokens = padded(rows_of_ids, 0)
     session = model.session(len(rows), max(len(ids) + limit for ids, limit in zip(rows_of_ids, limits)))
     if media is not None:
-        session.encode(media=media)
+        seen = {"seen": seen_rows(model, rows_of_ids)} if model.manifest.media and model.manifest.media.seen else {}
+        session.encode(media=media, **seen)
     started = time.perf_counter()
     logits = session.step(tokens, lengths)
     read = time.perf_counter()

@@ -78,6 +78,17 @@ class MediaSpec:
     encoders: dict[str, str]
     rate: int | None
     """Samples per second that the audio encoder takes."""
+    seen: bool
+    """Whether there is an input ``seen`` i64[b, t]: the rows of media that each row attends to, -1 for none."""
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """A classification head: ``entry`` takes what the encoder of ``of`` takes (image, audio, video), or what prefill does of a
+    text (``tokens``, ``media``, ``seen``) and ``last`` i64[b], the positions to classify at; it returns logits."""
+
+    entry: str
+    of: str
 
 
 @dataclass(frozen=True)
@@ -108,6 +119,7 @@ class Manifest:
     eos: tuple[int, ...]
     vocab: int | None
     media: MediaSpec | None
+    heads: dict[str, HeadSpec]
     files: dict[str, FileSpec]
 
 
@@ -170,7 +182,7 @@ def parse_manifest(data: Any) -> Manifest:
     if number != FORMAT:
         raise ArtifactError(f"the artifact has format {number}; this runtime reads format {FORMAT}: {AGAIN}")
     target, limits, generation, files = (top.section(k) for k in ("target", "limits", "generation", "files"))
-    entries = top.section("entries")
+    entries, heads = top.section("entries"), _Fields(top.data.get("heads", {}), "heads")
     manifest = Manifest(
         name=top.get("name", str), wasat=top.get("wasat", str), tvm=top.get("tvm", str), tvm_ffi=top.get("tvm_ffi", str),
         target=Needs(
@@ -183,6 +195,7 @@ def parse_manifest(data: Any) -> Manifest:
         bos=generation.get("bos", int, optional=True), eos=tuple(generation.items("eos", int, optional=True)),
         vocab=generation.get("vocab", int, optional=True),
         media=_media(top.section("media")) if top.data.get("media") is not None else None,
+        heads={name: _head(heads.section(name)) for name in heads.data},
         files={name: _file(files.section(name)) for name in files.data},
     )  # fmt: skip
     _check(manifest)
@@ -213,7 +226,12 @@ def _entry(f: _Fields) -> Entry:
 def _media(f: _Fields) -> MediaSpec:
     kinds = {kind: f.section(kind) for kind in ("image", "audio", "video") if f.data.get(kind) is not None}
     rate = kinds["audio"].get("rate", int) if "audio" in kinds else None
-    return MediaSpec(f.get("vocab", int), f.get("dim", int), {k: v.get("entry", str) for k, v in kinds.items()}, rate)
+    entries = {k: v.get("entry", str) for k, v in kinds.items()}
+    return MediaSpec(f.get("vocab", int), f.get("dim", int), entries, rate, f.data.get("seen") is True)
+
+
+def _head(f: _Fields) -> HeadSpec:
+    return HeadSpec(f.get("entry", str), f.get("of", str))
 
 
 def _file(f: _Fields) -> FileSpec:
@@ -235,6 +253,11 @@ def _check(m: Manifest) -> None:
         if found != list(ENCODER_INPUTS[kind]):
             wanted = ", ".join(ENCODER_INPUTS[kind])
             raise ArtifactError(f"manifest.json: the {kind} encoder {encoder} takes {', '.join(found)}, not {wanted}; {AGAIN}")
+    for name, head in m.heads.items():
+        given = {x.name for x in m.entries[head.entry].inputs} if head.entry in m.entries else set()
+        text = head.of == "text" and {"tokens", "last"} <= given <= {"tokens", "last", "media", "seen"}
+        if not text and given != set(ENCODER_INPUTS.get(head.of, ("",))):
+            raise ArtifactError(f"manifest.json: head {name} is of {head.of}, which entry {head.entry} does not take; {AGAIN}")
     for w in m.weights:
         if any(isinstance(d, str) for d in w.shape):
             raise ArtifactError(f"manifest.json: weight {w.name} has the shape {list(w.shape)}, not whole numbers; {AGAIN}")

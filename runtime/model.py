@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from .manifest import AGAIN, ENCODER_INPUTS, Entry, Manifest
 from .media import Audio, Image, Media, Video, open_media
 from .memory import tensor_of
 from .module import Library, check_ffi
-from .prompts import Prompt
+from .prompts import Prompt, text_inputs
 from .sampling import SamplingOptions
 from .session import Session
 from .tokenizer import Tokenizer
@@ -89,6 +89,44 @@ class Model:
         Rows of several make the input ``media`` of :meth:`Session.encode`; the token for row r of it is vocab + r. Raises
         MediaError for what cannot be read, InputError for a kind that the model was not made for.
         """
+        spec, (kind, arrays) = self.manifest.media, self._decoded(media)
+        assert spec is not None  # else nothing is decoded
+        (rows,) = self.run(spec.encoders[kind], **arrays).values()
+        return rows
+
+    def classify(self, head: str, inputs: Sequence[Prompt | Media | Path]) -> np.ndarray:
+        """The probabilities f32[n, classes] that the classification head ``head`` gives each of ``inputs``.
+
+        A head of text takes prompts as :meth:`generate` does, all in one call; one of images, sounds or videos takes those, or
+        files of them. Raises InputError for a head that the model lacks and for inputs that it does not take, MediaError for
+        media that cannot be read, ContextLimitError for a prompt longer than the context.
+        """
+        heads = self.manifest.heads
+        if head not in heads:
+            raise InputError(f"the model has no head {head!r}; it has {', '.join(heads) or 'none'}")
+        if isinstance(inputs, (str, Path, Media)) or not len(inputs):
+            raise InputError("inputs is a list of what to classify, at least one")
+        spec = heads[head]
+        if spec.of == "text":
+            entry = self.entry(spec.entry)
+            given = text_inputs(self, cast("Sequence[Prompt]", inputs))
+            (logits,) = self.run(spec.entry, **{i.name: given[i.name] for i in entry.inputs}).values()
+        else:
+            rows: list[np.ndarray] = []
+            for x in inputs:
+                if not isinstance(x, (Path, Media)):
+                    raise InputError(f"head {head} is of {spec.of}: give Paths or {spec.of.title()}s, not {type(x).__name__}")
+                kind, arrays = self._decoded(x)
+                if kind != spec.of:
+                    raise InputError(f"head {head} is of {spec.of}, and {x!r} is of {kind}")
+                rows += self.run(spec.entry, **arrays).values()
+            logits = np.stack(rows)
+        e = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        probabilities: np.ndarray = e / e.sum(axis=-1, keepdims=True)
+        return probabilities
+
+    def _decoded(self, media: Media | Path) -> tuple[str, dict[str, np.ndarray]]:
+        """The kind of a medium, and what the encoder of that kind takes."""
         part = open_media(media) if isinstance(media, Path) else media
         spec = self.manifest.media
         kind = type(part).__name__.lower()
@@ -104,8 +142,7 @@ class Model:
                 arrays = (part.samples(spec.rate),)
             case Video():
                 arrays = part.frames()
-        (rows,) = self.run(spec.encoders[kind], **dict(zip(ENCODER_INPUTS[kind], arrays))).values()
-        return rows
+        return kind, dict(zip(ENCODER_INPUTS[kind], arrays))
 
     def session(self, batch: int = 1, context: int | None = None) -> Session:
         """Caches for ``batch`` rows of up to ``context`` positions (default: as many as the model takes)."""

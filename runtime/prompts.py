@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .errors import InputError
+from .errors import ContextLimitError, InputError
 from .media import Audio, Image, Media, Video
 from .tokenizer import Tokenizer
 
@@ -38,6 +38,45 @@ def read_prompts(model: Model, prompts: Sequence[Prompt]) -> tuple[list[list[int
             raise InputError(f"prompt {i} is empty, and the model has no token to begin a text with")
         out.append(ids or [int(model.manifest.bos or 0)])
     return out, np.concatenate(rows.all) if rows.all else None
+
+
+def text_inputs(model: Model, prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
+    """What an entry over whole texts takes: ``tokens`` i64[b, s], ``last`` i64[b], and ``media`` and ``seen`` for models that
+    have them.
+
+    Raises as :func:`read_prompts`; InputError for a token of no vocabulary; ContextLimitError for a prompt longer than the
+    context.
+    """
+    ids, media = read_prompts(model, prompts)
+    spec, context = model.manifest.media, model.manifest.context
+    longest = max(range(len(ids)), key=lambda i: len(ids[i]))
+    if context is not None and len(ids[longest]) > context:
+        raise ContextLimitError(
+            f"prompt {longest} has {len(ids[longest])} tokens; the model's context is {context}: shorten the prompt"
+        )
+    vocab = spec.vocab + (0 if media is None else len(media)) if spec else model.manifest.vocab
+    for i, row in enumerate(ids):
+        if min(row) < 0 or (vocab is not None and max(row) >= vocab):
+            raise InputError(f"prompt {i} holds a token outside the vocabulary of {vocab}")
+    made = {"tokens": padded(ids, 0), "last": np.array([len(row) - 1 for row in ids])}
+    if spec is not None:
+        made["media"] = np.zeros((1, spec.dim), np.float32) if media is None else media
+        made["seen"] = seen_rows(model, ids)
+    return made
+
+
+def seen_rows(model: Model, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+    """The rows of media that each prompt holds, in its order: i64[b, t], t >= 1, filled up with -1."""
+    vocab = model.manifest.media.vocab if model.manifest.media else 0
+    return padded([list(dict.fromkeys(t - vocab for t in ids if t >= vocab)) for ids in prompts], -1)
+
+
+def padded(rows: Sequence[Sequence[int]], value: int) -> np.ndarray:
+    """Rows of different lengths as i64[len(rows), n], n >= 1, filled up with ``value`` on the right."""
+    out = np.full((len(rows), max(1, *map(len, rows))), value, np.int64)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row
+    return out
 
 
 class _Rows:

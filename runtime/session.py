@@ -41,6 +41,10 @@ class Session:
             if not specs.keys() >= set(own) or (name == "decode" and others != self._others):
                 raise ArtifactError(f"entry {name} does not take {', '.join((*own, *self._others))}; {AGAIN}")
             self._names[name], self._others = list(specs), others
+        self._encoder = m.entries.get("encode")
+        made = {spec.name for spec in self._encoder.outputs} if self._encoder else set()
+        self._wanted = {spec.name: spec for spec in self._encoder.inputs} if self._encoder else {}  # by encode()
+        self._wanted |= {name: spec for name, spec in self._others.items() if name not in made}
         self._given: dict[str, tuple[Any, np.ndarray]] = {}  # of the others, once they are here
         self._rows = next(i.shape[0] for i in model.entry("prefill").inputs if i.name == "tokens")
         self._model = model
@@ -53,9 +57,6 @@ class Session:
             raise ContextLimitError(f"context={context}: the model takes 1 to {limit} positions")
         self.batch, self.context = batch, context or limit
         self._vocab, self._media = m.vocab, m.media
-        if m.media is not None:  # until there are media, one row that no token names
-            self._vocab = m.media.vocab
-            self._given["media"] = zeros("float32", [1, m.media.dim])
         self._chunk = m.chunk or self.context
         self._weights = model.weights
         self._states = {name: model.entry(name).states for name in ("prefill", "decode")}
@@ -68,21 +69,24 @@ class Session:
         self._caches: dict[str, tuple[Any, np.ndarray]] = {}
         self._capacity = 0
         self._reserve(min(_FIRST, self._most))
+        if m.media is not None and self._wanted.keys() == {"media", *(["seen"] if m.media.seen else [])}:
+            nothing = {"media": np.zeros((1, m.media.dim), np.float32), "seen": np.full((batch, 1), -1)}
+            self.encode(**{name: nothing[name] for name in self._wanted})
+            self._vocab = m.media.vocab  # until there are media, one row that no token names
 
     def encode(self, **inputs: Any) -> None:
         """Gives the model what it takes beside tokens, one row for each of the session's, and empties all rows.
 
+        ``media=`` goes with ``seen=`` i64[batch, t] where the model attends to media by themselves: the rows of media that
+        each row of the session sees, -1 for none.
+
         Runs the entry ``encode``, where there is one, once; its results serve all steps. Raises InputError for arrays that
         are missing, unknown or do not fit.
         """
-        encoder = self._model.manifest.entries.get("encode")
-        made = {spec.name for spec in encoder.outputs} if encoder else set()
-        wanted = {spec.name: spec for spec in encoder.inputs} if encoder else {}
-        wanted |= {name: spec for name, spec in self._others.items() if name not in made}
         sizes = {self._rows: self.batch} if isinstance(self._rows, str) else {}
-        values = dict(zip(wanted, fit("encode", list(wanted.values()), inputs, sizes)))
-        if encoder:
-            values |= self._model.run("encode", **{spec.name: values[spec.name] for spec in encoder.inputs})
+        values = dict(zip(self._wanted, fit("encode", list(self._wanted.values()), inputs, sizes)))
+        if self._encoder:
+            values |= self._model.run("encode", **{spec.name: values[spec.name] for spec in self._encoder.inputs})
         if self._media is not None:
             if not len(values["media"]):
                 raise InputError("media has no rows: without media, feed text alone")

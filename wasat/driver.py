@@ -191,7 +191,7 @@ def _manifest(program: Program, library: Any, settings: dict[str, Any]) -> dict[
         "weights": [{"name": a.name, "dtype": a.dtype, "shape": list(a.shape)} for a in library.plan.arrays],
         "limits": {"context": meta.get("context"), "chunk": meta.get("chunk")},
         "generation": {**meta.get("generation", {}), "vocab": meta.get("vocab") or _vocabulary(program)},
-        **({"media": meta["media"]} if "media" in meta else {}), "settings": settings,
+        **{k: meta[k] for k in ("media", "heads") if k in meta}, "settings": settings,
     }  # fmt: skip
 
 

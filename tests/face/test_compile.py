@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -312,3 +314,17 @@ def test_a_language_model_without_any_cache(tmp_path: Path) -> None:
     while len(want) < 4:
         want.append(int(table[want[-1]]))
     assert result.tokens == want
+
+
+def test_the_compiler_is_refused_beside_an_artifacts_runtime(int4: Path) -> None:
+    """Two TVM runtimes in one process would end it."""
+    script = f"""
+import wasat as ws
+ws.load({str(int4)!r})
+try:
+    ws.compile(ws.Program({{}}), "never")
+except ws.WasatError as e:
+    print(e)
+"""
+    done = subprocess.run([sys.executable, "-c", script], text=True, capture_output=True)
+    assert "compile in a process of its own, or import tvm before" in done.stdout, done.stderr

@@ -155,8 +155,9 @@ class Gemini(nn.Module):
         each batch row attends to, -1 for none; ``classify_<head>``: the encoder's inputs, or forward's and ``last i64[b]``
         (the position to read), -> ``logits``. A text-only model has ``forward(tokens)``.
 
-        ``metadata["media"]``: ``vocab``, ``dim``, and per modality the ``entry`` and what it needs: ``rate`` and ``samples``
-        of audio, ``frames`` of video; ``seen`` with cross-attention.
+        ``metadata["media"]``: ``vocab``, ``dim``, and per modality the ``entry`` and what it needs: ``rate`` and ``samples`` of
+        audio, ``frames`` of video; ``seen`` with cross-attention. ``metadata["heads"]``: each one's ``entry``, and what it is
+        ``of``.
         """
         c = self.config
         signatures = {
@@ -177,6 +178,8 @@ class Gemini(nn.Module):
         )  # fmt: skip
         if c.modalities:
             program.metadata["media"] = self._media()
+        if c.heads:
+            program.metadata["heads"] = {h.name: {"entry": f"classify_{h.name}", "of": h.of} for h in c.heads}
         return program
 
     def training_program(self, modalities: Sequence[str] | None = None, seed: int = 0) -> Program:
