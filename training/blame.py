@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from wasat.ir import Array, Graph, Node, Value, WasatError, evaluate, node_text
@@ -12,39 +12,38 @@ class Diverged(WasatError):
     """A step whose loss or gradients are not finite."""
 
 
-class _Found(Exception):
-    pass
+def offender(graph: Graph, inputs: Mapping[str, Array], params: Mapping[str, Array], outputs: Sequence[str]) -> str:
+    """Runs ``graph`` on the interpreter and says why these outputs of it are not finite: what first was not on the way to them.
 
-
-def offender(graph: Graph, inputs: Mapping[str, Array], params: Mapping[str, Array]) -> str:
-    """Runs ``graph`` on the interpreter and says what first was not finite: an input, or the node and its line.
-
-    A node is blamed that makes NaN of operands without NaN, or an infinity of finite operands; constants are not blamed (masks
-    are built of infinities).
+    That is an input or parameter, or the node, and its line, that makes NaN of operands without NaN, or an infinity of finite
+    operands. Constants are not blamed (masks are built of infinities), nor what was masked before it reached the outputs.
     """
     spoilt: dict[Value, bool] = {}
     """Values that are not finite, and whether they hold NaN."""
     for v in graph.inputs:
         _note(spoilt, v, inputs[v.name])
-        if v in spoilt:
-            return f"input %{v.name} held {'NaN' if spoilt[v] else 'an infinity'} already"
-
-    blamed = ""
+    for name, v in graph.params.items():
+        _note(spoilt, v, params[name])
 
     def observe(node: Node, results: tuple[Array, ...]) -> None:
-        nonlocal blamed
         for v, x in zip(node.outputs, results):
             _note(spoilt, v, x)
-            before = [spoilt.get(i) for i in node.inputs]
-            if v in spoilt and node.inputs and (all(b is None for b in before) or (spoilt[v] and not any(before))):
-                where = f" (at {node.loc})" if node.loc is not None else ""
-                blamed = f"the first {'NaN' if spoilt[v] else 'infinity'} was made by {node_text(node).strip()}{where}"
-                raise _Found
 
-    try:
-        evaluate(graph, inputs, params, observe=observe)
-    except _Found:
-        return blamed
+    evaluate(graph, inputs, params, observe=observe)
+    guilty = {v for name, v in zip(graph.output_names, graph.outputs) if name in outputs and v in spoilt}
+    for node in reversed(list(graph.nodes)):
+        if not guilty.isdisjoint(node.outputs):
+            guilty.update(v for v in node.inputs if v in spoilt)
+    for kind, given in (("input", graph.inputs), ("parameter", graph.params.values())):
+        for v in given:
+            if v in guilty:
+                return f"{kind} %{v.name} held {'NaN' if spoilt[v] else 'an infinity'} already"
+    for node in graph.nodes:
+        before = [spoilt[v] for v in node.inputs if v in spoilt]
+        for v in node.outputs:
+            if v in guilty and node.inputs and (not before or (spoilt[v] and not any(before))):
+                where = f" (at {node.loc})" if node.loc is not None else ""
+                return f"the first {'NaN' if spoilt[v] else 'infinity'} was made by {node_text(node).strip()}{where}"
     return "the interpreter, which rounds differently, stays finite in this step: the numbers are at the edge of f32"
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -19,7 +21,30 @@ _NAME = re.compile(r"step-(\d+)\.safetensors\Z")
 
 
 class CheckpointError(WasatError):
-    """A checkpoint that is damaged, or that belongs to another run."""
+    """A checkpoint that is damaged, that belongs to another run, or that cannot be written."""
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[IO[bytes]]:
+    """A file to be written that gets its name, ``path``, once all of it is on the disk; until then an older one stays.
+
+    Raises CheckpointError where the system refuses, as when the disk is full, and leaves no part behind.
+    """
+    unfinished = path.with_suffix(".unfinished")
+    try:
+        with open(unfinished, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(unfinished, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name, too, is on the disk
+        finally:
+            os.close(folder)
+    except OSError as e:
+        unfinished.unlink(missing_ok=True)
+        raise CheckpointError(f"{path} cannot be written: {e.strerror}") from e
 
 
 @dataclass(frozen=True)
@@ -42,19 +67,14 @@ class Checkpoints:
     def save(self, step: int, states: Mapping[str, np.ndarray], *, score: float | None = None, more: Any = None) -> Path:
         """Writes the checkpoint of ``step`` and drops those no longer kept; a kill at any moment leaves the earlier ones.
 
-        The file gets its name after all of it is on the disk.
+        Raises CheckpointError where it cannot be written; the earlier ones stay.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         arrays = {k: np.asarray(v, order="C") for k, v in states.items()}
         data = save(arrays, {"wasat": json.dumps({"step": step, "score": score, "more": more})})
         path = self._path(step)
-        unfinished = path.with_suffix(".unfinished")
-        with open(unfinished, "wb") as f:
+        with whole(path) as f:
             f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(unfinished, path)
-        self._sync()
         self._drop()
         return path
 
@@ -64,9 +84,13 @@ class Checkpoints:
         return sorted(int(m[1]) for m in found if m)
 
     def best(self) -> int | None:
-        """The step of the lowest score, the first of equals; None if no checkpoint has one."""
+        """The step of the lowest score that is a number, the first of equals; None if no checkpoint has one."""
         scores = {step: self._about(step)["score"] for step in self.steps()}
-        return min((s for s in scores if scores[s] is not None), key=lambda s: scores[s], default=None)
+        return min((s for s, x in scores.items() if x is not None and not math.isnan(x)), key=lambda s: scores[s], default=None)
+
+    def more(self) -> Any:
+        """What the latest checkpoint holds as ``more``; None if there is none yet."""
+        return self._about(self.steps()[-1])["more"] if self.steps() else None
 
     def load(self, like: Mapping[str, np.ndarray], step: int | None = None) -> Checkpoint | None:
         """The checkpoint of ``step``, by default the latest; None if there is none yet.
@@ -113,11 +137,3 @@ class Checkpoints:
                 self._path(step).unlink()
         for p in self.folder.glob("step-*.unfinished"):  # of runs that were killed
             p.unlink()
-
-    def _sync(self) -> None:
-        """The new name, too, is on the disk."""
-        folder = os.open(self.folder, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)

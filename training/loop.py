@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
+import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +21,7 @@ from wasat.passes import Remark
 
 from .bar import Bar
 from .blame import Diverged, offender
-from .checkpoint import Checkpoint, CheckpointError, Checkpoints
+from .checkpoint import Checkpoint, CheckpointError, Checkpoints, whole
 from .compiled import Compiled, specialized
 from .curve import write_curve
 from .data import Batch
@@ -80,8 +84,9 @@ def train(
     counted operations (:func:`.flops.step_flops`) per second, relative to NumPy's matrix product on this machine.
 
     Raises Diverged, with step and node, when the loss or the gradients' norm is not finite, in f16 the latter only where no
-    scale of the loss helps (the log has ``skipped`` and ``loss_scale``); CheckpointError where ``folder``
-    holds another run; IRError for batches that do not fit @graph, and what train_step and the compiler raise.
+    scale of the loss helps (the log has ``skipped`` and ``loss_scale``); CheckpointError where ``folder`` holds another run
+    (it says what differs), where another process trains in it, and where it cannot be written; IRError for batches that do
+    not fit @graph, and what train_step and the compiler raise.
     """
     if steps < 1 or evaluate_every < 1 or save_every < 1 or keep < 1:
         raise IRError("steps, evaluate_every, save_every and keep must be at least 1")
@@ -96,26 +101,33 @@ def train(
         program, optimizer=optimizer, rate=rate, clip=clip, accumulate=accumulate, ema=ema, train=train, graph=graph,
         precision=precision, scaling=scaling, remat=sizes,
     )  # fmt: skip
-    found = run.checkpoints.load(made.states)
-    about = {"seed": seed, "graph": str(made.program["train_step"])}
-    start, states = 0, made.states
-    log: list[Said] = []
-    if found is not None:
-        start, states, log = run.resumed(found, about, steps)
-        batches.restore(found.more["data"])
-    elif (run.folder / LOG).exists():
-        (run.folder / LOG).unlink()
-    compiled = Compiled(program, made, sample, target_named(target, threads), graph)
-    flops = step_flops(fixed)
-    peak, tokens = machine_flops(), next(iter(first.values())).size
-    bar = Bar() if progress is None else None
-    tell = progress or bar
-    assert tell is not None
-    run.folder.mkdir(parents=True, exist_ok=True)
-    params = {k: v.load() for k, v in made.program.params.items()}
-    loss = program[graph].output_names[0]
-    try:
-        with open(run.folder / LOG, "a") as out:
+    about: dict[str, Any] = {
+        "seed": seed, "graph": str(made.program["train_step"]), "model": sha256(str(program[graph]).encode()).hexdigest(),
+        "batch": {k: f"{x.dtype}{list(x.shape)}" for k, x in first.items()},
+        "options": {
+            "optimizer": str(optimizer), "rate": str(rate), "clip": clip, "accumulate": accumulate, "ema": ema,
+            "train": list(train), "precision": precision, "scaling": str(scaling), "remat": remat,
+        },
+    }  # fmt: skip
+    with run.alone():
+        run.refuse_another(about)
+        found = run.checkpoints.load(made.states)
+        start, states = 0, made.states
+        log: list[Said] = []
+        if found is not None:
+            start, states, log = run.resumed(found, steps)
+            batches.restore(found.more["data"])
+        elif (run.folder / LOG).exists():
+            (run.folder / LOG).unlink()
+        compiled = Compiled(program, made, sample, target_named(target, threads), graph)
+        flops = step_flops(fixed)
+        peak, tokens = machine_flops(), next(iter(first.values())).size
+        bar = Bar() if progress is None else None
+        tell = progress or bar
+        assert tell is not None
+        params = {k: v.load() for k, v in made.program.params.items()}
+        loss = program[graph].output_names[0]
+        try:
             for step in range(start + 1, steps + 1):
                 batch = run.complete(next(batches), step)
                 began = time.perf_counter()
@@ -125,23 +137,23 @@ def train(
                 line |= {"tokens_per_second": tokens / took, "utilisation": flops / took / peak}
                 overflow = not math.isfinite(line["grad_norm"]) and line.get("loss_scale", 1.0) <= 1
                 if overflow or not math.isfinite(line[loss]):
-                    why = offender(compiled.plain["train_step"], {**batch, **states}, params)
+                    why = offender(compiled.plain["train_step"], {**batch, **states}, params, (loss, "grad_norm"))
                     raise Diverged(f"step {step}: the loss is {line[loss]}, the gradients' norm {line['grad_norm']}; {why}")
                 states = after
                 last = step == steps
                 if evaluation is not None and (last or step % evaluate_every == 0):
                     line |= run.evaluated(compiled, evaluation(), states)
                 log.append(line)
-                out.write(json.dumps(line) + "\n")
-                if last or step % save_every == 0:
-                    out.flush()  # the log reaches as far as the checkpoint
+                saves = last or step % save_every == 0
+                run.note(line, durable=saves)
+                if saves:  # log and curve reach as far as the checkpoint
+                    run.draw(log, made.remarks)
                     more = {**about, "data": batches.state()}
                     run.checkpoints.save(step, states, score=line.get(f"eval.{loss}"), more=more)
-                    run.draw(log, made.remarks)
                 tell(step, steps, {**line, "loss": line[loss]})
-    finally:
-        if bar is not None:
-            bar.close()
+        finally:
+            if bar is not None:
+                bar.close()
     return Trained(run.trained(made.states, states), states, log, made.remarks)
 
 
@@ -153,17 +165,35 @@ class _Run:
     seed: int
     checkpoints: Checkpoints
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """The folder is this process's, until it ends in whatever way."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        held = os.open(self.folder, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise CheckpointError(
+                    f"another process trains in {self.folder}; wait for its end, or choose another folder"
+                ) from None
+            yield
+        finally:
+            os.close(held)
+
     def complete(self, batch: Batch, step: int) -> Batch:
         """The batch, and the key of the step where the graph wants one."""
         wants = any(v.name == "key" for v in self.program[self.graph].inputs)
         return {**batch, "key": np.array([self.seed, step], np.uint32)} if wants and "key" not in batch else batch
 
-    def resumed(self, found: Checkpoint, about: dict[str, Any], steps: int) -> tuple[int, dict[str, np.ndarray], list[Said]]:
+    def refuse_another(self, about: Mapping[str, Any]) -> None:
+        """Raises CheckpointError, with what differs, if the folder holds a run of another kind."""
+        there = self.checkpoints.more() or about
+        if other := _differences({k: there.get(k, v) for k, v in about.items()}, about):
+            raise CheckpointError(f"{self.folder} holds another run: {other}; choose another folder, or remove it")
+
+    def resumed(self, found: Checkpoint, steps: int) -> tuple[int, dict[str, np.ndarray], list[Said]]:
         """Step, states and log of the checkpoint; what the log has beyond it is cut off."""
-        for k, v in about.items():
-            if found.more[k] != v:
-                what = f"seed {found.more[k]}, not {v}" if k == "seed" else "another model, loss or optimizer"
-                raise CheckpointError(f"{self.folder} holds a run of {what}; choose another folder, or remove it")
         if found.step > steps:
             raise CheckpointError(f"{self.folder} holds a run that is at step {found.step}, past the {steps} asked for")
         log = []
@@ -176,9 +206,8 @@ class _Run:
             if line["step"] > found.step:
                 break
             log.append(line)
-        unfinished = path.with_suffix(".unfinished")
-        unfinished.write_text("".join(json.dumps(line) + "\n" for line in log))
-        unfinished.replace(path)
+        with whole(path) as f:
+            f.write("".join(json.dumps(line) + "\n" for line in log).encode())
         return found.step, found.states, log
 
     def evaluated(self, compiled: Compiled, batches: Iterable[Batch], states: Mapping[str, np.ndarray]) -> Said:
@@ -186,6 +215,18 @@ class _Run:
         if not each:
             raise IRError("evaluation() made no batch")
         return {f"eval.{k}": float(np.mean([x[k] for x in each])) for k in each[0] if each[0][k].ndim == 0}
+
+    def note(self, line: Said, durable: bool) -> None:
+        """Adds a line to the log; ``durable``: it is on the disk when this returns."""
+        path = self.folder / LOG
+        try:
+            with open(path, "a") as out:
+                out.write(json.dumps(line) + "\n")
+                if durable:
+                    out.flush()
+                    os.fsync(out.fileno())
+        except OSError as e:
+            raise CheckpointError(f"{path} cannot be written: {e.strerror}") from e
 
     def draw(self, log: list[Said], remarks: Iterable[Remark]) -> None:
         loss = self.program[self.graph].output_names[0]
@@ -198,3 +239,15 @@ class _Run:
             x = states.get(f"ema.{name}", states[name])
             params[name] = ArrayParam(x, type_of(x))
         return Program({k: g.clone() for k, g in self.program.graphs.items()}, params, dict(self.program.metadata))
+
+
+def _differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What another run was made of, and what this one is; nothing if they are the same."""
+    if was == now:
+        return ""
+    flat = [{"seed": x["seed"], **x["options"], **{f"batch input {k}": v for k, v in x["batch"].items()}} for x in (was, now)]
+    there, here = ({k: x.get(k) for k in {**flat[0], **flat[1]}} for x in flat)
+    said = [f"{k} was {there[k]}, and is {here[k]}" for k in there if there[k] != here[k]]
+    if was["model"] != now["model"]:
+        said.append("the model or the loss is another")
+    return ", ".join(said) or "this version of Wasat makes another step of the same model"

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from wasat.ir import Builder, DType, Program, Value
 from wasat.models.gemini import Config, Gemini, load, save
-from wasat.recipe import RecipeError, Table, files_of
+from wasat.recipe import RecipeError, Table, files_of, keep_tokenizer
 from wasat.training.data import Batch
 from wasat.training.loop import Progress, Trained, train
 from wasat.training.losses import add_loss, cross_entropy
@@ -63,11 +63,10 @@ class Joint:
         def held_out() -> Iterable[Batch]:
             return islice(self.mixture("held_out"), self.batches)
 
-        self.output.mkdir(parents=True, exist_ok=True)
-        self.tokenizer.save(str(self.output / "tokenizer.json"))
+        tokenizer = keep_tokenizer(self.tokenizer, self.output)
         evaluation: Callable[[], Iterable[Batch]] | None = held_out if self.batches else None
         done = train(self.program(), self.mixture(), self.output, evaluation=evaluation, progress=progress, **self.options)
-        save(self.output / "model", self.config, done.program.params, tokenizer=self.output / "tokenizer.json", dtype="f16")
+        save(self.output / "model", self.config, done.program.params, tokenizer=tokenizer, dtype="f16")
         return done
 
     def served(self, done: Trained) -> Program:

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from wasat import nn
 from wasat.frontend import from_pretrained
 from wasat.ir import Program, WasatError
+from wasat.training.checkpoint import Checkpoints, whole
 from wasat.training.data import Batch, Packed, Source, TextFiles
 from wasat.training.loop import Progress, Trained, train
 from wasat.training.losses import add_loss, cross_entropy
@@ -102,10 +103,7 @@ class Recipe:
         def held_out() -> Iterable[Batch]:
             return islice(Packed(self.evaluation, **self.batch, end=self.end), self.batches)
 
-        self.output.mkdir(parents=True, exist_ok=True)
-        tokenizer = self.output / "tokenizer.json"
-        self.tokenizer.save(str(tokenizer))
-        self.program.metadata["tokenizer"] = str(tokenizer)
+        self.program.metadata["tokenizer"] = str(keep_tokenizer(self.tokenizer, self.output))
         packed = Packed(self.sources, **self.batch, end=self.end, seed=self.options["seed"])
         evaluation: Callable[[], Iterable[Batch]] | None = held_out if self.evaluation else None
         return train(self.program, packed, self.output, evaluation=evaluation, progress=progress, **self.options)
@@ -113,6 +111,21 @@ class Recipe:
     def served(self, done: Trained) -> Program:
         """What to compile of the trained program."""
         return Program({"forward": done.program["forward"]}, done.program.params, done.program.metadata)
+
+
+def keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> Path:
+    """Writes ``tokenizer.json`` into the folder of a run, unless it is there.
+
+    Raises RecipeError if the folder holds a run with another tokenizer.
+    """
+    path, text = folder / "tokenizer.json", tokenizer.to_str(pretty=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        if Checkpoints(folder).steps():
+            raise RecipeError(f"{folder} holds a run with another tokenizer, {path}; choose another folder, or remove it")
+        with whole(path) as f:
+            f.write(text.encode())
+    return path
 
 
 def read_recipe(path: str | Path) -> Recipe | Joint:

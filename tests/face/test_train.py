@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -78,27 +76,90 @@ def test_options_of_the_step(tmp_path: Path) -> None:
     assert (plain["precision"], plain["remat"]) == ("f32", False)
 
 
-def test_killed_and_resumed_and_served(tmp_path: Path) -> None:
-    for name in ("whole", "killed"):
-        write(tmp_path / name)
-    said = train(tmp_path / "whole", "--artifact", "tiny.wasat")
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of a run that nothing stopped, and what the command said."""
+    folder = tmp_path_factory.mktemp("whole")
+    write(folder)
+    return folder, train(folder, "--artifact", "tiny.wasat")
+
+
+KILLED = """
+import os, signal, sys, threading
+from pathlib import Path
+import tvm
+from wasat.cli import main
+from wasat.training.compiled import Compiled
+
+fsync, replace, step, seen = os.fsync, os.replace, Compiled.step, []
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def reached(moment):
+    seen.append(moment)
+    return [moment, str(seen.count(moment))] == wanted
+
+def stepped(*args):
+    if reached("step"):
+        threading.Thread(target=die).start()  # the step is at work meanwhile
+    return step(*args)
+
+def synced(number):
+    path = Path(os.readlink(f"/proc/self/fd/{number}"))
+    if reached(f"half of {path.name.split('-')[0]}"):
+        os.ftruncate(number, os.fstat(number).st_size * 2 // 3)
+        die()
+    fsync(number)
+
+def replaced(old, new):
+    replace(old, new)
+    if reached(f"after {Path(new).name.split('-')[0]}"):
+        die()
+
+os.fsync, os.replace, Compiled.step = synced, replaced, stepped
+moments, sys.argv[1:] = sys.argv[1:], ["train", "run.toml"]
+for moment in moments:  # each in a process of its own, which goes on where the one before was killed
+    child = os.fork()
+    if not child:
+        wanted = moment.split(":")
+        main()
+        os._exit(0)
+    print(moment, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+MOMENTS = [
+    "half of tokenizer.unfinished:1",
+    "step:8",
+    "half of log.unfinished:1",
+    "half of log.jsonl:2",
+    "half of curve.unfinished:1",
+    "half of step:2",
+    "after step:2",
+]
+"""What happens when the kill comes, and at which such time; ``half of``: two thirds of the file are written."""
+
+
+def test_killed_at_every_moment_it_ends_with_the_same_bits(tmp_path: Path, whole: tuple[Path, str]) -> None:
+    write(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, *MOMENTS], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )  # fmt: skip
+    assert done.stdout.splitlines() == [f"{m} {-signal.SIGKILL}" for m in MOMENTS], done.stderr
+    train(tmp_path)
+    assert losses(tmp_path) == losses(whole[0])
+    assert [step for step, *_ in losses(tmp_path)] == list(range(1, 41))
+    folders = [folder / "run" for folder in (tmp_path, whole[0])]
+    made, wanted = ({p.name: p.read_bytes() for p in folder.iterdir() if p.name != "log.jsonl"} for folder in folders)
+    assert made == wanted
+
+
+def test_trained_and_served(whole: tuple[Path, str]) -> None:
+    folder, said = whole
     assert "step 40: loss " in said
     assert "held out" in said
-    first, last = losses(tmp_path / "whole")[0], losses(tmp_path / "whole")[-1]
+    first, last = losses(folder)[0], losses(folder)[-1]
     assert last[1] < 0.6 * first[1]
-
-    killed = subprocess.Popen([*COMMAND, "run.toml"], cwd=tmp_path / "killed", stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 100
-    while not list((tmp_path / "killed" / "run").glob("step-*.safetensors")) and time.monotonic() < deadline:
-        time.sleep(0.002)
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.wait()
-    train(tmp_path / "killed")
-    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
-    final = [(tmp_path / name / "run" / "step-00000040.safetensors").read_bytes() for name in ("whole", "killed")]
-    assert final[0] == final[1]
-
-    [result] = ws.load(tmp_path / "whole" / "tiny.wasat").generate(["the quick"], max_tokens=8)
+    [result] = ws.load(folder / "tiny.wasat").generate(["the quick"], max_tokens=8)
     assert len(result.tokens) == 8
 
 
