@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 from wasat.ir import Array, Graph, Node, Value, WasatError, evaluate, node_text
@@ -12,11 +12,11 @@ class Diverged(WasatError):
     """A step whose loss or gradients are not finite."""
 
 
-def offender(graph: Graph, inputs: Mapping[str, Array], params: Mapping[str, Array], outputs: Sequence[str]) -> str:
-    """Runs ``graph`` on the interpreter and says why these outputs of it are not finite: what first was not on the way to them.
+def offender(graph: Graph, inputs: Mapping[str, Array], params: Mapping[str, Array], output: str) -> str:
+    """Runs ``graph`` on the interpreter and says why this output of it is not finite: what first was not on the way to it.
 
     That is an input or parameter, or the node, and its line, that makes NaN of operands without NaN, or an infinity of finite
-    operands. Constants are not blamed (masks are built of infinities), nor what was masked before it reached the outputs.
+    operands. Constants are not blamed (masks are built of infinities), nor what was masked before it reached the output.
     """
     spoilt: dict[Value, bool] = {}
     """Values that are not finite, and whether they hold NaN."""
@@ -30,7 +30,7 @@ def offender(graph: Graph, inputs: Mapping[str, Array], params: Mapping[str, Arr
             _note(spoilt, v, x)
 
     evaluate(graph, inputs, params, observe=observe)
-    guilty = {v for name, v in zip(graph.output_names, graph.outputs) if name in outputs and v in spoilt}
+    guilty = {graph.outputs[graph.output_names.index(output)]} & spoilt.keys()
     for node in reversed(list(graph.nodes)):
         if not guilty.isdisjoint(node.outputs):
             guilty.update(v for v in node.inputs if v in spoilt)

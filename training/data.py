@@ -87,18 +87,25 @@ class Packed(Iterator[Batch]):
     def state(self) -> dict[str, Any]:
         """Where the batches are, as JSON: ``restore`` of it goes on with the same batches as this object."""
         return {
-            "seed": self.seed, "taken": [list(t) for t in self._taken], "tokens": list(self._tokens),
+            "of": self._kind(), "taken": [list(t) for t in self._taken], "tokens": list(self._tokens),
             "rows": [[r.source, r.epoch, r.index, r.at, len(r.tokens)] for r in self._rows],
+        }  # fmt: skip
+
+    def _kind(self) -> dict[str, Any]:
+        """What decides which batches come."""
+        return {
+            "seed": self.seed, "rows": self.batch, "length": self.length, "end": self.end,
+            "documents": [len(s.documents) for s in self.sources], "weights": [s.weight for s in self.sources],
         }  # fmt: skip
 
     def restore(self, state: dict[str, Any]) -> None:
         """Goes to where ``state`` was taken. Raises DataError if it was taken of other data, or with other sizes or seed."""
-        if (state["seed"], len(state["taken"])) != (self.seed, len(self.sources)) or len(state["rows"]) not in (0, self.batch):
-            raise DataError("the state is of other batches: the seed, the number of sources or of rows differs")
+        was, now = state["of"], self._kind()
+        if other := [f"{k} was {was[k]}, and is {now[k]}" for k in now if was[k] != now[k]]:
+            raise DataError(f"the state is of other batches: {', '.join(other)}")
         rows = []
         for source, epoch, index, at, size in state["rows"]:
-            n = len(self.sources[source].documents)
-            tokens = self._document(source, epoch, index) if index < n else np.zeros(0)
+            tokens = self._document(source, epoch, index)
             if len(tokens) != size:
                 raise DataError(f"source {source} has changed: document {index} of epoch {epoch} had {size - 1} tokens")
             rows.append(_Row(source, epoch, index, at, tokens))

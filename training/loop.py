@@ -137,7 +137,8 @@ def train(
                 line |= {"tokens_per_second": tokens / took, "utilisation": flops / took / peak}
                 overflow = not math.isfinite(line["grad_norm"]) and line.get("loss_scale", 1.0) <= 1
                 if overflow or not math.isfinite(line[loss]):
-                    why = offender(compiled.plain["train_step"], {**batch, **states}, params, (loss, "grad_norm"))
+                    spoilt = "grad_norm" if math.isfinite(line[loss]) else loss
+                    why = offender(compiled.plain["train_step"], {**batch, **states}, params, spoilt)
                     raise Diverged(f"step {step}: the loss is {line[loss]}, the gradients' norm {line['grad_norm']}; {why}")
                 states = after
                 last = step == steps

@@ -66,7 +66,7 @@ def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
     assert c.steps() == []
     assert c.best() is None
     assert c.load(STATES) is None
-    for t, score in [(1, 3.0), (2, 1.0), (3, 2.0), (4, None), (5, 1.0)]:
+    for t, score in [(0, float("nan")), (1, 3.0), (2, 1.0), (3, 2.0), (4, None), (5, 1.0)]:
         c.save(t, {**STATES, "count": np.array(t)}, score=score)
     assert c.steps() == [2, 4, 5]
     assert c.best() == 2
