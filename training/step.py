@@ -20,7 +20,9 @@ _SCALED = "optimizer.scaled_loss"
 class TrainStep:
     """A program whose @train_step maps a batch and the states to the loss and the new states, and the states to begin with.
 
-    States go in and come out under the same names, those of ``program.metadata["states"]``: a backend may update them in place.
+    States go in and come out under the same names, those of ``program.metadata["states"]``. Those ``donated`` there a backend
+    writes over the old ones. Nothing is lost with these: a call whose loss or gradients are not finite leaves every donated
+    state as it was, to the bit, so that such a step can be run once more to see where it went wrong.
     They are the trained parameters under their own names, ``optimizer.<slot>.<parameter>``, ``optimizer.count`` (calls so far,
     i64[]), where asked for ``ema.<parameter>`` and ``optimizer.sum.<parameter>``, and in f16 those of :mod:`.scaling`.
     ``remarks``: what the passes did, such as what rematerialization saved.
@@ -70,7 +72,7 @@ def train_step(
     trained = {k: np.asarray(program.params[k].load()) for k in step.trained}
     states = {k: step.initial(k, trained) for k in step.states}
     params = {k: v for k, v in program.params.items() if k in step.graph.params}
-    metadata = {**program.metadata, "states": [{"name": k} for k in states]}
+    metadata = {**program.metadata, "states": [{"name": k, "donated": k in step.donated} for k in states]}
     result = Program({"train_step": step.graph}, params, metadata)
     passes: list[Pass] = [Cleanup()]
     if remat is not None:
@@ -102,6 +104,7 @@ class _Step:
         self.b = Builder(self.graph)
         self.states: dict[str, Value] = {}
         """Every state as it goes in."""
+        self.donated: set[str] = set()
 
     def emit(self) -> None:
         source, g, b = self.source, self.graph, self.b
@@ -128,24 +131,34 @@ class _Step:
         if self.accumulate > 1:
             due = b.equal(b.mod(new[COUNT], self.accumulate), 0)
             grads = {k: b.add(self.states[f"optimizer.sum.{k}"], b.div(v, float(self.accumulate))) for k, v in grads.items()}
-            new |= {f"optimizer.sum.{k}": b.select(due, b.constant(0.0), v) for k, v in grads.items()}
         norm = global_norm(b, list(grads.values()))
+        size = b.abs(env[source.outputs[0]])
+        sound = b.logical_and(b.less(norm, float("inf")), b.less(size, float("inf")))  # no NaN is
+        if due is not None:
+            for k, v in grads.items():
+                name = f"optimizer.sum.{k}"
+                new[name] = b.select(due, b.constant(0.0), v)
+                if self.scaling is None:  # else a sum takes up an overflow, so that its update is left out
+                    new[name] = b.select(sound, new[name], self.states[name])
+                    self.donated.add(name)
         if self.clip is not None:
             grads = clipped(b, grads, norm, self.clip)
         updates = b.floor_div(count, self.accumulate) if due is not None else count
         said: dict[str, Value] = {}
         if self.scaling is not None:
             updates, due, said = self._scaled(norm, updates, due, new)
+        due = sound if due is None else b.logical_and(due, sound)
         updates = b.cast(updates, dtype=DType.F32)
         rate, number = self.rate(b, updates), b.add(updates, 1.0)
         for name, grad in grads.items():
             p = self.states[name]
-            changed, after = self.optimizer.update(b, p, grad, slots[name], rate, number)
-            moved = {name: changed, **{f"optimizer.{k}.{name}": v for k, v in after.items()}}
+            changed, remembered = self.optimizer.update(b, p, grad, slots[name], rate, number)
+            moved = {name: changed, **{f"optimizer.{k}.{name}": v for k, v in remembered.items()}}
             if self.ema is not None:
                 average = self.states[f"ema.{name}"]
                 moved[f"ema.{name}"] = b.add(average, b.mul(b.sub(changed, average), 1 - self.ema))
-            new |= {k: v if due is None else b.select(due, v, self.states[k]) for k, v in moved.items()}
+            new |= {k: b.select(due, v, self.states[k]) for k, v in moved.items()}
+            self.donated |= moved.keys()
         outputs = {n: env[v] for n, v in zip(source.output_names, source.outputs) if not n.startswith("grad.") and n != _SCALED}
         more = {"grad_norm": norm, "rate": rate, **said, **{k: new[k] for k in self.states}}
         if taken := sorted(outputs.keys() & more.keys()):

@@ -36,6 +36,7 @@ from .kernels.pack import BLOCK, Storage, float_shape, int_shape, pack_bias, pac
 from .kernels.quantize import WORDS, QuantizeRows, quantize_rows
 from .kernels.rope import QkvToCache, Rope, Rotary, qkv_to_cache, rope
 from .lower import KernelCall, Layout, Packed, Result, StateLayout
+from .updates import fuse_updates
 from .views import View, product, row_major, view_of
 
 Shape = tuple[DimLike, ...]
@@ -119,7 +120,13 @@ def selection(target: tvm.target.Target, threads: int, cache: CacheType, states:
     """The function that puts the kernels for ``target`` into a graph whose inputs named in ``states`` are states."""
     isa = isa_of(target)
     by_name = {s["name"]: s for s in states}
-    return lambda graph: _Selection(graph, isa, threads, cache, by_name).run()
+    donated = [s["name"] for s in states if s.get("donated")]
+
+    def select(graph: Graph) -> None:
+        _Selection(graph, isa, threads, cache, by_name).run()
+        fuse_updates(graph, donated, threads)
+
+    return select
 
 
 def _known(*dims: DimLike) -> bool:
