@@ -45,7 +45,7 @@ def fuse_updates(graph: Graph, states: Collection[str], threads: int) -> None:
 
 def _is_pointwise(node: Node) -> bool:
     """Whether a kernel can have the node: operands are tensors of its result's type, or scalars."""
-    t = node.output.type
+    t = node.outputs[0].type
     if node.op.name not in POINTWISE or not isinstance(t, TensorType) or t.dtype is not DType.F32 or not t.rank:
         return False
     condition = node.inputs[0] if node.op.name == "select" else None
