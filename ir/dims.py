@@ -15,8 +15,9 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Union
+from functools import cached_property, wraps
+from numbers import Integral
+from typing import Any, TypeVar, Union, cast
 
 from .errors import DimError
 
@@ -51,6 +52,19 @@ def _order(monomial: Monomial) -> tuple[int, tuple[str, ...]]:
     return (-len(monomial), tuple(str(a) for a in monomial))
 
 
+_Operator = TypeVar("_Operator", bound=Callable[[Any, Any], Any])
+
+
+def _of_dims(operation: _Operator) -> _Operator:
+    """An operator of dimensions; with an operand that is none, such as a tensor, it is up to that."""
+
+    @wraps(operation)
+    def operator(self: Dim, other: object) -> Any:
+        return operation(self, other) if isinstance(other, (Dim, Integral)) else NotImplemented
+
+    return cast(_Operator, operator)
+
+
 @dataclass(frozen=True, eq=True)
 class Dim:
     """A polynomial with integer coefficients; never a constant (constants are ``int``)."""
@@ -76,6 +90,7 @@ class Dim:
 
     __repr__ = __str__
 
+    @_of_dims
     def __add__(self, other: DimLike) -> DimLike:
         return _combine(_terms(self) + _terms(other))
 
@@ -84,12 +99,15 @@ class Dim:
     def __neg__(self) -> DimLike:
         return _combine([(m, -c) for m, c in self.terms])
 
+    @_of_dims
     def __sub__(self, other: DimLike) -> DimLike:
         return _combine(_terms(self) + [(m, -c) for m, c in _terms(other)])
 
+    @_of_dims
     def __rsub__(self, other: DimLike) -> DimLike:
         return -self + other
 
+    @_of_dims
     def __mul__(self, other: DimLike) -> DimLike:
         return _combine(
             [(tuple(sorted(m + n, key=str)), c * d) for m, c in self.terms for n, d in _terms(other)]
@@ -97,21 +115,26 @@ class Dim:
 
     __rmul__ = __mul__
 
+    @_of_dims
     def __floordiv__(self, other: DimLike) -> DimLike:
         return floordiv(self, other)
 
+    @_of_dims
     def __rfloordiv__(self, other: int) -> DimLike:
         return floordiv(other, self)
 
+    @_of_dims
     def __mod__(self, other: DimLike) -> DimLike:
         return mod(self, other)
 
+    @_of_dims
     def __rmod__(self, other: int) -> DimLike:
         return mod(other, self)
 
     def __bool__(self) -> bool:
         raise DimError(f"the truth of dimension {self} depends on its binding: compare it with equal() or less_equal()")
 
+    @_of_dims
     def __lt__(self, other: object) -> bool:
         raise DimError(f"{self} < {other} depends on the binding: use less_equal(), whose answer may be None")
 

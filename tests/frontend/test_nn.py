@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -114,6 +115,24 @@ def test_expressions_equal_numpy(f: Callable[..., Any], want: Callable[..., Any]
     got = call(f, SYMBOLIC, x=X)
     assert got.shape == np.shape(want(X))
     assert_allclose(got, want(X), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("operation", [
+    operator.add, operator.sub, operator.mul, operator.truediv, operator.floordiv, operator.mod, operator.pow,
+    operator.lt, operator.le, operator.gt, operator.ge, operator.eq, operator.ne,
+])  # fmt: skip
+def test_a_dimension_beside_a_tensor_is_its_value(operation: Callable[[Any, Any], Any]) -> None:
+    class Both(nn.Module):
+        def __call__(self, x: nn.Tensor) -> tuple[nn.Tensor, nn.Tensor]:
+            n = x.shape[0]
+            return operation(n, x), operation(x, n)
+
+    g = nn.trace(Both(), {"x": "f32[n]"})["forward"]
+    x = np.array([1, 3, 2.5], np.float32)
+    left, right = evaluate(g, {"x": x})
+    assert_array_equal(left, operation(np.float32(3), x))
+    assert_array_equal(right, operation(x, np.float32(3)))
+
 
 
 def test_integers() -> None:
