@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import glob
 import math
+import re
 import tomllib
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from itertools import islice
 from pathlib import Path
@@ -131,23 +133,25 @@ def keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> Path:
 def read_recipe(path: str | Path) -> Recipe | Joint:
     """The run that a TOML file describes; ``examples/train_tiny.toml`` and ``examples/gemini.toml`` show all of it.
 
-    Raises RecipeError, naming file and key, for a key that is missing, unknown or of another type, and for files that are not
-    there.
+    Raises RecipeError, naming file, line and key, for a key that is missing, unknown or out of range, and for files that are
+    not there.
     """
     path = Path(path)
     try:
-        top = Table(tomllib.loads(path.read_text(encoding="utf-8")), str(path))
+        text = path.read_text(encoding="utf-8")
+        top = Table(tomllib.loads(text), str(path), _lines(text))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise RecipeError(f"{path} is no TOML: {e}") from None
-    seed = top.take("seed", int, 0)
-    options: dict[str, Any] = {"seed": seed, "steps": top.take("steps", int)}
+    seed = top.take("seed", int, 0, least=0)
+    options: dict[str, Any] = {"seed": seed, "steps": top.take("steps", int, least=1)}
     output = Path(top.take("output", str))
     batch = top.table("batch")
-    sizes = {"batch": batch.take("rows", int), "length": batch.take("length", int)}
+    sizes = {"batch": batch.take("rows", int, least=1), "length": batch.take("length", int, least=1)}
     batch.close()
     evaluates = "evaluation" in top.items
     held_out = top.table("evaluation", {})
-    options["evaluate_every"], batches = held_out.take("every", int, 100), held_out.take("batches", int, 8) * evaluates
+    options["evaluate_every"] = held_out.take("every", int, 100, least=1)
+    batches = held_out.take("batches", int, 8, least=1) * evaluates
     options |= _training(top, options["steps"])
     about, data = top.table("model"), top.tables("data")
     family = about.take("family", str, "decoder")
@@ -158,7 +162,7 @@ def read_recipe(path: str | Path) -> Recipe | Joint:
         top.close()
         return read_joint(about, data, path.parent, output, options, sizes, batches)
     if family != "decoder":
-        raise RecipeError(f"{about.where}: there is no family {family}; there are decoder, gemini")
+        raise RecipeError(f"{about.at('family')}: there is no family {family}; there are decoder, gemini")
     program, tokenizer, end = _model(about, path.parent, seed)
 
     def source(t: Table) -> Source:
@@ -177,13 +181,13 @@ def _training(top: Table, steps: int) -> dict[str, Any]:
     """The options of :func:`wasat.train` that every recipe has."""
     options: dict[str, Any] = {"optimizer": _chosen(top.table("optimizer", {}), _OPTIMIZERS, "adamw")}
     rate, step, saving = top.table("rate", {}), top.table("step", {}), top.table("checkpoints", {})
-    options["accumulate"], options["ema"] = step.take("accumulate", int, 1), step.take("ema", float, None)
+    options["accumulate"], options["ema"] = step.take("accumulate", int, 1, least=1), step.take("ema", float, None)
     options["clip"] = step.take("clip", float, None)
     options["precision"], options["remat"] = step.take("precision", str, "f32"), step.take("remat", bool, False)
     if rate.items.get("name", "cosine") != "constant":
         rate.items.setdefault("steps", steps // max(options["accumulate"], 1))  # schedules count updates
     options["rate"] = _chosen(rate, _SCHEDULES, "cosine")
-    options["save_every"], options["keep"] = saving.take("every", int, 100), saving.take("keep", int, 3)
+    options["save_every"], options["keep"] = saving.take("every", int, 100, least=1), saving.take("keep", int, 3, least=1)
     for table in (step, saving):
         table.close()
     return options
@@ -196,38 +200,64 @@ _SCHEDULES: dict[str, type[Schedule]] = {"cosine": Cosine, "linear": Linear, "co
 class Table:
     """A table of the file whose keys are taken one by one; what is left at the end is unknown."""
 
-    def __init__(self, items: dict[str, Any], where: str) -> None:
-        self.items, self.where, self._known = dict(items), where, list[str]()
+    def __init__(self, items: dict[str, Any], where: str, lines: Mapping[tuple[str, str], int], header: str = "") -> None:
+        """``header``: of the table within the file, as ``lines`` have it."""
+        self.items, self.where, self._known = dict(items), f"{where} {header}".rstrip(), list[str]()
+        self._file, self._lines, self._header = where, lines, header
 
-    def take(self, key: str, type: type, *default: Any) -> Any:
+    def take(self, key: str, type: type, *default: Any, least: int | None = None) -> Any:
         self._known.append(key)
         if key not in self.items:
             if not default:
-                raise RecipeError(f"{self.where}: {key} is missing")
+                alike = [k for k, v in self.items.items() if isinstance(v, dict) == (type is dict)]
+                near = difflib.get_close_matches(key, alike, 1)
+                raise RecipeError(f"{self.where}: {key} is missing" + (f"; is {near[0]} meant to be it?" if near else ""))
             return default[0]
         value = self.items.pop(key)
         if type is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if not isinstance(value, type) or (isinstance(value, bool) and type is not bool):
-            raise RecipeError(f"{self.where}: {key} = {value!r} must be {_KINDS[type]}")
+            raise RecipeError(f"{self.at(key)}: {key} = {value!r} must be {_KINDS[type]}")
         if isinstance(value, float) and not math.isfinite(value):
-            raise RecipeError(f"{self.where}: {key} = {value!r} must be finite")
+            raise RecipeError(f"{self.at(key)}: {key} = {value!r} must be finite")
+        if least is not None and value < least:
+            raise RecipeError(f"{self.at(key)}: {key} = {value!r} must be at least {least}")
         return value
 
+    def at(self, key: str) -> str:
+        """Where the key stands."""
+        line = self._lines.get((self._header, key))
+        return self.where if line is None else f"{self.where}, line {line}"
+
     def table(self, key: str, *default: Any) -> Table:
-        return Table(self.take(key, dict, *default), f"{self.where} [{key}]")
+        return Table(self.take(key, dict, *default), self._file, self._lines, f"[{key}]")
 
     def tables(self, key: str) -> list[Table]:
         found = self.take(key, list)
         if not found or not all(isinstance(x, dict) for x in found):
-            raise RecipeError(f"{self.where}: {key} must be tables: [[{key}]]")
-        return [Table(x, f"{self.where} [[{key}]] {i}") for i, x in enumerate(found, 1)]
+            raise RecipeError(f"{self.at(key)}: {key} must be tables: [[{key}]]")
+        return [Table(x, self._file, self._lines, f"[[{key}]] {i}") for i, x in enumerate(found, 1)]
 
     def close(self) -> None:
         for key in self.items:
             near = difflib.get_close_matches(key, self._known, 1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(self._known)}"
-            raise RecipeError(f"{self.where}: {key} is unknown; {hint}")
+            raise RecipeError(f"{self.at(key)}: {key} is unknown; {hint}")
+
+
+def _lines(text: str) -> dict[tuple[str, str], int]:
+    """The lines of a file's keys, by the header above them, ``[[data]] 2`` for the second such, and name; headers, too."""
+    found: dict[tuple[str, str], int] = {}
+    seen: Counter[str] = Counter()
+    header = ""
+    for number, line in enumerate(text.splitlines(), 1):
+        if m := re.match(r"\s*(\[\[?)([\w.-]+)\]", line):
+            found.setdefault(("", m[2]), number)
+            seen[m[2]] += 1
+            header = f"[[{m[2]}]] {seen[m[2]]}" if m[1] == "[[" else f"[{m[2]}]"
+        elif m := re.match(r"\s*([\w-]+)\s*=", line):
+            found.setdefault((header, m[1]), number)
+    return found
 
 
 _KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "a table", list: "a list"}
@@ -246,7 +276,7 @@ def _made(table: Table, cls: type) -> Any:
 def _chosen(table: Table, there: dict[str, Any], default: str) -> Any:
     name = table.take("name", str, default)
     if name not in there:
-        raise RecipeError(f"{table.where}: there is no {name}; there are {', '.join(there)}")
+        raise RecipeError(f"{table.at('name')}: there is no {name}; there are {', '.join(there)}")
     return _made(table, there[name])
 
 
@@ -255,10 +285,10 @@ def files_of(table: Table, base: Path) -> tuple[Path, ...]:
     found: list[Path] = []
     for pattern in table.take("files", list):
         if not isinstance(pattern, str):
-            raise RecipeError(f"{table.where}: files must be paths, not {pattern!r}")
+            raise RecipeError(f"{table.at('files')}: files must be paths, not {pattern!r}")
         matches = sorted(Path(p) for p in glob.glob(str(base / pattern), recursive=True))
         if not any(p.is_file() for p in matches):
-            raise RecipeError(f"{table.where}: no file matches {pattern!r} (looked from {base})")
+            raise RecipeError(f"{table.at('files')}: no file matches {pattern!r} (looked from {base})")
         found += [p for p in matches if p.is_file()]
     return tuple(dict.fromkeys(found))
 
@@ -282,6 +312,8 @@ def _model(table: Table, base: Path, seed: int) -> tuple[Program, Tokenizer, int
     else:
         size: DecoderSize = _made(table, DecoderSize)
         vocab = tokenizer.get_vocab_size()
+        if size.heads < 1 or size.dim % (2 * size.heads):
+            raise RecipeError(f"{table.at('heads')}: dim = {size.dim} is not divided by heads = {size.heads} into even parts")
         program = nn.trace(Decoder(size, vocab), {"tokens": "i64[b, s]"}, outputs=["logits"], seed=seed)
         program.metadata.update(name="decoder", context=size.context, vocab=vocab, generation={"eos": [end]})
     add_loss(program, lambda b, v: cross_entropy(b, v["logits"], v["labels"]), {"labels": "i64[b, s]"})

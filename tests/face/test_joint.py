@@ -144,10 +144,10 @@ def test_scores_and_tables() -> None:
 REFUSED = {
     "task": ('task = "code"', 'task = "cod"', RecipeError, "there is no task cod; there are digits, scenes"),
     "modality": ('task = "code"', 'task = "match"', RecipeError, "task match needs a model with audio"),
-    "key": ("weight = 2", "wheight = 2", RecipeError, r"\[\[data\]\] 1: wheight is unknown; did you mean weight"),
+    "key": ("weight = 2", "wheight = 2", RecipeError, r"\[\[data\]\] 1, line \d+: wheight is unknown; did you mean weight"),
     "family": ('family = "gemini"', 'family = "gemeni"', RecipeError, "no family gemeni; there are decoder, gemini"),
     "field": ("patch = 8", "patches = 8", ConfigError, r"\[model\].*vision: there is no field patches; did you mean patch"),
-    "evaluation": ("batches = 2", "batch = 2", RecipeError, r"\[evaluation\]: batch is unknown; did you mean batches"),
+    "evaluation": ("batches = 2", "batch = 2", RecipeError, r"\[evaluation\], line \d+: batch is unknown; did you mean batches"),
     "tokenizer": ('family = "gemini"', 'family = "gemini"\ntokenizer = "none"', RecipeError, "none cannot be read"),
     "voices": ('task = "code"', 'task = "speech"\nvoices = "none"', RecipeError, "task speech needs a model with audio"),
 }

@@ -193,20 +193,31 @@ def test_a_hugging_face_folder_goes_on(tmp_path: Path) -> None:
 
 REFUSED = {
     "no TOML": ("steps =", "is no TOML"),
-    "missing": (RECIPE.replace("steps = 40", ""), "steps is missing"),
-    "near": (RECIPE.replace("beta2", "beta_2"), r"\[optimizer\]: beta_2 is unknown; did you mean beta2"),
-    "far": (RECIPE + "zzz = 1", r"\[checkpoints\]: zzz is unknown; there are every, keep"),
-    "type": (RECIPE.replace("rows = 4", "rows = 4.5"), r"rows = 4.5 must be a whole number"),
+    "missing": (RECIPE.replace("steps = 40", ""), "run.toml: steps is missing$"),
+    "missing and near": (RECIPE.replace("steps = 40", "stepz = 40"), "run.toml: steps is missing; is stepz meant to be it"),
+    "near": (RECIPE.replace("beta2", "beta_2"), r"\[optimizer\], line 22: beta_2 is unknown; did you mean beta2"),
+    "far": (RECIPE + "zzz = 1", r"\[checkpoints\], line 30: zzz is unknown; there are every, keep"),
+    "a table": (RECIPE.replace("[step]", "[stp]"), r"run.toml, line 26: stp is unknown; did you mean step\?"),
+    "the second": (RECIPE + '[[data]]\nfile = ["a.txt"]', r"\[\[data\]\] 2: files is missing; is file meant"),
+    "type": (RECIPE.replace("rows = 4", "rows = 4.5"), r"\[batch\], line 14: rows = 4.5 must be a whole number"),
     "bool": (RECIPE.replace("rows = 4", "rows = true"), r"rows = True must be a whole number"),
-    "not finite": (RECIPE.replace("rate = 0.03", "rate = nan"), "rate = nan must be finite"),
-    "no file": (RECIPE.replace('"b.txt"', '"c.txt"'), r"\[evaluation\]: no file matches 'c.txt'"),
+    "not finite": (RECIPE.replace("rate = 0.03", "rate = nan"), r"\[rate\], line 24: rate = nan must be finite"),
+    "too few": (RECIPE.replace("steps = 40", "steps = 0"), "run.toml, line 2: steps = 0 must be at least 1"),
+    "no seed": ("seed = -1\n" + RECIPE, "run.toml, line 1: seed = -1 must be at least 0"),
+    "no rows": (RECIPE.replace("rows = 4", "rows = 0"), r"\[batch\], line 14: rows = 0 must be at least 1"),
+    "no evaluation": (RECIPE.replace("batches = 2", "batches = 0"), r"\[evaluation\], line 19: batches = 0 must be at least 1"),
+    "heads": (RECIPE.replace("heads = 2", "heads = 3", 1), r"\[model\], line 7: dim = 16 is not divided by heads = 3"),
+    "no file": (RECIPE.replace('"b.txt"', '"c.txt"'), r"\[evaluation\], line 17: no file matches 'c.txt'"),
     "a number as file": (RECIPE.replace('"b.txt"', "7"), "files must be paths, not 7"),
-    "no optimizer": (RECIPE.replace('"adamw"', '"lion"'), "there is no lion; there are adamw, adafactor, sgd"),
-    "one table": (RECIPE.replace("[[data]]", "[data]"), "data = .* must be a list"),
+    "no optimizer": (
+        RECIPE.replace('"adamw"', '"lion"'), r"\[optimizer\], line 21: there is no lion; there are adamw, adafactor, sgd"
+    ),
+    "one table": (RECIPE.replace("[[data]]", "[data]"), "line 11: data = .* must be a list"),
     "no list of tables": ("data = [1]\n" + RECIPE.replace('[[data]]\nfiles = ["*.txt"]', ""), r"tables: \[\[data\]\]"),
+    "no family": (RECIPE.replace("dim = 16", 'family = "bert"'), r"\[model\], line 5: there is no family bert; there are"),
     "no tokenizer": (RECIPE.replace("dim = 16", 'dim = 16\ntokenizer = "none.json"'), "tokenizer .*none.json cannot be read"),
     "no end": (RECIPE.replace("dim = 16", 'dim = 16\nend = "<x>"'), "has no token <x> to end a document"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", REFUSED)
