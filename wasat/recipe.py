@@ -220,7 +220,7 @@ class Table:
             raise RecipeError(f"{self.at(key)}: {key} = {value!r} must be {_KINDS[type]}")
         if isinstance(value, float) and not math.isfinite(value):
             raise RecipeError(f"{self.at(key)}: {key} = {value!r} must be finite")
-        if least is not None and value < least:
+        if least is not None and isinstance(value, int) and value < least:
             raise RecipeError(f"{self.at(key)}: {key} = {value!r} must be at least {least}")
         return value
 
