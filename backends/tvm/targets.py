@@ -71,6 +71,7 @@ class Target:
         stages = cpu_generic.pipeline
         steps = [stages.library_dispatch_passes, stages.legalize_passes, stages.dataflow_lower_passes]
         fused = [p for make in steps for p in make(self.tvm)]
+        fused.append(relax.transform.DeadCodeElimination())  # reshapes that turned out to be views leave functions behind
         return tvm.transform.Sequential([*fused, loops.schedule(self.threads), *stages.finalize_passes(self.tvm)])
 
     @contextlib.contextmanager
