@@ -314,8 +314,10 @@ _FOLD_LIMIT = 1024
 """Elements up to which a folded constant may be larger than what it was made of."""
 
 
-def _fold(b: Builder, node: Node) -> list[Value] | None:
-    """A node over constants becomes constants, by its reference."""
+def _fold(b: Builder, node: Node, positions: bool) -> list[Value] | None:
+    """A node over constants becomes constants, by its reference; without ``positions``, unless integers become floats in it."""
+    if not positions and node.op.name == "cast" and _counts(node.inputs[0]) and node.outputs[0].tensor.dtype.is_float:
+        return None
     if node.op.name == "constant" or not all(v.const is not None for v in node.inputs) or node.checks or node.attrs.symbols:
         return None
     types = [v.type for v in node.outputs if isinstance(v.type, TensorType) and not v.type.symbols]
@@ -330,9 +332,17 @@ def _fold(b: Builder, node: Node) -> list[Value] | None:
     return [b.constant(np.asarray(a), name=v.name) for a, v in zip(arrays, node.outputs)]
 
 
+def _counts(v: Value) -> bool:
+    return v.tensor.dtype.is_int and v.tensor.size != 1
+
+
 @dataclass(frozen=True)
 class Cleanup(GraphPass):
     """Simplifies, folds, merges equal nodes and removes dead ones."""
+
+    fold_positions: bool = True
+    """Whether tensors of integers that are cast to floats are folded: what is computed of them (cosines of positions, say) is
+    then a table of numbers, in which fusion recognizes nothing."""
 
     name = "cleanup"
 
@@ -352,7 +362,7 @@ class Cleanup(GraphPass):
                     new, kind = [value], "simplified"
                     break
             else:
-                new, kind = _fold(b, node), "folded"
+                new, kind = _fold(b, node, self.fold_positions), "folded"
             if new is None:
                 key = (node.op, node.attrs, _operands(node))
                 twin = seen.setdefault(key, node)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-from wasat.ir import Builder, DimLike, DType, Value
+from wasat.ir import Builder, DimLike, DType, Node, Value
 
 from .pattern import Match, Mismatch, Pattern, Rewrite, Rewrites, Tracer, Var, number_of
 
@@ -158,6 +158,9 @@ class _RotateHalf(Rewrite):
 
     landmark: ClassVar[str] = "neg"
 
+    def is_landmark(self, node: Node) -> bool:
+        return super().is_landmark(node) and _of("slice", node)
+
     def pattern(self, p: Tracer, x: Var, source: Var, cos: Var, sin: Var) -> Pattern:
         low, high = (p.shared(p.named(k, p.slice(source))) for k in ("low", "high"))
         return p.add(p.mul(x, cos), p.mul(p.concat(p.neg(high), low, axis=lambda a, n: a == len(n.inputs[0].shape) - 1), sin))
@@ -176,6 +179,11 @@ class _RotateHalf(Rewrite):
         return _rope(b, x, m["cos"], m["sin"], repeats=2)
 
 
+def _of(name: str, node: Node) -> bool:
+    """Whether the operands of ``node`` are all results of the operation ``name``."""
+    return all(v.node is not None and v.node.op.name == name for v in node.inputs)
+
+
 def _rotated(p: Tracer, x1: Pattern, x2: Pattern, cos: Var, sin: Var) -> tuple[Pattern, Pattern]:
     """x1 * cos - x2 * sin and x2 * cos + x1 * sin."""
     return p.sub(p.mul(x1, cos), p.mul(x2, sin)), p.add(p.mul(x2, cos), p.mul(x1, sin))
@@ -185,6 +193,9 @@ class _Halves(Rewrite):
     """concat(x1 * cos - x2 * sin, x2 * cos + x1 * sin [, rest]) -> rope(x [, of which the rest passes])"""
 
     landmark: ClassVar[str] = "sub"
+
+    def is_landmark(self, node: Node) -> bool:
+        return super().is_landmark(node) and _of("mul", node)
 
     def pattern(self, p: Tracer, x: Var, cos: Var, sin: Var) -> Pattern:
         x1, x2, rest = (p.shared(p.named(k, p.slice(x))) for k in ("x1", "x2", "rest"))
@@ -204,6 +215,9 @@ class _Pairs(Rewrite):
     """The same with pairs (2i, 2i + 1): x reshaped to [.., half, 2] and taken apart -> rope(x), interleaved"""
 
     landmark: ClassVar[str] = "sub"
+
+    def is_landmark(self, node: Node) -> bool:
+        return super().is_landmark(node) and _of("mul", node)
 
     def pattern(self, p: Tracer, x: Var, cos: Var, sin: Var) -> Pattern:
         pairs = p.shared(p.named("pairs", p.reshape(x)))

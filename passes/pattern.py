@@ -165,6 +165,10 @@ class Rewrite(GraphPass):
         """The replacement; raises Mismatch to refuse."""
         raise NotImplementedError
 
+    def is_landmark(self, node: Node) -> bool:
+        """Whether ``node`` is a ``landmark``; for operations that are common, say what makes one of them worth a remark."""
+        return node.op.name == self.landmark or (isinstance(self.landmark, tuple) and node.op.name in self.landmark)
+
     def run_graph(self, graph: Graph, remarks: Remarks) -> bool:
         return run_rules((self,), graph, remarks)
 
@@ -173,7 +177,7 @@ class Rewrite(GraphPass):
         names = [n for n in inspect.signature(self.pattern).parameters if n != "p"]
         root = self.pattern(Tracer(), *(Var(n) for n in names))
         starts = set(_starts(root))
-        attempt.landmarks = (self.landmark,) if isinstance(self.landmark, str) else self.landmark
+        attempt.is_landmark = self.is_landmark
         for node in graph.nodes:
             if node.op.name in starts:
                 yield from self._apply(graph, node, root, attempt)
@@ -294,14 +298,14 @@ class _Attempt:
     """The matcher, and the farthest failure at every landmark."""
 
     def __init__(self) -> None:
-        self.landmarks: tuple[str, ...] = ()
+        self.is_landmark: Callable[[Node], bool] = lambda node: False
         self.misses: dict[Node, tuple[int, str]] = {}
 
     def note(self, state: _State, reason: str, at: Value | None = None) -> None:
         """Remembers why a match ended, at the landmarks in it and at or just above the value it ended at."""
         near = () if at is None or at.node is None else (at.node, *(v.node for v in at.node.inputs))
         for n in (*state.nodes, *near):
-            if n is not None and n.op.name in self.landmarks and len(state.bound) > self.misses.get(n, (0, ""))[0]:
+            if n is not None and self.is_landmark(n) and len(state.bound) > self.misses.get(n, (0, ""))[0]:
                 self.misses[n] = (len(state.bound), reason)
 
     def match(self, pattern: Pattern, value: Value, state: _State) -> Iterator[_State]:

@@ -27,7 +27,9 @@ def default_pipeline(
 
     ``kv_cache``: whether ``forward`` becomes ``prefill`` and ``decode``; ``"tried"``: where that can be proved, else not.
     """
-    passes: list[Pass] = [Cleanup(), SimplifyIndices(), FuseNorm(), FuseRope(), FuseActivations(), FuseAttention(), Cleanup()]
+    passes: list[Pass] = [
+        Cleanup(fold_positions=False), SimplifyIndices(), FuseNorm(), FuseRope(), FuseActivations(), FuseAttention(), Cleanup(),
+    ]  # fmt: skip
     if quantize is not None or overrides:
         passes.append(Quantize(quantize or "f32", activation, tuple((overrides or {}).items())))
     passes += [MergeLinears(), FuseGlu(), HoistParams()]

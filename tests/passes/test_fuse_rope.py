@@ -12,6 +12,7 @@ from wasat.ir import Program, build, parse_type
 from wasat.ir.decompose import decompose
 from wasat.passes import Cleanup, FuseRope, PassManager
 
+from wasat import driver
 from wasat.testing import InterpreterCheck, check_pass, check_untouched, random_program
 
 DIMS = [{"b": 1, "s": 3}, {"b": 2, "s": 5}]
@@ -464,3 +465,48 @@ def test_cosines_and_sines_of_two_parameters() -> None:
 def test_frequencies_that_are_computed_from_inputs() -> None:
     text = graph(PARAM_TABLES, TURN).replace("%at: i64[s]", "%at: i64[s], %freq: f32[2]")
     check_untouched(FuseRope(), text, "no product of integer positions [.., 1]")
+
+
+# -- positions that are numbers ----------------------------------------------------------------------------------------------
+class Turned(nn.Module):
+    """A grid of known size, whose positions clean-up could fold into a table of cosines."""
+
+    def __init__(self) -> None:
+        self.rope = nn.RoPE2D(8, width=3)
+
+    def __call__(self, x: nn.Tensor) -> nn.Tensor:
+        return self.rope(x, nn.positions(x))
+
+
+def turned() -> Program:
+    return nn.trace(Turned(), {"x": "f32[b, 6, 2, 8]"})
+
+
+def test_both_axes_of_a_grid() -> None:
+    program, want = turned(), turned()
+    report = PassManager([Cleanup(fold_positions=False), FuseRope(), Cleanup()], check=InterpreterCheck(DIMS)).run(program)
+    nodes = list(program["forward"].nodes)
+    ropes = [n for n in nodes if n.op.name == "rope"]
+    assert [n.inputs[1].const.tolist() for n in ropes if n.inputs[1].const is not None] == [[0, 0, 0, 1, 1, 1], [0, 1, 2] * 2]
+    assert {n.op.name for n in nodes} == {"constant", "slice", "rope", "concat"}
+    assert not report.remarks("missed")
+    x = np.random.default_rng(0).standard_normal((2, 6, 2, 8)).astype(np.float32)
+    got, expected = (driver.run(p, x=x)["y"] for p in (program, want))
+    np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_folded_table_is_no_table() -> None:
+    program = turned()
+    report = PassManager([Cleanup(), FuseRope()]).run(program)
+    assert "is constant of something, no table of cosines" in str(report.remarks("missed")[0])
+    assert all(n.op.name != "rope" for n in program["forward"].nodes)
+
+
+@pytest.mark.parametrize("lines", [
+    "%u: f32[b, s, 3, 4] = sub(%x, 0.5:f32)\n %d: f32[b, s, 3, 4] = div(%u, 0.5:f32)\n"
+    "%y: f32[b, s, 12] = reshape(%d) {shape=(b, s, 12)}",
+    "%n: i64[s] = neg(%at)\n %m: i64[s] = mod(%n, 7:i64)\n %y: i64[s] = add(%m, %at)",
+])  # fmt: skip
+def test_what_only_subtracts_or_negates_is_not_reported(lines: str) -> None:
+    program = random_program(graph(lines))
+    assert not PassManager([FuseRope()]).run(program).remarks("missed")
