@@ -325,7 +325,11 @@ class Pow(Binary):
 
     def vjp(self, b: Builder, node: Node, g: Value) -> Grads:
         x, y = node.inputs
-        gx = b.mul(g, b.mul(y, b.pow(x, b.sub(y, 1.0))))
+        slope = b.mul(y, b.pow(x, b.sub(y, 1.0)))
+        if y.const is None or not y.const.all():  # at 0 to the power of 0, 0 times infinity is 0
+            constant = b.logical_and(b.equal(x, 0.0), b.equal(y, 0.0))
+            slope = b.select(constant, b.constant(0.0, x.tensor.dtype), slope)
+        gx = b.mul(g, slope)
         safe = b.select(b.greater(x, 0.0), x, 1.0)
         return _grad_pair(b, node, gx, b.mul(g, b.mul(node.output, b.log(safe))))
 

@@ -77,7 +77,7 @@ class Silu(Activation):
 
 @register
 class Relu(Activation):
-    """max(x, 0)."""
+    """max(x, 0). The gradient at 0 is 0."""
 
     name = "relu"
 
@@ -86,6 +86,9 @@ class Relu(Activation):
 
     def decompose(self, b: Builder, attrs: Attrs, x: Value) -> Value:
         return b.maximum(x, 0.0)
+
+    def vjp(self, b: Builder, node: Node, g: Value) -> Sequence[Value | None]:
+        return [b.select(b.greater(node.inputs[0], 0.0), g, b.constant(0.0, g.tensor.dtype))]
 
 
 @register

@@ -95,7 +95,7 @@ class ReduceSum(Reduce):
 
 @register
 class ReduceProd(Reduce):
-    """Product over ``axes``; of no elements, 1. The gradient assumes no element is 0."""
+    """Product over ``axes``; of no elements, 1. The second derivative assumes that no element is 0."""
 
     name = "reduce_prod"
 
@@ -104,8 +104,14 @@ class ReduceProd(Reduce):
         return w.prod(attrs.axes, keepdims=attrs.keepdims, dtype=w.dtype).astype(x.dtype)
 
     def vjp(self, b: Builder, node: Node, g: Value) -> Sequence[Value | None]:
-        y = _keep(b, node, b.mul(g, node.output))
-        return [b.div(b.broadcast_to(y, shape=node.inputs[0].shape), node.inputs[0])]
+        """Times the product of the other elements, which is 0 if any of them is."""
+        x, axes = node.inputs[0], node.attrs.axes  # type: ignore[attr-defined]
+        zero = b.equal(x, 0.0)
+        rest = b.select(zero, b.constant(1.0, x.tensor.dtype), x)
+        zeros = b.cast(zero, dtype=x.tensor.dtype)
+        others = b.sub(b.reduce_sum(zeros, axes=axes, keepdims=True), zeros)
+        product = b.div(b.reduce_prod(rest, axes=axes, keepdims=True), rest)
+        return [b.mul(_keep(b, node, g), b.select(b.equal(others, 0.0), product, b.constant(0.0, x.tensor.dtype)))]
 
     def samples(self) -> Iterable[Sample]:
         yield Sample([_x(2, 3) + 2.1], {"axes": (1,)})

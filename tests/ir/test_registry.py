@@ -17,6 +17,7 @@ from wasat.ir import (
     DType,
     Graph,
     IRError,
+    NotDifferentiable,
     Op,
     QArray,
     Sample,
@@ -213,6 +214,53 @@ def test_gradient_equals_finite_differences(name: str) -> None:
             assert_allclose(np.broadcast_to(got, want.shape), want, rtol=1e-5, atol=1e-7, err_msg=f"{forward}d/dx{i}")
             checked += want.size
     assert checked, f"{name} says that it is differentiable, and no sample checks it"
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_second_derivative_equals_a_difference_of_gradients(name: str) -> None:
+    """Along one random direction: the gradient of <gradient, v>, times u, is how <gradient, v> changes along u."""
+    op, rng, h = OPS[name], np.random.default_rng(1), 1e-5
+    for sample in op.samples():
+        arrays, attrs = wide(sample, op)
+        g, feed = graph_of(op, arrays, attrs)
+        floats = [i for i, x in enumerate(arrays) if is_float(type_of(x))]
+        wrt = [g.inputs[i] for i in (floats if sample.grad is None else sample.grad)]
+        outputs = [v for v in g.outputs if is_float(v.type)]
+        b = Builder(g)
+        seeds = [b.constant(rng.standard_normal(v.tensor.concrete({}))) for v in outputs]
+        first = [v for v in backward(b, outputs, seeds, wrt) if v is not None] if outputs and wrt else []
+        if not first:
+            continue
+        along = [rng.standard_normal(v.tensor.concrete({})) for v in wrt]
+        weights = [rng.standard_normal(v.tensor.concrete({})) for v in first]
+        second = [
+            (dx, u) for dx, u in zip(backward(b, first, [b.constant(w) for w in weights], wrt), along) if dx is not None
+        ]  # fmt: skip
+        outputs = [*first, *(dx for dx, _ in second)]
+        g.set_outputs(outputs, [f"o{i}" for i in range(len(outputs))])
+        verify(g)
+        ends = []
+        for step in (h, -h):
+            moved = {v.name: feed[v.name] + step * u for v, u in zip(wrt, along)}  # type: ignore[operator]
+            ends.append(sum(float((x * w).sum()) for x, w in zip(evaluate(g, {**feed, **moved}), weights)))
+        terms = [dx * u for dx, (_, u) in zip(evaluate(g, feed)[len(first) :], second)]  # type: ignore[operator]
+        got, scale = (sum(float(f(x).sum()) for x in terms) for f in (np.asarray, np.abs))
+        assert_allclose(got, (ends[0] - ends[1]) / (2 * h), rtol=1e-6, atol=1e-6 * scale + 1e-8, err_msg=str(sample.attrs))
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if not OPS[n].differentiable])
+def test_what_has_no_gradient_says_so(name: str) -> None:
+    """Where floats become floats: a gradient that is none, or an error that names the operation."""
+    for sample in OPS[name].samples():
+        g, _ = graph_of(OPS[name], arrays_of(sample), sample.attrs)
+        wrt, outputs = ([v for v in values if is_float(v.type)] for values in (g.inputs, g.outputs))
+        b = Builder(g)
+        seeds = [b.broadcast_to(b.constant(1.0, v.tensor.dtype), shape=v.shape) for v in outputs]
+        if OPS[name].has_vjp or not wrt or not outputs:
+            assert backward(b, outputs, seeds, wrt) == [None] * len(wrt)
+        else:
+            with pytest.raises(NotDifferentiable, match=rf"{name} has no gradient"):
+                backward(b, outputs, seeds, wrt)
 
 
 def numeric(g: Graph, feed: dict[str, Array], name: str, seeds: Sequence[np.ndarray], h: float = 1e-5) -> np.ndarray:

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
-from wasat.ir import Builder, Graph, Loc, NotDifferentiable, TypeMismatch, Value, build, evaluate, parse, parse_type, verify
+from wasat.ir import (
+    Builder,
+    Graph,
+    Loc,
+    NotDifferentiable,
+    TypeMismatch,
+    Value,
+    build,
+    evaluate,
+    parse,
+    parse_type,
+    type_of,
+    verify,
+)
 from wasat.ir.vjp import backward
 
 
@@ -132,6 +146,49 @@ def test_symbolic_shapes() -> None:
         dx, dw = run(g, grads, x=at, w=np.arange(4.0)[:, None])
         assert_allclose(dx, np.broadcast_to(np.arange(4.0) / shape[1], shape))
         assert_allclose(dw[:, 0], at.mean(1).sum(0))
+
+
+ROWS = [[1.0, 3, 3, 2], [5, 5, 5, 0]]
+AT_TIES: dict[str, tuple[Callable[..., Value], list[Any], list[Any]]] = {
+    "reduce_max": (
+        lambda b, x: b.reduce_max(x, axes=(1,)), [ROWS], [[[0, 1 / 2, 1 / 2, 0], [2 / 3, 2 / 3, 2 / 3, 0]]],
+    ),
+    "reduce_min": (lambda b, x: b.reduce_min(x, axes=(0,)), [[[1.0, 2, 3], [1, 3, 2]]], [[[0.5, 2, 0], [0.5, 0, 3]]]),
+    "maximum": (lambda b, x, y: b.maximum(x, y), [[0.0, 1, -1], [0.0, 0, 0]], [[0.5, 2, 0], [0.5, 0, 3]]),
+    "minimum": (lambda b, x, y: b.minimum(x, y), [[0.0, 1, -1], [0.0, 0, 0]], [[0.5, 0, 3], [0.5, 2, 0]]),
+    "relu": (lambda b, x: b.relu(x), [[0.0, 1, -1]], [[0, 2, 0]]),
+    "abs": (lambda b, x: b.abs(x), [[0.0, 1, -1]], [[0, 2, -3]]),
+    "top_k": (lambda b, x: b.top_k(x, k=2)[0], [ROWS], [[[0, 1, 2, 0], [3, 4, 0, 0]]]),
+    "sort": (lambda b, x: b.sort(x, axis=1), [[[2.0, 1, 2, 1]]], [[[3, 1, 4, 2]]]),
+    "reduce_prod": (
+        lambda b, x: b.reduce_prod(x, axes=(1,)), [[[0.0, 2, 3], [0, 0, 3], [1, 2, 3]]], [[[6, 0, 0], [0, 0, 0], [18, 9, 6]]],
+    ),
+    "pow": (lambda b, x, y: b.pow(x, y), [[0.0, 0, 2, -2], [0.0, 1, 0, 2]], [[0, 2, 0, -16], [0, 0, 3 * np.log(2), 0]]),
+    "pow of 2": (lambda b, x: b.pow(x, 2.0), [[0.0, -2]], [[0, -8]]),
+    "gather": (lambda b, x: b.gather(x, b.constant(np.array([0, 0, 1])), axis=0), [[5.0, 6, 7]], [[3, 3, 0]]),
+    "take_along": (lambda b, x: b.take_along(x, b.constant(np.array([2, 0, 2])), axis=0), [[5.0, 6, 7]], [[2, 0, 4]]),
+    "scatter": (
+        lambda b, x, u: b.scatter(x, b.constant(np.array([1, 1])), u, axis=0, reduce="add"),
+        [[1.0, 2, 3], [4.0, 5]], [[1, 2, 3], [2, 2]],
+    ),
+    "logsumexp": (lambda b, x: b.logsumexp(x, axes=(0,)), [[-np.inf, 1.0, 1.0]], [[0, 0.5, 0.5]]),
+    "softmax": (lambda b, x: b.softmax(x, axis=0), [[-np.inf, 1.0, 1.0]], [[0, -0.25, 0.25]]),
+}  # fmt: skip
+"""What is differentiated, at which operands, and the gradients of 1 y0 + 2 y1 + …: torch's, but for the derivative of powers of
+negative numbers by the exponent (0, not NaN); of equals, top_k takes the first."""
+
+
+@pytest.mark.parametrize("case", AT_TIES)
+def test_gradients_at_ties_kinks_and_duplicates(case: str) -> None:
+    function, operands, want = AT_TIES[case]
+    arrays = [np.array(x) for x in operands]
+    g, b, values = graph(**{f"x{i}": str(type_of(x)) for i, x in enumerate(arrays)})
+    y = function(b, *values)
+    shape = y.tensor.concrete({})
+    seed = b.constant(np.arange(1.0, 1 + np.prod(shape)).reshape(shape))
+    got = run(g, only(backward(g, [y], [seed], values)), **{v.name: x for v, x in zip(values, arrays)})
+    for x, w in zip(got, want, strict=True):
+        assert_allclose(x, w, rtol=1e-12)
 
 
 def test_locations_are_those_of_the_forward_pass() -> None:
