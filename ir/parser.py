@@ -28,7 +28,7 @@ _TOKEN = re.compile(
       | (?P<sign>//|[-+*%()\[\]{}<>,:=])""",
     re.VERBOSE,
 )
-_QTYPE = re.compile(r"(int8|int4)b(\d+)(f16|f32|bf16|f64)\Z")
+_QTYPE = re.compile(r"(int8|int4)b(\d+)(b?f\w+)\Z")
 _DTYPES = {d.value: d for d in DType}
 
 
@@ -138,7 +138,7 @@ class _Parser:
         at = self.tokens[self.i][2]
         word = self.take("word", "a type such as f32[2, n]")
         q = _QTYPE.match(word)
-        if word not in _DTYPES and not q:
+        if (q[3] if q else word) not in _DTYPES:
             self.fail(f"{word!r} is no element type", at)
         self.expect("[")
         dims: list[DimLike] = []

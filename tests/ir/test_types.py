@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from wasat.ir import DType, QArray, QTensorType, TensorType, TypeMismatch, parse_type, symbol, type_of
+from wasat.ir import DType, ParseError, QArray, QTensorType, TensorType, TypeMismatch, parse_type, symbol, type_of
 from wasat.ir.ops.quant import quantize_array
 
 
@@ -58,6 +58,11 @@ def test_quantized_types() -> None:
     q = QTensorType("int4", (n, 70), 32)
     assert (str(q), q.blocks, q.qmax, q.symbols) == ("int4b32f16[n, 70]", 3, 7, ("n",))
     assert parse_type(str(q)) == q
+    for scale in filter(lambda d: d.is_float, DType):
+        assert parse_type(str(QTensorType("int8", (n,), 4, scale))) == QTensorType("int8", (n,), 4, scale)
+    for text in ("int8b4f33[2]", "int8b4i8[2]", "int3b4f16[2]", "int8b4[2]"):
+        with pytest.raises(ParseError, match="is no element type"):
+            parse_type(text)
     assert q.substitute({"n": 5}) == QTensorType("int4", (5, 70), 32)
     assert QTensorType("int8", (2, 4)).qmax == 127
 
