@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -115,7 +115,7 @@ class _Settings:
 def generate(
     model: Model, prompts: str | Sequence[Prompt], max_tokens: int | None, options: SamplingOptions, *,
     stop: Sequence[str] = (), stop_tokens: Sequence[int] = (), stream: Callable[[int, str], None] | None = None,
-    logprobs: int | None = None,
+    logprobs: int | None = None, inputs: Mapping[str, np.ndarray] | None = None,
 ) -> list[Generation]:  # fmt: skip
     """Continues each of ``prompts``: a text; token ids, which are fed as they are; or a list of texts and of pictures, sounds
     and videos (:class:`Image`, :class:`Audio`, :class:`Video`, or the Path of a file, whose kind its content tells), in any
@@ -124,7 +124,8 @@ def generate(
     ``max_tokens``: most tokens for each; None: as many as the context holds. ``stop``: strings before which the text ends.
     ``stop_tokens``: token ids that end it, beside the model's EOS. ``stream(row, piece)`` receives each row's text as soon as
     it is certain: whole characters, and nothing that a stop string may begin with. ``logprobs``: also return each token's
-    log-probability and those of so many likeliest tokens.
+    log-probability and those of so many likeliest tokens. ``inputs``: what the model takes beside tokens, by name, a row for
+    each prompt; a decoder over an encoder's input, for instance.
 
     Row r's result is that of the same prompt as row r of any other batch, up to the rounding of differently shaped products.
     Raises InputError for what cannot be done, MediaError for media that cannot be read, ContextLimitError where prompt and
@@ -148,9 +149,13 @@ def generate(
     lengths = np.array([len(ids) for ids in rows_of_ids])
     tokens = padded(rows_of_ids, 0)
     session = model.session(len(rows), max(len(ids) + limit for ids, limit in zip(rows_of_ids, limits)))
+    given = dict(inputs or {})
     if media is not None:
-        seen = {"seen": seen_rows(model, rows_of_ids)} if model.manifest.media and model.manifest.media.seen else {}
-        session.encode(media=media, **seen)
+        given["media"] = media
+        if model.manifest.media and model.manifest.media.seen:
+            given["seen"] = seen_rows(model, rows_of_ids)
+    if given:
+        session.encode(**given)
     started = time.perf_counter()
     logits = session.step(tokens, lengths)
     read = time.perf_counter()

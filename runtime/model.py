@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -75,12 +75,13 @@ class Model:
         self, prompts: str | Sequence[Prompt], max_tokens: int | None = None,
         options: SamplingOptions | None = None, *, stop: str | Sequence[str] = (), stop_tokens: Sequence[int] = (),
         stream: Callable[[int, str], None] | None = None, logprobs: int | None = None,
+        inputs: Mapping[str, np.ndarray] | None = None,
     ) -> list[Generation]:  # fmt: skip
         """Continues each prompt (a text, token ids, or a list of texts and media); see
         :func:`wasat.runtime.generate.generate`."""
         return generate(
             self, prompts, max_tokens, options or SamplingOptions(), stop=[stop] if isinstance(stop, str) else stop,
-            stop_tokens=stop_tokens, stream=stream, logprobs=logprobs,
+            stop_tokens=stop_tokens, stream=stream, logprobs=logprobs, inputs=inputs,
         )  # fmt: skip
 
     def embed(self, media: Media | Path) -> np.ndarray:

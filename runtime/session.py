@@ -110,7 +110,8 @@ class Session:
         """
         tokens = self._tokens(tokens)
         if len(self._given) < len(self._others):
-            raise InputError("the model takes more than tokens: call encode() with it before the first step")
+            wanted = ", ".join(f"{name} {spec.dtype}{list(spec.shape)}" for name, spec in self._wanted.items())
+            raise InputError(f"the model takes more than tokens: {wanted}; generate(inputs=), --input or encode() give it that")
         s = tokens.shape[1]
         counts = np.full(self.batch, s) if lengths is None else self._lengths(lengths, s)
         longest = int((self._past + counts).max())

@@ -1,10 +1,11 @@
-"""The command line: ``wasat compile | generate | show | explain | export | train | evaluate | demo``."""
+"""The command line: ``wasat compile | generate | show | plan | explain | export | train | evaluate | demo``."""
 
 from __future__ import annotations
 
 import re
 import sys
 import time
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -18,6 +19,9 @@ from rich.table import Table
 from wasat import __version__
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from wasat.runtime import Model
     from wasat.runtime.media import Media
     from wasat.runtime.prompts import Prompt
 
@@ -30,6 +34,7 @@ A first round, from a clone of the repository:
 - `wasat compile examples/pygemma -o pygemma.wasat --quantize int4` makes an artifact of a Hugging Face folder
 - `wasat generate pygemma.wasat "def read_file(path):"` runs it, without the compiler
 - `wasat show examples/pygemma --after fuse-attention` prints the graph as any pass leaves it
+- `wasat plan examples/pygemma` says what it will take, in each scheme, before anything is allocated
 - `wasat explain examples/pygemma` says what each pass did, and for every lost optimization why and where
 - `wasat train examples/train_tiny.toml` trains a tiny language model in under a minute
 - `wasat train examples/gemini.toml --artifact gemini.wasat`, in an hour, one of text, pictures, sounds and clips
@@ -154,6 +159,13 @@ def generate(
     image: Annotated[list[Path] | None, typer.Option(help="A picture; repeatable.", show_default=False)] = None,
     audio: Annotated[list[Path] | None, typer.Option(help="A sound; repeatable.", show_default=False)] = None,
     video: Annotated[list[Path] | None, typer.Option(help="A video; repeatable.", show_default=False)] = None,
+    given: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input", show_default=False,
+            help="`NAME=FILE`: what else the model takes, such as its encoder's input; `.npy`, `.npz`, or `.txt` as tokens.",
+        ),
+    ] = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens to write.")] = 200,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; 1 samples the model's distribution.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Sample among the k likeliest; 0: all.")] = 0,
@@ -174,6 +186,7 @@ def generate(
     - `wasat generate pygemma.wasat "class Stack:" --temperature 0.8 --top-p 0.95 --seed 7`
     - `echo "import os" | wasat generate pygemma.wasat - --stop "def " --quiet`
     - `wasat generate gemini.wasat "What is this?" --image photo.jpg`
+    - `wasat generate t5.wasat "" --input input_ids=letter.txt`
     - `wasat generate gemini.wasat "Does {audio} name what {image} shows?" --image photo.jpg --audio word.wav`
     """
     from wasat import runtime
@@ -192,10 +205,38 @@ def generate(
         "image": [runtime.Image(p) for p in image or ()], "audio": [runtime.Audio(p) for p in audio or ()],
         "video": [runtime.Video(p) for p in video or ()],
     }  # fmt: skip
-    (result,) = model.generate([_parts(text, media)], max_tokens=max_tokens, options=options, stop=stop or [], stream=write)
+    (result,) = model.generate(
+        [_parts(text, media)], max_tokens=max_tokens, options=options, stop=stop or [], stream=write,
+        inputs=dict(_input(item, model) for item in given or ()),
+    )  # fmt: skip
     sys.stdout.write("\n")
     if not quiet:
         err.print(result.summary(), style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
+def _input(item: str, model: Model) -> tuple[str, np.ndarray]:
+    """Name and array of an ``--input``."""
+    import numpy as np
+
+    name, _, file = item.partition("=")
+    path = Path(file)
+    if not file or path.suffix not in (".npy", ".npz", ".txt"):
+        raise _Refusal(
+            f"--input {item!r}: write NAME=FILE, an array (.npy, .npz) or a text as tokens (.txt); of sounds and pictures "
+            "give what the model's own processor makes of them"
+        )
+    if path.suffix == ".txt":
+        return name, np.array([model.tokenizer.encode(path.read_text(encoding="utf-8"))])
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return name, loaded
+        with loaded:
+            if name not in loaded:
+                raise _Refusal(f"--input {item!r}: the file holds {', '.join(loaded)}, and no {name}")
+            return name, loaded[name]
+    except (ValueError, zipfile.BadZipFile) as e:
+        raise _Refusal(f"--input {item!r}: {path} is no array file: {e}") from None
 
 
 def _parts(text: str, media: Mapping[str, Sequence[Media]]) -> Prompt:
@@ -262,6 +303,46 @@ def show(
     if unknown:
         raise _Refusal(f"there is no pass {unknown[0]!r}; in order they are: {', '.join(seen)}")
     print("\n".join(shown), end="")
+
+
+@app.command()
+def plan(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="A model folder, an ONNX file, a `config.json` alone, or a preset: `gemini-4b`, …", show_default=False
+        ),
+    ],
+    batch: Annotated[int, typer.Option(help="Rows that are continued at once.", min=1)] = 1,
+    context: Annotated[int | None, typer.Option(help="Positions of each row; default: the model's limit.")] = None,
+    chunk: Annotated[int, typer.Option(help="Most prompt tokens per call.", min=1)] = 512,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(help="`NAME=N` or `ENTRY.NAME=N`: what a symbol of the graphs is, e.g. `h=1080`; repeatable."),
+    ] = None,
+    target: Annotated[str, typer.Option(help="`cpu` (this machine), `cpu:znver3`, …")] = "cpu",
+) -> None:
+    """Say what a model will take, without allocating it: parameters, weights in each scheme, caches, activations, operations.
+
+    Activations and operations are those of weights in f32; a multiply-add is two operations. Media are of the sizes that the
+    model brings them to, one of each kind.
+
+    Examples:
+
+    - `wasat plan examples/pygemma --batch 8 --context 1024`
+    - `wasat plan gemini-27b --context 8192`
+    - `wasat plan examples/gemini --size encode_image.h=1080 --size encode_image.w=1920`
+    """
+    from wasat import driver
+    from wasat.plan import plan as planned
+
+    sizes = {}
+    for item in size or []:
+        name, _, number = item.partition("=")
+        if not name or not number.isdecimal():
+            raise _Refusal(f"--size {item!r}: write NAME=N, e.g. h=1080")
+        sizes[name] = int(number)
+    _say(planned(driver.described(source), target=target, batch=batch, context=context, chunk=chunk, sizes=sizes).text())
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -117,13 +118,52 @@ def test_relative_positions(tmp_path: Path) -> None:
         np.testing.assert_allclose(got, want[:, at - 1], rtol=1e-4, atol=1e-5)
 
 
+def test_a_decoder_is_given_what_its_encoder_made(tmp_path: Path) -> None:
+    """On the command line, from files of arrays; what is missing, or no array, is said."""
+    shutil.copy(HERE / "whisper_decoder.onnx", tmp_path / "model.onnx")
+    words(tmp_path)
+    run, out = CliRunner(), str(tmp_path / "out")
+    assert run.invoke(app, ["compile", str(tmp_path / "model.onnx"), "-o", out]).exit_code == 0
+    memory = np.random.default_rng(0).standard_normal((1, 6, 32), np.float32)
+    np.save(tmp_path / "memory.npy", memory)
+    np.savez(tmp_path / "memory.npz", encoder_hidden_states=memory)
+    program = from_onnx(tmp_path / "model.onnx")
+    params = {name: p.load() for name, p in program.params.items()}
+    ids = [5, 9]
+    for _ in range(4):
+        feeds = {"input_ids": np.array([ids]), "encoder_hidden_states": memory}
+        ids.append(int(evaluate(program["forward"], feeds, params)[0][0, -1].argmax()))
+    (got,) = ws.load(out).generate([[5, 9]], max_tokens=4, inputs={"encoder_hidden_states": memory})
+    assert got.tokens == ids[2:]
+    command = ["generate", out, "w5 w9", "--max-tokens", "4", "--quiet"]
+    for file in ("memory.npy", "memory.npz"):
+        result = run.invoke(app, [*command, "--input", f"encoder_hidden_states={tmp_path / file}"])
+        assert result.stdout.split() == [f"w{t}" for t in ids[2:]], result.output
+    (tmp_path / "text.npy").write_text("none")
+    (tmp_path / "five.txt").write_text("w5 w6")
+    for item, message in [
+        (None, r"more than tokens: encoder_hidden_states float32\['b', 't', 32\]; generate\(inputs=\), --input"),
+        ("encoder_hidden_states", "write NAME=FILE"), ("encoder_hidden_states=sound.wav", "the model's own processor"),
+        (f"memory={tmp_path / 'memory.npz'}", "the file holds encoder_hidden_states, and no memory"),
+        (f"memory={tmp_path / 'memory.npy'}", "memory"), (f"memory={tmp_path / 'text.npy'}", "is no array file"),
+        (f"encoder_hidden_states={tmp_path / 'five.txt'}", "encoder_hidden_states"),
+    ]:  # fmt: skip
+        result = run.invoke(app, [*command, *(["--input", item] if item else [])])
+        assert result.exit_code == 1
+        assert re.search(message, str(result.exception)), (item, result.exception)
+
+
+def words(folder: Path) -> None:
+    """A tokenizer beside the file: word ``w7`` is token 7."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
 def test_what_stands_beside_the_file(tmp_path: Path) -> None:
     """Tokenizer, the end of a text and the context's length come along; the command line answers."""
     shutil.copy(HERE / "llama_legacy.onnx", tmp_path / "model.onnx")
-    words = {f"w{i}": i for i in range(VOCAB)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    words(tmp_path)
     want = chosen(from_onnx(tmp_path / "model.onnx"), [5, 9], 6)
     config = {"model_type": "llama", "max_position_embeddings": 32, "eos_token_id": want[4]}
     (tmp_path / "config.json").write_text(json.dumps(config))
