@@ -115,7 +115,7 @@ def _tokens(graph: Graph) -> Value:
         v for v in graph.inputs
         if isinstance(v.type, TensorType) and v.type.dtype.is_int and v.type.rank == 2 and str(v.shape[1]).isidentifier()
     ]  # fmt: skip
-    named = [v for v in found if v.name in ("tokens", "input_ids")] or found
+    named = [v for v in found if v.name == "tokens"] or [v for v in found if v.name == "input_ids"] or found
     if len(named) != 1:
         raise IRError(
             f"graph @{graph.name} has {len(named)} inputs that could be its tokens; it needs one integer input "

@@ -15,7 +15,7 @@ from wasat.ir import Builder, DimLike, DType, Graph, IRError, Program, TensorTyp
 from .core import Pass, PassError, Remark, Remarks
 
 EXPORTED = ("input_ids", "decoder_input_ids")
-"""What exporters call the tokens."""
+"""What exporters call the tokens; where both are, the first are the encoder's."""
 MASKS = ("attention_mask", "decoder_attention_mask")
 POSITIONS = ("position_ids", "cache_position")
 Meaning = Literal["tokens", "mask", "positions", "past"]
@@ -27,7 +27,8 @@ class TokenInputs(Pass):
 
     By name and type: tokens (integers [b, s] named input_ids or decoder_input_ids); masks (``attention_mask`` [b, n])
     become ones, positions (``position_ids``, ``cache_position``, [.., s]) 0 .. s-1; ``past*`` tensors, whose length is a symbol
-    of their own, become empty, and the outputs ``present*`` that go with them are dropped.
+    of their own, become empty, and the outputs ``present*`` that go with them are dropped. Beside decoder_input_ids, the
+    encoder's input_ids and attention_mask stay inputs.
 
     ``required``: raises IRError where other inputs run along s, or there is not just one output; else that is a missed remark
     and the graph stays as it is.
@@ -77,6 +78,8 @@ class _Plan:
     def of(graph: Graph) -> _Plan:
         inputs = {v.name: v for v in graph.inputs if isinstance(v.type, TensorType)}
         found = [v for n, v in inputs.items() if n in EXPORTED and v.tensor.dtype.is_int and v.tensor.rank == 2]
+        encoder = ("input_ids", "attention_mask") if len(found) == len(EXPORTED) else ()
+        found = [v for v in found if v.name not in encoder]
         if len(found) != 1:
             raise IRError(f"it has {len(found)} integer inputs [b, s] named {' or '.join(EXPORTED)}; it needs one")
         plan = _Plan(graph, found[0], {found[0]: "tokens"})
@@ -85,6 +88,8 @@ class _Plan:
             raise IRError(f"%{found[0].name} is {found[0].type}: the number of tokens is fixed")
         for name, v in inputs.items():
             t = v.tensor
+            if name in encoder:
+                continue
             if name in MASKS and t.rank == 2:
                 plan.meaning[v] = "mask"
             elif name in POSITIONS and t.dtype.is_int and t.rank in (1, 2):

@@ -153,6 +153,36 @@ def test_a_decoder_is_given_what_its_encoder_made(tmp_path: Path) -> None:
         assert re.search(message, str(result.exception)), (item, result.exception)
 
 
+def test_encoder_and_decoder_in_one_file(tmp_path: Path) -> None:
+    """The encoder runs once, on its own tokens and mask; the decoder's have a cache."""
+    encoder, decoder = (onnx.load(HERE / f"{name}.onnx") for name in ("t5_encoder", "t5_decoder_legacy"))
+    decoder = onnx.compose.add_prefix(onnx.version_converter.convert_version(decoder, 18), "decoder_")
+    decoder.graph.input[0].type.tensor_type.shape.dim[1].dim_param = "target"
+    decoder.ir_version = encoder.ir_version
+    between = [(encoder.graph.output[0].name, "decoder_encoder_hidden_states")]
+    onnx.save(onnx.compose.merge_models(encoder, decoder, io_map=between), tmp_path / "model.onnx")
+    words(tmp_path)
+    program = driver.load_program(tmp_path / "model.onnx")
+    ws.compile(program, tmp_path / "out", chunk=4)
+    model = ws.load(tmp_path / "out")
+    params = {name: p.load() for name, p in program.params.items()}
+    given = {"input_ids": np.array([[3, 9, 4, 1], [7, 5, 0, 0]]), "attention_mask": np.array([[1, 1, 1, 1], [1, 1, 0, 0]])}
+    want = []
+    for row in range(2):
+        ids = [0]
+        for _ in range(6):
+            feeds = {"decoder_input_ids": np.array([ids]), **{k: x[row : row + 1] for k, x in given.items()}}
+            ids.append(int(evaluate(program["forward"], feeds, params)[0][0, -1].argmax()))
+        want.append(ids[1:])
+    assert [r.tokens for r in model.generate([[0], [0]], max_tokens=6, inputs=given)] == want
+    (tmp_path / "text.txt").write_text("w3 w9\nw4 w1")
+    np.save(tmp_path / "mask.npy", given["attention_mask"][:1])
+    inputs = [f"input_ids={tmp_path / 'text.txt'}", f"attention_mask={tmp_path / 'mask.npy'}"]
+    command = ["generate", str(tmp_path / "out"), "w0", "--max-tokens", "6", "--quiet"]
+    result = CliRunner().invoke(app, [*command, "--input", inputs[0], "--input", inputs[1]])
+    assert result.stdout.split() == [f"w{t}" for t in want[0]], result.output
+
+
 def words(folder: Path) -> None:
     """A tokenizer beside the file: word ``w7`` is token 7."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))

@@ -59,8 +59,9 @@ REFUSED = {
                               "its caches have several lengths: e, p"),
     "a mask of fixed length": (("%state: f32[b, 4]", "%state: f32[b, 4], %decoder_attention_mask: i64[b, 7]"),
                                "%decoder_attention_mask is i64[b, 7], beside %input_ids"),
-    "tokens of two names": (("%state: f32[b, 4]", "%state: f32[b, 4], %decoder_input_ids: i64[b, s]"),
-                            "it has 2 integer inputs [b, s] named input_ids or decoder_input_ids; it needs one"),
+    "an encoder's tokens as many as the decoder's": (
+        ("%state: f32[b, 4]", "%state: f32[b, 4], %decoder_input_ids: i64[b, s]"),
+        "input %input_ids: i32[b, s], %attention_mask: f32[n, p + s] also has an element for each token"),
     "an output of one length only": (("%new: f32[b, s, 4] = slice(%masked) {starts=(0, p, 0), stops=(b, p + s, 4)}",
                                       "%new: f32[b, s, 4] = slice(%masked) {starts=(0, 1, 0), stops=(b, 1 + s, 4)}"),
                                      "slice"),
