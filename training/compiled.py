@@ -16,25 +16,34 @@ Arrays = Mapping[str, np.ndarray]
 
 
 class Compiled:
-    """@train_step and @loss of a run; both take a batch and states as arrays."""
+    """@train_step and @loss of a run; both take a batch and states as arrays.
 
-    def __init__(self, program: Program, made: TrainStep, batch: Arrays, target: Target, graph: str) -> None:
+    A step writes the new states over those that the last one returned (``made`` says which can be): nothing is allocated
+    between steps, and of states there is one copy. It reads states from elsewhere, a checkpoint's, and leaves them alone.
+    """
+
+    def __init__(self, program: Program, made: TrainStep, batch: Arrays, target: Target, graph: str | None) -> None:
+        """``graph``: that of the loss in ``program``; None where nobody will ask for :meth:`loss`."""
         step = made.program["train_step"]
         self.plain = Program({"train_step": specialized(step, {**batch, **made.states})}, made.program.params)
         """The step as it was declared, before any pass but the gradients: what the interpreter runs to explain a failure."""
-        loss = _with_states(program[graph], made)
-        both = {"train_step": self.plain["train_step"].clone(), "loss": specialized(loss, {**batch, **made.states})}
-        compiled = Program(both, {**program.params, **made.program.params}, {"states": made.program.metadata["states"]})
-        for g in both.values():
+        graphs = {"train_step": self.plain["train_step"].clone()}
+        if graph is not None:
+            graphs["loss"] = specialized(_with_states(program[graph], made), {**batch, **made.states})
+        compiled = Program(graphs, {**program.params, **made.program.params}, {"states": made.program.metadata["states"]})
+        for g in graphs.values():
             g.prune_params()
         passes = [p for p in default_pipeline(kv_cache=None) if p.name not in ("merge-linears", "hoist-params")]
         PassManager(passes, verify=False).run(compiled)
         self._runner = Runner(compiled, target, list(made.states), donate=True)
         self._states = list(made.states)
-        self._read = [v.name for v in both["loss"].inputs]
 
     def step(self, batch: Arrays, states: Arrays) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """One step: what it says of itself (loss, grad_norm, rate, …), and the new states; the old ones stay as they are."""
+        """One step: what it says of itself (loss, grad_norm, rate, …), and the new states.
+
+        States that the last step returned are given up to this one; where its loss or gradients are not finite, they stay as
+        they are. States of any other origin stay in any case.
+        """
         out = self._runner("train_step", {**batch, **states})
         return {k: v for k, v in out.items() if k not in states}, {k: out[k] for k in self._states}
 
@@ -42,7 +51,7 @@ class Compiled:
         """The outputs of the loss graph with the parameters in ``states`` (their averages, where the run keeps averages)."""
         averaged = {k: states.get(f"ema.{k}", v) for k, v in states.items()}
         given = {**batch, **averaged}
-        return self._runner("loss", {k: given[k] for k in self._read})
+        return self._runner("loss", {v.name: given[v.name] for v in self._runner.program["loss"].inputs})
 
 
 def specialized(graph: Graph, arrays: Arrays) -> Graph:

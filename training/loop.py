@@ -119,7 +119,7 @@ def train(
             batches.restore(found.more["data"])
         elif (run.folder / LOG).exists():
             (run.folder / LOG).unlink()
-        compiled = Compiled(program, made, sample, target_named(target, threads), graph)
+        compiled = Compiled(program, made, sample, target_named(target, threads), graph if evaluation is not None else None)
         flops = step_flops(fixed)
         peak, tokens = machine_flops(), next(iter(first.values())).size
         bar = Bar() if progress is None else None

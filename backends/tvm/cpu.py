@@ -36,7 +36,7 @@ from .kernels.pack import BLOCK, Storage, float_shape, int_shape, pack_bias, pac
 from .kernels.quantize import WORDS, QuantizeRows, quantize_rows
 from .kernels.rope import QkvToCache, Rope, Rotary, qkv_to_cache, rope
 from .lower import KernelCall, Layout, Packed, Result, StateLayout
-from .updates import fuse_updates
+from .updates import fuse_square_sums, fuse_updates
 from .views import View, product, row_major, view_of
 
 Shape = tuple[DimLike, ...]
@@ -124,6 +124,7 @@ def selection(target: tvm.target.Target, threads: int, cache: CacheType, states:
 
     def select(graph: Graph) -> None:
         _Selection(graph, isa, threads, cache, by_name).run()
+        fuse_square_sums(graph, isa.lanes, threads)
         fuse_updates(graph, donated, threads)
 
     return select

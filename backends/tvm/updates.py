@@ -1,4 +1,4 @@
-"""State updates of a training step as one pass over memory for each parameter, over the old states."""
+"""What a training step does to each parameter, as one pass over memory: its share of the gradients' length, its update."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import networkx as nx
 from wasat.ir import Attrs, DType, Graph, Node, TensorType, Value
 
 from .kernels.pointwise import POINTWISE, Pointwise, pointwise
+from .kernels.square_sum import SquareSum, square_sum
 from .lower import KernelCall, Result
 
 _F32, _BOOL = TensorType(DType.F32, ()), TensorType(DType.BOOL, ())
@@ -74,6 +75,35 @@ def _fuse(graph: Graph, nodes: Sequence[Node], results: dict[Value, Value | None
         graph.replace_uses(v, y)
     for node in reversed(nodes):
         graph.erase(node)
+
+
+def fuse_square_sums(graph: Graph, lanes: int, threads: int) -> None:
+    """``total + reduce_sum(x * x)`` over all of an x of known sizes (f32) becomes one kernel, the same for all sizes."""
+    for node in list(graph.nodes):
+        if node.op.name != "add" or node.output.type != _F32:
+            continue
+        for total, v in (node.inputs, node.inputs[::-1]):
+            chain = _square_sum(v)
+            if chain:
+                x = chain[-1].inputs[0]
+                op: Any = KernelCall(SquareSum(x.tensor.rank, lanes, threads), square_sum, [Result(_F32)], {}, {})
+                call = graph.add_node(op, [x, total], Attrs(), before=node, loc=node.loc, names=[node.output.name])
+                graph.replace_uses(node.output, call.outputs[0])
+                for old in (node, *chain):
+                    graph.erase(old)
+                break
+
+
+def _square_sum(v: Value) -> list[Node]:
+    """The sum and the product that make ``v`` out of a tensor, if they do, and are for nothing else."""
+    chain: list[Node] = []
+    for name in ("reduce_sum", "mul"):
+        if v.node is None or v.node.op.name != name or len(v.uses) != 1 or v.graph.is_output(v):
+            return []
+        chain.append(v.node)
+        v = v.node.inputs[0]
+    known = v.type == chain[-1].output.type and v.tensor.rank > 0 and all(isinstance(d, int) for d in v.shape)
+    return chain if known and v is chain[-1].inputs[1] else []
 
 
 def _literal(v: Value) -> float | None:

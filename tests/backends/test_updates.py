@@ -13,7 +13,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from wasat.backends.tvm.build import Runner
 from wasat.backends.tvm.lower import KernelCall
 from wasat.backends.tvm.targets import cpu
-from wasat.backends.tvm.updates import fuse_updates
+from wasat.backends.tvm.updates import fuse_square_sums, fuse_updates
 from wasat.ir import Graph, Program, evaluate, parse
 
 ADAM = """graph @step(%x: f32[3, 50], %rate: f32[], %due: bool[], %p: f32[3, 50], %m: f32[3, 50], %v: f32[3, 50], %q: f32[7]) {
@@ -146,3 +146,41 @@ def test_donated_states_stay_where_they_are() -> None:
     again = run("step", {**inputs, **{k: copied[k] for k in STATES}})
     for k in second:
         assert_array_equal(again[k], second[k])
+
+
+SUM = one(
+    "%xx: f32[300, 70] = mul(%x, %x)\n  %s: f32[] = reduce_sum(%xx) {axes=(0, 1)}\n  %t: f32[] = add(%q, %s)",
+    "%x: f32[300, 70], %y: f32[300, 70], %q: f32[]", "%t",
+)  # fmt: skip
+NOT_SQUARES = {
+    "one axis": SUM.replace("f32[] = reduce", "f32[70] = reduce").replace("%t: f32[]", "%t: f32[70]").replace("(0, 1)", "(0,)"),
+    "another product": SUM.replace("mul(%x, %x)", "mul(%x, %y)"),
+    "the squares are returned": SUM.replace("return %t", "return %t, %xx"),
+    "the sum is returned": SUM.replace("return %t", "return %t, %s"),
+    "unknown sizes": SUM.replace("300", "n"),
+    "f64": SUM.replace("f32", "f64"),
+}
+
+
+@pytest.mark.parametrize("text", [SUM, SUM.replace("add(%q, %s)", "add(%s, %q)")])
+def test_a_sum_of_squares_is_one_kernel(text: str) -> None:
+    g = parse(text)
+    fuse_square_sums(g, 8, 2)
+    assert [node.op.name for node in g.nodes] == ["kernel.square_sum_2d"]
+
+
+@pytest.mark.parametrize("case", NOT_SQUARES)
+def test_what_is_no_sum_of_squares_stays(case: str) -> None:
+    g = parse(NOT_SQUARES[case])
+    before = str(g)
+    fuse_square_sums(g, 8, 2)
+    assert str(g) == before
+
+
+@pytest.mark.parametrize("shape", [(1,), (7,), (300, 70), (3, 5, 1100), (0, 4)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_sums_of_squares(shape: tuple[int, ...], threads: int) -> None:
+    text = SUM.replace("300, 70", ", ".join(map(str, shape))).replace("(0, 1)", str(tuple(range(len(shape)))))
+    x = np.random.default_rng(0).standard_normal(shape, np.float32)
+    got = Runner(Program({"step": parse(text)}), cpu(threads=threads))("step", {"x": x, "y": x, "q": np.float32(3)})
+    assert_allclose(got["t"], 3 + np.square(x.astype(np.float64)).sum(), rtol=1e-6)
