@@ -90,9 +90,20 @@ class Pass:
 class GraphPass(Pass):
     """A pass that looks at one graph at a time."""
 
+    in_bodies: ClassVar[bool] = False
+    """Whether the bodies of loops are such graphs, too."""
+
     def run(self, program: Program, remarks: Remarks) -> bool:
-        changed = [self.run_graph(g, remarks) for g in program.graphs.values()]
+        changed = [self._run(g, remarks) for g in program.graphs.values()]
         return any(changed)
+
+    def _run(self, graph: Graph, remarks: Remarks) -> bool:
+        changed = self.run_graph(graph, remarks)
+        for node in graph.nodes if self.in_bodies else ():
+            attrs = node.attrs.with_bodies(lambda body: self._run(body, remarks))
+            changed |= attrs is not node.attrs
+            node.attrs = attrs
+        return changed
 
     def run_graph(self, graph: Graph, remarks: Remarks) -> bool:
         """Changes ``graph`` in place; returns whether it did."""

@@ -42,6 +42,7 @@ class FuseAttention(GraphPass):
     """
 
     name = "fuse-attention"
+    in_bodies = True
 
     def run_graph(self, graph: Graph, remarks: Remarks) -> bool:
         changed = False

@@ -155,6 +155,8 @@ class Match(dict[str, Any]):
 class Rewrite(GraphPass):
     """One pattern and what replaces it. Rules hold no state of a match."""
 
+    in_bodies = True
+
     landmark: ClassVar[str | tuple[str, ...]] = ""
     """The operation by which a reader would recognize the pattern: each one at which an attempt failed is reported."""
 
@@ -210,6 +212,8 @@ class Rewrite(GraphPass):
 
 class Rewrites(GraphPass):
     """Several rewrites as one pass: each sweeps once, in order."""
+
+    in_bodies = True
 
     rules: ClassVar[tuple[Rewrite, ...]]
 

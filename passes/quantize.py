@@ -21,7 +21,7 @@ _WEIGHT = {"linear": 1, "embedding": 0}
 
 @dataclass(frozen=True)
 class Quantize(Pass):
-    """Weights of ``linear`` and ``embedding`` in fewer bits; norms, biases and everything else stay.
+    """Weights of ``linear`` and ``embedding`` in fewer bits; norms, biases, what loops read and everything else stay.
 
     ``int8``, ``int4``: ``quantized_linear`` and ``quantized_embedding`` of ``quantize(weight)``, in blocks of ``block`` along
     the last axis that share an f16 scale. ``activation="int8"``: products are of integers, x being quantized row by row.
@@ -78,6 +78,8 @@ class _Run:
         for node in self.graph.nodes:
             if node.op.name in _WEIGHT:
                 self._node(node, node.inputs[_WEIGHT[node.op.name]])
+            if node.op.name == "scan":
+                self._loop(node)
         for scheme, n in self.count.items():
             sizes = f"{_size(self.before[scheme])} -> {_size(self.after[scheme])}"
             self.remarks.applied(f"{n} weight{'s' if n > 1 else ''} to {scheme}: {sizes}", self.graph)
@@ -104,6 +106,11 @@ class _Run:
         self.graph.replace_uses(old, new)
         self.graph.erase(node)
         self.graph.rename(new, name)
+
+    def _loop(self, node: Node) -> None:
+        for w, v in zip(node.inputs, node.attrs.body.graph.inputs):  # type: ignore[attr-defined]
+            if w in self.only and any(u.op.name in _WEIGHT and u.inputs[_WEIGHT[u.op.name]] is v for u in v.users):
+                self.remarks.missed(f"%{w.name} stays {w.type}: the body of a loop reads it", node)
 
     def _quantize(self, node: Node, w: Value) -> bool:
         """Makes the small copy of ``w`` before its first reader, or says why not."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from wasat.ir import Builder, Graph, IRError, Loc, Program, VerifyError, evaluate
+from wasat.passes import FuseActivations
 from wasat.passes.core import GraphPass, Pass, PassError, PassManager, Remark, Remarks
 
 from wasat.testing import InterpreterCheck, feed, random_program
@@ -172,3 +173,27 @@ def test_feeds_of_a_binding_are_the_same_each_time() -> None:
     params = {k: p.load() for k, p in program.params.items()}
     a, b = (evaluate(program["f"], feed(program["f"], {"n": 2}), params)[0] for _ in range(2))
     assert (a == b).all()
+
+
+def test_rules_reach_the_bodies_of_loops() -> None:
+    """Also those within others; a remark names the body."""
+    program = random_program("""graph @g(%x: f32[2, 4], %w: f32[4]) {
+  %y: f32[2, 4] = scan(%x, %w) {body=graph @outer(%h: f32[2, 4], %w: f32[4]) {
+    %e: f32[2, 4] = scan(%h, %w) {body=graph @inner(%a: f32[2, 4], %w: f32[4]) {
+      %s: f32[2, 4] = sigmoid(%a)
+      %z: f32[2, 4] = mul(%a, %s)
+      %n: f32[2, 4] = mul(%z, %w)
+      return %n
+    }, carries=1, slices=0, length=2}
+    return %e
+  }, carries=1, slices=0, length=3}
+  return %y
+}""")
+    report = PassManager([FuseActivations()], check=InterpreterCheck([{}])).run(program)
+    assert [str(r) for r in report.remarks()] == ["applied: %z = silu (@inner)\n    at <text>:5"]
+    assert "%z: f32[2, 4] = silu(%a)" in str(program)
+    assert report.steps[0].modified
+    assert "sigmoid" not in str(program)
+    before = str(program)
+    assert not PassManager([FuseActivations()]).run(program).steps[0].modified
+    assert str(program) == before

@@ -179,3 +179,17 @@ def test_every_graph_of_a_program() -> None:
     program, report = run(BEFORE + BEFORE.replace("@f", "@g"), Quantize("int8"))
     assert all(g.count("quantized_linear") == 2 for g in program.graphs.values())
     assert [r.graph for r in report.remarks()] == ["f", "g"]
+
+
+def test_weights_that_a_loop_reads_stay_and_are_named() -> None:
+    program = random_program("""graph @g(%x: f32[2, 32]) {
+  param %w: f32[32, 32]
+  param %u: f32[32]
+  %y: f32[2, 32] = scan(%x, %w, %u) {body=graph @turn(%h: f32[2, 32], %w: f32[32, 32], %u: f32[32]) {
+    %l: f32[2, 32] = linear(%h, %w, %u)
+    return %l
+  }, carries=1, slices=0, length=3}
+  return %y
+}""")
+    report = PassManager([Quantize("int8")]).run(program)
+    assert [str(r) for r in report.remarks()] == ["missed: %w stays f32[32, 32]: the body of a loop reads it (@g)\n    at <text>:4"]
