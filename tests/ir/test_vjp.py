@@ -101,6 +101,16 @@ def test_nothing_flows_through_stop_gradient_integers_and_steps() -> None:
     assert_allclose(run(g, [dy], x=at, y=at)[0], at + (at > 0))
 
 
+def test_quantized_weights_have_no_gradient() -> None:
+    g, b, (x, w) = graph(x="f64[2, 4]", w="f64[3, 4]")
+    y = b.quantized_linear(x, b.quantize(w, scheme="int8", block=4))
+    dx, dw = backward(g, [y], [b.constant(np.ones((2, 3)))], [x, w])
+    assert dw is None
+    assert dx is not None
+    at = np.array([[127.0, 0, 1, 2], [127.0, 1, 1, 1], [127.0, 2, 0, 3]])
+    assert_allclose(run(g, [dx], x=np.ones((2, 4)), w=at)[0], np.tile(at.sum(0), (2, 1)))
+
+
 def test_unrelated_values_have_no_gradient() -> None:
     g, b, (x, y) = graph(x="f64[3]", y="f64[3]")
     out = b.exp(x)
