@@ -195,6 +195,14 @@ def test_globs_choose_float_parameters(wrt: tuple[str, ...], names: list[str]) -
     assert program["gradients"].output_names == ["loss", "s", *(f"grad.{n}" for n in names)]
 
 
+def test_quantized_parameters_are_not_chosen() -> None:
+    text = PARAMS.replace("  %y:", "  param %q: int8b4f16[3, 4]\n  %y:")
+    program, _ = differentiated(text, Differentiate())
+    assert program["gradients"].output_names == ["loss", "s", "grad.a.weight", "grad.a.bias"]
+    with pytest.raises(PassError, match=r"q is int8b4f16\[3, 4\]: only floats have gradients"):
+        differentiated(text, Differentiate(wrt=("q",)))
+
+
 REFUSED = {
     "no such output": (Differentiate(of="nll"), "@loss has no output nll; there are loss, s"),
     "a vector": (Differentiate(of="s"), r"output s of @loss is f32\[2\]: only a float scalar has gradients"),

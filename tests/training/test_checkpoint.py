@@ -66,6 +66,9 @@ def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
     assert c.steps() == []
     assert c.best() is None
     assert c.load(STATES) is None
+    with pytest.raises(CheckpointError, match="has no checkpoint of step 1; there are none"):
+        c.load(STATES, 1)
+    assert c.more() is None
     for t, score in [(0, float("nan")), (1, 3.0), (2, 1.0), (3, 2.0), (4, None), (5, 1.0)]:
         c.save(t, {**STATES, "count": np.array(t)}, score=score)
     assert c.steps() == [2, 4, 5]

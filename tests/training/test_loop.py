@@ -338,6 +338,16 @@ def test_infinities_of_masks_are_not_blamed() -> None:
     assert "stays finite" in offender(g, {**x, "x": np.ones(2, np.float32)}, {}, "y")  # type: ignore[arg-type]
 
 
+def test_of_what_is_all_masked_the_node_is_blamed_and_not_the_constant() -> None:
+    g = parse("""graph @g(%x: f32[2], %m: bool[2]) {
+  %low: f32[2] = select(%m, %x, -inf:f32)
+  %y: f32[2] = softmax(%low) {axis=0}
+  return %y
+}""")
+    x = {"x": np.ones(2, np.float32), "m": np.zeros(2, bool)}
+    assert "the first NaN was made by %y: f32[2] = softmax(%low)" in offender(g, x, {}, "y")  # type: ignore[arg-type]
+
+
 def test_batches_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(IRError, match="inputs that the batches lack: labels"):
         train(model(), Fixed({"tokens": np.zeros((2, 3), np.int64)}), tmp_path, steps=1, progress=lambda *a: None)
