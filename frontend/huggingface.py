@@ -36,20 +36,32 @@ def from_pretrained(folder: str | Path) -> Program:
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; give the folder that holds config.json")
-    config = read_json(folder / "config.json")
-    fields = Fields(config, str(folder / "config.json"))
-    family, module = build(fields)
-    program = nn.trace(module, {"tokens": "i64[b, s]"}, outputs=["logits"])
+    module, program = _traced(folder / "config.json")
     found = read_folder(folder)
     wanted = {name: p.type for name, p in module.parameters().items()}
     program.params.update(_sources(wanted, found, folder, tied="lm_head.weight" not in wanted))
     tokenizer = folder / "tokenizer.json"
-    program.metadata.update(
-        family=family, name=folder.resolve().name, context=config["max_position_embeddings"],
-        vocab=config["vocab_size"], generation=generation_ids(folder, config), config=config,
-        tokenizer=str(tokenizer) if tokenizer.exists() else None,
-    )  # fmt: skip
+    program.metadata["tokenizer"] = str(tokenizer) if tokenizer.exists() else None
     return program
+
+
+def from_config(path: str | Path) -> Program:
+    """The program of :func:`from_pretrained` from a ``config.json`` alone: its parameters are random.
+
+    Raises ConfigError for a field that is not implemented, CheckpointError for a file that cannot be read.
+    """
+    return _traced(Path(path))[1]
+
+
+def _traced(path: Path) -> tuple[nn.Module, Program]:
+    config = read_json(path)
+    family, module = build(Fields(config, str(path)))
+    program = nn.trace(module, {"tokens": "i64[b, s]"}, outputs=["logits"])
+    program.metadata.update(
+        family=family, name=path.parent.resolve().name, context=config["max_position_embeddings"], vocab=config["vocab_size"],
+        generation=generation_ids(path.parent, config), config=config,
+    )  # fmt: skip
+    return module, program
 
 
 def build(fields: Fields) -> tuple[str, nn.Module]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 from wasat.ir import DimLike, Graph, Node, TensorType, Value, evaluate_dim, symbols_of
@@ -37,10 +37,11 @@ def bytes_of(v: Value, sizes: Sizes) -> int:
     return -(-math.prod(v.type.concrete(sizes)) * v.type.dtype.bits // 8)
 
 
-def peak_bytes(graph: Graph, sizes: Sizes) -> int:
+def peak_bytes(graph: Graph, sizes: Sizes, in_place: Container[str] = ()) -> int:
     """The most bytes of computed values alive at once: from the node that makes them to their last use, outputs to the end.
 
-    Nodes run in order, and each needs operands and results together. Inputs, parameters and constants are not counted.
+    Nodes run in order, and each needs operands and results together. Inputs, parameters and constants are not counted, nor are
+    the outputs named ``in_place``, which are written into inputs.
     Raises PassError for a symbol that ``sizes`` lacks.
     """
     if missing := unbound(graph, sizes):
@@ -49,13 +50,15 @@ def peak_bytes(graph: Graph, sizes: Sizes) -> int:
     for node in graph.nodes:
         last.update((memory_of(v), node) for v in [*node.outputs, *node.inputs])
     last.update((memory_of(v), None) for v in graph.outputs)
+    given = {v for v, name in zip(graph.outputs, graph.output_names) if name in in_place}
+    last = {v: at for v, at in last.items() if v not in given}
     dies: dict[Node, list[Value]] = {}
     for v, at in last.items():
         if at is not None:
             dies.setdefault(at, []).append(v)
     live = peak = 0
     for node in graph.nodes:
-        live += sum(bytes_of(v, sizes) for v in node.outputs if memory_of(v) is v)
+        live += sum(bytes_of(v, sizes) for v in node.outputs if v in last and memory_of(v) is v)
         peak = max(peak, live)
         live -= sum(bytes_of(v, sizes) for v in dies.get(node, ()))
     return peak

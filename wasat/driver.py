@@ -276,6 +276,26 @@ def from_pretrained(folder: str | Path) -> Program:
     return frontend.from_pretrained(folder)
 
 
+def described(source: str | Path) -> Program:
+    """A program whose numbers nobody needs, to be planned or looked at: of what :func:`load_program` reads, of a
+    ``config.json`` alone (Hugging Face's or :func:`wasat.models.gemini.save`'s), or of a preset of
+    :mod:`wasat.models.gemini`, ``gemini-27b``.
+    """
+    from wasat.frontend.checkpoint import read_json
+    from wasat.frontend.huggingface import from_config
+    from wasat.models import gemini
+
+    p = Path(source)
+    if p.suffix == ".json" and p.is_file():
+        config = read_json(p)
+        if config.get("model_type") != gemini.MODEL_TYPE:
+            return from_config(p)
+        return gemini.Gemini(gemini.Config.from_json(config, str(p))).program()
+    if not p.exists() and (name := str(source).removeprefix("gemini-")) in gemini.PRESETS:
+        return gemini.Gemini(gemini.preset(name)).program()
+    return load_program(p)
+
+
 def load_program(path: str | Path) -> Program:
     """A model folder, an ONNX file (``.onnx``), or a file of graph text (any other text file), as a program.
 

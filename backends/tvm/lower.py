@@ -396,14 +396,8 @@ def _identifier(name: str) -> str:
     return "".join(c if c.isalnum() or c == "_" else "_" for c in name)
 
 
-def lower_program(
-    program: Program, table: Table, states: Sequence[str] = (), state_types: Mapping[str, TensorType] | None = None,
-    select: Callable[[Graph], None] = lambda graph: None,
-) -> tuple[tvm.IRModule, WeightPlan]:  # fmt: skip
-    """A Relax module with one function per graph, and the weights that each of them takes after its inputs and states.
-
-    ``select`` puts a target's kernels into a copy of each graph before what has no kernel is decomposed.
-    """
+def selected(program: Program, table: Table, select: Callable[[Graph], None]) -> list[Graph]:
+    """Copies of the graphs as they are lowered: ``select`` puts a target's kernels in, what has none is decomposed."""
     from wasat.ir.decompose import decompose
 
     graphs = [g.clone() for g in program.graphs.values()]
@@ -411,6 +405,18 @@ def lower_program(
         select(g)
         decompose(g, lambda node: node.op.name in table and table[node.op.name].takes(node))
         g.prune_params()
+    return graphs
+
+
+def lower_program(
+    program: Program, table: Table, states: Sequence[str] = (), state_types: Mapping[str, TensorType] | None = None,
+    select: Callable[[Graph], None] = lambda graph: None,
+) -> tuple[tvm.IRModule, WeightPlan]:  # fmt: skip
+    """A Relax module with one function per graph, and the weights that each of them takes after its inputs and states.
+
+    ``select`` is that of :func:`selected`.
+    """
+    graphs = selected(program, table, select)
     plan = plan_weights(graphs, table)
     bb = relax.BlockBuilder()
     kernels: dict[Any, Any] = {}

@@ -315,14 +315,19 @@ def test_the_small_one_is_small() -> None:
 
 
 def test_the_big_one_is_planned_without_its_numbers() -> None:
-    """27B: traced, verified, quantized and given caches in less memory than a hundredth of its weights."""
+    """27B: traced, verified, quantized, given caches and planned in less memory than a hundredth of its weights."""
     script = """
 from wasat.driver import optimize
 from wasat.models import gemini
-made, _ = optimize(gemini.Gemini(gemini.preset("27b")).program(), quantize="int4")
+from wasat.plan import plan
+program = gemini.Gemini(gemini.preset("27b")).program()
+made, _ = optimize(program, quantize="int4")
 kinds = {s["kind"] for s in made.metadata["states"]}
 assert set(made.graphs) == {"encode_image", "encode_audio", "encode_video", "prefill", "decode"} and kinds == {"full", "ring"}
 assert len(made.metadata["states"]) == 2 * 62
+found = plan(program, schemes=["int4"], context=8192)
+assert 28.0e9 < found.parameters < 28.2e9 and 15e9 < found.weights["int4"] < 16e9 and not found.unknown
+assert found.cache_per_token == 10 * 2 * 16 * 128 * 4, "every sixth layer sees everything"
 with open("/proc/self/status") as f:  # not ru_maxrss: a child begins with its parent's
     peak = next(int(line.split()[1]) for line in f if line.startswith("VmHWM"))
 assert peak < 1_000_000, "kilobytes"

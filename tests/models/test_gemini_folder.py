@@ -113,7 +113,7 @@ def test_a_folder_and_back(program: Program, tmp_path: Path) -> None:
     assert made.metadata["generation"] == {"bos": 1, "eos": [2, 3], "pad": 0}
     assert made.metadata["context"] == 128
     assert made.metadata["media"] == {
-        "vocab": 64, "dim": 32, "image": {"entry": "encode_image"},
+        "vocab": 64, "dim": 32, "image": {"entry": "encode_image", "size": 16},
         "audio": {"entry": "encode_audio", "rate": 8000, "samples": 800}, "video": {"entry": "encode_video", "frames": 4},
         "seen": True,
     }  # fmt: skip

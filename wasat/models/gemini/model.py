@@ -155,9 +155,9 @@ class Gemini(nn.Module):
         each batch row attends to, -1 for none; ``classify_<head>``: the encoder's inputs, or forward's and ``last i64[b]``
         (the position to read), -> ``logits``. A text-only model has ``forward(tokens)``.
 
-        ``metadata["media"]``: ``vocab``, ``dim``, and per modality the ``entry`` and what it needs: ``rate`` and ``samples`` of
-        audio, ``frames`` of video; ``seen`` with cross-attention. ``metadata["heads"]``: each one's ``entry``, and what it is
-        ``of``.
+        ``metadata["media"]``: ``vocab``, ``dim``, and per modality the ``entry`` and what it needs: ``size`` of images (the
+        side of the square that they are brought to), ``rate`` and ``samples`` of audio, ``frames`` of video; ``seen`` with
+        cross-attention. ``metadata["heads"]``: each one's ``entry``, and what it is ``of``.
         """
         c = self.config
         signatures = {
@@ -224,6 +224,8 @@ class Gemini(nn.Module):
         c = self.config
         media: dict[str, Any] = {"vocab": c.text.vocab, "dim": c.text.dim}
         media |= {kind: {"entry": f"encode_{kind}"} for kind in c.modalities}
+        if c.vision is not None:
+            media["image"] |= {"size": c.vision.size}
         if c.audio is not None:
             media["audio"] |= {"rate": c.audio.rate, "samples": c.audio.samples}
         if c.video is not None:

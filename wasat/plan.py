@@ -1,0 +1,186 @@
+"""What a model will take, before anything is allocated: its weights, caches, activations and arithmetic."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from wasat.ir import Graph, Program, WasatError, evaluate_dim, symbols_of
+from wasat.passes.memory import peak_bytes, unbound, work_of
+
+from .driver import _state_symbols, optimize
+
+if TYPE_CHECKING:
+    from wasat.backends.tvm.targets import Target
+
+SCHEMES = ("f32", "f16", "int8", "int4")
+_GRAIN = 16
+"""Capacities of full caches are multiples of it."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One call of an entry point at known sizes."""
+
+    name: str
+    sizes: dict[str, int]
+    """Of the entry's symbols."""
+    activations: int
+    """Bytes: the most that computed values take at once; weights, inputs and caches are not among them."""
+    operations: int
+    """2 for each multiply-add of products, attention (over all positions of the caches) and convolutions; 1 for each other
+    element that is computed."""
+    tokens: int | None
+    """Of one row that it reads; None for an entry that reads none."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What :func:`plan` found. Sizes are in bytes."""
+
+    name: str
+    parameters: int
+    """Numbers in them, those that entries share counted once."""
+    weights: dict[str, int]
+    """By scheme: the arrays of the artifact, as they are quantized and packed for the target."""
+    batch: int
+    context: int | None
+    """Positions of each row; None for a model without caches."""
+    caches: int
+    """For so many rows of so many positions."""
+    cache_per_token: int
+    """That one more position of one row takes: rings of sliding windows, which do not grow, are not in it."""
+    entries: tuple[Entry, ...]
+    unknown: dict[str, tuple[str, ...]]
+    """Entries that are not counted, and the symbols whose sizes they lack."""
+
+    def text(self) -> str:
+        """Some lines for people."""
+        lines = [f"{self.name}: {_count(self.parameters)} parameters"]
+        lines.append("weights        " + ", ".join(f"{k} {_bytes(n)}" for k, n in self.weights.items()))
+        if self.context is not None:
+            at = f"{self.batch} row{'s' * (self.batch > 1)} of {self.context:,} positions"
+            lines.append(f"caches         {_bytes(self.cache_per_token)} a token, {_bytes(self.caches)} for {at}")
+        for e in self.entries:
+            rows = "" if e.tokens is None else f", {_count(e.operations / e.tokens / self.batch)} a token"
+            sizes = ", ".join(f"{k}={n:,}" for k, n in e.sizes.items())
+            lines.append(
+                f"{e.name:<14} activations {_bytes(e.activations)}, {_count(e.operations)} operations{rows}"
+                + (f" ({sizes})" if sizes else "")
+            )
+        for name, lacking in self.unknown.items():
+            lines.append(f"{name:<14} not counted: give {', '.join(f'--size {s}=N' for s in lacking)}")
+        return "\n".join(lines)
+
+
+def plan(
+    program: Program, *, target: str = "cpu", schemes: Sequence[str] = SCHEMES, batch: int = 1, context: int | None = None,
+    chunk: int = 512, sizes: Mapping[str, int] | None = None,
+) -> Plan:  # fmt: skip
+    """What ``program``, compiled for ``target``, will take. No parameter is loaded, no array is made.
+
+    ``batch`` rows of ``context`` positions each (default: the model's limit); prompts are read ``chunk`` tokens at a time.
+    ``sizes``: of other symbols, for all entries (``"h"``) or one (``"encode_image.h"``). Media of a model that states their
+    sizes have these, and there is one of each kind. Activations and operations are those of weights in f32.
+
+    Raises WasatError for a context that the model lacks, and as :func:`wasat.optimize` and :func:`wasat.compile` do.
+    """
+    from wasat.backends.tvm.targets import target_named
+
+    machine = target_named(target)
+    made = {s: optimize(program, quantize=None if s == "f32" else s, chunk=chunk, verify=False)[0] for s in ("f32", *schemes)}
+    served = made["f32"]
+    states = [s["name"] for s in served.metadata.get("states", [])]
+    limit = served.metadata.get("context")
+    if context is not None and limit is not None and not 1 <= context <= limit:
+        raise WasatError(f"context is {context}; {program.metadata.get('name', 'the model')} takes 1 to {limit} positions")
+    context = context or limit
+    if states and context is None:
+        raise WasatError("the model states no limit of its context: say for how many positions (context)")
+    known = _stream_sizes(served, batch, context or 1, chunk) if states else {}
+    entries, unknown = [], {}
+    for name, g in served.graphs.items():
+        given = known | (_media_sizes(program, g, batch) if "media" in program.metadata else {})
+        given |= {s: n for s, n in (sizes or {}).items() if "." not in s}
+        given |= {s.removeprefix(f"{name}."): n for s, n in (sizes or {}).items() if s.startswith(f"{name}.")}
+        if lacking := unbound(g, given):
+            unknown[name] = tuple(dict.fromkeys(lacking))
+            continue
+        tokens = next((evaluate_dim(v.tensor.shape[1], given) for v in g.inputs if v.name == "tokens"), None)
+        operations = sum(work_of(node, given).operations for node in g.nodes)
+        entries.append(
+            Entry(name, {s: given[s] for s in g.symbols}, peak_bytes(g, given, states), operations, tokens)
+        )
+    params = {k: v for g in program.graphs.values() for k, v in g.params.items()}
+
+    def caches(batch: int, context: int) -> int:
+        return _caches(served, machine, batch, context) if states else 0
+
+    return Plan(
+        name=str(program.metadata.get("name", "model")),
+        parameters=sum(math.prod(v.tensor.concrete({})) for v in params.values()),
+        weights={s: _weights(made[s], machine) for s in schemes},
+        batch=batch, context=context if states else None,
+        caches=caches(batch, context or 0), cache_per_token=(caches(1, 2 * _GRAIN) - caches(1, _GRAIN)) // _GRAIN,
+        entries=tuple(entries), unknown=unknown,
+    )  # fmt: skip
+
+
+def _weights(program: Program, machine: Target) -> int:
+    """Bytes of the arrays that the compiled program reads."""
+    from wasat.backends.tvm.lower import plan_weights, selected
+    from wasat.backends.tvm.weights import nbytes
+
+    table = machine.table()
+    graphs = selected(program, table, machine.kernels(machine, program))
+    return sum(nbytes(a) for a in plan_weights(graphs, table).arrays)
+
+
+def _caches(program: Program, machine: Target, batch: int, context: int) -> int:
+    """Bytes of all states, as they lie in memory."""
+    sizes = _stream_sizes(program, batch, -(-context // _GRAIN) * _GRAIN, 1)
+    return sum(math.prod(t.concrete(sizes)) * t.dtype.bits // 8 for t in machine.state_types(program).values())
+
+
+def _stream_sizes(program: Program, batch: int, context: int, chunk: int) -> dict[str, int]:
+    """Sizes of the symbols of caches and tokens."""
+    sizes = {name: batch if str(d) == "b" else context for name, d in _state_symbols(program).items()}
+    tokens = next(v.tensor.shape for v in program["prefill"].inputs if v.name == "tokens")
+    sizes |= dict.fromkeys(symbols_of(tokens[1:]), min(chunk, context))
+    return sizes
+
+
+def _media_sizes(program: Program, graph: Graph, batch: int) -> dict[str, int]:
+    """Sizes of the symbols that media bring into ``graph``, as far as the program states them: one of each kind."""
+    media = program.metadata["media"]
+    image, audio, video = (media.get(kind, {}) for kind in ("image", "audio", "video"))
+    rows = sum(evaluate_dim(program[kind["entry"]].outputs[0].tensor.shape[0], {}) for kind in (image, audio, video) if kind)
+    size = image.get("size")
+    stated: dict[str, tuple[int | None, ...]] = {
+        "image": (size, size), "audio": (audio.get("samples"),), "frames": (video.get("frames"), size, size),
+        "times": (video.get("frames"),), "media": (rows,), "seen": (batch, rows),
+    }  # fmt: skip
+    found = {}
+    for v in (*program["forward"].inputs, *graph.inputs):  # what a pass moved into another graph keeps its symbols
+        for d, n in zip(v.tensor.shape, stated.get(v.name, ())):
+            if n is not None and str(d) in graph.symbols:
+                found[str(d)] = n
+    return found
+
+
+def _bytes(n: float) -> str:
+    for unit in ("bytes", "kB", "MB"):
+        if n < 1000:
+            return f"{n:.4g} {unit}"
+        n /= 1000
+    return f"{n:,.4g} GB" if n < 10_000 else f"{n:,.0f} GB"
+
+
+def _count(n: float) -> str:
+    for unit in ("", " thousand", " million", " billion"):
+        if n < 1000:
+            return f"{n:.4g}{unit}"
+        n /= 1000
+    return f"{n:,.4g} trillion"
