@@ -147,7 +147,7 @@ REFUSED = {
     "key": ("weight = 2", "wheight = 2", RecipeError, r"\[\[data\]\] 1, line \d+: wheight is unknown; did you mean weight"),
     "family": ('family = "gemini"', 'family = "gemeni"', RecipeError, "no family gemeni; there are decoder, gemini"),
     "field": ("patch = 8", "patches = 8", ConfigError, r"\[model\].*vision: there is no field patches; did you mean patch"),
-    "evaluation": ("batches = 2", "batch = 2", RecipeError, r"\[evaluation\], line \d+: batch is unknown; did you mean batches"),
+    "evaluation": ("batches = 2", "batch = 2", RecipeError, r"\[evaluation\], line \d+: batch is unknown; did you mean b"),
     "tokenizer": ('family = "gemini"', 'family = "gemini"\ntokenizer = "none"', RecipeError, "none cannot be read"),
     "voices": ('task = "code"', 'task = "speech"\nvoices = "none"', RecipeError, "task speech needs a model with audio"),
 }
