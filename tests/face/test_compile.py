@@ -274,7 +274,7 @@ def test_rows_fed_one_by_one_keep_their_own_inputs(translator: ws.Program, trans
 
 def test_encode_refuses(translating: ws.Model, int4: Path) -> None:
     session, others = translating.session(2, context=16), _inputs(2, 3)
-    with pytest.raises(InputError, match=r"call encode\(\) with it before the first step"):
+    with pytest.raises(InputError, match=r"the model takes more than tokens: style .* encode\(\) give it that"):
         session.step([[1], [2]])
     with pytest.raises(InputError, match="encode takes style, features; given: features"):
         session.encode(features=others["features"])
