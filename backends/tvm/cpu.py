@@ -22,6 +22,7 @@ import numpy as np
 import tvm
 from wasat.ir import Attrs, Builder, DimLike, DType, Graph, IRError, Node, QArray, QTensorType, TensorType, Type, Value, equal
 
+from .convolutions import convolution
 from .kernels.attention import Attention, CachedAttention, MaskShape, attention, cached_attention
 from .kernels.cache import GROUP, Cache, CacheType, CacheWrite, cache_shape, cache_write, pack_cache, unpack_cache
 from .kernels.embedding import Embedding, embedding
@@ -172,7 +173,7 @@ class _Selection:
             "attention": self._attention, "cached_attention": self._cached_attention,
         }  # fmt: skip
         matrices: dict[str, Callable[[Node], None]] = {
-            "linear": self._linear, "matmul": self._matmul, "quantized_linear": self._quantized_linear,
+            "linear": self._linear, "matmul": self._matmul, "conv": self._conv, "quantized_linear": self._quantized_linear,
             "embedding": self._embedding, "quantized_embedding": self._embedding,
         }  # fmt: skip
         for node in self.graph.nodes_reversed:
@@ -284,6 +285,22 @@ class _Selection:
         results = [Result(y.source.tensor, (desc.y.size,))]
         [made] = self.call(node, desc, gemm, sources, results, {0: (desc.a.size,), 1: (desc.b.size,)})
         return made
+
+    def _conv(self, node: Node) -> None:
+        if not (_f32(*node.inputs) and _sized(*node.inputs)):
+            return
+        found = convolution(self.builder(node), node, self.isa, self.threads)
+        if found is None:
+            return
+        desc, operands, swapped = found
+        out, order = node.output, (1, 0, *range(2, node.output.tensor.rank))
+        [user] = out.users if swapped and len(out.uses) == 1 and not self.graph.is_output(out) else [None]
+        if user is not None and user.op.name == "transpose" and cast(Any, user.attrs).perm == order:
+            out, swapped = user.output, False
+        made = TensorType(DType.F32, tuple(node.output.shape[i] for i in order)) if swapped else out.tensor
+        sizes: dict[int, Shape] = {0: (desc.a.size,), 1: (desc.b.size,)}
+        [y] = self.call(node, desc, gemm, operands, [Result(made, (desc.y.size,))], sizes)
+        self.graph.replace_uses(out, self.builder(node).transpose(y, perm=order) if swapped else y)
 
     def _quantized_linear(self, node: Node) -> None:
         x = node.inputs[0]

@@ -62,6 +62,29 @@ CASES: dict[str, tuple[str, list[str]]] = {
         " %r: f32[10, 6] = reshape(%t) {shape=(10, 6)}\n %y: f32[10, 2] = matmul(%r, %w)", ["transpose", "Gemm"]),
     "a product of nothing": ("(%x: f32[4, 0], %w: f32[0, 7]) {\n %y: f32[4, 7] = matmul(%x, %w)", ["matmul"]),
     "a product in f64": ("(%x: f64[4, 40], %w: f64[40, 7]) {\n %y: f64[4, 7] = matmul(%x, %w)", ["matmul"]),
+    "a convolution": (
+        "(%x: f32[2, 3, 9, 7], %w: f32[5, 3, 3, 2]) {\n %y: f32[2, 5, 5, 6] = conv(%x, %w) {strides=(2, 1), low=(1, 0), high=(1, 0)}",
+        ["pad", "Gemm"]),
+    "a convolution in groups, cut and spread": (
+        "(%x: f32[2, 6, 9], %w: f32[8, 3, 3]) {\n"
+        " %y: f32[2, 8, 15] = conv(%x, %w) {strides=(1,), low=(-1,), high=(1,), input_dilation=(2,), groups=2}",
+        ["reshape", "pad", "reshape", "slice", "slice", "pad", "Gemm", "transpose"]),
+    "a convolution at few places": (
+        "(%x: f32[3, 4, 8], %w: f32[6, 4, 7]) {\n %y: f32[3, 6, 2] = conv(%x, %w) {strides=(1,), low=(0,), high=(0,)}",
+        ["Gemm", "transpose"]),
+    "a convolution at few places, transposed": (
+        "(%x: f32[3, 4, 8], %w: f32[6, 4, 7]) {\n %c: f32[3, 6, 2] = conv(%x, %w) {strides=(1,), low=(0,), high=(0,)}\n"
+        " %y: f32[6, 3, 2] = transpose(%c) {perm=(1, 0, 2)}", ["Gemm"]),
+    "a convolution at few places, turned": (
+        "(%x: f32[3, 4, 8], %w: f32[6, 4, 7]) {\n %c: f32[3, 6, 2] = conv(%x, %w) {strides=(1,), low=(0,), high=(0,)}\n"
+        " %y: f32[6, 2, 3] = transpose(%c) {perm=(1, 2, 0)}", ["Gemm", "transpose", "transpose"]),
+    "a depthwise convolution": (
+        "(%x: f32[2, 6, 9], %w: f32[6, 1, 3]) {\n %y: f32[2, 6, 9] = conv(%x, %w) {strides=(1,), low=(1,), high=(1,), groups=6}",
+        ["conv"]),
+    "a convolution in f64": (
+        "(%x: f64[2, 3, 9], %w: f64[5, 3, 3]) {\n %y: f64[2, 5, 7] = conv(%x, %w) {strides=(1,), low=(0,), high=(0,)}", ["conv"]),
+    "a convolution of unknown size": (
+        "(%x: f32[b, 3, 9], %w: f32[5, 3, 3]) {\n %y: f32[b, 5, 7] = conv(%x, %w) {strides=(1,), low=(0,), high=(0,)}", ["conv"]),
     "linear in f64": ("(%x: f64[s, 40]) { param %w: f64[70, 40]\n %y: f64[s, 70] = linear(%x, %w)", ["linear"]),
     "integer linear, other block": (
         "(%x: f32[s, 40]) { param %w: int8b16f16[70, 40]\n %y: f32[s, 70] = quantized_linear(%x, %w)", ["quantized_linear"]),

@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 from kernel_help import assert_near, build, each_isa, run
-from wasat.backends.tvm.kernels.gemm import Gemm, Matrix, gemm
+from numpy.lib.stride_tricks import as_strided
+from wasat.backends.tvm.kernels.gemm import Axes, Gemm, Matrix, Windows, gemm
 from wasat.backends.tvm.kernels.isa import Isa
 
 
@@ -54,3 +55,26 @@ def test_batches_at_any_strides(isa: Isa, keys_first: bool) -> None:
     out = check(isa, a, v, [probs, merged], Matrix(n * s * h * d, h * d, 1, (s * h * d, d)))
     want = a.astype(np.float64) @ v.astype(np.float64)
     assert_near(out.reshape(n, s, h, d), want.transpose(0, 2, 1, 3), 1e-6)
+
+
+@each_isa()
+@pytest.mark.parametrize("column", [
+    ((75, 1),), ((3, 60), (25, 1)), ((5, 47), (16, 1)), ((9, 31), (9, 2)), ((2, 150), (4, 30), (3, 1)), ((33, 3),), ((1, 1),),
+], ids=str)  # fmt: skip
+def test_windows(isa: Isa, column: Axes) -> None:
+    """Columns in runs shorter, longer and as long as vectors, in steps, behind rows of three axes; two of them in a batch."""
+    rng = np.random.default_rng(2)
+    row: Axes = ((3, 7), (5, 2), (18, 1))  # 270 steps: two blocks
+    apart, offset = 11, 4
+    size = offset + apart + sum((extent - 1) * stride for extent, stride in (*row, *column)) + 1
+    x = rng.standard_normal(size, np.float32)
+    k, n = (math.prod(extent for extent, _ in axes) for axes in (row, column))
+    extents, strides = zip(*((2, apart), *row, *column))
+    b = as_strided(x[offset:], extents, [4 * s for s in strides]).reshape(2, k, n)
+    a = rng.standard_normal((29, k), np.float32)
+    desc = Gemm(
+        isa, 29, n, k, Matrix(a.size, k, 1, (0,)), Windows(size, row, column, (apart,), offset),
+        Matrix(2 * 29 * n, n, 1, (29 * n,)), (2,), threads=2,
+    )  # fmt: skip
+    [y] = run(build(gemm(desc), isa), [a.reshape(-1), x], ((2 * 29 * n,), "float32"))
+    assert_near(y.reshape(2, 29, n), a.astype(np.float64) @ b.astype(np.float64), 1e-6)

@@ -1,7 +1,8 @@
 """y = a @ b over f32 matrices of known sizes, many at once, read and written at any strides: the products of a training step.
 
 Panels of b are copied to the order of packed weights as they are needed, a block of k at a time, and multiplied by rows of a
-where these lie. A transpose, a slice or a broadcast of an operand is a matter of strides, not a copy.
+where these lie. A transpose, a slice or a broadcast of an operand is a matter of strides, not a copy; nor are the overlapping
+windows of a convolution, which is a product whose b has several axes behind each index.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from tvm import tirx
 
@@ -17,6 +19,10 @@ from .isa import Isa
 
 _BLOCK = 256  # steps of k: a panel of b stays in the first cache
 _SERIAL = 32768  # multiply-adds below which a second thread costs more than it saves
+
+
+Axes = tuple[tuple[int, int], ...]
+"""(extent, stride) of several axes that one index counts through, the last one fastest."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,17 @@ class Matrix:
 
 
 @dataclass(frozen=True)
+class Windows:
+    """A matrix like :class:`Matrix`, whose rows and columns are axes; the places of its columns increase."""
+
+    size: int
+    row: Axes
+    column: Axes
+    batch: tuple[int, ...] = ()
+    offset: int = 0
+
+
+@dataclass(frozen=True)
 class Gemm:
     """y[.., m, n] = a[.., m, k] @ b[.., k, n] over the batch axes ``batch``; columns of y are contiguous (stride 1)."""
 
@@ -47,7 +64,7 @@ class Gemm:
     n: int
     k: int
     a: Matrix
-    b: Matrix
+    b: Matrix | Windows
     y: Matrix
     batch: tuple[int, ...] = ()
     threads: int = 1
@@ -94,16 +111,35 @@ def gemm(desc: Gemm) -> tirx.PrimFunc:
             places = [p + index * x.batch[axis] if x.batch[axis] else p for p, x in zip(places, (desc.a, desc.b, desc.y))]
         return [kernel.let(p, "start") for p in places]
 
-    def copy(start: Expr, first: Expr, steps: Expr, to: Buffer, columns: int) -> None:
-        """Rows first .. first + steps of b's ``columns`` columns from ``start`` on; columns without a source become 0."""
-        width = math.ceil(columns / lanes) * lanes
-        whole = columns - columns % lanes if desc.b.column == 1 else 0
+    def copy(start: Expr, panel: Expr, first: Expr, steps: Expr, to: Buffer, columns: int) -> None:
+        """Rows first .. first + steps of ``columns`` columns of the panel of b, whose matrix begins at ``start``; columns
+        without a source become 0.
+        """
+        width, whole, low = math.ceil(columns / lanes) * lanes, columns - columns % lanes, panel * isa.columns
+        if isinstance(desc.b, Windows):
+            axes, places = desc.b.column, [kernel.let(_place(kernel, low + j, desc.b.column)) for j in range(columns)]
+        else:
+            axes, places = ((n, desc.b.column),), [int64(j * desc.b.column) for j in range(columns)]
+            start = kernel.let(start + low * desc.b.column)
+
+        def singly(source: Expr, at: Expr, begin: int, end: int) -> None:
+            for j in range(begin, end):
+                kernel.store(to, at + j, load(b, source + places[j]) if j < columns else splat(0.0, 1))
+
+        def together(source: Expr, at: Expr, j: int) -> None:
+            kernel.store(to, at + j, load(b, source + places[j], lanes))
+
         with kernel.loop(steps) as kk:
-            source, at = kernel.let(start + (first + kk) * desc.b.row), kk * isa.columns
+            source, at = kernel.let(start + _place(kernel, first + kk, desc.b.row)), kernel.let(kk * isa.columns)
             for j in range(0, whole, lanes):
-                kernel.store(to, at + j, load(b, source + j, lanes))
-            for j in range(whole, width):
-                kernel.store(to, at + j, load(b, source + j * desc.b.column) if j < columns else splat(0.0, 1))
+                if axes[-1][1] != 1:
+                    singly(source, at, j, j + lanes)
+                elif len(axes) == 1:
+                    together(source, at, j)
+                else:  # these columns may lie in several runs
+                    one = tirx.EQ(places[j + lanes - 1] - places[j], int64(lanes - 1))
+                    kernel.either(one, partial(together, source, at, j), partial(singly, source, at, j, j + lanes))
+            singly(source, at, whole, width)
 
     def tile(height: int, columns: int, place: Expr, to: Expr, block: Expr, steps: Expr, source: Buffer) -> None:
         """``height`` rows of a from ``place`` on times the copied columns, to y from ``to`` on."""
@@ -142,12 +178,14 @@ def gemm(desc: Gemm) -> tirx.PrimFunc:
         else:
             kernel.either(tirx.EQ(block, int64(0)), lambda: write(False), lambda: write(True))
 
-    def panel(columns: int, a_start: Expr, b_start: Expr, y_start: Expr, low: Expr, high: Expr, source: Buffer) -> None:
+    def panel(
+        columns: int, index: Expr, a_start: Expr, b_start: Expr, y_start: Expr, low: Expr, high: Expr, source: Buffer
+    ) -> None:  # fmt: skip
         """Tiles low .. high of ``columns`` columns."""
         with kernel.loop(blocks) as block:
             first = kernel.let(block * desc.steps)
             steps = int64(k) if blocks == 1 else kernel.let(minimum(int64(k) - first, desc.steps))
-            copy(b_start, first, steps, source, columns)
+            copy(b_start, index, first, steps, source, columns)
             with kernel.range(low, high) as t:
                 place = kernel.let(a_start + first * desc.a.column + t * (rows * desc.a.row))
                 to = kernel.let(y_start + t * (rows * desc.y.row))
@@ -167,11 +205,10 @@ def gemm(desc: Gemm) -> tirx.PrimFunc:
             low = kernel.let(floor_mod(floor_div(unit, int64(panels)), int64(chunks)) * desc.chunk, "low")
             high = minimum(low + desc.chunk, int64(tiles))
             a_start, b_start, y_start = starts(floor_div(unit, int64(panels * chunks)))
-            b_start = kernel.let(b_start + at * (isa.columns * desc.b.column))
             y_start = kernel.let(y_start + at * isa.columns)
 
             def with_columns(columns: int) -> Callable[[], None]:
-                return lambda: panel(columns, a_start, b_start, y_start, low, high, source)
+                return lambda: panel(columns, at, a_start, b_start, y_start, low, high, source)
 
             if cut and n > cut:
                 kernel.either(at < panels - 1, with_columns(isa.columns), with_columns(cut))
@@ -181,3 +218,15 @@ def gemm(desc: Gemm) -> tirx.PrimFunc:
     batch = math.prod(desc.batch)
     kernel.share(1 if batch * m * n * k < _SERIAL else desc.threads, batch * chunks * panels, part)
     return kernel.build()
+
+
+def _place(kernel: Kernel, index: Expr, stride: int | Axes) -> Expr:
+    """Where ``index`` is: the sum over its axes."""
+    if isinstance(stride, int):
+        return index * stride
+    place = int64(0)
+    for extent, step in reversed(stride[1:]):
+        index = kernel.let(index)
+        place = place + floor_mod(index, extent) * step
+        index = floor_div(index, extent)
+    return place + index * stride[0][1]
