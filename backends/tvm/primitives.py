@@ -47,11 +47,19 @@ def _iota(ctx: Context, node: Node) -> Any:
     return ctx.te(lambda: te.compute((n,), lambda i: tirx.Cast(tvm_dtype(a.dtype), i), name="iota"), name="iota")
 
 
+def _nothing(ctx: Context, node: Node, x: Any) -> Any:
+    """A result without elements, of the operand ``x``: what has none is folded to a constant, which TVM writes but cannot read
+    back.
+    """
+    shape, dtype = ctx.dims(node.output.shape), tvm_dtype(node.output.tensor.dtype)
+    return ctx.te(lambda _: te.compute(shape, lambda *i: tirx.const(0, dtype), name="nothing"), x, name="nothing")
+
+
 # -- shape ----------------------------------------------------------------------------------------------------------------
 @lowers("reshape", narrow=True)
 def _reshape(ctx: Context, node: Node, x: Any) -> Any:
     if 0 in node.output.shape:  # Relax reads a 0 as "keep this dimension"
-        return ctx.emit(R.zeros(ctx.shape(node.output.shape), tvm_dtype(node.output.tensor.dtype)))
+        return _nothing(ctx, node, x)
     return ctx.view(x, node.inputs[0].shape, node.output.shape)
 
 
@@ -224,7 +232,7 @@ def _conv(ctx: Context, node: Node, x: Any, w: Any) -> Any:
     a: Any = node.attrs
     dtype = node.output.tensor.dtype
     if 0 in node.output.shape:
-        return ctx.emit(R.zeros(ctx.shape(node.output.shape), tvm_dtype(dtype)))
+        return _nothing(ctx, node, x)
     wide = tvm_dtype(DType.F32 if dtype.bits < 32 else dtype)
     shape, space = ctx.dims(node.output.shape), ctx.dims(node.inputs[0].shape[2:])
     low, kernel = ctx.dims(a.low), ctx.dims(node.inputs[1].shape[2:])

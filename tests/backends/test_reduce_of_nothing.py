@@ -1,4 +1,6 @@
-"""Reductions of an axis of size 0 give the reference's neutral element, where memory would be left unwritten."""
+"""Reductions of an axis of size 0 give the reference's neutral element, where memory would be left unwritten; results without
+elements are results.
+"""
 
 from __future__ import annotations
 
@@ -46,3 +48,18 @@ def test_a_size_that_is_known_to_be_positive() -> None:
     got = Runner(program, cpu())("f", {"x": x})
     np.testing.assert_array_equal(got["y"], y)
     np.testing.assert_array_equal(got["z"], z)
+
+
+@pytest.mark.parametrize("dtype, node", [
+    ("f32", "f32[4, 4, 0] = conv(%x, %x) {strides=(1,), low=(0,), high=(-1,)}"),
+    ("f32", "f32[0, 5] = reshape(%none) {shape=(0, 5)}"),
+    ("bool", "bool[0, 5] = reshape(%none) {shape=(0, 5)}"), ("f8e4m3", "f8e4m3[0, 5] = reshape(%none) {shape=(0, 5)}"),
+])  # fmt: skip
+def test_results_of_nothing(dtype: str, node: str) -> None:
+    """TVM cannot read back a constant without elements."""
+    program = parse_program(
+        f"graph @f(%x: {dtype}[4, 4, 1]) {{\n  %none: {dtype}[0, 4, 1] = slice(%x) {{starts=(0, 0, 0), stops=(0, 4, 1)}}\n"
+        f"  %y: {node}\n  return %y\n}}\n"
+    )
+    y = Runner(program, cpu())("f", {"x": np.zeros((4, 4, 1), program["f"].inputs[0].tensor.dtype.np)})["y"]
+    assert y.shape == program["f"].outputs[0].shape
