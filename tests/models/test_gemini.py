@@ -26,8 +26,8 @@ assert isinstance(TINY.vision, gemini.ViT)
 CONFIGS = {
     "vit": TINY,
     "conv": replace(TINY, vision=gemini.ConvNet(16, 4, (8, 16), (1, 1))),
-    "rope and windows": replace(
-        TINY, vision=replace(TINY.vision, positions="rope", resize="bicubic"),
+    "rope, windows and layers over time": replace(
+        TINY, vision=replace(TINY.vision, positions="rope", resize="bicubic"), video=gemini.Video(4, 1, 1, heads=4, hidden=48),
         text=replace(TINY.text, window=4, period=2, rope_factor=2.0, softcap=5.0, post_norm=True, tied=False, qk_norm=False),
     ),
     "cross-attention and heads": replace(

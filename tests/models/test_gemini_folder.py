@@ -19,8 +19,8 @@ from wasat.models import gemini
 
 TINY = gemini.preset("tiny")
 FULL = replace(
-    TINY, vision=gemini.ConvNet(16, 4, (8, 16), (1, 1)), cross_every=1, heads=(gemini.Head("digit", 10, "image"),), bos=1,
-    eos=(2, 3), pad=0,
+    TINY, vision=gemini.ConvNet(16, 4, (8, 16), (1, 1)), video=gemini.Video(4, 1, 2, 4, 48), cross_every=1,
+    heads=(gemini.Head("digit", 10, "image"),), bos=1, eos=(2, 3), pad=0,
 )  # fmt: skip
 
 
@@ -46,6 +46,8 @@ WRONG: dict[str, tuple[list[tuple[str, Any]], str]] = {
     "rope heads": ([("vision.positions", "rope"), ("vision.heads", 16)], "rope needs heads of a multiple of 4"),
     "image rows": ([("vision.tokens", 9)], "ViT: tokens is 9"),
     "frame rows": ([("video.tokens", 2)], "Video: tokens is 2"),
+    "half a time encoder": ([("video.layers", 1)], "layers, heads and hidden are given together"),
+    "heads over time": ([("video.layers", 1), ("video.heads", 5), ("video.hidden", 8)], "dim 32 does not split into 5 heads"),
     "pool": ([("audio.pool", 2)], "pool is 2, which does not divide 3"),
     "short": ([("audio.seconds", 0.001)], "8 samples are less than a window"),
     "strides": ([("audio.strides", [2])], "expected two numbers"),

@@ -220,15 +220,23 @@ class Audio:
 
 @dataclass(frozen=True)
 class Video:
-    """Frames seen by the image encoder, with their times."""
+    """Frames seen by the image encoder, with their times; where there are layers, each place then attends over the frames
+    (a factorised encoder, ViViT, arXiv:2103.15691).
+    """
 
     frames: int
     """Evenly chosen from those given."""
     tokens: int
     """Rows per frame."""
+    layers: int | None = None
+    """Over time; None: frames meet in the backbone alone."""
+    heads: int | None = None
+    hidden: int | None = None
 
     def __post_init__(self) -> None:
         _check_sizes(self)
+        given = [n is not None for n in (self.layers, self.heads, self.hidden)]
+        _check(self, all(given) or not any(given), "layers, heads and hidden are given together or not at all")
 
 
 @dataclass(frozen=True)
@@ -269,6 +277,8 @@ class Config:
             if self.vision is None:
                 raise ConfigError("Config: video needs vision, whose encoder sees the frames")
             _check_square(self.video, self.video.tokens, self.vision.grid, "a frame")
+            if self.video.heads is not None:
+                _check_heads(self.video, self.vision.dim, self.video.heads)
         names = [h.name for h in self.heads]
         _check(self, len(set(names)) == len(names), f"two heads have one name: {', '.join(names)}")
         for h in self.heads:

@@ -6,7 +6,7 @@ import math
 
 from wasat.frontend import nn
 
-from .config import Audio, ConvNet, ViT
+from .config import Audio, ConvNet, Video, ViT
 
 
 class EncoderBlock(nn.Module):
@@ -86,6 +86,27 @@ class ConvEncoder(nn.Module):
         for stage in self.stages:
             x = stage(x)
         return self.norm(x.transpose(0, 2, 3, 1))
+
+
+class TimeEncoder(nn.Module):
+    """Features f32[n, frames, tokens, dim] at times f32[n, frames] in seconds from the first -> features of that shape.
+
+    Times are added as sines and cosines; each place then attends to itself in the other frames.
+    """
+
+    def __init__(self, c: Video, dim: int, eps: float) -> None:
+        self.dim = dim
+        self.blocks = [EncoderBlock(dim, c.heads or 1, c.hidden or dim, eps) for _ in range(c.layers or 0)]
+
+    def __call__(self, x: nn.Tensor, times: nn.Tensor) -> nn.Tensor:
+        n, frames, tokens, dim = x.shape
+        x = x + nn.sinusoid(times, self.dim)[:, :, None]
+        if not self.blocks:
+            return x
+        x = x.transpose(0, 2, 1, 3).reshape(n * tokens, frames, dim)
+        for block in self.blocks:
+            x = block(x, nn.positions(x))
+        return x.reshape(n, tokens, frames, dim).transpose(0, 2, 1, 3)
 
 
 class AudioEncoder(nn.Module):

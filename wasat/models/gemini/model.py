@@ -12,7 +12,7 @@ from wasat.ir import Program
 
 from .backbone import Backbone
 from .config import Config, Head, ViT
-from .encoders import AudioEncoder, ConvEncoder, ViTEncoder, pooled
+from .encoders import AudioEncoder, ConvEncoder, TimeEncoder, ViTEncoder, pooled
 
 
 class Projection(nn.Module):
@@ -44,6 +44,7 @@ class Gemini(nn.Module):
             self.image_projection = Projection(config.vision.dim, text.dim, text.eps)
             if config.video is not None:
                 self.clip = config.video
+                self.time = TimeEncoder(config.video, config.vision.dim, config.vision.eps)
                 self.video_projection = Projection(config.vision.dim, text.dim, text.eps)
         if config.audio is not None:
             self.audio = AudioEncoder(config.audio)
@@ -69,8 +70,8 @@ class Gemini(nn.Module):
         n, count = frames.shape[:2]
         size, tokens, width = self.vision.config.size, self.clip.tokens, self.vision.config.dim
         x = pooled(self._features(frames.reshape(n * count, size, size, 3)), tokens).reshape(n, count, tokens, width)
-        when = nn.sinusoid(times - times[:, :1], width)  # of the clip's first frame is 0
-        return self.video_projection(x + when[:, :, None]).reshape(n, count * tokens, self.config.text.dim)
+        x = self.time(x, times - times[:, :1])  # of the clip's first frame is 0
+        return self.video_projection(x).reshape(n, count * tokens, self.config.text.dim)
 
     def _resized(self, pixels: nn.Tensor) -> nn.Tensor:
         """u8[n, h, w, 3] -> f32[n, size, size, 3] in [0, 255]."""
