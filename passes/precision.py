@@ -28,7 +28,8 @@ class MixedPrecision(Pass):
     Products take operands in half precision, and rows of parameters are looked up as such; reductions, softmax and what else
     losses are made of get f32. Any other operation follows its operands: in half precision if they are, parameters and
     constants beside them converted (constants only if they neither overflow nor vanish); in f32 where an operand is.
-    Normalizations and attention compute in f32 inside. Values that the graph itself has in other types are left alone.
+    Normalizations and attention compute in f32 inside. Values that the graph itself has in other types are left alone; so are
+    the bodies of loops, which a remark names.
 
     Raises PassError for another dtype.
     """
@@ -46,6 +47,10 @@ class MixedPrecision(Pass):
         old = program[self.graph]
         made = _Mixed(old, DType.of(self.dtype))
         made.emit()
+        for node in old.nodes:
+            if node.attrs.bodies and (count := sum(b.graph.count(op) for b in node.attrs.bodies for op in _HALF)):
+                name = f"%{node.outputs[0].name} = {node.op.name}"
+                remarks.missed(f"{name} keeps f32 in its body (products there: {count})", node)
         if not made.count:
             remarks.missed("it has no product in f32", old)
             return False

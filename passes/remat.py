@@ -27,7 +27,7 @@ class Rematerialize(Pass):
     the bit.
 
     ``sizes`` binds the symbols, as numbers to weigh with: the result holds for all sizes. Where the peak of live bytes
-    (:func:`.memory.peak_bytes`) would not fall, nothing changes, and a remark says so.
+    (:func:`.memory.peak_bytes`; donated states are written in place) would not fall, nothing changes, and a remark says so.
 
     Raises PassError for a symbol without size and for an output that is not there.
     """
@@ -59,7 +59,8 @@ class Rematerialize(Pass):
         made = _Recomputation(g, forward, kept, last.outputs[0])
         made.run()
         before, now = (sum(bytes_of(v, sizes) for v in {memory_of(v): None for v in vs}) for vs in (read, kept))
-        peaks = [peak_bytes(x, sizes) for x in (old, g)]
+        donated = {s["name"] for s in program.metadata.get("states", ()) if s.get("donated")}
+        peaks = [peak_bytes(x, sizes, donated) for x in (old, g)]
         done = sum(work_of(n, sizes).operations for n in made.nodes)
         whole = sum(work_of(n, sizes).operations for n in old.nodes)
         what = (

@@ -65,6 +65,21 @@ def test_text() -> None:
     assert str(bf16) == str(parse(AFTER.replace("f16", "bf16")))
 
 
+def test_bodies_of_loops_are_named() -> None:
+    text = """graph @loss(%h: f32[b, 4], %x: f32[n, b, 4], %w: f32[4, 4]) {
+      %last: f32[b, 4] = scan(%h, %x, %w) {body=graph @cell(%h: f32[b, 4], %x: f32[b, 4], %w: f32[4, 4]) {
+        %y: f32[b, 4] = matmul(%x, %w)
+        %next: f32[b, 4] = OPERATION(%h, %y)
+        return %next
+      }, carries=1, slices=1}
+      return %last
+    }"""
+    _, remarks = mixed(text.replace("OPERATION", "add"))
+    assert remarks[0].startswith("missed: %last = scan keeps f32 in its body (products there: 1)")
+    _, remarks = mixed(text.replace("matmul(%x, %w)", "mul(%x, %h)").replace("OPERATION", "add"))
+    assert len(remarks) == 1  # nothing is lost
+
+
 def dtypes(body: str, dtype: str = "f16", inputs: str = "", params: str = "") -> dict[str, str]:
     """Types by name of what follows ``y``, a product in half precision."""
     declared = "".join(f"param {p}\n" for p in params.split("; ") if p)
