@@ -3,8 +3,8 @@
     pip install 'wasat[train,media]'
     python examples/make_media.py [FOLDER]
 
-Of each kind of question it is the first one of its held-out split; none was chosen for how it is answered. Pictures and clips
-are drawn larger than the model sees them: it resizes them itself.
+Of each kind of question it is the first one of its held-out split, for a description the first of three things; none was
+chosen for how it is answered. Pictures and clips are drawn larger than the model sees them: it resizes them itself.
 """
 
 import json
@@ -27,9 +27,10 @@ SIZE = 192
 """Of pictures and clips, in pixels."""
 
 
-def first(task: Task, kind: str) -> Example:
-    """The first held-out example of a kind."""
-    return next(e for e in (task.example("held_out", i) for i in count()) if e.kind == kind)
+def first(task: Task, kind: str, things: int = 1) -> Example:
+    """The first held-out example of a kind, whose answer tells of so many things."""
+    examples = (task.example("held_out", i) for i in count())
+    return next(e for e in examples if e.kind == kind and len(e.answer.split(",")) == things)
 
 
 def write(part: ImageData | AudioData | VideoData, path: Path) -> None:
@@ -63,7 +64,7 @@ def main(folder: Path) -> None:
     scenes, clips = Scenes(SIZE, SEED), Clips(SIZE, frames, SEED)
     wanted = [
         ("A picture", first(scenes, "relation"), ("scene.png",)),
-        ("A picture to describe", first(scenes, "caption"), ("picture.png",)),
+        ("A picture to describe", first(scenes, "caption", things=3), ("picture.png",)),
         ("A handwritten digit", first(digits, "digit"), ("digit.png",)),
         ("A spoken word", first(Speech(voices, samples, SEED), "word"), ("word.wav",)),
         ("Seen and heard", first(Match(digits, voices, samples, SEED), "match"), ("seen.png", "heard.wav")),

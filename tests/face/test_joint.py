@@ -104,7 +104,7 @@ def test_what_is_measured() -> None:
     assert layout(joint.config) == joint.mixture().layout
     first = next(joint.mixture())
     assert first["images"].shape[1] == joint.config.vision.size  # type: ignore[union-attr]
-    assert sum(joint.mixture().rows) == len(first["tokens"]) == 38  # batch.rows of the file
+    assert sum(joint.mixture().rows) == len(first["tokens"]) == 34  # batch.rows of the file
 
 
 class Answers:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -97,15 +97,18 @@ class Task(ABC):
         return {"majority": majority(self)}
 
 
-def majority(task: Task, count: int = 2000) -> float:
-    """Held-out accuracy of the answer that is commonest for the same kind of question in ``count`` training examples."""
+def majority(task: Task, count: int = 2000, shares: Mapping[str, float] | None = None) -> float:
+    """Held-out accuracy of the answer that is commonest for the same kind of question in ``count`` training examples.
+
+    ``shares``: for some kinds, what share is right instead.
+    """
     answers: dict[str, Counter[str]] = defaultdict(Counter)
     for i in range(count):
         e = task.example("train", i)
         answers[e.kind][e.answer] += 1
     commonest = {kind: found.most_common(1)[0][0] for kind, found in answers.items()}
     tested = [task.example("held_out", i) for i in range(task.held_out)]
-    return float(np.mean([commonest.get(e.kind) == e.answer for e in tested]))
+    return float(np.mean([(shares or {}).get(e.kind, float(commonest.get(e.kind) == e.answer)) for e in tested]))
 
 
 def wording(rng: np.random.Generator, split: Split, firsts: Sequence[str], seconds: Sequence[str]) -> str:

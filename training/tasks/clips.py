@@ -6,18 +6,20 @@ from dataclasses import replace
 
 import numpy as np
 
-from .base import Example, Split, Task, VideoData, wording
+from .base import Example, Split, Task, VideoData, majority, wording
 from .world import COLOURS, QUARTERS, SHAPES, Thing, held_out, picture
 
 WAYS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 GROWTH = {"grows": 1.5, "shrinks": 1 / 1.5, "stays": 1.0}
+MOVER = (("What colour is", "Which colour is"), ("the shape that moves?", "moving?"))
+MOVERS = (("How many", "What number of"), ("shapes move?", "shapes are moving?"))
 
 
 class Clips(Task):
     """Which way a shape moves, which of two moves, how many of three, whether one grows.
 
-    Where things begin says nothing of where they go. Held out: one in eight of the combinations of colour, shape and way; what
-    moves in the clips of the held-out split is of these.
+    Where things begin says nothing of where they go. Held out: one in four of the pairs of colour and shape; the clips of each
+    split are of its own alone.
     """
 
     name = "clips"
@@ -42,34 +44,38 @@ class Clips(Task):
             end = _moved(thing, ways[way], 0.26)
             return self._made(rng, split, [thing], [end], [f"moves {ways[way]}"], asked, f" {ways[way]}", kind)
         things, found = self._things(rng, split, 2 if kind == "mover" else 3, (0, 1, 2, 3))
-        count = 1 if kind == "mover" else int(rng.integers(split == "held_out", 4))
+        count = 1 if kind == "mover" else int(rng.integers(4))
         ends = [_moved(t, ways[way], 0.16) if i < count else t for i, (t, way) in enumerate(zip(things, found))]
         if kind == "mover":
-            asked = wording(rng, split, ("What colour is", "Which colour is"), ("the shape that moves?", "moving?"))
+            asked = wording(rng, split, *MOVER)
             answer = f" {things[0].colour}"
         else:
-            asked = wording(rng, split, ("How many", "What number of"), ("shapes move?", "shapes are moving?"))
+            asked = wording(rng, split, *MOVERS)
             answer = f" {count}"
         does = [f"moves {ways[way]}" if i < count else "stays" for i, way in enumerate(found)]
         order = rng.permutation(len(things))  # what moves is drawn first or last
         begin, after, does = ([x[i] for i in order] for x in (things, ends, does))
         return self._made(rng, split, begin, after, does, asked, answer, kind)
 
+    def baselines(self) -> dict[str, float]:
+        """Also of who sees one frame: which colours there are, and that one of two moves."""
+        return {**super().baselines(), "from one frame": majority(self, shares={"mover": 0.5})}
+
     def _things(
         self, rng: np.random.Generator, split: Split, count: int, ways: tuple[int, ...], centre: bool = False
     ) -> tuple[list[Thing], list[int]]:
-        """``count`` things of one split's combinations, in quarters of their own or about the centre, and a way for each."""
+        """``count`` things of one split, in quarters of their own or about the centre, and a way for each."""
         places = rng.permutation(list(QUARTERS.values()))
         colours, made, found = list(rng.permutation(list(COLOURS))), list[Thing](), list[int]()
         for i in range(count):
             while True:
-                colour, shape, way = str(rng.choice(colours)), str(rng.choice(SHAPES)), int(rng.choice(ways))
-                if held_out(colour, shape, way) == (split == "held_out"):
+                colour, shape = str(rng.choice(colours)), str(rng.choice(SHAPES))
+                if held_out(colour, shape) == (split == "held_out"):
                     break
             colours.remove(colour)
             x, y = (np.full(2, 0.5) if centre else places[i]) + rng.uniform(-0.05, 0.05, 2)
             made.append(Thing(colour, shape, float(x), float(y), float(rng.uniform(0.12, 0.18 if centre else 0.14))))
-            found.append(way)
+            found.append(int(rng.choice(ways)))
         return made, found
 
     def _made(
@@ -86,12 +92,17 @@ class Clips(Task):
 
 
 def _further(rng: np.random.Generator, split: Split, things: list[Thing], does: list[str]) -> tuple[tuple[str, str], ...]:
-    """What each thing does, told of all of them or asked of one, in any order."""
+    """What each thing does, told of all of them or asked of one, and of several how many move and which, in any order."""
+    moving = [t.colour for t, what in zip(things, does) if what.startswith("moves")]
     told = ", ".join(f"{t} {what}" for t, what in sorted(zip(things, does), key=lambda x: x[0].colour))
     made = [(wording(rng, split, ("Describe", "Tell me about"), ("the clip.", "the shapes.")), f" {told}")]
     for t, what in zip(things, does):
         asked = wording(rng, split, ("What does", "What did"), (f"the {t.colour} one do?", f"the {t.colour} shape do?"))
         made.append((asked, f" {what}"))
+    if len(things) > 1:
+        made.append((wording(rng, split, *MOVERS), f" {len(moving)}"))
+        if len(moving) == 1:
+            made.append((wording(rng, split, *MOVER), f" {moving[0]}"))
     return tuple(made[i] for i in rng.permutation(len(made)))
 
 

@@ -12,7 +12,10 @@ import numpy as np
 
 from .base import Example, Split, Task, TaskError
 
-FORMS = ("{}", "print({})", "x = {}; x", "({})", "[{}][0]", "y = {}; print(y)")
+FORMS = (
+    "{}", "print({})", "x = {}; x", "({})", "[{}][0]", "y = {}; print(y)", "({}, 0)[0]", "[0, {}][1]", "print([{}][0])",
+    "a = [{}]; a[0]",
+)  # fmt: skip
 
 
 def _digits(rng: np.random.Generator, count: int, most: int = 9) -> list[int]:
@@ -45,7 +48,7 @@ OPERATIONS: dict[str, Callable[[np.random.Generator], str]] = {
 
 
 class Code(Task):
-    """``x = max(3, 8); x =>`` and its result. Held out: one in six of the combinations of form and operation."""
+    """``x = max(3, 8); x =>`` and its result. Held out: one in ten of the combinations of form and operation."""
 
     name = "code"
     held_out = 400

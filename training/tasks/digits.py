@@ -12,7 +12,7 @@ FIRST, SECOND = ("Which digit", "What digit", "Which number"), ("is this?", "do 
 
 
 class Digits(Task):
-    """One digit, turned, scaled and moved a little in training. Held out: each fifth digit, by the seed."""
+    """One digit, turned, scaled and moved a little in training. Held out: each fifth digit, the same for all seeds."""
 
     name = "digits"
     held_out = 360
@@ -25,7 +25,7 @@ class Digits(Task):
     def _data(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Pictures f[1797, 8, 8] in [0, 1], digits, and their order: the first ``held_out`` are held out."""
         pictures, digits = load()
-        return pictures, digits, np.random.default_rng(self.seed).permutation(len(digits))
+        return pictures, digits, np.random.default_rng(0).permutation(len(digits))
 
     def example(self, split: Split, index: int) -> Example:
         if split == "train":
