@@ -1,8 +1,8 @@
 """Kernel selection for CPUs: which operations, alone or together, become calls of the kernels in :mod:`.kernels`.
 
 Selected are ``linear``, ``quantized_linear``, ``embedding``, ``quantized_embedding``, ``rms_norm``, ``layer_norm``, ``glu``,
-``rope``, ``attention`` and ``cached_attention``, in f32 and with sizes known but for batch and positions; and, as row-major
-operands, ``linear`` and ``matmul`` whose sizes are all known. Together go
+``rope``, ``attention`` and ``cached_attention``, in f32 and with sizes known but for batch and positions; and ``linear``,
+``matmul`` of row-major operands, and ``conv``, whose sizes are all known. Together go
 
 - ``a + b`` (``b`` perhaps an ``rms_norm``), the norm of the sum, and its quantization for the integer linears;
 - ``glu`` and that quantization; ``embedding`` and a scale; ``rms_norm`` and ``rope``;
