@@ -2,17 +2,18 @@
 
 Files are read with suspicion: their kind is told from their content, sizes are checked before anything is decoded, only
 decoders of the formats named here run, none follows a link into another file or the network, and whatever is wrong with a
-file becomes a MediaError that names it. Pillow reads pictures and GIF, PyAV sounds and videos (``pip install
+file becomes a MediaError that names it. Pillow reads pictures, GIF and animated WebP, PyAV sounds and videos (``pip install
 'wasat[media]'``); arrays need neither.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
+from numbers import Real
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,20 +25,26 @@ MOST_PIXELS = 80_000_000
 """Of a picture or a frame; 8K video has 33 million."""
 MOST_SECONDS = 3600
 """Of a sound."""
+MOST_SAMPLES = MOST_SECONDS * 48_000
+"""Of a sound at the rate asked for: what is kept of it. Its own rate may be any, and only a piece of that is held."""
 FRAME_MEMORY = 1 << 29
 """Bytes of frames kept of one video. Of one that has more, every second, fourth, … frame is kept, evenly."""
-_GIF_DELAY = 0.1
-"""Seconds that a frame without a duration shows, in every browser."""
+_DELAY = 0.1
+"""Seconds that a frame of a GIF or WebP without a duration shows, in every browser."""
+_PIECE = 1 << 16
+"""Samples of an array that are converted at a time."""
 _PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+_ANIMATED = ("GIF", "WEBP")
+_VIDEOS = ("MP4", "MOV", "WebM", "MKV", "AVI", "MPEG", "FLV")
+_SOUNDS = ("WAV", "FLAC", "MP3", "Ogg", "M4A", "AAC", "AIFF", *_VIDEOS)
 _OPTIONS = {
     "format_whitelist": "wav,w64,flac,mp3,ogg,aac,aiff,caf,mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,flv,asf"
 }
 """For FFmpeg: containers only, no playlists, which name other files."""
-
-_ENDLESS = ("mp3", "aac", "mpeg", "mpegts")
-"""Containers without a length, which FFmpeg can only guess: cut anywhere, they play as far as they go."""
 _RIFF_UNKNOWN = 0x7FFFF000
 """From here on, the length in the header is what programs write that do not know it yet."""
+_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
+"""What MP4 and MOV begin with."""
 
 Source = str | Path | bytes | np.ndarray
 
@@ -70,29 +77,67 @@ class _Media:
         except FileNotFoundError:
             raise self._wrong("does not exist") from None
         except Exception as e:
-            raise self._wrong(f"cannot be read ({str(e) or type(e).__name__}): is it damaged, or not what it seems?") from e
+            reason = getattr(e, "strerror", None) or str(e) or type(e).__name__
+            raise self._wrong(f"cannot be read ({reason}): is it damaged, or not what it seems?") from e
 
     @contextmanager
     def _file(self) -> Iterator[BinaryIO]:
         assert not isinstance(self.source, np.ndarray)
         with io.BytesIO(self.source) if isinstance(self.source, bytes) else open(self.source, "rb") as file:
-            head, size = file.read(8), file.seek(0, io.SEEK_END)
+            size = file.seek(0, io.SEEK_END)
             if not size:
                 raise self._wrong("is empty")
-            promised = int.from_bytes(head[4:], "little") if head.startswith(b"RIFF") else 0
-            if size < promised < _RIFF_UNKNOWN:
-                raise self._wrong(f"is cut off: it has {size} bytes of {promised + 8}")
+            stated = _stated_size(file, size)
+            if size < stated:
+                raise self._wrong(f"is cut off: it has {size} bytes of {stated}")
             file.seek(0)
             yield file
+
+    @contextmanager
+    def _container(self, kinds: Sequence[str]) -> Iterator[Any]:
+        """A file opened by FFmpeg: its header is known, and nothing is decoded. ``kinds``: what errors say it may be."""
+        import av
+
+        with self._file() as file:
+            try:
+                container = av.open(file, "r", options=_OPTIONS)
+            except av.error.EOFError:
+                raise self._wrong("is cut off: it ends where its content should begin") from None
+            except av.FFmpegError as e:
+                file.seek(0)
+                if _rate_of_wav(file.read(4096)) == 0:
+                    raise self._no_rate() from None
+                raise self._unknown(kinds) from e
+            with container:
+                yield container
+
+    def _stream(self, streams: Sequence[Any], what: str) -> Any:
+        """The first of them, which can be decoded."""
+        if not streams:
+            raise self._wrong(f"holds no {what}")
+        if streams[0].codec_context is None:
+            raise self._wrong(f"holds {what} in a format that FFmpeg cannot decode: convert it first")
+        return streams[0]
+
+    def _check_whole(self, container: Any, end: float) -> None:
+        """``end``: seconds that were decoded of a stream.
+
+        FLAC and FLV state how long they last, a file of several streams only its longest; of most others the size in bytes
+        was checked (_stated_size), and what states neither plays as far as it goes.
+        """
+        kind, stated = container.format.name, (container.duration or 0) / 1e6
+        doubt = 0.001 if kind == "flac" else 0.25 + 0.1 * stated
+        if end < stated - doubt and (kind == "flac" or (kind == "flv" and len(container.streams) == 1)):
+            raise self._wrong(f"is cut off: it lasts {end:.2f} s of the {stated:.2f} s that it states")
 
     def _wrong(self, what: str) -> MediaError:
         return MediaError(f"{self.name} {what}")
 
-    def _check_whole(self, container: Any, end: float) -> None:
-        """``end``: seconds that were decoded."""
-        stated = (container.duration or 0) / 1e6
-        if end < 0.9 * stated - 0.25 and container.format.name not in _ENDLESS:
-            raise self._wrong(f"is cut off: it lasts {end:.2f} s of the {stated:.2f} s that it states")
+    def _no_rate(self) -> MediaError:
+        return self._wrong("states a rate of 0 Hz: write it again with its samples per second")
+
+    def _unknown(self, kinds: Sequence[str]) -> MediaError:
+        return self._wrong(f"is none of {', '.join(kinds)}, or its beginning is damaged: convert it to one of them")
 
     def _picture(self, file: BinaryIO, formats: tuple[str, ...]) -> Any:
         """A file opened by Pillow: its size is known, and nothing is decoded."""
@@ -102,6 +147,8 @@ class _Media:
             image = Pillow.open(file, formats=formats)
         except Pillow.DecompressionBombError as e:
             raise self._wrong(f"is too large to be decoded: {e}") from None
+        except Pillow.UnidentifiedImageError:
+            raise self._unknown(formats) from None
         self._check_size(*image.size)
         return image
 
@@ -113,7 +160,10 @@ class _Media:
 
 
 class Image(_Media):
-    """A picture: PNG, JPEG, WebP, GIF (its first frame), BMP, TIFF, PPM, or an array u8 [h, w], [h, w, 3] or [h, w, 4]."""
+    """A picture: PNG, JPEG, WebP, GIF, BMP, TIFF, PPM, or an array u8 [h, w], [h, w, 3] or [h, w, 4].
+
+    Of a file with several pictures, it is the first.
+    """
 
     def pixels(self) -> np.ndarray:
         """u8[h, w, 3], upright as its EXIF orientation says, colours as sRGB values, transparency over white.
@@ -142,56 +192,78 @@ class Audio(_Media):
     def samples(self, rate: int) -> np.ndarray:
         """f32[n] at ``rate`` Hz, the mean of its channels.
 
-        Raises MediaError for a file or array that is no such sound, is damaged, empty or longer than MOST_SECONDS, or holds
-        samples that are no numbers.
+        Decoded and resampled piece by piece: beside the result, little is held. Raises MediaError for a file or array that is
+        no such sound, is damaged, empty, longer than MOST_SECONDS or, at ``rate`` Hz, than MOST_SAMPLES, is too short to be
+        resampled, or holds samples that are no numbers.
         """
         with self._reading("av"):
-            wave, own = self._given(self.source) if isinstance(self.source, np.ndarray) else self._decoded()
-            if not np.isfinite(wave).all():
-                raise self._wrong("holds samples that are infinite or no numbers")
-            return wave if own == rate else _resampled(wave, own, rate)
+            wave = bytearray()
+            for piece in self._pieces(rate):
+                wave += piece.tobytes()
+                if len(wave) > 4 * MOST_SAMPLES:
+                    raise self._wrong(f"has more than {MOST_SAMPLES:,} samples at {rate} Hz: cut it first, or lower the rate")
+            if not wave:
+                raise self._wrong(f"is too short to be heard at {rate} Hz: give a longer sound")
+            return np.frombuffer(wave, np.float32)
 
-    def _given(self, x: np.ndarray) -> tuple[np.ndarray, int]:
-        if not self.rate or self.rate < 0:
-            raise self._wrong(f"has a rate of {self.rate or 0} Hz: give the samples per second, Audio(array, rate=16000)")
-        if x.dtype == np.int16:
-            x = x.astype(np.float32) / 32768
-        if x.dtype not in (np.float32, np.float64) or x.ndim not in (1, 2) or not x.size:
+    def _pieces(self, rate: int) -> Iterator[np.ndarray]:
+        """The sound at ``rate`` Hz, f32[k] by f32[k]."""
+        if isinstance(self.source, np.ndarray):
+            own = self._own_rate()
+            yield from _resampled(self._checked(self._given(self.source), own), own, rate)
+            return
+        with self._container(_SOUNDS) as container:
+            stream = self._stream(container.streams.audio, "sound")
+            own = stream.rate or 0
+            if own < 1:
+                raise self._no_rate()
+            yield from _resampled(self._checked(self._decoded(container, stream), own), own, rate)
+
+    def _own_rate(self) -> int:
+        """That of an array."""
+        if not isinstance(self.rate, Real) or not 1 <= self.rate < np.inf or self.rate % 1:
+            raise self._wrong(
+                f"has a rate of {self.rate or 0!r} Hz: give the samples per second as a whole number, Audio(array, rate=16000)"
+            )
+        return int(self.rate)
+
+    def _given(self, x: np.ndarray) -> Iterator[np.ndarray]:
+        if x.dtype not in (np.int16, np.float32, np.float64) or x.ndim not in (1, 2) or not x.size:
             raise self._wrong("is no sound: samples are [n] or [n, channels], floats in [-1, 1] or i16, at least one")
-        self._check_length(len(x), self.rate)
-        return (x if x.ndim == 1 else x.mean(axis=1)).astype(np.float32), self.rate
+        for at in range(0, len(x), _PIECE):
+            piece = x[at : at + _PIECE]
+            if piece.dtype == np.int16:
+                piece = piece.astype(np.float32) / 32768
+            yield (piece if piece.ndim == 1 else piece.mean(axis=1)).astype(np.float32)
 
-    def _decoded(self) -> tuple[np.ndarray, int]:
+    def _decoded(self, container: Any, stream: Any) -> Iterator[np.ndarray]:
         import av
 
-        with self._file() as file, av.open(file, "r", options=_OPTIONS) as container:
-            if not container.streams.audio:
-                raise self._wrong("holds no sound")
-            stream = container.streams.audio[0]
-            rate = stream.rate
-            if rate < 1:
-                raise self._wrong(f"states a rate of {rate} Hz")
-            floats = av.AudioResampler(format="fltp", rate=rate)  # channels stay apart: FFmpeg's own downmix is no mean
-            pieces: list[np.ndarray] = []
-            length = 0
-            for decoded in chain(container.decode(stream), [None]):
-                for frame in floats.resample(decoded):
-                    pieces.append(frame.to_ndarray().mean(axis=0))
-                    length += frame.samples
-                    self._check_length(length, rate)
-            if not length:
-                raise self._wrong("holds no sound")
-            self._check_whole(container, length / rate)
-        return np.concatenate(pieces), rate
+        floats = av.AudioResampler(format="fltp", rate=stream.rate)  # channels stay apart: FFmpeg's own downmix is no mean
+        length = 0
+        for decoded in chain(container.decode(stream), [None]):
+            for frame in floats.resample(decoded):
+                length += frame.samples
+                yield frame.to_ndarray().mean(axis=0)
+        self._check_whole(container, length / stream.rate)
 
-    def _check_length(self, samples: int, rate: int) -> None:
-        if samples > MOST_SECONDS * rate:
-            raise self._wrong(f"is longer than {MOST_SECONDS} s, the most that is decoded: cut it first")
+    def _checked(self, pieces: Iterable[np.ndarray], rate: int) -> Iterator[np.ndarray]:
+        """The same pieces, of ``rate`` Hz, as long as nothing is wrong with them."""
+        length = 0
+        for piece in pieces:
+            length += len(piece)
+            if length > MOST_SECONDS * rate:
+                raise self._wrong(f"is longer than {MOST_SECONDS} s, the most that is decoded: cut it first")
+            if not np.isfinite(piece).all():
+                raise self._wrong("holds samples that are infinite or no numbers")
+            yield piece
+        if not length:
+            raise self._wrong("holds no sound")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Video(_Media):
-    """A video without its sound: MP4, MOV, WebM, MKV, AVI, GIF, or an array u8 [n, h, w, 3] of frames."""
+    """A video without its sound: MP4, MOV, WebM, MKV, AVI, GIF, WebP, or an array u8 [n, h, w, 3] of frames."""
 
     times: Sequence[float] | None = None
     """Seconds at which the frames of an array show, ascending."""
@@ -207,49 +279,53 @@ class Video(_Media):
         if isinstance(self.source, np.ndarray):
             return self._given(self.source)
         with self._reading("pillow"), self._file() as file:
-            if file.read(4) == b"GIF8":
+            if _animated(file.read(16)):
                 file.seek(0)
-                return self._kept(self._of_gif(file))
-        with self._reading("av"), self._file() as file:
-            return self._kept(self._of_container(file))
+                return self._kept(self._of_pictures(file))
+        with self._reading("av"), self._container((*_VIDEOS, *_ANIMATED)) as container:
+            return self._kept(self._of_container(container))
 
     def _given(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if x.ndim != 4 or not len(x):
             raise self._wrong("is no video: frames are u8 [n, h, w, 3], at least one")
         if (self.times is None) == (self.fps is None):
             raise self._wrong("needs either times= (seconds, one for each frame) or fps=")
-        if self.fps is not None and not 0 < self.fps < np.inf:
-            raise self._wrong(f"has {self.fps} frames per second")
-        times = np.arange(len(x)) / self.fps if self.fps else np.asarray(self.times, np.float64)
+        if self.fps is not None:
+            if not isinstance(self.fps, Real) or not 0 < self.fps < np.inf:
+                raise self._wrong(f"has {self.fps!r} frames per second: fps is a number above 0")
+            times = np.arange(len(x)) / float(self.fps)
+        else:
+            try:
+                times = np.asarray(self.times)
+            except ValueError:  # rows of different lengths
+                times = np.array(None)
+            if times.dtype.kind not in "iuf":
+                raise self._wrong("has times that are no numbers: give the second at which each frame shows")
+            times = times.astype(np.float64)
         if times.shape != (len(x),) or not np.isfinite(times).all() or (np.diff(times) < 0).any():
             raise self._wrong(f"needs {len(x)} times in ascending order, one for each frame")
         return np.stack([_rgb(self, frame) for frame in x]), (times - times[0]).astype(np.float32)
 
-    def _of_gif(self, file: BinaryIO) -> Iterator[tuple[np.ndarray, float]]:
-        from PIL import ImageSequence
+    def _of_pictures(self, file: BinaryIO) -> Iterator[tuple[np.ndarray, float]]:
+        from PIL import ImageOps, ImageSequence
 
-        with self._picture(file, ("GIF",)) as image:
+        with self._picture(file, _ANIMATED) as image:
             at = 0.0
             for frame in ImageSequence.Iterator(image):
-                yield _flat(self, frame), at
-                at += frame.info.get("duration", 0) / 1000 or _GIF_DELAY
+                yield _flat(self, ImageOps.exif_transpose(frame)), at
+                at += frame.info.get("duration", 0) / 1000 or _DELAY
 
-    def _of_container(self, file: BinaryIO) -> Iterator[tuple[np.ndarray, float]]:
-        import av
-
-        with av.open(file, "r", options=_OPTIONS) as container:
-            if not container.streams.video:
-                raise self._wrong("holds no pictures")
-            stream = container.streams.video[0]
-            self._check_size(stream.width, stream.height)
-            each = float(1 / stream.average_rate) if stream.average_rate else 1 / 25
-            at = -each
-            for frame in container.decode(stream):
-                self._check_size(frame.width, frame.height)
-                at = at + each if frame.time is None else max(frame.time, at)
-                image = frame.to_ndarray(format="rgb24", width=stream.width, height=stream.height)
-                yield np.rot90(image, round(frame.rotation / 90)), at
-            self._check_whole(container, at + each)
+    def _of_container(self, container: Any) -> Iterator[tuple[np.ndarray, float]]:
+        stream = self._stream(container.streams.video, "pictures")
+        self._check_size(stream.width, stream.height)
+        each = float(1 / stream.average_rate) if stream.average_rate else 1 / 25
+        at = -each
+        for frame in container.decode(stream):
+            self._check_size(frame.width, frame.height)
+            at = at + each if frame.time is None else max(frame.time, at)
+            image = frame.to_ndarray(format="rgb24", width=stream.width, height=stream.height)
+            yield np.rot90(image, round(frame.rotation / 90)), at
+        self._check_whole(container, at + each)
 
     def _kept(self, frames: Iterator[tuple[np.ndarray, float]]) -> tuple[np.ndarray, np.ndarray]:
         """Every frame, or every second, fourth, … so that they fit into FRAME_MEMORY."""
@@ -273,31 +349,76 @@ Media = Image | Audio | Video
 
 
 def open_media(path: Path) -> Media:
-    """The picture, sound or video of a file, told from its content; of several pictures, it is a video.
+    """The picture, sound or video of a file, told from its content; a GIF or WebP of several pictures is a video.
 
     Raises MediaError for a file that is none, or cannot be read.
     """
     image = Image(path)
     with image._reading("pillow"), image._file() as file:
         head = file.read(16)
-        if head.startswith((b"\x89PNG", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*")) or head[8:12] == b"WEBP":
+        if head.startswith((b"\x89PNG", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*")):
             return image
         if head[:1] == b"P" and head[1:2] in b"123456" and head[2:3].isspace():
             return image
-        if head.startswith(b"GIF8"):
+        if _animated(head):
             file.seek(0)
-            with image._picture(file, ("GIF",)) as gif:
-                return Video(path) if getattr(gif, "n_frames", 1) > 1 else image
-    with image._reading("av"), image._file() as file:
-        import av
-
-        with av.open(file, "r", options=_OPTIONS) as container:
-            covers = 1 << 10  # AV_DISPOSITION_ATTACHED_PIC: the picture on a record is no video
-            if any(not int(s.disposition) & covers for s in container.streams.video):
-                return Video(path)
-            if container.streams.audio:
-                return Audio(path)
+            with image._picture(file, _ANIMATED) as pictures:
+                return Video(path) if getattr(pictures, "n_frames", 1) > 1 else image
+    with image._reading("av"), image._container((*_PICTURES, *_SOUNDS)) as container:
+        covers = 1 << 10  # AV_DISPOSITION_ATTACHED_PIC: the picture on a record is no video
+        if any(not int(s.disposition) & covers for s in container.streams.video):
+            return Video(path)
+        if container.streams.audio:
+            return Audio(path)
     raise MediaError(f"{path} holds neither a picture nor sound")
+
+
+def _animated(head: bytes) -> bool:
+    """Whether a file that begins so is of a kind that holds one picture or several."""
+    return head.startswith(b"GIF8") or (head.startswith(b"RIFF") and head[8:12] == b"WEBP")
+
+
+def _stated_size(file: BinaryIO, size: int) -> int:
+    """How many bytes a file of ``size`` says it has, by the sizes of its outermost parts; 0 where it does not say."""
+    file.seek(0)
+    head = file.read(16)
+    if head.startswith((b"RIFF", b"FORM")):  # WAV, AVI, WebP; AIFF
+        n = int.from_bytes(head[4:8], "little" if head.startswith(b"RIFF") else "big")
+        return 0 if n <= size or n >= _RIFF_UNKNOWN else n + 8  # there are programs that count the 8 in
+    part = _box if head[4:8] in _BOXES else _element
+    at = 0
+    for _ in range(100_000):
+        if at + 8 > size:
+            return at
+        file.seek(at)
+        n = part(file.read(16))
+        if n <= 0:
+            return 0 if n == 0 else at
+        at += n
+    return 0
+
+
+def _box(head: bytes) -> int:
+    """The size of a part of an MP4 or MOV that begins so; 0: it goes on to the end; -1: this is no part."""
+    n = int.from_bytes(head[:4], "big")
+    n = int.from_bytes(head[8:16], "big") if n == 1 else n
+    return n if head[4:8].isalnum() and (n == 0 or n >= 8) else -1
+
+
+def _element(head: bytes) -> int:
+    """As :func:`_box`, of a Matroska file (WebM)."""
+    if not head.startswith((b"\x1aE\xdf\xa3", b"\x18S\x80g")) or not head[4]:  # the header and the segment
+        return -1
+    width = 9 - head[4].bit_length()
+    unknown = (1 << 7 * width) - 1
+    n = int.from_bytes(head[4 : 4 + width], "big") & unknown
+    return 0 if n == unknown else 4 + width + n
+
+
+def _rate_of_wav(head: bytes) -> int | None:
+    """Samples per second, by the header."""
+    at = head.find(b"fmt ", 12)
+    return int.from_bytes(head[at + 12 : at + 16], "little") if head[8:12] == b"WAVE" and at > 0 else None
 
 
 def _rgb(media: _Media, x: np.ndarray) -> np.ndarray:
@@ -321,11 +442,19 @@ def _flat(media: _Media, image: Any) -> np.ndarray:
     return _rgb(media, np.asarray(image.convert("RGBA" if image.has_transparency_data else "RGB")))
 
 
-def _resampled(wave: np.ndarray, rate: int, wanted: int) -> np.ndarray:
-    """f32[n] at another rate, by FFmpeg's resampler."""
+def _resampled(pieces: Iterable[np.ndarray], rate: int, wanted: int) -> Iterator[np.ndarray]:
+    """f32[k] by f32[k] at another rate, by FFmpeg's resampler."""
+    if rate == wanted:
+        yield from pieces
+        return
     import av
 
-    frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(wave)[None], format="fltp", layout="mono")
-    frame.sample_rate = rate
     resampler = av.AudioResampler(format="fltp", layout="mono", rate=wanted)
-    return np.concatenate([f.to_ndarray()[0] for f in (*resampler.resample(frame), *resampler.resample(None))])
+    seconds = (piece[at : at + rate] for piece in pieces for at in range(0, len(piece), rate))  # of 1 Hz, a piece is hours
+    for second in chain(seconds, [None]):
+        frame = None
+        if second is not None:
+            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(second)[None], format="fltp", layout="mono")
+            frame.sample_rate = rate
+        for made in resampler.resample(frame):
+            yield made.to_ndarray()[0]
