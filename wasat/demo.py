@@ -24,6 +24,7 @@ from wasat.runtime.media import Media, open_media
 
 MODELS = ("gemini", "pygemma")
 """Of examples/."""
+_KINDS: dict[type[Media], str] = {Image: "image", Audio: "audio", Video: "video"}
 PROMPTS = ("def read_file(path):\n    ", "class Stack:\n    def __init__(self")
 
 
@@ -35,7 +36,7 @@ def main(out: Console, folder: Path | None = None, quantize: str | None = None, 
 
     Raises WasatError for a folder that cannot be compiled, or that has no tokenizer to read and write text with.
     """
-    sources = [folder] if folder else [p for p in map(examples().joinpath, MODELS) if (p / "config.json").exists()]
+    sources = [folder] if folder else [examples() / name for name in MODELS]
     chapters = [_chapter(out, source, quantize) for source in sources]
     write_page(page, chapters, "make demo" if folder is None else f"wasat demo --folder {folder}")
     out.rule("The page")
@@ -110,7 +111,12 @@ def _answer(out: Console, model: Model, c: Chapter) -> None:
     """The questions of examples/media, whose files no training has seen; then the same without what there is to see or hear."""
     out.rule(f"{escape(c.name)}: it answers from files in examples/media")
     folder = examples() / "media"
-    questions = json.loads((folder / "questions.json").read_text(encoding="utf-8"))
+    every = json.loads((folder / "questions.json").read_text(encoding="utf-8"))
+    assert model.manifest.media is not None
+    takes = model.manifest.media.encoders
+    questions = [q for q in every if all(_KINDS[type(open_media(folder / name))] in takes for name in q["media"])]
+    if skipped := [q["title"] for q in every if q not in questions]:
+        _print(out, f"the model takes text, {', '.join(takes)}: not asked are {', '.join(skipped)}")
     for _ in range(2):  # the first round brings memory and threads up
         c.cards = []
         for q in questions:

@@ -77,8 +77,9 @@ def _chapter(c: Chapter) -> str:
     if c.cards:
         parts += [
             f"<p>{sum(card.right for card in c.cards)} of {len(c.cards)} answers are right; with black pictures, silence and "
-            f"clips that stand still, {blind_score(c.cards)}. The files come from the held-out splits of the training's tasks "
-            "(examples/make_media.py): the first question of each kind, whether its answer is right or not.</p>",
+            f"clips that stand still, {blind_score(c.cards)}. The files come from the held-out splits of the tasks in "
+            "examples/gemini.toml (examples/make_media.py): of each of these kinds of question the first one, whether its "
+            "answer is right or not.</p>",
             f'<div class="cards">{"".join(map(_card, c.cards))}</div>',
         ]
     parts += [

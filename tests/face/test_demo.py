@@ -78,14 +78,19 @@ def shown(tmp_path: Path, folder: Path | None = None, quantize: str | None = Non
     return file.getvalue(), Page(page)
 
 
-def test_a_model_of_all_modalities(tmp_path: Path) -> None:
-    """Random weights: the answers are wrong, and the page says so."""
-    folder = tmp_path / "tiny"
+def tiny(folder: Path, **changes: object) -> Path:
+    """A folder with a model of random weights that reads bytes."""
     folder.mkdir()
     byte_tokenizer().save(str(folder / "tokenizer.json"))
     config = gemini.preset("tiny")
-    config = replace(config, text=replace(config.text, vocab=257), eos=(256,))
+    config = replace(config, text=replace(config.text, vocab=257), eos=(256,), **changes)  # type: ignore[arg-type]
     gemini.save(folder, config, gemini.Gemini(config).program().params, tokenizer=folder / "tokenizer.json")
+    return folder
+
+
+def test_a_model_of_all_modalities(tmp_path: Path) -> None:
+    """Random weights: the answers are wrong, and the page says so."""
+    folder = tiny(tmp_path / "tiny")
     write_curve(folder / "curve.html", "how it went", {"train": [(1, 2.0), (2, 1.0)]})
 
     text, page = shown(tmp_path, folder)
@@ -112,9 +117,22 @@ def test_a_model_of_all_modalities(tmp_path: Path) -> None:
     assert f"wasat demo --folder {folder}" in page.text
 
 
+def test_a_model_without_ears_is_not_asked_about_sounds(tmp_path: Path) -> None:
+    text, page = shown(tmp_path, tiny(tmp_path / "deaf", audio=None))
+    assert "the model takes text, image, video: not asked are A spoken word, Seen and heard" in text
+    assert "0 of 6 are right; without the media (black, silent, still): 0 of 5" in text
+    assert "A handwritten digit" in page.text
+    assert "A spoken word" not in page.text
+
+
 def test_the_examples(tmp_path: Path) -> None:
     text, page = shown(tmp_path)
     page.check_alone()
+    asked = text[text.index("─ gemini-small: a folder") : text.index("─ pygemma: a folder")]
+    assert "weights in int8" in asked
+    right, blind = map(int, re.search(r"(\d) of 8 are right; without the media .*: (\d) of 7", asked).groups())  # type: ignore[union-attr]
+    assert right >= 6
+    assert blind <= 3
     written = text[text.index("─ pygemma: a folder") :]
     assert "= softmax(" in written
     assert "5 × ring of 576 positions for a window of 64, 1 × full" in written
