@@ -91,25 +91,24 @@ def test_the_scale_stays_finite_and_its_numbers_are_checked() -> None:
 def llama(**options: Any) -> TrainStep:
     program: Program = from_pretrained(HERE / "hf" / "llama")
     PassManager([Cleanup(), FuseNorm(), FuseRope(), FuseAttention()]).run(program)
-    add_loss(
-        program,
-        lambda b, v: cross_entropy(b, v["logits"], v["labels"], mask=b.not_equal(v["labels"], -100)),
-        {"labels": "i64[b, s]"},
-    )
+    add_loss(program, lambda b, v: cross_entropy(b, v["logits"], v["labels"]), {"labels": "i64[b, s]"})
     return train_step(program, optimizer=AdamW(decay=0.1), rate=Cosine(3e-3, warmup=5, steps=20), clip=1.0, **options)
 
 
 BATCHES = [{"tokens": RUN["ids"][t % 4], "labels": RUN["labels"][t % 4]} for t in range(20)]
 
 
-@pytest.mark.parametrize(("precision", "rtol"), [("bf16", 1e-2), ("f16", 2e-3)])
+@pytest.mark.parametrize(("precision", "rtol"), [("bf16", 5e-3), ("f16", 1e-3)])
 def test_trajectories_in_half_precision_stay_near(precision: str, rtol: float) -> None:
+    """On the whole; the order in which a processor's BLAS sums decides how single losses are rounded, and that grows."""
     made = llama(precision=precision)
     assert all(x.dtype == np.float32 for k, x in made.states.items() if x.ndim)
     assert f"applied: 17 products in {precision} (@loss)" in [str(r) for r in made.remarks]
     said = steps(made, BATCHES)
     losses = [float(x["loss"]) for x in said]
-    assert_allclose(losses, RUN["losses"], rtol=rtol)
+    off = np.abs(losses / RUN["losses"] - 1)
+    assert off.mean() < rtol
+    assert off.max() < 5 * rtol
     assert losses != RUN["losses"].tolist()
     assert not any(x.get("skipped", 0) for x in said)
 
