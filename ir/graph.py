@@ -241,6 +241,13 @@ class Graph:
         node.erased = True
         self._count -= 1
 
+    def remove_input(self, value: Value) -> None:
+        """Removes an input that nobody uses."""
+        if value.uses or value in self._out:
+            raise IRError(f"input %{value.name} of @{self.name} is still used and cannot be removed")
+        self.inputs.remove(value)
+        self._names.pop(value.name, None)
+
     # -- reading -----------------------------------------------------------------------------------------------------
     @property
     def nodes(self) -> Iterator[Node]:

@@ -10,6 +10,7 @@ from .fuse_glu import FuseGlu
 from .fuse_norm import FuseNorm
 from .fuse_rope import FuseRope
 from .hoist_params import HoistParams
+from .inference import Inference
 from .kv_cache import DeriveKVCache
 from .merge_linears import MergeLinears
 from .pattern import Match, Mismatch, Rewrite, Tracer
@@ -21,7 +22,7 @@ from .token_inputs import TokenInputs
 
 __all__ = [
     "Check", "Cleanup", "DeriveKVCache", "Differentiate", "FuseActivations", "FuseAttention", "FuseGlu", "FuseNorm",
-    "FuseRope", "GraphPass", "HoistParams", "Match", "MergeLinears", "Mismatch", "MixedPrecision", "Pass", "PassError",
-    "PassManager", "Quantize", "Remark", "Remarks", "Rematerialize", "Report", "Rewrite", "SimplifyIndices", "Step",
-    "TokenInputs", "Tracer", "default_pipeline",
+    "FuseRope", "GraphPass", "HoistParams", "Inference", "Match", "MergeLinears", "Mismatch", "MixedPrecision", "Pass",
+    "PassError", "PassManager", "Quantize", "Remark", "Remarks", "Rematerialize", "Report", "Rewrite", "SimplifyIndices",
+    "Step", "TokenInputs", "Tracer", "default_pipeline",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The programs of a training run for one size of batch, compiled: the step, and the loss alone for evaluation."""
+"""The programs of a training run for one size of batch, compiled: the step, and the loss without dropout for evaluation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 from wasat.backends.tvm.build import Runner
 from wasat.backends.tvm.targets import Target
 from wasat.ir import Graph, IRError, Program, bind_symbols, copy_node
-from wasat.passes import PassManager, default_pipeline
+from wasat.passes import Inference, PassManager, default_pipeline
 
 from .step import TrainStep
 
@@ -29,7 +29,9 @@ class Compiled:
         """The step as it was declared, before any pass but the gradients: what the interpreter runs to explain a failure."""
         graphs = {"train_step": self.plain["train_step"].clone()}
         if graph is not None:
-            graphs["loss"] = specialized(_with_states(program[graph], made), {**batch, **made.states})
+            loss = Program({"loss": specialized(_with_states(program[graph], made), {**batch, **made.states})})
+            PassManager([Inference()], verify=False).run(loss)
+            graphs |= loss.graphs
         compiled = Program(graphs, {**program.params, **made.program.params}, {"states": made.program.metadata["states"]})
         for g in graphs.values():
             g.prune_params()
@@ -48,7 +50,7 @@ class Compiled:
         return {k: v for k, v in out.items() if k not in states}, {k: out[k] for k in self._states}
 
     def loss(self, batch: Arrays, states: Arrays) -> dict[str, np.ndarray]:
-        """The outputs of the loss graph with the parameters in ``states`` (their averages, where the run keeps averages)."""
+        """The outputs of the loss graph, which drops nothing, with the parameters in ``states`` (averages, where kept)."""
         averaged = {k: states.get(f"ema.{k}", v) for k, v in states.items()}
         given = {**batch, **averaged}
         return self._runner("loss", {v.name: given[v.name] for v in self._runner.program["loss"].inputs})

@@ -4,30 +4,64 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Container
+from typing import Any
 
 import numpy as np
-from wasat.ir import Graph
+from wasat.ir import Graph, Node, TensorType, Value
 
 
-def step_flops(graph: Graph) -> int:
+def step_flops(graph: Graph, train: Container[str] | None = None) -> int:
     """Floating-point operations of a training step on the loss ``graph``, whose sizes are known.
 
-    Counted are 2 for every multiply-add of matmul, linear, attention (without regard to masks) and conv, times 3: the backward
-    pass has two products for each one of the forward pass. Element-wise work and recomputation are not counted.
+    Counted are 2 for every multiply-add of matmul, linear, attention (without regard to masks) and conv, in a loop at every
+    turn: once for the forward pass, and for the backward pass once more for each operand that a parameter reaches which learns
+    (those in ``train``; None: all). Of attention, twice more where one is reached. Element-wise work and recomputation are not
+    counted.
     """
+    return _flops(graph, {v for name, v in graph.params.items() if train is None or name in train})
+
+
+def _flops(graph: Graph, learning: set[Value]) -> int:
+    """Those of one run; the values that depend on the ``learning`` ones are added to them."""
     total = 0
     for node in graph.nodes:
-        shapes = [v.shape for v in node.inputs]
-        if node.op.name == "matmul":
-            total += 2 * math.prod(node.output.shape) * shapes[0][-1]
-        elif node.op.name == "linear":
-            total += 2 * math.prod(node.output.shape) * shapes[1][1]
-        elif node.op.name == "attention":
-            (b, s, h, d), (t, _, e) = shapes[0], shapes[2][1:]
-            total += 2 * b * s * h * t * (d + e)
-        elif node.op.name == "conv":
-            total += 2 * math.prod(node.output.shape) * math.prod(shapes[1][1:])
-    return 3 * total
+        reached = [v in learning for v in node.inputs]
+        if node.op.name == "scan":
+            total += _loop_flops(node, reached, learning)
+            continue
+        total += _forward(node) * (1 + (2 * any(reached[:3]) if node.op.name == "attention" else sum(reached[:2])))
+        if any(reached) and node.op.differentiable and node.op.name != "stop_gradient":
+            learning.update(v for v in node.outputs if isinstance(v.type, TensorType) and v.type.dtype.is_float)
+    return total
+
+
+def _loop_flops(node: Node, reached: list[bool], learning: set[Value]) -> int:
+    """Those of a scan; ``reached``: which of its operands are ``learning``, to which its results are added."""
+    attrs: Any = node.attrs
+    body, c = attrs.body.graph, attrs.carries
+    while True:  # what one turn makes of the carried values, the next begins with
+        inner = {v for v, is_reached in zip(body.inputs, reached) if is_reached}
+        each = _flops(body, inner)
+        after = [*(x or v in inner for x, v in zip(reached, body.outputs[:c])), *reached[c:]]
+        if after == reached:
+            learning.update(v for v, made in zip(node.outputs, body.outputs) if made in inner)
+            return each * (attrs.length if attrs.length is not None else node.inputs[c].shape[0])
+        reached = after
+
+
+def _forward(node: Node) -> int:
+    shapes = [v.shape for v in node.inputs]
+    if node.op.name == "matmul":
+        return 2 * math.prod(node.output.shape) * shapes[0][-1]
+    if node.op.name == "linear":
+        return 2 * math.prod(node.output.shape) * shapes[1][1]
+    if node.op.name == "attention":
+        (b, s, h, d), (t, _, e) = shapes[0], shapes[2][1:]
+        return 2 * b * s * h * t * (d + e)
+    if node.op.name == "conv":
+        return 2 * math.prod(node.output.shape) * math.prod(shapes[1][1:])
+    return 0
 
 
 def machine_flops(size: int = 1024) -> float:

@@ -6,6 +6,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from wasat.backends.tvm.targets import target_named
 from wasat.ir import ArrayParam, IRError, Program, bind_symbols, type_of
-from wasat.passes import Remark
+from wasat.passes import Inference, PassManager, Remark
 
 from .bar import Bar
 from .blame import Diverged, offender
@@ -45,7 +46,10 @@ class Batches(Protocol):
 
 
 class Progress(Protocol):
-    """Told after each step: how many are done, of how many, and what the log says of it."""
+    """Told after each step: how many are done, of how many, and what the log says of it.
+
+    Whatever the outputs of the graph are named, the loss is ``loss``, that of an evaluation ``eval.loss``.
+    """
 
     def __call__(self, step: int, steps: int, said: Mapping[str, float]) -> None: ...
 
@@ -74,19 +78,22 @@ def train(
     """Trains the parameters of ``program`` on @graph, whose first output is the loss, up to step ``steps``.
 
     The options up to ``remat`` are :func:`.step.train_step`'s, ``remat`` at the sizes of the batches. ``folder`` receives
-    checkpoints (the last ``keep``, and the best by evaluation loss), ``log.jsonl`` (one line a step) and ``curve.html``. If it
-    has a checkpoint, the run goes on from there: with the same arguments every loss and parameter is, bit for bit, what a run
-    never stopped would have had.
-    An input of @graph named ``key`` that batches lack gets (seed, step): fresh dropout in each step; in evaluation (seed, 0).
-    ``evaluation()`` makes the same batches every time; its mean of @graph's outputs is logged as ``eval.<output>``.
+    checkpoints, every ``save_every`` steps and at evaluations that are the best so far (the last ``keep``, and the best),
+    ``log.jsonl`` (one line a step) and ``curve.html``. If it has a checkpoint, the run goes on from there: with the same
+    arguments every loss and parameter is, bit for bit, what a run never stopped would have had.
+    An input of @graph named ``key`` that batches lack gets (seed, step): fresh dropout in each step. ``evaluation()`` makes the
+    same batches every time; its mean of @graph's outputs, without dropout, is logged as ``eval.<output>`` (a ``key`` that more
+    than dropout reads is (seed, 0) there).
 
     Logged per step: the step's outputs, ``tokens_per_second`` (elements of the batch's first input), ``utilisation``: the
-    counted operations (:func:`.flops.step_flops`) per second, relative to NumPy's matrix product on this machine.
+    counted operations (:func:`.flops.step_flops`) per second, relative to NumPy's matrix product on this machine. The time is
+    that from the end of the step before: making the batch and ``progress`` are in it, evaluating and writing are not. In
+    ``log.jsonl``, which is JSON, numbers that are not finite are the texts "NaN", "Infinity" and "-Infinity".
 
     Raises Diverged, with step and node, when the loss or the gradients' norm is not finite, in f16 the latter only where no
-    scale of the loss helps (the log has ``skipped`` and ``loss_scale``); CheckpointError where ``folder`` holds another run
-    (it says what differs), where another process trains in it, and where it cannot be written; IRError for batches that do
-    not fit @graph, and what train_step and the compiler raise.
+    scale of the loss helps (the log has ``skipped`` and ``loss_scale``), and before a checkpoint would hold a state that is
+    not; CheckpointError where ``folder`` holds another run (it says what differs), where another process trains in it, and
+    where it cannot be written; IRError for batches that do not fit @graph, and what train_step and the compiler raise.
     """
     if steps < 1 or evaluate_every < 1 or save_every < 1 or keep < 1:
         raise IRError("steps, evaluate_every, save_every and keep must be at least 1")
@@ -105,7 +112,7 @@ def train(
         "seed": seed, "graph": str(made.program["train_step"]), "model": sha256(str(program[graph]).encode()).hexdigest(),
         "batch": {k: f"{x.dtype}{list(x.shape)}" for k, x in first.items()},
         "options": {
-            "optimizer": str(optimizer), "rate": str(rate), "clip": clip, "accumulate": accumulate, "ema": ema,
+            "optimizer": _text(optimizer), "rate": _text(rate), "clip": clip, "accumulate": accumulate, "ema": ema,
             "train": list(train), "precision": precision, "scaling": str(scaling), "remat": remat,
         },
     }  # fmt: skip
@@ -120,19 +127,22 @@ def train(
         elif (run.folder / LOG).exists():
             (run.folder / LOG).unlink()
         compiled = Compiled(program, made, sample, target_named(target, threads), graph if evaluation is not None else None)
-        flops = step_flops(fixed)
+        flops = step_flops(fixed, made.states)
         peak, tokens = machine_flops(), next(iter(first.values())).size
         bar = Bar() if progress is None else None
         tell = progress or bar
         assert tell is not None
         params = {k: v.load() for k, v in made.program.params.items()}
         loss = program[graph].output_names[0]
+        scores = [line.get(f"eval.{loss}", math.inf) for line in log]
+        best = min((x for x in scores if not math.isnan(x)), default=math.inf)
         try:
+            began = time.perf_counter()
             for step in range(start + 1, steps + 1):
                 batch = run.complete(next(batches), step)
-                began = time.perf_counter()
                 said, after = compiled.step(batch, states)
                 took = time.perf_counter() - began
+                began += took
                 line: Said = {"step": step, **{k: float(v) for k, v in said.items() if v.ndim == 0}}
                 line |= {"tokens_per_second": tokens / took, "utilisation": flops / took / peak}
                 overflow = not math.isfinite(line["grad_norm"]) and line.get("loss_scale", 1.0) <= 1
@@ -142,16 +152,21 @@ def train(
                     raise Diverged(f"step {step}: the loss is {line[loss]}, the gradients' norm {line['grad_norm']}; {why}")
                 states = after
                 last = step == steps
+                paused = time.perf_counter()
                 if evaluation is not None and (last or step % evaluate_every == 0):
                     line |= run.evaluated(compiled, evaluation(), states)
                 log.append(line)
-                saves = last or step % save_every == 0
+                score, saves = line.get(f"eval.{loss}"), last or step % save_every == 0
+                if score is not None and score < best:
+                    best, saves = score, True
+                if saves:
+                    _check_finite(states, step)
                 run.note(line, durable=saves)
                 if saves:  # log and curve reach as far as the checkpoint
                     run.draw(log, made.remarks)
-                    more = {**about, "data": batches.state()}
-                    run.checkpoints.save(step, states, score=line.get(f"eval.{loss}"), more=more)
-                tell(step, steps, {**line, "loss": line[loss]})
+                    run.checkpoints.save(step, states, score=score, more={**about, "data": batches.state()})
+                began += time.perf_counter() - paused
+                tell(step, steps, {**line, "loss": line[loss], **({} if score is None else {"eval.loss": score})})
         finally:
             if bar is not None:
                 bar.close()
@@ -189,8 +204,9 @@ class _Run:
 
     def refuse_another(self, about: Mapping[str, Any]) -> None:
         """Raises CheckpointError, with what differs, if the folder holds a run of another kind."""
-        there = self.checkpoints.more() or about
-        if other := _differences({k: there.get(k, v) for k, v in about.items()}, about):
+        there = {**about, **(self.checkpoints.more() or {})}
+        if any(there[k] != x for k, x in about.items() if k != "options"):  # these only say what made another step
+            other = _differences(there, about)
             raise CheckpointError(f"{self.folder} holds another run: {other}; choose another folder, or remove it")
 
     def resumed(self, found: Checkpoint, steps: int) -> tuple[int, dict[str, np.ndarray], list[Said]]:
@@ -201,14 +217,14 @@ class _Run:
         path = self.folder / LOG
         for text in path.read_text().splitlines() if path.exists() else []:
             try:
-                line = json.loads(text)
+                line = _from_json(text)
             except ValueError:  # the kill came while it was written
                 break
             if line["step"] > found.step:
                 break
             log.append(line)
         with whole(path) as f:
-            f.write("".join(json.dumps(line) + "\n" for line in log).encode())
+            f.write("".join(_to_json(line) + "\n" for line in log).encode())
         return found.step, found.states, log
 
     def evaluated(self, compiled: Compiled, batches: Iterable[Batch], states: Mapping[str, np.ndarray]) -> Said:
@@ -222,7 +238,7 @@ class _Run:
         path = self.folder / LOG
         try:
             with open(path, "a") as out:
-                out.write(json.dumps(line) + "\n")
+                out.write(_to_json(line) + "\n")
                 if durable:
                     out.flush()
                     os.fsync(out.fileno())
@@ -235,20 +251,48 @@ class _Run:
         write_curve(self.folder / CURVE, str(self.program.metadata.get("name", loss)), series, [str(r) for r in remarks])
 
     def trained(self, begun: Mapping[str, np.ndarray], states: Mapping[str, np.ndarray]) -> Program:
+        """The program as it is served: with what was learnt, and without dropout and its key."""
         params = dict(self.program.params)
         for name in params.keys() & begun.keys():
             x = states.get(f"ema.{name}", states[name])
             params[name] = ArrayParam(x, type_of(x))
-        return Program({k: g.clone() for k, g in self.program.graphs.items()}, params, dict(self.program.metadata))
+        made = Program({k: g.clone() for k, g in self.program.graphs.items()}, params, dict(self.program.metadata))
+        PassManager([Inference()]).run(made)
+        return made
+
+
+def _check_finite(states: Mapping[str, np.ndarray], step: int) -> None:
+    """Raises Diverged for a state that an update spoilt, though loss and gradients, which every step looks at, are finite."""
+    spoilt = [k for k, x in states.items() if x.dtype.kind == "f" and not np.isfinite(x).all()]
+    if spoilt:
+        names = ", ".join(spoilt[:3]) + ", …" * (len(spoilt) > 3)
+        raise Diverged(
+            f"step {step}: {names} hold what is not finite, and loss and gradients do not: an update since the last checkpoint "
+            "made it; are rate and the optimizer's eps in range?"
+        )
+
+
+def _to_json(line: Said) -> str:
+    """A line of the log; numbers that JSON lacks are texts that ``float`` reads."""
+    texts = {math.inf: "Infinity", -math.inf: "-Infinity"}
+    return json.dumps({k: x if math.isfinite(x) else texts.get(x, "NaN") for k, x in line.items()}, allow_nan=False)
+
+
+def _from_json(text: str) -> Said:
+    return {k: float(x) if isinstance(x, str) else x for k, x in json.loads(text).items()}
+
+
+def _text(made: object) -> str:
+    """An optimizer or a schedule in words, the same in every process: of a function no address."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(made))
 
 
 def _differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What another run was made of, and what this one is; nothing if they are the same."""
-    if was == now:
-        return ""
+    """What another run was made of, and what this one is."""
     flat = [{"seed": x["seed"], **x["options"], **{f"batch input {k}": v for k, v in x["batch"].items()}} for x in (was, now)]
     there, here = ({k: x.get(k) for k in {**flat[0], **flat[1]}} for x in flat)
     said = [f"{k} was {there[k]}, and is {here[k]}" for k in there if there[k] != here[k]]
     if was["model"] != now["model"]:
         said.append("the model or the loss is another")
-    return ", ".join(said) or "this version of Wasat makes another step of the same model"
+    own = "this version of Wasat, or an optimizer or rate of your own, makes another step of the same model"
+    return ", ".join(said) or own

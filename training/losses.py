@@ -32,18 +32,18 @@ def cross_entropy(
     b: Builder, logits: Value, labels: Value, *, mask: Value | None = None, weight: Value | None = None,
     smoothing: float = 0.0, z_loss: float = 0.0,
 ) -> Value:  # fmt: skip
-    """Mean of ``-log softmax(logits)[label]`` over the places where ``mask`` is true; a scalar of f32 or wider.
+    """Mean of ``-log softmax(logits)[label]`` over the places whose label is not below 0; a scalar of f32 or wider.
 
-    logits f[*, classes]; labels int[*], where the mask is false any number; mask bool[*], default all true; with no place left
-    the loss is 0. ``smoothing`` takes that share of each target and spreads it over all classes (arXiv:1512.00567);
+    logits f[*, classes]; labels int[*]; mask bool[*]: where it is false is no place either, whatever the label; with no place
+    left the loss is 0. ``smoothing`` takes that share of each target and spreads it over all classes (arXiv:1512.00567);
     ``z_loss`` times the squared log of the normalizer is added (arXiv:2204.02311). ``weight`` f[classes]: of each class, in
     the sum and in the count (torch.nn.CrossEntropyLoss).
     """
     x = _wide(b, logits)
     dtype = x.tensor.dtype
     last = len(x.shape) - 1
-    if mask is not None:
-        labels = b.select(mask, labels, b.constant(0, labels.tensor.dtype))  # -100 and such are no places
+    mask = _places(b, labels, mask)
+    labels = b.select(mask, labels, b.constant(0, labels.tensor.dtype))
     at = b.reshape(labels, shape=(*labels.shape, 1))
     normalizer = b.logsumexp(x, axes=(last,), keepdims=True)
     each = b.reshape(b.sub(normalizer, b.take_along(x, at, axis=last)), shape=labels.shape)
@@ -64,9 +64,9 @@ def cross_entropy(
 
 
 def accuracy(b: Builder, logits: Value, labels: Value, *, mask: Value | None = None) -> Value:
-    """Share of the places (where ``mask`` is true) whose largest logit is the label's, f32; 0 of no places."""
+    """Share of the places, those of :func:`cross_entropy`, whose largest logit is the label's, f32; 0 of no places."""
     right = b.equal(b.cast(b.arg_max(logits, axis=-1), dtype=labels.tensor.dtype), labels)
-    return _mean(b, b.cast(right, dtype=DType.F32), mask, None)
+    return _mean(b, b.cast(right, dtype=DType.F32), _places(b, labels, mask), None)
 
 
 def contrastive(b: Builder, x: Value, y: Value, log_scale: Value) -> Value:
@@ -83,6 +83,12 @@ def contrastive(b: Builder, x: Value, y: Value, log_scale: Value) -> Value:
     return b.mul(b.add(*both), 0.5)
 
 
+def _places(b: Builder, labels: Value, mask: Value | None) -> Value:
+    """Where labels count: -1, -100 and such are no classes."""
+    places = b.greater_equal(labels, 0)
+    return places if mask is None else b.logical_and(places, mask)
+
+
 def _wide(b: Builder, x: Value) -> Value:
     return b.cast(x, dtype=DType.F32) if x.tensor.dtype.bits < 32 else x
 
@@ -91,15 +97,12 @@ def _unit(b: Builder, x: Value) -> Value:
     return b.mul(x, b.rsqrt(b.add(b.reduce_sum(b.mul(x, x), axes=(1,), keepdims=True), 1e-12)))
 
 
-def _mean(b: Builder, x: Value, mask: Value | None, weight: Value | None) -> Value:
+def _mean(b: Builder, x: Value, mask: Value, weight: Value | None) -> Value:
     """Mean of ``x`` where ``mask`` is true, over the ``weight`` (1 by default) that is there."""
     axes = tuple(range(len(x.shape)))
-    if mask is None and weight is None:
-        return b.reduce_mean(x, axes=axes)
     zero = b.constant(0.0, x.tensor.dtype)
     if weight is None:
         weight = b.broadcast_to(b.constant(1.0, x.tensor.dtype), shape=x.shape)
-    if mask is not None:
-        x, weight = b.select(mask, x, zero), b.select(mask, weight, zero)
+    x, weight = b.select(mask, x, zero), b.select(mask, weight, zero)
     count = b.reduce_sum(weight, axes=axes)
     return b.div(b.reduce_sum(x, axes=axes), b.select(b.greater(count, 0.0), count, b.constant(1.0, x.tensor.dtype)))

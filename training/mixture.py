@@ -40,15 +40,16 @@ class Mixture(Iterator[Batch]):
     """Batches of examples, endless; the same in every batch are the order of tasks, the rows of each, the examples in a row.
 
     ``tokens``, ``labels`` i64[rows, length]: prompts, each followed by its answer and ``end``, and by further questions and
-    answers as long as there is room; then padding. Labels are the tokens that follow, -1 where these are prompt or padding.
-    Id ``vocab + r`` stands for row r of the media: those of all pictures, of all sounds, of all clips, in the order of their
+    answers as long as there is room; then padding. Labels are the tokens that follow, -1 where these are prompt or padding. Id
+    ``vocab + r`` stands for row r of the media: those of all pictures, of all sounds, of all clips, in the order of their
     examples. ``images`` u8[i, h, w, 3], ``audio`` f32[a, n], ``videos`` u8[v, f, h, w, 3], ``times`` f32[v, f]: left out where
-    no task has any. An answer without a prompt (plain text) is cut at the row's end; other examples must fit.
+    no task has any. ``seen`` i64[rows, t], where asked for: the media rows of each row, then -1. An answer without a prompt
+    (plain text) is cut at the row's end; other examples must fit.
     """
 
     def __init__(
         self, shares: Sequence[Share], layout: Layout, encode: Encode, *, end: int, rows: int, length: int,
-        split: Split = "train",
+        split: Split = "train", seen: bool = False,
     ) -> None:  # fmt: skip
         """Raises DataError for no tasks, weights or examples that are not above 0, and fewer rows than tasks."""
         if not shares or any(not s.weight > 0 or s.examples < 1 for s in shares) or rows < len(shares) or length < 1:
@@ -56,7 +57,7 @@ class Mixture(Iterator[Batch]):
                 f"{rows} rows of {length} for {len(shares)} tasks: needed are tasks of weights above 0, and a row each"
             )
         self.shares, self.layout, self.encode, self.end = tuple(shares), layout, encode, end
-        self.length, self.split = length, split
+        self.length, self.split, self.seen = length, split, seen
         self.rows = portions([s.weight for s in shares], rows)
         self._done = 0
 
@@ -69,7 +70,10 @@ class Mixture(Iterator[Batch]):
         self._done += 1
         media = _Media([e for _, examples in rows for e in examples], self.layout)
         tokens, labels = (np.stack(x) for x in zip(*[self._row(task, examples, media) for task, examples in rows]))
-        return {"tokens": tokens, "labels": labels, **media.arrays()}
+        batch = {"tokens": tokens, "labels": labels, **media.arrays()}
+        if self.seen and media.any:
+            batch["seen"] = self._seen(tokens)
+        return batch
 
     def state(self) -> dict[str, Any]:
         """Where the batches are, as JSON: ``restore`` of it goes on with the same batches as this object."""
@@ -81,6 +85,14 @@ class Mixture(Iterator[Batch]):
         if state["rows"] != self.state()["rows"]:
             raise DataError(f"the state is of other batches: rows were {state['rows']}, and are {self.state()['rows']}")
         self._done = state["done"]
+
+    def _seen(self, tokens: np.ndarray) -> np.ndarray:
+        """i64[rows, t]: rows of media, -1 behind them; t is the same in every batch, as the media of a task's examples are."""
+        rows = [row[row >= self.layout.vocab] - self.layout.vocab for row in tokens]
+        made = np.full((len(rows), max(map(len, rows))), -1, np.int64)
+        for here, row in zip(made, rows):
+            here[: len(row)] = row
+        return made
 
     def _row(self, task: Task, examples: Sequence[Example], media: _Media) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and labels, i64[length]."""
@@ -129,6 +141,10 @@ class _Media:
                 raise DataError(f"the layout has no rows for {kind.__name__}: the model lacks that modality")
             self._next[kind] = (first, count)
             first += count * there
+
+    @property
+    def any(self) -> bool:
+        return bool(self.images or self.audio or self.videos)
 
     def ids(self, part: ImageData | AudioData | VideoData) -> list[int]:
         """Of the rows of ``part``; to be asked in the order of the examples."""

@@ -4,12 +4,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Protocol
 
-from wasat.ir import Builder, TensorType, Value
+from wasat.ir import Builder, IRError, TensorType, Value
 
 Slots = dict[str, Value]
+
+
+class OutOfRange(IRError):
+    """A number that an optimizer or a schedule cannot have; ``field`` names it."""
+
+    def __init__(self, made: object, field: str, rule: str) -> None:
+        super().__init__(f"{type(made).__name__}: {field} = {getattr(made, field)!r} must be {rule}")
+        self.field = field
+
+
+def _require(made: object, field: str, holds: bool, rule: str) -> None:
+    if not holds:
+        raise OutOfRange(made, field, rule)
+
+
+def _require_share(made: object, *names: str) -> None:
+    for field in names:
+        _require(made, field, 0 <= getattr(made, field) < 1, "at least 0 and below 1")
+
+
+def _require_size(made: object, *names: str) -> None:
+    for field in names:
+        _require(made, field, 0 <= getattr(made, field) < math.inf, "at least 0 and finite")
 
 
 class Schedule(Protocol):
@@ -22,10 +45,16 @@ class Schedule(Protocol):
 
 @dataclass(frozen=True)
 class Constant:
-    """``rate``, reached linearly in the first ``warmup`` updates (update t, from 0, takes (t + 1) / warmup of it)."""
+    """``rate``, reached linearly in the first ``warmup`` updates (update t, from 0, takes (t + 1) / warmup of it).
+
+    This and the other schedules raise OutOfRange for numbers that cannot be.
+    """
 
     rate: float
     warmup: int = 0
+
+    def __post_init__(self) -> None:
+        _require_size(self, "rate", "warmup")
 
     def __call__(self, b: Builder, step: Value) -> Value:
         return b.mul(self._decay(b, step), self._ramp(b, step))
@@ -41,12 +70,19 @@ class Constant:
 class _Decaying(Constant):
     """Base of what falls from ``rate`` after the warm-up to ``final`` at update ``steps``, and stays there."""
 
-    steps: int = 1
+    _: KW_ONLY
+    steps: int
     final: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self, "steps", self.steps >= 1, "at least 1")
+        _require(self, "warmup", self.warmup < self.steps, f"below steps = {self.steps}")
+        _require(self, "final", 0 <= self.final <= self.rate, f"between 0 and rate = {self.rate}")
 
     def _progress(self, b: Builder, step: Value) -> Value:
         """0 at the end of the warm-up, 1 from update ``steps`` on."""
-        done = b.div(b.sub(step, float(self.warmup)), float(max(self.steps - self.warmup, 1)))
+        done = b.div(b.sub(step, float(self.warmup)), float(self.steps - self.warmup))
         return b.minimum(b.maximum(done, 0.0), 1.0)
 
 
@@ -96,11 +132,19 @@ def _lerp(b: Builder, x: Value, y: Value, share: float) -> Value:
 
 @dataclass(frozen=True)
 class SGD:
-    """p - rate * g, with momentum (Polyak's, or Nesterov's) as torch.optim.SGD has it; ``decay`` is added to the gradient."""
+    """p - rate * g, with momentum (Polyak's, or Nesterov's) as torch.optim.SGD has it; ``decay`` is added to the gradient.
+
+    This and the other optimizers raise OutOfRange for numbers that cannot be.
+    """
 
     momentum: float = 0.0
     nesterov: bool = False
     decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require_share(self, "momentum")
+        _require(self, "nesterov", not self.nesterov or self.momentum > 0, "false where there is no momentum")
+        _require_size(self, "decay")
 
     def slots(self, type: TensorType) -> dict[str, TensorType]:
         return {"momentum": type} if self.momentum else {}
@@ -115,6 +159,11 @@ class SGD:
         return b.sub(p, b.mul(move, rate)), {"momentum": m}
 
 
+def _gathered(b: Builder, beta: float, count: Value) -> Value:
+    """1 - beta**count, f32[], without the cancellation where beta is near 1."""
+    return b.neg(b.expm1(b.mul(count, math.log(beta)))) if beta else b.constant(1.0)
+
+
 @dataclass(frozen=True)
 class AdamW:
     """Adam (arXiv:1412.6980) with decoupled weight decay (arXiv:1711.05101), none on vectors."""
@@ -124,13 +173,18 @@ class AdamW:
     eps: float = 1e-8
     decay: float = 0.01
 
+    def __post_init__(self) -> None:
+        _require_share(self, "beta1", "beta2")
+        _require(self, "eps", 2.0**-126 <= self.eps < math.inf, "above 0, in f32: of gradients that stay 0 it is the divisor")
+        _require_size(self, "decay")
+
     def slots(self, type: TensorType) -> dict[str, TensorType]:
         return {"mean": type, "square": type}
 
     def update(self, b: Builder, p: Value, g: Value, slots: Slots, rate: Value, count: Value) -> tuple[Value, Slots]:
         mean = _lerp(b, slots["mean"], g, 1 - self.beta1)
         square = _lerp(b, slots["square"], b.mul(g, g), 1 - self.beta2)
-        unbias1, unbias2 = (b.sub(1.0, b.exp(b.mul(count, math.log(beta)))) for beta in (self.beta1, self.beta2))
+        unbias1, unbias2 = (_gathered(b, beta, count) for beta in (self.beta1, self.beta2))
         size = b.add(b.sqrt(b.div(square, unbias2)), self.eps)
         p = b.sub(_decayed(b, p, rate, self.decay), b.mul(b.div(mean, size), b.div(rate, unbias1)))
         return p, {"mean": mean, "square": square}
@@ -148,6 +202,12 @@ class Adafactor:
     eps2: float = 1e-3
     clip: float = 1.0
     decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(self, "beta2_decay", -math.inf < self.beta2_decay <= 0, "at most 0 and finite")
+        _require(self, "eps1", 2.0**-63 <= self.eps1 < 2.0**63, "at least 2**-63 and below 2**63: its square is used, in f32")
+        _require(self, "clip", 0 < self.clip < math.inf, "above 0 and finite")
+        _require_size(self, "eps2", "decay")
 
     def slots(self, type: TensorType) -> dict[str, TensorType]:
         if type.rank < 2:

@@ -380,9 +380,9 @@ def train(
 
     The file's `output` folder receives checkpoints, `log.jsonl` (a line per step) and `curve.html`. A run that was stopped at
     any moment goes on from its last checkpoint and ends with the same bits. `examples/train_tiny.toml` and
-    `examples/gemini.toml` explain every entry.
+    `examples/gemini.toml` explain every entry. Where stderr is no terminal, it receives plain lines in place of a bar.
     Utilisation is the operations that the model needs per second (2 per multiply-add of its products, attention and
-    convolutions, times 3 for forward and backward), relative to NumPy's matrix product on this machine.
+    convolutions, and as many for each operand that needs a gradient), relative to NumPy's matrix product on this machine.
 
     Examples:
 
@@ -401,6 +401,11 @@ def train(
     held_out = f", {last['eval.loss']:.4f} held out" if "eval.loss" in last else ""
     speed = f"{last['tokens_per_second']:.0f} tokens/s, {last['utilisation']:.1%} of NumPy's matrix product"
     _say(f"step {last['step']:.0f}: loss {last['loss']:.4f}{held_out}; {speed}; {recipe.output / CURVE}")
+    if recipe.options["precision"] != "f32" or recipe.options["remat"]:
+        for remark in done.remarks:
+            _say(str(remark))
+    if skipped := sum(line.get("skipped", 0) for line in done.log):
+        _say(f"{skipped:.0f} updates were skipped: their gradients overflowed in f16")
     if artifact is not None:
         with _Bar() as bar:
             driver.compile(recipe.served(done), artifact, progress=bar)

@@ -10,6 +10,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from wasat import nn
 from wasat.ir import Builder, DType, Program, Value
 from wasat.models.gemini import Config, Gemini, load, save
 from wasat.recipe import RecipeError, Table, files_of, keep_tokenizer
@@ -31,6 +32,8 @@ class Joint:
     shares: tuple[Share, ...]
     options: dict[str, Any]
     """Of :func:`wasat.train`."""
+    loss: Mapping[str, Any]
+    """Of :func:`wasat.training.losses.cross_entropy`."""
     rows: int
     length: int
     batches: int
@@ -44,7 +47,7 @@ class Joint:
         """The batches of a split."""
         return Mixture(
             self.shares, layout(self.config), lambda text: self.tokenizer.encode(text, add_special_tokens=False).ids,
-            end=self.config.eos[0], rows=self.rows, length=self.length, split=split,
+            end=self.config.eos[0], rows=self.rows, length=self.length, split=split, seen=self.config.cross_every is not None,
         )  # fmt: skip
 
     def program(self) -> Program:
@@ -54,8 +57,12 @@ class Joint:
         given = [k for k, name in (("image", "images"), ("audio", "audio"), ("video", "videos")) if name in first]
         program = Gemini(self.config).training_program(given, seed=self.options["seed"])
         rows = dict(zip([t.name for t in self.tasks], mixture.rows))
-        add_loss(program, lambda b, v: _measured(b, v, rows, self.length), {"labels": "i64[b, s]"})
+        add_loss(program, lambda b, v: _measured(b, v, rows, self.length, self.loss), {"labels": "i64[b, s]"})
         return program
+
+    def parameters(self) -> list[str]:
+        """Names of all that the model has."""
+        return [name for name, x in Gemini(self.config).walk() if isinstance(x, nn.Parameter)]
 
     def run(self, progress: Progress | None = None) -> Trained:
         """Trains, or goes on where the output folder's last checkpoint is; saves the model."""
@@ -82,17 +89,18 @@ def layout(config: Config) -> Layout:
     )  # fmt: skip
 
 
-def _measured(b: Builder, values: Mapping[str, Value], rows: Mapping[str, int], length: int) -> dict[str, Value]:
-    """The loss of labels >= 0, and ``right.<task>``: how many of its tokens are the likeliest ones, f32[] in [0, 1]."""
+def _measured(
+    b: Builder, values: Mapping[str, Value], rows: Mapping[str, int], length: int, loss: Mapping[str, Any]
+) -> dict[str, Value]:
+    """The loss, and ``right.<task>``: how many of its tokens are the likeliest ones, f32[] in [0, 1]."""
     logits, labels = values["logits"], values["labels"]
-    mask = b.greater_equal(labels, 0)
-    made = {"loss": cross_entropy(b, logits, labels, mask=mask)}
-    right = b.logical_and(mask, b.equal(b.cast(b.arg_max(logits, axis=-1), dtype=DType.I64), labels))
+    made = {"loss": cross_entropy(b, logits, labels, **loss)}
+    right, answers = b.equal(b.cast(b.arg_max(logits, axis=-1), dtype=DType.I64), labels), b.greater_equal(labels, 0)
     first = 0
     for task, count in rows.items():
         counts = [
             b.reduce_sum(b.slice(b.cast(x, dtype=DType.F32), starts=(first, 0), stops=(first + count, length)), axes=(0, 1))
-            for x in (right, mask)
+            for x in (right, answers)
         ]
         made[f"right.{task}"] = b.div(*counts)
         first += count
@@ -100,8 +108,8 @@ def _measured(b: Builder, values: Mapping[str, Value], rows: Mapping[str, int], 
 
 
 def read_joint(
-    table: Table, data: Sequence[Table], base: Path, output: Path, options: dict[str, Any], sizes: Mapping[str, int],
-    batches: int,
+    table: Table, data: Sequence[Table], base: Path, output: Path, options: dict[str, Any], loss: Mapping[str, Any],
+    sizes: Mapping[str, int], batches: int,
 ) -> Joint:  # fmt: skip
     """The run of a file with ``family = "gemini"``. The [model] table has the fields of the model's Config.
 
@@ -111,9 +119,12 @@ def read_joint(
     """
     given = table.take("tokenizer", str, None)
     draft = Config.from_json(table.items, table.where)
+    if draft.heads:
+        raise RecipeError(f"{table.at('heads')}: tasks have no classes; heads learn in Python (docs/models.md)")
     shares = []
     for t in data:
-        shares.append(Share(_task(t, draft, base, options["seed"]), t.take("weight", float, 1.0), t.take("examples", int, 1)))
+        task = _task(t, draft, base, options["seed"])
+        shares.append(Share(task, t.take("weight", float, 1.0, above=0), t.take("examples", int, 1, least=1)))
         t.close()
     path = base / given if given else output / "tokenizer.json"
     if given or path.exists():
@@ -127,7 +138,7 @@ def read_joint(
     if end is None:
         raise RecipeError(f"{table.where}: the tokenizer {path} has no token {END} to end an answer")
     config = replace(draft, text=replace(draft.text, vocab=tokenizer.get_vocab_size()), eos=(end,))
-    return Joint(config, tokenizer, output, tuple(shares), options, sizes["batch"], sizes["length"], batches)
+    return Joint(config, tokenizer, output, tuple(shares), options, loss, sizes["batch"], sizes["length"], batches)
 
 
 def _task(t: Table, config: Config, base: Path, seed: int) -> Task:

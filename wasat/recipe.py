@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 import glob
 import math
+import operator
 import re
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
+from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,14 +19,15 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from wasat import nn
+from wasat.backends.tvm.targets import target_named
 from wasat.frontend import from_pretrained
-from wasat.ir import Program, WasatError
+from wasat.ir import IRError, Program, WasatError
 from wasat.training.checkpoint import Checkpoints, whole
 from wasat.training.data import Batch, Packed, Source, TextFiles
 from wasat.training.loop import Progress, Trained, train
 from wasat.training.losses import add_loss, cross_entropy
 from wasat.training.mixture import END
-from wasat.training.optimizers import SGD, Adafactor, AdamW, Constant, Cosine, Linear, Optimizer, Schedule
+from wasat.training.optimizers import SGD, Adafactor, AdamW, Constant, Cosine, Linear, Optimizer, OutOfRange, Schedule
 
 if TYPE_CHECKING:
     from wasat.joint import Joint
@@ -36,7 +39,7 @@ class RecipeError(WasatError):
 
 @dataclass(frozen=True)
 class DecoderSize:
-    """The sizes of :class:`Decoder`."""
+    """The sizes of :class:`Decoder`, and the share of numbers that training drops of what each half of a block adds."""
 
     dim: int
     layers: int
@@ -44,6 +47,7 @@ class DecoderSize:
     kv_heads: int
     hidden: int
     context: int = 1024
+    dropout: float = 0.0
 
 
 class _Block(nn.Module):
@@ -52,24 +56,28 @@ class _Block(nn.Module):
         self.attention_norm, self.mlp_norm = nn.RMSNorm(size.dim), nn.RMSNorm(size.dim)
         self.attention = nn.Attention(size.dim, size.heads, size.kv_heads, rope=rope)
         self.mlp = nn.GLU(size.dim, size.hidden)
+        self.dropout = nn.Dropout(size.dropout)
 
-    def __call__(self, x: nn.Tensor, positions: nn.Tensor) -> nn.Tensor:
-        x = x + self.attention(self.attention_norm(x), positions)
-        return x + self.mlp(self.mlp_norm(x))
+    def __call__(self, x: nn.Tensor, positions: nn.Tensor, key: nn.Tensor | None) -> nn.Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), positions), key)
+        return x + self.dropout(self.mlp(self.mlp_norm(x)), key)
 
 
 class Decoder(nn.Module):
-    """tokens i64[b, s] -> logits f32[b, s, vocab]; the architecture of Llama (arXiv:2307.09288)."""
+    """tokens i64[b, s] -> logits f32[b, s, vocab]; the architecture of Llama (arXiv:2307.09288).
+
+    In training with dropout, key u32[2] beside the tokens.
+    """
 
     def __init__(self, size: DecoderSize, vocab: int) -> None:
         self.embed = nn.Embedding(vocab, size.dim)
         self.blocks = [_Block(size) for _ in range(size.layers)]
         self.norm, self.head = nn.RMSNorm(size.dim), nn.Linear(size.dim, vocab)
 
-    def __call__(self, tokens: nn.Tensor) -> nn.Tensor:
+    def __call__(self, tokens: nn.Tensor, key: nn.Tensor | None = None) -> nn.Tensor:
         x = self.embed(tokens)
         for block in self.blocks:
-            x = block(x, nn.positions(tokens))
+            x = block(x, nn.positions(tokens), key)
         return self.head(self.norm(x))
 
 
@@ -142,9 +150,14 @@ def read_recipe(path: str | Path) -> Recipe | Joint:
         top = Table(tomllib.loads(text), str(path), _lines(text))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise RecipeError(f"{path} is no TOML: {e}") from None
-    seed = top.take("seed", int, 0, least=0)
+    seed = top.take("seed", int, 0, least=0, below=2**32)
     options: dict[str, Any] = {"seed": seed, "steps": top.take("steps", int, least=1)}
     output = Path(top.take("output", str))
+    options["target"], options["threads"] = top.take("target", str, "cpu"), top.take("threads", int, None, least=1)
+    try:
+        target_named(options["target"], options["threads"])
+    except IRError as e:
+        raise RecipeError(f"{top.at('target')}: {e}") from None
     batch = top.table("batch")
     sizes = {"batch": batch.take("rows", int, least=1), "length": batch.take("length", int, least=1)}
     batch.close()
@@ -152,22 +165,35 @@ def read_recipe(path: str | Path) -> Recipe | Joint:
     held_out = top.table("evaluation", {})
     options["evaluate_every"] = held_out.take("every", int, 100, least=1)
     batches = held_out.take("batches", int, 8, least=1) * evaluates
-    options |= _training(top, options["steps"])
-    about, data = top.table("model"), top.tables("data")
+    step, about, data = top.table("step", {}), top.table("model"), top.tables("data")
+    options |= _training(top, step, options["steps"])
+    terms = top.table("loss", {})
+    loss = {
+        "smoothing": terms.take("smoothing", float, 0.0, least=0, below=1),
+        "z_loss": terms.take("z_loss", float, 0.0, least=0),
+    }
+    terms.close()
     family = about.take("family", str, "decoder")
     if family == "gemini":
         from wasat.joint import read_joint
 
         held_out.close()
         top.close()
-        return read_joint(about, data, path.parent, output, options, sizes, batches)
+        if sizes["batch"] < len(data):
+            raise RecipeError(f"{batch.at('rows')}: rows = {sizes['batch']} must be at least {len(data)}, one of each task")
+        joint = read_joint(about, data, path.parent, output, options, loss, sizes, batches)
+        _check_sizes(batch, sizes["length"], joint.config.text.context)
+        _check_chosen(step, options["train"], joint.parameters())
+        return joint
     if family != "decoder":
         raise RecipeError(f"{about.at('family')}: there is no family {family}; there are decoder, gemini")
-    program, tokenizer, end = _model(about, path.parent, seed)
+    program, tokenizer, end = _model(about, path.parent, seed, loss)
+    _check_sizes(batch, sizes["length"], program.metadata["context"])
+    _check_chosen(step, options["train"], program.params)
 
     def source(t: Table) -> Source:
         files = TextFiles(files_of(t, path.parent), lambda text: tokenizer.encode(text, add_special_tokens=False).ids)
-        weight = t.take("weight", float, 1.0)
+        weight = t.take("weight", float, 1.0, above=0)
         t.close()
         return Source(files, weight)
 
@@ -177,15 +203,35 @@ def read_recipe(path: str | Path) -> Recipe | Joint:
     return Recipe(program, tokenizer, output, sources, evaluation, end, options, sizes, batches)
 
 
-def _training(top: Table, steps: int) -> dict[str, Any]:
-    """The options of :func:`wasat.train` that every recipe has."""
+def _check_sizes(batch: Table, length: int, context: int) -> None:
+    if length > context:
+        raise RecipeError(f"{batch.at('length')}: length = {length} must be at most {context}, the context of the model")
+
+
+def _check_chosen(step: Table, globs: Iterable[str], names: Collection[str]) -> None:
+    for wanted in globs:
+        if not any(fnmatchcase(name, wanted) for name in names):
+            near = difflib.get_close_matches(wanted, names, 3, cutoff=0.4) or list(names)[:3]
+            raise RecipeError(f"{step.at('train')}: train: no parameter matches {wanted!r}; there are {', '.join(near)}, …")
+
+
+def _training(top: Table, step: Table, steps: int) -> dict[str, Any]:
+    """The options of :func:`wasat.train` that every recipe has; ``step``: the table of that name."""
     options: dict[str, Any] = {"optimizer": _chosen(top.table("optimizer", {}), _OPTIMIZERS, "adamw")}
-    rate, step, saving = top.table("rate", {}), top.table("step", {}), top.table("checkpoints", {})
-    options["accumulate"], options["ema"] = step.take("accumulate", int, 1, least=1), step.take("ema", float, None)
-    options["clip"] = step.take("clip", float, None)
+    rate, saving = top.table("rate", {}), top.table("checkpoints", {})
+    options["accumulate"] = step.take("accumulate", int, 1, least=1)
+    if options["accumulate"] > steps:
+        raise RecipeError(f"{step.at('accumulate')}: accumulate = {options['accumulate']} must be at most steps = {steps}")
+    options["ema"] = step.take("ema", float, None, least=0, below=1)
+    options["clip"] = step.take("clip", float, 1.0, least=0) or None
     options["precision"], options["remat"] = step.take("precision", str, "f32"), step.take("remat", bool, False)
+    if options["precision"] not in ("f32", "bf16", "f16"):
+        raise RecipeError(f"{step.at('precision')}: precision = {options['precision']!r} must be 'f32', 'bf16' or 'f16'")
+    options["train"] = tuple(step.take("train", list, ["*"]))
+    if not options["train"] or not all(isinstance(x, str) for x in options["train"]):
+        raise RecipeError(f"{step.at('train')}: train = {list(options['train'])} must be a list of globs, as ['blocks.*']")
     if rate.items.get("name", "cosine") != "constant":
-        rate.items.setdefault("steps", steps // max(options["accumulate"], 1))  # schedules count updates
+        rate.items.setdefault("steps", steps // options["accumulate"])  # schedules count updates
     options["rate"] = _chosen(rate, _SCHEDULES, "cosine")
     options["save_every"], options["keep"] = saving.take("every", int, 100, least=1), saving.take("keep", int, 3, least=1)
     for table in (step, saving):
@@ -195,6 +241,9 @@ def _training(top: Table, steps: int) -> dict[str, Any]:
 
 _OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW, "adafactor": Adafactor, "sgd": SGD}
 _SCHEDULES: dict[str, type[Schedule]] = {"cosine": Cosine, "linear": Linear, "constant": Constant}
+_BOUNDS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
+    "least": ("at least", operator.ge), "above": ("above", operator.gt), "below": ("below", operator.lt),
+}  # fmt: skip
 
 
 class Table:
@@ -205,7 +254,8 @@ class Table:
         self.items, self.where, self._known = dict(items), f"{where} {header}".rstrip(), list[str]()
         self._file, self._lines, self._header = where, lines, header
 
-    def take(self, key: str, type: type, *default: Any, least: int | None = None) -> Any:
+    def take(self, key: str, type: type, *default: Any, **bounds: float) -> Any:
+        """The value of ``key``; ``least``, ``above`` and ``below`` are what it must be."""
         self._known.append(key)
         if key not in self.items:
             if not default:
@@ -220,8 +270,10 @@ class Table:
             raise RecipeError(f"{self.at(key)}: {key} = {value!r} must be {_KINDS[type]}")
         if isinstance(value, float) and not math.isfinite(value):
             raise RecipeError(f"{self.at(key)}: {key} = {value!r} must be finite")
-        if least is not None and isinstance(value, int) and value < least:
-            raise RecipeError(f"{self.at(key)}: {key} = {value!r} must be at least {least}")
+        for name, bound in bounds.items():
+            words, holds = _BOUNDS[name]
+            if not holds(value, bound):
+                raise RecipeError(f"{self.at(key)}: {key} = {value!r} must be {words} {bound}")
         return value
 
     def at(self, key: str) -> str:
@@ -264,13 +316,16 @@ _KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or 
 
 
 def _made(table: Table, cls: type) -> Any:
-    """A dataclass of numbers from the table's keys."""
+    """A dataclass of numbers from the table's keys. What it refuses is a RecipeError."""
     kinds = {"int": int, "float": float, "bool": bool}
     values = {
         f.name: table.take(f.name, kinds[str(f.type)], *([] if f.default is MISSING else [f.default])) for f in fields(cls)
     }
     table.close()
-    return cls(**values)
+    try:
+        return cls(**values)
+    except OutOfRange as e:
+        raise RecipeError(f"{table.at(e.field)}: {e}") from None
 
 
 def _chosen(table: Table, there: dict[str, Any], default: str) -> Any:
@@ -293,7 +348,7 @@ def files_of(table: Table, base: Path) -> tuple[Path, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def _model(table: Table, base: Path, seed: int) -> tuple[Program, Tokenizer, int]:
+def _model(table: Table, base: Path, seed: int, loss: Mapping[str, Any]) -> tuple[Program, Tokenizer, int]:
     """The program with its @loss, its tokenizer, and the token that ends a document."""
     folder, given = table.take("folder", str, None), table.take("tokenizer", str, None)
     path = base / given if given else base / folder / "tokenizer.json" if folder else None
@@ -310,11 +365,21 @@ def _model(table: Table, base: Path, seed: int) -> tuple[Program, Tokenizer, int
         table.close()
         program = from_pretrained(base / folder)
     else:
-        size: DecoderSize = _made(table, DecoderSize)
-        vocab = tokenizer.get_vocab_size()
-        if size.heads < 1 or size.dim % (2 * size.heads):
-            raise RecipeError(f"{table.at('heads')}: dim = {size.dim} is not divided by heads = {size.heads} into even parts")
-        program = nn.trace(Decoder(size, vocab), {"tokens": "i64[b, s]"}, outputs=["logits"], seed=seed)
+        size, vocab = _decoder_size(table), tokenizer.get_vocab_size()
+        inputs = {"tokens": "i64[b, s]", **({"key": "u32[2]"} if size.dropout else {})}
+        program = nn.trace(Decoder(size, vocab), inputs, outputs=["logits"], seed=seed, training=True)
         program.metadata.update(name="decoder", context=size.context, vocab=vocab, generation={"eos": [end]})
-    add_loss(program, lambda b, v: cross_entropy(b, v["logits"], v["labels"]), {"labels": "i64[b, s]"})
+    add_loss(program, lambda b, v: cross_entropy(b, v["logits"], v["labels"], **loss), {"labels": "i64[b, s]"})
     return program, tokenizer, end
+
+
+def _decoder_size(table: Table) -> DecoderSize:
+    numbers = {k: table.take(k, int, least=1) for k in ("dim", "layers", "heads", "kv_heads", "hidden")}
+    context, dropout = table.take("context", int, 1024, least=1), table.take("dropout", float, 0.0, least=0, below=1)
+    table.close()
+    size = DecoderSize(**numbers, context=context, dropout=dropout)
+    if size.dim % (2 * size.heads):
+        raise RecipeError(f"{table.at('heads')}: dim = {size.dim} is not divided by heads = {size.heads} into even parts")
+    if size.heads % size.kv_heads:
+        raise RecipeError(f"{table.at('kv_heads')}: heads = {size.heads} is not a multiple of kv_heads = {size.kv_heads}")
+    return size

@@ -180,12 +180,20 @@ def random_normal(key: Tensor, shape: Sequence[DimLike], dtype: DType | str = "f
 
 
 def dropout(x: Tensor, key: Tensor | None, rate: float) -> Tensor:
-    """Zeroes elements with probability ``rate`` and scales the rest; does nothing unless the trace is for training."""
-    if not current("nn.dropout").training or rate == 0.0:
+    """Zeroes elements with probability ``rate`` and scales the rest; does nothing unless the trace is for training.
+
+    key u32[2]. The calls of a trace that are given the same key draw masks of their own: the first by the key, each later one
+    by two words that the key's random bits hold for it.
+    """
+    t = current("nn.dropout")
+    if not t.training or rate == 0.0:
         return x
-    if key is None:
+    if not isinstance(key, Tensor):
         fail("nn.dropout in training needs a key (u32[2]); make it an input of the traced module and pass it down")
-    return emit("dropout", x, key, rate=rate)
+    turn = t.draws.get(key.value, 0)
+    t.draws[key.value] = turn + 1
+    own = key if turn == 0 else emit("random_bits", key, shape=(turn + 1, 2))[turn]
+    return emit("dropout", x, own, rate=rate)
 
 
 # -- masks: comparisons of positions -------------------------------------------

@@ -130,7 +130,10 @@ class GLU(Module):
 
 
 class Dropout(Module):
-    """Zeroes elements with probability ``rate`` while training (``trace(..., training=True)``); needs a key there."""
+    """Zeroes elements with probability ``rate`` while training (``trace(..., training=True)``); needs a key there.
+
+    All layers of a model can be given one key: each call draws a mask of its own (:func:`.functions.dropout`).
+    """
 
     def __init__(self, rate: float) -> None:
         if not 0 <= rate < 1:

@@ -34,6 +34,8 @@ class Trace:
         self.module_paths: dict[int, str] = {}
         self.scope: list[tuple[int, str]] = []
         """``(id, path)`` of the modules being called, outermost first."""
+        self.draws: dict[ir.Value, int] = {}
+        """How many calls of dropout were given each key."""
         self._bottom = bottom
         self._locs: dict[Loc, Loc] = {}
         self.outer: Trace | None = None
@@ -45,6 +47,7 @@ class Trace:
         """A trace of a loop's body within this one."""
         inner = Trace(ir.Graph(name), self.root, self._bottom, self.training)
         inner.parameter_names, inner.module_paths, inner.scope = self.parameter_names, self.module_paths, self.scope
+        inner.draws = self.draws
         inner.outer = self
         return inner
 

@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from wasat.frontend.families.config import ConfigError
+from wasat.ir import Builder, DType, Graph, TensorType
+from wasat.ir import evaluate as interpreted
 from wasat.training.tasks import Code, Example, Split
 
 import wasat as ws
 from wasat.evaluation import Score, evaluate, markdown, table
-from wasat.joint import Joint, layout
+from wasat.joint import Joint, _measured, layout
 from wasat.models import gemini
 from wasat.recipe import RecipeError, read_recipe
 
@@ -97,8 +99,44 @@ def test_a_run_learns_resumes_and_is_served(tmp_path: Path) -> None:
     assert [name for name, _ in scores[0][0].baselines] == ["majority", "logistic regression"]
 
 
+def test_cross_attention_learns(tmp_path: Path) -> None:
+    joint = recipe(tmp_path, RECIPE.replace('family = "gemini"', 'family = "gemini"\ncross_every = 1'))
+    done = joint.run(lambda *said: None)
+    assert done.log[-1]["loss"] < done.log[0]["loss"]
+    name = next(n for n in done.states if n.endswith("attention_gate") and not n.startswith("optimizer."))
+    assert done.states[name] != 0  # it began closed
+
+
 def test_what_is_measured() -> None:
-    """``right.<task>``: of the rows of a task, the share of labels that the logits' largest is."""
+    """``right.<task>``: of the rows of a task, the share of labels that the logits' largest is; -1 is no label."""
+    g = Graph("loss")
+    values = {
+        "logits": g.add_input("logits", TensorType(DType.F32, (3, 2, 4))),
+        "labels": g.add_input("labels", TensorType(DType.I64, (3, 2))),
+    }
+    made = _measured(Builder(g), values, {"one": 2, "two": 1}, 2, {})
+    g.set_outputs(list(made.values()), list(made))
+    likeliest = np.array([[0, 1], [2, 3], [1, 2]])
+    inputs = {"logits": np.eye(4, dtype=np.float32)[likeliest], "labels": np.array([[0, -1], [2, 1], [1, -1]])}
+    found = dict(zip(g.output_names, interpreted(g, inputs)))
+    assert found["right.one"] == pytest.approx(2 / 3)
+    assert found["right.two"] == 1
+    assert found["loss"] == pytest.approx(np.log(np.e + 3) - 3 / 4)
+
+
+def test_the_loss_and_what_learns_are_as_the_file_says(tmp_path: Path) -> None:
+    joint = recipe(tmp_path, RECIPE + "[loss]\nsmoothing = 0.1\nz_loss = 0.01\n[step]\ntrain = ['vision.*']\n")
+    assert joint.options["train"] == ("vision.*",)
+    program, batch = joint.program(), next(joint.mixture())
+    assert set(joint.parameters()) == program.params.keys()
+    logits = ws.run(program, **{k: x for k, x in batch.items() if k != "labels"})["logits"].astype(np.float64)
+    normalizer, labels = np.log(np.exp(logits).sum(-1)), batch["labels"]
+    each = normalizer - 0.9 * np.take_along_axis(logits, labels.clip(0)[..., None], -1)[..., 0] - 0.1 * logits.mean(-1)
+    each += 0.01 * normalizer**2
+    assert ws.run(program, "loss", **batch)["loss"] == pytest.approx(each[labels >= 0].mean(), rel=1e-6)
+
+
+def test_the_example_fits_its_model() -> None:
     joint = read_recipe(ROOT / "examples" / "gemini.toml")
     assert isinstance(joint, Joint)
     assert layout(joint.config) == joint.mixture().layout
@@ -147,6 +185,16 @@ REFUSED = {
     "key": ("weight = 2", "wheight = 2", RecipeError, r"\[\[data\]\] 1, line \d+: wheight is unknown; did you mean weight"),
     "family": ('family = "gemini"', 'family = "gemeni"', RecipeError, "no family gemeni; there are decoder, gemini"),
     "field": ("patch = 8", "patches = 8", ConfigError, r"\[model\].*vision: there is no field patches; did you mean patch"),
+    "heads": (
+        '"gemini"', '"gemini"\nheads = [{name = "digit", classes = 10, of = "image"}]', RecipeError,
+        r"\[model\], line \d+: tasks have no classes",
+    ),
+    "rows": ("rows = 3", "rows = 1", RecipeError, r"\[batch\], line \d+: rows = 1 must be at least 2, one of each task"),
+    "length": ("length = 72", "length = 129", RecipeError, r"\[batch\], line \d+: length = 129 must be at most 128"),
+    "weight": ("weight = 2", "weight = 0", RecipeError, r"\[\[data\]\] 1, line \d+: weight = 0.0 must be above 0"),
+    "examples": ("examples = 2", "examples = 0", RecipeError, r"\[\[data\]\] 2, line \d+: examples = 0 must be at least 1"),
+    "train": ("[rate]", '[step]\ntrain = ["visoin*"]\n[rate]', RecipeError, r"\[step\], line \d+: train: no parameter matches"),
+    "smoothing": ("[rate]", "[loss]\nsmoothing = 2\n[rate]", RecipeError, r"\[loss\], line \d+: smoothing = 2.0 must be"),
     "evaluation": ("batches = 2", "batch = 2", RecipeError, r"\[evaluation\], line \d+: batch is unknown; did you mean b"),
     "tokenizer": ('family = "gemini"', 'family = "gemini"\ntokenizer = "none"', RecipeError, "none cannot be read"),
     "voices": ('task = "code"', 'task = "speech"\nvoices = "none"', RecipeError, "task speech needs a model with audio"),

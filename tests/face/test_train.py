@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import signal
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
+from wasat.training.data import Packed
 
 import wasat as ws
 from wasat.recipe import RecipeError, byte_tokenizer, read_recipe
@@ -46,6 +50,12 @@ clip = 1
 [checkpoints]
 every = 5
 """
+LOSS = "[loss]\nsmoothing = 0.1\nz_loss = 0.01\n"
+FULL = (
+    RECIPE.replace("context = 64", "context = 64\ndropout = 0.1")
+    .replace("clip = 1", 'remat = true\ntrain = ["blocks.*", "head.weight"]')
+    + LOSS
+)  # fmt: skip
 
 
 def write(folder: Path, recipe: str = RECIPE) -> Path:
@@ -56,10 +66,10 @@ def write(folder: Path, recipe: str = RECIPE) -> Path:
     return folder / "run.toml"
 
 
-def train(folder: Path, *more: str) -> str:
+def train(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
     done = subprocess.run([*COMMAND, "run.toml", *more], cwd=folder, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return done
 
 
 def losses(folder: Path) -> list[tuple[float, ...]]:
@@ -68,19 +78,42 @@ def losses(folder: Path) -> list[tuple[float, ...]]:
 
 
 def test_options_of_the_step(tmp_path: Path) -> None:
-    recipe = RECIPE.replace("clip = 1", 'clip = 1\naccumulate = 2\nema = 0.9\nprecision = "f16"\nremat = true')
-    options = read_recipe(write(tmp_path, recipe)).options
-    wanted = {"clip": 1.0, "accumulate": 2, "ema": 0.9, "precision": "f16", "remat": True}
+    recipe = RECIPE.replace("clip = 1", 'clip = 2\naccumulate = 2\nema = 0.9\nprecision = "f16"\nremat = true\ntrain = ["h*"]')
+    options = read_recipe(write(tmp_path, 'threads = 3\ntarget = "cpu:znver3"\n' + recipe)).options
+    wanted = {
+        "clip": 2.0, "accumulate": 2, "ema": 0.9, "precision": "f16", "remat": True, "train": ("h*",), "threads": 3,
+        "target": "cpu:znver3",
+    }  # fmt: skip
     assert {k: options[k] for k in wanted} == wanted
-    plain = read_recipe(write(tmp_path)).options
-    assert (plain["precision"], plain["remat"]) == ("f32", False)
+    assert read_recipe(write(tmp_path, RECIPE.replace("clip = 1", "clip = 0"))).options["clip"] is None
+    plain = read_recipe(write(tmp_path, RECIPE.replace("clip = 1", ""))).options
+    defaults = {k: p.default for k, p in inspect.signature(ws.train).parameters.items() if k in wanted}
+    assert {k: plain[k] for k in wanted} == defaults
+
+
+def test_terms_of_the_loss(tmp_path: Path) -> None:
+    program = read_recipe(write(tmp_path, RECIPE + LOSS)).program
+    rng = np.random.default_rng(0)
+    tokens, labels = rng.integers(0, 257, (2, 2, 5))
+    logits = ws.run(program, tokens=tokens)["logits"].astype(np.float64)
+    normalizer = np.log(np.exp(logits).sum(-1))
+    wanted = normalizer - 0.9 * np.take_along_axis(logits, labels[..., None], -1)[..., 0] - 0.1 * logits.mean(-1)
+    wanted += 0.01 * normalizer**2
+    assert np.isclose(ws.run(program, "loss", tokens=tokens, labels=labels)["loss"], wanted.mean(), rtol=1e-6)
+
+
+def test_dropout_is_in_each_half_of_a_block(tmp_path: Path) -> None:
+    program = read_recipe(write(tmp_path, FULL.replace("layers = 1", "layers = 3"))).program
+    assert (program["loss"].count("dropout"), "key" in [v.name for v in program["loss"].inputs]) == (6, True)
+    program = read_recipe(write(tmp_path)).program
+    assert (program["loss"].count("dropout"), [v.name for v in program["loss"].inputs]) == (0, ["tokens", "labels"])
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """The folder of a run that nothing stopped, and what the command said."""
     folder = tmp_path_factory.mktemp("whole")
-    write(folder)
+    write(folder, FULL)
     return folder, train(folder, "--artifact", "tiny.wasat")
 
 
@@ -139,8 +172,8 @@ MOMENTS = [
 """What happens when the kill comes, and at which such time; ``half of``: two thirds of the file are written."""
 
 
-def test_killed_at_every_moment_it_ends_with_the_same_bits(tmp_path: Path, whole: tuple[Path, str]) -> None:
-    write(tmp_path)
+def test_killed_at_every_moment_it_ends_with_the_same_bits(tmp_path: Path, whole: tuple[Path, object]) -> None:
+    write(tmp_path, FULL)
     done = subprocess.run(
         [sys.executable, "-c", KILLED, *MOMENTS], cwd=tmp_path, capture_output=True, text=True, timeout=300
     )  # fmt: skip
@@ -153,14 +186,33 @@ def test_killed_at_every_moment_it_ends_with_the_same_bits(tmp_path: Path, whole
     assert made == wanted
 
 
-def test_trained_and_served(whole: tuple[Path, str]) -> None:
-    folder, said = whole
-    assert "step 40: loss " in said
-    assert "held out" in said
+def test_trained_and_served(whole: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, done = whole
+    said = done.stdout.splitlines()
+    assert said[0].startswith("step 40: loss ")
+    assert "held out" in said[0]
+    assert len([line for line in said if line.startswith("applied: kept for the backward pass: ")]) == 1
+    told = done.stderr.splitlines()
+    assert told[0] == "compiling the step"
+    assert [t.split()[1] for t in told[1:]] == [f"{step}/40" for step in (1, *range(4, 41, 4))]
+    assert ["held out" in t for t in told] == [t.startswith(("step 20/", "step 40/")) for t in told]
+    assert not [c for c in done.stderr + done.stdout if c != "\n" and not c.isprintable()]
+    learnt = {k for k in load_file(folder / "run" / "step-00000040.safetensors") if not k.startswith("optimizer.")}
+    assert learnt == {k for k in read_recipe(folder / "run.toml").program.params if k.startswith(("blocks.", "head."))}
     first, last = losses(folder)[0], losses(folder)[-1]
     assert last[1] < 0.6 * first[1]
     [result] = ws.load(folder / "tiny.wasat").generate(["the quick"], max_tokens=8)
     assert len(result.tokens) == 8
+
+
+def test_one_file_fills_the_rows(tmp_path: Path) -> None:
+    path = write(tmp_path, RECIPE.replace('"*.txt"', '"a.txt"'))
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("".join(f"{i}, " for i in range(9000)))
+    r = read_recipe(path)
+    for sources in (r.sources, r.evaluation):
+        for b in islice(Packed(sources, **r.batch, end=r.end), 3):
+            assert len({row.tobytes() for row in b["tokens"]}) == len(b["tokens"]) == 4
 
 
 def test_every_byte_is_a_token() -> None:
@@ -216,6 +268,27 @@ REFUSED = {
     "no list of tables": ("data = [1]\n" + RECIPE.replace('[[data]]\nfiles = ["*.txt"]', ""), r"tables: \[\[data\]\]"),
     "no family": (RECIPE.replace("dim = 16", 'family = "bert"'), r"\[model\], line 5: there is no family bert; there are"),
     "no tokenizer": (RECIPE.replace("dim = 16", 'dim = 16\ntokenizer = "none.json"'), "tokenizer .*none.json cannot be read"),
+    "no target": ('target = "gpu"\n' + RECIPE, "run.toml, line 1: there is no target 'gpu'; there are cpu"),
+    "no threads": ("threads = 0\n" + RECIPE, "run.toml, line 1: threads = 0 must be at least 1"),
+    "no layers": (RECIPE.replace("layers = 1", "layers = 0"), r"\[model\], line 6: layers = 0 must be at least 1"),
+    "kv_heads": (RECIPE.replace("kv_heads = 1", "kv_heads = 3"), r"\[model\], line 8: heads = 2 is not a multiple of kv_h"),
+    "dropout": (RECIPE.replace("context = 64", "dropout = 1"), r"\[model\], line 10: dropout = 1.0 must be below 1"),
+    "context": (RECIPE.replace("length = 16", "length = 65"), r"\[batch\], line 15: length = 65 must be at most 64"),
+    "weight": (RECIPE.replace('"*.txt"]', '"*.txt"]\nweight = -1'), r"\[\[data\]\] 1, line 13: weight = -1.0 must be above 0"),
+    "beta1": (RECIPE.replace("beta2 = 0.95", "beta1 = 1.5"), r"\[optimizer\], line 22: AdamW: beta1 = 1.5 must be at least 0"),
+    "rate": (RECIPE.replace("rate = 0.03", "rate = -0.5"), r"\[rate\], line 24: Cosine: rate = -0.5 must be at least 0"),
+    "warmup": (RECIPE.replace("warmup = 4", "warmup = 400"), r"\[rate\], line 25: Cosine: warmup = 400 must be below steps"),
+    "precision": (RECIPE.replace("clip = 1", 'precision = "fp16"'), r"\[step\], line 27: precision = 'fp16' must be 'f32'"),
+    "clip": (RECIPE.replace("clip = 1", "clip = -1"), r"\[step\], line 27: clip = -1.0 must be at least 0"),
+    "ema": (RECIPE.replace("clip = 1", "ema = 2"), r"\[step\], line 27: ema = 2.0 must be below 1"),
+    "accumulate": (RECIPE.replace("clip = 1", "accumulate = 41"), r"\[step\], line 27: accumulate = 41 must be at most steps"),
+    "train": (
+        RECIPE.replace("clip = 1", 'train = ["head.*", "blocks.0.mlq.*"]'),
+        r"\[step\], line 27: train: no parameter matches 'blocks.0.mlq.\*'; there are blocks.0.mlp",
+    ),
+    "no globs": (RECIPE.replace("clip = 1", "train = []"), r"\[step\], line 27: train = \[\] must be a list of globs"),
+    "smoothing": (RECIPE + "[loss]\nsmoothing = 1", r"\[loss\], line 31: smoothing = 1.0 must be below 1"),
+    "z_loss": (RECIPE + "[loss]\nz_loss = -1", r"\[loss\], line 31: z_loss = -1.0 must be at least 0"),
     "no end": (RECIPE.replace("dim = 16", 'dim = 16\nend = "<x>"'), "has no token <x> to end a document"),
 }  # fmt: skip
 

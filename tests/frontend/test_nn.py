@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from wasat.frontend import nn
-from wasat.ir import Program, evaluate, parse, verify
+from wasat.ir import Program, TypeMismatch, evaluate, parse, verify
 
 RNG = np.random.default_rng(0)
 
@@ -289,6 +289,50 @@ def test_dropout_acts_only_in_training() -> None:
     got = run(nn.trace(Fn(lambda x, key: drop(x, key)), types, training=True), x=x, key=key)[0]
     assert 0.2 < (got == 0).mean() < 0.3
     assert_allclose(got[got != 0], 1 / 0.75, rtol=1e-6)
+
+
+DROPPED = {"x": "f32[n]", "key": "u32[2]"}
+
+
+def test_dropouts_of_one_key_are_independent_of_each_other_and_of_other_steps() -> None:
+    def several(x: nn.Tensor, key: nn.Tensor) -> list[nn.Tensor]:
+        same = nn.Dropout(0.5)
+        return [same(x, key), nn.dropout(x, key, 0.0), same(x, key), nn.dropout(x, key, 0.5), nn.dropout(x, key, 0.5)]
+
+    program = nn.trace(Fn(several), DROPPED, training=True)
+    n = 16384
+    keys = [(seed, step) for seed in (0, 1) for step in (0, 1, 2, 3)]  # as the training loop makes them
+    got = [run(program, x=np.ones(n, np.float32), key=np.array(key, np.uint32)) for key in keys]
+    masks = np.stack([m != 0 for one in got for i, m in enumerate(one) if i != 1])
+    shifted = np.concatenate([masks, np.roll(masks, 1, axis=1), np.roll(masks, 2, axis=1)])
+    agree = (shifted @ (2.0 * shifted.T - 1) + (1.0 - shifted) @ (1 - 2.0 * shifted.T)) / n  # of each pair: same - different
+    np.fill_diagonal(agree, 0)
+    assert np.abs(agree).max() < 5 / math.sqrt(n)  # 5 standard deviations; the largest of 5000 is near 4
+
+
+def test_the_first_dropout_has_the_key_itself_and_texts_are_the_same() -> None:
+    def two(x: nn.Tensor, key: nn.Tensor) -> nn.Tensor:
+        return nn.dropout(nn.dropout(x, key, 0.25), key, 0.5)
+
+    once, again = (str(nn.trace(Fn(two), DROPPED, training=True)) for _ in range(2))
+    assert once == again
+    assert "dropout(%x, %key) {rate=0.25}" in once
+    one = str(nn.trace(Fn(lambda x, key: nn.dropout(x, key, 0.25)), DROPPED, training=True))
+    assert "random_bits" not in one
+
+
+def test_dropouts_of_two_keys_are_each_the_first() -> None:
+    def two(x: nn.Tensor, key: nn.Tensor, other: nn.Tensor) -> Any:
+        return nn.dropout(x, key, 0.25), nn.dropout(x, other, 0.5)
+
+    text = str(nn.trace(Fn(two), {**DROPPED, "other": "u32[2]"}, training=True))
+    assert "dropout(%x, %key)" in text
+    assert "dropout(%x, %other)" in text
+
+
+def test_dropout_without_a_key_is_refused() -> None:
+    with pytest.raises(TypeMismatch, match="needs a key"):
+        nn.trace(Fn(lambda x: nn.dropout(x, None, 0.5)), {"x": "f32[n]"}, training=True)
 
 
 def test_half_precision_norms_and_softmax_compute_wide() -> None:

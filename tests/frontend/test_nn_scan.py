@@ -113,3 +113,29 @@ def test_a_tensor_of_a_body_does_not_live_outside() -> None:
 
     with pytest.raises(IRError, match="belongs to another trace"):
         traced(call)
+
+
+def test_dropouts_in_a_body_and_around_it_differ() -> None:
+    def call(x: Any, key: Any) -> Any:
+        around = nn.dropout(x, key, 0.5)
+
+        def turn(a: Any) -> Any:
+            return a, (nn.dropout(a, key, 0.5), nn.dropout(a, key, 0.5))
+
+        one, two = nn.scan(turn, x, length=2)[1]
+        return around, one, two, nn.dropout(x, key, 0.5)
+
+    class Dropping(Module):
+        def __call__(self, x: Any, key: Any) -> Any:
+            return call(x, key)
+
+    p = nn.trace(Dropping(), {"x": "f32[n]", "key": "u32[2]"}, training=True)
+    p.verify()
+    n = 8192
+    key = np.array([3, 4], np.uint32)
+    around, one, two, after = (np.atleast_2d(m) != 0 for m in evaluate(p["forward"], {"x": np.ones(n, np.float32), "key": key}))
+    masks = [around[0], one[0], two[0], after[0]]
+    for i, a in enumerate(masks):
+        for b in masks[:i]:
+            assert abs((a == b).mean() - 0.5) < 5 * 0.5 / n**0.5
+    assert (one[0] == one[1]).all()  # of each turn the same

@@ -346,3 +346,15 @@ def test_feed_makes_what_the_types_say() -> None:
     assert set(np.asarray(inputs["x2"]).tolist()) == {0, 1, 2, 3}
     with pytest.raises(Exception, match="needs a binding of n"):
         feed(g, {})
+
+
+def test_an_input_is_removed_unless_it_is_used() -> None:
+    g = parse("graph @g(%x: f32[2], %y: f32[2], %z: f32[2]) {\n  %a: f32[2] = neg(%x)\n  return %a, %y\n}")
+    x, y, z = g.inputs
+    for used in (x, y):
+        with pytest.raises(IRError, match=f"input %{used.name} of @g is still used"):
+            g.remove_input(used)
+    g.remove_input(z)
+    assert [v.name for v in g.inputs] == ["x", "y"]
+    assert g.add_input("z", z.type).name == "z"
+    verify(g)

@@ -267,11 +267,7 @@ class Repeated:
 def with_loss(config: gemini.Config, *modalities: str) -> tuple[Program, dict[str, np.ndarray]]:
     program = gemini.Gemini(config).training_program(modalities or None)
     labels = np.where(TOKENS < VOCAB, TOKENS, -1)
-
-    def loss(b: Any, v: Any) -> Any:
-        return cross_entropy(b, v["logits"], v["labels"], mask=b.greater_equal(v["labels"], 0))
-
-    add_loss(program, loss, {"labels": "i64[b, s]"})
+    add_loss(program, lambda b, v: cross_entropy(b, v["logits"], v["labels"]), {"labels": "i64[b, s]"})
     given = {**batch(config), "labels": labels}
     return program, {v.name: given[v.name] for v in program["loss"].inputs}
 

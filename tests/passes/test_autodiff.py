@@ -148,11 +148,7 @@ def test_gradients_of_torch(name: str, fused: bool) -> None:
     if fused:
         PassManager([Cleanup(), FuseNorm(), FuseRope(), FuseAttention()]).run(program)
         assert program["forward"].count("attention")
-    add_loss(
-        program,
-        lambda b, v: cross_entropy(b, v["logits"], v["labels"], mask=b.not_equal(v["labels"], -100)),
-        {"labels": "i64[b, s]"},
-    )
+    add_loss(program, lambda b, v: cross_entropy(b, v["logits"], v["labels"]), {"labels": "i64[b, s]"})
     PassManager([Differentiate(), Cleanup()]).run(program)
     g = program["gradients"]
     params = {k: program.params[k].load() for k in g.params}
@@ -256,7 +252,7 @@ def test_runs_compiled() -> None:
     program = from_pretrained(GOLDEN / "hf" / "llama")
     add_loss(
         program,
-        lambda b, v: cross_entropy(b, v["logits"], v["labels"], mask=b.not_equal(v["labels"], -100), smoothing=0.1, z_loss=0.1),
+        lambda b, v: cross_entropy(b, v["logits"], v["labels"], smoothing=0.1, z_loss=0.1),
         {"labels": "i64[b, s]"},
     )
     PassManager([Cleanup(), FuseNorm(), FuseRope(), FuseAttention(), Differentiate(), Cleanup()]).run(program)

@@ -17,6 +17,8 @@ from wasat.training.optimizers import SGD, Adafactor, AdamW, Constant
 from wasat.training.scaling import LossScale
 from wasat.training.step import TrainStep, train_step
 
+from wasat import nn
+
 LOSS = """graph @loss(%x: f32[n, 4]) {
   param %w: f32[4, 6]
   param %bias: f32[6]
@@ -94,3 +96,28 @@ def test_the_same_states_from_elsewhere_give_the_same_bits() -> None:
     for k, x in states.items():
         assert_array_equal(again[k], x, err_msg=k)
     assert said == once_more
+
+
+class Dropping(nn.Module):
+    """x f32[n, 4] -> a loss, f32[]: two layers that drop half of the numbers by one key."""
+
+    def __init__(self) -> None:
+        self.up, self.down, self.drop = nn.Linear(4, 64), nn.Linear(64, 4), nn.Dropout(0.5)
+
+    def __call__(self, x: nn.Tensor, key: nn.Tensor) -> nn.Tensor:
+        y = self.down(self.drop(nn.tanh(self.drop(self.up(x), key)), key))
+        return (y * y).mean()
+
+
+def test_a_step_drops_and_the_evaluated_loss_does_not() -> None:
+    types = {"x": "f32[n, 4]", "key": "u32[2]"}
+    program, plain = (nn.trace(Dropping(), types, "loss", outputs=["loss"], training=t) for t in (True, False))
+    made = train_step(program, optimizer=SGD(), rate=Constant(0.05))
+    batch = {**GOOD, "key": np.array([0, 7], np.uint32)}
+    compiled = Compiled(program, made, batch, cpu(threads=2), "loss")
+    said, _ = compiled.step(batch, made.states)
+    step = compiled.plain["train_step"]
+    assert_allclose(said["loss"], evaluate(step, {**batch, **made.states})[0], rtol=1e-5)  # type: ignore[arg-type]
+    [loss] = evaluate(plain["loss"], batch, made.states)
+    assert_allclose(compiled.loss(GOOD, made.states)["loss"], loss, rtol=1e-5)  # type: ignore[arg-type]
+    assert abs(said["loss"] / loss - 1) > 0.01

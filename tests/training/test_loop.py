@@ -10,14 +10,16 @@ import xml.etree.ElementTree
 from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from wasat.ir import ArrayParam, IRError, Program, parse, type_of
+from wasat.ir import ArrayParam, Builder, Graph, IRError, Program, TensorType, Value, parse, type_of
 from wasat.passes import Rematerialize
 from wasat.training.blame import Diverged, offender
 from wasat.training.checkpoint import CheckpointError, Checkpoints
+from wasat.training.compiled import Compiled
 from wasat.training.curve import write_curve
 from wasat.training.data import Batch, Packed, Source
 from wasat.training.flops import step_flops
@@ -97,10 +99,11 @@ def test_a_run(whole: tuple[Path, Trained]) -> None:
     assert len([x for x in drawn.iter() if x.tag.endswith("polyline")]) == 2
     averaged = done.program.params["head.weight"].load()
     assert np.array_equal(averaged, done.states["ema.head.weight"])
-    batches = list(islice(data(2), 2))
-    key = np.array([0, 0], np.uint32)
-    losses = [ws.run(done.program, "loss", **b, key=key)["loss"] for b in batches]
+    losses = [ws.run(done.program, "loss", **b)["loss"] for b in islice(data(2), 2)]  # neither drops nor takes a key
     assert done.log[-1]["eval.loss"] == pytest.approx(float(np.mean(losses)), rel=1e-5)
+    assert [v.name for v in done.program["forward"].inputs] == ["tokens"]
+    assert not any(g.count("dropout") for g in done.program.graphs.values())
+    assert model()["loss"].count("dropout") == 1
 
 
 def check_resumed(folder: Path, whole: Trained) -> None:
@@ -111,13 +114,62 @@ def check_resumed(folder: Path, whole: Trained) -> None:
         assert again.states[k].tobytes() == x.tobytes(), k
 
 
-@pytest.mark.parametrize("kill", [2, 4])
+@pytest.mark.parametrize("kill", [2, 3, 4])
 def test_resume_is_exact_wherever_the_run_was_stopped(tmp_path: Path, whole: tuple[Path, Trained], kill: int) -> None:
     with pytest.raises(Killed):
         run(tmp_path, kill=kill)
     with open(tmp_path / "log.jsonl", "a") as f:
         f.write('{"step": 99, "lo')  # half a line
     check_resumed(tmp_path, whole[1])
+
+
+DISTANCE = """graph @loss(%x: f32[2]) {
+  param %w: f32[2]
+  %d: f32[2] = sub(%w, %x)
+  %dd: f32[2] = mul(%d, %d)
+  %loss: f32[] = reduce_mean(%dd) {axes=(0,)}
+  return %loss
+}"""
+
+
+def walked(folder: Path, kill: int | None = None) -> Trained:
+    """w goes from 0 to 10, and is evaluated by its distance from 4, which it has at step 5."""
+    zero = np.zeros(2, np.float32)
+
+    def progress(step: int, steps: int, said: Mapping[str, float]) -> None:
+        if step == kill:
+            raise Killed
+
+    return train(
+        Program({"loss": parse(DISTANCE)}, {"w": ArrayParam(zero, type_of(zero))}), Fixed({"x": zero + 10}), folder, steps=13,
+        optimizer=SGD(), rate=Constant(0.1), clip=None, save_every=100, keep=1, evaluate_every=2,
+        evaluation=lambda: [{"x": zero + 4}], progress=progress,
+    )  # fmt: skip
+
+
+def test_the_best_is_kept_wherever_it_was(tmp_path: Path) -> None:
+    done = walked(tmp_path / "whole")
+    scores = {line["step"]: line["eval.loss"] for line in done.log if "eval.loss" in line}
+    best = min(scores, key=lambda step: scores[step])
+    assert list(scores) == [2, 4, 6, 8, 10, 12, 13]
+    assert best == 4
+    kept = Checkpoints(tmp_path / "whole")
+    assert (kept.steps(), kept.best()) == ([4, 13], 4)
+    found = kept.load(done.states, 4)
+    assert found is not None
+    assert found.score == scores[4] == pytest.approx(((found.states["w"] - 4) ** 2).mean())
+
+
+@pytest.mark.parametrize("kill", [4, 5, 12])
+def test_resume_from_the_best_is_exact(tmp_path: Path, kill: int) -> None:
+    whole = walked(tmp_path / "whole")
+    with pytest.raises(Killed):
+        walked(tmp_path / "again", kill)
+    assert Checkpoints(tmp_path / "again").steps() == [4]
+    again = walked(tmp_path / "again")
+    assert untimed(again.log) == untimed(whole.log)
+    assert again.states["w"].tobytes() == whole.states["w"].tobytes()
+    assert Checkpoints(tmp_path / "again").steps() == [4, 13]
 
 
 def test_a_longer_run_goes_on_and_another_is_refused(whole: tuple[Path, Trained]) -> None:
@@ -144,6 +196,10 @@ ANOTHER: dict[str, tuple[dict[str, Any], str]] = {
         {"batches": lambda: Packed([Source(DOCUMENTS)], batch=3, length=6, end=0, seed=1)},
         r"batch input tokens was int64\[2, 6\], and is int64\[3, 6\], batch input labels was .*",
     ),
+    "accumulate": ({"accumulate": 2}, "accumulate was 1, and is 2"),
+    "precision": ({"precision": "bf16"}, "precision was f32, and is bf16"),
+    "remat": ({"remat": True}, "remat was False, and is True"),
+    "train": ({"train": ("head.*",)}, r"train was \['\*'\], and is \['head.\*'\]"),
     "two": ({"ema": None, "clip": None}, "clip was 1.0, and is None, ema was 0.5, and is None"),
 }
 
@@ -157,10 +213,20 @@ def test_another_run_is_refused_by_what_differs(whole: tuple[Path, Trained], cas
     assert {p.name: p.read_bytes() for p in whole[0].iterdir()} == before
 
 
+def test_a_rate_of_ones_own_goes_on(tmp_path: Path) -> None:
+    def halved(from_: float) -> Any:
+        return lambda b, step: b.div(from_, b.add(step, 1.0))
+
+    run(tmp_path, steps=2, rate=halved(0.03))
+    assert [line["step"] for line in run(tmp_path, steps=3, rate=halved(0.03)).log] == [1, 2, 3]
+    with pytest.raises(CheckpointError, match="this version of Wasat, or an optimizer or rate of your own, makes another step"):
+        run(tmp_path, steps=4, rate=halved(0.04))
+
+
 def test_another_version_of_the_step_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(tmp_path, steps=1)
     monkeypatch.setattr("wasat.training.step.Cleanup", lambda: Rematerialize("train_step", (("b", 2), ("s", 6))))
-    with pytest.raises(CheckpointError, match="this version of Wasat makes another step of the same model"):
+    with pytest.raises(CheckpointError, match="or rate of your own, makes another step of the same model"):
         run(tmp_path, steps=2)
 
 
@@ -172,7 +238,7 @@ def test_a_folder_is_trained_in_by_one_process(tmp_path: Path) -> None:
     assert len(run(tmp_path, steps=2, progress=second).log) == 2
 
 
-@pytest.mark.parametrize("name", ["log.jsonl", "curve.html", "step-00000008.safetensors"])
+@pytest.mark.parametrize("name", ["log.jsonl", "curve.html", "step-00000006.safetensors"])
 def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(
     tmp_path: Path, whole: tuple[Path, Trained], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -187,7 +253,7 @@ def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(
         with pytest.raises(CheckpointError, match=f"{re.escape(str(tmp_path / name))} cannot be written: No space left"):
             run(tmp_path)
     assert not list(tmp_path.glob("*.unfinished"))
-    assert Checkpoints(tmp_path).steps() == [4]
+    assert Checkpoints(tmp_path).steps() == [3, 4]
     check_resumed(tmp_path, whole[1])
 
 
@@ -231,6 +297,36 @@ def test_a_nan_stops_with_the_node(tmp_path: Path) -> None:
     assert not Checkpoints(tmp_path).steps()
     with pytest.raises(Diverged, match="input %x held an infinity already"):
         train(p, Fixed({"x": np.array([1, np.inf, 1], np.float32)}), tmp_path, steps=3, progress=lambda *a: None)
+
+
+class Rows(nn.Module):
+    def __init__(self) -> None:
+        self.w = nn.Parameter([3, 2])
+
+    def __call__(self, x: nn.Tensor) -> nn.Tensor:
+        return nn.gather(self.w, x).sum()
+
+
+class Signs:
+    """Each number moves by the rate against its gradient's sign, which it finds in a bad way: of 0 it is NaN."""
+
+    def slots(self, type: TensorType) -> dict[str, TensorType]:
+        return {}
+
+    def update(
+        self, b: Builder, p: Value, g: Value, slots: dict[str, Value], rate: Value, count: Value
+    ) -> tuple[Value, dict[str, Value]]:  # fmt: skip
+        return b.sub(p, b.mul(b.div(g, b.abs(g)), rate)), {}
+
+
+def test_an_update_that_spoils_what_the_loss_does_not_see(tmp_path: Path) -> None:
+    p = nn.trace(Rows(), {"x": "i64[n]"}, name="loss", outputs=["loss"])
+    with pytest.raises(Diverged, match="step 2: w hold what is not finite, and loss and gradients do not"):
+        train(
+            p, Fixed({"x": np.array([0, 2])}), tmp_path, steps=3, optimizer=Signs(), rate=Constant(0.1), save_every=2,
+            progress=lambda *a: None,
+        )  # fmt: skip
+    assert not Checkpoints(tmp_path).steps()
 
 
 class Fragile(nn.Module):
@@ -316,7 +412,16 @@ def test_an_overflow_in_f16_is_skipped_and_says_so(tmp_path: Path) -> None:
             scaling=LossScale(4.0, interval=2), progress=lambda *a: None,
         )  # fmt: skip
 
+    def no_json(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    first = go(steep(2.0**7), "steep", 2)
     done = go(steep(2.0**7), "steep", 6)
+    assert untimed(done.log[:2]) == untimed(first.log)
+    lines = (tmp_path / "steep" / "log.jsonl").read_text().splitlines()
+    written = [json.loads(t, parse_constant=no_json)["grad_norm"] for t in lines]
+    assert written[:2] == ["Infinity", done.log[1]["grad_norm"]]
+    assert [float(x) for x in written] == [line["grad_norm"] for line in done.log]
     assert [line["skipped"] for line in done.log] == [1, 0, 0, 1, 0, 0]
     assert [line["loss_scale"] for line in done.log] == [4, 2, 2, 4, 2, 2]
     assert done.states["optimizer.skipped"] == 2
@@ -357,6 +462,29 @@ def test_batches_that_do_not_fit(tmp_path: Path) -> None:
         train(model(), data(), tmp_path, steps=1, evaluation=lambda: [], progress=lambda *a: None)
 
 
+def test_the_time_of_a_step_is_all_but_evaluating_and_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    def costs(seconds: float, call: Any) -> Any:
+        def timed(*args: Any, **options: Any) -> Any:
+            nonlocal now
+            now += seconds
+            return call(*args, **options)
+
+        return timed
+
+    monkeypatch.setattr("wasat.training.loop.time", SimpleNamespace(perf_counter=lambda: now))
+    timed: list[tuple[Any, str, float]] = [
+        (Packed, "__next__", 2), (Compiled, "step", 1), (Compiled, "loss", 50), (Checkpoints, "save", 90)
+    ]  # fmt: skip
+    for cls, name, seconds in timed:
+        monkeypatch.setattr(cls, name, costs(seconds, getattr(cls, name)))
+    done = run(tmp_path, steps=7, progress=costs(4, lambda *a: None))
+    assert [12 / line["tokens_per_second"] for line in done.log] == pytest.approx([3, 7, 7, 7, 7, 7, 7])
+    first, second, *_ = (line["utilisation"] for line in done.log)
+    assert first / second == pytest.approx(7 / 3)
+
+
 def test_operations_are_counted() -> None:
     g = parse("""graph @g(%x: f32[4, 8], %q: f32[1, 5, 2, 3], %i: f32[1, 2, 9, 9]) {
   param %w: f32[6, 8]
@@ -368,8 +496,36 @@ def test_operations_are_counted() -> None:
   %c: f32[1, 3, 7, 7] = conv(%i, %k) {strides=(1, 1), low=(0, 0), high=(0, 0)}
   return %z, %a, %c
 }""")
-    forward = 2 * (4 * 6 * 8 + 4 * 4 * 6 + 2 * 5 * 5 * (3 + 3) + 3 * 7 * 7 * 2 * 3 * 3)
-    assert step_flops(g) == 3 * forward  # type: ignore[arg-type]
+    linear, matmul, attention, conv = 2 * 4 * 6 * 8, 2 * 4 * 4 * 6, 2 * 2 * 5 * 5 * (3 + 3), 2 * 3 * 7 * 7 * 2 * 3 * 3
+    assert isinstance(g, Graph)
+    assert step_flops(g) == 2 * linear + 3 * matmul + attention + 2 * conv  # inputs need no gradient
+    assert step_flops(g, {"k"}) == linear + matmul + attention + 2 * conv
+    assert step_flops(g, {"w"}) == 2 * linear + 3 * matmul + attention + conv
+
+
+def test_operations_of_loops_are_counted_at_every_turn() -> None:
+    g = parse("""graph @g(%x: f32[5, 4, 8]) {
+  param %w: f32[8, 8]
+  param %v: f32[8, 8]
+  %h: f32[4, 8] = broadcast_to(0.0:f32) {shape=(4, 8)}
+  %last: f32[4, 8], %y: f32[5, 4, 8] = scan(%h, %x, %w, %v) {body=graph @turn(
+      %h: f32[4, 8], %x: f32[4, 8], %w: f32[8, 8], %v: f32[8, 8]) {
+    %a: f32[4, 8] = matmul(%h, %w)
+    %b: f32[4, 8] = matmul(%x, %v)
+    %n: f32[4, 8] = add(%a, %b)
+    return %n, %b
+  }, carries=1, slices=1}
+  %z: f32[5, 4, 8] = matmul(%y, %v)
+  %s: f32[4, 8] = stop_gradient(%last)
+  %t: f32[4, 8] = matmul(%s, %w)
+  return %z, %t
+}""")
+    assert isinstance(g, Graph)
+    one = 2 * 4 * 8 * 8
+    assert step_flops(g) == 5 * (3 + 2) * one + 5 * 3 * one + 2 * one
+    assert step_flops(g, {"v"}) == 5 * (2 + 2) * one + 5 * 3 * one + one  # v comes to a turn with what is carried
+    assert step_flops(g, {"w"}) == 5 * (3 + 1) * one + 5 * one + 2 * one
+    assert step_flops(g, ()) == 5 * 2 * one + 5 * one + one
 
 
 def test_a_curve_of_little(tmp_path: Path) -> None:

@@ -27,10 +27,8 @@ def loss_and_gradient(loss: Loss, x: np.ndarray, type: str | None = None) -> tup
 
 def entropy(labels: str, **options: Any) -> Loss:
     def loss(b: Builder, x: Value) -> Value:
-        at = b.constant(GOLDEN[labels])
-        mask = b.not_equal(at, -100) if labels == "padded" else None
         weight = b.constant(GOLDEN["weight"]) if options.get("weight") else None
-        return cross_entropy(b, x, at, mask=mask, **{**options, "weight": weight})
+        return cross_entropy(b, x, b.constant(GOLDEN[labels]), **{**options, "weight": weight})
 
     return loss
 
@@ -60,14 +58,35 @@ def test_symbolic_shapes_and_huge_logits() -> None:
     assert np.isfinite(grad).all()
 
 
-def test_no_place_left_is_no_loss() -> None:
-    def loss(b: Builder, x: Value) -> Value:
-        labels = b.constant(np.full((3, 4), -100))
-        return cross_entropy(b, x, labels, mask=b.not_equal(labels, -100), smoothing=0.1, z_loss=0.1)
+def entropy_at(labels: np.ndarray, mask: np.ndarray | None = None, **options: Any) -> Loss:
+    return lambda b, x: cross_entropy(b, x, b.constant(labels), mask=None if mask is None else b.constant(mask), **options)
 
-    value, grad = loss_and_gradient(loss, GOLDEN["x"])
-    assert value == 0
-    assert not grad.any()
+
+def test_no_place_left_is_no_loss() -> None:
+    for mask in (None, np.ones((3, 4), bool)):
+        value, grad = loss_and_gradient(entropy_at(np.full((3, 4), -100), mask, smoothing=0.1, z_loss=0.1), GOLDEN["x"])
+        assert value == 0
+        assert not grad.any()
+
+
+@pytest.mark.parametrize("options", [{}, {"smoothing": 0.2, "z_loss": 0.1}])
+def test_labels_below_0_and_places_masked_are_no_places(options: dict[str, Any]) -> None:
+    x, labels = GOLDEN["x"], GOLDEN["labels"].copy()
+    labels[0, :3], labels[2, 1] = -1, -7
+    mask = np.ones((3, 4), bool)
+    mask[1] = False
+    for given, rows in ((None, [0, 1, 2]), (mask, [0, 2])):
+        value, grad = loss_and_gradient(entropy_at(labels, given, **options), x)
+        keep = [(r, c) for r in rows for c in range(4) if labels[r, c] >= 0]
+        only = tuple(np.array(keep).T)
+        want, part = loss_and_gradient(entropy_at(labels[only], **options), x[only])
+        assert_allclose(value, want, rtol=1e-6)
+        assert_allclose(grad[only], part, rtol=1e-5, atol=1e-7)
+        grad[only] = 0
+        assert not grad.any()
+    labels[1] = 99  # masked: any number
+    value, grad = loss_and_gradient(entropy_at(labels, mask, **options), x)
+    assert_allclose(value, want, rtol=1e-6)
 
 
 def test_half_precision_is_summed_in_f32() -> None:
@@ -80,17 +99,18 @@ def test_half_precision_is_summed_in_f32() -> None:
 
 def test_accuracy() -> None:
     x = np.array([[0, 1, 2], [3, 1, 2], [0, 1, 0], [5, 5, 1]], np.float32)
-    labels = np.array([2, 1, 1, 0])
 
-    def share(mask: list[bool] | None) -> Any:
+    def share(mask: list[bool] | None, labels: tuple[int, ...] = (2, 1, 1, 0)) -> Any:
         def body(b: Builder, v: Value) -> Value:
-            return accuracy(b, v, b.constant(labels), mask=None if mask is None else b.constant(np.array(mask)))
+            return accuracy(b, v, b.constant(np.array(labels)), mask=None if mask is None else b.constant(np.array(mask)))
 
         return evaluate(build("g", [("x", parse_type("f32[4, 3]"))], body), {"x": x})[0]
 
     assert share(None) == 0.75  # the first of equals counts
     assert share([False, True, True, False]) == 0.5
     assert share([False] * 4) == 0
+    assert share(None, (2, -1, 1, -100)) == 1
+    assert share([False, True, True, True], (2, -1, 1, 1)) == 0.5
 
 
 FORWARD = "graph @forward(%x: f32[n, 3]) {\n %logits: f32[n, 3] = neg(%x)\n return %logits\n}"

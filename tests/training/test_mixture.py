@@ -65,6 +65,14 @@ def test_rows_labels_and_ids() -> None:
     assert next(iter(b)) == "tokens"
 
 
+def test_rows_of_media_that_each_row_sees() -> None:
+    tasks = [Share(Made("both", image(1), "a", AUDIO)), Share(Made("words", "d")), Share(Made("clip", VIDEO, "c"))]
+    b = next(Mixture(tasks, LAYOUT, encode, end=0, rows=3, length=16, seen=True))
+    assert b["seen"].tolist() == [[0, 1, 2, 3, 4], [-1] * 5, [5, 6, 7, 8, -1]]
+    words = Mixture(tasks[1:2], LAYOUT, encode, end=0, rows=1, length=16, seen=True)
+    assert set(next(words)) == {"tokens", "labels"}
+
+
 def test_text_alone_is_cut_at_the_row() -> None:
     m = mixture(Made("text"), rows=1, length=2)
     b = next(m)

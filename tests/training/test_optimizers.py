@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 from wasat.ir import ArrayParam, Builder, Graph, IRError, Program, evaluate, parse_type, type_of
-from wasat.training.optimizers import SGD, Adafactor, AdamW, Constant, Cosine, Linear, Schedule
+from wasat.training.optimizers import SGD, Adafactor, AdamW, Constant, Cosine, Linear, OutOfRange, Schedule
 from wasat.training.step import TrainStep, train_step
 
 GOLDEN = np.load(Path(__file__).parent.parent / "golden" / "training" / "optimizers.npz")
@@ -88,6 +89,70 @@ def test_schedules(schedule: Schedule, at: list[float]) -> None:
     step = g.add_input("step", parse_type("f32[]"))
     g.set_outputs([schedule(Builder(g), step)])
     assert_allclose([evaluate(g, {"step": float(t)})[0] for t in range(len(at))], at, atol=1e-7)
+
+
+@pytest.mark.parametrize("schedule", [Linear, Cosine])
+def test_what_falls_says_until_when(schedule: Any) -> None:
+    with pytest.raises(TypeError, match="steps"):
+        schedule(1e-3)
+
+
+OUT_OF_RANGE: list[tuple[Any, dict[str, Any], str]] = [
+    (Constant, {"rate": -0.5}, "Constant: rate = -0.5 must be at least 0 and finite"),
+    (Constant, {"rate": math.nan}, "rate = nan must be"),
+    (Constant, {"rate": 0.1, "warmup": -1}, "warmup = -1 must be at least 0"),
+    (Linear, {"rate": -0.5, "steps": 4}, "Linear: rate = -0.5 must be at least 0 and finite"),
+    (Linear, {"rate": 0.5, "steps": 0}, "steps = 0 must be at least 1"),
+    (Cosine, {"rate": 0.5, "steps": 40, "warmup": 40}, "Cosine: warmup = 40 must be below steps = 40"),
+    (Cosine, {"rate": 0.5, "steps": 4, "final": -0.1}, "final = -0.1 must be between 0 and rate = 0.5"),
+    (Cosine, {"rate": 0.5, "steps": 4, "final": 0.6}, "final = 0.6 must be between 0 and rate = 0.5"),
+    (SGD, {"momentum": 1.0}, "SGD: momentum = 1.0 must be at least 0 and below 1"),
+    (SGD, {"momentum": -0.1}, "momentum = -0.1"),
+    (SGD, {"nesterov": True}, "nesterov = True must be false where there is no momentum"),
+    (SGD, {"decay": -0.1}, "decay = -0.1 must be at least 0"),
+    (AdamW, {"beta1": 1.5}, "AdamW: beta1 = 1.5 must be at least 0 and below 1"),
+    (AdamW, {"beta2": 1.0}, "beta2 = 1.0 must be"),
+    (AdamW, {"beta2": -0.1}, "beta2 = -0.1 must be"),
+    (AdamW, {"eps": 0.0}, "eps = 0.0 must be above 0"),
+    (AdamW, {"eps": 1e-50}, "eps = 1e-50 must be above 0, in f32"),
+    (AdamW, {"decay": -0.1}, "decay = -0.1 must be at least 0"),
+    (Adafactor, {"beta2_decay": 0.8}, "Adafactor: beta2_decay = 0.8 must be at most 0"),
+    (Adafactor, {"eps1": 1e-30}, r"eps1 = 1e-30 must be at least 2\*\*-63"),
+    (Adafactor, {"eps2": -1e-3}, "eps2 = -0.001 must be at least 0"),
+    (Adafactor, {"clip": 0.0}, "clip = 0.0 must be above 0"),
+    (Adafactor, {"decay": math.inf}, "decay = inf must be"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("cls", "numbers", "message"), OUT_OF_RANGE)
+def test_numbers_out_of_range(cls: Any, numbers: dict[str, Any], message: str) -> None:
+    with pytest.raises(IRError, match=message) as e:
+        cls(**numbers)
+    assert isinstance(e.value, OutOfRange)
+    assert e.value.field in numbers
+
+
+def test_the_ends_of_the_ranges_are_in_them() -> None:
+    for optimizer in (SGD(0.0), SGD(0.5, nesterov=True), AdamW(0.0, 0.0, 2.0**-126, 0.0), Adafactor(0.0, 2.0**-63, 0.0)):
+        for out in run(train_step(given_gradients(), optimizer=optimizer, rate=Cosine(0.0, warmup=0, steps=1, final=0.0))):
+            assert all(np.isfinite(out[name]).all() for name in NAMES)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.9, 0.999, 0.99999, 1 - 2.0**-30])
+def test_the_first_moments_are_unbiased(beta: float) -> None:
+    """Of gradients that stay what they are, the moments, unbiased, are these and their squares: each step is the rate."""
+    g = Graph("update")
+    b = Builder(g)
+    p, x, mean, square = (g.add_input(name, parse_type("f32[3]")) for name in ("p", "x", "mean", "square"))
+    count = g.add_input("count", parse_type("f32[]"))
+    slots = {"mean": mean, "square": square}
+    moved, new = AdamW(beta, beta, 1e-12, 0.0).update(b, p, x, slots, b.constant(1.0), count)
+    g.set_outputs([moved, new["mean"], new["square"]])
+    zero, gradient = np.zeros(3, np.float32), np.array([0.5, -3, 20], np.float32)
+    m = v = zero
+    for t in range(1, 6):
+        moved_by, m, v = evaluate(g, {"p": zero, "x": gradient, "mean": m, "square": v, "count": float(t)})  # type: ignore[assignment]
+        assert_allclose(moved_by, -np.sign(gradient), rtol=1e-6)
 
 
 def test_the_rate_and_the_norm_come_out() -> None:

@@ -30,11 +30,7 @@ def llama(fused: bool) -> TrainStep:
     program = from_pretrained(HERE / "hf" / "llama")
     if fused:
         PassManager([Cleanup(), FuseNorm(), FuseRope(), FuseAttention()]).run(program)
-    add_loss(
-        program,
-        lambda b, v: cross_entropy(b, v["logits"], v["labels"], mask=b.not_equal(v["labels"], -100)),
-        {"labels": "i64[b, s]"},
-    )
+    add_loss(program, lambda b, v: cross_entropy(b, v["logits"], v["labels"]), {"labels": "i64[b, s]"})
     return train_step(program, optimizer=AdamW(decay=0.1), rate=Cosine(3e-3, warmup=5, steps=20), clip=1.0)
 
 
