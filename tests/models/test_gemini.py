@@ -116,7 +116,8 @@ def test_fuses_and_derives_caches(name: str) -> None:
     counts = {g.name: sum(n.op.name in ("attention", "cached_attention") for n in g.nodes) for g in made.graphs.values()}
     assert counts["prefill"] == counts["decode"] == layers + crossed
     vit = config.vision.layers if isinstance(config.vision, gemini.ViT) else 0
-    expected = {"encode_image": vit, "encode_audio": seen, "encode_video": vit}
+    over_time = (config.video.layers or 0) if config.video else 0
+    expected = {"encode_image": vit, "encode_audio": seen, "encode_video": vit + over_time}
     assert {k: counts[k] for k in counts.keys() & expected.keys()} == {k: v for k, v in expected.items() if k in counts}
 
     tokens, rest = inputs.pop("tokens"), inputs
