@@ -363,7 +363,8 @@ def main() -> None:
         tables.append(measured(model, pythons))
         print(tables[-1])
     if args.output:
-        about = "# Training steps\n\n`benchmarks/train.py`, 2 threads; see there for the models.\n\n"
+        command = "python benchmarks/train.py --torch PYTHON --jax PYTHON -o benchmarks/results/train.md"
+        about = f"# Training steps\n\n`{command}`: 2 threads; see there for the models.\n\n"
         args.output.write_text(about + "\n".join(tables))
 
 
