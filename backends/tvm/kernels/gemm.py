@@ -145,16 +145,20 @@ def gemm(desc: Gemm) -> tirx.PrimFunc:
         """``height`` rows of a from ``place`` on times the copied columns, to y from ``to`` on."""
         vectors = math.ceil(columns / lanes)
         acc = kernel.registers(height * vectors, "float32", lanes)
-        for i in range(height * vectors):
-            kernel.store(acc, i * lanes, splat(0.0, lanes))
-        with kernel.loop(steps) as kk:
+
+        def step(kk: Expr, first: bool) -> None:
             values = [kernel.let(load(source, kk * isa.columns + v * lanes, lanes)) for v in range(vectors)]
             at = kernel.let(place + kk * desc.a.column)
             for i in range(height):
                 value = splat(load(a, at + i * desc.a.row), lanes)
                 for v in range(vectors):
                     here = (i * vectors + v) * lanes
-                    kernel.store(acc, here, load(acc, here, lanes) + value * values[v])
+                    product = value * values[v]
+                    kernel.store(acc, here, product if first else load(acc, here, lanes) + product)
+
+        step(int64(0), True)  # of zeros in its place LLVM makes a call of memset, and keeps them in memory
+        with kernel.range(1, steps) as kk:
+            step(kk, False)
         if columns % lanes:
             spill = kernel.scratch(height * vectors * lanes, "float32")
             for i in range(height * vectors):
