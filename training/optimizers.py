@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
+from fnmatch import fnmatchcase
 from typing import Protocol
 
 from wasat.ir import Builder, IRError, TensorType, Value
@@ -106,8 +107,8 @@ class Cosine(_Decaying):
 class Optimizer(Protocol):
     """How one parameter changes."""
 
-    def slots(self, type: TensorType) -> dict[str, TensorType]:
-        """What is remembered of a parameter of this type between updates; zero at first."""
+    def slots(self, p: Value) -> dict[str, TensorType]:
+        """What is remembered of a parameter between updates; zero at first."""
         ...
 
     def update(self, b: Builder, p: Value, g: Value, slots: Slots, rate: Value, count: Value) -> tuple[Value, Slots]:
@@ -146,8 +147,8 @@ class SGD:
         _require(self, "nesterov", not self.nesterov or self.momentum > 0, "false where there is no momentum")
         _require_size(self, "decay")
 
-    def slots(self, type: TensorType) -> dict[str, TensorType]:
-        return {"momentum": type} if self.momentum else {}
+    def slots(self, p: Value) -> dict[str, TensorType]:
+        return {"momentum": p.tensor} if self.momentum else {}
 
     def update(self, b: Builder, p: Value, g: Value, slots: Slots, rate: Value, count: Value) -> tuple[Value, Slots]:
         if self.decay and decays(p.tensor):
@@ -178,8 +179,8 @@ class AdamW:
         _require(self, "eps", 2.0**-126 <= self.eps < math.inf, "above 0, in f32: of gradients that stay 0 it is the divisor")
         _require_size(self, "decay")
 
-    def slots(self, type: TensorType) -> dict[str, TensorType]:
-        return {"mean": type, "square": type}
+    def slots(self, p: Value) -> dict[str, TensorType]:
+        return {"mean": p.tensor, "square": p.tensor}
 
     def update(self, b: Builder, p: Value, g: Value, slots: Slots, rate: Value, count: Value) -> tuple[Value, Slots]:
         mean = _lerp(b, slots["mean"], g, 1 - self.beta1)
@@ -188,6 +189,65 @@ class AdamW:
         size = b.add(b.sqrt(b.div(square, unbias2)), self.eps)
         p = b.sub(_decayed(b, p, rate, self.decay), b.mul(b.div(mean, size), b.div(rate, unbias1)))
         return p, {"mean": mean, "square": square}
+
+
+@dataclass(frozen=True)
+class Muon:
+    """Momentum of matrices, orthogonalized (https://kellerjordan.github.io/posts/muon/); AdamW for all other parameters.
+
+    As torch.optim.Muon has it with adjust_lr_fn="match_rms_adamw" (arXiv:2502.16982): updates are about as large as AdamW's, so
+    that one rate serves both; but orthogonalized in f32. ``rounds`` of a Newton-Schulz iteration bring all singular values of
+    the momentum near 1. ``adamw``: globs of the matrices that AdamW updates, too: tables that are read by rows, and what makes
+    logits. ``beta1``, ``beta2`` and ``eps`` are AdamW's, ``decay`` is for both.
+    """
+
+    momentum: float = 0.95
+    nesterov: bool = True
+    rounds: int = 5
+    decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    adamw: tuple[str, ...] = ("*embed*", "*head*")
+
+    def __post_init__(self) -> None:
+        _require_share(self, "momentum")
+        _require(self, "rounds", 1 <= self.rounds < 100, "at least 1 and below 100")
+        AdamW.__post_init__(self._others)
+
+    @property
+    def _others(self) -> AdamW:
+        return AdamW(self.beta1, self.beta2, self.eps, self.decay)
+
+    def _is_for(self, p: Value) -> bool:
+        return p.tensor.rank == 2 and not any(fnmatchcase(p.name, glob) for glob in self.adamw)
+
+    def slots(self, p: Value) -> dict[str, TensorType]:
+        return {"momentum": p.tensor} if self._is_for(p) else self._others.slots(p)
+
+    def update(self, b: Builder, p: Value, g: Value, slots: Slots, rate: Value, count: Value) -> tuple[Value, Slots]:
+        if not self._is_for(p):
+            return self._others.update(b, p, g, slots, rate, count)
+        m = _lerp(b, slots["momentum"], g, 1 - self.momentum)
+        move = _orthogonal(b, _lerp(b, g, m, self.momentum) if self.nesterov else m, self.rounds)
+        size = 0.2 * math.sqrt(max(p.tensor.concrete({})))
+        return b.sub(_decayed(b, p, rate, self.decay), b.mul(move, b.mul(rate, size))), {"momentum": m}
+
+
+def _orthogonal(b: Builder, x: Value, rounds: int) -> Value:
+    """The matrix x with singular values near 1 (0.7 to 1.2 after 5 rounds, but for those that were below a thousandth of the
+    largest) and the same singular vectors: a polynomial of odd degree 5, again and again.
+    """
+    tall = x.tensor.concrete({})[0] > x.tensor.concrete({})[1]
+    if tall:  # the smaller one of its two products with itself
+        x = b.transpose(x, perm=(1, 0))
+    length = b.sqrt(b.reduce_sum(b.mul(x, x), axes=(0, 1)))
+    x = b.div(x, b.maximum(length, 1e-7))
+    for _ in range(rounds):
+        square = b.matmul(x, b.transpose(x, perm=(1, 0)))
+        change = b.add(b.mul(square, -4.7750), b.mul(b.matmul(square, square), 2.0315))
+        x = b.add(b.mul(x, 3.4445), b.matmul(change, x))
+    return b.transpose(x, perm=(1, 0)) if tall else x
 
 
 @dataclass(frozen=True)
@@ -209,7 +269,8 @@ class Adafactor:
         _require(self, "clip", 0 < self.clip < math.inf, "above 0 and finite")
         _require_size(self, "eps2", "decay")
 
-    def slots(self, type: TensorType) -> dict[str, TensorType]:
+    def slots(self, p: Value) -> dict[str, TensorType]:
+        type = p.tensor
         if type.rank < 2:
             return {"square": type}
         rows, columns = type.shape[:-1], type.shape[:-2]

@@ -116,7 +116,7 @@ class _Step:
                 raise IRError(f"parameter {name} is {v.type}: train_step updates f32 parameters (train= chooses them)")
             else:
                 env[v] = self._state(name, v.tensor)
-        slots = {name: self._slots(name, self.states[name].tensor) for name in self.trained}
+        slots = {name: self._slots(self.states[name]) for name in self.trained}
         count = self._state(COUNT, TensorType(DType.I64, ()))
         if self.scaling is not None:
             for name in (GOOD, SKIPPED):
@@ -183,13 +183,13 @@ class _Step:
         self.states[name] = self.graph.add_input(name, type)
         return self.states[name]
 
-    def _slots(self, name: str, type: TensorType) -> dict[str, Value]:
+    def _slots(self, p: Value) -> dict[str, Value]:
         """The states that belong to one parameter; returns the optimizer's."""
         if self.accumulate > 1:
-            self._state(f"optimizer.sum.{name}", type)
+            self._state(f"optimizer.sum.{p.name}", p.tensor)
         if self.ema is not None:
-            self._state(f"ema.{name}", type)
-        return {slot: self._state(f"optimizer.{slot}.{name}", t) for slot, t in self.optimizer.slots(type).items()}
+            self._state(f"ema.{p.name}", p.tensor)
+        return {slot: self._state(f"optimizer.{slot}.{p.name}", t) for slot, t in self.optimizer.slots(p).items()}
 
     def initial(self, state: str, trained: Mapping[str, np.ndarray]) -> np.ndarray:
         """What a state begins with: parameters and their averages as they are, the scale of the loss, the rest zero."""

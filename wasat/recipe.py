@@ -27,7 +27,7 @@ from wasat.training.data import Batch, Packed, Source, TextFiles
 from wasat.training.loop import Progress, Trained, train
 from wasat.training.losses import add_loss, cross_entropy
 from wasat.training.mixture import END
-from wasat.training.optimizers import SGD, Adafactor, AdamW, Constant, Cosine, Linear, Optimizer, OutOfRange, Schedule
+from wasat.training.optimizers import SGD, Adafactor, AdamW, Constant, Cosine, Linear, Muon, Optimizer, OutOfRange, Schedule
 
 if TYPE_CHECKING:
     from wasat.joint import Joint
@@ -227,9 +227,9 @@ def _training(top: Table, step: Table, steps: int) -> dict[str, Any]:
     options["precision"], options["remat"] = step.take("precision", str, "f32"), step.take("remat", bool, False)
     if options["precision"] not in ("f32", "bf16", "f16"):
         raise RecipeError(f"{step.at('precision')}: precision = {options['precision']!r} must be 'f32', 'bf16' or 'f16'")
-    options["train"] = tuple(step.take("train", list, ["*"]))
-    if not options["train"] or not all(isinstance(x, str) for x in options["train"]):
-        raise RecipeError(f"{step.at('train')}: train = {list(options['train'])} must be a list of globs, as ['blocks.*']")
+    options["train"] = _globs(step, "train", step.take("train", list, ["*"]))
+    if not options["train"]:
+        raise RecipeError(f"{step.at('train')}: train = [] must have a glob, as ['blocks.*']")
     if rate.items.get("name", "cosine") != "constant":
         rate.items.setdefault("steps", steps // options["accumulate"])  # schedules count updates
     options["rate"] = _chosen(rate, _SCHEDULES, "cosine")
@@ -239,7 +239,7 @@ def _training(top: Table, step: Table, steps: int) -> dict[str, Any]:
     return options
 
 
-_OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW, "adafactor": Adafactor, "sgd": SGD}
+_OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW, "muon": Muon, "adafactor": Adafactor, "sgd": SGD}
 _SCHEDULES: dict[str, type[Schedule]] = {"cosine": Cosine, "linear": Linear, "constant": Constant}
 _BOUNDS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
     "least": ("at least", operator.ge), "above": ("above", operator.gt), "below": ("below", operator.lt),
@@ -315,12 +315,21 @@ def _lines(text: str) -> dict[tuple[str, str], int]:
 _KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "a table", list: "a list"}
 
 
+def _globs(table: Table, key: str, value: list[Any]) -> tuple[str, ...]:
+    if not all(isinstance(x, str) for x in value):
+        raise RecipeError(f"{table.at(key)}: {key} = {value} must be a list of globs, as ['blocks.*']")
+    return tuple(value)
+
+
 def _made(table: Table, cls: type) -> Any:
-    """A dataclass of numbers from the table's keys. What it refuses is a RecipeError."""
-    kinds = {"int": int, "float": float, "bool": bool}
-    values = {
-        f.name: table.take(f.name, kinds[str(f.type)], *([] if f.default is MISSING else [f.default])) for f in fields(cls)
-    }
+    """A dataclass of numbers and globs from the table's keys. What it refuses is a RecipeError."""
+    kinds = {"int": int, "float": float, "bool": bool, "tuple[str, ...]": list}
+    values: dict[str, Any] = {}
+    for f in fields(cls):
+        x = table.take(f.name, kinds[str(f.type)], *([] if f.default is MISSING else [f.default]))
+        if isinstance(x, list):
+            x = _globs(table, f.name, x)
+        values[f.name] = x
     table.close()
     try:
         return cls(**values)

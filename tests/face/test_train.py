@@ -269,7 +269,7 @@ REFUSED = {
     "no file": (RECIPE.replace('"b.txt"', '"c.txt"'), r"\[evaluation\], line 17: no file matches 'c.txt'"),
     "a number as file": (RECIPE.replace('"b.txt"', "7"), "files must be paths, not 7"),
     "no optimizer": (
-        RECIPE.replace('"adamw"', '"lion"'), r"\[optimizer\], line 21: there is no lion; there are adamw, adafactor, sgd"
+        RECIPE.replace('"adamw"', '"lion"'), r"\[optimizer\], line 21: there is no lion; there are adamw, muon, adafactor"
     ),
     "one table": (RECIPE.replace("[[data]]", "[data]"), "line 11: data = .* must be a list"),
     "no list of tables": ("data = [1]\n" + RECIPE.replace('[[data]]\nfiles = ["*.txt"]', ""), r"tables: \[\[data\]\]"),
@@ -293,7 +293,12 @@ REFUSED = {
         RECIPE.replace("clip = 1", 'train = ["head.*", "blocks.0.mlq.*"]'),
         r"\[step\], line 27: train: no parameter matches 'blocks.0.mlq.\*'; there are blocks.0.mlp",
     ),
-    "no globs": (RECIPE.replace("clip = 1", "train = []"), r"\[step\], line 27: train = \[\] must be a list of globs"),
+    "no globs": (RECIPE.replace("clip = 1", "train = []"), r"\[step\], line 27: train = \[\] must have a glob"),
+    "globs": (RECIPE.replace("clip = 1", "train = [1]"), r"\[step\], line 27: train = \[1\] must be a list of globs"),
+    "adamw": (
+        RECIPE.replace('"adamw"', '"muon"\nadamw = [1]'),
+        r"\[optimizer\], line 22: adamw = \[1\] must be a list of globs",
+    ),
     "smoothing": (RECIPE + "[loss]\nsmoothing = 1", r"\[loss\], line 31: smoothing = 1.0 must be below 1"),
     "z_loss": (RECIPE + "[loss]\nz_loss = -1", r"\[loss\], line 31: z_loss = -1.0 must be at least 0"),
     "no end": (RECIPE.replace("dim = 16", 'dim = 16\nend = "<x>"'), "has no token <x> to end a document"),

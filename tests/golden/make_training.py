@@ -6,15 +6,16 @@
 Models are those of ``hf/`` (make_hf.py). ``gradients_*.npz``: ids, labels (-100: left out), loss, and by parameter name the
 gradient. ``losses.npz``: the operands, ``<case>.loss``, and ``<case>.grad`` of the logits (or points). ``optimizers.npz``:
 parameters that start at ``start.<name>`` and get the gradients ``grad.<name>[step]``; what they are after each step,
-``<case>.<name>[step]``. ``run.npz``: the ids and labels of 4 batches, which take turns for 20 steps; the losses, the norms
-before clipping, and a parameter afterwards. ``scaler.npz``: ``gradients[step]`` of a parameter that starts at ``start``, some
-not finite; what AdamW behind a GradScaler makes of it, ``parameter[step]``, the scales, and with gradients of two steps summed
-``summed.parameter`` and ``summed.scale``.
+``<case>.<name>[step]``. ``muon.npz``: the same of one case. ``run.npz``: the ids and labels of 4 batches, which take turns for
+20 steps; the losses, the norms before clipping, and a parameter afterwards. ``scaler.npz``: ``gradients[step]`` of a parameter
+that starts at ``start``, some not finite; what AdamW behind a GradScaler makes of it, ``parameter[step]``, the scales, and with
+gradients of two steps summed ``summed.parameter`` and ``summed.scale``.
 """
 
 import math
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -134,6 +135,33 @@ def optimizers() -> dict[str, np.ndarray]:
     return found
 
 
+def muon() -> dict[str, np.ndarray]:
+    """Matrices by Muon, the rest by AdamW; as torch has it but for the precision of the products, bf16 there, here f32."""
+    noise = torch.Generator().manual_seed(3)
+    shapes = {"tall": (6, 4), "wide": (3, 7), "embedding": (5, 3), "kernel": (2, 3, 4), "bias": (4,)}
+    params = {k: torch.randn(s, generator=noise).requires_grad_() for k, s in shapes.items()}
+    found = {f"start.{k}": p.detach().numpy().copy() for k, p in params.items()}
+    own = torch.optim.Muon(
+        [params["tall"], params["wide"]], 0.02, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw"
+    )
+    groups = [
+        {"params": [params["embedding"], params["kernel"]], "weight_decay": 0.1},
+        {"params": [params["bias"]], "weight_decay": 0.0},
+    ]
+    others = torch.optim.AdamW(groups, 0.02, betas=(0.8, 0.95), eps=1e-6)
+    after: dict[str, list[np.ndarray]] = {x: [] for k in params for x in (k, f"grad.{k}")}
+    for _ in range(STEPS):
+        for k, p in params.items():
+            p.grad = torch.randn(p.shape, generator=noise) * torch.logspace(-1, 1, p.shape[-1])
+            after[f"grad.{k}"].append(p.grad.numpy().copy())
+        with mock.patch.object(torch.Tensor, "bfloat16", torch.Tensor.float):
+            own.step()
+        others.step()
+        for k, p in params.items():
+            after[k].append(p.detach().numpy().copy())
+    return found | {k: np.stack(x) for k, x in after.items()}
+
+
 def run() -> dict[str, np.ndarray]:
     model = model_of("llama")
     params = dict(model.named_parameters())
@@ -183,7 +211,7 @@ def scaler() -> dict[str, np.ndarray]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     made = {f"gradients_{n}": gradients(n) for n in ("llama", "gemma3")}
-    made |= {"losses": losses(), "optimizers": optimizers(), "run": run(), "scaler": scaler()}
+    made |= {"losses": losses(), "optimizers": optimizers(), "muon": muon(), "run": run(), "scaler": scaler()}
     for name, arrays in made.items():
         np.savez_compressed(HERE / "training" / f"{name}.npz", **arrays)
         print(name, sum(a.nbytes for a in arrays.values()), "bytes")

@@ -13,7 +13,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from wasat.backends.tvm.targets import cpu
 from wasat.ir import ArrayParam, Program, evaluate, parse, type_of
 from wasat.training.compiled import Compiled
-from wasat.training.optimizers import SGD, Adafactor, AdamW, Constant
+from wasat.training.optimizers import SGD, Adafactor, AdamW, Constant, Muon
 from wasat.training.scaling import LossScale
 from wasat.training.step import TrainStep, train_step
 
@@ -31,6 +31,7 @@ LOSS = """graph @loss(%x: f32[n, 4]) {
 CASES: dict[str, dict[str, Any]] = {
     "adamw": {"optimizer": AdamW(decay=0.1), "clip": 1.0, "ema": 0.5},
     "summed": {"optimizer": SGD(momentum=0.9), "accumulate": 2},
+    "muon": {"optimizer": Muon(), "clip": 1.0},
     "adafactor": {"optimizer": Adafactor(decay=0.1)},
     "f16": {"optimizer": AdamW(), "precision": "f16", "scaling": LossScale(8.0), "accumulate": 2},
 }

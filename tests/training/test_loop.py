@@ -310,7 +310,7 @@ class Rows(nn.Module):
 class Signs:
     """Each number moves by the rate against its gradient's sign, which it finds in a bad way: of 0 it is NaN."""
 
-    def slots(self, type: TensorType) -> dict[str, TensorType]:
+    def slots(self, p: Value) -> dict[str, TensorType]:
         return {}
 
     def update(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +11,24 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 from wasat.ir import ArrayParam, Builder, Graph, IRError, Program, evaluate, parse_type, type_of
-from wasat.training.optimizers import SGD, Adafactor, AdamW, Constant, Cosine, Linear, OutOfRange, Schedule
+from wasat.training.optimizers import SGD, Adafactor, AdamW, Constant, Cosine, Linear, Muon, OutOfRange, Schedule
 from wasat.training.step import TrainStep, train_step
 
-GOLDEN = np.load(Path(__file__).parent.parent / "golden" / "training" / "optimizers.npz")
-NAMES = ["kernel", "matrix", "bias"]
+FOLDER = Path(__file__).parent.parent / "golden" / "training"
+GOLDEN, MUON = np.load(FOLDER / "optimizers.npz"), np.load(FOLDER / "muon.npz")
+NAMES, MUON_NAMES = ["kernel", "matrix", "bias"], ["tall", "wide", "embedding", "kernel", "bias"]
 STEPS = len(GOLDEN["grad.bias"])
 ADAM = AdamW(0.8, 0.95, 1e-6, 0.1)
 
 
-def given_gradients() -> Program:
+def given_gradients(golden: Mapping[str, np.ndarray] = GOLDEN, names: Sequence[str] = NAMES) -> Program:
     """sum(parameter * input): the input is the gradient."""
     g = Graph("loss")
     b = Builder(g)
     loss = b.constant(0.0)
     params = {}
-    for name in NAMES:
-        start = GOLDEN[f"start.{name}"]
+    for name in names:
+        start = golden[f"start.{name}"]
         params[name] = ArrayParam(start, type_of(start))
         p, x = g.add_param(name, type_of(start)), g.add_input(f"{name}.gradient", type_of(start))
         loss = b.add(loss, b.reduce_sum(b.mul(p, x), axes=tuple(range(start.ndim))))
@@ -34,11 +36,13 @@ def given_gradients() -> Program:
     return Program({"loss": g}, params)
 
 
-def run(made: TrainStep, steps: int = STEPS) -> list[dict[str, Any]]:
+def run(
+    made: TrainStep, steps: int = STEPS, golden: Mapping[str, np.ndarray] = GOLDEN, names: Sequence[str] = NAMES
+) -> list[dict[str, Any]]:
     states, trace = dict(made.states), []
     g = made.program["train_step"]
     for t in range(steps):
-        batch = {f"{name}.gradient": GOLDEN[f"grad.{name}"][t] for name in NAMES}
+        batch = {f"{name}.gradient": golden[f"grad.{name}"][t] for name in names}
         out = dict(zip(g.output_names, evaluate(g, {**batch, **states})))
         states = {k: out[k] for k in states}  # type: ignore[misc]
         trace.append(out)
@@ -67,6 +71,38 @@ def test_of_torch(case: str) -> None:
             assert_allclose(out[name], want, rtol=2e-5, atol=2e-6, err_msg=f"{name} after step {t}")
 
 
+def test_muon_of_torch() -> None:
+    muon = Muon(0.9, beta1=0.8, beta2=0.95, eps=1e-6)
+    made = train_step(given_gradients(MUON, MUON_NAMES), optimizer=muon, rate=Constant(0.02), clip=None)
+    for t, out in enumerate(run(made, STEPS, MUON, MUON_NAMES)):
+        for name in MUON_NAMES:
+            assert_allclose(out[name], MUON[name][t], rtol=2e-5, atol=2e-6, err_msg=f"{name} after step {t}")
+
+
+@pytest.mark.parametrize("name", ["tall", "wide"])
+def test_muon_moves_along_the_singular_vectors(name: str) -> None:
+    """A first update is U f(S) V of the gradient, without momentum; f brings what is above a thousandth of S[0] near 1."""
+    program = given_gradients(MUON, [name])
+    optimizer, batch = Muon(0.0, decay=0.0), {f"{name}.gradient": MUON[f"grad.{name}"][0]}
+    made = train_step(program, optimizer=optimizer, rate=Constant(0.5), clip=None)
+    g = made.program["train_step"]
+    out = dict(zip(g.output_names, evaluate(g, {**batch, **made.states})))
+    moved = (made.states[name] - out[name]) / (0.5 * 0.2 * math.sqrt(max(made.states[name].shape)))
+    u, _, v = np.linalg.svd(batch[f"{name}.gradient"], full_matrices=False)
+    turned = u.T @ moved @ v.T
+    assert_allclose(turned, np.diag(np.diag(turned)), atol=1e-5)
+    assert (np.diag(turned) > 0.65).all()
+    assert (np.diag(turned) < 1.25).all()
+
+
+def test_muon_takes_no_step_of_nothing() -> None:
+    zeros = {f"{k}.gradient": np.zeros_like(MUON[f"start.{k}"]) for k in MUON_NAMES}
+    made = train_step(given_gradients(MUON, MUON_NAMES), optimizer=Muon(decay=0.0))
+    g = made.program["train_step"]
+    out = dict(zip(g.output_names, evaluate(g, {**zeros, **made.states})))
+    assert all(np.array_equal(out[k], made.states[k]) for k in MUON_NAMES)  # type: ignore[arg-type]
+
+
 def test_states_have_the_sizes_of_the_method() -> None:
     shapes = {k: v.shape for k, v in train_step(given_gradients(), optimizer=Adafactor()).states.items()}
     assert shapes == {
@@ -75,6 +111,11 @@ def test_states_have_the_sizes_of_the_method() -> None:
         "optimizer.square.bias": (3,), "optimizer.count": (),
     }  # fmt: skip
     assert set(train_step(given_gradients(), optimizer=SGD()).states) == {*NAMES, "optimizer.count"}
+    for muon, by_adamw in ((Muon(), MUON_NAMES[2:]), (Muon(adamw=("t*", "k*")), ["tall", "kernel", "bias"])):
+        states = set(train_step(given_gradients(MUON, MUON_NAMES), optimizer=muon).states)
+        by_muon = {f"optimizer.momentum.{k}" for k in MUON_NAMES if k not in by_adamw and k != "kernel"}
+        own = {f"optimizer.{slot}.{k}" for k in by_adamw for slot in ("mean", "square")}
+        assert states == {*MUON_NAMES, "optimizer.count", *by_muon, *own}
 
 
 @pytest.mark.parametrize(("schedule", "at"), [
@@ -116,6 +157,11 @@ OUT_OF_RANGE: list[tuple[Any, dict[str, Any], str]] = [
     (AdamW, {"eps": 0.0}, "eps = 0.0 must be above 0"),
     (AdamW, {"eps": 1e-50}, "eps = 1e-50 must be above 0, in f32"),
     (AdamW, {"decay": -0.1}, "decay = -0.1 must be at least 0"),
+    (Muon, {"momentum": 1.0}, "Muon: momentum = 1.0 must be at least 0 and below 1"),
+    (Muon, {"rounds": 0}, "Muon: rounds = 0 must be at least 1 and below 100"),
+    (Muon, {"rounds": 100}, "rounds = 100 must be"),
+    (Muon, {"beta2": 1.0}, "AdamW: beta2 = 1.0 must be"),
+    (Muon, {"decay": -0.1}, "decay = -0.1 must be at least 0"),
     (Adafactor, {"beta2_decay": 0.8}, "Adafactor: beta2_decay = 0.8 must be at most 0"),
     (Adafactor, {"eps1": 1e-30}, r"eps1 = 1e-30 must be at least 2\*\*-63"),
     (Adafactor, {"eps2": -1e-3}, "eps2 = -0.001 must be at least 0"),
@@ -133,7 +179,13 @@ def test_numbers_out_of_range(cls: Any, numbers: dict[str, Any], message: str) -
 
 
 def test_the_ends_of_the_ranges_are_in_them() -> None:
-    for optimizer in (SGD(0.0), SGD(0.5, nesterov=True), AdamW(0.0, 0.0, 2.0**-126, 0.0), Adafactor(0.0, 2.0**-63, 0.0)):
+    for optimizer in (
+        SGD(0.0),
+        SGD(0.5, nesterov=True),
+        AdamW(0.0, 0.0, 2.0**-126, 0.0),
+        Adafactor(0.0, 2.0**-63, 0.0),
+        Muon(0.0, rounds=1),
+    ):
         for out in run(train_step(given_gradients(), optimizer=optimizer, rate=Cosine(0.0, warmup=0, steps=1, final=0.0))):
             assert all(np.isfinite(out[name]).all() for name in NAMES)
 
@@ -180,7 +232,7 @@ def test_an_infinite_gradient_does_not_stay_in_the_sum() -> None:
 
 
 def test_decay_leaves_vectors_alone() -> None:
-    for optimizer in (SGD(decay=0.5), AdamW(decay=0.5), Adafactor(decay=0.5)):
+    for optimizer in (SGD(decay=0.5), AdamW(decay=0.5), Adafactor(decay=0.5), Muon(decay=0.5)):
         made = train_step(given_gradients(), optimizer=optimizer, rate=Constant(0.1))
         g = made.program["train_step"]
         batch = {f"{name}.gradient": np.zeros_like(GOLDEN[f"start.{name}"]) for name in NAMES}
