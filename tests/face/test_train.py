@@ -7,15 +7,19 @@ import json
 import signal
 import subprocess
 import sys
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from typer.testing import CliRunner
 from wasat.training.data import Packed
+from wasat.training.scaling import LossScale
 
 import wasat as ws
+from wasat.cli import app
 from wasat.recipe import RecipeError, byte_tokenizer, read_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -191,6 +195,18 @@ def test_killed_at_every_moment_it_ends_with_the_same_bits(tmp_path: Path, whole
     folders = [folder / "run" for folder in (tmp_path, whole[0])]
     made, wanted = ({p.name: p.read_bytes() for p in folder.iterdir() if p.name != "log.jsonl"} for folder in folders)
     assert made == wanted
+
+
+def test_updates_that_were_skipped_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wasat.training.step.LossScale", partial(LossScale, initial=2.0**30, backoff=2.0**-5))
+    recipe = RECIPE.replace("clip = 1", 'precision = "f16"').replace("steps = 40", f'output = "{tmp_path}/run"\nsteps = 6')
+    path = write(tmp_path, recipe.replace('output = "run"\n', ""))
+    done = CliRunner().invoke(app, ["train", str(path)], catch_exceptions=False)
+    lines = list(map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines()))
+    skipped = [line["skipped"] for line in lines]
+    assert skipped[0] == 1.0
+    assert skipped[-1] == 0.0
+    assert done.stdout.splitlines()[-1] == f"{sum(skipped):.0f} updates were skipped: their gradients overflowed in f16"
 
 
 def test_trained_and_served(whole: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
