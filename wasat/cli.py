@@ -37,7 +37,7 @@ A first round, from a clone of the repository:
 - `wasat plan examples/pygemma` says what it will take, in each scheme, before anything is allocated
 - `wasat explain examples/pygemma` says what each pass did, and for every lost optimization why and where
 - `wasat train examples/train_tiny.toml` trains a tiny language model in under a minute
-- `wasat train examples/gemini.toml --artifact gemini.wasat`, in an hour, one of text, pictures, sounds and clips
+- `wasat train examples/gemini.toml --artifact gemini.wasat`, in under an hour, one of text, pictures, sounds and clips
 - `wasat evaluate gemini.wasat examples/gemini.toml` asks it what it has not been trained on
 - `wasat export examples/pygemma --onnx pygemma.onnx` writes it as an ONNX file
 - `wasat demo` does it all on small models, and writes a page
