@@ -213,21 +213,20 @@ class Muon:
     def __post_init__(self) -> None:
         _require_share(self, "momentum")
         _require(self, "rounds", 1 <= self.rounds < 100, "at least 1 and below 100")
-        AdamW.__post_init__(self._others)
+        self._adamw()  # looks at its numbers
 
-    @property
-    def _others(self) -> AdamW:
+    def _adamw(self) -> AdamW:
         return AdamW(self.beta1, self.beta2, self.eps, self.decay)
 
     def _is_for(self, p: Value) -> bool:
         return p.tensor.rank == 2 and not any(fnmatchcase(p.name, glob) for glob in self.adamw)
 
     def slots(self, p: Value) -> dict[str, TensorType]:
-        return {"momentum": p.tensor} if self._is_for(p) else self._others.slots(p)
+        return {"momentum": p.tensor} if self._is_for(p) else self._adamw().slots(p)
 
     def update(self, b: Builder, p: Value, g: Value, slots: Slots, rate: Value, count: Value) -> tuple[Value, Slots]:
         if not self._is_for(p):
-            return self._others.update(b, p, g, slots, rate, count)
+            return self._adamw().update(b, p, g, slots, rate, count)
         m = _lerp(b, slots["momentum"], g, 1 - self.momentum)
         move = _orthogonal(b, _lerp(b, g, m, self.momentum) if self.nesterov else m, self.rounds)
         size = 0.2 * math.sqrt(max(p.tensor.concrete({})))
@@ -238,7 +237,8 @@ def _orthogonal(b: Builder, x: Value, rounds: int) -> Value:
     """The matrix x with singular values near 1 (0.7 to 1.2 after 5 rounds, but for those that were below a thousandth of the
     largest) and the same singular vectors: a polynomial of odd degree 5, again and again.
     """
-    tall = x.tensor.concrete({})[0] > x.tensor.concrete({})[1]
+    rows, columns = x.tensor.concrete({})
+    tall = rows > columns
     if tall:  # the smaller one of its two products with itself
         x = b.transpose(x, perm=(1, 0))
     length = b.sqrt(b.reduce_sum(b.mul(x, x), axes=(0, 1)))

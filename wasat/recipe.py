@@ -227,7 +227,7 @@ def _training(top: Table, step: Table, steps: int) -> dict[str, Any]:
     options["precision"], options["remat"] = step.take("precision", str, "f32"), step.take("remat", bool, False)
     if options["precision"] not in ("f32", "bf16", "f16"):
         raise RecipeError(f"{step.at('precision')}: precision = {options['precision']!r} must be 'f32', 'bf16' or 'f16'")
-    options["train"] = _globs(step, "train", step.take("train", list, ["*"]))
+    options["train"] = step.texts("train", ("*",))
     if not options["train"]:
         raise RecipeError(f"{step.at('train')}: train = [] must have a glob, as ['blocks.*']")
     if rate.items.get("name", "cosine") != "constant":
@@ -276,6 +276,13 @@ class Table:
                 raise RecipeError(f"{self.at(key)}: {key} = {value!r} must be {words} {bound}")
         return value
 
+    def texts(self, key: str, *default: tuple[str, ...]) -> tuple[str, ...]:
+        """The value of ``key``, a list of texts: paths, globs."""
+        found = self.take(key, list, *default)
+        if not all(isinstance(x, str) for x in found):
+            raise RecipeError(f"{self.at(key)}: {key} = {found} must be a list of texts")
+        return tuple(found)
+
     def at(self, key: str) -> str:
         """Where the key stands."""
         line = self._lines.get((self._header, key))
@@ -315,21 +322,14 @@ def _lines(text: str) -> dict[tuple[str, str], int]:
 _KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "a table", list: "a list"}
 
 
-def _globs(table: Table, key: str, value: list[Any]) -> tuple[str, ...]:
-    if not all(isinstance(x, str) for x in value):
-        raise RecipeError(f"{table.at(key)}: {key} = {value} must be a list of globs, as ['blocks.*']")
-    return tuple(value)
-
-
 def _made(table: Table, cls: type) -> Any:
-    """A dataclass of numbers and globs from the table's keys. What it refuses is a RecipeError."""
-    kinds = {"int": int, "float": float, "bool": bool, "tuple[str, ...]": list}
+    """A dataclass of numbers and texts from the table's keys. What it refuses is a RecipeError."""
+    kinds = {"int": int, "float": float, "bool": bool}
     values: dict[str, Any] = {}
     for f in fields(cls):
-        x = table.take(f.name, kinds[str(f.type)], *([] if f.default is MISSING else [f.default]))
-        if isinstance(x, list):
-            x = _globs(table, f.name, x)
-        values[f.name] = x
+        default, kind = [] if f.default is MISSING else [f.default], str(f.type)
+        texts = kind == "tuple[str, ...]"
+        values[f.name] = table.texts(f.name, *default) if texts else table.take(f.name, kinds[kind], *default)
     table.close()
     try:
         return cls(**values)
@@ -347,9 +347,7 @@ def _chosen(table: Table, there: dict[str, Any], default: str) -> Any:
 def files_of(table: Table, base: Path) -> tuple[Path, ...]:
     """The files that the table's ``files`` match, patterns from ``base`` on."""
     found: list[Path] = []
-    for pattern in table.take("files", list):
-        if not isinstance(pattern, str):
-            raise RecipeError(f"{table.at('files')}: files must be paths, not {pattern!r}")
+    for pattern in table.texts("files"):
         matches = sorted(Path(p) for p in glob.glob(str(base / pattern), recursive=True))
         if not any(p.is_file() for p in matches):
             raise RecipeError(f"{table.at('files')}: no file matches {pattern!r} (looked from {base})")

@@ -283,7 +283,7 @@ REFUSED = {
     "no evaluation": (RECIPE.replace("batches = 2", "batches = 0"), r"\[evaluation\], line 19: batches = 0 must be at least 1"),
     "heads": (RECIPE.replace("heads = 2", "heads = 3", 1), r"\[model\], line 7: dim = 16 is not divided by heads = 3"),
     "no file": (RECIPE.replace('"b.txt"', '"c.txt"'), r"\[evaluation\], line 17: no file matches 'c.txt'"),
-    "a number as file": (RECIPE.replace('"b.txt"', "7"), "files must be paths, not 7"),
+    "a number as file": (RECIPE.replace('"b.txt"', "7"), r"files = \[7\] must be a list of texts"),
     "no optimizer": (
         RECIPE.replace('"adamw"', '"lion"'), r"\[optimizer\], line 21: there is no lion; there are adamw, muon, adafactor"
     ),
@@ -310,10 +310,10 @@ REFUSED = {
         r"\[step\], line 27: train: no parameter matches 'blocks.0.mlq.\*'; there are blocks.0.mlp",
     ),
     "no globs": (RECIPE.replace("clip = 1", "train = []"), r"\[step\], line 27: train = \[\] must have a glob"),
-    "globs": (RECIPE.replace("clip = 1", "train = [1]"), r"\[step\], line 27: train = \[1\] must be a list of globs"),
+    "globs": (RECIPE.replace("clip = 1", "train = [1]"), r"\[step\], line 27: train = \[1\] must be a list of texts"),
     "adamw": (
         RECIPE.replace('"adamw"', '"muon"\nadamw = [1]'),
-        r"\[optimizer\], line 22: adamw = \[1\] must be a list of globs",
+        r"\[optimizer\], line 22: adamw = \[1\] must be a list of texts",
     ),
     "smoothing": (RECIPE + "[loss]\nsmoothing = 1", r"\[loss\], line 31: smoothing = 1.0 must be below 1"),
     "z_loss": (RECIPE + "[loss]\nz_loss = -1", r"\[loss\], line 31: z_loss = -1.0 must be at least 0"),

@@ -98,8 +98,8 @@ def llama(**options: Any) -> TrainStep:
 BATCHES = [{"tokens": RUN["ids"][t % 4], "labels": RUN["labels"][t % 4]} for t in range(20)]
 
 
-@pytest.mark.parametrize(("precision", "rtol"), [("bf16", 5e-3), ("f16", 1e-3)])
-def test_trajectories_in_half_precision_stay_near(precision: str, rtol: float) -> None:
+@pytest.mark.parametrize(("precision", "mean", "most"), [("bf16", 5e-3, 2.5e-2), ("f16", 5e-4, 2e-3)])
+def test_trajectories_in_half_precision_stay_near(precision: str, mean: float, most: float) -> None:
     """On the whole; the order in which a processor's BLAS sums decides how single losses are rounded, and that grows."""
     made = llama(precision=precision)
     assert all(x.dtype == np.float32 for k, x in made.states.items() if x.ndim)
@@ -107,8 +107,8 @@ def test_trajectories_in_half_precision_stay_near(precision: str, rtol: float) -
     said = steps(made, BATCHES)
     losses = [float(x["loss"]) for x in said]
     off = np.abs(losses / RUN["losses"] - 1)
-    assert off.mean() < rtol
-    assert off.max() < 5 * rtol
+    assert off.mean() < mean
+    assert off.max() < most
     assert losses != RUN["losses"].tolist()
     assert not any(x.get("skipped", 0) for x in said)
 
