@@ -1,17 +1,23 @@
-# make demo | test | check | bench | parity: each sets up what it needs in .venv (Python 3.11+, a C++ compiler)
+# make demo | test | test-all | check | bench | parity: each sets up what it needs in .venv (Python 3.11+, a C++ compiler)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := ir passes backends frontend runtime training wasat
 
-.PHONY: demo test check lint types bench parity clean
+.PHONY: demo test test-all test-slow check lint types bench parity clean
 
 demo: $(READY)
 	$(BIN)/wasat demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+# what takes long and adds little: larger sweeps of what `make test` samples
+test-slow: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+
+test-all: test test-slow
 
 check: lint types test
 
