@@ -23,6 +23,12 @@ from .errors import DimError
 
 DimLike = Union[int, "Dim"]
 
+_LARGEST = 1024
+"""How many atoms a dimension may be made of, those inside others included: arithmetic on it is to end soon. Sizes of real
+models have a dozen."""
+_DEEPEST = 40
+"""How deep atoms may be nested."""
+
 
 @dataclass(frozen=True)
 class Func:
@@ -78,6 +84,13 @@ class Dim:
     def __hash__(self) -> int:
         return self._hash
 
+    @cached_property
+    def _extent(self) -> tuple[int, int]:
+        """How many atoms and constants it is made of, and how deep they are nested."""
+        parts = [_extent(side) for m, _ in self.terms for a in m if isinstance(a, Func) for side in (a.lhs, a.rhs)]
+        size = sum(max(len(m), 1) for m, _ in self.terms) + sum(n for n, _ in parts)
+        return size, 1 + max((depth for _, depth in parts), default=0)
+
     def __str__(self) -> str:
         out = ""
         for monomial, c in self.terms:
@@ -109,6 +122,7 @@ class Dim:
 
     @_of_dims
     def __mul__(self, other: DimLike) -> DimLike:
+        _refuse_beyond(_extent(self)[0] * _extent(other)[0])
         return _combine(
             [(tuple(sorted(m + n, key=str)), c * d) for m, c in self.terms for n, d in _terms(other)]
         )
@@ -162,6 +176,17 @@ def symbols_of(dims: Iterable[object]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(s for d in dims if isinstance(d, Dim) for s in d.symbols))
 
 
+def _extent(d: DimLike) -> tuple[int, int]:
+    return d._extent if isinstance(d, Dim) else (1, 0)
+
+
+def _refuse_beyond(size: int, depth: int = 0) -> None:
+    if size > _LARGEST:
+        raise DimError(f"a size would have about {size} terms; at most {_LARGEST} are kept")
+    if depth > _DEEPEST:
+        raise DimError(f"a size would be nested {depth} deep; at most {_DEEPEST} is kept")
+
+
 def _terms(d: DimLike) -> list[tuple[Monomial, int]]:
     if isinstance(d, Dim):
         return list(d.terms)
@@ -170,6 +195,8 @@ def _terms(d: DimLike) -> list[tuple[Monomial, int]]:
 
 def _combine(terms: Iterable[tuple[Monomial, int]]) -> DimLike:
     total: dict[Monomial, int] = {}
+    terms = list(terms)
+    _refuse_beyond(len(terms))
     for m, c in terms:
         total[m] = total.get(m, 0) + c
     left = sorted(((m, c) for m, c in total.items() if c), key=lambda t: _order(t[0]))
@@ -188,6 +215,8 @@ def symbol(name: str) -> Dim:
 
 
 def _func(name: str, lhs: DimLike, rhs: DimLike) -> Dim:
+    (m, i), (n, j) = _extent(lhs), _extent(rhs)
+    _refuse_beyond(m + n, max(i, j) + 1)
     return Dim((((Func(name, lhs, rhs),), 1),))
 
 
@@ -389,8 +418,8 @@ def parse_dim(text: str) -> DimLike:
     """Reads what ``str`` of a dimension wrote: ``+ - * // %``, ``max(a, b)``, ``min(a, b)``, integers and names."""
     try:
         return _from_ast(ast.parse(text.strip(), mode="eval").body)
-    except (SyntaxError, ValueError):
-        raise DimError(f"{text!r} is not a dimension expression") from None
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise DimError(f"{text[:200]!r} is not a dimension expression") from None
 
 
 def _from_ast(node: ast.expr) -> DimLike:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import base64
+import binascii
 import bisect
+import contextlib
 import json
 import math
 import re
 import zlib
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import numpy as np
@@ -20,14 +23,16 @@ from .types import DType, QTensorType, TensorType, Type
 
 _TOKEN = re.compile(
     r"""(?P<space>[ \t\r]+|\#[^\n]*) | (?P<newline>\n)
-      | (?P<value>%(?:[A-Za-z_][A-Za-z0-9_.\-]*|"(?:[^"\\]|\\.)*"))
+      | (?P<value>%(?:[A-Za-z_][A-Za-z0-9_.\-]*|"(?:[^"\\]++|\\.)*+"))
       | (?P<graph>@[A-Za-z_][A-Za-z0-9_.\-]*)
-      | (?P<string>"(?:[^"\\]|\\.)*")
+      | (?P<string>"(?:[^"\\]++|\\.)*+")
       | (?P<number>-?(?:\d+\.\d*(?:[eE][+-]?\d+)?|\d+[eE][+-]?\d+|\d+|inf\b|nan\b))
       | (?P<word>[A-Za-z_][A-Za-z0-9_]*)
       | (?P<sign>//|[-+*%()\[\]{}<>,:=])""",
     re.VERBOSE,
 )
+_DEPTH = 40
+"""How deep sizes, tuples and bodies may be nested: nothing that is printed comes near."""
 _QTYPE = re.compile(r"(int8|int4)b(\d+)(b?f\w+)\Z")
 _DTYPES = {d.value: d for d in DType}
 
@@ -48,8 +53,9 @@ class _Parser:
             if kind not in ("space", "newline"):
                 self.tokens.append((kind, m.group(), at))
             at = m.end()
-        self.tokens.append(("end", "end of text", len(text)))
+        self.tokens += [("end", "end of text", len(text))] * 3  # as far as the parser looks ahead
         self.i = 0
+        self.depth = 0
 
     # -- tokens ------------------------------------------------------------------------------------------------------
     def fail(self, message: str, at: int | None = None) -> NoReturn:
@@ -58,7 +64,33 @@ class _Parser:
         start = self.text.rfind("\n", 0, at) + 1
         end = self.text.find("\n", at)
         source = self.text[start : end if end >= 0 else len(self.text)]
-        raise ParseError(f"{self.file}:{line}: {message}\n    {source}\n    {' ' * (at - start)}^")
+        column = at - start
+        if column > 400:
+            source, column = "…" + source[column - 80 :], 81
+        if len(source) > column + 400:
+            source = source[: column + 399] + "…"
+        raise ParseError(f"{self.file}:{line}: {message[:2000]}\n    {source}\n    {' ' * column}^")
+
+    @contextlib.contextmanager
+    def nested(self) -> Iterator[None]:
+        """One level deeper."""
+        if self.depth == _DEPTH:
+            self.fail(f"it is nested more than {_DEPTH} deep")
+        self.depth += 1
+        yield
+        self.depth -= 1
+
+    @contextlib.contextmanager
+    def placed(self, at: int) -> Iterator[None]:
+        """What the IR refuses inside is refused at the place ``at``."""
+        try:
+            yield
+        except ParseError:
+            raise
+        except IRError as e:
+            self.fail(e.message, at)
+        except DimError as e:
+            self.fail(str(e), at)
 
     @property
     def kind(self) -> str:
@@ -69,8 +101,9 @@ class _Parser:
         return self.tokens[self.i][1]
 
     def next(self) -> str:
-        self.i += 1
-        return self.tokens[self.i - 1][1]
+        word = self.word
+        self.i += self.kind != "end"
+        return word
 
     def accept(self, word: str) -> bool:
         if self.word == word and self.kind != "string":
@@ -89,10 +122,26 @@ class _Parser:
 
     def value_name(self) -> str:
         name = self.take("value", "a value (%name)")[1:]
-        return json.loads(name) if name.startswith('"') else name
+        return self.unquoted(name) if name.startswith('"') else name
+
+    def string(self, what: str = "a string") -> str:
+        return self.unquoted(self.take("string", what))
+
+    def unquoted(self, text: str) -> str:
+        """What the token just taken says, between its quotes."""
+        try:
+            said = str(json.loads(text, strict=False))
+            said.encode()  # half a surrogate pair is no text
+        except ValueError as e:
+            self.fail(f"this is no string: {e}", self.tokens[self.i - 1][2])
+        return said
 
     # -- dimensions and types ------------------------------------------------------------------------------------------
     def dim(self) -> DimLike:
+        with self.placed(self.tokens[self.i][2]), self.nested():
+            return self.dim_sum()
+
+    def dim_sum(self) -> DimLike:
         total = self.dim_term()
         while self.word in ("+", "-") or (self.kind == "number" and self.word.startswith("-")):
             if self.kind == "number" or self.next() == "+":  # "a -1" tokenized as a negative number
@@ -110,18 +159,16 @@ class _Parser:
 
     def dim_atom(self) -> DimLike:
         if self.accept("-"):
-            return -1 * self.dim_atom()
+            with self.nested():
+                return -1 * self.dim_atom()
         if self.accept("("):
             x = self.dim()
             self.expect(")")
             return x
         if self.kind == "number":
-            try:
-                return int(self.word)
-            except ValueError:
+            if not self.word.lstrip("-").isdigit():
                 self.fail(f"a dimension is an integer, not {self.word}")
-            finally:
-                self.i += 1
+            return self.integer()
         name = self.take("word", "a dimension")
         if name in ("max", "min") and self.accept("("):
             x = self.dim()
@@ -146,70 +193,110 @@ class _Parser:
             dims.append(self.dim())
             if self.word != "]":
                 self.expect(",")
-        if q:
-            return QTensorType(q[1], tuple(dims), int(q[2]), DType.of(q[3]))
-        return TensorType(_DTYPES[word], tuple(dims))
+        with self.placed(at):
+            if q:
+                return QTensorType(q[1], tuple(dims), int(q[2][:19]), DType.of(q[3]))
+            return TensorType(_DTYPES[word], tuple(dims))
+
+    def integer(self) -> int:
+        """The integer at this place, of digits alone."""
+        if len(self.word) > 20:
+            self.fail(f"{self.word[:20]}… does not fit into 64 bits")
+        return int(self.next())
 
     # -- attributes ----------------------------------------------------------------------------------------------------
-    def number(self) -> int | float:
-        word = self.take("number", "a number")
-        try:
-            return int(word)
-        except ValueError:
-            return float(word)
+    def scalar(self, dtype: DType) -> np.generic:
+        """The number at this place as an element of ``dtype``, which must hold it."""
+        word = self.word
+        if dtype is DType.BOOL or self.kind == "word":
+            if word not in ("true", "false") or dtype is not DType.BOOL:
+                self.fail(f"{word!r} is no {dtype}")
+            return np.bool_(self.next() == "true")
+        if self.kind != "number":
+            self.fail(f"expected a number, found {word!r}")
+        if dtype.is_int:
+            if not word.lstrip("-").isdigit():
+                self.fail(f"{word} is no integer, as {dtype} needs")
+            low, high = dtype.range
+            if len(word) > 20 or not low <= int(word) <= high:
+                self.fail(f"{word[:21]} is outside {dtype}, which goes from {low} to {high}")
+            return dtype.np.type(int(self.next()))
+        with np.errstate(all="ignore"):
+            x = np.float64(float(self.next())).astype(dtype.np)
+        y, finite = float(x), word[-1] not in "fn"
+        if (finite and not math.isfinite(y)) or (not finite and str(y) != word) or (y and not float(word)):
+            self.i -= 1
+            self.fail(f"{word} is outside {dtype}")
+        return x
 
     def scalar_literal(self) -> Literal | None:
         """``0.5:f32`` or ``true:bool`` at this place, or None."""
-        word, kind, dtype = self.word, self.kind, self.tokens[self.i + 2][1] if self.i + 2 < len(self.tokens) else ""
-        if self.tokens[self.i + 1][1] != ":" or dtype not in _DTYPES or (kind != "number" and word not in ("true", "false")):
+        colon, dtype = self.tokens[self.i + 1][1], self.tokens[self.i + 2][1]
+        if colon != ":" or dtype not in _DTYPES or (self.kind != "number" and self.word not in ("true", "false")):
             return None
-        self.i += 3
-        return Literal.of(_number(word), dtype)
+        x = self.scalar(_DTYPES[dtype])
+        self.i += 2
+        return Literal.of(x, dtype)
 
     def dense(self) -> Literal:
         self.expect("dense")
         self.expect("<")
+        at = self.tokens[self.i][2]
         t = self.type()
         self.expect(",")
-        assert isinstance(t, TensorType)
-        shape = tuple(int(d) for d in t.shape if isinstance(d, int))
+        if not isinstance(t, TensorType) or not all(isinstance(d, int) for d in t.shape):
+            self.fail(f"a constant has a dense type without symbols, not {t}", at)
+        shape = t.concrete({})
         if self.kind == "string":
-            data = zlib.decompress(base64.b64decode(json.loads(self.next())))
-            array = np.frombuffer(data, t.dtype.np)
+            array = self.unpacked(t.dtype, math.prod(shape))
         else:
             numbers = []
             while self.word != ">":
-                if self.kind not in ("number", "word"):
-                    self.fail(f"expected a number, found {self.word!r}")
-                numbers.append(_number(self.next()))
-            wide = t.dtype in (DType.I64, DType.U64)  # which NumPy's own choice would not always hold
-            try:
-                array = np.array(numbers, t.dtype.np if wide else None).astype(t.dtype.np)
-            except OverflowError:
-                self.fail(f"a number is outside {t.dtype}")
-        if array.size != math.prod(shape) or len(shape) != t.rank:
+                numbers.append(self.scalar(t.dtype))
+            array = np.array(numbers, t.dtype.np)
+        if array.size != math.prod(shape):
             self.fail(f"{array.size} elements for {t}")
         self.expect(">")
         return Literal.of(array.reshape(shape), t.dtype)
 
+    def unpacked(self, dtype: DType, size: int) -> np.ndarray:
+        """So many elements from the string at this place: compressed, in base64."""
+        at, want = self.tokens[self.i][2], size * dtype.np.itemsize
+        inflate = zlib.decompressobj()
+        try:
+            data = inflate.decompress(base64.b64decode(self.string(), validate=True), want + 1)
+        except (binascii.Error, zlib.error) as e:
+            self.fail(f"these are no compressed elements: {e}", at)
+        if len(data) != want or not inflate.eof or inflate.unused_data:
+            self.fail(f"these are not the {want} bytes that {size} elements of {dtype} take", at)
+        bits = np.frombuffer(data, np.uint8)
+        if dtype is DType.BOOL or dtype.bits < 8:  # stored one to a byte, which holds more
+            signed = dtype.value.startswith("i")
+            half = 1 << (1 if dtype is DType.BOOL else dtype.bits) - signed
+            if not np.isin(bits.view(np.int8), np.arange(-half if signed else 0, half)).all():
+                self.fail(f"an element is outside {dtype}", at)
+        return np.frombuffer(data, dtype.np)
+
     def attr(self) -> Any:
         if self.kind == "string":
-            return json.loads(self.next())
+            return self.string()
         if self.word in ("true", "false", "none"):
             return {"true": True, "false": False, "none": None}[self.next()]
         if self.word == "dense":
             return self.dense()
         if self.word == "graph" and self.tokens[self.i + 1][0] == "graph":
-            return self.body()
+            with self.nested():
+                return self.body()
         literal = self.scalar_literal()
         if literal is not None:
             return literal
         if self.kind == "number" and not self.word.lstrip("-").isdigit():
-            return self.number()
+            return float(self.next())
         if self.kind == "word" and self.word in _DTYPES:
             return _DTYPES[self.next()]
         if self.word == "(":
-            return self.tuple_or_dim()
+            with self.nested():
+                return self.tuple_or_dim()
         return self.dim()
 
     def body(self) -> Body:
@@ -240,9 +327,11 @@ class _Parser:
         self.unnamed = {}
         self.expect("(")
         while not self.accept(")"):
+            at = self.tokens[self.i][2]
             name = self.value_name()
             self.expect(":")
-            env[name] = g.add_input(name, self.type())
+            with self.placed(at):
+                env[name] = g.add_input(name, self.type())
             if self.word != ")":
                 self.expect(",")
         self.expect("{")
@@ -251,23 +340,26 @@ class _Parser:
             name = self.value_name()
             self.expect(":")
             t = self.type()
-            key = json.loads(self.take("string", "the parameter's name")) if self.accept("=") else name
+            key = self.string("the parameter's name") if self.accept("=") else name
             if name in env:
                 self.fail(f"%{name} is defined twice", at)
+            if key in g.params:
+                self.fail(f"parameter {key} is declared twice", at)
             env[name] = g.add_param(key, t)
             g.rename(env[name], name)
         while not self.accept("return"):
             self.node(g, env)
         outputs, names = [], []
         while not self.accept("}"):
-            given = None
+            given, at = None, self.tokens[self.i][2]
             if self.kind in ("word", "string") and self.tokens[self.i + 1][1] == "=":
-                given = self.next()
-                given = json.loads(given) if given.startswith('"') else given
+                given = self.string() if self.kind == "string" else self.next()
                 self.expect("=")
             v = self.operand(g, env)
             outputs.append(v)
-            names.append(given or v.name)
+            names.append(v.name if given is None else given)
+            if names[-1] in names[:-1]:
+                self.fail(f"there are two outputs named {names[-1]}", at)
             if self.word != "}":
                 self.expect(",")
         g.set_outputs(outputs, names)
@@ -312,7 +404,10 @@ class _Parser:
         attrs: dict[str, Any] = {}
         if self.accept("{"):
             while not self.accept("}"):
+                place = self.tokens[self.i][2]
                 key = self.take("word", "an attribute name")
+                if key in attrs:
+                    self.fail(f"{key} is given twice", place)
                 self.expect("=")
                 attrs[key] = self.attr()
                 if self.word != "}":
@@ -324,12 +419,13 @@ class _Parser:
                 self.unnamed[v.name] = v
         loc = Loc(self.file, bisect.bisect_left(self.newlines, start) + 1)
         try:
-            canonical = op.Attrs(**attrs).canonical(*(v.type for v in inputs))
-            node = g.add_node(op, inputs, canonical, loc=loc, names=[n for n, _, _ in outs])
-        except TypeError as e:
+            with self.placed(at):
+                canonical = op.Attrs(**attrs).canonical(*(v.type for v in inputs))
+                node = g.add_node(op, inputs, canonical, loc=loc, names=[n for n, _, _ in outs])
+        except ParseError:
+            raise
+        except Exception as e:  # whatever an operation makes of attributes of other kinds than its own
             self.fail(f"{op_name}: {e}", at)
-        except (IRError, DimError) as e:
-            self.fail(e.message if isinstance(e, IRError) else str(e), at)
         if len(node.outputs) != len(outs):
             self.fail(f"{op_name} has {len(node.outputs)} outputs, {len(outs)} are named", start)
         for v, (name, t, at) in zip(node.outputs, outs):
@@ -338,15 +434,6 @@ class _Parser:
             if v.type != t:
                 self.fail(f"{op_name} makes {v.type}, but %{name} is declared {t}", at)
             env[name] = v
-
-
-def _number(word: str) -> bool | int | float:
-    if word in ("true", "false"):
-        return word == "true"
-    try:
-        return int(word)
-    except ValueError:
-        return float(word)
 
 
 def parse(text: str, file: str = "<text>") -> Graph:

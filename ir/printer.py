@@ -43,14 +43,18 @@ def number_text(x: Any) -> str:
     return repr(float(x))
 
 
+def _element_text(dtype: DType, x: Any) -> str:
+    return str(int(x)) if dtype.is_int else number_text(x)  # to NumPy, a 4-bit integer is none
+
+
 def literal_text(value: Literal) -> str:
     """``0.5:f32`` for a scalar, ``dense<f32[2], 1.0 2.0>`` or base64 of compressed bytes for a tensor."""
     array = value.array
     if not value.shape:
-        return f"{number_text(array[()])}:{value.dtype}"
+        return f"{_element_text(value.dtype, array[()])}:{value.dtype}"
     kind = f"{value.dtype}[{', '.join(map(str, value.shape))}]"
     if array.size <= _INLINE:
-        return f"dense<{kind}, {' '.join(number_text(x) for x in array.ravel())}>"
+        return f"dense<{kind}, {' '.join(_element_text(value.dtype, x) for x in array.ravel())}>"
     return f'dense<{kind}, "{base64.b64encode(zlib.compress(value.data, 9)).decode()}">'
 
 

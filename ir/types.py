@@ -50,6 +50,12 @@ class DType(enum.Enum):
         """Size of one element as stored in a packed tensor, in bits."""
         return _PACKED.get(self, _NP[self].itemsize * 8)
 
+    @property
+    def range(self) -> tuple[int, int]:
+        """The smallest and the largest value of an integer type."""
+        info = ml_dtypes.iinfo(self.np)
+        return int(info.min), int(info.max)
+
     @staticmethod
     def of(x: DType | str | _NumpyType | type) -> DType:
         """The DType of a name (``"f32"``, ``"float32"``) or NumPy dtype. Raises TypeMismatch for any other."""
@@ -86,6 +92,8 @@ def _shape(dims: Iterable[DimLike]) -> tuple[DimLike, ...]:
         if isinstance(d, (int, np.integer)) and not isinstance(d, bool):
             if d < 0:
                 raise TypeMismatch(f"a dimension cannot be {d}")
+            if d >= 2**63:
+                raise TypeMismatch(f"a dimension of {d} does not fit into 64 bits")
             out.append(int(d))
         elif isinstance(d, Dim):
             out.append(d)
