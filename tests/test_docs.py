@@ -51,7 +51,7 @@ def script(path: Path) -> str:
 def run(command: list[str], folder: Path) -> str:
     """Standard output of a program that must succeed."""
     env = {**os.environ, "PYTHONPATH": "", "COLUMNS": "120"}
-    done = subprocess.run(command, cwd=folder, env=env, text=True, capture_output=True, timeout=300)
+    done = subprocess.run(command, cwd=folder, env=env, text=True, capture_output=True, timeout=900)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done.stdout
 

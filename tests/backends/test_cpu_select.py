@@ -172,7 +172,7 @@ def _lines(body: str) -> str:
 def test_selected_and_equal(name: str, runner: Runner) -> None:
     i = list(CASES).index(name)
     program, graph = runner.program, f"case{i}"
-    assert calls(selected(program, graph, cpu())) == CASES[name][1]
+    assert calls(selected(program, graph, cpu("znver4"))) == CASES[name][1]  # what is chosen depends on the width of vectors
     g = program[graph]
     inputs = feed(g, DIMS, seed=i)
     want = evaluate(g, inputs, {k: program.params[k].load() for k in g.params})

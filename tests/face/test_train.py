@@ -71,7 +71,7 @@ def write(folder: Path, recipe: str = RECIPE) -> Path:
 
 
 def train(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([*COMMAND, "run.toml", *more], cwd=folder, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*COMMAND, "run.toml", *more], cwd=folder, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -186,7 +186,7 @@ the log two thirds of what it had not yet kept."""
 def test_killed_at_every_moment_it_ends_with_the_same_bits(tmp_path: Path, whole: tuple[Path, object]) -> None:
     write(tmp_path, FULL)
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, *MOMENTS], cwd=tmp_path, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", KILLED, *MOMENTS], cwd=tmp_path, capture_output=True, text=True, timeout=900
     )  # fmt: skip
     assert done.stdout.splitlines() == [f"{m} {-signal.SIGKILL}" for m in MOMENTS], done.stderr
     train(tmp_path)
