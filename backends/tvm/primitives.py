@@ -30,7 +30,11 @@ lowers = lowering_into(PRIMITIVES)
 @lowers("constant", narrow=True)
 def _constant(ctx: Context, node: Node) -> Any:
     literal = node.attrs.value  # type: ignore[attr-defined]
-    return relax.const(carried(np.array(literal.array)), tvm_dtype(literal.dtype))
+    array, dtype = carried(np.array(literal.array)), tvm_dtype(literal.dtype)
+    if array.ndim == 0 and literal.dtype.value.startswith("u"):
+        # TVM folds a scalar into the arithmetic around it, where it takes 0 - x of unsigned ones for 0, and 2**64 - 1 for -1
+        return ctx.view(relax.const(array.reshape(1), dtype), (1,), ())
+    return relax.const(array, dtype)
 
 
 @lowers("dim_size")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tvm import relax, te, tirx
+from tvm.script import tirx as T
 from wasat.ir import DType, Node
 from wasat.ir.dims import DimLike
 
@@ -19,14 +20,12 @@ lowers = lowering_into(ELEMENTWISE)
 
 
 _RELAX: dict[str, Callable[..., Any]] = {
-    "neg": R.negative, "abs": R.abs, "exp": R.exp, "log": R.log, "sqrt": R.sqrt, "rsqrt": R.rsqrt, "sin": R.sin, "cos": R.cos,
+    "abs": R.abs, "exp": R.exp, "log": R.log, "sqrt": R.sqrt, "rsqrt": R.rsqrt, "sin": R.sin, "cos": R.cos,
     "tan": R.tan, "tanh": R.tanh, "erf": R.erf, "floor": R.floor, "ceil": R.ceil,
     "logical_not": R.logical_not, "isinf": R.isinf, "bit_not": R.bitwise_not, "sigmoid": R.sigmoid,
-    "add": R.add, "sub": R.subtract, "mul": R.multiply,
     "equal": R.equal, "less": R.less, "less_equal": R.less_equal, "greater": R.greater,
     "greater_equal": R.greater_equal, "logical_and": R.logical_and, "logical_or": R.logical_or, "logical_xor": R.logical_xor,
-    "bit_and": R.bitwise_and, "bit_or": R.bitwise_or, "bit_xor": R.bitwise_xor, "shift_left": R.left_shift,
-    "shift_right": R.right_shift,
+    "bit_and": R.bitwise_and, "bit_or": R.bitwise_or, "bit_xor": R.bitwise_xor,
 }  # fmt: skip
 
 
@@ -54,6 +53,47 @@ def _broadcast(ctx: Context, node: Node, xs: Sequence[Any]) -> list[Any]:
 
 for _name, _f in _RELAX.items():
     ELEMENTWISE[_name] = Lowering(_relax_op(_f))
+
+
+_ARITHMETIC: dict[str, Callable[..., Any]] = {"add": R.add, "sub": R.subtract, "mul": R.multiply}
+
+
+@lowers(*_ARITHMETIC)
+def _arithmetic(ctx: Context, node: Node, x: Any, y: Any) -> Any:
+    name, dtype = node.op.name, node.output.tensor.dtype
+    if dtype.is_int and dtype.bits >= 32:
+        return elementwise(ctx, node, lambda a, b: wrapping(name, a, b), *_broadcast(ctx, node, [x, y]))
+    return ctx.emit(_ARITHMETIC[name](*_aligned(ctx, node, [x, y])))
+
+
+def wrapping(name: str, a: Any, b: Any) -> Any:
+    """The sum, difference or product of two integers, wrapped at their width.
+
+    Of 32 and 64 bits TVM takes for granted that none overflows, in its own simplification and in what it promises LLVM. So 32
+    bits are computed in 64, and 64 in halves.
+    """
+    dtype = str(a.ty.dtype)
+    f = {"add": lambda p, q: p + q, "sub": lambda p, q: p - q, "mul": lambda p, q: p * q}[name]
+    if not dtype.endswith(("32", "64")):
+        return f(a, b)
+    if not dtype.endswith("64"):  # a product of two u32 does not fit into i64, and a difference may be negative
+        wide = "uint64" if dtype == "uint32" and name == "mul" else "int64"
+        return tirx.Cast(dtype, f(tirx.Cast(wide, a), tirx.Cast(wide, b)))
+    half, low = tirx.const(32, "uint64"), tirx.const(2**32 - 1, "uint64")
+    u, v = (tirx.reinterpret("uint64", x) if dtype == "int64" else x for x in (a, b))
+    (u0, u1), (v0, v1) = (((x & low), tirx.shift_right(x, half)) for x in (u, v))
+    if name == "mul":
+        crossed = ((u0 * v1) & low) + ((u1 * v0) & low)
+        lower, upper = u0 * v0, crossed
+    elif name == "add":
+        lower, upper = u0 + v0, u1 + v1
+    else:  # with a bit borrowed beforehand, so that nothing is negative
+        one = tirx.const(2**32, "uint64")
+        lower, upper = u0 + one - v0, u1 + one - v1 - tirx.const(1, "uint64")
+    total = tirx.shift_left(upper + tirx.shift_right(lower, half), half) | (lower & low)
+    return tirx.reinterpret(dtype, total) if dtype == "int64" else total
+
+
 ELEMENTWISE["select"] = Lowering(_relax_op(R.where), narrow=lambda node: True)
 
 
@@ -114,7 +154,7 @@ def _mod(ctx: Context, node: Node, x: Any, y: Any) -> Any:
     """Of floats as NumPy computes them: by the C library's remainder, which is exact, where x - y * floor(x / y) is not."""
     quotient = node.op.name == "floor_div"
     if not node.output.tensor.dtype.is_float:
-        return ctx.emit((R.floor_divide if quotient else R.floor_mod)(*_aligned(ctx, node, [x, y])))
+        return _divided(ctx, node, tirx.floordiv if quotient else tirx.floormod, x, y)
 
     def f(a: Any, b: Any) -> Any:
         zero, one = (tirx.const(c, a.ty.dtype) for c in (0.0, 1.0))
@@ -135,17 +175,69 @@ def _pow(ctx: Context, node: Node, x: Any, y: Any) -> Any:
     dtype = node.output.tensor.dtype
     if dtype.is_float:
         return ctx.emit(R.power(*_aligned(ctx, node, [x, y])))
-    x, y = _broadcast(ctx, node, [x, y])
+    shape, flat = node.output.shape, (node.output.tensor.size,)
+    x, y = (ctx.view(v, shape, flat) for v in _broadcast(ctx, node, [x, y]))
+    gv = ctx.kernel(("pow", dtype), lambda: _pow_kernel(tvm_dtype(dtype)), "pow")
+    return ctx.view(ctx.call(gv, [x, y], relax.TensorType(ctx.dims(flat), tvm_dtype(dtype))), flat, shape)
 
-    def f(base: Any, exponent: Any) -> Any:  # by squaring: exact, and wraps as integers do
-        one, result = tirx.const(1, tvm_dtype(dtype)), tirx.const(1, tvm_dtype(dtype))
-        for bit in range(6):
-            odd = tirx.floormod(tirx.shift_right(exponent, tirx.const(bit, tvm_dtype(dtype))), tirx.const(2, tvm_dtype(dtype)))
-            result = result * tirx.Select(odd == one, base, one)
-            base = base * base
-        return result
 
-    return elementwise(ctx, node, f, x, y)
+def _pow_kernel(dtype: str) -> Any:
+    """Powers of integers by squaring: exact, and wrapped as integers are; see the operation for negative exponents."""
+    signed = not dtype.startswith("u")
+
+    @T.prim_func(s_tir=True, private=True)
+    def power(x_ptr: T.handle, y_ptr: T.handle, out_ptr: T.handle) -> None:
+        T.func_attr({"tirx.noalias": True})
+        n = T.int64()
+        x = T.match_buffer(x_ptr, (n,), dtype)
+        y = T.match_buffer(y_ptr, (n,), dtype)
+        out = T.match_buffer(out_ptr, (n,), dtype)
+        for i in T.serial(n):
+            with T.sblock("power"):
+                at = T.axis.spatial(n, i)
+                T.reads(x[at], y[at])
+                T.writes(out[at])
+                base = T.alloc_buffer((1,), dtype, scope="local")
+                left = T.alloc_buffer((1,), dtype, scope="local")
+                base[0] = x[at]
+                left[0] = y[at]
+                out[at] = T.cast(1, dtype)
+                if signed and y[at] < T.cast(0, dtype):
+                    odd = T.meta_var(T.bitwise_and(y[at], T.cast(1, dtype)) == T.cast(1, dtype))
+                    unit = T.meta_var(x[at] == T.cast(1, dtype) or x[at] == T.cast(-1, dtype))
+                    out[at] = T.Select(unit, T.Select(odd, x[at], T.cast(1, dtype)), T.cast(0, dtype))
+                    left[0] = T.cast(0, dtype)
+                while left[0] > T.cast(0, dtype):
+                    if T.bitwise_and(left[0], T.cast(1, dtype)) == T.cast(1, dtype):
+                        out[at] = out[at] * base[0]
+                    base[0] = base[0] * base[0]
+                    left[0] = T.shift_right(left[0], T.cast(1, dtype))
+
+    return power
+
+
+@lowers("neg")
+def _neg(ctx: Context, node: Node, x: Any) -> Any:
+    if not node.output.tensor.dtype.is_int:
+        return ctx.emit(R.negative(x))
+    return elementwise(ctx, node, lambda v: wrapping("add", tirx.bitwise_not(v), tirx.const(1, v.ty.dtype)), x)
+
+
+@lowers("shift_left", "shift_right")
+def _shift(ctx: Context, node: Node, x: Any, y: Any) -> Any:
+    """An amount of as many bits as there are, or more, is undefined to processors."""
+    dtype, left = node.output.tensor.dtype, node.op.name == "shift_left"
+    none, last = tirx.const(0, tvm_dtype(dtype)), tirx.const(dtype.bits - 1, tvm_dtype(dtype))
+
+    def f(a: Any, b: Any) -> Any:
+        inside = tirx.all(b >= none, b <= last)
+        if left:
+            return tirx.Select(inside, tirx.shift_left(a, tirx.Select(inside, b, none)), none)
+        if dtype.value.startswith("u"):
+            return tirx.Select(inside, tirx.shift_right(a, tirx.Select(inside, b, none)), none)
+        return tirx.shift_right(a, tirx.Select(inside, b, last))  # the sign is left
+
+    return elementwise(ctx, node, f, *_broadcast(ctx, node, [x, y]))
 
 
 @lowers("sign")
@@ -167,7 +259,22 @@ def _round(ctx: Context, node: Node, x: Any) -> Any:
 def _div(ctx: Context, node: Node, x: Any, y: Any) -> Any:
     if node.output.tensor.dtype.is_float:
         return ctx.emit(R.divide(*_aligned(ctx, node, [x, y])))
-    return elementwise(ctx, node, tirx.truncdiv, *_broadcast(ctx, node, [x, y]))
+    return _divided(ctx, node, tirx.truncdiv, x, y)
+
+
+def _divided(ctx: Context, node: Node, f: Callable[..., Any], x: Any, y: Any) -> Any:
+    """The quotient or remainder ``f`` of integers. By 0 it is 0, as NumPy's, and by -1 it wraps: processors stop at both."""
+    dtype = tvm_dtype(node.output.tensor.dtype)
+    zero, one, minus = tirx.const(0, dtype), tirx.const(1, dtype), None if dtype.startswith("uint") else tirx.const(-1, dtype)
+
+    def guarded(a: Any, b: Any) -> Any:
+        safe = b == zero if minus is None else tirx.any(b == zero, b == minus)
+        y = f(a, tirx.Select(safe, one, b))
+        if minus is not None:
+            y = tirx.Select(b == minus, zero if f is tirx.floormod else wrapping("add", tirx.bitwise_not(a), one), y)
+        return tirx.Select(b == zero, zero, y)
+
+    return elementwise(ctx, node, guarded, *_broadcast(ctx, node, [x, y]))
 
 
 # -- element types ---------------------------------------------------------------------------------------------------------

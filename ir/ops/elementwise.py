@@ -261,7 +261,7 @@ class Mul(Binary):
 
 @register
 class Div(Binary):
-    """x / y; of integers, truncated toward zero (as in C and ONNX)."""
+    """x / y; of integers, truncated toward zero (as in C and ONNX). By 0 an integer is 0; the least one by -1 wraps."""
 
     name = "div"
 
@@ -281,7 +281,7 @@ class Div(Binary):
 
 @register
 class FloorDiv(Binary):
-    """x / y rounded down."""
+    """x / y rounded down. By 0 an integer is 0; the least one by -1 wraps."""
 
     name = "floor_div"
     differentiable = False
@@ -299,7 +299,7 @@ class FloorDiv(Binary):
 
 @register
 class Mod(Binary):
-    """x - y * floor(x / y): the remainder with the sign of the divisor."""
+    """x - y * floor(x / y): the remainder with the sign of the divisor. That of an integer by 0 is 0."""
 
     name = "mod"
 
@@ -316,12 +316,17 @@ class Mod(Binary):
 
 @register
 class Pow(Binary):
-    """x to the y."""
+    """x to the y. Powers of integers wrap; one to a negative power is 1 / x**-y truncated (torch.pow), 0 to one is 0."""
 
     name = "pow"
 
     def reference(self, attrs: Attrs, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        return np.power(wide(x), wide(y)).astype(x.dtype)
+        if DType.of(x.dtype).is_float:
+            return np.power(wide(x), wide(y)).astype(x.dtype)
+        x, y = np.broadcast_arrays(wide(x), wide(y))
+        power = np.power(x, np.maximum(y, 0))
+        unit = np.where(x == 1, 1, np.where(x == -1, 1 - 2 * (y & 1), 0))
+        return np.where(y < 0, unit, power).astype(x.dtype)
 
     def vjp(self, b: Builder, node: Node, g: Value) -> Grads:
         x, y = node.inputs
@@ -336,6 +341,8 @@ class Pow(Binary):
     def samples(self) -> Iterable[Sample]:
         yield Sample([grid(2, 3, low=0.5), grid(3)])
         yield Sample([np.array([2, 3], np.int64), np.array([5, 0], np.int64)])
+        yield Sample([np.array([2, 1, -1, -1, 0, 3], np.int32), np.array([-1, -5, -3, -4, -1, 100], np.int32)])
+        yield Sample([np.array([7, 2], np.uint8), np.array([255, 9], np.uint8)])
 
 
 class _Extreme(Binary):

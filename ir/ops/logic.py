@@ -183,5 +183,5 @@ class _Bits(Binary):
 _binary(_Bits, "bit_and", np.bitwise_and, "Bits set in both.", commutative=True)
 _binary(_Bits, "bit_or", np.bitwise_or, "Bits set in either.", commutative=True)
 _binary(_Bits, "bit_xor", np.bitwise_xor, "Bits set in exactly one.", commutative=True)
-_binary(_Bits, "shift_left", np.left_shift, "x * 2**y, wrapped; 0 <= y < bits.")
-_binary(_Bits, "shift_right", np.right_shift, "x / 2**y rounded down (the sign is kept); 0 <= y < bits.")
+_binary(_Bits, "shift_left", np.left_shift, "x * 2**y, wrapped: 0 unless 0 <= y < bits.")
+_binary(_Bits, "shift_right", np.right_shift, "x / 2**y rounded down, the sign kept: 0 or -1 unless 0 <= y < bits.")
