@@ -5,6 +5,7 @@ from .builder import Builder, build
 from .dims import (
     Dim,
     DimLike,
+    check_text,
     equal,
     evaluate_dim,
     less_equal,
@@ -30,7 +31,7 @@ __all__ = [
     "OPS", "Array", "ArrayParam", "Attrs", "Body", "Builder", "DType", "DerivedParam", "Dim", "DimError", "DimLike",
     "ErrorSample", "Graph", "IRError", "Literal", "Loc", "Node", "NotDifferentiable", "Op", "ParamSource", "ParseError",
     "Program", "QArray", "QTensorType", "Sample", "TensorType", "Type", "TypeMismatch", "Value", "VerifyError", "WasatError",
-    "bind_symbols", "build", "copy_node", "equal", "evaluate", "evaluate_dim", "graph_text", "less_equal", "maximum",
-    "minimum", "node_text", "op_named", "ops", "parse", "parse_dim", "parse_program", "parse_type", "register",
+    "bind_symbols", "build", "check_text", "copy_node", "equal", "evaluate", "evaluate_dim", "graph_text", "less_equal",
+    "maximum", "minimum", "node_text", "op_named", "ops", "parse", "parse_dim", "parse_program", "parse_type", "register",
     "require_equal", "run_node", "solve", "substitute", "symbol", "symbols_of", "type_of", "verify",
 ]  # fmt: skip

@@ -352,6 +352,36 @@ def require_equal(lhs: DimLike, rhs: DimLike, what: str) -> DimLike:
     return min((lhs, rhs), key=lambda d: (isinstance(d, Dim), len(str(d))))
 
 
+def require_at_most(lhs: DimLike, rhs: DimLike, what: str) -> None:
+    """Raises DimError if ``lhs`` is larger than ``rhs``; records an unknown as the check ``max(lhs, rhs) == rhs``."""
+    answer = less_equal(lhs, rhs)
+    if answer is False:
+        raise DimError(f"{what}: {lhs} is more than {rhs}")
+    if answer is None:
+        require_equal(_func("max", *sorted((lhs, rhs), key=str)), rhs, what)
+
+
+def check_text(check: Check) -> str:
+    """A check in words: ``b == 4``, ``n <= 64``."""
+    lhs, rhs = check
+    if isinstance(lhs, Dim) and len(lhs.terms) == 1 and len(lhs.terms[0][0]) == 1 and lhs.terms[0][1] == 1:
+        a = lhs.terms[0][0][0]
+        if isinstance(a, Func) and a.name == "max" and rhs in (a.lhs, a.rhs):
+            return f"{a.rhs if a.lhs == rhs else a.lhs} <= {rhs}"
+    return f"{lhs} == {rhs}"
+
+
+def span(lo: DimLike, hi: DimLike) -> DimLike:
+    """``hi - lo``; of bounds clamped to each other the shorter form: ``n - max(0, n - 4)`` is ``min(4, n)``."""
+    for d, name in ((lo, "max"), (hi, "min")):
+        if isinstance(d, Dim) and len(d.terms) == 1 and len(d.terms[0][0]) == 1 and d.terms[0][1] == 1:
+            a = d.terms[0][0][0]
+            if isinstance(a, Func) and a.name == name:
+                parts = [span(x, hi) if d is lo else span(lo, x) for x in (a.lhs, a.rhs)]
+                return minimum(*parts)
+    return hi - lo
+
+
 _FUNCS: dict[str, Callable[[DimLike, DimLike], DimLike]] = {
     "floordiv": floordiv, "mod": mod, "max": maximum, "min": minimum,
 }  # fmt: skip

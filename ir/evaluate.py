@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from .dims import DimError, evaluate_dim, solve
-from .errors import IRError, WasatError
+from .dims import DimError, check_text, evaluate_dim, solve
+from .errors import IRError, TypeMismatch, WasatError
 from .graph import Graph, Node
 from .types import Array, DType, QArray, TensorType, Type, type_of
 
@@ -97,9 +97,11 @@ def run_node(node: Node, arrays: list[Array], dims: Mapping[str, int]) -> tuple[
         for a, b in node.checks:
             if evaluate_dim(a, dims) != evaluate_dim(b, dims):
                 given = ", ".join(f"{k}={v}" for k, v in dims.items())
-                raise IRError(f"{node!r}: needs {a} == {b}, which {given} does not satisfy", node.loc)
+                raise IRError(f"{node!r}: needs {check_text((a, b))}, which {given} does not satisfy", node.loc)
         with np.errstate(all="ignore"):
             out = node.op.reference(node.attrs.bind(dims), *arrays)
+    except TypeMismatch as e:
+        raise IRError(f"{node!r}: {e.message}", node.loc) from None
     except WasatError:
         raise
     except Exception as e:

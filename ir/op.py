@@ -196,6 +196,10 @@ class ErrorSample:
     match: str
 
 
+Bounds = tuple[DimLike, DimLike]
+"""The least index of an operand, and one more than its largest."""
+
+
 class Op:
     """Base of operations. Subclasses are registered once and used as singletons."""
 
@@ -214,6 +218,10 @@ class Op:
     def reference(self, attrs: Any, *arrays: Any) -> Array | Sequence[Array]:
         """The definition, in NumPy. ``attrs`` hold no symbols here."""
         raise NotImplementedError(self.name)
+
+    def bounds(self, attrs: Any, *types: Any) -> Mapping[int, Bounds]:
+        """Of operands that are places along axes, by number: what is outside is an error wherever the graph runs."""
+        return {}
 
     def decompose(self, b: Builder, attrs: Any, *inputs: Any) -> Value | Sequence[Value]:
         """The same in simpler operations; primitives have none."""

@@ -8,14 +8,18 @@ from typing import Any
 import numpy as np
 
 from .errors import InputError
-from .manifest import TensorSpec, extents
+from .manifest import Check, Indices, TensorSpec, extent, extents, solved
 
 
-def fit(what: str, specs: Sequence[TensorSpec], arrays: Mapping[str, Any], sizes: Mapping[str, int]) -> list[np.ndarray]:
+def fit(
+    what: str, specs: Sequence[TensorSpec], arrays: Mapping[str, Any], sizes: Mapping[str, int], checks: Sequence[Check] = (),
+    indices: Sequence[Indices] = (),
+) -> list[np.ndarray]:  # fmt: skip
     """``arrays`` in the order of ``specs``, with their element types (converted only if nothing can be lost).
 
     ``sizes`` are symbols whose values are known; the others are bound by the arrays' axes. Raises InputError, beginning with
-    ``what``, for arrays that are missing, unknown or of another type or shape.
+    ``what``, for arrays that are missing, unknown or of another type or shape, for sizes that fail ``checks``, and
+    for elements that are no ``indices``.
     """
     wanted = [s.name for s in specs]
     if sorted(wanted) != sorted(arrays):
@@ -23,13 +27,40 @@ def fit(what: str, specs: Sequence[TensorSpec], arrays: Mapping[str, Any], sizes
     symbols = dict(sizes)
     values = [_fit(spec, np.asarray(arrays[spec.name]), symbols) for spec in specs]
     for spec, x in zip(specs, values):
+        for d, n in zip(spec.shape, x.shape):
+            symbols |= solved(d, n, symbols)
+    for spec, x in zip(specs, values):
         try:
             want = extents(spec.shape, symbols)
         except KeyError:  # a symbol that no input's axis is: the library checks those
             continue
         if x.shape != want:
             raise InputError(f"input {spec.name} has shape {list(x.shape)}; beside the others it must be {list(want)}")
+    check_sizes(what, checks, symbols)
+    by_name = {spec.name: x for spec, x in zip(specs, values)}
+    for i in indices:
+        check_indices(i, by_name[i.input], symbols)
     return values
+
+
+def check_indices(spec: Indices, x: np.ndarray, symbols: Mapping[str, int]) -> None:
+    """Raises InputError for an element that is outside what it indexes."""
+    low, high = extent(spec.low, symbols), extent(spec.high, symbols)
+    if x.size and not (low <= int(x.min()) and int(x.max()) < high):
+        first = next(i for i in map(int, x.ravel()) if not low <= i < high)
+        raise InputError(f"input {spec.input} holds the index {first}, outside {low} .. {high - 1}: {spec.where}")
+
+
+def check_sizes(what: str, checks: Sequence[Check], symbols: Mapping[str, int]) -> None:
+    """Raises InputError for the first equation that the sizes do not satisfy, or leave open."""
+    for check in checks:
+        try:
+            if extent(check.left, symbols) == extent(check.right, symbols):
+                continue
+        except (KeyError, ZeroDivisionError):
+            pass
+        given = ", ".join(f"{k}={v}" for k, v in symbols.items())
+        raise InputError(f"{what} needs {check.needs}, which {given} does not satisfy: {check.where}")
 
 
 def _fit(spec: TensorSpec, x: np.ndarray, symbols: dict[str, int]) -> np.ndarray:

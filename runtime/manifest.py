@@ -14,7 +14,7 @@ from typing import Any
 
 from .errors import ArtifactError
 
-FORMAT = 1
+FORMAT = 2
 AGAIN = "compile the model again"
 
 ENCODER_INPUTS = {"image": ("image",), "audio": ("audio",), "video": ("frames", "times")}
@@ -49,12 +49,34 @@ class StateSpec(TensorSpec):
 
 
 @dataclass(frozen=True)
+class Check:
+    """An equation between sizes that the library takes for granted: ``needs`` says it in words, ``where`` names the node."""
+
+    left: Extent
+    right: Extent
+    needs: str
+    where: str
+
+
+@dataclass(frozen=True)
+class Indices:
+    """An input whose elements the library takes for indices: they must be in ``low .. high - 1``."""
+
+    input: str
+    low: Extent
+    high: Extent
+    where: str
+
+
+@dataclass(frozen=True)
 class Entry:
     """One function of the library: ``inputs``, then the states named, then all weights -> ``outputs``."""
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     states: tuple[str, ...]
+    checks: tuple[Check, ...]
+    indices: tuple[Indices, ...]
 
 
 @dataclass(frozen=True)
@@ -219,8 +241,23 @@ def _state(f: _Fields) -> StateSpec:
 
 def _entry(f: _Fields) -> Entry:
     return Entry(
-        tuple(map(_tensor, f.sections("inputs"))), tuple(map(_tensor, f.sections("outputs"))), tuple(f.items("states", str))
-    )
+        tuple(map(_tensor, f.sections("inputs"))), tuple(map(_tensor, f.sections("outputs"))), tuple(f.items("states", str)),
+        tuple(map(_size_check, f.sections("checks"))), tuple(map(_indices, f.sections("indices"))),
+    )  # fmt: skip
+
+
+def _indices(f: _Fields) -> Indices:
+    spec = Indices(f.get("input", str), f.get("low", str), f.get("high", str), f.get("where", str))
+    for d in (spec.low, spec.high):
+        _parsed(str(d))
+    return spec
+
+
+def _size_check(f: _Fields) -> Check:
+    check = Check(f.get("left", str), f.get("right", str), f.get("needs", str), f.get("where", str))
+    for d in (check.left, check.right):
+        _parsed(str(d))
+    return check
 
 
 def _media(f: _Fields) -> MediaSpec:
@@ -241,6 +278,9 @@ def _file(f: _Fields) -> FileSpec:
 def _check(m: Manifest) -> None:
     """What a cache that is too small, or sized by nothing, would do is write outside its memory: refused here."""
     for name, e in m.entries.items():
+        for i in e.indices:
+            if all(x.name != i.input for x in e.inputs):
+                raise ArtifactError(f"manifest.json: entry {name} takes no input {i.input} to hold indices; {AGAIN}")
         for s in e.states:
             if s not in m.states:
                 raise ArtifactError(f"manifest.json: entry {name} has a state {s} that is not described; {AGAIN}")
@@ -317,6 +357,18 @@ def _evaluate(e: ast.expr, symbols: Mapping[str, int]) -> int:
         case ast.Call(func=ast.Name(id=name), args=[left, right]) if name in _FUNCTIONS:
             return _FUNCTIONS[name](_evaluate(left, symbols), _evaluate(right, symbols))
     raise ArtifactError(f"manifest.json: {ast.unparse(e)!r} is no dimension; {AGAIN}")
+
+
+def solved(d: Extent, size: int, symbols: Mapping[str, int]) -> dict[str, int]:
+    """The one unknown symbol of a dimension, from its value, where the dimension is linear in it; else nothing."""
+    names = {e.id for e in ast.walk(_parsed(d)) if isinstance(e, ast.Name)} if isinstance(d, str) else set()
+    unknown = names - symbols.keys() - _FUNCTIONS.keys()
+    if len(unknown) != 1:
+        return {}
+    [name] = unknown
+    first, second = (extent(d, {**symbols, name: n}) for n in (0, 1))
+    n, rest = divmod(size - first, second - first) if second != first else (0, 1)
+    return {} if rest or n < 0 or extent(d, {**symbols, name: n}) != size else {name: n}
 
 
 def extents(shape: Sequence[Extent], symbols: Mapping[str, int]) -> tuple[int, ...]:

@@ -157,7 +157,7 @@ class Model:
         e = self.entry(entry)
         if e.states:
             raise InputError(f"entry {entry} keeps caches: use session()")
-        values = fit(f"entry {entry}", e.inputs, arrays, {})
+        values = fit(f"entry {entry}", e.inputs, arrays, {}, e.checks, e.indices)
         results = self.function(entry)(*map(tensor_of, values), *self.weights)
         return {spec.name: np.from_dlpack(x) for spec, x in zip(e.outputs, results)}
 

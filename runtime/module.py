@@ -56,6 +56,7 @@ class Library:
                 self._vm = tvm_ffi.load_module(str(link))["vm_load_executable"]()
             except (RuntimeError, AttributeError) as e:
                 raise ArtifactError(f"{folder / LIBRARY} cannot be loaded ({e}); {AGAIN}") from None
+        tvm_ffi.register_global_func("wasat.outside", _outside, override=True)
         self._vm["vm_initialization"](_CPU, 0, _POOLED)
         self._lock = threading.Lock()
 
@@ -66,9 +67,17 @@ class Library:
 
         def locked(*args: Any) -> Any:
             with lock:
-                return call(*args)
+                try:
+                    return call(*args)
+                except IndexError as e:
+                    raise InputError(str(e)) from None
 
         return locked
+
+
+def _outside(where: str, index: int, low: int, high: int) -> None:
+    """What the library calls for an index that is outside its axis, before anything is read there."""
+    raise IndexError(f"{where}: index {index} is outside {low} .. {high - 1}")
 
 
 def _set_threads(threads: int | None) -> None:

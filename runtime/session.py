@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .arrays import fit
+from .arrays import check_indices, check_sizes, fit
 from .errors import ArtifactError, ContextLimitError, InputError
 from .manifest import AGAIN, StateSpec, TensorSpec, extents
 from .memory import tensor_of, zeros
@@ -56,11 +56,14 @@ class Session:
         if context is not None and not 1 <= context <= limit:
             raise ContextLimitError(f"context={context}: the model takes 1 to {limit} positions")
         self.batch, self.context = batch, context or limit
-        self._vocab, self._media = m.vocab, m.media
+        rows = [int(i.high) for i in model.entry("prefill").indices if i.input == "tokens" and str(i.high).isdigit()]
+        self._vocab, self._media = min([*rows, *([] if m.vocab is None else [m.vocab])], default=None), m.media
         self._chunk = m.chunk or self.context
         self._weights = model.weights
         self._states = {name: model.entry(name).states for name in ("prefill", "decode")}
         self._functions = {name: model.function(name) for name in ("prefill", "decode")}
+        self._indices = model.entry("prefill").indices
+        self._checks = {name: model.entry(name).checks for name in ("prefill", "decode")}
         self._most = _rounded(limit)
         self._specs = list(m.states.values())
         self._past_tensor, self._past = zeros("int64", [batch])
@@ -91,6 +94,10 @@ class Session:
             if not len(values["media"]):
                 raise InputError("media has no rows: without media, feed text alone")
             self._vocab = self._media.vocab + len(values["media"])
+        symbols = {d: n for k, spec in self._others.items() for d, n in zip(spec.shape, values[k].shape) if isinstance(d, str)}
+        for spec in self._indices:
+            if spec.input in self._others:
+                check_indices(spec, values[spec.input], symbols)
         self._given = {name: (tensor_of(values[name]), values[name]) for name in self._others}
         self.reset()
 
@@ -173,10 +180,19 @@ class Session:
             last = tensor_of(np.maximum(counts - 1, 0))
             name, own = "prefill", {"tokens": tensor_of(tokens), "past": self._past_tensor, "last": last}
         own |= {k: tensor for k, (tensor, _) in self._given.items()}
+        if self._checks[name]:
+            self._check(name, {"tokens": tokens, "past": counts, "last": counts, **{k: x for k, (_, x) in self._given.items()}})
         out = self._functions[name](*(own[k] for k in self._names[name]), *self._kept[name])
         np.maximum(self._written, self._past + s, out=self._written)
         self._past += counts
         return np.from_dlpack(out[0])
+
+    def _check(self, name: str, given: Mapping[str, np.ndarray]) -> None:
+        """Holds the sizes of what the entry is given against what it takes for granted of them."""
+        symbols = {"c": self._capacity}
+        for spec in self._model.entry(name).inputs:
+            symbols |= {d: n for d, n in zip(spec.shape, given[spec.name].shape) if isinstance(d, str) and d.isidentifier()}
+        check_sizes(f"entry {name}", self._checks[name], symbols)
 
     def _feed_one_by_one(self, tokens: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Each row by itself, on copies of its caches, so that none needs padding."""
@@ -192,6 +208,8 @@ class Session:
             for k, (_, array) in self._given.items():
                 at = [slice(r, r + 1) if d == self._rows else slice(None) for d in self._others[k].shape]
                 own[k] = array[tuple(at)]
+            if self._checks[name]:
+                self._check(name, own)
             states = [row[k][0] for k in self._states[name]]
             inputs = [tensor_of(own[k]) for k in self._names[name]]
             out = np.from_dlpack(self._functions[name](*inputs, *states, *self._weights)[0])

@@ -8,7 +8,21 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from wasat import __version__
-from wasat.ir import Array, DimLike, DType, IRError, Program, TensorType, Type, WasatError, evaluate, symbol, symbols_of
+from wasat.ir import (
+    Array,
+    DimLike,
+    DType,
+    Graph,
+    IRError,
+    Program,
+    TensorType,
+    Type,
+    WasatError,
+    check_text,
+    evaluate,
+    symbol,
+    symbols_of,
+)
 from wasat.passes import DeriveKVCache, PassManager, Remark, Report, Step, TokenInputs, default_pipeline
 from wasat.passes.core import Dump
 from wasat.passes.kv_cache import capacity_name
@@ -166,6 +180,7 @@ def compile(
 
 def _manifest(program: Program, library: Any, settings: dict[str, Any]) -> dict[str, Any]:
     """Everything a runtime must know, the files' hashes aside; the format is runtime/manifest.py's."""
+    from wasat.backends.tvm.indices import given
     from wasat.backends.tvm.lower import tvm_dtype
 
     meta = program.metadata
@@ -181,11 +196,15 @@ def _manifest(program: Program, library: Any, settings: dict[str, Any]) -> dict[
             "inputs": [describe(v.name, v.type) for v in g.inputs if v.name not in states],
             "outputs": [describe(n, v.type) for n, v in zip(g.output_names, g.outputs) if n not in states],
             "states": [n for n in states if any(v.name == n for v in g.inputs)],
+            "checks": _checks(g),
+            "indices": [
+                {"input": i.input, "low": str(i.low), "high": str(i.high), "where": i.where} for i in given(g)
+            ],
         }
     sizes = _state_symbols(program) if states else {}
     physical = {n: describe(n, t.substitute(sizes)) for n, t in library.target.state_types(program).items()}
     return {
-        "format": 1, "wasat": __version__, **library.target.versions(), "name": str(meta.get("name", "model")),
+        "format": 2, "wasat": __version__, **library.target.versions(), "name": str(meta.get("name", "model")),
         "target": library.target.requirements(), "entries": entries,
         "states": [{**s, **physical[n]} for n, s in states.items()],
         "weights": [{"name": a.name, "dtype": a.dtype, "shape": list(a.shape)} for a in library.plan.arrays],
@@ -193,6 +212,17 @@ def _manifest(program: Program, library: Any, settings: dict[str, Any]) -> dict[
         "generation": {**meta.get("generation", {}), "vocab": meta.get("vocab") or _vocabulary(program)},
         **{k: meta[k] for k in ("media", "heads") if k in meta}, "settings": settings,
     }  # fmt: skip
+
+
+def _checks(graph: Graph) -> list[dict[str, str]]:
+    """What must be equal of sizes, and where: each equation once."""
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for node in graph.nodes:
+        for check in node.checks:
+            a, b = map(str, check)
+            where = f"{node!r}" + (f" at {node.loc}" if node.loc else "")
+            found.setdefault((a, b), {"left": a, "right": b, "needs": check_text(check), "where": where})
+    return list(found.values())
 
 
 def _state_symbols(program: Program) -> dict[str, DimLike]:

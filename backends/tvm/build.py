@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 import tvm
+import tvm_ffi
 from tvm import relax
-from wasat.ir import DType, Graph, IRError, Program, WasatError, evaluate_dim
+from wasat.ir import DType, Graph, IRError, Program, WasatError, check_text, evaluate_dim
 from wasat.ir.evaluate import bind_symbols
 
+from .indices import OUTSIDE, given, outside
 from .lower import WeightPlan, lower_program
 from .narrow import carried, uncarried
 from .targets import Target
@@ -60,7 +62,7 @@ def build(
     check_tools(target)
     on_progress("lowering")
     module, plan = lower_program(
-        program, target.table(), states, target.state_types(program), target.kernels(target, program)
+        program, target.table(), states, target.state_types(program), target.kernels(target, program), target.on_host
     )
     on_progress("generating code")
     with target.scope():
@@ -94,6 +96,8 @@ class Runner:
             for (name, layout), _ in library.plan.layouts.items()
             for array in layout.pack(program.params[name].load())
         ]
+        self._given_indices = {name: given(g) for name, g in program.graphs.items()}
+        tvm_ffi.register_global_func(OUTSIDE, outside, override=True)
         self._given: dict[int, tuple[np.ndarray, Any]] = {}
         """Arrays of states that the last call returned, by id, and the tensors whose memory they are."""
         if donate:
@@ -105,14 +109,21 @@ class Runner:
         g: Graph = self.program[graph]
         arrays = {v.name: np.asarray(inputs[v.name]) for v in g.inputs}
         dims = bind_symbols(g, arrays)
+        for c in self._given_indices[graph]:
+            low, high, x = evaluate_dim(c.low, dims), evaluate_dim(c.high, dims), arrays[c.input]
+            if x.size and not (low <= int(x.min()) and int(x.max()) < high):
+                raise IRError(f"{c.where}: index {_first_outside(x, low, high)} of {c.input} is outside {low} .. {high - 1}")
         for node in g.nodes:
             for a, b in node.checks:
                 if evaluate_dim(a, dims) != evaluate_dim(b, dims):
-                    raise IRError(f"{node!r}: needs {a} == {b}", node.loc)
+                    raise IRError(f"{node!r}: needs {check_text((a, b))}", node.loc)
         ordered = [v.name for v in g.inputs if v.name not in self.states] + [s for s in self.states if s in arrays]
-        out = self.vm["".join(c if c.isalnum() or c == "_" else "_" for c in graph)](
-            *(self._tensor(n, arrays[n]) for n in ordered), *self.weights
-        )
+        function = self.vm["".join(c if c.isalnum() or c == "_" else "_" for c in graph)]
+        tensors = [self._tensor(n, arrays[n]) for n in ordered]
+        try:
+            out = function(*tensors, *self.weights)
+        except IndexError as e:
+            raise IRError(str(e)) from None
         names = [n for n in g.output_names if n not in self.states] + [n for n in g.output_names if n in self.states]
         if self.donate and any(n in self.states for n in names):
             self._given.clear()
@@ -134,6 +145,10 @@ class Runner:
             return x
         x = uncarried(tensor.numpy(), dtype)
         return self.layouts[name].unpack(x) if name in self.layouts else x
+
+
+def _first_outside(x: np.ndarray, low: int, high: int) -> int:
+    return next(i for i in map(int, x.ravel()) if not low <= i < high)
 
 
 def _linked(library: Library) -> Any:

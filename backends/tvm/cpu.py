@@ -478,8 +478,6 @@ class _Selection:
         for state in (self.states[v.name] for v in (keys, values)):
             if (state.get("kind") == "ring") != a.ring:
                 raise IRError(f"{node!r}: %{state['name']} is declared {state.get('kind')}", node.loc)
-        if a.ring and capacity < a.window:
-            raise IRError(f"{node!r}: a ring of {capacity} positions cannot hold a window of {a.window}", node.loc)
         cache = Cache(g, d, v.shape[3], capacity if a.ring else None, self.cache)
         if past.tensor.dtype is not DType.I64:
             past = self.builder(node).cast(past, dtype=DType.I64)

@@ -9,7 +9,7 @@ packed arrays.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ import numpy as np
 import tvm
 from tvm import relax, te, tirx
 from wasat.ir import Attrs, DType, Graph, IRError, Node, Op, Program, QTensorType, TensorType, Type, Value
-from wasat.ir.dims import Dim, DimLike, Func
+from wasat.ir.dims import Dim, DimLike, Func, symbols_of
 
 from .narrow import NARROW, carried
 
@@ -192,7 +192,8 @@ class KernelCall(Op):
 
 def lowering_of(node: Node, table: Table) -> Lowering | None:
     """How ``node`` is lowered: a kernel call by itself, any other by the table."""
-    return node.op.lowering if isinstance(node.op, KernelCall) else table.get(node.op.name)
+    own: Lowering | None = getattr(node.op, "lowering", None)
+    return own or table.get(node.op.name)
 
 
 @dataclass
@@ -236,7 +237,10 @@ class Context:
     def __init__(self, bb: relax.BlockBuilder, graph: Graph, kernels: dict[Any, Any]) -> None:
         self.bb = bb
         self.graph = graph
-        self.symbols: dict[str, tirx.Var] = {}
+        self.symbols: dict[str, Any] = {}
+        """Variables, and functions of variables, by the names of the graph's symbols."""
+        self.found = False
+        """Whether there are functions among them."""
         self.env: dict[Value, Any] = {}
         self.packed: dict[tuple[Value, Layout], list[relax.Var]] = {}
         self.kernels = kernels
@@ -246,8 +250,28 @@ class Context:
         """Of a variable: the one that it is a view of, and that one's views by their shape."""
 
     # -- dimensions and types ------------------------------------------------------------------------------------------
-    def symbol(self, name: str) -> tirx.Var:
+    def symbol(self, name: str) -> Any:
         return self.symbols.setdefault(name, tirx.Var(name, "int64"))
+
+    def declare(self, values: Sequence[Value], types: Sequence[TensorType]) -> list[relax.Var]:
+        """Parameters of the function, one for each of ``values``. A symbol that is no axis by itself is found from an axis that
+        is linear in it: TVM binds only what stands alone."""
+        known = {str(d) for t in types for d in t.shape if isinstance(d, Dim) and str(d).isidentifier()}
+        sizes: dict[DimLike, Any] = {}
+        while found := next((s for t in types for d in t.shape if (s := _linear(d, known)) is not None), None):
+            name, d, slope, offset = found
+            sizes[d] = tirx.Var(f"size_of_{name}", "int64")
+            self.symbols[name] = tirx.floordiv(sizes[d] - offset, tirx.IntImm("int64", slope))
+            known.add(name)
+        declared = []
+        for v, t in zip(values, types):
+            open_ = [s for s in t.symbols if s not in known]
+            if open_:
+                raise IRError(f"input %{v.name} is {t}, and no size of an input says what {', '.join(open_)} is")
+            shape = [sizes[d] if d in sizes else self.dim(d) for d in t.shape]
+            declared.append(relax.Var(_identifier(v.name), relax.TensorType(shape, tvm_dtype(t.dtype))))
+        self.found = bool(sizes)
+        return declared
 
     def dim(self, d: DimLike) -> Any:
         """A dimension as a TIR expression (int64)."""
@@ -300,7 +324,7 @@ class Context:
         out = build(*inputs)
         func = te.create_prim_func([*inputs, out], "int64")
         missing = set(tirx.analysis.undefined_vars(func.body)) - {d for t in inputs for d in t.shape}
-        free = [v for v in self.symbols.values() if v in missing]
+        free = [v for s in self.symbols.values() for v in tirx.analysis.undefined_vars(s) if v in missing]
         if free:
             func = te.create_prim_func([*inputs, *free, out], "int64")
         gv = self.bb.add_func(func.without_attr("global_symbol"), name)
@@ -335,11 +359,9 @@ def emit_graph(
     ctx.functions = called_functions(bb, graph, table, kernels)
     by_name = {v.name: v for v in graph.inputs}
     ordered = [v for v in graph.inputs if v.name not in states] + [by_name[s] for s in states if s in by_name]
-    params: list[relax.Var] = []
-    for v in ordered:
-        var = relax.Var(_identifier(v.name), ctx.type(state_types.get(v.name, v.type)))
-        ctx.env[v] = var
-        params.append(var)
+    types = [state_types.get(v.name, v.tensor) for v in ordered]
+    params = ctx.declare(ordered, types)
+    ctx.env.update(zip(ordered, params))
     inputs = len(params)
     for (name, layout), arrays in plan.layouts.items():
         vars_ = [relax.Var(_identifier(a.name), relax.TensorType(list(a.shape), a.dtype)) for a in arrays]
@@ -351,11 +373,25 @@ def emit_graph(
                 ctx.env[v] = vars_[0]
     with bb.function(_identifier(graph.name), params, attrs={"num_input": inputs, "relax.force_pure": True}):
         with bb.dataflow():
+            for v, t, x in zip(ordered, types, params):
+                if ctx.found and v.name not in states and t.symbols:
+                    ctx.env[v] = ctx.emit(relax.op.reshape(x, ctx.shape(t.shape)))  # by the sizes that all others go by
             emit_nodes(ctx, graph, table)
             outputs = [ctx.env[v] for v, n in zip(graph.outputs, graph.output_names) if n not in states]
             kept = [ctx.env[v] for v, n in zip(graph.outputs, graph.output_names) if n in states]
             result = bb.emit_output(relax.Tuple([*outputs, *kept]))
         bb.emit_func_output(result)
+
+
+def _linear(d: DimLike, known: Collection[str]) -> tuple[str, DimLike, int, Any] | None:
+    """Of a dimension ``a * n + b`` with one symbol n that is not known: n, itself, a and b."""
+    unknown = [s for s in symbols_of([d]) if s not in known]
+    if len(unknown) != 1 or not isinstance(d, Dim):
+        return None
+    steps = [(m, c) for m, c in d.terms if m]
+    if len(steps) != 1 or steps[0][0] != (unknown[0],) or steps[0][1] < 1:
+        return None
+    return unknown[0], d, steps[0][1], sum(c for m, c in d.terms if not m)
 
 
 def called_functions(bb: relax.BlockBuilder, graph: Graph, table: Table, kernels: dict[Any, Any]) -> dict[Node, Any]:
@@ -396,27 +432,33 @@ def _identifier(name: str) -> str:
     return "".join(c if c.isalnum() or c == "_" else "_" for c in name)
 
 
-def selected(program: Program, table: Table, select: Callable[[Graph], None]) -> list[Graph]:
-    """Copies of the graphs as they are lowered: ``select`` puts a target's kernels in, what has none is decomposed."""
+def selected(program: Program, table: Table, select: Callable[[Graph], None], on_host: bool = True) -> list[Graph]:
+    """Copies of the graphs as they are lowered: ``select`` puts a target's kernels in, what has none is decomposed, indices
+    are checked (or clamped, where code does not run ``on_host``)."""
     from wasat.ir.decompose import decompose
+
+    from .indices import given, guard
 
     graphs = [g.clone() for g in program.graphs.values()]
     for g in graphs:
+        checked = given(g)
+        guard(g, checked, on_host)
         select(g)
         decompose(g, lambda node: node.op.name in table and table[node.op.name].takes(node))
+        guard(g, checked, on_host)  # indices of what composites are made of
         g.prune_params()
     return graphs
 
 
 def lower_program(
     program: Program, table: Table, states: Sequence[str] = (), state_types: Mapping[str, TensorType] | None = None,
-    select: Callable[[Graph], None] = lambda graph: None,
+    select: Callable[[Graph], None] = lambda graph: None, on_host: bool = True,
 ) -> tuple[tvm.IRModule, WeightPlan]:  # fmt: skip
     """A Relax module with one function per graph, and the weights that each of them takes after its inputs and states.
 
-    ``select`` is that of :func:`selected`.
+    ``select`` and ``on_host`` are those of :func:`selected`.
     """
-    graphs = selected(program, table, select)
+    graphs = selected(program, table, select, on_host)
     plan = plan_weights(graphs, table)
     bb = relax.BlockBuilder()
     kernels: dict[Any, Any] = {}

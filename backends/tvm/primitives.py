@@ -450,7 +450,12 @@ def _lower_quantized_embedding(ctx: Context, node: Node, packed: list[Any], ids:
 
     def build(values: Any, scales: Any, rows: Any) -> Any:
         at = _dequantized(q, dtype, values, scales)
-        return te.compute(shape, lambda *i: at(tirx.Cast("int64", rows(*i[:-1])), i[-1]), name="embedding")
+
+        def row(*i: Any) -> Any:
+            given = tirx.Cast("int64", rows(*i))
+            return tirx.Select(given < 0, given + q.shape[0], given)
+
+        return te.compute(shape, lambda *i: at(row(*i[:-1]), i[-1]), name="embedding")
 
     return ctx.te(build, *packed, ids, name="embedding")
 

@@ -55,6 +55,11 @@ class Target:
     features: Callable[[Target], list[str]] = field(default=lambda target: [])
     """What the machine that runs the code must have, in the words of /proc/cpuinfo."""
 
+    @property
+    def on_host(self) -> bool:
+        """Whether its kernels run where they can raise errors."""
+        return bool(self.config["kind"] == "llvm")
+
     @cached_property
     def tvm(self) -> tvm.target.Target:
         t = tvm.target.Target(dict(self.config))

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .. import op as _op
-from ..dims import DimLike, equal, require_equal
+from ..dims import DimLike, equal, require_at_most, require_equal
 from ..errors import TypeMismatch
-from ..op import ErrorSample, Op, Sample, broadcast_shapes, floating, register, same_dtype, tensor
+from ..op import Bounds, ErrorSample, Op, Sample, broadcast_shapes, floating, register, same_dtype, tensor
 from ..types import DType, TensorType
 from .elementwise import wide
 from .index import indices
@@ -332,6 +332,8 @@ def _check_cache(cache: TensorType, new: TensorType, past: TensorType, what: str
 
 def _write(cache: np.ndarray, new: np.ndarray, past: np.ndarray, ring: bool) -> np.ndarray:
     at = past[:, None] + np.arange(new.shape[1])
+    if past.size and past.min() < 0:
+        raise TypeMismatch(f"a row cannot hold {past.min()} positions")
     if ring:
         at = at % cache.shape[1]
     elif at.size and at.max() >= cache.shape[1]:
@@ -357,6 +359,9 @@ class CacheUpdate(Op):
         _check_cache(cache, new, past, "the cache")
         return cache
 
+    def bounds(self, attrs: CacheAttrs, cache: TensorType, new: TensorType, past: TensorType) -> Mapping[int, Bounds]:
+        return {2: _room(attrs.ring, cache, new)}
+
     def reference(self, attrs: CacheAttrs, cache: np.ndarray, new: np.ndarray, past: np.ndarray) -> np.ndarray:
         return _write(cache, new, past, attrs.ring)
 
@@ -368,6 +373,11 @@ class CacheUpdate(Op):
         yield ErrorSample(["f32[b, 6, 3]", "f32[b, s, 4]", "i64[b]"], {}, "axis 2")
         yield ErrorSample(["f32[2, 6, 3]", "f32[2, s, 3]", "i64[3]"], {}, "batch of past")
         yield ErrorSample(["f32[b, 6, 3]", "f32[b, s]", "i64[b]"], {}, "must be [batch, capacity")
+
+
+def _room(ring: bool, cache: TensorType, new: TensorType) -> Bounds:
+    """How many positions a row may hold before the new ones come."""
+    return 0, 2**62 if ring else cache.shape[1] - new.shape[1] + 1
 
 
 @dataclass(frozen=True)
@@ -404,19 +414,25 @@ class CachedAttention(Op):
         _check_cache(v_cache, v, past, "v_cache")
         require_equal(k_cache.shape[1], v_cache.shape[1], "capacity of the caches")
         _check_window(attrs.window)
-        if attrs.ring and attrs.window is None:
-            raise TypeMismatch("a ring cache forgets: it needs a window")
+        if attrs.ring:
+            if attrs.window is None:
+                raise TypeMismatch("a ring cache forgets: it needs a window")
+            c, s = k_cache.shape[1], k.shape[1]
+            require_at_most(attrs.window + s - 1, c, f"a ring of {c} cannot take {s} new positions under window {attrs.window}")
         if mask is not None:
             _check_mask(mask, q, k_cache)
         return q.with_shape(*q.shape[:3], v.shape[3]), k_cache, v_cache
+
+    def bounds(
+        self, attrs: CachedAttrs, q: TensorType, k: TensorType, v: TensorType, keys: TensorType, *others: TensorType
+    ) -> Mapping[int, Bounds]:
+        return {5: _room(attrs.ring, keys, k)}
 
     def reference(
         self, attrs: CachedAttrs, q: np.ndarray, k: np.ndarray, v: np.ndarray, k_cache: np.ndarray, v_cache: np.ndarray,
         past: np.ndarray, mask: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
         s, c = q.shape[1], k_cache.shape[1]
-        if attrs.ring and attrs.window is not None and c < attrs.window + s - 1:
-            raise TypeMismatch(f"a ring of {c} cannot take {s} new positions under a window of {attrs.window}")
         k_cache, v_cache = _write(k_cache, k, past, attrs.ring), _write(v_cache, v, past, attrs.ring)
         query = past[:, None, None] + np.arange(s)[:, None]  # [b, s, 1]
         slot = np.arange(c)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .. import op as _op
-from ..dims import DimLike, equal, less_equal, require_equal
+from ..dims import DimLike, require_at_most, require_equal
 from ..errors import TypeMismatch
 from ..op import ErrorSample, Op, Sample, concrete, floating, register, same_dtype
 from ..types import TensorType, Type
@@ -61,15 +61,16 @@ class Conv(Op):
             if min(getattr(attrs, name)) < 1:
                 raise TypeMismatch(f"{name} {getattr(attrs, name)}: each must be at least 1")
         same_dtype(x, w)
-        if attrs.groups < 1 or equal(w.shape[0] % attrs.groups, 0) is False:
-            raise TypeMismatch(f"{w.shape[0]} output channels do not divide into {attrs.groups} groups")
+        if attrs.groups < 1:
+            raise TypeMismatch(f"groups {attrs.groups}: at least 1")
+        require_equal(w.shape[0] % attrs.groups, 0, f"{w.shape[0]} output channels do not divide into {attrs.groups} groups")
         require_equal(x.shape[1], w.shape[1] * attrs.groups, "channels of x, and of the weight times groups")
         space = []
         for i in range(n):
             reach = attrs.dilation[i] * (w.shape[2 + i] - 1)
             room = _room(attrs, i, x.shape[2 + i]) - reach
-            if less_equal(room, 0 - attrs.strides[i]) is True:
-                raise TypeMismatch(f"a kernel that spans {reach + 1} does not fit into the padded axis {2 + i} of {x}")
+            fits = f"a kernel that spans {reach + 1} does not fit into the padded axis {2 + i} of {x}"
+            require_at_most(1 - attrs.strides[i], room, fits)
             space.append((room - 1) // attrs.strides[i] + 1)
         return x.with_shape(x.shape[0], w.shape[0], *space)
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .. import op as _op
-from ..dims import DimLike, less_equal, require_equal
+from ..dims import DimLike, require_at_most, require_equal
 from ..errors import TypeMismatch
-from ..op import ErrorSample, Op, Sample, axis_of, concrete, register, same_dtype, tensor
+from ..op import Bounds, ErrorSample, Op, Sample, axis_of, concrete, register, same_dtype, tensor
 from ..types import DType, TensorType, Type
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def indices(t: Type, what: str = "indices") -> TensorType:
 def _checked(ids: np.ndarray, size: int) -> np.ndarray:
     if ids.size and (ids.min() < -size or ids.max() >= size):
         bad = ids[(ids < -size) | (ids >= size)].ravel()[0]
-        raise TypeMismatch(f"index {bad} is outside an axis of size {size}")
+        raise TypeMismatch(f"index {bad} is outside {-size} .. {size - 1}")
     return ids.astype(np.int64)
 
 
@@ -58,6 +58,9 @@ class Gather(Op):
     def infer(self, attrs: AxisAttrs, x: TensorType, ids: TensorType) -> TensorType:
         shape = tensor(x).shape
         return x.with_shape(*shape[: attrs.axis], *indices(ids).shape, *shape[attrs.axis + 1 :])
+
+    def bounds(self, attrs: AxisAttrs, x: TensorType, *others: TensorType) -> Mapping[int, Bounds]:
+        return {1: (0 - x.shape[attrs.axis], x.shape[attrs.axis])}
 
     def reference(self, attrs: AxisAttrs, x: np.ndarray, ids: np.ndarray) -> np.ndarray:
         return np.take(x, _checked(ids, x.shape[attrs.axis]), attrs.axis)
@@ -93,6 +96,9 @@ class TakeAlong(Op):
             else:
                 shape.append(e if d == 1 else d if e == 1 else require_equal(d, e, f"axis {i} of x and indices"))
         return x.with_shape(*shape)
+
+    def bounds(self, attrs: AxisAttrs, x: TensorType, *others: TensorType) -> Mapping[int, Bounds]:
+        return {1: (0 - x.shape[attrs.axis], x.shape[attrs.axis])}
 
     def reference(self, attrs: AxisAttrs, x: np.ndarray, ids: np.ndarray) -> np.ndarray:
         return np.take_along_axis(x, _checked(ids, x.shape[attrs.axis]), attrs.axis)
@@ -156,6 +162,9 @@ class Scatter(Op):
             require_equal(d, e, f"axis {i} of updates")
         return x
 
+    def bounds(self, attrs: ScatterAttrs, x: TensorType, *others: TensorType) -> Mapping[int, Bounds]:
+        return {1: (0 - x.shape[attrs.axis], x.shape[attrs.axis])}
+
     def reference(self, attrs: ScatterAttrs, x: np.ndarray, ids: np.ndarray, updates: np.ndarray) -> np.ndarray:
         at = (slice(None),) * attrs.axis + (_checked(ids, x.shape[attrs.axis]),)
         return _write(np.array(x), at, updates, attrs.reduce)
@@ -195,9 +204,12 @@ class ScatterAlong(Op):
             raise TypeMismatch(f"ranks differ: {x}, {ids}, {updates}")
         for i, (d, e) in enumerate(zip(ids.shape, updates.shape)):
             require_equal(d, e, f"axis {i} of indices and updates")
-            if i != attrs.axis and less_equal(d, x.shape[i]) is False:
-                raise TypeMismatch(f"axis {i} of the indices, {d}, is longer than that of {x}")
+            if i != attrs.axis:
+                require_at_most(d, x.shape[i], f"axis {i} of the indices, {d}, is longer than that of {x}")
         return x
+
+    def bounds(self, attrs: ScatterAttrs, x: TensorType, *others: TensorType) -> Mapping[int, Bounds]:
+        return {1: (0 - x.shape[attrs.axis], x.shape[attrs.axis])}
 
     def reference(self, attrs: ScatterAttrs, x: np.ndarray, ids: np.ndarray, updates: np.ndarray) -> np.ndarray:
         at: list[np.ndarray] = list(np.indices(ids.shape, sparse=True))
@@ -268,6 +280,9 @@ class TakeRow(Op):
         if tensor(x).rank < 2 or indices(index, "index").rank != 1:
             raise TypeMismatch("take_row needs x [b, s, ..] and index [b]")
         return x.with_shape(require_equal(x.shape[0], index.shape[0], "batch of x and index"), 1, *x.shape[2:])
+
+    def bounds(self, attrs: _op.Attrs, x: TensorType, *others: TensorType) -> Mapping[int, Bounds]:
+        return {1: (0 - x.shape[1], x.shape[1])}
 
     def reference(self, attrs: _op.Attrs, x: np.ndarray, index: np.ndarray) -> np.ndarray:
         return x[np.arange(len(x)), _checked(index, x.shape[1])][:, None]
@@ -354,8 +369,8 @@ class TopK(Op):
             return TopK.Attrs(self.k, axis_of(self.axis, types[0].rank), self.largest)
 
     def infer(self, attrs: Attrs, x: TensorType) -> tuple[TensorType, TensorType]:
-        if isinstance(attrs.k, int) and isinstance(tensor(x).shape[attrs.axis], int) and attrs.k > x.shape[attrs.axis]:
-            raise TypeMismatch(f"top {attrs.k} of an axis of size {x.shape[attrs.axis]}")
+        require_at_most(0, attrs.k, f"top {attrs.k}")
+        require_at_most(attrs.k, tensor(x).shape[attrs.axis], f"top {attrs.k} of an axis of size {x.shape[attrs.axis]}")
         shape = tuple(attrs.k if i == attrs.axis else d for i, d in enumerate(x.shape))
         return x.with_shape(*shape), TensorType(DType.I64, shape)
 

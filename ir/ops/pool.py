@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .. import op as _op
-from ..dims import DimLike, less_equal
+from ..dims import DimLike, require_at_most
 from ..errors import TypeMismatch
 from ..op import ErrorSample, Op, Sample, concrete, register, tensor
 from ..types import DType, TensorType, Type
@@ -63,11 +63,10 @@ class Pool(Op):
                 raise TypeMismatch(f"{name} {getattr(attrs, name)}: each must be at least 1")
         space = []
         for i in range(n):
-            if any(less_equal(0, d) is False for d in (attrs.low[i], attrs.high[i])):
-                raise TypeMismatch(f"padding {attrs.low[i]}, {attrs.high[i]} of axis {2 + i}: it cannot be negative")
+            for d in (attrs.low[i], attrs.high[i]):
+                require_at_most(0, d, f"padding {attrs.low[i]}, {attrs.high[i]} of axis {2 + i}: it cannot be negative")
             room = x.shape[2 + i] + attrs.low[i] + attrs.high[i] - attrs.dilation[i] * (attrs.kernel[i] - 1)
-            if less_equal(room, 0) is True:
-                raise TypeMismatch(f"a window of {attrs.kernel[i]} does not fit into the padded axis {2 + i} of {x}")
+            require_at_most(1, room, f"a window of {attrs.kernel[i]} does not fit into the padded axis {2 + i} of {x}")
             space.append((room - 1) // attrs.strides[i] + 1)
         return x.with_shape(*x.shape[:2], *space)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ import numpy as np
 from .. import op as _op
 from ..dims import require_equal
 from ..errors import TypeMismatch
-from ..op import ErrorSample, Op, Sample, floating, quantized, register, same_dtype, tensor
+from ..op import Bounds, ErrorSample, Op, Sample, floating, quantized, register, same_dtype, tensor
 from ..types import DType, QArray, QTensorType, TensorType
 from .elementwise import grid, wide
 from .index import _checked, indices
@@ -232,6 +232,9 @@ class Embedding(Op):
             raise TypeMismatch(f"the table must be [v, d] of floats, not {w}")
         return TensorType(attrs.dtype, (*indices(ids, "ids").shape, w.shape[1]))
 
+    def bounds(self, attrs: DTypeAttrs, w: TensorType, ids: TensorType) -> Mapping[int, Bounds]:
+        return {1: (0 - w.shape[0], w.shape[0])}
+
     def reference(self, attrs: DTypeAttrs, w: np.ndarray, ids: np.ndarray) -> np.ndarray:
         return w[_checked(ids, len(w))].astype(attrs.dtype.np)
 
@@ -260,6 +263,9 @@ class QuantizedEmbedding(Op):
         if quantized(w, "the table").rank != 2:
             raise TypeMismatch(f"the table must be [v, d], not {w}")
         return TensorType(attrs.dtype, (*indices(ids, "ids").shape, w.shape[1]))
+
+    def bounds(self, attrs: DTypeAttrs, w: QTensorType, ids: TensorType) -> Mapping[int, Bounds]:
+        return {1: (0 - w.shape[0], w.shape[0])}
 
     def reference(self, attrs: DTypeAttrs, w: QArray, ids: np.ndarray) -> np.ndarray:
         at = _checked(ids, w.shape[0])

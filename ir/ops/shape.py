@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .. import op as _op
-from ..dims import DimLike, equal, less_equal, require_equal
+from ..dims import DimLike, equal, require_at_most, require_equal, span
 from ..errors import TypeMismatch
 from ..op import ErrorSample, Op, Sample, axis_of, concrete, register, same_dtype, tensor
 from ..types import TensorType, Type
@@ -144,11 +144,13 @@ class Slice(Op):
             raise TypeMismatch(f"a slice of {x} needs {x.rank} starts, stops and steps")
         shape = []
         for i, (lo, hi, step, n) in enumerate(zip(attrs.starts, attrs.stops, attrs.steps, x.shape)):
-            if less_equal(0, lo) is False or less_equal(lo, hi) is False or less_equal(hi, n) is False:
-                raise TypeMismatch(f"slice {lo}:{hi} is outside axis {i} of size {n}")
+            what = f"slice {lo}:{hi} is outside axis {i} of size {n}"
+            require_at_most(0, lo, what)
+            require_at_most(lo, hi, what)
+            require_at_most(hi, n, what)
             if not isinstance(step, int) or step < 1:
                 raise TypeMismatch(f"slice step {step} on axis {i}: a step is an integer >= 1")
-            shape.append((hi - lo + (step - 1)) // step)
+            shape.append((span(lo, hi) + (step - 1)) // step)
         return x.with_shape(*shape)
 
     def reference(self, attrs: Attrs, x: np.ndarray) -> np.ndarray:
@@ -258,8 +260,7 @@ class Pad(Op):
         if not len(attrs.low) == len(attrs.high) == tensor(x).rank:
             raise TypeMismatch(f"padding {x} needs {x.rank} low and high amounts")
         for d in (*attrs.low, *attrs.high):
-            if less_equal(0, d) is False:
-                raise TypeMismatch(f"a padding amount cannot be {d}; slice instead")
+            require_at_most(0, d, f"a padding amount cannot be {d}; slice instead")
         return x.with_shape(*(lo + d + hi for lo, d, hi in zip(attrs.low, x.shape, attrs.high)))
 
     def reference(self, attrs: Attrs, x: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .. import op as _op
-from ..dims import DimLike, less_equal
+from ..dims import DimLike, less_equal, require_at_most
 from ..errors import TypeMismatch
 from ..op import ErrorSample, Op, Sample, concrete, floating, register
 from ..types import DType, TensorType
@@ -45,8 +45,7 @@ class Dft(Op):
     def infer(self, attrs: Attrs, x: TensorType) -> TensorType:
         if floating(x).rank < 2 or x.shape[-1] not in (1, 2):
             raise TypeMismatch(f"dft takes x [.., t, 1 or 2], not {x}")
-        if less_equal(attrs.length, 0) is True:
-            raise TypeMismatch(f"a transform of length {attrs.length}")
+        require_at_most(1, attrs.length, f"a transform of length {attrs.length}")
         if attrs.onesided and attrs.inverse:
             return x.with_shape(*x.shape[:-2], attrs.length, 1)
         return x.with_shape(*x.shape[:-2], attrs.length // 2 + 1 if attrs.onesided else attrs.length, 2)

@@ -144,8 +144,8 @@ def test_a_damaged_manifest(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("field, value, message", [
-    ("format", 2, r"format 2 \(made by wasat .*\) and this runtime reads format 1: update wasat"),
-    ("format", 0, "has format 0; this runtime reads format 1: compile the model again"),
+    ("format", 3, r"format 3 \(made by wasat .*\) and this runtime reads format 2: update wasat"),
+    ("format", 1, "has format 1; this runtime reads format 2: compile the model again"),
     ("format", "1", "format is text, not a whole number"),
     ("format", ..., "format is missing"),
     ("target.os", "plan9", "compiled for plan9, this is "),
@@ -193,6 +193,7 @@ def test_fields_from_the_future_are_left_alone(copy: Path) -> None:
 
 def test_a_program_with_other_entries_has_no_session(copy: Path) -> None:
     edit_manifest(copy, "entries.prefill.inputs.1.name", "history")
+    edit_manifest(copy, "entries.prefill.indices", [])
     with pytest.raises(ArtifactError, match="prefill does not take tokens, past, last"):
         load(copy).session()
     edit_manifest(copy, "entries.prefill", ...)

@@ -1,0 +1,214 @@
+"""What types leave to the run: sizes, indices. The interpreter and an artifact give the same numbers or the same refusal.
+
+All graphs are entries of one artifact. A case is a graph, and runs of it: inputs, and the numbers or the words of the error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from wasat.ir import ArrayParam, Program, QArray, QTensorType, WasatError, parse, type_of
+from wasat.runtime import Model, RuntimeErrorBase
+
+import wasat as ws
+
+Run = tuple[dict[str, Any], Any]
+
+
+def f(*rows: Any) -> np.ndarray:
+    return np.array(rows, np.float32)
+
+
+def count(*shape: int) -> np.ndarray:
+    """1, 2, 3, …: no number looks like its neighbour, or like fresh memory."""
+    return np.arange(1, 1 + int(np.prod(shape)), dtype=np.float32).reshape(shape)
+
+
+SIZES: dict[str, tuple[str, list[Run]]] = {
+    "add": ("(%x: f32[b, s], %z: f32[c, t]) {\n %y: f32[b, s] = add(%x, %z)", [
+        ({"x": count(2, 3), "z": count(2, 3)}, 2 * count(2, 3)),
+        ({"x": count(2, 3), "z": count(2, 2)}, "needs s == t, which b=2, s=3, c=2, t=2 does not satisfy"),
+        ({"x": count(1, 3), "z": count(2, 3)}, "needs b == c"),
+    ]),
+    "select": ("(%c: bool[n], %x: f32[m], %z: f32[k]) {\n %y: f32[n] = select(%c, %x, %z)", [
+        ({"c": np.ones(4, bool), "x": count(2), "z": count(4)}, "needs n == m"),
+        ({"c": np.ones(4, bool), "x": count(4), "z": count(4)}, count(4)),
+    ]),
+    "matmul": ("(%x: f32[b, k], %z: f32[m, n]) {\n %y: f32[b, n] = matmul(%x, %z)", [
+        ({"x": count(2, 3), "z": count(2, 4)}, "needs k == m"),
+    ]),
+    "rms_norm": ("(%x: f32[b, k], %w: f32[m]) {\n %y: f32[b, k] = rms_norm(%x, %w)", [
+        ({"x": count(2, 4), "w": count(3)}, "needs m == k"),
+    ]),
+    "glu": ("(%x: f32[n]) {\n %y: f32[n // 2] = glu(%x)", [({"x": count(3)}, "needs n % 2 == 0")]),
+    "twice": ("(%x: f32[2*n], %z: f32[m]) {\n %y: f32[m] = add(%x, %z)", [
+        ({"x": count(4), "z": count(4)}, 2 * count(4)), ({"x": count(4), "z": count(2)}, "needs 2*n == m"),
+        ({"x": count(3), "z": count(3)}, "2*n"),
+    ]),
+    "reshape": ("(%x: f32[n]) {\n %y: f32[2, 3] = reshape(%x) {shape=(2, 3)}", [
+        ({"x": count(6)}, count(2, 3)), ({"x": count(5)}, "needs n == 6"),
+    ]),
+    "slice": ("(%x: f32[n]) {\n %y: f32[2] = slice(%x) {starts=(2,), stops=(4,)}", [
+        ({"x": count(4)}, f(3, 4)), ({"x": count(3)}, "needs 4 <= n"),
+    ]),
+    "slice from behind": ("(%x: f32[n]) {\n %y: f32[3] = slice(%x) {starts=(n - 4,), stops=(n - 1,)}", [
+        ({"x": count(5)}, f(2, 3, 4)), ({"x": count(3)}, "needs 0 <= n - 4"),
+    ]),
+    "slice of another size": ("(%x: f32[n], %z: f32[m]) {\n %y: f32[m] = slice(%x) {starts=(0,), stops=(m,)}", [
+        ({"x": count(4), "z": count(2)}, f(1, 2)), ({"x": count(2), "z": count(4)}, "needs m <= n"),
+    ]),
+    "pad": ("(%x: f32[n], %z: f32[m]) {\n %y: f32[m] = pad(%x) {low=(0,), high=(m - n,)}", [
+        ({"x": count(2), "z": count(3)}, f(1, 2, 0)), ({"x": count(3), "z": count(2)}, "needs 0 <= m - n"),
+    ]),
+    "pool": ('(%x: f32[1, 1, n]) {\n %y: f32[1, 1, n - 2] = pool(%x) {kind="max", kernel=(3,), strides=(1,), low=(0,), '
+             'high=(0,)}', [
+        ({"x": count(1, 1, 4)}, count(1, 1, 2) + 2), ({"x": count(1, 1, 2)}, "needs 1 <= n - 2"),
+    ]),
+    "conv": ("(%x: f32[1, 1, n], %w: f32[1, 1, 3]) {\n %y: f32[1, 1, n - 2] = conv(%x, %w) {strides=(1,), "
+             "low=(0,), high=(0,)}", [
+        ({"x": count(1, 1, 3), "w": count(1, 1, 3)}, f([[14]])),
+        ({"x": count(1, 1, 1), "w": count(1, 1, 3)}, "needs 0 <= n - 2"),
+    ]),
+    "top_k": ("(%x: f32[n]) {\n %y: f32[3], %at: i64[3] = top_k(%x) {k=3}", [
+        ({"x": count(4)}, f(4, 3, 2)), ({"x": count(2)}, "needs 3 <= n"),
+    ]),
+    "scatter_along": (
+        "(%x: f32[n, 2], %i: i64[m, k], %u: f32[m, k]) {\n %y: f32[n, 2] = scatter_along(%x, %i, %u) {axis=0}", [
+            ({"x": count(1, 2), "i": np.array([[0, 0]]), "u": f([7, 8])}, f([7, 8])),
+            ({"x": count(1, 2), "i": np.array([[0, 0, 0]]), "u": f([7, 8, 9])}, "needs k <= 2"),
+        ]),
+    "scan": (
+        "(%a: f32[n], %z: f32[m]) {\n %y: f32[n] = scan(%a, %z) {body=graph @body(%s: f32[], %t: f32[]) {\n"
+        "  %u: f32[] = add(%s, %t)\n  return %u\n }, carries=0, slices=2}", [
+            ({"a": count(3), "z": count(3)}, 2 * count(3)), ({"a": count(3), "z": count(2)}, "needs n == m"),
+        ]),
+}  # fmt: skip
+
+_OUT = {"past the end": (5, "index 5 is outside -5 .. 4"), "before the beginning": (-6, "index -6 is outside -5 .. 4"),
+        "huge": (10**12, "index 1000000000000 is outside -5 .. 4")}  # fmt: skip
+_X = f(1, 2, 3, 4, 5)
+_W = np.arange(10, dtype=np.float32).reshape(5, 2)
+
+
+def _indexed(body: str, inputs: Callable[[np.ndarray], dict[str, Any]], last: np.ndarray) -> tuple[str, list[Run]]:
+    """Runs with the indices 0 and -1, which gives ``last``, and with each that is outside."""
+    def ids(i: int) -> np.ndarray:
+        return np.array([0, i])
+
+    return body, [(inputs(ids(-1)), last), *((inputs(ids(i)), words) for i, words in _OUT.values())]
+
+
+INDICES: dict[str, tuple[str, list[Run]]] = {
+    "gather": _indexed(
+        "(%x: f32[n], %j: i64[m]) {\n %i: i64[m] = neg(%j)\n %y: f32[m] = gather(%x, %i)",
+        lambda i: {"x": _X, "j": -i}, f(1, 5)),
+    "gather of a second axis": _indexed(
+        "(%x: f32[2, n], %j: i64[m]) {\n %i: i64[m] = neg(%j)\n %y: f32[2, m] = gather(%x, %i) {axis=1}",
+        lambda i: {"x": np.stack([_X, -_X]), "j": -i}, f([1, 5], [-1, -5])),
+    "take_along": _indexed(
+        "(%x: f32[b, n], %j: i64[1, m]) {\n %i: i64[1, m] = neg(%j)\n %y: f32[b, m] = take_along(%x, %i) {axis=1}",
+        lambda i: {"x": _X[None], "j": -i[None]}, f([1, 5])),
+    "scatter": _indexed(
+        "(%x: f32[n], %j: i64[m], %u: f32[m]) {\n %i: i64[m] = neg(%j)\n %y: f32[n] = scatter(%x, %i, %u)",
+        lambda i: {"x": _X, "j": -i, "u": f(7, 8)}, f(7, 2, 3, 4, 8)),
+    "scatter_along": _indexed(
+        "(%x: f32[n], %j: i64[m], %u: f32[m]) {\n %i: i64[m] = neg(%j)\n %y: f32[n] = scatter_along(%x, %i, %u)",
+        lambda i: {"x": _X, "j": -i, "u": f(7, 8)}, f(7, 2, 3, 4, 8)),
+    "take_row": _indexed(
+        "(%x: f32[2, n], %j: i64[2]) {\n %i: i64[2] = neg(%j)\n %y: f32[2, 1] = take_row(%x, %i)",
+        lambda i: {"x": np.stack([_X, _X]), "j": -i}, f([1], [5])),
+    "embedding": _indexed(
+        '(%j: i64[m]) {\n param %w: f32[5, 2] = "w"\n %i: i64[m] = neg(%j)\n %y: f32[m, 2] = embedding(%w, %i)',
+        lambda i: {"j": -i}, f([0, 1], [8, 9])),
+    "embedding of a table that comes in": _indexed(
+        "(%w: f32[n, 2], %j: i64[m]) {\n %i: i64[m] = neg(%j)\n %y: f32[m, 2] = embedding(%w, %i)",
+        lambda i: {"w": _W, "j": -i}, f([0, 1], [8, 9])),
+    "quantized table": _indexed(
+        '(%j: i64[m]) {\n param %q: int8b32f32[5, 2] = "q"\n %i: i64[m] = neg(%j)\n'
+        ' %y: f32[m, 2] = quantized_embedding(%q, %i)',
+        lambda i: {"j": -i}, f([0, 1], [8, 9])),
+    "quantized table in f16": _indexed(
+        '(%j: i64[m]) {\n param %q: int8b32f32[5, 2] = "q"\n %i: i64[m] = neg(%j)\n'
+        ' %h: f16[m, 2] = quantized_embedding(%q, %i) {dtype=f16}\n %y: f32[m, 2] = cast(%h) {dtype=f32}',
+        lambda i: {"j": -i}, f([0, 1], [8, 9])),
+    "u64": ("(%x: f32[5], %j: u64[m]) {\n %i: u64[m] = bit_not(%j)\n %y: f32[m] = gather(%x, %i)", [
+        ({"x": _X, "j": ~np.array([4], np.uint64)}, f(5)),
+        ({"x": _X, "j": ~np.array([2**64 - 1], np.uint64)}, "is outside -5 .. 4"),
+    ]),
+    "i8": ("(%x: f32[5], %j: i8[m]) {\n %i: i8[m] = neg(%j)\n %y: f32[m] = gather(%x, %i)", [
+        ({"x": _X, "j": np.array([1], np.int8)}, f(5)), ({"x": _X, "j": np.array([-5], np.int8)}, "index 5 is outside -5 .. 4"),
+    ]),
+    "in a loop": (
+        "(%x: f32[5], %i: i64[m]) {\n %y: f32[m] = scan(%i, %x) {body=graph @body(%j: i64[], %t: f32[5]) {\n"
+        "  %u: f32[] = gather(%t, %j)\n  return %u\n }, carries=0, slices=1}", [
+            ({"x": _X, "i": np.array([4, -1, 0])}, f(5, 5, 1)),
+            ({"x": _X, "i": np.array([0, 5])}, "index 5 is outside -5 .. 4"),
+        ]),
+    "an input": ("(%x: f32[n], %i: i32[m]) {\n %y: f32[m] = gather(%x, %i)", [
+        ({"x": _X, "i": np.array([4, -5], np.int32)}, f(5, 1)), ({"x": _X, "i": np.array([5], np.int32)}, "5"),
+        ({"x": _X, "i": np.array([-6], np.int32)}, "-6"), ({"x": _X[:0], "i": np.array([0], np.int32)}, "0"),
+    ]),
+    "labels": (
+        "(%x: f32[m, 5], %l: i64[m]) {\n %p: f32[m, 5] = log_softmax(%x) {axis=1}\n"
+        " %c: i64[m, 1] = reshape(%l) {shape=(m, 1)}\n"
+        " %t: f32[m, 1] = take_along(%p, %c) {axis=1}\n %y: f32[] = reduce_sum(%t) {axes=(0, 1)}", [
+            ({"x": np.zeros((1, 5), np.float32), "l": np.array([4])}, np.float32(-np.log(5))),
+            ({"x": np.zeros((1, 5), np.float32), "l": np.array([5])}, "index 5 is outside"),
+        ]),
+    "a cache": ("(%c: f32[b, 6, 3], %new: f32[b, s, 3], %past: i64[b]) {\n %y: f32[b, 6, 3] = cache_update(%c, %new, %past)", [
+        ({"c": np.zeros((1, 6, 3), np.float32), "new": np.ones((1, 2, 3), np.float32), "past": np.array([4])},
+         np.array([[[0] * 3] * 4 + [[1] * 3] * 2], np.float32)),
+        ({"c": np.zeros((1, 6, 3), np.float32), "new": np.ones((1, 2, 3), np.float32), "past": np.array([5])}, ""),
+        ({"c": np.zeros((1, 6, 3), np.float32), "new": np.ones((1, 2, 3), np.float32), "past": np.array([-1])}, "-1"),
+    ]),
+    "one_hot has no outside": ("(%i: i64[m]) {\n %y: f32[m, 3] = one_hot(%i) {size=3}", [
+        ({"i": np.array([2, 3, -1, 10**12])}, f([0, 0, 1], [0] * 3, [0] * 3, [0] * 3)),
+    ]),
+}  # fmt: skip
+
+CASES = {**SIZES, **INDICES}
+
+
+def program_of(cases: dict[str, tuple[str, list[Run]]], params: dict[str, Any]) -> Program:
+    """One graph for each case."""
+    graphs = {}
+    for i, (body, _) in enumerate(cases.values()):
+        g = parse(f"graph @case{i}{body}\n return y=%y\n}}")
+        graphs[g.name] = g
+    return Program(graphs, {k: ArrayParam(x, type_of(x)) for k, x in params.items()})
+
+
+@pytest.fixture(scope="module")
+def program() -> Program:
+    q = QArray(QTensorType("int8", (5, 2), 32, "f32"), np.arange(10, dtype=np.int8).reshape(5, 2), np.ones((5, 1), np.float32))  # type: ignore[arg-type]
+    return program_of(CASES, {"w": _W, "q": q})
+
+
+@pytest.fixture(scope="module")
+def model(program: Program, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    folder: Path = tmp_path_factory.mktemp("edges") / "edges.wasat"
+    ws.compile(program, folder, kv_cache=False)
+    return ws.load(folder)
+
+
+@pytest.mark.parametrize("backend", ["interpreter", "artifact"])
+@pytest.mark.parametrize("name", CASES)
+def test_numbers_or_refusal(name: str, backend: str, program: Program, model: Model) -> None:
+    entry = f"case{list(CASES).index(name)}"
+    for inputs, want in CASES[name][1]:
+        def call(inputs: dict[str, Any] = inputs) -> np.ndarray:
+            run = ws.run(program, entry, **inputs) if backend == "interpreter" else model.run(entry, **inputs)
+            return np.asarray(run["y"])
+
+        if isinstance(want, str):
+            with pytest.raises((WasatError, RuntimeErrorBase)) as e:
+                call()
+            assert want in str(e.value)
+        else:
+            got = call()
+            assert got.shape == want.shape
+            np.testing.assert_allclose(got, want, rtol=1e-6)
