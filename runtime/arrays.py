@@ -25,7 +25,7 @@ def fit(
     if sorted(wanted) != sorted(arrays):
         raise InputError(f"{what} takes {', '.join(wanted) or 'no inputs'}; given: {', '.join(arrays) or 'none'}")
     symbols = dict(sizes)
-    values = [_fit(spec, np.asarray(arrays[spec.name]), symbols) for spec in specs]
+    values = [_fit(spec, _array(spec, arrays[spec.name]), symbols) for spec in specs]
     for spec, x in zip(specs, values):
         for d, n in zip(spec.shape, x.shape):
             symbols |= solved(d, n, symbols)
@@ -61,6 +61,13 @@ def check_sizes(what: str, checks: Sequence[Check], symbols: Mapping[str, int]) 
             pass
         given = ", ".join(f"{k}={v}" for k, v in symbols.items())
         raise InputError(f"{what} needs {check.needs}, which {given} does not satisfy: {check.where}")
+
+
+def _array(spec: TensorSpec, x: Any) -> np.ndarray:
+    try:
+        return np.asarray(x)
+    except (ValueError, TypeError, OverflowError) as e:
+        raise InputError(f"input {spec.name} is no array ({e})") from None
 
 
 def _fit(spec: TensorSpec, x: np.ndarray, symbols: dict[str, int]) -> np.ndarray:

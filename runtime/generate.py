@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -12,7 +12,8 @@ import numpy as np
 from .errors import ContextLimitError, InputError
 from .prompts import Prompt, padded, read_prompts, seen_rows
 from .sampling import Sampler, SamplingOptions, TokenLogprob, logprob
-from .tokenizer import StopStrings
+from .tokenizer import StopStrings, TextStream
+from .values import listed, texts, whole
 
 if TYPE_CHECKING:
     from .model import Model
@@ -78,14 +79,21 @@ class _Row:
         self.tokens.append(token)
         if s.logprobs is not None:
             self.logprobs.append(logprob(logits, token, s.logprobs))
-        if self.stream is not None and self._show(self.stream.push(token)):
+        if self.stream is not None and self._advance(self.stream, token):
             self._end("stop")
         elif len(self.tokens) == self.limit:
             self._end("length")
 
-    def _show(self, piece: str, last: bool = False) -> bool:
+    def _advance(self, stream: TextStream, token: int) -> bool:
+        """Passes on the text of a token, which special ones have not; returns whether a stop string was reached."""
+        written = self.settings.model.tokenizer.special.get(token) if self.stops.stops else None
+        if written is None:
+            return self._show(stream.push(token))
+        return self._show(stream.settle()) or self._show(written, hidden=True)
+
+    def _show(self, piece: str, last: bool = False, hidden: bool = False) -> bool:
         """Passes text on, up to the first stop string; returns whether there was one."""
-        shown, hit = self.stops.push(piece, last)
+        shown, hit = self.stops.push(piece, last, hidden)
         if shown:
             self.text.append(shown)
             if self.settings.stream is not None:
@@ -113,33 +121,40 @@ class _Settings:
 
 
 def generate(
-    model: Model, prompts: str | Sequence[Prompt], max_tokens: int | None, options: SamplingOptions, *,
-    stop: Sequence[str] = (), stop_tokens: Sequence[int] = (), stream: Callable[[int, str], None] | None = None,
+    model: Model, prompts: str | Iterable[Prompt], max_tokens: int | None, options: SamplingOptions, *,
+    stop: str | Iterable[str] = (), stop_tokens: Iterable[int] = (), stream: Callable[[int, str], None] | None = None,
     logprobs: int | None = None, inputs: Mapping[str, np.ndarray] | None = None,
 ) -> list[Generation]:  # fmt: skip
     """Continues each of ``prompts``: a text; token ids, which are fed as they are; or a list of texts and of pictures, sounds
     and videos (:class:`Image`, :class:`Audio`, :class:`Video`, or the Path of a file, whose kind its content tells), in any
     order. One text may stand for a list of one.
 
-    ``max_tokens``: most tokens for each; None: as many as the context holds. ``stop``: strings before which the text ends.
-    ``stop_tokens``: token ids that end it, beside the model's EOS. ``stream(row, piece)`` receives each row's text as soon as
-    it is certain: whole characters, and nothing that a stop string may begin with. ``logprobs``: also return each token's
-    log-probability and those of so many likeliest tokens. ``inputs``: what the model takes beside tokens, by name, a row for
-    each prompt; a decoder over an encoder's input, for instance.
+    ``max_tokens``: most tokens for each; None: as many as the context holds. ``stop``: strings before which the text ends;
+    special tokens count as they are written. ``stop_tokens``: token ids that end it, beside the model's EOS.
+    ``stream(row, piece)`` receives each row's text as soon as it is certain: whole characters, and nothing that a stop string
+    may begin with. ``logprobs``: also return each token's log-probability and those of so many likeliest tokens. ``inputs``:
+    what the model takes beside tokens, by name, a row for each prompt; a decoder over an encoder's input, for instance.
 
     Row r's result is that of the same prompt as row r of any other batch, up to the rounding of differently shaped products.
     Raises InputError for what cannot be done, MediaError for media that cannot be read, ContextLimitError where prompt and
     ``max_tokens`` exceed the context; all before the first step.
     """
-    if max_tokens is not None and max_tokens < 1:
-        raise InputError(f"max_tokens is {max_tokens}; it must be at least 1")
-    if logprobs is not None and logprobs < 0:
-        raise InputError(f"logprobs is {logprobs}; it must be 0 or above")
+    max_tokens = None if max_tokens is None else whole("max_tokens", max_tokens, 1)
+    logprobs = None if logprobs is None else whole("logprobs", logprobs)
+    stop = texts("stop", [stop] if isinstance(stop, str) else listed("stop", stop))
+    most = None if model.manifest.vocab is None else model.manifest.vocab - 1
+    stop_tokens = [whole("stop_tokens: a token", t, most=most) for t in listed("stop_tokens", stop_tokens)]
+    if stream is not None and not callable(stream):
+        raise InputError(f"stream is called with a row and a piece of text; it must be a function, not {type(stream).__name__}")
+    if not isinstance(options, SamplingOptions):
+        raise InputError(f"options must be SamplingOptions, not {type(options).__name__}")
+    if inputs is not None and not isinstance(inputs, Mapping):
+        raise InputError(f"inputs must be arrays by name, not {type(inputs).__name__}")
     if stop and not model.has_tokenizer:
         raise InputError("stop strings need a tokenizer, which the artifact lacks: use stop_tokens")
     if "" in stop:
         raise InputError("an empty stop string would stop everything; leave it out")
-    rows_of_ids, media = read_prompts(model, [prompts] if isinstance(prompts, str) else prompts)
+    rows_of_ids, media = read_prompts(model, [prompts] if isinstance(prompts, str) else listed("prompts", prompts))
     if not rows_of_ids:
         return []
     limits = [_limit(model, row, len(ids), max_tokens) for row, ids in enumerate(rows_of_ids)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,7 @@ import numpy as np
 
 from .arrays import fit
 from .artifact import TOKENIZER, WEIGHTS, check_hash, read_manifest, sha256
-from .errors import ArtifactError, InputError
+from .errors import ArtifactError, InputError, ModelError
 from .generate import Generation, generate
 from .manifest import AGAIN, ENCODER_INPUTS, Entry, Manifest
 from .media import Audio, Image, Media, Video, open_media
@@ -22,6 +22,7 @@ from .prompts import Prompt, text_inputs
 from .sampling import SamplingOptions
 from .session import Session
 from .tokenizer import Tokenizer
+from .values import listed
 from .weights import Weights
 
 
@@ -33,6 +34,8 @@ def load(folder: str | Path, threads: int | None = None, verify: bool = True) ->
 
     Raises ArtifactError for an artifact that is damaged, or made by other versions or for another machine.
     """
+    if not isinstance(folder, (str, Path)):
+        raise InputError(f"folder is a path, not {type(folder).__name__}")
     folder = Path(folder)
     manifest = read_manifest(folder)
     check_ffi(manifest)
@@ -72,15 +75,15 @@ class Model:
         return TOKENIZER in self.manifest.files
 
     def generate(
-        self, prompts: str | Sequence[Prompt], max_tokens: int | None = None,
-        options: SamplingOptions | None = None, *, stop: str | Sequence[str] = (), stop_tokens: Sequence[int] = (),
+        self, prompts: str | Iterable[Prompt], max_tokens: int | None = None,
+        options: SamplingOptions | None = None, *, stop: str | Iterable[str] = (), stop_tokens: Iterable[int] = (),
         stream: Callable[[int, str], None] | None = None, logprobs: int | None = None,
         inputs: Mapping[str, np.ndarray] | None = None,
     ) -> list[Generation]:  # fmt: skip
         """Continues each prompt (a text, token ids, or a list of texts and media); see
         :func:`wasat.runtime.generate.generate`."""
         return generate(
-            self, prompts, max_tokens, options or SamplingOptions(), stop=[stop] if isinstance(stop, str) else stop,
+            self, prompts, max_tokens, SamplingOptions() if options is None else options, stop=stop,
             stop_tokens=stop_tokens, stream=stream, logprobs=logprobs, inputs=inputs,
         )  # fmt: skip
 
@@ -103,9 +106,9 @@ class Model:
         media that cannot be read, ContextLimitError for a prompt longer than the context.
         """
         heads = self.manifest.heads
-        if head not in heads:
+        if not isinstance(head, str) or head not in heads:
             raise InputError(f"the model has no head {head!r}; it has {', '.join(heads) or 'none'}")
-        if isinstance(inputs, (str, Path, Media)) or not len(inputs):
+        if isinstance(inputs, (Path, Media)) or not (inputs := listed("inputs", inputs)):
             raise InputError("inputs is a list of what to classify, at least one")
         spec = heads[head]
         if spec.of == "text":
@@ -122,6 +125,8 @@ class Model:
                     raise InputError(f"head {head} is of {spec.of}, and {x!r} is of {kind}")
                 rows += self.run(spec.entry, **arrays).values()
             logits = np.stack(rows)
+        if not np.isfinite(logits).all():
+            raise ModelError(f"head {head} returned numbers that are none; the model's weights or inputs are damaged")
         e = np.exp(logits - logits.max(axis=-1, keepdims=True))
         probabilities: np.ndarray = e / e.sum(axis=-1, keepdims=True)
         return probabilities
@@ -129,6 +134,8 @@ class Model:
     def _decoded(self, media: Media | Path) -> tuple[str, dict[str, np.ndarray]]:
         """The kind of a medium, and what the encoder of that kind takes."""
         part = open_media(media) if isinstance(media, Path) else media
+        if not isinstance(part, Media):
+            raise InputError(f"a medium is a Path, an Image, Audio or Video, not {type(part).__name__}")
         spec = self.manifest.media
         kind = type(part).__name__.lower()
         if spec is None or kind not in spec.encoders:
@@ -163,7 +170,7 @@ class Model:
 
     def entry(self, name: str) -> Entry:
         """The signature of an entry point. Raises InputError for a name there is none of."""
-        if name not in self.manifest.entries:
+        if not isinstance(name, str) or name not in self.manifest.entries:
             raise InputError(f"{self.folder} has no entry {name!r}; it has {', '.join(self.manifest.entries)}")
         return self.manifest.entries[name]
 

@@ -16,6 +16,7 @@ from typing import Any
 from .artifact import LIBRARY, RUNTIME_LIBRARY
 from .errors import ArtifactError, InputError, RuntimeErrorBase
 from .manifest import AGAIN, Manifest
+from .values import whole
 
 _CPU, _POOLED = 1, 2
 _loaded: list[str] = []
@@ -81,8 +82,7 @@ def _outside(where: str, index: int, low: int, high: int) -> None:
 
 
 def _set_threads(threads: int | None) -> None:
-    if threads is not None and threads < 1:
-        raise InputError(f"threads is {threads}; it must be at least 1")
+    threads = None if threads is None else whole("threads", threads, 1, 4096)
     if threads is not None or "TVM_NUM_THREADS" not in os.environ:
         os.environ["TVM_NUM_THREADS"] = str(threads or cpu_count())
     # else the first launch pins the calling thread to core 0, and everything that Python starts from it

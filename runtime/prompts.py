@@ -11,10 +11,13 @@ import numpy as np
 from .errors import ContextLimitError, InputError
 from .media import Audio, Image, Media, Video
 from .tokenizer import Tokenizer
+from .values import listed
 
 if TYPE_CHECKING:
     from .model import Model
 
+MOST_TOKENS = 2**31
+"""Of a model that does not say how many it has."""
 Prompt = str | Sequence[int] | Sequence[str | Path | Media]
 """A text; token ids, fed as they are; or parts: texts, and pictures, sounds and videos, of which a Path is the file."""
 
@@ -101,11 +104,13 @@ class _Rows:
 def _ids(model: Model, index: int, prompt: Prompt, rows: _Rows) -> list[int]:
     if isinstance(prompt, str):
         return model.tokenizer.encode(prompt)
+    prompt = listed(f"prompt {index}", prompt)
     if not any(isinstance(part, (str, Path, Image, Audio, Video)) for part in prompt):
-        vocab = model.manifest.media.vocab if model.manifest.media else None
+        vocab = model.manifest.media.vocab if model.manifest.media else model.manifest.vocab
         ids = [_id(index, part) for part in prompt]
-        if vocab is not None and any(t >= vocab for t in ids):
-            raise InputError(f"prompt {index}: token {max(ids)} is outside the vocabulary of {vocab}")
+        wrong = next((t for t in ids if not 0 <= t < (MOST_TOKENS if vocab is None else vocab)), None)
+        if wrong is not None:
+            raise InputError(f"prompt {index}: token {wrong} is outside the vocabulary of {vocab or MOST_TOKENS}")
         return ids
     ids = []
     for part in prompt:
@@ -123,7 +128,7 @@ def _ids(model: Model, index: int, prompt: Prompt, rows: _Rows) -> list[int]:
 
 
 def _id(index: int, x: object) -> int:
-    if isinstance(x, (int, np.integer)):
+    if isinstance(x, (int, np.integer)) and not isinstance(x, bool):
         return int(x)
     raise InputError(f"prompt {index}: {type(x).__name__} is neither a token id nor a part; arrays go into Image(array)")
 

@@ -12,6 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from .errors import InputError, ModelError
+from .values import number, whole
+
+PENALTIES = (1e-250, 1e250)
+"""Repetition penalties by which no f32 leaves f64."""
 
 
 @dataclass(frozen=True)
@@ -28,21 +32,24 @@ class SamplingOptions:
     """Keep tokens with at least this fraction of the likeliest one's probability, in [0, 1] (arXiv:2407.01082)."""
     repetition_penalty: float = 1.0
     """Logits of tokens in the prompt or the text so far: positive ones divided by it, negative ones multiplied
-    (CTRL, arXiv:1909.05858). Above 0; 1 changes nothing."""
+    (CTRL, arXiv:1909.05858). Above 0, within PENALTIES; 1 changes nothing."""
     seed: int = 0
     """Row r of a batch draws from a generator seeded with (seed, r), whatever the other rows do."""
 
     def __post_init__(self) -> None:
+        low, high = PENALTIES
         for name, good, want in (
-            ("temperature", 0 <= self.temperature < math.inf, "a finite number, 0 or above"),
-            ("top_k", isinstance(self.top_k, int) and self.top_k >= 0, "a whole number, 0 or above"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a finite number above 0"),
-            ("seed", isinstance(self.seed, int) and self.seed >= 0, "a whole number, 0 or above"),
+            ("temperature", lambda x: x >= 0, "a finite number, 0 or above"),
+            ("top_p", lambda x: 0 < x <= 1, "a number above 0 and at most 1"),
+            ("min_p", lambda x: 0 <= x <= 1, "a number from 0 to 1"),
+            ("repetition_penalty", lambda x: low <= x <= high, f"a finite number above 0, from {low} to {high}"),
         ):
-            if not good:
-                raise InputError(f"{name} is {getattr(self, name)!r}; it must be {want}")
+            value = number(name, getattr(self, name), want)
+            if not good(value):
+                raise InputError(f"{name} is {value!r}; it must be {want}")
+            object.__setattr__(self, name, value)
+        for name in ("top_k", "seed"):
+            object.__setattr__(self, name, whole(name, getattr(self, name)))
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,8 @@ class Sampler:
 
 def penalize(logits: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarray:
     """A copy of ``logits`` with those at the ids ``seen`` made less likely (where ``penalty`` > 1)."""
-    out = logits.copy()
+    mild = 1e-4 < penalty < 1e4  # f32 neither overflows nor becomes 0
+    out = logits.copy() if mild else logits.astype(np.float64)
     x = out[seen]
     out[seen] = np.where(x > 0, x / penalty, x * penalty)
     return out
@@ -94,7 +102,8 @@ def candidates(logits: np.ndarray, options: SamplingOptions) -> tuple[np.ndarray
     if 0 < options.top_k < logits.size:
         ids = likeliest(logits, options.top_k)
         x = x[ids]
-    p = np.exp((x - x.max()) / options.temperature)
+    with np.errstate(over="ignore"):  # near 0: all but the likeliest become -inf
+        p = np.exp((x - x.max()) / options.temperature)
     p /= p.sum()
     if options.top_p < 1:
         kept = nucleus(p, options.top_p)
@@ -116,7 +125,7 @@ def nucleus(p: np.ndarray, mass: float) -> np.ndarray:
     Of equal ones the lower index goes first. Sorts no indices, and no values below (1 - mass) / n: together those hold at most
     1 - mass, so the others suffice.
     """
-    ordered = np.sort(p[p > (1 - mass) / p.size])[::-1]
+    ordered = np.sort(p[p >= min((1 - mass) / p.size, p.max())])[::-1]
     count = min(int(np.searchsorted(np.cumsum(ordered), mass, side="left")) + 1, ordered.size)
     least = ordered[count - 1]
     above = np.flatnonzero(p > least)

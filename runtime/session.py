@@ -11,6 +11,8 @@ from .arrays import check_indices, check_sizes, fit
 from .errors import ArtifactError, ContextLimitError, InputError
 from .manifest import AGAIN, StateSpec, TensorSpec, extents
 from .memory import tensor_of, zeros
+from .prompts import MOST_TOKENS
+from .values import whole
 
 if TYPE_CHECKING:
     from .model import Model
@@ -48,8 +50,8 @@ class Session:
         self._given: dict[str, tuple[Any, np.ndarray]] = {}  # of the others, once they are here
         self._rows = next(i.shape[0] for i in model.entry("prefill").inputs if i.name == "tokens")
         self._model = model
-        if batch < 1:
-            raise InputError(f"batch is {batch}; it must be at least 1")
+        batch = whole("batch", batch, 1)
+        context = None if context is None else whole("context", context)
         limit = context if m.context is None else m.context
         if limit is None:
             raise InputError("the model states no context limit: say how many positions the session is for (context=)")
@@ -149,7 +151,13 @@ class Session:
         Raises InputError, changing nothing, where a sliding-window cache has already overwritten positions that the next
         token would see.
         """
-        to = np.broadcast_to(np.asarray(length, np.int64), self._past.shape)
+        try:
+            given = np.asarray(length)
+            to = np.broadcast_to(given, self._past.shape).astype(np.int64)
+        except (ValueError, TypeError, OverflowError):
+            given = np.asarray(None)
+        if given.dtype.kind not in "iu":
+            raise InputError(f"length is a whole number, or one for each of {self.batch} rows; given: {length!r}")
         if (to < 0).any() or (to > self._past).any():
             raise InputError(f"rows hold {self._past.tolist()} positions; they cannot be cut to {to.tolist()}")
         for spec in self._specs:
@@ -230,14 +238,18 @@ class Session:
         if ids.ndim != 2 or len(ids) != self.batch or not ids.shape[1] or ids.dtype.kind not in "iu":
             raise InputError(f"tokens must be integers [{self.batch}, s] with s >= 1, not {ids.dtype}{list(ids.shape)}")
         low, high = int(ids.min()), int(ids.max())
-        if low < 0 or (self._vocab is not None and high >= self._vocab):
-            raise InputError(f"token {low if low < 0 else high} is outside the vocabulary of {self._vocab}")
-        return ids
+        vocab = MOST_TOKENS if self._vocab is None else self._vocab
+        if low < 0 or high >= vocab:
+            raise InputError(f"token {low if low < 0 else high} is outside the vocabulary of {vocab}")
+        return ids if ids.dtype == np.int64 else ids.astype(np.int64)
 
     def _lengths(self, lengths: Sequence[int] | np.ndarray, s: int) -> np.ndarray:
-        counts = np.asarray(lengths)
+        try:
+            counts = np.asarray(lengths)
+        except ValueError:  # rows of different lengths
+            counts = np.asarray(None)
         if counts.shape != (self.batch,) or counts.dtype.kind not in "iu" or counts.min() < 0 or not 0 < counts.max() <= s:
-            raise InputError(f"lengths must be {self.batch} whole numbers from 0 to {s}, not all 0; given: {list(lengths)}")
+            raise InputError(f"lengths must be {self.batch} whole numbers from 0 to {s}, not all 0; given: {lengths!r}")
         return counts.astype(np.int64)
 
     # -- caches ----------------------------------------------------------------------------------------------------------

@@ -173,7 +173,10 @@ def generate(
     min_p: Annotated[float, typer.Option(help="Drop tokens below this fraction of the likeliest one's probability.")] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1: discourage tokens already there.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
-    stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; repeatable.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop before this text, or special token; repeatable.")] = None,
+    stop_token: Annotated[
+        list[int] | None, typer.Option(metavar="ID", help="Stop at this token id; repeatable.", show_default=False)
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the text.")] = False,
 ) -> None:
     """Continue a prompt, streaming. Needs the artifact and the runtime, not the compiler.
@@ -206,7 +209,8 @@ def generate(
         "video": [runtime.Video(p) for p in video or ()],
     }  # fmt: skip
     (result,) = model.generate(
-        [_parts(text, media)], max_tokens=max_tokens, options=options, stop=stop or [], stream=write,
+        [_parts(text, media)], max_tokens=max_tokens, options=options, stop=stop or [],
+        stop_tokens=stop_token or [], stream=write,
         inputs=dict(_input(item, model) for item in given or ()),
     )  # fmt: skip
     sys.stdout.write("\n")

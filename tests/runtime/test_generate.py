@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny_model import BOS, CHUNK, CONTEXT, EOS, VOCAB, Reference, edit_manifest
 from wasat.ir import Program
-from wasat.runtime import ArtifactError, ContextLimitError, InputError, Model, SamplingOptions, load
+from wasat.runtime import ArtifactError, ContextLimitError, InputError, Model, SamplingOptions, Tokenizer, load
 
 PROMPT = "naïve "
 LONG = "a prompt of several chunks, longer than any window: " * 2
@@ -198,3 +198,61 @@ def test_without_a_tokenizer_there_are_tokens(copy: Path, model: Model) -> None:
         bare.generate("text", max_tokens=4)
     with pytest.raises(InputError, match="stop strings need a tokenizer"):
         bare.generate([[1]], max_tokens=4, stop="x")
+
+
+@pytest.mark.parametrize("stop, text, used", [
+    ("<eos>", "ab", 3), (["b<eos>"], "a", 3), ("<eos>c", "ab", 4), (["c", "<eos>"], "ab", 3), ("bc", "a", 4),
+])  # fmt: skip
+def test_special_tokens_in_stop_strings(model: Model, copy: Path, stop: str | list[str], text: str, used: int) -> None:
+    edit_manifest(copy, "generation.eos", [])
+    letters = load(copy)
+    script = [letters.tokenizer.encode(c)[0] for c in "ab"] + [EOS] + [letters.tokenizer.encode(c)[0] for c in "cd"]
+    (got,) = _Scripted(letters, script).generate("x", max_tokens=5, stop=stop)
+    assert (got.text, got.finish, got.tokens) == (text, "stop", script[:used])
+    assert _Scripted(letters, script).generate("x", max_tokens=5)[0].text == "abcd"
+
+
+NONE_OF_THESE = (None, 1.5, "3", "", b"3", True, -1, [1], {}, object(), float("nan"), 10**30, -(10**30), "\ud800")
+
+
+@pytest.mark.parametrize("name, good", [
+    ("prompts", (b"", "3", "")), ("max_tokens", (None,)), ("stop", ("3", {}, [1])), ("stop_tokens", ([1], {})),
+    ("stream", (None,)), ("logprobs", (None, 10**30)), ("options", (None,)), ("inputs", (None, {})),
+])  # fmt: skip
+def test_odd_arguments_are_refused_before_any_step(
+    model: Model, monkeypatch: pytest.MonkeyPatch, name: str, good: tuple[object, ...]
+) -> None:
+    monkeypatch.setattr(model, "session", lambda *a: pytest.fail("a step"))
+    for x in NONE_OF_THESE:
+        if not any(x is g or (type(x) is type(g) and x == g) for g in good):
+            with pytest.raises(InputError):
+                model.generate(**{"prompts": "a", "max_tokens": 3, name: x})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("prompt", [[-1], [2**31], [2**63], [10**30], [VOCAB], "\ud800", None, 3, [1.0], [None], [True], [[1]]])
+def test_what_is_no_prompt(model: Model, monkeypatch: pytest.MonkeyPatch, prompt: object) -> None:
+    monkeypatch.setattr(model, "session", lambda *a: pytest.fail("a step"))
+    with pytest.raises(InputError):
+        model.generate(["a", prompt], max_tokens=3)  # type: ignore[list-item]
+
+
+def test_generators_are_read_once(model: Model) -> None:
+    want = model.generate(["a", [1, 2]], max_tokens=5)
+    got = model.generate((p for p in ("a", iter([1, 2]))), np.int64(5), stop=iter(["\0\0"]), stop_tokens=iter([]))
+    assert [g.tokens for g in got] == [g.tokens for g in want]
+    (one,) = model.generate("a", max_tokens=5, stop_tokens=(t for t in np.array(want[0].tokens[1:2])))
+    assert one.tokens == want[0].tokens[: want[0].tokens.index(want[0].tokens[1])]
+
+
+@pytest.mark.parametrize("text", [None, b"a", 3, "a\udfff"])
+def test_a_tokenizer_refuses_what_is_no_text(model: Model, text: object) -> None:
+    with pytest.raises(InputError, match="a text"):
+        model.tokenizer.encode(text)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("ids", [[-1], [2**32], [1.5], [None], ["a"]])
+def test_a_tokenizer_refuses_what_is_no_token(model: Model, ids: list[object]) -> None:
+    for given in (ids, tuple(ids)):
+        with pytest.raises(InputError, match="token"):
+            model.tokenizer.decode(given)  # type: ignore[arg-type]
+    assert isinstance(model.tokenizer, Tokenizer)

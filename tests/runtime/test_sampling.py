@@ -167,3 +167,48 @@ def test_options_out_of_range_are_named(wrong: dict) -> None:
     (name,) = wrong
     with pytest.raises(InputError, match=f"^{name} is .*; it must be "):
         SamplingOptions(**wrong)
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"])
+@pytest.mark.parametrize("wrong", [None, "1", b"1", True, [1], 1j, math.nan, math.inf, np.array([1, 2]), -(10**400)], ids=str)
+def test_options_of_another_kind_are_named(name: str, wrong: object) -> None:
+    with pytest.raises(InputError, match=f"^{name} is "):
+        SamplingOptions(**{name: wrong})  # type: ignore[arg-type]
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    given = SamplingOptions(np.float32(0.5), np.int64(3), np.float64(0.5), np.float16(0.5), np.float32(2), np.uint8(7))
+    assert given == SamplingOptions(0.5, 3, 0.5, 0.5, 2.0, 7)
+
+
+@pytest.mark.parametrize("penalty", [1e-250, 1e-30, 1e30, 1e250])
+def test_extreme_penalties_keep_the_order(penalty: float) -> None:
+    """Exact: of the seen ones, the largest is likeliest if it is positive and the penalty small."""
+    x = np.array([2, 3, 1, -1, -2], np.float32)
+    want = np.array([2 / penalty, 3 / penalty, 1, -penalty, -2 * penalty])
+    np.testing.assert_allclose(penalize(x, np.array([0, 1, 3, 4]), penalty), want, rtol=1e-12)
+    got = Sampler(SamplingOptions(repetition_penalty=penalty), prompt=[0, 1, 3, 4]).sample(x)
+    assert got == want.argmax()
+
+
+@pytest.mark.parametrize("wrong", [1e-300, 1e300])
+def test_penalties_beyond_what_can_be_computed(wrong: float) -> None:
+    with pytest.raises(InputError, match=r"repetition_penalty is .* from 1e-250 to 1e\+250"):
+        SamplingOptions(repetition_penalty=wrong)
+
+
+@pytest.mark.parametrize("logits", [np.zeros(7), np.full(7, 0.1), LOGITS, np.array([-3e38, 3e38, 0])], ids=str)
+@pytest.mark.parametrize("extreme", [
+    {"top_p": 5e-324}, {"top_p": 1e-17}, {"top_p": 1 - 2**-53}, {"min_p": 5e-324}, {"temperature": 5e-324},
+    {"temperature": 1e-30}, {"temperature": 1e308}, {"top_k": 10**30}, {"seed": 10**60},
+], ids=str)  # fmt: skip
+def test_extreme_options_choose_a_token(logits: np.ndarray, extreme: dict) -> None:
+    """The smallest nucleus is the likeliest token; near 0 degrees too. No warning, no error."""
+    options = SamplingOptions(**{"temperature": 1.0, **extreme})
+    x = logits.astype(np.float32)
+    ids, p = candidates(x, options)
+    assert np.isfinite(p).all()
+    assert p.sum() == pytest.approx(1)
+    if "top_p" in extreme and extreme["top_p"] < 0.5:
+        assert ids.tolist() == [x.argmax()]
+    assert 0 <= Sampler(options).sample(x) < x.size

@@ -190,3 +190,49 @@ def test_run_calls_an_entry_without_caches(model: Model) -> None:
 def test_run_refuses(model: Model, entry: str, arrays: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         model.run(entry, **arrays)
+
+
+@pytest.mark.parametrize("length", [1.5, None, "1", [1, 2], [[1, 2], [3]], True, 10**30, [0.0]])
+def test_lengths_to_cut_to_that_are_none(model: Model, length: object) -> None:
+    session = model.session()
+    session.step([[1, 2, 3]])
+    with pytest.raises(InputError):
+        session.truncate(length)  # type: ignore[arg-type]
+    assert session.past.tolist() == [3]
+    session.truncate(np.int32(1))
+    assert session.past.tolist() == [1]
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.int32, np.uint32, np.uint64])
+def test_tokens_of_any_integer_type(model: Model, dtype: type[np.integer]) -> None:
+    tokens, session, other = [[1, 2, 3]], model.session(np.int64(1)), model.session()  # type: ignore[arg-type]
+    for part in (tokens, [[4]]):
+        _near(session.step(np.array(part, dtype), np.array([len(part[0])], dtype)), other.step(part))
+
+
+@pytest.mark.parametrize("tokens", [None, "abc", [[None]], [["a"]], [[True]], [[2**64]], [[10**30]], {}, [[1.5]], 3])
+def test_what_holds_no_tokens(model: Model, tokens: object) -> None:
+    with pytest.raises(InputError):
+        model.session().step(tokens)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("lengths", [3, None, "1", [1.0], [None], [[1]], [True], [2**64], [[1, 2], [3]]])
+def test_what_holds_no_lengths(model: Model, lengths: object) -> None:
+    if lengths is not None:
+        with pytest.raises(InputError):
+            model.session().step([[1, 2]], lengths)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("arguments", [{"batch": 1.5}, {"batch": None}, {"batch": "1"}, {"batch": True}, {"context": 2.5},
+                                       {"context": "8"}, {"context": 0}, {"context": -1}])  # fmt: skip
+def test_sessions_that_cannot_be(model: Model, arguments: dict) -> None:
+    with pytest.raises(InputError):
+        model.session(**arguments)
+
+
+@pytest.mark.parametrize("odd", [None, "x", [[1], [2, 3]], object(), [[None]], {"a": 1}, 10**30])
+def test_run_refuses_what_is_no_array(model: Model, odd: object) -> None:
+    with pytest.raises(InputError):
+        model.run("sum", x=odd, y=np.zeros((1, 3), np.float32))
+    with pytest.raises(InputError):
+        model.run(odd, x=1)  # type: ignore[arg-type]
