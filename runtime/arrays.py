@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,11 +29,12 @@ def fit(
     values = [_fit(spec, _array(spec, arrays[spec.name]), symbols) for spec in specs]
     for spec, x in zip(specs, values):
         for d, n in zip(spec.shape, x.shape):
-            symbols |= solved(d, n, symbols)
+            with contextlib.suppress(ZeroDivisionError):
+                symbols |= solved(d, n, symbols)
     for spec, x in zip(specs, values):
         try:
             want = extents(spec.shape, symbols)
-        except KeyError:  # a symbol that no input's axis is: the library checks those
+        except (KeyError, ZeroDivisionError):  # a symbol that no input's axis is: the library checks those
             continue
         if x.shape != want:
             raise InputError(f"input {spec.name} has shape {list(x.shape)}; beside the others it must be {list(want)}")

@@ -6,40 +6,44 @@ of its code is loaded.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import platform
-import secrets
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from .elf import exports
 from .errors import ArtifactError
-from .manifest import AGAIN, Manifest, Needs, parse_manifest
+from .exchange import alone_in, put, replacement
+from .manifest import AGAIN, Manifest, Needs, check_format, is_file_name, parse_manifest
 
 MANIFEST, LIBRARY, WEIGHTS, TOKENIZER = "manifest.json", "model.so", "weights.safetensors", "tokenizer.json"
 RUNTIME_LIBRARY = "libtvm_runtime.so"
+PROGRAM = "__tvm_ffi__library_bin"
+"""What every compiled program exports, and no other library."""
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------------
 def write_artifact(out: Path, manifest: Mapping[str, Any], files: Mapping[str, Path | Callable[[Path], None]]) -> None:
     """Writes the artifact folder ``out``, replacing an artifact that is there.
 
-    ``files``: name to a file to copy, or to a function that writes the path it is given. ``manifest`` receives ``files``:
-    size and SHA-256 of each. Everything is written beside ``out`` and renamed when it is on disk; on failure nothing stays.
+    ``files``: name to a file to copy, or to a function that writes the path it is given. ``manifest`` receives ``files``,
+    size and SHA-256 of each, and ``digest``, its own. Everything is written beside ``out`` and exchanged for it when it is on
+    disk: a reader finds one or the other at any moment; on failure nothing stays. Of several writers the last one's stays.
     Raises ArtifactError where ``out`` is something else than an artifact.
     """
-    out = Path(os.path.abspath(out))
+    out = Path(os.path.realpath(out))
     check_destination(out)
+    for name in files:
+        if not is_file_name(name):
+            raise ArtifactError(f"{name!r} is no name for a file of an artifact")
     out.parent.mkdir(parents=True, exist_ok=True)
-    fresh, old = (out.parent / f".{out.name}.{what}.{secrets.token_hex(4)}" for what in ("new", "old"))
-    fresh.mkdir()
-    try:
+    with replacement(out) as fresh:
         for name, source in files.items():
             if isinstance(source, Path):
                 shutil.copyfile(source, fresh / name)
@@ -48,37 +52,44 @@ def write_artifact(out: Path, manifest: Mapping[str, Any], files: Mapping[str, P
         with ThreadPoolExecutor() as pool:
             hashes = dict(zip(files, pool.map(lambda name: sha256(fresh / name), files)))
         described = {n: {"sha256": h, "bytes": (fresh / n).stat().st_size} for n, h in hashes.items()}
-        (fresh / MANIFEST).write_text(json.dumps({**manifest, "files": described}, indent=1) + "\n", encoding="utf-8")
+        whole = {**manifest, "files": described}
+        (fresh / MANIFEST).write_text(
+            json.dumps({**whole, "digest": digest(whole)}, indent=1) + "\n", encoding="utf-8"
+        )
         for name in (*files, MANIFEST):
             _sync(fresh / name)
         _sync(fresh)
-        with _moved_away(out, old):
-            fresh.rename(out)
+        with alone_in(out.parent):
+            check_destination(out)
+            put(fresh, out)
         _sync(out.parent)
-    except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def check_destination(out: Path) -> None:
-    """Raises ArtifactError unless ``out`` is free or an artifact: for asking before the long work."""
-    if os.path.lexists(out) and not (out / MANIFEST).is_file():
-        raise ArtifactError(f"{out} exists and is no artifact (it holds no {MANIFEST}); remove it or choose another place")
-
-
-@contextlib.contextmanager
-def _moved_away(path: Path, aside: Path) -> Iterator[None]:
-    """``path``, if it exists, is at ``aside`` from here on, and back if what follows fails."""
-    moved = path.exists()
-    if moved:
-        path.rename(aside)
+    """Raises ArtifactError unless ``out`` is free or an artifact, and nothing else: for asking before the long work."""
+    out = Path(os.path.realpath(out))
+    if not os.path.lexists(out):
+        return
     try:
-        yield
-    except BaseException:
-        if moved:
-            aside.rename(path)
-        raise
+        files = json.loads((out / MANIFEST).read_text(encoding="utf-8"))["files"]
+        ours = isinstance(files, dict) and all(isinstance(x["sha256"], str) and x["bytes"] >= 0 for x in files.values())
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        ours = False
+    if not ours:
+        raise ArtifactError(
+            f"{out} exists and is no artifact (it holds no {MANIFEST} of one); remove it or choose another place"
+        )
+    foreign = sorted(set(os.listdir(out)) - {*files, MANIFEST})
+    if foreign:
+        raise ArtifactError(
+            f"{out} holds {foreign[0]}, which is no file of the artifact there; move it away or choose another place"
+        )
+
+
+def digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest, its own digest aside, however its text is laid out."""
+    text = json.dumps({k: v for k, v in manifest.items() if k != "digest"}, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _sync(path: Path) -> None:
@@ -106,8 +117,12 @@ def read_manifest(folder: Path) -> Manifest:
         raise ArtifactError(f"{folder} is no artifact: it holds no {MANIFEST}; give a folder that wasat compile wrote")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
+        found = digest(data) if isinstance(data, dict) else None
+    except (ValueError, RecursionError) as e:
         raise ArtifactError(f"{path} is damaged ({e}); copy the artifact again, or {AGAIN}") from None
+    check_format(data)
+    if data.get("digest") != found:
+        raise ArtifactError(f"{path} is not as it was written (its digest differs); copy the artifact again, or {AGAIN}")
     manifest = parse_manifest(data)
     check_machine(manifest.target)
     for name in (LIBRARY, WEIGHTS, RUNTIME_LIBRARY):
@@ -119,6 +134,8 @@ def read_manifest(folder: Path) -> Manifest:
         size = (folder / name).stat().st_size
         if size != spec.bytes:
             raise ArtifactError(f"{folder / name} has {size} bytes instead of {spec.bytes}; copy it again, or {AGAIN}")
+    if sys.platform == "linux" and not exports(folder / LIBRARY, PROGRAM):
+        raise ArtifactError(f"{folder / LIBRARY} cannot be loaded: it is no compiled program (it lacks {PROGRAM}); {AGAIN}")
     return manifest
 
 

@@ -6,10 +6,12 @@ Fields that this version does not know are left alone: what changes the meaning 
 from __future__ import annotations
 
 import ast
+import contextlib
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from .errors import ArtifactError
@@ -191,8 +193,8 @@ def _kind(value: Any) -> str:
     return "null" if value is None else _NAMES.get(type(value), f"{value!r}")
 
 
-def parse_manifest(data: Any) -> Manifest:
-    """The manifest in the JSON value ``data``. Raises ArtifactError for another format, a missing or mistyped field."""
+def check_format(data: Any) -> None:
+    """Raises ArtifactError unless the JSON value ``data`` says that it has the format read here."""
     top = _Fields(data, "")
     number = top.get("format", int)
     if number > FORMAT:
@@ -203,6 +205,12 @@ def parse_manifest(data: Any) -> Manifest:
         )
     if number != FORMAT:
         raise ArtifactError(f"the artifact has format {number}; this runtime reads format {FORMAT}: {AGAIN}")
+
+
+def parse_manifest(data: Any) -> Manifest:
+    """The manifest in the JSON value ``data``. Raises ArtifactError for another format, a missing or mistyped field."""
+    check_format(data)
+    top = _Fields(data, "")
     target, limits, generation, files = (top.section(k) for k in ("target", "limits", "generation", "files"))
     entries, heads = top.section("entries"), _Fields(top.data.get("heads", {}), "heads")
     manifest = Manifest(
@@ -277,7 +285,11 @@ def _file(f: _Fields) -> FileSpec:
 
 def _check(m: Manifest) -> None:
     """What a cache that is too small, or sized by nothing, would do is write outside its memory: refused here."""
+    for what, n in (("limits.context", m.context), ("limits.chunk", m.chunk), ("generation.vocab", m.vocab)):
+        if n is not None and not 0 < n < 2**62:
+            raise ArtifactError(f"manifest.json: {what} is {n}; it must be at least 1; {AGAIN}")
     for name, e in m.entries.items():
+        _check_signature(name, e)
         for i in e.indices:
             if all(x.name != i.input for x in e.inputs):
                 raise ArtifactError(f"manifest.json: entry {name} takes no input {i.input} to hold indices; {AGAIN}")
@@ -314,14 +326,60 @@ def _check(m: Manifest) -> None:
                     f"manifest.json: ring cache {state.name} has capacity {state.capacity}; "
                     f"window {state.window} and chunk {m.chunk} need more; {AGAIN}"
                 )
-        elif state.kind != "full" or state.growing_axis is None:
+        elif state.kind == "full" and state.growing_axis is not None:
+            _check_capacity(state, state.growing_axis, -(-min(m.context or 2**20, 2**31) // 16) * 16)
+        else:
             raise ArtifactError(
                 f"manifest.json: state {state.name} of kind {state.kind} and shape {list(state.shape)} is neither a ring nor "
                 f"a full cache with an axis of size c; {AGAIN}"
             )
     for name in m.files:
-        if "/" in name or "\\" in name or name in ("", ".", "..", "manifest.json"):
+        if not is_file_name(name):
             raise ArtifactError(f"manifest.json: {name!r} is no name for a file of an artifact; {AGAIN}")
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a file of an artifact may be called so, beside its manifest, on any system."""
+    return re.fullmatch(r"[\w.+-]{1,200}", name) is not None and name not in (".", "..", "manifest.json")
+
+
+def _check_signature(name: str, e: Entry) -> None:
+    """An entry returns something, and every size of its inputs can be told from the arrays."""
+    for what, specs in (("inputs", e.inputs), ("outputs", e.outputs)):
+        names = [s.name for s in specs]
+        if len(set(names)) < len(names) or (what == "outputs" and not names):
+            raise ArtifactError(f"manifest.json: entry {name} has the {what} {', '.join(names) or 'none'}; {AGAIN}")
+    dims = [d for s in e.inputs for d in s.shape]
+    bound = {d for d in dims if isinstance(d, str) and d.isidentifier()}
+    for d in dims:
+        used = {x.id for x in ast.walk(_parsed(d)) if isinstance(x, ast.Name)} if isinstance(d, str) else set()
+        unknown = used - bound - _FUNCTIONS.keys()
+        if len(unknown) == 1 and _tells(d, unknown, bound):
+            continue
+        if unknown or (isinstance(d, int) and d >= 2**62):
+            raise ArtifactError(f"manifest.json: entry {name} has an input of size {d}, which no array tells; {AGAIN}")
+
+
+def _tells(d: Extent, unknown: set[str], bound: set[str]) -> bool:
+    """Whether a size tells the one symbol in it that is ``unknown``: tried with small numbers."""
+    known = dict.fromkeys(bound, 1)
+    try:
+        return all(solved(d, extent(d, {**known, **dict.fromkeys(unknown, n)}), known) for n in (1, 2, 5))
+    except ZeroDivisionError:
+        return False
+
+
+def _check_capacity(state: StateSpec, axis: int, most: int) -> None:
+    """A full cache has as many positions as it is asked for, or a multiple of that, whatever that is."""
+    found = {}
+    for c in (16, 32, 48, 256, 1024, most):
+        with contextlib.suppress(ZeroDivisionError):
+            shape = extents(state.shape, {"b": 3, "c": c})
+            found[c] = shape[axis] / c if min(shape) > 0 else 0.0
+    if len(found) < 6 or len(set(found.values())) > 1 or found[16] < 1:
+        raise ArtifactError(
+            f"manifest.json: full cache {state.name} of shape {list(state.shape)} does not hold c positions; {AGAIN}"
+        )
 
 
 # -- dimensions ------------------------------------------------------------------------------------------------------------
@@ -332,11 +390,34 @@ _OPERATORS: dict[type, Callable[[int, int], int]] = {
 _FUNCTIONS: dict[str, Callable[[int, int], int]] = {"max": max, "min": min}
 
 
+_LONGEST = 10_000
+"""Characters of a dimension: what Python's own parser and a walk over its tree have room for."""
+
+
+@lru_cache(4096)
 def _parsed(text: str) -> ast.expr:
     try:
-        return ast.parse(text, mode="eval").body
-    except (SyntaxError, ValueError):
-        raise ArtifactError(f"manifest.json: {text!r} is no dimension; {AGAIN}") from None
+        tree = ast.parse(text, mode="eval").body if len(text) <= _LONGEST else None
+        if tree is not None and not any(_by_zero(e) for e in ast.walk(tree)):
+            _known(tree)
+            return tree
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        pass
+    raise ArtifactError(f"manifest.json: {text[:80]!r} is no dimension; {AGAIN}")
+
+
+def _by_zero(e: ast.AST) -> bool:
+    return (
+        isinstance(e, ast.BinOp) and isinstance(e.op, (ast.FloorDiv, ast.Mod))
+        and isinstance(e.right, ast.Constant) and e.right.value == 0
+    )  # fmt: skip
+
+
+def _known(e: ast.expr) -> None:
+    """Evaluates ``e`` with all symbols 1: what cannot be evaluated is no dimension."""
+    names = {x.id: 1 for x in ast.walk(e) if isinstance(x, ast.Name)}
+    with contextlib.suppress(ZeroDivisionError):  # by a size, which is for the arrays to say
+        _evaluate(e, names)
 
 
 def extent(d: Extent, symbols: Mapping[str, int]) -> int:
@@ -346,7 +427,7 @@ def extent(d: Extent, symbols: Mapping[str, int]) -> int:
 
 def _evaluate(e: ast.expr, symbols: Mapping[str, int]) -> int:
     match e:
-        case ast.Constant(value=int(n)):
+        case ast.Constant(value=int(n)) if not isinstance(n, bool):
             return n
         case ast.Name(id=name):
             return symbols[name]

@@ -37,6 +37,26 @@ def load(folder: str | Path, threads: int | None = None, verify: bool = True) ->
     if not isinstance(folder, (str, Path)):
         raise InputError(f"folder is a path, not {type(folder).__name__}")
     folder = Path(folder)
+    for _ in range(3):
+        before = _identity(folder)
+        try:
+            return _load(folder, threads, verify)
+        except ArtifactError:
+            if _identity(folder) == before:
+                raise
+    return _load(folder, threads, verify)  # it was replaced while it was read
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """What tells a folder from the one that replaces it."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _load(folder: Path, threads: int | None, verify: bool) -> Model:
     manifest = read_manifest(folder)
     check_ffi(manifest)
     with ThreadPoolExecutor() as pool:

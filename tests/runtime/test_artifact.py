@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -18,8 +20,9 @@ import numpy as np
 import pytest
 import tvm_ffi
 from tiny_model import RING, edit_manifest
-from wasat.runtime import ArtifactError, InputError, Model, RuntimeErrorBase, load, write_artifact
-from wasat.runtime.manifest import TensorSpec, extents
+from wasat.runtime import ArtifactError, InputError, Model, RuntimeErrorBase, exchange, load, write_artifact
+from wasat.runtime.artifact import digest
+from wasat.runtime.manifest import TensorSpec, extents, parse_manifest
 from wasat.runtime.weights import Weights
 
 FILES = ("libtvm_ffi.so", "libtvm_runtime.so", "model.so", "tokenizer.json", "weights.safetensors")
@@ -34,8 +37,10 @@ def test_files_are_copied_or_written_and_described(tmp_path: Path) -> None:
     (tmp_path / "source").write_bytes(b"copied")
     out = tmp_path / "deep" / "model.wasat"
     write_artifact(out, {"name": "n"}, {"copy": tmp_path / "source", "made": lambda path: path.write_bytes(b"made!") and None})
-    assert json.loads((out / "manifest.json").read_text()) == {
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest == {
         "name": "n",
+        "digest": digest(manifest),
         "files": {
             "copy": {"sha256": hashlib.sha256(b"copied").hexdigest(), "bytes": 6},
             "made": {"sha256": hashlib.sha256(b"made!").hexdigest(), "bytes": 5},
@@ -69,6 +74,7 @@ def test_a_failure_leaves_nothing_and_keeps_the_old(tmp_path: Path, error: type[
 def test_a_failed_rename_puts_the_old_one_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _write(tmp_path / "m")
     rename = Path.rename
+    monkeypatch.setattr(exchange, "_exchanged", lambda *_: False)  # as on a file system that cannot
 
     def refuse(self: Path, target: Path) -> Path:
         if ".new." in self.name:
@@ -80,6 +86,79 @@ def test_a_failed_rename_puts_the_old_one_back(tmp_path: Path, monkeypatch: pyte
         _write(tmp_path / "m", "new")
     assert os.listdir(tmp_path) == ["m"]
     assert (tmp_path / "m" / "a.bin").read_text() == "x"
+
+
+def test_two_steps_where_the_system_cannot_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange, "_exchanged", lambda *_: False)
+    _write(tmp_path / "m")
+    _write(tmp_path / "m", "new")
+    assert (tmp_path / "m" / "a.bin").read_text() == "new"
+    assert os.listdir(tmp_path) == ["m"]
+
+
+def test_the_artifact_is_there_at_any_moment(tmp_path: Path) -> None:
+    """A reader looks all the time while it is replaced."""
+    _write(tmp_path / "m")
+    looks: list[bool] = []
+    with ThreadPoolExecutor(1) as pool:
+        writer = pool.submit(lambda: [_write(tmp_path / "m", str(i)) for i in range(30)])
+        while not writer.done():
+            looks.append((tmp_path / "m" / "manifest.json").exists())
+        writer.result()
+    assert looks
+    assert all(looks)
+
+
+def test_what_dead_writers_left_is_removed(tmp_path: Path) -> None:
+    """A killed writer's folders, not a living one's, nor another artifact's; the artifact it took away is put back."""
+    left = [tmp_path / f".m.{name}" for name in ("new.0123abcd", "old.0123abcd", "new.mine", "x.new.0123abcd")]
+    for folder in left:
+        folder.mkdir()
+        (folder / "a.bin").write_text("left")
+    with exchange.replacement(tmp_path / "m") as fresh:
+        assert (tmp_path / "m" / "a.bin").read_text() == "left"  # the only one there was
+        assert [f.exists() for f in left] == [False, False, True, True]
+        with exchange.replacement(tmp_path / "m") as other:
+            assert fresh.exists()
+            assert other.exists()
+    assert sorted(os.listdir(tmp_path)) == [".m.new.mine", ".m.x.new.0123abcd", "m"]
+
+
+def test_a_link_to_an_artifact_stays_one(tmp_path: Path) -> None:
+    _write(tmp_path / "v1")
+    (tmp_path / "current").symlink_to("v1")
+    _write(tmp_path / "current", "new")
+    assert (tmp_path / "current").is_symlink()
+    assert (tmp_path / "v1" / "a.bin").read_text() == "new"
+    assert sorted(os.listdir(tmp_path)) == ["current", "v1"]
+
+
+@pytest.mark.parametrize("manifest", [
+    '{"name": "A web app", "start_url": "."}', "{}", "[]", "null", "{", '{"files": []}', '{"files": {"a": 1}}',
+    '{"files": {"a": {"sha256": 1, "bytes": 1}}}', '{"files": ["index.html"], "format": 2, "wasat": "1"}', "[" * 100_000,
+])  # fmt: skip
+def test_another_kind_of_manifest_is_not_replaced(tmp_path: Path, manifest: str) -> None:
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app" / "manifest.json").write_text(manifest)
+    (tmp_path / "app" / "index.html").write_text("precious")
+    with pytest.raises(ArtifactError, match="is no artifact"):
+        _write(tmp_path / "app")
+    assert (tmp_path / "app" / "index.html").read_text() == "precious"
+
+
+def test_what_stands_beside_an_artifacts_files_is_kept(tmp_path: Path) -> None:
+    _write(tmp_path / "m")
+    (tmp_path / "m" / "notes.txt").write_text("precious")
+    with pytest.raises(ArtifactError, match=r"holds notes\.txt, which is no file of the artifact"):
+        _write(tmp_path / "m")
+    assert (tmp_path / "m" / "notes.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "manifest.json", "", "..", "a" * 300, "a\0", "a\\b"])
+def test_names_of_files_that_cannot_be(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ArtifactError, match="is no name for a file"):
+        write_artifact(tmp_path / "m", {}, {name: lambda path: path.write_text("x") and None})
+    assert os.listdir(tmp_path) == []
 
 
 def test_what_is_no_artifact_is_not_replaced(tmp_path: Path) -> None:
@@ -191,6 +270,95 @@ def test_fields_from_the_future_are_left_alone(copy: Path) -> None:
     load(copy)
 
 
+def test_any_change_of_the_manifest_is_noticed(copy: Path) -> None:
+    """Not of its layout: people may print it for themselves."""
+    path = copy / "manifest.json"
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps(data, indent=7, sort_keys=True))
+    load(copy)
+    for change in ({"limits": {**data["limits"], "context": 64}}, {"name": "x"}, {"digest": "0"}, {"new": 1}):
+        path.write_text(json.dumps({**data, **change}))
+        _refused(copy, "is not as it was written")
+    path.write_text(json.dumps({k: v for k, v in data.items() if k != "digest"}))
+    _refused(copy, "is not as it was written")
+    path.write_text("[" * 100_000)
+    _refused(copy, r"manifest\.json is damaged")
+
+
+@pytest.mark.parametrize("size", ["min(c, 16)", "c // 2", "c - 16", "c * c", "max(c, 32)", "c // 0", "c % 0", "c + b", "0 * c"])
+def test_a_full_cache_holds_what_it_is_asked_for(copy: Path, size: str) -> None:
+    edit_manifest(copy, "states.0.shape", ["b", size, 1, 8])
+    _refused(copy, "does not hold c positions|is no dimension|is neither a ring nor")
+
+
+@pytest.mark.parametrize("size", ["b" + "+b" * 20_000, "(" * 300 + "b", "-" * 9_000 + "b", "n // 0", "n % 0", "True", "n.real",
+                                  "9" * 5_000, "b if b else b"])  # fmt: skip
+def test_sizes_that_cannot_be(copy: Path, size: str) -> None:
+    edit_manifest(copy, "entries.decode.inputs.0.shape", [size, 1])
+    _refused(copy, "is no dimension")
+
+
+def test_a_library_that_is_no_program(copy: Path) -> None:
+    """Of the right hash: it is looked into before it is loaded, which might end the process."""
+    for code in ((copy / "libtvm_ffi.so").read_bytes(), b"\x7fELF\x02\x01", b"\x7fELF\x02\x01" + b"\xff" * 200, b"",
+                 (copy / "model.so").read_bytes()[:5000]):  # fmt: skip
+        (copy / "model.so").write_bytes(code)
+        edit_manifest(copy, "files.model%so", {"sha256": hashlib.sha256(code).hexdigest(), "bytes": len(code)})
+        _refused(copy, "is no compiled program")
+
+
+@pytest.mark.parametrize("field, value, message", [
+    ("entries.sum.outputs", [], "entry sum has the outputs none"),
+    ("entries.sum.inputs.0.name", "y", "entry sum has the inputs y, y"),
+    ("entries.sum.inputs.0.shape", ["n*n", 3], None),
+    ("entries.sum.inputs.0.shape", ["m*m", 3], r"input of size m\*m, which no array tells"),
+    ("entries.sum.inputs.0.shape", ["m + k", 3], "which no array tells"),
+    ("entries.sum.inputs.0.shape", ["2*m", 3], None),
+    ("entries.sum.inputs.0.shape", ["n", 2**63], "which no array tells"),
+    ("limits.context", 0, r"limits\.context is 0; it must be at least 1"),
+    ("limits.chunk", 0, r"limits\.chunk is 0"),
+    ("generation.vocab", 0, r"generation\.vocab is 0"),
+], ids=str)  # fmt: skip
+def test_signatures_that_say_too_little(copy: Path, field: str, value: Any, message: str | None) -> None:
+    edit_manifest(copy, field, value)
+    if message is None:
+        load(copy)
+    else:
+        _refused(copy, message)
+
+
+ODD = (None, True, -1, 0, 2**70, 1.5, float("inf"), "", "b", "\ud800", "n*n", "n//0", "a/b", [], {}, [[]], {"": 1}, "x" * 300)
+
+
+def test_damaged_manifests_are_refused_by_name(artifact: Path) -> None:
+    """Every field, replaced by every odd value, removed or doubled: accepted or an ArtifactError, nothing raw."""
+    whole = json.loads((artifact / "manifest.json").read_text())
+    rng = random.Random(7)
+
+    def places(x: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+        for k in x if isinstance(x, dict) else range(len(x)) if isinstance(x, list) else ():
+            yield (*at, k)
+            yield from places(x[k], (*at, k))
+
+    everywhere = [p for p in places(whole) if p[0] not in ("weights", "settings") or rng.random() < 0.1]
+    refused = 0
+    for *outer, last in everywhere:
+        for odd in (*rng.sample(ODD, 5), ...):
+            data = json.loads(json.dumps(whole))
+            at = data
+            for key in outer:
+                at = at[key]
+            if odd is ...:
+                del at[last]
+            else:
+                at[last] = odd
+            try:
+                parse_manifest(data)
+            except ArtifactError:
+                refused += 1
+    assert refused > len(everywhere)
+
+
 def test_a_program_with_other_entries_has_no_session(copy: Path) -> None:
     edit_manifest(copy, "entries.prefill.inputs.1.name", "history")
     edit_manifest(copy, "entries.prefill.indices", [])
@@ -286,7 +454,7 @@ def test_an_artifact_compiled_anew_is_loaded_anew(copy: Path, artifact: Path) ->
     shutil.copytree(artifact, copy)
     (copy / "model.so").write_bytes(b"no library")
     edit_manifest(copy, "files.model%so", {"sha256": hashlib.sha256(b"no library").hexdigest(), "bytes": 10})
-    _refused(copy, r"model\.so cannot be loaded")
+    _refused(copy, r"model\.so cannot be loaded: it is no compiled program")
 
 
 def test_threads_that_cannot_be(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from wasat.ir import ArrayParam, Builder, DType, Graph, Program, TensorType, evaluate, symbol, type_of
+from wasat.runtime.artifact import digest
 
 HEADS, WIDTH = 2, 8
 WINDOW, CHUNK, RING, CONTEXT = 4, 8, 16, 608
@@ -79,7 +80,8 @@ def tiny_program() -> Program:
 
 
 def edit_manifest(folder: Path, path: str, value: Any) -> None:
-    """Sets the field ``path`` (``limits.context``; % for a dot in a name); ``...`` as the value removes it."""
+    """Sets the field ``path`` (``limits.context``; % for a dot in a name); ``...`` as the value removes it. The digest is made
+    anew."""
     data = json.loads((folder / "manifest.json").read_text())
     *outer, last = (key.replace("%", ".") for key in path.split("."))
     at = data
@@ -89,7 +91,7 @@ def edit_manifest(folder: Path, path: str, value: Any) -> None:
         del at[last]
     else:
         at[int(last) if isinstance(at, list) else last] = value
-    (folder / "manifest.json").write_text(json.dumps(data))
+    (folder / "manifest.json").write_text(json.dumps({**data, "digest": digest(data)}))
 
 
 class Reference:
