@@ -23,6 +23,10 @@ from .errors import MediaError
 
 MOST_PIXELS = 80_000_000
 """Of a picture or a frame; 8K video has 33 million."""
+MOST_SIDE = 65_535
+"""Of a side of them, as JPEG has it: what resizing takes grows with a side, however short the other is."""
+MOST_CHANNELS, MOST_RATE = 64, 10_000_000
+"""Of a sound, and in samples per second: a frame of it is decoded as a whole."""
 MOST_SECONDS = 3600
 """Of a sound."""
 MOST_SAMPLES = MOST_SECONDS * 48_000
@@ -33,6 +37,8 @@ _DELAY = 0.1
 """Seconds that a frame of a GIF or WebP without a duration shows, in every browser."""
 _PIECE = 1 << 16
 """Samples of an array that are converted at a time."""
+_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
+"""Kinds of pixels that Pillow makes RGB of."""
 _PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 _ANIMATED = ("GIF", "WEBP")
 _VIDEOS = ("MP4", "MOV", "WebM", "MKV", "AVI", "MPEG", "FLV")
@@ -155,6 +161,8 @@ class _Media:
     def _check_size(self, width: int, height: int) -> None:
         if width < 1 or height < 1:
             raise self._wrong(f"has {width} x {height} pixels: nothing to see")
+        if max(width, height) > MOST_SIDE:
+            raise self._wrong(f"has {width} x {height} pixels; at most {MOST_SIDE:,} are read of a side: cut it first")
         if width * height > MOST_PIXELS:
             raise self._wrong(f"has {width} x {height} pixels; at most {MOST_PIXELS:,} are decoded: make it smaller first")
 
@@ -172,11 +180,8 @@ class Image(_Media):
         """
         if isinstance(self.source, np.ndarray):
             return _rgb(self, self.source)
-        with self._reading("pillow"), self._file() as file:
-            from PIL import ImageOps
-
-            with self._picture(file, _PICTURES) as image:
-                return _flat(self, ImageOps.exif_transpose(image))
+        with self._reading("pillow"), self._file() as file, self._picture(file, _PICTURES) as image:
+            return _flat(self, image)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -210,6 +215,7 @@ class Audio(_Media):
         """The sound at ``rate`` Hz, f32[k] by f32[k]."""
         if isinstance(self.source, np.ndarray):
             own = self._own_rate()
+            self._check_sound(own, self.source.shape[1] if self.source.ndim == 2 else 1)
             yield from _resampled(self._checked(self._given(self.source), own), own, rate)
             return
         with self._container(_SOUNDS) as container:
@@ -217,7 +223,14 @@ class Audio(_Media):
             own = stream.rate or 0
             if own < 1:
                 raise self._no_rate()
+            self._check_sound(own, stream.channels)
             yield from _resampled(self._checked(self._decoded(container, stream), own), own, rate)
+
+    def _check_sound(self, rate: int, channels: int) -> None:
+        if rate > MOST_RATE:
+            raise self._wrong(f"has {rate} samples per second; at most {MOST_RATE:,} are read")
+        if channels > MOST_CHANNELS:
+            raise self._wrong(f"has {channels} channels; at most {MOST_CHANNELS} are read, and samples are [n, channels]")
 
     def _own_rate(self) -> int:
         """That of an array."""
@@ -307,12 +320,12 @@ class Video(_Media):
         return np.stack([_rgb(self, frame) for frame in x]), (times - times[0]).astype(np.float32)
 
     def _of_pictures(self, file: BinaryIO) -> Iterator[tuple[np.ndarray, float]]:
-        from PIL import ImageOps, ImageSequence
+        from PIL import ImageSequence
 
         with self._picture(file, _ANIMATED) as image:
             at = 0.0
             for frame in ImageSequence.Iterator(image):
-                yield _flat(self, ImageOps.exif_transpose(frame)), at
+                yield _flat(self, frame), at
                 at += frame.info.get("duration", 0) / 1000 or _DELAY
 
     def _of_container(self, container: Any) -> Iterator[tuple[np.ndarray, float]]:
@@ -323,9 +336,21 @@ class Video(_Media):
         for frame in container.decode(stream):
             self._check_size(frame.width, frame.height)
             at = at + each if frame.time is None else max(frame.time, at)
-            image = frame.to_ndarray(format="rgb24", width=stream.width, height=stream.height)
-            yield np.rot90(image, round(frame.rotation / 90)), at
+            clear = frame.format.has_palette or any(c.is_alpha for c in frame.format.components)
+            image = frame.to_ndarray(format="rgba" if clear else "rgb24", width=stream.width, height=stream.height)
+            yield np.ascontiguousarray(self._upright(frame, _rgb(self, image))), at
         self._check_whole(container, at + each)
+
+    def _upright(self, frame: Any, image: np.ndarray) -> np.ndarray:
+        """Turned and mirrored as the display matrix says: x' = a x + c y, y' = b x + d y."""
+        data = next((bytes(x) for x in frame.side_data if x.type.name == "DISPLAYMATRIX"), b"")
+        a, b, _, c, d = np.frombuffer(data, np.int32, 5).astype(float) / 65536 if data else (1, 0, 0, 0, 1)
+        across, along = max(abs(a), abs(d)), max(abs(b), abs(c))
+        if min(across, along) > 0.01 * max(across, along):
+            raise self._wrong("is to be shown turned by no multiple of 90 degrees: turn it first")
+        if along > across:
+            image, a, d = image.swapaxes(0, 1), c, b
+        return image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
     def _kept(self, frames: Iterator[tuple[np.ndarray, float]]) -> tuple[np.ndarray, np.ndarray]:
         """Every frame, or every second, fourth, … so that they fit into FRAME_MEMORY."""
@@ -434,11 +459,23 @@ def _rgb(media: _Media, x: np.ndarray) -> np.ndarray:
 
 
 def _flat(media: _Media, image: Any) -> np.ndarray:
-    """A Pillow image as u8[h, w, 3]: transparency over white, 16 bits cut to 8."""
-    if image.mode.startswith("I;16"):
-        return _rgb(media, ((np.asarray(image).astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
+    """A Pillow image as u8[h, w, 3]: upright, transparency over white, 16 bits cut to 8."""
+    from PIL import ImageOps
+
+    pgm = image.mode == "I" and image.format == "PPM"  # whose range Pillow makes 16 bits
+    inverted = image.format == "TIFF" and image.tag_v2.get(262) == 0  # white is 0, which Pillow knows of up to 8 bits
+    image = ImageOps.exif_transpose(image)
+    clear = image.info.get("transparency")
+    if (image.mode.startswith("I;16") and clear is not None) or (isinstance(clear, tuple) and max(clear) > 255):
+        raise media._wrong("has 16 bits and a colour that is transparent: give it 8 bits, or an alpha channel")
+    if image.mode.startswith("I;16") or pgm:
+        x = np.asarray(image).astype(np.uint32)
+        x = 65535 - x if inverted else x
+        return _rgb(media, ((x * 255 + 32767) // 65535).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise media._wrong("has pixels of 32 bits, whose range is its own: scale them to 8 or 16 bits first")
+    if image.mode not in _MODES:
+        raise media._wrong(f"has colours of the kind {image.mode}: convert it to RGB first")
     return _rgb(media, np.asarray(image.convert("RGBA" if image.has_transparency_data else "RGB")))
 
 

@@ -1,0 +1,202 @@
+"""Every orientation, depth, sample format, transparency and meaning of pixels that the readers accept; bounds of sizes."""
+
+from __future__ import annotations
+
+import io
+import struct
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("PIL")
+av = pytest.importorskip("av")
+
+from media_files import png, video, wav
+from PIL import Image as Pillow
+from wasat.runtime import Audio, Image, MediaError, Video
+
+RNG = np.random.default_rng(2)
+PIXELS = RNG.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+TURNED: dict[int, Any] = {
+    1: lambda x: x, 2: lambda x: x[:, ::-1], 3: lambda x: x[::-1, ::-1], 4: lambda x: x[::-1],
+    5: lambda x: x.swapaxes(0, 1), 6: lambda x: np.rot90(x, -1), 7: lambda x: x[::-1, ::-1].swapaxes(0, 1), 8: np.rot90,
+}  # fmt: skip
+"""What a viewer makes of the stored pixels, by the EXIF orientation."""
+MATRICES = {
+    1: (1, 0, 0, 1), 2: (-1, 0, 0, 1), 3: (-1, 0, 0, -1), 4: (1, 0, 0, -1), 5: (0, 1, 1, 0), 6: (0, 1, -1, 0),
+    7: (0, -1, -1, 0), 8: (0, -1, 1, 0),
+}  # fmt: skip
+"""The display matrix (a, b, c, d) of the same: x' = a x + c y, y' = b x + d y."""
+
+
+def _saved(image: Any, format: str, **options: Any) -> bytes:
+    out = io.BytesIO()
+    image.save(out, format, **options)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("orientation", TURNED)
+@pytest.mark.parametrize("format", ["PNG", "TIFF", "WEBP"])
+def test_the_orientations_of_pictures(orientation: int, format: str) -> None:
+    exif = Pillow.Exif()
+    exif[0x112] = orientation
+    data = _saved(Pillow.fromarray(PIXELS), format, exif=exif, **({"lossless": True} if format == "WEBP" else {}))
+    assert np.array_equal(Image(data).pixels(), TURNED[orientation](PIXELS))
+
+
+def _shown(matrix: tuple[float, float, float, float]) -> np.ndarray:
+    """The first frame of a clip of three grey corners with a display matrix."""
+    data = bytearray(video(np.stack([CORNERS] * 2), fps=4))
+    at = data.index(b"tkhd") + 44
+    a, b, c, d = (round(x * 65536) for x in matrix)
+    data[at : at + 20] = struct.pack(">5i", a, b, 0, c, d)
+    return Video(bytes(data)).frames()[0][0]
+
+
+CORNERS = np.zeros((16, 32, 3), np.uint8)
+CORNERS[:8, :16], CORNERS[:8, 16:], CORNERS[8:, :16] = 240, 160, 80
+
+
+@pytest.mark.parametrize("orientation", MATRICES)
+def test_the_orientations_of_videos(orientation: int) -> None:
+    got, want = _shown(MATRICES[orientation]), TURNED[orientation](CORNERS)
+    assert got.shape == want.shape
+    assert np.abs(got.astype(int) - want).mean() < 8
+
+
+def test_a_video_turned_by_another_angle_is_refused() -> None:
+    with pytest.raises(MediaError, match="turned by no multiple of 90 degrees"):
+        _shown((0.7, 0.7, -0.7, 0.7))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"])
+@pytest.mark.parametrize("format", ["PNG", "TIFF", "JPEG", "WEBP", "PPM", "BMP", "GIF"])
+def test_pixels_mean_what_pillow_says(mode: str, format: str) -> None:
+    """All opaque: Pillow's own conversion to RGB."""
+    grey = Pillow.fromarray(PIXELS).convert("L" if mode in ("1", "LA") else "P" if mode == "PA" else "RGB")
+    try:
+        data = _saved(grey.convert(mode), format)
+    except (OSError, KeyError, ValueError):
+        pytest.skip(f"{format} holds no {mode}")
+    assert np.array_equal(Image(data).pixels(), np.asarray(Pillow.open(io.BytesIO(data)).convert("RGB")))
+
+
+def _chunk(kind: bytes, body: bytes) -> bytes:
+    import zlib
+
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def _png(depth: int, colour: int, row: bytes, width: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG of one row, as its specification has it."""
+    import zlib
+
+    head = struct.pack(">IIBBBBB", width, 1, depth, colour, 0, 0, 0)
+    parts = [(b"IHDR", head), *chunks, (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(*p) for p in parts)
+
+
+PALETTE = (b"PLTE", bytes([10, 20, 30, 200, 100, 0]))
+DEEP = struct.pack(">3H", 0, 32768, 65535)
+
+
+@pytest.mark.parametrize("data, want", [
+    (_png(1, 0, b"\xa0", 3), [255, 0, 255]), (_png(2, 0, b"\x1b", 4), [0, 85, 170, 255]),
+    (_png(4, 0, b"\x0f\x80", 3), [0, 255, 136]), (_png(8, 0, b"\0\x07\xff", 3), [0, 7, 255]),
+    (_png(16, 0, DEEP, 3), [0, 128, 255]), (_png(8, 4, b"\0\xff\0\x80\0\0", 3), [0, 127, 255]),
+    (_png(8, 0, b"\0\x07\xff", 3, (b"tRNS", b"\0\x07")), [0, 255, 255]),
+    (_png(1, 3, b"\x40", 2, PALETTE), [[10, 20, 30], [200, 100, 0]]),
+    (_png(8, 3, b"\0\1", 2, PALETTE, (b"tRNS", b"\0")), [[255, 255, 255], [200, 100, 0]]),
+    (_png(8, 3, b"\0\1", 2, PALETTE, (b"tRNS", b"\xff\x80")), [[10, 20, 30], [227, 177, 127]]),
+    (_png(8, 2, bytes([1, 2, 3, 4, 5, 6]), 2, (b"tRNS", b"\0\1\0\2\0\3")), [[255, 255, 255], [4, 5, 6]]),
+    (_png(8, 6, bytes([0, 100, 200, 51]), 1), [[204, 224, 244]]),
+])  # fmt: skip
+def test_depths_and_transparency_of_png(data: bytes, want: Any) -> None:
+    rows = np.array(want).reshape(len(want), -1) * np.ones((1, 3), int) if np.ndim(want) == 1 else np.array(want)
+    assert Image(data).pixels()[0].tolist() == rows.tolist()
+
+
+@pytest.mark.parametrize("data", [
+    _png(16, 0, DEEP, 3, (b"tRNS", b"\x80\0")), _png(16, 2, DEEP, 1, (b"tRNS", b"\x80\0\x80\0\x80\0")),
+])  # fmt: skip
+def test_a_transparent_colour_of_16_bits_is_refused(data: bytes) -> None:
+    with pytest.raises(MediaError, match="16 bits and a colour that is transparent"):
+        Image(data).pixels()
+
+
+def _tiff(bits: int, photometric: int, data: bytes) -> bytes:
+    """4 x 2 grey pixels; photometric 0: white is 0."""
+    tags = {256: 4, 257: 2, 258: bits, 259: 1, 262: photometric, 273: 8 + 2 + 12 * 9 + 4, 277: 1, 278: 2, 279: len(data)}
+    body = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + body + bytes(4) + data
+
+
+@pytest.mark.parametrize("bits, data, want", [
+    (1, b"\x50\xa0", [0, 255, 0, 255, 255, 0, 255, 0]), (4, b"\x01\x23\x45\x67", [17 * i for i in range(8)]),
+    (8, bytes(range(0, 240, 30)), list(range(0, 240, 30))), (16, struct.pack("<8H", *range(0, 65535, 9000)), None),
+])  # fmt: skip
+def test_black_or_white_is_zero(bits: int, data: bytes, want: list[int] | None) -> None:
+    grey = np.array(want) if want is not None else np.rint(np.arange(0, 65535, 9000) / 257)
+    assert np.array_equal(Image(_tiff(bits, 1, data)).pixels()[..., 0].ravel(), grey)
+    assert np.abs(Image(_tiff(bits, 0, data)).pixels()[..., 0].ravel() - (255 - grey)).max() <= (bits == 16)
+
+
+def test_a_pgm_of_16_bits() -> None:
+    data = b"P5 3 1 65535\n" + DEEP
+    assert Image(data).pixels()[0, :, 0].tolist() == [0, 128, 255]
+
+
+def test_colours_of_another_kind_are_refused() -> None:
+    with pytest.raises(MediaError, match="colours of the kind LAB"):
+        Image(_saved(Pillow.new("LAB", (4, 4)), "TIFF")).pixels()
+
+
+@pytest.mark.parametrize("codec, bits", [
+    ("pcm_u8", 7), ("pcm_s16le", 15), ("pcm_s24le", 20), ("pcm_s32le", 20), ("pcm_f32le", 20), ("pcm_f64le", 20),
+])  # fmt: skip
+def test_sample_formats(codec: str, bits: int) -> None:
+    x = np.stack([np.linspace(-0.9, 0.9, 400), np.linspace(0.5, -0.3, 400)]).astype(np.float32)
+    out = io.BytesIO()
+    with av.open(out, "w", format="wav") as container:
+        stream: Any = container.add_stream(codec, rate=8000)
+        stream.layout = "stereo"
+        frame = av.AudioFrame.from_ndarray(x, format="fltp", layout="stereo")
+        frame.sample_rate, frame.pts, frame.time_base = 8000, 0, Fraction(1, 8000)
+        fit = av.AudioResampler(format=stream.format.name, layout="stereo", rate=8000)
+        for piece in (*fit.resample(frame), None):
+            container.mux(stream.encode(piece))
+    assert np.abs(Audio(out.getvalue()).samples(8000) - x.mean(0)).max() <= 1.01 * 2.0**-bits
+
+
+@pytest.mark.parametrize("pixel_format, alpha", [("rgba", 51), ("rgba", 255), ("bgra", 0)])
+def test_transparency_of_videos_is_over_white(pixel_format: str, alpha: int) -> None:
+    x = np.full((2, 16, 16, 4), [0, 100, 200, alpha], np.uint8)
+    out = io.BytesIO()
+    with av.open(out, "w", format="mov") as container:
+        stream: Any = container.add_stream("png" if pixel_format == "rgba" else "qtrle", rate=4)
+        stream.height, stream.width, stream.pix_fmt = 16, 16, "rgba" if pixel_format == "rgba" else "argb"
+        for frame in x:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgba").reformat(format=stream.pix_fmt)))
+        container.mux(stream.encode(None))
+    want = np.rint((np.array([0, 100, 200]) * alpha + 255 * (255 - alpha)) / 255)
+    assert np.abs(Video(out.getvalue()).frames()[0][0, 0, 0] - want).max() <= 1
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: Image(png(np.zeros((1, 70_000), np.uint8))), "70000 x 1 pixels; at most 65,535 are read of a side"),
+    (lambda: Image(np.zeros((70_000, 1, 3), np.uint8)), "1 x 70000 pixels"),
+    (lambda: Video(np.zeros((1, 1, 70_000, 3), np.uint8), fps=1), "70000 x 1 pixels"),
+    (lambda: Audio(np.zeros((2, 48_000), np.float32), 8000), r"48000 channels; .* samples are \[n, channels\]"),
+    (lambda: Audio(wav(np.zeros((10, 65), np.float32), 8000)), "65 channels"),
+    (lambda: Audio(np.zeros(10, np.float32), 2**31), "2147483648 samples per second; at most 10,000,000"),
+])  # fmt: skip
+def test_sizes_have_bounds(make: Any, message: str) -> None:
+    part = make()
+    with pytest.raises(MediaError, match=message):
+        part.pixels() if isinstance(part, Image) else part.frames() if isinstance(part, Video) else part.samples(8000)
+
+
+def test_the_largest_sides_are_read() -> None:
+    assert Image(np.zeros((1, 65_535), np.uint8)).pixels().shape == (1, 65_535, 3)
