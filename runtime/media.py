@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from .errors import MediaError
+from .values import whole
 
 MOST_PIXELS = 80_000_000
 """Of a picture or a frame; 8K video has 33 million."""
@@ -89,6 +90,8 @@ class _Media:
     @contextmanager
     def _file(self) -> Iterator[BinaryIO]:
         assert not isinstance(self.source, np.ndarray)
+        if not isinstance(self.source, (str, Path, bytes)):  # a number would be a file that the process has open
+            raise self._wrong("is neither a path nor the content of a file nor an array")
         with io.BytesIO(self.source) if isinstance(self.source, bytes) else open(self.source, "rb") as file:
             size = file.seek(0, io.SEEK_END)
             if not size:
@@ -201,6 +204,7 @@ class Audio(_Media):
         no such sound, is damaged, empty, longer than MOST_SECONDS or, at ``rate`` Hz, than MOST_SAMPLES, is too short to be
         resampled, or holds samples that are no numbers.
         """
+        rate = whole("rate", rate, 1, MOST_RATE)
         with self._reading("av"):
             wave = bytearray()
             for piece in self._pieces(rate):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from wasat.ir import parse_program
+from wasat.runtime import load
 
 from wasat import cli
 
@@ -92,6 +93,17 @@ def test_generate_streams_and_sums_up(run: Run, int4: Path) -> None:
     assert run("generate", int4, "-", "--max-tokens", 5, "-q", stdin="def f(x):") == (0, out, "")
     stop = out.strip()[0]
     assert stop not in run("generate", int4, "def f(x):", "--max-tokens", 5, "--stop", stop)[1]
+
+
+def test_generate_stops_at_token_ids(run: Run, int4: Path) -> None:
+    (want,) = load(int4).generate("def f(x):", max_tokens=5)
+    at = want.tokens.index(want.tokens[-1])
+    _, _, err = run("generate", int4, "def f(x):", "--max-tokens", 5, "--stop-token", want.tokens[-1], "--stop-token", 0)
+    assert f"{min(at, want.tokens.index(0) if 0 in want.tokens else at)} tokens" in err
+    assert err.endswith("finished by stop\n")
+    code, _, err = run("generate", int4, "a", "--stop-token", 10**9)
+    assert code == 1
+    assert "stop_tokens: a token is 1000000000; it must be a whole number, from 0 to" in err
 
 
 def test_seeds_reproduce(run: Run, int4: Path) -> None:

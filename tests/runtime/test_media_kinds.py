@@ -15,7 +15,7 @@ av = pytest.importorskip("av")
 
 from media_files import png, video, wav
 from PIL import Image as Pillow
-from wasat.runtime import Audio, Image, MediaError, Video
+from wasat.runtime import Audio, Image, InputError, MediaError, Video
 
 RNG = np.random.default_rng(2)
 PIXELS = RNG.integers(0, 256, (6, 8, 3), dtype=np.uint8)
@@ -200,3 +200,17 @@ def test_sizes_have_bounds(make: Any, message: str) -> None:
 
 def test_the_largest_sides_are_read() -> None:
     assert Image(np.zeros((1, 65_535), np.uint8)).pixels().shape == (1, 65_535, 3)
+
+
+@pytest.mark.parametrize("source", [0, 3, None, True, 1.5, [1], bytearray(b"x"), memoryview(b"x"), object()], ids=str)
+def test_what_is_no_source(source: Any) -> None:
+    """A number would be a file that the process has open: standard input, for one."""
+    for read in (Image(source).pixels, Video(source).frames, lambda: Audio(source).samples(8000)):
+        with pytest.raises(MediaError, match="is neither a path nor the content of a file nor an array"):
+            read()
+
+
+@pytest.mark.parametrize("rate", [None, 0, -1, 1.5, "8000", 2**40, True])
+def test_what_is_no_rate(rate: Any) -> None:
+    with pytest.raises(InputError, match="rate is "):
+        Audio(np.zeros(99, np.float32), 8000).samples(rate)
