@@ -7,6 +7,7 @@ effects: whatever changes (a cache, optimizer state) goes in as a value and come
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from .dims import Check, DimError, DimLike, collect_checks, symbols_of
-from .errors import IRError, Loc, TypeMismatch, VerifyError
+from .errors import IRError, Loc, TypeMismatch, VerifyError, WasatError
 from .types import Array, QTensorType, TensorType, Type
 
 if TYPE_CHECKING:
@@ -353,9 +354,23 @@ def infer(op: Op, attrs: Attrs, inputs: Sequence[Value], loc: Loc | None) -> tup
         message = e.message if isinstance(e, IRError) else str(e)
         operands = ", ".join(repr(v) for v in inputs)
         raise TypeMismatch(f"{op.name}({operands}){_attrs_note(attrs)}: {message}", loc) from None
-    except TypeError as e:
-        raise TypeMismatch(f"{op.name} does not take {len(inputs)} operands: {e}", loc) from None
+    except WasatError:
+        raise
+    except Exception as e:
+        if not _takes(op, attrs, inputs):
+            raise TypeMismatch(f"{op.name} does not take {len(inputs)} operands: {e}", loc) from None
+        operands = ", ".join(repr(v) for v in inputs)
+        raise IRError(f"{op.name}({operands}): infer fails: {type(e).__name__}: {e}", loc) from e
     return ([types] if isinstance(types, (TensorType, QTensorType)) else list(types)), tuple(checks)
+
+
+def _takes(op: Op, attrs: Attrs, inputs: Sequence[Value]) -> bool:
+    """Whether ``infer`` of the operation has that many operands."""
+    try:
+        inspect.signature(op.infer).bind(attrs, *inputs)
+    except TypeError:
+        return False
+    return True
 
 
 def _attrs_note(attrs: Attrs) -> str:

@@ -92,7 +92,7 @@ def attrs_text(attrs: Attrs, nested: Callable[[Graph], str] = _whole) -> str:
     for f in dataclasses.fields(attrs):
         value = getattr(attrs, f.name)
         default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-        if not (type(value) is type(default) and value == default):
+        if not (type(value) is type(default) and value == default and str(value) == str(default)):  # -0.0 is not 0.0
             parts.append(f"{f.name}={attr_text(value, nested)}")
     return "{" + ", ".join(parts) + "}" if parts else ""
 

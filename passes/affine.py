@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from wasat.ir import Builder, DimLike, Graph, Node, Value, equal, less_equal, substitute, symbol
+from wasat.ir import Builder, DimLike, DType, Graph, Node, Value, equal, less_equal, substitute, symbol
 
 from .core import GraphPass, Remarks
 from .pattern import replace
@@ -59,11 +59,28 @@ class Indexing:
         if v not in self._known:
             array, node = v.const, v.node
             rule = _RULES.get(node.op.name) if node is not None else None
-            if array is not None:
-                self._known[v] = _of_array(array)
-            else:
-                self._known[v] = rule(self, node) if rule is not None and node is not None else None
+            found = rule(self, node) if rule is not None and node is not None else None
+            found = _of_array(array) if array is not None else found
+            if found is not None:  # one term per axis; an axis of size 1 has no slope, and repeats where it is broadcast
+                terms = (0,) * (len(v.shape) - len(found.terms)) + found.terms
+                found = Affine(tuple(0 if d == 1 else t for d, t in zip(v.shape, terms)), found.const)
+            self._known[v] = found if found is not None and self._holds(v, found) else None
         return self._known[v]
+
+    def _holds(self, v: Value, x: Affine) -> bool:
+        """Whether the type of ``v`` holds every element of ``x``: integers wrap, floats lose digits.
+
+        Of i32, i64, f32 and f64 it does as long as no number that is written down comes near the limit: no size does.
+        """
+        dtype, bounds = v.tensor.dtype, self.range(x, self.shape(v))
+        low, high = _limits(dtype)
+        if dtype.bits >= 32 and (dtype.is_float or dtype.value.startswith("i")):
+            written = [n for n in (*x.terms, x.const) if isinstance(n, int)]
+            ends = [n for n in bounds or () if isinstance(n, int)]
+            return all(abs(n) <= high // 2 for n in written) and all(low <= n <= high for n in ends)
+        if bounds is None or less_equal(low, bounds[0]) is not True:
+            return False
+        return (dtype.bits >= 32 and not isinstance(bounds[1], int)) or less_equal(bounds[1], high) is True
 
     def range(self, x: Affine, shape: Sequence[DimLike]) -> tuple[DimLike, DimLike] | None:
         """The least and the greatest element, where the signs of the terms are known."""
@@ -79,11 +96,25 @@ class Indexing:
         return low, high
 
 
+def _limits(dtype: DType) -> tuple[int, int]:
+    """The least and the greatest integer up to which a type holds all of them."""
+    if dtype is DType.BOOL:
+        return 0, 1
+    if dtype.is_float:
+        high = 2 ** {DType.BF16: 8, DType.F16: 11, DType.F32: 24}.get(dtype, 53)
+        return -high, high
+    info = np.iinfo(dtype.np)
+    return int(info.min), int(info.max)
+
+
 def _of_array(array: np.ndarray) -> Affine | None:
     """A constant: the differences along each axis must be one number."""
-    if array.size == 0 or (array.dtype.kind == "f" and not (np.isfinite(array).all() and (array == np.trunc(array)).all())):
+    if array.size == 0:
         return None
-    x = array.astype(np.int64)
+    exact = array.astype(np.float64)
+    if not ((np.abs(exact) <= 2**53).all() and (exact == np.trunc(exact)).all()):  # NaN is not
+        return None
+    x = exact.astype(np.int64)
     terms = [int(np.diff(x, axis=a).flat[0]) if n > 1 else 0 for a, n in enumerate(x.shape)]
     first = int(x.flat[0])
     want = first + sum(t * i for t, i in zip(terms, np.indices(x.shape)))
@@ -114,10 +145,7 @@ def _dim_size(at: Indexing, node: Node) -> Affine:
 
 @_rule("cast")
 def _cast(at: Indexing, node: Node) -> Affine | None:
-    x, dtype = at.of(node.inputs[0]), node.output.tensor.dtype
-    small = x is not None and x.number in (0, 1)  # of any type, booleans included
-    wide = (dtype.is_int or dtype.is_float) and dtype.bits >= 32
-    return x if small or wide else None
+    return at.of(node.inputs[0])
 
 
 @_rule("neg")

@@ -16,7 +16,7 @@ from wasat.ir import Builder, DimLike, Graph, Node, TensorType, Value, equal, le
 from wasat.ir.types import DType, QArray
 
 from .clean_loops import clean_loops
-from .core import GraphPass, Remarks
+from .core import GraphPass, Remarks, attrs_key
 
 Rule = Callable[[Builder, Node], "Value | None"]
 
@@ -125,7 +125,7 @@ def _matmul(b: Builder, node: Node) -> Value | None:
     kernels read and quantization rounds, and transposing a parameter is done when it is loaded."""
     x, w = node.inputs
     inner = _producer(w, "transpose")
-    if len(w.shape) != 2 or len(x.shape) < 2 or w.type.symbols:
+    if len(w.shape) != 2 or len(x.shape) < 2 or w.type.symbols or not x.tensor.dtype.is_float:
         return None
     if inner is not None and _from_param(inner.inputs[0]):
         return b.linear(x, inner.inputs[0])
@@ -143,7 +143,7 @@ def _rope(b: Builder, node: Node) -> Value | None:
     """Rotation at positions that were repeated for every row of the batch: at the positions."""
     x, at, freq = node.inputs
     repeat = _producer(at, "broadcast_to")
-    if repeat is None or equal(repeat.inputs[0].tensor.size, at.shape[-1]) is not True:
+    if repeat is None or any(d != 1 for d in repeat.inputs[0].shape[:-1]) or repeat.inputs[0].shape[-1:] != at.shape[-1:]:
         return None
     attrs: Any = node.attrs
     positions = b.reshape(repeat.inputs[0], shape=at.shape[-1:])
@@ -159,18 +159,18 @@ def _merged_rows(b: Builder, v: Value) -> Value | None:
     width: DimLike = 1
     for i in reversed(range(2, len(x.shape))):
         width = width * x.shape[i]
-        if equal(width, v.shape[-1]) is True:
+        if width != 0 and equal(width, v.shape[-1]) is True:
             return b.reshape(x, shape=(*x.shape[:i], width)) if i < len(x.shape) - 1 else x
     return None
 
 
 def _rows_apart(b: Builder, node: Node) -> Value | None:
     """f(reshape(x), w) -> reshape(f(x, w)) for an f of rows: what runs along the batch or the sequence stays visible."""
-    w = node.inputs[1]
+    _, w, *rest = node.inputs
     x = _merged_rows(b, node.inputs[0]) if len(w.shape) == (1 if node.op.elementwise else 2) else None
     if x is None:
         return None
-    return b.reshape(b.emit(node.op, x, w), shape=node.output.shape)
+    return b.reshape(b.emit(node.op, x, w, *rest), shape=node.output.shape)
 
 
 def _broadcast(b: Builder, node: Node) -> Value | None:
@@ -358,13 +358,13 @@ class Cleanup(GraphPass):
             new: list[Value] | None = None
             for rule in RULES.get(node.op.name, ()):
                 value = rule(b, node)
-                if value is not None:
+                if value is not None and value.type == node.output.type:
                     new, kind = [value], "simplified"
                     break
             else:
                 new, kind = _fold(b, node, self.fold_positions), "folded"
             if new is None:
-                key = (node.op, node.attrs, _operands(node))
+                key = (node.op, attrs_key(node.attrs), _operands(node))
                 twin = seen.setdefault(key, node)
                 if twin is not node:
                     new, kind = list(twin.outputs), "merged"

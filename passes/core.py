@@ -12,12 +12,14 @@
 
 from __future__ import annotations
 
+import math
+import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from typing import ClassVar, Literal, Protocol
 
-from wasat.ir import Graph, IRError, Loc, Node, Program, Value, WasatError
+from wasat.ir import Attrs, Graph, IRError, Loc, Node, Program, Value, WasatError
 
 Kind = Literal["applied", "missed"]
 
@@ -138,8 +140,21 @@ class Report:
             shown = [r for r in s.remarks if only in (None, r.kind)]
             if only is None or shown:
                 lines.append(f"{s.name}: {s.nodes_before} -> {s.nodes_after} nodes, {s.seconds * 1e3:.1f} ms")
-                lines += ["  " + str(r).replace("\n", "\n  ") for r in shown]
+                lines += ["  " + text.replace("\n", "\n  ") for text in _grouped(shown)]
         return "\n".join(lines) if lines else "nothing was missed" if only == "missed" else "no pass ran"
+
+
+def _grouped(remarks: Sequence[Remark]) -> list[str]:
+    """The remarks as text; those of equal layers, told apart by the numbers in names alone, as the first of them."""
+    groups: dict[object, list[Remark]] = {}
+    for r in remarks:
+        message = re.sub(r"%[\w.+]+", lambda name: re.sub(r"\d+", "", name[0]).rstrip("_."), r.message)
+        groups.setdefault((r.kind, message, r.graph, str(r.loc)), []).append(r)
+    texts = []
+    for group in groups.values():
+        first, *rest = str(group[0]).split("\n")
+        texts.append("\n".join([first + (f" × {len(group)}" if len(group) > 1 else ""), *rest]))
+    return texts
 
 
 class Check(Protocol):
@@ -152,6 +167,21 @@ class Check(Protocol):
     def compare(self, program: Program, name: str) -> None:
         """Raises PassError if the program computes something else than the last baseline."""
         ...
+
+
+def attrs_key(attrs: Attrs) -> Hashable:
+    """What tells attributes apart, -0.0 and 0.0 included, which are equal as numbers."""
+    values = ((f.name, getattr(attrs, f.name)) for f in fields(attrs))
+    return attrs, tuple(name for name, x in values if isinstance(x, float) and x == 0 and math.copysign(1, x) < 0)
+
+
+def _node_at(e: BaseException) -> Node | None:
+    """The node that the innermost function was busy with that calls one ``node``."""
+    found, tb = None, e.__traceback__
+    while tb is not None:
+        node = tb.tb_frame.f_locals.get("node")
+        found, tb = node if isinstance(node, Node) else found, tb.tb_next
+    return found
 
 
 Dump = Callable[[str, Literal["before", "after"], Program], None]
@@ -200,6 +230,12 @@ class PassManager:
             done = ", ".join(s.name for s in report.steps) or "none"
             message = f"pass {p.name}: {e.message if isinstance(e, IRError) else e}\n  (passes that ran before it: {done})"
             raise (type(e)(message, e.loc) if isinstance(e, IRError) else PassError(message)) from e
+        except Exception as e:  # a fault of the pass itself
+            done = ", ".join(s.name for s in report.steps) or "none"
+            node = _node_at(e)
+            where = f" at {node!r}" + (f" ({node.loc})" if node.loc is not None else "") if node is not None else ""
+            message = f"pass {p.name}: {type(e).__name__}: {e}{where}\n  (passes that ran before it: {done})"
+            raise PassError(message) from e
         if self.check is not None and modified:
             if p.exact:
                 self.check.compare(program, p.name)

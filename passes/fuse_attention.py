@@ -9,7 +9,7 @@ from typing import Any
 from wasat.ir import Builder, DimLike, DType, Graph, Node, Value, equal, less_equal
 
 from .core import GraphPass, Remarks
-from .mask import FINITE_FILL, Mask, analyze, is_fill
+from .mask import FINITE_FILL, LEAST_FILL, Mask, analyze, is_fill
 from .pattern import erase_dead, number_of, replace
 from .views import Atom, View, arrange, product, scaling, trivial, view_of
 
@@ -29,7 +29,8 @@ class _Scores:
     mask: Mask
     additive: list[tuple[Value, float]]
     """Float masks, each with the number that multiplies it."""
-    shape: tuple[DimLike, ...]
+    met: dict[Value, tuple[DimLike, ...]]
+    """Masks, each with the shape of the scores where it meets them: with heads as they are grouped there."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class FuseAttention(GraphPass):
             try:
                 fused = _fuse(graph, node)
             except Miss as e:
+                if not _attends(node):
+                    continue
                 remarks.missed(f"%{node.output.name} = softmax stays unfused: {e}", node)
                 continue
             changed = True
@@ -105,6 +108,20 @@ def _reaches_product(v: Value, depth: int = 12) -> bool:
     return any(_reaches_product(n.inputs[i], depth - 1) for i in through.get(n.op.name, ()))
 
 
+def _attends(softmax: Node) -> bool:
+    """Whether a softmax looks like attention's: of a product, or of what is given and into one; a router's is of a linear."""
+    x = softmax.inputs[0]
+    if _reaches_product(x):
+        return True
+    while x.node is not None:
+        if x.node.op.name == "matmul":
+            return True
+        if not x.node.op.elementwise and x.node.op.name not in ("cast", "reshape"):
+            return False
+        x = x.node.inputs[1 if x.node.op.name == "select" else 0]
+    return any(user.op.name == "matmul" for user in softmax.output.users)
+
+
 def _scores(graph: Graph, softmax: Node) -> _Scores:
     """Walks up from the softmax to the product of queries and keys."""
     x = softmax.inputs[0]
@@ -115,6 +132,7 @@ def _scores(graph: Graph, softmax: Node) -> _Scores:
     factor, softcap = 1.0, None
     mask = Mask()
     additive: list[tuple[Value, float]] = []
+    met: dict[Value, tuple[DimLike, ...]] = {}
     while True:
         node = x.node
         if node is None:
@@ -122,9 +140,9 @@ def _scores(graph: Graph, softmax: Node) -> _Scores:
         _only_use(graph, x)
         name, shape = node.op.name, x.shape
         if name == "matmul":
-            if mask.finite and (mask.operands or any(_choice(v) is not None for v, _ in additive)):
+            if mask.finite and (mask.operands or any(_choice(v, moved=True) is not None for v, _ in additive)):
                 raise Miss("a mask fills with a finite number beside one that is data: some query may see nothing; use -inf")
-            return _Scores(softmax, node, factor, softcap, mask, additive, shape)
+            return _Scores(softmax, node, factor, softcap, mask, additive, met)
         if _passes(node):
             x = node.inputs[0]
         elif name == "select":
@@ -143,6 +161,10 @@ def _scores(graph: Graph, softmax: Node) -> _Scores:
             x = _added(node, shape, mask, additive, factor, softcap)
         else:
             raise Miss(f"%{x.name} is {name}; between softmax and q @ k stand only scale, softcap, mask and casts")
+        masks = [v for v, _ in (*mask.operands, *additive)]
+        for v in masks:
+            if met.setdefault(v, shape) != shape and masks.count(v) > 1:
+                raise Miss(f"the mask %{v.name} is applied to heads in two groupings")
 
 
 def _before_softcap(node: Node, softcap: float | None) -> None:
@@ -163,7 +185,7 @@ def _selected(
     if scores.shape != node.output.shape:
         raise Miss(f"{node!r}: the scores are broadcast by the mask")
     _before_softcap(node, softcap)
-    if factor <= 0:
+    if factor <= 0 or fill * factor > LEAST_FILL:
         raise Miss(f"{node!r}: the mask is multiplied by {factor:g}")
     _meet(node, mask, analyze(condition, shape, keep), fill, shape)
     return scores
@@ -197,7 +219,8 @@ def _added(
         raise Miss(f"{node!r}: the scores are broadcast by the mask")
     _before_softcap(node, softcap)
     choice = _choice(addend)
-    found = analyze(choice[0], shape, choice[1]) if choice is not None and factor > 0 else None
+    hides = choice is not None and factor > 0 and choice[2] * factor <= LEAST_FILL
+    found = analyze(choice[0], shape, choice[1]) if choice is not None and hides else None
     if found is not None and choice is not None and _exact(found, choice[2], shape):
         found.finite = choice[2] != float("-inf")
         mask.meet(found)
@@ -206,14 +229,14 @@ def _added(
     return scores
 
 
-def _choice(v: Value) -> tuple[Value, bool, float] | None:
+def _choice(v: Value, moved: bool = False) -> tuple[Value, bool, float] | None:
     """``(condition, keep, fill)`` if ``v`` is 0 where kept and minus infinity elsewhere.
 
     It is a choice between the two, or a number times a mask of 0 and 1: there the condition may be a mask of numbers, and the
-    fill is finite.
+    fill is finite. ``moved``: also where the condition's axes are not those of ``v`` from the right on.
     """
     n = v.node
-    while n is not None and n.op.name in ("cast", "reshape", "broadcast_to") and n.inputs[0].shape[-2:] == v.shape[-2:]:
+    while n is not None and (_aligned(n) or (moved and n.op.name == "reshape")) and n.inputs[0].shape[-2:] == v.shape[-2:]:
         n = n.inputs[0].node
     if n is None:
         return None
@@ -227,6 +250,19 @@ def _choice(v: Value) -> tuple[Value, bool, float] | None:
     if step is None or not float("-inf") < step[1] <= FINITE_FILL:  # 0 * -inf is NaN
         return None
     return *_complement(step[0]), step[1]
+
+
+def _aligned(node: Node) -> bool:
+    """Whether the operand, its axes aligned from the right, stands for the result (a reshape may move a batch onto heads)."""
+    if node.op.name == "reshape":
+        return _core(node.inputs[0].shape) == _core(node.output.shape)
+    return node.op.name in ("cast", "broadcast_to")
+
+
+def _core(shape: Sequence[DimLike]) -> tuple[DimLike, ...]:
+    """The shape from its first axis on that is not of size 1."""
+    first = next((i for i, d in enumerate(shape) if d != 1), len(shape))
+    return tuple(shape[first:])
 
 
 def _complement(v: Value) -> tuple[Value, bool]:
@@ -378,10 +414,11 @@ class _MaskPart:
 
 def _mask_parts(s: _Scores) -> list[_MaskPart]:
     """The masks that stay data, checked; nothing is emitted yet."""
-    shape = s.softmax.inputs[0].shape
-    parts = [_MaskPart(v, shape, negate=n) for v, n in s.mask.operands] + [_MaskPart(v, shape, factor=f) for v, f in s.additive]
+    parts = [_MaskPart(v, s.met[v], negate=n) for v, n in s.mask.operands]
+    parts += [_MaskPart(v, s.met[v], factor=f) for v, f in s.additive]
     dtype = s.product.output.tensor.dtype
     for p in parts:
+        shape = p.shape
         own = (1,) * (len(shape) - len(p.value.shape)) + tuple(p.value.shape)
         heads = own[1:-2]
         if any(d != 1 for d in heads) and any(equal(a, c) is not True for a, c in zip(heads, shape[1:-2])):

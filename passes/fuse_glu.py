@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from wasat.ir import Builder, Value
+from wasat.ir import Builder, Node, Value
 from wasat.ir.ops.nn import ACTIVATIONS
 
 from .pattern import Match, Mismatch, Pattern, Rewrite, Tracer, Var
@@ -16,6 +16,10 @@ class FuseGlu(Rewrite):
 
     name = "fuse-glu"
     landmark = ("silu", "gelu", "relu", "sigmoid")
+
+    def is_landmark(self, node: Node) -> bool:
+        made = node.inputs[0].node if node.inputs else None
+        return super().is_landmark(node) and made is not None and made.op.name in ("slice", "linear", "quantized_linear")
 
     def pattern(self, p: Tracer, y: Var) -> Pattern:
         gate, up = p.named("gate", p.slice(y)), p.named("up", p.slice(y))

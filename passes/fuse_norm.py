@@ -46,6 +46,8 @@ class _Mean(Rewrite):
         size = m["x"].shape[-1]
         if not isinstance(size, int) or abs(n - size) > 1e-6 * size:
             raise Mismatch(f"{n:g} is not the number of elements, {size}")
+        if not m["x"].tensor.dtype.is_float:
+            raise Mismatch(f"{m['x']!r} holds integers: their quotient is rounded towards 0")
         attrs = m["total"].node.attrs
         return b.reduce_mean(m["x"], axes=attrs.axes, keepdims=attrs.keepdims)
 
@@ -117,7 +119,7 @@ class _Narrow(Rewrite):
 
     def build(self, b: Builder, m: Match) -> Value:
         x, node = m["x"], m["norm"].node
-        if x.tensor.dtype.bits >= 32 or node.output.tensor.dtype is not DType.F32:
+        if not x.tensor.dtype.is_float or x.tensor.dtype.bits >= 32 or node.output.tensor.dtype is not DType.F32:
             raise Mismatch(f"{x!r} is not widened to f32")
         operands: list[Any] = [_per_feature(m, k, x) for k in ("w", "bias") if k in m]
         return b.emit(node.op, x, *operands, eps=node.attrs.eps)

@@ -9,7 +9,7 @@ from math import prod
 
 from wasat.ir import DerivedParam, Graph, Node, ParamSource, Program, TensorType, Type, Value, copy_node
 
-from .core import Pass, Remarks
+from .core import Pass, Remarks, attrs_key
 from .pattern import erase_dead
 
 
@@ -110,7 +110,7 @@ class _Keys:
     def of(self, v: Value) -> int:
         for node in _nodes_of(v, stop=self.known):
             operands = tuple(self._leaf(x) if x.node is None else self.known[x] for x in node.inputs)
-            self.known[node.output] = self._number((node.op.name, node.attrs, operands))
+            self.known[node.output] = self._number((node.op.name, attrs_key(node.attrs), operands))
         return self.known[v]
 
     def _leaf(self, v: Value) -> int:

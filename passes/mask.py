@@ -19,6 +19,8 @@ from .pattern import number_of
 
 FINITE_FILL = -1e4
 """A finite number at or below this stands for minus infinity (the least f16 is -65504; models of its time wrote -1e4)."""
+LEAST_FILL = -1e3
+"""What of it must be left where a factor comes after it (1 / sqrt(64), say): it still hides."""
 
 
 @dataclass

@@ -109,7 +109,7 @@ def _gates_first(parts: list[_Part]) -> list[_Part]:
         product = user.output.users[0]
         if product.op.name == "mul":
             (other,) = (v for v in product.inputs if v is not user.output)
-            if other in of:
+            if other in of and other not in up_of.values():  # two gates may share one up: it stands once
                 up_of[gate] = other
     ups = set(up_of.values())
     ordered = []

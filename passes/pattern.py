@@ -17,6 +17,7 @@ that it leaves what stopped the attempt that got farthest.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,10 +25,10 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
-from wasat.ir import Builder, Graph, Node, Value, op_named
+from wasat.ir import Builder, DType, Graph, Node, TypeMismatch, Value, op_named
 from wasat.ir.op import Op
 
-from .core import GraphPass, Remarks
+from .core import GraphPass, PassError, Remarks
 
 
 class Mismatch(Exception):
@@ -111,7 +112,14 @@ class Tracer:
         if name.startswith("_"):
             raise AttributeError(name)
         op = op_named(name)
-        return lambda *args, **attrs: Apply(op, tuple(map(_pattern, args)), attrs)
+
+        def apply(*args: Pattern | float, **attrs: Any) -> Pattern:
+            known = [f.name for f in dataclasses.fields(op.Attrs)]
+            if unknown := [k for k in attrs if k not in known]:
+                raise PassError(f"pattern: {name} has no attribute {', '.join(unknown)}; it has {', '.join(known) or 'none'}")
+            return Apply(op, tuple(map(_pattern, args)), attrs)
+
+        return apply
 
 
 def _pattern(x: Pattern | float) -> Pattern:
@@ -181,7 +189,7 @@ class Rewrite(GraphPass):
         starts = set(_starts(root))
         attempt.is_landmark = self.is_landmark
         for node in graph.nodes:
-            if node.op.name in starts:
+            if node.op.name in starts and len(node.outputs) == 1:
                 yield from self._apply(graph, node, root, attempt)
 
     def _apply(self, graph: Graph, node: Node, root: Pattern, attempt: _Attempt) -> Iterator[Value]:
@@ -199,7 +207,7 @@ class Rewrite(GraphPass):
                     new = self.build(Builder(graph, before=node, loc=node.loc), m)
                     if new.type != old.type:
                         raise Mismatch(f"the replacement would be {new.type}, not {old.type}")
-                except Mismatch as e:
+                except (Mismatch, TypeMismatch) as e:  # an operation that does not take these types is no replacement
                     reason = str(e)
                     _erase_back(graph, node.prev, last)
             if reason is not None:
@@ -368,7 +376,7 @@ class _Attempt:
         x = number_of(value)
         if x is None:
             self.note(state, f"%{value.name} is no constant number", value)
-        elif pattern.value is not None and not np.isclose(x, pattern.value, rtol=1e-3 if _narrow(value) else 1e-6, atol=0):
+        elif pattern.value is not None and not _is_near(x, pattern.value, value.tensor.dtype):
             self.note(state, f"%{value.name} is {x:g}, not {pattern.value:g}")
         elif state.bound.get(pattern, x) != x:
             self.note(state, f"%{value.name} is {x:g}, not {_text(state.bound[pattern])} as elsewhere")
@@ -376,8 +384,10 @@ class _Attempt:
             yield _State({**state.bound, pattern: x}, state.nodes, state.open)
 
 
-def _narrow(v: Value) -> bool:
-    return v.tensor.dtype.bits < 32
+def _is_near(x: float, want: float, dtype: DType) -> bool:
+    """Whether ``x`` is the number as its type holds it (in half precision, 1.001 is not 1)."""
+    rounded = float(np.asarray(want).astype(dtype.np)) if dtype.is_float else want
+    return math.isclose(x, rounded, rel_tol=1e-6)
 
 
 def _text(x: Value | float) -> str:

@@ -31,7 +31,7 @@ app = typer.Typer(
 
 A first round, from a clone of the repository:
 
-- `wasat compile examples/pygemma -o pygemma.wasat --quantize int4` makes an artifact of a Hugging Face folder
+- `wasat compile examples/pygemma -o pygemma.wasat --quantize int4` makes an artifact of a Hugging Face folder, or an ONNX file
 - `wasat generate pygemma.wasat "def read_file(path):"` runs it, without the compiler
 - `wasat show examples/pygemma --after fuse-attention` prints the graph as any pass leaves it
 - `wasat plan examples/pygemma` says what it will take, in each scheme, before anything is allocated
@@ -55,7 +55,7 @@ Activation = Annotated[
     Literal["int8", "f32"],
     typer.Option(help="Where weights are integers: integer dot products, or activations in float (slower, more exact)."),
 ]
-Source = Annotated[Path, typer.Argument(help="A Hugging Face folder, or a file of graph text.", show_default=False)]
+Source = Annotated[Path, typer.Argument(help="A Hugging Face folder, an ONNX file, or graph text.", show_default=False)]
 
 
 class _Refusal(Exception):
@@ -194,7 +194,7 @@ def generate(
     """
     from wasat import runtime
 
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = sys.stdin.read().removesuffix("\n").removesuffix("\r") if prompt == "-" else prompt  # the line's end is echo's
     model = runtime.load(artifact)
     options = runtime.SamplingOptions(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed
@@ -481,7 +481,7 @@ def export(
     graph: Annotated[str | None, typer.Option(help="Which graph, e.g. `decode`; default: `forward`, or the only one.")] = None,
     opset: Annotated[int, typer.Option(help="Operator set, 17 or newer; fused operations have operators from 23 on.")] = 24,
     optimized: Annotated[
-        bool, typer.Option("--optimized", help="After all passes: fused, with KV caches as inputs and outputs.")
+        bool, typer.Option("--optimized", help="After all passes: fused; `prefill` and `decode` with KV caches.")
     ] = False,
     quantize: Quantize = "f32",
     override: Override = None,
@@ -509,8 +509,9 @@ def export(
 
     program = driver.load_program(source)
     if optimized or _or_none(quantize) is not None:
+        caches = None if graph is not None and graph not in program.graphs else False  # a graph that is there stays
         program, _ = driver.optimize(
-            program, quantize=_or_none(quantize), overrides=_overrides(override), activation=None
+            program, quantize=_or_none(quantize), overrides=_overrides(override), activation=None, kv_cache=caches
         )  # fmt: skip
     elif override:
         raise _Refusal("--override chooses among quantized weights: give --quantize too")

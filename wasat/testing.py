@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -118,20 +119,28 @@ def check_pass(
     program = random_program(before)
     check = InterpreterCheck(dims, rtol=rtol, atol=atol)
     report = PassManager([pass_], check=check).run(program)
-    assert str(program) == str(parse_program(after))
-    assert report.steps[0].modified
+    _assert_text(program, after, f"{pass_.name} makes another text")
+    assert report.steps[0].modified, f"{pass_.name} says that it changed nothing"
     again = PassManager([pass_]).run(program)
-    assert str(program) == str(parse_program(after)), f"{pass_.name} is not done after one run"
-    assert not again.steps[0].modified
+    _assert_text(program, after, f"{pass_.name} is not done after one run")
+    assert not again.steps[0].modified, f"{pass_.name} says that it changed something when it ran again"
     return report.remarks()
+
+
+def _assert_text(program: Program, want: str, what: str) -> None:
+    """Asserts that ``program`` is the one written in ``want``; shows the lines that differ."""
+    got, expected = str(program), str(parse_program(want))
+    if got != expected:
+        lines = difflib.unified_diff(expected.splitlines(), got.splitlines(), "expected", "got", lineterm="")
+        raise AssertionError(f"{what}:\n" + "\n".join(lines))
 
 
 def check_untouched(pass_: Pass, text: str, reason: str | None = None) -> None:
     """Asserts that ``pass_`` leaves ``text`` as it is and (``reason``) that one of its remarks says why."""
     program = random_program(text)
     report = PassManager([pass_]).run(program)
-    assert str(program) == str(parse_program(text))
-    assert not report.steps[0].modified
+    _assert_text(program, text, f"{pass_.name} changes the text")
+    assert not report.steps[0].modified, f"{pass_.name} says that it changed something"
     missed = [r.message for r in report.remarks("missed")]
     assert reason is None or any(reason in m for m in missed), f"none of the remarks says {reason!r}: {missed}"
 

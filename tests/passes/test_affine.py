@@ -30,6 +30,21 @@ CASES: dict[str, tuple[str, str, str | None]] = {
     "kinked": (I + "  %y: i64[s] = maximum(%i, 1:i64)\n", "s", None),
     "as a float": (I + "  %y: f32[s] = cast(%i) {dtype=f32}\n", "s", "1"),
     "as a narrow integer": (I + "  %y: i8[s] = cast(%i) {dtype=i8}\n", "s", None),
+    "below 0 in an unsigned type": (
+        "  %i: u32[4] = iota() {size=4, dtype=u32}\n  %y: u32[4] = sub(%i, 1:u32)\n", "s", None,
+    ),
+    "too far for 8 bits": ("  %i: i8[4] = iota() {size=4, dtype=i8}\n  %y: i8[4] = add(%i, 125:i8)\n", "s", None),
+    "up to the end of 8 bits": ("  %i: i8[4] = iota() {size=4, dtype=i8}\n  %y: i8[4] = add(%i, 124:i8)\n", "s", "1 + 124"),
+    "of 8 bits, however many": ("  %y: u8[s] = iota() {size=s, dtype=u8}\n", "s", None),
+    "unsigned, however many": ("  %y: u32[s] = iota() {size=s, dtype=u32}\n", "s", "1"),
+    "beyond 32 bits": ("  %i: i32[4] = iota() {size=4, dtype=i32}\n  %y: i32[4] = mul(%i, 2147483647:i32)\n", "s", None),
+    "beyond the digits of f16": (
+        "  %i: f16[4] = iota() {size=4, dtype=f16}\n  %y: f16[4] = add(%i, 2046.0:f16)\n", "s", None,
+    ),
+    "one, repeated by broadcasting": (
+        "  %i: i64[1] = iota() {size=1}\n  %o: i64[s] = broadcast_to(0:i64) {shape=(s,)}\n  %y: i64[s] = add(%i, %o)\n",
+        "s", "0 + 0",
+    ),
     "never below 0": (I + "  %y: bool[s] = less(%i, 0:i64)\n", "s", "0 + 0"),
     "sometimes below 1": (I + "  %y: bool[s] = less(%i, 1:i64)\n", "s", None),
     "always equal": (I + "  %y: bool[s] = equal(%i, %i)\n", "s", "0 + 1"),

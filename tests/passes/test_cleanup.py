@@ -118,6 +118,76 @@ def test_rows_stay_apart_around_a_product() -> None:
     check_pass(Cleanup(), ROWS, after, [{"b": 2, "s": 3}])
 
 
+def test_rows_stay_apart_around_a_linear_with_its_bias() -> None:
+    """As torch.nn.Linear after a reshape is exported."""
+    before = """graph @f(%x: f32[b, s, 6], %w: f32[5, 6], %bias: f32[5]) {
+  %m: f32[b*s, 6] = reshape(%x) {shape=(b*s, 6)}
+  %p: f32[b*s, 5] = linear(%m, %w, %bias)
+  %y: f32[b, s, 5] = reshape(%p) {shape=(b, s, 5)}
+  return %y
+}"""
+    after = """graph @f(%x: f32[b, s, 6], %w: f32[5, 6], %bias: f32[5]) {
+  %linear: f32[b, s, 5] = linear(%x, %w, %bias)
+  return y=%linear
+}"""
+    check_pass(Cleanup(), before, after, [{"b": 2, "s": 3}])
+
+
+@pytest.mark.parametrize("shape, result", [((3,), "rope(%x, %i, %f)"), ((2, 1), "rope(%x, %r, %f)")])
+def test_rotation_at_positions_repeated_over_rows_or_in_them(shape: tuple[int, ...], result: str) -> None:
+    """Repeated for every row, or within rows (as many rows as a row has elements)."""
+    size = "3" if shape == (3,) else "2"
+    given = ", ".join(map(str, shape))
+    text = f"""graph @f(%x: f32[2, {size}, 1, 4], %i: i64[{given}], %f: f32[2]) {{
+  %r: i64[2, {size}] = broadcast_to(%i) {{shape=(2, {size})}}
+  %y: f32[2, {size}, 1, 4] = rope(%x, %r, %f)
+  return %y
+}}"""
+    program = random_program(text)
+    PassManager([Cleanup()], check=InterpreterCheck([{}])).run(program)
+    assert result in str(program)
+
+
+def test_zeros_of_two_signs_are_two() -> None:
+    text = """graph @f(%x: f32[2]) {
+  %a: f32[3] = pad(%x) {low=(1,), high=(0,), value=0.0}
+  %b: f32[3] = pad(%x) {low=(1,), high=(0,), value=-0.0}
+  return %a, %b
+}"""
+    assert "value=-0.0" in str(random_program(text))
+    check_untouched(Cleanup(), text)
+
+
+def test_products_of_integers_stay() -> None:
+    text = """graph @f(%x: i32[n, 3]) {
+  param %w: i32[3, 2]
+  %y: i32[n, 2] = matmul(%x, %w)
+  return %y
+}"""
+    check_untouched(Cleanup(), text)
+
+
+EXACT = {
+    "f16": ("f32", "f64"), "bf16": ("f32", "f64"), "f32": ("f64",), "i8": ("i16", "i32", "i64"), "i16": ("i32", "i64"),
+    "i32": ("i64",), "u8": ("u16", "u32", "u64"), "u16": ("u32", "u64"), "u32": ("u64",),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("source", ["f16", "bf16", "f32", "f64", "i8", "i16", "i32", "i64", "u8", "u16", "u32", "u64"])
+def test_casts_there_and_back(source: str) -> None:
+    """They go where every value of the one type is one of the other, and nowhere else."""
+    for wide in ("f16", "bf16", "f32", "f64", "i8", "i16", "i32", "i64", "u8", "u16", "u32", "u64"):
+        if wide == source:
+            continue
+        g = Graph("f")
+        x = g.add_input("x", TensorType(DType.of(source), (2,)))
+        b = Builder(g)
+        g.set_outputs([b.cast(b.cast(x, dtype=wide), dtype=source)])
+        program = random_program(g)
+        PassManager([Cleanup()]).run(program)
+        assert (len(program["f"]) == 0) == (wide in EXACT.get(source, ())), f"{source} -> {wide} -> {source}"
+
+
 @pytest.mark.parametrize(
     "edits",
     [

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from wasat.ir import Builder, Graph, IRError, Loc, Program, VerifyError, evaluate
 from wasat.passes import FuseActivations
-from wasat.passes.core import GraphPass, Pass, PassError, PassManager, Remark, Remarks
+from wasat.passes.core import GraphPass, Pass, PassError, PassManager, Remark, Remarks, Report, Step
 
-from wasat.testing import InterpreterCheck, feed, random_program
+from wasat.testing import InterpreterCheck, check_pass, feed, random_program
 
 TEXT = """
 graph @f(%x: f32[n, 4]) {
@@ -197,3 +197,47 @@ def test_rules_reach_the_bodies_of_loops() -> None:
     before = str(program)
     assert not PassManager([FuseActivations()]).run(program).steps[0].modified
     assert str(program) == before
+
+
+@dataclass(frozen=True)
+class Faulty(GraphPass):
+    """A pass with a fault of its own."""
+
+    name = "faulty"
+
+    def run_graph(self, graph: Graph, remarks: Remarks) -> bool:
+        for node in graph.nodes:
+            {}[node.op.name]
+        return False
+
+
+def test_a_fault_of_a_pass_names_it_and_the_node() -> None:
+    program = random_program("graph @f(%x: f32[2]) {\n  %y: f32[2] = neg(%x)\n  return %y\n}")
+    with pytest.raises(PassError, match=r"pass faulty: KeyError: 'neg' at %y: f32\[2\] = neg\(%x\) \(<text>:2\)\n  \(passes"):
+        PassManager([Faulty()]).run(program)
+
+
+def test_check_pass_shows_what_differs() -> None:
+    text = "graph @f(%x: f32[2]) {\n  %y: f32[2] = neg(%x)\n  return %y\n}"
+    with pytest.raises(AssertionError, match=r"(?s)idle makes another text.*-  %y: f32\[2\] = exp.*\+  %y: f32\[2\] = neg"):
+        check_pass(Idle(), text, text.replace("neg", "exp"))
+    with pytest.raises(AssertionError, match="idle says that it changed nothing"):
+        check_pass(Idle(), text, text)
+
+
+@dataclass(frozen=True)
+class Idle(GraphPass):
+    name = "idle"
+
+    def run_graph(self, graph: Graph, remarks: Remarks) -> bool:
+        return False
+
+
+def test_explain_groups_equal_layers() -> None:
+    loc, other = Loc("model.py", 3), Loc("model.py", 4)
+    remarks = [Remark("applied", f"%q_{i} = 2 linears", "f", loc) for i in range(3)]
+    remarks += [Remark("applied", "%q_3 = 2 linears", "f", other), Remark("applied", "%q_4 = 3 linears", "f", loc)]
+    text = Report([Step("merge", 0.0, 1, 1, True, remarks)]).explain()
+    assert [line.strip() for line in text.splitlines() if "linears" in line] == [
+        "applied: %q_0 = 2 linears (@f) × 3", "applied: %q_3 = 2 linears (@f)", "applied: %q_4 = 3 linears (@f)",
+    ]

@@ -121,6 +121,11 @@ NEAR_MISSES = {
          ("%scores: f32[b, 4, s, t]", "%scores: f32[b, 4, 1, t]"), ("%scaled: f32[b, 4, s, t]", "%scaled: f32[b, 4, 1, t]")],
         "the scores are broadcast by the mask",
     ),
+    "the factor after the mask leaves nothing of its fill": (
+        [("-inf:f32", "-1e4:f32"), ("softmax(%masked)", "softmax(%small)"),
+         ("  %probs", "  %small: f32[b, 4, s, t] = mul(%masked, 0.01:f32)\n  %probs")],
+        "the mask is multiplied by 0.01",
+    ),
     "mask broadcasts over some heads": (
         [("%m: bool[b, 1, 1, t]", "%m: bool[b, 2, 1, s, t]"), ("softmax(%masked)", "softmax(%flat)"),
          ("%masked: f32[b, 4, s, t] = select(%m, %scaled, -inf:f32)",
@@ -477,3 +482,48 @@ def test_finite_numbers_of_two_masks_add_up(mask: str) -> None:
 """
     text = text.replace("  %probs:", padding + "  %probs:").replace("softmax(%masked)", "softmax(%both)")
     check_untouched(FuseAttention(), text, "beside one that is data")
+
+
+@pytest.mark.parametrize("lead", ["2, 1, ", "1, 2, ", "2, 2, "])
+def test_a_mask_that_a_reshape_brings(lead: str) -> None:
+    """Per row of the batch or per head, of which there are two each."""
+    given = lead.replace("1, ", "")
+    text = f"""graph @f(%q: f32[2, 2, 3, 4], %k: f32[2, 2, 3, 4], %v: f32[2, 2, 3, 4], %m: bool[{given}3, 3]) {{
+  %t: f32[2, 2, 4, 3] = transpose(%k) {{perm=(0, 1, 3, 2)}}
+  %scores: f32[2, 2, 3, 3] = matmul(%q, %t)
+  %added: f32[{given}3, 3] = select(%m, 0.0:f32, -1e4:f32)
+  %mask: f32[{lead}3, 3] = reshape(%added) {{shape=({lead}3, 3)}}
+  %masked: f32[2, 2, 3, 3] = add(%scores, %mask)
+  %probs: f32[2, 2, 3, 3] = softmax(%masked) {{axis=3}}
+  %y: f32[2, 2, 3, 4] = matmul(%probs, %v)
+  return %y
+}}"""
+    program = random_program(text)
+    PassManager([FuseAttention()], check=InterpreterCheck([{}], rtol=1e-2, atol=1e-2)).run(program)
+    assert program["f"].count("attention") == 1
+
+
+def test_heads_are_grouped_where_the_mask_meets_them() -> None:
+    """[2, 1, s, t] is two heads of [b, 2, 3, s, t] there, and would be two rows of [b, 6, s, t]."""
+    text = """graph @f(%q: f32[2, 6, 3, 4], %k: f32[2, 6, 3, 4], %v: f32[2, 6, 3, 4], %m: f32[2, 1, 3, 3]) {
+  %t: f32[2, 6, 4, 3] = transpose(%k) {perm=(0, 1, 3, 2)}
+  %scores: f32[2, 6, 3, 3] = matmul(%q, %t)
+  %five: f32[2, 2, 3, 3, 3] = reshape(%scores) {shape=(2, 2, 3, 3, 3)}
+  %masked: f32[2, 2, 3, 3, 3] = add(%five, %m)
+  %flat: f32[2, 6, 3, 3] = reshape(%masked) {shape=(2, 6, 3, 3)}
+  %probs: f32[2, 6, 3, 3] = softmax(%flat) {axis=3}
+  %y: f32[2, 6, 3, 4] = matmul(%probs, %v)
+  return %y
+}"""
+    check_untouched(FuseAttention(), text, "is broadcast over some of the axes that make up the heads")
+
+
+def test_a_router_is_no_missed_attention() -> None:
+    text = """graph @f(%x: f32[n, 4]) {
+  param %w: f32[3, 4]
+  %scores: f32[n, 3] = linear(%x, %w)
+  %y: f32[n, 3] = softmax(%scores) {axis=1}
+  return %y
+}"""
+    program = random_program(text)
+    assert PassManager([FuseAttention()]).run(program).remarks() == []

@@ -170,6 +170,25 @@ def test_near_misses(near: str) -> None:
     check_untouched(MergeLinears(), head + body, reason)
 
 
+def test_two_gates_share_one_up() -> None:
+    text = """graph @f(%x: f32[n, 4]) {
+  param %a.w: f32[2, 4]
+  param %b.w: f32[2, 4]
+  param %u.w: f32[2, 4]
+  %a: f32[n, 2] = linear(%x, %a.w)
+  %b: f32[n, 2] = linear(%x, %b.w)
+  %u: f32[n, 2] = linear(%x, %u.w)
+  %s: f32[n, 2] = silu(%a)
+  %r: f32[n, 2] = relu(%b)
+  %p: f32[n, 2] = mul(%s, %u)
+  %q: f32[n, 2] = mul(%u, %r)
+  return %p, %q
+}"""
+    program = random_program(text)
+    PassManager([MergeLinears()], check=InterpreterCheck([{"n": 3}])).run(program)
+    assert [n.output.name for n in program["f"].nodes if n.op.name == "linear"] == ["a_u_b"]
+
+
 def test_the_others_are_merged() -> None:
     text = """graph @f(%x: f32[n, 32]) {
   param %a.w: f32[4, 32]

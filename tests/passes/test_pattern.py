@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 from wasat.ir import Builder, Value, parse
-from wasat.passes.core import Remarks
+from wasat.passes import FuseActivations, PassManager
+from wasat.passes.core import PassError, Remarks
 from wasat.passes.pattern import Match, Mismatch, Pattern, Rewrite, Rewrites, Tracer, Var, last_axis, number_of
 
 from wasat.testing import check_pass, check_untouched, random_program
@@ -204,3 +205,32 @@ def test_number_of(array: Any, want: float | None) -> None:
     g = parse("graph @g(%x: f32[1]) {\n return %x\n}")
     assert number_of(Builder(g).constant(array)) == want
     assert number_of(g.inputs[0]) is None
+
+
+def test_a_misspelt_attribute() -> None:
+    with pytest.raises(PassError, match="pattern: softmax has no attribute axes; it has axis"):
+        Tracer().softmax(Var("x"), axes=1)
+
+
+def test_a_root_with_two_outputs_is_no_match() -> None:
+    class Top(Rewrite):
+        """top_k(x) -> x"""
+
+        name = "top"
+
+        def pattern(self, p: Tracer, x: Var) -> Pattern:
+            return p.top_k(x)
+
+        def build(self, b: Builder, m: Match) -> Value:
+            raise AssertionError("there is no value that stands for both")
+
+    check_untouched(Top(), "graph @f(%x: f32[4]) {\n  %v: f32[2], %i: i64[2] = top_k(%x) {k=2}\n  return %v, %i\n}")
+
+
+def test_numbers_in_half_precision_are_these_numbers() -> None:
+    text = "graph @f(%x: f16[2]) {{\n %e: f16[2] = exp(%x)\n %o: f16[2] = add(%e, {}:f16)\n"
+    text += " %y: f16[2] = log(%o)\n return %y\n}}"
+    for number, want in (("1.0", True), ("1.001", False)):
+        program = random_program(text.format(number))
+        PassManager([FuseActivations()]).run(program)
+        assert (program["f"].count("softplus") == 1) == want
