@@ -68,12 +68,15 @@ class Session:
         self._checks = {name: model.entry(name).checks for name in ("prefill", "decode")}
         self._most = _rounded(limit)
         self._specs = list(m.states.values())
-        self._past_tensor, self._past = zeros("int64", [batch])
-        self._token_tensor, self._token = zeros("int64", [batch, 1])
-        self._written = np.zeros(batch, np.int64)  # one past the furthest position ever written, padding included
         self._caches: dict[str, tuple[Any, np.ndarray]] = {}
         self._capacity = 0
-        self._reserve(min(_FIRST, self._most))
+        try:
+            self._past_tensor, self._past = zeros("int64", [batch])
+            self._token_tensor, self._token = zeros("int64", [batch, 1])
+            self._written = np.zeros(batch, np.int64)  # one past the furthest position ever written, padding included
+            self._reserve(min(_FIRST, self._most))
+        except (MemoryError, OSError, OverflowError, ValueError) as e:
+            raise InputError(f"batch is {batch}, for whose caches there is no memory ({e}): take fewer rows") from None
         if m.media is not None and self._wanted.keys() == {"media", *(["seen"] if m.media.seen else [])}:
             nothing = {"media": np.zeros((1, m.media.dim), np.float32), "seen": np.full((batch, 1), -1)}
             self.encode(**{name: nothing[name] for name in self._wanted})

@@ -224,7 +224,8 @@ def test_what_holds_no_lengths(model: Model, lengths: object) -> None:
 
 
 @pytest.mark.parametrize("arguments", [{"batch": 1.5}, {"batch": None}, {"batch": "1"}, {"batch": True}, {"context": 2.5},
-                                       {"context": "8"}, {"context": 0}, {"context": -1}])  # fmt: skip
+                                       {"context": "8"},
+                                       {"batch": 2**62}, {"batch": 10**30}, {"context": 0}, {"context": -1}])  # fmt: skip
 def test_sessions_that_cannot_be(model: Model, arguments: dict) -> None:
     with pytest.raises(InputError):
         model.session(**arguments)

@@ -157,3 +157,11 @@ def test_special_tokens_that_are_no_stop_are_not_shown() -> None:
     out = [watcher.push(p, hidden=p.startswith("<")) for p in ("a", "<turn>", "b", "<turn>")]
     assert out == [("a", False), ("", False), ("b", False), ("", False)]
     assert watcher.push("", last=True) == ("", False)
+
+
+@pytest.mark.parametrize("kind", ["byte-fallback", "unigram"])
+def test_special_tokens_between_prompt_and_answer_are_no_context(kind: str) -> None:
+    """However many: the space after them stands between words, and is not the first of a text."""
+    tokenizer = _tokenizer(kind)
+    x, b = (tokenizer.library.token_to_id(t) for t in ("x", "▁b"))
+    assert _streamed(tokenizer, [x, *[next(iter(tokenizer.special))] * 20], [b]) == " b"
