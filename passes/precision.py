@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+import ml_dtypes
 import numpy as np
 from wasat.ir import Builder, DType, Graph, Node, Program, TensorType, Type, TypeMismatch, Value
 from wasat.ir.dims import collect_checks
@@ -114,12 +116,21 @@ class _Mixed:
         return [now, [self._halved(v) if v in self._weak else t for v, t in zip(node.inputs, now)], was]
 
     def _accepts(self, node: Node, types: Sequence[Type]) -> bool:
+        attributes = [getattr(node.attrs, f.name) for f in fields(node.attrs)]
+        if list(types) != [v.type for v in node.inputs] and any(map(self._overflows, attributes)):
+            return False
         try:
             with collect_checks():
                 node.op.infer(node.attrs, *types)
         except TypeMismatch:
             return False
         return True
+
+    def _overflows(self, attribute: object) -> bool:
+        """Whether it is a finite number that half precision has no room for (what a pad fills with, say)."""
+        if not isinstance(attribute, float) or not math.isfinite(attribute):
+            return False
+        return abs(attribute) > float(ml_dtypes.finfo(self.half.np).max)
 
     def _ours(self, v: Value) -> bool:
         return isinstance(v.type, TensorType) and v.type.dtype is DType.F32

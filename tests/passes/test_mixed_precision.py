@@ -153,3 +153,16 @@ def test_whole_models_stay_near(name: str, dtype: str, rtol: float, fused: bool)
     (loss,) = evaluate(g, {"tokens": golden["ids"], "labels": golden["labels"]}, params)
     assert loss != golden["loss"]
     assert_allclose(loss, golden["loss"], rtol=rtol)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype, want", [("f16", "f32[n, 5]"), ("bf16", "bf16[n, 5]")])
+def test_an_attribute_that_half_precision_has_no_room_for(dtype: str, want: str) -> None:
+    text = """graph @loss(%x: f32[n, 4]) {
+  param %w: f32[4, 4]
+  %y: f32[n, 4] = linear(%x, %w)
+  %z: f32[n, 5] = pad(%y) {low=(0, 0), high=(0, 1), value=-1e5}
+  return %z
+}"""
+    program = random_program(text)
+    PassManager([MixedPrecision(dtype=dtype)]).run(program)
+    assert [str(n.output.type) for n in program["loss"].nodes if n.op.name == "pad"] == [want]
