@@ -99,6 +99,34 @@ def _overrides(items: list[str] | None) -> dict[str, str]:
     return found
 
 
+def _sizes(items: list[str] | None) -> dict[str, int]:
+    sizes = {}
+    for item in items or []:
+        name, _, number = item.rpartition("=")
+        if not name or not (number.isascii() and number.isdecimal() and len(number) < 19):
+            raise _Refusal(f"--size {item!r}: write NAME=N, e.g. h=1080")
+        sizes[name] = int(number)
+    return sizes
+
+
+def _constant(item: str) -> tuple[str, np.ndarray]:
+    """Name and array of a ``--constant``."""
+    import numpy as np
+
+    name, _, value = item.rpartition("=")
+    if name and value.endswith(".npy"):
+        try:
+            return name, np.asarray(np.load(value, allow_pickle=False))
+        except (ValueError, EOFError) as e:
+            raise _Refusal(f"--constant {item!r}: {value} is no array file: {e}") from None
+    for kind in (int, float):
+        try:
+            return name, np.asarray(kind(value))
+        except (ValueError, OverflowError):
+            pass
+    raise _Refusal(f"--constant {item!r}: write NAME=NUMBER or NAME=FILE.npy, e.g. sr=16000")
+
+
 def _version(value: bool) -> None:
     if value:
         print(f"wasat {__version__}")
@@ -120,6 +148,13 @@ def compile(
     target: Annotated[str, typer.Option(help="`cpu` (this machine), `cpu:znver3`, `cuda:sm_80`, …")] = "cpu",
     chunk: Annotated[int, typer.Option(help="Most prompt tokens per call; sliding-window caches hold window + chunk.")] = 512,
     threads: Annotated[int | None, typer.Option(help="Threads the code is laid out for; default: this machine's.")] = None,
+    size: Annotated[
+        list[str] | None, typer.Option(help="`NAME=N`: fix a symbolic size of an ONNX file, e.g. `batch=1`; repeatable.")
+    ] = None,
+    constant: Annotated[
+        list[str] | None,
+        typer.Option(help="`NAME=NUMBER` or `NAME=FILE.npy`: fix an input of an ONNX file, e.g. `sr=16000`; repeatable."),
+    ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Compare results, on the interpreter, before and after every pass (slow).")
     ] = False,
@@ -132,13 +167,14 @@ def compile(
     - `wasat compile examples/pygemma -o pygemma.wasat --quantize int4`
     - `wasat compile examples/pygemma -o mixed.wasat --quantize int4 --override '*embed*=int8'`
     - `wasat compile examples/pygemma -o exact.wasat --check --verbose`
+    - `wasat compile model.onnx -o model.wasat --size sequence=512 --constant sr=16000`
     """
     from wasat import driver
 
     started = time.perf_counter()
     with _Bar() as bar:
         bar("reading the model")
-        program = driver.load_program(source)
+        program = driver.load_program(source, sizes=_sizes(size), constants=dict(_constant(item) for item in constant or ()))
         report = driver.compile(
             program, output, target=target, quantize=_or_none(quantize), overrides=_overrides(override),
             activation=_or_none(activation), chunk=chunk, threads=threads, check=check, progress=bar,
@@ -340,12 +376,7 @@ def plan(
     from wasat import driver
     from wasat.plan import plan as planned
 
-    sizes = {}
-    for item in size or []:
-        name, _, number = item.partition("=")
-        if not name or not number.isdecimal():
-            raise _Refusal(f"--size {item!r}: write NAME=N, e.g. h=1080")
-        sizes[name] = int(number)
+    sizes = _sizes(size)
     _say(planned(driver.described(source), target=target, batch=batch, context=context, chunk=chunk, sizes=sizes).text())
 
 

@@ -326,14 +326,19 @@ def described(source: str | Path) -> Program:
     return load_program(p)
 
 
-def load_program(path: str | Path) -> Program:
+def load_program(
+    path: str | Path, *, constants: Mapping[str, Any] | None = None, sizes: Mapping[str, int] | None = None
+) -> Program:  # fmt: skip
     """A model folder, an ONNX file (``.onnx``), or a file of graph text (any other text file), as a program.
 
-    An ONNX file's ``tokenizer.json``, ``config.json`` and ``generation_config.json`` are read where they stand beside it.
+    An ONNX file's ``tokenizer.json``, ``config.json`` and ``generation_config.json`` are read where they stand beside it;
+    ``constants`` and ``sizes`` fix inputs and symbolic sizes of it (see :func:`wasat.from_onnx`).
     """
     from wasat.ir import parse_program
 
     p = Path(path)
+    if (constants or sizes) and p.suffix != ".onnx":
+        raise WasatError(f"{p} is no ONNX file: only of these, inputs and sizes are fixed")
     if p.is_dir():
         return from_pretrained(p)
     if p.suffix == ".onnx" and p.is_file():
@@ -341,7 +346,7 @@ def load_program(path: str | Path) -> Program:
             from wasat.frontend.onnx import from_onnx
         except ModuleNotFoundError as e:
             raise WasatError(f"{p}: reading ONNX files needs the package {e.name}; pip install 'wasat[onnx]'") from None
-        program = from_onnx(p)
+        program = from_onnx(p, constants=constants, sizes=sizes)
         program.metadata.update(_beside(p))
         return program
     if p.is_file():

@@ -11,18 +11,27 @@ from wasat.ir import WasatError
 
 _MISSING: Any = object()
 
+MOST_SIZE = 2**24
+"""No width, vocabulary or number of heads is larger."""
+MOST_LAYERS = 4096
+MOST_POSITIONS = 2**31 - 1
+"""Of a context or a window."""
+
 WITHOUT_EFFECT = frozenset({
     # bookkeeping
     "_name_or_path", "_attn_implementation_autoset", "_commit_hash", "_from_model_config", "architectures",
     "attn_implementation", "dtype", "is_llama_config", "model_type", "name_or_path", "torch_dtype", "transformers.js_config",
-    "transformers_version", "task_specific_params", "finetuning_task", "unsloth_fixed", "unsloth_version",
+    "transformers_version", "task_specific_params",
+    "_model_name_or_path", "_attn_implementation", "_attn_implementation_internal", "_experts_implementation",
+    "finetuning_task", "unsloth_fixed", "unsloth_version",
     # training only
     "attention_dropout", "initializer_range", "problem_type", "id2label", "label2id", "num_labels",
     # what a call returns or keeps, or how it is cut into pieces, not what it computes
     "cache_implementation", "chunk_size_feed_forward", "is_decoder", "output_attentions", "output_hidden_states",
     "return_dict", "torchscript", "use_cache", "use_return_dict",
     # generation, read from generation_config.json or by the caller
-    "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "max_length",
+    "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "cls_token_id", "mask_token_id", "unk_token_id",
+    "decoder_start_token_id", "max_length",
     "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty", "temperature",
     "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
     "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "output_scores",
@@ -73,11 +82,13 @@ class Fields:
             raise self.fail(f"{name} is {_brief(value)}; expected {' or '.join(k.__name__ for k in kinds)}")
         return value
 
-    def size(self, name: str, default: Any = _MISSING) -> Any:
-        """A positive int; None where ``default`` is None and the field absent or null."""
+    def size(self, name: str, default: Any = _MISSING, most: int = MOST_SIZE) -> Any:
+        """An int from 1 to ``most``; None where ``default`` is None and the field absent or null."""
         value = self.take(name, int, default)
         if value is not None and value < 1:
-            raise self.fail(f"{name} is {value!r}; expected a positive number")
+            raise self.fail(f"{name} is {_brief(value)}; expected a positive number")
+        if value is not None and value > most:
+            raise self.fail(f"{name} is {_brief(value)}; at most {most:,} is supported")
         return value
 
     def number(self, name: str, default: Any = _MISSING) -> Any:
@@ -90,7 +101,7 @@ class Fields:
     def window(self, default: int) -> int | None:
         """``sliding_window``: a positive int, None for null, ``default`` if absent."""
         absent = "sliding_window" not in self.config
-        window: int | None = default if absent else self.size("sliding_window", None)
+        window: int | None = default if absent else self.size("sliding_window", None, MOST_POSITIONS)
         return window
 
     def flag(self, name: str, default: bool) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from wasat.frontend import nn
 
-from .config import Fields, attention_heads, layer_types, rope, rope_dictionaries
+from .config import MOST_LAYERS, MOST_POSITIONS, Fields, attention_heads, layer_types, rope, rope_dictionaries
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,8 @@ class Gemma3(nn.Module):
 
 def gemma3_text(fields: Fields) -> Gemma3:
     """``model_type: gemma3_text``."""
-    layers, context = fields.size("num_hidden_layers"), fields.size("max_position_embeddings")
+    layers = fields.size("num_hidden_layers", most=MOST_LAYERS)
+    context = fields.size("max_position_embeddings", most=MOST_POSITIONS)
     heads, kv_heads = attention_heads(fields)
     head_dim = fields.size("head_dim")
     fields.refuse("use_bidirectional_attention", False, "only causal Gemma 3 is implemented")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from wasat.frontend import nn
 
-from .config import Fields, attention_heads, layer_types, single_rope
+from .config import MOST_LAYERS, MOST_POSITIONS, Fields, attention_heads, layer_types, single_rope
 
 
 @dataclass(frozen=True)
@@ -82,14 +82,14 @@ class Llama(nn.Module):
 
 
 def _build(fields: Fields, family: str) -> Llama:
-    dim, layers = fields.size("hidden_size"), fields.size("num_hidden_layers")
+    dim, layers = fields.size("hidden_size"), fields.size("num_hidden_layers", most=MOST_LAYERS)
     heads, kv_heads = attention_heads(fields, optional=family == "llama")
     head_dim = fields.size("head_dim", 128 if family == "qwen3" else None)
     if head_dim is None:
         if dim % heads:
             raise fields.fail(f"hidden_size {dim} does not split into {heads} heads; head_dim must say their size")
         head_dim = dim // heads
-    context = fields.size("max_position_embeddings")
+    context = fields.size("max_position_embeddings", most=MOST_POSITIONS)
     bias = fields.flag("attention_bias", False) if family in ("llama", "qwen3") else family == "qwen2"
     options = Options(
         vocab=fields.size("vocab_size"), dim=dim, hidden=fields.size("intermediate_size"), heads=heads, kv_heads=kv_heads,

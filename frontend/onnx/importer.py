@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections import ChainMap
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Container, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import onnx
 from wasat.ir import (
+    ArrayParam,
     Dim,
     DimError,
     DimLike,
@@ -26,6 +27,7 @@ from wasat.ir import (
     parse_dim,
     substitute,
     symbol,
+    type_of,
 )
 
 from .converters.quantized import Weights
@@ -62,13 +64,16 @@ class Frame:
 
 class Importer:
     """One import. ``constants``: inputs that are fixed to numbers; ``types``: inputs whose type is other than declared (a list
-    of types for a sequence, None for an empty optional).
+    of types for a sequence, None for an empty optional). ``sizes``: symbolic sizes that are fixed to numbers.
     """
 
-    def __init__(self, source: Source, constants: Mapping[str, np.ndarray], types: Mapping[str, Any]) -> None:
+    def __init__(
+        self, source: Source, constants: Mapping[str, np.ndarray], types: Mapping[str, Any], sizes: Mapping[str, int]
+    ) -> None:  # fmt: skip
         self.source = source
         self.constants = constants
         self.types = types
+        self.sizes = sizes
         self.graph = Graph("forward")
         self.params: dict[str, ParamSource] = {}
         self.c = Emitter(self.graph, self.params)
@@ -105,6 +110,7 @@ class Importer:
         for info in model.graph.input:
             if info.name not in initialized:
                 self._input(info, env)
+        self._check_fixed(model.graph, initialized)
         frame = Frame(env, opsets)
         self._nodes(model.graph, frame)
         structure = []
@@ -149,6 +155,30 @@ class Importer:
                 self.params[prefix + t.name] = source
                 env[t.name] = self.graph.add_param(prefix + t.name, type)
         return {t.name for t in graph.initializer}
+
+    def _check_fixed(self, graph: onnx.GraphProto, initialized: Container[str]) -> None:
+        """Refuses sizes and constants that the model lacks."""
+        inputs = [i.name for i in graph.input if i.name not in initialized]
+        for what, given, there in (
+            ("size", self.sizes, [*self.symbols, *self.symbols.values()]), ("input", self.constants, inputs)
+        ):  # fmt: skip
+            lacking = [name for name in given if name not in there]
+            if lacking:
+                names = ", ".join(dict.fromkeys(there)) or "none"
+                raise self.fail(f"there is no {what} {lacking[0]!r} to be fixed; there are {names}")
+
+    def stored(self, name: str, array: np.ndarray) -> Value:
+        """A parameter of these numbers. A node that is executed again finds its own."""
+        unique, i = name, 0
+        while (source := self.params.get(unique)) is not None:
+            type = source.type
+            if isinstance(source, ArrayParam) and type == type_of(array) and np.array_equal(np.asarray(source.load()), array):
+                break
+            i += 1
+            unique = f"{name}_{i}"
+        else:
+            self.params[unique] = ArrayParam(array, type_of(array))
+        return self.graph.add_param(unique, self.params[unique].type)
 
     def _input(self, info: onnx.ValueInfoProto, env: Env) -> None:
         name = info.name
@@ -198,7 +228,8 @@ class Importer:
             while plain in self.symbols.values():
                 plain += "_"
             self.symbols[text] = plain
-        return symbol(self.symbols[text])
+        plain = self.symbols[text]
+        return next((self.sizes[name] for name in (text, plain) if name in self.sizes), symbol(plain))
 
     # -- what cannot be imported, all at once ------------------------------------------------------------------------------
     def _check_supported(self, graph: onnx.GraphProto, opsets: Mapping[str, int]) -> None:

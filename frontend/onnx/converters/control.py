@@ -47,8 +47,11 @@ def loop(c: Emitter, n: NodeView, turns: Operand | None = None, cond: Operand | 
     state = list(carried)
     going = True if cond is None else bool(c.const(cond, "whether Loop turns"))
     limit: DimLike | None = None if turns is None else c.dims(turns, "how often Loop turns")[0]
+    most = f"more than {MOST}"
     if isinstance(limit, int) and limit > MOST_TURNS:
-        raise n.fail(f"it turns {limit} times")
+        if cond is None:
+            raise n.fail(f"it turns {limit} times")
+        most, limit = f"{limit}", None  # as exporters write "while": the condition ends it
     if going and limit is not None and _often(limit):
         made = _as_scan(c, n, limit, state, [], count=True, known=[np.asarray(True)])
         if isinstance(made, tuple):
@@ -59,7 +62,7 @@ def loop(c: Emitter, n: NodeView, turns: Operand | None = None, cond: Operand | 
     turn = 0
     while going and (limit is None or turn < limit):
         if turn == MOST:
-            raise n.fail(f"it turns more than {MOST} times and would be unrolled")
+            raise n.fail(f"it turns {most} times and would be unrolled")
         after, *results = n.importer.subgraph(body, n.frame, [np.asarray(turn, np.int64), np.asarray(True), *state])
         going = bool(c.const(after, "whether Loop turns again"))
         state = results[: len(state)]

@@ -1,14 +1,17 @@
-"""RNN, GRU and LSTM, unrolled over a fixed number of steps."""
+"""RNN, GRU and LSTM: unrolled over a few steps, else a scan."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from wasat.ir import DType
+import numpy as np
+from wasat.ir import Body, DType, Graph, TensorType
 
 from ..emit import Emitter, Operand
-from ..registry import MOST, NodeView, op
+from ..registry import NodeView, op
 
+FEW = 16
+"""So many steps are written out."""
 _GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
 _STATES = {"RNN": 1, "GRU": 1, "LSTM": 2}
 _DEFAULT = {"RNN": ["Tanh"], "GRU": ["Sigmoid", "Tanh"], "LSTM": ["Sigmoid", "Tanh", "Tanh"]}
@@ -38,9 +41,7 @@ def recurrent(
     if batch_first:
         x = c.permute(x, (1, 0, 2))
         h, cell = (c.permute(v, (1, 0, 2)) if v is not None else None for v in (h, cell))
-    steps = c.static(x, 0, f"the number of steps of {n.op}")
-    if steps > MOST:
-        raise n.fail(f"it has {steps} steps and would be unrolled")
+    steps = c.shape(x)[0]
     batch, hidden = c.shape(x)[1], n["hidden_size"]
     both = n["direction"] == "bidirectional"
     names = n.get("activations") or _DEFAULT[n.op] * (2 if both else 1)
@@ -53,7 +54,14 @@ def recurrent(
 
         zero = c.full((batch, hidden), 0, c.dtype(x))
         state = [zero if v is None else own(v) for v in (h, cell)][:states]
-        cellf = _Cell(c, n, names[d * len(_DEFAULT[n.op]) :], own(w), own(r), own(bias), own(peepholes), hidden)
+        weights = own(w), own(r), own(bias), own(peepholes)
+        own_names = names[d * len(_DEFAULT[n.op]) :]
+        if not isinstance(steps, int) or steps > FEW:
+            state, outputs = _scanned(c, n, own_names, weights, hidden, x, state, lengths, backward)
+            every.append(c.add_axes(outputs, 1))
+            finals.append([c.add_axes(v, 0) for v in state])
+            continue
+        cellf = _Cell(c, n, own_names, *weights, hidden)
         rows: list[Any] = [None] * steps
         for t in reversed(range(steps)) if backward else range(steps):
             new = cellf.step(c.drop_axes(c.cut(x, 0, t, t + 1), 0), state)
@@ -71,6 +79,36 @@ def recurrent(
         y = c.permute(y, (2, 0, 1, 3))
         last = [c.permute(v, (1, 0, 2)) for v in last]
     return (y, *last)
+
+
+def _scanned(
+    c: Emitter, n: NodeView, names: list[str], weights: tuple[Any, ...], hidden: int, x: Operand, state: list[Any],
+    lengths: Operand | None, backward: bool,
+) -> tuple[list[Any], Any]:  # fmt: skip
+    """One direction as a scan over the steps: its last states, and the outputs of all steps."""
+    slices = [x] if lengths is None else [x, c.iota(size=c.shape(x)[0], dtype=DType.I64)]
+    if backward:
+        slices = [c.reverse(v, axes=(0,)) for v in slices]
+    sliced, carried = [c.value(v) for v in slices], [c.value(v) for v in state]
+    around = [c.value(v) for v in (*weights, lengths) if v is not None]
+    body = Graph("step")
+    before = [body.add_input(f"state_{i}", v.type) for i, v in enumerate(carried)]
+    parts = [body.add_input(f"at_{i}", TensorType(v.tensor.dtype, v.shape[1:])) for i, v in enumerate(sliced)]
+    inside = iter([body.add_input(f"around_{i}", v.type) for i, v in enumerate(around)])
+    own = [None if v is None else next(inside) for v in (*weights, lengths)]
+    e = Emitter(body, {})
+    e.b.loc = c.b.loc
+    after = _Cell(e, n, names, own[0], own[1], own[2], own[3], hidden).step(parts[0], list(before))
+    result = after[0]
+    if lengths is not None:  # past the end of a row its state stands still, and its output is 0
+        live = e.greater(e.view(e.to(own[4], DType.I64), e.shape(parts[0])[0], 1), parts[1])
+        after = [e.select(live, a, b) for a, b in zip(after, before)]
+        result = e.select(live, result, np.zeros((), e.dtype(result).np))
+    outputs = [*after, result]
+    body.set_outputs([e.value(v) for v in outputs], [f"{i}" for i in range(len(outputs))])
+    made = c.scan(*carried, *sliced, *around, body=Body(body), carries=len(carried), slices=len(sliced))
+    *last, y = made
+    return last, c.reverse(y, axes=(0,)) if backward else y
 
 
 def _joined(c: Emitter, parts: list[Any]) -> Any:

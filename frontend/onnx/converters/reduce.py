@@ -109,6 +109,19 @@ def softmax(c: Emitter, n: NodeView, x: Operand) -> Any:
     return (c.softmax if n.op == "Softmax" else c.log_softmax)(x, axis=n["axis"])
 
 
+@op("Softmax", "LogSoftmax", "Hardmax", since=1)
+def over_the_rest(c: Emitter, n: NodeView, x: Operand) -> Any:
+    """Before operator set 13: over all axes from ``axis`` on at once."""
+    shape, rank = c.shape(x), c.rank(x)
+    axis = n["axis"]
+    if not -rank <= axis <= rank:
+        raise n.fail(f"axis {axis} is none of a tensor with {rank}")
+    axis %= max(rank, 1) if axis < 0 else rank + 1
+    flat = c.view(x, size_of(shape[:axis]), size_of(shape[axis:]))
+    last = NodeView(n.proto, {**n.attrs, "axis": 1}, n.frame, n.importer)
+    return c.view((hardmax if n.op == "Hardmax" else softmax)(c, last, flat), *shape)
+
+
 @op("TopK", since=10)
 def top_k(c: Emitter, n: NodeView, x: Operand, k: Operand) -> Any:
     (count,) = c.dims(k, "how many elements TopK takes")

@@ -12,6 +12,8 @@ from wasat.ir.dims import floordiv
 from ..emit import Emitter, Operand, known, objects, size_of
 from ..registry import NodeView, op
 
+LARGE = 1024
+"""A Constant of so many elements is a weight: a parameter, as an initializer is."""
 END = 2**31 - 1
 """From here on, a bound means the end of the axis (exporters write INT_MAX or INT64_MAX)."""
 
@@ -28,7 +30,8 @@ def constant(c: Emitter, n: NodeView) -> Any:
             return np.asarray(n[key], np.int64 if "int" in key else np.float32)
     if "value" not in n.attrs:
         raise n.fail(f"holds {', '.join(n.attrs) or 'nothing'}; only numeric tensors are supported")
-    return np.asarray(n["value"])
+    value = np.asarray(n["value"])
+    return n.importer.stored(n.name, value) if value.size >= LARGE and c.sources is n.importer.params else value
 
 
 @op("Shape")
