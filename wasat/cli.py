@@ -181,8 +181,8 @@ def compile(
         )  # fmt: skip
     if verbose:
         print(report.explain())
-    size = sum(f.stat().st_size for f in output.iterdir())
-    _say(f"{output}: {size / 1e6:.1f} MB in {time.perf_counter() - started:.1f} s")
+    written = sum(f.stat().st_size for f in output.iterdir())
+    _say(f"{output}: {written / 1e6:.1f} MB in {time.perf_counter() - started:.1f} s")
     missed = len(report.remarks("missed"))
     if missed and not verbose:
         _say(f"{missed} optimization{'s were' * (missed > 1) or ' was'} missed; what and why: wasat explain {source} --missed")

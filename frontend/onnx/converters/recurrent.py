@@ -95,7 +95,7 @@ def _scanned(
     before = [body.add_input(f"state_{i}", v.type) for i, v in enumerate(carried)]
     parts = [body.add_input(f"at_{i}", TensorType(v.tensor.dtype, v.shape[1:])) for i, v in enumerate(sliced)]
     inside = iter([body.add_input(f"around_{i}", v.type) for i, v in enumerate(around)])
-    own = [None if v is None else next(inside) for v in (*weights, lengths)]
+    own: list[Any] = [None if v is None else next(inside) for v in (*weights, lengths)]
     e = Emitter(body, {})
     e.b.loc = c.b.loc
     after = _Cell(e, n, names, own[0], own[1], own[2], own[3], hidden).step(parts[0], list(before))
