@@ -31,6 +31,7 @@ from wasat.ir import (
     minimum,
     op_named,
     run_node,
+    symbols_of,
 )
 from wasat.ir.dims import collect_checks, floordiv, mod
 
@@ -186,6 +187,8 @@ class Emitter:
         values: dict[Value, Any] = {v: self.sources[name].load() for v, name in params.items()}
         for node in self.graph.nodes:
             if node in nodes:
+                if symbols := [*node.attrs.symbols, *symbols_of(d for check in node.checks for d in check)]:
+                    raise FromData(f"{what} depends on the sizes {', '.join(dict.fromkeys(symbols))}; fix them", ())
                 for v in node.outputs:
                     size = v.tensor.size
                     if not isinstance(size, int):

@@ -16,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper, parser
 from wasat.frontend.onnx import FromData, OnnxError, from_onnx
 from wasat.frontend.onnx.undecided import FOLLOWS, NEEDED
 from wasat.ir import Program, evaluate, parse_type
+from wasat.runtime import RuntimeErrorBase
 
 import wasat as ws
 
@@ -257,6 +258,57 @@ def test_if_that_only_a_run_can_decide() -> None:
     assert p["forward"].count("select") == 1
     for c in (True, False):
         np.testing.assert_array_equal(run(p, np.asarray(c), np.float32([1, -2]))[0], [-1, 2] if c else [1, 2])
+
+
+@pytest.mark.parametrize("backend", ["interpreter", "cpu"])
+def test_if_of_a_size(backend: str) -> None:
+    """An element that only wide rows have."""
+    text = """g (float[b, s] x) => (float[b] y) {
+      four = Constant <value = int64[1] {4}> () five = Constant <value = int64 {4}> () s = Shape <start = 1, end = 2> (x)
+      wide = Greater(s, four)
+      y = If (wide) <then_branch = t () => (float[b] p) { p = Gather <axis = 1> (x, five) },
+                     else_branch = f () => (float[b] q) { q = ReduceSum <keepdims = 0> (x, one) }> }"""
+    p = from_onnx(add_initializers(model(text), one=np.array([1])))
+    wide = np.arange(12, dtype=np.float32).reshape(2, 6)
+    for x, want in ((wide, wide[:, 4]), (wide[:, :3], wide[:, :3].sum(1))):
+        np.testing.assert_array_equal(ws.run(p, backend=backend, x=x)["y"], want)
+
+
+BRANCHES = {  # of x [3] and i [2]: what is evaluated where i is inside, and where not
+    "gather": ("a = Gather(x, i)", lambda x, i: x[i]),
+    "gather along": ("a = GatherElements(x, i)", lambda x, i: x[i]),
+    "gather n": ("k = Unsqueeze(i, one) a = GatherND(x, k)", lambda x, i: x[i]),
+    "scatter": ("z = Slice(x, zero, two) k = ScatterElements(x, i, z) a = Slice(k, zero, two)", None),
+    "a choice in a choice": (
+        "a = If (inside) <then_branch = t2 () => (float[2] p) { p = Gather(x, i) }, "
+        "else_branch = f2 () => (float[2] q) { j = Neg(i) q = Gather(x, j) }>", lambda x, i: x[i]),
+    "in the other": ("a = Neg(two_of_x)", lambda x, i: -x[:2]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["interpreter", "cpu"])
+@pytest.mark.parametrize("name", BRANCHES)
+def test_what_is_read_in_a_branch_that_is_not_taken(name: str, backend: str) -> None:
+    """Is no error; in the one that is taken it is."""
+    body, right = BRANCHES[name]
+    other = "b = Gather(x, i)" if name == "in the other" else "b = Abs(two_of_x)"
+    text = f"""g (float[3] x, int64[2] i, bool inside) => (float[2] y) {{
+      two_of_x = Slice(x, zero, two)
+      y = If (inside) <then_branch = yes () => (float[2] a) {{ {body} }},
+                       else_branch = no () => (float[2] b) {{ {other} }}> }}"""
+    p = from_onnx(add_initializers(model(text), zero=np.array([0]), two=np.array([2]), one=np.array([1])))
+    x = np.float32([-1, 2, -3])
+    flip = name == "in the other"
+
+    def of(i: list[int], inside: bool) -> Any:
+        return ws.run(p, backend=backend, x=x, i=np.array(i), inside=np.asarray(inside != flip))["y"]
+
+    np.testing.assert_array_equal(of([2, 10**12], False), -x[:2] if flip else abs(x[:2]))
+    np.testing.assert_array_equal(of([2, -(2**63)], False), -x[:2] if flip else abs(x[:2]))
+    if right is not None:
+        np.testing.assert_array_equal(of([2, 0], True), x[[2, 0]])
+    with pytest.raises((ws.WasatError, RuntimeErrorBase), match="1000000000000"):
+        of([2, 10**12], True)
 
 
 def test_if_of_a_constant_takes_its_branch() -> None:

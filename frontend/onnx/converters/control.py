@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from wasat.ir import Body, Builder, Dim, DimLike, DType, TensorType
+from wasat.ir import Body, Builder, Dim, DimLike, DType, Node, TensorType, Value, less_equal
 
 from ..emit import Emitter, Operand
 from ..errors import FromData, OnnxError
@@ -30,10 +30,33 @@ def if_(c: Emitter, n: NodeView, cond: Operand) -> Any:
     except FromData as unknown:
         if isinstance(cond, np.ndarray):
             raise
-        yes, no = (run(n[key], n.frame, []) for key in ("then_branch", "else_branch"))
+        taken = c.value(c.view(cond))
+        before = c.graph.last
+        yes = run(n["then_branch"], n.frame, [])
+        _where_taken(c, taken, True, before)
+        before = c.graph.last
+        no = run(n["else_branch"], n.frame, [])
+        _where_taken(c, taken, False, before)
         if any(not _same_type(c, a, b) for a, b in zip(yes, no)):
             raise FromData(f"the branches of If differ in type, and {unknown}", unknown.inputs) from None
-        return tuple(c.select(c.view(cond), a, b) for a, b in zip(yes, no))
+        return tuple(c.select(taken, a, b) for a, b in zip(yes, no))
+
+
+def _where_taken(c: Emitter, cond: Value, taken: bool, before: Node | None) -> None:
+    """Both branches run: what the nodes of one, those after ``before``, read as indices is 0 where ``cond`` is not
+    ``taken``, so that what the condition is to prevent is no error."""
+    node = c.graph.first if before is None else before.next
+    while node is not None:
+        inputs = list(node.inputs)
+        for i, (low, high) in node.op.bounds(node.attrs, *(v.type for v in inputs)).items():
+            x = inputs[i].const
+            if x is None or not all(less_equal(low, int(j)) is True and less_equal(int(j) + 1, high) is True for j in x.flat):
+                b = Builder(c.graph, before=node, loc=node.loc)
+                zero = b.constant(0, inputs[i].tensor.dtype)
+                inputs[i] = b.select(cond, inputs[i], zero) if taken else b.select(cond, zero, inputs[i])
+        if inputs != list(node.inputs):
+            c.graph.set_inputs(node, inputs)
+        node = node.next
 
 
 def _same_type(c: Emitter, a: Any, b: Any) -> bool:
@@ -174,5 +197,3 @@ def scan_batched(c: Emitter, n: NodeView, lengths: Operand | None, *inputs: Any)
     batch = c.static(inputs[0], 0, "Scan")
     rows = [scan(c, plain, *(c.drop_axes(c.cut(x, 0, i, i + 1), 0) for x in inputs)) for i in range(batch)]
     return tuple(_stacked(c, n, list(parts), None, 0) for parts in zip(*rows))
-
-
