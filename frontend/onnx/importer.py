@@ -209,7 +209,9 @@ class Importer:
             if d.HasField("dim_value") and d.dim_value >= 0:
                 out.append(d.dim_value)
             else:
-                out.append(self._dim(d.dim_param or f"{name}_{i}"))
+                # "?" is no name: each is an unknown of its own
+                named = d.dim_param if re.search(r"[A-Za-z_]", d.dim_param) else ""
+                out.append(self._dim(named or f"{name}_{i}"))
         return tuple(out)
 
     def _dim(self, text: str) -> DimLike:

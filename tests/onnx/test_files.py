@@ -112,3 +112,10 @@ def test_sizes_and_inputs_that_are_fixed() -> None:
         from_onnx(m, sizes={"b": 3})
     with pytest.raises(OnnxError, match=r"no input 'w'.*x, z"):
         from_onnx(m, constants={"w": np.float32(1)})
+
+
+def test_a_question_mark_is_no_name() -> None:
+    m = model([helper.make_node("Neg", ["x"], ["y"])], {"x": ["?", "?", "-1", "n", "n"]})
+    shape = from_onnx(m)["forward"].inputs[0].type.shape
+    assert len(set(map(str, shape))) == 4
+    assert shape[3] == shape[4]
