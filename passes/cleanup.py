@@ -177,7 +177,7 @@ def _broadcast(b: Builder, node: Node) -> Value | None:
     """f(x, broadcast_to(y)) -> f(x, y) where x alone has the shape of the result."""
     for i, v in enumerate(node.inputs):
         inner, other = _producer(v, "broadcast_to"), node.inputs[1 - i]
-        if inner is not None and other.shape == node.output.shape:
+        if inner is not None and not inner.checks and other.shape == node.output.shape:
             operands = (inner.inputs[0], other) if i == 0 else (other, inner.inputs[0])
             return b.emit(node.op, *operands)
     return None

@@ -16,7 +16,8 @@ import numpy as np
 import tvm
 import tvm_ffi
 from tvm import relax
-from wasat.ir import DType, Graph, IRError, Program, WasatError, check_text, evaluate_dim
+from wasat.ir import Dim, DType, Graph, IRError, Program, WasatError, check_text, evaluate_dim
+from wasat.ir.dims import Func
 from wasat.ir.evaluate import bind_symbols
 
 from .indices import OUTSIDE, given, outside
@@ -67,9 +68,28 @@ def build(
     on_progress("generating code")
     with target.scope():
         executable = tvm.compile(
-            module, target=target.tvm, relax_pipeline=target.pipeline(), tir_pipeline=target.tir_pipeline
-        )
+            module, target=target.tvm, relax_pipeline=target.pipeline(not _loosely_bounded(program)),
+            tir_pipeline=target.tir_pipeline,
+        )  # fmt: skip
     return Library(executable, plan, target)
+
+
+def _loosely_bounded(program: Program) -> bool:
+    """Whether there is a size such as min(10**9, n): TVM's memory planner would allocate the bound."""
+
+    def loose(d: object) -> bool:
+        if not isinstance(d, Dim):
+            return False
+        atoms = [a for monomial, _ in d.terms for a in monomial if isinstance(a, Func)]
+        return any(
+            (a.name in ("min", "mod") and any(isinstance(x, int) and x > _LOOSE for x in (a.lhs, a.rhs))) or loose(a.lhs)
+            or loose(a.rhs) for a in atoms
+        )  # fmt: skip
+
+    return any(loose(d) for g in program.graphs.values() for v in g.values() for d in v.shape)
+
+
+_LOOSE = 4096
 
 
 def run(program: Program, target: Target, graph: str, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:

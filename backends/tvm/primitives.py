@@ -11,7 +11,7 @@ from tvm import relax, te, tirx
 from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as I
-from wasat.ir import DType, IRError, Node, QArray, QTensorType, TensorType, Type
+from wasat.ir import DType, IRError, Node, QArray, QTensorType, TensorType, Type, equal
 from wasat.ir.dims import Dim
 from wasat.ir.ops.random import PARITY, ROTATIONS
 
@@ -74,7 +74,22 @@ def _transpose(ctx: Context, node: Node, x: Any) -> Any:
 
 @lowers("broadcast_to", narrow=True)
 def _broadcast_to(ctx: Context, node: Node, x: Any) -> Any:
-    return ctx.emit(R.broadcast_to(x, ctx.shape(node.output.shape)))
+    if not node.checks:
+        return ctx.emit(R.broadcast_to(x, ctx.shape(node.output.shape)))
+    shape, own = ctx.dims(node.output.shape), node.inputs[0].shape
+    lead = len(shape) - len(own)
+    stretched = [d != 1 and equal(d, to) is None for d, to in zip(own, node.output.shape[lead:])]
+
+    def build(t: Any) -> Any:  # an axis that may be 1 when it runs
+        def at(*i: Any) -> Any:
+            return t(*(
+                tirx.IntImm("int64", 0) if d == 1 else tirx.Select(n == 1, tirx.IntImm("int64", 0), j) if unsure else j
+                for j, d, n, unsure in zip(i[lead:], own, t.shape, stretched)
+            ))  # fmt: skip
+
+        return te.compute(shape, at, name="broadcast_to")
+
+    return ctx.te(build, x, name="broadcast_to")
 
 
 @lowers("slice", narrow=True)

@@ -69,15 +69,19 @@ class Target:
         """Operation to lowering, of what no kernel does."""
         return PRIMITIVES
 
-    def pipeline(self) -> Any:
-        """The Relax pass pipeline: fusion of elementwise chains included, which tvm.compile's default lacks on CPUs."""
+    def pipeline(self, plan_memory: bool = True) -> Any:
+        """The Relax pass pipeline: fusion of elementwise chains included, which tvm.compile's default lacks on CPUs.
+
+        ``plan_memory``: whether buffers share memory by plan; else each is taken from the runtime's pool when it is needed.
+        """
         if self.config["kind"] != "llvm":
             return relax.get_default_pipeline(self.tvm)
         stages = cpu_generic.pipeline
         steps = [stages.library_dispatch_passes, stages.legalize_passes, stages.dataflow_lower_passes]
         fused = [p for make in steps for p in make(self.tvm)]
+        last = [p for p in stages.finalize_passes(self.tvm) if plan_memory or p.info.name != "StaticPlanBlockMemory"]
         fused.append(relax.transform.DeadCodeElimination())  # reshapes that turned out to be views leave functions behind
-        return tvm.transform.Sequential([*fused, loops.schedule(self.threads), *stages.finalize_passes(self.tvm)])
+        return tvm.transform.Sequential([*fused, loops.schedule(self.threads), *last])
 
     @contextlib.contextmanager
     def scope(self) -> Iterator[None]:

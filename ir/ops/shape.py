@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .. import op as _op
-from ..dims import DimLike, equal, require_at_most, require_equal, span
+from ..dims import Dim, DimLike, equal, require_at_most, require_equal, span
 from ..errors import TypeMismatch
 from ..op import ErrorSample, Op, Sample, axis_of, concrete, register, same_dtype, tensor
 from ..types import TensorType, Type
@@ -102,8 +102,11 @@ class BroadcastTo(Op):
         if out.rank < x.rank:
             raise TypeMismatch(f"{x} has more axes than shape {list(attrs.shape)}")
         for i, d in enumerate(x.shape):
-            if d != 1:
-                require_equal(d, out.shape[out.rank - x.rank + i], f"axis {i} of {x} in shape {list(attrs.shape)}")
+            to, what = out.shape[out.rank - x.rank + i], f"axis {i} of {x} in shape {list(attrs.shape)}"
+            if isinstance(d, Dim) and equal(d, to) is None:
+                require_equal((d - 1) * (d - to), 0, what)
+            elif d != 1:
+                require_equal(d, to, what)
         return out
 
     def reference(self, attrs: Attrs, x: np.ndarray) -> np.ndarray:

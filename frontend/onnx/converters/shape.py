@@ -136,25 +136,17 @@ def slice_(
 
 
 def _inside(lo: DimLike, hi: DimLike, size: DimLike) -> tuple[DimLike, DimLike]:
-    """Bounds of a slice clamped to ``0 <= lo <= hi <= size``.
-
-    A literal end is clamped whatever the size; of other bounds that no size decides it is assumed that they lie inside,
-    which ``slice`` checks when it runs: shapes stay as simple as the model means them.
-    """
-    lo = 0 if less_equal(lo, 0) else size if less_equal(lo, size) is False else lo
-    if less_equal(size, hi):
-        hi = size
-    elif less_equal(hi, lo):
-        hi = lo
-    elif isinstance(hi, int):
-        hi = minimum(hi, size)
-    return lo, hi
+    """Bounds of a slice clamped to ``0 <= lo <= hi <= size``."""
+    lo = minimum(maximum(lo, 0), size)
+    return lo, maximum(minimum(hi, size), lo)
 
 
 def _place(at: DimLike, size: DimLike) -> DimLike:
     """A bound of a slice from the front; negative ones count from the end."""
     if isinstance(at, int):
         return size if at >= END else at + size if at < 0 else at
+    if less_equal(0, at) is None:  # the sign shows when it runs: the quotient is -1 or 0
+        return at - size * (at // END)
     return at + size if less_equal(0, at) is False else at
 
 
@@ -164,7 +156,7 @@ def expand(c: Emitter, n: NodeView, x: Operand, shape: Operand) -> Any:
     own = list(c.shape(x))
     rank = max(len(want), len(own))
     own, want = ([*(1,) * (rank - len(ds)), *ds] for ds in (own, want))
-    return c.expand(x, *(b if a == 1 else a for a, b in zip(own, want)))
+    return c.expand(x, *(a if b == 1 or isinstance(a, int) and a != 1 else b for a, b in zip(own, want)))
 
 
 @op("Tile", since=6)
