@@ -307,11 +307,34 @@ def _atom_non_negative(a: Atom) -> bool:
     return _non_negative(a.lhs) and _non_negative(a.rhs)
 
 
-def less_equal(lhs: DimLike, rhs: DimLike) -> bool | None:
+def less_equal(lhs: DimLike, rhs: DimLike, _deep: int = 3) -> bool | None:
     """Whether ``lhs <= rhs``: yes, no, or None where it depends on the binding."""
     if _non_negative(rhs - lhs):
         return True
-    return False if _non_negative(lhs - rhs - 1) else None
+    if _non_negative(lhs - rhs - 1):
+        return False
+    a = _alone(lhs)
+    if a is not None and a.name == "floordiv" and isinstance(a.rhs, int) and a.rhs > 0 and _deep and _non_negative(a.lhs):
+        return True if less_equal(a.lhs, rhs, _deep - 1) else None
+    for d, other, flip in ((lhs, rhs, False), (rhs, lhs, True)):
+        a = _alone(d)
+        if a is not None and a.name in ("min", "max") and _deep:
+            sides = [less_equal(*((other, x) if flip else (x, other)), _deep - 1) for x in (a.lhs, a.rhs)]
+            one_is_enough = (a.name == "min") != flip  # min(a, b) <= c where a is or b is, c <= min(a, b) where both are
+            found = (any if one_is_enough else all)(s is True for s in sides)
+            if found:
+                return True
+            if (all if one_is_enough else any)(s is False for s in sides):
+                return False
+    return None
+
+
+def _alone(d: DimLike) -> Func | None:
+    """The atom that the dimension is and no more, if it is no symbol."""
+    if isinstance(d, Dim) and len(d.terms) == 1 and d.terms[0][1] == 1 and len(d.terms[0][0]) == 1:
+        a = d.terms[0][0][0]
+        return a if isinstance(a, Func) else None
+    return None
 
 
 def equal(lhs: DimLike, rhs: DimLike) -> bool | None:
@@ -364,21 +387,21 @@ def require_at_most(lhs: DimLike, rhs: DimLike, what: str) -> None:
 def check_text(check: Check) -> str:
     """A check in words: ``b == 4``, ``n <= 64``."""
     lhs, rhs = check
-    if isinstance(lhs, Dim) and len(lhs.terms) == 1 and len(lhs.terms[0][0]) == 1 and lhs.terms[0][1] == 1:
-        a = lhs.terms[0][0][0]
-        if isinstance(a, Func) and a.name == "max" and rhs in (a.lhs, a.rhs):
-            return f"{a.rhs if a.lhs == rhs else a.lhs} <= {rhs}"
+    a = _alone(lhs)
+    if a is not None and a.name == "max" and rhs in (a.lhs, a.rhs):
+        return f"{a.rhs if a.lhs == rhs else a.lhs} <= {rhs}"
     return f"{lhs} == {rhs}"
 
 
 def span(lo: DimLike, hi: DimLike) -> DimLike:
     """``hi - lo``; of bounds clamped to each other the shorter form: ``n - max(0, n - 4)`` is ``min(4, n)``."""
-    for d, name in ((lo, "max"), (hi, "min")):
-        if isinstance(d, Dim) and len(d.terms) == 1 and len(d.terms[0][0]) == 1 and d.terms[0][1] == 1:
-            a = d.terms[0][0][0]
-            if isinstance(a, Func) and a.name == name:
-                parts = [span(x, hi) if d is lo else span(lo, x) for x in (a.lhs, a.rhs)]
-                return minimum(*parts)
+    if lo == hi:
+        return 0
+    for d in (lo, hi):
+        a = _alone(d)
+        if a is not None and a.name in ("min", "max"):
+            parts = [span(x, hi) if d is lo else span(lo, x) for x in (a.lhs, a.rhs)]
+            return (minimum if (a.name == "max") == (d is lo) else maximum)(*parts)
     return hi - lo
 
 

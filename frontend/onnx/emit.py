@@ -76,6 +76,11 @@ def size_of(dims: Iterable[DimLike]) -> DimLike:
     return total
 
 
+def is_constant(x: Operand) -> bool:
+    """Whether it is an array of the file, and no function of the inputs."""
+    return isinstance(x, np.ndarray) or (isinstance(x, Value) and (x.const is not None or x.param is not None))
+
+
 def known(array: np.ndarray, dtype: DType) -> Operand:
     """Dims, or a plain array where every element is a number."""
     if any(isinstance(d, Dim) for d in array.flat):

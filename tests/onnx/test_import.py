@@ -90,8 +90,8 @@ SHAPES = {
     ),
     "zero copies": ("t = Concat <axis: int = 0> (z, minus) y = Reshape(x, t)", "f32[b, 8*s]"),
     "literal end": ("y = Slice(x, z, five, o)", "f32[b, min(5, s), 8]"),
-    "all but the first": ("y = Slice(x, o, large, o)", "f32[b, s - 1, 8]"),
-    "all but the last": ("y = Slice(x, z, minus, o)", "f32[b, s - 1, 8]"),
+    "all but the first": ("y = Slice(x, o, large, o)", "f32[b, max(0, s - 1), 8]"),
+    "all but the last": ("y = Slice(x, z, minus, o)", "f32[b, max(0, s - 1), 8]"),
     "half": (
         "s = Shape <start: int = 1, end: int = 2> (x) h = Div(s, two) y = Slice(x, z, h, o)", "f32[b, s // 2, 8]",
     ),

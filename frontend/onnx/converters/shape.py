@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from wasat.ir import DimLike, DType, less_equal, maximum, minimum
+from wasat.ir import DimLike, DType, equal, less_equal, maximum, minimum
 from wasat.ir.dims import floordiv
 
-from ..emit import Emitter, Operand, known, objects, size_of
+from ..emit import Emitter, Operand, is_constant, known, objects, size_of
 from ..registry import NodeView, op
 
 LARGE = 1024
@@ -131,12 +131,18 @@ def slice_(
             lo, step = first_kept, -step
         else:
             lo, hi = _place(lo, size), _place(hi, size)
+        if not isinstance(hi, int) and isinstance(size, int) and is_constant(x) and less_equal(0, hi):
+            hi = maximum(hi, lo)  # part of a table: it has as many rows as are asked for, which the slice checks
+            x = c.cut(x, axis, minimum(maximum(lo, 0), size), hi, step)
+            continue
         x = c.cut(x, axis, *_inside(lo, hi, size), step)
     return x
 
 
 def _inside(lo: DimLike, hi: DimLike, size: DimLike) -> tuple[DimLike, DimLike]:
-    """Bounds of a slice clamped to ``0 <= lo <= hi <= size``."""
+    """Bounds of a slice clamped to ``0 <= lo <= hi <= size``. There is a last element, where it is asked for by itself."""
+    if equal(lo, size - 1) and equal(hi, size):
+        return lo, hi
     lo = minimum(maximum(lo, 0), size)
     return lo, maximum(minimum(hi, size), lo)
 
@@ -156,7 +162,7 @@ def expand(c: Emitter, n: NodeView, x: Operand, shape: Operand) -> Any:
     own = list(c.shape(x))
     rank = max(len(want), len(own))
     own, want = ([*(1,) * (rank - len(ds)), *ds] for ds in (own, want))
-    return c.expand(x, *(a if b == 1 or isinstance(a, int) and a != 1 else b for a, b in zip(own, want)))
+    return c.expand(x, *(a if b == 1 or (isinstance(a, int) and a != 1) else b for a, b in zip(own, want)))
 
 
 @op("Tile", since=6)
