@@ -271,9 +271,12 @@ def _one_hot(node: Node, given: Sequence[Label]) -> int:
 
 @transfers("gather")
 def _gather(node: Node, given: Sequence[Label]) -> int:
-    if given[0].along:
+    picked: int = node.attrs.axis  # type: ignore[attr-defined]
+    if not given[0].along:
+        return picked + given[1].axis
+    if given[1].along or given[0].axis == picked:
         raise LooksAhead("it picks from the sequence by index")
-    return int(node.attrs.axis + given[1].axis)  # type: ignore[attr-defined]
+    return given[0].axis + (len(node.inputs[1].shape) - 1 if given[0].axis > picked else 0)
 
 
 @transfers("take_along")
@@ -334,6 +337,8 @@ def _conv(node: Node, given: Sequence[Label]) -> int:
     at = given[0].axis
     if at >= 2:
         raise LooksAhead("it is a convolution over the sequence: a cache of its last inputs is not derived")
+    if at == 1:
+        raise LooksAhead("its channels run along the sequence, and it sums over them")
     return _only_first(node, given)
 
 

@@ -15,6 +15,7 @@ from wasat.ir.graph import copy_node
 from .affine import Indexing
 from .axis import Label, LooksAhead, analyze, image, refuse
 from .core import Pass, PassError, Remark, Remarks
+from .rows import FIRST, Place, places
 
 ROUND = 16
 """Capacities are multiples of this: kernels read keys in groups."""
@@ -67,6 +68,7 @@ class DeriveKVCache(Pass):
         limits = [n for n in (program.metadata.get("context"), _positions_known(forward, labels)) if n is not None]
         context = min(limits, default=None)
         plan = _Plan.make(forward, tokens, seq, labels, self.chunk, context)
+        plan.places = places(forward, tokens, labels)
         graphs = dict(program.graphs)
         del graphs[self.graph]
         made = [_Derivation(plan, name).run() for name in ("prefill", "decode")]
@@ -167,6 +169,8 @@ class _Plan:
     of: dict[Node, _Cache] = field(default_factory=dict)
     memory: dict[Value, str] = field(default_factory=dict)
     """Fixed values that depend on inputs, read by what runs along the sequence."""
+    places: dict[Value, Place] = field(default_factory=dict)
+    """Where values keep the rows of the batch."""
     capacity: DimLike = 0
     last_mixing: Node | None = None
 
@@ -298,9 +302,20 @@ class _Derivation:
             env[node.output] = at if dtype is DType.I64 else self.b.cast(at, dtype=dtype)
             return
         lifted = [self.labels[v].kind == "position" for v in node.inputs]
+        if node.op.name == "rope" and lifted[1] and (at := self.plan.places.get(node.inputs[0])) is not None and at.axis == 2:
+            env[node.output] = self._turned(node, inputs, at)
+            return
         operands, attrs = self._offset(node, inputs, node.attrs.bind(sizes), lifted, label.kind == "position")
         made = self.g.add_node(node.op, operands, attrs, loc=node.loc, names=names)
         env.update(zip(node.outputs, made.outputs))
+
+    def _turned(self, node: Node, inputs: list[Value], at: Place) -> Value:
+        """A rotation of [heads, position, rows, feature]: at positions of the rows, which have to be in front."""
+        if not at.alone:
+            raise IRError(f"{node!r}: its rows are merged with heads", node.loc)
+        x = self.b.transpose(inputs[0], perm=(2, 1, 0, 3))
+        y = self.g.add_node(node.op, [x, *inputs[1:]], node.attrs, loc=node.loc, names=[node.output.name]).output
+        return self.b.transpose(y, perm=(2, 1, 0, 3))
 
     def _offset(self, node: Node, inputs: list[Value], attrs: Any, lifted: list[bool], own: bool) -> tuple[list[Value], Any]:
         """Operands and attributes for a node of whose operands some are lifted, as is (``own``) its result."""
@@ -309,21 +324,34 @@ class _Derivation:
             return inputs, attrs
         rank = len(node.output.shape)
         if node.op.elementwise:
-            return [self._spread(v, x, rank + own) if up else x for v, x, up in zip(node.inputs, inputs, lifted)], attrs
+            at = FIRST if own else self.plan.places.get(node.output, FIRST)
+            return [self._spread(v, x, rank + own, at) if up else x for v, x, up in zip(node.inputs, inputs, lifted)], attrs
         if not own:
             raise IRError(f"{node!r}: positions cannot be offset through {node.op.name}", node.loc)
         if node.op.name == "broadcast_to":
             inputs = [self._spread(node.inputs[0], inputs[0], rank + 1)]
         return inputs, self._shifted(node, attrs)
 
-    def _spread(self, old: Value, x: Value, rank: int) -> Value:
-        """A lifted value [b, *shape] as [b, 1, .., *shape] of ``rank`` axes."""
+    def _spread(self, old: Value, x: Value, rank: int, at: Place = FIRST) -> Value:
+        """A lifted value [b, *shape] in ``rank`` axes, aligned at the end, its rows at the place ``at`` among them."""
         own = list(x.shape[1:])
-        while len(own) > rank - 1 and own[0] == 1:
+        while len(own) > rank and own[0] == 1:
             own.pop(0)
-        if len(own) > rank - 1:
-            raise IRError(f"%{old.name}: positions meet a value whose first axis is not the batch", old.loc)
-        return self.b.reshape(x, shape=(self.batch, *(1,) * (rank - 1 - len(own)), *own))
+        own = [1] * (rank - len(own)) + own
+        if len(own) > rank or own[at.axis] != 1:
+            raise IRError(f"%{old.name}: positions meet a value where they differ along the axis of its rows", old.loc)
+        rest = own[: at.axis] + own[at.axis + 1 :]
+        x = self.b.reshape(x, shape=(self.batch, *rest))
+        if any(d != 1 for d in rest[: at.axis]):
+            x = self.b.transpose(x, perm=(*range(1, at.axis + 1), 0, *range(at.axis + 1, rank)))
+        elif at.axis:
+            x = self.b.reshape(x, shape=(*rest[: at.axis], self.batch, *rest[at.axis :]))
+        if at.alone:
+            return x
+        front, back = tuple(rest[: at.axis]), tuple(rest[at.axis :])
+        x = self.b.reshape(x, shape=(*front, 1, self.batch, 1, *back))
+        x = self.b.broadcast_to(x, shape=(*front, at.outer, self.batch, at.inner, *back))
+        return self.b.reshape(x, shape=(*front, at.outer * self.batch * at.inner, *back))
 
     def _shifted(self, node: Node, attrs: Any) -> Any:
         """Attributes for operands with one more axis in front."""
@@ -413,19 +441,24 @@ class _Derivation:
         if not label.along:
             return self.env[v]
         if v not in self.rows:
-            self.rows[v] = self._take(self.env[v], label)
+            self.rows[v] = self._take(self.env[v], label, self.plan.places.get(v, FIRST))
         return self.rows[v]
 
-    def _take(self, x: Value, label: Label) -> Value:
+    def _take(self, x: Value, label: Label, at: Place) -> Value:
         if label.kind == "uniform":
             stops = [1 if i == label.axis else d for i, d in enumerate(x.shape)]
             return self.b.slice(x, starts=(0,) * len(stops), stops=tuple(stops))
-        axis = label.axis + (label.kind == "position")
-        perm = (0, axis, *(i for i in range(1, len(x.shape)) if i != axis))
-        if axis == 0:
-            raise IRError(f"%{x.name}: the sequence is the first axis, where the batch should be", x.loc)
+        axis, rows = label.axis, at.axis
+        if label.kind == "position":  # rows are in front
+            axis, rows, at = axis + 1, 0, FIRST
+        shape = x.shape
+        if not at.alone:
+            x = self.b.reshape(x, shape=(*shape[:rows], at.outer, self.batch, at.inner, *shape[rows + 1 :]))
+            axis, rows = axis + 2 * (axis > rows), rows + 1
+        perm = (rows, axis, *(i for i in range(len(x.shape)) if i not in (rows, axis)))
         y = self.b.take_row(self.b.transpose(x, perm=perm), self.last)
-        return self.b.transpose(y, perm=tuple(perm.index(i) for i in range(len(perm))))
+        y = self.b.transpose(y, perm=tuple(perm.index(i) for i in range(len(perm))))
+        return y if at.alone else self.b.reshape(y, shape=tuple(1 if i == label.axis else d for i, d in enumerate(shape)))
 
     def _output(self, v: Value) -> Value:
         label = self.labels[v]
@@ -433,4 +466,7 @@ class _Derivation:
             return self.env[v]
         x = self.env[v] if self.one else self._row(v)
         axis = label.axis + (label.kind == "position")
+        at = self.plan.places.get(v, FIRST)
+        if label.kind == "token" and (at.axis - (at.axis > axis), at.alone) != (0, True):
+            raise IRError(f"output %{v.name} is {v.type}: its rows must be the first axis beside the sequence", v.loc)
         return self.b.reshape(x, shape=tuple(d for i, d in enumerate(x.shape) if i != axis))

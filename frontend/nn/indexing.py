@@ -32,7 +32,8 @@ def take(x: Tensor, index: tuple[Index, ...]) -> Tensor:
                     fail(f"{x.value!r}: with a negative step only the whole axis can be taken, x[::-1]")
                 flips.append(axis)
                 step = -step
-            start = _bound(x, axis, item.start, 0)
+            last = item.start == -1 and item.stop is None and step == 1  # there is one
+            start = size - 1 if last and not isinstance(size, int) else _bound(x, axis, item.start, 0)
             stop = _bound(x, axis, item.stop, size)
             stop = ir.maximum(start, stop)
             starts.append(start)

@@ -1,0 +1,166 @@
+"""Rows of a batch stand anywhere in a decoder and advance each at a place of its own; rows that meet are refused by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from wasat.frontend import nn
+from wasat.ir import IRError, Program, evaluate
+from wasat.passes import Cleanup, DeriveKVCache, FuseAttention, FuseNorm, FuseRope, PassManager
+
+VOCAB, DIM, HEADS = 11, 16, 2
+Mix = Callable[[nn.Tensor, nn.Tensor], nn.Tensor]
+
+
+class Decoder(nn.Module):
+    """One causal attention, and ``mix`` of what it gives [b, s, 16] and the positions [s]."""
+
+    def __init__(self, mix: Mix) -> None:
+        self.mix, self.embed, self.head = mix, nn.Embedding(VOCAB, DIM), nn.Linear(DIM, VOCAB)
+
+    def __call__(self, tokens: nn.Tensor) -> nn.Tensor:
+        x, at = self.embed(tokens), nn.positions(tokens)
+        h = x.heads(HEADS)
+        scores = nn.einsum("b s h d, b t h d -> b h s t", h, h) * 0.4
+        weights = nn.softmax(nn.where(nn.causal(at), scores, -math.inf))
+        x = x + nn.einsum("b h s t, b t h d -> b s h d", weights, h).merge()
+        return self.head(x + self.mix(x, at))
+
+
+def wave(at: nn.Tensor) -> nn.Tensor:
+    """A function of the position that no other position shares: [s, 1]."""
+    return nn.cos(at.cast("f32") * 0.7)[:, None]
+
+
+def heads_first(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    return (x.heads(HEADS).transpose(2, 0, 1, 3) * wave(at)).transpose(1, 2, 0, 3).merge()
+
+
+def stacked(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    return (nn.stack([x, x * 2.0]) * wave(at)).sum(axis=0)
+
+
+def sequence_first(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    return (x.transpose(1, 0, 2) * wave(at)[:, None]).transpose(1, 0, 2)
+
+
+def features_first(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    return (x.transpose(2, 0, 1) * wave(at)[:, 0]).transpose(1, 2, 0)
+
+
+def folded(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    b, s, _ = x.shape
+    y = x.heads(HEADS).transpose(0, 2, 1, 3).reshape(b * HEADS, s, DIM // HEADS) * wave(at)
+    return y.reshape(b, HEADS, s, DIM // HEADS).transpose(0, 2, 1, 3).merge()
+
+
+def folded_behind(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    b, s, _ = x.shape
+    y = x.heads(HEADS).transpose(2, 0, 1, 3).reshape(HEADS * b, s, DIM // HEADS) * wave(at)
+    return y.reshape(HEADS, b, s, DIM // HEADS).transpose(1, 2, 0, 3).merge()
+
+
+def folded_between(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    b, s, _ = x.shape
+    y = x.reshape(b, s, 2, 2, 4).transpose(2, 0, 3, 1, 4).reshape(2 * b * 2, s, 4) * wave(at) + wave(at)
+    return y.reshape(2, b, 2, s, 4).transpose(1, 3, 0, 2, 4).reshape(b, s, DIM)
+
+
+def picked(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    return nn.gather(x * wave(at), nn.constant(np.arange(DIM)[::-1].copy()), axis=2)
+
+
+def joined(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    y = x.transpose(1, 0, 2)
+    return (nn.concat([y, y * 3.0]) * wave(at)[:, None])[..., DIM // 2 : DIM // 2 + DIM].transpose(1, 0, 2)
+
+
+APART = {f.__name__: f for f in (
+    heads_first, stacked, sequence_first, features_first, folded, folded_behind, folded_between, picked, joined,
+)}  # fmt: skip
+
+
+def _emitted(name: str, **attrs: Any) -> Mix:
+    return lambda x, at: nn.emit(name, x * wave(at), **attrs)
+
+
+MEETING: dict[str, Mix] = {
+    "mean": lambda x, at: x - x.mean(axis=0, keepdims=True), "largest": lambda x, at: x.max(axis=0, keepdims=True) + x,
+    "softmax": lambda x, at: nn.softmax(x, axis=0), "running sum": lambda x, at: nn.cumsum(x, axis=0),
+    "sorted": _emitted("sort", axis=0), "reversed": _emitted("reverse", axes=(0,)),
+    "first row": lambda x, at: x + x[:1],
+    "first row of others": lambda x, at: x + x.transpose(1, 0, 2)[:, :1].transpose(1, 0, 2),
+    "picked": lambda x, at: x + nn.gather(x, nn.constant(np.zeros(1, np.int64)), axis=0),
+    "mean of folded": lambda x, at: x + x.heads(HEADS).transpose(0, 2, 1, 3).reshape(
+        x.shape[0] * HEADS, x.shape[1], DIM // HEADS).mean(axis=0, keepdims=True)[..., :1],
+}  # fmt: skip
+
+
+def forward_of(mix: Mix) -> Program:
+    return nn.trace(Decoder(mix), {"tokens": "i64[b, s]"}, outputs=["logits"])
+
+
+def derive(program: Program, chunk: int = 8) -> Program:
+    copy = Program({"forward": program["forward"].clone()}, dict(program.params))
+    passes = [Cleanup(), FuseNorm(), FuseRope(), FuseAttention(), Cleanup(), DeriveKVCache(chunk=chunk), Cleanup()]
+    PassManager(passes).run(copy)
+    return copy
+
+
+def fed(program: Program, tokens: np.ndarray, counts: list[list[int]]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """After each step: how many tokens each row has, and its logits. A step gives row r so many of its tokens."""
+    rows, params = len(tokens), {k: p.load() for k, p in program.params.items()}
+    past = np.zeros(rows, np.int64)
+    states = {
+        v.name: np.zeros(v.tensor.concrete({"b": rows, "c": 32, "s": 1}), np.float32)
+        for v in program["decode"].inputs if v.name.startswith("cache.")
+    }  # fmt: skip
+    seen = []
+    for step in counts:
+        n, width = np.array(step), max(step)
+        new = np.zeros((rows, width), np.int64)
+        for r in range(rows):
+            new[r, : n[r]] = tokens[r, past[r] : past[r] + n[r]]
+        g = program["decode" if width == 1 and n.min() == 1 else "prefill"]
+        inputs = {"tokens": new, "past": past, "last": np.maximum(n - 1, 0), **states}
+        results = evaluate(g, {v.name: inputs[v.name] for v in g.inputs}, {k: params[k] for k in g.params})
+        out = dict(zip(g.output_names, results))
+        logits = out.pop("logits")
+        states = {k: np.asarray(v) for k, v in out.items()}
+        past = past + n
+        seen.append((past.copy(), np.asarray(logits)))
+    return seen
+
+
+STEPS = [[5, 2, 3], [1, 4, 2], [1, 1, 1], [1, 1, 1], [2, 3, 1], [1, 1, 1]]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("mix", APART.values(), ids=APART)
+def test_rows_of_different_lengths(mix: Mix, rows: int) -> None:
+    program = forward_of(mix)
+    params = {k: p.load() for k, p in program.params.items()}
+    tokens = np.random.default_rng(rows).integers(0, VOCAB, (rows, 16))
+    [want] = evaluate(program["forward"], {"tokens": tokens}, params)
+    assert isinstance(want, np.ndarray)
+    for past, logits in fed(derive(program), tokens, [step[:rows] for step in STEPS]):
+        np.testing.assert_allclose(logits, want[np.arange(rows), past - 1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mix", MEETING.values(), ids=MEETING)
+def test_rows_that_meet_are_refused(mix: Mix) -> None:
+    with pytest.raises(IRError, match=r"rows of a batch cannot be served apart: %.*\n  (rows meet here|its operands keep)"):
+        derive(forward_of(mix))
+
+
+def test_the_last_element_is_one() -> None:
+    class Last(nn.Module):
+        def __call__(self, x: nn.Tensor) -> nn.Tensor:
+            return x[:, -1:]
+
+    program = nn.trace(Last(), {"x": "f32[b, s, 4]"}, outputs=["y"])
+    assert str(program["forward"].outputs[0].type) == "f32[b, 1, 4]"
