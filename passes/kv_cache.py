@@ -78,7 +78,7 @@ class DeriveKVCache(Pass):
         if clash:
             raise PassError(f"the program already has a graph @{clash[0]}")
         program.graphs = {**graphs, **{g.name: g for g in made}}
-        program.metadata["states"] = [s for c in plan.caches.values() for s in c.states()]
+        program.metadata["states"] = [s for c in plan.of.values() for s in c.states()]
         program.metadata["chunk"] = self.chunk
         program.metadata["context"] = context
         for node, cache in plan.of.items():
@@ -165,7 +165,6 @@ class _Plan:
     tokens: Value
     seq: str
     labels: dict[Value, Label]
-    caches: dict[tuple[Value, Value, int | None], _Cache] = field(default_factory=dict)
     of: dict[Node, _Cache] = field(default_factory=dict)
     memory: dict[Value, str] = field(default_factory=dict)
     """Fixed values that depend on inputs, read by what runs along the sequence."""
@@ -197,10 +196,8 @@ class _Plan:
         capacity = None if window is None else -(-(window + chunk - 1) // ROUND) * ROUND
         if capacity is not None and context is not None and context <= capacity:
             capacity = None
-        key = (k, v, capacity)
-        if key not in self.caches:
-            self.caches[key] = _Cache(len(self.caches), k.tensor, v.tensor, window, capacity)
-        self.of[node] = self.caches[key]
+        # one for each, also of the same keys and values: in place, a cache is written by one
+        self.of[node] = _Cache(len(self.of), k.tensor, v.tensor, window, capacity)
 
 
 def _on_inputs(plan: _Plan) -> set[Value]:
@@ -260,7 +257,7 @@ class _Derivation:
         for v, memory in plan.memory.items():
             self.env[v] = self.g.add_input(memory, v.type)
         self.states: dict[str, Value] = {}
-        for cache in plan.caches.values():
+        for cache in plan.of.values():
             for n, t in zip(cache.names(), cache.types(self.batch, plan.capacity)):
                 self.states[n] = self.g.add_input(n, t)
 

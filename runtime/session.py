@@ -43,6 +43,7 @@ class Session:
             if not specs.keys() >= set(own) or (name == "decode" and others != self._others):
                 raise ArtifactError(f"entry {name} does not take {', '.join((*own, *self._others))}; {AGAIN}")
             self._names[name], self._others = list(specs), others
+        self._logits = _logits([spec.name for spec in model.entry("prefill").outputs])
         self._encoder = m.entries.get("encode")
         made = {spec.name for spec in self._encoder.outputs} if self._encoder else set()
         self._wanted = {spec.name: spec for spec in self._encoder.inputs} if self._encoder else {}  # by encode()
@@ -196,7 +197,7 @@ class Session:
         out = self._functions[name](*(own[k] for k in self._names[name]), *self._kept[name])
         np.maximum(self._written, self._past + s, out=self._written)
         self._past += counts
-        return np.from_dlpack(out[0])
+        return np.from_dlpack(out[self._logits])
 
     def _check(self, name: str, given: Mapping[str, np.ndarray]) -> None:
         """Holds the sizes of what the entry is given against what it takes for granted of them."""
@@ -223,7 +224,7 @@ class Session:
                 self._check(name, own)
             states = [row[k][0] for k in self._states[name]]
             inputs = [tensor_of(own[k]) for k in self._names[name]]
-            out = np.from_dlpack(self._functions[name](*inputs, *states, *self._weights)[0])
+            out = np.from_dlpack(self._functions[name](*inputs, *states, *self._weights)[self._logits])
             for k, (_, array) in row.items():
                 self._caches[k][1][r : r + 1] = array
             logits = np.zeros((self.batch, out.shape[1]), out.dtype) if logits is None else logits
@@ -276,6 +277,15 @@ class Session:
             self._caches[spec.name] = fresh
         caches = {k: tensor for k, (tensor, _) in self._caches.items()}
         self._kept = {name: (*(caches[k] for k in states), *self._weights) for name, states in self._states.items()}
+
+
+def _logits(outputs: Sequence[str]) -> int:
+    """Which of the outputs is sampled from: the one named logits, or the only one."""
+    if "logits" in outputs:
+        return outputs.index("logits")
+    if len(outputs) != 1:
+        raise InputError(f"the model returns {', '.join(outputs) or 'nothing'}; to sample from it, name one of these logits")
+    return 0
 
 
 def _rounded(n: int) -> int:
