@@ -320,9 +320,20 @@ def _whole(f: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     return divide
 
 
+def _floored(f: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """Division that rounds down, by what is at least 1."""
+
+    def divide(a: Any, b: Any) -> Any:
+        if not less_equal(1, b):
+            raise _Unknown
+        return f(a, b)
+
+    return divide
+
+
 _PAIRS: dict[str, Callable[[Any, Any], Any]] = {
     "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b, "div": _whole(floordiv),
-    "floor_div": _whole(floordiv), "mod": _whole(mod), "maximum": maximum, "minimum": minimum,
+    "floor_div": _floored(floordiv), "mod": _floored(mod), "maximum": maximum, "minimum": minimum,
 }  # fmt: skip
 _TESTS: dict[str, Callable[[Any, Any], Any]] = {
     "equal": _undecided(equal), "less_equal": _undecided(less_equal),

@@ -97,11 +97,9 @@ def _pooling(c: Emitter, n: NodeView, x: Operand) -> tuple[dict[str, Any], list[
         for i, size in enumerate(space):
             reach = dilations[i] * (kernel[i] - 1)
             room = size + low[i] + high[i] - reach - 1
-            count = floordiv(room + strides[i] - 1, strides[i]) + 1
             # a window that would begin in the padding behind does not exist
-            last = (count - 1) * strides[i]
-            if isinstance(last, int) and isinstance(size + low[i], int) and last >= size + low[i]:
-                count = count - 1
+            begin = floordiv(size + low[i] - 1, strides[i]) + 1
+            count = minimum(floordiv(room + strides[i] - 1, strides[i]) + 1, begin)
             high[i] = maximum((count - 1) * strides[i] + reach + 1 - size - low[i], 0)
     return {"kernel": kernel, "strides": strides, "low": low, "high": high, "dilation": dilations}, declared
 

@@ -124,6 +124,7 @@ def _coordinates(
     """Where in the input the output's elements lie."""
     mode = n["coordinate_transformation_mode"]
     half = c.sub(c.div(c.add(i, 0.5), factor), 0.5)
+    steps = c.sub(made, 1.0)
     match mode:
         case "half_pixel":
             return half
@@ -132,9 +133,10 @@ def _coordinates(
             adjusted = c.div(made, length)
             return c.add(half, c.mul(center, c.sub(1.0, adjusted)))
         case "pytorch_half_pixel":
-            return c.mul(half, 0.0) if count == 1 else half
+            return c.mul(half, 0.0) if count == 1 else half if isinstance(count, int) else c.mul(half, c.minimum(steps, 1.0))
         case "align_corners":
-            return c.mul(i, 0.0) if count == 1 else c.div(c.mul(i, c.sub(given, 1.0)), c.sub(length, 1.0))
+            # as onnxruntime does: by the size that is made, not by what the scale asks for
+            return c.mul(i, 0.0) if count == 1 else c.div(c.mul(i, c.sub(given, 1.0)), c.maximum(steps, 1.0))
         case "asymmetric":
             return c.div(i, factor)
         case "tf_half_pixel_for_nn":
