@@ -16,7 +16,7 @@ import numpy as np
 
 from .dims import Check, DimError, DimLike, collect_checks, symbols_of
 from .errors import IRError, Loc, TypeMismatch, VerifyError, WasatError
-from .types import Array, QTensorType, TensorType, Type
+from .types import Array, QTensorType, TensorType, Type, type_of
 
 if TYPE_CHECKING:
     import networkx
@@ -397,6 +397,9 @@ class ArrayParam:
     type: Type
 
     def load(self) -> Array:
+        found = type_of(self.array)
+        if found != self.type:
+            raise TypeMismatch(f"an array {found} was given for a parameter that is {self.type}")
         return self.array
 
 
@@ -432,6 +435,20 @@ class Program:
         if name not in self.graphs:
             raise IRError(f"no graph @{name} in this program; there are {', '.join('@' + n for n in self.graphs)}")
         return self.graphs[name]
+
+    def load(self, name: str) -> Array:
+        """The numbers of a parameter. Raises IRError, naming it, where they are not of the type that the graphs read."""
+        if name not in self.params:
+            raise IRError(f"the program has no parameter {name}")
+        try:
+            x = self.params[name].load()
+        except TypeMismatch as e:
+            raise TypeMismatch(f"parameter {name}: {e.message}", e.loc) from None
+        found = type_of(x)
+        for g in self.graphs.values():
+            if name in g.params and g.params[name].type != found:
+                raise TypeMismatch(f"parameter {name} is {found}; graph @{g.name} reads {g.params[name].type}")
+        return x
 
     def map(self, change: Callable[[Graph], object], only: Iterable[str] | None = None) -> None:
         """Calls ``change`` on each graph (or those named in ``only``)."""

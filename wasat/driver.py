@@ -167,7 +167,7 @@ def compile(
     files: dict[str, Any] = {
         "model.so": link,
         "weights.safetensors": lambda path: write_weights(
-            path, library.plan, optimized.params, lambda done, total: progress("packing weights", done, total)
+            path, library.plan, optimized.load, lambda done, total: progress("packing weights", done, total)
         ),
         **{Path(p).name: Path(p) for p in machine.runtime_files()},
     }
@@ -251,7 +251,7 @@ def run(
     """Runs one graph on NumPy arrays: on the interpreter (the reference), or compiled for a target (``backend="cpu"``)."""
     g = program[graph]
     if backend == "interpreter":
-        params = {name: program.params[name].load() for name in g.params}
+        params = {name: program.load(name) for name in g.params}
         return dict(zip(g.output_names, evaluate(g, inputs, params, symbols=symbols)))
     from wasat.backends.tvm.build import Runner
     from wasat.backends.tvm.targets import target_named

@@ -114,7 +114,7 @@ class Runner:
         self.weights = [
             tvm.runtime.tensor(array)
             for (name, layout), _ in library.plan.layouts.items()
-            for array in layout.pack(program.params[name].load())
+            for array in layout.pack(program.load(name))
         ]
         self._given_indices = {name: given(g) for name, g in program.graphs.items()}
         tvm_ffi.register_global_func(OUTSIDE, outside, override=True)

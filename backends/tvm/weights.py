@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from wasat.ir import Array, IRError, ParamSource, QArray
+from wasat.ir import Array, IRError, QArray
 
 from .lower import Layout, Packed, WeightPlan
 
@@ -51,10 +51,10 @@ def _pieces(weight: Array, rows: int | None) -> Iterator[Array]:
 
 
 def write_weights(
-    path: Path, plan: WeightPlan, params: Mapping[str, ParamSource],
+    path: Path, plan: WeightPlan, load: Callable[[str], Array],
     on_progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> None:  # fmt: skip
-    """Writes ``plan``'s arrays as a safetensors file.
+    """Writes ``plan``'s arrays, of the parameters that ``load`` gives by name, as a safetensors file.
 
     The safetensors library's writer wants every array in memory at once; sizes are known from the plan, so the header is
     written first and each parameter is loaded, packed and dropped in turn. ``on_progress(bytes done, bytes in all)``.
@@ -74,7 +74,7 @@ def write_weights(
     with open(path, "wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
         for name, uses in jobs.items():
-            weight = params[name].load()
+            weight = load(name)
             for layout, arrays in uses:
                 ends = [start + header[a.name]["data_offsets"][0] for a in arrays]
                 for piece in _pieces(weight, layout.rows):

@@ -14,7 +14,7 @@ from wasat.backends.tvm.cpu import PaddedBias, Panels
 from wasat.backends.tvm.kernels.isa import AVX2, AVX512_VNNI
 from wasat.backends.tvm.lower import Layout, Packed, Plain, WeightPlan
 from wasat.backends.tvm.primitives import PlainQuantized
-from wasat.ir import Array, ArrayParam, IRError, QTensorType, TensorType, type_of
+from wasat.ir import Array, IRError, QTensorType, TensorType, type_of
 from wasat.ir.ops.quant import quantize_array
 
 RNG = np.random.default_rng(0)
@@ -46,7 +46,7 @@ def test_pieces_make_the_whole(layout: Layout, weight: Array, piece: int, tmp_pa
     plan = WeightPlan()
     plan.add("w", layout, type_of(weight))
     seen: list[tuple[int, int]] = []
-    weights.write_weights(tmp_path / "w", plan, {"w": ArrayParam(weight, type_of(weight))}, lambda *done: seen.append(done))
+    weights.write_weights(tmp_path / "w", plan, {"w": weight}.__getitem__, lambda *done: seen.append(done))
     found = load_file(tmp_path / "w")
     whole = layout.pack(weight)
     assert sorted(found) == sorted(a.name for a in plan.arrays)
@@ -75,4 +75,4 @@ def test_layouts_that_lie_are_caught(how: str, tmp_path: Path) -> None:
     w = np.ones((4, 3), np.float32)
     plan.add("w", Wrong(how), TensorType("f32", (4, 3)))  # type: ignore[arg-type]
     with pytest.raises(IRError, match="packing w made"):
-        weights.write_weights(tmp_path / "w", plan, {"w": ArrayParam(w, type_of(w))})
+        weights.write_weights(tmp_path / "w", plan, {"w": w}.__getitem__)

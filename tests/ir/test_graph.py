@@ -358,3 +358,15 @@ def test_an_input_is_removed_unless_it_is_used() -> None:
     assert [v.name for v in g.inputs] == ["x", "y"]
     assert g.add_input("z", z.type).name == "z"
     verify(g)
+
+
+@pytest.mark.parametrize("array, message", [
+    (np.ones((1, 3), np.float32), r"f32\[1, 3\]"), (np.ones((2, 3)), r"f64\[2, 3\]"),
+    (np.ones((2, 3), np.int32), r"i32\[2, 3\]"),
+])  # fmt: skip
+def test_a_parameter_that_is_not_of_its_type_is_refused_by_name(array: np.ndarray, message: str) -> None:
+    g = parse('graph @f(%x: f32[n, 3]) {\n  param %w: f32[2, 3] = "layer.w"\n  %y: f32[n, 2] = linear(%x, %w)\n  return %y\n}')
+    given = TensorType(DType.F32, (2, 3)), TensorType(DType.of(array.dtype), array.shape)
+    for declared in given:  # by its source, or by the graph
+        with pytest.raises(IRError, match=f"parameter layer.w.*{message}"):
+            Program({"f": g}, {"layer.w": ArrayParam(array, declared)}).load("layer.w")

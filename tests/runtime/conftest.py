@@ -53,7 +53,7 @@ def artifact(
     out = tmp_path_factory.mktemp("artifact") / "tiny.wasat"
     files = {
         "model.so": library.export,
-        "weights.safetensors": lambda path: write_weights(path, library.plan, program.params),
+        "weights.safetensors": lambda path: write_weights(path, library.plan, program.load),
         "tokenizer.json": tokenizer_file,
         **{p.name: p for p in library.target.runtime_files()},
     }
