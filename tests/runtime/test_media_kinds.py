@@ -202,7 +202,10 @@ def test_the_largest_sides_are_read() -> None:
     assert Image(np.zeros((1, 65_535), np.uint8)).pixels().shape == (1, 65_535, 3)
 
 
-@pytest.mark.parametrize("source", [0, 3, None, True, 1.5, [1], bytearray(b"x"), memoryview(b"x"), object()], ids=str)
+NO_SOURCES = [0, 3, None, True, 1.5, [1], bytearray(b"x"), memoryview(b"x"), object()]
+
+
+@pytest.mark.parametrize("source", NO_SOURCES, ids=lambda x: type(x).__name__)
 def test_what_is_no_source(source: Any) -> None:
     """A number would be a file that the process has open: standard input, for one."""
     for read in (Image(source).pixels, Video(source).frames, lambda: Audio(source).samples(8000)):
