@@ -67,7 +67,7 @@ class Plain:
         return [Packed(name, tvm_dtype(type.dtype), shape)]
 
     def pack(self, weight: Any) -> list[np.ndarray]:
-        return [carried(np.ascontiguousarray(weight))]
+        return [carried(np.asarray(weight, order="C"))]  # not ascontiguousarray, which gives a number an axis
 
 
 @dataclass(frozen=True)
@@ -231,6 +231,10 @@ def plan_weights(graphs: Sequence[Graph], table: Table) -> WeightPlan:
     return plan
 
 
+_OPAQUE = 8
+"""The pattern of a function that TVM must not fuse with others."""
+
+
 class Context:
     """What lowerings see while one graph is emitted."""
 
@@ -327,6 +331,8 @@ class Context:
         free = [v for s in self.symbols.values() for v in tirx.analysis.undefined_vars(s) if v in missing]
         if free:
             func = te.create_prim_func([*inputs, *free, out], "int64")
+        if free:  # TVM's fusion knows the symbols that a tensor's shape carries, and no others
+            func = func.with_attr("op_pattern", _OPAQUE)
         gv = self.bb.add_func(func.without_attr("global_symbol"), name)
         return self.call(gv, [*args, *free], relax.TensorType(list(out.shape), out.dtype))
 
@@ -334,7 +340,7 @@ class Context:
         """The module's one copy of a hand-written kernel, by its description ``key``."""
         if key not in self.kernels:
             unique = f"kernel{len(self.kernels)}_{name}"
-            func = build().with_attr("op_pattern", 8).with_attr("global_symbol", unique)
+            func = build().with_attr("op_pattern", _OPAQUE).with_attr("global_symbol", unique)
             self.kernels[key] = self.bb.add_func(func, unique)
         return self.kernels[key]
 

@@ -18,7 +18,7 @@ from wasat.ir.ops.random import PARITY, ROTATIONS
 from .loop_scan import SCAN
 from .lower import Context, Lowering, Packed, lowering_into, tvm_dtype
 from .narrow import NARROW, carried
-from .primitives_elementwise import ELEMENTWISE, elementwise
+from .primitives_elementwise import ELEMENTWISE, elementwise, stretched
 from .primitives_index import INDEXING
 
 R = relax.op
@@ -107,7 +107,11 @@ def _slice(ctx: Context, node: Node, x: Any) -> Any:
 
 @lowers("concat", narrow=True)
 def _concat(ctx: Context, node: Node, *xs: Any) -> Any:
-    return ctx.emit(R.concat(list(xs), axis=node.attrs.axis))  # type: ignore[attr-defined]
+    axis, shape = node.attrs.axis, node.output.shape  # type: ignore[attr-defined]
+    like = [  # sizes that are one by a check, written in one way
+        ctx.view(x, v.shape, (*shape[:axis], v.shape[axis], *shape[axis + 1 :])) for x, v in zip(xs, node.inputs)
+    ]
+    return ctx.emit(R.concat(like, axis=axis))
 
 
 @lowers("pad", narrow=True)
@@ -240,6 +244,9 @@ def _cumsum(ctx: Context, node: Node, x: Any) -> Any:
 @lowers("matmul")
 def _matmul(ctx: Context, node: Node, x: Any, y: Any) -> Any:
     t = node.output.tensor.dtype
+    (a, b), shape = (v.shape for v in node.inputs), node.output.shape
+    x = ctx.view(x, a, (*stretched(a[:-2], shape[:-2]), shape[-2], a[-1]))  # sizes that are one by a check, in one way
+    y = ctx.view(y, b, (*stretched(b[:-2], shape[:-2]), a[-1], shape[-1]))
     if t in (DType.F16, DType.BF16):
         return ctx.emit(R.astype(R.matmul(x, y, out_dtype="float32"), tvm_dtype(t)))
     return ctx.emit(R.matmul(x, y))

@@ -23,8 +23,7 @@ _RELAX: dict[str, Callable[..., Any]] = {
     "abs": R.abs, "exp": R.exp, "log": R.log, "sqrt": R.sqrt, "rsqrt": R.rsqrt, "sin": R.sin, "cos": R.cos,
     "tan": R.tan, "tanh": R.tanh, "erf": R.erf, "floor": R.floor, "ceil": R.ceil,
     "logical_not": R.logical_not, "isinf": R.isinf, "bit_not": R.bitwise_not, "sigmoid": R.sigmoid,
-    "equal": R.equal, "less": R.less, "less_equal": R.less_equal, "greater": R.greater,
-    "greater_equal": R.greater_equal, "logical_and": R.logical_and, "logical_or": R.logical_or, "logical_xor": R.logical_xor,
+    "logical_and": R.logical_and, "logical_or": R.logical_or, "logical_xor": R.logical_xor,
     "bit_and": R.bitwise_and, "bit_or": R.bitwise_or, "bit_xor": R.bitwise_xor,
 }  # fmt: skip
 
@@ -38,10 +37,11 @@ def _aligned(ctx: Context, node: Node, xs: Sequence[Any]) -> list[Any]:
 
     Axes of [10] and [n] are one size: the node has a run-time check that n is 10.
     """
-    return [ctx.view(x, v.shape, _stretched(v.shape, node.output.shape)) for x, v in zip(xs, node.inputs)]
+    return [ctx.view(x, v.shape, stretched(v.shape, node.output.shape)) for x, v in zip(xs, node.inputs)]
 
 
-def _stretched(shape: Sequence[DimLike], to: Sequence[DimLike]) -> tuple[DimLike, ...]:
+def stretched(shape: Sequence[DimLike], to: Sequence[DimLike]) -> tuple[DimLike, ...]:
+    """The sizes of ``shape``, which broadcasts to ``to``, as ``to`` writes them."""
     return tuple(d if d == 1 else t for d, t in zip(shape, to[len(to) - len(shape) :]))
 
 
@@ -106,9 +106,18 @@ def elementwise(ctx: Context, node: Node, f: Callable[..., Any], *xs: Any) -> An
     return ctx.te(build, *xs, name=node.op.name)
 
 
-@lowers("not_equal")
-def _not_equal(ctx: Context, node: Node, x: Any, y: Any) -> Any:
-    return ctx.emit(R.logical_not(R.equal(*_aligned(ctx, node, [x, y]))))  # TVM's != is false with NaN
+_COMPARE: dict[str, Callable[..., Any]] = {
+    "equal": R.equal, "not_equal": lambda x, y: R.logical_not(R.equal(x, y)),  # TVM's != is false with NaN
+    "less": R.less, "less_equal": R.less_equal, "greater": R.greater, "greater_equal": R.greater_equal,
+}  # fmt: skip
+
+
+@lowers(*_COMPARE)
+def _compare(ctx: Context, node: Node, *xs: Any) -> Any:
+    xs = tuple(_aligned(ctx, node, xs))
+    if node.inputs[0].tensor.dtype is DType.BOOL:  # which TVM has no comparison of that LLVM takes
+        xs = tuple(ctx.emit(R.astype(x, "uint8")) for x in xs)
+    return ctx.emit(_COMPARE[node.op.name](*xs))
 
 
 @lowers("maximum", "minimum")

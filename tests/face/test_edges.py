@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from wasat.backends.tvm.build import Runner
+from wasat.backends.tvm.targets import cpu
 from wasat.ir import ArrayParam, Program, QArray, QTensorType, WasatError, parse, type_of
 from wasat.runtime import Model, RuntimeErrorBase
 
@@ -170,7 +172,56 @@ INDICES: dict[str, tuple[str, list[Run]]] = {
     ]),
 }  # fmt: skip
 
-CASES = {**SIZES, **INDICES}
+_A, _B = np.array([True, True, False, False]), np.array([True, False, True, False])
+_BACK = (  # n halved and doubled: n where it is even
+    " %h: f32[1, n // 2] = slice(%x) {starts=(0, 0), stops=(1, 2*(n // 2)), steps=(1, 2)}\n"
+    " %r: f32[1, n // 2, 1] = reshape(%h) {shape=(1, n // 2, 1)}\n"
+    " %t: f32[1, n // 2, 2] = broadcast_to(%r) {shape=(1, n // 2, 2)}\n"
+    " %u: f32[1, 2*(n // 2)] = reshape(%t) {shape=(1, 2*(n // 2))}\n"
+)
+_ODD = ({"x": count(1, 5)}, "needs")
+LOWERED: dict[str, tuple[str, list[Run]]] = {
+    "a parameter without axes": ('(%x: f32[n]) {\n param %t: f32[] = "t"\n %y: f32[n] = mul(%x, %t)', [
+        ({"x": count(3)}, count(3) / 2),
+    ]),
+    "a number computed when loaded": (
+        '(%x: f32[n]) {\n param %t: f32[] = "t"\n %e: f32[] = exp(%t)\n %y: f32[n] = mul(%x, %e)', [
+            ({"x": count(3)}, count(3) * np.float32(np.exp(0.5))),
+        ]),
+    **{f"{op} of booleans": (f"(%a: bool[n], %b: bool[n]) {{\n %y: bool[n] = {op}(%a, %b)", [({"a": _A, "b": _B}, want)])
+       for op, want in {
+           "equal": _A == _B, "not_equal": _A != _B, "less": _A < _B, "less_equal": _A <= _B, "greater": _A > _B,
+           "greater_equal": _A >= _B,
+       }.items()},
+    "positions behind a past": (
+        "(%x: f32[b, s], %z: f32[b, t]) {\n %i: i64[s] = iota() {size=s}\n %p: i64[] = dim_size() {size=t}\n"
+        " %y: i64[s] = add(%i, %p)", [
+            ({"x": count(1, 3), "z": count(1, 2)}, np.array([2, 3, 4])),
+        ]),
+    "a join": (f"(%x: f32[1, n]) {{\n{_BACK} %y: f32[2, n] = concat(%x, %u) {{axis=0}}", [
+        ({"x": count(1, 4)}, f([1, 2, 3, 4], [1, 1, 3, 3])), _ODD,
+    ]),
+    "a join, the other first": (f"(%x: f32[1, n]) {{\n{_BACK} %y: f32[2, n] = concat(%u, %x) {{axis=0}}", [
+        ({"x": count(1, 4)}, f([1, 1, 3, 3], [1, 2, 3, 4])), _ODD,
+    ]),
+    "a join before a convolution": (
+        f"(%x: f32[1, n], %w: f32[1, 2, 1]) {{\n{_BACK} %j: f32[2, n] = concat(%x, %u) {{axis=0}}\n"
+        " %k: f32[1, 2, n] = reshape(%j) {shape=(1, 2, n)}\n"
+        " %y: f32[1, 1, n] = conv(%k, %w) {strides=(1,), low=(0,), high=(0,)}", [
+            ({"x": count(1, 4), "w": f([[1], [10]])}, f([[11, 12, 33, 34]])),
+            ({"x": count(1, 5), "w": f([[1], [10]])}, "needs"),
+        ]),
+    "a sum of what was halved": (f"(%x: f32[1, n]) {{\n{_BACK} %y: f32[1, n] = add(%x, %u)", [
+        ({"x": count(1, 4)}, f([2, 3, 6, 7])), _ODD,
+    ]),
+    "a product of what was halved": (
+        f"(%x: f32[1, n]) {{\n{_BACK} %v: f32[2*(n // 2), 1] = transpose(%u) {{perm=(1, 0)}}\n"
+        " %y: f32[1, 1] = matmul(%x, %v)", [
+            ({"x": count(1, 4)}, f([24])), _ODD,
+        ]),
+}  # fmt: skip
+
+CASES = {**SIZES, **INDICES, **LOWERED}
 
 
 def program_of(cases: dict[str, tuple[str, list[Run]]], params: dict[str, Any]) -> Program:
@@ -185,7 +236,7 @@ def program_of(cases: dict[str, tuple[str, list[Run]]], params: dict[str, Any]) 
 @pytest.fixture(scope="module")
 def program() -> Program:
     q = QArray(QTensorType("int8", (5, 2), 32, "f32"), np.arange(10, dtype=np.int8).reshape(5, 2), np.ones((5, 1), np.float32))  # type: ignore[arg-type]
-    return program_of(CASES, {"w": _W, "q": q})
+    return program_of(CASES, {"w": _W, "q": q, "t": np.array(0.5, np.float32)})
 
 
 @pytest.fixture(scope="module")
@@ -210,5 +261,20 @@ def test_numbers_or_refusal(name: str, backend: str, program: Program, model: Mo
             assert want in str(e.value)
         else:
             got = call()
+            assert got.shape == want.shape
+            np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def runner(program: Program) -> Runner:
+    """The cases, compiled in this process: weights come by another way."""
+    return Runner(program, cpu())
+
+
+@pytest.mark.parametrize("name", LOWERED)
+def test_numbers_in_this_process(name: str, runner: Runner) -> None:
+    for inputs, want in LOWERED[name][1]:
+        if not isinstance(want, str):
+            got = runner(f"case{list(CASES).index(name)}", inputs)["y"]
             assert got.shape == want.shape
             np.testing.assert_allclose(got, want, rtol=1e-6)

@@ -37,7 +37,7 @@ def save(
         if name not in params:
             raise CheckpointError(f"parameter {name} is missing; give those of a program of this configuration")
         with np.errstate(over="ignore"):  # refused below
-            x = np.ascontiguousarray(params[name].load(), stored.np)
+            x = np.asarray(params[name].load(), stored.np, order="C")
         if x.shape != p.type.concrete({}):
             raise CheckpointError(f"parameter {name} is {list(x.shape)}; the configuration asks for {p.type}")
         if not np.isfinite(x).all():
