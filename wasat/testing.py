@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -71,16 +72,20 @@ def random_program(text: str | Graph, seed: int = 0) -> Program:
 class InterpreterCheck:
     """Runs every graph on random inputs at the bindings ``dims``, before and after a pass: a ``check`` for PassManager.
 
-    Graphs are compared whose name, inputs and outputs are what they were; the others are what the pass was for.
+    Graphs are compared whose name, inputs and outputs are what they were; the others are what the pass was for. Where
+    ``forward`` became ``prefill`` and ``decode``, these are fed rows of different lengths, piece by piece, and must give its
+    results.
     """
 
     def __init__(self, dims: Sequence[Mapping[str, int]], *, rtol: float = 1e-5, atol: float = 1e-5, seed: int = 0) -> None:
         self.dims, self.rtol, self.atol, self.seed = dims, rtol, atol, seed
         self._before: dict[str, tuple[Any, list[list[Array]]]] = {}
+        self._forward: Graph | None = None
 
     def baseline(self, program: Program) -> None:
         """Remembers what every graph computes now."""
         self._before = {g.name: (_signature(g), self._results(program, g)) for g in program.graphs.values()}
+        self._forward = program.graphs["forward"].clone() if "forward" in program.graphs else None
 
     def compare(self, program: Program, name: str) -> None:
         """Raises PassError, naming pass, graph, output and binding, if a graph computes something else than at the baseline."""
@@ -91,6 +96,50 @@ class InterpreterCheck:
             for dims, old, new in zip(self.dims, before, self._results(program, g)):
                 for output, a, b in zip(g.output_names, old, new):
                     self._equal(a, b, f"pass {name} changes output {output} of @{g.name} at {dict(dims)}")
+        if self._forward is not None and "decode" in program.graphs and "decode" not in self._before:
+            self._step_by_step(program, self._forward, name)
+
+    def _step_by_step(self, program: Program, forward: Graph, name: str) -> None:
+        """Holds ``prefill`` and ``decode`` against ``forward``: three rows, each at a place of its own."""
+        entries, chunk = (program["prefill"], program["decode"]), program.metadata.get("chunk", 1)
+        given = {v.name: v for v in forward.inputs}
+        [tokens] = [v.name for v in entries[1].inputs if v.name in given and v.tensor.rank == 2 and v.shape[1] == 1]
+        batch, seq = given[tokens].shape
+        sizes = {**self.dims[0], str(seq): 10, **({} if isinstance(batch, int) else {str(batch): 3})}
+        inputs = feed(forward, sizes, self.seed)
+        params = {k: p.load() for k, p in program.params.items() if any(k in g.params for g in (*entries, forward))}
+        texts = np.asarray(inputs[tokens])
+        rows = len(texts)
+        past, step = np.zeros(rows, np.int64), itertools.cycle([[4, 2, 3], [1, 3, 1], [1, 1, 1], [2, 1, 1]])
+        known: dict[str, Any] = {k: x for k, x in inputs.items() if k != tokens}
+        if "encode" in program.graphs:
+            known |= self._named(program["encode"], known, params, sizes)
+        states = {s["name"] for s in program.metadata["states"]}
+        capacity = {s: 16 for v in entries[1].inputs for s in v.type.symbols if v.name in states and s not in sizes}
+        known |= {v.name: np.zeros(v.tensor.concrete({**sizes, **capacity}), v.tensor.dtype.np)
+                  for v in entries[1].inputs if v.name in states}  # fmt: skip
+        want = self._named(forward, inputs, {k: params[k] for k in forward.params}, sizes)
+        while (count := np.minimum(np.array(next(step)[:rows]), chunk)).size and (past + count).max() <= 10:
+            new = np.zeros((rows, count.max()), texts.dtype)
+            for r, n in enumerate(count):
+                new[r, :n] = texts[r, past[r] : past[r] + n]
+            g = entries[new.shape[1] == 1]
+            out = self._named(g, {**known, tokens: new, "past": past, "last": count - 1}, params, {**sizes, **capacity})
+            known |= {k: out[k] for k in states}
+            past = past + count
+            for output, v in zip(forward.output_names, forward.outputs):
+                if seq in v.shape and output in out:
+                    axis = v.shape.index(seq)
+                    rest = np.moveaxis(np.asarray(want[output]), (0, axis) if axis else (1, 0), (0, 1))
+                    what = f"pass {name} makes entries that give another {output} than @forward after {past.tolist()} tokens"
+                    self._equal(rest[np.arange(rows), past - 1], out[output], what)
+
+    def _named(
+        self, g: Graph, inputs: Mapping[str, Any], params: Mapping[str, Array], sizes: Mapping[str, int]
+    ) -> dict[str, Array]:
+        symbols = {k: n for k, n in sizes.items() if k not in g.symbols}
+        results = evaluate(g, {v.name: inputs[v.name] for v in g.inputs}, {k: params[k] for k in g.params}, symbols=symbols)
+        return dict(zip(g.output_names, results))
 
     def _results(self, program: Program, g: Graph) -> list[list[Array]]:
         params = {k: program.params[k].load() for k in g.params}

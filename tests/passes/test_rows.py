@@ -164,3 +164,30 @@ def test_the_last_element_is_one() -> None:
 
     program = nn.trace(Last(), {"x": "f32[b, s, 4]"}, outputs=["y"])
     assert str(program["forward"].outputs[0].type) == "f32[b, 1, 4]"
+
+
+def test_the_check_of_passes_sees_a_wrong_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were the rows always taken for the first axis, the interpreter would find it."""
+    from wasat.passes import PassError, kv_cache
+
+    import wasat as ws
+
+    for mix in (heads_first, folded, sequence_first):
+        ws.optimize(forward_of(mix), kv_cache=True, chunk=4, check=True)
+    right = kv_cache.places
+
+    def first(*given: Any) -> dict[Any, Any]:
+        return {v: p if p.axis == 0 else kv_cache.FIRST for v, p in right(*given).items()}
+
+    monkeypatch.setattr(kv_cache, "places", first)
+    with pytest.raises(IRError, match="needs 2 == b"):
+        ws.optimize(forward_of(heads_first), kv_cache=True, chunk=4, check=True)
+    monkeypatch.setattr(kv_cache, "places", right)
+    spread = kv_cache._Derivation._spread
+
+    def standing(self: Any, old: Any, x: Any, *more: Any) -> Any:  # positions that do not go on
+        return spread(self, old, self.b.mul(x, 0.0) if x.tensor.dtype.is_float else x, *more)
+
+    monkeypatch.setattr(kv_cache._Derivation, "_spread", standing)
+    with pytest.raises(PassError, match=r"entries that give another logits than @forward after \[4, 2, 3\]"):
+        ws.optimize(forward_of(heads_first), kv_cache=True, chunk=4, check=True)
