@@ -227,6 +227,8 @@ def _arg(ctx: Context, node: Node, x: Any) -> Any:
         x = x if dtype.bits >= 32 else ctx.emit(R.astype(x, "float32"))
         x = elementwise(ctx, node, lambda v: tirx.Select(v == tirx.const(0.0, v.ty.dtype), tirx.const(0.0, v.ty.dtype), v), x)
         x = _ordered(ctx, node, x, largest)  # where -0 and 0 would differ
+    elif dtype is DType.BOOL:
+        x = ctx.emit(R.astype(x, "int8"))
     place = ctx.emit(R.astype((R.argmax if largest else R.argmin)(x, a.axis, a.keepdims), "int64"))
     return ctx.emit(R.maximum(place, relax.const(0, "int64")))  # TVM says -1 where all are the worst integer there is
 
@@ -249,6 +251,9 @@ def _matmul(ctx: Context, node: Node, x: Any, y: Any) -> Any:
     y = ctx.view(y, b, (*stretched(b[:-2], shape[:-2]), a[-1], shape[-1]))
     if t in (DType.F16, DType.BF16):
         return ctx.emit(R.astype(R.matmul(x, y, out_dtype="float32"), tvm_dtype(t)))
+    if t is DType.BOOL:  # whether there is a common one
+        x, y = (ctx.emit(R.astype(v, "int32")) for v in (x, y))
+        return ctx.emit(R.greater(R.matmul(x, y), relax.const(0, "int32")))
     return ctx.emit(R.matmul(x, y))
 
 

@@ -22,7 +22,7 @@ lowers = lowering_into(ELEMENTWISE)
 _RELAX: dict[str, Callable[..., Any]] = {
     "abs": R.abs, "exp": R.exp, "log": R.log, "sqrt": R.sqrt, "rsqrt": R.rsqrt, "sin": R.sin, "cos": R.cos,
     "tan": R.tan, "tanh": R.tanh, "erf": R.erf, "floor": R.floor, "ceil": R.ceil,
-    "logical_not": R.logical_not, "isinf": R.isinf, "bit_not": R.bitwise_not, "sigmoid": R.sigmoid,
+    "logical_not": R.logical_not, "bit_not": R.bitwise_not, "sigmoid": R.sigmoid,
     "logical_and": R.logical_and, "logical_or": R.logical_or, "logical_xor": R.logical_xor,
     "bit_and": R.bitwise_and, "bit_or": R.bitwise_or, "bit_xor": R.bitwise_xor,
 }  # fmt: skip
@@ -127,13 +127,17 @@ def _extreme(ctx: Context, node: Node, x: Any, y: Any) -> Any:
     if not node.output.tensor.dtype.is_float:
         return ctx.emit((R.maximum if largest else R.minimum)(x, y))
     better = ctx.emit((R.greater if largest else R.less)(x, y))  # false with NaN: y, if it is y that is NaN
-    return ctx.emit(R.where(R.logical_or(better, _isnan(ctx, node, x)), x, y))
+    return ctx.emit(R.where(R.logical_or(better, _is(ctx, node, x)), x, y))
 
 
-@lowers("isnan")
-def _isnan(ctx: Context, node: Node, x: Any) -> Any:
-    bf16 = node.inputs[0].tensor.dtype is DType.BF16  # for which TVM has no isnan
-    return ctx.emit(R.isnan(R.astype(x, "float32") if bf16 else x))
+@lowers("isnan", "isinf")
+def _is(ctx: Context, node: Node, x: Any) -> Any:
+    return ctx.emit((R.isinf if node.op.name == "isinf" else R.isnan)(_without_bf16(node, x)))
+
+
+def _without_bf16(node: Node, x: Any) -> Any:
+    """In f32 what is bf16, for which TVM lacks some functions."""
+    return R.astype(x, "float32") if node.inputs[0].tensor.dtype is DType.BF16 else x
 
 
 @lowers("asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "atan2", "expm1", "log1p")
@@ -183,7 +187,8 @@ def _mod(ctx: Context, node: Node, x: Any, y: Any) -> Any:
 def _pow(ctx: Context, node: Node, x: Any, y: Any) -> Any:
     dtype = node.output.tensor.dtype
     if dtype.is_float:
-        return ctx.emit(R.power(*_aligned(ctx, node, [x, y])))
+        y = R.power(*(_without_bf16(node, v) for v in _aligned(ctx, node, [x, y])))
+        return ctx.emit(R.astype(y, tvm_dtype(dtype)) if dtype is DType.BF16 else y)
     shape, flat = node.output.shape, (node.output.tensor.size,)
     x, y = (ctx.view(v, shape, flat) for v in _broadcast(ctx, node, [x, y]))
     gv = ctx.kernel(("pow", dtype), lambda: _pow_kernel(tvm_dtype(dtype)), "pow")
