@@ -1,11 +1,11 @@
-# make demo | test | test-all | check | bench | parity: each sets up what it needs in .venv (Python 3.11+, a C++ compiler)
+# make demo | test | test-all | check | mutants | bench | parity: each sets up what it needs in .venv (Python 3.11+, a C++ compiler)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := ir passes backends frontend runtime training wasat
 
-.PHONY: demo test test-all test-slow check lint types bench parity clean
+.PHONY: demo test test-all test-slow check lint types mutants bench parity clean
 
 demo: $(READY)
 	$(BIN)/wasat demo
@@ -30,6 +30,10 @@ types: $(READY)
 	@cp -rs $(CURDIR)/wasat build/types/wasat
 	@for room in ir passes backends frontend runtime training; do ln -sfn $(CURDIR)/$$room build/types/wasat/$$room; done
 	MYPYPATH=build/types $(BIN)/mypy -p wasat
+
+# small faults in the sources that the tests should notice; FILES=passes/rows.py for some files only
+mutants: $(READY)
+	$(BIN)/python tests/mutants.py $(FILES) --seed 0 --count 40
 
 bench: $(READY)
 	$(BIN)/python benchmarks/kernels.py

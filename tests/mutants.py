@@ -1,0 +1,150 @@
+"""Mutants: one small fault in a source file, and the tests that cover it. One that no test notices shows what is not tested.
+
+    python tests/mutants.py passes/rows.py --seed 0 --count 40
+
+Each is tried in a scratch copy of the packages (links, except for the file itself), first on the path: the tree is not touched.
+"""
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import difflib
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("ir", "passes", "backends", "frontend", "runtime", "training")
+TESTS = {  # what covers a file; for others it is the file of the same name, or the room
+    "passes/rows.py": ["tests/passes/test_rows.py"],
+    "passes/axis.py": ["tests/passes/test_kv_cache.py", "tests/passes/test_rows.py"],
+    "passes/mask.py": ["tests/passes/test_fuse_attention.py", "tests/passes/test_kv_cache.py"],
+    "passes/affine.py": ["tests/passes/test_affine.py", "tests/passes/test_fuse_attention.py"],
+    "passes/views.py": ["tests/passes/test_fuse_attention.py"],
+    "backends/tvm/indices.py": ["tests/face/test_edges.py"],
+    "backends/tvm/kernels/gemm.py": ["tests/backends/test_kernels_gemm.py"],
+    "ir/parser.py": ["tests/ir/test_text.py", "tests/ir/test_hostile_text.py"],
+    "ir/dims.py": ["tests/ir/test_dims.py"],
+    "ir/ops/quant.py": ["tests/ir/test_registry.py", "tests/passes/test_quantize.py"],
+}
+FLIPS: dict[type[ast.cmpop], type[ast.cmpop]] = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
+}
+CALLS = {"min": "max", "max": "min", "any": "all", "all": "any"}
+
+
+def _changes(node: ast.AST) -> Iterator[ast.AST]:
+    """The faults of one expression or statement, as what stands in its place."""
+    if isinstance(node, ast.Compare):
+        for i, op in enumerate(node.ops):
+            new = copy.deepcopy(node)
+            new.ops[i] = FLIPS[type(op)]()
+            yield new
+    elif isinstance(node, ast.BoolOp):
+        yield ast.BoolOp(ast.Or() if isinstance(node.op, ast.And) else ast.And(), node.values)
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        yield node.operand
+    elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
+        yield ast.Constant(not node.value)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, int):
+        yield from (ast.Constant(node.value + 1), ast.Constant(node.value - 1))
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in CALLS:
+        yield ast.Call(ast.Name(CALLS[node.func.id]), node.args, node.keywords)
+    elif isinstance(node, ast.If) and not node.orelse and isinstance(node.body[-1], ast.Raise | ast.Return):
+        yield ast.Pass()
+
+
+def mutants(source: str) -> list[str]:
+    """Every mutant of a source text, each a whole text of the same layout: only the place of the fault differs."""
+    lines = source.encode().splitlines(keepends=True)
+    starts = [0]
+    for line in lines:
+        starts.append(starts[-1] + len(line))
+    data, made = source.encode(), []
+    tree = ast.parse(source)
+    inside = {x for f in ast.walk(tree) if isinstance(f, ast.JoinedStr) for x in ast.walk(f)}  # of messages
+    for node in ast.walk(tree):
+        if node in inside:
+            continue
+        for new in _changes(node):
+            begin = starts[node.lineno - 1] + node.col_offset  # type: ignore[attr-defined]
+            end = starts[node.end_lineno - 1] + node.end_col_offset  # type: ignore[attr-defined]
+            text = ast.unparse(ast.fix_missing_locations(new))
+            if isinstance(new, ast.expr):
+                text = f"({text})"
+            elif data[begin:begin + 4] == b"elif":
+                continue
+            made.append((data[:begin] + text.encode() + data[end:]).decode())
+    return made
+
+
+def covering(file: str) -> list[str]:
+    if file in TESTS:
+        return TESTS[file]
+    room, name = file.split("/")[0], Path(file).stem
+    own = f"tests/{room}/test_{name}.py"
+    return [own if (ROOT / own).exists() else f"tests/{room}"]
+
+
+def farm(scratch: Path, file: str) -> Path:
+    """The packages as links under `scratch`; `file` is a copy that may be changed. Returns the copy."""
+    shutil.copytree(ROOT / "wasat", scratch / "wasat", copy_function=os.symlink, ignore=shutil.ignore_patterns("__pycache__"))
+    for room in ROOMS:
+        shutil.copytree(ROOT / room, scratch / "wasat" / room, copy_function=os.symlink,
+                        ignore=shutil.ignore_patterns("__pycache__"))
+    path = scratch / (file if file.startswith("wasat/") else f"wasat/{file}")
+    path.unlink()
+    shutil.copy(ROOT / file, path)
+    return path
+
+
+def passes(scratch: Path, tests: list[str], limit: float) -> bool:
+    """Whether the tests pass over the packages in `scratch`; too long is a fault noticed."""
+    env = {**os.environ, "PYTHONPATH": str(scratch), "PYTHONSAFEPATH": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", *tests]
+    try:
+        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, timeout=limit).returncode == 0
+    except subprocess.TimeoutExpired:
+        return False
+
+
+def sample(file: str, seed: int, count: int, limit: float) -> tuple[int, list[str]]:
+    """Tries `count` mutants of a file. Returns how many were drawn, and the differences of the survivors."""
+    source = (ROOT / file).read_text()
+    every = mutants(source)
+    drawn = random.Random(f"{seed} {file}").sample(every, min(count, len(every)))
+    survivors = []
+    with tempfile.TemporaryDirectory() as name:
+        copied, tests = farm(Path(name), file), covering(file)
+        if not passes(Path(name), tests, limit):
+            raise SystemExit(f"{file}: {' '.join(tests)} fail without a mutant, or take more than {limit:g} s")
+        for mutant in drawn:
+            copied.write_text(mutant)
+            if passes(Path(name), tests, limit):
+                diff = difflib.unified_diff(source.splitlines(), mutant.splitlines(), file, file, lineterm="", n=0)
+                survivors.append("\n".join(list(diff)[2:]))
+                print(survivors[-1], flush=True)
+    return len(drawn), survivors
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", default=sorted(TESTS), metavar="FILE")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, default=40)
+    parser.add_argument("--limit", type=float, default=300, help="seconds for the tests of one mutant")
+    args = parser.parse_args()
+    for file in args.files:
+        drawn, survivors = sample(file, args.seed, args.count, args.limit)
+        print(f"{file}: {drawn - len(survivors)} of {drawn} killed", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""The sampler of mutants: what it makes, and that a fault is tried in the copy, not in the tree."""
+import ast
+import subprocess
+import sys
+from os import environ
+
+import mutants
+
+SOURCE = '''def f(a, b):
+    """é"""
+    if not a < b:
+        raise ValueError(f"{a + 1}")
+    return min(a, 3) == 3 and True
+'''
+
+
+def test_every_kind():
+    made = mutants.mutants(SOURCE)
+    for text in ("(a <= b)", "if (a < b)", "    pass\n    return", "(max(a, 3))", "(4)", "(2)", "!= 3)", "or True", "(False)"):
+        assert any(text in m for m in made), text
+    assert len(made) == len(set(made)) == 11
+    assert all("a + 1" in m or "pass" in m for m in made)
+    assert all(ast.dump(ast.parse(m)) != ast.dump(ast.parse(SOURCE)) for m in made)
+
+
+def test_the_tree_is_not_touched(tmp_path):
+    file = "passes/rows.py"
+    before = (mutants.ROOT / file).read_text()
+    copied = mutants.farm(tmp_path, file)
+    copied.write_text("raise RuntimeError('the mutant')\n")
+    env = {**environ, "PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1"}
+    command = [sys.executable, "-c", "import wasat.passes.rows"]
+    ran = subprocess.run(command, env=env, capture_output=True, text=True, cwd=mutants.ROOT)
+    assert "the mutant" in ran.stderr
+    assert (mutants.ROOT / file).read_text() == before
+
+
+def test_what_covers_a_file_exists():
+    for file in [*mutants.TESTS, "passes/remat.py"]:
+        assert (mutants.ROOT / file).exists()
+        assert all((mutants.ROOT / t).exists() for t in mutants.covering(file)), file
