@@ -198,6 +198,13 @@ LOWERED: dict[str, tuple[str, list[Run]]] = {
         " %y: i64[s] = add(%i, %p)", [
             ({"x": count(1, 3), "z": count(1, 2)}, np.array([2, 3, 4])),
         ]),
+    "linear of no rows": ('(%x: f32[n, 2]) {\n param %w: f32[5, 2] = "w"\n %y: f32[n, 5] = linear(%x, %w)', [
+        ({"x": np.zeros((0, 2), np.float32)}, np.zeros((0, 5), np.float32)), ({"x": f([1, 0])}, f([0, 2, 4, 6, 8])),
+    ]),
+    "quantized linear of no rows": (
+        '(%x: f32[n, 2]) {\n param %q: int8b32f32[5, 2] = "q"\n %y: f32[n, 5] = linear(%x, %q)', [
+            ({"x": np.zeros((0, 2), np.float32)}, np.zeros((0, 5), np.float32)), ({"x": f([1, 0])}, f([0, 2, 4, 6, 8])),
+        ]),
     "a join": (f"(%x: f32[1, n]) {{\n{_BACK} %y: f32[2, n] = concat(%x, %u) {{axis=0}}", [
         ({"x": count(1, 4)}, f([1, 2, 3, 4], [1, 1, 3, 3])), _ODD,
     ]),

@@ -140,7 +140,7 @@ def linear(desc: Linear) -> tirx.PrimFunc:
             finish(acc, 1, int64(0), panel)
 
     def matrix_path(first: Expr, last: Expr) -> None:
-        chunk = minimum(m, _CHUNK)
+        chunk = minimum(maximum(m, 1), _CHUNK)
         panel_copy = None if desc.weights == "float32" else kernel.scratch(
             padded(k, BLOCK) * isa.columns, "float32")
         with kernel.range(first, last) as unit:
@@ -158,7 +158,7 @@ def linear(desc: Linear) -> tirx.PrimFunc:
             for_tiles(kernel, isa.tiles[1:], low, high, lambda rows, row: tile(rows, row, panel, source))
 
     def many() -> None:
-        kernel.share(desc.threads, ceil_div(m, minimum(m, _CHUNK)) * panels, matrix_path)
+        kernel.share(desc.threads, ceil_div(m, minimum(maximum(m, 1), _CHUNK)) * panels, matrix_path)
 
     serial = desc.threads == 1 or n * k < 32768
     kernel.either(tirx.EQ(m, int64(1)),

@@ -23,6 +23,7 @@ from .emit import (
     int64,
     intrinsic,
     load,
+    maximum,
     minimum,
     splat,
     splat_int,
@@ -94,7 +95,7 @@ def linear_int(desc: LinearInt) -> tirx.PrimFunc:
             tile(1, int64(0), panel, None)
 
     def matrix_path(first: Expr, last: Expr) -> None:
-        chunk = minimum(m, _CHUNK)
+        chunk = minimum(maximum(m, 1), _CHUNK)
         unpacked = kernel.scratch(blocks * 32 * isa.columns, "uint8") if _unpacks(desc) else None
         with kernel.range(first, last) as unit:
             panel = kernel.let(floor_mod(unit, panels), "panel")
@@ -107,7 +108,7 @@ def linear_int(desc: LinearInt) -> tirx.PrimFunc:
     serial = desc.threads == 1 or n * desc.k < 65536
     kernel.either(tirx.EQ(m, int64(1)),
                   lambda: kernel.share(1 if serial else desc.threads, panels, vector_path),
-                  lambda: kernel.share(desc.threads, ceil_div(m, minimum(m, _CHUNK)) * panels, matrix_path))
+                  lambda: kernel.share(desc.threads, ceil_div(m, minimum(maximum(m, 1), _CHUNK)) * panels, matrix_path))
     return kernel.build()
 
 
