@@ -202,7 +202,8 @@ LOWERED: dict[str, tuple[str, list[Run]]] = {
         ({"x": np.zeros((0, 2), np.float32)}, np.zeros((0, 5), np.float32)), ({"x": f([1, 0])}, f([0, 2, 4, 6, 8])),
     ]),
     "quantized linear of no rows": (
-        '(%x: f32[n, 2]) {\n param %q: int8b32f32[5, 2] = "q"\n %y: f32[n, 5] = linear(%x, %q)', [
+        '(%x: f32[n, 2]) {\n param %q: int8b32f32[5, 2] = "q"\n %d: f32[5, 2] = dequantize(%q)\n'
+        ' %y: f32[n, 5] = linear(%x, %d)', [
             ({"x": np.zeros((0, 2), np.float32)}, np.zeros((0, 5), np.float32)), ({"x": f([1, 0])}, f([0, 2, 4, 6, 8])),
         ]),
     "a join": (f"(%x: f32[1, n]) {{\n{_BACK} %y: f32[2, n] = concat(%x, %u) {{axis=0}}", [
