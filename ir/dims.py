@@ -238,7 +238,7 @@ def floordiv(lhs: DimLike, rhs: DimLike) -> DimLike:
             return floordiv(-lhs, -rhs)
         q, r = _split(lhs, rhs)
         if isinstance(r, int):
-            return q + r // rhs
+            return q  # 0 <= r < rhs
         return q + _func("floordiv", r, rhs)
     exact = _divide(lhs, rhs)
     return exact if exact is not None else 0 if lhs == 0 else _func("floordiv", lhs, rhs)

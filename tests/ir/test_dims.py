@@ -200,3 +200,13 @@ def test_solve_says_where_and_why() -> None:
         solve([(n + 2, 1, "input x, axis 0")])
     assert solve([(n * symbol("m"), 6, "x")]) == {}  # left open, not guessed
     assert solve([(n * symbol("m"), 6, "x")], {"m": 2}) == {"m": 2, "n": 3}
+
+
+def test_signs_of_what_is_larger_and_smaller() -> None:
+    """One operand that is not negative decides for the larger of two, and not for the smaller or a quotient."""
+    n, m = symbol("n"), symbol("m")
+    assert less_equal(0, maximum(n, m - 3)) is True
+    assert less_equal(0, minimum(n, m - 3)) is None
+    assert less_equal(0, minimum(m - 3, n)) is None
+    assert less_equal(0, (m - 3) // (n + 1)) is None
+    assert (3 * n + 8) // 3 == n + 2

@@ -78,3 +78,16 @@ def test_quantization_error_is_bounded_by_the_step(scheme: str, levels: int) -> 
     step = np.repeat(2 * peak / levels, 32, -1)[:, :70]
     # half a step, but for the one end of int4 that has no level: a whole one
     assert (np.abs(q.dense() - x) <= step * (1.0 if scheme == "int4" else 0.5) * 1.0001).all()
+
+
+def test_values_of_four_bits() -> None:
+    """The element of largest magnitude is -8, the other end is cut to 7, halves go to even; of 8 bits, +-127 are the ends."""
+    x = np.zeros((2, 32), np.float32)
+    x[0, :6] = 8, -8, 0.5, 1.5, 2.5, -3.5
+    x[1, :4] = -8, 7, 7.6, -2.5
+    q = quantize_array(x, QTensorType("int4", x.shape, 32, DType.F32))
+    assert q.scales.ravel().tolist() == [-1, 1]
+    assert q.values[0, :6].tolist() == [-8, 7, 0, -2, -2, 4]
+    assert q.values[1, :4].tolist() == [-8, 7, 7, -2]
+    x[0, :6] = 127, -127, 0.5, 1.5, 2.5, -3.5
+    assert quantize_array(x, QTensorType("int8", x.shape, 32, DType.F32)).values[0, :6].tolist() == [127, -127, 0, 2, 2, -4]
