@@ -29,7 +29,9 @@ def check(isa: Isa, a: np.ndarray, b: np.ndarray, wholes: list[np.ndarray], y: M
 
 @each_isa()
 @pytest.mark.parametrize("transposed", ["", "a", "b", "ab"])
-@pytest.mark.parametrize("m, n, k", [(1, 7, 5), (13, 64, 33), (29, 100, 72), (961, 40, 9), (31, 33, 519), (5, 1, 1), (7, 33, 257), (9, 17, 520)])
+@pytest.mark.parametrize("m, n, k", [
+    (1, 7, 5), (13, 64, 33), (29, 100, 72), (961, 40, 9), (31, 33, 519), (5, 1, 1), (7, 33, 257), (9, 17, 520),
+])  # fmt: skip
 def test_gemm(isa: Isa, transposed: str, m: int, n: int, k: int) -> None:
     rng = np.random.default_rng(0)
     a, b = rng.standard_normal((m, k), np.float32), rng.standard_normal((k, n), np.float32)
