@@ -52,7 +52,8 @@ def quantize_array(x: np.ndarray, type: QTensorType) -> QArray:
 def quantize_rows(x: np.ndarray, block: int = 32) -> tuple[np.ndarray, np.ndarray]:
     """Activations [m, k] to int8 per row and block: q [m, blocks, block] (zero-padded) and d f32 [m, blocks].
 
-    d = max|x| / 127 and q = round_half_even(x * (127 / max|x|)), both in f32; a block of zeros has q = 0, d = 0.
+    d = max|x| / 127 and q = round_half_even(x * (127 / max|x|)), both in f32; a block of zeros has q = 0, d = 0,
+    and one with a NaN or an infinity d = NaN, so that all that is computed from its row is NaN.
     """
     m, k = x.shape
     blocks = -(-k // block)
@@ -61,7 +62,9 @@ def quantize_rows(x: np.ndarray, block: int = 32) -> tuple[np.ndarray, np.ndarra
     padded = padded.reshape(m, blocks, block)
     top = np.abs(padded).max(-1)
     inverse = np.divide(np.float32(127), top, where=top > 0, out=np.zeros_like(top))
-    return np.rint(padded * inverse[..., None]).astype(np.int8), top / np.float32(127)
+    finite = np.isfinite(top)
+    padded[~finite] = 0
+    return np.rint(padded * inverse[..., None]).astype(np.int8), np.where(finite, top, np.float32(np.nan)) / np.float32(127)
 
 
 @register

@@ -230,9 +230,23 @@ def intrinsic(dtype: str, name: str, *operands: Expr) -> Expr:
     return T.call_llvm_pure_intrin(dtype, name, *operands)
 
 
+def at_least(low: Expr, value: Expr) -> Expr:
+    """The larger of two; NaN where ``value`` is (``max`` gives ``low``)."""
+    return tirx.Select(value < low, low, value)
+
+
+def at_most(high: Expr, value: Expr) -> Expr:
+    """The smaller of two; NaN where ``value`` is."""
+    return tirx.Select(value > high, high, value)
+
+
 def reduce_max(value: Expr) -> Expr:
-    """The largest lane of an f32 vector."""
+    """The largest lane of an f32 vector that is no NaN."""
     return intrinsic("float32", "llvm.vector.reduce.fmax", value)
+
+
+def reduce_max_int(value: Expr) -> Expr:
+    return intrinsic("int32", "llvm.vector.reduce.smax", value)
 
 
 def reduce_sum(value: Expr) -> Expr:
@@ -260,13 +274,14 @@ def round_even(value: Expr) -> Expr:
 
 
 def exp(k: Kernel, value: Expr) -> Expr:
-    """exp of an f32 vector, relative error about 2e-7; below -87 it returns about 1e-38 and never a NaN."""
+    """exp of an f32 vector, relative error about 2e-7; 0 below -87.7, infinity above 88.4, NaN of NaN."""
     lanes = _lanes(value)
 
     def c(x: float) -> Expr:
         return splat(x, lanes)
 
-    x = k.let(tirx.min(tirx.max(value, c(-87.3)), c(88.3)))
+    # beyond these the exponent is that of 0 and of infinity
+    x = k.let(at_most(c(88.5), at_least(c(-88.0), value)))
     # adding 1.5 * 2**23 rounds to an integer that can be read off the bits
     count = k.let(bits(vector("int32", lanes), x * c(1.44269504088896) + c(12582912.0)) - splat_int(0x4B400000, lanes))
     n = k.let(cast("float32", count))

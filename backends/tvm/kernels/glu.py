@@ -7,7 +7,7 @@ from typing import Literal
 
 from tvm import tirx
 
-from .emit import Expr, Kernel, erf, load, sigmoid, splat, symbol
+from .emit import Expr, Kernel, at_least, erf, load, sigmoid, splat, symbol
 from .emit import _lanes as lanes_of
 from .isa import Isa
 from .norm import for_vectors
@@ -56,7 +56,7 @@ def activate(kernel: Kernel, x: Expr, kind: Activation) -> Expr:
     """The activation of an f32 vector."""
     lanes = lanes_of(x)
     if kind == "relu":
-        return tirx.max(x, splat(0.0, lanes))
+        return at_least(splat(0.0, lanes), x)
     if kind == "sigmoid":
         return sigmoid(kernel, x)
     if kind == "silu":

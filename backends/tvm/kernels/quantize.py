@@ -3,10 +3,12 @@
 The result is one tensor ``int32[m, blocks, 10]``: eight words of four int8 values, the scale ``d`` (the bits of an
 f32), and ``-8 * sum(q)``, which undoes the offset of the weights' unsigned form.
 With ``amax = max|x|`` over a block: ``d = amax / 127``, ``q = round_half_even(x * (127 / amax))``, zero if amax is 0.
+Where a block holds a NaN or an infinity, ``d`` is NaN, and so is all that is computed from its row.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,7 +26,7 @@ from .emit import (
     cast,
     int64,
     load,
-    reduce_max,
+    reduce_max_int,
     reduce_sum_int,
     round_even,
     splat,
@@ -37,6 +39,7 @@ from .pack import BLOCK, padded
 
 WORDS = 10
 SCALE, CORRECTION = 8, 9
+_INFINITY, _NAN = 0x7F800000, 0x7FC00000
 
 
 @dataclass(frozen=True)
@@ -87,10 +90,10 @@ def quantize_row(kernel: Kernel, isa: Isa, k: int, out: Buffer, row: Expr,
 
 def _block(kernel: Kernel, isa: Isa, out: Buffer, row: Expr, block: Expr, values: list[Expr]) -> None:
     lanes = isa.lanes
-    largest = absolute(values[0])
-    for value in values[1:]:
-        largest = tirx.max(largest, absolute(value))
-    amax = kernel.let(reduce_max(kernel.let(largest)))
+    # magnitudes are ordered as their bits are, with infinity and then NaN as the largest: no NaN gets lost
+    magnitudes = [bits(vector("int32", lanes), absolute(value)) for value in values]
+    top = kernel.let(reduce_max_int(kernel.let(functools.reduce(tirx.max, magnitudes))))
+    amax = kernel.let(bits("float32", top))
     inverse = kernel.let(tirx.Select(amax > splat(0.0, 1), splat(127.0, 1) / amax, splat(0.0, 1)))
     total = splat_int(0, lanes)
     for i, value in enumerate(values):
@@ -98,7 +101,8 @@ def _block(kernel: Kernel, isa: Isa, out: Buffer, row: Expr, block: Expr, values
         total = total + q
         words = bits(vector("int32", lanes // 4), cast("int8", q))
         kernel.store(out, (row, block, i * lanes // 4), words)
-    kernel.store(out, (row, block, SCALE), bits("int32", amax / splat(127.0, 1)))
+    scale = bits("int32", amax / splat(127.0, 1))
+    kernel.store(out, (row, block, SCALE), tirx.Select(top >= splat_int(_INFINITY, 1), splat_int(_NAN, 1), scale))
     kernel.store(out, (row, block, CORRECTION), reduce_sum_int(kernel.let(total)) * splat_int(-8, 1))
 
 
@@ -110,9 +114,10 @@ def quantize_rows_reference(x: NDArray[np.float32]) -> NDArray[np.int32]:
     rows[:, :k] = x
     grid = rows.reshape(m, blocks, BLOCK)
     amax = np.abs(grid).max(-1)
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):
         inverse = np.where(amax > 0, np.float32(127) / amax, np.float32(0)).astype(np.float32)
-    q = np.rint(grid * inverse[..., None]).astype(np.int8)
+        q = np.nan_to_num(np.rint(grid * inverse[..., None]), nan=0).astype(np.int8)
+        amax = np.where(np.isfinite(amax), amax, np.float32(np.nan))
     out = np.empty((m, blocks, WORDS), np.int32)
     out[..., :8] = q.view(np.int32)
     out[..., SCALE] = (amax / np.float32(127)).astype(np.float32).view(np.int32)

@@ -1,0 +1,85 @@
+"""A NaN in an operand of a CPU kernel comes out where the reference has it, and nowhere else."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tvm")
+
+from wasat.backends.tvm.build import Runner
+from wasat.backends.tvm.targets import cpu
+from wasat.ir import evaluate, parse_program
+from wasat.ir.graph import ArrayParam
+from wasat.ir.ops.quant import quantize_array
+from wasat.ir.types import QTensorType
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu", "sigmoid")
+HEADS = "(%q: f32[b, s, 2, 8], %k: f32[b, s, 2, 8], %v: f32[b, s, 2, 8]) {"
+GRAPHS = {
+    "attention": f"{HEADS} %y: f32[b, s, 2, 8] = attention(%q, %k, %v) {{scale=0.3}}",
+    "attention_softcap": f"{HEADS} %y: f32[b, s, 2, 8] = attention(%q, %k, %v) {{scale=0.3, softcap=5.0}}",
+    "rms_norm": "(%x: f32[s, 40]) { param %w: f32[40] %y: f32[s, 40] = rms_norm(%x, %w) {eps=1e-5}",
+    "layer_norm": "(%x: f32[s, 40]) { param %w: f32[40] %y: f32[s, 40] = layer_norm(%x, %w, %w) {eps=1e-5}",
+    "rope": "(%x: f32[b, s, 2, 8], %i: i64[s]) { param %f: f32[4] %y: f32[b, s, 2, 8] = rope(%x, %i, %f)",
+    "linear": "(%x: f32[s, 40]) { param %m: f32[70, 40] %y: f32[s, 70] = linear(%x, %m)",
+} | {
+    f"linear_{t}_{a}": f"(%x: f32[s, 40]) {{ param %{t}: {t}b32f16[70, 40] %y: f32[s, 70] = quantized_linear(%x, %{t})"
+    f"{' {activation=' + chr(34) + a + chr(34) + '}' if a != 'none' else ''}"
+    for t in ("int8", "int4") for a in ("int8", "none")
+} | {
+    f"glu_{a}": f"(%x: f32[s, 80]) {{ %y: f32[s, 40] = glu(%x) {{activation=\"{a}\"}}" for a in ACTIVATIONS
+}  # fmt: skip
+SIZES = {"b": 2, "s": 5}
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Runner:
+    program = parse_program("".join(f"graph @{name}{text}\n return %y }}\n" for name, text in GRAPHS.items()))
+    rng = np.random.default_rng(0)
+    for graph in program.graphs.values():
+        for name, v in graph.params.items():
+            x = rng.standard_normal([int(d) for d in v.type.shape]).astype(np.float32)  # type: ignore[arg-type]
+            array = quantize_array(x, v.type) if isinstance(v.type, QTensorType) else x
+            program.params.setdefault(name, ArrayParam(array, v.type))
+    return Runner(program, cpu())
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+def test_nan_stays(name: str, compiled: Runner) -> None:
+    g = compiled.program[name]
+    params = {n: compiled.program.params[n].load() for n in g.params}
+    rng = np.random.default_rng(1)
+    for planted in g.inputs:
+        if not planted.tensor.dtype.is_float:
+            continue
+        feeds = {}
+        for v in g.inputs:
+            shape = [SIZES.get(str(d), d) for d in v.type.shape]
+            feeds[v.name] = rng.standard_normal(shape).astype(np.float32) if v.tensor.dtype.is_float else np.arange(shape[0])
+        x = feeds[planted.name]
+        for at in (0, x.size // 2 + 3, x.size - 1):
+            damaged = feeds | {planted.name: x.copy()}
+            damaged[planted.name].flat[at] = np.nan
+            want = np.isnan(np.asarray(evaluate(g, damaged, params)[0]))
+            assert 0 < want.sum() < want.size
+            got = np.isnan(compiled(name, damaged)["y"])
+            np.testing.assert_array_equal(got, want, err_msg=f"{planted.name}[{at}]")
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+def test_a_row_of_integers_with_a_number_that_is_none(scheme: str, bad: float, compiled: Runner) -> None:
+    """int8 has no NaN and no infinity: every output of such a row is NaN, and those of other rows are as they were."""
+    name = f"linear_{scheme}_int8"
+    g = compiled.program[name]
+    params = {n: compiled.program.params[n].load() for n in g.params}
+    x = np.random.default_rng(2).standard_normal((3, 40)).astype(np.float32)
+    before = compiled(name, {"x": x})["y"]
+    x[1, 35] = bad
+    (want,) = evaluate(g, {"x": x}, params)
+    for y in (compiled(name, {"x": x})["y"], np.asarray(want)):
+        assert np.isnan(y[1]).all()
+        np.testing.assert_allclose(y[[0, 2]], before[[0, 2]], rtol=1e-4, atol=1e-4)
