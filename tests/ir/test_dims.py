@@ -210,3 +210,4 @@ def test_signs_of_what_is_larger_and_smaller() -> None:
     assert less_equal(0, minimum(m - 3, n)) is None
     assert less_equal(0, (m - 3) // (n + 1)) is None
     assert (3 * n + 8) // 3 == n + 2
+    assert parse_dim("-n + 5") == 5 - n

@@ -385,6 +385,9 @@ TEXT_REFUSED = {
           "  %bias: f32[2, 1, s] = reshape(%f) {shape=(2, 1, s)}\n  %y"), ("(%x, %x, %x)", "(%x, %x, %x, %bias)")],
         "positions of keys cannot be followed through concat",
     ),
+    "picked by index": ([("return %z", "%i: i64[n] = iota() {size=n}\n"
+                          "  %w: f32[b, n, 2, 8] = gather(%z, %i) {axis=1}\n  return %w")],
+                        "it picks from the sequence by index"),
     "padding": ([("return %z", "%w: f32[b, s + 1, 2, 8] = pad(%z) {low=(0, 1, 0, 0), high=(0, 0, 0, 0)}\n  return %w")],
                 "it pads the sequence"),
 }  # fmt: skip
