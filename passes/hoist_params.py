@@ -64,7 +64,7 @@ class HoistParams(Pass):
         for v, key in roots.items():  # before any is replaced: all are computed from the parameters as they are
             if key not in derived:
                 name = derived[key] = _unused(_name(v), program.params)
-                program.params[name] = _derive(name, v, program.params)
+                program.params[name] = derive(name, v, program.params)
         for v, key in roots.items():
             assert v.node is not None
             remarks.applied(f"parameter {derived[key]} is computed when it is loaded", v)
@@ -138,7 +138,7 @@ def _nodes_of(v: Value, stop: Mapping[Value, object]) -> list[Node]:
     return order
 
 
-def _derive(name: str, v: Value, params: Mapping[str, ParamSource]) -> DerivedParam:
+def derive(name: str, v: Value, params: Mapping[str, ParamSource]) -> DerivedParam:
     """The computation of ``v`` as a parameter; sources that are derived themselves are computed along, not nested."""
     g = Graph(name)
     env: dict[Value, Value] = {}

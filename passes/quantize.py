@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from wasat.ir import Builder, DType, Graph, Node, Program, Value
+import numpy as np
+from wasat.ir import Builder, DType, Graph, Node, ParamSource, Program, Value
 
 from .core import Pass, PassError, Remarks
-from .hoist_params import param_only, size_in_bytes
+from .hoist_params import derive, param_only, size_in_bytes
 
 _INTEGERS = ("int8", "int4")
 _FLOATS = {"f16": DType.F16, "bf16": DType.BF16}
 SCHEMES = (*_INTEGERS, *_FLOATS, "f32")
 _WEIGHT = {"linear": 1, "embedding": 0}
 """Operations with a weight, and which operand it is."""
+_F16 = np.finfo(np.float16)
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,8 @@ class Quantize(Pass):
     """Weights of ``linear`` and ``embedding`` in fewer bits; norms, biases, what loops read and everything else stay.
 
     ``int8``, ``int4``: ``quantized_linear`` and ``quantized_embedding`` of ``quantize(weight)``, in blocks of ``block`` along
-    the last axis that share an f16 scale. ``activation="int8"``: products are of integers, x being quantized row by row.
+    the last axis that share an f16 scale; a weight with a block whose scale f16 does not hold stays.
+    ``activation="int8"``: products are of integers, x being quantized row by row.
     ``f16``, ``bf16``: the weight is cast, and widened as it is read. ``f32``: it is left as it is. ``overrides``: pairs of a
     glob over parameter names and the scheme of the weights that match; the first that matches decides.
 
@@ -53,7 +57,7 @@ class Quantize(Pass):
                 )
 
     def run(self, program: Program, remarks: Remarks) -> bool:
-        changed = [_Run(self, g, remarks).run() for g in program.graphs.values()]
+        changed = [_Run(self, g, program.params, remarks).run() for g in program.graphs.values()]
         return any(changed)
 
     def scheme_of(self, names: list[str]) -> str:
@@ -64,8 +68,8 @@ class Quantize(Pass):
 class _Run:
     """Quantization of one graph."""
 
-    def __init__(self, options: Quantize, graph: Graph, remarks: Remarks) -> None:
-        self.options, self.graph, self.remarks = options, graph, remarks
+    def __init__(self, options: Quantize, graph: Graph, params: Mapping[str, ParamSource], remarks: Remarks) -> None:
+        self.options, self.graph, self.params, self.remarks = options, graph, params, remarks
         self.only = param_only(graph)
         self.small: dict[Value, Value] = {}
         """Weights and what stands for them: one copy, however many operations read it."""
@@ -137,6 +141,12 @@ class _Run:
             return "it is not computed from parameters alone"
         if scheme in _INTEGERS and w.shape[-1] < self.options.block:
             return f"its rows are shorter than a block of {self.options.block}"
+        if scheme in _INTEGERS and all(name in self.params for name in _sources(w)):
+            levels = 127 if scheme == "int8" else 8
+            source = self.params[w.param] if w.param is not None else derive(w.name, w, self.params)
+            if not _f16_holds_scales(np.asarray(source.load()), self.options.block, levels):
+                names = ", ".join(_sources(w))
+                return f"{names} has a block whose scale is outside f16 (about 6e-5 to 65504)"
         return None
 
 
@@ -149,6 +159,18 @@ def _sources(w: Value) -> list[str]:
                 seen[x] = None
                 todo.append(x)
     return [v.param for v in seen if v.param is not None]
+
+
+def _f16_holds_scales(w: np.ndarray, block: int, levels: int) -> bool:
+    """Whether the scale of every block is 0 or a normal f16. Works through w in slabs: memory matters here."""
+    rows = w.reshape(-1, w.shape[-1])
+    step = max(1, (1 << 20) // rows.shape[1])
+    for i in range(0, len(rows), step):
+        part = np.abs(rows[i : i + step].astype(np.float32))
+        scales = np.maximum.reduceat(part, np.arange(0, part.shape[1], block), axis=1) / np.float32(levels)
+        if not ((scales == 0) | ((scales >= _F16.smallest_normal) & (scales <= _F16.max))).all():
+            return False
+    return True
 
 
 def _size(n: float) -> str:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from wasat.ir import Program, evaluate
+from wasat.ir import Program, evaluate, parse_program, parse_type
+from wasat.ir.graph import ArrayParam
 from wasat.passes import Cleanup, PassError, PassManager, Quantize, Report
 
 from wasat.testing import check_pass, check_untouched, feed, random_program
@@ -193,3 +194,21 @@ def test_weights_that_a_loop_reads_stay_and_are_named() -> None:
 }""")
     [remark] = PassManager([Quantize("int8")]).run(program).remarks()
     assert str(remark) == "missed: %w stays f32[32, 32]: the body of a loop reads it (@g)\n    at <text>:4"
+
+
+@pytest.mark.parametrize(("size", "stays"), [(1e-7, True), (1e7, True), (0.0, False), (1.0, False)])
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("body", ["", "%t: f32[8, 64] = mul(%w, 1.0:f32)\n  "])
+def test_weights_whose_scales_f16_does_not_hold_stay_and_are_named(size: float, stays: bool, scheme: str, body: str) -> None:
+    """One row is enough; a row of zeros is no obstacle."""
+    x = np.random.default_rng(0).standard_normal((8, 64)).astype(np.float32)
+    x[3] *= np.float32(size)
+    read = "%t" if body else "%w"
+    program = parse_program(
+        f"graph @g(%x: f32[n, 64]) {{\n  param %w: f32[8, 64]\n  {body}%y: f32[n, 8] = linear(%x, {read})\n  return %y\n}}\n"
+    )
+    program.params["w"] = ArrayParam(x, parse_type("f32[8, 64]"))
+    report = PassManager([Quantize(scheme)]).run(program)
+    assert any(n.op.name == "linear" for n in program["g"].nodes) is stays
+    missed = [r.message for r in report.remarks("missed")]
+    assert any(f"{read} stays" in m and "w has a block whose scale is outside f16" in m for m in missed) is stays
