@@ -9,14 +9,19 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 from wasat.ir import WasatError
 
+_TYPES = {"bool": "BOOL", "bfloat16": "BF16"} | {
+    f"{word}{bits}": f"{letter}{bits}" for word, letter in (("int", "I"), ("uint", "U"), ("float", "F")) for bits in (8, 16, 32, 64)
+    if (word, bits) != ("float", 8)
+}  # fmt: skip
+"""What the format calls an element type, by NumPy's name."""
 _NAME = re.compile(r"step-(\d+)\.safetensors\Z")
 
 
@@ -70,11 +75,22 @@ class Checkpoints:
         Raises CheckpointError where it cannot be written; the earlier ones stay.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        arrays = {k: np.asarray(v, order="C") for k, v in states.items()}
-        data = save(arrays, {"wasat": json.dumps({"step": step, "score": score, "more": more})})
+        about = json.dumps({"step": step, "score": score, "more": more, "states": _digest(states)})
+        header: dict[str, Any] = {"__metadata__": {"wasat": about, "sha256": sha256(about.encode()).hexdigest()}}
+        order, end = sorted(states, key=lambda k: (-states[k].dtype.itemsize, k)), 0  # so that every array is aligned
         path = self._path(step)
+        for k in order:
+            x = states[k]
+            if x.dtype.name not in _TYPES:
+                raise CheckpointError(f"{path} cannot be written: state {k} is {x.dtype}, which the format lacks")
+            header[k] = {"dtype": _TYPES[x.dtype.name], "shape": list(x.shape), "data_offsets": [end, end + x.nbytes]}
+            end += x.nbytes
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
         with whole(path) as f:
-            f.write(data)
+            f.write(len(text).to_bytes(8, "little") + text)
+            for k in order:
+                f.write(_bytes(states[k]))
         self._drop()
         return path
 
@@ -104,6 +120,8 @@ class Checkpoints:
         about = self._about(step)
         with self._open(step) as f:
             states = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (no mapping)
+        if _digest(states) != about["states"]:
+            raise self._damaged(step, "its states are not those that were written")
         for k in sorted(states.keys() | like.keys()):
             here, there = (f"{x[k].dtype}{list(x[k].shape)}" if k in x else "absent" for x in (like, states))
             if here != there:
@@ -120,14 +138,20 @@ class Checkpoints:
             there = ", ".join(map(str, self.steps())) or "none"
             raise CheckpointError(f"{self.folder} has no checkpoint of step {step}; there are {there}") from None
         except SafetensorError as e:
-            raise CheckpointError(f"{self._path(step)} is damaged: {e}; remove it to go on from the one before") from None
+            raise self._damaged(step, e) from None
+
+    def _damaged(self, step: int, why: object) -> CheckpointError:
+        return CheckpointError(f"{self._path(step)} is damaged: {why}; remove it to go on from the one before")
 
     def _about(self, step: int) -> dict[str, Any]:
         with self._open(step) as f:
             metadata = f.metadata() or {}
         if "wasat" not in metadata:
             raise CheckpointError(f"{self._path(step)} is no checkpoint of a training run")
-        about: dict[str, Any] = json.loads(metadata["wasat"])
+        text = metadata["wasat"]
+        if metadata.get("sha256") != sha256(text.encode()).hexdigest():
+            raise self._damaged(step, "what it says of its run is not what was written")
+        about: dict[str, Any] = json.loads(text)
         return about
 
     def _drop(self) -> None:
@@ -137,3 +161,17 @@ class Checkpoints:
                 self._path(step).unlink()
         for p in self.folder.glob("step-*.unfinished"):  # of runs that were killed
             p.unlink()
+
+
+def _bytes(x: np.ndarray) -> np.ndarray:
+    """The bytes of an array in row-major order; no copy where they lie so."""
+    return np.ascontiguousarray(x).reshape(-1).view(np.uint8)
+
+
+def _digest(states: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 of names, types, shapes and numbers."""
+    made = sha256()
+    for k in sorted(states):
+        made.update(f"{k}: {states[k].dtype}{list(states[k].shape)}\n".encode())
+        made.update(_bytes(states[k]))
+    return made.hexdigest()

@@ -104,6 +104,8 @@ class _Step:
         self.b = Builder(self.graph)
         self.states: dict[str, Value] = {}
         """Every state as it goes in."""
+        self.begins: dict[str, str] = {}
+        """States that begin as a parameter: itself, its average."""
         self.donated: set[str] = set()
 
     def emit(self) -> None:
@@ -116,6 +118,7 @@ class _Step:
                 raise IRError(f"parameter {name} is {v.type}: train_step updates f32 parameters (train= chooses them)")
             else:
                 env[v] = self._state(name, v.tensor)
+                self.begins[name] = name
         slots = {name: self._slots(self.states[name]) for name in self.trained}
         count = self._state(COUNT, TensorType(DType.I64, ()))
         if self.scaling is not None:
@@ -180,6 +183,8 @@ class _Step:
         return b.sub(updates, skipped), finite if due is None else b.logical_and(due, finite), said
 
     def _state(self, name: str, type: TensorType) -> Value:
+        if name in self.graph.params or any(v.name == name for v in self.graph.inputs):
+            raise IRError(f"@train_step has a state of its own named {name}; rename the input or parameter of that name")
         self.states[name] = self.graph.add_input(name, type)
         return self.states[name]
 
@@ -189,14 +194,14 @@ class _Step:
             self._state(f"optimizer.sum.{p.name}", p.tensor)
         if self.ema is not None:
             self._state(f"ema.{p.name}", p.tensor)
+            self.begins[f"ema.{p.name}"] = p.name
         return {slot: self._state(f"optimizer.{slot}.{p.name}", t) for slot, t in self.optimizer.slots(p).items()}
 
     def initial(self, state: str, trained: Mapping[str, np.ndarray]) -> np.ndarray:
         """What a state begins with: parameters and their averages as they are, the scale of the loss, the rest zero."""
         if self.scaling is not None and state == SCALE:
             return np.array(self.scaling.initial, np.float32)
-        parameter = state.removeprefix("ema.")
-        if parameter in trained:
+        if (parameter := self.begins.get(state)) is not None:
             return trained[parameter]
         t = self.states[state].tensor
         return np.zeros(t.concrete({}), t.dtype.np)

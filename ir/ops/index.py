@@ -104,14 +104,18 @@ class TakeAlong(Op):
         return np.take_along_axis(x, _checked(ids, x.shape[attrs.axis]), attrs.axis)
 
     def vjp(self, b: Builder, node: Node, g: Value) -> Sequence[Value | None]:
-        x, ids = node.inputs
-        zeros = b.broadcast_to(b.constant(0.0, x.tensor.dtype), shape=x.shape)
+        (x, ids), axis = node.inputs, node.attrs.axis  # type: ignore[attr-defined]
+        stretched = tuple(d if i == axis else e for i, (d, e) in enumerate(zip(x.shape, g.shape)))
+        zeros = b.broadcast_to(b.constant(0.0, x.tensor.dtype), shape=stretched)
         ids = b.broadcast_to(ids, shape=g.shape)
-        return [b.scatter_along(zeros, ids, g, axis=node.attrs.axis, reduce="add"), None]  # type: ignore[attr-defined]
+        return [b.sum_to(b.scatter_along(zeros, ids, g, axis=axis, reduce="add"), x.shape), None]
 
     def samples(self) -> Iterable[Sample]:
         yield Sample([_x(2, 4), np.array([[0, 2], [2, -1]])], {"axis": 1})
         yield Sample([_x(3, 2), np.array([[2, 1]])], {"axis": 0})
+        yield Sample([_x(1, 4), np.array([[0, 2], [2, -1], [1, 1]])], {"axis": 1})
+        yield Sample([_x(3, 1, 2), np.array([[[2], [0], [1]]])], {"axis": 0})
+        yield Sample([_x(2, 1), np.array([[0, -1, 0]])], {"axis": 1})
 
     def errors(self) -> Iterable[ErrorSample]:
         yield ErrorSample(["f32[2, 2]", "i64[2]"], {}, "ranks differ")

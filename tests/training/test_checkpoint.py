@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from wasat.ir import evaluate
 from wasat.training.checkpoint import CheckpointError, Checkpoints
 from wasat.training.optimizers import AdamW, Cosine
@@ -143,3 +146,40 @@ def test_damaged_absent_and_foreign_files_are_refused(tmp_path: Path) -> None:
     save_file({"w": STATES["w"]}, path)
     with pytest.raises(CheckpointError, match="no checkpoint of a training run"):
         c.load(STATES)
+
+
+def _with_metadata(data: bytes, change: Callable[[dict[str, str]], dict[str, str]]) -> bytes:
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"] = change(header["__metadata__"])
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "one bit of a number": lambda data: data[:-3] + bytes([data[-3] ^ 1]) + data[-2:],
+    "metadata cut short": lambda data: _with_metadata(data, lambda m: {**m, "wasat": m["wasat"][:-1]}),
+    "metadata without the score": lambda data: _with_metadata(data, lambda m: {**m, "wasat": '{"step": 1, "more": null}'}),
+    "no digest": lambda data: _with_metadata(data, lambda m: {"wasat": m["wasat"]}),
+    "another shape": lambda data: data.replace(b"[2, 3]", b"[3, 2]"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_what_was_changed_is_refused(tmp_path: Path, what: str) -> None:
+    c = Checkpoints(tmp_path)
+    path = c.save(1, STATES)
+    path.write_bytes(DAMAGE[what](path.read_bytes()))
+    with pytest.raises(CheckpointError, match=r"step-00000001\.safetensors is damaged: .*; remove it to go on"):
+        c.load(STATES)
+
+
+def test_saving_holds_no_second_copy(tmp_path: Path) -> None:
+    states = {f"w{i}": np.ones((1024, 256), np.float32) for i in range(8)}
+    tracemalloc.start()
+    try:
+        path = Checkpoints(tmp_path).save(1, states)
+        assert tracemalloc.get_traced_memory()[1] < states["w0"].nbytes
+    finally:
+        tracemalloc.stop()
+    assert {k: x.tobytes() for k, x in load_file(path).items()} == {k: x.tobytes() for k, x in states.items()}
