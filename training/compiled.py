@@ -39,6 +39,7 @@ class Compiled:
         PassManager(passes, verify=False).run(compiled)
         self._runner = Runner(compiled, target, list(made.states), donate=True)
         self._states = list(made.states)
+        self._averages = made.averages
 
     def step(self, batch: Arrays, states: Arrays) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """One step: what it says of itself (loss, grad_norm, rate, …), and the new states.
@@ -51,7 +52,7 @@ class Compiled:
 
     def loss(self, batch: Arrays, states: Arrays) -> dict[str, np.ndarray]:
         """The outputs of the loss graph, which drops nothing, with the parameters in ``states`` (averages, where kept)."""
-        averaged = {k: states.get(f"ema.{k}", v) for k, v in states.items()}
+        averaged = {k: states[self._averages.get(k, k)] for k in states}
         given = {**batch, **averaged}
         return self._runner("loss", {v.name: given[v.name] for v in self._runner.program["loss"].inputs})
 

@@ -29,7 +29,7 @@ from .data import Batch
 from .flops import machine_flops, step_flops
 from .optimizers import Optimizer, Schedule
 from .scaling import LossScale
-from .step import train_step
+from .step import TrainStep, train_step
 
 LOG, CURVE = "log.jsonl", "curve.html"
 Said = dict[str, float]
@@ -170,7 +170,7 @@ def train(
         finally:
             if bar is not None:
                 bar.close()
-    return Trained(run.trained(made.states, states), states, log, made.remarks)
+    return Trained(run.trained(made, states), states, log, made.remarks)
 
 
 @dataclass(frozen=True)
@@ -250,11 +250,11 @@ class _Run:
         series = {k: [(int(line["step"]), line[k]) for line in log if k in line] for k in (loss, f"eval.{loss}")}
         write_curve(self.folder / CURVE, str(self.program.metadata.get("name", loss)), series, [str(r) for r in remarks])
 
-    def trained(self, begun: Mapping[str, np.ndarray], states: Mapping[str, np.ndarray]) -> Program:
+    def trained(self, step: TrainStep, states: Mapping[str, np.ndarray]) -> Program:
         """The program as it is served: with what was learnt, and without dropout and its key."""
         params = dict(self.program.params)
-        for name in params.keys() & begun.keys():
-            x = states.get(f"ema.{name}", states[name])
+        for name in params.keys() & states.keys():
+            x = states[step.averages.get(name, name)]
             params[name] = ArrayParam(x, type_of(x))
         made = Program({k: g.clone() for k, g in self.program.graphs.items()}, params, dict(self.program.metadata))
         PassManager([Inference()]).run(made)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from wasat.ir import Builder, DType, Graph, IRError, Program, TensorType, Value, copy_node
 from wasat.passes import Cleanup, Differentiate, MixedPrecision, Pass, PassManager, Remark, Rematerialize
 
+from .losses import mean_over
 from .optimizers import AdamW, Constant, Optimizer, Schedule, clipped, global_norm
 from .scaling import GOOD, SCALE, SKIPPED, LossScale
 
 COUNT = "optimizer.count"
+PLACES = "optimizer.places"
 _SCALED = "optimizer.scaled_loss"
 
 
@@ -31,6 +33,8 @@ class TrainStep:
     program: Program
     states: dict[str, np.ndarray]
     remarks: tuple[Remark, ...] = ()
+    averages: Mapping[str, str] = field(default_factory=dict)
+    """The state that is a parameter's average, by parameter, where averages are kept."""
 
 
 def train_step(
@@ -43,7 +47,9 @@ def train_step(
     @train_step takes the inputs of @graph and the states; it returns the outputs of @graph, ``grad_norm`` (before clipping)
     and ``rate``, both f32[], then the states. ``train``: globs of the parameters to train, which must be f32; others stay
     parameters. ``clip``: largest global norm of the gradients. ``accumulate``: updates happen at every so many calls, with the
-    mean of the gradients since the last one; in between, parameters stay. ``ema``: keeps an average of the parameters that
+    mean of the gradients since the last one; in between, parameters stay. Of a loss that is a mean over places, as
+    :func:`.losses.cross_entropy` is, that is the mean over the places of all these calls: k calls are one of the batches
+    together. Of any other loss (a sum of means over different places is one) each call weighs the same. ``ema``: keeps an average of the parameters that
     moves by the share 1 - ema at each update. Defaults: AdamW, a constant rate of 1e-3. ``program`` stays as it is.
 
     ``precision``: ``"bf16"`` or ``"f16"`` for activations and products (:class:`wasat.passes.precision.MixedPrecision`);
@@ -78,7 +84,7 @@ def train_step(
     if remat is not None:
         passes.append(Rematerialize("train_step", tuple(remat.items()), outputs))
     remarks = [*report.remarks(), *PassManager(passes).run(result).remarks()]
-    return TrainStep(result, states, tuple(remarks))
+    return TrainStep(result, states, tuple(remarks), step.averages)
 
 
 def _scale(g: Graph) -> None:
@@ -100,12 +106,14 @@ class _Step:
         names = dict(zip(source.output_names, source.outputs))
         self.trained = {n.removeprefix("grad."): v for n, v in names.items() if n.startswith("grad.")}
         """Gradients in the source by parameter."""
+        self.places = mean_over(source.outputs[0]) if accumulate > 1 else None
+        """How many the loss is a mean over, if it is one."""
         self.graph = Graph("train_step")
         self.b = Builder(self.graph)
         self.states: dict[str, Value] = {}
         """Every state as it goes in."""
-        self.begins: dict[str, str] = {}
-        """States that begin as a parameter: itself, its average."""
+        self.averages: dict[str, str] = {}
+        """The state that is a parameter's average, by parameter."""
         self.donated: set[str] = set()
 
     def emit(self) -> None:
@@ -118,9 +126,10 @@ class _Step:
                 raise IRError(f"parameter {name} is {v.type}: train_step updates f32 parameters (train= chooses them)")
             else:
                 env[v] = self._state(name, v.tensor)
-                self.begins[name] = name
         slots = {name: self._slots(self.states[name]) for name in self.trained}
         count = self._state(COUNT, TensorType(DType.I64, ()))
+        if self.places is not None:
+            self._state(PLACES, TensorType(DType.F32, ()))
         if self.scaling is not None:
             for name in (GOOD, SKIPPED):
                 self._state(name, TensorType(DType.I64, ()))
@@ -130,16 +139,23 @@ class _Step:
         if self.scaling is not None:
             grads = {k: b.div(v, self.states[SCALE]) for k, v in grads.items()}
         new: dict[str, Value] = {COUNT: b.add(count, 1)}
-        due = None
+        due = total = None
+        sums = grads
         if self.accumulate > 1:
             due = b.equal(b.mod(new[COUNT], self.accumulate), 0)
-            grads = {k: b.add(self.states[f"optimizer.sum.{k}"], b.div(v, float(self.accumulate))) for k, v in grads.items()}
+        if self.places is not None:  # the loss is a mean over these: weigh this call's by their number
+            here = b.cast(env[self.places], dtype=DType.F32)
+            total = b.add(self.states[PLACES], here)
+            sums = {k: b.add(self.states[f"optimizer.sum.{k}"], b.mul(v, here)) for k, v in grads.items()}
+            grads = {k: b.div(v, b.select(b.greater(total, 0.0), total, b.constant(1.0))) for k, v in sums.items()}
+        elif due is not None:
+            sums = grads = {k: b.add(self.states[f"optimizer.sum.{k}"], b.div(v, float(self.accumulate))) for k, v in grads.items()}
         norm = global_norm(b, list(grads.values()))
         size = b.abs(env[source.outputs[0]])
         sound = b.logical_and(b.less(norm, float("inf")), b.less(size, float("inf")))  # no NaN is
         if due is not None:
-            for k, v in grads.items():
-                name = f"optimizer.sum.{k}"
+            summed = {f"optimizer.sum.{k}": v for k, v in sums.items()} | ({} if total is None else {PLACES: total})
+            for name, v in summed.items():
                 new[name] = b.select(due, b.constant(0.0), v)
                 if self.scaling is None:  # else a sum takes up an overflow, so that its update is left out
                     new[name] = b.select(sound, new[name], self.states[name])
@@ -158,8 +174,8 @@ class _Step:
             changed, remembered = self.optimizer.update(b, p, grad, slots[name], rate, number)
             moved = {name: changed, **{f"optimizer.{k}.{name}": v for k, v in remembered.items()}}
             if self.ema is not None:
-                average = self.states[f"ema.{name}"]
-                moved[f"ema.{name}"] = b.add(average, b.mul(b.sub(changed, average), 1 - self.ema))
+                average = self.states[self.averages[name]]
+                moved[average.name] = b.add(average, b.mul(b.sub(changed, average), 1 - self.ema))
             new |= {k: b.select(due, v, self.states[k]) for k, v in moved.items()}
             self.donated |= moved.keys()
         outputs = {n: env[v] for n, v in zip(source.output_names, source.outputs) if not n.startswith("grad.") and n != _SCALED}
@@ -183,8 +199,6 @@ class _Step:
         return b.sub(updates, skipped), finite if due is None else b.logical_and(due, finite), said
 
     def _state(self, name: str, type: TensorType) -> Value:
-        if name in self.graph.params or any(v.name == name for v in self.graph.inputs):
-            raise IRError(f"@train_step has a state of its own named {name}; rename the input or parameter of that name")
         self.states[name] = self.graph.add_input(name, type)
         return self.states[name]
 
@@ -193,15 +207,18 @@ class _Step:
         if self.accumulate > 1:
             self._state(f"optimizer.sum.{p.name}", p.tensor)
         if self.ema is not None:
-            self._state(f"ema.{p.name}", p.tensor)
-            self.begins[f"ema.{p.name}"] = p.name
+            name = f"ema.{p.name}"
+            while name in self.source.params or name in self.states:  # a module may have an attribute of that name
+                name = f"ema.{name}"
+            self.averages[p.name] = self._state(name, p.tensor).name
         return {slot: self._state(f"optimizer.{slot}.{p.name}", t) for slot, t in self.optimizer.slots(p).items()}
 
     def initial(self, state: str, trained: Mapping[str, np.ndarray]) -> np.ndarray:
         """What a state begins with: parameters and their averages as they are, the scale of the loss, the rest zero."""
         if self.scaling is not None and state == SCALE:
             return np.array(self.scaling.initial, np.float32)
-        if (parameter := self.begins.get(state)) is not None:
-            return trained[parameter]
+        parameters = {k: k for k in self.trained} | {v: k for k, v in self.averages.items()}
+        if state in parameters:
+            return trained[parameters[state]]
         t = self.states[state].tensor
         return np.zeros(t.concrete({}), t.dtype.np)

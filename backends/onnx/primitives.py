@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from wasat.ir import Dim, DimLike, DType, Node, less_equal
-from wasat.ir.dims import maximum, minimum
+from wasat.ir.dims import maximum
 from wasat.ir.ops.random import PARITY, ROTATIONS
 
 from .emitter import CODE, Emitter
@@ -361,7 +361,7 @@ def _conv(e: Emitter, node: Node, x: str, w: str) -> str:
         low, high = ([maximum(d, 0) for d in side] for side in (a.low, a.high))
         x = e.op("Pad", x, e.shape([0, 0, *low, 0, 0, *high]), e.like(0, x))
         starts = [maximum(0 - lo, 0) for lo in a.low]
-        stops = [sizes[i] + lo + minimum(hi, 0) for i, lo, hi in zip(axes, low, a.high)]
+        stops = [sizes[i] + lo + hi for i, lo, hi in zip(axes, low, a.high)]
         x = e.op("Slice", x, e.shape(starts), e.shape(stops), e.shape(list(axes)))
         edges = [0] * len(edges)
     return e.op("Conv", x, w, strides=a.strides, pads=edges, dilations=a.dilation, group=a.groups)

@@ -154,3 +154,52 @@ def test_dropout_takes_its_key_with_the_batch() -> None:
     assert_allclose(moved[0], moved[1], rtol=0)
     assert (moved[0] != moved[2]).any()
     assert set(np.round(moved[0], 3)) == {0.0, 2.0}
+
+
+CLASSES = """graph @forward(%x: f32[n, 4]) {
+  param %ema.w: f32[4, 5]
+  param %w: f32[4, 4]
+  %h: f32[n, 4] = matmul(%x, %w)
+  %logits: f32[n, 5] = matmul(%h, %ema.w)
+  return %logits
+}"""
+
+
+@pytest.mark.parametrize("clip", [None, 0.1])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_micro_batches_with_ignored_labels_are_one_batch(weighted: bool, clip: float | None) -> None:
+    rng = np.random.default_rng(0)
+    program = random_program(CLASSES)
+    weight = np.arange(1, 6, dtype=np.float32)
+    add_loss(
+        program,
+        lambda b, v: cross_entropy(
+            b, v["logits"], v["labels"], weight=b.constant(weight) if weighted else None, z_loss=0.0 if weighted else 0.01
+        ),
+        {"labels": "i64[n]"},
+    )
+    x, labels = rng.standard_normal((12, 4), np.float32), rng.integers(0, 5, 12)
+    labels[[0, 4, 5, 6]] = -100
+    labels[8:] = -1  # a call without a label
+    ends = []
+    for parts in (1, 3):
+        made = train_step(program, optimizer=SGD(), rate=Constant(0.1), accumulate=parts, ema=0.5, clip=clip)
+        run, states = interpreted(made.program["train_step"]), dict(made.states)
+        for a, b in zip(np.split(x, parts), np.split(labels, parts)):
+            out = run({"x": a, "labels": b, **states})
+            states = {k: np.asarray(out[k]) for k in states}
+        ends.append({"norm": np.asarray(out["grad_norm"]), **{made.averages.get(k, k): states[k] for k in ("w", "ema.w")}})
+        assert all(not np.array_equal(states[k], made.states[k]) for k in ("w", "ema.w"))
+    for k in ends[0]:
+        assert_allclose(ends[1][k], ends[0][k], rtol=1e-5, atol=1e-7)
+
+
+def test_an_average_has_a_name_that_no_parameter_has() -> None:
+    program = random_program(CLASSES)
+    add_loss(program, lambda b, v: cross_entropy(b, v["logits"], v["labels"]), {"labels": "i64[n]"})
+    made = train_step(program, ema=0.5)
+    assert sorted(made.averages.values()) == ["ema.ema.ema.w", "ema.ema.w"]  # one parameter is itself called ema.w
+    for name, average in made.averages.items():
+        assert np.array_equal(made.states[average], program.params[name].load())
+        assert np.array_equal(made.states[name], program.params[name].load())
+    assert train_step(program).averages == {}
