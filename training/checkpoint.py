@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from wasat.ir import WasatError
 
 _TYPES = {"bool": "BOOL", "bfloat16": "BF16"} | {
-    f"{word}{bits}": f"{letter}{bits}" for word, letter in (("int", "I"), ("uint", "U"), ("float", "F")) for bits in (8, 16, 32, 64)
+    f"{word}{bits}": f"{letter}{bits}" for word, letter in (("int", "I"), ("uint", "U"), ("float", "F"))
+    for bits in (8, 16, 32, 64)
     if (word, bits) != ("float", 8)
 }  # fmt: skip
 """What the format calls an element type, by NumPy's name."""

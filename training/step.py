@@ -49,7 +49,8 @@ def train_step(
     parameters. ``clip``: largest global norm of the gradients. ``accumulate``: updates happen at every so many calls, with the
     mean of the gradients since the last one; in between, parameters stay. Of a loss that is a mean over places, as
     :func:`.losses.cross_entropy` is, that is the mean over the places of all these calls: k calls are one of the batches
-    together. Of any other loss (a sum of means over different places is one) each call weighs the same. ``ema``: keeps an average of the parameters that
+    together. Of any other loss (a sum of means over different places is one) each call weighs the same.
+    ``ema``: keeps an average of the parameters that
     moves by the share 1 - ema at each update. Defaults: AdamW, a constant rate of 1e-3. ``program`` stays as it is.
 
     ``precision``: ``"bf16"`` or ``"f16"`` for activations and products (:class:`wasat.passes.precision.MixedPrecision`);
@@ -149,7 +150,8 @@ class _Step:
             sums = {k: b.add(self.states[f"optimizer.sum.{k}"], b.mul(v, here)) for k, v in grads.items()}
             grads = {k: b.div(v, b.select(b.greater(total, 0.0), total, b.constant(1.0))) for k, v in sums.items()}
         elif due is not None:
-            sums = grads = {k: b.add(self.states[f"optimizer.sum.{k}"], b.div(v, float(self.accumulate))) for k, v in grads.items()}
+            share = float(self.accumulate)
+            sums = grads = {k: b.add(self.states[f"optimizer.sum.{k}"], b.div(v, share)) for k, v in grads.items()}
         norm = global_norm(b, list(grads.values()))
         size = b.abs(env[source.outputs[0]])
         sound = b.logical_and(b.less(norm, float("inf")), b.less(size, float("inf")))  # no NaN is
