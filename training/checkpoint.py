@@ -164,9 +164,9 @@ class Checkpoints:
             p.unlink()
 
 
-def _bytes(x: np.ndarray) -> np.ndarray:
+def _bytes(x: np.ndarray) -> memoryview:
     """The bytes of an array in row-major order; no copy where they lie so."""
-    return np.ascontiguousarray(x).reshape(-1).view(np.uint8)
+    return np.ascontiguousarray(x).reshape(-1).view(np.uint8).data
 
 
 def _digest(states: Mapping[str, np.ndarray]) -> str:
