@@ -148,7 +148,7 @@ class Emitter:
             args.pop()
         given = {k: v for k, v in attrs.items() if v is not None}
         self.nodes.append(helper.make_node(
-            kind, args, names, name=_unique(self._node_hint or kind, self._node_names), doc_string=self._doc or None,
+            kind, args, names, name=self.node_name(self._node_hint or kind), doc_string=self._doc or None,
             domain=domain, **given,
         ))  # fmt: skip
         if domain:
@@ -177,6 +177,10 @@ class Emitter:
                 raise Unsupported(f"operator set {self.opset} has no element type {d}")
         return str(self.op("Cast", x, dtype=dtype, to=CODE[dtype], **attrs))
 
+    def node_name(self, hint: str) -> str:
+        """A name that no node has: onnxruntime refuses two of one name."""
+        return _unique(hint, self._node_names)
+
     def const(self, value: Any, dtype: DType | str | None = None) -> str:
         """A constant; the same one is made once."""
         literal = Literal.of(value, dtype)
@@ -187,7 +191,7 @@ class Emitter:
                 raise Unsupported(f"operator set {self.opset} has no element type {literal.dtype}")
             name = self._literals[literal] = self.fresh("constant")
             tensor = numpy_helper.from_array(np.array(literal.array), name)
-            self.constants.append(helper.make_node("Constant", [], [name], name=name, value=tensor))
+            self.constants.append(helper.make_node("Constant", [], [name], name=self.node_name(name), value=tensor))
             self.dtype[name] = literal.dtype
         return self._literals[literal]
 

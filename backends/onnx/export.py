@@ -126,7 +126,7 @@ def build(program: Program, source: Graph, options: Options) -> tuple[Emitter, o
     for v, name in zip(graph.outputs, output_names):
         own = e.operand(v)
         if own != name and not failures:
-            e.nodes.append(helper.make_node("Identity", [own], [name], name=name))
+            e.nodes.append(helper.make_node("Identity", [own], [name], name=e.node_name(name)))
         if isinstance(v.type, QTensorType):
             failures.setdefault("a quantized output (only parameters can be quantized)", []).append(name)
         else:

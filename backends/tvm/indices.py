@@ -85,7 +85,10 @@ def _inside(v: Value, low: DimLike, high: DimLike) -> bool:
     """Whether all elements of ``v`` are plainly in ``low .. high - 1``."""
     node = v.node
     while node is not None and node.op.name in _VIEWS and v.tensor.dtype.is_int:
-        v, node = node.inputs[0], node.inputs[0].node
+        x = node.inputs[0]
+        if x.tensor.dtype.is_int and not _holds(v.tensor.dtype, x.tensor.dtype):
+            return False  # it wraps: -1 as u8 is 255
+        v, node = x, x.node
     if node is None or not v.tensor.dtype.is_int:
         return False
     if isinstance(node.op, CheckIndices):
@@ -94,11 +97,17 @@ def _inside(v: Value, low: DimLike, high: DimLike) -> bool:
     ends: tuple[DimLike, DimLike] | None = None
     if v.const is not None and v.const.size:
         ends = int(v.const.min()), int(v.const.max()) + 1
-    elif node.op.name == "iota":
+    elif node.op.name == "iota" and (attrs.dtype.bits >= 32 or less_equal(attrs.size - 1, attrs.dtype.range[1]) is True):
         ends = 0, attrs.size
     elif node.op.name in ("top_k", "arg_max", "arg_min"):
         ends = 0, node.inputs[0].shape[attrs.axis]
     return ends is not None and less_equal(low, ends[0]) is True and less_equal(ends[1], high) is True
+
+
+def _holds(wide: DType, narrow: DType) -> bool:
+    """Whether every value of one integer type is one of another."""
+    (low, high), (least, largest) = wide.range, narrow.range
+    return low <= least and largest <= high
 
 
 def _clamped(b: Builder, v: Value, low: DimLike, high: DimLike) -> Value:

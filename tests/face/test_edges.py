@@ -144,6 +144,18 @@ INDICES: dict[str, tuple[str, list[Run]]] = {
     "i8": ("(%x: f32[5], %j: i8[m]) {\n %i: i8[m] = neg(%j)\n %y: f32[m] = gather(%x, %i)", [
         ({"x": _X, "j": np.array([1], np.int8)}, f(5)), ({"x": _X, "j": np.array([-5], np.int8)}, "index 5 is outside -5 .. 4"),
     ]),
+    "what wraps before it is an index": (
+        "(%x: f32[5], %k: i8[m]) {\n %c: i64[1] = constant() {value=dense<i64[1], 255>}\n %n: i8[1] = cast(%c) {dtype=i8}\n"
+        " %i: i8[m] = add(%n, %k)\n %j: i64[300] = iota() {size=300}\n %w: i8[300] = cast(%j) {dtype=i8}\n"
+        " %s: i8[m] = gather(%w, %i)\n %y: f32[m] = gather(%x, %s)", [
+            ({"x": _X, "k": np.array([1], np.int8)}, f(1)),
+        ]),
+    "a count that wraps": (
+        "(%x: f32[200], %z: f32[200]) {\n %j: i64[200] = iota() {size=200}\n %w: i8[200] = cast(%j) {dtype=i8}\n"
+        " %g: f32[200] = gather(%x, %w)\n %y: f32[200] = add(%g, %z)", [
+            ({"x": np.arange(200, dtype=np.float32), "z": np.zeros(200, np.float32)},
+             np.arange(200, dtype=np.float32)[np.arange(200).astype(np.int8)]),
+        ]),
     "in a loop": (
         "(%x: f32[5], %i: i64[m]) {\n %y: f32[m] = scan(%i, %x) {body=graph @body(%j: i64[], %t: f32[5]) {\n"
         "  %u: f32[] = gather(%t, %j)\n  return %u\n }, carries=0, slices=1}", [
