@@ -113,7 +113,8 @@ def fusion_table() -> Iterator[str]:
 
 def cache(path: Path) -> str:
     """Whether prefill and decode follow, an attention mask being an input of ones, or the reason why not."""
-    program = from_onnx(path, constants={"attention_mask": np.asarray(1)})
+    masked = any(i.name == "attention_mask" for i in onnx.load(path, load_external_data=False).graph.input)
+    program = from_onnx(path, constants={"attention_mask": np.asarray(1)} if masked else {})
     PassManager(default_pipeline(kv_cache=None)).run(program)
     try:
         PassManager([DeriveKVCache()]).run(program)

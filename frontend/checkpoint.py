@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from wasat.ir import DType, TensorType, WasatError
@@ -53,6 +53,8 @@ class FileParam:
 
     type: TensorType
     stored: Stored
+
+    is_data: ClassVar[bool] = True
 
     def load(self) -> np.ndarray:
         """The array; a view of the file where nothing has to be converted."""

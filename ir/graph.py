@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -381,7 +381,10 @@ def _attrs_note(attrs: Attrs) -> str:
 
 
 class ParamSource(Protocol):
-    """Where a parameter's data come from; nothing is read before ``load``."""
+    """Where a parameter's data come from; nothing is read before ``load``.
+
+    One with ``is_data = True`` holds numbers of a model, which passes may look at; others make theirs up when they are asked.
+    """
 
     @property
     def type(self) -> Type: ...
@@ -393,6 +396,7 @@ class ParamSource(Protocol):
 class ArrayParam:
     """A parameter that is already in memory."""
 
+    is_data: ClassVar[bool] = True
     array: Array
     type: Type
 

@@ -141,7 +141,7 @@ class _Run:
             return "it is not computed from parameters alone"
         if scheme in _INTEGERS and w.shape[-1] < self.options.block:
             return f"its rows are shorter than a block of {self.options.block}"
-        if scheme in _INTEGERS and all(name in self.params for name in _sources(w)):
+        if scheme in _INTEGERS and all(getattr(self.params.get(name), "is_data", False) for name in _sources(w)):
             levels = 127 if scheme == "int8" else 8
             source = self.params[w.param] if w.param is not None else derive(w.name, w, self.params)
             if not _f16_holds_scales(np.asarray(source.load()), self.options.block, levels):

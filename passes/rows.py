@@ -76,7 +76,7 @@ def _image(node: Node, i: int, axis: int) -> int:
         if axis != 0 or (i > 2 and len(node.inputs[i].shape) < 4):
             raise LooksAhead("the rows are not its first axis")
         return 0
-    if name == "rope" and i == 0 and axis in (0, 2):  # heads are turned alike, as rows are
+    if name == "rope" and axis in ((0, 2) if i == 0 else (0,)):  # heads are turned alike, as rows are
         return axis
     if name == "concat" and axis != node.attrs.axis:  # type: ignore[attr-defined]
         return axis

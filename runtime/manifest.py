@@ -372,11 +372,12 @@ def _tells(d: Extent, unknown: set[str], bound: set[str]) -> bool:
 def _check_capacity(state: StateSpec, axis: int, most: int) -> None:
     """A full cache has as many positions as it is asked for, or a multiple of that, whatever that is."""
     found = {}
-    for c in (16, 32, 48, 256, 1024, most):
+    tried = {16, 32, 48, 256, 1024, most}
+    for c in tried:
         with contextlib.suppress(ZeroDivisionError):
             shape = extents(state.shape, {"b": 3, "c": c})
             found[c] = shape[axis] / c if min(shape) > 0 else 0.0
-    if len(found) < 6 or len(set(found.values())) > 1 or found[16] < 1:
+    if len(found) < len(tried) or len(set(found.values())) > 1 or found[16] < 1:
         raise ArtifactError(
             f"manifest.json: full cache {state.name} of shape {list(state.shape)} does not hold c positions; {AGAIN}"
         )

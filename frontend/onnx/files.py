@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
@@ -88,6 +88,8 @@ class _ProtoParam:
     type: TensorType
     proto: onnx.TensorProto
 
+    is_data: ClassVar[bool] = True
+
     def load(self) -> np.ndarray:
         try:
             x = numpy_helper.to_array(self.proto)
@@ -105,6 +107,8 @@ class _PackedFileParam:
     path: Path
     offset: int
     length: int
+
+    is_data: ClassVar[bool] = True
 
     def load(self) -> np.ndarray:
         with self.path.open("rb") as f:

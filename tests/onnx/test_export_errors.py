@@ -207,7 +207,7 @@ def test_command_of_an_imported_model(run: Run, tmp_path: Path) -> None:
     "options, message",
     [
         (("--opset", 12), f"operator set 12 cannot be exported; 17 to {NEWEST} can"),
-        (("--optimized",), "there is no graph 'forward' to export; choose one of prefill, decode"),
+        (("--optimized", "--graph", "step"), "there is no graph 'step' to export; choose one of prefill, decode"),
         (("--graph", "decode"), "there is no graph 'decode' to export; choose one of forward"),
         (("--override", "*=int8"), "--override chooses among quantized weights: give --quantize too"),
         (("--quantize", "int4", "--override", "int8"), "--override 'int8': write GLOB=SCHEME, e.g. '*embed*=int8'"),

@@ -590,33 +590,6 @@ def test_inputs_of_unknown_rank() -> None:
     assert str(from_onnx(m, types={"x": parse_type("f32[a, b]")})["forward"].outputs[0].type) == "f32[a, b]"
 
 
-# -- the ways in --------------------------------------------------------------------------------------------------------------
-def test_attention_becomes_one_operation() -> None:
-    m = model(
-        """g (float[b, 8, s, 16] q, float[b, 2, s, 16] k, float[b, 2, s, 16] v) => (float[b, 8, s, 16] y) {
-             y = Attention <is_causal: int = 1> (q, k, v) }"""
-    )
-    g = from_onnx(m)["forward"]
-    assert g.count("attention") == 1
-    assert {n.op.name for n in g.nodes} == {"attention", "transpose"}
-
-
-def test_load_program_and_the_backend(tmp_path: Path) -> None:
-    from wasat.driver import load_program
-    from wasat.onnx_backend import run_model, run_node, supports_device
-
-    m = add_initializers(model("g (float[b, 4] x) => (float[b, 24] y) { y = MatMul(x, w) }"), w=W)
-    path = tmp_path / "m.onnx"
-    onnx.save(m, path)
-    x = np.ones((1, 4), np.float32)
-    np.testing.assert_allclose(run(load_program(path), x)[0], x @ W)
-    np.testing.assert_allclose(run_model(m, [x])[0], x @ W)
-    node = helper.make_node("Reshape", ["x", "s"], ["y"])
-    assert run_node(node, [x, np.int64([2, -1])])[0].shape == (2, 2)
-    assert supports_device("CPU")
-    assert not supports_device("CUDA")
-
-
 def test_an_import_is_reproducible() -> None:
     first, second = (from_onnx(model(LOOP), constants={"n": np.asarray(3)}) for _ in range(2))
     assert str(first) == str(second)
