@@ -167,7 +167,7 @@ def compile(
     - `wasat compile examples/pygemma -o pygemma.wasat --quantize int4`
     - `wasat compile examples/pygemma -o mixed.wasat --quantize int4 --override '*embed*=int8'`
     - `wasat compile examples/pygemma -o exact.wasat --check --verbose`
-    - `wasat compile model.onnx -o model.wasat --size sequence=512 --constant sr=16000`
+    - An ONNX file's sizes and inputs can be fixed: `--size sequence=512 --constant sr=16000`
     """
     from wasat import driver
 

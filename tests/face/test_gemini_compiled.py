@@ -15,6 +15,7 @@ pytest.importorskip("tvm")
 from tokenizers import Tokenizer, models, pre_tokenizers
 from wasat.ir import ArrayParam, Program
 from wasat.runtime import ArtifactError, Audio, ContextLimitError, Image, InputError, Model, Video
+from wasat.runtime.artifact import digest
 
 import wasat as ws
 from wasat.driver import run
@@ -181,7 +182,7 @@ def test_a_head_that_the_manifest_misdescribes(model: Model, tmp_path: Path, fie
     folder = Path(shutil.copytree(model.folder, tmp_path / "copy"))
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["heads"]["digit"][field] = value
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "digest": digest(manifest)}))
     with pytest.raises(ArtifactError, match=r"head digit is of .*, which entry .* does not take"):
         ws.load(folder)
 
