@@ -313,16 +313,16 @@ def less_equal(lhs: DimLike, rhs: DimLike, _deep: int = 3) -> bool | None:
         return True
     if _non_negative(lhs - rhs - 1):
         return False
-    a = _alone(lhs)
-    if a is not None and a.name == "floordiv" and isinstance(a.rhs, int) and a.rhs > 0 and _deep and _non_negative(a.lhs):
-        return True if less_equal(a.lhs, rhs, _deep - 1) else None
     for d, other, flip in ((lhs, rhs, False), (rhs, lhs, True)):
-        a = _alone(d)
-        if a is not None and a.name in ("min", "max") and _deep:
+        a = _alone(d) if _deep else None
+        if a is None:
+            continue
+        if a.name == "floordiv" and not flip and isinstance(a.rhs, int) and a.rhs > 0 and _non_negative(a.lhs):
+            return less_equal(a.lhs, rhs, _deep - 1) or None
+        if a.name in ("min", "max"):
             sides = [less_equal(*((other, x) if flip else (x, other)), _deep - 1) for x in (a.lhs, a.rhs)]
             one_is_enough = (a.name == "min") != flip  # min(a, b) <= c where a is or b is, c <= min(a, b) where both are
-            found = (any if one_is_enough else all)(s is True for s in sides)
-            if found:
+            if (any if one_is_enough else all)(s is True for s in sides):
                 return True
             if (all if one_is_enough else any)(s is False for s in sides):
                 return False

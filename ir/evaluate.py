@@ -91,13 +91,18 @@ def evaluate(
     return [env[v] for v in graph.outputs]
 
 
+def hold_checks(node: Node, dims: Mapping[str, int]) -> None:
+    """Raises IRError for the first of a node's recorded checks that the sizes ``dims`` do not satisfy."""
+    for a, b in node.checks:
+        if evaluate_dim(a, dims) != evaluate_dim(b, dims):
+            given = ", ".join(f"{k}={v}" for k, v in dims.items())
+            raise IRError(f"{node!r}: needs {check_text((a, b))}, which {given} does not satisfy", node.loc)
+
+
 def run_node(node: Node, arrays: list[Array], dims: Mapping[str, int]) -> tuple[Array, ...]:
     """The reference of one node on concrete arrays, its runtime checks included."""
     try:
-        for a, b in node.checks:
-            if evaluate_dim(a, dims) != evaluate_dim(b, dims):
-                given = ", ".join(f"{k}={v}" for k, v in dims.items())
-                raise IRError(f"{node!r}: needs {check_text((a, b))}, which {given} does not satisfy", node.loc)
+        hold_checks(node, dims)
         with np.errstate(all="ignore"):
             out = node.op.reference(node.attrs.bind(dims), *arrays)
     except TypeMismatch as e:

@@ -43,6 +43,8 @@ def places(graph: Graph, tokens: Value, labels: Mapping[Value, Label]) -> dict[V
         own = [i for i, d in enumerate(v.shape) if equal(d, batch) is True and i not in labels[v].axes]
         if v is tokens:
             found[v] = FIRST
+        elif batch != 1 and len(own) > 1:
+            raise IRError(f"rows of a batch cannot be served apart: of input %{v.name}: {v.type}, several axes may be theirs")
         elif batch != 1 and own:
             found[v] = Place(own[0])
     for node in graph.nodes:

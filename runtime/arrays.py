@@ -25,12 +25,8 @@ def fit(
     wanted = [s.name for s in specs]
     if sorted(wanted) != sorted(arrays):
         raise InputError(f"{what} takes {', '.join(wanted) or 'no inputs'}; given: {', '.join(arrays) or 'none'}")
-    symbols = dict(sizes)
-    values = [_fit(spec, _array(spec, arrays[spec.name]), symbols) for spec in specs]
-    for spec, x in zip(specs, values):
-        for d, n in zip(spec.shape, x.shape):
-            with contextlib.suppress(ZeroDivisionError):
-                symbols |= solved(d, n, symbols)
+    values = [_fit(spec, _array(spec, arrays[spec.name])) for spec in specs]
+    symbols = bound(specs, values, sizes)
     for spec, x in zip(specs, values):
         try:
             want = extents(spec.shape, symbols)
@@ -43,6 +39,20 @@ def fit(
     for i in indices:
         check_indices(i, by_name[i.input], symbols)
     return values
+
+
+def bound(specs: Sequence[TensorSpec], arrays: Sequence[np.ndarray], sizes: Mapping[str, int]) -> dict[str, int]:
+    """``sizes``, and the symbols that the axes of ``arrays`` tell: where they are axes, and where they can be solved for."""
+    symbols = dict(sizes)
+    axes = [(d, n) for spec, x in zip(specs, arrays) for d, n in zip(spec.shape, x.shape) if isinstance(d, str)]
+    for d, n in axes:
+        if d.isidentifier():
+            symbols.setdefault(d, n)
+    for d, n in axes:
+        if not d.isidentifier():
+            with contextlib.suppress(ZeroDivisionError):
+                symbols |= solved(d, n, symbols)
+    return symbols
 
 
 def check_indices(spec: Indices, x: np.ndarray, symbols: Mapping[str, int]) -> None:
@@ -72,15 +82,12 @@ def _array(spec: TensorSpec, x: Any) -> np.ndarray:
         raise InputError(f"input {spec.name} is no array ({e})") from None
 
 
-def _fit(spec: TensorSpec, x: np.ndarray, symbols: dict[str, int]) -> np.ndarray:
-    """``x`` with the element type of ``spec``; binds the symbols that are axes."""
+def _fit(spec: TensorSpec, x: np.ndarray) -> np.ndarray:
+    """``x`` with the element type and as many axes as ``spec`` has."""
     try:
         x = x.astype(spec.dtype, casting="safe")
     except TypeError:
         raise InputError(f"input {spec.name} must be {spec.dtype}, not {x.dtype}") from None
     if x.ndim != len(spec.shape):
         raise InputError(f"input {spec.name} must have the axes {list(spec.shape)}, not {x.ndim} of them")
-    for d, n in zip(spec.shape, x.shape):
-        if isinstance(d, str) and d.isidentifier():
-            symbols.setdefault(d, n)
     return x

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .arrays import check_indices, check_sizes, fit
+from .arrays import bound, check_indices, check_sizes, fit
 from .errors import ArtifactError, ContextLimitError, InputError
-from .manifest import AGAIN, StateSpec, TensorSpec, extents
+from .manifest import AGAIN, StateSpec, TensorSpec, extent, extents
 from .memory import tensor_of, zeros
 from .prompts import MOST_TOKENS
 from .values import whole
@@ -59,13 +60,12 @@ class Session:
         if context is not None and not 1 <= context <= limit:
             raise ContextLimitError(f"context={context}: the model takes 1 to {limit} positions")
         self.batch, self.context = batch, context or limit
-        rows = [int(i.high) for i in model.entry("prefill").indices if i.input == "tokens" and str(i.high).isdigit()]
-        self._vocab, self._media = min([*rows, *([] if m.vocab is None else [m.vocab])], default=None), m.media
+        self._indices = model.entry("prefill").indices
+        self._vocab, self._media = self._vocabulary(m.vocab, {}), m.media
         self._chunk = m.chunk or self.context
         self._weights = model.weights
         self._states = {name: model.entry(name).states for name in ("prefill", "decode")}
         self._functions = {name: model.function(name) for name in ("prefill", "decode")}
-        self._indices = model.entry("prefill").indices
         self._checks = {name: model.entry(name).checks for name in ("prefill", "decode")}
         self._most = _rounded(limit)
         self._specs = list(m.states.values())
@@ -96,16 +96,26 @@ class Session:
         values = dict(zip(self._wanted, fit("encode", list(self._wanted.values()), inputs, sizes)))
         if self._encoder:
             values |= self._model.run("encode", **{spec.name: values[spec.name] for spec in self._encoder.inputs})
-        if self._media is not None:
-            if not len(values["media"]):
-                raise InputError("media has no rows: without media, feed text alone")
-            self._vocab = self._media.vocab + len(values["media"])
-        symbols = {d: n for k, spec in self._others.items() for d, n in zip(spec.shape, values[k].shape) if isinstance(d, str)}
+        if self._media is not None and not len(values["media"]):
+            raise InputError("media has no rows: without media, feed text alone")
+        given = {**self._wanted, **self._others}
+        symbols = bound(list(given.values()), [values[name] for name in given], sizes)
         for spec in self._indices:
             if spec.input in self._others:
                 check_indices(spec, values[spec.input], symbols)
+        most = self._model.manifest.vocab if self._media is None else self._media.vocab + len(values["media"])
+        self._vocab = self._vocabulary(most, symbols)
         self._given = {name: (tensor_of(values[name]), values[name]) for name in self._others}
         self.reset()
+
+    def _vocabulary(self, most: int | None, symbols: Mapping[str, int]) -> int | None:
+        """How many tokens there are: at most ``most``, and as many as the tables have rows that tokens index."""
+        rows = [] if most is None else [most]
+        for spec in self._indices:
+            if spec.input == "tokens":
+                with contextlib.suppress(KeyError):  # sized by what is not given yet
+                    rows.append(extent(spec.high, symbols))
+        return min(rows, default=None)
 
     @property
     def past(self) -> np.ndarray:
@@ -201,9 +211,8 @@ class Session:
 
     def _check(self, name: str, given: Mapping[str, np.ndarray]) -> None:
         """Holds the sizes of what the entry is given against what it takes for granted of them."""
-        symbols = {"c": self._capacity}
-        for spec in self._model.entry(name).inputs:
-            symbols |= {d: n for d, n in zip(spec.shape, given[spec.name].shape) if isinstance(d, str) and d.isidentifier()}
+        inputs = self._model.entry(name).inputs
+        symbols = bound(inputs, [given[spec.name] for spec in inputs], {"c": self._capacity})
         check_sizes(f"entry {name}", self._checks[name], symbols)
 
     def _feed_one_by_one(self, tokens: np.ndarray, counts: np.ndarray) -> np.ndarray:

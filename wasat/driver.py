@@ -216,12 +216,13 @@ def _manifest(program: Program, library: Any, settings: dict[str, Any]) -> dict[
 
 def _checks(graph: Graph) -> list[dict[str, str]]:
     """What must be equal of sizes, and where: each equation once."""
+    from wasat.backends.tvm.indices import place
+
     found: dict[tuple[str, str], dict[str, str]] = {}
     for node in graph.nodes:
         for check in node.checks:
             a, b = map(str, check)
-            where = f"{node!r}" + (f" at {node.loc}" if node.loc else "")
-            found.setdefault((a, b), {"left": a, "right": b, "needs": check_text(check), "where": where})
+            found.setdefault((a, b), {"left": a, "right": b, "needs": check_text(check), "where": place(node)})
     return list(found.values())
 
 

@@ -16,9 +16,9 @@ import numpy as np
 import tvm
 import tvm_ffi
 from tvm import relax
-from wasat.ir import Dim, DType, Graph, IRError, Program, WasatError, check_text, evaluate_dim
+from wasat.ir import Dim, DType, Graph, IRError, Program, WasatError, evaluate_dim
 from wasat.ir.dims import Func
-from wasat.ir.evaluate import bind_symbols
+from wasat.ir.evaluate import bind_symbols, hold_checks
 
 from .indices import OUTSIDE, given, outside
 from .lower import WeightPlan, lower_program
@@ -74,6 +74,10 @@ def build(
     return Library(executable, plan, target)
 
 
+_LOOSE = 4096
+"""A size with a bound up to this may be allocated by the bound."""
+
+
 def _loosely_bounded(program: Program) -> bool:
     """Whether there is a size such as min(10**9, n): TVM's memory planner would allocate the bound."""
 
@@ -87,9 +91,6 @@ def _loosely_bounded(program: Program) -> bool:
         )  # fmt: skip
 
     return any(loose(d) for g in program.graphs.values() for v in g.values() for d in v.shape)
-
-
-_LOOSE = 4096
 
 
 def run(program: Program, target: Target, graph: str, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -132,11 +133,10 @@ class Runner:
         for c in self._given_indices[graph]:
             low, high, x = evaluate_dim(c.low, dims), evaluate_dim(c.high, dims), arrays[c.input]
             if x.size and not (low <= int(x.min()) and int(x.max()) < high):
-                raise IRError(f"{c.where}: index {_first_outside(x, low, high)} of {c.input} is outside {low} .. {high - 1}")
+                first = next(i for i in map(int, x.ravel()) if not low <= i < high)
+                raise IRError(f"{c.where}: index {first} of {c.input} is outside {low} .. {high - 1}")
         for node in g.nodes:
-            for a, b in node.checks:
-                if evaluate_dim(a, dims) != evaluate_dim(b, dims):
-                    raise IRError(f"{node!r}: needs {check_text((a, b))}", node.loc)
+            hold_checks(node, dims)
         ordered = [v.name for v in g.inputs if v.name not in self.states] + [s for s in self.states if s in arrays]
         function = self.vm["".join(c if c.isalnum() or c == "_" else "_" for c in graph)]
         tensors = [self._tensor(n, arrays[n]) for n in ordered]
@@ -165,10 +165,6 @@ class Runner:
             return x
         x = uncarried(tensor.numpy(), dtype)
         return self.layouts[name].unpack(x) if name in self.layouts else x
-
-
-def _first_outside(x: np.ndarray, low: int, high: int) -> int:
-    return next(i for i in map(int, x.ravel()) if not low <= i < high)
 
 
 def _linked(library: Library) -> Any:

@@ -330,9 +330,8 @@ class Context:
         missing = set(tirx.analysis.undefined_vars(func.body)) - {d for t in inputs for d in t.shape}
         free = [v for s in self.symbols.values() for v in tirx.analysis.undefined_vars(s) if v in missing]
         if free:
-            func = te.create_prim_func([*inputs, *free, out], "int64")
-        if free:  # TVM's fusion knows the symbols that a tensor's shape carries, and no others
-            func = func.with_attr("op_pattern", _OPAQUE)
+            # TVM's fusion knows the symbols that a tensor's shape carries, and no others
+            func = te.create_prim_func([*inputs, *free, out], "int64").with_attr("op_pattern", _OPAQUE)
         gv = self.bb.add_func(func.without_attr("global_symbol"), name)
         return self.call(gv, [*args, *free], relax.TensorType(list(out.shape), out.dtype))
 

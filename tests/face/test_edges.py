@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from wasat.backends.tvm.build import Runner
 from wasat.backends.tvm.targets import cpu
+from wasat.frontend import nn
 from wasat.ir import ArrayParam, Program, QArray, QTensorType, WasatError, parse, type_of
-from wasat.runtime import Model, RuntimeErrorBase
+from wasat.runtime import InputError, Model, RuntimeErrorBase
 
 import wasat as ws
 
@@ -298,3 +299,28 @@ def test_numbers_in_this_process(name: str, runner: Runner) -> None:
             got = runner(f"case{list(CASES).index(name)}", inputs)["y"]
             assert got.shape == want.shape
             np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+class Extended(nn.Module):
+    """A decoder whose table of tokens goes on with rows that come in."""
+
+    def __init__(self) -> None:
+        self.embed, self.head = nn.Embedding(5, 8), nn.Linear(8, 5)
+
+    def __call__(self, tokens: nn.Tensor, more: nn.Tensor) -> nn.Tensor:
+        x = nn.gather(nn.concat([self.embed(nn.arange(5)), more], axis=0), tokens)
+        h, at = x.heads(2), nn.positions(tokens)
+        scores = nn.where(nn.causal(at), nn.einsum("b s h d, b t h d -> b h s t", h, h), -np.inf)
+        return self.head(nn.einsum("b h s t, b t h d -> b s h d", nn.softmax(scores), h).merge())
+
+
+def test_tokens_beyond_a_table_that_is_given_are_refused(tmp_path: Path) -> None:
+    program = nn.trace(Extended(), {"tokens": "i64[b, s]", "more": "f32[m, 8]"}, outputs=["logits"])
+    ws.compile(program, tmp_path / "m", kv_cache=True, chunk=16)
+    session = ws.load(tmp_path / "m").session(context=32)
+    for rows in (2, 1):
+        session.encode(more=count(rows, 8))
+        assert session.step([[0, 4 + rows]]).shape == (1, 5)
+        for s in (1, 2):
+            with pytest.raises(InputError, match=f"token {5 + rows} is outside the vocabulary of {5 + rows}"):
+                session.step([[5 + rows] * s])

@@ -163,11 +163,11 @@ def test_classes_of_texts(model: Model, program: Program) -> None:
 @pytest.mark.parametrize("head, inputs, error, message", [
     ("topics", ["what"], InputError, "no head 'topics'; it has digit, scene, topic"),
     ("digit", Image(RED), InputError, "a list of what to classify"),
-    ("topic", "what", InputError, "a list of what to classify"),
+    ("topic", "what", InputError, "inputs must be a list, not str"),
     ("topic", [], InputError, "a list of what to classify"),
     ("digit", ["what"], InputError, "head digit is of image: give Paths or Images, not str"),
     ("digit", [Audio(TONE, 8000)], InputError, "is of image, and .* is of audio"),
-    ("topic", [[-1]], InputError, "prompt 0 holds a token outside the vocabulary of 64"),
+    ("topic", [[-1]], InputError, "prompt 0: token -1 is outside the vocabulary of 64"),
     ("topic", [[1] * 65], ContextLimitError, "prompt 0 has 65 tokens; the model's context is 64"),
 ])  # fmt: skip
 def test_what_cannot_be_classified(

@@ -1,0 +1,67 @@
+"""Attention over caches, prefill and decode: NaN stays where the interpreter has it, and what sees nothing is 0."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from wasat.backends.tvm.build import Runner
+from wasat.backends.tvm.targets import cpu
+from wasat.ir import evaluate, parse_program
+
+STATES = [{"name": f"{r}c", "role": r, "kind": "full", "capacity": None, "window": None} for r in "kv"]
+SIZES = (1, 3)
+
+
+def text(s: int, mask: str) -> str:
+    step, cache = f"[b, {s}, 2, 16]", "f32[b, 32, 2, 16]"
+    return (
+        f"graph @{mask}{s}(%q: f32[b, {s}, 4, 16], %k: f32{step}, %v: f32{step}, %kc: {cache}, %vc: {cache}, %past: i64[b], "
+        f"%m: {mask}[b, 1, {s}, 32]) {{\n  %y: f32[b, {s}, 4, 16], %k2: {cache}, %v2: {cache} = "
+        "cached_attention(%q, %k, %v, %kc, %vc, %past, %m) {scale=0.3}\n  return %y, kc=%k2, vc=%v2\n}\n"
+    )
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Runner:
+    program = parse_program("".join(text(s, m) for s in SIZES for m in ("bool", "f32")))
+    program.metadata["states"] = STATES
+    return Runner(program, cpu(), ["kc", "vc"])
+
+
+def inputs(s: int, mask: str) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    shapes = {"q": (2, s, 4, 16), "k": (2, s, 2, 16), "v": (2, s, 2, 16), "kc": (2, 32, 2, 16), "vc": (2, 32, 2, 16)}
+    seen = np.ones((2, 1, s, 32), bool)
+    made: dict[str, Any] = {k: rng.standard_normal(shape).astype(np.float32) for k, shape in shapes.items()}
+    return made | {"past": np.array([5, 7]), "m": seen if mask == "bool" else np.zeros(seen.shape, np.float32)}
+
+
+def agree(compiled: Runner, name: str, given: dict[str, Any]) -> np.ndarray:
+    want = np.asarray(evaluate(compiled.program[name], given)[0])
+    got = compiled(name, given)["y"]
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+    return want
+
+
+@pytest.mark.parametrize("s", SIZES)
+@pytest.mark.parametrize("operand, place", [
+    ("q", (0, 0, 1, 3)), ("k", (1, 0, 1, 0)), ("v", (0, 0, 0, 15)), ("kc", (1, 2, 0, 5)), ("vc", (0, 4, 1, 7)),
+])  # fmt: skip
+def test_nan_stays(compiled: Runner, operand: str, place: tuple[int, ...], s: int) -> None:
+    given = inputs(s, "bool")
+    given[operand][place] = np.nan
+    want = agree(compiled, f"bool{s}", given)
+    assert np.isnan(want).any()
+    assert np.isfinite(want).any()
+
+
+@pytest.mark.parametrize("s", SIZES)
+@pytest.mark.parametrize("mask", ["bool", "f32"])
+def test_a_row_that_sees_nothing_is_0(compiled: Runner, mask: str, s: int) -> None:
+    given = inputs(s, mask)
+    given["m"][0] = False if mask == "bool" else -np.inf
+    want = agree(compiled, f"{mask}{s}", given)
+    assert not want[0].any()
+    assert want[1].any()
