@@ -96,6 +96,12 @@ CASES: dict[str, tuple[onnx.ModelProto, list[tuple[dict[str, np.ndarray], np.nda
 }  # fmt: skip
 
 
+def test_the_last_element_by_computed_bounds_has_size_1() -> None:
+    file = model([_width("x", "w"), helper.make_node("Sub", ["w", "one"], ["last"]),
+                  helper.make_node("Slice", ["x", "last", "w", "one"], ["y"])], {"x": ["b", "s"]}, one=ONE)  # fmt: skip
+    assert str(from_onnx(file)["forward"].outputs[0].type) == "f32[b, 1]"
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_interpreted(name: str) -> None:
     file, runs = CASES[name]

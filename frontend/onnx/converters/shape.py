@@ -151,6 +151,8 @@ def _place(at: DimLike, size: DimLike) -> DimLike:
     """A bound of a slice from the front; negative ones count from the end."""
     if isinstance(at, int):
         return size if at >= END else at + size if at < 0 else at
+    if equal(at, size - 1):  # of an axis of size 0 it is -1, and the last of nothing again
+        return at
     if less_equal(0, at) is None:  # the sign shows when it runs: the quotient is -1 or 0
         return at - size * (at // END)
     return at + size if less_equal(0, at) is False else at
