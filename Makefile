@@ -42,7 +42,7 @@ bench: $(READY)
 parity: $(READY)
 	$(BIN)/pip install -q torch==2.13.0 transformers==5.23.0 onnxruntime==1.32.0
 	$(BIN)/python -m pytest tests/parity
-	PYTHONPATH=tests $(BIN)/python -m pytest -p roundtrip tests/ir tests/passes tests/frontend tests/training
+	PYTHONPATH=tests $(BIN)/python -m pytest -n 2 --dist worksteal -p roundtrip tests/ir tests/passes tests/frontend tests/training
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
