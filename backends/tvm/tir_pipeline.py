@@ -15,7 +15,8 @@ from tvm.tirx import compilation_pipeline
 NAME = "wasat_cpu"
 
 
-def _lower() -> Any:
+def lowering() -> Any:
+    """From kernels and tensor expressions to code of the host and the device."""
     return tvm.transform.Sequential([
         s_tir.transform.CanonicalizeLoop(),
         s_tir.transform.LowerInitBlock(),
@@ -44,6 +45,6 @@ def _lower() -> Any:
 def register() -> str:
     """Makes the pipeline known to TVM; returns its name, which tvm.compile takes."""
     compilation_pipeline.register_tir_pipeline(
-        NAME, lambda: (_lower(), compilation_pipeline.finalize_host_passes, compilation_pipeline.finalize_device_passes)
+        NAME, lambda: (lowering(), compilation_pipeline.finalize_host_passes, compilation_pipeline.finalize_device_passes)
     )
     return NAME

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tvm
 from numpy.typing import NDArray
+from wasat.backends.tvm import tir_pipeline
 from wasat.backends.tvm.kernels.isa import AVX2, AVX512_VNNI, AVX_VNNI, GENERIC, NEON, Isa
 
 # no more than the kernels ask for: code for a named processor may use instructions that this one lacks (AVX512-FP16)
@@ -53,7 +54,8 @@ def target_of(isa: Isa) -> tvm.target.Target:
 
 
 def build(func: tvm.tirx.PrimFunc, isa: Isa) -> Any:
-    return tvm.tirx.build(tvm.IRModule({"main": func}), target=target_of(isa))["main"]
+    module = tvm.IRModule({"main": func})
+    return tvm.tirx.build(module, target=target_of(isa), pipeline=tir_pipeline.register())["main"]
 
 
 def tensor(x: NDArray[Any]) -> Any:

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import math
+from itertools import takewhile
 
 import numpy as np
 import pytest
-from kernel_help import assert_near, build, each_isa, run
+import tvm
+from kernel_help import assert_near, build, each_isa, run, target_of
 from numpy.typing import NDArray
+from wasat.backends.tvm import tir_pipeline
 from wasat.backends.tvm.kernels.glu import Activation, Glu, glu
-from wasat.backends.tvm.kernels.isa import Isa
+from wasat.backends.tvm.kernels.isa import GENERIC, Isa
 from wasat.backends.tvm.kernels.norm import Norm, norm
 from wasat.backends.tvm.kernels.quantize import quantize_rows_reference
 
@@ -95,3 +98,12 @@ def test_glu(isa: Isa, kind: Activation) -> None:
         np.testing.assert_allclose(y[0, 3], want[0, 3], rtol=1e-3)
         [yq] = run(quantized, [x], ((m, -(-n // 32), 10), "int32"))
         assert_quantized(yq, want)
+
+
+def test_arithmetic_of_many_steps_does_not_grow_when_it_is_lowered() -> None:
+    """Simplifying once doubled erf's text with each of its steps: a minute of compiling."""
+    module = tvm.IRModule({"main": glu(Glu(GENERIC, 64, "gelu", quantize=True)).with_attr("target", target_of(GENERIC))})
+    before = len(str(module))
+    for step in takewhile(lambda p: p.info.name != "tirx.VerifyMemory", tir_pipeline.lowering().passes):
+        module = step(module)
+    assert len(str(module)) < 4 * before

@@ -103,9 +103,16 @@ class Kernel:
         return block[0] if len(block) == 1 else tirx.SeqStmt(block) if block else tirx.Evaluate(0)
 
     def let(self, value: Expr, name: str = "v") -> Expr:
-        """Evaluate once, here."""
-        if isinstance(value, int):
-            value = int64(value)
+        """Evaluate once, here.
+
+        An f32 does not stay a variable: TVM's simplifiers would put its value in every use, and an arithmetic of many steps
+        doubles with each of them. LLVM keeps what is stored here in registers.
+        """
+        value = int64(value)
+        if str(value.ty.dtype).startswith("float32"):
+            kept = self.registers(1, "float32", _lanes(value))
+            self.store(kept, 0, value)
+            return load(kept, 0, _lanes(value))
         self._names += 1
         var = tirx.Var(f"{name}{self._names}", value.ty)
         self._emit(tirx.Bind(var, value))
