@@ -12,9 +12,29 @@ Names are imported when first used, so that ``wasat.runtime`` alone loads neithe
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:  # what _HOME says, for type checkers and editors
+    from wasat.backends.onnx import to_onnx as to_onnx
+    from wasat.driver import compile as compile
+    from wasat.driver import explain as explain
+    from wasat.driver import from_pretrained as from_pretrained
+    from wasat.driver import optimize as optimize
+    from wasat.driver import run as run
+    from wasat.frontend import nn as nn
+    from wasat.frontend.nn import trace as trace
+    from wasat.frontend.onnx import from_onnx as from_onnx
+    from wasat.ir import Graph as Graph
+    from wasat.ir import Program as Program
+    from wasat.ir import WasatError as WasatError
+    from wasat.ir import evaluate as evaluate
+    from wasat.ir import parse as parse
+    from wasat.runtime import Model as Model
+    from wasat.runtime import SamplingOptions as SamplingOptions
+    from wasat.runtime import load as load
+    from wasat.training.loop import train as train
 
 _HOME = {
     "from_pretrained": "wasat.driver", "from_onnx": "wasat.frontend.onnx", "trace": "wasat.frontend.nn",
@@ -29,10 +49,12 @@ _HOME = {
 __all__ = [*_HOME, "__version__"]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(importlib.import_module(_HOME[name]), name)
-    raise AttributeError(f"module 'wasat' has no attribute {name!r}")
+if not TYPE_CHECKING:  # else every misspelt name would be Any
+
+    def __getattr__(name: str) -> Any:
+        if name in _HOME:
+            return getattr(importlib.import_module(_HOME[name]), name)
+        raise AttributeError(f"module 'wasat' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -91,3 +91,7 @@ __all__ = [
     "relu", "resize", "rms_norm", "rope", "rsqrt", "sample_frames", "scan", "sigmoid", "sign", "silu", "sin", "sinusoid",
     "softmax", "softplus", "sqrt", "stack", "stop_gradient", "take_along", "tanh", "top_k", "trace", "where", "within",
 ]  # fmt: skip
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
