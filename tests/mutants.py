@@ -1,6 +1,7 @@
 """Mutants: one small fault in a source file, and the tests that cover it. One that no test notices shows what is not tested.
 
     python tests/mutants.py passes/rows.py --seed 0 --count 40
+    python tests/mutants.py passes/rows.py:31                     # every mutant that begins in line 31
 
 Each is tried in a scratch copy of the packages (links, except for the file itself), first on the path: the tree is not touched.
 """
@@ -20,23 +21,41 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+OPS = ("attention", "conv", "elementwise", "index", "linalg", "nn", "reduce", "scan", "shape")
 ROOMS = ("ir", "passes", "backends", "frontend", "runtime", "training")
 TESTS = {  # what covers a file; for others it is the file of the same name, or the room
     "passes/rows.py": ["tests/passes/test_rows.py"],
     "passes/axis.py": ["tests/passes/test_kv_cache.py", "tests/passes/test_rows.py"],
-    "passes/mask.py": ["tests/passes/test_fuse_attention.py", "tests/passes/test_kv_cache.py"],
+    "passes/mask.py": ["tests/passes/test_mask.py", "tests/passes/test_fuse_attention.py", "tests/passes/test_kv_cache.py"],
     "passes/affine.py": ["tests/passes/test_affine.py", "tests/passes/test_fuse_attention.py"],
     "passes/views.py": ["tests/passes/test_fuse_attention.py"],
+    "passes/fuse_attention.py": ["tests/passes/test_fuse_attention.py", "tests/passes/test_near_patterns.py"],
+    "passes/fuse_norm.py": ["tests/passes/test_fuse_norm.py", "tests/passes/test_near_patterns.py"],
+    "passes/kv_cache.py": ["tests/passes/test_kv_cache.py", "tests/passes/test_rows.py"],
+    "passes/cleanup.py": ["tests/passes/test_cleanup.py"],
+    "passes/hoist_params.py": ["tests/passes/test_hoist_params.py"],
+    "passes/merge_linears.py": ["tests/passes/test_merge_linears.py"],
+    "passes/precision.py": ["tests/passes/test_mixed_precision.py", "tests/training/test_precision.py"],
+    "passes/remat.py": ["tests/passes/test_remat.py"],
     "backends/tvm/indices.py": ["tests/face/test_edges.py"],
     "backends/tvm/kernels/gemm.py": ["tests/backends/test_kernels_gemm.py"],
     "ir/parser.py": ["tests/ir/test_text.py", "tests/ir/test_hostile_text.py"],
     "ir/dims.py": ["tests/ir/test_dims.py"],
+    "ir/vjp.py": ["tests/ir/test_vjp.py", "tests/passes/test_autodiff.py"],
     "ir/ops/quant.py": ["tests/ir/test_registry.py", "tests/passes/test_quantize.py"],
+    **dict.fromkeys((f"ir/ops/{x}.py" for x in OPS), ["tests/ir/test_registry.py", "tests/ir/test_vjp.py"]),
+    "runtime/artifact.py": ["tests/runtime/test_artifact.py"],
+    "runtime/manifest.py": ["tests/runtime/test_artifact.py"],
+    "runtime/generate.py": ["tests/runtime/test_generate.py", "tests/runtime/test_text_stream.py"],
+    "runtime/media.py": ["tests/runtime/test_media.py", "tests/runtime/test_media_kinds.py"],
+    "training/step.py": ["tests/training/test_step.py", "tests/training/test_precision.py"],
+    "training/loop.py": ["tests/training/test_loop.py"],
 }
 FLIPS: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
     ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
 }
+SUMS: dict[type[ast.operator], type[ast.operator]] = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.FloorDiv: ast.Mult}
 CALLS = {"min": "max", "max": "min", "any": "all", "all": "any"}
 
 
@@ -49,6 +68,14 @@ def _changes(node: ast.AST) -> Iterator[ast.AST]:
             yield new
     elif isinstance(node, ast.BoolOp):
         yield ast.BoolOp(ast.Or() if isinstance(node.op, ast.And) else ast.And(), node.values)
+    elif isinstance(node, ast.BinOp) and type(node.op) in SUMS and not isinstance(node.left, ast.JoinedStr):
+        yield ast.BinOp(node.left, SUMS[type(node.op)](), node.right)
+    elif isinstance(node, ast.Set) and len(node.elts) > 1:
+        yield from (ast.Set([x for x in node.elts if x is not left]) for left in node.elts)
+    elif isinstance(node, ast.Dict):
+        for i, key in enumerate(node.keys):
+            if key is not None:
+                yield ast.Dict(node.keys[:i] + node.keys[i + 1 :], node.values[:i] + node.values[i + 1 :])
     elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
         yield node.operand
     elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
@@ -61,17 +88,17 @@ def _changes(node: ast.AST) -> Iterator[ast.AST]:
         yield ast.Pass()
 
 
-def mutants(source: str) -> list[str]:
-    """Every mutant of a source text, each a whole text of the same layout: only the place of the fault differs."""
+def mutants(source: str, line: int | None = None) -> list[str]:
+    """Every mutant of a source text (that begins in ``line``), each a whole text: only the place of the fault differs."""
     lines = source.encode().splitlines(keepends=True)
     starts = [0]
-    for line in lines:
-        starts.append(starts[-1] + len(line))
+    for one in lines:
+        starts.append(starts[-1] + len(one))
     data, made = source.encode(), []
     tree = ast.parse(source)
     inside = {x for f in ast.walk(tree) if isinstance(f, ast.JoinedStr) for x in ast.walk(f)}  # of messages
     for node in ast.walk(tree):
-        if node in inside:
+        if node in inside or line not in (None, getattr(node, "lineno", None)):
             continue
         for new in _changes(node):
             begin = starts[node.lineno - 1] + node.col_offset  # type: ignore[attr-defined]
@@ -115,11 +142,11 @@ def passes(scratch: Path, tests: list[str], limit: float) -> bool:
         return False
 
 
-def sample(file: str, seed: int, count: int, limit: float) -> tuple[int, list[str]]:
-    """Tries `count` mutants of a file. Returns how many were drawn, and the differences of the survivors."""
+def sample(file: str, seed: int, count: int, limit: float, line: int | None = None) -> tuple[int, list[str]]:
+    """Tries ``count`` mutants of a file, or every one of a line. Returns how many, and the differences of the survivors."""
     source = (ROOT / file).read_text()
-    every = mutants(source)
-    drawn = random.Random(f"{seed} {file}").sample(every, min(count, len(every)))
+    every = mutants(source, line)
+    drawn = random.Random(f"{seed} {file}").sample(every, min(count, len(every))) if line is None else every
     survivors = []
     with tempfile.TemporaryDirectory() as name:
         copied, tests = farm(Path(name), file), covering(file)
@@ -136,14 +163,15 @@ def sample(file: str, seed: int, count: int, limit: float) -> tuple[int, list[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="*", default=sorted(TESTS), metavar="FILE")
+    parser.add_argument("files", nargs="*", default=sorted(TESTS), metavar="FILE[:LINE]")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=40)
     parser.add_argument("--limit", type=float, default=300, help="seconds for the tests of one mutant")
     args = parser.parse_args()
-    for file in args.files:
-        drawn, survivors = sample(file, args.seed, args.count, args.limit)
-        print(f"{file}: {drawn - len(survivors)} of {drawn} killed", flush=True)
+    for given in args.files:
+        file, _, line = given.partition(":")
+        drawn, survivors = sample(file, args.seed, args.count, args.limit, int(line) if line else None)
+        print(f"{given}: {drawn - len(survivors)} of {drawn} killed", flush=True)
 
 
 if __name__ == "__main__":

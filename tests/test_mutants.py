@@ -10,17 +10,22 @@ SOURCE = '''def f(a, b):
     """é"""
     if not a < b:
         raise ValueError(f"{a + 1}")
-    return min(a, 3) == 3 and True
+    return min(a, 3) == 3 and True and a - b in {a, 'b'} and {a: b}
 '''
 
 
 def test_every_kind():
     made = mutants.mutants(SOURCE)
-    for text in ("(a <= b)", "if (a < b)", "    pass\n    return", "(max(a, 3))", "(4)", "(2)", "!= 3)", "or True", "(False)"):
+    for text in ("(a <= b)", "if (a < b)", "    pass\n    return", "(max(a, 3))", "(4)", "(2)", "!= 3)", "or True", "(False)", "(a + b)", "({a})", "({'b'})", "({})", "not in {"):
         assert any(text in m for m in made), text
-    assert len(made) == len(set(made)) == 11
+    assert len(made) == len(set(made)) == 16
     assert all("a + 1" in m or "pass" in m for m in made)
     assert all(ast.dump(ast.parse(m)) != ast.dump(ast.parse(SOURCE)) for m in made)
+
+
+def test_of_one_line():
+    assert len(mutants.mutants(SOURCE, 3)) == 3
+    assert mutants.mutants(SOURCE, 4) == []
 
 
 def test_the_tree_is_not_touched(tmp_path):
