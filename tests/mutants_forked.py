@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import resource
 import signal
 import sys
 from collections.abc import Iterator
@@ -43,7 +44,8 @@ def _forked(session: pytest.Session, path: str, old: str, new: str, limit: float
     pid = os.fork()
     if pid:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    signal.alarm(int(limit) + 1)
+    signal.alarm(30 * int(limit))
+    resource.setrlimit(resource.RLIMIT_CPU, (int(limit) + 1, int(limit) + 1))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     status = 0
     try:

@@ -16,7 +16,10 @@ SOURCE = '''def f(a, b):
 
 def test_every_kind():
     made = mutants.mutants(SOURCE)
-    for text in ("(a <= b)", "if (a < b)", "    pass\n    return", "(max(a, 3))", "(4)", "(2)", "!= 3)", "or True", "(False)", "(a + b)", "({a})", "({'b'})", "({})", "not in {"):
+    for text in (
+        "(a <= b)", "if (a < b)", "    pass\n    return", "(max(a, 3))", "(4)", "(2)", "!= 3)", "or True", "(False)",
+        "(a + b)", "({a})", "({'b'})", "({})", "not in {",
+    ):
         assert any(text in m for m in made), text
     assert len(made) == len(set(made)) == 16
     assert all("a + 1" in m or "pass" in m for m in made)
@@ -26,6 +29,20 @@ def test_every_kind():
 def test_of_one_line():
     assert len(mutants.mutants(SOURCE, 3)) == 3
     assert mutants.mutants(SOURCE, 4) == []
+
+
+def test_forks_notice_what_a_function_does_and_no_more(tmp_path):
+    """A mutant that a test notices, one that none does, and one outside of functions, which has to be tried again."""
+    file, tests = "passes/memory.py", tmp_path / "test_it.py"
+    tests.write_text("from wasat.passes.memory import bytes_of\ndef test(): assert 77 not in bytes_of.__code__.co_consts\n")
+    copied = mutants.farm(tmp_path, file)
+    source = copied.read_text()
+    name = "def bytes_of("
+    assert source.count(name) == 1
+    at = source.index("return", source.index(name))
+    noticed = source[:at] + "return 77  # " + source[at:]
+    other = source.replace('"""', '"""Other. ', 1)
+    assert mutants.killed_in_forks(tmp_path, copied, [noticed, source, other], [str(tests)], 60) == [True, False, False]
 
 
 def test_the_tree_is_not_touched(tmp_path):

@@ -84,6 +84,17 @@ def test_graphs_share_equal_computations_and_nothing_else() -> None:
     assert [list(g.params) for g in program.graphs.values()] == [["a.w|add"], ["a.w|add_1"], ["a.w|add"]]
 
 
+def test_the_order_of_operands_tells_computations_apart() -> None:
+    sub = "%t: f32[4, 4] = sub({})\n %y: f32[n, 4] = linear(%x, %t)"
+    program = hoisted(sub.format("%a.w, %b.w"), sub.format("%b.w, %a.w"), sub.format("%a.w, %a.w"))
+    assert list(program.params) == ["a+b.w|sub", "b+a.w|sub", "a.w|sub"]
+
+
+def test_names_that_are_taken_are_counted_on() -> None:
+    add = "%t: f32[4, 4] = add(%a.w, {}:f32)\n %y: f32[n, 4] = linear(%x, %t)"
+    assert list(hoisted(*map(add.format, (1.0, 2.0, 3.0))).params) == ["a.w|add", "a.w|add_1", "a.w|add_2"]
+
+
 def test_a_result_inside_another_is_computed_from_the_parameters() -> None:
     inner = "%t: f32[4, 4] = add(%a.w, 1.0:f32)\n %u: f32[4, 4] = neg(%t)\n %y: f32[n, 4] = linear(%x, %u)"
     both = inner.replace("%y: f32[n, 4] = linear(%x, %u)", "%z: f32[n, 4] = linear(%x, %t)\n %y: f32[n, 4] = linear(%z, %u)")

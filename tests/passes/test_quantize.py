@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from wasat.ir import Program, evaluate, parse_program, parse_type
+from wasat.ir import Program, QTensorType, evaluate, parse, parse_program, parse_type
+from wasat.ir.decompose import decompose
 from wasat.ir.graph import ArrayParam
+from wasat.ir.ops.quant import quantize_array, quantize_rows
 from wasat.passes import Cleanup, PassError, PassManager, Quantize, Report
 
 from wasat.testing import check_pass, check_untouched, feed, random_program
@@ -212,3 +214,37 @@ def test_weights_whose_scales_f16_does_not_hold_stay_and_are_named(size: float, 
     assert any(n.op.name == "linear" for n in program["g"].nodes) is stays
     missed = [r.message for r in report.remarks("missed")]
     assert any(f"{read} stays" in m and "w has a block whose scale is outside f16" in m for m in missed) is stays
+
+
+def test_halves_are_rounded_to_even() -> None:
+    """A scale of 1, so that values are what is rounded; beyond the range only where the scale itself was rounded down."""
+    x = np.zeros((2, 32), np.float32)
+    x[:, :8] = [[127, 0.5, 1.5, 2.5, -0.5, -1.5, 0.75, -0.75], [-127, 3.5, 4.5, 0.49, -2.5, 0, 126.5, 125.5]]
+    want = [[127, 0, 2, 2, 0, -2, 1, -1], [-127, 4, 4, 0, -2, 0, 126, 126]]
+    assert quantize_array(x, QTensorType("int8", (2, 32))).values[:, :8].tolist() == want
+    q, d = quantize_rows(x)
+    assert (q[:, 0, :8].tolist(), d.tolist()) == (want, [[1.0], [1.0]])
+    x[:, :6] = [[-8, 7.5, 7.4, 0.5, 1.5, 6.5], [8, 7.5, -7.5, -0.5, -1.5, -6.5]]
+    x[:, 6:] = 0
+    want = [[-8, 7, 7, 0, 2, 6], [-8, -8, 7, 0, 2, 6]]
+    assert quantize_array(x, QTensorType("int4", (2, 32))).values[:, :6].tolist() == want
+    tiny = np.full((1, 32), 127 * 1.4 * 2.0**-24, np.float32)  # f16 has no scale between 2**-24 and 2**-23
+    tiny[0, 1] *= -1
+    assert quantize_array(tiny, QTensorType("int8", (1, 32))).values[0, :2].tolist() == [127, -127]
+
+
+def test_rows_of_activations_are_rounded_to_even_in_the_decomposition_too() -> None:
+    text = """graph @f(%x: f32[n, 32]) {
+  param %w: int8b32f16[32, 32]
+  %y: f32[n, 32] = quantized_linear(%x, %w) {activation="int8"}
+  return %y
+}"""
+    weight = quantize_array(np.eye(32, dtype=np.float32) * 127, QTensorType("int8", (32, 32)))  # scales of 1
+    x = np.zeros((1, 32), np.float32)
+    x[0, :6] = [127, 0.5, 1.5, 2.5, -0.5, -1.5]
+    g = parse(text)
+    for _ in range(2):
+        (y,) = evaluate(g, {"x": x}, {"w": weight})
+        np.testing.assert_array_equal(np.asarray(y)[0, :6], np.array([127, 0, 2, 2, 0, -2]) * 127)
+        decompose(g, lambda node: node.op.name in ("linear", "dequantize"))
+    assert g.count("round") == 1

@@ -9,7 +9,20 @@ from typing import Any
 import numpy as np
 import pytest
 import wasat.passes
-from wasat.ir import Array, ArrayParam, Builder, DerivedParam, DType, Graph, Program, QArray, TensorType, Value, evaluate, symbol
+from wasat.ir import (
+    Array,
+    ArrayParam,
+    Builder,
+    DerivedParam,
+    DType,
+    Graph,
+    Program,
+    QArray,
+    TensorType,
+    Value,
+    evaluate,
+    symbol,
+)
 from wasat.passes import (
     Cleanup,
     DeriveKVCache,
