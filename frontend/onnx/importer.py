@@ -38,7 +38,7 @@ from .registry import CONVERTERS, Inline, NodeView, converter
 from .undecided import undecided
 
 OLDEST, NEWEST = 7, 28
-"""Operator sets read: from 13 on by promise, older ones where the operator's definition is the same."""
+"""Operator sets read. Before them, operators that are defined the same."""
 MOST_NODES = 1_000_000
 SMALL = 64
 """Integer initializers up to this many elements are constants, not parameters: they are sizes, axes, scalars."""
@@ -342,7 +342,7 @@ class Importer:
             convert = converter(domain, node.op_type, version)
             if convert is None:
                 return self._inline_schema(schema, node, inputs, frame)
-            self._check_operands(node, inputs, schema)
+            self._check_operands(node, scope, inputs, schema)
             view = NodeView(node, self._attributes(node, frame, schema), frame, self)
             while inputs and inputs[-1] is None:
                 inputs.pop()
@@ -351,7 +351,9 @@ class Importer:
             except Inline:
                 return self._inline_schema(schema, node, inputs, frame)
         except FromData as e:
-            raise FromData(f"{self.source.name}: {node.op_type} node {scope!r}: {e}", e.inputs) from None
+            raise FromData(self._at(node, scope, e), e.inputs) from None
+        except OnnxError as e:
+            raise OnnxError(self._at(node, scope, e)) from e.__cause__
         except IRError as e:
             raise OnnxError(f"{self.source.name}: {node.op_type} node {scope!r}: {e.message}") from e
         except MALFORMED as e:
@@ -359,21 +361,33 @@ class Importer:
         finally:
             self.c.b.loc = outer
         results = result if isinstance(result, tuple) else (result,)
+        lacking = [name for name in node.output[len(results) :] if name]
+        if lacking:
+            raise self.fail(f"{node.op_type} node {scope!r}: its output {lacking[0]!r} is not supported")
         self._name(results, node.output, last)
         return results
 
-    def _check_operands(self, node: onnx.NodeProto, inputs: Sequence[Any], schema: Any) -> None:
+    def _at(self, node: onnx.NodeProto, scope: str, e: OnnxError) -> str:
+        """The message, with the node that it is about."""
+        text, where = str(e).removeprefix(f"{self.source.name}: "), f"{node.op_type} node {scope!r}"
+        return f"{self.source.name}: {text if where in text else f'{where}: {text}'}"
+
+    def _check_operands(self, node: onnx.NodeProto, scope: str, inputs: Sequence[Any], schema: Any) -> None:
         if schema is None:
             return
+        version = f"{node.op_type} of operator set {schema.since_version}"
         if not schema.min_input <= len(inputs) <= schema.max_input or len(node.output) > schema.max_output:
             raise self.fail(
-                f"{node.op_type} node {node.name!r} has {len(inputs)} inputs and {len(node.output)} outputs; it takes "
+                f"{node.op_type} node {scope!r} has {len(inputs)} inputs and {len(node.output)} outputs; {version} takes "
                 f"{schema.min_input} to {schema.max_input} and makes up to {schema.max_output}"
             )
+        for a in node.attribute:
+            if a.name not in schema.attributes:
+                raise self.fail(f"{node.op_type} node {scope!r} has an attribute {a.name}, which {version} has not")
         for given, name, declared in zip(inputs, node.input, schema.inputs):
             optional = declared.option is not onnx.defs.OpSchema.FormalParameterOption.Single or "optional" in declared.type_str
             if given is None and not name and not optional:
-                raise self.fail(f"{node.op_type} node {node.name!r} lacks the input {declared.name}")
+                raise self.fail(f"{node.op_type} node {scope!r} lacks the input {declared.name}")
 
     def _name(self, results: Sequence[Any], names: Sequence[str], last: Any) -> None:
         """Gives the values that a node made their ONNX names."""

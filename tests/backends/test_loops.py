@@ -40,6 +40,10 @@ CASES = {
         "(%i: i64[7, 90], %x: f32[7, 90]) {\n %k: bool[7, 90] = greater_equal(%i, 3:i64)\n %j: i64[7, 90] = add(%i, %i)\n"
         " %f: f32[7, 90] = cast(%j) {dtype=f32}\n %s: f32[7, 90] = select(%k, %f, %x)\n %y: f32[7] = reduce_sum(%s) {axes=(1,)}"),
     "half precision": "(%x: f16[9, 40], %z: f16[9, 40]) {\n %a: f16[9, 40] = mul(%x, %z)\n %c: f16[9, 40] = add(%a, %a)\n %y: f16[9, 40] = mul(%c, %a)",
+    "activations of activations": (  # hours, where a pass puts what a variable stands for in its place
+        "(%x: f32[7, 30]) {\n %a: f32[7, 30] = sigmoid(%x)\n %c: f32[7, 30] = mul(%a, %x)\n %d: f32[7, 30] = tanh(%c)\n"
+        " %e: f32[7, 30] = exp(%d)\n %f: f32[7, 30] = mul(%e, %a)\n %g: f32[7, 30] = sigmoid(%f)\n %h: f32[7, 30] = mul(%g, %d)\n"
+        " %y: f32[7, 30] = tanh(%h)"),
     "a scalar": "(%x: f32[], %z: f32[]) {\n %a: f32[] = add(%x, %z)\n %y: f32[] = sqrt(%a)",
 }  # fmt: skip
 

@@ -89,7 +89,10 @@ def _resize_axis(
         return c.gather(x, c.minimum(c.maximum(c.cast(place, dtype=DType.I64), 0), last), axis=axis)
 
     if n["mode"] == "nearest":
-        return pixel(_nearest(c, n["nearest_mode"], at)), inside
+        how = n["nearest_mode"]
+        if how == "simple":
+            how = "floor" if scale is None or scale >= 1 else "ceil"
+        return pixel(_nearest(c, how, at)), inside
     shrink = 1.0
     if n.get("antialias", 0):
         known = c.const(np.asarray(factor) if isinstance(factor, float) else factor, "the scale of an antialiased Resize")
@@ -178,10 +181,17 @@ def _cubic(a: float) -> Callable[[Emitter, Any], Any]:
 
 
 @op("Upsample", since=9)
-def upsample(c: Emitter, n: NodeView, x: Operand, scales: Operand) -> Any:
+@op("Resize", since=10)
+def resize_plainly(c: Emitter, n: NodeView, x: Operand, scales: Operand) -> Any:
+    """As onnxruntime does what the first definition leaves open: the nearest is below, of an axis that shrinks above."""
     plain = NodeView(n.proto, dict(n.attrs), n.frame, n.importer)
-    plain.attrs.update(coordinate_transformation_mode="asymmetric", nearest_mode="floor", cubic_coeff_a=-0.75)
+    plain.attrs.update(coordinate_transformation_mode="asymmetric", nearest_mode="simple", cubic_coeff_a=-0.75)
     return resize(c, plain, x, None, scales)
+
+
+@op("Upsample", since=7)
+def upsample_of_attribute(c: Emitter, n: NodeView, x: Operand) -> Any:
+    return resize_plainly(c, n, x, np.asarray(n["scales"], np.float32))
 
 
 # -- sampling at computed places -------------------------------------------------------------------------------------------
@@ -218,7 +228,7 @@ def grid_sample(c: Emitter, n: NodeView, x: Operand, grid: Operand) -> Any:
         else:
             at = c.mul(c.sub(c.mul(c.add(g, 1.0), given), 1.0), 0.5)
         at = c.round(at) if mode == "nearest" else at
-        at = _padded_place(c, at, given, padding, align)
+        at = at if mode == "cubic" else _padded_place(c, at, given, padding, align)  # there, each of the taps is moved
         taps = {"nearest": (0,), "linear": (0, 1), "cubic": (-1, 0, 1, 2)}[mode]
         first = at if mode == "nearest" else c.floor(at)
         entry = []

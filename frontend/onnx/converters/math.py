@@ -61,7 +61,7 @@ def modulo(c: Emitter, n: NodeView, x: Operand, y: Operand) -> Any:
 _MANY = {"Max": "maximum", "Min": "minimum", "Sum": "add", "Mean": "add"}
 
 
-@op(*_MANY, since=8)
+@op(*_MANY, since=6)
 def many(c: Emitter, n: NodeView, *xs: Operand) -> Any:
     total = c.fold_left(getattr(c, _MANY[n.op]), xs)
     return c.mul(total, 1 / len(xs)) if n.op == "Mean" else total
@@ -71,6 +71,13 @@ def many(c: Emitter, n: NodeView, *xs: Operand) -> Any:
 def clip(c: Emitter, n: NodeView, x: Operand, low: Operand | None = None, high: Operand | None = None) -> Any:
     x = x if low is None else c.maximum(x, low)
     return x if high is None else c.minimum(x, high)
+
+
+@op("Clip", since=6)
+def clip_to_attributes(c: Emitter, n: NodeView, x: Operand) -> Any:
+    top = float(ml_dtypes.finfo(c.dtype(x).np).max)  # a bound that the type does not hold, as f16 the default, is none
+    low, high = (np.asarray(n[k], c.dtype(x).np) if abs(n[k]) <= top else None for k in ("min", "max"))
+    return clip(c, n, x, low, high)
 
 
 @op("IsInf")
@@ -192,7 +199,7 @@ def leaky_relu(c: Emitter, n: NodeView, x: Operand) -> Any:
     return c.select(c.less(x, 0.0), c.mul(x, n["alpha"]), x)
 
 
-@op("PRelu", since=9)
+@op("PRelu", since=7)
 def prelu(c: Emitter, n: NodeView, x: Operand, slope: Operand) -> Any:
     return c.select(c.less(x, 0.0 if c.dtype(x).is_float else 0), c.mul(x, slope), x)
 
@@ -259,8 +266,13 @@ def dropout(
     return c.select(keep, c.mul(x, 1 / (1 - rate)), 0.0), keep
 
 
-@op("Dropout", since=1)
+@op("Dropout", since=10)
 def dropout_inference(c: Emitter, n: NodeView, x: Operand) -> tuple[Any, Any]:
     return x, c.full(c.shape(x), True, DType.BOOL)
+
+
+@op("Dropout", since=7)
+def dropout_with_mask_of_its_type(c: Emitter, n: NodeView, x: Operand) -> tuple[Any, Any]:
+    return x, c.full(c.shape(x), 1, c.dtype(x))
 
 

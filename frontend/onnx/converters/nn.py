@@ -8,7 +8,7 @@ from wasat.ir import DimLike, DType, less_equal
 from wasat.ir.dims import floordiv
 
 from ..emit import Emitter, Operand, size_of
-from ..registry import NodeView, op
+from ..registry import Inline, NodeView, op
 
 
 @op("MatMul")
@@ -131,10 +131,15 @@ def rms_norm(c: Emitter, n: NodeView, x: Operand, scale: Operand) -> Any:
     return c.mul(c.to(y, c.dtype(scale)), scale)
 
 
-@op("BatchNormalization", since=9)
+@op("BatchNormalization", since=7)
 def batch_norm(
     c: Emitter, n: NodeView, x: Operand, scale: Operand, bias: Operand, mean: Operand, var: Operand
 ) -> Any:
+    """Before operator set 9, without ``spatial``, a mean and a variance belong to an element of a row, else to a channel."""
+    if not n.get("spatial", 1):
+        scale, bias, mean, var = (c.view(v, size_of(c.shape(v))) for v in (scale, bias, mean, var))
+        flat = c.view(x, c.shape(x)[0], size_of(c.shape(x)[1:]))
+        return c.view(_normalized(c, n, flat, c.to(flat, c.dtype(mean)), scale, bias, mean, var), *c.shape(x))
     rank, work = c.rank(x), c.dtype(mean)
     w = c.to(x, work)
     if n.get("training_mode", 0):
@@ -163,6 +168,15 @@ def instance_norm(c: Emitter, n: NodeView, x: Operand, scale: Operand, bias: Ope
     var = c.reduce_mean(c.mul(centered, centered), axes=axes, keepdims=True)
     y = c.mul(c.mul(centered, c.rsqrt(c.add(var, n["epsilon"]))), c.along(scale, 1, rank))
     return c.add(y, c.along(bias, 1, rank))
+
+
+@op("GroupNormalization", since=18)
+def group_norm(c: Emitter, n: NodeView, x: Operand, scale: Operand, bias: Operand) -> Any:
+    """Of operator set 18: scale and bias belong to a group. Later they belong to a channel, and the function body says all."""
+    if "stash_type" in n.attrs:
+        raise Inline
+    flat = c.view(x, c.shape(x)[0], n["num_groups"], floordiv(size_of(c.shape(x)[1:]), n["num_groups"]))
+    return c.view(instance_norm(c, n, flat, scale, bias), *c.shape(x))
 
 
 @op("LRN")

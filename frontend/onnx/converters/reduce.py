@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from wasat.ir import DType, less_equal
 
 from ..emit import Emitter, Operand, size_of
@@ -128,3 +129,8 @@ def top_k(c: Emitter, n: NodeView, x: Operand, k: Operand) -> Any:
     if less_equal(count, c.shape(x)[n["axis"]]) is False:
         raise n.fail(f"takes {count} of {c.shape(x)[n['axis']]} elements")
     return c.top_k(x, k=count, axis=n["axis"], largest=bool(n.get("largest", 1)))
+
+
+@op("TopK", since=1)
+def top_k_of_attribute(c: Emitter, n: NodeView, x: Operand) -> Any:
+    return top_k(c, n, x, np.asarray([n["k"]], np.int64))

@@ -139,6 +139,14 @@ def slice_(
     return x
 
 
+@op("Slice", since=1)
+def slice_of_attributes(c: Emitter, n: NodeView, x: Operand) -> Any:
+    starts, ends, axes = (None if n.get(k) is None else np.asarray(n[k], np.int64) for k in ("starts", "ends", "axes"))
+    if starts is None or ends is None or len(starts) != len(ends):
+        raise n.fail("starts and ends must be given, as many of the one as of the other")
+    return slice_(c, n, x, starts, ends, axes)
+
+
 def _inside(lo: DimLike, hi: DimLike, size: DimLike) -> tuple[DimLike, DimLike]:
     """Bounds of a slice clamped to ``0 <= lo <= hi <= size``. There is a last element, where it is asked for by itself."""
     if equal(lo, size - 1) and equal(hi, size):
@@ -186,10 +194,11 @@ def range_(c: Emitter, n: NodeView, start: Operand, limit: Operand, delta: Opera
         if not isinstance(by, int) or by == 0:
             raise n.fail(f"the step {by} must be a fixed number")
         count = floordiv(end - first + by - 1, by) if by > 0 else floordiv(first - end - by - 1, -by)
-    at = c.iota(size=count, dtype=dtype)
+    work = DType.F32 if dtype.is_float and dtype.bits < 32 else dtype
+    at = c.iota(size=count, dtype=work)
     if not (isinstance(delta, np.ndarray) and delta == 1):
-        at = c.mul(at, delta)
-    return at if isinstance(start, np.ndarray) and start == 0 else c.add(at, start)
+        at = c.mul(at, c.to(delta, work))
+    return c.to(at if isinstance(start, np.ndarray) and start == 0 else c.add(at, c.to(start, work)), dtype)
 
 
 @op("Pad", since=11)
@@ -203,6 +212,14 @@ def pad(
     for i, axis in enumerate(chosen):
         low[axis], high[axis] = amounts[i], amounts[len(chosen) + i]
     return padded(c, x, low, high, n["mode"], value)
+
+
+@op("Pad", since=2)
+def pad_of_attributes(c: Emitter, n: NodeView, x: Operand) -> Any:
+    rank, pads = c.rank(x), n["pads"]
+    if len(pads) != 2 * rank:
+        raise n.fail(f"{len(pads)} amounts for a tensor of {rank} axes, which takes two for each")
+    return padded(c, x, pads[:rank], pads[rank:], n["mode"], np.asarray(n["value"], c.dtype(x).np))
 
 
 def padded(
