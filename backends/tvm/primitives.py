@@ -119,7 +119,8 @@ def _pad(ctx: Context, node: Node, x: Any) -> Any:
     a: Any = node.attrs
     low, inner, shape = ctx.dims(a.low), ctx.dims(node.inputs[0].shape), ctx.dims(node.output.shape)
     dtype = node.output.tensor.dtype
-    fill = tirx.const(carried(np.asarray(a.value, dtype.np)).item() if dtype in NARROW else a.value, tvm_dtype(dtype))
+    number = int(a.value) if dtype.is_int else a.value
+    fill = tirx.const(carried(np.asarray(a.value, dtype.np)).item() if dtype in NARROW else number, tvm_dtype(dtype))
 
     def build(t: Any) -> Any:
         def at(*i: Any) -> Any:

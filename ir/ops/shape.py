@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -247,6 +248,14 @@ class Concat(Op):
         yield ErrorSample([], {"axis": 0}, "at least one")
 
 
+Number = float | int
+"""Of an element type that the attributes do not say: integers beyond 2**53 are no floats."""
+
+
+def _fill(value: Number, dtype: Any) -> np.ndarray:
+    return np.asarray(value if isinstance(value, int) or dtype.kind not in "iu" else int(value)).astype(dtype)
+
+
 @register
 class Pad(Op):
     """``low[i]`` elements ``value`` before and ``high[i]`` after x along each axis i."""
@@ -257,18 +266,28 @@ class Pad(Op):
     class Attrs(_op.Attrs):
         low: tuple[DimLike, ...]
         high: tuple[DimLike, ...]
-        value: float = 0.0
+        value: Number = 0.0
+
+        def canonical(self, *types: Type) -> Pad.Attrs:
+            """A float, unless it is an integer that no float is."""
+            v = self.value
+            exact = isinstance(v, bool | float) or abs(v) > 2**64 or float(v) != v
+            return self if exact else replace(self, value=float(v))
 
     def infer(self, attrs: Attrs, x: TensorType) -> TensorType:
         if not len(attrs.low) == len(attrs.high) == tensor(x).rank:
             raise TypeMismatch(f"padding {x} needs {x.rank} low and high amounts")
         for d in (*attrs.low, *attrs.high):
             require_at_most(0, d, f"a padding amount cannot be {d}; slice instead")
+        if x.dtype.is_int:
+            low, high = x.dtype.range
+            if not (math.isfinite(attrs.value) and attrs.value == int(attrs.value) and low <= attrs.value <= high):
+                raise TypeMismatch(f"{x.dtype} has no element {attrs.value} to pad with")
         return x.with_shape(*(lo + d + hi for lo, d, hi in zip(attrs.low, x.shape, attrs.high)))
 
     def reference(self, attrs: Attrs, x: np.ndarray) -> np.ndarray:
         width = [(concrete(lo), concrete(hi)) for lo, hi in zip(attrs.low, attrs.high)]
-        return np.pad(x, width, constant_values=np.asarray(attrs.value, x.dtype)) if width else x
+        return np.pad(x, width, constant_values=_fill(attrs.value, x.dtype)) if width else x
 
     def vjp(self, b: Builder, node: Node, g: Value) -> Sequence[Value | None]:
         a, x = node.attrs, node.inputs[0]
@@ -277,10 +296,13 @@ class Pad(Op):
 
     def samples(self) -> Iterable[Sample]:
         yield Sample([_x(2, 3)], {"low": (1, 0), "high": (0, 2), "value": 7.0})
+        yield Sample([np.arange(3)], {"low": (1,), "high": (1,), "value": 2**53 + 1})
 
     def errors(self) -> Iterable[ErrorSample]:
         yield ErrorSample(["f32[2]"], {"low": (-1,), "high": (0,)}, "cannot be -1")
         yield ErrorSample(["f32[2]"], {"low": (1, 1), "high": (0,)}, "needs 1 low")
+        yield ErrorSample(["u8[2]"], {"low": (1,), "high": (0,), "value": 300.0}, "u8 has no element 300.0")
+        yield ErrorSample(["i32[2]"], {"low": (1,), "high": (0,), "value": 0.5}, "i32 has no element 0.5")
 
 
 @register

@@ -187,8 +187,11 @@ def tile(c: Emitter, n: NodeView, x: Operand, repeats: Operand) -> Any:
 def range_(c: Emitter, n: NodeView, start: Operand, limit: Operand, delta: Operand) -> Any:
     dtype = c.dtype(start)
     if all(isinstance(x, np.ndarray) for x in (start, limit, delta)) or dtype.is_float:
-        lo, hi, step = (c.const(x, "a bound of Range").astype(np.float64).item() for x in (start, limit, delta))
-        count: DimLike = max(int(np.ceil((hi - lo) / step)), 0)
+        wide = np.float64 if dtype.is_float else object  # of integers, which a float need not hold
+        lo, hi, step = (c.const(x, "a bound of Range").reshape(()).astype(wide).item() for x in (start, limit, delta))
+        if step == 0:
+            raise n.fail("the step is 0")
+        count: DimLike = max(-int((lo - hi) // step), 0)
     else:
         (first,), (end,), (by,) = (c.dims(x, "a bound of Range") for x in (start, limit, delta))
         if not isinstance(by, int) or by == 0:
@@ -239,7 +242,7 @@ def padded(
         if value is not None and not isinstance(value, np.ndarray):  # a computed value: pad a mask beside
             inside = c.pad(c.full(c.shape(x), True, DType.BOOL), low=tuple(low), high=tuple(high))
             return c.select(inside, c.pad(x, low=tuple(low), high=tuple(high)), c.view(value))
-        number = 0.0 if value is None else float(np.asarray(value).reshape(()))
+        number = 0.0 if value is None else np.asarray(value).reshape(()).item()
         return c.pad(x, low=tuple(low), high=tuple(high), value=number)
     for i, (lo, hi) in enumerate(zip(low, high)):
         if lo != 0 or hi != 0:
