@@ -100,6 +100,11 @@ class Node:
         (out,) = self.outputs
         return out
 
+    @property
+    def multiply_adds(self) -> DimLike:
+        """Those of the products in it."""
+        return self.op.multiply_adds(self.attrs, *(v.type for v in self.inputs))
+
     def __repr__(self) -> str:
         from .printer import brief, node_text
 

@@ -23,9 +23,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Literal as OneOf
 
 import numpy as np
 
+from .axes import AxisRule, broadcast, whole
 from .dims import Dim, DimLike, evaluate_dim, substitute, symbols_of
 from .errors import IRError, NotDifferentiable, TypeMismatch
 from .types import Array, DType, QTensorType, TensorType, Type
@@ -100,6 +102,13 @@ class Attrs:
             fixed = _canonical(value, str(f.type))
             if fixed is not value:
                 object.__setattr__(self, f.name, fixed)
+
+    @classmethod
+    def of(cls: type[A], node: Node) -> A:
+        """The attributes of ``node``, whose operation has attributes of this class."""
+        if not isinstance(node.attrs, cls):
+            raise IRError(f"{node!r} has no attributes of {cls.__qualname__}", node.loc)
+        return node.attrs
 
     def canonical(self: A, *types: Type) -> A:
         """The same attributes with everything that depends on the operands' types filled in."""
@@ -200,13 +209,37 @@ Bounds = tuple[DimLike, DimLike]
 """The least index of an operand, and one more than its largest."""
 
 
+Kind = OneOf[
+    "source", "random", "view", "elementwise", "reduction", "row", "product", "window", "gather", "scatter", "ordered",
+    "control", "collective",
+]  # fmt: skip
+"""What an operation does, roughly:
+
+``source``, ``random``: values that come from no data. ``view``: elements are moved, and none is changed. ``elementwise``:
+element i depends only on element i of the (broadcast) operands. ``reduction``: over axes. ``row``: a function of slices along
+an axis (softmax, norms). ``product``: matrix products and convolutions, and what holds them. ``window``: of neighbours.
+``gather``, ``scatter``: reading and writing at indices. ``ordered``: along an axis, one element after the other. ``control``:
+loops. ``collective``: between ranks.
+"""
+
+
 class Op:
     """Base of operations. Subclasses are registered once and used as singletons."""
 
     name: ClassVar[str]
+    kind: ClassVar[Kind]
     Attrs: ClassVar[type[Attrs]] = Attrs
-    elementwise: ClassVar[bool] = False
-    """Output element i depends only on element i of the (broadcast) operands."""
+    precision: ClassVar[OneOf["any", "half", "wide"]] = "any"
+    """In a graph of half precision: ``half`` is worth it (products, which accumulate in f32 all the same); ``wide`` keeps f32
+    (sums, and functions whose results leave the range of f16 or lose their digits, as torch.autocast has it)."""
+    weight: ClassVar[int | None] = None
+    """The operand that may be stored in another type than what is computed in: with fewer bits."""
+    quantized: ClassVar[str | None] = None
+    """The operation with the same operands but for a quantized weight."""
+    alias: ClassVar[int | None] = None
+    """The operand whose memory the result is."""
+    factors: ClassVar[int] = 2
+    """Of products: how many of the first operands are multiplied."""
     commutative: ClassVar[bool] = False
     differentiable: ClassVar[bool] = True
     """False for operations whose gradient is zero or meaningless (comparisons, casts to int, indices)."""
@@ -223,6 +256,21 @@ class Op:
         """Of operands that are places along axes, by number: what is outside is an error wherever the graph runs."""
         return {}
 
+    def axes(self, attrs: Any, *types: Any) -> AxisRule:
+        """What depends on what along each axis; attributes and types are such as :meth:`infer` takes."""
+        if self.elementwise:
+            return broadcast(*(t.shape for t in types))
+        if self.kind in ("source", "random"):
+            made = self.infer(attrs, *types)
+            assert isinstance(made, TensorType)
+            does = "draws numbers for all of {}"
+            return AxisRule(tuple(whole(t.shape, does) for t in types), (whole(made.shape),))
+        raise NotImplementedError(f"{self.name} has no axis rule")
+
+    def multiply_adds(self, attrs: Any, *types: Any) -> DimLike:
+        """Those of matrix products and convolutions, without regard to masks."""
+        return 0
+
     def decompose(self, b: Builder, attrs: Any, *inputs: Any) -> Value | Sequence[Value]:
         """The same in simpler operations; primitives have none."""
         raise NotImplementedError(self.name)
@@ -238,6 +286,16 @@ class Op:
     def errors(self) -> Iterable[ErrorSample]:
         """Inputs that must be refused."""
         return ()
+
+    @property
+    def elementwise(self) -> bool:
+        """Output element i depends only on element i of the (broadcast) operands."""
+        return self.kind == "elementwise"
+
+    @property
+    def cheap(self) -> bool:
+        """Whether computing it again costs little beside reading its result."""
+        return self.kind not in ("product", "ordered", "scatter", "control", "collective")
 
     @property
     def is_composite(self) -> bool:

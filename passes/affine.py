@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from wasat.ir import Builder, DimLike, DType, Graph, Node, Value, equal, less_equal, substitute, symbol
+from wasat.ir.ops.constant import DimSize
+from wasat.ir.ops.index import AxisAttrs
+from wasat.ir.ops.shape import Concat, Slice, Transpose
 
 from .core import GraphPass, Remarks
 from .pattern import replace
@@ -140,7 +142,7 @@ def _iota(at: Indexing, node: Node) -> Affine:
 
 @_rule("dim_size")
 def _dim_size(at: Indexing, node: Node) -> Affine:
-    return Affine((), at.dim(node.attrs.size))  # type: ignore[attr-defined]
+    return Affine((), at.dim(DimSize.Attrs.of(node).size))
 
 
 @_rule("cast")
@@ -230,7 +232,7 @@ def _cumsum(at: Indexing, node: Node) -> Affine | None:
 @_rule("transpose")
 def _transpose(at: Indexing, node: Node) -> Affine | None:
     x = at.of(node.inputs[0])
-    return Affine(tuple(x.terms[p] for p in node.attrs.perm), x.const) if x is not None else None  # type: ignore[attr-defined]
+    return Affine(tuple(x.terms[p] for p in Transpose.Attrs.of(node).perm), x.const) if x is not None else None
 
 
 @_rule("broadcast_to")
@@ -265,21 +267,19 @@ def _reshape(at: Indexing, node: Node) -> Affine | None:
 
 @_rule("slice")
 def _slice(at: Indexing, node: Node) -> Affine | None:
-    x, a = at.of(node.inputs[0]), node.attrs
+    x, a = at.of(node.inputs[0]), Slice.Attrs.of(node)
     if x is None:
         return None
-    starts: Any = a.starts  # type: ignore[attr-defined]
-    steps: Any = a.steps  # type: ignore[attr-defined]
     const = x.const
-    for t, start in zip(x.terms, starts):
+    for t, start in zip(x.terms, a.starts):
         const = const + t * at.dim(start)
-    return Affine(tuple(t * s for t, s in zip(x.terms, steps)), const)
+    return Affine(tuple(t * s for t, s in zip(x.terms, a.steps)), const)
 
 
 @_rule("concat")
 def _concat(at: Indexing, node: Node) -> Affine | None:
     """Parts that continue each other."""
-    axis = node.attrs.axis  # type: ignore[attr-defined]
+    axis = Concat.Attrs.of(node).axis
     parts = [at.of(v) for v in node.inputs]
     if any(p is None for p in parts):
         return None
@@ -302,7 +302,7 @@ def _concat(at: Indexing, node: Node) -> Affine | None:
 @_rule("gather")
 def _gather(at: Indexing, node: Node) -> Affine | None:
     """What is picked, at the index that picks it; of a flattened source, at the indices that the flat one stands for."""
-    (source, ids), axis = node.inputs, node.attrs.axis  # type: ignore[attr-defined]
+    (source, ids), axis = node.inputs, AxisAttrs.of(node).axis
     x, index = at.of(source), at.of(ids)
     if x is not None and x.number is not None:
         return Affine((0,) * len(node.output.shape), x.const)

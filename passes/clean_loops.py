@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from wasat.ir import Body, Builder, Graph, Node, Value
+from wasat.ir.ops.scan import ScanAttrs
 
 
 def clean_loops(graph: Graph, clean: Callable[[Graph], bool]) -> dict[str, int]:
@@ -24,7 +25,7 @@ def clean_loops(graph: Graph, clean: Callable[[Graph], bool]) -> dict[str, int]:
             counts["merged"] += 1
         seen[key] = node
     for node in [n for n in graph.nodes if n.op.name == "scan"]:
-        carries = node.attrs.carries  # type: ignore[attr-defined]
+        carries = ScanAttrs.of(node).carries
         kept = [i for i, v in enumerate(node.outputs) if i < carries or v.uses or graph.is_output(v)]
         if len(kept) < len(node.outputs) and kept:
             counts["dead"] += len(node.outputs) - len(kept)

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 from wasat.ir import Builder, DimLike, Graph, Node, TensorType, Value, equal, less_equal, run_node
+from wasat.ir.ops.index import AxisAttrs
+from wasat.ir.ops.shape import Concat, Pad, Slice, Transpose
 from wasat.ir.types import DType, QArray
 
 from .clean_loops import clean_loops
@@ -109,12 +111,12 @@ def _reshape(b: Builder, node: Node) -> Value | None:
 
 def _transpose(b: Builder, node: Node) -> Value | None:
     """Transposes compose; one that moves only axes of size 1 is a reshape."""
-    perm, x = node.attrs.perm, node.inputs[0]  # type: ignore[attr-defined]
+    perm, x = Transpose.Attrs.of(node).perm, node.inputs[0]
     if perm == tuple(range(len(perm))):
         return x
     inner = _producer(x, "transpose")
     if inner is not None:
-        first: tuple[int, ...] = inner.attrs.perm  # type: ignore[attr-defined]
+        first = Transpose.Attrs.of(inner).perm
         return b.transpose(inner.inputs[0], perm=tuple(first[i] for i in perm))
     moved = [i for i in perm if x.shape[i] != 1]
     return b.reshape(x, shape=node.output.shape) if moved == sorted(moved) else None
@@ -136,7 +138,7 @@ def _gather(b: Builder, node: Node) -> Value | None:
     """Rows of a parameter that is a table of floats -> embedding."""
     w, ids = node.inputs
     table = _from_param(w) and len(w.shape) == 2 and not w.type.symbols and w.tensor.dtype.is_float
-    return b.embedding(w, ids, dtype=w.tensor.dtype) if table and node.attrs.axis == 0 else None  # type: ignore[attr-defined]
+    return b.embedding(w, ids, dtype=w.tensor.dtype) if table and AxisAttrs.of(node).axis == 0 else None
 
 
 def _rope(b: Builder, node: Node) -> Value | None:
@@ -185,17 +187,19 @@ def _broadcast(b: Builder, node: Node) -> Value | None:
 
 def _pad(b: Builder, node: Node) -> Value | None:
     """Padding by nothing."""
-    amounts = (*node.attrs.low, *node.attrs.high)  # type: ignore[attr-defined]
+    a = Pad.Attrs.of(node)
+    amounts = (*a.low, *a.high)
     return _keep(node, 0) if all(isinstance(n, int) and n == 0 for n in amounts) else None
 
 
 def _unit_steps(node: Node) -> bool:
-    return all(s == 1 for s in node.attrs.steps)  # type: ignore[attr-defined]
+    return all(s == 1 for s in Slice.Attrs.of(node).steps)
 
 
 def _whole(b: Builder, node: Node) -> Value | None:
     """A slice of everything."""
-    return _keep(node, 0) if _unit_steps(node) and all(isinstance(s, int) and s == 0 for s in node.attrs.starts) else None  # type: ignore[attr-defined]
+    starts = Slice.Attrs.of(node).starts
+    return _keep(node, 0) if _unit_steps(node) and all(isinstance(s, int) and s == 0 for s in starts) else None
 
 
 def _from_param(v: Value) -> bool:
@@ -209,11 +213,11 @@ def _slice(b: Builder, node: Node) -> Value | None:
     inner = _producer(node.inputs[0], "slice")
     if inner is None:
         return None
-    a, c = inner.attrs, node.attrs
+    a, c = Slice.Attrs.of(inner), Slice.Attrs.of(node)
     if not _unit_steps(inner) or not _unit_steps(node):
         return None
-    starts = tuple(p + q for p, q in zip(a.starts, c.starts))  # type: ignore[attr-defined]
-    stops = tuple(p + q for p, q in zip(a.starts, c.stops))  # type: ignore[attr-defined]
+    starts = tuple(p + q for p, q in zip(a.starts, c.starts))
+    stops = tuple(p + q for p, q in zip(a.starts, c.stops))
     return b.slice(inner.inputs[0], starts=starts, stops=stops)
 
 
@@ -222,14 +226,15 @@ def _slice_of_concat(b: Builder, node: Node) -> Value | None:
     inner = _producer(node.inputs[0], "concat")
     if inner is None:
         return None
-    a, axis, at = node.attrs, inner.attrs.axis, 0  # type: ignore[attr-defined]
-    lo, hi = a.starts[axis], a.stops[axis]  # type: ignore[attr-defined]
+    a, axis = Slice.Attrs.of(node), Concat.Attrs.of(inner).axis
+    at: DimLike = 0
+    lo, hi = a.starts[axis], a.stops[axis]
     for part in inner.inputs:
         size = part.shape[axis]
         if less_equal(at, lo) is True and less_equal(hi, at + size) is True:
-            starts, stops = list(a.starts), list(a.stops)  # type: ignore[attr-defined]
+            starts, stops = list(a.starts), list(a.stops)
             starts[axis], stops[axis] = lo - at, hi - at
-            return b.slice(part, starts=tuple(starts), stops=tuple(stops), steps=a.steps)  # type: ignore[attr-defined]
+            return b.slice(part, starts=tuple(starts), stops=tuple(stops), steps=a.steps)
         at = at + size
     return None
 
@@ -238,7 +243,8 @@ def _concat(b: Builder, node: Node) -> Value | None:
     """A concatenation of one, of parts some of which are empty, or of the adjacent slices that make up a whole axis."""
     if len(node.inputs) == 1:
         return node.inputs[0]
-    axis, at, source = node.attrs.axis, 0, None  # type: ignore[attr-defined]
+    axis, source = Concat.Attrs.of(node).axis, None
+    at: DimLike = 0
     parts = [v for v in node.inputs if v.shape[axis] != 0]
     if len(parts) < len(node.inputs):
         return b.concat(*(parts or node.inputs[:1]), axis=axis)
@@ -248,14 +254,15 @@ def _concat(b: Builder, node: Node) -> Value | None:
             return None
         source = part.inputs[0]
         whole = all(s == 0 and equal(e, d) for i, (s, e, d) in enumerate(_bounds(part)) if i != axis)
-        if not whole or not _unit_steps(part) or equal(part.attrs.starts[axis], at) is not True:  # type: ignore[attr-defined]
+        if not whole or not _unit_steps(part) or equal(Slice.Attrs.of(part).starts[axis], at) is not True:
             return None
-        at = part.attrs.stops[axis]  # type: ignore[attr-defined]
+        at = Slice.Attrs.of(part).stops[axis]
     return source if source is not None and equal(at, source.shape[axis]) is True else None
 
 
 def _bounds(part: Node) -> list[tuple[DimLike, DimLike, DimLike]]:
-    return list(zip(part.attrs.starts, part.attrs.stops, part.inputs[0].shape))  # type: ignore[attr-defined]
+    a = Slice.Attrs.of(part)
+    return list(zip(a.starts, a.stops, part.inputs[0].shape))
 
 
 def _select(b: Builder, node: Node) -> Value | None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from wasat.ir import Builder, DimLike, DType, Graph, Node, Value, equal, less_equal
+from wasat.ir.ops.attention import AttentionAttrs
+from wasat.ir.ops.nn import SoftmaxAttrs
 
 from .core import GraphPass, Remarks
 from .mask import FINITE_FILL, LEAST_FILL, Mask, analyze, is_fill
@@ -66,11 +68,11 @@ class FuseAttention(GraphPass):
 
 def _describe(v: Value) -> str:
     assert v.node is not None
-    a, (q, k) = v.node.attrs, v.node.inputs[:2]
-    what = [f"{q.shape[2]} heads over {k.shape[2]}", f"scale {a.scale:g}"]  # type: ignore[attr-defined]
-    what += ["causal"] if a.causal else []  # type: ignore[attr-defined]
-    what += [f"window {a.window}"] if a.window is not None else []  # type: ignore[attr-defined]
-    what += [f"softcap {a.softcap:g}"] if a.softcap is not None else []  # type: ignore[attr-defined]
+    a, (q, k) = AttentionAttrs.of(v.node), v.node.inputs[:2]
+    what = [f"{q.shape[2]} heads over {k.shape[2]}", f"scale {a.scale:g}"]
+    what += ["causal"] if a.causal else []
+    what += [f"window {a.window}"] if a.window is not None else []
+    what += [f"softcap {a.softcap:g}"] if a.softcap is not None else []
     what += ["a mask operand"] if len(v.node.inputs) > 3 else []
     return f"%{v.name} = attention: {', '.join(what)}"
 
@@ -126,7 +128,7 @@ def _scores(graph: Graph, softmax: Node) -> _Scores:
     """Walks up from the softmax to the product of queries and keys."""
     x = softmax.inputs[0]
     rank = len(x.shape)
-    axis = softmax.attrs.axis  # type: ignore[attr-defined]
+    axis = SoftmaxAttrs.of(softmax).axis
     if rank < 2 or axis != rank - 1:
         raise Miss(f"softmax axis is {axis}, not the key axis {rank - 1}")
     factor, softcap = 1.0, None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Mapping
-from dataclasses import dataclass
 
 from wasat.ir import DimLike, Graph, Node, TensorType, Value, evaluate_dim, symbols_of
 from wasat.ir.decompose import decompose
@@ -12,10 +11,6 @@ from wasat.ir.decompose import decompose
 from .core import PassError
 
 Sizes = Mapping[str, int]
-_VIEWS = {"barrier", "reshape", "stop_gradient"}
-"""Operations whose result is the memory of their first operand."""
-_MOVES = {"broadcast_to", "concat", "constant", "gather", "iota", "pad", "reverse", "slice", "take_along", "transpose", *_VIEWS}
-PRODUCTS = {"conv", "matmul"}
 
 
 def unbound(graph: Graph, sizes: Sizes) -> list[str]:
@@ -25,8 +20,8 @@ def unbound(graph: Graph, sizes: Sizes) -> list[str]:
 
 def memory_of(v: Value) -> Value:
     """The value whose memory ``v`` is: itself, or what it is a view of."""
-    while v.node is not None and v.node.op.name in _VIEWS:
-        v = v.node.inputs[0]
+    while v.node is not None and v.node.op.alias is not None:
+        v = v.node.inputs[v.node.op.alias]
     return v
 
 
@@ -64,34 +59,23 @@ def peak_bytes(graph: Graph, sizes: Sizes, in_place: Container[str] = ()) -> int
     return peak
 
 
-@dataclass(frozen=True)
-class Work:
-    """Arithmetic of a node. ``products``: whether matrix products or convolutions are in it."""
-
-    operations: int
-    products: bool
-
-
-def work_of(node: Node, sizes: Sizes) -> Work:
+def operations_of(node: Node, sizes: Sizes) -> int:
     """Arithmetic of ``node``, composites as they decompose: 2 for each multiply-add of products, 1 for each element of results
     (of reductions: of operands), 0 for moving."""
     g = Graph("work")
     made = g.add_node(node.op, [g.add_input(f"x{i}", v.type) for i, v in enumerate(node.inputs)], node.attrs)
     g.set_outputs(made.outputs)
     decompose(g, keep=lambda n: False)
-    return Work(sum(_operations(n, sizes) for n in g.nodes), any(n.op.name in PRODUCTS for n in g.nodes))
+    return sum(_operations(n, sizes) for n in g.nodes)
 
 
 def _operations(node: Node, sizes: Sizes) -> int:
-    name, shapes = node.op.name, [v.shape for v in node.inputs]
-    if name in _MOVES:
+    if node.op.kind in ("source", "view", "gather") or node.op.alias is not None:
         return 0
+    if node.op.kind == "product":
+        return 2 * evaluate_dim(node.multiply_adds, sizes)
     results = sum(_count(v.shape, sizes) for v in node.outputs)
-    if name == "matmul":
-        return 2 * results * _count(shapes[0][-1:], sizes)
-    if name == "conv":
-        return 2 * results * _count(shapes[1][1:], sizes)
-    return max(results, max((_count(s, sizes) for s in shapes), default=0))
+    return max(results, max((_count(v.shape, sizes) for v in node.inputs), default=0))
 
 
 def _count(shape: tuple[DimLike, ...], sizes: Sizes) -> int:

@@ -13,7 +13,6 @@ from .core import GraphPass, Remarks
 from .hoist_params import param_only
 from .pattern import replace
 
-_LINEARS = ("linear", "quantized_linear")
 _STORED = ("quantize", "cast")
 """How a weight may be stored; both work row by row, so the rows of several weights can be joined before."""
 
@@ -56,7 +55,7 @@ class MergeLinears(GraphPass):
         only = param_only(graph)
         readers: dict[Value, list[_Part | tuple[Node, str]]] = {}
         for node in graph.nodes:
-            if node.op.name in _LINEARS:
+            if node.op.kind == "product" and node.op.weight is not None:
                 readers.setdefault(node.inputs[0], []).append(self._part(graph, node, only))
         merged = [_merge_readers(graph, found, remarks) for found in readers.values() if len(found) > 1]
         return any(merged)

@@ -13,15 +13,6 @@ from wasat.ir.dims import collect_checks
 
 from .core import Pass, PassError, Remarks
 
-_HALF = {"attention", "conv", "linear", "matmul"}
-"""What is worth computing in half precision: products, which accumulate in f32 all the same."""
-_WIDE = {
-    "acos", "acosh", "asin", "atanh", "cosh", "cumsum", "dft", "exp", "expm1", "log", "log1p", "log_softmax", "logsumexp",
-    "pow", "reduce_mean", "reduce_prod", "reduce_sum", "rsqrt", "sinh", "softmax", "softplus", "sqrt", "tan",
-}  # fmt: skip
-"""What keeps f32: sums, and functions whose results leave the range of f16 or lose their digits (as torch.autocast has it)."""
-_LOOKUPS = {"embedding", "gather"}
-
 
 @dataclass(frozen=True)
 class MixedPrecision(Pass):
@@ -50,7 +41,7 @@ class MixedPrecision(Pass):
         made = _Mixed(old, DType.of(self.dtype))
         made.emit()
         for node in old.nodes:
-            if node.attrs.bodies and (count := sum(b.graph.count(op) for b in node.attrs.bodies for op in _HALF)):
+            if node.attrs.bodies and (count := sum(n.op.precision == "half" for b in node.attrs.bodies for n in b.graph.nodes)):
                 name = f"%{node.outputs[0].name} = {node.op.name}"
                 remarks.missed(f"{name} keeps f32 in its body (products there: {count})", node)
         if not made.count:
@@ -86,7 +77,7 @@ class _Mixed:
         self.graph.set_outputs([self._as(v, v.type) for v in self.source.outputs], self.source.output_names)
 
     def _node(self, node: Node) -> None:
-        if node.op.name == "constant" or self._of_parameters(node):
+        if node.outputs[0].const is not None or self._of_parameters(node):
             self._weak.update(node.outputs)
         if not self._data.isdisjoint(node.inputs):
             self._data.update(node.outputs)
@@ -94,9 +85,9 @@ class _Mixed:
         operands = [self._as(v, t) for v, t in zip(node.inputs, types)]
         made = self.graph.add_node(node.op, operands, node.attrs, loc=node.loc, names=[v.name for v in node.outputs])
         self._new.update(zip(node.outputs, made.outputs))
-        if node.op.name in _LOOKUPS and node.inputs[0].param is not None and self._ours(node.output):
+        if node.op.kind == "gather" and node.inputs[0].param is not None and self._ours(node.output):
             self._new[node.output] = self._as(node.output, self._halved(node.output))
-        self.count += node.op.name in _HALF and made.output.type != node.output.type
+        self.count += node.op.precision == "half" and made.output.type != node.output.type
 
     def _of_parameters(self, node: Node) -> bool:
         """Whether parameters and constants make it; constants alone may make masks, of infinities or the largest f32."""
@@ -105,11 +96,11 @@ class _Mixed:
     def _choices(self, node: Node) -> list[list[Type]]:
         """Types of the operands, the first of which that the operation accepts is taken."""
         was = [v.type for v in node.inputs]
-        if node.op.name in _WIDE:
+        if node.op.precision == "wide":
             return [was]
         now = [self._new[v].type for v in node.inputs]
         strong = [v for v in node.inputs if v not in self._weak]
-        if node.op.name in _HALF and not self._data.isdisjoint(node.inputs):
+        if node.op.precision == "half" and not self._data.isdisjoint(node.inputs):
             now = [self._halved(v) if v in strong or not strong else t for v, t in zip(node.inputs, now)]
         if now == was:
             return [was]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
+from typing import Any
 
 import numpy as np
-from wasat.ir import Builder, DType, Graph, Node, ParamSource, Program, Value
+from wasat.ir import Builder, DType, Graph, Node, ParamSource, Program, Value, op_named
 
 from .core import Pass, PassError, Remarks
 from .hoist_params import derive, param_only, size_in_bytes
@@ -17,8 +18,6 @@ from .hoist_params import derive, param_only, size_in_bytes
 _INTEGERS = ("int8", "int4")
 _FLOATS = {"f16": DType.F16, "bf16": DType.BF16}
 SCHEMES = (*_INTEGERS, *_FLOATS, "f32")
-_WEIGHT = {"linear": 1, "embedding": 0}
-"""Operations with a weight, and which operand it is."""
 _F16 = np.finfo(np.float16)
 
 
@@ -80,10 +79,10 @@ class _Run:
 
     def run(self) -> bool:
         for node in self.graph.nodes:
-            if node.op.name in _WEIGHT:
-                self._node(node, node.inputs[_WEIGHT[node.op.name]])
-            if node.op.name == "scan":
-                self._loop(node)
+            if node.op.quantized is not None and node.op.weight is not None:
+                self._node(node, node.op.weight)
+            for body in node.attrs.bodies:
+                self._loop(node, body.graph)
         for scheme, n in self.count.items():
             sizes = f"{_size(self.before[scheme])} -> {_size(self.after[scheme])}"
             self.remarks.applied(f"{n} weight{'s' if n > 1 else ''} to {scheme}: {sizes}", self.graph)
@@ -93,27 +92,26 @@ class _Run:
                     self.remarks.missed(f"%{w.name} is also kept as {w.type}, because {user!r} reads it", user)
         return bool(self.small)
 
-    def _node(self, node: Node, w: Value) -> None:
+    def _node(self, node: Node, at: int) -> None:
+        w = node.inputs[at]
         if w not in self.small and not self._quantize(node, w):
             return
         b = Builder(self.graph, before=node, loc=node.loc)
-        at = _WEIGHT[node.op.name]
         operands = (*node.inputs[:at], self.small[w], *node.inputs[at + 1 :])
         old, name = node.output, node.output.name
         if self.small[w].node.op.name != "quantize":  # type: ignore[union-attr]
             self.graph.set_inputs(node, operands)
             return
-        if node.op.name == "linear":
-            new = b.quantized_linear(*operands, activation=self.options.activation)
-        else:
-            new = b.quantized_embedding(*operands, dtype=old.tensor.dtype)
+        op = op_named(node.op.quantized or "")
+        options: dict[str, Any] = {"activation": self.options.activation, "dtype": old.tensor.dtype}
+        new = b.emit(op, *operands, **{f.name: options[f.name] for f in fields(op.Attrs)})
         self.graph.replace_uses(old, new)
         self.graph.erase(node)
         self.graph.rename(new, name)
 
-    def _loop(self, node: Node) -> None:
-        for w, v in zip(node.inputs, node.attrs.body.graph.inputs):  # type: ignore[attr-defined]
-            if w in self.only and any(u.op.name in _WEIGHT and u.inputs[_WEIGHT[u.op.name]] is v for u in v.users):
+    def _loop(self, node: Node, body: Graph) -> None:
+        for w, v in zip(node.inputs, body.inputs):
+            if w in self.only and any(u.op.quantized is not None and u.inputs[u.op.weight or 0] is v for u in v.users):
                 self.remarks.missed(f"%{w.name} stays {w.type}: the body of a loop reads it", node)
 
     def _quantize(self, node: Node, w: Value) -> bool:

@@ -9,10 +9,7 @@ import networkx as nx
 from wasat.ir import Builder, Graph, Node, Program, Value
 
 from .core import Pass, PassError, Remarks
-from .memory import bytes_of, memory_of, peak_bytes, unbound, work_of
-
-_SERIAL = {"cumsum", "scan", "scatter", "scatter_along", "sort", "top_k"}
-"""Operations without products that are not cheap either."""
+from .memory import bytes_of, memory_of, operations_of, peak_bytes, unbound
 
 
 @dataclass(frozen=True)
@@ -61,8 +58,8 @@ class Rematerialize(Pass):
         before, now = (sum(bytes_of(v, sizes) for v in {memory_of(v): None for v in vs}) for vs in (read, kept))
         donated = {s["name"] for s in program.metadata.get("states", ()) if s.get("donated")}
         peaks = [peak_bytes(x, sizes, donated) for x in (old, g)]
-        done = sum(work_of(n, sizes).operations for n in made.nodes)
-        whole = sum(work_of(n, sizes).operations for n in old.nodes)
+        done = sum(operations_of(n, sizes) for n in made.nodes)
+        whole = sum(operations_of(n, sizes) for n in old.nodes)
         what = (
             f"kept for the backward pass: {_size(now)}, before {_size(before)}; "
             f"peak {_size(peaks[1])}, before {_size(peaks[0])}; "
@@ -98,9 +95,7 @@ class Rematerialize(Pass):
         return {v for v, end in (x for x in behind if x != "backward") if end == "out" and (v, "in") not in behind}
 
     def _cheap(self, node: Node) -> bool:
-        if node.op.name in self.again:
-            return True
-        return bool(node.inputs) and node.op.name not in _SERIAL and not work_of(node, dict(self.sizes)).products
+        return node.op.name in self.again or (bool(node.inputs) and node.op.cheap)
 
 
 class _Recomputation:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from wasat.ir import Builder, Dim, DimLike, Node, Value, equal
+from wasat.ir.ops.shape import Transpose
 
 from .pattern import number_of
 
@@ -95,7 +96,7 @@ def scaling(node: Node) -> tuple[Value, float] | None:
 
 def _apply(view: View, node: Node) -> bool:
     if node.op.name == "transpose":
-        view.axes = [view.axes[i] for i in node.attrs.perm]  # type: ignore[attr-defined]
+        view.axes = [view.axes[i] for i in Transpose.Attrs.of(node).perm]
         return True
     if node.op.name == "broadcast_to":
         old, shape = node.inputs[0].shape, node.output.shape

@@ -8,16 +8,15 @@ from collections.abc import Container
 from typing import Any
 
 import numpy as np
-from wasat.ir import Graph, Node, TensorType, Value
+from wasat.ir import Graph, Node, TensorType, Value, evaluate_dim
 
 
 def step_flops(graph: Graph, train: Container[str] | None = None) -> int:
     """Floating-point operations of a training step on the loss ``graph``, whose sizes are known.
 
-    Counted are 2 for every multiply-add of matmul, linear, attention (without regard to masks) and conv, in a loop at every
-    turn: once for the forward pass, and for the backward pass once more for each operand that a parameter reaches which learns
-    (those in ``train``; None: all). Of attention, twice more where one is reached. Element-wise work and recomputation are not
-    counted.
+    Counted are 2 for every multiply-add (``Op.multiply_adds``; in attention without regard to masks), in a loop at every turn:
+    once for the forward pass, and for the backward pass once more for each operand that a parameter reaches which learns (those
+    in ``train``; None: all). Of attention, twice more where one is reached. Neither element-wise work nor recomputation counts.
     """
     return _flops(graph, {v for name, v in graph.params.items() if train is None or name in train})
 
@@ -27,11 +26,13 @@ def _flops(graph: Graph, learning: set[Value]) -> int:
     total = 0
     for node in graph.nodes:
         reached = [v in learning for v in node.inputs]
-        if node.op.name == "scan":
+        if node.attrs.bodies:
             total += _loop_flops(node, reached, learning)
             continue
-        total += _forward(node) * (1 + (2 * any(reached[:3]) if node.op.name == "attention" else sum(reached[:2])))
-        if any(reached) and node.op.differentiable and node.op.name != "stop_gradient":
+        factors = reached[: node.op.factors]
+        back = sum(factors) if len(factors) <= 2 else 2 * any(factors)
+        total += 2 * evaluate_dim(node.multiply_adds, {}) * (1 + back)
+        if any(reached) and node.op.differentiable:
             learning.update(v for v in node.outputs if isinstance(v.type, TensorType) and v.type.dtype.is_float)
     return total
 
@@ -48,20 +49,6 @@ def _loop_flops(node: Node, reached: list[bool], learning: set[Value]) -> int:
             learning.update(v for v, made in zip(node.outputs, body.outputs) if made in inner)
             return each * (attrs.length if attrs.length is not None else node.inputs[c].shape[0])
         reached = after
-
-
-def _forward(node: Node) -> int:
-    shapes = [v.shape for v in node.inputs]
-    if node.op.name == "matmul":
-        return 2 * math.prod(node.output.shape) * shapes[0][-1]
-    if node.op.name == "linear":
-        return 2 * math.prod(node.output.shape) * shapes[1][1]
-    if node.op.name == "attention":
-        (b, s, h, d), (t, _, e) = shapes[0], shapes[2][1:]
-        return 2 * b * s * h * t * (d + e)
-    if node.op.name == "conv":
-        return 2 * math.prod(node.output.shape) * math.prod(shapes[1][1:])
-    return 0
 
 
 def machine_flops(size: int = 1024) -> float:

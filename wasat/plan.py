@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from wasat.ir import Graph, Program, WasatError, evaluate_dim, symbols_of
-from wasat.passes.memory import peak_bytes, unbound, work_of
+from wasat.passes.memory import operations_of, peak_bytes, unbound
 
 from .driver import _state_symbols, optimize
 
@@ -109,7 +109,7 @@ def plan(
             unknown[name] = tuple(dict.fromkeys(lacking))
             continue
         tokens = next((evaluate_dim(v.tensor.shape[1], given) for v in g.inputs if v.name == "tokens"), None)
-        operations = sum(work_of(node, given).operations for node in g.nodes)
+        operations = sum(operations_of(node, given) for node in g.nodes)
         entries.append(
             Entry(name, {s: given[s] for s in g.symbols}, peak_bytes(g, given, states), operations, tokens)
         )

@@ -291,10 +291,6 @@ def _largest(attrs: Attrs) -> int:
 
 
 # -- operations on dimensions ----------------------------------------------------------------------------------------------
-_MOVES = {"reshape", "transpose", "broadcast_to", "slice", "concat", "gather", "reverse", "take_along"}
-"""Operations that only move elements: their references do for dimensions."""
-
-
 def _undecided(f: Callable[[Any, Any], bool | None]) -> Callable[[Any, Any], bool]:
     def decide(a: Any, b: Any) -> bool:
         answer = f(a, b)
@@ -352,10 +348,11 @@ def _on_dims(op: Op, attrs: dict[str, Any], xs: list[Any]) -> Operand | None:
     types = [TensorType(dtype if isinstance(x, Dims) else DType.of(x.dtype), x.shape) for x in xs]
     name = op.name
     try:
-        if name in _MOVES:
-            if name in ("gather", "take_along") and isinstance(xs[1], Dims):
+        if op.kind in ("view", "gather") and not op.is_composite:  # elements are only moved: so are dimensions
+            if op.kind == "gather" and isinstance(xs[1], Dims):
                 return None
-            return known(np.asarray(op.reference(op.Attrs(**attrs).canonical(*types), *arrays), object), dtype)
+            moved = np.asarray(op.reference(op.Attrs(**attrs).canonical(*types), *arrays), object)
+            return known(moved, dtype) if all(isinstance(d, Dim | int | np.integer) for d in moved.flat) else None
         if name in _PAIRS:
             return known(np.asarray(np.frompyfunc(_PAIRS[name], 2, 1)(*map(_as_objects, arrays)), object), dtype)
         if name in _TESTS:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .. import op as _op
+from ..axes import Axes, AxisRule, Factor, aligned, free, whole
 from ..dims import DimLike, equal, require_at_most, require_equal
 from ..errors import TypeMismatch
 from ..op import Bounds, ErrorSample, Op, Sample, broadcast_shapes, floating, register, same_dtype, tensor
@@ -42,6 +43,7 @@ class Rope(Op):
     """
 
     name = "rope"
+    kind = "row"
 
     @dataclass(frozen=True)
     class Attrs(_op.Attrs):
@@ -62,6 +64,10 @@ class Rope(Op):
         if isinstance(x.shape[3], int) and 2 * inv_freq.shape[0] > x.shape[3]:
             raise TypeMismatch(f"{inv_freq.shape[0]} frequencies rotate {2 * inv_freq.shape[0]} features; {x} has {x.shape[3]}")
         return x
+
+    def axes(self, attrs: Attrs, x: TensorType, positions: TensorType, inv_freq: TensorType) -> AxisRule:
+        own = free(x.shape, {3: Factor(x.shape[3], "normalized")})
+        return AxisRule((own, aligned(positions.shape, own[:2]), whole(inv_freq.shape)), (own,))
 
     def reference(self, attrs: Attrs, x: np.ndarray, positions: np.ndarray, inv_freq: np.ndarray) -> np.ndarray:
         w = wide(x)
@@ -244,6 +250,12 @@ def _emit_mask(b: Builder, x: Value, keep: Value | None, mask: Value | None) -> 
     return b.add(x, b.cast(full, dtype=x.tensor.dtype)), keep
 
 
+def _products(q: TensorType, k: TensorType, v: TensorType) -> DimLike:
+    """Multiply-adds of q with every key, and of the weights with every value."""
+    n, s, h, d = q.shape
+    return n * s * h * k.shape[1] * (d + v.shape[3])
+
+
 @register
 class Attention(Op):
     """Scaled dot-product attention with grouped queries (arXiv:1706.03762, arXiv:2305.13245).
@@ -255,6 +267,9 @@ class Attention(Op):
     """
 
     name = "attention"
+    kind = "product"
+    precision = "half"
+    factors = 3
     Attrs = AttentionAttrs
 
     def infer(
@@ -266,6 +281,17 @@ class Attention(Op):
             _check_mask(mask, q, k)
         return q.with_shape(*q.shape[:3], v.shape[3])
 
+    def axes(self, attrs: AttentionAttrs, q: TensorType, k: TensorType, v: TensorType, *mask: TensorType) -> AxisRule:
+        n, heads, group = (Factor(q.shape[0]),), Factor(k.shape[2]), Factor(q.shape[2] // k.shape[2])
+        past = attrs.causal and equal(q.shape[1], k.shape[1]) is True
+        counted = attrs.causal or attrs.window is not None  # where a query stands depends on how many there are
+        s = (Factor(q.shape[1], "ordered", "forward") if past else Factor(q.shape[1], "whole" if counted else "free"),)
+        t, d, e = (s if past else (Factor(k.shape[1], "reduced"),)), (Factor(q.shape[3], "reduced"),), (Factor(v.shape[3]),)
+        scores: Axes = (n, (heads, group), s, (Factor(k.shape[1], "whole"),))
+        seen = [aligned(m.shape, scores) for m in mask]
+        out: Axes = (n, s, (heads, group), e)
+        return AxisRule(((n, s, (heads, group), d), (n, t, (heads,), d), (n, t, (heads,), e), *seen), (out,))
+
     def reference(
         self, attrs: AttentionAttrs, q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray | None = None
     ) -> np.ndarray:
@@ -274,6 +300,9 @@ class Attention(Op):
         keep = _keep(np.arange(s)[:, None] + (t - s), np.arange(t), attrs.causal, attrs.window)
         x, keep = _masked(x, keep, mask)
         return _weighted(np.where(keep, x, np.asarray(-np.inf, x.dtype)), v, q.dtype)
+
+    def multiply_adds(self, attrs: AttentionAttrs, q: TensorType, k: TensorType, v: TensorType, *mask: TensorType) -> DimLike:
+        return _products(q, k, v)
 
     def decompose(self, b: Builder, attrs: AttentionAttrs, q: Value, k: Value, v: Value, mask: Value | None = None) -> Value:
         dtype = q.tensor.dtype
@@ -352,6 +381,7 @@ class CacheUpdate(Op):
     """
 
     name = "cache_update"
+    kind = "scatter"
     Attrs = CacheAttrs
     differentiable = False
 
@@ -361,6 +391,10 @@ class CacheUpdate(Op):
 
     def bounds(self, attrs: CacheAttrs, cache: TensorType, new: TensorType, past: TensorType) -> Mapping[int, Bounds]:
         return {2: _room(attrs.ring, cache, new)}
+
+    def axes(self, attrs: CacheAttrs, cache: TensorType, new: TensorType, past: TensorType) -> AxisRule:
+        own = free(cache.shape, {1: Factor(cache.shape[1], "indexed")})
+        return AxisRule((own, (own[0], (Factor(new.shape[1], "whole"),), *own[2:]), own[:1]), (own,))
 
     def reference(self, attrs: CacheAttrs, cache: np.ndarray, new: np.ndarray, past: np.ndarray) -> np.ndarray:
         return _write(cache, new, past, attrs.ring)
@@ -401,6 +435,7 @@ class CachedAttention(Op):
     """
 
     name = "cached_attention"
+    kind = "product"
     Attrs = CachedAttrs
     differentiable = False
 
@@ -428,6 +463,18 @@ class CachedAttention(Op):
     ) -> Mapping[int, Bounds]:
         return {5: _room(attrs.ring, keys, k)}
 
+    def axes(
+        self, attrs: CachedAttrs, q: TensorType, k: TensorType, v: TensorType, k_cache: TensorType, v_cache: TensorType,
+        past: TensorType, *mask: TensorType,
+    ) -> AxisRule:  # fmt: skip
+        n, heads, group = (Factor(q.shape[0]),), Factor(k.shape[2]), Factor(q.shape[2] // k.shape[2])
+        s, c = (Factor(q.shape[1], "whole"),), (Factor(k_cache.shape[1], "whole"),)
+        d, e = (Factor(q.shape[3], "whole"),), (Factor(v.shape[3]),)
+        caches: tuple[Axes, ...] = (n, c, (heads,), d), (n, c, (heads,), e)
+        seen = [aligned(m.shape, (n, (heads, group), s, c)) for m in mask]
+        new: tuple[Axes, ...] = (n, s, (heads, group), d), (n, s, (heads,), d), (n, s, (heads,), e)
+        return AxisRule((*new, *caches, (n,), *seen), ((n, s, (heads, group), e), *caches))
+
     def reference(
         self, attrs: CachedAttrs, q: np.ndarray, k: np.ndarray, v: np.ndarray, k_cache: np.ndarray, v_cache: np.ndarray,
         past: np.ndarray, mask: np.ndarray | None = None,
@@ -442,6 +489,9 @@ class CachedAttention(Op):
         x, keep = _masked(_grouped(q, k_cache, attrs.scale, attrs.softcap), keep[:, None, None], mask)
         x = np.where(keep, x, -np.inf)
         return _weighted(x.astype(wide(q).dtype), v_cache, q.dtype), k_cache, v_cache
+
+    def multiply_adds(self, attrs: CachedAttrs, q: TensorType, *others: TensorType) -> DimLike:
+        return _products(q, others[2], others[3])
 
     def decompose(
         self, b: Builder, attrs: CachedAttrs, q: Value, k: Value, v: Value, k_cache: Value, v_cache: Value, past: Value,

@@ -19,7 +19,7 @@ class Bitcast(Op):
     """The same bits as another element type of the same width."""
 
     name = "bitcast"
-    elementwise = True
+    kind = "elementwise"
     differentiable = False
 
     @dataclass(frozen=True)

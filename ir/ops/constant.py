@@ -18,6 +18,7 @@ class Constant(Op):
     """A tensor written in the graph."""
 
     name = "constant"
+    kind = "source"
     differentiable = False
 
     @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class DimSize(Op):
     """The value of a symbolic dimension, as a scalar."""
 
     name = "dim_size"
+    kind = "source"
     differentiable = False
 
     @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Iota(Op):
     """``iota()[i] = i`` for ``0 <= i < size``: the positions along an axis."""
 
     name = "iota"
+    kind = "source"
     differentiable = False
 
     @dataclass(frozen=True)

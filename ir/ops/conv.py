@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .. import op as _op
+from ..axes import Axis, AxisRule, Factor, whole
 from ..dims import DimLike, require_at_most, require_equal
 from ..errors import TypeMismatch
 from ..op import ErrorSample, Op, Sample, concrete, floating, register, same_dtype
@@ -34,6 +35,8 @@ class Conv(Op):
     """
 
     name = "conv"
+    kind = "product"
+    precision = "half"
 
     @dataclass(frozen=True)
     class Attrs(_op.Attrs):
@@ -74,6 +77,20 @@ class Conv(Op):
             space.append((room - 1) // attrs.strides[i] + 1)
         return x.with_shape(x.shape[0], w.shape[0], *space)
 
+    def axes(self, attrs: Attrs, x: TensorType, w: TensorType) -> AxisRule:
+        each = Factor(w.shape[1], "reduced", "sum", does="has channels along {}, and sums over them")
+        group: Axis = (Factor(attrs.groups),) if attrs.groups > 1 else ()
+        batch, out = (Factor(x.shape[0]),), (*group, Factor(w.shape[0] // attrs.groups))
+        space: list[Axis] = []
+        does = "is a convolution over {}: a cache of its last inputs is not derived"
+        for i, d in enumerate(x.shape[2:]):
+            after = attrs.dilation[i] * (w.shape[2 + i] - 1) - attrs.low[i]
+            plain = attrs.input_dilation[i] == 1
+            reach = (attrs.low[i], after, attrs.strides[i]) if plain else None
+            space.append((Factor(d, "window" if plain else "whole", window=reach, does=does),))
+        kernel = whole(w.shape[2:])
+        return AxisRule(((batch, (*group, each), *space), (out, (each,), *kernel)), ((batch, out, *space),))
+
     def reference(self, attrs: Attrs, x: np.ndarray, w: np.ndarray) -> np.ndarray:
         (b, c, *_), (o, _, *kernel) = x.shape, w.shape
         n, g = len(kernel), attrs.groups
@@ -93,6 +110,9 @@ class Conv(Op):
         rows = cols.reshape(b, g, int(np.prod(out)), c // g * int(np.prod(kernel)))
         y = rows @ wide(w).reshape(g, o // g, rows.shape[-1]).transpose(0, 2, 1)
         return y.transpose(0, 1, 3, 2).reshape(b, o, *out).astype(x.dtype)
+
+    def multiply_adds(self, attrs: Attrs, x: TensorType, w: TensorType) -> DimLike:
+        return self.infer(attrs, x, w).size * w.with_shape(*w.shape[1:]).size
 
     def vjp(self, b: Builder, node: Node, grad: Value) -> Sequence[Value | None]:
         (x, w), a = node.inputs, node.attrs

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from .. import op as _op
+from ..axes import AxisRule, free, whole
 from ..errors import TypeMismatch
 from ..op import Attrs, ErrorSample, Op, Sample, broadcast_shapes, floating, register, same_dtype, tensor
 from ..types import DType, TensorType
@@ -46,7 +47,7 @@ def erf(x: np.ndarray) -> np.ndarray:
 class Unary(Op):
     """Base of float functions of one operand; ``low``/``high`` bound the samples."""
 
-    elementwise = True
+    kind = "elementwise"
     f: ClassVar[Callable[[Any], Any]]
     low: ClassVar[float] = -2.0
     high: ClassVar[float] = 2.0
@@ -67,7 +68,7 @@ class Unary(Op):
 
 def _unary(
     op_name: str, f: Callable[[Any], Any], grad: Callable[[Builder, Value, Value], Any] | None, doc: str,
-    low: float = -2.0, high: float = 2.0,
+    low: float = -2.0, high: float = 2.0, wide: bool = False,
 ) -> None:  # fmt: skip
     """Registers a float function; ``grad(b, x, y)`` is dy/dx, None for a step function, whose gradient is zero."""
 
@@ -76,29 +77,32 @@ def _unary(
 
     body: dict[str, Any] = {
         "__doc__": doc, "name": op_name, "f": staticmethod(f), "low": low, "high": high, "differentiable": grad is not None,
-        "vjp": vjp,
+        "vjp": vjp, "precision": "wide" if wide else "any",
     }  # fmt: skip
     register(type(op_name.capitalize(), (Unary,), body))
 
 
-_unary("exp", np.exp, lambda b, x, y: y, "e to the x.")
-_unary("expm1", np.expm1, lambda b, x, y: b.add(y, 1.0), "exp(x) - 1, exact near 0.")
-_unary("log", np.log, lambda b, x, y: b.div(1.0, x), "Natural logarithm.", 0.2, 3.0)
-_unary("log1p", np.log1p, lambda b, x, y: b.div(1.0, b.add(x, 1.0)), "log(1 + x), exact near 0.", -0.5, 3.0)
-_unary("sqrt", np.sqrt, lambda b, x, y: b.div(0.5, y), "Square root.", 0.2, 3.0)
-_unary("rsqrt", lambda x: 1 / np.sqrt(x), lambda b, x, y: b.mul(-0.5, b.div(y, x)), "1 / sqrt(x).", 0.2, 3.0)
+_unary("exp", np.exp, lambda b, x, y: y, "e to the x.", wide=True)
+_unary("expm1", np.expm1, lambda b, x, y: b.add(y, 1.0), "exp(x) - 1, exact near 0.", wide=True)
+_unary("log", np.log, lambda b, x, y: b.div(1.0, x), "Natural logarithm.", 0.2, 3.0, wide=True)
+_unary("log1p", np.log1p, lambda b, x, y: b.div(1.0, b.add(x, 1.0)), "log(1 + x), exact near 0.", -0.5, 3.0, wide=True)
+_unary("sqrt", np.sqrt, lambda b, x, y: b.div(0.5, y), "Square root.", 0.2, 3.0, wide=True)
+_unary("rsqrt", lambda x: 1 / np.sqrt(x), lambda b, x, y: b.mul(-0.5, b.div(y, x)), "1 / sqrt(x).", 0.2, 3.0, wide=True)
 _unary("sin", np.sin, lambda b, x, y: b.cos(x), "Sine.")
 _unary("cos", np.cos, lambda b, x, y: b.neg(b.sin(x)), "Cosine.")
-_unary("tan", np.tan, lambda b, x, y: b.add(b.mul(y, y), 1.0), "Tangent.", -1.2, 1.2)
-_unary("asin", np.arcsin, lambda b, x, y: b.rsqrt(b.sub(1.0, b.mul(x, x))), "Inverse sine.", -0.9, 0.9)
-_unary("acos", np.arccos, lambda b, x, y: b.neg(b.rsqrt(b.sub(1.0, b.mul(x, x)))), "Inverse cosine.", -0.9, 0.9)
+_unary("tan", np.tan, lambda b, x, y: b.add(b.mul(y, y), 1.0), "Tangent.", -1.2, 1.2, wide=True)
+_unary("asin", np.arcsin, lambda b, x, y: b.rsqrt(b.sub(1.0, b.mul(x, x))), "Inverse sine.", -0.9, 0.9, wide=True)
+_unary("acos", np.arccos, lambda b, x, y: b.neg(b.rsqrt(b.sub(1.0, b.mul(x, x)))), "Inverse cosine.", -0.9, 0.9, wide=True)
 _unary("atan", np.arctan, lambda b, x, y: b.div(1.0, b.add(b.mul(x, x), 1.0)), "Inverse tangent.")
-_unary("sinh", np.sinh, lambda b, x, y: b.cosh(x), "Hyperbolic sine.")
-_unary("cosh", np.cosh, lambda b, x, y: b.sinh(x), "Hyperbolic cosine.")
+_unary("sinh", np.sinh, lambda b, x, y: b.cosh(x), "Hyperbolic sine.", wide=True)
+_unary("cosh", np.cosh, lambda b, x, y: b.sinh(x), "Hyperbolic cosine.", wide=True)
 _unary("tanh", np.tanh, lambda b, x, y: b.sub(1.0, b.mul(y, y)), "Hyperbolic tangent.")
 _unary("asinh", np.arcsinh, lambda b, x, y: b.rsqrt(b.add(b.mul(x, x), 1.0)), "Inverse hyperbolic sine.")
-_unary("acosh", np.arccosh, lambda b, x, y: b.rsqrt(b.sub(b.mul(x, x), 1.0)), "Inverse hyperbolic cosine.", 1.2, 3.0)
-_unary("atanh", np.arctanh, lambda b, x, y: b.div(1.0, b.sub(1.0, b.mul(x, x))), "Inverse hyperbolic tangent.", -0.9, 0.9)
+_unary("acosh", np.arccosh, lambda b, x, y: b.rsqrt(b.sub(b.mul(x, x), 1.0)), "Inverse hyperbolic cosine.", 1.2, 3.0, wide=True)
+_unary(
+    "atanh", np.arctanh, lambda b, x, y: b.div(1.0, b.sub(1.0, b.mul(x, x))), "Inverse hyperbolic tangent.", -0.9, 0.9,
+    wide=True,
+)  # fmt: skip
 _unary(
     "erf", erf, lambda b, x, y: b.mul(2 / math.sqrt(math.pi), b.exp(b.neg(b.mul(x, x)))),
     "2/sqrt(pi) * integral of exp(-t^2), 0..x.",
@@ -113,7 +117,7 @@ class Neg(Op):
     """-x; integers wrap around."""
 
     name = "neg"
-    elementwise = True
+    kind = "elementwise"
 
     def infer(self, attrs: Attrs, x: TensorType) -> TensorType:
         return _number(x)
@@ -177,7 +181,7 @@ class Sign(Neg):
 class Binary(Op):
     """Base of elementwise operations of two operands of one element type."""
 
-    elementwise = True
+    kind = "elementwise"
 
     def infer(self, attrs: Attrs, x: TensorType, y: TensorType) -> TensorType:
         dtype = same_dtype(x, y)
@@ -319,6 +323,7 @@ class Pow(Binary):
     """x to the y. Powers of integers wrap; one to a negative power is 1 / x**-y truncated (torch.pow), 0 to one is 0."""
 
     name = "pow"
+    precision = "wide"
 
     def reference(self, attrs: Attrs, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         if DType.of(x.dtype).is_float:
@@ -413,7 +418,7 @@ class Select(Op):
     """x where ``cond`` is true, y elsewhere; the three broadcast."""
 
     name = "select"
-    elementwise = True
+    kind = "elementwise"
 
     def infer(self, attrs: Attrs, cond: TensorType, x: TensorType, y: TensorType) -> TensorType:
         if tensor(cond).dtype is not DType.BOOL:
@@ -447,7 +452,7 @@ class Cast(Op):
     """
 
     name = "cast"
-    elementwise = True
+    kind = "elementwise"
 
     @dataclass(frozen=True)
     class Attrs(_op.Attrs):
@@ -497,7 +502,8 @@ class StopGradient(Op):
     """x, through which no gradient flows."""
 
     name = "stop_gradient"
-    elementwise = True
+    alias = 0
+    kind = "elementwise"
     differentiable = False
 
     def infer(self, attrs: Attrs, x: TensorType) -> TensorType:
@@ -522,10 +528,16 @@ class Barrier(Op):
     """
 
     name = "barrier"
+    kind = "view"
+    alias = 0
 
     def infer(self, attrs: Attrs, x: TensorType, after: TensorType) -> TensorType:
         tensor(after, "after")
         return tensor(x)
+
+    def axes(self, attrs: Attrs, x: TensorType, after: TensorType) -> AxisRule:
+        own = free(x.shape)
+        return AxisRule((own, whole(after.shape)), (own,))
 
     def reference(self, attrs: Attrs, x: np.ndarray, after: np.ndarray) -> np.ndarray:
         return x

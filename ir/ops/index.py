@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import op as _op
-from ..dims import DimLike, require_at_most, require_equal
+from ..axes import AxisRule, Factor, aligned, along, free, whole
+from ..dims import DimLike, equal, require_at_most, require_equal
 from ..errors import TypeMismatch
 from ..op import Bounds, ErrorSample, Op, Sample, axis_of, concrete, register, same_dtype, tensor
 from ..types import DType, TensorType, Type
@@ -53,6 +54,7 @@ class Gather(Op):
     """Slices of x along ``axis`` at ``indices``: the axis is replaced by the shape of the indices (numpy.take)."""
 
     name = "gather"
+    kind = "gather"
     Attrs = AxisAttrs
 
     def infer(self, attrs: AxisAttrs, x: TensorType, ids: TensorType) -> TensorType:
@@ -62,13 +64,18 @@ class Gather(Op):
     def bounds(self, attrs: AxisAttrs, x: TensorType, *others: TensorType) -> Mapping[int, Bounds]:
         return {1: (0 - x.shape[attrs.axis], x.shape[attrs.axis])}
 
+    def axes(self, attrs: AxisAttrs, x: TensorType, ids: TensorType) -> AxisRule:
+        own = free(x.shape, {attrs.axis: Factor(x.shape[attrs.axis], "indexed")})
+        at = free(ids.shape)
+        return AxisRule((own, at), ((*own[: attrs.axis], *at, *own[attrs.axis + 1 :]),))
+
     def reference(self, attrs: AxisAttrs, x: np.ndarray, ids: np.ndarray) -> np.ndarray:
         return np.take(x, _checked(ids, x.shape[attrs.axis]), attrs.axis)
 
     def vjp(self, b: Builder, node: Node, g: Value) -> Sequence[Value | None]:
         x, ids = node.inputs
         zeros = b.broadcast_to(b.constant(0.0, x.tensor.dtype), shape=x.shape)
-        return [b.scatter(zeros, ids, g, axis=node.attrs.axis, reduce="add"), None]  # type: ignore[attr-defined]
+        return [b.scatter(zeros, ids, g, axis=AxisAttrs.of(node).axis, reduce="add"), None]
 
     def samples(self) -> Iterable[Sample]:
         yield Sample([_x(4, 3), np.array([[0, 2], [2, -1]])])
@@ -84,6 +91,7 @@ class TakeAlong(Op):
     """``out[.., i, ..] = x[.., indices[.., i, ..], ..]`` along ``axis``; other axes agree or broadcast (take_along_axis)."""
 
     name = "take_along"
+    kind = "gather"
     Attrs = AxisAttrs
 
     def infer(self, attrs: AxisAttrs, x: TensorType, ids: TensorType) -> TensorType:
@@ -100,11 +108,18 @@ class TakeAlong(Op):
     def bounds(self, attrs: AxisAttrs, x: TensorType, *others: TensorType) -> Mapping[int, Bounds]:
         return {1: (0 - x.shape[attrs.axis], x.shape[attrs.axis])}
 
+    def axes(self, attrs: AxisAttrs, x: TensorType, ids: TensorType) -> AxisRule:
+        out = free([e if d == 1 or i == attrs.axis else d for i, (d, e) in enumerate(zip(x.shape, ids.shape))])
+        picked = (Factor(x.shape[attrs.axis], "indexed"),)
+        own = tuple(picked if i == attrs.axis else a for i, a in enumerate(aligned(x.shape, out)))
+        at = tuple(a if i == attrs.axis else b for i, (a, b) in enumerate(zip(out, aligned(ids.shape, out))))
+        return AxisRule((own, at), (out,))
+
     def reference(self, attrs: AxisAttrs, x: np.ndarray, ids: np.ndarray) -> np.ndarray:
         return np.take_along_axis(x, _checked(ids, x.shape[attrs.axis]), attrs.axis)
 
     def vjp(self, b: Builder, node: Node, g: Value) -> Sequence[Value | None]:
-        (x, ids), axis = node.inputs, node.attrs.axis  # type: ignore[attr-defined]
+        (x, ids), axis = node.inputs, AxisAttrs.of(node).axis
         stretched = tuple(d if i == axis else e for i, (d, e) in enumerate(zip(x.shape, g.shape)))
         zeros = b.broadcast_to(b.constant(0.0, x.tensor.dtype), shape=stretched)
         ids = b.broadcast_to(ids, shape=g.shape)
@@ -155,6 +170,7 @@ class Scatter(Op):
     """
 
     name = "scatter"
+    kind = "scatter"
     Attrs = ScatterAttrs
 
     def infer(self, attrs: ScatterAttrs, x: TensorType, ids: TensorType, updates: TensorType) -> TensorType:
@@ -168,6 +184,11 @@ class Scatter(Op):
 
     def bounds(self, attrs: ScatterAttrs, x: TensorType, *others: TensorType) -> Mapping[int, Bounds]:
         return {1: (0 - x.shape[attrs.axis], x.shape[attrs.axis])}
+
+    def axes(self, attrs: ScatterAttrs, x: TensorType, ids: TensorType, updates: TensorType) -> AxisRule:
+        own = free(x.shape, {attrs.axis: Factor(x.shape[attrs.axis], "indexed")})
+        at = whole(ids.shape)
+        return AxisRule((own, at, (*own[: attrs.axis], *at, *own[attrs.axis + 1 :])), (own,))
 
     def reference(self, attrs: ScatterAttrs, x: np.ndarray, ids: np.ndarray, updates: np.ndarray) -> np.ndarray:
         at = (slice(None),) * attrs.axis + (_checked(ids, x.shape[attrs.axis]),)
@@ -200,6 +221,7 @@ class ScatterAlong(Op):
     """x with ``x[.., indices[.., i, ..], ..]`` written from ``updates[.., i, ..]`` (ONNX ScatterElements)."""
 
     name = "scatter_along"
+    kind = "scatter"
     Attrs = ScatterAttrs
 
     def infer(self, attrs: ScatterAttrs, x: TensorType, ids: TensorType, updates: TensorType) -> TensorType:
@@ -214,6 +236,12 @@ class ScatterAlong(Op):
 
     def bounds(self, attrs: ScatterAttrs, x: TensorType, *others: TensorType) -> Mapping[int, Bounds]:
         return {1: (0 - x.shape[attrs.axis], x.shape[attrs.axis])}
+
+    def axes(self, attrs: ScatterAttrs, x: TensorType, ids: TensorType, updates: TensorType) -> AxisRule:
+        part = [i for i, (d, e) in enumerate(zip(x.shape, ids.shape)) if i == attrs.axis or equal(d, e) is not True]
+        own = free(x.shape, {i: Factor(x.shape[i], "indexed") for i in part})
+        at = tuple((Factor(ids.shape[i], "whole"),) if i in part else a for i, a in enumerate(own))
+        return AxisRule((own, at, at), (own,))
 
     def reference(self, attrs: ScatterAttrs, x: np.ndarray, ids: np.ndarray, updates: np.ndarray) -> np.ndarray:
         at: list[np.ndarray] = list(np.indices(ids.shape, sparse=True))
@@ -249,6 +277,7 @@ class OneHot(Op):
     """``out[.., j] = 1 if ids[..] == j else 0``, a new last axis of ``size``; an id outside gives zeros."""
 
     name = "one_hot"
+    kind = "gather"
     differentiable = False
 
     @dataclass(frozen=True)
@@ -258,6 +287,10 @@ class OneHot(Op):
 
     def infer(self, attrs: Attrs, ids: TensorType) -> TensorType:
         return TensorType(attrs.dtype, (*indices(ids, "ids").shape, attrs.size))
+
+    def axes(self, attrs: Attrs, ids: TensorType) -> AxisRule:
+        own = free(ids.shape)
+        return AxisRule((own,), ((*own, *whole((attrs.size,))),))
 
     def reference(self, attrs: Attrs, ids: np.ndarray) -> np.ndarray:
         return (ids[..., None] == np.arange(concrete(attrs.size))).astype(attrs.dtype.np)
@@ -279,6 +312,7 @@ class TakeRow(Op):
     """One position of each batch row: x [b, s, ..], index int[b] -> ``out[r, 0, ..] = x[r, index[r], ..]`` [b, 1, ..]."""
 
     name = "take_row"
+    kind = "gather"
 
     def infer(self, attrs: _op.Attrs, x: TensorType, index: TensorType) -> TensorType:
         if tensor(x).rank < 2 or indices(index, "index").rank != 1:
@@ -287,6 +321,10 @@ class TakeRow(Op):
 
     def bounds(self, attrs: _op.Attrs, x: TensorType, *others: TensorType) -> Mapping[int, Bounds]:
         return {1: (0 - x.shape[1], x.shape[1])}
+
+    def axes(self, attrs: _op.Attrs, x: TensorType, index: TensorType) -> AxisRule:
+        own = free(x.shape, {1: Factor(x.shape[1], "indexed")})
+        return AxisRule((own, own[:1]), ((own[0], (), *own[2:]),))
 
     def reference(self, attrs: _op.Attrs, x: np.ndarray, index: np.ndarray) -> np.ndarray:
         return x[np.arange(len(x)), _checked(index, x.shape[1])][:, None]
@@ -311,6 +349,7 @@ class Sort(Op):
     """Elements along ``axis`` in ascending (or ``descending``) order; stable; NaN last."""
 
     name = "sort"
+    kind = "ordered"
 
     @dataclass(frozen=True)
     class Attrs(_op.Attrs):
@@ -322,6 +361,9 @@ class Sort(Op):
 
     def infer(self, attrs: Attrs, x: TensorType) -> TensorType:
         return tensor(x)
+
+    def axes(self, attrs: Attrs, x: TensorType) -> AxisRule:
+        return along(x.shape, (attrs.axis,), lambda d: Factor(d, "normalized"))
 
     def reference(self, attrs: Attrs, x: np.ndarray) -> np.ndarray:
         return np.take_along_axis(x, _order(x, attrs.axis, attrs.descending), attrs.axis)
@@ -362,6 +404,7 @@ class TopK(Op):
     """The ``k`` largest (or smallest) elements along ``axis``, in order, and their places (i64); the first of equals first."""
 
     name = "top_k"
+    kind = "ordered"
 
     @dataclass(frozen=True)
     class Attrs(_op.Attrs):
@@ -378,6 +421,11 @@ class TopK(Op):
         shape = tuple(attrs.k if i == attrs.axis else d for i, d in enumerate(x.shape))
         return x.with_shape(*shape), TensorType(DType.I64, shape)
 
+    def axes(self, attrs: Attrs, x: TensorType) -> AxisRule:
+        own = free(x.shape, {attrs.axis: Factor(x.shape[attrs.axis], "whole")})
+        out = tuple((Factor(attrs.k, "whole"),) if i == attrs.axis else a for i, a in enumerate(own))
+        return AxisRule((own,), (out, out))
+
     def reference(self, attrs: Attrs, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         order = np.take(_order(x, attrs.axis, attrs.largest), range(concrete(attrs.k)), attrs.axis)
         return np.take_along_axis(x, order, attrs.axis), order
@@ -385,7 +433,7 @@ class TopK(Op):
     def vjp(self, b: Builder, node: Node, g: Value, _: Value | None) -> Sequence[Value | None]:
         x = node.inputs[0]
         zeros = b.broadcast_to(b.constant(0.0, x.tensor.dtype), shape=x.shape)
-        return [b.scatter_along(zeros, node.outputs[1], g, axis=node.attrs.axis, reduce="add")]  # type: ignore[attr-defined]
+        return [b.scatter_along(zeros, node.outputs[1], g, axis=TopK.Attrs.of(node).axis, reduce="add")]
 
     def samples(self) -> Iterable[Sample]:
         yield Sample([_x(2, 5)], {"k": 2})

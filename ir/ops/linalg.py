@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..axes import AxisRule, Factor, broadcast, free
 from ..dims import DimLike, require_equal
 from ..errors import TypeMismatch
 from ..op import Attrs, ErrorSample, Op, Sample, broadcast_shapes, floating, register, same_dtype, tensor
-from ..types import TensorType
+from ..types import TensorType, Type
 from .elementwise import grid, wide
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ class MatMul(Op):
     """x [.., m, k] @ y [.., k, n] -> [.., m, n]; leading axes broadcast."""
 
     name = "matmul"
+    kind = "product"
+    precision = "half"
 
     def infer(self, attrs: Attrs, x: TensorType, y: TensorType) -> TensorType:
         if tensor(x).rank < 2 or tensor(y).rank < 2:
@@ -31,8 +34,16 @@ class MatMul(Op):
         require_equal(x.shape[-1], y.shape[-2], "inner dimensions")
         return TensorType(dtype, (*broadcast_shapes(x.shape[:-2], y.shape[:-2]), x.shape[-2], y.shape[-1]))
 
+    def axes(self, attrs: Attrs, x: TensorType, y: TensorType) -> AxisRule:
+        (left, right), (lead,) = (rule := broadcast(x.shape[:-2], y.shape[:-2])).operands, rule.results
+        m, k, n = (Factor(x.shape[-2]),), (Factor(x.shape[-1], "reduced", "sum"),), (Factor(y.shape[-1]),)
+        return AxisRule(((*left, m, k), (*right, k, n)), ((*lead, m, n),))
+
     def reference(self, attrs: Attrs, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return np.matmul(wide(x), wide(y)).astype(x.dtype)
+
+    def multiply_adds(self, attrs: Attrs, x: TensorType, y: TensorType) -> DimLike:
+        return self.infer(attrs, x, y).size * x.shape[-1]
 
     def vjp(self, b: Builder, node: Node, g: Value) -> Sequence[Value | None]:
         x, y = node.inputs
@@ -55,6 +66,12 @@ class MatMul(Op):
         yield ErrorSample(["f32[2, 3]", "f16[3, 2]"], {}, "element types differ")
 
 
+def rows_by_weight(x: Type, w: Type, how: str, bias: bool) -> AxisRule:
+    """x [.., k], w [n, k], bias [n] -> [.., n]."""
+    lead, n, k = free(x.shape[:-1]), (Factor(w.shape[0]),), (Factor(x.shape[-1], "reduced", how),)
+    return AxisRule(((*lead, k), (n, k), *(((n,),) if bias else ())), ((*lead, n),))
+
+
 @register
 class Linear(Op):
     """y = x @ w^T (+ bias): x [.., k], w [n, k], bias [n] -> [.., n].
@@ -63,6 +80,10 @@ class Linear(Op):
     """
 
     name = "linear"
+    kind = "product"
+    precision = "half"
+    weight = 1
+    quantized = "quantized_linear"
 
     def infer(self, attrs: Attrs, x: TensorType, w: TensorType, bias: TensorType | None = None) -> TensorType:
         floating(x, "x")
@@ -75,9 +96,15 @@ class Linear(Op):
             require_equal(bias.shape[0], w.shape[0], "bias and first axis of the weight")
         return x.with_shape(*x.shape[:-1], w.shape[0])
 
+    def axes(self, attrs: Attrs, x: TensorType, w: TensorType, *bias: TensorType) -> AxisRule:
+        return rows_by_weight(x, w, "" if bias else "sum", bool(bias))
+
     def reference(self, attrs: Attrs, x: np.ndarray, w: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
         y = wide(x) @ wide(w.astype(x.dtype)).T
         return (y if bias is None else y + wide(bias)).astype(x.dtype)
+
+    def multiply_adds(self, attrs: Attrs, x: TensorType, w: TensorType, *bias: TensorType) -> DimLike:
+        return x.size * w.shape[0]
 
     def decompose(self, b: Builder, attrs: Attrs, x: Value, w: Value, bias: Value | None = None) -> Value:
         if w.tensor.dtype is not x.tensor.dtype:

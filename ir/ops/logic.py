@@ -17,7 +17,7 @@ from .elementwise import Binary, wide
 class _Test(Op):
     """Base of tests of floats."""
 
-    elementwise = True
+    kind = "elementwise"
     differentiable = False
 
     def infer(self, attrs: Attrs, x: TensorType) -> TensorType:
@@ -55,7 +55,7 @@ class LogicalNot(Op):
     """not x, of booleans."""
 
     name = "logical_not"
-    elementwise = True
+    kind = "elementwise"
     differentiable = False
 
     def infer(self, attrs: Attrs, x: TensorType) -> TensorType:
@@ -82,7 +82,7 @@ class BitNot(Op):
     """All bits of an integer inverted."""
 
     name = "bit_not"
-    elementwise = True
+    kind = "elementwise"
     differentiable = False
 
     def infer(self, attrs: Attrs, x: TensorType) -> TensorType:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import op as _op
+from ..axes import AxisRule, Factor, along, free, reduced
 from ..dims import equal, require_equal
 from ..errors import TypeMismatch
 from ..op import Attrs, ErrorSample, Op, Sample, axis_of, floating, register
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 class Activation(Op):
     """Base of elementwise float functions with a decomposition."""
 
-    elementwise = True
+    kind = "elementwise"
 
     def infer(self, attrs: Any, x: TensorType) -> TensorType:
         return floating(x)
@@ -96,6 +97,7 @@ class Softplus(Activation):
     """log(1 + exp(x))."""
 
     name = "softplus"
+    precision = "wide"
 
     def reference(self, attrs: Attrs, x: np.ndarray) -> np.ndarray:
         return np.logaddexp(wide(x), 0).astype(x.dtype)
@@ -161,10 +163,14 @@ class SoftmaxAttrs(_op.Attrs):
 
 
 class _Normalized(Op):
+    kind = "row"
     Attrs = SoftmaxAttrs
 
     def infer(self, attrs: SoftmaxAttrs, x: TensorType) -> TensorType:
         return floating(x)
+
+    def axes(self, attrs: SoftmaxAttrs, x: TensorType) -> AxisRule:
+        return along(x.shape, (attrs.axis,), lambda d: Factor(d, "normalized"))
 
     def samples(self) -> Iterable[Sample]:
         yield Sample([grid(2, 5)])
@@ -181,6 +187,7 @@ class Softmax(_Normalized):
     """exp(x - max) / sum(exp(x - max)) along ``axis``, in f32 or wider; a slice of only -inf gives NaN."""
 
     name = "softmax"
+    precision = "wide"
 
     def reference(self, attrs: SoftmaxAttrs, x: np.ndarray) -> np.ndarray:
         w = wide(x)
@@ -198,7 +205,7 @@ class Softmax(_Normalized):
 
     def vjp(self, b: Builder, node: Node, g: Value) -> Sequence[Value | None]:
         y = node.output
-        axis = (node.attrs.axis,)  # type: ignore[attr-defined]
+        axis = (SoftmaxAttrs.of(node).axis,)
         return [b.mul(y, b.sub(g, b.reduce_sum(b.mul(g, y), axes=axis, keepdims=True)))]
 
 
@@ -207,6 +214,7 @@ class LogSoftmax(_Normalized):
     """x - log(sum(exp(x))) along ``axis``, in f32 or wider."""
 
     name = "log_softmax"
+    precision = "wide"
 
     def reference(self, attrs: SoftmaxAttrs, x: np.ndarray) -> np.ndarray:
         w = wide(x)
@@ -218,7 +226,7 @@ class LogSoftmax(_Normalized):
         return b.sub(x, b.log(b.reduce_sum(b.exp(x), axes=(attrs.axis,), keepdims=True)))
 
     def vjp(self, b: Builder, node: Node, g: Value) -> Sequence[Value | None]:
-        total = b.reduce_sum(g, axes=(node.attrs.axis,), keepdims=True)  # type: ignore[attr-defined]
+        total = b.reduce_sum(g, axes=(SoftmaxAttrs.of(node).axis,), keepdims=True)
         return [b.sub(g, b.mul(b.exp(node.output), total))]
 
 
@@ -227,10 +235,15 @@ class LogSumExp(Op):
     """log(sum(exp(x))) over ``axes``, shifted by the maximum; of only -inf, -inf."""
 
     name = "logsumexp"
+    kind = "reduction"
+    precision = "wide"
     Attrs = ReduceAttrs
 
     def infer(self, attrs: ReduceAttrs, x: TensorType) -> TensorType:
         return floating(x).with_shape(*reduced_shape(x, attrs.axes, attrs.keepdims))
+
+    def axes(self, attrs: ReduceAttrs, x: TensorType) -> AxisRule:
+        return reduced(x.shape, attrs.axes, attrs.keepdims)
 
     def reference(self, attrs: ReduceAttrs, x: np.ndarray) -> np.ndarray:
         w = wide(x)
@@ -276,6 +289,7 @@ class RmsNorm(Op):
     """x * rsqrt(mean(x^2) + eps) * weight over the last axis (arXiv:1910.07467), in f32 or wider; weight [n] optional."""
 
     name = "rms_norm"
+    kind = "row"
     Attrs = NormAttrs
 
     def infer(self, attrs: NormAttrs, x: TensorType, weight: TensorType | None = None) -> TensorType:
@@ -283,6 +297,10 @@ class RmsNorm(Op):
             raise TypeMismatch("rms_norm needs at least one axis")
         _scale_by(x, weight, "the weight")
         return x
+
+    def axes(self, attrs: NormAttrs, x: TensorType, *scales: TensorType) -> AxisRule:
+        own = free(x.shape, {x.rank - 1: Factor(x.shape[-1], "normalized")})
+        return AxisRule((own, *((own[-1:],) * len(scales))), (own,))
 
     def reference(self, attrs: NormAttrs, x: np.ndarray, weight: np.ndarray | None = None) -> np.ndarray:
         w = wide(x)
@@ -314,6 +332,7 @@ class LayerNorm(Op):
     """(x - mean) * rsqrt(var + eps) * weight + bias over the last axis (arXiv:1607.06450), in f32 or wider."""
 
     name = "layer_norm"
+    kind = "row"
 
     @dataclass(frozen=True)
     class Attrs(NormAttrs):
@@ -327,6 +346,10 @@ class LayerNorm(Op):
         _scale_by(x, weight, "the weight")
         _scale_by(x, bias, "the bias")
         return x
+
+    def axes(self, attrs: NormAttrs, x: TensorType, *scales: TensorType) -> AxisRule:
+        own = free(x.shape, {x.rank - 1: Factor(x.shape[-1], "normalized")})
+        return AxisRule((own, *((own[-1:],) * len(scales))), (own,))
 
     def reference(
         self, attrs: NormAttrs, x: np.ndarray, weight: np.ndarray | None = None, bias: np.ndarray | None = None
@@ -374,6 +397,7 @@ class Glu(Op):
     """Gated linear unit (arXiv:2002.05202): act(x[.., :n]) * x[.., n:], x [.., 2n] -> [.., n]."""
 
     name = "glu"
+    kind = "row"
 
     @dataclass(frozen=True)
     class Attrs(_op.Attrs):
@@ -389,6 +413,10 @@ class Glu(Op):
             raise TypeMismatch(f"the last axis of {x} is not even")
         require_equal(x.shape[-1] % 2, 0, "last axis modulo 2")
         return x.with_shape(*x.shape[:-1], x.shape[-1] // 2)
+
+    def axes(self, attrs: Attrs, x: TensorType) -> AxisRule:
+        lead, each = free(x.shape[:-1]), Factor(x.shape[-1] // 2)
+        return AxisRule(((*lead, (Factor(2, "whole"), each)),), ((*lead, (each,)),))
 
     def reference(self, attrs: Attrs, x: np.ndarray) -> np.ndarray:
         gate, up = np.split(x, 2, -1)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .. import op as _op
+from ..axes import AxisRule, Factor, free
 from ..dims import DimLike, require_at_most
 from ..errors import TypeMismatch
 from ..op import ErrorSample, Op, Sample, concrete, register, tensor
@@ -35,6 +36,7 @@ class Pool(Op):
     """
 
     name = "pool"
+    kind = "window"
 
     @dataclass(frozen=True)
     class Attrs(_op.Attrs):
@@ -69,6 +71,16 @@ class Pool(Op):
             require_at_most(1, room, f"a window of {attrs.kernel[i]} does not fit into the padded axis {2 + i} of {x}")
             space.append((room - 1) // attrs.strides[i] + 1)
         return x.with_shape(*x.shape[:2], *space)
+
+    def axes(self, attrs: Attrs, x: TensorType) -> AxisRule:
+        space = {
+            2 + i: Factor(
+                x.shape[2 + i], "window", window=(attrs.low[i], attrs.dilation[i] * (k - 1) - attrs.low[i], attrs.strides[i])
+            )
+            for i, k in enumerate(attrs.kernel)
+        }
+        own = free(x.shape, space)
+        return AxisRule((own,), (own,))
 
     def reference(self, attrs: Attrs, x: np.ndarray) -> np.ndarray:
         out, reduce = wide(x), np.max if attrs.kind == "max" else np.sum

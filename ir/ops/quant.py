@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .. import op as _op
-from ..dims import require_equal
+from ..axes import AxisRule, Factor, along, free
+from ..dims import DimLike, require_equal
 from ..errors import TypeMismatch
 from ..op import Bounds, ErrorSample, Op, Sample, floating, quantized, register, same_dtype, tensor
 from ..types import DType, QArray, QTensorType, TensorType
 from .elementwise import grid, wide
 from .index import _checked, indices
+from .linalg import rows_by_weight
 
 if TYPE_CHECKING:
     from ..builder import Builder
@@ -76,6 +78,7 @@ class Quantize(Op):
     """
 
     name = "quantize"
+    kind = "row"
     differentiable = False
 
     @dataclass(frozen=True)
@@ -88,6 +91,9 @@ class Quantize(Op):
         if floating(x).rank < 1:
             raise TypeMismatch("a scalar cannot be quantized in blocks")
         return QTensorType(attrs.scheme, x.shape, attrs.block, attrs.scale)
+
+    def axes(self, attrs: Attrs, x: TensorType) -> AxisRule:
+        return along(x.shape, (x.rank - 1,), lambda d: Factor(d, "normalized"))
 
     def reference(self, attrs: Attrs, x: np.ndarray) -> QArray:
         return quantize_array(x, QTensorType(attrs.scheme, x.shape, attrs.block, attrs.scale))
@@ -116,11 +122,15 @@ class Dequantize(Op):
     """The dense tensor a quantized one stands for: value * scale, computed in f32."""
 
     name = "dequantize"
+    kind = "row"
     Attrs = DTypeAttrs
     differentiable = False
 
     def infer(self, attrs: DTypeAttrs, q: QTensorType) -> TensorType:
         return TensorType(attrs.dtype, quantized(q).shape)
+
+    def axes(self, attrs: DTypeAttrs, q: QTensorType) -> AxisRule:
+        return along(q.shape, (q.rank - 1,), lambda d: Factor(d, "whole"))
 
     def reference(self, attrs: DTypeAttrs, q: QArray) -> np.ndarray:
         return q.dense(attrs.dtype)
@@ -147,6 +157,8 @@ class QuantizedLinear(Op):
     """
 
     name = "quantized_linear"
+    kind = "product"
+    weight = 1
 
     @dataclass(frozen=True)
     class Attrs(_op.Attrs):
@@ -163,6 +175,9 @@ class QuantizedLinear(Op):
                 raise TypeMismatch(f"the bias must be [{w.shape[0]}], not {bias}")
             require_equal(bias.shape[0], w.shape[0], "bias and first axis of the weight")
         return x.with_shape(*x.shape[:-1], w.shape[0])
+
+    def axes(self, attrs: Attrs, x: TensorType, w: QTensorType, *bias: TensorType) -> AxisRule:
+        return rows_by_weight(x, w, "", bool(bias))
 
     def reference(self, attrs: Attrs, x: np.ndarray, w: QArray, bias: np.ndarray | None = None) -> np.ndarray:
         if attrs.activation is None:
@@ -181,6 +196,9 @@ class QuantizedLinear(Op):
                 out += dot * (d[:, i, None] * w.scales[None, :, i].astype(np.float32))
             y = out.reshape(*x.shape[:-1], n)
         return (y if bias is None else y + wide(bias)).astype(x.dtype)
+
+    def multiply_adds(self, attrs: Attrs, x: TensorType, w: QTensorType, *bias: TensorType) -> DimLike:
+        return x.size * w.shape[0]
 
     def decompose(self, b: Builder, attrs: Attrs, x: Value, w: Value, bias: Value | None = None) -> Value:
         q = w.type
@@ -228,6 +246,9 @@ class Embedding(Op):
     """Rows of a table: w [v, d], ids int [..] -> [.., d] of type ``dtype`` (the table may be stored in another float type)."""
 
     name = "embedding"
+    kind = "gather"
+    weight = 0
+    quantized = "quantized_embedding"
     Attrs = DTypeAttrs
 
     def infer(self, attrs: DTypeAttrs, w: TensorType, ids: TensorType) -> TensorType:
@@ -237,6 +258,10 @@ class Embedding(Op):
 
     def bounds(self, attrs: DTypeAttrs, w: TensorType, ids: TensorType) -> Mapping[int, Bounds]:
         return {1: (0 - w.shape[0], w.shape[0])}
+
+    def axes(self, attrs: DTypeAttrs, w: TensorType, ids: TensorType) -> AxisRule:
+        at, width = free(ids.shape), (Factor(w.shape[1]),)
+        return AxisRule((((Factor(w.shape[0], "indexed"),), width), at), ((*at, width),))
 
     def reference(self, attrs: DTypeAttrs, w: np.ndarray, ids: np.ndarray) -> np.ndarray:
         return w[_checked(ids, len(w))].astype(attrs.dtype.np)
@@ -259,6 +284,8 @@ class QuantizedEmbedding(Op):
     """Rows of a quantized table, dequantized: w [v, d], ids int [..] -> [.., d]."""
 
     name = "quantized_embedding"
+    kind = "gather"
+    weight = 0
     Attrs = DTypeAttrs
     differentiable = False
 
@@ -269,6 +296,10 @@ class QuantizedEmbedding(Op):
 
     def bounds(self, attrs: DTypeAttrs, w: QTensorType, ids: TensorType) -> Mapping[int, Bounds]:
         return {1: (0 - w.shape[0], w.shape[0])}
+
+    def axes(self, attrs: DTypeAttrs, w: QTensorType, ids: TensorType) -> AxisRule:
+        at, width = free(ids.shape), (Factor(w.shape[1], "whole"),)
+        return AxisRule((((Factor(w.shape[0], "indexed"),), width), at), ((*at, width),))
 
     def reference(self, attrs: DTypeAttrs, w: QArray, ids: np.ndarray) -> np.ndarray:
         at = _checked(ids, w.shape[0])

@@ -56,6 +56,7 @@ class RandomBits(Op):
     """
 
     name = "random_bits"
+    kind = "random"
     differentiable = False
 
     @dataclass(frozen=True)
@@ -104,6 +105,7 @@ class RandomAttrs(_op.Attrs):
 class _Random(Op):
     """Base of random floats."""
 
+    kind = "random"
     Attrs = RandomAttrs
     differentiable = False
 
@@ -181,6 +183,7 @@ class Dropout(Op):
     """x with each element zeroed with probability ``rate``, the rest divided by 1 - rate (arXiv:1207.0580); key u32[2]."""
 
     name = "dropout"
+    kind = "random"
 
     @dataclass(frozen=True)
     class Attrs(_op.Attrs):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from .. import op as _op
+from ..axes import AxisRule, Factor, along, reduced
 from ..dims import DimLike
 from ..errors import TypeMismatch
 from ..op import ErrorSample, Op, Sample, axis_of, floating, register, tensor
@@ -60,12 +61,17 @@ def wide(x: np.ndarray) -> np.ndarray:
 class Reduce(Op):
     """Base of numeric reductions."""
 
+    kind = "reduction"
+    how: ClassVar[str] = ""
     Attrs = ReduceAttrs
 
     def infer(self, attrs: ReduceAttrs, x: TensorType) -> TensorType:
         if tensor(x).dtype is DType.BOOL:
             raise TypeMismatch(f"{self.name} of booleans: cast them, or use reduce_any or reduce_all")
         return x.with_shape(*reduced_shape(x, attrs.axes, attrs.keepdims))
+
+    def axes(self, attrs: ReduceAttrs, x: TensorType) -> AxisRule:
+        return reduced(x.shape, attrs.axes, attrs.keepdims, self.how)
 
     def samples(self) -> Iterable[Sample]:
         yield Sample([_x(2, 3)], {"axes": (1,)})
@@ -84,6 +90,8 @@ class ReduceSum(Reduce):
     """Sum over ``axes``; of no elements, 0."""
 
     name = "reduce_sum"
+    how = "sum"
+    precision = "wide"
 
     def reference(self, attrs: ReduceAttrs, x: np.ndarray) -> np.ndarray:
         w = wide(x)
@@ -98,6 +106,8 @@ class ReduceProd(Reduce):
     """Product over ``axes``; of no elements, 1. The second derivative assumes that no element is 0."""
 
     name = "reduce_prod"
+    how = "prod"
+    precision = "wide"
 
     def reference(self, attrs: ReduceAttrs, x: np.ndarray) -> np.ndarray:
         w = wide(x)
@@ -105,7 +115,7 @@ class ReduceProd(Reduce):
 
     def vjp(self, b: Builder, node: Node, g: Value) -> Sequence[Value | None]:
         """Times the product of the other elements, which is 0 if any of them is."""
-        x, axes = node.inputs[0], node.attrs.axes  # type: ignore[attr-defined]
+        x, axes = node.inputs[0], ReduceAttrs.of(node).axes
         zero = b.equal(x, 0.0)
         rest = b.select(zero, b.constant(1.0, x.tensor.dtype), x)
         zeros = b.cast(zero, dtype=x.tensor.dtype)
@@ -124,7 +134,7 @@ class _Extreme(Reduce):
     def vjp(self, b: Builder, node: Node, g: Value) -> Sequence[Value | None]:
         x = node.inputs[0]
         hit = b.cast(b.equal(x, _keep(b, node, node.output)), dtype=x.tensor.dtype)
-        ties = b.reduce_sum(hit, axes=node.attrs.axes, keepdims=True)  # type: ignore[attr-defined]
+        ties = b.reduce_sum(hit, axes=ReduceAttrs.of(node).axes, keepdims=True)
         return [b.mul(hit, b.div(_keep(b, node, g), ties))]
 
 
@@ -133,6 +143,7 @@ class ReduceMax(_Extreme):
     """Largest element over ``axes``; NaN if any is; of no elements, the least value of the type."""
 
     name = "reduce_max"
+    how = "max"
 
     def reference(self, attrs: ReduceAttrs, x: np.ndarray) -> np.ndarray:
         return np.max(x, attrs.axes, keepdims=attrs.keepdims, initial=limits(x.dtype)[0]) if attrs.axes else x
@@ -143,6 +154,7 @@ class ReduceMin(_Extreme):
     """Smallest element over ``axes``; NaN if any is; of no elements, the greatest value of the type."""
 
     name = "reduce_min"
+    how = "min"
 
     def reference(self, attrs: ReduceAttrs, x: np.ndarray) -> np.ndarray:
         return np.min(x, attrs.axes, keepdims=attrs.keepdims, initial=limits(x.dtype)[1]) if attrs.axes else x
@@ -161,6 +173,7 @@ class ReduceMean(Reduce):
     """Arithmetic mean over ``axes``."""
 
     name = "reduce_mean"
+    precision = "wide"
 
     def infer(self, attrs: ReduceAttrs, x: TensorType) -> TensorType:
         return floating(x).with_shape(*reduced_shape(x, attrs.axes, attrs.keepdims))
@@ -190,6 +203,8 @@ class ReduceMean(Reduce):
 class _Logical(Op):
     """Base of reductions of booleans."""
 
+    kind = "reduction"
+    how: ClassVar[str]
     Attrs = ReduceAttrs
     differentiable = False
 
@@ -197,6 +212,9 @@ class _Logical(Op):
         if tensor(x).dtype is not DType.BOOL:
             raise TypeMismatch(f"{self.name} takes booleans, not {x}")
         return x.with_shape(*reduced_shape(x, attrs.axes, attrs.keepdims))
+
+    def axes(self, attrs: ReduceAttrs, x: TensorType) -> AxisRule:
+        return reduced(x.shape, attrs.axes, attrs.keepdims, self.how)
 
     def samples(self) -> Iterable[Sample]:
         yield Sample([np.array([[True, False], [True, True], [False, False]])], {"axes": (1,)})
@@ -211,6 +229,7 @@ class ReduceAny(_Logical):
     """Whether any element over ``axes`` is true; of none, false."""
 
     name = "reduce_any"
+    how = "any"
 
     def reference(self, attrs: ReduceAttrs, x: np.ndarray) -> np.ndarray:
         return np.any(x, attrs.axes, keepdims=attrs.keepdims) if attrs.axes else x
@@ -221,6 +240,7 @@ class ReduceAll(_Logical):
     """Whether every element over ``axes`` is true; of none, true."""
 
     name = "reduce_all"
+    how = "all"
 
     def reference(self, attrs: ReduceAttrs, x: np.ndarray) -> np.ndarray:
         return np.all(x, attrs.axes, keepdims=attrs.keepdims) if attrs.axes else x
@@ -229,6 +249,7 @@ class ReduceAll(_Logical):
 class _Arg(Op):
     """Base of arg_max and arg_min: the first place of the extreme, i64."""
 
+    kind = "reduction"
     differentiable = False
 
     @dataclass(frozen=True)
@@ -241,6 +262,9 @@ class _Arg(Op):
 
     def infer(self, attrs: Attrs, x: TensorType) -> TensorType:
         return TensorType(DType.I64, reduced_shape(tensor(x), (attrs.axis,), attrs.keepdims))
+
+    def axes(self, attrs: Attrs, x: TensorType) -> AxisRule:
+        return reduced(x.shape, (attrs.axis,), attrs.keepdims)
 
     def samples(self) -> Iterable[Sample]:
         yield Sample([_x(2, 3)], {"axis": 1})
@@ -275,6 +299,8 @@ class CumSum(Op):
     """Running sum along ``axis``; ``exclusive`` leaves out the element itself, ``reverse`` runs from the end."""
 
     name = "cumsum"
+    kind = "ordered"
+    precision = "wide"
 
     @dataclass(frozen=True)
     class Attrs(_op.Attrs):
@@ -289,6 +315,9 @@ class CumSum(Op):
         if tensor(x).dtype is DType.BOOL:
             raise TypeMismatch("cumsum of booleans: cast them first")
         return x
+
+    def axes(self, attrs: Attrs, x: TensorType) -> AxisRule:
+        return along(x.shape, (attrs.axis,), lambda d: Factor(d, "ordered", "backward" if attrs.reverse else "forward"))
 
     def reference(self, attrs: Attrs, x: np.ndarray) -> np.ndarray:
         w = np.flip(x, attrs.axis) if attrs.reverse else x

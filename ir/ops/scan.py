@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import op as _op
+from ..axes import AxisRule, Factor, whole
 from ..dims import DimLike, equal, require_equal
 from ..errors import TypeMismatch
 from ..op import Body, ErrorSample, Op, Sample, concrete, register, tensor
@@ -43,6 +44,7 @@ class Scan(Op):
     """
 
     name = "scan"
+    kind = "control"
     Attrs = ScanAttrs
 
     def infer(self, attrs: ScanAttrs, *types: Type) -> list[Type]:
@@ -75,6 +77,22 @@ class Scan(Op):
         rows = [tensor(v.type, f"the result %{v.name}") for v in body.outputs[c:]]
         return [*(v.type for v in body.inputs[:c]), *(t.with_shape(length, *t.shape) for t in rows)]
 
+    def axes(self, attrs: ScanAttrs, *types: Type) -> AxisRule:
+        """Turns are ordered; of what the body does along other axes nothing is said."""
+        carried, sliced, others = _parts(attrs, types)
+        turn = (
+            Factor(sliced[0].shape[0], "ordered", "backward" if attrs.reverse else "forward")
+            if sliced
+            else Factor(attrs.length if attrs.length is not None else 0, "whole")
+        )
+        does = "runs its body over {}"
+        carry = [whole(t.shape, does) for t in carried]
+        rows = [((turn,), *whole(v.type.shape)) for v in attrs.body.graph.outputs[attrs.carries :]]
+        return AxisRule(
+            (*carry, *(((turn,), *whole(t.shape[1:], does)) for t in sliced), *(whole(t.shape, does) for t in others)),
+            (*carry, *rows),
+        )
+
     def reference(self, attrs: ScanAttrs, *arrays: Array) -> list[Array]:
         from ..evaluate import evaluate
 
@@ -92,6 +110,13 @@ class Scan(Op):
             empty = np.empty((0, *v.tensor.concrete({})), v.tensor.dtype.np)
             stacked.append(np.stack([_dense(x) for x in (row[::-1] if attrs.reverse else row)]) if row else empty)
         return [*state, *stacked]
+
+    def multiply_adds(self, attrs: ScanAttrs, *types: Type) -> DimLike:
+        turns = attrs.length if attrs.length is not None else types[attrs.carries].shape[0]
+        each: DimLike = 0
+        for node in attrs.body.graph.nodes:
+            each = each + node.multiply_adds
+        return turns * each
 
     def vjp(self, b: Builder, node: Node, *grads: Value | None) -> list[Value | None]:
         """A scan the other way round, over what each turn started from, which a second run forward keeps."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import op as _op
+from ..axes import Axis, AxisRule, Factor, along, free, regrouped
 from ..dims import Dim, DimLike, equal, require_at_most, require_equal, span
 from ..errors import TypeMismatch
 from ..op import ErrorSample, Op, Sample, axis_of, concrete, register, same_dtype, tensor
@@ -29,6 +30,8 @@ class Reshape(Op):
     """The same elements in row-major order under another shape of as many elements."""
 
     name = "reshape"
+    kind = "view"
+    alias = 0
 
     @dataclass(frozen=True)
     class Attrs(_op.Attrs):
@@ -38,6 +41,9 @@ class Reshape(Op):
         out = TensorType(tensor(x).dtype, attrs.shape)
         require_equal(x.size, out.size, f"number of elements of {x} and of shape {list(attrs.shape)}")
         return out
+
+    def axes(self, attrs: Attrs, x: TensorType) -> AxisRule:
+        return regrouped(x.shape, attrs.shape)
 
     def reference(self, attrs: Attrs, x: np.ndarray) -> np.ndarray:
         return x.reshape([concrete(d) for d in attrs.shape])
@@ -59,6 +65,7 @@ class Transpose(Op):
     """Axis i of the result is axis ``perm[i]`` of x."""
 
     name = "transpose"
+    kind = "view"
 
     @dataclass(frozen=True)
     class Attrs(_op.Attrs):
@@ -73,11 +80,15 @@ class Transpose(Op):
             raise TypeMismatch(f"perm {attrs.perm} does not name each of the {x.rank} axes once")
         return x.with_shape(*(x.shape[p] for p in attrs.perm))
 
+    def axes(self, attrs: Attrs, x: TensorType) -> AxisRule:
+        own = free(x.shape)
+        return AxisRule((own,), (tuple(own[p] for p in attrs.perm),))
+
     def reference(self, attrs: Attrs, x: np.ndarray) -> np.ndarray:
         return x.transpose(attrs.perm)
 
     def vjp(self, b: Builder, node: Node, g: Value) -> Sequence[Value | None]:
-        perm = node.attrs.perm  # type: ignore[attr-defined]
+        perm = Transpose.Attrs.of(node).perm
         return [b.transpose(g, perm=tuple(perm.index(i) for i in range(len(perm))))]
 
     def samples(self) -> Iterable[Sample]:
@@ -93,6 +104,7 @@ class BroadcastTo(Op):
     """x stretched along axes of size 1 (and new leading axes) to ``shape``."""
 
     name = "broadcast_to"
+    kind = "view"
 
     @dataclass(frozen=True)
     class Attrs(_op.Attrs):
@@ -109,6 +121,18 @@ class BroadcastTo(Op):
             elif d != 1:
                 require_equal(d, to, what)
         return out
+
+    def axes(self, attrs: Attrs, x: TensorType) -> AxisRule:
+        own: list[Axis] = []
+        out: list[Axis] = [(Factor(d, "repeated"),) for d in attrs.shape[: len(attrs.shape) - x.rank]]
+        for d, to in zip(x.shape, attrs.shape[len(attrs.shape) - x.rank :]):
+            if d == 1 or equal(d, to) is True:
+                own.append(() if d == 1 else (Factor(d),))
+                out.append(own[-1] or ((Factor(to, "repeated"),) if to != 1 else ()))
+            else:  # of size 1, perhaps, when it runs
+                own.append((Factor(d, "whole", does="may stretch {}, if its size is 1 when it runs"),))
+                out.append((Factor(to, "whole"),))
+        return AxisRule((tuple(own),), (tuple(out),))
 
     def reference(self, attrs: Attrs, x: np.ndarray) -> np.ndarray:
         return np.broadcast_to(x, [concrete(d) for d in attrs.shape])
@@ -133,6 +157,7 @@ class Slice(Op):
     """
 
     name = "slice"
+    kind = "view"
 
     @dataclass(frozen=True)
     class Attrs(_op.Attrs):
@@ -156,6 +181,12 @@ class Slice(Op):
                 raise TypeMismatch(f"slice step {step} on axis {i}: a step is an integer >= 1")
             shape.append((span(lo, hi) + (step - 1)) // step)
         return x.with_shape(*shape)
+
+    def axes(self, attrs: Attrs, x: TensorType) -> AxisRule:
+        bounds = zip(attrs.starts, attrs.stops, attrs.steps, x.shape)
+        cut = [i for i, (lo, hi, step, d) in enumerate(bounds) if (lo, step) != (0, 1) or equal(hi, d) is not True]
+        own, out = (free(x.shape, {i: Factor(x.shape[i], "whole", does="takes a part of {}") for i in cut}) for _ in range(2))
+        return AxisRule((own,), (tuple(b if i in cut else a for i, (a, b) in enumerate(zip(own, out))),))
 
     def reference(self, attrs: Attrs, x: np.ndarray) -> np.ndarray:
         index = []
@@ -201,6 +232,7 @@ class Concat(Op):
     """Operands one after another along ``axis``."""
 
     name = "concat"
+    kind = "view"
 
     @dataclass(frozen=True)
     class Attrs(_op.Attrs):
@@ -224,11 +256,17 @@ class Concat(Op):
                     shape[i] = require_equal(shape[i], d, f"axis {i} of the operands of concat along axis {attrs.axis}")
         return xs[0].with_shape(*shape)
 
+    def axes(self, attrs: Attrs, *xs: TensorType) -> AxisRule:
+        own = free(xs[0].shape)
+        joined = [(Factor(x.shape[attrs.axis], "whole", does="joins {}s end to end"),) for x in (*xs, xs[0])]
+        *parts, out = (tuple(j if i == attrs.axis else a for i, a in enumerate(own)) for j in joined)
+        return AxisRule(tuple(parts), (out,))
+
     def reference(self, attrs: Attrs, *xs: np.ndarray) -> np.ndarray:
         return np.concatenate(xs, attrs.axis)
 
     def vjp(self, b: Builder, node: Node, g: Value) -> Sequence[Value | None]:
-        axis, at, out = node.attrs.axis, 0, []  # type: ignore[attr-defined]
+        axis, at, out = Concat.Attrs.of(node).axis, 0, []
         zeros = (0,) * len(g.shape)
         for v in node.inputs:
             starts, stops = list(zeros), list(g.shape)
@@ -261,6 +299,7 @@ class Pad(Op):
     """``low[i]`` elements ``value`` before and ``high[i]`` after x along each axis i."""
 
     name = "pad"
+    kind = "view"
 
     @dataclass(frozen=True)
     class Attrs(_op.Attrs):
@@ -284,6 +323,11 @@ class Pad(Op):
             if not (math.isfinite(attrs.value) and attrs.value == int(attrs.value) and low <= attrs.value <= high):
                 raise TypeMismatch(f"{x.dtype} has no element {attrs.value} to pad with")
         return x.with_shape(*(lo + d + hi for lo, d, hi in zip(attrs.low, x.shape, attrs.high)))
+
+    def axes(self, attrs: Attrs, x: TensorType) -> AxisRule:
+        padded = [i for i in range(x.rank) if (attrs.low[i], attrs.high[i]) != (0, 0)]
+        own, out = (free(x.shape, {i: Factor(x.shape[i], "whole", does="pads {}") for i in padded}) for _ in range(2))
+        return AxisRule((own,), (tuple(b if i in padded else a for i, (a, b) in enumerate(zip(own, out))),))
 
     def reference(self, attrs: Attrs, x: np.ndarray) -> np.ndarray:
         width = [(concrete(lo), concrete(hi)) for lo, hi in zip(attrs.low, attrs.high)]
@@ -310,6 +354,7 @@ class Reverse(Op):
     """x backwards along ``axes``."""
 
     name = "reverse"
+    kind = "view"
 
     @dataclass(frozen=True)
     class Attrs(_op.Attrs):
@@ -323,11 +368,14 @@ class Reverse(Op):
             raise TypeMismatch(f"axes {attrs.axes} repeat one")
         return tensor(x)
 
+    def axes(self, attrs: Attrs, x: TensorType) -> AxisRule:
+        return along(x.shape, attrs.axes, lambda d: Factor(d, "whole"))
+
     def reference(self, attrs: Attrs, x: np.ndarray) -> np.ndarray:
         return np.flip(x, attrs.axes)
 
     def vjp(self, b: Builder, node: Node, g: Value) -> Sequence[Value | None]:
-        return [b.reverse(g, axes=node.attrs.axes)]  # type: ignore[attr-defined]
+        return [b.reverse(g, axes=Reverse.Attrs.of(node).axes)]
 
     def samples(self) -> Iterable[Sample]:
         yield Sample([_x(2, 3)], {"axes": (-1,)})

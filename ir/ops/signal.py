@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .. import op as _op
+from ..axes import AxisRule, free, whole
 from ..dims import DimLike, less_equal, require_at_most
 from ..errors import TypeMismatch
 from ..op import ErrorSample, Op, Sample, concrete, floating, register
@@ -35,6 +36,8 @@ class Dft(Op):
     """
 
     name = "dft"
+    kind = "product"
+    precision = "wide"
 
     @dataclass(frozen=True)
     class Attrs(_op.Attrs):
@@ -50,6 +53,11 @@ class Dft(Op):
             return x.with_shape(*x.shape[:-2], attrs.length, 1)
         return x.with_shape(*x.shape[:-2], attrs.length // 2 + 1 if attrs.onesided else attrs.length, 2)
 
+    def axes(self, attrs: Attrs, x: TensorType) -> AxisRule:
+        lead, real = free(x.shape[:-2]), attrs.onesided and attrs.inverse
+        count = attrs.length // 2 + 1 if attrs.onesided and not real else attrs.length
+        return AxisRule(((*lead, *whole(x.shape[-2:])),), ((*lead, *whole((count, 1 if real else 2))),))
+
     def reference(self, attrs: Attrs, x: np.ndarray) -> np.ndarray:
         w, n = wide(x), concrete(attrs.length)
         z = w[..., 0] if w.shape[-1] == 1 else w[..., 0] + np.asarray(1j, np.complex64) * w[..., 1]
@@ -58,6 +66,18 @@ class Dft(Op):
         y = np.fft.ifft(z, n) if attrs.inverse else np.fft.fft(z, n)
         y = y[..., : n // 2 + 1] if attrs.onesided else y
         return np.stack([y.real, y.imag], -1).astype(x.dtype)
+
+    def multiply_adds(self, attrs: Attrs, x: TensorType) -> DimLike:
+        """As products with tables: those of cosines and of sines, of each part."""
+        n, steps = attrs.length, x.shape[-2]
+        if attrs.inverse and attrs.onesided:
+            return self._rows(x) * x.shape[-1] * (steps if less_equal(steps, n // 2 + 1) is True else n // 2 + 1) * n
+        count = n // 2 + 1 if attrs.onesided else n
+        return self._rows(x) * x.shape[-1] * 2 * (steps if less_equal(steps, n) is True else n) * count
+
+    @staticmethod
+    def _rows(x: TensorType) -> DimLike:
+        return x.with_shape(*x.shape[:-2]).size
 
     def decompose(self, b: Builder, attrs: Attrs, x: Value) -> Value:
         """Products with tables of cosines and sines."""

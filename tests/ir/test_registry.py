@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from wasat.ir import (
     OPS,
     Array,
+    Body,
     Builder,
     DimError,
     DType,
@@ -20,11 +21,13 @@ from wasat.ir import (
     NotDifferentiable,
     Op,
     QArray,
+    QTensorType,
     Sample,
     TensorType,
     Type,
     Value,
     evaluate,
+    op_named,
     parse,
     parse_type,
     symbol,
@@ -34,6 +37,7 @@ from wasat.ir import (
 )
 from wasat.ir.decompose import decompose
 from wasat.ir.graph import infer
+from wasat.ir.op import Kind
 from wasat.ir.vjp import backward
 
 NAMES = sorted(OPS)
@@ -285,3 +289,122 @@ def test_dimension_errors_become_type_errors() -> None:
     with pytest.raises(IRError, match=r"add\(%x: f32\[n, 3\], %x_1: f32\[n, 4\]\)") as e:
         Builder(g).add(x, g.add_input("x_1", parse_type("f32[n, 4]")))
     assert not isinstance(e.value, DimError)
+
+
+# -- facts -----------------------------------------------------------------------------------------------------------------
+KINDS = get_args(Kind)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_says_of_what_kind_it_is(name: str) -> None:
+    op = OPS[name]
+    assert op.kind in KINDS
+    assert op.precision in ("any", "half", "wide")
+    assert op.weight is None or op.kind in ("product", "gather")
+    assert op.precision != "half" or op.kind == "product"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_multiply_adds_are_those_of_the_decomposition(name: str) -> None:
+    """None but products have any; what is cheap holds nothing that is not."""
+    op = OPS[name]
+    for sample in op.samples():
+        g, _ = graph_of(op, arrays_of(sample), sample.attrs)
+        (own,) = g.nodes
+        count = own.multiply_adds
+        assert op.kind in ("product", "control") or count == 0
+        if op.is_composite:
+            decompose(g, lambda node: False)
+            assert sum(node.multiply_adds for node in g.nodes) == count
+            assert not op.cheap or all(node.op.cheap for node in g.nodes)
+
+
+def test_multiply_adds_of_primitives() -> None:
+    def count(op: str, *types: str, **attrs: Any) -> object:
+        g = Graph("g")
+        Builder(g).emit(op_named(op), *(g.add_input(f"x{i}", parse_type(t)) for i, t in enumerate(types)), **attrs)
+        return next(g.nodes).multiply_adds
+
+    assert str(count("matmul", "f32[b, 3, 4]", "f32[4, 5]")) == "60*b"
+    assert count("conv", "f32[2, 4, 9]", "f32[6, 2, 3]", strides=(2,), low=(0,), high=(0,), groups=2) == 2 * 6 * 4 * (2 * 3)
+    body = Body(parse("graph @b(%h: f32[2, 2]) {\n  %n: f32[2, 2] = matmul(%h, %h)\n  return %n\n}"))
+    assert count("scan", "f32[2, 2]", body=body, carries=1, slices=0, length=5) == 5 * 8
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if OPS[n].kind == "view"])
+def test_a_view_holds_elements_of_its_operands(name: str) -> None:
+    """Where every element of the operands is another, each of the result is one of them (or what it is padded with)."""
+    op = OPS[name]
+    for sample in op.samples():
+        arrays, start = [], 100
+        for x in arrays_of(sample):
+            assert isinstance(x, np.ndarray)
+            arrays.append(np.arange(start, start + x.size, dtype=np.float32).reshape(x.shape))
+            start += x.size
+        g, feed = graph_of(op, arrays, sample.attrs)
+        known = {float(v) for x in arrays for v in x.flat} | {getattr(next(g.nodes).attrs, "value", None)}
+        for out in evaluate(g, feed):
+            assert {float(v) for v in np.asarray(out).flat} <= known
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if OPS[n].alias is not None])
+def test_the_memory_of_an_alias_is_that_of_its_operand(name: str) -> None:
+    op = OPS[name]
+    assert op.alias is not None
+    for sample in op.samples():
+        arrays = arrays_of(sample)
+        g, _ = graph_of(op, arrays, sample.attrs)
+        x = np.ascontiguousarray(arrays[op.alias])
+        out = op.reference(next(g.nodes).attrs, *arrays[: op.alias], x, *arrays[op.alias + 1 :])
+        assert isinstance(out, np.ndarray)
+        assert out.size == x.size
+        assert not x.size or np.shares_memory(out, x)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if OPS[n].elementwise])
+def test_elementwise_is_one_element_of_each_operand(name: str) -> None:
+    """One element of the result, computed of what stands at its place, is the same."""
+    op = OPS[name]
+    for sample in op.samples():
+        arrays = arrays_of(sample)
+        g, feed = graph_of(op, arrays, sample.attrs)
+        (whole,) = evaluate(g, feed)
+        assert isinstance(whole, np.ndarray)
+        spread = [np.broadcast_to(x, whole.shape) for x in arrays]  # type: ignore[arg-type]
+        at = tuple(n // 2 for n in whole.shape)
+        one, feed = graph_of(op, [np.array(x[at]) for x in spread], sample.attrs)
+        assert_same(evaluate(one, feed)[0], np.asarray(whole[at]))
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if OPS[n].precision == "half"])
+def test_half_precision_accumulates_in_single(name: str) -> None:
+    op, checked = OPS[name], 0
+    for sample in op.samples():
+        arrays = arrays_of(sample)
+        if not all(x.dtype == np.float32 for x in arrays if isinstance(x, np.ndarray)):
+            continue
+        narrow = [x.astype(np.float16) for x in arrays]  # type: ignore[union-attr]
+        g, feed = graph_of(op, narrow, sample.attrs)
+        wide_, wide_feed = graph_of(op, [x.astype(np.float32) for x in narrow], sample.attrs)
+        (got,), (want,) = evaluate(g, feed), evaluate(wide_, wide_feed)
+        assert isinstance(want, np.ndarray)
+        assert_same(got, want.astype(np.float16))
+        checked += 1
+    assert checked
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if OPS[n].weight is not None])
+def test_the_weight_may_be_stored_otherwise(name: str) -> None:
+    op = OPS[name]
+    assert op.weight is not None
+    for sample in op.samples():
+        types = [type_of(x) for x in arrays_of(sample)]
+        attrs = op.Attrs(**sample.attrs)
+        want, w = op.infer(attrs, *types), types[op.weight]
+        if isinstance(w, TensorType):
+            assert op.infer(attrs, *types[: op.weight], w.with_dtype(DType.BF16), *types[op.weight + 1 :]) == want
+        if op.quantized is not None:
+            small = OPS[op.quantized]
+            types[op.weight] = QTensorType("int8", w.shape, 4)
+            assert small.weight == op.weight
+            assert small.infer(small.Attrs(), *types) == want
