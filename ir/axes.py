@@ -66,15 +66,16 @@ def free(shape: Sequence[DimLike], other: Mapping[int, Factor] | None = None) ->
 
 
 def aligned(shape: Sequence[DimLike], axes: Axes) -> Axes:
-    """The axes of an operand of this shape that broadcasts to ``axes``: aligned at the end, none where its size is 1."""
-    return tuple(() if d == 1 else a for d, a in zip(shape, axes[len(axes) - len(shape) :]))
+    """The axes of an operand of this shape that broadcasts to ``axes``: aligned at the end, none where it is stretched."""
+    own = axes[len(axes) - len(shape) :]
+    return tuple(() if d == 1 and any(f.size != 1 for f in a) else a for d, a in zip(shape, own))
 
 
 def broadcast(*shapes: Sequence[DimLike]) -> AxisRule:
     """Element i of the result of element i of every operand."""
     rank = max(map(len, shapes), default=0)
     out = [next((s[i - rank] for s in shapes if len(s) >= rank - i and s[i - rank] != 1), 1) for i in range(rank)]
-    axes = aligned(out, free(out))
+    axes = free(out)
     return AxisRule(tuple(aligned(s, axes) for s in shapes), (axes,))
 
 
@@ -95,8 +96,15 @@ def regrouped(old: Sequence[DimLike], new: Sequence[DimLike]) -> AxisRule:
     x, y = ([i for i, d in enumerate(shape) if d != 1] for shape in (old, new))
     before: list[Axis] = [() for _ in old]
     after: list[Axis] = [() for _ in new]
-    start = (0, 0)
-    for stop in _cuts([old[i] for i in x], [new[i] for i in y]):
+    start, cuts = (0, 0), [(0, 0), *_cuts([old[i] for i in x], [new[i] for i in y])]
+    for i, j in cuts:  # axes of size 1 between the same others
+        ones = [
+            range(own[n - 1] + 1 if n else 0, own[n] if n < len(own) else len(shape))
+            for own, n, shape in ((x, i, old), (y, j, new))
+        ]
+        for a, b in zip(*ones):
+            before[a] = after[b] = (Factor(1),)
+    for stop in cuts[1:]:
         xs, ys = x[start[0] : stop[0]], y[start[1] : stop[1]]
         found = _refine([old[i] for i in xs], [new[i] for i in ys])
         if found is None:
@@ -111,15 +119,8 @@ def regrouped(old: Sequence[DimLike], new: Sequence[DimLike]) -> AxisRule:
 
 def _cuts(xs: Sequence[DimLike], ys: Sequence[DimLike]) -> list[tuple[int, int]]:
     """Where as many elements are in front of (or behind) an axis of the one as of the other; last, the ends."""
-
-    def products(sizes: Sequence[DimLike]) -> list[DimLike]:
-        out: list[DimLike] = [1]
-        for d in sizes:
-            out.append(out[-1] * d)
-        return out
-
-    heads = products(xs), products(ys)
-    tails = products(xs[::-1])[::-1], products(ys[::-1])[::-1]
+    heads = [[product(*sizes[:i]) for i in range(len(sizes))] for sizes in (xs, ys)]
+    tails = [[product(*sizes[i:]) for i in range(len(sizes))] for sizes in (xs, ys)]
     cuts, at = [], 0
     for i in range(1, len(xs)):
         for j in range(at + 1, len(ys)):
@@ -151,6 +152,14 @@ def _refine(xs: Sequence[DimLike], ys: Sequence[DimLike]) -> tuple[list[Axis], l
             j += 1
             b = ys[j] if j < len(ys) else 1
     return (before, after) if i == len(xs) and j == len(ys) else None
+
+
+def product(*sizes: DimLike) -> DimLike:
+    """All sizes multiplied."""
+    total: DimLike = 1
+    for d in sizes:
+        total = total * d
+    return total
 
 
 def quotient(a: DimLike, b: DimLike) -> DimLike | None:

@@ -21,6 +21,7 @@ from .types import Array, QTensorType, TensorType, Type, type_of
 if TYPE_CHECKING:
     import networkx
 
+    from .axes import AxisRule
     from .op import Attrs, Op
 
 
@@ -99,6 +100,11 @@ class Node:
         """The only output."""
         (out,) = self.outputs
         return out
+
+    @property
+    def axes(self) -> AxisRule:
+        """What depends on what along its axes."""
+        return self.op.axes(self.attrs, *(v.type for v in self.inputs))
 
     @property
     def multiply_adds(self) -> DimLike:

@@ -28,7 +28,7 @@ from typing import Literal as OneOf
 import numpy as np
 
 from .axes import AxisRule, broadcast, whole
-from .dims import Dim, DimLike, evaluate_dim, substitute, symbols_of
+from .dims import Dim, DimLike, collect_checks, evaluate_dim, substitute, symbols_of
 from .errors import IRError, NotDifferentiable, TypeMismatch
 from .types import Array, DType, QTensorType, TensorType, Type
 
@@ -260,12 +260,12 @@ class Op:
         """What depends on what along each axis; attributes and types are such as :meth:`infer` takes."""
         if self.elementwise:
             return broadcast(*(t.shape for t in types))
-        if self.kind in ("source", "random"):
+        with collect_checks():
             made = self.infer(attrs, *types)
-            assert isinstance(made, TensorType)
-            does = "draws numbers for all of {}"
-            return AxisRule(tuple(whole(t.shape, does) for t in types), (whole(made.shape),))
-        raise NotImplementedError(f"{self.name} has no axis rule")
+        unknown = f"is {self.name}, of which nothing is known along {{}}"
+        does = "draws numbers for all of {}" if self.kind == "random" else unknown
+        results = made if isinstance(made, Sequence) else [made]
+        return AxisRule(tuple(whole(t.shape, does) for t in types), tuple(whole(t.shape) for t in results))
 
     def multiply_adds(self, attrs: Any, *types: Any) -> DimLike:
         """Those of matrix products and convolutions, without regard to masks."""

@@ -6,12 +6,14 @@ at positions up to i and on nothing later. Whatever does not fit looks ahead, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from wasat.ir import DimLike, Graph, IRError, Node, Value, equal
+from wasat.ir import DimLike, Graph, IRError, Node, Value
+from wasat.ir.axes import Factor
 from wasat.ir.dims import symbols_of
+from wasat.ir.ops.attention import AttentionAttrs
 
 Kind = Literal["fixed", "token", "position", "uniform", "pair", "ahead"]
 
@@ -48,21 +50,7 @@ _HINT = "if this is attention, explain says why it was not fused"
 
 
 class LooksAhead(Exception):
-    """Raised by a transfer function; the analysis attaches the node."""
-
-
-Transfer = Callable[[Node, Sequence[Label]], "int | Label"]
-"""From a node and the labels of its operands (at least one along the sequence) to the axis of its result."""
-
-TRANSFER: dict[str, Transfer] = {}
-
-
-def transfers(*names: str) -> Callable[[Transfer], Transfer]:
-    def register(f: Transfer) -> Transfer:
-        TRANSFER.update(dict.fromkeys(names, f))
-        return f
-
-    return register
+    """What the axis rule of a node does not allow; the analysis attaches the node."""
 
 
 def analyze(graph: Graph, symbol: str) -> dict[Value, Label]:
@@ -104,46 +92,49 @@ def _label(node: Node, given: list[Label], symbol: str) -> list[Label]:
 
 
 def _own(node: Node, given: list[Label], symbol: str) -> Label:
-    name = node.op.name
-    if name == "iota":
-        if symbol not in node.attrs.symbols:
-            return FIXED
-        if str(node.attrs.size) != symbol:  # type: ignore[attr-defined]
-            raise LooksAhead(f"it counts to {node.attrs.size}")  # type: ignore[attr-defined]
-        return Label("position", 0)
     if not any(x.along for x in given):
-        if symbol not in node.attrs.symbols:
-            return FIXED
-        if name == "broadcast_to":
-            axes = _axes_of(node.output.shape, symbol)
-            if len(axes) == 2:
-                return Label("pair", axes[0], axes[1], culprit=node, reason="it relates positions to each other")
-            return Label("uniform", axes[0]) if len(axes) == 1 else FIXED
-        raise LooksAhead(f"it depends on {symbol}, the number of tokens")
-    rule = _elementwise if node.op.elementwise else TRANSFER.get(name)
-    if rule is None:
-        raise LooksAhead(f"nothing is known of how {name} acts along the sequence")
-    if name != "attention" and (ends := _meeting(node, given, rule, symbol)) is not None:
+        return _given_sizes(node, symbol)
+    if isinstance(node.attrs, AttentionAttrs):
+        return _attention(node, node.attrs, given)
+    if (ends := _meeting(node, given, symbol)) is not None:
         return Label("pair", *ends, culprit=node, reason="it relates positions to each other")
-    result = rule(node, given)
-    if isinstance(result, Label):
-        return result
     kinds = {x.kind for x in given if x.along}
-    return Label("token" if "token" in kinds else "position" if "position" in kinds else "uniform", result)
+    return Label("token" if "token" in kinds else "position" if "position" in kinds else "uniform", _through(node, given))
 
 
-def _meeting(node: Node, given: Sequence[Label], rule: Transfer, symbol: str) -> tuple[int, int] | None:
+def _given_sizes(node: Node, symbol: str) -> Label:
+    """The label of what reads nothing along the sequence."""
+    if symbol not in node.attrs.symbols:
+        return FIXED
+    axes = _axes_of(node.outputs[0].shape, symbol)
+    if node.op.kind == "source" and axes:
+        if axes != [0]:
+            raise LooksAhead(f"it counts to {node.output.shape[0]}")
+        return Label("position", 0)
+    if not axes or axes != _repeated(node, symbol):
+        raise LooksAhead(f"it depends on {symbol}, the number of tokens")
+    if len(axes) == 2:
+        return Label("pair", axes[0], axes[1], culprit=node, reason="it relates positions to each other")
+    return Label("uniform", axes[0])
+
+
+def _repeated(node: Node, symbol: str) -> list[int]:
+    """The axes along the sequence on which the result repeats what it is made of."""
+    along = _axes_of(node.outputs[0].shape, symbol)
+    return [i for i, axis in enumerate(node.axes.results[0]) if i in along and any(f.role == "repeated" for f in axis)]
+
+
+def _meeting(node: Node, given: Sequence[Label], symbol: str) -> tuple[int, int] | None:
     """The axes of a result that relates positions to positions; None for one that does not."""
     pairs = any(x.kind == "pair" for x in given)
     if any(x.kind == "token" for x in given):
         if pairs:
             raise LooksAhead("tokens meet a function of two positions; " + _HINT)
         return None
-    if not (pairs or node.op.elementwise or node.op.name == "broadcast_to"):
+    repeated = _repeated(node, symbol)
+    if not (pairs or node.op.elementwise or repeated):
         return None
-    ends = {image(node, i, axis, rule) for i, x in enumerate(given) for axis in x.axes}
-    if node.op.name == "broadcast_to":
-        ends.update(_axes_of(node.output.shape, symbol))
+    ends = {*repeated, *(image(node, i, axis) for i, x in enumerate(given) for axis in x.axes)}
     if len(ends) == 2:
         return min(ends), max(ends)
     if pairs:
@@ -151,166 +142,53 @@ def _meeting(node: Node, given: Sequence[Label], rule: Transfer, symbol: str) ->
     return None
 
 
-def image(node: Node, i: int, axis: int, rule: Transfer | None = None) -> int:
-    """The axis of the result along which ``axis`` of operand i runs. Raises LooksAhead where there is none."""
-    rule = rule or (_elementwise if node.op.elementwise else TRANSFER[node.op.name])
-    end = rule(node, [Label("position", axis) if j == i else FIXED for j in range(len(node.inputs))])
-    assert isinstance(end, int)  # of attention alone it is a label
+def image(node: Node, i: int, axis: int) -> int:
+    """The axis of the results along which ``axis`` of operand i runs. Raises LooksAhead where there is none."""
+    rule = node.axes
+    factors = rule.operands[i][axis]
+    for f in factors:
+        if f.role != "free":
+            raise LooksAhead(_reason(node, f))
+    at = rule.results[0].index(factors) if factors in rule.results[0] else None
+    if at is None or any(rule.results[k][at : at + 1] != (factors,) for k in range(1, len(node.outputs))):
+        raise LooksAhead("it merges the sequence with another axis")
+    return at
+
+
+def _reason(node: Node, f: Factor) -> str:
+    if f.does:
+        return "it " + f.does.format("the sequence")
+    if f.role == "reduced":
+        hint = "; " + _HINT if node.op.weight is None else ""
+        return f"it sums over the sequence, later tokens included{hint}" if node.op.kind == "product" else (
+            "it reduces over the sequence, later tokens included"
+        )  # fmt: skip
+    if f.role == "indexed":
+        return "it picks from the sequence by index"
+    if f.role == "window":
+        return "it works on windows of the sequence: a cache of its last inputs is not derived"
+    return "it works across the sequence, later tokens included"
+
+
+def _through(node: Node, given: Sequence[Label]) -> int:
+    """The axis of the result along which all operands that run along the sequence do."""
+    rule = node.axes
+    ends = {image(node, i, axis) for i, x in enumerate(given) for axis in x.axes}
+    if len(ends) != 1:
+        met = "every position meets every other" if node.op.kind == "product" else (
+            "its operands run along different axes: positions meet each other"
+        )  # fmt: skip
+        raise LooksAhead(f"{met}; {_HINT}")
+    end = ends.pop()
+    others = [axes for x, axes in zip(given, rule.operands) if not x.along]
+    mixed = node.op.kind == "view" and len({x.kind for x in given if x.along}) > 1
+    if mixed or any(f in axis for axes in others for axis in axes for f in rule.results[0][end]):
+        raise LooksAhead("it joins parts that run along the sequence with others that do not")
     return end
 
 
-def _same(axes: set[int]) -> int:
-    if len(axes) != 1:
-        raise LooksAhead("its operands run along different axes: positions meet each other; " + _HINT)
-    return axes.pop()
-
-
-def _elementwise(node: Node, given: Sequence[Label]) -> int:
-    rank = len(node.output.shape)
-    return _same({x.axis + rank - len(v.shape) for v, x in zip(node.inputs, given) if x.along})
-
-
-def _only_first(node: Node, given: Sequence[Label]) -> int:
-    """The axis of the first operand; the others must be fixed."""
-    if any(x.along for x in given[1:]):
-        raise LooksAhead("an operand other than the first runs along the sequence")
-    return given[0].axis
-
-
-@transfers("reshape")
-def _reshape(node: Node, given: Sequence[Label]) -> int:
-    x, y, a = node.inputs[0], node.output, given[0].axis
-    before: DimLike = 1
-    for d in x.shape[:a]:
-        before = before * d
-    done: DimLike = 1
-    for j, d in enumerate(y.shape):
-        if equal(done, before) is True and equal(d, x.shape[a]) is True:
-            return j
-        done = done * d
-    raise LooksAhead("it merges the sequence with another axis")
-
-
-@transfers("transpose")
-def _transpose(node: Node, given: Sequence[Label]) -> int:
-    return int(node.attrs.perm.index(given[0].axis))  # type: ignore[attr-defined]
-
-
-@transfers("broadcast_to")
-def _broadcast_to(node: Node, given: Sequence[Label]) -> int:
-    if node.checks:
-        raise LooksAhead("it may stretch an axis of size 1 when it runs")
-    return given[0].axis + len(node.output.shape) - len(node.inputs[0].shape)
-
-
-@transfers("slice")
-def _slice(node: Node, given: Sequence[Label]) -> int:
-    a, at = node.attrs, given[0].axis
-    if a.starts[at] != 0 or a.steps[at] != 1 or equal(a.stops[at], node.inputs[0].shape[at]) is not True:  # type: ignore[attr-defined]
-        raise LooksAhead("it takes a part of the sequence")
-    return at
-
-
-@transfers("pad")
-def _pad(node: Node, given: Sequence[Label]) -> int:
-    if node.attrs.low[given[0].axis] != 0 or node.attrs.high[given[0].axis] != 0:  # type: ignore[attr-defined]
-        raise LooksAhead("it pads the sequence")
-    return given[0].axis
-
-
-@transfers("concat")
-def _concat(node: Node, given: Sequence[Label]) -> int:
-    if not all(x.along for x in given) or len({x.kind for x in given}) != 1:
-        raise LooksAhead("it joins parts that run along the sequence with others that do not")
-    at = _same({x.axis for x in given})
-    if node.attrs.axis == at:  # type: ignore[attr-defined]
-        raise LooksAhead("it joins sequences end to end")
-    return at
-
-
-@transfers(
-    "reduce_sum", "reduce_mean", "reduce_max", "reduce_min", "reduce_prod", "reduce_any", "reduce_all", "logsumexp",
-    "arg_max", "arg_min",
-)  # fmt: skip
-def _reduce(node: Node, given: Sequence[Label]) -> int:
-    attrs: Any = node.attrs
-    axes, at = getattr(attrs, "axes", None) or (attrs.axis,), given[0].axis
-    if at in axes:
-        raise LooksAhead("it reduces over the sequence, later tokens included")
-    return at if attrs.keepdims else at - sum(a < at for a in axes)
-
-
-@transfers("softmax", "log_softmax", "cumsum", "sort", "top_k", "reverse")
-def _along_another(node: Node, given: Sequence[Label]) -> int:
-    attrs: Any = node.attrs
-    axes = getattr(attrs, "axes", None) or (attrs.axis,)
-    if given[0].axis in axes:
-        raise LooksAhead("it works across the sequence, later tokens included")
-    return _only_first(node, given)
-
-
-@transfers("rms_norm", "layer_norm", "glu", "linear", "quantized_linear")
-def _last_axis(node: Node, given: Sequence[Label]) -> int:
-    at = _only_first(node, given)
-    if at == len(node.inputs[0].shape) - 1:
-        raise LooksAhead("it works across the sequence, later tokens included")
-    return at
-
-
-@transfers("embedding", "quantized_embedding")
-def _embedding(node: Node, given: Sequence[Label]) -> int:
-    if given[0].along:
-        raise LooksAhead("its table runs along the sequence")
-    return given[1].axis
-
-
-@transfers("one_hot")
-def _one_hot(node: Node, given: Sequence[Label]) -> int:
-    return given[0].axis
-
-
-@transfers("gather")
-def _gather(node: Node, given: Sequence[Label]) -> int:
-    picked: int = node.attrs.axis  # type: ignore[attr-defined]
-    if not given[0].along:
-        return picked + given[1].axis
-    if given[1].along or given[0].axis == picked:
-        raise LooksAhead("it picks from the sequence by index")
-    return given[0].axis + (len(node.inputs[1].shape) - 1 if given[0].axis > picked else 0)
-
-
-@transfers("take_along")
-def _take_along(node: Node, given: Sequence[Label]) -> int:
-    at = _same({x.axis for x in given if x.along})
-    if node.attrs.axis == at:  # type: ignore[attr-defined]
-        raise LooksAhead("it picks from the sequence by index")
-    return at
-
-
-@transfers("matmul")
-def _matmul(node: Node, given: Sequence[Label]) -> int:
-    (x, y), (lx, ly) = node.inputs, given
-    rank = len(node.output.shape)
-    if (lx.along and lx.axis == len(x.shape) - 1) or (ly.along and ly.axis == len(y.shape) - 2):
-        raise LooksAhead("it sums over the sequence, later tokens included; " + _HINT)
-    axes = {lab.axis + rank - len(v.shape) for v, lab in ((x, lx), (y, ly)) if lab.along}
-    if len(axes) != 1:
-        raise LooksAhead("every position meets every other; " + _HINT)
-    return axes.pop()
-
-
-@transfers("rope")
-def _rope(node: Node, given: Sequence[Label]) -> int:
-    if given[0].along and given[0].axis != 1:
-        raise LooksAhead("the positions are not axis 1")
-    if not given[0].along or not given[1].along:
-        raise LooksAhead("x and its positions do not both run along the sequence")
-    return 1
-
-
-@transfers("attention")
-def _attention(node: Node, given: Sequence[Label]) -> int | Label:
-    attrs: Any = node.attrs
+def _attention(node: Node, attrs: AttentionAttrs, given: Sequence[Label]) -> Label:
+    """Attention keeps its keys and values: of all that mixes tokens, it alone."""
     q, k, v = given[:3]
     if q.along and q.axis != 1:
         raise LooksAhead("the positions of q are not axis 1")
@@ -322,7 +200,7 @@ def _attention(node: Node, given: Sequence[Label]) -> int | Label:
             raise LooksAhead("it is causal over keys that do not run along the sequence")
         if mask.along:
             raise LooksAhead("its mask runs along the sequence, and its keys do not")
-        return q.axis
+        return Label(q.kind, q.axis)
     if not (q.along and k.along and v.along) or k.axis != 1 or v.axis != 1:
         raise LooksAhead("q, k and v do not all run along the sequence on axis 1")
     if not attrs.causal:
@@ -330,16 +208,6 @@ def _attention(node: Node, given: Sequence[Label]) -> int | Label:
     if mask.along and any(len(node.inputs[3].shape) - axis > 2 for axis in mask.axes):
         raise LooksAhead("its mask runs along the sequence on an axis that is neither that of queries nor that of keys")
     return Label("token", 1, mixes=True)
-
-
-@transfers("conv")
-def _conv(node: Node, given: Sequence[Label]) -> int:
-    at = given[0].axis
-    if at >= 2:
-        raise LooksAhead("it is a convolution over the sequence: a cache of its last inputs is not derived")
-    if at == 1:
-        raise LooksAhead("its channels run along the sequence, and it sums over them")
-    return _only_first(node, given)
 
 
 def refuse(label: Label, output: str, symbol: str) -> IRError:

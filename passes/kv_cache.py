@@ -13,7 +13,7 @@ from wasat.ir import Builder, DimLike, DType, Graph, IRError, Node, Program, Ten
 from wasat.ir.graph import copy_node
 
 from .affine import Indexing
-from .axis import Label, LooksAhead, analyze, image, refuse
+from .axis import Label, analyze, image, refuse
 from .core import Pass, PassError, Remark, Remarks
 from .rows import FIRST, Place, places
 
@@ -397,10 +397,7 @@ class _Derivation:
     def _over_keys(self, node: Node, axis: int, cache: _Cache) -> Value:
         v, inputs = node.output, []
         for i, x in enumerate(node.inputs):
-            try:
-                at = next((a for a in self.labels[x].axes if image(node, i, a) == axis), None)
-            except LooksAhead as e:
-                raise IRError(f"{node!r}: positions of keys cannot be followed through {node.op.name}: {e}", node.loc) from None
+            at = next((a for a in self.labels[x].axes if image(node, i, a) == axis), None)
             inputs.append(self.env[x] if at is None else self._keyed(x, at, cache))
         shape = [substitute(d, self.sizes) for d in v.shape]
         shape[axis] = self._capacity(cache)

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from wasat.ir import DimLike, Graph, IRError, Node, Value, equal
-from wasat.ir.dims import floordiv
+from wasat.ir.axes import AxisRule, product, quotient
 
-from .axis import Label, LooksAhead, image
+from .axis import Label, LooksAhead
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ def places(graph: Graph, tokens: Value, labels: Mapping[Value, Label]) -> dict[V
             continue
         try:
             place = _place(node, [found.get(v) for v in node.inputs], batch)
+            if label.mixes and place != FIRST:
+                raise LooksAhead("the rows are not its first axis")
         except LooksAhead as e:
             if label.kind == "fixed":
                 continue  # computed once, for all rows together
@@ -62,53 +64,25 @@ def places(graph: Graph, tokens: Value, labels: Mapping[Value, Label]) -> dict[V
 
 
 def _place(node: Node, given: Sequence[Place | None], batch: DimLike) -> Place:
-    if node.op.name == "reshape":
-        assert given[0] is not None
-        return _reshaped(node, given[0], batch)
-    ends = {Place(_image(node, i, p.axis), p.outer, p.inner) for i, p in enumerate(given) if p is not None}
+    rule = node.axes
+    ends = {_image(rule, i, p, batch) for i, p in enumerate(given) if p is not None}
     if len(ends) != 1:
         raise LooksAhead("its operands keep the rows on different axes")
     return ends.pop()
 
 
-def _image(node: Node, i: int, axis: int) -> int:
-    """The axis of the result that holds what ``axis`` of operand i held."""
-    name = node.op.name
-    if name == "attention":
-        if axis != 0 or (i > 2 and len(node.inputs[i].shape) < 4):
-            raise LooksAhead("the rows are not its first axis")
-        return 0
-    if name == "rope" and axis in ((0, 2) if i == 0 else (0,)):  # heads are turned alike, as rows are
-        return axis
-    if name == "concat" and axis != node.attrs.axis:  # type: ignore[attr-defined]
-        return axis
-    try:
-        return image(node, i, axis)
-    except LooksAhead:
-        raise LooksAhead("rows meet here, or change their order") from None
-    except KeyError:
-        raise LooksAhead(f"nothing is known of how {node.op.name} acts on rows") from None
-
-
-def _reshaped(node: Node, place: Place, batch: DimLike) -> Place:
-    """The same elements in the same order: as many rows after as many elements."""
-    x, y = node.inputs[0].shape, node.output.shape
-    before: DimLike = place.outer
-    for d in x[: place.axis]:
-        before = before * d
-    done: DimLike = 1
-    for j, d in enumerate(y):
-        outer = _quotient(before, done)
-        inner = None if outer is None else _quotient(d, outer * batch)
-        if outer is not None and inner is not None:
-            return Place(j, outer, inner)
-        done = done * d
-    raise LooksAhead("it takes rows apart")
-
-
-def _quotient(a: DimLike, b: DimLike) -> DimLike | None:
-    """a / b where b divides a for every binding."""
-    if b == 0:
-        return None
-    q = floordiv(a, b)
-    return q if equal(q * b, a) is True else None
+def _image(rule: AxisRule, i: int, place: Place, batch: DimLike) -> Place:
+    """Where the result has what operand i holds at ``place``: the factor of the rows goes on, with what it is merged with."""
+    before: DimLike = 1
+    for f in rule.operands[i][place.axis]:
+        outer = quotient(place.outer, before)
+        inner = None if outer is None else quotient(f.size, outer * batch)
+        if outer is None or inner is None:
+            before = before * f.size
+            continue
+        if f.role != "free" or (j := rule.place(f)) is None:
+            break
+        axis = rule.results[0][j]
+        at = axis.index(f)
+        return Place(j, product(*(g.size for g in axis[:at]), outer), product(inner, *(g.size for g in axis[at + 1 :])))
+    raise LooksAhead("rows meet here, or change their order")

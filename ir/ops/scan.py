@@ -80,12 +80,12 @@ class Scan(Op):
     def axes(self, attrs: ScanAttrs, *types: Type) -> AxisRule:
         """Turns are ordered; of what the body does along other axes nothing is said."""
         carried, sliced, others = _parts(attrs, types)
+        does = "is a scan over {}: its carry is not kept"
         turn = (
-            Factor(sliced[0].shape[0], "ordered", "backward" if attrs.reverse else "forward")
+            Factor(sliced[0].shape[0], "ordered", "backward" if attrs.reverse else "forward", does=does)
             if sliced
             else Factor(attrs.length if attrs.length is not None else 0, "whole")
         )
-        does = "runs its body over {}"
         carry = [whole(t.shape, does) for t in carried]
         rows = [((turn,), *whole(v.type.shape)) for v in attrs.body.graph.outputs[attrs.carries :]]
         return AxisRule(
