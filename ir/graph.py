@@ -234,6 +234,19 @@ class Graph:
             self.outputs = [new if v is old else v for v in self.outputs]
             self._out[new] = self._out.get(new, 0) + self._out.pop(old)
 
+    def replace(self, node: Node, values: Sequence[Value | None], rename: bool = True) -> None:
+        """``values`` stand for the results of ``node`` from now on, and (``rename``) take their names; the node goes.
+
+        None for a result that nobody uses. A value that stands for several has the name of the first.
+        """
+        pairs = [(old, new) for old, new in zip(node.outputs, values) if new is not None]
+        names = {new: old.name for old, new in reversed(pairs) if new.node is not None} if rename else {}
+        for old, new in pairs:
+            self.replace_uses(old, new)
+        self.erase(node)
+        for new, name in names.items():
+            self.rename(new, name)
+
     def erase(self, node: Node) -> None:
         """Removes a node whose outputs nobody uses."""
         for v in node.outputs:

@@ -38,6 +38,22 @@ if TYPE_CHECKING:
 
 A = TypeVar("A", bound="Attrs")
 
+AxisIndex = int
+AxisIndices = tuple[int, ...]
+Permutation = tuple[int, ...]
+Shape = tuple[DimLike, ...]
+Starts = tuple[DimLike, ...]
+Amounts = tuple[DimLike, ...]
+Stops = tuple[DimLike, ...]
+Steps = tuple[int, ...]
+_IN_FRONT: dict[str, Callable[[Any, DimLike], Any]] = {
+    "AxisIndex": lambda axis, size: axis + 1, "AxisIndices": lambda axes, size: tuple(a + 1 for a in axes),
+    "Permutation": lambda perm, size: (0, *(p + 1 for p in perm)), "Shape": lambda shape, size: (size, *shape),
+    "Starts": lambda starts, size: (0, *starts), "Stops": lambda stops, size: (size, *stops),
+    "Steps": lambda steps, size: (1, *steps), "Amounts": lambda amounts, size: (0, *amounts),
+}  # fmt: skip
+"""Annotations of attributes that speak of axes, and what becomes of them where operands get one more axis in front."""
+
 
 @dataclass(frozen=True)
 class Literal:
@@ -122,6 +138,14 @@ class Attrs:
             new = _bind(old, env)
             if new is not old:
                 changes[f.name] = new
+        return dataclasses.replace(self, **changes) if changes else self
+
+    def in_front(self: A, size: DimLike) -> A:
+        """The same for operands that have one more axis in front, of this size; all of it is taken."""
+        changes = {}
+        for f in dataclasses.fields(self):
+            if (change := _IN_FRONT.get(str(f.type).rpartition(".")[2])) is not None:
+                changes[f.name] = change(getattr(self, f.name), size)
         return dataclasses.replace(self, **changes) if changes else self
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from wasat.ir import Body, Builder, Graph, Node, Value
+from wasat.ir import Body, Builder, Graph, Node
 from wasat.ir.ops.scan import ScanAttrs
 
 
@@ -44,18 +44,8 @@ def _keep(graph: Graph, node: Node, kept: list[int]) -> None:
         return True
 
     new = graph.add_node(node.op, node.inputs, node.attrs.with_bodies(change), before=node, loc=node.loc)
-    _replace(graph, [(node.outputs[i], v) for i, v in zip(kept, new.outputs)], [node])
-
-
-def _replace(graph: Graph, pairs: list[tuple[Value, Value]], nodes: list[Node]) -> None:
-    """New values for old ones, whose names they take, and whose ``nodes`` go."""
-    names = {new: old.name for old, new in reversed(pairs)}
-    for old, new in pairs:
-        graph.replace_uses(old, new)
-    for node in nodes:
-        graph.erase(node)
-    for new, name in names.items():
-        graph.rename(new, name)
+    found = dict(zip(kept, new.outputs))
+    graph.replace(node, [found.get(i) for i in range(len(node.outputs))])
 
 
 def _key(node: Node) -> object:
@@ -85,8 +75,8 @@ def _merge(graph: Graph, first: Node, second: Node) -> Node:
         *first.inputs, body=Body(body), carries=c, slices=a.slices, length=a.length, reverse=a.reverse
     )
     results = made if isinstance(made, tuple) else (made,)
-    pairs = [*zip(first.outputs, results), *zip(second.outputs, [*results[:c], *(results[i] for i in places)])]
-    _replace(graph, pairs, [second, first])
+    graph.replace(second, [*results[:c], *(results[i] for i in places)])
+    graph.replace(first, results)
     node = results[0].node
     assert node is not None
     return node

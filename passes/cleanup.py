@@ -403,12 +403,5 @@ def _operands(node: Node) -> tuple[object, ...]:
 
 def _substitute(graph: Graph, node: Node, new: list[Value], fresh: bool) -> None:
     """``new`` stands for the outputs of ``node`` from now on; a fresh node takes over its names."""
-    names = [v.name for v in node.outputs]
-    for old, v in zip(node.outputs, new):
-        graph.replace_uses(old, v)
     # only the node itself: its operands may still be needed by rules, and dead code goes at the end
-    graph.erase(node)
-    if fresh:
-        for v, name in zip(new, names):
-            if v.node is not None and v.node.op.name != "constant" and v.node.next is node.next:
-                graph.rename(v, name)
+    graph.replace(node, new, rename=fresh and all(v.const is None and v.node is not None and v.node.next is node for v in new))

@@ -68,13 +68,11 @@ class Inference(GraphPass):
                 slices += i < attrs.carries + attrs.slices
         length = node.inputs[attrs.carries].shape[0] if attrs.slices > slices == 0 else attrs.length
         made = replace(attrs, body=Body(body), slices=slices, length=length)
-        names = [v.name for v in node.outputs]
         new = graph.add_node(node.op, [node.inputs[i] for i in kept], made, before=node, loc=node.loc)
-        for old, v in zip(node.outputs, new.outputs):
-            graph.replace_uses(old, v)
-        erase_dead(graph, node)
-        for v, name in zip(new.outputs, names):
-            graph.rename(v, name)
+        graph.replace(node, new.outputs)
+        for x in keys:
+            if x.node is not None and not x.node.erased:
+                erase_dead(graph, x.node)
         return keys
 
 

@@ -11,6 +11,10 @@ from typing import Any
 
 from wasat.ir import Builder, DimLike, DType, Graph, IRError, Node, Program, TensorType, Value, substitute, symbol
 from wasat.ir.graph import copy_node
+from wasat.ir.lift import lift
+from wasat.ir.ops.attention import AttentionAttrs
+from wasat.ir.ops.constant import Iota
+from wasat.ir.ops.index import AxisAttrs
 
 from .affine import Indexing
 from .axis import Label, analyze, image, refuse
@@ -100,7 +104,7 @@ def _positions_known(graph: Graph, labels: dict[Value, Label]) -> int | None:
     at, rows = Indexing(()), []
     for node in graph.nodes:
         name = node.op.name
-        if name == "embedding" or (name == "gather" and node.attrs.axis == 0):  # type: ignore[attr-defined]
+        if name == "embedding" or (name == "gather" and AxisAttrs.of(node).axis == 0):
             table, index = node.inputs
             found = at.of(index) if labels[index].kind == "position" else None
             if found is None or not isinstance(found.const, int) or not isinstance(table.shape[0], int):
@@ -192,7 +196,7 @@ class _Plan:
 
     def _cache(self, node: Node, chunk: int, context: int | None) -> None:
         _, k, v = node.inputs[:3]
-        window = node.attrs.window  # type: ignore[attr-defined]
+        window = AttentionAttrs.of(node).window
         capacity = None if window is None else -(-(window + chunk - 1) // ROUND) * ROUND
         if capacity is not None and context is not None and context <= capacity:
             capacity = None
@@ -228,10 +232,6 @@ def _declare(g: Graph, plan: _Plan, inputs: set[Value], sizes: dict[str, DimLike
         env[v] = g.add_param(name, v.type)
         g.rename(env[v], v.name)
     return env
-
-
-_LEADING = frozenset({"rope", "embedding", "quantized_embedding", "one_hot"})
-"""Operations that take positions with a batch axis in front as they are; so does a gather along axis 0."""
 
 
 class _Derivation:
@@ -293,9 +293,9 @@ class _Derivation:
         label = self.labels[node.outputs[0]]
         names = [v.name for v in node.outputs]
         if node.op.name == "iota":
-            at = self.b.iota(size=substitute(node.attrs.size, sizes))  # type: ignore[attr-defined]
+            at = self.b.iota(size=substitute(Iota.Attrs.of(node).size, sizes))
             at = self.b.add(self.b.reshape(self.past, shape=(self.batch, 1)), at, name=names[0])
-            dtype = node.attrs.dtype  # type: ignore[attr-defined]
+            dtype = Iota.Attrs.of(node).dtype
             env[node.output] = at if dtype is DType.I64 else self.b.cast(at, dtype=dtype)
             return
         lifted = [self.labels[v].kind == "position" for v in node.inputs]
@@ -316,18 +316,23 @@ class _Derivation:
 
     def _offset(self, node: Node, inputs: list[Value], attrs: Any, lifted: list[bool], own: bool) -> tuple[list[Value], Any]:
         """Operands and attributes for a node of whose operands some are lifted, as is (``own``) its result."""
-        leading = node.op.name in _LEADING or (node.op.name == "gather" and node.attrs.axis == 0)  # type: ignore[attr-defined]
-        if not any(lifted) or leading:
+        if not any(lifted):
             return inputs, attrs
-        rank = len(node.output.shape)
+        rank, at = len(node.output.shape), FIRST if own else self.plan.places.get(node.output, FIRST)
         if node.op.elementwise:
-            at = FIRST if own else self.plan.places.get(node.output, FIRST)
             return [self._spread(v, x, rank + own, at) if up else x for v, x, up in zip(node.inputs, inputs, lifted)], attrs
-        if not own:
+        found = self._lifted(node, inputs, attrs, lifted, own) if at == FIRST else None
+        if found is None and own and node.op.kind == "view":  # perhaps it stretches its operand, aligned at the end
+            inputs = [self._spread(v, x, rank + 1) if up else x for v, x, up in zip(node.inputs, inputs, lifted)]
+            found = self._lifted(node, inputs, attrs, lifted, own)
+        if found is None:
             raise IRError(f"{node!r}: positions cannot be offset through {node.op.name}", node.loc)
-        if node.op.name == "broadcast_to":
-            inputs = [self._spread(node.inputs[0], inputs[0], rank + 1)]
-        return inputs, self._shifted(node, attrs)
+        return inputs, found
+
+    def _lifted(self, node: Node, inputs: list[Value], attrs: Any, lifted: list[bool], own: bool) -> Any:
+        """Attributes for operands with the rows in front."""
+        types = [x.tensor.with_shape(*x.shape[1:]) if up else x.type for x, up in zip(inputs, lifted)]
+        return lift(node.op, attrs, types, lifted, self.batch, own)
 
     def _spread(self, old: Value, x: Value, rank: int, at: Place = FIRST) -> Value:
         """A lifted value [b, *shape] in ``rank`` axes, aligned at the end, its rows at the place ``at`` among them."""
@@ -349,19 +354,6 @@ class _Derivation:
         x = self.b.reshape(x, shape=(*front, 1, self.batch, 1, *back))
         x = self.b.broadcast_to(x, shape=(*front, at.outer, self.batch, at.inner, *back))
         return self.b.reshape(x, shape=(*front, at.outer * self.batch * at.inner, *back))
-
-    def _shifted(self, node: Node, attrs: Any) -> Any:
-        """Attributes for operands with one more axis in front."""
-        name, b = node.op.name, self.batch
-        if name in ("reshape", "broadcast_to"):
-            return type(attrs)((b, *attrs.shape))
-        if name == "transpose":
-            return type(attrs)((0, *(p + 1 for p in attrs.perm)))
-        if name == "slice":
-            return type(attrs)((0, *attrs.starts), (b, *attrs.stops), (1, *attrs.steps))
-        if name == "concat":
-            return type(attrs)(attrs.axis + 1)
-        raise IRError(f"{node!r}: positions cannot be offset through {name}", node.loc)
 
     def _attend(self, node: Node) -> None:
         attrs: Any = node.attrs
@@ -418,14 +410,14 @@ class _Derivation:
     def _key_positions(self, node: Node, cache: _Cache) -> Value:
         """The position in each slot, [b, c]; of slots not yet written, one of those that are: functions may not know others."""
         b = self.b
-        new = substitute(node.attrs.size, self.sizes)  # type: ignore[attr-defined]
+        new = substitute(Iota.Attrs.of(node).size, self.sizes)
         furthest = b.slice(b.iota(size=new), starts=(new - 1,), stops=(new,))
         last = b.add(b.reshape(self.past, shape=(self.batch, 1)), furthest)
         at = b.iota(size=self._capacity(cache))
         if cache.capacity is not None:
             at = b.sub(last, b.mod(b.sub(last, at), cache.capacity))
         at = b.maximum(b.minimum(at, last), 0)
-        dtype = node.attrs.dtype  # type: ignore[attr-defined]
+        dtype = Iota.Attrs.of(node).dtype
         return at if dtype is DType.I64 else b.cast(at, dtype=dtype)
 
     # -- the last position ---------------------------------------------------------------------------------------------

@@ -98,16 +98,13 @@ class _Run:
             return
         b = Builder(self.graph, before=node, loc=node.loc)
         operands = (*node.inputs[:at], self.small[w], *node.inputs[at + 1 :])
-        old, name = node.output, node.output.name
         if self.small[w].node.op.name != "quantize":  # type: ignore[union-attr]
             self.graph.set_inputs(node, operands)
             return
         op = op_named(node.op.quantized or "")
-        options: dict[str, Any] = {"activation": self.options.activation, "dtype": old.tensor.dtype}
+        options: dict[str, Any] = {"activation": self.options.activation, "dtype": node.output.tensor.dtype}
         new = b.emit(op, *operands, **{f.name: options[f.name] for f in fields(op.Attrs)})
-        self.graph.replace_uses(old, new)
-        self.graph.erase(node)
-        self.graph.rename(new, name)
+        self.graph.replace(node, [new])
 
     def _loop(self, node: Node, body: Graph) -> None:
         for w, v in zip(node.inputs, body.inputs):

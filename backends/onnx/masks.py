@@ -20,12 +20,7 @@ def prepare(graph: Graph) -> None:
             results = [_masked(Builder(graph, before=node, loc=node.loc), node)]
         else:
             continue
-        names = [v.name for v in node.outputs]
-        for old, new in zip(node.outputs, results):
-            graph.replace_uses(old, new)
-        graph.erase(node)
-        for new, name in zip(results, names):
-            graph.rename(new, name)
+        graph.replace(node, results)
 
 
 def _needs_mask(node: Node) -> bool:

@@ -12,7 +12,7 @@ from .. import op as _op
 from ..axes import AxisRule, Factor, aligned, along, free, whole
 from ..dims import DimLike, equal, require_at_most, require_equal
 from ..errors import TypeMismatch
-from ..op import Bounds, ErrorSample, Op, Sample, axis_of, concrete, register, same_dtype, tensor
+from ..op import AxisIndex, Bounds, ErrorSample, Op, Sample, axis_of, concrete, register, same_dtype, tensor
 from ..types import DType, TensorType, Type
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def _checked(ids: np.ndarray, size: int) -> np.ndarray:
 class AxisAttrs(_op.Attrs):
     """One axis, counted from the front."""
 
-    axis: int = 0
+    axis: AxisIndex = 0
 
     def canonical(self, *types: Type) -> AxisAttrs:
         return AxisAttrs(axis_of(self.axis, types[0].rank))
@@ -144,7 +144,7 @@ _REDUCE = {"none": None, "add": np.add, "mul": np.multiply, "max": np.maximum, "
 class ScatterAttrs(_op.Attrs):
     """``reduce``: none (the last write wins), add, mul, max or min with what is there."""
 
-    axis: int = 0
+    axis: AxisIndex = 0
     reduce: str = "none"
 
     def canonical(self, *types: Type) -> ScatterAttrs:
@@ -239,7 +239,7 @@ class ScatterAlong(Op):
 
     def axes(self, attrs: ScatterAttrs, x: TensorType, ids: TensorType, updates: TensorType) -> AxisRule:
         part = [i for i, (d, e) in enumerate(zip(x.shape, ids.shape)) if i == attrs.axis or equal(d, e) is not True]
-        own = free(x.shape, {i: Factor(x.shape[i], "indexed") for i in part})
+        own = free(x.shape, {i: Factor(x.shape[i], "indexed" if i == attrs.axis else "whole") for i in part})
         at = tuple((Factor(ids.shape[i], "whole"),) if i in part else a for i, a in enumerate(own))
         return AxisRule((own, at, at), (own,))
 
@@ -353,7 +353,7 @@ class Sort(Op):
 
     @dataclass(frozen=True)
     class Attrs(_op.Attrs):
-        axis: int = -1
+        axis: AxisIndex = -1
         descending: bool = False
 
         def canonical(self, *types: Type) -> Sort.Attrs:
@@ -409,7 +409,7 @@ class TopK(Op):
     @dataclass(frozen=True)
     class Attrs(_op.Attrs):
         k: DimLike
-        axis: int = -1
+        axis: AxisIndex = -1
         largest: bool = True
 
         def canonical(self, *types: Type) -> TopK.Attrs:

@@ -13,7 +13,7 @@ from .. import op as _op
 from ..axes import AxisRule, Factor, along, free, reduced
 from ..dims import equal, require_equal
 from ..errors import TypeMismatch
-from ..op import Attrs, ErrorSample, Op, Sample, axis_of, floating, register
+from ..op import Attrs, AxisIndex, ErrorSample, Op, Sample, axis_of, floating, register
 from ..types import DType, TensorType, Type
 from .elementwise import erf, grid, wide
 from .reduce import ReduceAttrs, reduced_shape
@@ -156,7 +156,7 @@ class Gelu(Activation):
 class SoftmaxAttrs(_op.Attrs):
     """The axis that is normalized."""
 
-    axis: int = -1
+    axis: AxisIndex = -1
 
     def canonical(self, *types: Type) -> SoftmaxAttrs:
         return SoftmaxAttrs(axis_of(self.axis, types[0].rank))

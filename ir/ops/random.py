@@ -12,7 +12,7 @@ import numpy as np
 from .. import op as _op
 from ..dims import DimLike
 from ..errors import TypeMismatch
-from ..op import ErrorSample, Op, Sample, concrete, floating, register, tensor
+from ..op import ErrorSample, Op, Sample, Shape, concrete, floating, register, tensor
 from ..types import DType, TensorType, Type
 from .elementwise import wide
 
@@ -61,7 +61,7 @@ class RandomBits(Op):
 
     @dataclass(frozen=True)
     class Attrs(_op.Attrs):
-        shape: tuple[DimLike, ...]
+        shape: Shape
         dtype: DType = DType.U32
 
     def infer(self, attrs: Attrs, key: TensorType) -> TensorType:
@@ -98,7 +98,7 @@ _DIGITS = {DType.F64: 53, DType.F32: 24, DType.F16: 11, DType.BF16: 8}
 class RandomAttrs(_op.Attrs):
     """Shape and element type (f64, f32, f16 or bf16) of the result."""
 
-    shape: tuple[DimLike, ...]
+    shape: Shape
     dtype: DType = DType.F32
 
 

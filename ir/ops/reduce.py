@@ -12,7 +12,7 @@ from .. import op as _op
 from ..axes import AxisRule, Factor, along, reduced
 from ..dims import DimLike
 from ..errors import TypeMismatch
-from ..op import ErrorSample, Op, Sample, axis_of, floating, register, tensor
+from ..op import AxisIndex, AxisIndices, ErrorSample, Op, Sample, axis_of, floating, register, tensor
 from ..types import DType, TensorType, Type
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def _x(*shape: int) -> np.ndarray:
 class ReduceAttrs(_op.Attrs):
     """``axes`` to reduce; ``keepdims`` leaves them with size 1."""
 
-    axes: tuple[int, ...]
+    axes: AxisIndices
     keepdims: bool = False
 
     def canonical(self, *types: Type) -> ReduceAttrs:
@@ -254,7 +254,7 @@ class _Arg(Op):
 
     @dataclass(frozen=True)
     class Attrs(_op.Attrs):
-        axis: int
+        axis: AxisIndex
         keepdims: bool = False
 
         def canonical(self, *types: Type) -> _Arg.Attrs:
@@ -304,7 +304,7 @@ class CumSum(Op):
 
     @dataclass(frozen=True)
     class Attrs(_op.Attrs):
-        axis: int
+        axis: AxisIndex
         exclusive: bool = False
         reverse: bool = False
 

@@ -11,9 +11,26 @@ import numpy as np
 
 from .. import op as _op
 from ..axes import Axis, AxisRule, Factor, along, free, regrouped
-from ..dims import Dim, DimLike, equal, require_at_most, require_equal, span
+from ..dims import Dim, equal, require_at_most, require_equal, span
 from ..errors import TypeMismatch
-from ..op import ErrorSample, Op, Sample, axis_of, concrete, register, same_dtype, tensor
+from ..op import (
+    Amounts,
+    AxisIndex,
+    AxisIndices,
+    ErrorSample,
+    Op,
+    Permutation,
+    Sample,
+    Shape,
+    Starts,
+    Steps,
+    Stops,
+    axis_of,
+    concrete,
+    register,
+    same_dtype,
+    tensor,
+)
 from ..types import TensorType, Type
 
 if TYPE_CHECKING:
@@ -35,7 +52,7 @@ class Reshape(Op):
 
     @dataclass(frozen=True)
     class Attrs(_op.Attrs):
-        shape: tuple[DimLike, ...]
+        shape: Shape
 
     def infer(self, attrs: Attrs, x: TensorType) -> TensorType:
         out = TensorType(tensor(x).dtype, attrs.shape)
@@ -69,7 +86,7 @@ class Transpose(Op):
 
     @dataclass(frozen=True)
     class Attrs(_op.Attrs):
-        perm: tuple[int, ...]
+        perm: Permutation
 
         def canonical(self, *types: Type) -> Transpose.Attrs:
             rank = types[0].rank
@@ -108,7 +125,7 @@ class BroadcastTo(Op):
 
     @dataclass(frozen=True)
     class Attrs(_op.Attrs):
-        shape: tuple[DimLike, ...]
+        shape: Shape
 
     def infer(self, attrs: Attrs, x: TensorType) -> TensorType:
         out = TensorType(tensor(x).dtype, attrs.shape)
@@ -161,9 +178,9 @@ class Slice(Op):
 
     @dataclass(frozen=True)
     class Attrs(_op.Attrs):
-        starts: tuple[DimLike, ...]
-        stops: tuple[DimLike, ...]
-        steps: tuple[int, ...] = ()
+        starts: Starts
+        stops: Stops
+        steps: Steps = ()
 
         def canonical(self, *types: Type) -> Slice.Attrs:
             return self if self.steps else Slice.Attrs(self.starts, self.stops, (1,) * len(self.starts))
@@ -236,7 +253,7 @@ class Concat(Op):
 
     @dataclass(frozen=True)
     class Attrs(_op.Attrs):
-        axis: int
+        axis: AxisIndex
 
         def canonical(self, *types: Type) -> Concat.Attrs:
             return Concat.Attrs(axis_of(self.axis, types[0].rank)) if types else self
@@ -303,8 +320,8 @@ class Pad(Op):
 
     @dataclass(frozen=True)
     class Attrs(_op.Attrs):
-        low: tuple[DimLike, ...]
-        high: tuple[DimLike, ...]
+        low: Amounts
+        high: Amounts
         value: Number = 0.0
 
         def canonical(self, *types: Type) -> Pad.Attrs:
@@ -358,7 +375,7 @@ class Reverse(Op):
 
     @dataclass(frozen=True)
     class Attrs(_op.Attrs):
-        axes: tuple[int, ...]
+        axes: AxisIndices
 
         def canonical(self, *types: Type) -> Reverse.Attrs:
             return Reverse.Attrs(tuple(sorted(axis_of(a, types[0].rank) for a in self.axes)))

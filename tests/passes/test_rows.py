@@ -79,8 +79,14 @@ def joined(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
     return (nn.concat([y, y * 3.0]) * wave(at)[:, None])[..., DIM // 2 : DIM // 2 + DIM].transpose(1, 0, 2)
 
 
+def of_positions(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """Times what a layer makes of the positions, as in learned encodings."""
+    w = nn.constant(np.linspace(-1, 1, DIM * 2).reshape(1, 2 * DIM).astype(np.float32))
+    return x * nn.softmax(nn.cumsum(nn.tanh(wave(at) @ w).reshape(at.shape[0], 2, DIM), axis=1).max(axis=1))
+
+
 APART = {f.__name__: f for f in (
-    heads_first, stacked, sequence_first, features_first, folded, folded_behind, folded_between, picked, joined,
+    heads_first, stacked, sequence_first, features_first, folded, folded_behind, folded_between, picked, joined, of_positions,
 )}  # fmt: skip
 
 
