@@ -4,5 +4,6 @@ from . import nn
 from .checkpoint import CheckpointError, FileParam
 from .families import FAMILIES, ConfigError, Fields
 from .huggingface import from_pretrained
+from .weights import load_weights
 
-__all__ = ["FAMILIES", "CheckpointError", "ConfigError", "Fields", "FileParam", "from_pretrained", "nn"]
+__all__ = ["FAMILIES", "CheckpointError", "ConfigError", "Fields", "FileParam", "from_pretrained", "load_weights", "nn"]

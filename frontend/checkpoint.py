@@ -174,11 +174,12 @@ def read_folder(folder: Path) -> dict[str, Stored]:
         for shard, found in shards.items() for name in found if where.get(name) != shard
     ]  # fmt: skip
     if problems:
-        raise CheckpointError(f"{index.name} and its shards disagree:\n" + _list(problems))
+        raise CheckpointError(f"{index.name} and its shards disagree:\n" + listed(problems))
     return {name: shards[shard][name] for name, shard in where.items()}
 
 
-def _list(lines: Iterable[str]) -> str:
+def listed(lines: Iterable[str]) -> str:
+    """The first twenty, indented, and how many more there are."""
     lines = list(lines)
     more = [f"  … and {len(lines) - 20} more"] if len(lines) > 20 else []
     return "\n".join([f"  {x}" for x in lines[:20]] + more)
@@ -204,5 +205,5 @@ def match(
         if s.dtype not in STORED:
             problems.append(f"wrong type: {name} is stored as {s.dtype}; a float parameter is {', '.join(map(str, STORED))}")
     if problems:
-        raise CheckpointError(f"{where}: the checkpoint does not fit config.json:\n{_list(problems)}")
+        raise CheckpointError(f"{where}: the checkpoint does not fit config.json:\n{listed(problems)}")
     return {name: FileParam(t, found[name]) for name, t in wanted.items()}

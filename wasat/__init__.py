@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # what _HOME says, for type checkers and editors
     from wasat.driver import from_pretrained as from_pretrained
     from wasat.driver import optimize as optimize
     from wasat.driver import run as run
+    from wasat.frontend import load_weights as load_weights
     from wasat.frontend import nn as nn
     from wasat.frontend.nn import trace as trace
     from wasat.frontend.onnx import from_onnx as from_onnx
@@ -38,7 +39,7 @@ if TYPE_CHECKING:  # what _HOME says, for type checkers and editors
 
 _HOME = {
     "from_pretrained": "wasat.driver", "from_onnx": "wasat.frontend.onnx", "trace": "wasat.frontend.nn",
-    "nn": "wasat.frontend", "to_onnx": "wasat.backends.onnx",
+    "nn": "wasat.frontend", "load_weights": "wasat.frontend", "to_onnx": "wasat.backends.onnx",
     "compile": "wasat.driver", "optimize": "wasat.driver", "run": "wasat.driver", "explain": "wasat.driver",
     "train": "wasat.training.loop",
     "load": "wasat.runtime", "Model": "wasat.runtime", "SamplingOptions": "wasat.runtime",
