@@ -10,8 +10,63 @@ class Block(nn.Module):
 program = nn.trace(Block(64, 4), {"x": "f32[b, s, 64]"})
 """
 
+from . import init
+from .arrays import (
+    argmax,
+    argmin,
+    argsort,
+    clip,
+    cosine_similarity,
+    cumprod,
+    eye,
+    flatten,
+    flip,
+    full_like,
+    linspace,
+    logsumexp,
+    masked_fill,
+    normalize,
+    ones,
+    ones_like,
+    outer,
+    repeat,
+    roll,
+    sort,
+    squeeze,
+    std,
+    tile,
+    tril,
+    triu,
+    unsqueeze,
+    var,
+    zeros,
+    zeros_like,
+)
 from .attention import Attention, CrossAttention, attention
 from .audio import frame, log_mel, mel_filters, power_spectrum, reflect
+from .blocks import (
+    ELU,
+    GELU,
+    GRU,
+    LSTM,
+    BatchNorm,
+    Flatten,
+    GroupNorm,
+    Identity,
+    LeakyReLU,
+    Mish,
+    ReLU,
+    Sequential,
+    Sigmoid,
+    SiLU,
+    Tanh,
+    batch_norm,
+    elu,
+    embedding,
+    group_norm,
+    leaky_relu,
+    mish,
+)
 from .einsum import einsum
 from .functions import (
     Mask,
@@ -76,20 +131,56 @@ from .layers import (
     rms_norm,
 )
 from .loops import scan
+from .losses import (
+    bce_with_logits,
+    cross_entropy,
+    huber,
+    kl_div,
+    l1,
+    mse,
+)
 from .module import Module, ModuleList, Parameter, RandomParam
 from .rope import SCALINGS, RoPE, RoPE2D, frequencies, rope, sinusoid
+from .spatial import (
+    AdaptiveAvgPool2d,
+    AvgPool1d,
+    AvgPool2d,
+    ConvTranspose1d,
+    ConvTranspose2d,
+    MaxPool1d,
+    MaxPool2d,
+    adaptive_avg_pool1d,
+    adaptive_avg_pool2d,
+    adaptive_max_pool1d,
+    adaptive_max_pool2d,
+    avg_pool1d,
+    avg_pool2d,
+    conv_transpose1d,
+    conv_transpose2d,
+    interpolate,
+    max_pool1d,
+    max_pool2d,
+)
 from .tensor import Tensor, emit
 from .tracing import is_training, trace
 
 __all__ = [
-    "ACTIVATIONS", "GLU", "MLP", "SCALINGS", "Attention", "Conv1d", "Conv2d", "CrossAttention", "Dropout", "Embedding",
-    "LayerNorm", "Linear", "Mask", "Module", "ModuleList", "Parameter", "RMSNorm", "RandomParam", "RoPE", "RoPE2D",
-    "Tensor", "activation", "arange", "attention", "causal", "ceil", "concat", "constant", "conv", "cos", "cumsum",
-    "dropout", "einsum", "emit", "erf", "exp", "floor", "frame", "frequencies", "full", "gather", "gelu", "heads",
-    "is_training", "layer_norm", "linear", "log", "log_mel", "log_softmax", "maximum", "mel_filters", "merge",
-    "minimum", "one_hot", "pad", "patches", "positions", "power_spectrum", "random_normal", "random_uniform", "reflect",
-    "relu", "resize", "rms_norm", "rope", "rsqrt", "sample_frames", "scan", "sigmoid", "sign", "silu", "sin", "sinusoid",
-    "softmax", "softplus", "sqrt", "stack", "stop_gradient", "take_along", "tanh", "top_k", "trace", "where", "within",
+    "ACTIVATIONS", "ELU", "GELU", "GLU", "GRU", "LSTM", "MLP", "SCALINGS", "AdaptiveAvgPool2d", "Attention", "AvgPool1d",
+    "AvgPool2d", "BatchNorm", "Conv1d", "Conv2d", "ConvTranspose1d", "ConvTranspose2d", "CrossAttention", "Dropout",
+    "Embedding", "Flatten", "GroupNorm", "Identity", "LayerNorm", "LeakyReLU", "Linear", "Mask", "MaxPool1d", "MaxPool2d",
+    "Mish", "Module", "ModuleList", "Parameter", "RMSNorm", "RandomParam", "ReLU", "RoPE", "RoPE2D", "Sequential", "SiLU",
+    "Sigmoid", "Tanh", "Tensor", "activation", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_max_pool1d",
+    "adaptive_max_pool2d", "arange", "argmax", "argmin", "argsort", "attention", "avg_pool1d", "avg_pool2d", "batch_norm",
+    "bce_with_logits", "causal", "ceil", "clip", "concat", "constant", "conv", "conv_transpose1d", "conv_transpose2d", "cos",
+    "cosine_similarity", "cross_entropy", "cumprod", "cumsum", "dropout", "einsum", "elu", "embedding", "emit", "erf", "exp",
+    "eye", "flatten", "flip", "floor", "frame", "frequencies", "full", "full_like", "gather", "gelu", "group_norm", "heads",
+    "huber", "init", "interpolate", "is_training", "kl_div", "l1", "layer_norm", "leaky_relu", "linear", "linspace", "log",
+    "log_mel", "log_softmax", "logsumexp", "masked_fill", "max_pool1d", "max_pool2d", "maximum", "mel_filters", "merge",
+    "minimum", "mish", "mse", "normalize", "one_hot", "ones", "ones_like", "outer", "pad", "patches", "positions",
+    "power_spectrum", "random_normal", "random_uniform", "reflect", "relu", "repeat", "resize", "rms_norm", "roll", "rope",
+    "rsqrt", "sample_frames", "scan", "sigmoid", "sign", "silu", "sin", "sinusoid", "softmax", "softplus", "sort", "sqrt",
+    "squeeze", "stack", "std", "stop_gradient", "take_along", "tanh", "tile", "top_k", "trace", "tril", "triu", "unsqueeze",
+    "var", "where", "within", "zeros", "zeros_like",
 ]  # fmt: skip
 
 

@@ -27,6 +27,8 @@ class Parameter(Tensor):
             raise ir.TypeMismatch(f"Parameter: the shape is a tuple of sizes, not {shape!r}")
         self._type = TensorType(DType.of(dtype), tuple(shape))
         self.noise = (mean, std)
+        self.uniform = False
+        """Whether the random numbers are uniform (with that mean and deviation); :mod:`.init` sets it."""
 
     @property
     def trace(self) -> Trace:
@@ -60,11 +62,16 @@ class RandomParam:
     seed: int = 0
     mean: float = 0.0
     std: float = 0.02
+    uniform: bool = False
 
     def load(self) -> np.ndarray:
         """The array, of ``type``'s shape and dtype."""
         shape = self.type.concrete({})
-        noise = np.random.default_rng([self.seed, zlib.crc32(self.name.encode())]).standard_normal(shape, np.float32)
+        rng = np.random.default_rng([self.seed, zlib.crc32(self.name.encode())])
+        if self.uniform:
+            noise = (rng.random(shape, np.float32) * 2 - 1) * np.float32(3**0.5)
+        else:
+            noise = rng.standard_normal(shape, np.float32)
         return (self.mean + self.std * noise).astype(self.type.dtype.np)
 
 
@@ -98,7 +105,7 @@ class Module:
 
 def random_params(module: Module, seed: int) -> dict[str, RandomParam]:
     """A lazy random source for each parameter of ``module``."""
-    return {name: RandomParam(name, p.type, seed, *p.noise) for name, p in module.parameters().items()}
+    return {name: RandomParam(name, p.type, seed, *p.noise, p.uniform) for name, p in module.parameters().items()}
 
 
 class ModuleList(list[Module]):
