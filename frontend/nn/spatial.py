@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from wasat.ir import Dim, DimLike
 from wasat.ir.dims import floordiv
@@ -34,14 +35,14 @@ def _space(what: str, x: Tensor, n: int) -> None:
 
 def _pool(
     what: str, kind: str, n: int, x: Tensor, kernel_size: Sizes, stride: Sizes | None, padding: Sizes, dilation: Sizes = 1
-) -> tuple[Tensor, tuple[int, ...], dict[str, tuple[int, ...]]]:
+) -> tuple[Tensor, tuple[int, ...], dict[str, Any]]:
     _space(what, x, n)
     kernel = _each(f"nn.{what}: kernel_size", kernel_size, n, 1)
     strides = kernel if stride is None else _each(f"nn.{what}: stride", stride, n, 1)
     pads = _each(f"nn.{what}: padding", padding, n, 0)
     if any(2 * p > k for p, k in zip(pads, kernel)):
         fail(f"nn.{what}: padding {padding!r} is more than half of the kernel {kernel_size!r}: windows would hold nothing else")
-    attrs = {
+    attrs: dict[str, Any] = {
         "kernel": kernel, "strides": strides, "low": pads, "high": pads,
         "dilation": _each(f"nn.{what}: dilation", dilation, n, 1),
     }  # fmt: skip
