@@ -14,7 +14,6 @@ from .emit import (
     Index,
     Kernel,
     ceil_div,
-    exp,
     floor_div,
     floor_mod,
     int64,
@@ -25,7 +24,7 @@ from .emit import (
     symbol,
     widen,
 )
-from .flash import Flash, Scores, Source, minus_infinity
+from .flash import Flash, Scores, Source, blend, merge, minus_infinity
 from .isa import Isa
 from .norm import for_vectors
 from .pack import padded
@@ -34,6 +33,7 @@ MaskShape = Literal["no", "11", "b1", "1h", "bh"]
 """Of an f32 addend [mb, mh, s, keys]: whether mb is the batch or 1, and mh the heads or 1."""
 
 _BLOCK = 128  # keys per step of the running softmax
+_GRAIN = 32  # keys before a window are skipped by so many: whole vectors of every processor
 _TILES = 4  # tiles of rows that share a block of keys
 _PLAIN_TILES = 16  # more where a block has to be rearranged first
 
@@ -147,29 +147,39 @@ def _prefill(desc: CachedAttention) -> tirx.PrimFunc:
                 return addend.at(batch, head * group + floor_mod(at, group), floor_div(at, group), view.slot(key), lanes)
 
             flash.begin(rows, lambda row: (q, place(row) * d), position)
-            begin = int64(0)
-            if desc.scores.window is not None:
-                begin = floor_div(maximum(position(int64(0)) - (desc.scores.window - 1), 0), GROUP) * GROUP
-            begin = kernel.let(begin, "begin")
+            begin = _begin(kernel, desc.scores, position(int64(0)))
             end = kernel.let(position(rows - 1) + 1, "end")
-            with kernel.loop(ceil_div(end - begin, _BLOCK)) as at:
-                block = kernel.let(begin + at * _BLOCK, "block")
+            with kernel.range(floor_div(begin, _BLOCK), ceil_div(end, _BLOCK)) as at:
+                block = kernel.let(at * _BLOCK, "block")
                 source = _cached_source(view, batch, head, block)
                 if staged is not None:
-                    source = _stage(kernel, isa, source, staged, minimum(end - block, _BLOCK), d, view.value_width)
+                    part = maximum(begin - block, 0), minimum(end - block, _BLOCK)
+                    source = _stage(kernel, isa, source, staged, part, d, view.value_width)
                 with kernel.loop(ceil_div(rows, isa.rows)) as tile:
                     # the last row of a tile bounds what the tile sees
                     last = kernel.let(position(minimum(tile * isa.rows + (isa.rows - 1), rows - 1)), "last")
                     count = kernel.let(minimum(last + 1 - block, _BLOCK), "count")
-                    visible = count > 0
-                    if desc.scores.window is not None:
-                        visible = tirx.And(visible, block + _BLOCK > position(tile * isa.rows) - (desc.scores.window - 1))
-                    with kernel.when(visible):
-                        flash.advance(tile, block, count, source, add if addend is not None else None)
+                    first = _first(kernel, desc.scores, position(tile * isa.rows), block)
+                    with kernel.when(count > first):
+                        flash.advance(tile, block, first, count, source, add if addend is not None else None)
             flash.finish(rows, lambda row: (y, place(row) * e))
 
     _cyclic(kernel, desc.threads, thread)
     return kernel.build()
+
+
+def _begin(kernel: Kernel, scores: Scores, position: Expr) -> Expr:
+    """A multiple of the grain before which a row at ``position``, and those behind it, see no key."""
+    if scores.window is None:
+        return int64(0)
+    return kernel.let(floor_div(maximum(position - (scores.window - 1), 0), _GRAIN) * _GRAIN, "begin")
+
+
+def _first(kernel: Kernel, scores: Scores, position: Expr, block: Expr) -> Expr:
+    """The same, counted from a block's start."""
+    if scores.window is None:
+        return int64(0)
+    return kernel.let(maximum(_begin(kernel, scores, position) - block, 0), "first")
 
 
 def _cyclic(kernel: Kernel, threads: int, body: object) -> None:
@@ -191,17 +201,17 @@ def _stage_buffers(kernel: Kernel, d: int, width: int) -> tuple[Buffer, Buffer]:
     return kernel.scratch(_BLOCK * d, "float32"), kernel.scratch(_BLOCK * width, "float32")
 
 
-def _stage(kernel: Kernel, isa: Isa, source: Source, staged: tuple[Buffer, Buffer], count: Expr, d: int,
+def _stage(kernel: Kernel, isa: Isa, source: Source, staged: tuple[Buffer, Buffer], part: tuple[Expr, Expr], d: int,
            width: int) -> Source:
-    """Widen a block to f32 once for all the tiles that read it."""
+    """Widen a part of a block to f32 once for all the tiles that read it."""
     keys, values = staged
     lanes = isa.lanes
-    with kernel.loop(ceil_div(count, GROUP)) as group:
+    with kernel.range(floor_div(part[0], GROUP), ceil_div(part[1], GROUP)) as group:
         start = kernel.let(source.key(group))
         with kernel.loop(GROUP * d // lanes) as j:
             kernel.store(keys, group * (GROUP * d) + j * lanes,
                          widen(load(source.keys, start + j * lanes, lanes), isa.native_f16))
-    with kernel.loop(count) as t:
+    with kernel.range(*part) as t:
         start = kernel.let(source.value(t))
         with kernel.loop(width // lanes) as j:
             kernel.store(values, t * width + j * lanes,
@@ -225,16 +235,25 @@ def _decode(desc: CachedAttention) -> tirx.PrimFunc:
     q, y = kernel.flat(q), kernel.flat(y)
     addend = mask.flat() if mask is not None else None
     width = view.value_width
-    # few sequences: each splits its keys among all threads; many: there is enough to share without
+    # few sequences: threads share the blocks of each, whose parts are merged afterwards; many: there is enough without
     splits = kernel.let(tirx.Select(b * g < 4 * desc.threads, int64(desc.threads), int64(1)), "splits")
-    parts = kernel.scratch(b * splits * (h * width), "float32")
-    largest = kernel.scratch(b * splits * h, "float32")
-    sums = kernel.scratch(b * splits * h, "float32")
+    split = splits > 1 if desc.threads > 1 else tirx.const(False, "bool")
+    window = desc.scores.window
+    bound = ceil_div(view.capacity, _BLOCK) if window is None else int64((window - 1) // _BLOCK + 2)
+    most = kernel.let(tirx.Select(split, bound, int64(1)), "most")
+    parts = kernel.scratch(b * most * (h * width), "float32")
+    largest = kernel.scratch(b * most * h, "float32")
+    sums = kernel.scratch(b * most * h, "float32")
+
+    def blocks(position: Expr) -> tuple[Expr, Expr]:
+        """The first block that is seen, and how many are."""
+        first = kernel.let(floor_div(_begin(kernel, desc.scores, position), _BLOCK), "first")
+        return first, kernel.let(minimum(floor_div(position, _BLOCK) + 1 - first, bound), "blocks")
 
     def thread(first: Expr, last: Expr) -> None:
         flash = Flash(kernel, isa, desc.scores, rows, tiles, _BLOCK, d, e)
         with kernel.range(first, last) as unit:
-            split = kernel.let(floor_mod(unit, splits), "split")
+            share = kernel.let(floor_mod(unit, splits), "share")
             head = kernel.let(floor_mod(floor_div(unit, splits), g), "head")
             batch = kernel.let(floor_div(unit, splits * g), "batch")
             position = kernel.let(load(past, batch), "position")
@@ -243,58 +262,60 @@ def _decode(desc: CachedAttention) -> tirx.PrimFunc:
                 assert addend is not None
                 return addend.at(batch, head * group + minimum(row, group - 1), int64(0), view.slot(key), lanes)
 
+            def keep(part: Expr) -> None:
+                with kernel.loop(group) as row:
+                    at = kernel.let((batch * h + head * group + row) * most + part)
+                    kernel.store(largest, at, load(flash.largest, row))
+                    kernel.store(sums, at, load(flash.sums, row))
+                    with kernel.loop(width // isa.lanes) as j:
+                        kernel.store(parts, at * width + j * isa.lanes,
+                                     load(flash.out, row * width + j * isa.lanes, isa.lanes))
+
             flash.begin(group, lambda row: (q, (batch * h + head * group + row) * d), lambda row: position)
-            start = int64(0)
-            if desc.scores.window is not None:
-                start = floor_div(maximum(position - (desc.scores.window - 1), 0), GROUP)
-            start = kernel.let(start, "start")
-            groups = kernel.let(floor_div(position, GROUP) + 1 - start, "groups")
-            low = kernel.let((start + floor_div(split * groups, splits)) * GROUP, "low")
-            high = kernel.let(minimum((start + floor_div((split + 1) * groups, splits)) * GROUP, position + 1), "high")
-            with kernel.loop(ceil_div(maximum(high - low, 0), _BLOCK)) as at:
-                block = kernel.let(low + at * _BLOCK, "block")
+            begin, count = blocks(position)
+            with kernel.range(floor_div(share * count, splits), floor_div((share + 1) * count, splits)) as at:
+                block = kernel.let((begin + at) * _BLOCK, "block")
+                first = _first(kernel, desc.scores, position, block)
                 source = _cached_source(view, batch, head, block)
                 for tile in range(tiles):
-                    flash.advance(tile, block, kernel.let(minimum(high - block, _BLOCK), "count"), source,
+                    flash.advance(tile, block, first, kernel.let(minimum(position + 1 - block, _BLOCK), "count"), source,
                                   add if addend is not None else None)
-            with kernel.loop(group) as row:
-                at = kernel.let((batch * h + head * group + row) * splits + split)
-                kernel.store(largest, at, load(flash.largest, row))
-                kernel.store(sums, at, load(flash.sums, row))
-                with kernel.loop(width // isa.lanes) as j:
-                    kernel.store(parts, at * width + j * isa.lanes,
-                                 load(flash.out, row * width + j * isa.lanes, isa.lanes))
+                with kernel.when(split):
+                    keep(at)
+                    flash.clear(group)
+            with kernel.when(tirx.Not(split)):
+                keep(int64(0))
 
     kernel.share(desc.threads, b * g * splits, thread)
 
     def combine(row: Expr) -> None:
-        best = kernel.registers(1, "float32", 1)
+        _, count = blocks(kernel.let(load(past, floor_div(row, h)), "position"))
+        count = kernel.let(tirx.Select(split, count, int64(1)), "count")
+        best, total = (kernel.registers(1, "float32", 1) for _ in range(2))
         kernel.store(best, 0, minus_infinity(1))
-        with kernel.loop(splits) as i:
-            kernel.store(best, 0, tirx.max(load(best, 0), load(largest, row * splits + i)))
-        if addend is not None:  # which may hide all keys; without it, a query sees itself
-            kernel.store(best, 0, tirx.Select(load(best, 0) > minus_infinity(1), load(best, 0), splat(0.0, 1)))
-        total = kernel.registers(1, "float32", 1)
         kernel.store(total, 0, splat(0.0, 1))
-        with kernel.loop(splits) as i:
-            at = kernel.let(row * splits + i)
-            weight = exp(kernel, load(largest, at) - load(best, 0))
-            kernel.store(largest, at, weight)  # from here on: the part's share
-            kernel.store(total, 0, load(total, 0) + weight * load(sums, at))
-        inverse = kernel.let(tirx.Select(load(total, 0) > splat(0.0, 1), splat(1.0, 1) / load(total, 0), splat(0.0, 1)))
+        with kernel.loop(count) as i:
+            at = kernel.let(row * most + i)
+            highest, decay, share = merge(kernel, kernel.let(load(best, 0)), kernel.let(load(largest, at)))
+            kernel.store(best, 0, highest)
+            kernel.store(total, 0, blend(load(total, 0), decay, load(sums, at), share))
+            kernel.store(largest, at, decay)  # from here on: what came before, and this part, are multiplied by
+            kernel.store(sums, at, share)
+        seen = load(best, 0) > minus_infinity(1)
+        inverse = kernel.let(tirx.Select(seen, splat(1.0, 1) / load(total, 0), splat(0.0, 1)))
 
         def columns(j: Expr, lanes: int) -> None:
             acc = kernel.registers(1, "float32", lanes)
             kernel.store(acc, 0, splat(0.0, lanes))
-            with kernel.loop(splits) as i:
-                at = kernel.let(row * splits + i)
-                kernel.store(acc, 0, load(acc, 0, lanes)
-                             + splat(load(largest, at), lanes) * load(parts, at * width + j, lanes))
+            with kernel.loop(count) as i:
+                at = kernel.let(row * most + i)
+                kernel.store(acc, 0, blend(load(acc, 0, lanes), splat(load(largest, at), lanes),
+                                           load(parts, at * width + j, lanes), splat(load(sums, at), lanes)))
             kernel.store(y, row * e + j, load(acc, 0, lanes) * splat(inverse, lanes))
 
         for_vectors(kernel, e, isa.lanes, columns)
 
-    kernel.rows(desc.threads, b * h, splits * e, combine)
+    kernel.rows(desc.threads, b * h, most * e, combine)
     return kernel.build()
 
 
@@ -369,22 +390,20 @@ def attention(desc: Attention) -> tirx.PrimFunc:
                 return query(row) + (t - s)
 
             flash.begin(rows, lambda row: (q, place(row) * d), position)
-            begin, end = int64(0), t
-            if desc.scores.window is not None:
-                begin = maximum(position(int64(0)) - (desc.scores.window - 1), 0)
+            begin, end = _begin(kernel, desc.scores, position(int64(0))), t
             if desc.scores.causal:
                 end = minimum(position(rows - 1) + 1, t)
-            begin, end = kernel.let(begin, "begin"), kernel.let(end, "end")
+            end = kernel.let(end, "end")
 
             def add(row: Expr, key: Expr, lanes: int) -> Expr:
                 row = minimum(row, rows - 1)
                 assert addend is not None
                 return addend.at(batch, head_of(row), query(row), key, lanes)
 
-            with kernel.loop(ceil_div(maximum(end - begin, 0), _BLOCK)) as at:
-                block = kernel.let(begin + at * _BLOCK, "block")
+            with kernel.range(floor_div(begin, _BLOCK), ceil_div(maximum(end, 0), _BLOCK)) as at:
+                block = kernel.let(at * _BLOCK, "block")
                 size = kernel.let(minimum(end - block, _BLOCK), "size")
-                with kernel.loop(size) as key:
+                with kernel.range(maximum(begin - block, 0), size) as key:
                     start = kernel.let((batch * t + block + key) * g + head)
                     base = kernel.let(floor_div(key, GROUP) * (GROUP * d) + floor_mod(key, GROUP))
                     with kernel.loop(d) as j:
@@ -393,13 +412,12 @@ def attention(desc: Attention) -> tirx.PrimFunc:
                         values, key * width + j, load(v, start * e + j, lanes)))
                 source = Source(keys, values, lambda part: part * (GROUP * d), lambda row: row * width)
                 with kernel.loop(ceil_div(rows, isa.rows)) as tile:
+                    first, count = _first(kernel, desc.scores, position(tile * isa.rows), block), size
                     if desc.scores.causal:
                         last = position(minimum(tile * isa.rows + (isa.rows - 1), rows - 1))
                         count = kernel.let(minimum(last + 1 - block, size), "count")
-                        with kernel.when(count > 0):
-                            flash.advance(tile, block, count, source, add if addend is not None else None)
-                    else:
-                        flash.advance(tile, block, size, source, add if addend is not None else None)
+                    with kernel.when(count > first):
+                        flash.advance(tile, block, first, count, source, add if addend is not None else None)
             flash.finish(rows, lambda row: (y, place(row) * e))
 
     _cyclic(kernel, desc.threads, thread)

@@ -276,6 +276,11 @@ def absolute(value: Expr) -> Expr:
     return bits(vector("float32", lanes), masked)
 
 
+def rounded(value: Expr) -> Expr:
+    """An f32 product as it would be stored: not fused into the sum that reads it."""
+    return intrinsic(vector("float32", _lanes(value)), "llvm.arithmetic.fence", value)
+
+
 def round_even(value: Expr) -> Expr:
     return tirx.nearbyint(value)
 
@@ -337,8 +342,7 @@ def sin_cos(k: Kernel, angle: Expr) -> tuple[Expr, Expr]:
     def i(x: int) -> Expr:
         return splat_int(x, lanes)
 
-    # the rounded product is the angle: fused into the reduction it would be another one
-    angle = k.let(intrinsic(vector("float32", lanes), "llvm.arithmetic.fence", angle))
+    angle = k.let(rounded(angle))  # fused into the reduction it would be another one
     count = k.let(bits(vector("int32", lanes), angle * c(0.6366197723675814) + c(12582912.0)) - i(0x4B400000))
     n = k.let(cast("float32", count))
     r = angle

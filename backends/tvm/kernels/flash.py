@@ -1,5 +1,8 @@
 """Attention of a few query rows over blocks of keys with a running softmax: what every attention kernel is made of.
 
+A block begins at a multiple of its size whoever sees it: what it gives a row (the largest score, the sum of weights, the
+weighted values) is merged in the order of blocks. So a row's result is the same bits in any batch and any chunking, in prefill
+and in decoding, where threads share the blocks of a row.
 Rows of one kv head are numbered ``position * group + head in group``, so that grouped queries share each key read.
 Memory depends on the tile, never on the context.
 """
@@ -20,7 +23,9 @@ from .emit import (
     bits,
     ceil_div,
     exp,
+    floor_div,
     int64,
+    intrinsic,
     load,
     minimum,
     reduce_max,
@@ -39,6 +44,23 @@ _MINUS_INFINITY = -(1 << 23)  # 0xff800000
 
 def minus_infinity(lanes: int) -> Expr:
     return splat(bits("float32", tirx.IntImm("int32", _MINUS_INFINITY)), lanes)
+
+
+def merge(kernel: Kernel, before: Expr, local: Expr) -> tuple[Expr, Expr, Expr]:
+    """Of two largest scores: the larger one, and what the sums behind the first and behind the second are multiplied by."""
+    largest = kernel.let(tirx.max(before, local))
+    # a row that has seen nothing stays at minus infinity without producing inf - inf
+    finite = tirx.Select(largest > minus_infinity(1), largest, splat(0.0, 1))
+    less = kernel.let(exp(kernel, kernel.let(tirx.min(before, local) - finite)))
+    rises, one = local > before, splat(1.0, 1)
+    return largest, kernel.let(tirx.Select(rises, less, one)), kernel.let(tirx.Select(rises, one, less))
+
+
+def blend(before: Expr, decay: Expr, local: Expr, share: Expr) -> Expr:
+    """before * decay + local * share, rounded alike wherever it stands."""
+    dtype = str(local.ty.dtype)
+    name = "llvm.fmuladd." + (dtype.replace("float32x", "v") + "f32" if "x" in dtype else "f32")
+    return intrinsic(dtype, name, local, share, before * decay)
 
 
 @dataclass(frozen=True)
@@ -81,6 +103,7 @@ class Flash:
         self.sums = kernel.scratch(total, "float32")
         self.positions = kernel.scratch(total, "int32")
         self.strip = kernel.scratch(rows * block, "float32")
+        self.decay, self.share = (kernel.scratch(rows, "float32") for _ in range(2))
 
     def begin(self, rows: Index, query: Callable[[Expr], tuple[Buffer, Expr]],
               position: Callable[[Expr], Expr]) -> None:
@@ -97,28 +120,35 @@ class Flash:
                 kernel.store(self.queries, i * d + j, load(buffer, start + j, width) * splat(scale, width))
 
             _vectors(kernel, d, lanes, copy)
+            kernel.store(self.positions, i, tirx.Cast("int32", position(row)))
+        self.clear(rows)
+
+    def clear(self, rows: Index) -> None:
+        """Forget the keys seen so far."""
+        kernel, lanes = self.kernel, self.isa.lanes
+        with kernel.loop(ceil_div(rows, self.rows) * self.rows) as i:
             with kernel.loop(self.value_width // lanes) as j:
                 kernel.store(self.out, i * self.value_width + j * lanes, splat(0.0, lanes))
             kernel.store(self.largest, i, minus_infinity(1))
             kernel.store(self.sums, i, splat(0.0, 1))
-            kernel.store(self.positions, i, tirx.Cast("int32", position(row)))
 
-    def advance(self, tile: Index, start: Expr, count: Expr, source: Source,
+    def advance(self, tile: Index, start: Expr, first: Expr, count: Expr, source: Source,
                 mask: Callable[[Expr, Expr, int], Expr] | None = None) -> None:
-        """Let a tile see the keys start..start + count (count <= block).
+        """Let a tile see the keys start + first..start + count (count <= block).
 
+        ``start``: a multiple of the block's size. ``first``: a multiple of 32 below the count, before which no row sees a key.
         ``mask(row of all tiles, key, width)`` gives addends for keys below the count.
         """
         kernel = self.kernel
-        steps = kernel.let(ceil_div(count, 2 * self.isa.lanes), "steps")
+        steps = floor_div(first, 2 * self.isa.lanes), kernel.let(ceil_div(count, 2 * self.isa.lanes), "steps")
         self._scores(tile, steps, source)
         with kernel.loop(self.rows) as i:
-            self._softmax(kernel.let(int64(tile) * self.rows + i), i, start, count, steps, mask)
-        self._weigh(tile, count, source)
+            self._softmax(kernel.let(int64(tile) * self.rows + i), i, start, (first, count), steps, mask)
+        self._weigh(tile, first, count, source)
 
-    def _scores(self, tile: Index, steps: Expr, source: Source) -> None:
+    def _scores(self, tile: Index, steps: tuple[Expr, Expr], source: Source) -> None:
         kernel, lanes, d = self.kernel, self.isa.lanes, self.head_dim
-        with kernel.loop(steps) as step:
+        with kernel.range(*steps) as step:
             starts = []
             for v in range(2):
                 at = step * (2 * lanes) + v * lanes
@@ -141,16 +171,16 @@ class Flash:
                     kernel.store(self.strip, step * (2 * lanes) + (i * self.block + v * lanes),
                                  load(acc, (i * 2 + v) * lanes, lanes))
 
-    def _softmax(self, row: Expr, i: Expr, start: Expr, count: Expr, steps: Expr,
+    def _softmax(self, row: Expr, i: Expr, start: Expr, keys: tuple[Expr, Expr], steps: tuple[Expr, Expr],
                  mask: Callable[[Expr, Expr, int], Expr] | None) -> None:
         kernel, lanes, desc = self.kernel, self.isa.lanes, self.desc
         strip = kernel.let(i * self.block)
         if mask is not None:
-            with kernel.loop(count) as j:
+            with kernel.range(*keys) as j:
                 kernel.store(self.strip, strip + j, self._capped(load(self.strip, strip + j)) + mask(row, start + j, 1))
         position = load(self.positions, row)
         # keys seen, counted from the block's start: first..last
-        last = tirx.Cast("int32", count) - splat_int(1, 1)
+        last = tirx.Cast("int32", keys[1]) - splat_int(1, 1)
         if desc.causal:
             last = tirx.min(last, position - tirx.Cast("int32", start))
         last = splat(kernel.let(last), lanes)
@@ -159,7 +189,8 @@ class Flash:
             first = splat(kernel.let(position - tirx.Cast("int32", start) - splat_int(desc.window - 1, 1)), lanes)
         best = kernel.registers(1, "float32", lanes)
         kernel.store(best, 0, minus_infinity(lanes))
-        with kernel.loop(steps * 2) as step:
+        ends = [kernel.let(2 * end) for end in steps]
+        with kernel.range(*ends) as step:
             at = kernel.let(strip + step * lanes)
             score = load(self.strip, at, lanes)
             score = kernel.let(score if mask is not None else self._capped(score))
@@ -170,26 +201,21 @@ class Flash:
             score = kernel.let(tirx.Select(seen, score, minus_infinity(lanes)))
             kernel.store(self.strip, at, score)
             kernel.store(best, 0, tirx.max(load(best, 0, lanes), score))
-        before = kernel.let(load(self.largest, row))
-        largest = kernel.let(tirx.max(before, reduce_max(kernel.let(load(best, 0, lanes)))))
-        # a row that has seen nothing stays at minus infinity without producing inf - inf
-        finite = kernel.let(tirx.Select(largest > minus_infinity(1), largest, splat(0.0, 1)))
+        local = kernel.let(reduce_max(kernel.let(load(best, 0, lanes))))
+        finite = kernel.let(tirx.Select(local > minus_infinity(1), local, splat(0.0, 1)))
         total = kernel.registers(1, "float32", lanes)
         kernel.store(total, 0, splat(0.0, lanes))
-        with kernel.loop(steps * 2) as step:
+        with kernel.range(*ends) as step:
             at = kernel.let(strip + step * lanes)
             p = exp(kernel, load(self.strip, at, lanes) - splat(finite, lanes))
             kernel.store(self.strip, at, p)
             kernel.store(total, 0, load(total, 0, lanes) + p)
         added = kernel.let(reduce_sum(kernel.let(load(total, 0, lanes))))
-        with kernel.when(largest > before):
-            decay = exp(kernel, before - finite)
-            kernel.store(self.sums, row, load(self.sums, row) * decay)
-            with kernel.loop(self.value_width // lanes) as j:
-                at = kernel.let(row * self.value_width + j * lanes)
-                kernel.store(self.out, at, load(self.out, at, lanes) * splat(decay, lanes))
-        kernel.store(self.sums, row, load(self.sums, row) + added)
+        largest, decay, share = merge(kernel, kernel.let(load(self.largest, row)), local)
+        kernel.store(self.sums, row, blend(load(self.sums, row), decay, added, share))
         kernel.store(self.largest, row, largest)
+        kernel.store(self.decay, i, decay)
+        kernel.store(self.share, i, share)
 
     def _capped(self, score: Expr) -> Expr:
         cap = self.desc.softcap
@@ -198,16 +224,15 @@ class Flash:
         lanes = int(str(score.ty.dtype).split("x")[1]) if "x" in str(score.ty.dtype) else 1
         return tanh(self.kernel, self.kernel.let(score * splat(1.0 / cap, lanes))) * splat(cap, lanes)
 
-    def _weigh(self, tile: Index, count: Expr, source: Source) -> None:
+    def _weigh(self, tile: Index, first: Expr, count: Expr, source: Source) -> None:
         kernel, lanes, width = self.kernel, self.isa.lanes, self.value_width
         base = kernel.let(int64(tile) * (self.rows * width), "base")
 
         def columns(at: Index, vectors: int) -> None:
             acc = kernel.registers(self.rows * vectors, "float32", lanes)
-            for i in range(self.rows):
-                for v in range(vectors):
-                    kernel.store(acc, (i * vectors + v) * lanes, load(self.out, base + at + (i * width + v * lanes), lanes))
-            with kernel.loop(count) as t:
+            for i in range(self.rows * vectors):
+                kernel.store(acc, i * lanes, splat(0.0, lanes))
+            with kernel.range(first, count) as t:
                 row = kernel.let(source.value(t) + at, "row")
                 values = [kernel.let(widen(load(source.values, row + v * lanes, lanes), self.isa.native_f16))
                           for v in range(vectors)]
@@ -217,8 +242,11 @@ class Flash:
                         j = (i * vectors + v) * lanes
                         kernel.store(acc, j, load(acc, j, lanes) + p * values[v])
             for i in range(self.rows):
+                decay, share = splat(load(self.decay, i), lanes), splat(load(self.share, i), lanes)
                 for v in range(vectors):
-                    kernel.store(self.out, base + at + (i * width + v * lanes), load(acc, (i * vectors + v) * lanes, lanes))
+                    to = base + at + (i * width + v * lanes)
+                    local = load(acc, (i * vectors + v) * lanes, lanes)
+                    kernel.store(self.out, to, blend(load(self.out, to, lanes), decay, local, share))
 
         pairs, odd = divmod(width // lanes, 2)
         with kernel.loop(pairs) as pair:
@@ -250,4 +278,4 @@ def _vectors(kernel: Kernel, n: int, lanes: int, body: Callable[[Expr, int], Non
             body(int64(n // lanes * lanes) + i, 1)
 
 
-__all__ = ["Flash", "Scores", "Source", "minus_infinity", "vector"]
+__all__ = ["Flash", "Scores", "Source", "blend", "merge", "minus_infinity", "vector"]

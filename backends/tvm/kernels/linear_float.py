@@ -1,7 +1,8 @@
 """y = x @ w^T (+ bias) over packed f32, f16, bf16 or dequantized int8/int4 weights, all arithmetic in f32.
 
 One PrimFunc holds a matrix-vector path (one row: a panel is a stream from memory) and register-tiled paths for more
-rows; the number of rows chooses at run time.
+rows; the number of rows chooses at run time. Each output is one sum in the order of k on every path: a row gives the same bits
+alone and among others.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ Weights = Literal["float32", "float16", "bfloat16", "int8", "int4"]
 _CHUNK = 240  # rows of x that a panel is applied to before the next panel is fetched; a multiple of every tile
 
 
-_SUMS, _STEPS = 4, 8  # of the matrix-vector path: sums of each column, steps of k unrolled
+_STREAMS, _STEPS = 4, 8  # of the matrix-vector path: panels side by side, steps of k unrolled
 
 
 @dataclass(frozen=True)
@@ -94,35 +95,37 @@ def linear(desc: Linear) -> tirx.PrimFunc:
                     kernel.store(acc, at, load(acc, at, lanes) + value * columns[v])
         finish(acc, rows, row, panel)
 
-    def stream(panel: Expr) -> None:
-        """One row: several sums side by side, or each addition would wait for the one before."""
-        acc = kernel.registers(2 * _SUMS, "float32", lanes)
-        start(acc, 1, panel)
-        for i in range(2, 2 * _SUMS):
-            kernel.store(acc, i * lanes, splat(0.0, lanes))
+    def stream(panels: list[Expr]) -> None:
+        """One row and several panels side by side, or each addition would wait for the one before."""
+        accs = [kernel.registers(2, "float32", lanes) for _ in panels]
+        for acc, panel in zip(accs, panels):
+            start(acc, 1, panel)
 
-        def step(kk: Expr, at: int) -> None:
+        def step(kk: Expr) -> None:
             value = splat(load(x, (int64(0), kk)), lanes)
-            for v in range(2):
-                i = (at * 2 + v) * lanes
-                column = widen(load(w, (panel, kk, v * lanes), lanes), isa.native_f16)
-                kernel.store(acc, i, load(acc, i, lanes) + value * column)
+            for acc, panel in zip(accs, panels):
+                for v in range(2):
+                    column = widen(load(w, (panel, kk, v * lanes), lanes), isa.native_f16)
+                    kernel.store(acc, v * lanes, load(acc, v * lanes, lanes) + value * column)
 
         with kernel.loop(k // _STEPS) as block:
             for t in range(_STEPS):
-                step(block * _STEPS + t, t % _SUMS)
+                step(block * _STEPS + t)
         for t in range(k % _STEPS):
-            step(int64(k - k % _STEPS + t), t % _SUMS)
-        for i in range(2, 2 * _SUMS):
-            v = i % 2
-            kernel.store(acc, v * lanes, load(acc, v * lanes, lanes) + load(acc, i * lanes, lanes))
-        finish(acc, 1, int64(0), panel)
+            step(int64(k - k % _STEPS + t))
+        for acc, panel in zip(accs, panels):
+            finish(acc, 1, int64(0), panel)
 
     def vector_path(first: Expr, last: Expr) -> None:
+        if not quantized:
+            whole = kernel.let(floor_div(last - first, _STREAMS))
+            with kernel.loop(whole) as i:
+                at = kernel.let(first + i * _STREAMS)
+                stream([at + j for j in range(_STREAMS)])
+            with kernel.range(first + whole * _STREAMS, last) as panel:
+                stream([panel])
+            return
         with kernel.range(first, last) as panel:
-            if not quantized:
-                stream(panel)
-                return
             acc = kernel.registers(2, "float32", lanes)
             start(acc, 1, panel)
 
@@ -223,7 +226,7 @@ def block_scales(kernel: Kernel, isa: Isa, w: Buffer, panel: Expr, block: Expr) 
 
 def dequantized(kernel: Kernel, desc: Linear, w: Buffer, panel: Expr,
                 block: Expr) -> list[tuple[int, int, Expr]]:
-    """The 32 steps of a block as f32 vectors: (step of k, half of the panel, values)."""
+    """The 32 steps of a block as f32 vectors, in their order: (step of k, half of the panel, values)."""
     isa, lanes = desc.isa, desc.isa.lanes
     scales = block_scales(kernel, isa, w, panel, block)
     out = []
@@ -236,7 +239,7 @@ def dequantized(kernel: Kernel, desc: Linear, w: Buffer, panel: Expr,
                 for high in range(2 if four_bits else 1):
                     out.append((group * 4 + high * 16 + t, v,
                                 cast("float32", byte_of(raw, t, high, desc.weights, isa)) * scales[v]))
-    return out
+    return sorted(out, key=lambda part: part[0])
 
 
 def byte_of(raw: Expr, t: int, high: int, weights: str, isa: Isa) -> Expr:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from tvm import tirx
 
-from .emit import Buffer, Expr, Kernel, int64, load, reduce_sum, splat, symbol
+from .emit import Buffer, Expr, Kernel, int64, load, reduce_sum, rounded, splat, symbol
 from .isa import Isa
 from .quantize import quantize_row, quantized_param
 
@@ -109,7 +109,9 @@ def norm(desc: Norm) -> tirx.PrimFunc:
 
 def _branch(branch: Buffer, weight: Buffer | None, factor: Expr | None, at: Expr, j: Expr, width: int) -> Expr:
     value = load(branch, (at, j), width)
-    return value if weight is None else value * splat(factor, width) * load(weight, j, width)
+    if weight is None:
+        return value
+    return rounded(value * splat(factor, width) * load(weight, j, width))  # as where the norm stands alone
 
 
 def for_vectors(kernel: Kernel, n: int, lanes: int, body: Callable[[Expr, int], None]) -> None:
