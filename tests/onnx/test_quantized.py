@@ -259,3 +259,115 @@ def test_compiled_weights_keep_their_width(kind: str, tmp_path: Path) -> None:
     assert size < 64 * K * (bits / 8 + 4 / 16) + 4096  # rows padded to a panel, scales, the header; f32 would be four bytes
     y = ws.load(tmp_path / "out").run("forward", x=x)
     np.testing.assert_allclose(y["y"], want, rtol=1e-4, atol=1e-4)
+
+
+# -- dequantization spelled as a cast and a product ----------------------------------------------------------------------------
+def spelled(
+    nodes: list[Any], given: dict[str, np.ndarray], x: list[Any], kind: int = TensorProto.FLOAT
+) -> onnx.ModelProto:
+    """A model of ``nodes``, from x to y."""
+    graph = helper.make_graph(
+        [helper.make_node(op, ins, [out], **attrs) for op, ins, out, attrs in nodes], "g",
+        [helper.make_tensor_value_info("x", kind, x)], [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [proto(name, array) for name, array in given.items()],
+    )  # fmt: skip
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+
+
+FLOAT, HALF, INT32 = ({"to": t} for t in (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT32))
+TURN: dict[str, Any] = {"perm": [1, 0]}
+CAST = ("Cast", ["q"], "f", FLOAT)
+SPELLINGS: dict[str, tuple[list[Any], tuple[int, ...]]] = {
+    "scale second": ([CAST, ("Mul", ["f", "scale"], "w", {})], (1, N)),
+    "scale first": ([CAST, ("Mul", ["scale", "f"], "w", {})], (1, N)),
+    "one scale": ([CAST, ("Mul", ["f", "scale"], "w", {})], ()),
+    "a scale of the last axis": ([CAST, ("Mul", ["f", "scale"], "w", {})], (N,)),
+    "zero as float": ([CAST, ("Sub", ["f", "zero_f"], "d", {}), ("Mul", ["d", "scale"], "w", {})], (1, N)),
+    "zero as i32": (
+        [
+            ("Cast", ["q"], "i", INT32), ("Cast", ["zero"], "zi", INT32), ("Sub", ["i", "zi"], "d", {}),
+            ("Cast", ["d"], "f", FLOAT), ("Mul", ["f", "scale"], "w", {}),
+        ],
+        (1, N),
+    ),
+    "turned behind": ([CAST, ("Mul", ["f", "scale"], "t", {}), ("Transpose", ["t"], "w", TURN)], (N, 1)),
+    "turned between": ([CAST, ("Transpose", ["f"], "t", TURN), ("Mul", ["t", "scale"], "w", {})], (1, N)),
+    "turned between, with a zero": (
+        [CAST, ("Sub", ["f", "zero_t"], "d", {}), ("Transpose", ["d"], "t", TURN), ("Mul", ["scale", "t"], "w", {})],
+        (1, N),
+    ),
+    "turned before": ([("Transpose", ["q"], "t", TURN), ("Cast", ["t"], "f", FLOAT), ("Mul", ["f", "scale"], "w", {})], (1, N)),
+    "scales in f16": ([CAST, ("Cast", ["half"], "s", FLOAT), ("Mul", ["f", "s"], "w", {})], (1, N)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "spelling, kind", [(s, kind) for s in SPELLINGS for kind in ("int8", "uint8") if kind == "int8" or "zero" in s]
+)
+def test_a_cast_and_a_product_are_a_quantized_weight(spelling: str, kind: str) -> None:
+    nodes, shape = SPELLINGS[spelling]
+    turned = "turned" in spelling
+    q = integers(kind, *((N, K) if turned else (K, N)))
+    zero = np.full(N, SYMMETRIC[kind])
+    scale = halves(*shape)
+    given = {
+        "q": q, "scale": scale, "half": scale.astype(np.float16), "zero": zero.reshape(1, N).astype(q.dtype),
+        "zero_f": zero.reshape(1, N).astype(np.float32), "zero_t": zero.reshape(N, 1).astype(np.float32),
+    }  # fmt: skip
+    read = {name for _, ins, _, _ in nodes for name in ins}
+    m = from_onnx(spelled(
+        [*nodes, ("MatMul", ["x", "w"], "y", {})], {k: v for k, v in given.items() if k in read}, ["s", K]
+    ))  # fmt: skip
+    assert quantized_types(m) == [f"int8b32f16[{N}, {K}]"]
+    assert not m.metadata["onnx"]["dequantized"]
+    w = q.astype(np.float32).T if turned else q.astype(np.float32)
+    w = (w - zero if "zero" in spelling else w) * (scale.reshape(1, -1) if scale.ndim else scale)
+    np.testing.assert_allclose(run(m, X), X @ w, rtol=1e-5, atol=1e-4)
+
+
+def test_a_scale_behind_the_product_leaves_integers() -> None:
+    q, scale = integers("int8", K, N), halves(N)
+    m = from_onnx(spelled(
+        [CAST, ("MatMul", ["x", "f"], "p", {}), ("Mul", ["p", "scale"], "y", {})], {"q": q, "scale": scale}, ["s", K]
+    ))  # fmt: skip
+    assert len(quantized_types(m)) == 1
+    np.testing.assert_allclose(run(m, X), X @ q.astype(np.float32) * scale, rtol=1e-5, atol=1e-4)
+
+
+def test_rows_of_a_table_that_is_cast_and_scaled() -> None:
+    q, scale = integers("int8", N, K), halves(N, 1)
+    nodes = [CAST, ("Mul", ["f", "scale"], "w", {}), ("Gather", ["w", "x"], "y", {})]
+    m = from_onnx(spelled(nodes, {"q": q, "scale": scale}, ["s"], TensorProto.INT64))
+    assert len(quantized_types(m)) == 1
+    ids = np.array([0, 5, N - 1])
+    np.testing.assert_array_equal(run(m, ids), (q * scale)[ids])
+
+
+@pytest.mark.parametrize(
+    "scale, zero, why",
+    [
+        ((K, 1), None, "its scales differ along axis 0, and products sum over axis 0"),
+        ((K, N), None, "its scales or zero points differ along both axes"),
+        ((1, N), np.zeros((K, 1)), "its scales or zero points differ along both axes"),
+        ((1, N), np.full((1, 1), 0.5), "its zero points are no integers"),
+        ((1, N), np.full((1, N), np.inf), "its zero points are no integers"),
+        ((1, N), np.full((1, N), 20), "need more than 8 bits"),
+    ],
+)
+def test_cast_weights_that_no_scheme_holds_are_named(scale: tuple[int, ...], zero: np.ndarray | None, why: str) -> None:
+    q = integers("int8", K, N)
+    nodes: list[Any] = [CAST, ("Mul", ["f" if zero is None else "d", "scale"], "w", {}), ("MatMul", ["x", "w"], "y", {})]
+    given = {"q": q, "scale": halves(*scale)}
+    if zero is not None:
+        nodes.insert(1, ("Sub", ["f", "zero"], "d", {}))
+        given["zero"] = zero.astype(np.float32)
+    m = from_onnx(spelled(nodes, given, ["s", K]))
+    assert not quantized_types(m)
+    assert why in m.metadata["onnx"]["dequantized"]["q"]
+
+
+def test_cast_kernels_of_convolutions_are_named() -> None:
+    q = integers("int8", 4, 3, 3, 3)
+    nodes = [CAST, ("Mul", ["f", "scale"], "w", {}), ("Conv", ["x", "w"], "y", {})]
+    m = from_onnx(spelled(nodes, {"q": q, "scale": halves(4, 1, 1, 1)}, [1, 3, 8, 8]))
+    assert "no product" in m.metadata["onnx"]["dequantized"]["q"]

@@ -7,12 +7,12 @@ onnxruntime's ContribOperators.md for MatMulNBits and GatherBlockQuantized.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from wasat.ir import Builder, DType, Node, QArray, QTensorType, Value
+from wasat.ir import Builder, DType, Node, QArray, QTensorType, TensorType, Value, run_node
 
 from ..emit import Emitter, Operand
 from ..registry import NodeView, op
@@ -52,7 +52,7 @@ class Weight:
             return f"its scales are {own}"
         if not zeros.size or not scales.size:
             return "it is empty"
-        if zeros.dtype.kind == "f" and (zeros != np.rint(zeros)).any():
+        if zeros.dtype.kind == "f" and not (np.isfinite(zeros) & (zeros == np.rint(zeros))).all():
             return "its zero points are no integers"
         low = (-(1 << bits - 1) if signed else 0) - int(zeros.max())
         high = (1 << (bits - 1 if signed else bits)) - 1 - int(zeros.min())
@@ -127,7 +127,17 @@ class Weights:
 
     def fold(self, importer: Importer) -> None:
         """Products and lookups of dequantized initializers read quantized parameters instead."""
-        for r in self.records:
+        self._fold(importer, self.records)
+        self._fold(importer, [r for node in importer.graph.nodes if (r := _scaled(importer, node)) is not None])
+        for node in importer.graph.nodes:
+            for x in node.inputs if node.op.name == "mul" and all(_numbers(importer, v) for v in node.inputs) else ():
+                while x.node is not None:
+                    x = x.node.inputs[0]
+                if x.param is not None and _narrow(x) and len(x.shape) > 1:
+                    self.dense.setdefault(x.param, _NO_PRODUCT)
+
+    def _fold(self, importer: Importer, records: Sequence[_Dequantized]) -> None:
+        for r in records:
             for node, index, contracted in list(r.readers()):
                 w = r.along(contracted)
                 found = w if isinstance(w, str) else self.param(importer, (r.key, contracted), r.param, w)
@@ -145,13 +155,13 @@ class Weights:
                 importer.graph.erase(node)
                 importer.graph.rename(new, name)
             _erase_unused(r.value)
-            if not r.gone:
-                self.dense.setdefault(r.param, "what reads it is no product with a matrix and no lookup of rows")
+            if not r.gone and r.noted:
+                self.dense.setdefault(r.param, _NO_PRODUCT)
 
 
 @dataclass(frozen=True)
 class _Dequantized:
-    """The value that a DequantizeLinear of an initializer makes."""
+    """The value that a DequantizeLinear of an initializer makes, or operators that spell one."""
 
     value: Value
     x: Value
@@ -163,6 +173,8 @@ class _Dequantized:
     axis: int
     block: int
     key: Any
+    noted: bool = True
+    """Whether a DequantizeLinear makes it."""
 
     @property
     def param(self) -> str:
@@ -185,12 +197,14 @@ class _Dequantized:
 
     def along(self, contracted: int) -> Weight | str:
         """The matrix with axis ``contracted`` last, or why its blocks do not run along it."""
-        n, k = self.x.shape if contracted == 1 else self.x.shape[::-1]
+        n, k = self.value.shape if contracted == 1 else self.value.shape[::-1]
 
         def turned(load: Load) -> Load:
             return load if contracted == 1 else lambda: load().T
 
         single = not self.block and int(np.prod(self.scale_shape)) == 1
+        if self.axis < 0:
+            return "its scales or zero points differ along both axes"
         if not single and (self.block > 0) != (self.axis == contracted):
             return f"its scales differ along axis {self.axis}, and products sum over axis {contracted}"
         zeros = self.zeros or (lambda: np.zeros(1, np.int8))
@@ -245,6 +259,95 @@ def note(c: Emitter, n: NodeView, x: Operand, scale: Operand, zero: Operand | No
     weights.records.append(_Dequantized(
         result, x, c.dtype(x), integers, zeros, scales, c.shape(scale), axis, block, key
     ))  # fmt: skip
+
+
+# -- dequantization spelled out ----------------------------------------------------------------------------------------------
+_NO_PRODUCT = "what reads it is no product with a matrix and no lookup of rows"
+_READ = ("transpose", "reshape", "cast")
+_EXACT = (DType.F16, DType.F32, DType.F64, DType.I16, DType.I32, DType.I64)
+"""Types in which integers of 8 bits less their zero points are exact."""
+
+
+def _narrow(x: Value) -> bool:
+    return isinstance(x.type, TensorType) and x.tensor.dtype.is_int and x.tensor.dtype.bits <= 8
+
+
+def _numbers(importer: Importer, v: Value) -> tuple[Load, Any] | None:
+    """Reads a parameter or constant, also cast or moved, and its key; None for anything else."""
+    if v.const is not None:
+        array = v.const
+        return lambda: array, (array.tobytes(), array.shape)
+    if v.param is not None and isinstance(v.type, TensorType):
+        source = importer.params[v.param]
+        return lambda: np.asarray(source.load()), v.param
+    if v.node is None or v.node.op.name not in _READ or v.type.symbols:
+        return None
+    inner = _numbers(importer, v.node.inputs[0])
+    if inner is None:
+        return None
+    load, node = inner[0], v.node
+    return lambda: np.asarray(run_node(node, [load()], {})[0]), (inner[1], node.op.name, node.attrs)
+
+
+def _scaled(importer: Importer, node: Node) -> _Dequantized | None:
+    """``(cast(q) - zero) * scale`` of integers of at most 8 bits, in any order of operands, turned or not.
+
+    Without a scale, too, where that comes behind the product.
+    """
+    if len(node.outputs) != 1 or not isinstance(node.output.type, TensorType) or len(node.output.shape) != 2:
+        return None
+    value, scale = node.output, None
+    if not value.tensor.dtype.is_float or node.op.name not in ("mul", "sub", "cast"):
+        return None
+    if node.op.name == "mul":
+        for v, other in (node.inputs, node.inputs[::-1]):
+            if v.shape == value.shape and _chain(v) is not None and (scale := _numbers(importer, other)) is not None:
+                chain, scaled_by = _chain(v), other.shape
+                break
+        else:
+            return None
+    else:
+        chain, scaled_by = _chain(value), ()
+    if chain is None:
+        return None
+    x, zero, turned = chain
+    found = _numbers(importer, zero) if zero is not None else None
+    integers = _numbers(importer, x)
+    if integers is None or (zero is not None and found is None):
+        return None
+    load, rank = integers[0], 2
+    zero_shape = zero.shape if zero is not None else ()
+    one = value.tensor.dtype.np
+    scales = scale[0] if scale is not None else (lambda: np.ones(1, one))
+    zeros = found[0] if found is not None else None
+    spread = [
+        {i for i, d in enumerate((1,) * (rank - len(shape)) + tuple(shape)) if d != 1} for shape in (scaled_by, zero_shape)
+    ]
+    if zero is not None and turned > 0:  # the zero point was subtracted before the axes were exchanged
+        spread[1] = {1 - i for i in spread[1]}
+    axes = spread[0] | spread[1]
+    axis = -1 if len(axes) > 1 else next(iter(axes), 0)
+    shape = () if not axes else tuple(value.shape[i] if i == axis else 1 for i in range(rank))
+    key = ((x.param, None if found is None else found[1], None if scale is None else scale[1]), turned, axis, str(one))
+    return _Dequantized(
+        value, x, x.tensor.dtype, (lambda: load().T) if turned else load, zeros, scales, shape, axis, 0, key, noted=False
+    )
+
+
+def _chain(v: Value) -> tuple[Value, Value | None, int] | None:
+    """``v`` as (parameter of integers, zero point that is subtracted or None, 1 if the axes are exchanged after it, else 0)."""
+    zero: Value | None = None
+    turned = 0
+    while v.node is not None:
+        name = v.node.op.name
+        if name == "transpose" and v.node.attrs.perm == (1, 0) and zero is None:  # type: ignore[attr-defined]
+            turned = 1 - turned
+        elif name == "sub" and zero is None and v.node.inputs[0].shape == v.shape and v.tensor.dtype in _EXACT:
+            zero = v.node.inputs[1]
+        elif name != "cast" or v.tensor.dtype not in _EXACT:
+            return None
+        v = v.node.inputs[0]
+    return (v, zero, turned) if v.param is not None and _narrow(v) and len(v.shape) == 2 else None
 
 
 # -- onnxruntime's operators -------------------------------------------------------------------------------------------------
