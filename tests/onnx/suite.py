@@ -65,15 +65,27 @@ def run_compiled(tests: list[Any]) -> dict[str, Exception]:
 
 
 def expected_failures(path: Path) -> dict[str, str]:
-    """Test name -> reason, from lines ``[reason]`` followed by the names it holds for."""
-    out: dict[str, str] = {}
+    """Test name -> reason."""
+    return {name: reason for name, (reason, _) in _listed(path).items()}
+
+
+def _listed(path: Path) -> dict[str, tuple[str, str]]:
+    """Test name -> reason and error, from lines ``[reason]`` followed by ``name: type: part of the message``."""
+    out: dict[str, tuple[str, str]] = {}
     reason = ""
     for line in path.read_text().splitlines():
         if line.startswith("["):
             reason = line.strip("[]")
         elif line and not line.startswith("#"):
-            out[line] = reason
+            name, _, error = line.partition(": ")
+            out[name] = reason, error
     return out
+
+
+def is_listed(path: Path, name: str, e: Exception) -> bool:
+    """Whether a test fails as it is listed to: with an error of the type, whose message has the part, that stand beside it."""
+    kind, _, part = _listed(path)[name][1].partition(": ")
+    return bool(part) and type(e).__name__ == kind and part in str(e)
 
 
 _GROUPS = {

@@ -191,7 +191,7 @@ def range_(c: Emitter, n: NodeView, start: Operand, limit: Operand, delta: Opera
         lo, hi, step = (c.const(x, "a bound of Range").reshape(()).astype(wide).item() for x in (start, limit, delta))
         if step == 0:
             raise n.fail("the step is 0")
-        count: DimLike = max(-int((lo - hi) // step), 0)
+        count: DimLike = max(int(np.ceil((hi - lo) / step)) if dtype.is_float else -((lo - hi) // step), 0)
     else:
         (first,), (end,), (by,) = (c.dims(x, "a bound of Range") for x in (start, limit, delta))
         if not isinstance(by, int) or by == 0:
