@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -238,3 +238,65 @@ def _free(places: Sequence[int], size: int) -> int | None:
         return 0
     before, after = max(pairwise([*taken, size]), key=lambda gap: gap[1] - gap[0])
     return before + (after - before) // 2 if after - before > 1 else None
+
+
+class Iterated:
+    """Batches of any iterable, as :func:`wasat.training.loop.train` wants them: from its start again when it ends.
+
+    The state is how many were taken: a run that goes on skips as many, so the iterable must make the same ones in every
+    process. An iterator, which cannot begin again, must make enough.
+    Raises DataError for what is no batch, for a batch of other sizes than the first, and where no more come.
+    """
+
+    def __init__(self, source: Iterable[Mapping[str, Any]]) -> None:
+        try:
+            self._each = iter(source)
+        except TypeError:
+            raise DataError(f"batches are an iterable of arrays by input name, not {type(source).__name__}") from None
+        self._source, self._once = source, self._each is source
+        self._at, self._back = 0, False
+        self._last: Batch | None = None
+        self._like: dict[str, str] = {}
+
+    def __next__(self) -> Batch:
+        if self._back and self._last is not None:
+            self._back = False
+        else:
+            self._last = self._checked(self._take())
+        self._at += 1
+        return self._last
+
+    def _take(self) -> Mapping[str, Any]:
+        for _ in range(1 if self._once else 2):
+            for batch in self._each:
+                return batch
+            if not self._once:
+                self._each = iter(self._source)
+        many = f"the iterator ended after {self._at} batches, and cannot begin again; give a list, or more of them"
+        raise DataError(many if self._once else "the iterable of batches is empty")
+
+    def _checked(self, batch: Mapping[str, Any]) -> Batch:
+        if not isinstance(batch, Mapping):
+            raise DataError(f"batch {self._at} is a {type(batch).__name__}; expected arrays by input name")
+        made = {k: np.asarray(x) for k, x in batch.items()}
+        sizes = {k: f"{x.dtype}{list(x.shape)}" for k, x in made.items()}
+        self._like = self._like or sizes
+        if sizes != self._like:
+            raise DataError(f"batch {self._at} is {sizes}, the first was {self._like}: all must be alike; drop a last smaller one")
+        return made
+
+    def state(self) -> int:
+        """How many batches were taken."""
+        return self._at
+
+    def restore(self, state: Any, /) -> None:
+        """Goes to where ``state`` batches were taken."""
+        if state == self._at - 1 and self._last is not None and not self._back:
+            self._at, self._back = state, True
+            return
+        if state < self._at:
+            if self._once:
+                raise DataError(f"an iterator cannot go back from batch {self._at} to {state}; give something to iterate anew")
+            self._each, self._at, self._back = iter(self._source), 0, False
+        while self._at < state:
+            next(self)

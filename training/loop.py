@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from wasat.backends.tvm.targets import target_named
@@ -25,7 +25,7 @@ from .blame import Diverged, offender
 from .checkpoint import Checkpoint, CheckpointError, Checkpoints, whole
 from .compiled import Compiled, specialized
 from .curve import write_curve
-from .data import Batch
+from .data import Batch, Iterated
 from .flops import machine_flops, step_flops
 from .optimizers import Optimizer, Schedule
 from .scaling import LossScale
@@ -35,6 +35,7 @@ LOG, CURVE = "log.jsonl", "curve.html"
 Said = dict[str, float]
 
 
+@runtime_checkable
 class Batches(Protocol):
     """Batches by input name, all of one shape, without end; what ``state`` returns is JSON (:class:`.data.Packed` is one)."""
 
@@ -68,7 +69,7 @@ class Trained:
 
 
 def train(
-    program: Program, batches: Batches, folder: str | Path, *, steps: int,
+    program: Program, batches: Batches | Iterable[Mapping[str, Any]], folder: str | Path, *, steps: int,
     optimizer: Optimizer | None = None, rate: Schedule | None = None, clip: float | None = 1.0, accumulate: int = 1,
     ema: float | None = None, train: tuple[str, ...] = ("*",), graph: str = "loss",
     precision: str = "f32", scaling: LossScale | None = None, remat: bool = False, seed: int = 0,
@@ -77,6 +78,7 @@ def train(
 ) -> Trained:  # fmt: skip
     """Trains the parameters of ``program`` on @graph, whose first output is the loss, up to step ``steps``.
 
+    ``batches``: :class:`Batches`, or any iterable of arrays by input name (:class:`.data.Iterated`).
     The options up to ``remat`` are :func:`.step.train_step`'s, ``remat`` at the sizes of the batches. ``folder`` receives
     checkpoints, every ``save_every`` steps and at evaluations that are the best so far (the last ``keep``, and the best),
     ``log.jsonl`` (one line a step) and ``curve.html``. If it has a checkpoint, the run goes on from there: with the same
@@ -98,6 +100,8 @@ def train(
     if steps < 1 or evaluate_every < 1 or save_every < 1 or keep < 1:
         raise IRError("steps, evaluate_every, save_every and keep must be at least 1")
     run = _Run(Path(folder), program, graph, seed, Checkpoints(Path(folder), keep))
+    if not isinstance(batches, Batches):
+        batches = Iterated(batches)
     start_of_data = batches.state()
     first = next(batches)
     batches.restore(start_of_data)

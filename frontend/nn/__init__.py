@@ -162,7 +162,7 @@ from .spatial import (
     max_pool2d,
 )
 from .tensor import Tensor, emit
-from .tracing import is_training, trace
+from .tracing import add_loss, is_training, trace
 
 __all__ = [
     "ACTIVATIONS", "ELU", "GELU", "GLU", "GRU", "LSTM", "MLP", "SCALINGS", "AdaptiveAvgPool2d", "Attention", "AvgPool1d",
@@ -170,17 +170,17 @@ __all__ = [
     "Embedding", "Flatten", "GroupNorm", "Identity", "LayerNorm", "LeakyReLU", "Linear", "Mask", "MaxPool1d", "MaxPool2d",
     "Mish", "Module", "ModuleList", "Parameter", "RMSNorm", "RandomParam", "ReLU", "RoPE", "RoPE2D", "Sequential", "SiLU",
     "Sigmoid", "Tanh", "Tensor", "activation", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_max_pool1d",
-    "adaptive_max_pool2d", "arange", "argmax", "argmin", "argsort", "attention", "avg_pool1d", "avg_pool2d", "batch_norm",
-    "bce_with_logits", "causal", "ceil", "clip", "concat", "constant", "conv", "conv_transpose1d", "conv_transpose2d", "cos",
-    "cosine_similarity", "cross_entropy", "cumprod", "cumsum", "dropout", "einsum", "elu", "embedding", "emit", "erf", "exp",
-    "eye", "flatten", "flip", "floor", "frame", "frequencies", "full", "full_like", "gather", "gelu", "group_norm", "heads",
-    "huber", "init", "interpolate", "is_training", "kl_div", "l1", "layer_norm", "leaky_relu", "linear", "linspace", "log",
-    "log_mel", "log_softmax", "logsumexp", "masked_fill", "max_pool1d", "max_pool2d", "maximum", "mel_filters", "merge",
-    "minimum", "mish", "mse", "normalize", "one_hot", "ones", "ones_like", "outer", "pad", "patches", "positions",
-    "power_spectrum", "random_normal", "random_uniform", "reflect", "relu", "repeat", "resize", "rms_norm", "roll", "rope",
-    "rsqrt", "sample_frames", "scan", "sigmoid", "sign", "silu", "sin", "sinusoid", "softmax", "softplus", "sort", "sqrt",
-    "squeeze", "stack", "std", "stop_gradient", "take_along", "tanh", "tile", "top_k", "trace", "tril", "triu", "unsqueeze",
-    "var", "where", "within", "zeros", "zeros_like",
+    "adaptive_max_pool2d", "add_loss", "arange", "argmax", "argmin", "argsort", "attention", "avg_pool1d", "avg_pool2d",
+    "batch_norm", "bce_with_logits", "causal", "ceil", "clip", "concat", "constant", "conv", "conv_transpose1d",
+    "conv_transpose2d", "cos", "cosine_similarity", "cross_entropy", "cumprod", "cumsum", "dropout", "einsum", "elu",
+    "embedding", "emit", "erf", "exp", "eye", "flatten", "flip", "floor", "frame", "frequencies", "full", "full_like",
+    "gather", "gelu", "group_norm", "heads", "huber", "init", "interpolate", "is_training", "kl_div", "l1", "layer_norm",
+    "leaky_relu", "linear", "linspace", "log", "log_mel", "log_softmax", "logsumexp", "masked_fill", "max_pool1d",
+    "max_pool2d", "maximum", "mel_filters", "merge", "minimum", "mish", "mse", "normalize", "one_hot", "ones", "ones_like",
+    "outer", "pad", "patches", "positions", "power_spectrum", "random_normal", "random_uniform", "reflect", "relu", "repeat",
+    "resize", "rms_norm", "roll", "rope", "rsqrt", "sample_frames", "scan", "sigmoid", "sign", "silu", "sin", "sinusoid",
+    "softmax", "softplus", "sort", "sqrt", "squeeze", "stack", "std", "stop_gradient", "take_along", "tanh", "tile", "top_k",
+    "trace", "tril", "triu", "unsqueeze", "var", "where", "within", "zeros", "zeros_like",
 ]  # fmt: skip
 
 

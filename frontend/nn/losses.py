@@ -136,4 +136,4 @@ def cross_entropy(
         return _reduce("cross_entropy", each, reduction)
     mass = full(rest, 1.0, each.dtype) if weight is None else gather(weight, safe)
     count = where(counts, mass, 0.0).sum()
-    return each.sum() / where(count > 0.0, count, full((), 1.0, each.dtype))  # the form that accumulating steps know
+    return each.sum() / where(count > 0.0, count, 1.0)  # the form that accumulating steps know

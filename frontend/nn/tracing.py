@@ -60,6 +60,48 @@ def trace(
     return Program({name: graph}, {k: sources[k] for k in graph.params})
 
 
+def add_loss(
+    program: Program, loss: Callable[..., object], inputs: Mapping[str, str | Type], *, graph: str = "forward",
+    name: str = "loss",
+) -> Graph:  # fmt: skip
+    """Adds @name to ``program``, to be trained: @graph with more ``inputs``, and what ``loss`` makes of them as outputs.
+
+    ``loss`` is a function written with ``nn``. Its parameters are named as inputs and outputs of @graph and as ``inputs``:
+    ``lambda logits, labels: nn.cross_entropy(logits, labels)``. It returns the loss, a scalar, or a dictionary whose first is.
+
+    Raises IRError for a parameter that is none of those, TypeMismatch at the user's line where shapes do not fit.
+    """
+    if name in program.graphs:
+        raise IRError(f"the program has a graph @{name}; give the loss another name")
+    g = program[graph].clone(name)
+    root = getattr(loss, "__name__", "loss")
+    t = Trace(g, root, add_loss.__code__, False)
+    known = {v.name: v for v in g.inputs} | dict(zip(g.output_names, g.outputs))
+    for key, given in inputs.items():
+        if key in known:
+            raise IRError(f"@{graph} has an input or output {key} already; give the input of the loss another name")
+        known[key] = g.add_input(key, _type(key, given))
+    wanted = inspect.signature(loss).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in wanted):
+        chosen = list(known)
+    else:
+        chosen = [p.name for p in wanted if p.name in known or p.default is p.empty]
+    if lacking := [k for k in chosen if k not in known]:
+        raise IRError(f"{root} takes {', '.join(lacking)}; @{graph} and the inputs have {', '.join(known)}")
+    token = _current.set(t)
+    try:
+        made = loss(**{k: Tensor(t, known[k]) for k in chosen})
+        values, names = _outputs(t, made, ["loss"] if isinstance(made, Tensor) else None)
+    finally:
+        _current.reset(token)
+    if not values or values[0].shape != ():
+        got = values[0] if values else "nothing"
+        raise IRError(f"{root} returned {got}; its first result is the loss, a scalar: take .mean()")
+    g.set_outputs(values, names)
+    program.graphs[name] = g
+    return g
+
+
 def _type(name: str, given: str | Type) -> Type:
     if isinstance(given, (TensorType, QTensorType)):
         return given

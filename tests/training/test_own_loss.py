@@ -1,0 +1,139 @@
+"""Losses written with ``nn``, and batches of any iterable."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from wasat.frontend import nn
+from wasat.ir import IRError, Program, TypeMismatch, evaluate
+from wasat.training.data import DataError, Iterated
+from wasat.training.loop import train
+from wasat.training.step import train_step
+
+RNG = np.random.default_rng(0)
+X, Y = RNG.standard_normal((8, 3), np.float32), RNG.standard_normal((8, 2), np.float32)
+
+
+def program() -> Program:
+    return nn.trace(nn.Sequential(nn.Linear(3, 2)), {"x": "f32[n, 3]"}, outputs=["y"])
+
+
+def mine(y: nn.Tensor, target: nn.Tensor, x: nn.Tensor, strength: float = 0.5) -> dict[str, nn.Tensor]:
+    error = nn.huber(y, target)
+    return {"loss": error + strength * (x * x).mean(), "error": error}
+
+
+def test_a_loss_of_ones_own_sees_inputs_and_outputs_by_name() -> None:
+    p = program()
+    g = nn.add_loss(p, mine, {"target": "f32[n, 2]"})
+    assert g.output_names == ["loss", "error"]
+    w = p.load("0.weight")
+    loss, error = evaluate(g, {"x": X, "target": Y}, {"0.weight": w})
+    d = abs(X @ w.T - Y)
+    want = np.where(d <= 1, d * d / 2, d - 0.5).mean()
+    np.testing.assert_allclose([loss, error], [want + 0.5 * (X * X).mean(), want], rtol=1e-5)
+    assert p["forward"].output_names == ["y"]
+
+
+def test_a_mean_over_places_is_accumulated_as_one() -> None:
+    """Steps over batches whose targets count differently often are one step over all."""
+    p = nn.trace(nn.Sequential(nn.Linear(3, 4)), {"x": "f32[n, 3]"}, outputs=["y"])
+    nn.add_loss(p, lambda y, labels: nn.cross_entropy(y, labels), {"labels": "i64[n]"})
+    labels = np.array([0, -100, -100, -100, 1, 2, 3, 0])
+    params: dict[str, Any] = {}
+
+    def after(accumulate: int) -> np.ndarray:
+        made = train_step(p, accumulate=accumulate)
+        states = dict(made.states)
+        for part in np.split(np.arange(8), accumulate):
+            g = made.program["train_step"]
+            values = evaluate(g, {"x": X[part], "labels": labels[part], **states}, params)
+            out = dict(zip(g.output_names, values))
+            states = {k: out[k] for k in states}
+        return states["0.weight"]
+
+    np.testing.assert_allclose(after(2), after(1), atol=1e-6)
+
+
+def test_what_is_no_loss_is_refused() -> None:
+    for f, inputs, says in [
+        (lambda z: z, {}, "takes z; @forward and the inputs have x, y"),
+        (lambda y: y, {}, r"take \.mean\(\)"),
+        (lambda y: 3, {}, "a module returns a Tensor"),
+        (lambda y: y.mean(), {"x": "f32[n]"}, "has an input or output x already"),
+    ]:
+        p = program()
+        with pytest.raises(IRError, match=says):
+            nn.add_loss(p, f, inputs)
+        assert list(p.graphs) == ["forward"]
+    with pytest.raises(TypeMismatch, match="one shape"):
+        nn.add_loss(program(), lambda y, t: nn.mse(y, t), {"t": "f32[n]"})
+    p = program()
+    nn.add_loss(p, lambda y: y.mean(), {})
+    with pytest.raises(IRError, match="has a graph @loss"):
+        nn.add_loss(p, lambda y: y.mean(), {})
+
+
+def batches(n: int = 3) -> list[dict[str, np.ndarray]]:
+    return [{"x": X + i, "target": Y} for i in range(n)]
+
+
+def test_iterables_begin_again_and_resume_where_they_were() -> None:
+    b = Iterated(batches())
+    firsts = [next(b)["x"][0, 0] - X[0, 0] for _ in range(5)]
+    np.testing.assert_allclose(firsts, [0, 1, 2, 0, 1], atol=1e-5)
+    assert b.state() == 5
+    again = Iterated(batches())
+    again.restore(b.state())
+    np.testing.assert_array_equal(next(again)["x"], next(b)["x"])
+    b.restore(1)
+    np.testing.assert_array_equal(next(b)["x"], X + 1)
+
+
+def test_an_iterator_goes_back_by_one_only() -> None:
+    b = Iterated(iter(batches()))
+    start = b.state()
+    first = next(b)
+    b.restore(start)
+    assert next(b) is first
+    b.restore(start)
+    assert b.state() == 0
+    b.restore(2)
+    np.testing.assert_array_equal(next(b)["x"], X + 2)
+    with pytest.raises(DataError, match="ended after 3 batches"):
+        next(b)
+    with pytest.raises(DataError, match="cannot go back from batch 3 to 0"):
+        b.restore(0)
+
+
+def test_what_is_no_batch_is_refused() -> None:
+    with pytest.raises(DataError, match="not int"):
+        Iterated(3)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="is empty"):
+        next(Iterated([]))
+    with pytest.raises(DataError, match="batch 0 is a tuple"):
+        next(Iterated([(X, Y)]))  # type: ignore[list-item]
+    b = Iterated([{"x": X}, {"x": X[:3]}])
+    next(b)
+    with pytest.raises(DataError, match=r"batch 1 is .*drop a last smaller one"):
+        next(b)
+
+
+def test_a_generator_trains_a_loss_of_ones_own(tmp_path: Path) -> None:
+    pytest.importorskip("tvm")
+    p = program()
+    nn.add_loss(p, mine, {"target": "f32[n, 2]"})
+
+    def forever() -> Iterator[dict[str, np.ndarray]]:
+        while True:
+            yield from batches(2)
+
+    whole = train(p, batches(2), tmp_path / "a", steps=6, progress=lambda *_: None)
+    train(p, forever(), tmp_path / "b", steps=3, progress=lambda *_: None)
+    rest = train(p, forever(), tmp_path / "b", steps=6, progress=lambda *_: None)
+    assert [line["loss"] for line in rest.log] == [line["loss"] for line in whole.log]
+    assert whole.log[-1]["error"] < whole.log[0]["error"] + 1
