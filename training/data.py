@@ -282,7 +282,7 @@ class Iterated:
         sizes = {k: f"{x.dtype}{list(x.shape)}" for k, x in made.items()}
         self._like = self._like or sizes
         if sizes != self._like:
-            raise DataError(f"batch {self._at} is {sizes}, the first was {self._like}: all must be alike; drop a last smaller one")
+            raise DataError(f"batch {self._at} is {sizes}, the first was {self._like}; all must be alike: drop a smaller one")
         return made
 
     def state(self) -> int:

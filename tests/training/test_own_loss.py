@@ -119,7 +119,7 @@ def test_what_is_no_batch_is_refused() -> None:
         next(Iterated([(X, Y)]))  # type: ignore[list-item]
     b = Iterated([{"x": X}, {"x": X[:3]}])
     next(b)
-    with pytest.raises(DataError, match=r"batch 1 is .*drop a last smaller one"):
+    with pytest.raises(DataError, match=r"batch 1 is .*drop a smaller one"):
         next(b)
 
 
