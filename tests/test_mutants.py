@@ -26,9 +26,9 @@ def test_every_kind():
     assert all(ast.dump(ast.parse(m)) != ast.dump(ast.parse(SOURCE)) for m in made)
 
 
-def test_of_one_line():
-    assert len(mutants.mutants(SOURCE, 3)) == 3
-    assert mutants.mutants(SOURCE, 4) == []
+def test_of_some_lines():
+    assert len(mutants.mutants(SOURCE, [3])) == 3
+    assert mutants.mutants(SOURCE, [4]) == []
 
 
 def test_forks_notice_what_a_function_does_and_no_more(tmp_path):

@@ -27,6 +27,11 @@ CASES: dict[str, tuple[str, str, str | None]] = {
     "squared": (I + "  %y: i64[s] = mul(%i, %i)\n", "s", None),
     "greater than less": (I + "  %y: i64[s] = maximum(%i, -1:i64)\n", "s", "1"),
     "less than greater": (I + "  %y: i64[s] = minimum(%i, -1:i64)\n", "s", "0 + -1"),
+    "never less": (I + "  %y: i64[s] = maximum(%i, 0:i64)\n", "s", "1"),
+    "never greater": (I + "  %y: i64[s] = minimum(%i, 0:i64)\n", "s", "0 + 0"),
+    "always less": (I + "  %n: i64[s] = neg(%i)\n  %y: i64[s] = maximum(%n, 0:i64)\n", "s", "0 + 0"),
+    "always the lesser": (I + "  %n: i64[s] = neg(%i)\n  %y: i64[s] = minimum(%n, 0:i64)\n", "s", "-1"),
+    "kinked from below": (I + "  %n: i64[s] = neg(%i)\n  %y: i64[s] = maximum(%n, -1:i64)\n", "s", None),
     "kinked": (I + "  %y: i64[s] = maximum(%i, 1:i64)\n", "s", None),
     "as a float": (I + "  %y: f32[s] = cast(%i) {dtype=f32}\n", "s", "1"),
     "as a narrow integer": (I + "  %y: i8[s] = cast(%i) {dtype=i8}\n", "s", None),
@@ -55,6 +60,13 @@ CASES: dict[str, tuple[str, str, str | None]] = {
     "decided choice": (I + "  %t: bool[s] = less(%i, 0:i64)\n  %y: i64[s] = select(%t, 7:i64, %i)\n", "s", "1"),
     "open choice": (I + "  %t: bool[s] = less(%i, 1:i64)\n  %y: i64[s] = select(%t, 7:i64, %i)\n", "s", None),
     "part": (I + "  %y: i64[s - 2] = slice(%i) {starts=(2,), stops=(s,)}\n", "s", "1 + 2"),
+    "part of multiples": (
+        I + "  %m: i64[s] = mul(%i, 3:i64)\n  %y: i64[s - 2] = slice(%m) {starts=(2,), stops=(s,)}\n", "s", "3 + 6",
+    ),
+    "last of all": (I + "  %y: i64[1] = slice(%i) {starts=(s - 1,), stops=(s,)}\n", "s", "0 + s"),
+    "every other": (
+        "  %i: i64[8] = iota() {size=8}\n  %y: i64[4] = slice(%i) {starts=(1,), stops=(8,), steps=(2,)}\n", "s", "2 + 1",
+    ),
     "parts that continue each other": (
         I + "  %p: i64[2] = constant() {value=dense<i64[2], -2 -1>}\n  %y: i64[s + 2] = concat(%p, %i) {axis=0}\n",
         "s", "1 + -2",
@@ -70,6 +82,11 @@ CASES: dict[str, tuple[str, str, str | None]] = {
     "sum of nothing": (I + "  %o: i64[s] = sub(%i, %i)\n  %y: i64[s] = cumsum(%o) {axis=0}\n", "s", "0 + 0"),
     "sum of something": (I + "  %y: i64[s] = cumsum(%i) {axis=0}\n", "s", None),
     "rows merged": (ROWS + "  %y: i64[b*s] = reshape(%r) {shape=(b*s,)}\n", "bs", None),
+    "rows of another length": (
+        I + "  %c: i64[s, 1] = reshape(%i) {shape=(s, 1)}\n  %r: i64[s, b] = broadcast_to(%c) {shape=(s, b)}\n"
+        "  %y: i64[b, s] = reshape(%r) {shape=(b, s)}\n", "bs", None,
+    ),
+    "nothing, in another shape": ("  %i: i64[0] = iota() {size=0}\n  %y: i64[0, 5] = reshape(%i) {shape=(0, 5)}\n", "s", None),
     "picked by position": (I + "  %y: i64[s] = gather(%i, %i) {axis=0}\n", "s", "1"),
     "picked from the end": (I + "  %j: i64[s] = sub(%i, 1:i64)\n  %y: i64[s] = gather(%i, %j) {axis=0}\n", "s", None),
     "picked from merged rows": (

@@ -21,6 +21,11 @@ SIMPLIFIED = {
     "x - 0": (["%z: f32[b, 4] = sub(%x, 0.0:f32)"], "z=%x"),
     "x * 1": (["%z: f32[b, 4] = mul(1.0:f32, %x)"], "z=%x"),
     "x / 1": (["%z: f32[b, 4] = div(%x, 1.0:f32)"], "z=%x"),
+    "i // 1": (["%z: i64[b, 4] = floor_div(%i, 1:i64)"], "z=%i"),
+    "x ** 1": (["%z: f32[b, 4] = pow(%x, 1.0:f32)"], "z=%x"),
+    "min(x, x)": (["%z: f32[b, 4] = minimum(%x, %x)"], "z=%x"),
+    "max(x, x)": (["%z: f32[b, 4] = maximum(%x, %x)"], "z=%x"),
+    "~ ~ i": (["%n: i64[b, 4] = bit_not(%i)", "%z: i64[b, 4] = bit_not(%n)"], "z=%i"),
     "x + -0": (["%z: f32[b, 4] = add(%x, -0.0:f32)"], "z=%x"),
     "i + 0": (["%z: i64[b, 4] = add(%i, 0:i64)"], "z=%i"),
     "p and true": (["%z: bool[b, 4] = logical_and(%p, true:bool)"], "z=%p"),
@@ -68,6 +73,9 @@ REWRITTEN = {
     "widening casts compose": (
         ["%n: f32[b, 4] = cast(%h) {dtype=f32}", "%z: f64[b, 4] = cast(%n) {dtype=f64}"],
         ["%z: f64[b, 4] = cast(%h) {dtype=f64}"],
+    ),
+    "constants go second, of a maximum too": (
+        ["%z: f32[b, 4] = maximum(2.0:f32, %x)"], ["%z: f32[b, 4] = maximum(%x, 2.0:f32)"],
     ),
     "constants go second": (["%z: f32[b, 4] = mul(2.0:f32, %x)"], ["%z: f32[b, 4] = mul(%x, 2.0:f32)"]),
     "folding": (
@@ -211,6 +219,15 @@ def test_becomes(before: list[str], after: list[str]) -> None:
 
 
 KEPT = {
+    "1 // i": ["%z: i64[b, 4] = floor_div(1:i64, %i)"],
+    "x // 1": ["%z: f32[b, 4] = floor_div(%x, 1.0:f32)"],
+    "1 ** x": ["%z: f32[b, 4] = pow(1.0:f32, %x)"],
+    "a slice that may begin in another part": [
+        "%n: f32[2*b, 4] = concat(%x, %y) {axis=0}", "%z: f32[2*b - 3, 4] = slice(%n) {starts=(3, 0), stops=(2*b, 4)}",
+    ],
+    "a slice that may end in another part": [
+        "%n: f32[2*b, 4] = concat(%x, %y) {axis=0}", "%z: f32[1, 4] = slice(%n) {starts=(3, 0), stops=(4, 4)}",
+    ],
     "a slice across the parts of a concatenation": [
         "%n: f32[b, 8] = concat(%x, %y) {axis=1}", "%z: f32[b, 4] = slice(%n) {starts=(0, 2), stops=(b, 6)}",
     ],
