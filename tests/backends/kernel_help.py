@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("TVM_NUM_THREADS", "2")
 os.environ.setdefault("TVM_BIND_THREADS", "0")
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -14,8 +15,9 @@ import numpy as np
 import pytest
 import tvm
 from numpy.typing import NDArray
+from soft import SOFT
 from wasat.backends.tvm import tir_pipeline
-from wasat.backends.tvm.kernels.isa import AVX2, AVX512_VNNI, AVX_VNNI, GENERIC, NEON, Isa
+from wasat.backends.tvm.kernels.isa import AVX2, AVX512_VNNI, AVX_VNNI, GENERIC, ISAS, NEON, Isa
 
 # no more than the kernels ask for: code for a named processor may use instructions that this one lacks (AVX512-FP16)
 CPU = {
@@ -23,34 +25,48 @@ CPU = {
     AVX_VNNI: {"mcpu": "x86-64-v3", "mattr": ["+avxvnni"]},
     AVX2: {"mcpu": "x86-64-v3"},
     GENERIC: {"mcpu": "x86-64"},
+    NEON: {"mtriple": "aarch64-linux-gnu"},
 }
+_AVX2 = ("avx2", "f16c", "fma")
+NEEDS = {  # in the words of /proc/cpuinfo
+    AVX512_VNNI: ("avx512_vnni", "avx512bw", "avx512vl", "avx512dq", "avx512cd"), AVX_VNNI: ("avx_vnni", *_AVX2), AVX2: _AVX2,
+    GENERIC: ("sse2",), NEON: ("asimd",),
+}  # fmt: skip
 
 
 @cache
 def _flags() -> frozenset[str]:
     with open("/proc/cpuinfo") as lines:
-        return frozenset(next((line.split(":")[1].split() for line in lines if line.startswith("flags")), ()))
+        found = (line.split(":")[1].split() for line in lines if line.startswith(("flags", "Features")))
+        return frozenset(next(found, ()))
 
 
-def runnable() -> list[Isa]:
-    """The instruction sets of this processor."""
-    avx2 = {"avx2", "f16c", "fma"}
-    needs = {
-        AVX512_VNNI: {"avx512_vnni", "avx512bw", "avx512vl", "avx512dq", "avx512cd"}, AVX_VNNI: {"avx_vnni", *avx2},
-        AVX2: avx2, GENERIC: set(),
-    }  # fmt: skip
-    return [isa for isa, flags in needs.items() if flags <= _flags()]
+def lacks(isa: Isa) -> list[str]:
+    """What this processor would need for the set."""
+    return [flag for flag in NEEDS[isa] if flag not in _flags()]
 
 
-def each_isa(*names: str) -> pytest.MarkDecorator:
-    isas = [isa for isa in runnable() if not names or isa.name in names]
-    return pytest.mark.parametrize("isa", isas, ids=lambda isa: isa.name)
+def softened(isa: Isa) -> Isa:
+    """The set's shapes with its instructions as arithmetic, for any processor."""
+    return replace(isa, name=f"soft-{isa.name}", native_f16=False, instructions=SOFT)
+
+
+def _param(isa: Isa, reason: str) -> Any:
+    return pytest.param(isa, id=isa.name, marks=[pytest.mark.skip(reason=reason)] if reason else [])
+
+
+def each_isa() -> pytest.MarkDecorator:
+    """Every instruction set, and the soft form of each that this processor lacks."""
+    sets = []
+    for isa in ISAS.values():
+        missing = ", ".join(lacks(isa))
+        sets.append(_param(isa, missing and f"this CPU has no {missing}"))
+        sets.append(_param(softened(isa), "" if missing else f"this CPU has {isa.name} itself"))
+    return pytest.mark.parametrize("isa", sets)
 
 
 def target_of(isa: Isa) -> tvm.target.Target:
-    if isa is NEON:
-        return tvm.target.Target({"kind": "llvm", "mtriple": "aarch64-linux-gnu"})
-    return tvm.target.Target({"kind": "llvm", **CPU[isa]})
+    return tvm.target.Target({"kind": "llvm", **CPU.get(isa, {})})  # a soft one: what any processor of this kind can do
 
 
 def build(func: tvm.tirx.PrimFunc, isa: Isa) -> Any:

@@ -200,6 +200,11 @@ def _lanes(value: Expr) -> int:
     return int(text.split("x")[1]) if "x" in text else 1
 
 
+def bit_width(value: Expr) -> int:
+    """Bits of a vector."""
+    return int(value.ty.dtype.bits) * _lanes(value)
+
+
 def vector(dtype: str, lanes: int) -> str:
     return dtype if lanes == 1 else f"{dtype}x{lanes}"
 

@@ -12,6 +12,8 @@ from typing import Literal
 import tvm
 from tvm.target import codegen
 
+from .instructions import X86, Instructions
+
 Dot = Literal["vnni", "maddubs", "float"]
 
 
@@ -22,7 +24,8 @@ class Isa:
     ``lanes``: f32 values per vector. ``rows``: rows of a float register tile (two vectors wide).
     ``int_rows``: rows of an integer register tile. ``dot``: how u8 x s8 products are summed: ``vnni`` (vpdpbusd),
     ``maddubs`` (AVX2) or ``float`` (exact in f32, any processor). ``native_f16``: f16 <-> f32 conversion is one
-    instruction (otherwise it is spelt out in integer arithmetic and needs no runtime library).
+    instruction (otherwise it is spelt out in integer arithmetic and needs no runtime library). ``instructions``: what
+    ``vnni`` and ``maddubs`` are made of.
     """
 
     name: str
@@ -31,6 +34,7 @@ class Isa:
     int_rows: int
     dot: Dot
     native_f16: bool = True
+    instructions: Instructions = X86
 
     @property
     def columns(self) -> int:

@@ -21,7 +21,6 @@ from .emit import (
     floor_div,
     floor_mod,
     int64,
-    intrinsic,
     load,
     maximum,
     minimum,
@@ -166,7 +165,6 @@ def _dot_vnni(kernel: Kernel, desc: LinearInt, x: Buffer, w: Buffer, unpacked: B
         start = kernel.let(splat(correction, lanes))
         for v in range(2):
             kernel.store(sums, (i * 2 + v) * lanes, start)
-    width = lanes * 32
     byte = vector("int8", lanes * 4)
 
     def add(group: Expr | int, columns: list[Expr]) -> None:
@@ -174,8 +172,7 @@ def _dot_vnni(kernel: Kernel, desc: LinearInt, x: Buffer, w: Buffer, unpacked: B
             q = kernel.let(bits(byte, splat(load(x, (row + i, block, group)), lanes)))
             for v in range(2):
                 at = (i * 2 + v) * lanes
-                kernel.store(sums, at, intrinsic(vector("int32", lanes), f"llvm.x86.avx512.vpdpbusd.{width}",
-                                                 load(sums, at, lanes), columns[v], q))
+                kernel.store(sums, at, desc.isa.instructions.vpdpbusd(load(sums, at, lanes), columns[v], q))
 
     _each_group(kernel, desc, w, unpacked, panel, block, add)
     return lambda i, v: cast("float32", load(sums, (i * 2 + v) * lanes, lanes))
@@ -184,7 +181,7 @@ def _dot_vnni(kernel: Kernel, desc: LinearInt, x: Buffer, w: Buffer, unpacked: B
 def _dot_maddubs(kernel: Kernel, desc: LinearInt, x: Buffer, w: Buffer, unpacked: Buffer | None, rows: int, row: Expr,
                  panel: Expr, block: Expr) -> Callable[[int, int], Expr]:
     """AVX2: u8 x s8 pairs to int16. Eight products with 4-bit weights fit; 8-bit weights are widened every time."""
-    lanes = desc.isa.lanes
+    lanes, x86 = desc.isa.lanes, desc.isa.instructions
     ones = splat_int(1, 16, "int16")
     four = desc.weights == "int4"
     sums = kernel.registers(rows * 2, "int16" if four else "int32", 16 if four else 8)
@@ -198,13 +195,11 @@ def _dot_maddubs(kernel: Kernel, desc: LinearInt, x: Buffer, w: Buffer, unpacked
             for v in range(2):
                 at = (i * 2 + v) * step
                 if four:
-                    products = intrinsic("int16x16", "llvm.x86.avx2.pmadd.ub.sw", columns[v], q)
+                    products = x86.pmaddubsw(columns[v], q)
                 else:  # |w| * (q with the sign of w): both fit
                     signed = bits("int8x32", columns[v])
-                    products = intrinsic("int32x8", "llvm.x86.avx2.pmadd.wd", intrinsic(
-                        "int16x16", "llvm.x86.avx2.pmadd.ub.sw",
-                        intrinsic("int8x32", "llvm.x86.avx2.psign.b", signed, signed),
-                        intrinsic("int8x32", "llvm.x86.avx2.psign.b", q, signed)), ones)
+                    pairs = x86.pmaddubsw(x86.psignb(signed, signed), x86.psignb(q, signed))
+                    products = x86.pmaddwd(pairs, ones)
                 kernel.store(sums, at, load(sums, at, step) + products)
 
     _each_group(kernel, desc, w, unpacked, panel, block, add)
@@ -213,7 +208,7 @@ def _dot_maddubs(kernel: Kernel, desc: LinearInt, x: Buffer, w: Buffer, unpacked
         at = (i * 2 + v) * step
         if not four:
             return cast("float32", load(sums, at, lanes))
-        wide = intrinsic("int32x8", "llvm.x86.avx2.pmadd.wd", load(sums, at, 16), ones)
+        wide = x86.pmaddwd(load(sums, at, 16), ones)
         return cast("float32", wide + splat(load(x, (row + i, block, CORRECTION)), lanes))
 
     return result
