@@ -126,6 +126,20 @@ NEAR_MISSES = {
          ("  %probs", "  %small: f32[b, 4, s, t] = mul(%masked, 0.01:f32)\n  %probs")],
         "the mask is multiplied by 0.01",
     ),
+    "scores regrouped over positions": (
+        [("%m: bool[b, 1, 1, t]", "%m: bool[b, 1, 1, s]"), ("select(%m, %scaled,", "select(%m, %turned,"),
+         ("  %masked: f32[b, 4, s, t]",
+          "  %turned: f32[b, 4, t, s] = reshape(%scaled) {shape=(b, 4, t, s)}\n  %masked: f32[b, 4, t, s]"),
+         ("%probs: f32[b, 4, s, t]", "%probs: f32[b, 4, t, s]"), ("%v: f32[b, 4, t, 6]", "%v: f32[b, 4, s, 6]"),
+         ("%out: f32[b, 4, s, 6]", "%out: f32[b, 4, t, 6]")],
+        "%turned is reshape",
+    ),
+    "probs of one row for values of many": (
+        [("%q: f32[b,", "%q: f32[1,"), ("%k: f32[b,", "%k: f32[1,"), ("%kt: f32[b,", "%kt: f32[1,"),
+         ("%scores: f32[b,", "%scores: f32[1,"), ("%scaled: f32[b,", "%scaled: f32[1,"), ("%m: bool[b,", "%m: bool[1,"),
+         ("%masked: f32[b,", "%masked: f32[1,"), ("%probs: f32[b,", "%probs: f32[1,")],
+        "the batch is 1 in the scores and b in the result",
+    ),
     "mask broadcasts over some heads": (
         [("%m: bool[b, 1, 1, t]", "%m: bool[b, 2, 1, s, t]"), ("softmax(%masked)", "softmax(%flat)"),
          ("%masked: f32[b, 4, s, t] = select(%m, %scaled, -inf:f32)",

@@ -233,6 +233,29 @@ def test_short_contexts_need_no_ring() -> None:
         assert program.metadata["states"][0]["capacity"] == capacity
 
 
+@pytest.mark.parametrize(
+    "known, stride, first, context",
+    [(None, 1, 0, 64), (20, 1, 0, 20), (99, 2, 0, 32), (None, 3, 5, 20), (None, 1, 63, 1)],
+)
+def test_the_context_is_the_least_that_is_known(known: int | None, stride: int, first: int, context: int) -> None:
+    """What metadata says, and the positions that have a row in a table of 64: at 0, 2, .. or at 5, 8, .. 62."""
+    program = random_program(f"""graph @forward(%tokens: i64[b, s], %x: f32[b, s, 2, 8]) {{
+  param %table: f32[64, 8]
+  %i: i64[s] = iota() {{size=s}}
+  %j: i64[s] = mul(%i, {stride}:i64)
+  %at: i64[s] = add(%j, {first}:i64)
+  %e: f32[s, 8] = embedding(%table, %at)
+  %r: f32[s, 1, 8] = reshape(%e) {{shape=(s, 1, 8)}}
+  %h: f32[b, s, 2, 8] = add(%x, %r)
+  %y: f32[b, s, 2, 8] = attention(%h, %h, %h) {{scale=1.0, causal=true}}
+  return %y
+}}""")
+    if known is not None:
+        program.metadata["context"] = known
+    PassManager([DeriveKVCache()]).run(program)
+    assert program.metadata["context"] == context
+
+
 def test_layers_that_share_keys_and_values_keep_a_cache_each() -> None:
     """In place, a cache is written by one; of two windows, each ring remembers its own."""
     text = """graph @forward(%tokens: i64[b, s], %x: f32[b, s, 2, 8]) {
@@ -336,6 +359,11 @@ _DISTANCE = """  %i: i64[s] = iota() {size=s}
 """
 TEXT_REFUSED = {
     "causal over a memory": ([("%m) {scale=1.0}", "%m) {scale=1.0, causal=true}")], "causal over keys that do not run"),
+    "a window over a memory": ([("%m) {scale=1.0}", "%m) {scale=1.0, window=3}")], "causal over keys that do not run"),
+    "a norm along the sequence": (
+        [("  return %z", "  %t: f32[b, 2, 8, s] = transpose(%z) {perm=(0, 2, 3, 1)}\n"
+          "  %w: f32[b, 2, 8, s] = rms_norm(%t)\n  return %w")], "works across the sequence",
+    ),
     "positions on another axis": (
         [("= attention(%x, %x, %x) {scale=1.0, causal=true}", "= transpose(%t) {perm=(1, 0, 2, 3)}"),
          ("  %y", "  %t0: f32[s, b, 2, 8] = transpose(%x) {perm=(1, 0, 2, 3)}\n"
