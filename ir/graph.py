@@ -325,6 +325,11 @@ class Graph:
 
         return graph_text(self)
 
+    def _repr_html_(self) -> str:
+        from .html import graph_html
+
+        return graph_html(self)
+
     def to_networkx(self) -> networkx.DiGraph:
         """Dataflow as a networkx graph: nodes are Values and Nodes, edges run value -> node -> value."""
         import networkx as nx
@@ -458,6 +463,11 @@ class Program:
 
     def __str__(self) -> str:
         return "\n".join(str(g) for g in self.graphs.values())
+
+    def _repr_html_(self) -> str:
+        from .html import program_html
+
+        return program_html(self)
 
     def __getitem__(self, name: str) -> Graph:
         if name not in self.graphs:

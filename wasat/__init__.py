@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # what _HOME says, for type checkers and editors
     from wasat.backends.onnx import to_onnx as to_onnx
+    from wasat.driver import Executable as Executable
     from wasat.driver import compile as compile
     from wasat.driver import explain as explain
     from wasat.driver import from_pretrained as from_pretrained
@@ -41,6 +42,7 @@ _HOME = {
     "from_pretrained": "wasat.driver", "from_onnx": "wasat.frontend.onnx", "trace": "wasat.frontend.nn",
     "nn": "wasat.frontend", "load_weights": "wasat.frontend", "to_onnx": "wasat.backends.onnx",
     "compile": "wasat.driver", "optimize": "wasat.driver", "run": "wasat.driver", "explain": "wasat.driver",
+    "Executable": "wasat.driver",
     "train": "wasat.training.loop",
     "load": "wasat.runtime", "Model": "wasat.runtime", "SamplingOptions": "wasat.runtime",
     "parse": "wasat.ir", "Graph": "wasat.ir", "Program": "wasat.ir", "evaluate": "wasat.ir",

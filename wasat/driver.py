@@ -249,16 +249,40 @@ def run(
     program: Program, graph: str = "forward", *, backend: str = "interpreter",
     symbols: Mapping[str, int] | None = None, **inputs: Any,
 ) -> dict[str, Array]:  # fmt: skip
-    """Runs one graph on NumPy arrays: on the interpreter (the reference), or compiled for a target (``backend="cpu"``)."""
+    """Runs one graph on NumPy arrays: on the interpreter (the reference), or compiled for a target (``backend="cpu"``).
+
+    It compiles each time; :class:`Executable` compiles once.
+    """
     g = program[graph]
     if backend == "interpreter":
         params = {name: program.load(name) for name in g.params}
         return dict(zip(g.output_names, evaluate(g, inputs, params, symbols=symbols)))
-    from wasat.backends.tvm.build import Runner
-    from wasat.backends.tvm.targets import target_named
+    return Executable(program, backend)(graph, **inputs)
 
-    states = [s["name"] for s in program.metadata.get("states", [])]
-    return dict(Runner(program, target_named(backend), states)(graph, inputs))
+
+class Executable:
+    """A program compiled once, in this process, to be called again and again: ``Executable(program)(x=array)``.
+
+    It keeps the parameters as they were. Sizes that are symbolic may differ from call to call.
+    """
+
+    def __init__(self, program: Program, target: str = "cpu", *, threads: int | None = None) -> None:
+        from wasat.backends.tvm.build import Runner
+        from wasat.backends.tvm.targets import target_named
+
+        states = [s["name"] for s in program.metadata.get("states", [])]
+        copy = Program({k: g.clone() for k, g in program.graphs.items()}, dict(program.params), dict(program.metadata))
+        self._runner = Runner(copy, target_named(target, threads), states)
+
+    def __call__(self, graph: str = "forward", /, **inputs: Any) -> dict[str, Array]:
+        """Outputs of ``graph`` by name. Raises WasatError for inputs that do not fit."""
+        g = self._runner.program[graph]
+        names = [v.name for v in g.inputs]
+        if set(names) != set(inputs):
+            lacking, beyond = (sorted(set(a) - set(b)) for a, b in ((names, inputs), (inputs, names)))
+            said = [f"lacking: {', '.join(lacking)}"] * bool(lacking) + [f"unknown: {', '.join(beyond)}"] * bool(beyond)
+            raise IRError(f"@{graph} takes {', '.join(names) or 'no inputs'}; {'; '.join(said)}")
+        return dict(self._runner(graph, inputs))
 
 
 def explain(report: Report) -> str:
