@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 from wasat.frontend import from_pretrained
-from wasat.ir import Graph, IRError, Program, evaluate, parse, parse_program
+from wasat.ir import ArrayParam, Graph, IRError, Program, evaluate, parse, parse_program
 from wasat.passes import Cleanup, FuseAttention, FuseNorm, FuseRope, PassError, PassManager
 from wasat.training.losses import add_loss, cross_entropy
 from wasat.training.optimizers import SGD, AdamW, Constant, Cosine
@@ -203,3 +203,23 @@ def test_an_average_has_a_name_that_no_parameter_has() -> None:
         assert np.array_equal(made.states[average], program.params[name].load())
         assert np.array_equal(made.states[name], program.params[name].load())
     assert train_step(program).averages == {}
+
+
+def test_micro_batches_of_another_loss_count_alike() -> None:
+    """A loss that is no mean over places: the step follows the mean of the gradients, here 2 w x of each call, at w = 3."""
+    program = random_program("""graph @loss(%x: f32[n]) {
+  param %w: f32[]
+  %p: f32[] = mul(%w, %w)
+  %q: f32[n] = mul(%x, %p)
+  %loss: f32[] = reduce_sum(%q) {axes=(0,)}
+  return loss=%loss
+}""")
+    program.params["w"] = ArrayParam(np.array(3.0, np.float32), program.params["w"].type)
+    made = train_step(program, optimizer=SGD(), rate=Constant(0.125), accumulate=2)
+    run, states = interpreted(made.program["train_step"]), dict(made.states)
+    seen = []
+    for x in ([1.0], [2.0, 3.0]):
+        out = run({"x": np.array(x, np.float32), **states})
+        states = {k: np.asarray(out[k]) for k in states}
+        seen.append(float(states["w"]))
+    assert seen == [3.0, 3.0 - 0.125 * (6 * 1 + 6 * 5) / 2]
