@@ -21,6 +21,8 @@ from typing import Any, Literal, cast
 import numpy as np
 import tvm
 from wasat.ir import Attrs, Builder, DimLike, DType, Graph, IRError, Node, QArray, QTensorType, TensorType, Type, Value, equal
+from wasat.ir.ops.nn import NormAttrs
+from wasat.ir.ops.quant import QuantizedLinear
 
 from .convolutions import convolution
 from .kernels.attention import Attention, CachedAttention, MaskShape, attention, cached_attention
@@ -306,7 +308,7 @@ class _Selection:
         x = node.inputs[0]
         if not _f32(x, *node.inputs[2:]) or self._weight(node.inputs[1]) is None:
             return
-        if node.attrs.activation is None:  # type: ignore[attr-defined]
+        if QuantizedLinear.Attrs.of(node).activation is None:
             self._matrix(node, Linear, linear, x, self.rows(x))
             return
         if x not in self.quantized:
@@ -323,7 +325,7 @@ class _Selection:
     def _wants(self, x: Value) -> Literal["no", "yes", "both"]:
         """Whether x is read quantized: by integer linears alone (yes), by them among others (both), or not."""
         count = sum(
-            node.op.name == "quantized_linear" and i == 0 and node.attrs.activation == "int8"  # type: ignore[attr-defined]
+            node.op.name == "quantized_linear" and i == 0 and QuantizedLinear.Attrs.of(node).activation == "int8"
             and self._weight(node.inputs[1]) is not None
             for node, i in x.uses
         )  # fmt: skip
@@ -359,14 +361,14 @@ class _Selection:
         x, *scales = node.inputs
         if not _f32(x, *scales) or not _known(x.shape[-1]):
             return
-        out, eps = node.output, node.attrs.eps  # type: ignore[attr-defined]
+        out, eps = node.output, NormAttrs.of(node).eps
         operands, branch_weight = [x], None
         total = _made_by(x, "add")
         if total is not None and self._can_sum_at(total, node):
             a, b = total.inputs
             for stem, other in ((a, b), (b, a)):
                 inner = _made_by(other, "rms_norm")
-                if kind == "rms" and inner is not None and len(inner.inputs) == 2 and inner.attrs.eps == eps:  # type: ignore[attr-defined]
+                if kind == "rms" and inner is not None and len(inner.inputs) == 2 and NormAttrs.of(inner).eps == eps:
                     a, b, branch_weight = stem, inner.inputs[0], inner.inputs[1]
                     break
             operands = [a, b]
@@ -405,7 +407,7 @@ class _Selection:
             return
         quantize = self._wants(out) == "yes"
         m, n = self.rows(out)
-        desc = Glu(self.isa, n, node.attrs.activation, quantize, self.threads)  # type: ignore[attr-defined]
+        desc = Glu(self.isa, n, cast(Any, node.attrs).activation, quantize, self.threads)
         result = self._quantized_rows(out) if quantize else Result(out.tensor, (m, n))
         [y] = self.call(node, desc, glu, [x], [result], {0: (m, 2 * n)})
         if quantize:
@@ -419,7 +421,7 @@ class _Selection:
         inner = _made_by(x, "rms_norm")
         if inner is None or len(inner.inputs) != 2 or not _f32(*inner.inputs):
             return x, None, 0.0
-        return inner.inputs[0], inner.inputs[1], inner.attrs.eps  # type: ignore[attr-defined]
+        return inner.inputs[0], inner.inputs[1], NormAttrs.of(inner).eps
 
     def _rope(self, node: Node) -> None:
         x, positions, inv_freq = node.inputs

@@ -13,7 +13,11 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as I
 from wasat.ir import DType, IRError, Node, QArray, QTensorType, TensorType, Type, equal
 from wasat.ir.dims import Dim
+from wasat.ir.ops.attention import CacheAttrs
+from wasat.ir.ops.constant import Constant
 from wasat.ir.ops.random import PARITY, ROTATIONS
+from wasat.ir.ops.reduce import ReduceAttrs
+from wasat.ir.ops.shape import Concat, Reverse, Transpose
 
 from .loop_scan import SCAN
 from .lower import Context, Lowering, Packed, lowering_into, tvm_dtype
@@ -29,7 +33,7 @@ lowers = lowering_into(PRIMITIVES)
 # -- sources --------------------------------------------------------------------------------------------------------------
 @lowers("constant", narrow=True)
 def _constant(ctx: Context, node: Node) -> Any:
-    literal = node.attrs.value  # type: ignore[attr-defined]
+    literal = Constant.Attrs.of(node).value
     array, dtype = carried(np.array(literal.array)), tvm_dtype(literal.dtype)
     if array.ndim == 0 and literal.dtype.value.startswith("u"):
         # TVM folds a scalar into the arithmetic around it, where it takes 0 - x of unsigned ones for 0, and 2**64 - 1 for -1
@@ -69,7 +73,7 @@ def _reshape(ctx: Context, node: Node, x: Any) -> Any:
 
 @lowers("transpose", narrow=True)
 def _transpose(ctx: Context, node: Node, x: Any) -> Any:
-    return ctx.emit(R.permute_dims(x, list(node.attrs.perm)))  # type: ignore[attr-defined]
+    return ctx.emit(R.permute_dims(x, list(Transpose.Attrs.of(node).perm)))
 
 
 @lowers("broadcast_to", narrow=True)
@@ -107,7 +111,7 @@ def _slice(ctx: Context, node: Node, x: Any) -> Any:
 
 @lowers("concat", narrow=True)
 def _concat(ctx: Context, node: Node, *xs: Any) -> Any:
-    axis, shape = node.attrs.axis, node.output.shape  # type: ignore[attr-defined]
+    axis, shape = Concat.Attrs.of(node).axis, node.output.shape
     like = [  # sizes that are one by a check, written in one way
         ctx.view(x, v.shape, (*shape[:axis], v.shape[axis], *shape[axis + 1 :])) for x, v in zip(xs, node.inputs)
     ]
@@ -134,7 +138,7 @@ def _pad(ctx: Context, node: Node, x: Any) -> Any:
 
 @lowers("reverse", narrow=True)
 def _reverse(ctx: Context, node: Node, x: Any) -> Any:
-    for axis in node.attrs.axes:  # type: ignore[attr-defined]
+    for axis in Reverse.Attrs.of(node).axes:
         x = ctx.emit(R.flip(x, axis))
     return x
 
@@ -170,7 +174,7 @@ def _neutral(node: Node) -> Any:
 
 def _of_nothing(ctx: Context, node: Node) -> Any:
     """The reduction of an axis that is known to be empty, else None."""
-    if all(node.inputs[0].shape[i] != 0 for i in node.attrs.axes):  # type: ignore[attr-defined]
+    if all(node.inputs[0].shape[i] != 0 for i in ReduceAttrs.of(node).axes):
         return None
     return ctx.emit(R.broadcast_to(_neutral(node), ctx.shape(node.output.shape)))
 
@@ -178,7 +182,7 @@ def _of_nothing(ctx: Context, node: Node) -> Any:
 def _unless_empty(ctx: Context, node: Node, out: Any) -> Any:
     """``out``, the reduction, or the neutral element where an axis turns out to be empty at run time."""
     shape = node.inputs[0].shape
-    sizes = [ctx.dim(shape[i]) for i in node.attrs.axes if isinstance(shape[i], Dim)]  # type: ignore[attr-defined]
+    sizes = [ctx.dim(shape[i]) for i in ReduceAttrs.of(node).axes if isinstance(shape[i], Dim)]
     if not sizes:
         return out
 
@@ -380,7 +384,7 @@ def _take_along(ctx: Context, node: Node, x: Any, indices: Any) -> Any:
 @lowers("cache_update", narrow=True)
 def _cache_update(ctx: Context, node: Node, cache: Any, new: Any, past: Any) -> Any:
     """``cache[r, past[r] + i] = new[r, i]``; caches of rank 4 (all that states are) in place."""
-    ring = bool(node.attrs.ring)  # type: ignore[attr-defined]
+    ring = bool(CacheAttrs.of(node).ring)
     tail = [int(d) for d in node.inputs[0].shape[2:] if isinstance(d, int)]
     if len(tail) + 2 != node.output.tensor.rank:
         raise IRError(f"{node!r}: axes after the second must be of known size")

@@ -9,6 +9,8 @@ from tvm import relax, te, tirx
 from tvm.script import tirx as T
 from wasat.ir import DType, Node
 from wasat.ir.dims import DimLike
+from wasat.ir.ops.bits import Bitcast
+from wasat.ir.ops.elementwise import Cast
 
 from .lower import Context, Lowering, lowering_into, tvm_dtype
 from .narrow import NARROW, float_code, integer, integer_code, numbers
@@ -294,7 +296,7 @@ def _divided(ctx: Context, node: Node, f: Callable[..., Any], x: Any, y: Any) ->
 # -- element types ---------------------------------------------------------------------------------------------------------
 @lowers("cast", narrow=True)
 def _cast(ctx: Context, node: Node, x: Any) -> Any:
-    source, target = node.inputs[0].tensor.dtype, node.attrs.dtype  # type: ignore[attr-defined]
+    source, target = node.inputs[0].tensor.dtype, Cast.Attrs.of(node).dtype
     if source is target:
         return x
     if source in NARROW:
@@ -348,7 +350,7 @@ def _truncated(ctx: Context, node: Node, source: DType, target: DType, x: Any) -
 
 @lowers("bitcast", narrow=True)
 def _bitcast(ctx: Context, node: Node, x: Any) -> Any:
-    source, target = node.inputs[0].tensor.dtype, node.attrs.dtype  # type: ignore[attr-defined]
+    source, target = node.inputs[0].tensor.dtype, Bitcast.Attrs.of(node).dtype
     if source in NARROW and target in NARROW:
         return x
     return elementwise(ctx, node, lambda v: tirx.reinterpret(tvm_dtype(target), v), x)

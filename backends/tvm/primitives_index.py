@@ -16,6 +16,7 @@ from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as I
 from wasat.ir import DType, Node
+from wasat.ir.ops.index import ScatterAttrs, Sort, TopK
 
 from .kernels.emit import ceil_div, int64, minimum, symbol
 from .lower import Context, Lowering, tvm_dtype
@@ -24,9 +25,9 @@ R = relax.op
 
 
 # -- order ------------------------------------------------------------------------------------------------------------------
-def _order(ctx: Context, node: Node, x: Any, descending: bool) -> Any:
+def _order(ctx: Context, node: Node, x: Any, axis: int, descending: bool) -> Any:
     """Places of x's elements along the node's axis in sorted order, the axis last: i64 [rows, n]."""
-    axis, t = node.attrs.axis, node.inputs[0].tensor  # type: ignore[attr-defined]
+    t = node.inputs[0].tensor
     n = t.shape[axis]
     rest = [d for i, d in enumerate(t.shape) if i != axis]
     flat = (math.prod(rest), n)
@@ -92,9 +93,9 @@ def _order_kernel(dtype: str, is_float: bool, descending: bool) -> Any:
     return order
 
 
-def _picked(ctx: Context, node: Node, x: Any, order: Any) -> tuple[Any, Any]:
+def _picked(ctx: Context, node: Node, x: Any, order: Any, axis: int) -> tuple[Any, Any]:
     """The first of x's elements in ``order`` that the output has room for, and their places in the output's shape."""
-    axis, t = node.attrs.axis, node.inputs[0].tensor  # type: ignore[attr-defined]
+    t = node.inputs[0].tensor
     shape, sizes = ctx.dims(node.outputs[0].shape), ctx.dims(t.shape)
 
     def place(o: Any, i: Sequence[Any]) -> Any:
@@ -112,11 +113,13 @@ def _picked(ctx: Context, node: Node, x: Any, order: Any) -> tuple[Any, Any]:
 
 
 def _sort(ctx: Context, node: Node, x: Any) -> Any:
-    return _picked(ctx, node, x, _order(ctx, node, x, node.attrs.descending))[0]  # type: ignore[attr-defined]
+    a = Sort.Attrs.of(node)
+    return _picked(ctx, node, x, _order(ctx, node, x, a.axis, a.descending), a.axis)[0]
 
 
 def _top_k(ctx: Context, node: Node, x: Any) -> tuple[Any, Any]:
-    return _picked(ctx, node, x, _order(ctx, node, x, node.attrs.largest))  # type: ignore[attr-defined]
+    a = TopK.Attrs.of(node)
+    return _picked(ctx, node, x, _order(ctx, node, x, a.axis, a.largest), a.axis)
 
 
 # -- scatter ------------------------------------------------------------------------------------------------------------------
@@ -135,7 +138,8 @@ def _scatter_kernel(node: Node) -> Any:
 
     A block has a line of places in all rows of the axis to itself, and walks the updates that may fall there in order.
     """
-    axis, combine = node.attrs.axis, _COMBINE[node.attrs.reduce]  # type: ignore[attr-defined]
+    a = ScatterAttrs.of(node)
+    axis, combine = a.axis, _COMBINE[a.reduce]
     types = [v.tensor for v in node.inputs]
     x_shape, ids_shape, updates_shape = ([int64(d) if isinstance(d, int) else symbol("n") for d in t.shape] for t in types)
     slices, last = node.op.name == "scatter", len(x_shape) - 1
@@ -203,7 +207,7 @@ def _scatter(ctx: Context, node: Node, x: Any, ids: Any, updates: Any) -> Any:
 
 
 def _replaces(node: Node) -> bool:
-    return node.attrs.reduce == "none"  # type: ignore[attr-defined]
+    return ScatterAttrs.of(node).reduce == "none"
 
 
 INDEXING: dict[str, Lowering] = {
