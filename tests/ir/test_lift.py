@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 from test_axes import Case, cases, run, same
-from wasat.ir import OPS, Array, IRError, QArray, type_of
+from wasat.ir import OPS, Array, IRError, QArray, parse_type, symbol, type_of
 from wasat.ir.lift import lift
 from wasat.ir.types import TensorType
 
@@ -71,17 +71,22 @@ def test_many_at_once_give_what_each_gives(name: str) -> None:
     ],
 )
 def test_what_takes_an_axis_in_front(name: str, types: list[str], attrs: dict[str, object], which: tuple[bool, ...]) -> None:
-    from wasat.ir import parse_type
-
     op, given = OPS[name], [parse_type(t) for t in types]
     made = lift(op, op.Attrs(**attrs).canonical(*given), given, which, 5)
     assert (made is not None) == (name == "softmax")
 
 
+def test_the_axis_in_front_is_the_first_of_the_results() -> None:
+    """A factor of rows, aligned at the end: only where it stands on their axis."""
+    op = OPS["matmul"]
+    for x, stands in (("f32[b, s, 1, 4]", True), ("f32[b, h, s, 1, 4]", False), ("f32[h, s, 1, 4]", False)):
+        given = [parse_type(t) for t in (x, "f32[s, 4, 5]")]
+        attrs = op.Attrs()
+        assert (lift(op, attrs, given, (False, True), symbol("b"), own=False) == attrs) == stands
+
+
 def test_positions_of_rows_may_differ() -> None:
     """Of a rotation: positions get the axis in front that x has."""
-    from wasat.ir import parse_type
-
     op, given = OPS["rope"], [parse_type(t) for t in ("f32[b, s, 2, 4]", "i64[s]", "f32[2]")]
     assert all(isinstance(t, TensorType) for t in given)
     attrs = op.Attrs()
