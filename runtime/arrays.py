@@ -55,9 +55,21 @@ def bound(specs: Sequence[TensorSpec], arrays: Sequence[np.ndarray], sizes: Mapp
     return symbols
 
 
+def known(spec: Indices, symbols: Mapping[str, int]) -> bool:
+    """Whether ``symbols`` say what the bounds of the indices are."""
+    with contextlib.suppress(KeyError):
+        for end in (spec.low, spec.high):
+            extent(end, symbols)
+        return True
+    return False
+
+
 def check_indices(spec: Indices, x: np.ndarray, symbols: Mapping[str, int]) -> None:
     """Raises InputError for an element that is outside what it indexes."""
-    low, high = extent(spec.low, symbols), extent(spec.high, symbols)
+    try:
+        low, high = extent(spec.low, symbols), extent(spec.high, symbols)
+    except KeyError as e:
+        raise InputError(f"input {spec.input} holds indices up to {spec.high}, and nothing says what {e.args[0]} is") from None
     if x.size and not (low <= int(x.min()) and int(x.max()) < high):
         first = next(i for i in map(int, x.ravel()) if not low <= i < high)
         raise InputError(f"input {spec.input} holds the index {first}, outside {low} .. {high - 1}: {spec.where}")

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .arrays import bound, check_indices, check_sizes, fit
+from .arrays import bound, check_indices, check_sizes, fit, known
 from .errors import ArtifactError, ContextLimitError, InputError
-from .manifest import AGAIN, StateSpec, TensorSpec, extent, extents
+from .manifest import AGAIN, Indices, StateSpec, TensorSpec, extent, extents
 from .memory import tensor_of, zeros
 from .prompts import MOST_TOKENS
 from .values import whole
@@ -50,6 +50,7 @@ class Session:
         self._wanted = {spec.name: spec for spec in self._encoder.inputs} if self._encoder else {}  # by encode()
         self._wanted |= {name: spec for name, spec in self._others.items() if name not in made}
         self._given: dict[str, tuple[Any, np.ndarray]] = {}  # of the others, once they are here
+        self._late: dict[str, list[Indices]] = {"prefill": [], "decode": []}  # of them, what a step's sizes bound
         self._rows = next(i.shape[0] for i in model.entry("prefill").inputs if i.name == "tokens")
         self._model = model
         batch = whole("batch", batch, 1)
@@ -100,9 +101,15 @@ class Session:
             raise InputError("media has no rows: without media, feed text alone")
         given = {**self._wanted, **self._others}
         symbols = bound(list(given.values()), [values[name] for name in given], sizes)
-        for spec in self._indices:
-            if spec.input in self._others:
-                check_indices(spec, values[spec.input], symbols)
+        late: dict[str, list[Indices]] = {name: [] for name in self._late}
+        for name in late:
+            for index in self._model.entry(name).indices:
+                if index.input in self._others:
+                    if known(index, symbols):
+                        check_indices(index, values[index.input], symbols)
+                    else:
+                        late[name].append(index)
+        self._late = late
         most = self._model.manifest.vocab if self._media is None else self._media.vocab + len(values["media"])
         self._vocab = self._vocabulary(most, symbols)
         self._given = {name: (tensor_of(values[name]), values[name]) for name in self._others}
@@ -202,7 +209,7 @@ class Session:
             last = tensor_of(np.maximum(counts - 1, 0))
             name, own = "prefill", {"tokens": tensor_of(tokens), "past": self._past_tensor, "last": last}
         own |= {k: tensor for k, (tensor, _) in self._given.items()}
-        if self._checks[name]:
+        if self._checks[name] or self._late[name]:
             self._check(name, {"tokens": tokens, "past": counts, "last": counts, **{k: x for k, (_, x) in self._given.items()}})
         out = self._functions[name](*(own[k] for k in self._names[name]), *self._kept[name])
         np.maximum(self._written, self._past + s, out=self._written)
@@ -214,6 +221,8 @@ class Session:
         inputs = self._model.entry(name).inputs
         symbols = bound(inputs, [given[spec.name] for spec in inputs], {"c": self._capacity})
         check_sizes(f"entry {name}", self._checks[name], symbols)
+        for index in self._late[name]:
+            check_indices(index, given[index.input], symbols)
 
     def _feed_one_by_one(self, tokens: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Each row by itself, on copies of its caches, so that none needs padding."""
@@ -229,7 +238,7 @@ class Session:
             for k, (_, array) in self._given.items():
                 at = [slice(r, r + 1) if d == self._rows else slice(None) for d in self._others[k].shape]
                 own[k] = array[tuple(at)]
-            if self._checks[name]:
+            if self._checks[name] or self._late[name]:
                 self._check(name, own)
             states = [row[k][0] for k in self._states[name]]
             inputs = [tensor_of(own[k]) for k in self._names[name]]

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from kernel_help import assert_near, build, each_isa, run, tensor
 from numpy.typing import NDArray
+from wasat.backends.tvm.kernels.attention import CachedAttention, cached_attention
 from wasat.backends.tvm.kernels.cache import Cache, CacheWrite, cache_shape, cache_write
+from wasat.backends.tvm.kernels.flash import Scores
 from wasat.backends.tvm.kernels.isa import Isa
 from wasat.backends.tvm.kernels.rope import QkvToCache, Rope, Rotary, qkv_to_cache, rope
 
@@ -109,3 +111,29 @@ def test_qkv_to_cache(isa: Isa, norm: bool, dims: int, capacity: int | None, dty
             assert_near(values[b][:, slots[b]], heads[b, :, h + g :].transpose(1, 0, 2), tolerance)
             untouched = np.setdiff1d(np.arange(c), slots[b])
             assert not keys[b][:, untouched].any()
+
+
+@each_isa()
+@pytest.mark.parametrize("capacity", [None, 32], ids=["full", "ring"])
+@pytest.mark.parametrize("s", [1, 3])
+def test_a_past_outside_the_cache_touches_nothing_else(isa: Isa, capacity: int | None, s: int) -> None:
+    """The runtime refuses it before; here whatever lies around the rows' own caches stays, and is not read."""
+    cache = Cache(1, 16, 16, capacity)
+    scores = Scores(0.2, window=None if capacity is None else 20)
+    write = build(cache_write(CacheWrite(isa, cache, threads=2)), isa)
+    attend = build(cached_attention(CachedAttention(isa, 2, cache, scores, s == 1, threads=2)), isa)
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((3, s, n, 16)).astype(np.float32) for n in (2, 1, 1))
+    for past in (-1, -5, -32, -(1 << 40), 31, 32, 33, 500, 1 << 40, (1 << 63) - 1, -(1 << 63)):
+        at = np.array([0, past, 0])
+        held = [tensor(np.zeros((3, 1, 32, 16), np.float32)) for _ in range(2)]
+        run(write, [k, v, at, *held])
+        for x in held:
+            assert np.count_nonzero(x.numpy()[[0, 2]]) == 2 * s * 16
+            inside = sum(0 <= past + i < (capacity and 1 << 63 or 32) for i in range(s))
+            assert np.count_nonzero(x.numpy()[1]) == 16 * inside
+        nan = [np.full((3, 1, 32, 16), np.nan, np.float32) for _ in range(2)]
+        for x in nan:
+            x[1] = 0
+        [y] = run(attend, [q, at, *nan], ((3, s, 2, 16), "float32"))
+        assert not y[1].any()

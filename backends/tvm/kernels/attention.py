@@ -132,7 +132,7 @@ def _prefill(desc: CachedAttention) -> tirx.PrimFunc:
             head = kernel.let(floor_mod(floor_div(unit, chunks), g), "head")
             batch = kernel.let(floor_div(unit, chunks * g), "batch")
             rows = kernel.let(minimum(s * group - low, chunk), "rows")
-            start = kernel.let(load(past, batch), "past")
+            start = view.inside(load(past, batch), s)
 
             def place(row: Expr) -> Expr:
                 at = low + row
@@ -148,7 +148,8 @@ def _prefill(desc: CachedAttention) -> tirx.PrimFunc:
 
             flash.begin(rows, lambda row: (q, place(row) * d), position)
             begin = _begin(kernel, desc.scores, position(int64(0)))
-            end = kernel.let(position(rows - 1) + 1, "end")
+            end = position(rows - 1) + 1
+            end = kernel.let(end if cache.ring else minimum(end, view.capacity), "end")
             with kernel.range(floor_div(begin, _BLOCK), ceil_div(end, _BLOCK)) as at:
                 block = kernel.let(at * _BLOCK, "block")
                 source = _cached_source(view, batch, head, block)
@@ -158,7 +159,7 @@ def _prefill(desc: CachedAttention) -> tirx.PrimFunc:
                 with kernel.loop(ceil_div(rows, isa.rows)) as tile:
                     # the last row of a tile bounds what the tile sees
                     last = kernel.let(position(minimum(tile * isa.rows + (isa.rows - 1), rows - 1)), "last")
-                    count = kernel.let(minimum(last + 1 - block, _BLOCK), "count")
+                    count = kernel.let(minimum(minimum(last + 1, end) - block, _BLOCK), "count")
                     first = _first(kernel, desc.scores, position(tile * isa.rows), block)
                     with kernel.when(count > first):
                         flash.advance(tile, block, first, count, source, add if addend is not None else None)
@@ -256,7 +257,7 @@ def _decode(desc: CachedAttention) -> tirx.PrimFunc:
             share = kernel.let(floor_mod(unit, splits), "share")
             head = kernel.let(floor_mod(floor_div(unit, splits), g), "head")
             batch = kernel.let(floor_div(unit, splits * g), "batch")
-            position = kernel.let(load(past, batch), "position")
+            position = view.inside(load(past, batch), 1)
 
             def add(row: Expr, key: Expr, lanes: int) -> Expr:
                 assert addend is not None
@@ -289,7 +290,7 @@ def _decode(desc: CachedAttention) -> tirx.PrimFunc:
     kernel.share(desc.threads, b * g * splits, thread)
 
     def combine(row: Expr) -> None:
-        _, count = blocks(kernel.let(load(past, floor_div(row, h)), "position"))
+        _, count = blocks(view.inside(load(past, floor_div(row, h)), 1))
         count = kernel.let(tirx.Select(split, count, int64(1)), "count")
         best, total = (kernel.registers(1, "float32", 1) for _ in range(2))
         kernel.store(best, 0, minus_infinity(1))

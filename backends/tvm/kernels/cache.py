@@ -86,6 +86,12 @@ class CacheView:
     def slot(self, position: Expr) -> Expr:
         return floor_mod(position, self.capacity) if self.desc.ring else position
 
+    def inside(self, past: Expr, s: Index) -> Expr:
+        """``past``; where it or the ``s`` positions from it on are outside the cache, the caller's mistake, one where nothing
+        else is read."""
+        most = int64(1 << 30) if self.desc.ring else tirx.max(self.capacity - s, int64(0))
+        return self.kernel.let(tirx.max(tirx.min(past, most), int64(0)), "past")
+
     def key_group(self, batch: Expr, head: Expr, group: Expr) -> Expr:
         """Where the 16 positions of ``group`` (position // 16) start."""
         groups = floor_div(self.capacity, GROUP)
@@ -115,11 +121,9 @@ class CacheView:
             for_vectors(kernel, self.desc.value_dim, self.isa.lanes, lambda j, width: kernel.store(
                 self.values, row + j, self._narrow(load(value[0], value[1] + j, width))))
 
-        if self.desc.ring:
+        # a position outside the cache is the caller's mistake, but must not write elsewhere
+        with kernel.when(position >= 0 if self.desc.ring else tirx.And(position >= 0, position < self.capacity)):
             store()
-        else:  # a position beyond the capacity is the caller's mistake, but must not write elsewhere
-            with kernel.when(position < self.capacity):
-                store()
 
 
 def cache_params(kernel: Kernel, isa: Isa, desc: Cache, batch: Expr) -> CacheView:
