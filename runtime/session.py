@@ -101,15 +101,13 @@ class Session:
             raise InputError("media has no rows: without media, feed text alone")
         given = {**self._wanted, **self._others}
         symbols = bound(list(given.values()), [values[name] for name in given], sizes)
-        late: dict[str, list[Indices]] = {name: [] for name in self._late}
-        for name in late:
-            for index in self._model.entry(name).indices:
-                if index.input in self._others:
-                    if known(index, symbols):
-                        check_indices(index, values[index.input], symbols)
-                    else:
-                        late[name].append(index)
-        self._late = late
+        held = [i for i in self._indices if i.input in self._others and known(i, symbols)]
+        for index in held:
+            check_indices(index, values[index.input], symbols)
+        bounds = {(i.input, i.low, i.high) for i in held}
+        for name in self._late:
+            late = (i for i in self._model.entry(name).indices if i.input in self._others)
+            self._late[name] = [i for i in late if (i.input, i.low, i.high) not in bounds]
         most = self._model.manifest.vocab if self._media is None else self._media.vocab + len(values["media"])
         self._vocab = self._vocabulary(most, symbols)
         self._given = {name: (tensor_of(values[name]), values[name]) for name in self._others}

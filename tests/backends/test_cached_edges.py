@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from wasat.backends.tvm.build import Runner
 from wasat.backends.tvm.targets import cpu
-from wasat.ir import evaluate, parse_program
+from wasat.ir import IRError, evaluate, parse_program
 
 STATES = [{"name": f"{r}c", "role": r, "kind": "full", "capacity": None, "window": None} for r in "kv"]
 SIZES = (1, 3)
@@ -65,3 +65,13 @@ def test_a_row_that_sees_nothing_is_0(compiled: Runner, mask: str, s: int) -> No
     want = agree(compiled, f"{mask}{s}", given)
     assert not want[0].any()
     assert want[1].any()
+
+
+@pytest.mark.parametrize("s", SIZES)
+@pytest.mark.parametrize("past", [-1, 32, 1 << 40])
+def test_a_past_outside_the_cache_is_refused_before_the_call(compiled: Runner, s: int, past: int) -> None:
+    given = inputs(s, "bool") | {"past": np.array([5, past])}
+    with pytest.raises(IRError, match=f"index {past} of past is outside 0 .. {32 - s}"):
+        compiled(f"bool{s}", given)
+    with pytest.raises((IRError, IndexError)):
+        evaluate(compiled.program[f"bool{s}"], given)

@@ -130,7 +130,7 @@ def test_a_past_outside_the_cache_touches_nothing_else(isa: Isa, capacity: int |
         run(write, [k, v, at, *held])
         for x in held:
             assert np.count_nonzero(x.numpy()[[0, 2]]) == 2 * s * 16
-            inside = sum(0 <= past + i < (capacity and 1 << 63 or 32) for i in range(s))
+            inside = sum(0 <= past + i < ((capacity and 1 << 63) or 32) for i in range(s))
             assert np.count_nonzero(x.numpy()[1]) == 16 * inside
         nan = [np.full((3, 1, 32, 16), np.nan, np.float32) for _ in range(2)]
         for x in nan:

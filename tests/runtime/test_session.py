@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from tiny_model import CHUNK, CONTEXT, RING, VOCAB, WINDOW, Reference
-from wasat.ir import Program
-from wasat.runtime import ContextLimitError, InputError, Model
+from wasat.backends.tvm.build import build
+from wasat.backends.tvm.targets import cpu
+from wasat.backends.tvm.weights import write_weights
+from wasat.ir import ArrayParam, Builder, DimLike, DType, Graph, Program, TensorType, symbol
+from wasat.runtime import ContextLimitError, InputError, Model, load, write_artifact
+
+from wasat.driver import _manifest
 
 
 def _tokens(n: int, seed: int = 0) -> list[int]:
@@ -237,3 +244,35 @@ def test_run_refuses_what_is_no_array(model: Model, odd: object) -> None:
         model.run("sum", x=odd, y=np.zeros((1, 3), np.float32))
     with pytest.raises(InputError):
         model.run(odd, x=1)  # type: ignore[arg-type]
+
+
+def test_indices_that_a_step_bounds_are_checked_in_the_step(tmp_path: Path) -> None:
+    """``at`` counts through the step's own tokens: how many there are, encode() cannot know."""
+
+    def graph(name: str, s: DimLike) -> Graph:
+        g = Graph(name)
+        b, n = Builder(g), symbol("b")
+        tokens = g.add_input("tokens", TensorType(DType.I64, (n, s)))
+        for own in ("past", "last") if name == "prefill" else ("past",):
+            g.add_input(own, TensorType(DType.I64, (n,)))
+        at = g.add_input("at", TensorType(DType.I64, (n, 1, 1)))
+        table = g.add_param("table", TensorType(DType.F32, (8, 4)))
+        picked = b.take_along(b.embedding(table, tokens), at, axis=1)
+        g.set_outputs([b.reshape(picked, shape=(n, 4))], ["logits"])
+        return g
+
+    table = np.arange(32, dtype=np.float32).reshape(8, 4)
+    graphs = {"prefill": graph("prefill", symbol("s")), "decode": graph("decode", 1)}
+    program = Program(graphs, {"table": ArrayParam(table, TensorType(DType.F32, (8, 4)))}, {"context": 64})
+    library = build(program, cpu())
+    write_artifact(tmp_path / "model", _manifest(program, library, {}), {
+        "model.so": library.export, "weights.safetensors": lambda path: write_weights(path, library.plan, program.load),
+        **{p.name: p for p in library.target.runtime_files()},
+    })  # fmt: skip
+    session = load(tmp_path / "model").session(batch=1)
+    session.encode(at=np.array([[[2]]]))
+    np.testing.assert_array_equal(session.step([[1, 5, 3]]), table[[3]])
+    with pytest.raises(InputError, match=r"input at holds the index 2, outside -2 \.\. 1"):
+        session.step([[1, 5]])
+    with pytest.raises(InputError, match="input at holds the index 2"):
+        session.step([[1]])
