@@ -1,21 +1,25 @@
-# make demo | test | test-all | check | mutants | bench | parity: each sets up what it needs in .venv (Python 3.11+, a C++ compiler)
+# make demo | test | test-all | test-machines | check | mutants | bench | parity: each sets up what it needs in .venv (Python 3.11+, a C++ compiler)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := ir passes backends frontend runtime training wasat
 
-.PHONY: demo test test-all test-slow check lint types mutants bench parity clean
+.PHONY: demo test test-all test-slow test-machines check lint types mutants bench parity clean
 
 demo: $(READY)
 	$(BIN)/wasat demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not machines"
 
 # what takes long and adds little: larger sweeps of what `make test` samples
 test-slow: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+
+# the kernels for NEON, under an emulator; what is not installed is named where tests are skipped
+test-machines: $(READY)
+	$(BIN)/python -m pytest tests/machines -n 2 -m machines -rs
 
 test-all: test test-slow
 
