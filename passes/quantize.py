@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
-from wasat.ir import Builder, DType, Graph, Node, ParamSource, Program, Value, op_named
+from wasat.ir import Builder, DType, Graph, Node, ParamSource, Program, TensorType, Value, op_named
 
 from .core import Pass, PassError, Remarks
 from .hoist_params import derive, param_only, size_in_bytes
@@ -18,6 +18,8 @@ from .hoist_params import derive, param_only, size_in_bytes
 _INTEGERS = ("int8", "int4")
 _FLOATS = {"f16": DType.F16, "bf16": DType.BF16}
 SCHEMES = (*_INTEGERS, *_FLOATS, "f32")
+_LARGE = 16384
+"""Bytes of a parameter below which nobody asks why it stays."""
 _F16 = np.finfo(np.float16)
 
 
@@ -78,6 +80,7 @@ class _Run:
         self.after: Counter[str] = Counter()
 
     def run(self) -> bool:
+        self._others()
         for node in self.graph.nodes:
             if node.op.quantized is not None and node.op.weight is not None:
                 self._node(node, node.op.weight)
@@ -91,6 +94,20 @@ class _Run:
                 if user is not small.node:
                     self.remarks.missed(f"%{w.name} is also kept as {w.type}, because {user!r} reads it", user)
         return bool(self.small)
+
+    def _others(self) -> None:
+        """Names large parameters that no ``linear``, ``embedding`` or loop reads, and what is quantized already."""
+        for v in self.graph.params.values():
+            if not isinstance(v.type, TensorType):
+                self.remarks.missed(f"%{v.name} stays {v.type}: it is quantized already", v)
+                continue
+            wide = v.tensor.dtype.is_float and v.tensor.dtype.bits > 8 and len(v.shape) > 1 and size_in_bytes(v.type) >= _LARGE
+            readers = {u.op.name for u in v.users}
+            if not wide or not readers or self.options.scheme_of([v.param or v.name]) == "f32":
+                continue
+            if not any(x.op.quantized or x.op.name == "quantize" or x.attrs.bodies for x in _reached(v, self.only)):
+                reads = ", ".join(sorted(readers))
+                self.remarks.missed(f"%{v.name} stays {v.type}: {reads} reads it, and no linear or embedding", v)
 
     def _node(self, node: Node, at: int) -> None:
         w = node.inputs[at]
@@ -143,6 +160,18 @@ class _Run:
                 names = ", ".join(_sources(w))
                 return f"{names} has a block whose scale is outside f16 (about 1e-6 to 65504)"
         return None
+
+
+def _reached(v: Value, only: set[Value]) -> list[Node]:
+    """What reads ``v``, or what is computed from parameters alone and from it."""
+    nodes = {u: None for u in v.users}
+    for node in (todo := list(nodes)):
+        for out in node.outputs:
+            for u in out.users if out in only else ():
+                if u not in nodes:
+                    nodes[u] = None
+                    todo.append(u)
+    return list(nodes)
 
 
 def _sources(w: Value) -> list[str]:

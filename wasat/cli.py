@@ -1,22 +1,39 @@
-"""The command line: ``wasat compile | generate | show | plan | explain | export | train | evaluate | demo``."""
+"""The command line: ``wasat compile | run | generate | show | plan | explain | export | train | evaluate | demo``."""
 
 from __future__ import annotations
 
 import re
 import sys
 import time
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from wasat import __version__
+from wasat import __version__, cli_run
+from wasat.console import (
+    Activation,
+    Bar,
+    Constants,
+    Override,
+    Quantize,
+    Refusal,
+    Scheme,
+    Sizes,
+    Source,
+    array_file,
+    constant_of,
+    err,
+    or_none,
+    out,
+    overrides_of,
+    say,
+    sizes_of,
+    warn_of_weights,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,6 +50,7 @@ A first round, from a clone of the repository:
 
 - `wasat compile examples/pygemma -o pygemma.wasat --quantize int4` makes an artifact of a Hugging Face folder, or an ONNX file
 - `wasat generate pygemma.wasat "def read_file(path):"` runs it, without the compiler
+- `wasat run model.onnx --input x=x.npy -o y.npz` runs any other model: arrays, pictures and sounds in, arrays out
 - `wasat show examples/pygemma --after fuse-attention` prints the graph as any pass leaves it
 - `wasat plan examples/pygemma` says what it will take, in each scheme, before anything is allocated
 - `wasat explain examples/pygemma` says what each pass did, and for every lost optimization why and where
@@ -43,90 +61,6 @@ A first round, from a clone of the repository:
 - `wasat demo` does it all on small models, and writes a page
 """,
 )  # fmt: skip
-out, err = Console(), Console(stderr=True)
-
-Scheme = Literal["int4", "int8", "f16", "bf16", "f32"]
-Quantize = Annotated[Scheme, typer.Option(help="Weights in fewer bits; `int4` and `int8` share f16 scales in blocks of 32.")]
-Override = Annotated[
-    list[str] | None,
-    typer.Option("--override", help="`GLOB=SCHEME` for the parameters that match, e.g. `'*embed*=int8'`; repeatable."),
-]
-Activation = Annotated[
-    Literal["int8", "f32"],
-    typer.Option(help="Where weights are integers: integer dot products, or activations in float (slower, more exact)."),
-]
-Source = Annotated[Path, typer.Argument(help="A Hugging Face folder, an ONNX file, or graph text.", show_default=False)]
-
-
-class _Refusal(Exception):
-    """An option that cannot be."""
-
-
-class _Bar:
-    """What is going on, in one line of stderr that is gone afterwards; nothing where stderr is no terminal."""
-
-    def __init__(self) -> None:
-        self._bar = Progress(
-            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
-            console=err, transient=True, disable=not err.is_terminal,
-        )  # fmt: skip
-        self._task: TaskID | None = None
-        self._stage = ""
-
-    def __enter__(self) -> _Bar:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._bar.stop()
-
-    def __call__(self, stage: str, done: int = 0, total: int = 0) -> None:
-        group, label = stage.split()[0], f"{stage:<24}"  # passes are parts of one stage
-        if group != self._stage or self._task is None:
-            if self._task is not None:
-                self._bar.remove_task(self._task)
-            self._task, self._stage = self._bar.add_task(label, total=total or None), group
-        self._bar.update(self._task, description=label, completed=done)
-
-
-def _overrides(items: list[str] | None) -> dict[str, str]:
-    found = {}
-    for item in items or []:
-        glob, sign, scheme = item.rpartition("=")
-        if not sign or not glob:
-            raise _Refusal(f"--override {item!r}: write GLOB=SCHEME, e.g. '*embed*=int8'")
-        found[glob] = scheme
-    return found
-
-
-def _sizes(items: list[str] | None) -> dict[str, int]:
-    sizes = {}
-    for item in items or []:
-        name, _, number = item.rpartition("=")
-        if not name or not (number.isascii() and number.isdecimal() and len(number) < 19):
-            raise _Refusal(f"--size {item!r}: write NAME=N, e.g. h=1080")
-        sizes[name] = int(number)
-    return sizes
-
-
-def _constant(item: str) -> tuple[str, np.ndarray]:
-    """Name and array of a ``--constant``."""
-    import numpy as np
-
-    name, _, value = item.rpartition("=")
-    if name and value.endswith(".npy"):
-        try:
-            return name, np.asarray(np.load(value, allow_pickle=False))
-        except (ValueError, EOFError) as e:
-            raise _Refusal(f"--constant {item!r}: {value} is no array file: {e}") from None
-    for kind in (int, float):
-        try:
-            return name, np.asarray(kind(value))
-        except (ValueError, OverflowError):
-            pass
-    raise _Refusal(f"--constant {item!r}: write NAME=NUMBER or NAME=FILE.npy, e.g. sr=16000")
-
-
 def _version(value: bool) -> None:
     if value:
         print(f"wasat {__version__}")
@@ -148,13 +82,8 @@ def compile(
     target: Annotated[str, typer.Option(help="`cpu` (this machine), `cpu:znver3`, `cuda:sm_80`, …")] = "cpu",
     chunk: Annotated[int, typer.Option(help="Most prompt tokens per call; sliding-window caches hold window + chunk.")] = 512,
     threads: Annotated[int | None, typer.Option(help="Threads the code is laid out for; default: this machine's.")] = None,
-    size: Annotated[
-        list[str] | None, typer.Option(help="`NAME=N`: fix a symbolic size of an ONNX file, e.g. `batch=1`; repeatable.")
-    ] = None,
-    constant: Annotated[
-        list[str] | None,
-        typer.Option(help="`NAME=NUMBER` or `NAME=FILE.npy`: fix an input of an ONNX file, e.g. `sr=16000`; repeatable."),
-    ] = None,
+    size: Sizes = None,
+    constant: Constants = None,
     check: Annotated[
         bool, typer.Option("--check", help="Compare results, on the interpreter, before and after every pass (slow).")
     ] = False,
@@ -172,20 +101,22 @@ def compile(
     from wasat import driver
 
     started = time.perf_counter()
-    with _Bar() as bar:
+    with Bar() as bar:
         bar("reading the model")
-        program = driver.load_program(source, sizes=_sizes(size), constants=dict(_constant(item) for item in constant or ()))
+        fixed = dict(constant_of(item) for item in constant or ())
+        program = driver.load_program(source, sizes=sizes_of(size), constants=fixed)
         report = driver.compile(
-            program, output, target=target, quantize=_or_none(quantize), overrides=_overrides(override),
-            activation=_or_none(activation), chunk=chunk, threads=threads, check=check, progress=bar,
+            program, output, target=target, quantize=or_none(quantize), overrides=overrides_of(override),
+            activation=or_none(activation), chunk=chunk, threads=threads, check=check, progress=bar,
         )  # fmt: skip
     if verbose:
         print(report.explain())
+    warn_of_weights(report, quantize)
     written = sum(f.stat().st_size for f in output.iterdir())
-    _say(f"{output}: {written / 1e6:.1f} MB in {time.perf_counter() - started:.1f} s")
+    say(f"{output}: {written / 1e6:.1f} MB in {time.perf_counter() - started:.1f} s")
     missed = len(report.remarks("missed"))
     if missed and not verbose:
-        _say(f"{missed} optimization{'s were' * (missed > 1) or ' was'} missed; what and why: wasat explain {source} --missed")
+        say(f"{missed} optimization{'s were' * (missed > 1) or ' was'} missed; what and why: wasat explain {source} --missed")
 
 
 @app.command()
@@ -261,22 +192,13 @@ def _input(item: str, model: Model) -> tuple[str, np.ndarray]:
     name, _, file = item.partition("=")
     path = Path(file)
     if not file or path.suffix not in (".npy", ".npz", ".txt"):
-        raise _Refusal(
+        raise Refusal(
             f"--input {item!r}: write NAME=FILE, an array (.npy, .npz) or a text as tokens (.txt); of sounds and pictures "
             "give what the model's own processor makes of them"
         )
     if path.suffix == ".txt":
         return name, np.array([model.tokenizer.encode(path.read_text(encoding="utf-8"))])
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return name, loaded
-        with loaded:
-            if name not in loaded:
-                raise _Refusal(f"--input {item!r}: the file holds {', '.join(loaded)}, and no {name}")
-            return name, loaded[name]
-    except (ValueError, zipfile.BadZipFile) as e:
-        raise _Refusal(f"--input {item!r}: {path} is no array file: {e}") from None
+    return name, array_file(item, name, path)
 
 
 def _parts(text: str, media: Mapping[str, Sequence[Media]]) -> Prompt:
@@ -292,7 +214,7 @@ def _parts(text: str, media: Mapping[str, Sequence[Media]]) -> Prompt:
         elif left[kind]:
             parts.append(left[kind].pop(0))
         else:
-            raise _Refusal(f"the text names more than {len(media[kind])} {piece}: give --{kind} once for each")
+            raise Refusal(f"the text names more than {len(media[kind])} {piece}: give --{kind} once for each")
     return [*(x for items in left.values() for x in items), *parts]
 
 
@@ -320,7 +242,7 @@ def show(
 
     def render(p: Program) -> str:
         if graph is not None and graph not in p.graphs:
-            raise _Refusal(f"there is no graph {graph!r} here; there are {', '.join(p.graphs)}")
+            raise Refusal(f"there is no graph {graph!r} here; there are {', '.join(p.graphs)}")
         return "\n".join(graph_text(g, locs=locs) for name, g in p.graphs.items() if graph in (None, name))
 
     program = driver.load_program(source)
@@ -335,13 +257,13 @@ def show(
             shown.append(render(p))
 
     result, _ = driver.optimize(
-        program, quantize=_or_none(quantize), overrides=_overrides(override), activation=_or_none(activation), dump=dump
+        program, quantize=or_none(quantize), overrides=overrides_of(override), activation=or_none(activation), dump=dump
     )
     if after == "all":
         shown.append(render(result))
     unknown = [name for name in (before, after) if name not in (None, *seen) and (name, after) != ("all", "all")]
     if unknown:
-        raise _Refusal(f"there is no pass {unknown[0]!r}; in order they are: {', '.join(seen)}")
+        raise Refusal(f"there is no pass {unknown[0]!r}; in order they are: {', '.join(seen)}")
     print("\n".join(shown), end="")
 
 
@@ -376,8 +298,8 @@ def plan(
     from wasat import driver
     from wasat.plan import plan as planned
 
-    sizes = _sizes(size)
-    _say(planned(driver.described(source), target=target, batch=batch, context=context, chunk=chunk, sizes=sizes).text())
+    sizes = sizes_of(size)
+    say(planned(driver.described(source), target=target, batch=batch, context=context, chunk=chunk, sizes=sizes).text())
 
 
 @app.command()
@@ -399,8 +321,9 @@ def explain(
 
     program = driver.load_program(source)
     _, report = driver.optimize(
-        program, quantize=_or_none(quantize), overrides=_overrides(override), activation=_or_none(activation)
+        program, quantize=or_none(quantize), overrides=overrides_of(override), activation=or_none(activation)
     )
+    warn_of_weights(report, quantize)
     print(report.explain(only="missed" if missed else None))
 
 
@@ -435,16 +358,16 @@ def train(
     last = done.log[-1]
     held_out = f", {last['eval.loss']:.4f} held out" if "eval.loss" in last else ""
     speed = f"{last['tokens_per_second']:.0f} tokens/s, {last['utilisation']:.1%} of NumPy's matrix product"
-    _say(f"step {last['step']:.0f}: loss {last['loss']:.4f}{held_out}; {speed}; {recipe.output / CURVE}")
+    say(f"step {last['step']:.0f}: loss {last['loss']:.4f}{held_out}; {speed}; {recipe.output / CURVE}")
     if recipe.options["precision"] != "f32" or recipe.options["remat"]:
         for remark in done.remarks:
-            _say(str(remark))
+            say(str(remark))
     if skipped := sum(line.get("skipped", 0) for line in done.log):
-        _say(f"{skipped:.0f} updates were skipped: their gradients overflowed in f16")
+        say(f"{skipped:.0f} updates were skipped: their gradients overflowed in f16")
     if artifact is not None:
-        with _Bar() as bar:
+        with Bar() as bar:
             driver.compile(recipe.served(done), artifact, progress=bar)
-        _say(f"{artifact}: wasat generate {artifact} \"…\"")
+        say(f"{artifact}: wasat generate {artifact} \"…\"")
 
 
 @app.command()
@@ -471,8 +394,8 @@ def evaluate(
 
     recipe = read_recipe(config)
     if not isinstance(recipe, Joint):
-        raise _Refusal(f"{config} describes no tasks with questions: family = \"gemini\" does")
-    with _Bar() as bar:
+        raise Refusal(f"{config} describes no tasks with questions: family = \"gemini\" does")
+    with Bar() as bar:
         scores = evaluation.evaluate(runtime.load(artifact), recipe.tasks, count, progress=bar)
     rows = evaluation.table(scores, kinds)
     shown = Table(*rows[0], box=None)
@@ -536,30 +459,24 @@ def export(
     try:
         from wasat.backends.onnx import to_onnx
     except ModuleNotFoundError as e:
-        raise _Refusal(f"writing ONNX files needs the package {e.name}; pip install 'wasat[onnx]'") from None
+        raise Refusal(f"writing ONNX files needs the package {e.name}; pip install 'wasat[onnx]'") from None
 
     program = driver.load_program(source)
-    if optimized or _or_none(quantize) is not None:
+    if optimized or or_none(quantize) is not None:
         caches = None if graph is not None and graph not in program.graphs else False  # a graph that is there stays
-        program, _ = driver.optimize(
-            program, quantize=_or_none(quantize), overrides=_overrides(override), activation=None, kv_cache=caches
+        program, report = driver.optimize(
+            program, quantize=or_none(quantize), overrides=overrides_of(override), activation=None, kv_cache=caches
         )  # fmt: skip
+        warn_of_weights(report, quantize)
     elif override:
-        raise _Refusal("--override chooses among quantized weights: give --quantize too")
+        raise Refusal("--override chooses among quantized weights: give --quantize too")
     to_onnx(program, onnx, graph=graph, opset=opset, external_data=external_data, matmul_nbits=matmul_nbits)
     beside = onnx.with_name(onnx.name + ".data")
     size = onnx.stat().st_size + (beside.stat().st_size if beside.exists() else 0)
-    _say(f"{onnx}: {size / 1e6:.1f} MB, operator set {opset}")
+    say(f"{onnx}: {size / 1e6:.1f} MB, operator set {opset}")
 
 
-def _or_none(scheme: str) -> str | None:
-    """What the driver has for f32: nothing in fewer bits."""
-    return None if scheme == "f32" else scheme
-
-
-def _say(line: str) -> None:
-    """A line of the answer: whole, however narrow the terminal is."""
-    out.print(line, markup=False, highlight=False, soft_wrap=True)
+app.command("run")(cli_run.run)
 
 
 def main() -> None:
@@ -568,7 +485,7 @@ def main() -> None:
         app()
     except Exception as e:
         rooms = (("wasat.ir", "WasatError"), ("wasat.runtime", "RuntimeErrorBase"))  # imported only where they were needed
-        kinds = (_Refusal, OSError, *(getattr(sys.modules[room], name) for room, name in rooms if room in sys.modules))
+        kinds = (Refusal, OSError, *(getattr(sys.modules[room], name) for room, name in rooms if room in sys.modules))
         if not isinstance(e, kinds):
             raise
         err.print(f"[bold red]error:[/] {escape(str(e))}", highlight=False, soft_wrap=True)

@@ -248,3 +248,20 @@ def test_rows_of_activations_are_rounded_to_even_in_the_decomposition_too() -> N
         np.testing.assert_array_equal(np.asarray(y)[0, :6], np.array([127, 0, 2, 2, 0, -2]) * 127)
         decompose(g, lambda node: node.op.name in ("linear", "dequantize"))
     assert g.count("round") == 1
+
+
+def test_what_no_linear_reads_and_what_is_quantized_already_are_named() -> None:
+    program = random_program("""graph @g(%x: f32[2, 64]) {
+  param %w: f32[64, 64]
+  param %small: f32[64, 2]
+  param %q: int8b32f16[64, 64]
+  %y: f32[2, 64] = matmul(%x, %w)
+  %z: f32[2, 64] = quantized_linear(%y, %q)
+  %u: f32[2, 2] = matmul(%z, %small)
+  return %u
+}""")
+    report = PassManager([Quantize("int8")]).run(program)
+    assert [r.message for r in report.remarks()] == [
+        "%w stays f32[64, 64]: matmul reads it, and no linear or embedding",
+        "%q stays int8b32f16[64, 64]: it is quantized already",
+    ]
