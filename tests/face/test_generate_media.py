@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from wasat.cli import _parts, _Refusal
+from wasat.cli import _parts
+from wasat.console import Refusal
 
 SEEN: dict[str, list[Any]] = {"image": ["I", "J"], "audio": ["A"], "video": []}
 
@@ -25,5 +26,5 @@ def test_braces_of_a_text_without_media() -> None:
 
 
 def test_more_places_than_media() -> None:
-    with pytest.raises(_Refusal, match=r"more than 1 \{audio\}: give --audio"):
+    with pytest.raises(Refusal, match=r"more than 1 \{audio\}: give --audio"):
         _parts("{audio} {audio}", SEEN)
