@@ -247,6 +247,8 @@ class Importer:
                 if (domain, node.op_type) in CONVERTERS:
                     key += f" of operator set {version}"
                 missing.setdefault(key, []).append(_label(node))
+        if self._expanded(graph.node, {}) > MOST_NODES:
+            raise self.fail(f"more than {MOST_NODES} nodes, once functions are inlined")
         waiting: dict[str, list[str]] = {}
         inputs: set[str] = set()
         for node, what, names in self._undecided(graph):
@@ -285,6 +287,20 @@ class Importer:
             and isinstance(self.types.get(i.name, TensorType(DType.F32, ())), TensorType)
         }
         return undecided(graph.node, data, constants, self.functions)
+
+    def _expanded(self, nodes: Sequence[onnx.NodeProto], known: dict[Any, int]) -> int:
+        """How many nodes there are with functions inlined, none of which calls itself; ``known`` says it of functions."""
+        total = len(nodes)
+        for node in nodes:
+            for a in node.attribute:
+                for g in [a.g] if a.type == onnx.AttributeProto.GRAPH else a.graphs:
+                    total += self._expanded(g.node, known)
+            key = (_domain(node.domain), node.op_type, node.overload)
+            if key in self.functions:
+                if key not in known:
+                    known[key] = self._expanded(self.functions[key].node, known)
+                total += known[key]
+        return total
 
     def _all_nodes(
         self, nodes: Sequence[onnx.NodeProto], opsets: Mapping[str, int], seen: dict[Any, bool]

@@ -131,3 +131,21 @@ def test_asking_for_too_much(op: str) -> None:
         assert tracemalloc.get_traced_memory()[1] < 50_000_000
     finally:
         tracemalloc.stop()
+
+
+def small(nodes: list[Any], inputs: dict[str, list[Any]], stored: dict[str, Any], functions: Any = ()) -> onnx.ModelProto:
+    infos = [helper.make_tensor_value_info(k, F, s) for k, s in inputs.items()]
+    known = [onnx.numpy_helper.from_array(np.asarray(v, np.int64), k) for k, v in stored.items()]
+    graph = helper.make_graph(nodes, "g", infos, [helper.make_empty_tensor_value_info("y")], known)
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("c", 1)]
+    return helper.make_model(graph, opset_imports=opsets, functions=list(functions))
+
+
+def test_functions_that_call_the_one_before_twice() -> None:
+    opsets, functions = [helper.make_opsetid("", 18), helper.make_opsetid("c", 1)], []
+    for i in range(30):
+        name, domain = (f"f{i - 1}", "c") if i else ("Neg", "")
+        twice = [helper.make_node(name, [a], [b], domain=domain) for a, b in (("a", "m"), ("m", "z"))]
+        functions.append(helper.make_function("c", f"f{i}", ["a"], ["z"], twice, opsets))
+    with pytest.raises(OnnxError, match="more than 1000000 nodes, once functions are inlined"):
+        from_onnx(small([helper.make_node("f29", ["x"], ["y"], domain="c")], {"x": [2]}, {}, functions))
