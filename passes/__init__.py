@@ -1,6 +1,5 @@
 """Graph to graph: clean-up, fusion, quantization, KV-cache derivation, gradients; the manager, remarks."""
 
-from .affine import SimplifyIndices
 from .autodiff import Differentiate
 from .cleanup import Cleanup
 from .core import Check, GraphPass, Pass, PassError, PassManager, Remark, Remarks, Report, Step
@@ -18,11 +17,13 @@ from .pipelines import default_pipeline
 from .precision import MixedPrecision
 from .quantize import Quantize
 from .remat import Rematerialize
+from .simplify_indices import SimplifyIndices
+from .tables import ReadTables
 from .token_inputs import TokenInputs
 
 __all__ = [
     "Check", "Cleanup", "DeriveKVCache", "Differentiate", "FuseActivations", "FuseAttention", "FuseGlu", "FuseNorm",
     "FuseRope", "GraphPass", "HoistParams", "Inference", "Match", "MergeLinears", "Mismatch", "MixedPrecision", "Pass",
-    "PassError", "PassManager", "Quantize", "Remark", "Remarks", "Rematerialize", "Report", "Rewrite", "SimplifyIndices",
-    "Step", "TokenInputs", "Tracer", "default_pipeline",
+    "PassError", "PassManager", "Quantize", "ReadTables", "Remark", "Remarks", "Rematerialize", "Report", "Rewrite",
+    "SimplifyIndices", "Step", "TokenInputs", "Tracer", "default_pipeline",
 ]  # fmt: skip

@@ -11,7 +11,7 @@ from wasat.ir.ops.attention import AttentionAttrs
 from wasat.ir.ops.nn import SoftmaxAttrs
 
 from .core import GraphPass, Remarks
-from .mask import FINITE_FILL, LEAST_FILL, Mask, analyze, is_fill
+from .mask import FINITE_FILL, LEAST_FILL, Mask, analyze, hidden_by, is_fill
 from .pattern import erase_dead, number_of, replace
 from .views import Atom, View, arrange, product, scaling, trivial, view_of
 
@@ -106,7 +106,9 @@ def _reaches_product(v: Value, depth: int = 12) -> bool:
         return False
     if n.op.name == "matmul":
         return True
-    through = {"cast": (0,), "reshape": (0,), "tanh": (0,), "div": (0,), "mul": (0, 1), "add": (0, 1), "select": (1, 2)}
+    through = {
+        "cast": (0,), "reshape": (0,), "tanh": (0,), "div": (0,), "mul": (0, 1), "add": (0, 1), "sub": (0,), "select": (1, 2),
+    }  # fmt: skip
     return any(_reaches_product(n.inputs[i], depth - 1) for i in through.get(n.op.name, ()))
 
 
@@ -159,8 +161,10 @@ def _scores(graph: Graph, softmax: Node) -> _Scores:
                 softcap, factor, x = c, c, inner.inputs[0]
             else:
                 factor *= c
-        elif name == "add":
+        elif name in ("add", "sub"):
             x = _added(node, shape, mask, additive, factor, softcap)
+        elif name == "mul" and (kept := _zeroed(node, shape, mask)) is not None:
+            x = kept
         else:
             raise Miss(f"%{x.name} is {name}; between softmax and q @ k stand only scale, softcap, mask and casts")
         masks = [v for v, _ in (*mask.operands, *additive)]
@@ -212,7 +216,7 @@ def _exact(found: Mask, fill: float, shape: Sequence[DimLike]) -> bool:
 def _added(
     node: Node, shape: Sequence[DimLike], mask: Mask, additive: list[tuple[Value, float]], factor: float, softcap: float | None
 ) -> Value:
-    """scores + mask: notes the mask, returns the scores."""
+    """scores + mask, or less it: notes the mask, returns the scores."""
     a, b = node.inputs
     if _reaches_product(a) == _reaches_product(b):
         raise Miss(f"{node!r}: cannot tell the scores from the mask")
@@ -220,15 +224,49 @@ def _added(
     if scores.shape != node.output.shape:
         raise Miss(f"{node!r}: the scores are broadcast by the mask")
     _before_softcap(node, softcap)
-    choice = _choice(addend)
-    hides = choice is not None and factor > 0 and choice[2] * factor <= LEAST_FILL
-    found = analyze(choice[0], shape, choice[1]) if choice is not None and hides else None
-    if found is not None and choice is not None and _exact(found, choice[2], shape):
-        found.finite = choice[2] != float("-inf")
-        mask.meet(found)
-    else:
-        additive.append((addend, factor))
+    if node.op.name == "sub":
+        if scores is b:
+            raise Miss(f"{node!r}: the scores are subtracted")
+        factor = -factor
+    _add(addend, shape, mask, additive, factor)
     return scores
+
+
+def _add(addend: Value, shape: Sequence[DimLike], mask: Mask, additive: list[tuple[Value, float]], factor: float) -> None:
+    """Notes what ``addend``, times ``factor``, hides of the scores; what more it does stays an operand."""
+    read = hidden_by(addend, shape, factor)
+    if read is not None and read[2] <= LEAST_FILL and read[1]:
+        found, _, fill = read
+        if _exact(found, fill, shape):
+            found.finite = fill != float("-inf")
+            mask.meet(found)
+            return
+    choice = _choice(addend)
+    if choice is not None and factor > 0 and choice[2] * factor <= LEAST_FILL:
+        found = analyze(choice[0], shape, choice[1])
+        if _exact(found, choice[2], shape):
+            found.finite = choice[2] != float("-inf")
+            mask.meet(found)
+            return
+    node = addend.node
+    if node is not None and node.op.name == "add" and any(hidden_by(v, shape, factor) is not None for v in node.inputs):
+        for v in node.inputs:
+            _add(v, shape, mask, additive, factor)
+        return
+    if read is not None and read[2] == float("-inf"):  # whatever else it is: a bias, padding
+        mask.meet(read[0])
+    additive.append((addend, factor))
+
+
+def _zeroed(node: Node, shape: Sequence[DimLike], mask: Mask) -> Value | None:
+    """The scores of scores * m, where m is 1, or 0 at what is hidden anyway."""
+    for scores, m in (node.inputs, node.inputs[::-1]):
+        if scores.shape == node.output.shape and _reaches_product(scores) and not _reaches_product(m):
+            found = analyze(m, shape)
+            hides_more = found.causal > mask.causal or (found.window is not None and found.window < (mask.window or 0))
+            unlimited = found.window is not None and mask.window is None
+            return None if found.operands or hides_more or unlimited else scores
+    return None
 
 
 def _choice(v: Value, moved: bool = False) -> tuple[Value, bool, float] | None:
@@ -388,16 +426,24 @@ def _read_mask(graph: Graph, node: Node, remarks: Remarks) -> bool:
     """Predicates in the boolean mask of an attention, or in a choice between 0 and -inf, become attributes."""
     q, k, v, mask = node.inputs
     a: Any = node.attrs
-    condition, keep, fill = _choice(mask) or (mask, True, float("-inf"))
-    if condition.tensor.dtype is not DType.BOOL or fill != float("-inf"):
-        return False
     shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
-    found = analyze(condition, shape, keep)
-    if found.operands == [(condition, not keep)]:
+    read = hidden_by(mask, shape) if mask.tensor.dtype.is_float else None
+    if read is not None and read[2] == float("-inf"):
+        found, whole, _ = read
+        rest = [] if whole else [mask]
+    else:
+        condition, keep, fill = _choice(mask) or (mask, True, float("-inf"))
+        if condition.tensor.dtype is not DType.BOOL or fill != float("-inf"):
+            return False
+        found = analyze(condition, shape, keep)
+        rest = [mask] if found.operands == [(condition, not keep)] else []
+    causal, window = a.causal, a.window
+    found.meet(Mask(causal, window))
+    if rest and (found.causal, found.window) == (causal, window):
         return False
-    found.meet(Mask(a.causal, a.window))
     b = Builder(graph, before=node, loc=node.loc)
-    rest = [_emit_mask(b, [_MaskPart(m, shape, negate=n) for m, n in found.operands], q.tensor.dtype)] if found.operands else []
+    if found.operands and not rest:
+        rest = [_emit_mask(b, [_MaskPart(m, shape, negate=n) for m, n in found.operands], q.tensor.dtype)]
     y = b.attention(q, k, v, *rest, scale=a.scale, causal=found.causal, window=found.window, softcap=a.softcap)
     remarks.applied(_describe(y), y)
     replace(graph, node.output, y)

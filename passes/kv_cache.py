@@ -16,9 +16,9 @@ from wasat.ir.ops.attention import AttentionAttrs
 from wasat.ir.ops.constant import Iota
 from wasat.ir.ops.index import AxisAttrs
 
-from .affine import Indexing
 from .axis import Label, analyze, image, refuse
 from .core import Pass, PassError, Remark, Remarks
+from .indexing import Indexing
 from .rows import FIRST, Place, places
 
 ROUND = 16

@@ -1,20 +1,20 @@
 """What a mask says: predicates over positions (causal, window) told apart from masks that are data.
 
-Positions are affine in the query's and the key's index (see affine.py). A comparison of two of them is ``key <= query + c`` or
-``query - key < w``, and so is what a slice of a constant triangle says; conjunctions are taken apart, negations pushed inwards,
-what is always true is dropped.
+However it is spelt, a mask of positions is a number (0 or 1, 0 or minus infinity) on each of a few regions of (query, key):
+see indexing.py. What is implied wherever it keeps something is a predicate; the mask is no more than its predicates if, where
+they hold, it hides nothing. Conjunctions with data are taken apart, negations pushed inwards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-from wasat.ir import DimLike, DType, Node, Value, equal
+from wasat.ir import DimLike, DType, Node, Value
 
-from .affine import Affine, Indexing
+from .affine import Affine, Piece, empty, implies, negated
+from .indexing import Indexing
 from .pattern import number_of
 
 FINITE_FILL = -1e4
@@ -54,9 +54,9 @@ def analyze(v: Value, shape: Sequence[DimLike], keep: bool = True, at: Indexing 
     Of a mask of numbers that are 0 or 1, 1 is true; what is not understood of it is an operand, a mask of numbers still.
     """
     at = at or Indexing(shape)
-    known = at.of(v)
-    if known is not None and known.number == int(keep):
-        return Mask()
+    found, whole = _read(at.pieces(v), {0: not keep, 1: keep}.get, shape, at)
+    if whole:
+        return found
     node = v.node
     name = node.op.name if node is not None else ""
     if node is not None:
@@ -70,10 +70,52 @@ def analyze(v: Value, shape: Sequence[DimLike], keep: bool = True, at: Indexing 
             return analyze(node.inputs[0], shape, keep, at)
         if name == "cast" and (inner := _truth(node)) is not None:
             return analyze(inner, shape, keep, at)
-        found = _comparison(node, shape, keep, at) if name in _COMPARISONS else None
-        if found is not None:
-            return found
-    return _triangle(v, shape, keep, at) or Mask(operands=[(v, not keep)])
+    found.operands.append((v, not keep))
+    return found
+
+
+def hidden_by(v: Value, shape: Sequence[DimLike], factor: float = 1.0) -> tuple[Mask, bool, float] | None:
+    """What ``v``, times ``factor``, keeps of scores of ``shape``, added to them; whether it does no more; its weakest fill.
+
+    None, where it is not known to hide anything.
+    """
+    at = Indexing(shape)
+    pieces = at.pieces(v)
+    numbers = [p.number * factor if isinstance(p.number, (int, float)) and p.number else p.number for p in pieces]
+    fills = [x for x in numbers if isinstance(x, (int, float)) and x <= FINITE_FILL]
+    if not fills:
+        return None
+    meaning = {x: False for x in fills} | {0: True}
+    scaled = [Piece(p.where, float(x) if isinstance(x, (int, float)) else None) for p, x in zip(pieces, numbers)]
+    return *_read(scaled, meaning.get, shape, at), max(fills)
+
+
+def _read(
+    pieces: Sequence[Piece], kept: Callable[[Any], bool | None], shape: Sequence[DimLike], at: Indexing
+) -> tuple[Mask, bool]:
+    """The predicates that hold wherever a mask keeps, and whether they are all that it says."""
+    sizes = [at.dim(d) for d in shape]
+    keeps = [p for p in pieces if kept(p.number) is not False]
+    hides = [p for p in pieces if kept(p.number) is False]
+    known = len(hides) + sum(kept(p.number) is True for p in keeps) == len(pieces)
+    if not hides or not keeps:
+        return Mask(), known and not hides
+    unit = Affine((0,) * (len(sizes) - 2) + (1, -1), 0)
+    offset = Affine((), sizes[-1] - sizes[-2])  # query i stands at i + (t - s)
+    causal = unit.plus(offset)
+    found, said = Mask(), []
+    if all(implies(p.where, causal, sizes) for p in keeps):
+        found.causal, said = True, [causal]
+    edges = dict.fromkeys(e for p in pieces for c in p.where for e in (c, negated(c)))
+    for c in edges:
+        bound = c.of_rank(len(sizes)).plus(unit).plus(offset)  # window - 1, of i + (t - s) - j < window
+        if not isinstance(bound.number, int) or bound.number < 0 or bound.number + 1 >= (found.window or bound.number + 2):
+            continue
+        if all(implies(p.where, c, sizes) for p in keeps):
+            found.window = bound.number + 1
+    if found.window is not None:
+        said.append(Affine((), found.window - 1).minus(causal))
+    return found, known and all(empty([*said, *p.where], sizes) for p in hides)
 
 
 def _truth(node: Node) -> Value | None:
@@ -88,61 +130,3 @@ def _tail(v: Value) -> tuple[DimLike, ...] | None:
     """The last two axes of a value that has no other (larger than 1)."""
     padded = (1, 1, *v.shape)
     return tuple(padded[-2:]) if all(d == 1 for d in padded[:-2]) else None
-
-
-_COMPARISONS = {"less": (1, -1), "less_equal": (1, 0), "greater": (-1, -1), "greater_equal": (-1, 0)}
-"""a OP b as sign * (a - b) <= bound."""
-
-
-def _comparison(node: Node, shape: Sequence[DimLike], keep: bool, at: Indexing) -> Mask | None:
-    a, b = (at.of(x) for x in node.inputs)
-    if a is None or b is None:
-        return None
-    sign, bound = _COMPARISONS[node.op.name]
-    d = a.plus(b.scaled(-1)).plus(Affine((0, 0), 0)).scaled(sign)
-    if not keep:  # not (d <= bound): -d <= -bound - 1
-        d, bound = d.scaled(-1), -bound - 1
-    if any(t != 0 for t in d.terms[:-2]):
-        return None
-    if d.terms[-2:] not in ((-1, 1), (1, -1)):
-        return None
-    return _band(d.terms[-1] == 1, bound - d.const, shape, at)
-
-
-def _band(ahead: bool, limit: DimLike, shape: Sequence[DimLike], at: Indexing) -> Mask | None:
-    """``j - i <= limit`` (``i - j``, if not ``ahead``) for the key's index j and the query's i."""
-    offset = at.dim(shape[-1]) - at.dim(shape[-2])  # query i stands at i + (t - s)
-    if ahead:
-        return Mask(causal=True) if equal(limit, offset) is True else None
-    window = limit + offset + 1
-    return Mask(window=window) if isinstance(window, int) and window >= 1 else None
-
-
-def _triangle(v: Value, shape: Sequence[DimLike], keep: bool, at: Indexing) -> Mask | None:
-    """A slice of a constant table [1, .., n, m] that is 1 (or 0) at and below a diagonal, and 0 (or 1) above."""
-    size = _tail(v)
-    if size is None or any(equal(at.dim(a), at.dim(b)) is not True for a, b in zip(size, shape[-2:])):
-        return None
-    row: DimLike = 0
-    column: DimLike = 0
-    while v.node is not None and v.const is None:
-        node, v = v.node, v.node.inputs[0] if v.node.inputs else v
-        attrs: Any = node.attrs
-        if node.op.name == "slice" and len(attrs.starts) >= 2 and attrs.steps[-2:] == (1, 1):
-            row, column = row + at.dim(attrs.starts[-2]), column + at.dim(attrs.starts[-1])
-        elif node.op.name != "cast" and not (node.op.name == "reshape" and _tail(v) == _tail(node.output)):
-            return None
-    size = _tail(v)
-    if v.const is None or size is None or v.const.size == 0:
-        return None
-    table = v.const.reshape(v.const.shape[-2:]) if v.const.ndim >= 2 else v.const[None]
-    one = table == 1
-    if not (one | (table == 0)).all():
-        return None
-    if not one[0, 0]:
-        one, keep = ~one, not keep
-    diagonal = int(one[0].sum()) - 1
-    if not np.array_equal(one, np.tri(one.shape[0], one.shape[1], diagonal, dtype=bool)):
-        return None
-    limit = diagonal + row - column
-    return _band(True, limit, shape, at) if keep else _band(False, -1 * limit - 1, shape, at)

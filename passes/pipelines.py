@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-from .affine import SimplifyIndices
 from .cleanup import Cleanup
 from .core import Pass
 from .fuse_activations import FuseActivations
@@ -17,6 +16,8 @@ from .hoist_params import HoistParams
 from .kv_cache import DeriveKVCache
 from .merge_linears import MergeLinears
 from .quantize import Quantize
+from .simplify_indices import SimplifyIndices
+from .tables import ReadTables
 
 
 def default_pipeline(
@@ -28,7 +29,8 @@ def default_pipeline(
     ``kv_cache``: whether ``forward`` becomes ``prefill`` and ``decode``; ``"tried"``: where that can be proved, else not.
     """
     passes: list[Pass] = [
-        Cleanup(fold_positions=False), SimplifyIndices(), FuseNorm(), FuseRope(), FuseActivations(), FuseAttention(), Cleanup(),
+        Cleanup(fold_positions=False), ReadTables(), SimplifyIndices(), FuseNorm(), FuseRope(), FuseActivations(),
+        FuseAttention(), Cleanup(),
     ]  # fmt: skip
     if quantize is not None or overrides:
         passes.append(Quantize(quantize or "f32", activation, tuple((overrides or {}).items())))

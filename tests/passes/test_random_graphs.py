@@ -22,6 +22,7 @@ from wasat.ir import (
     Value,
     evaluate,
     symbol,
+    type_of,
 )
 from wasat.passes import (
     Cleanup,
@@ -40,6 +41,7 @@ from wasat.passes import (
     Pass,
     PassManager,
     Quantize,
+    ReadTables,
     Rematerialize,
     Rewrite,
     SimplifyIndices,
@@ -278,6 +280,23 @@ def served(seed: int) -> bool:
     return modified
 
 
+def tables(seed: int) -> bool:
+    """Masks in parameters, cut to the tokens and applied, and the first rows of a table."""
+    rng = np.random.default_rng(seed)
+    i, j = np.indices((9, 9))
+    mask = [i >= j, i > j - 2, (i >= j) & (i - j < 3), (i >= j) | (j < 2), i == j, i < j][int(rng.integers(6))]
+    array = mask[None, None].astype(rng.choice(["bool", "uint8", "float32"]))
+    g = Graph("f")
+    b, x = Builder(g), g.add_input("x", tensor("f32", (B, S, D)))
+    part = b.slice(g.add_param("mask", type_of(array)), starts=(0, 0, 0, 0), stops=(1, 1, S, S))
+    x = b.add(x, b.slice(g.add_param("rows", tensor("f32", (9, D))), starts=(0, 0), stops=(S, D)))
+    scores = b.reshape(b.matmul(x, b.transpose(x, perm=(0, 2, 1))), shape=(B, 1, S, S))
+    g.set_outputs([b.select(b.cast(part, dtype="bool"), scores, float(rng.choice([0, -np.inf])))])
+    arrays = {"mask": array, "rows": rng.normal(size=(9, D)).astype(np.float32)}
+    params = {name: ArrayParam(x, type_of(x)) for name, x in arrays.items()}
+    return PassManager([ReadTables()], check=InterpreterCheck(DIMS)).run(Program({"f": g}, dict(params))).steps[0].modified
+
+
 def quantized(seed: int) -> bool:
     """As if the weights were what they are rounded to."""
     program = decoder(seed)
@@ -320,6 +339,7 @@ RUNS: dict[type[Pass], Callable[[int], bool]] = {
     Rematerialize: rematerialized,
     Inference: served,
     Quantize: quantized,
+    ReadTables: tables,
     MixedPrecision: half,
 }
 """What runs a pass on a random graph, holds the results against what they must be, and says whether the graph was modified."""

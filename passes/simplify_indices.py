@@ -1,0 +1,46 @@
+"""Looking up at positions that are the same for every row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from wasat.ir import Builder, Graph
+
+from .core import GraphPass, Remarks
+from .indexing import Indexing
+from .pattern import replace
+
+
+@dataclass(frozen=True)
+class SimplifyIndices(GraphPass):
+    """``gather`` and ``embedding`` at indices that come to ``c``, or ``i + c`` along one axis -> at an iota, then repeated.
+
+    Exporters repeat positions over the batch, wrap negative ones, look them up by other indices.
+    """
+
+    name = "simplify-indices"
+
+    def run_graph(self, graph: Graph, remarks: Remarks) -> bool:
+        changed = False
+        for node in graph.nodes:
+            if node.op.name not in ("gather", "embedding") or len(node.inputs[1].shape) < 2:
+                continue
+            ids = node.inputs[1]
+            index = Indexing(ids.shape).of(ids)
+            runs = [i for i, t in enumerate(index.terms) if t != 0] if index is not None else []
+            if index is None or len(runs) > 1 or any(index.terms[a] != 1 for a in runs):
+                continue
+            if not isinstance(index.const, int) or index.const < 0:
+                continue  # an index below 0 counts from the end
+            axis = getattr(node.attrs, "axis", 0)
+            b = Builder(graph, before=node, loc=node.loc)
+            row = b.iota(size=ids.shape[runs[0]] if runs else 1, dtype=ids.tensor.dtype)
+            row = b.add(row, index.const) if index.const else row
+            y = graph.add_node(node.op, [node.inputs[0], row], node.attrs, before=node, loc=node.loc).output
+            units = [d if i in runs else 1 for i, d in enumerate(ids.shape)]
+            shape = node.output.shape
+            y = b.reshape(y, shape=(*shape[:axis], *units, *shape[axis + len(units) :]))
+            remarks.applied(f"%{node.output.name} reads at positions that are the same along the other axes", node)
+            replace(graph, node.output, b.broadcast_to(y, shape=shape))
+            changed = True
+        return changed

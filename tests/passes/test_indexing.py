@@ -1,0 +1,172 @@
+"""Functions of positions piece by piece: on random index arithmetic, what the analysis says is what is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from wasat.ir import Builder, DType, Graph, TensorType, Value, evaluate, symbol
+from wasat.ir.dims import evaluate_dim
+from wasat.passes.affine import Affine, Piece, empty, implies, of_array
+from wasat.passes.indexing import Indexing
+
+S = symbol("s")
+
+
+class Growth:
+    """Random values [s, s] or narrower, of positions alone."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.g = Graph("f")
+        self.g.add_input("x", TensorType(DType.F32, (S,)))
+        self.b = Builder(self.g)
+
+    def pick(self, *xs: Any) -> Any:
+        return xs[int(self.rng.integers(len(xs)))]
+
+    def integer(self, depth: int) -> Value:
+        b, at = self.b, self.b.iota(size=S)
+        if depth == 0:
+            return self.pick(at, b.reshape(at, shape=(S, 1)), b.constant(int(self.rng.integers(-3, 5)), "i64"))
+        x = self.integer(depth - 1)
+        steps = "add sub mul maximum minimum neg abs select cumsum reverse concat floor_div"
+        step = self.pick(*steps.split())
+        if step in ("add", "sub", "maximum", "minimum"):
+            return b.emit(step, x, self.integer(depth - 1))
+        if step == "mul":
+            return b.mul(x, int(self.rng.integers(-2, 3)))
+        if step in ("neg", "abs"):
+            return b.emit(step, x)
+        if step == "select":
+            return b.select(self.boolean(depth - 1), x, self.integer(depth - 1))
+        if step == "floor_div":
+            return b.floor_div(b.mul(x, 4), 2)
+        axes = [i for i, d in enumerate(x.shape) if d == S]
+        if not axes:
+            return x
+        axis = self.pick(*axes)
+        if step == "reverse":
+            return b.reverse(x, axes=(axis,))
+        if step == "concat":  # one more in front, and the last one gone
+            zero = [0] * len(x.shape)
+            low = [int(i == axis) for i in range(len(x.shape))]
+            y = b.pad(x, low=tuple(low), high=tuple(zero), value=float(self.rng.integers(-2, 3)))
+            return b.slice(y, starts=tuple(zero), stops=x.shape)
+        one = b.broadcast_to(b.constant(int(self.rng.integers(1, 3)), "i64"), shape=(S,))
+        return b.cumsum(one, axis=0, exclusive=bool(self.pick(0, 1)), reverse=bool(self.pick(0, 1)))
+
+    def boolean(self, depth: int) -> Value:
+        b = self.b
+        if depth <= 0:
+            table = self.pick(np.tri(40, dtype=bool), ~np.tri(40, k=1, dtype=bool), np.tri(40, k=2) - np.tri(40, k=-3) > 0)
+            start = int(self.rng.integers(0, 3))
+            return b.slice(b.constant(table), starts=(start, 0), stops=(S + start, S))
+        step = self.pick("compare", "compare", "logical_and", "logical_or", "logical_not", "select", "cast", "transpose")
+        if step == "compare":
+            op = self.pick("less", "less_equal", "greater", "greater_equal", "equal", "not_equal")
+            return b.emit(op, self.integer(depth - 1), self.integer(depth - 1))
+        x = self.boolean(depth - 1)
+        if step in ("logical_and", "logical_or"):
+            return b.emit(step, x, self.boolean(depth - 1))
+        if step == "logical_not":
+            return b.logical_not(x)
+        if step == "select":
+            return b.select(self.boolean(depth - 1), x, self.boolean(depth - 1))
+        if step == "cast":
+            return b.not_equal(b.cast(x, dtype="f32"), 0.0)
+        return b.transpose(x, perm=tuple(reversed(range(len(x.shape)))))
+
+
+def _value(x: Affine, index: tuple[int, ...], env: dict[str, int]) -> int:
+    return evaluate_dim(x.const, env) + sum(evaluate_dim(t, env) * i for t, i in zip(x.terms, index))
+
+
+def holds(pieces: tuple[Piece, ...], array: np.ndarray, env: dict[str, int]) -> None:
+    """Every element lies in one piece, and is what the piece says."""
+    for index in np.ndindex(array.shape):
+        own = [p for p in pieces if all(_value(c, index, env) >= 0 for c in p.where)]
+        assert len(own) == 1, (index, own)
+        value = own[0].value
+        if value is not None:
+            assert array[index] == (_value(value, index, env) if isinstance(value, Affine) else value), (index, own)
+
+
+def swept(kind: str, seeds: range) -> int:
+    known = 0
+    for seed in seeds:
+        growth = Growth(seed)
+        v = getattr(growth, kind)(int(growth.rng.integers(1, 4)))
+        growth.g.set_outputs([v])
+        pieces = Indexing([S]).pieces(v)
+        known += all(p.value is not None for p in pieces)
+        for s in (1, 2, 5, 7):
+            (array,) = evaluate(growth.g, {"x": np.zeros(s, np.float32)})
+            holds(pieces, np.asarray(array), {"s": s - 1})  # sizes in symbols that count from 0
+    return known
+
+
+@pytest.mark.parametrize("kind", ["integer", "boolean"])
+def test_random_arithmetic_is_what_is_computed(kind: str) -> None:
+    assert swept(kind, range(60)) > 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["integer", "boolean"])
+def test_much_random_arithmetic_is_what_is_computed(kind: str) -> None:
+    assert swept(kind, range(1000, 4000)) > 1500
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda i, j: i >= j, lambda i, j: i > j + 2, lambda i, j: (i >= j) & (i - j < 3), lambda i, j: (i >= j) | (j < 3),
+        lambda i, j: j < 4, lambda i, j: (j < 2) & (i > 3), lambda i, j: i == j, lambda i, j: i != j, lambda i, j: i == 2,
+        lambda i, j: (i >= j) & (j != 0), lambda i, j: abs(i - j) <= 1,
+    ],
+)  # fmt: skip
+def test_tables(make: Callable[[Any, Any], Any]) -> None:
+    i, j = np.indices((7, 9))
+    table = make(i, j)
+    for array in (table, ~table, np.where(table, 0, -np.inf).astype(np.float32), table.astype(np.int8)[None]):
+        pieces = of_array(array)
+        assert pieces is not None
+        holds(pieces, array, {})
+
+
+@pytest.mark.parametrize(
+    "make", [lambda i, j: (i + j) % 2 == 0, lambda i, j: (i >= j) ^ ((i == 3) & (j == 1)) & (j > 0), lambda i, j: i * j < 9]
+)
+def test_other_tables_are_not_read(make: Callable[[Any, Any], Any]) -> None:
+    i, j = np.indices((7, 9))
+    assert of_array(make(i, j)) is None
+    assert of_array(np.full((3, 3), np.nan)) is None
+    assert of_array(np.zeros((0, 3))) is None
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_called_empty_has_no_element(seed: int) -> None:
+    """Regions of random constraints on [s, s, 4]: an answer of yes is right at every size."""
+    rng = np.random.default_rng(seed)
+    answers = 0
+    for _ in range(40):
+        terms = rng.integers(-2, 3, (int(rng.integers(1, 5)), 3)).tolist()
+        where = [Affine(tuple(t), int(rng.integers(-3, 4)) + int(rng.integers(-1, 2)) * S) for t in terms]
+        if not empty(where, (S + 1, S + 1, 4)):
+            continue
+        answers += 1
+        for s in range(5):
+            for index in np.ndindex(s + 1, s + 1, 4):
+                assert any(_value(c, index, {"s": s}) < 0 for c in where), (where, s, index)
+    assert answers
+
+
+def test_implication() -> None:
+    i, j = Affine((1, 0), 0), Affine((0, 1), 0)
+    half = i.minus(j.scaled(2))  # 2j <= i
+    assert implies([half], i.minus(j), (S, S))
+    assert implies([half.plus(Affine((), 1))], i.minus(j), (S, S))
+    assert not implies([half.plus(Affine((), 2))], i.minus(j), (S, S))  # j is 1, i is 0
+    assert not implies([], i.minus(j), (S, S))

@@ -1,0 +1,127 @@
+"""Tables in parameters: masks become arithmetic on positions, first rows are looked up; everything else stays."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from wasat.ir import Array, ArrayParam, Program, evaluate, parse, type_of
+from wasat.passes import Cleanup, FuseAttention, PassManager, ReadTables
+
+from wasat.testing import check_pass, check_untouched, feed
+
+BEFORE = """graph @f(%tokens: i64[b, s]) {
+  param %position.weight: f32[1, 32, 8]
+  %rows: f32[1, s, 8] = slice(%position.weight) {starts=(0, 0, 0), stops=(1, s, 8)}
+  return %rows
+}"""
+AFTER = """graph @f(%tokens: i64[b, s]) {
+  param %position.weight: f32[1, 32, 8]
+  %reshape: f32[32, 8] = reshape(%position.weight) {shape=(32, 8)}
+  %iota: i64[s] = iota() {size=s}
+  %gather: f32[s, 8] = gather(%reshape, %iota)
+  %rows: f32[1, s, 8] = reshape(%gather) {shape=(1, s, 8)}
+  return %rows
+}"""
+
+
+def test_first_rows() -> None:
+    check_pass(ReadTables(), BEFORE, AFTER, dims=[{"b": 1, "s": 1}, {"b": 2, "s": 32}])
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("starts=(0, 0, 0), stops=(1, s, 8)", "starts=(0, 1, 0), stops=(1, s + 1, 8)"),
+        ("stops=(1, s, 8)}", "stops=(1, 4, 8)}"),  # always the first four
+        ("param %position.weight: f32[1, 32, 8]", "param %position.weight: i32[1, 32, 8]"),
+        ("f32[1, 32, 8]", "f32[2, 32, 8]"),
+    ],
+)
+def test_other_parts_stay(old: str, new: str) -> None:
+    text = BEFORE.replace(old, new)
+    dtype, first = ("i32" if "i32" in new else "f32"), (2 if "f32[2" in new else 1)
+    size = "4" if "(1, 4, 8)" in new else "s"
+    text = text.replace("%rows: f32[1, s, 8]", f"%rows: {dtype}[{first}, {size}, 8]").replace("stops=(1,", f"stops=({first},")
+    check_untouched(ReadTables(), text)
+
+
+MASKED = """graph @f(%scores: f32[b, 2, s, s]) {
+  param %mask: DTYPE[1, 1, 9, 9]
+  %part: DTYPE[1, 1, s, s] = slice(%mask) {starts=(0, 0, 0, 0), stops=(1, 1, s, s)}
+  %keep: bool[1, 1, s, s] = cast(%part) {dtype=bool}
+  %y: f32[b, 2, s, s] = select(%keep, %scores, -inf:f32)
+  return %y
+}"""
+
+
+def with_table(text: str, table: Array, name: str = "mask") -> Program:
+    g = parse(text)
+    return Program({"f": g}, {name: ArrayParam(table, type_of(table))})
+
+
+@pytest.mark.parametrize("dtype", ["bool", "u8", "i64", "f32", "f16"])
+@pytest.mark.parametrize("kind", ["triangle", "band", "prefix", "strict", "distances"])
+def test_masks_are_computed(kind: str, dtype: str) -> None:
+    i, j = np.indices((9, 9))
+    table = {
+        "triangle": i >= j, "band": (i >= j) & (i - j < 3), "prefix": (i >= j) | (j < 2), "strict": i > j, "distances": i + j,
+    }[kind]  # fmt: skip
+    if kind == "distances" and dtype == "bool":
+        pytest.skip("a distance is no boolean")
+    array = table[None, None].astype({"u8": "uint8", "i64": "int64", "f32": "float32", "f16": "float16"}.get(dtype, dtype))
+    program = with_table(MASKED.replace("DTYPE", dtype), array)
+    inputs = {s: feed(program["f"], {"b": 2, "s": s}) for s in (1, 4, 9)}
+    want = [evaluate(program["f"], x, {"mask": array})[0] for x in inputs.values()]
+    PassManager([ReadTables(), Cleanup()]).run(program)
+    assert not program.params
+    for x, y in zip(inputs.values(), want):
+        np.testing.assert_array_equal(evaluate(program["f"], x)[0], y)
+
+
+@pytest.mark.parametrize("where", ["a weight", "many values", "an output", "one row"])
+def test_other_parameters_stay(where: str) -> None:
+    table = np.tri(9, dtype=np.float32)
+    text = MASKED.replace("DTYPE", "f32")
+    if where == "a weight":
+        text = """graph @f(%x: f32[b, 9]) {
+  param %mask: f32[9, 9]
+  %y: f32[b, 9] = linear(%x, %mask)
+  return %y
+}"""
+    elif where == "many values":
+        table = np.random.default_rng(0).normal(size=(9, 9)).astype(np.float32)
+    elif where == "an output":
+        text = "graph @f(%x: f32[b]) {\n  param %mask: f32[9, 9]\n  return %mask\n}"
+    elif where == "one row":
+        text = """graph @f(%x: f32[b, 9]) {
+  param %mask: f32[1, 9]
+  %y: f32[b, 9] = mul(%x, %mask)
+  return %y
+}"""
+        table = np.ones((1, 9), np.float32)
+    shape = parse(text).params["mask"].shape
+    program = with_table(text, table.reshape(tuple(int(d) for d in shape)))
+    before = str(program)
+    PassManager([ReadTables()]).run(program)
+    assert str(program) == before
+
+
+def test_a_table_means_causal_attention() -> None:
+    """nanoGPT's registered triangle, sliced: no parameter, no operand."""
+    text = """graph @f(%q: f32[b, s, 2, 8], %k: f32[b, s, 2, 8], %v: f32[b, s, 2, 8]) {
+  param %mask: f32[1, 1, 64, 64]
+  %qt: f32[b, 2, s, 8] = transpose(%q) {perm=(0, 2, 1, 3)}
+  %kt: f32[b, 2, 8, s] = transpose(%k) {perm=(0, 2, 3, 1)}
+  %vt: f32[b, 2, s, 8] = transpose(%v) {perm=(0, 2, 1, 3)}
+  %scores: f32[b, 2, s, s] = matmul(%qt, %kt)
+  %part: f32[1, 1, s, s] = slice(%mask) {starts=(0, 0, 0, 0), stops=(1, 1, s, s)}
+  %hide: bool[1, 1, s, s] = equal(%part, 0.0:f32)
+  %masked: f32[b, 2, s, s] = select(%hide, -inf:f32, %scores)
+  %probs: f32[b, 2, s, s] = softmax(%masked) {axis=3}
+  %out: f32[b, 2, s, 8] = matmul(%probs, %vt)
+  return %out
+}"""
+    program = with_table(text, np.tri(64, dtype=np.float32)[None, None])
+    PassManager([ReadTables(), FuseAttention(), Cleanup()]).run(program)
+    (node,) = (n for n in program["f"].nodes if n.op.name == "attention")
+    assert (node.attrs.causal, len(node.inputs), program.params) == (True, 3, {})  # type: ignore[attr-defined]
