@@ -21,6 +21,13 @@ POSITIONS = ("position_ids", "cache_position")
 Meaning = Literal["tokens", "mask", "positions", "past"]
 
 
+def is_exported(v: Value) -> bool:
+    """Whether an input holds tokens under an exporter's name, or of a type that no session feeds (i32)."""
+    if not isinstance(v.type, TensorType) or not v.type.dtype.is_int or v.type.rank != 2:
+        return False
+    return v.name in EXPORTED or (v.name == "tokens" and v.type.dtype is not DType.I64)
+
+
 @dataclass(frozen=True)
 class TokenInputs(Pass):
     """``graph`` over ``tokens`` i64[b, s] and what does not run along s.
@@ -77,7 +84,7 @@ class _Plan:
     @staticmethod
     def of(graph: Graph) -> _Plan:
         inputs = {v.name: v for v in graph.inputs if isinstance(v.type, TensorType)}
-        found = [v for n, v in inputs.items() if n in EXPORTED and v.tensor.dtype.is_int and v.tensor.rank == 2]
+        found = [v for v in inputs.values() if is_exported(v)]
         encoder = ("input_ids", "attention_mask") if len(found) == len(EXPORTED) else ()
         found = [v for v in found if v.name not in encoder]
         if len(found) != 1:

@@ -26,7 +26,7 @@ from wasat.ir import (
 from wasat.passes import DeriveKVCache, PassManager, Remark, Report, Step, TokenInputs, default_pipeline
 from wasat.passes.core import Dump
 from wasat.passes.kv_cache import capacity_name
-from wasat.passes.token_inputs import EXPORTED as TOKEN_NAMES
+from wasat.passes.token_inputs import is_exported
 
 
 class Progress(Protocol):
@@ -100,11 +100,8 @@ def optimize(
 
 
 def _is_exported(program: Program) -> bool:
-    """Whether ``forward`` takes tokens under an exporter's name, which no session feeds."""
-    return "forward" in program.graphs and any(
-        v.name in TOKEN_NAMES and isinstance(v.type, TensorType) and v.type.dtype.is_int and v.type.rank == 2
-        for v in program["forward"].inputs
-    )
+    """Whether ``forward`` takes tokens under a name or of a type that no session feeds."""
+    return "forward" in program.graphs and any(is_exported(v) for v in program["forward"].inputs)
 
 
 def _takes_tokens(program: Program) -> bool:

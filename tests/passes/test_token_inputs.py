@@ -87,3 +87,15 @@ def test_a_fixed_number_of_tokens() -> None:
         PassManager([TokenInputs()]).run(random_program(text))
     with pytest.raises(PassError, match="there is no graph @other"):
         PassManager([TokenInputs("other")]).run(random_program(text))
+
+
+def test_tokens_of_another_type_are_i64() -> None:
+    text = """graph @forward(%tokens: i32[b, s]) {
+  param %table: f32[9, 4]
+  %x: f32[b, s, 4] = embedding(%table, %tokens)
+  return %x
+}"""
+    program = random_program(text)
+    PassManager([TokenInputs()]).run(program)
+    assert [str(v.type) for v in program["forward"].inputs] == ["i64[b, s]"]
+    assert not PassManager([TokenInputs(required=False)]).run(random_program(text.replace("i32", "i64"))).steps[0].modified
