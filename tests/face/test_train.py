@@ -183,6 +183,7 @@ MOMENTS = [
 the log two thirds of what it had not yet kept."""
 
 
+@pytest.mark.slow
 def test_killed_at_every_moment_it_ends_with_the_same_bits(tmp_path: Path, whole: tuple[Path, object]) -> None:
     write(tmp_path, FULL)
     done = subprocess.run(
