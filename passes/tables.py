@@ -62,12 +62,29 @@ class ReadTables(Pass):
         lead, size = table.shape[:axis], node.output.shape[axis]
         if attrs.starts[axis] != 0 or isinstance(size, int) or any(d != 1 for d in lead):
             return False
+        whole = size if graph.is_output(node.output) else _asked_for(node.output, size)
         b = Builder(graph, before=node, loc=node.loc)
-        rows = b.gather(b.reshape(table, shape=table.shape[axis:]), b.iota(size=size), axis=0)
-        remarks.applied(f"the first {size} rows of {table.param} are looked up by position", node)
-        replace(graph, node.output, b.reshape(rows, shape=node.output.shape))
-        erase_dead(graph, node)
+        rows = b.gather(b.reshape(table, shape=table.shape[axis:]), b.iota(size=whole), axis=0)
+        rows = b.reshape(rows, shape=(*lead, whole, *node.output.shape[axis + 1 :]))
+        remarks.applied(f"the first {whole} rows of {table.param} are looked up by position", node)
+        if whole == size:
+            replace(graph, node.output, rows)
+            erase_dead(graph, node)
+            return True
+        for user in node.output.users:  # its check that all rows are there is the lookup's now
+            operands = [rows if v is node.output else v for v in user.inputs]
+            graph.replace(user, graph.add_node(user.op, operands, user.attrs, before=user, loc=user.loc).outputs)
+        graph.erase(node)
         return True
+
+
+def _asked_for(rows: Value, size: DimLike) -> DimLike:
+    """s, where all that read ``min(n, s)`` rows of a table check that these are s; else ``size``."""
+    checks = [[c for c in user.checks if size in c] for user in rows.users]
+    asked = {d for found in checks for c in found for d in c if d != size}
+    results = [v.type for user in rows.users for v in user.outputs]
+    sure = len(asked) == 1 and all(checks) and not any(size in t.shape for t in results)
+    return asked.pop() if sure else size
 
 
 def _is_square(v: Value) -> bool:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from wasat.ir import Array, ArrayParam, Program, evaluate, parse, type_of
+from wasat.ir import Array, ArrayParam, Program, WasatError, evaluate, parse, type_of
 from wasat.passes import Cleanup, FuseAttention, PassManager, ReadTables
 
-from wasat.testing import check_pass, check_untouched, feed
+from wasat.testing import InterpreterCheck, check_pass, check_untouched, feed, random_program
 
 BEFORE = """graph @f(%tokens: i64[b, s]) {
   param %position.weight: f32[1, 32, 8]
@@ -43,6 +43,36 @@ def test_other_parts_stay(old: str, new: str) -> None:
     size = "4" if "(1, 4, 8)" in new else "s"
     text = text.replace("%rows: f32[1, s, 8]", f"%rows: {dtype}[{first}, {size}, 8]").replace("stops=(1,", f"stops=({first},")
     check_untouched(ReadTables(), text)
+
+
+AT_MOST = """graph @f(%x: f32[b, s, 8]) {
+  param %position.weight: f32[32, 8]
+  %rows: f32[min(32, s), 8] = slice(%position.weight) {starts=(0, 0), stops=(min(32, s), 8)}
+  %y: f32[b, s, 8] = add(%x, %rows)
+  return %y
+}"""
+
+
+def test_as_many_rows_as_there_are_tokens() -> None:
+    """A slice that stops at the table's end, where more tokens than rows are an error anyway."""
+    program = random_program(AT_MOST)
+    want = evaluate(program["f"], x := feed(program["f"], {"b": 2, "s": 5}), {k: p.load() for k, p in program.params.items()})
+    PassManager([ReadTables()]).run(program)
+    g = program["f"]
+    assert ([n.op.name for n in g.nodes], [str(n.attrs.size) for n in g.nodes if n.op.name == "iota"]) == (  # type: ignore[attr-defined]
+        ["reshape", "iota", "gather", "reshape", "add"], ["s"],
+    )  # fmt: skip
+    params = {k: p.load() for k, p in program.params.items()}
+    np.testing.assert_array_equal(evaluate(g, x, params)[0], want[0])
+    with pytest.raises(WasatError, match="32"):
+        evaluate(g, feed(g, {"b": 1, "s": 33}), params)
+
+
+@pytest.mark.parametrize("also", ["return %y, %rows", "%z: f32[min(32, s), 8] = neg(%rows)\n  return %y, %z"])
+def test_rows_that_something_else_reads_keep_their_number(also: str) -> None:
+    program = random_program(AT_MOST.replace("return %y", also))
+    PassManager([ReadTables()], check=InterpreterCheck([{"b": 1, "s": 5}])).run(program)
+    assert "iota() {size=min(32, s)}" in str(program)
 
 
 MASKED = """graph @f(%scores: f32[b, 2, s, s]) {
