@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import combinations
 
 import numpy as np
@@ -90,6 +91,11 @@ def empty(where: Sequence[Affine], shape: Sequence[DimLike]) -> bool:
 
     Fourier-Motzkin elimination over the rationals: what has no rational point has no integer one.
     """
+    return _empty(tuple(where), tuple(shape))
+
+
+@lru_cache(maxsize=2**14)  # every layer asks of the same mask
+def _empty(where: tuple[Affine, ...], shape: tuple[DimLike, ...]) -> bool:
     rank = len(shape)
     rows = [c.of_rank(rank) for c in where]
     used = {a for c in rows for a, t in enumerate(c.terms) if t != 0}
@@ -155,6 +161,9 @@ def without(where: Sequence[Affine]) -> Iterator[tuple[Affine, ...]]:
 
 def _affine_of(array: np.ndarray) -> Affine | None:
     """A constant whose differences along each axis are one number."""
+    corner = array[(slice(4),) * array.ndim]
+    if corner.size < array.size and _affine_of(corner) is None:
+        return None
     exact = array.astype(np.float64)
     if not ((np.abs(exact) <= 2**53).all() and (exact == np.trunc(exact)).all()):  # NaN is not
         return None

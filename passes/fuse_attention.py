@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from wasat.ir import Builder, DimLike, DType, Graph, Node, Value, equal, less_equal
 from wasat.ir.ops.attention import AttentionAttrs
 from wasat.ir.ops.nn import SoftmaxAttrs
+from wasat.ir.ops.shape import Pad
 
 from .core import GraphPass, Remarks
 from .mask import FINITE_FILL, LEAST_FILL, Mask, analyze, hidden_by, is_fill
@@ -144,7 +146,7 @@ def _scores(graph: Graph, softmax: Node) -> _Scores:
         _only_use(graph, x)
         name, shape = node.op.name, x.shape
         if name == "matmul":
-            if mask.finite and (mask.operands or any(_choice(v, moved=True) is not None for v, _ in additive)):
+            if mask.finite and (mask.operands or any(_may_hide(v) for v, _ in additive)):
                 raise Miss("a mask fills with a finite number beside one that is data: some query may see nothing; use -inf")
             return _Scores(softmax, node, factor, softcap, mask, additive, met)
         if _passes(node):
@@ -269,14 +271,31 @@ def _zeroed(node: Node, shape: Sequence[DimLike], mask: Mask) -> Value | None:
     return None
 
 
-def _choice(v: Value, moved: bool = False) -> tuple[Value, bool, float] | None:
+def _may_hide(v: Value) -> bool:
+    """Whether a number that stands for minus infinity is among those that ``v`` is chosen, moved and computed from."""
+    seen, stack = {v}, [v]
+    while stack:
+        x = stack.pop()
+        if x.const is not None and x.tensor.dtype.is_float and (x.const.astype(np.float64) <= FINITE_FILL).any():
+            return True
+        node = x.node
+        if node is None or not (node.op.elementwise or node.op.kind in ("view", "gather")):
+            continue
+        if node.op.name == "pad" and Pad.Attrs.of(node).value <= FINITE_FILL:
+            return True
+        stack += [u for u in node.inputs if u not in seen]
+        seen.update(node.inputs)
+    return False
+
+
+def _choice(v: Value) -> tuple[Value, bool, float] | None:
     """``(condition, keep, fill)`` if ``v`` is 0 where kept and minus infinity elsewhere.
 
     It is a choice between the two, or a number times a mask of 0 and 1: there the condition may be a mask of numbers, and the
-    fill is finite. ``moved``: also where the condition's axes are not those of ``v`` from the right on.
+    fill is finite.
     """
     n = v.node
-    while n is not None and (_aligned(n) or (moved and n.op.name == "reshape")) and n.inputs[0].shape[-2:] == v.shape[-2:]:
+    while n is not None and _aligned(n) and n.inputs[0].shape[-2:] == v.shape[-2:]:
         n = n.inputs[0].node
     if n is None:
         return None

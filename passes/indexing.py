@@ -46,18 +46,31 @@ class Indexing:
 
     def pieces(self, v: Value) -> Pieces:
         """``v`` on regions that do not overlap and together are all of it."""
-        if v not in self._known:
-            array, node = v.const, v.node
-            found: Sequence[Piece] | None
-            if array is not None:
-                found = of_array(array)
-            elif node is not None and node.op.elementwise:
-                found = self._elementwise(node)
+        waiting = [v]  # no recursion: chains are as long as exporters make them
+        while waiting:
+            x = waiting[-1]
+            if x in self._known:
+                waiting.pop()
+            elif missing := [u for u in self._read(x) if u not in self._known]:
+                waiting += missing
             else:
-                rule = _RULES.get(node.op.name) if node is not None else None
-                found = rule(self, node) if rule is not None and node is not None else None
-            self._known[v] = self._settled(v, found) if found is not None else UNKNOWN
+                found = self._found(x)
+                self._known[x] = self._settled(x, found) if found is not None else UNKNOWN
         return self._known[v]
+
+    def _read(self, v: Value) -> Sequence[Value]:
+        """What the pieces of ``v`` follow from."""
+        node = v.node
+        return node.inputs if node is not None and (node.op.elementwise or node.op.name in _RULES) else ()
+
+    def _found(self, v: Value) -> Sequence[Piece] | None:
+        array, node = v.const, v.node
+        if array is not None:
+            return of_array(array)
+        if node is not None and node.op.elementwise:
+            return self._elementwise(node)
+        rule = _RULES.get(node.op.name) if node is not None else None
+        return rule(self, node) if rule is not None and node is not None else None
 
     def _settled(self, v: Value, pieces: Sequence[Piece]) -> Pieces:
         """Without what has no elements; one piece, where one function says all."""

@@ -96,8 +96,18 @@ def _is_square(v: Value) -> bool:
 
 
 def _masks(v: Value) -> bool:
-    """Whether it, or a view of it, goes into elementwise operations alone: no weight of a product does."""
-    return bool(v.users) and all(n.op.elementwise or (n.op.name in _VIEWS and _masks(n.output)) for n in v.users)
+    """Whether it goes into elementwise operations with other values alone: no weight of a product does, scaled or not."""
+    return bool(v.users) and all(
+        _masks(n.output) if n.op.name in _VIEWS or (n.op.elementwise and all(map(_fixed, n.inputs))) else n.op.elementwise
+        for n in v.users
+    )
+
+
+def _fixed(v: Value) -> bool:
+    """Whether it is made of parameters and constants."""
+    node = v.node
+    made = node is not None and node.op.elementwise and all(map(_fixed, node.inputs))
+    return v.param is not None or v.const is not None or made
 
 
 def _emit(b: Builder, pieces: Sequence[Piece], type: TensorType) -> Value:

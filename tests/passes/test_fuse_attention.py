@@ -557,3 +557,33 @@ def test_a_router_is_no_missed_attention() -> None:
 }"""
     program = random_program(text)
     assert PassManager([FuseAttention()]).run(program).remarks() == []
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        "%m: f32[b, 1, 1, s] = select(%pad, 0.0:f32, -inf:f32)",
+        "%c: f32[b, 1, 1, s] = select(%pad, 0.0:f32, -65504.0:f32)\n  %m: f32[b, 1, 1, s] = add(%c, %bias)",
+        "%c: f32[s] = select(%first, 0.0:f32, -inf:f32)\n  %m: f32[b, 1, 1, s] = select(%pad, %c, -65504.0:f32)",
+        "%c: f32[b, 1, 1, s] = select(%pad, 0.0:f32, -inf:f32)\n  %m: f32[b, 1, 1, s] = maximum(%bias, %c)",
+    ],
+)
+def test_a_finite_fill_beside_data_that_hides_stays(data: str) -> None:
+    """Where data hides all that the finite fill leaves, the formula attends to what it filled: however the data hides."""
+    given = "%pad: bool[b, 1, 1, s], %bias: f32[b, 1, 1, s], %q: f32"
+    text = positions("less_equal(%at, %row)", "-10000.0:f32").replace("%q: f32", given)
+    text = text.replace("  %row: i64", f"  %first: bool[s] = less(%at, 3:i64)\n  {data}\n  %row: i64")
+    text = text.replace("select(%keep, %scores,", "select(%keep, %seen,").replace(
+        "  %masked:", "  %seen: f32[b, 1, s, s] = add(%scores, %m)\n  %masked:"
+    )
+    check_untouched(FuseAttention(), text, "some query may see nothing")
+
+
+def test_a_finite_fill_beside_a_bias_is_fused() -> None:
+    text = positions("less_equal(%at, %row)", "-10000.0:f32").replace("%q: f32", "%bias: f32[b, 1, 1, s], %q: f32")
+    text = text.replace("select(%keep, %scores,", "select(%keep, %seen,").replace(
+        "  %masked:", "  %seen: f32[b, 1, s, s] = add(%scores, %bias)\n  %masked:"
+    )
+    program = random_program(text)
+    PassManager([FuseAttention(), Cleanup()], check=InterpreterCheck([{"b": 2, "s": 5}])).run(program)
+    assert program["f"].count("attention") == 1

@@ -170,3 +170,13 @@ def test_implication() -> None:
     assert implies([half.plus(Affine((), 1))], i.minus(j), (S, S))
     assert not implies([half.plus(Affine((), 2))], i.minus(j), (S, S))  # j is 1, i is 0
     assert not implies([], i.minus(j), (S, S))
+
+
+def test_long_chains_are_followed() -> None:
+    b = Builder(Graph("f"))
+    v = b.iota(size=S)
+    for _ in range(3000):
+        v = b.add(v, 1)
+    found = Indexing([S]).of(v)
+    assert found is not None
+    assert (found.terms, found.const) == ((1,), 3000)

@@ -155,3 +155,25 @@ def test_a_table_means_causal_attention() -> None:
     PassManager([ReadTables(), FuseAttention(), Cleanup()]).run(program)
     (node,) = (n for n in program["f"].nodes if n.op.name == "attention")
     assert (node.attrs.causal, len(node.inputs), program.params) == (True, 3, {})  # type: ignore[attr-defined]
+
+
+def test_weights_are_not_looked_at() -> None:
+    """A square weight that is scaled, cast or masked before its product is not even loaded."""
+
+    class Weight:
+        is_data = True
+        type = type_of(np.zeros((16, 16), np.float32))
+
+        def load(self) -> Array:
+            raise AssertionError("it was loaded")
+
+    text = """graph @f(%x: f32[b, 16]) {
+  param %w: f32[16, 16]
+  param %scale: f32[16, 1]
+  %scaled: f32[16, 16] = mul(%w, %scale)
+  %moved: f32[16, 16] = add(%scaled, 1.0:f32)
+  %y: f32[b, 16] = linear(%x, %moved)
+  return %y
+}"""
+    program = Program({"f": parse(text)}, {"w": Weight(), "scale": ArrayParam(s := np.ones((16, 1), np.float32), type_of(s))})
+    assert not PassManager([ReadTables()]).run(program).steps[0].modified
