@@ -1,17 +1,17 @@
-# make demo | test | test-all | test-machines | check | mutants | bench | parity: each sets up what it needs in .venv (Python 3.11+, a C++ compiler)
+# make demo | test | test-all | test-machines | check | mutants | bench | parity | real: each sets up what it needs in .venv (Python 3.11+, a C++ compiler)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := ir passes backends frontend runtime training wasat
 
-.PHONY: demo test test-all test-slow test-machines check lint types mutants bench parity clean
+.PHONY: demo test test-all test-slow test-machines check lint types mutants bench parity real clean
 
 demo: $(READY)
 	$(BIN)/wasat demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not machines"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not machines and not real"
 
 # what takes long and adds little: larger sweeps of what `make test` samples
 test-slow: $(READY)
@@ -47,6 +47,11 @@ parity: $(READY)
 	$(BIN)/pip install -q torch==2.13.0 transformers==5.23.0 onnxruntime==1.32.0
 	$(BIN)/python -m pytest tests/parity
 	PYTHONPATH=tests $(BIN)/python -m pytest -n 2 --dist worksteal -p roundtrip tests/ir tests/passes tests/frontend tests/training
+
+# the ONNX files that packages carry (tests/real/fetch.py), through the command line, beside onnxruntime
+real: $(READY)
+	$(BIN)/pip install -q onnxruntime==1.32.0
+	$(BIN)/python -m pytest tests/real -n 2 -m real -rs
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
