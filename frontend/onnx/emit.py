@@ -43,6 +43,22 @@ FOLD_LIMIT = 4096
 EVALUATE_LIMIT = 2**26
 """No tensor larger than this is computed while importing."""
 
+GROWTH_LIMIT = 2**20
+"""What constants are joined to is computed up to so many elements: joined with itself, one doubles with each node."""
+
+FOLDED_LIMIT = 2**26
+"""What folds in one import has no more elements together."""
+
+WORK_LIMIT = 2**34
+"""In one import, so many elements and multiply-adds are computed for the numbers that converters ask for."""
+NODE_WORK = 2**14
+"""What running a node costs besides, in these."""
+
+MOST_NUMBERS = 4096
+"""A shape, or a list of axes or amounts, has no more elements."""
+MOST_DIMS = 256
+"""A tensor of more elements is not followed as dimensions."""
+
 
 @dataclass(frozen=True, eq=False)
 class Dims:
@@ -96,6 +112,7 @@ class Emitter:
         self.b = Builder(graph)
         self.sources = sources
         self._constants: dict[int, tuple[np.ndarray, Value]] = {}
+        self._folded = self._worked = 0
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith("_"):
@@ -142,10 +159,15 @@ class Emitter:
             return None  # emitting it says what is wrong, and where
         results: list[Any] = [out] if isinstance(out, TensorType) else list(out)  # type: ignore[arg-type]
         sizes = [t.size for t in results if isinstance(t, TensorType)]
-        limit = max(FOLD_LIMIT, sum(x.size for x in xs))
+        apart = [x.size for x in {id(x): x for x in xs}.values()]
+        limit = max(FOLD_LIMIT, *apart, min(sum(apart), GROWTH_LIMIT))
         known = len(sizes) == len(results) and all(isinstance(n, int) and n <= limit for n in sizes)
-        if not known or canonical.symbols or _largest(canonical) > limit:
+        if not known or canonical.symbols or canonical.bodies or _largest(canonical) > limit:
             return None
+        work = sum(n for n in (*sizes, op.multiply_adds(canonical, *types)) if isinstance(n, int))
+        if self._folded + work > FOLDED_LIMIT:
+            return None
+        self._folded += work
         with np.errstate(all="ignore"):
             made = op.reference(canonical, *xs)
         arrays = [np.asarray(x) for x in made] if isinstance(made, (tuple, list)) else [np.asarray(made)]
@@ -200,8 +222,18 @@ class Emitter:
                         raise FromData(f"{what} depends on sizes that are not fixed", ())
                     if size > EVALUATE_LIMIT:
                         raise OnnxError(f"{what} depends on a tensor of {size} elements, too large to compute while importing")
+                self._worked += _work(node)
+                if self._worked > WORK_LIMIT:
+                    raise OnnxError(f"{what} depends on more than can be computed while importing")
                 values.update(zip(node.outputs, run_node(node, [values[v] for v in node.inputs], {})))
         return np.asarray(values[x])
+
+    def numbers(self, x: Operand, what: str) -> np.ndarray:
+        """``const`` of axes, sizes, amounts: of few elements."""
+        count = size_of(self.shape(x))
+        if isinstance(count, int) and count > MOST_NUMBERS:
+            raise OnnxError(f"{what} has {count} numbers, more than {MOST_NUMBERS}")
+        return self.const(x, what)
 
     def _made_of(self, x: Value) -> tuple[set[Node], list[str], dict[Value, str]]:
         """The nodes, inputs and parameters that ``x`` is computed from."""
@@ -225,7 +257,7 @@ class Emitter:
         """The elements of an integer vector (or scalar) as dimensions. Raises FromData."""
         if isinstance(x, Dims):
             return tuple(x.array.ravel())
-        return tuple(int(d) for d in self.const(x, what).ravel())
+        return tuple(int(d) for d in self.numbers(x, what).ravel())
 
     # -- what converters keep needing --------------------------------------------------------------------------------------
     def to(self, x: Operand, dtype: DType) -> Any:
@@ -290,6 +322,16 @@ def _largest(attrs: Attrs) -> int:
     return max((v for v in flat if isinstance(v, int)), default=0)
 
 
+def _work(node: Node) -> int:
+    """What running a node costs, in elements and multiply-adds; of a loop, every turn."""
+    attrs: Any = node.attrs
+    total = NODE_WORK + sum(n for n in (node.multiply_adds, *(v.tensor.size for v in node.outputs)) if isinstance(n, int))
+    for body in attrs.bodies:
+        turns = attrs.length if attrs.length is not None else node.inputs[attrs.carries].shape[0]
+        total += turns * sum(map(_work, body.graph.nodes)) if isinstance(turns, int) else 0
+    return total
+
+
 # -- operations on dimensions ----------------------------------------------------------------------------------------------
 def _undecided(f: Callable[[Any, Any], bool | None]) -> Callable[[Any, Any], bool]:
     def decide(a: Any, b: Any) -> bool:
@@ -348,21 +390,25 @@ def _on_dims(op: Op, attrs: dict[str, Any], xs: list[Any]) -> Operand | None:
     types = [TensorType(dtype if isinstance(x, Dims) else DType.of(x.dtype), x.shape) for x in xs]
     name = op.name
     try:
+        canonical: Any = op.Attrs(**attrs).canonical(*types)
+        with collect_checks():
+            made: Any = op.infer(canonical, *types)
+        if not isinstance(made, TensorType) or not isinstance(made.size, int) or made.size > MOST_DIMS:
+            return None
         if op.kind in ("view", "gather") and not op.is_composite:  # elements are only moved: so are dimensions
             if op.kind == "gather" and isinstance(xs[1], Dims):
                 return None
-            moved = np.asarray(op.reference(op.Attrs(**attrs).canonical(*types), *arrays), object)
+            moved = np.asarray(op.reference(canonical, *arrays), object)
             return known(moved, dtype) if all(isinstance(d, Dim | int | np.integer) for d in moved.flat) else None
         if name in _PAIRS:
             return known(np.asarray(np.frompyfunc(_PAIRS[name], 2, 1)(*map(_as_objects, arrays)), object), dtype)
         if name in _TESTS:
             return np.asarray(np.frompyfunc(_TESTS[name], 2, 1)(*map(_as_objects, arrays))).astype(bool)
         if name in _REDUCTIONS:
-            a: Any = op.Attrs(**attrs).canonical(*types)
             out = arrays[0]
-            for axis in sorted(a.axes, reverse=True):
+            for axis in sorted(canonical.axes, reverse=True):
                 f = np.frompyfunc(_REDUCTIONS[name], 2, 1)
-                out = np.asarray(f.reduce(out, axis=axis, keepdims=a.keepdims), object)
+                out = np.asarray(f.reduce(out, axis=axis, keepdims=canonical.keepdims), object)
             return known(out, dtype)
         if name == "select" and isinstance(xs[0], np.ndarray):
             return known(np.asarray(np.where(xs[0], _as_objects(arrays[1]), _as_objects(arrays[2])), object), dtype)

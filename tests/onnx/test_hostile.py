@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 import tracemalloc
 from typing import Any
@@ -141,6 +142,42 @@ def small(nodes: list[Any], inputs: dict[str, list[Any]], stored: dict[str, Any]
     return helper.make_model(graph, opset_imports=opsets, functions=list(functions))
 
 
+def doubling(first: str, count: int) -> list[Any]:
+    """Joined with itself again and again."""
+    names = [first, *(f"v{i}" for i in range(count)), "y"]
+    return [helper.make_node("Concat", [a, a], [b], axis=0) for a, b in itertools.pairwise(names)]
+
+
+SHAPE = helper.make_node("Shape", ["x"], ["q"])
+GROWING: dict[str, Any] = {
+    "sizes tiled": ([SHAPE, helper.make_node("Tile", ["q", "t"], ["y"])], {"x": ["n", 3]}, {"t": [10**7]}),
+    "sizes expanded": ([SHAPE, helper.make_node("Expand", ["q", "t"], ["y"])], {"x": ["n", 3]}, {"t": [BIG, 2]}),
+    "sizes padded": ([SHAPE, helper.make_node("Pad", ["q", "t"], ["y"])], {"x": ["n", 3]}, {"t": [0, BIG]}),
+    "sizes doubled": ([SHAPE, *doubling("q", 40)], {"x": ["n", 3]}, {}),
+    "constants doubled": (doubling("t", 60), {}, {"t": [1, 2]}),
+}
+
+
+@pytest.mark.parametrize("name", GROWING)
+def test_a_few_bytes_stay_few(name: str) -> None:
+    """Whether they are imported (their shape being only a shape) or refused: soon, and with little memory."""
+    model = small(*GROWING[name])
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(OnnxError):
+            from_onnx(model)
+        assert tracemalloc.get_traced_memory()[1] < 50_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_shape_has_no_millions_of_sizes() -> None:
+    one = onnx.numpy_helper.from_array(np.array([1]), "")
+    nodes = [helper.make_node("ConstantOfShape", ["s"], ["k"], value=one), helper.make_node("Reshape", ["x", "k"], ["y"])]
+    with pytest.raises(OnnxError, match="Reshape node 'y': the shape of Reshape has 20000000 numbers, more than 4096"):
+        from_onnx(small(nodes, {"x": [1]}, {"s": [20_000_000]}))
+
+
 def test_functions_that_call_the_one_before_twice() -> None:
     opsets, functions = [helper.make_opsetid("", 18), helper.make_opsetid("c", 1)], []
     for i in range(30):
@@ -149,3 +186,24 @@ def test_functions_that_call_the_one_before_twice() -> None:
         functions.append(helper.make_function("c", f"f{i}", ["a"], ["z"], twice, opsets))
     with pytest.raises(OnnxError, match="more than 1000000 nodes, once functions are inlined"):
         from_onnx(small([helper.make_node("f29", ["x"], ["y"], domain="c")], {"x": [2]}, {}, functions))
+
+
+def test_numbers_that_take_too_long_to_compute() -> None:
+    nodes = [
+        helper.make_node("ConstantOfShape", ["s"], ["k"]), helper.make_node("MatMul", ["k", "k"], ["m"]),
+        helper.make_node("NonZero", ["m"], ["y"]),
+    ]  # fmt: skip
+    with pytest.raises(OnnxError, match="NonZero node 'y': .* depends on more than can be computed while importing"):
+        from_onnx(small(nodes, {}, {"s": [8000, 8000]}))
+
+
+def test_a_long_loop_over_constants_is_not_run_for_a_number() -> None:
+    body = helper.make_graph(
+        [helper.make_node("Neg", ["v"], ["w"])], "b",
+        [helper.make_tensor_value_info("i", I, []), helper.make_tensor_value_info("c", TensorProto.BOOL, []),
+         helper.make_tensor_value_info("v", I, None)],
+        [helper.make_tensor_value_info("c", TensorProto.BOOL, []), helper.make_tensor_value_info("w", I, None)],
+    )  # fmt: skip
+    nodes = [helper.make_node("Loop", ["n", "", "t"], ["k"], body=body), helper.make_node("Reshape", ["x", "k"], ["y"])]
+    with pytest.raises(OnnxError, match="Reshape node 'y': the shape of Reshape depends on more than can be computed"):
+        from_onnx(small(nodes, {"x": [2]}, {"n": 10**9, "t": [2]}))

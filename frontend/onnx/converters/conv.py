@@ -195,8 +195,8 @@ def max_unpool(c: Emitter, n: NodeView, x: Operand, places: Operand, shape: Oper
 @op("Col2Im")
 def col2im(c: Emitter, n: NodeView, x: Operand, image: Operand, block: Operand) -> Any:
     """Each block's elements are added where they came from in the padded image."""
-    size = [int(d) for d in c.const(image, "the image shape of Col2Im")]
-    kernel = [int(d) for d in c.const(block, "the block shape of Col2Im")]
+    size = [int(d) for d in c.numbers(image, "the image shape of Col2Im")]
+    kernel = [int(d) for d in c.numbers(block, "the block shape of Col2Im")]
     axes = range(len(size))
     strides, dilations = n.get("strides") or [1] * len(size), n.get("dilations") or [1] * len(size)
     pads = n.get("pads") or [0] * 2 * len(size)

@@ -32,14 +32,14 @@ def resize(
         scales = None
     factors: list[Any]
     if scales is not None:
-        factors = [float(s) for s in c.const(scales, "the scales of Resize")]
+        factors = [float(s) for s in c.numbers(scales, "the scales of Resize")]
         out = [_scaled(shape[a], s) for a, s in zip(axes, factors)]
     elif sizes is not None:
         out = list(c.dims(sizes, "the sizes of Resize"))
         factors = [None] * len(out)
         policy = n.get("keep_aspect_ratio_policy", "stretch")
         if policy != "stretch":
-            wanted = c.const(sizes, "the sizes of a Resize that keeps the aspect ratio")
+            wanted = c.numbers(sizes, "the sizes of a Resize that keeps the aspect ratio")
             ratios = [int(w) / c.static(x, a, "Resize that keeps the aspect ratio") for a, w in zip(axes, wanted)]
             ratio = min(ratios) if policy == "not_larger" else max(ratios)
             factors = [ratio] * len(out)
@@ -50,7 +50,7 @@ def resize(
     if n["coordinate_transformation_mode"] == "tf_crop_and_resize":
         if roi is None:
             raise n.fail("tf_crop_and_resize needs a roi")
-        bounds = c.const(roi, "the roi of Resize").astype(np.float64).reshape(2, -1)
+        bounds = c.numbers(roi, "the roi of Resize").astype(np.float64).reshape(2, -1)
     own = c.dtype(x)
     work = own if own.is_float and own.bits >= 32 else DType.F32
     y, inside = c.to(x, work) if n["mode"] != "nearest" else x, None

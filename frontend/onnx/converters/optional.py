@@ -82,7 +82,7 @@ def split_to_sequence(c: Emitter, n: NodeView, x: Operand, sizes: Operand | None
     if sizes is None:
         step = 1
     else:
-        given = c.const(sizes, "the sizes of SplitToSequence")
+        given = c.numbers(sizes, "the sizes of SplitToSequence")
         step = int(given) if given.ndim == 0 else 0
     if step > 0:
         if total > MOST * step:
@@ -96,5 +96,3 @@ def split_to_sequence(c: Emitter, n: NodeView, x: Operand, sizes: Operand | None
         out.append(c.drop_axes(piece, axis) if sizes is None and not n["keepdims"] else piece)
         at += part
     return out
-
-

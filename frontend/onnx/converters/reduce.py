@@ -17,7 +17,7 @@ _SIMPLE = {"ReduceSum": "reduce_sum", "ReduceProd": "reduce_prod", "ReduceMax": 
     *_SIMPLE, "ReduceMean", "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceSumSquare",
 )  # fmt: skip
 def reduce(c: Emitter, n: NodeView, x: Operand, axes: Operand | None = None) -> Any:
-    chosen = n.get("axes") if axes is None else [int(a) for a in c.const(axes, "the axes of a reduction")]
+    chosen = n.get("axes") if axes is None else [int(a) for a in c.numbers(axes, "the axes of a reduction")]
     if not chosen:
         if n.get("noop_with_empty_axes"):
             return _whole(c, n.op, x)

@@ -71,7 +71,7 @@ def flatten(c: Emitter, n: NodeView, x: Operand) -> Any:
 
 
 def _axes(c: Emitter, n: NodeView, axes: Operand | None) -> list[int] | None:
-    return n.get("axes") if axes is None else [int(a) for a in c.const(axes, f"the axes of {n.op}").ravel()]
+    return n.get("axes") if axes is None else [int(a) for a in c.numbers(axes, f"the axes of {n.op}").ravel()]
 
 
 @op("Squeeze")
@@ -119,8 +119,8 @@ def slice_(
     steps: Operand | None = None,
 ) -> Any:  # fmt: skip
     first, last = c.dims(starts, "where a Slice starts"), c.dims(ends, "where a Slice ends")
-    chosen = range(len(first)) if axes is None else [int(a) for a in c.const(axes, "the axes of Slice")]
-    strides = [1] * len(first) if steps is None else [int(s) for s in c.const(steps, "the steps of Slice")]
+    chosen = range(len(first)) if axes is None else [int(a) for a in c.numbers(axes, "the axes of Slice")]
+    strides = [1] * len(first) if steps is None else [int(s) for s in c.numbers(steps, "the steps of Slice")]
     for axis, lo, hi, step in zip(chosen, first, last, strides):
         axis %= c.rank(x)
         size = c.shape(x)[axis]
@@ -205,11 +205,9 @@ def range_(c: Emitter, n: NodeView, start: Operand, limit: Operand, delta: Opera
 
 
 @op("Pad", since=11)
-def pad(
-    c: Emitter, n: NodeView, x: Operand, pads: Operand, value: Operand | None = None, axes: Operand | None = None
-) -> Any:
+def pad(c: Emitter, n: NodeView, x: Operand, pads: Operand, value: Operand | None = None, axes: Operand | None = None) -> Any:
     amounts, rank = c.dims(pads, "the amounts of Pad"), c.rank(x)
-    chosen = range(rank) if axes is None else [int(a) % rank for a in c.const(axes, "the axes of Pad")]
+    chosen = range(rank) if axes is None else [int(a) % rank for a in c.numbers(axes, "the axes of Pad")]
     low: list[DimLike] = [0] * rank
     high: list[DimLike] = [0] * rank
     for i, axis in enumerate(chosen):
