@@ -193,7 +193,7 @@ def test_numbers_that_take_too_long_to_compute() -> None:
         helper.make_node("ConstantOfShape", ["s"], ["k"]), helper.make_node("MatMul", ["k", "k"], ["m"]),
         helper.make_node("NonZero", ["m"], ["y"]),
     ]  # fmt: skip
-    with pytest.raises(OnnxError, match="NonZero node 'y': .* depends on more than can be computed while importing"):
+    with pytest.raises(OnnxError, match=r"NonZero node 'y': .* depends on more than can be computed while importing"):
         from_onnx(small(nodes, {}, {"s": [8000, 8000]}))
 
 
@@ -205,5 +205,5 @@ def test_a_long_loop_over_constants_is_not_run_for_a_number() -> None:
         [helper.make_tensor_value_info("c", TensorProto.BOOL, []), helper.make_tensor_value_info("w", I, None)],
     )  # fmt: skip
     nodes = [helper.make_node("Loop", ["n", "", "t"], ["k"], body=body), helper.make_node("Reshape", ["x", "k"], ["y"])]
-    with pytest.raises(OnnxError, match="Reshape node 'y': the shape of Reshape depends on more than can be computed"):
+    with pytest.raises(OnnxError, match=r"Reshape node 'y': the shape of Reshape depends on .* while importing"):
         from_onnx(small(nodes, {"x": [2]}, {"n": 10**9, "t": [2]}))
