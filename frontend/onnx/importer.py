@@ -335,7 +335,9 @@ class Importer:
 
     def _lookup(self, name: str, frame: Frame, who: str) -> Any:
         if name not in frame.env:
-            raise self.fail(f"{who} reads {name!r}, which nothing before it makes: the nodes are not in order, or form a cycle")
+            raise self.fail(
+                f"{who} reads {name!r}, which nothing before it makes: the nodes are not in order, or form a cycle"
+            )
         return frame.env[name]
 
     def _node(self, node: onnx.NodeProto, inputs: list[Any], frame: Frame) -> Sequence[Any]:
@@ -458,7 +460,9 @@ class Importer:
         wanted = zip(f.output, node.output)
         return [self._lookup(name, inner, f"the result of function {f.name}") if out else None for name, out in wanted]
 
-    def _inline_schema(self, schema: Any, node: onnx.NodeProto, inputs: list[Any], frame: Frame) -> Sequence[Any]:
+    def _inline_schema(
+        self, schema: Any, node: onnx.NodeProto, inputs: list[Any], frame: Frame
+    ) -> Sequence[Any]:
         assert schema is not None  # or _check_supported had refused it
         plain = onnx.NodeProto()
         plain.CopyFrom(node)

@@ -274,3 +274,5 @@ def dropout_inference(c: Emitter, n: NodeView, x: Operand) -> tuple[Any, Any]:
 @op("Dropout", since=7)
 def dropout_with_mask_of_its_type(c: Emitter, n: NodeView, x: Operand) -> tuple[Any, Any]:
     return x, c.full(c.shape(x), 1, c.dtype(x))
+
+

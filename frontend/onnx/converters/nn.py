@@ -132,7 +132,9 @@ def rms_norm(c: Emitter, n: NodeView, x: Operand, scale: Operand) -> Any:
 
 
 @op("BatchNormalization", since=7)
-def batch_norm(c: Emitter, n: NodeView, x: Operand, scale: Operand, bias: Operand, mean: Operand, var: Operand) -> Any:
+def batch_norm(
+    c: Emitter, n: NodeView, x: Operand, scale: Operand, bias: Operand, mean: Operand, var: Operand
+) -> Any:
     """Before operator set 9, without ``spatial``, a mean and a variance belong to an element of a row, else to a channel."""
     if not n.get("spatial", 1):
         scale, bias, mean, var = (c.view(v, size_of(c.shape(v))) for v in (scale, bias, mean, var))
@@ -192,7 +194,9 @@ def local_response(c: Emitter, n: NodeView, x: Operand) -> Any:
 
 # -- positions -------------------------------------------------------------------------------------------------------------
 @op("RotaryEmbedding")
-def rotary(c: Emitter, n: NodeView, x: Operand, cos: Operand, sin: Operand, positions: Operand | None = None) -> Any:
+def rotary(
+    c: Emitter, n: NodeView, x: Operand, cos: Operand, sin: Operand, positions: Operand | None = None
+) -> Any:
     """x [b, h, s, d] or [b, s, h*d]; tables [positions, r/2], or [b, s, r/2] without positions."""
     flat = c.rank(x) == 3
     shape = c.shape(x)

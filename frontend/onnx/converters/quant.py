@@ -133,3 +133,5 @@ def qlinear_conv(
     of_w = c.view(w_scale) if c.rank(w_scale) == 0 or c.shape(w_scale)[0] == 1 else c.along(w_scale, 1, c.rank(total))
     factor = c.div(c.mul(c.view(x_scale), of_w), c.view(scale))
     return _rounded(c, c.mul(c.to(total, DType.F32), factor), c.view(zero), c.dtype(zero))
+
+

@@ -48,7 +48,9 @@ def stft(
 
 
 @op("MelWeightMatrix")
-def mel_weights(c: Emitter, n: NodeView, bins: Operand, length: Operand, rate: Operand, low: Operand, high: Operand) -> Any:
+def mel_weights(
+    c: Emitter, n: NodeView, bins: Operand, length: Operand, rate: Operand, low: Operand, high: Operand
+) -> Any:
     """Triangles between neighbouring mel frequencies (HTK: 2595 log10(1 + f/700)), over the bins of a transform."""
     mels, size, hertz = (int(c.const(v, "a size of MelWeightMatrix")) for v in (bins, length, rate))
     if not 0 < mels * size < EVALUATE_LIMIT:
