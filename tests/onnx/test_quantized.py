@@ -371,3 +371,14 @@ def test_cast_kernels_of_convolutions_are_named() -> None:
     nodes = [CAST, ("Mul", ["f", "scale"], "w", {}), ("Conv", ["x", "w"], "y", {})]
     m = from_onnx(spelled(nodes, {"q": q, "scale": halves(4, 1, 1, 1)}, [1, 3, 8, 8]))
     assert "no product" in m.metadata["onnx"]["dequantized"]["q"]
+
+
+def test_a_product_of_constants_that_no_parameter_makes_is_read() -> None:
+    nodes = [
+        helper.make_node("Range", ["zero", "four", "one"], ["r"]), helper.make_node("Cast", ["r"], ["f"], to=1),
+        helper.make_node("Mul", ["f", "f"], ["m"]), helper.make_node("Add", ["x", "m"], ["y"]),
+    ]  # fmt: skip
+    stored = [onnx.numpy_helper.from_array(np.array(n), k) for k, n in (("zero", 0), ("four", 4), ("one", 1))]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [4])
+    graph = helper.make_graph(nodes, "g", [x], [onnx.ValueInfoProto(name="y")], stored)
+    assert from_onnx(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10))["forward"]

@@ -131,7 +131,7 @@ class Weights:
         self._fold(importer, [r for node in importer.graph.nodes if (r := _scaled(importer, node)) is not None])
         for node in importer.graph.nodes:
             for x in node.inputs if node.op.name == "mul" and all(_numbers(importer, v) for v in node.inputs) else ():
-                while x.node is not None:
+                while x.node is not None and x.node.inputs:
                     x = x.node.inputs[0]
                 if x.param is not None and _narrow(x) and len(x.shape) > 1:
                     self.dense.setdefault(x.param, _NO_PRODUCT)
