@@ -1,7 +1,4 @@
-"""Operators as older operator sets have them: the backend suite's cases said in older forms, and what each form means by NumPy.
-
-Shared by tests/onnx, which hold the numbers against NumPy, and tests/parity, which hold NumPy against onnxruntime.
-"""
+"""Operators as older operator sets have them: the backend suite's cases in older forms, and what each form means by NumPy."""
 
 from __future__ import annotations
 

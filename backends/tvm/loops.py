@@ -243,10 +243,9 @@ class _Loops:
         return value
 
     def _once(self, value: Expr) -> Expr:
-        """``value``, computed here and kept in a register of its own: TVM's simplifiers put what a variable stands for in its
-        place, and a chain of values that are used twice doubles with each (LLVM sees one value either way). Passes that narrow
-        indices or widen bf16 change the types of variables, not of memory.
-        """
+        """``value``, computed here. Passes that narrow indices or widen bf16 change the types of variables, not of memory."""
+        if str(value.ty.dtype) in ("float32", "float64"):
+            return self.kernel.let(value)
         place = self.kernel.registers(1, str(value.ty.dtype), 1)
         self.kernel.store(place, 0, value)
         return load(place, 0)

@@ -1,12 +1,15 @@
-"""The trained example: its text, what the f32 reference makes of it, and an artifact of it."""
+"""The program as it is called; the trained example: its text, what the f32 reference makes of it, and an artifact of it."""
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 
 os.environ.setdefault("TVM_NUM_THREADS", "2")
 os.environ.setdefault("TVM_BIND_THREADS", "0")
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +19,27 @@ import pytest
 pytest.importorskip("tvm")
 
 import wasat as ws
+from wasat import cli
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """The program with these arguments: exit status, standard output, standard error."""
+
+    def call(*argv: object, stdin: str = "") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["wasat", *map(str, argv)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        with pytest.raises(SystemExit) as e:
+            cli.main()
+        got = capsys.readouterr()
+        return int(e.value.code or 0), got.out, got.err
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import subprocess
@@ -17,21 +16,6 @@ from wasat.runtime import load
 from wasat import cli
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """The program with these arguments: exit status, standard output, standard error."""
-
-    def call(*argv: object, stdin: str = "") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["wasat", *map(str, argv)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        with pytest.raises(SystemExit) as e:
-            cli.main()
-        got = capsys.readouterr()
-        return int(e.value.code or 0), got.out, got.err
-
-    return call
 
 
 @pytest.fixture(scope="module")

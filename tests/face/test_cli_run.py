@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import sys
 import wave
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +12,6 @@ from PIL import Image
 from wasat.ir import parse_program
 
 import wasat as ws
-from wasat import cli
 
 Run = Callable[..., tuple[int, str, str]]
 PICTURE = """graph @forward(%image: f32[n, 3, h, w], %gain: f32[]) {
@@ -35,19 +32,6 @@ SOUND = """graph @forward(%wave: f32[1, n], %state: f32[2, 3], %rate: i64[1]) {
   return %y, %z, %r
 }
 """
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*argv: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["wasat", *map(str, argv)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-        with pytest.raises(SystemExit) as e:
-            cli.main()
-        got = capsys.readouterr()
-        return int(e.value.code or 0), got.out, got.err
-
-    return call
 
 
 @pytest.fixture(scope="module")

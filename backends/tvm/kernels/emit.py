@@ -53,12 +53,8 @@ def symbol(name: str) -> Expr:
     return tirx.Var(name, "int64")
 
 
-def _is_f32(value: Expr) -> bool:
-    return str(getattr(value.ty, "dtype", "")).startswith("float32")  # a pointer has none
-
-
-_LONGEST = 350
-"""Characters of an expression that TVM may repeat."""
+_MOST_COPIES = 20
+"""How many values may stand in an expression, where each variable was used twice and its value stands for it."""
 
 
 class Kernel:
@@ -69,7 +65,7 @@ class Kernel:
         self._params: list[Buffer] = []
         self._blocks: list[list[Any]] = [[]]
         self._names = 0
-        self._lengths: dict[str, int] = {}
+        self._copies: dict[str, int] = {}
 
     # ---- declarations
     def param(self, name: str, shape: Sequence[Index], dtype: str) -> Buffer:
@@ -114,26 +110,22 @@ class Kernel:
     def let(self, value: Expr, name: str = "v") -> Expr:
         """Evaluate once, here.
 
-        TVM's simplifiers put the value of a variable in every use, and an f32 arithmetic of many steps doubles with each of
-        them. Where that would grow long, the value is stored: in registers, says LLVM, at some cost.
+        TVM's simplifiers put the value of a variable in every use, and an arithmetic of many steps doubles with each of them.
+        Where that would grow long, a float is stored: in registers, says LLVM, at some cost.
         """
         value = int64(value)
-        length = self._length(value) if _is_f32(value) else 0
-        if length > _LONGEST:
-            kept = self.registers(1, "float32", _lanes(value))
+        dtype, copies = str(value.ty.dtype).partition("x")[0], 0
+        if dtype != "int64":  # indices stay short
+            copies = 1 + 2 * sum(self._copies.get(v.name, 0) for v in tirx.analysis.undefined_vars(value))
+        if copies > _MOST_COPIES and dtype in ("float32", "float64"):
+            kept = self.registers(1, dtype, _lanes(value))
             self.store(kept, 0, value)
             return load(kept, 0, _lanes(value))
         self._names += 1
         var = tirx.Var(f"{name}{self._names}", value.ty)
-        self._lengths[var.name] = length
+        self._copies[var.name] = copies
         self._emit(tirx.Bind(var, value))
         return var
-
-    def _length(self, value: Expr) -> int:
-        """Of the text of an expression with the values of its variables in the place of each use."""
-        text = str(value)
-        names = {v.name for v in tirx.analysis.undefined_vars(value)}
-        return len(text) + sum(text.count(name) * self._lengths.get(name, 0) for name in names)
 
     def store(self, buffer: Buffer, index: Index | tuple[Index, ...], value: Expr) -> None:
         """Store a scalar or, from ``index`` of the last axis on, a vector."""
