@@ -319,7 +319,7 @@ def half(seed: int) -> bool:
     x = feed(program["loss"], DIMS[1])
     want = results(program, "loss", x)
     modified = PassManager([MixedPrecision(dtype="f16")]).run(program).steps[0].modified
-    near(results(program, "loss", x), want, 3e-2)
+    near(results(program, "loss", x), want, 3e-2)  # attention in f16: one of 64 was off by 1.25e-2
     return modified
 
 
