@@ -192,7 +192,8 @@ def _reshape(e: Emitter, node: Node, x: str) -> str:
 
 @emits("transpose")
 def _transpose(e: Emitter, node: Node, x: str) -> str:
-    return e.op("Transpose", x, perm=_attrs(node).perm)
+    perm = _attrs(node).perm
+    return e.op("Transpose", x, perm=perm) if perm else x
 
 
 @emits("broadcast_to")

@@ -111,6 +111,7 @@ class Transpose(Op):
     def samples(self) -> Iterable[Sample]:
         yield Sample([_x(2, 3, 4)], {"perm": (2, 0, 1)})
         yield Sample([_x(2, 3)], {"perm": (-1, 0)})
+        yield Sample([_x()], {"perm": ()})
 
     def errors(self) -> Iterable[ErrorSample]:
         yield ErrorSample(["f32[2, 3]"], {"perm": (0, 0)}, "each of the 2 axes once")
