@@ -11,8 +11,8 @@ import numpy as np
 from wasat.frontend import nn
 from wasat.ir import Program, TensorType
 
-from .checkpoint import CheckpointError, FileParam, Stored, match, read_folder, read_json
 from .families import FAMILIES, ConfigError, Fields
+from .weights.safetensors import CheckpointError, FileParam, Stored, match, read_folder, read_json
 
 _BUFFERS = re.compile(r"(.*\.)?rotary_emb\.inv_freq\Z")
 """Tensors that old checkpoints store although they follow from the configuration; transformers ignores them too."""

@@ -300,8 +300,8 @@ class _NoData:
 
 def _beside(model: Path) -> dict[str, Any]:
     """What exporters leave in a model's folder: tokenizer, token ids that begin and end a text, the context's length."""
-    from wasat.frontend.checkpoint import read_json
     from wasat.frontend.huggingface import generation_ids
+    from wasat.frontend.weights.safetensors import read_json
 
     found: dict[str, Any] = {}
     tokenizer, path = model.with_name("tokenizer.json"), model.with_name("config.json")
@@ -319,7 +319,7 @@ def from_pretrained(folder: str | Path) -> Program:
     :func:`wasat.models.gemini.save` wrote.
     """
     from wasat import frontend
-    from wasat.frontend.checkpoint import read_json
+    from wasat.frontend.weights.safetensors import read_json
     from wasat.models import gemini
 
     config = Path(folder) / "config.json"
@@ -333,8 +333,8 @@ def described(source: str | Path) -> Program:
     ``config.json`` alone (Hugging Face's or :func:`wasat.models.gemini.save`'s), or of a preset of
     :mod:`wasat.models.gemini`, ``gemini-27b``.
     """
-    from wasat.frontend.checkpoint import read_json
     from wasat.frontend.huggingface import from_config
+    from wasat.frontend.weights.safetensors import read_json
     from wasat.models import gemini
 
     p = Path(source)

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
 from onnx import numpy_helper
-from wasat.frontend.checkpoint import FileParam, Stored
+from wasat.frontend.weights.safetensors import FileParam, Stored
 from wasat.ir import DType, ParamSource, TensorType
 
 from .errors import OnnxError

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 from wasat.frontend import nn
-from wasat.frontend.checkpoint import CheckpointError
 from wasat.frontend.families.config import ConfigError
+from wasat.frontend.weights.safetensors import CheckpointError
 from wasat.ir import ArrayParam, Program, type_of
 
 import wasat as ws

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from wasat.frontend import nn
-from wasat.frontend.checkpoint import read_folder
+from wasat.frontend.weights.safetensors import read_folder
 from wasat.ir import ArrayParam, Program, TensorType
 
 from wasat.driver import run

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from wasat.frontend.checkpoint import STORED, CheckpointError, match, read_folder, read_json
+from wasat.frontend.weights.safetensors import STORED, CheckpointError, match, read_folder, read_json
 from wasat.ir import DType, ParamSource, Program
 
 from .config import Config

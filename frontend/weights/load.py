@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 from wasat.ir import ArrayParam, DType, IRError, ParamSource, Program, QArray, TensorType, Type, type_of
 
-from .checkpoint import STORED, CheckpointError, FileParam, Stored, listed, read_folder, read_header
+from .safetensors import STORED, CheckpointError, FileParam, Stored, listed, read_folder, read_header
 
 _SUGGESTED = 20
 """Names that are compared with all others: as many as are shown of a kind."""

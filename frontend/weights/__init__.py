@@ -1,0 +1,6 @@
+"""Where a model's numbers come from: readers of files, names of tensors mapped to parameters, strict loading."""
+
+from .load import load_weights
+from .safetensors import CheckpointError, FileParam
+
+__all__ = ["CheckpointError", "FileParam", "load_weights"]
