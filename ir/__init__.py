@@ -25,14 +25,15 @@ from .interface import State
 from .op import OPS, Attrs, Body, ErrorSample, Literal, Op, Sample, op_named, register
 from .parser import parse, parse_program, parse_type
 from .printer import graph_text, node_text
-from .types import Array, DType, QArray, QTensorType, TensorType, Type, type_of
+from .types import Array, BlockArray, DType, QArray, QTensorType, TensorType, Type, type_of
 from .verify import verify
 
 __all__ = [
-    "OPS", "Array", "ArrayParam", "Attrs", "Body", "Builder", "DType", "DerivedParam", "Dim", "DimError", "DimLike",
-    "ErrorSample", "Graph", "IRError", "Literal", "Loc", "Node", "NotDifferentiable", "Op", "ParamSource", "ParseError",
-    "Program", "QArray", "QTensorType", "Sample", "State", "TensorType", "Type", "TypeMismatch", "Value", "VerifyError",
-    "WasatError", "bind_symbols", "build", "check_text", "copy_node", "equal", "evaluate", "evaluate_dim", "graph_text",
+    "OPS", "Array", "ArrayParam", "Attrs", "BlockArray", "Body", "Builder", "DType", "DerivedParam", "Dim", "DimError",
+    "DimLike", "ErrorSample", "Graph", "IRError", "Literal", "Loc", "Node", "NotDifferentiable", "Op", "ParamSource",
+    "ParseError", "Program", "QArray", "QTensorType", "Sample", "State", "TensorType", "Type", "TypeMismatch",
+    "Value", "VerifyError", "WasatError", "bind_symbols", "build", "check_text", "copy_node", "equal", "evaluate",
+    "evaluate_dim", "graph_text",
     "less_equal", "maximum", "minimum", "node_text", "op_named", "ops", "parse", "parse_dim", "parse_program", "parse_type",
     "register", "require_equal", "run_node", "solve", "substitute", "symbol", "symbols_of", "type_of", "verify",
 ]  # fmt: skip

@@ -19,6 +19,7 @@ from .dims import Dim, DimError, DimLike, floordiv, maximum, minimum, mod, symbo
 from .errors import IRError, Loc, ParseError
 from .graph import Graph, Program, Value
 from .op import Body, Literal, op_named
+from .schemes import SCHEMES
 from .types import DType, QTensorType, TensorType, Type
 
 _TOKEN = re.compile(
@@ -185,7 +186,8 @@ class _Parser:
         at = self.tokens[self.i][2]
         word = self.take("word", "a type such as f32[2, n]")
         q = _QTYPE.match(word)
-        if (q[3] if q else word) not in _DTYPES:
+        stored = word in SCHEMES
+        if not stored and (q[3] if q else word) not in _DTYPES:
             self.fail(f"{word!r} is no element type", at)
         self.expect("[")
         dims: list[DimLike] = []
@@ -194,6 +196,8 @@ class _Parser:
             if self.word != "]":
                 self.expect(",")
         with self.placed(at):
+            if stored:
+                return QTensorType(word, tuple(dims))
             if q:
                 return QTensorType(q[1], tuple(dims), int(q[2][:19]), DType.of(q[3]))
             return TensorType(_DTYPES[word], tuple(dims))

@@ -6,13 +6,14 @@ import enum
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Union
+from typing import Any, Union
 
 import ml_dtypes
 import numpy as np
 
 from .dims import Dim, DimLike, evaluate_dim, substitute, symbols_of
 from .errors import TypeMismatch
+from .schemes import SCHEMES, Parts, Scheme
 
 _NumpyType = np.dtype  # inside DType, np is a property
 
@@ -157,11 +158,14 @@ class TensorType:
 
 @dataclass(frozen=True)
 class QTensorType:
-    """A weight quantized symmetrically in blocks along its last axis.
+    """A weight quantized in blocks along its last axis.
 
     ``scheme`` is ``int8`` (values -128..127) or ``int4`` (-8..7); each block of ``block`` consecutive elements shares one
     scale of type ``scale``; the last block of a row may be short. An element is ``value * scale``.
     Its text is e.g. ``int4b32f16[2048, 640]``.
+
+    Or it is one of :data:`.schemes.SCHEMES`, ``q4_k[2048, 640]``: a format of whole blocks, stored as it is. ``block`` is then
+    how many elements share a scale, and an element is ``value * scale + offset``, with scales and offsets in f32.
     """
 
     scheme: str
@@ -172,15 +176,38 @@ class QTensorType:
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", _shape(self.shape))
         object.__setattr__(self, "scale", DType.of(self.scale))
-        if self.scheme not in ("int8", "int4"):
-            raise TypeMismatch(f"quantization scheme {self.scheme!r} is not one of int8, int4")
+        if self.scheme not in ("int8", "int4", *SCHEMES):
+            raise TypeMismatch(f"quantization scheme {self.scheme!r} is not one of int8, int4, {', '.join(SCHEMES)}")
         if self.block < 1 or not self.scale.is_float or not self.shape:
             raise TypeMismatch(f"{self}: a quantized tensor needs a block >= 1, a float scale and at least one axis")
+        if self.stored is not None:
+            object.__setattr__(self, "block", self.stored.group)
+            object.__setattr__(self, "scale", DType.F32)
+            if isinstance(self.shape[-1], int) and self.shape[-1] % self.stored.block:
+                raise TypeMismatch(f"{self}: rows of {self.scheme} are of whole blocks of {self.stored.block}")
 
     def __str__(self) -> str:
-        return f"{self.scheme}b{self.block}{self.scale}[{', '.join(str(d) for d in self.shape)}]"
+        how = self.scheme if self.stored is not None else f"{self.scheme}b{self.block}{self.scale}"
+        return f"{how}[{', '.join(str(d) for d in self.shape)}]"
 
     __repr__ = __str__
+
+    @property
+    def stored(self) -> Scheme | None:
+        """The format of blocks; None for int8 and int4, which have no one layout."""
+        return SCHEMES.get(self.scheme)
+
+    @property
+    def offset(self) -> bool:
+        """Whether blocks have an offset beside their scale."""
+        return self.stored is not None and self.stored.offset
+
+    @property
+    def row_bits(self) -> DimLike:
+        """Of one row, scales included."""
+        if self.stored is not None:
+            return self.shape[-1] // self.stored.block * (8 * self.stored.size)
+        return self.shape[-1] * (4 if self.scheme == "int4" else 8) + self.blocks * self.scale.bits
 
     @property
     def rank(self) -> int:
@@ -200,6 +227,11 @@ class QTensorType:
         """Largest magnitude that quantization produces."""
         return 127 if self.scheme == "int8" else 7
 
+    @property
+    def row_block(self) -> int:
+        """Elements of an activation that share a scale, where rows are quantized for a product with this weight."""
+        return self.block if self.stored is None else 32
+
     def substitute(self, env: Mapping[str, DimLike]) -> QTensorType:
         return QTensorType(self.scheme, tuple(substitute(d, env) for d in self.shape), self.block, self.scale)
 
@@ -209,20 +241,88 @@ Type = Union[TensorType, QTensorType]
 
 @dataclass(frozen=True, eq=False)
 class QArray:
-    """A quantized weight in memory: ``values`` int8 of the type's shape, ``scales`` [..., blocks]."""
+    """A quantized weight in memory: ``values`` int8 of the type's shape, ``scales`` [..., blocks], perhaps ``offsets``."""
 
     type: QTensorType
     values: np.ndarray
     scales: np.ndarray
 
     @property
+    def offsets(self) -> np.ndarray | None:
+        """What is added to the elements of a block, f32 [..., blocks]; None: nothing."""
+        return None
+
+    @property
     def shape(self) -> tuple[int, ...]:
         return self.values.shape
 
+    def rows(self, at: Any) -> QArray:
+        """The rows that ``at`` picks along the first axes: a slice, or an array of indices."""
+        values = self.values[at]
+        return QArray(_reshaped(self.type, values.shape), values, self.scales[at])
+
     def dense(self, dtype: DType = DType.F32) -> np.ndarray:
-        """The weight it stands for: value * scale, computed in f32."""
-        scales = np.repeat(self.scales.astype(np.float32), self.type.block, axis=-1)[..., : self.values.shape[-1]]
-        return (self.values.astype(np.float32) * scales).astype(dtype.np)
+        """The weight it stands for: value * scale (+ offset), computed in f32."""
+
+        def spread(x: np.ndarray) -> np.ndarray:
+            return np.repeat(x.astype(np.float32), self.type.block, axis=-1)[..., : self.shape[-1]]
+
+        with np.errstate(invalid="ignore", over="ignore"):  # a scale may be infinite
+            x = self.values.astype(np.float32) * spread(self.scales)
+            if self.offsets is not None:
+                x += spread(self.offsets)
+            return x.astype(dtype.np, copy=False)
+
+
+class BlockArray(QArray):
+    """A quantized weight as its file has it: ``data`` u8 [..., blocks, bytes of a block], taken apart when asked for."""
+
+    def __init__(self, type: QTensorType, data: np.ndarray) -> None:
+        scheme = type.stored
+        assert scheme is not None
+        wanted = (*type.shape[:-1], type.shape[-1] // scheme.block, scheme.size)
+        if data.dtype != np.uint8 or data.shape != wanted:
+            raise TypeMismatch(f"{type} is {DType.U8}{list(wanted)}, not {DType.of(data.dtype)}{list(data.shape)}")
+        object.__setattr__(self, "type", type)
+        object.__setattr__(self, "data", data)
+        object.__setattr__(self, "scheme", scheme)
+
+    data: np.ndarray
+    scheme: Scheme
+
+    @property
+    def parts(self) -> Parts:
+        """What the blocks hold."""
+        return self.scheme.read(self.data)
+
+    @property
+    def values(self) -> np.ndarray:
+        return self.parts.codes.reshape(self.shape)
+
+    @property
+    def scales(self) -> np.ndarray:
+        return self._of_groups(self.parts.scales)
+
+    @property
+    def offsets(self) -> np.ndarray | None:
+        offsets = self.parts.offsets
+        return None if offsets is None else self._of_groups(offsets)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.data.shape[:-2], self.data.shape[-2] * self.scheme.block)
+
+    def rows(self, at: Any) -> BlockArray:
+        data = self.data[at]
+        return BlockArray(_reshaped(self.type, (*data.shape[:-2], self.shape[-1])), data)
+
+    def _of_groups(self, x: np.ndarray) -> np.ndarray:
+        groups = self.scheme.block // self.scheme.group
+        return np.broadcast_to(x, (*x.shape[:-1], groups)).reshape(*self.shape[:-1], -1)
+
+
+def _reshaped(t: QTensorType, shape: tuple[int, ...]) -> QTensorType:
+    return QTensorType(t.scheme, shape, t.block, t.scale)
 
 
 Array = Union[np.ndarray, QArray]

@@ -32,8 +32,7 @@ def size_in_bytes(type: Type) -> float:
     shape = [int(d) for d in type.shape]  # type: ignore[arg-type]
     if isinstance(type, TensorType):
         return prod(shape) * type.dtype.bits / 8
-    width = 4 if type.scheme == "int4" else 8
-    return prod(shape) * width / 8 + prod(shape[:-1]) * int(type.blocks) * type.scale.bits / 8  # type: ignore[arg-type]
+    return prod(shape[:-1]) * int(type.row_bits) / 8  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import numpy as np
 from wasat.ir import (
     Array,
     ArrayParam,
+    BlockArray,
     Builder,
     DimLike,
     DType,
@@ -48,6 +49,8 @@ def feed(graph: Graph, dims: Mapping[str, int], seed: int = 0) -> dict[str, Arra
 def _random_array(rng: np.random.Generator, t: TensorType | QTensorType) -> Array:
     if isinstance(t, QTensorType):
         dense = TensorType(DType.F32, t.shape)
+        if t.stored is not None:
+            return BlockArray(t, t.stored.random(rng, dense.concrete({})))
         return quantize_array(rng.standard_normal(dense.concrete({}), np.float32), t)
     shape = t.concrete({})
     if t.dtype is DType.BOOL:

@@ -174,8 +174,14 @@ def _quantize(e: Emitter, node: Node, x: str) -> str:
 
 @emits("dequantize")
 def _dequantize(e: Emitter, node: Node, w: str) -> str:
-    dtype = _attrs(node).dtype
-    return _dense(e, _blocks(node, 0), w, e.scales(node.inputs[0], dtype), dtype)
+    t, dtype = _blocks(node, 0), _attrs(node).dtype
+    if not t.offset:
+        return _dense(e, t, w, e.scales(node.inputs[0], dtype), dtype)
+    k = t.shape[-1]
+    assert isinstance(k, int)
+    x = _dense(e, t, w, e.scales(node.inputs[0], DType.F32), DType.F32)
+    spread = e.op("Gather", e.offsets(node.inputs[0]), e.const(np.arange(k) // t.block), axis=len(t.shape) - 1)
+    return e.cast(e.op("Add", x, spread), dtype)
 
 
 @emits("quantized_embedding", when=lambda node, options: _blocks(node, 0).scheme == "int8" and not _fits_rows(node, options))
@@ -196,7 +202,7 @@ def _fits_nbits(node: Node, at: int, dtype: DType, options: Options) -> bool:
     """onnxruntime's operators take a parameter in blocks of a power of two, at least 16, with scales in the type of floats."""
     t = _blocks(node, at)
     power = t.block >= 16 and t.block & (t.block - 1) == 0
-    stored = node.inputs[at].param is not None and not t.symbols
+    stored = node.inputs[at].param is not None and not t.symbols and not t.offset
     exact = dtype is DType.F32 or dtype is t.scale is DType.F16
     return options.matmul_nbits and power and stored and exact
 

@@ -313,6 +313,13 @@ class Emitter:
         stored = f"{name}.scales" if own is t.scale else f"{name}.scales.{own}"
         return self.weight(stored, own, (*t.shape[:-1], t.blocks), lambda: self.load(name).scales.astype(own.np))
 
+    def offsets(self, v: Value) -> str:
+        """What is added to the blocks of a stored parameter, f32 [.., blocks]."""
+        t, name = v.type, v.param
+        assert isinstance(t, QTensorType)
+        assert name is not None, v
+        return self.weight(f"{name}.offsets", DType.F32, (*t.shape[:-1], t.blocks), lambda: np.asarray(self.load(name).offsets))
+
     # -- results -----------------------------------------------------------------------------------------------------
     def bind(self, node: Node, results: Sequence[str], since: int, wanted: Sequence[str]) -> None:
         """Gives what ``node`` made (nodes from ``since`` on) the names ``wanted``."""

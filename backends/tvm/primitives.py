@@ -428,7 +428,10 @@ def _cache_update_kernel(heads: int, width: int, dtype: str, ring: bool) -> Any:
 # -- quantized weights, for targets without kernels of their own ---------------------------------------------------------------
 @dataclass(frozen=True)
 class PlainQuantized:
-    """Values row by row, two 4-bit ones a byte (low nibble first, offset 8); scales [.., blocks], narrow ones as f32."""
+    """Values row by row, two 4-bit ones a byte (low nibble first, offset 8); scales [.., blocks], narrow ones as f32.
+
+    Of formats of blocks: codes in a byte each, scales and (where the format has them) offsets in f32.
+    """
 
     rows = 1
 
@@ -440,6 +443,7 @@ class PlainQuantized:
         return [
             Packed(f"{name}/values", "uint8" if four else "int8", (*lead, (k + 1) // 2 if four else k)),
             Packed(f"{name}/scales", "float32" if type.scale in NARROW else tvm_dtype(type.scale), (*lead, blocks)),
+            *([Packed(f"{name}/offsets", "float32", (*lead, blocks))] if type.offset else []),
         ]
 
     def pack(self, weight: QArray) -> list[np.ndarray]:
@@ -449,10 +453,11 @@ class PlainQuantized:
                 values = np.concatenate([values, np.zeros_like(values[..., :1])], -1)
             nibbles = (values + 8).astype(np.uint8)
             values = nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
-        return [values, weight.scales.astype(np.float32) if weight.type.scale in NARROW else weight.scales]
+        scales = weight.scales.astype(np.float32) if weight.type.scale in NARROW else weight.scales
+        return [values, scales, *([] if weight.offsets is None else [weight.offsets])]
 
 
-def _dequantized(q: QTensorType, dtype: str, values: Any, scales: Any) -> Callable[..., Any]:
+def _dequantized(q: QTensorType, dtype: str, values: Any, scales: Any, offsets: Any = None) -> Callable[..., Any]:
     """The element function of a quantized tensor of rank 2 or more."""
 
     def at(*i: Any) -> Any:
@@ -462,8 +467,8 @@ def _dequantized(q: QTensorType, dtype: str, values: Any, scales: Any) -> Callab
             v = tirx.bitwise_and(tirx.shift_right(byte, tirx.Cast("int32", tirx.floormod(j, 2) * 4)), 15) - 8
         else:
             v = tirx.Cast("int32", values(*lead, j))
-        scale = tirx.Cast("float32", scales(*lead, tirx.floordiv(j, q.block)))
-        return tirx.Cast(dtype, tirx.Cast("float32", v) * scale)
+        x = tirx.Cast("float32", v) * tirx.Cast("float32", scales(*lead, tirx.floordiv(j, q.block)))
+        return tirx.Cast(dtype, x if offsets is None else x + offsets(*lead, tirx.floordiv(j, q.block)))
 
     return at
 
@@ -472,7 +477,7 @@ def _lower_dequantize(ctx: Context, node: Node, packed: list[Any]) -> Any:
     q, shape = node.inputs[0].type, ctx.dims(node.output.shape)
     assert isinstance(q, QTensorType)
     dtype = tvm_dtype(node.output.tensor.dtype)
-    return ctx.te(lambda v, s: te.compute(shape, _dequantized(q, dtype, v, s), name="dequantize"), *packed, name="dequantize")
+    return ctx.te(lambda *a: te.compute(shape, _dequantized(q, dtype, *a), name="dequantize"), *packed, name="dequantize")
 
 
 def _lower_quantized_embedding(ctx: Context, node: Node, packed: list[Any], ids: Any) -> Any:
@@ -480,8 +485,9 @@ def _lower_quantized_embedding(ctx: Context, node: Node, packed: list[Any], ids:
     assert isinstance(q, QTensorType)
     dtype = tvm_dtype(node.output.tensor.dtype)
 
-    def build(values: Any, scales: Any, rows: Any) -> Any:
-        at = _dequantized(q, dtype, values, scales)
+    def build(*operands: Any) -> Any:
+        *arrays, rows = operands
+        at = _dequantized(q, dtype, *arrays)
 
         def row(*i: Any) -> Any:
             given = tirx.Cast("int64", rows(*i))

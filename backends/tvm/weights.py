@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -40,14 +39,10 @@ def _pieces(weight: Array, rows: int | None) -> Iterator[Array]:
     if rows is None or len(weight.shape) < 2 or not math.prod(weight.shape):
         yield weight
         return
-    values = weight.values if isinstance(weight, QArray) else weight
-    step = max(_PIECE // (values.nbytes // len(values)) // rows, 1) * rows
-    for i in range(0, len(values), step):
-        if isinstance(weight, QArray):
-            part = values[i : i + step]
-            yield QArray(dataclasses.replace(weight.type, shape=part.shape), part, weight.scales[i : i + step])
-        else:
-            yield values[i : i + step]
+    width = math.prod(weight.shape[1:]) * (1 if isinstance(weight, QArray) else weight.itemsize)
+    step = max(_PIECE // width // rows, 1) * rows
+    for i in range(0, weight.shape[0], step):
+        yield weight.rows(slice(i, i + step)) if isinstance(weight, QArray) else weight[i : i + step]
 
 
 def write_weights(

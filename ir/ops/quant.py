@@ -13,7 +13,8 @@ from ..axes import AxisRule, Factor, along, free
 from ..dims import DimLike, require_equal
 from ..errors import TypeMismatch
 from ..op import Bounds, ErrorSample, Op, Sample, floating, quantized, register, same_dtype, tensor
-from ..types import DType, QArray, QTensorType, TensorType
+from ..schemes import SCHEMES
+from ..types import BlockArray, DType, QArray, QTensorType, TensorType
 from .elementwise import grid, wide
 from .index import _checked, indices
 from .linalg import rows_by_weight
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 def quantize_array(x: np.ndarray, type: QTensorType) -> QArray:
     """``x`` quantized in blocks along its last axis; see :class:`Quantize`. Works through x in slabs: memory matters here."""
+    if type.stored is not None:
+        raise TypeMismatch(f"{type.scheme} is not one of int8, int4: its blocks come from files")
     *lead, k = x.shape
     blocks = -(-k // type.block)
     rows = x.reshape(-1, k)
@@ -90,6 +93,8 @@ class Quantize(Op):
     def infer(self, attrs: Attrs, x: TensorType) -> QTensorType:
         if floating(x).rank < 1:
             raise TypeMismatch("a scalar cannot be quantized in blocks")
+        if attrs.scheme not in ("int8", "int4"):
+            raise TypeMismatch(f"scheme={attrs.scheme!r} is not one of int8, int4")
         return QTensorType(attrs.scheme, x.shape, attrs.block, attrs.scale)
 
     def axes(self, attrs: Attrs, x: TensorType) -> AxisRule:
@@ -138,12 +143,16 @@ class Dequantize(Op):
     def samples(self) -> Iterable[Sample]:
         yield Sample([_q("int4", 3, 70)])
         yield Sample([_q("int8", 3, 64)], {"dtype": "f16"})
+        for name, scheme in SCHEMES.items():
+            yield Sample([_q(name, 3, 2 * scheme.block)])
 
     def errors(self) -> Iterable[ErrorSample]:
         yield ErrorSample(["f32[4]"], {}, "must be quantized")
 
 
 def _q(scheme: str, *shape: int) -> QArray:
+    if scheme in SCHEMES:
+        return BlockArray(QTensorType(scheme, shape), SCHEMES[scheme].random(np.random.default_rng(0), shape))
     x = np.sin(np.arange(int(np.prod(shape)))).astype(np.float32).reshape(shape)
     return quantize_array(x, QTensorType(scheme, shape))
 
@@ -153,7 +162,8 @@ class QuantizedLinear(Op):
     """x [.., k] @ w^T (+ bias) with a quantized weight w [n, k] -> [.., n].
 
     ``activation=None``: linear(x, dequantize(w)). ``"int8"``: each row of x is quantized per block of w (see
-    quantize_rows), the blocks' integer dot products are exact, and y = sum over blocks of w_scale * d * dot, in f32.
+    quantize_rows), the blocks' integer dot products are exact, and y = sum over blocks of w_scale * d * dot, in f32;
+    an offset of w adds offset * d * (sum of x's integers).
     """
 
     name = "quantized_linear"
@@ -185,15 +195,17 @@ class QuantizedLinear(Op):
         else:
             n, k = w.shape
             flat = wide(x).reshape(-1, k).astype(np.float32)
-            q, d = quantize_rows(flat, w.type.block)
-            block, blocks = w.type.block, q.shape[1]
-            values = np.zeros((n, blocks * block), np.float32)  # dots of int8 blocks are exact in f32
-            values[:, :k] = w.values
-            values = values.reshape(n, blocks, block)
+            q, d = quantize_rows(flat, w.type.row_block)
             out = np.zeros((len(flat), n), np.float32)
-            for i in range(blocks):
-                dot = q[:, i].astype(np.float32) @ values[:, i].T
-                out += dot * (d[:, i, None] * w.scales[None, :, i].astype(np.float32))
+            values, scales, offsets, block = w.values, w.scales, w.offsets, w.type.block
+            q = q.reshape(len(flat), -1).astype(np.float32)
+            for i, at in enumerate(range(0, k, block)):
+                part = q[:, at : min(at + block, k)]
+                of_row = d[:, at // w.type.row_block, None]
+                dot = part @ values[:, at : at + block].T.astype(np.float32)  # of integers, exact in f32
+                out += dot * (of_row * scales[None, :, i].astype(np.float32))
+                if offsets is not None:
+                    out += part.sum(-1, keepdims=True) * (of_row * offsets[None, :, i])
             y = out.reshape(*x.shape[:-1], n)
         return (y if bias is None else y + wide(bias)).astype(x.dtype)
 
@@ -208,7 +220,8 @@ class QuantizedLinear(Op):
             dense = b.dequantize(w, dtype=dtype)
             return b.linear(x, dense) if bias is None else b.linear(x, dense, bias)
         # the integers are emulated in f32, where dots of a block are exact; scales join before the sum over blocks
-        k, block, blocks = x.shape[-1], q.block, q.blocks
+        k, block = x.shape[-1], q.row_block
+        blocks = (k + (block - 1)) // block
         lead = (0,) * (len(x.shape) - 1)
         f = b.cast(x, dtype=DType.F32) if dtype is not DType.F32 else x
         f = b.pad(f, low=(*lead, 0), high=(*lead, blocks * block - k))
@@ -234,6 +247,9 @@ class QuantizedLinear(Op):
         yield Sample([grid(3, 64), _q("int8", 5, 64), grid(5)], grad=(0, 2))
         yield Sample([grid(3, 70), _q("int8", 5, 70)], {"activation": "int8"}, grad=())
         yield Sample([grid(3, 96), _q("int4", 5, 96), grid(5)], {"activation": "int8"}, grad=())
+        for name, scheme in SCHEMES.items():
+            yield Sample([grid(2, scheme.block), _q(name, 5, scheme.block)], grad=(0,))
+            yield Sample([grid(2, scheme.block), _q(name, 5, scheme.block), grid(5)], {"activation": "int8"}, grad=())
 
     def errors(self) -> Iterable[ErrorSample]:
         yield ErrorSample(["f32[b, 3]", "int4b32f16[4, 5]"], {}, "last axis of x")
@@ -303,8 +319,7 @@ class QuantizedEmbedding(Op):
 
     def reference(self, attrs: DTypeAttrs, w: QArray, ids: np.ndarray) -> np.ndarray:
         at = _checked(ids, w.shape[0])
-        rows = QTensorType(w.type.scheme, (*at.shape, w.shape[1]), w.type.block, w.type.scale)
-        return QArray(rows, w.values[at], w.scales[at]).dense(attrs.dtype)
+        return w.rows(at).dense(attrs.dtype)
 
     def decompose(self, b: Builder, attrs: DTypeAttrs, w: Value, ids: Value) -> Value:
         return b.gather(b.dequantize(w, dtype=attrs.dtype), ids, axis=0)
@@ -312,6 +327,7 @@ class QuantizedEmbedding(Op):
     def samples(self) -> Iterable[Sample]:
         yield Sample([_q("int4", 5, 40), np.array([[0, 4], [4, 1]])])
         yield Sample([_q("int8", 5, 64), np.array([2], np.int32)], {"dtype": "f16"})
+        yield Sample([_q("q4_k", 5, 512), np.array([[0, 4], [4, 1]])])
 
     def errors(self) -> Iterable[ErrorSample]:
         yield ErrorSample(["f32[5, 2]", "i64[2]"], {}, "must be quantized")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
-from wasat.ir import OPS, Array, Builder, DType, Graph, IRError, Op, QArray, Sample, evaluate, type_of
+from wasat.ir import OPS, Array, BlockArray, Builder, DType, Graph, IRError, Op, QArray, Sample, evaluate, type_of
 from wasat.ir.axes import Axes, AxisRule, Factor, regrouped
 from wasat.ir.dims import parse_dim
 
@@ -89,6 +89,10 @@ def test_a_rule_names_every_axis(name: str) -> None:
 
 def moved(x: Array, at: tuple[int, ...]) -> Array | None:
     """``x`` with another element at ``at``, one that it could have."""
+    if isinstance(x, BlockArray):  # another code of the block
+        data = x.data.copy()
+        data[(*at[:-1], at[-1] // x.scheme.block, x.scheme.size // 2)] ^= 0x11
+        return BlockArray(x.type, data)
     if isinstance(x, QArray):
         values = x.values.copy()
         values[at] = values[at] // 2 + 3
@@ -169,8 +173,7 @@ def cut(x: Array, axes: Axes, f: Factor, lo: int, hi: int) -> Array:
             inner = n // int(f.size) if len(factors) > 1 else 1  # type: ignore[arg-type]
             at = (slice(None),) * axis + (slice(lo * inner, hi * inner),)
             if isinstance(x, QArray):
-                kind = type(x.type)(x.type.scheme, x.values[at].shape, x.type.block, x.type.scale)
-                return QArray(kind, x.values[at], x.scales[at])
+                return x.rows(at)
             x = x[at]
     return x
 

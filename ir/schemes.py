@@ -1,0 +1,204 @@
+"""Schemes in which weights are stored in blocks of a row: GGUF's block formats, each one declaration.
+
+An element is ``scale * code + offset``, all in f32, in that order. Codes are small integers (table lookups already made).
+Each ``group`` of consecutive elements has its scale and offset; formats of super-blocks have them as an integer factor for each
+group times one float for the block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+Bytes = np.ndarray  # u8[.., bytes of a block]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What blocks hold: scales are ``scale * factors``, offsets ``offset * offset_factors``; no factors are ones."""
+
+    codes: np.ndarray
+    """i8 [.., block]."""
+    scale: np.ndarray
+    """f16 or f32 [.., 1]."""
+    factors: np.ndarray | None = None
+    """i8 [.., groups]."""
+    offset: np.ndarray | None = None
+    """f16 [.., 1]."""
+    offset_factors: np.ndarray | None = None
+    """i8 [.., groups], not negative."""
+
+    @property
+    def scales(self) -> np.ndarray:
+        """f32 [.., groups]."""
+        return _times(self.scale, self.factors)
+
+    @property
+    def offsets(self) -> np.ndarray | None:
+        """f32 [.., groups]."""
+        return None if self.offset is None else _times(self.offset, self.offset_factors)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One block format: ``block`` elements in ``size`` bytes, codes ``low`` to ``high``, a scale for each ``group``."""
+
+    name: str
+    block: int
+    size: int
+    group: int
+    low: int
+    high: int
+    floats: tuple[int, ...]
+    """Where in the block its f16 numbers stand: the scale, then the offset."""
+    read: Callable[[Bytes], Parts]
+    factors: bool = False
+    """Whether scales (and offsets) are integer factors of the block's floats."""
+
+    @property
+    def bits(self) -> float:
+        """Of a weight as it is stored, scales included."""
+        return 8 * self.size / self.block
+
+    @property
+    def offset(self) -> bool:
+        """Whether elements have an offset."""
+        return len(self.floats) > 1
+
+    @property
+    def code_bits(self) -> int:
+        """Of one code."""
+        return (self.high - self.low).bit_length()
+
+    def random(self, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+        """Blocks of arbitrary codes whose elements have a size of about 1: u8[.., blocks, size] for a tensor of ``shape``."""
+        blocks = rng.integers(0, 256, (*shape[:-1], shape[-1] // self.block, self.size), np.uint8)
+        largest = max(abs(self.low), self.high) * (32 if self.factors else 1)
+        for at in self.floats:
+            floats = (rng.standard_normal((*blocks.shape[:-1], 1)) / largest).astype(np.float16)
+            blocks[..., at : at + 2] = floats.view(np.uint8)
+        if not self.floats:  # the scale is an exponent
+            blocks[..., 0] = rng.integers(122, 127, blocks.shape[:-1])
+        return blocks
+
+
+def _times(x: np.ndarray, factors: np.ndarray | None) -> np.ndarray:
+    wide = x.astype(np.float32, copy=False)
+    return wide if factors is None else wide * factors.astype(np.float32)
+
+
+def _f16(blocks: Bytes, at: int) -> np.ndarray:
+    return np.ascontiguousarray(blocks[..., at : at + 2]).view(np.float16)
+
+
+def _planes(raw: Bytes, width: int, bits: int) -> np.ndarray:
+    """Fields of ``bits`` of each run of ``width`` bytes: all lowest fields of a run, then the next ones."""
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
+    fields = (raw.reshape(*raw.shape[:-1], -1, 1, width) >> shifts) & np.uint8((1 << bits) - 1)
+    return fields.reshape(*raw.shape[:-1], -1)
+
+
+def _fifth_bits(blocks: Bytes, at: int) -> np.ndarray:
+    return np.unpackbits(blocks[..., at : at + 4], axis=-1, bitorder="little") << 4
+
+
+def _signed(codes: np.ndarray, zero: int = 0) -> np.ndarray:
+    return codes.astype(np.int8) - np.int8(zero)
+
+
+def _q4_1(b: Bytes) -> Parts:
+    return Parts(_signed(_planes(b[..., 4:], 16, 4)), _f16(b, 0), offset=_f16(b, 2))
+
+
+def _q5_0(b: Bytes) -> Parts:
+    return Parts(_signed(_planes(b[..., 6:], 16, 4) | _fifth_bits(b, 2), 16), _f16(b, 0))
+
+
+def _q5_1(b: Bytes) -> Parts:
+    return Parts(_signed(_planes(b[..., 8:], 16, 4) | _fifth_bits(b, 4)), _f16(b, 0), offset=_f16(b, 2))
+
+
+def _q2_k(b: Bytes) -> Parts:
+    codes = _planes(b[..., 16:80], 32, 2)
+    return Parts(_signed(codes), _f16(b, 80), _signed(b[..., :16] & 15), -_f16(b, 82), _signed(b[..., :16] >> 4))
+
+
+def _q3_k(b: Bytes) -> Parts:
+    codes = _planes(b[..., 32:96], 32, 2) | (_planes(b[..., :32], 32, 1) << 2)
+    factors = _planes(b[..., 96:104], 8, 4) | (_planes(b[..., 104:108], 4, 2) << 4)
+    return Parts(_signed(codes, 4), _f16(b, 108), _signed(factors, 32))
+
+
+def _six_bits(b: Bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Eight factors of scales and eight of offsets, in 12 bytes."""
+    d, m, both = b[..., 0:4], b[..., 4:8], b[..., 8:12]
+    factors = np.concatenate([d & 63, (both & 15) | ((d >> 2) & 48)], -1)
+    offset_factors = np.concatenate([m & 63, (both >> 4) | ((m >> 2) & 48)], -1)
+    return _signed(factors), _signed(offset_factors)
+
+
+def _q4_k(b: Bytes) -> Parts:
+    factors, offset_factors = _six_bits(b[..., 4:16])
+    return Parts(_signed(_planes(b[..., 16:], 32, 4)), _f16(b, 0), factors, -_f16(b, 2), offset_factors)
+
+
+def _q5_k(b: Bytes) -> Parts:
+    factors, offset_factors = _six_bits(b[..., 4:16])
+    codes = _planes(b[..., 48:], 32, 4) | (_planes(b[..., 16:48], 32, 1) << 4)
+    return Parts(_signed(codes), _f16(b, 0), factors, -_f16(b, 2), offset_factors)
+
+
+def _q6_k(b: Bytes) -> Parts:
+    codes = _planes(b[..., :128], 64, 4) | (_planes(b[..., 128:192], 32, 2) << 4)
+    return Parts(_signed(codes, 32), _f16(b, 208), np.ascontiguousarray(b[..., 192:208]).view(np.int8))
+
+
+_NON_LINEAR = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
+_E2M1_DOUBLED = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)
+
+
+def _iq4_nl(b: Bytes) -> Parts:
+    return Parts(_NON_LINEAR[_planes(b[..., 2:], 16, 4)], _f16(b, 0))
+
+
+def _iq4_xs(b: Bytes) -> Parts:
+    high = np.ascontiguousarray(b[..., 2:4]).view(np.uint16) >> np.arange(0, 16, 2, dtype=np.uint16)
+    factors = _planes(b[..., 4:8], 1, 4) | ((high.astype(np.uint8) & 3) << 4)
+    return Parts(_NON_LINEAR[_planes(b[..., 8:], 16, 4)], _f16(b, 0), _signed(factors, 32))
+
+
+def _mxfp4(b: Bytes) -> Parts:
+    e = b[..., :1].astype(np.uint32)  # half of 2^(e - 127), below the smallest normal number too
+    bits = np.where(e < 2, np.uint32(0x00200000) << np.minimum(e, 1), (np.maximum(e, 1) - 1) << np.uint32(23))
+    return Parts(_E2M1_DOUBLED[_planes(b[..., 1:], 16, 4)], bits.astype(np.uint32).view(np.float32))
+
+
+SCHEMES = {
+    s.name: s
+    for s in (
+        Scheme("q4_1", 32, 20, 32, 0, 15, (0, 2), _q4_1),
+        Scheme("q5_0", 32, 22, 32, -16, 15, (0,), _q5_0),
+        Scheme("q5_1", 32, 24, 32, 0, 31, (0, 2), _q5_1),
+        Scheme("q2_k", 256, 84, 16, 0, 3, (80, 82), _q2_k, factors=True),
+        Scheme("q3_k", 256, 110, 16, -4, 3, (108,), _q3_k, factors=True),
+        Scheme("q4_k", 256, 144, 32, 0, 15, (0, 2), _q4_k, factors=True),
+        Scheme("q5_k", 256, 176, 32, 0, 31, (0, 2), _q5_k, factors=True),
+        Scheme("q6_k", 256, 210, 16, -32, 31, (208,), _q6_k, factors=True),
+        Scheme("iq4_nl", 32, 18, 32, -127, 113, (0,), _iq4_nl),
+        Scheme("iq4_xs", 256, 136, 32, -127, 113, (0,), _iq4_xs, factors=True),
+        Scheme("mxfp4", 32, 17, 32, -12, 12, (), _mxfp4),
+    )
+}
+"""By name. GGUF's Q8_0 and Q4_0 are ``int8`` and ``int4`` in blocks of 32 with f16 scales (see :class:`.types.QTensorType`)."""
+
+
+def read_q8_0(b: Bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Values i8 [.., 32] and scales f16 [.., 1] of blocks of 34 bytes."""
+    return np.ascontiguousarray(b[..., 2:]).view(np.int8), _f16(b, 0)
+
+
+def read_q4_0(b: Bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Values i8 [.., 32] and scales f16 [.., 1] of blocks of 18 bytes."""
+    return _signed(_planes(b[..., 2:], 16, 4), 8), _f16(b, 0)

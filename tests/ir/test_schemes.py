@@ -1,0 +1,63 @@
+"""Formats of blocks: the numbers are those of the ``gguf`` package, bit for bit, on every block there can be."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from wasat.ir import BlockArray, QArray, QTensorType, TypeMismatch, parse_type
+from wasat.ir.ops.quant import quantize_array
+from wasat.ir.schemes import SCHEMES, Scheme, read_q4_0, read_q8_0
+
+gguf = pytest.importorskip("gguf")
+
+
+def theirs(blocks: np.ndarray, name: str) -> np.ndarray:
+    with np.errstate(all="ignore"):
+        rows = blocks.reshape(*blocks.shape[:-2], -1)
+        return np.asarray(gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[name.upper()]))
+
+
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    return bool(((a.view(np.uint32) == b.view(np.uint32)) | (np.isnan(a) & np.isnan(b))).all())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=list(SCHEMES))
+def test_the_numbers_are_those_of_gguf(scheme: Scheme) -> None:
+    rng = np.random.default_rng(0)
+    usual = scheme.random(rng, (40, 2 * scheme.block))
+    anything = rng.integers(0, 256, usual.shape, np.uint8)  # scales that are infinite, no numbers, tiny
+    assert (scheme.block, scheme.size) == gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[scheme.name.upper()]]
+    for blocks in (usual, anything):
+        x = BlockArray(QTensorType(scheme.name, (40, 2 * scheme.block)), blocks)
+        assert same_bits(x.dense(), theirs(blocks, scheme.name))
+        assert same_bits(x.rows(slice(3, 5)).dense(), x.dense()[3:5])
+        assert same_bits(x.rows(np.array([[7, 2]])).dense(), x.dense()[[[7, 2]]])
+    assert (x.values.min(), x.values.max()) == (scheme.low, scheme.high)
+    assert 0.05 < BlockArray(x.type, usual).dense().std() < 3
+
+
+@pytest.mark.parametrize("read, name, kind", [(read_q8_0, "q8_0", "int8"), (read_q4_0, "q4_0", "int4")])
+def test_symmetric_blocks_of_32_are_int8_and_int4(read: object, name: str, kind: str) -> None:
+    _, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name.upper()]]
+    blocks = np.random.default_rng(0).integers(0, 256, (50, 3, size), np.uint8)
+    values, scales = read(blocks)  # type: ignore[operator]
+    x = QArray(QTensorType(kind, (50, 96)), values.reshape(50, 96), scales.reshape(50, 3))
+    assert same_bits(x.dense(), theirs(blocks, name))
+
+
+def test_types_of_blocks() -> None:
+    q = QTensorType("q4_k", (2048, 512))
+    assert (str(q), q.blocks, q.row_bits, parse_type(str(q))) == ("q4_k[2048, 512]", 16, 2 * 144 * 8, q)
+    assert QTensorType("q6_k", (4, 256), 7, "f16") == QTensorType("q6_k", (4, 256))  # the format says how
+    assert [(s.name, s.bits) for s in SCHEMES.values()][:3] == [("q4_1", 5.0), ("q5_0", 5.5), ("q5_1", 6.0)]
+    with pytest.raises(TypeMismatch, match="rows of q4_k are of whole blocks of 256"):
+        QTensorType("q4_k", (2, 640))
+    with pytest.raises(TypeMismatch, match=r"q4_1\[2, 64\] is u8\[2, 2, 20\], not u8\[2, 2, 18\]"):
+        BlockArray(QTensorType("q4_1", (2, 64)), np.zeros((2, 2, 18), np.uint8))
+    with pytest.raises(TypeMismatch, match="is not one of int8, int4, q4_1"):
+        QTensorType("q9", (2, 64))
+
+
+def test_only_plain_integers_are_made_by_quantizing() -> None:
+    with pytest.raises(TypeMismatch, match="is not one of int8, int4"):
+        quantize_array(np.zeros((2, 256), np.float32), QTensorType("q4_k", (2, 256)))
