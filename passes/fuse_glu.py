@@ -19,7 +19,8 @@ class FuseGlu(Rewrite):
 
     def is_landmark(self, node: Node) -> bool:
         made = node.inputs[0].node if node.inputs else None
-        return super().is_landmark(node) and made is not None and made.op.name in ("slice", "linear", "quantized_linear")
+        parts = made is not None and (made.op.name == "slice" or (made.op.kind == "product" and made.op.weight is not None))
+        return super().is_landmark(node) and parts
 
     def pattern(self, p: Tracer, y: Var) -> Pattern:
         gate, up = p.named("gate", p.slice(y)), p.named("up", p.slice(y))

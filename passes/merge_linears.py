@@ -17,6 +17,11 @@ _STORED = ("quantize", "cast")
 """How a weight may be stored; both work row by row, so the rows of several weights can be joined before."""
 
 
+def _bias(node: Node) -> Value | None:
+    """The operand behind x, a weight [n, k] or [e, n, k], and the groups that the latter has."""
+    return node.inputs[at] if len(node.inputs) > (at := node.inputs[1].type.rank) else None
+
+
 @dataclass(frozen=True)
 class _Part:
     """A linear, and its weight as it was before it was stored in fewer bits."""
@@ -28,7 +33,7 @@ class _Part:
     @property
     def key(self) -> Hashable:
         """What linears must have in common to become one."""
-        return self.node.op.name, self.node.attrs, self.weight.tensor.dtype, self.stored
+        return self.node.op.name, self.node.attrs, self.weight.tensor.dtype, self.stored, self.groups
 
     @property
     def kind(self) -> str:
@@ -37,13 +42,18 @@ class _Part:
         return f"{storage.scheme if not isinstance(storage, TensorType) else storage.dtype}"
 
     @property
+    def groups(self) -> tuple[Value, ...]:
+        """Of weights [e, n, k]: which matrix each row takes."""
+        return self.node.inputs[2 : self.weight.tensor.rank]
+
+    @property
     def bias(self) -> Value | None:
-        return self.node.inputs[2] if len(self.node.inputs) > 2 else None
+        return _bias(self.node)
 
 
 @dataclass(frozen=True)
 class MergeLinears(GraphPass):
-    """``linear`` (or ``quantized_linear``) nodes that read one x -> one over ``concat`` of their weights, and slices of it.
+    """``linear`` nodes (quantized or grouped ones, too) that read one x -> one over ``concat`` of weights, and slices of it.
 
     Weights (and biases) must be computed from parameters, read by nothing else, and of one type and storage; a missing bias
     becomes zeros. Parts keep the graph's order, except that up follows its gate, as ``glu`` wants them.
@@ -72,8 +82,8 @@ class MergeLinears(GraphPass):
             return node, f"its weight %{weight.name} is not computed from parameters alone"
         if any(len(v.uses) > 1 or graph.is_output(v) for v in (stored, weight)):
             return node, f"its weight %{weight.name} is also used elsewhere"
-        if len(node.inputs) > 2 and node.inputs[2] not in only:
-            return node, f"its bias %{node.inputs[2].name} is not computed from parameters alone"
+        if (bias := _bias(node)) is not None and bias not in only:
+            return node, f"its bias %{bias.name} is not computed from parameters alone"
         return _Part(node, weight, how)
 
 
@@ -122,21 +132,21 @@ def _merge(graph: Graph, first: Node, parts: Sequence[_Part]) -> Value:
     """Puts one linear where the ``first`` of them is, and takes its result apart where each was."""
     b = Builder(graph, before=first, loc=first.loc)
     env: dict[Value, Value] = {}
-    weight = b.concat(*(_moved(graph, p.weight, first, env) for p in parts), axis=0)
+    weight = b.concat(*(_moved(graph, p.weight, first, env) for p in parts), axis=-2)
     if parts[0].stored is not None:
         op, attrs = parts[0].stored
         weight = graph.add_node(op, [weight], attrs, before=first, loc=first.loc).output
     x = first.inputs[0]
-    operands = [x, weight]
+    operands = [x, weight, *parts[0].groups]
     if any(p.bias is not None for p in parts):
-        zeros = [b.constant(np.zeros(int(p.weight.shape[0])), x.tensor.dtype) for p in parts if p.bias is None]
+        zeros = [b.constant(np.zeros(p.weight.tensor.concrete({})[:-1]), x.tensor.dtype) for p in parts if p.bias is None]
         biases = [_moved(graph, p.bias, first, env) if p.bias is not None else zeros.pop(0) for p in parts]
-        operands.append(b.concat(*biases, axis=0))
+        operands.append(b.concat(*biases, axis=-1))
     name = "_".join(p.node.output.name for p in parts)
     merged = graph.add_node(first.op, operands, first.attrs, before=first, loc=first.loc, names=[name]).output
-    at, lead = 0, x.shape[:-1]
+    at, lead = 0, merged.shape[:-1]
     for p in parts:
-        node, stop = p.node, at + p.weight.shape[0]
+        node, stop = p.node, at + p.weight.shape[-2]
         rows = Builder(graph, before=node, loc=node.loc)
         part = rows.slice(merged, starts=(*(0 for _ in lead), at), stops=(*lead, stop))
         replace(graph, node.output, part)

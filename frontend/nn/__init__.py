@@ -68,6 +68,7 @@ from .blocks import (
     mish,
 )
 from .einsum import einsum
+from .experts import MoE, grouped_linear
 from .functions import (
     Mask,
     arange,
@@ -168,14 +169,14 @@ __all__ = [
     "ACTIVATIONS", "ELU", "GELU", "GLU", "GRU", "LSTM", "MLP", "SCALINGS", "AdaptiveAvgPool2d", "Attention", "AvgPool1d",
     "AvgPool2d", "BatchNorm", "Conv1d", "Conv2d", "ConvTranspose1d", "ConvTranspose2d", "CrossAttention", "Dropout",
     "Embedding", "Flatten", "GroupNorm", "Identity", "LayerNorm", "LeakyReLU", "Linear", "Mask", "MaxPool1d", "MaxPool2d",
-    "Mish", "Module", "ModuleList", "Parameter", "RMSNorm", "RandomParam", "ReLU", "RoPE", "RoPE2D", "Sequential", "SiLU",
-    "Sigmoid", "Tanh", "Tensor", "activation", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_max_pool1d",
+    "Mish", "MoE", "Module", "ModuleList", "Parameter", "RMSNorm", "RandomParam", "ReLU", "RoPE", "RoPE2D", "Sequential",
+    "SiLU", "Sigmoid", "Tanh", "Tensor", "activation", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_max_pool1d",
     "adaptive_max_pool2d", "add_loss", "arange", "argmax", "argmin", "argsort", "attention", "avg_pool1d", "avg_pool2d",
     "batch_norm", "bce_with_logits", "causal", "ceil", "clip", "concat", "constant", "conv", "conv_transpose1d",
     "conv_transpose2d", "cos", "cosine_similarity", "cross_entropy", "cumprod", "cumsum", "dropout", "einsum", "elu",
-    "embedding", "emit", "erf", "exp", "eye", "flatten", "flip", "floor", "frame", "frequencies", "full", "full_like",
-    "gather", "gelu", "group_norm", "heads", "huber", "init", "interpolate", "is_training", "kl_div", "l1", "layer_norm",
-    "leaky_relu", "linear", "linspace", "log", "log_mel", "log_softmax", "logsumexp", "masked_fill", "max_pool1d",
+    "embedding", "emit", "erf", "exp", "eye", "flatten", "flip", "floor", "frame", "frequencies", "full", "full_like", "gather",
+    "gelu", "group_norm", "grouped_linear", "heads", "huber", "init", "interpolate", "is_training", "kl_div", "l1",
+    "layer_norm", "leaky_relu", "linear", "linspace", "log", "log_mel", "log_softmax", "logsumexp", "masked_fill", "max_pool1d",
     "max_pool2d", "maximum", "mel_filters", "merge", "minimum", "mish", "mse", "normalize", "one_hot", "ones", "ones_like",
     "outer", "pad", "patches", "positions", "power_spectrum", "random_normal", "random_uniform", "reflect", "relu", "repeat",
     "resize", "rms_norm", "roll", "rope", "rsqrt", "sample_frames", "scan", "sigmoid", "sign", "silu", "sin", "sinusoid",

@@ -6,6 +6,7 @@ from . import (
     constant,
     conv,
     elementwise,
+    grouped,
     index,
     linalg,
     logic,
@@ -20,6 +21,6 @@ from . import (
 )
 
 __all__ = [
-    "attention", "bits", "constant", "conv", "elementwise", "index", "linalg", "logic", "nn", "pool", "quant", "random",
-    "reduce", "scan", "shape", "signal",
+    "attention", "bits", "constant", "conv", "elementwise", "grouped", "index", "linalg", "logic", "nn", "pool", "quant",
+    "random", "reduce", "scan", "shape", "signal",
 ]  # fmt: skip

@@ -157,6 +157,42 @@ def _q(scheme: str, *shape: int) -> QArray:
     return quantize_array(x, QTensorType(scheme, shape))
 
 
+def product_of_integers(activation: str | None, x: np.ndarray, w: QArray) -> np.ndarray:
+    """x [.., k] @ w^T in x's type, as :class:`QuantizedLinear` says."""
+    if activation is None:
+        return x @ w.dense(DType.F32).T.astype(x.dtype)
+    n, k = w.shape
+    flat = x.reshape(-1, k).astype(np.float32)
+    q, d = quantize_rows(flat, w.type.row_block)
+    out = np.zeros((len(flat), n), np.float32)
+    values, scales, offsets, block = w.values, w.scales, w.offsets, w.type.block
+    q = q.reshape(len(flat), -1).astype(np.float32)
+    for i, at in enumerate(range(0, k, block)):
+        part = q[:, at : min(at + block, k)]
+        of_row = d[:, at // w.type.row_block, None]
+        dot = part @ values[:, at : at + block].T.astype(np.float32)  # of integers, exact in f32
+        out += dot * (of_row * scales[None, :, i].astype(np.float32))
+        if offsets is not None:
+            out += part.sum(-1, keepdims=True) * (of_row * offsets[None, :, i])
+    return out.reshape(*x.shape[:-1], n)
+
+
+def rounded_rows(b: Builder, x: Value, w: Value) -> Value:
+    """x as its rows are once quantized in the blocks of w, in f32: where dots of a block are exact."""
+    q = w.type
+    assert isinstance(q, QTensorType)
+    k, block = x.shape[-1], q.row_block
+    blocks = (k + (block - 1)) // block
+    lead = (0,) * (len(x.shape) - 1)
+    f = b.cast(x, dtype=DType.F32) if x.tensor.dtype is not DType.F32 else x
+    f = b.pad(f, low=(*lead, 0), high=(*lead, blocks * block - k))
+    f = b.reshape(f, shape=(*x.shape[:-1], blocks, block))
+    top = b.reduce_max(b.abs(f), axes=(len(x.shape),), keepdims=True)
+    inverse = b.select(b.greater(top, 0.0), b.div(127.0, b.select(b.greater(top, 0.0), top, 1.0)), 0.0)
+    rounded = b.mul(b.round(b.mul(f, inverse)), b.div(top, 127.0))
+    return b.slice(b.reshape(rounded, shape=(*x.shape[:-1], blocks * block)), starts=(*lead, 0), stops=x.shape)
+
+
 @register
 class QuantizedLinear(Op):
     """x [.., k] @ w^T (+ bias) with a quantized weight w [n, k] -> [.., n].
@@ -190,46 +226,18 @@ class QuantizedLinear(Op):
         return rows_by_weight(x, w, "", bool(bias))
 
     def reference(self, attrs: Attrs, x: np.ndarray, w: QArray, bias: np.ndarray | None = None) -> np.ndarray:
-        if attrs.activation is None:
-            y = wide(x) @ w.dense(DType.F32).T.astype(wide(x).dtype)
-        else:
-            n, k = w.shape
-            flat = wide(x).reshape(-1, k).astype(np.float32)
-            q, d = quantize_rows(flat, w.type.row_block)
-            out = np.zeros((len(flat), n), np.float32)
-            values, scales, offsets, block = w.values, w.scales, w.offsets, w.type.block
-            q = q.reshape(len(flat), -1).astype(np.float32)
-            for i, at in enumerate(range(0, k, block)):
-                part = q[:, at : min(at + block, k)]
-                of_row = d[:, at // w.type.row_block, None]
-                dot = part @ values[:, at : at + block].T.astype(np.float32)  # of integers, exact in f32
-                out += dot * (of_row * scales[None, :, i].astype(np.float32))
-                if offsets is not None:
-                    out += part.sum(-1, keepdims=True) * (of_row * offsets[None, :, i])
-            y = out.reshape(*x.shape[:-1], n)
+        y = product_of_integers(attrs.activation, wide(x), w)
         return (y if bias is None else y + wide(bias)).astype(x.dtype)
 
     def multiply_adds(self, attrs: Attrs, x: TensorType, w: QTensorType, *bias: TensorType) -> DimLike:
         return x.size * w.shape[0]
 
     def decompose(self, b: Builder, attrs: Attrs, x: Value, w: Value, bias: Value | None = None) -> Value:
-        q = w.type
-        assert isinstance(q, QTensorType)
         dtype = x.tensor.dtype
         if attrs.activation is None:
             dense = b.dequantize(w, dtype=dtype)
             return b.linear(x, dense) if bias is None else b.linear(x, dense, bias)
-        # the integers are emulated in f32, where dots of a block are exact; scales join before the sum over blocks
-        k, block = x.shape[-1], q.row_block
-        blocks = (k + (block - 1)) // block
-        lead = (0,) * (len(x.shape) - 1)
-        f = b.cast(x, dtype=DType.F32) if dtype is not DType.F32 else x
-        f = b.pad(f, low=(*lead, 0), high=(*lead, blocks * block - k))
-        f = b.reshape(f, shape=(*x.shape[:-1], blocks, block))
-        top = b.reduce_max(b.abs(f), axes=(len(x.shape),), keepdims=True)
-        inverse = b.select(b.greater(top, 0.0), b.div(127.0, b.select(b.greater(top, 0.0), top, 1.0)), 0.0)
-        rounded = b.mul(b.round(b.mul(f, inverse)), b.div(top, 127.0))
-        rounded = b.slice(b.reshape(rounded, shape=(*x.shape[:-1], blocks * block)), starts=(*lead, 0), stops=x.shape)
+        rounded = rounded_rows(b, x, w)
         dense = b.dequantize(w, dtype=DType.F32)
         y = b.linear(rounded, dense) if bias is None else b.linear(rounded, dense, b.cast(bias, dtype=DType.F32))
         return b.cast(y, dtype=dtype) if dtype is not DType.F32 else y

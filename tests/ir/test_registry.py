@@ -304,6 +304,10 @@ def test_says_of_what_kind_it_is(name: str) -> None:
     assert op.precision != "half" or op.kind == "product"
 
 
+COMPUTES_ALL_GROUPS = {"grouped_linear", "grouped_outer", "quantized_grouped_linear"}
+"""Operations whose decomposition multiplies what they leave out."""
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_multiply_adds_are_those_of_the_decomposition(name: str) -> None:
     """None but products have any; what is cheap holds nothing that is not."""
@@ -315,7 +319,8 @@ def test_multiply_adds_are_those_of_the_decomposition(name: str) -> None:
         assert op.kind in ("product", "control") or count == 0
         if op.is_composite:
             decompose(g, lambda node: False)
-            assert sum(node.multiply_adds for node in g.nodes) == count
+            made = sum(node.multiply_adds for node in g.nodes)
+            assert made > count if name in COMPUTES_ALL_GROUPS else made == count
             assert not op.cheap or all(node.op.cheap for node in g.nodes)
 
 
@@ -382,11 +387,15 @@ def test_half_precision_accumulates_in_single(name: str) -> None:
     op, checked = OPS[name], 0
     for sample in op.samples():
         arrays = arrays_of(sample)
-        if not all(x.dtype == np.float32 for x in arrays if isinstance(x, np.ndarray)):
+        floats = [i for i, x in enumerate(arrays) if is_float(type_of(x))]
+        if {type_of(arrays[i]).dtype for i in floats} != {DType.F32}:  # type: ignore[union-attr]
             continue
-        narrow = [x.astype(np.float16) for x in arrays]  # type: ignore[union-attr]
-        g, feed = graph_of(op, narrow, sample.attrs)
-        wide_, wide_feed = graph_of(op, [x.astype(np.float32) for x in narrow], sample.attrs)
+
+        def stored(dtype: type, arrays: list[Array], floats: list[int] = floats) -> list[Array]:
+            return [x.astype(dtype) if i in floats else x for i, x in enumerate(arrays)]  # type: ignore[union-attr]
+
+        g, feed = graph_of(op, stored(np.float16, arrays), sample.attrs)
+        wide_, wide_feed = graph_of(op, stored(np.float32, stored(np.float16, arrays)), sample.attrs)
         (got,), (want,) = evaluate(g, feed), evaluate(wide_, wide_feed)
         assert isinstance(want, np.ndarray)
         assert_same(got, want.astype(np.float16))
