@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from wasat.ir import DimLike, Graph, IRError, Node, Value
+from wasat.ir import DimLike, Graph, IRError, Node, Value, equal
 from wasat.ir.axes import Factor
 from wasat.ir.dims import symbols_of
 from wasat.ir.ops.attention import AttentionAttrs
+from wasat.ir.ops.shape import Slice
 
-Kind = Literal["fixed", "token", "position", "uniform", "pair", "ahead"]
+Kind = Literal["fixed", "token", "position", "uniform", "pair", "last", "ahead"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Label:
     kind: Kind
     """``token``: depends on tokens. ``position``: on positions alone, the same for every row of the batch. ``uniform``: repeats
     something fixed along the axis. ``pair``: depends on two positions alone, along ``axis`` and ``other``, as attention masks
-    do. ``ahead``: an element may depend on later tokens, or on how many there are."""
+    do. ``last``: made of what stands at the last token, along no axis any more. ``ahead``: an element may depend on later
+    tokens, or on how many there are."""
     axis: int = 0
     other: int = 0
     mixes: bool = False
@@ -34,8 +36,13 @@ class Label:
     reason: str = ""
 
     @property
-    def along(self) -> bool:
+    def served(self) -> bool:
+        """Whether it changes from call to call, and can be had."""
         return self.kind not in ("fixed", "ahead")
+
+    @property
+    def along(self) -> bool:
+        return self.kind not in ("fixed", "last", "ahead")
 
     @property
     def axes(self) -> tuple[int, ...]:
@@ -43,7 +50,7 @@ class Label:
         return (self.axis, self.other) if self.kind == "pair" else (self.axis,) if self.along else ()
 
 
-FIXED = Label("fixed")
+FIXED, LAST = Label("fixed"), Label("last")
 
 
 _HINT = "if this is attention, explain says why it was not fused"
@@ -92,8 +99,12 @@ def _label(node: Node, given: list[Label], symbol: str) -> list[Label]:
 
 
 def _own(node: Node, given: list[Label], symbol: str) -> Label:
+    if any(x.kind == "last" for x in given):
+        return _after_last(node, given, symbol)
     if not any(x.along for x in given):
         return _given_sizes(node, symbol)
+    if _takes_last(node, given, symbol):
+        return LAST
     if isinstance(node.attrs, AttentionAttrs):
         return _attention(node, node.attrs, given)
     if (ends := _meeting(node, given, symbol)) is not None:
@@ -116,6 +127,24 @@ def _given_sizes(node: Node, symbol: str) -> Label:
     if len(axes) == 2:
         return Label("pair", axes[0], axes[1], culprit=node, reason="it relates positions to each other")
     return Label("uniform", axes[0])
+
+
+def _takes_last(node: Node, given: Sequence[Label], symbol: str) -> bool:
+    """Whether the node takes the last token's part of what runs along the sequence, as an axis of size 1."""
+    x = given[0]
+    if node.op.name != "slice" or x.kind != "token":
+        return False
+    cut, old = Slice.Attrs.of(node), node.inputs[0].shape[x.axis]
+    return equal(cut.starts[x.axis], old - 1) is True and not _axes_of(node.output.shape, symbol)
+
+
+def _after_last(node: Node, given: Sequence[Label], symbol: str) -> Label:
+    """The label of what reads something made of the last token."""
+    if any(x.along for x in given):
+        raise LooksAhead("it gives every token what stands at the last one")
+    if symbol in node.attrs.symbols:
+        raise LooksAhead(f"it depends on {symbol}, the number of tokens")
+    return LAST
 
 
 def _repeated(node: Node, symbol: str) -> list[int]:

@@ -9,17 +9,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from wasat.ir import Builder, DimLike, DType, Graph, IRError, Node, Program, TensorType, Value, substitute, symbol
+from wasat.ir import Builder, DimLike, DType, Graph, IRError, Node, Program, TensorType, Value, substitute, symbol, symbols_of
 from wasat.ir.graph import copy_node
 from wasat.ir.lift import lift
 from wasat.ir.ops.attention import AttentionAttrs
 from wasat.ir.ops.constant import Iota
 from wasat.ir.ops.index import AxisAttrs
+from wasat.ir.ops.shape import Slice
 
 from .axis import Label, analyze, image, refuse
 from .core import Pass, PassError, Remark, Remarks
 from .indexing import Indexing
+from .pattern import erase_dead
 from .rows import FIRST, Place, places
+from .token_inputs import token_inputs
 
 ROUND = 16
 """Capacities are multiples of this: kernels read keys in groups."""
@@ -62,13 +65,8 @@ class DeriveKVCache(Pass):
         return True
 
     def _derive(self, program: Program, remarks: Remarks) -> None:
-        forward = program[self.graph]
-        tokens = _tokens(forward)
+        forward, tokens, labels = _served(program[self.graph], remarks)
         seq = str(tokens.shape[1])
-        labels = analyze(forward, seq)
-        for name, v in zip(forward.output_names, forward.outputs):
-            if labels[v].kind in ("ahead", "pair"):
-                raise refuse(labels[v], name, seq)
         limits = [n for n in (program.metadata.get("context"), _positions_known(forward, labels)) if n is not None]
         context = min(limits, default=None)
         plan = _Plan.make(forward, tokens, seq, labels, self.chunk, context)
@@ -83,6 +81,7 @@ class DeriveKVCache(Pass):
             raise PassError(f"the program already has a graph @{clash[0]}")
         program.graphs = {**graphs, **{g.name: g for g in made}}
         program.metadata["states"] = [s for c in plan.of.values() for s in c.states()]
+        program.metadata["tokens"] = tokens.name
         program.metadata["chunk"] = self.chunk
         program.metadata["context"] = context
         for node, cache in plan.of.items():
@@ -115,19 +114,54 @@ def _positions_known(graph: Graph, labels: dict[Value, Label]) -> int | None:
     return min(rows, default=None)
 
 
-def _tokens(graph: Graph) -> Value:
-    """The input that holds tokens: integers [batch, sequence]."""
-    found = [
-        v for v in graph.inputs
-        if isinstance(v.type, TensorType) and v.type.dtype.is_int and v.type.rank == 2 and str(v.shape[1]).isidentifier()
-    ]  # fmt: skip
-    named = [v for v in found if v.name == "tokens"] or [v for v in found if v.name == "input_ids"] or found
-    if len(named) != 1:
-        raise IRError(
-            f"graph @{graph.name} has {len(named)} inputs that could be its tokens; it needs one integer input "
-            "[batch, sequence] with a symbolic sequence (or one named tokens or input_ids)"
-        )
-    return named[0]
+def _served(graph: Graph, remarks: Remarks) -> tuple[Graph, Value, dict[Value, Label]]:
+    """A copy of ``graph`` with the outputs that can be served, its tokens, and how its values lie along them.
+
+    Of inputs of several lengths that could be the tokens (a translator's two texts): the first along which it looks back.
+    What it returns once for the whole batch, a loss, is left off, and so are the inputs that only this read.
+    """
+    failure: IRError | None = None
+    for name in token_inputs(graph):
+        served = graph.clone()
+        tokens = next(v for v in served.inputs if v.name == name)
+        seq = str(tokens.shape[1])
+        labels = analyze(served, seq)
+        ahead = {n: v for n, v in zip(served.output_names, served.outputs) if labels[v].kind in ("ahead", "pair")}
+        lost = {n: v for n, v in ahead.items() if len(ahead) < len(served.outputs) and _whole_batch(v, tokens)}
+        refused = [refuse(labels[v], n, seq) for n, v in ahead.items() if n not in lost]
+        if refused:
+            failure = failure or refused[0]
+            continue
+        if lost:
+            for n, v in lost.items():
+                remarks.missed(f"output {n} is not served: {labels[v].reason}", v)
+            _leave_off(served, set(lost), tokens)
+            labels = analyze(served, seq)
+        return served, tokens, labels
+    if failure is not None:
+        raise failure
+    raise IRError(
+        f"graph @{graph.name} has 0 inputs that could be its tokens; it needs one of integers [batch, sequence], where the "
+        "sequence is symbolic"
+    )
+
+
+def _whole_batch(v: Value, tokens: Value) -> bool:
+    """Whether an output is one for all rows: a loss, a share of the load."""
+    return set(v.type.symbols).isdisjoint(tokens.type.symbols) and (bool(symbols_of(tokens.shape[:1])) or not v.shape)
+
+
+def _leave_off(graph: Graph, outputs: set[str], tokens: Value) -> None:
+    kept = {n: v for n, v in zip(graph.output_names, graph.outputs) if n not in outputs}
+    gone = [v.node for n, v in zip(graph.output_names, graph.outputs) if n in outputs]
+    read = {v for v in graph.inputs if v.uses}
+    graph.set_outputs(list(kept.values()), list(kept))
+    for node in gone:
+        if node is not None:
+            erase_dead(graph, node)
+    for v in read:
+        if not v.uses and v is not tokens and not graph.is_output(v):
+            graph.remove_input(v)
 
 
 @dataclass
@@ -184,7 +218,7 @@ class _Plan:
         dependent = _on_inputs(plan)
         for node in forward.nodes:
             for v in node.inputs:
-                if v in dependent and v.node is not None and any(labels[o].along for o in node.outputs):
+                if v in dependent and v.node is not None and any(labels[o].served for o in node.outputs):
                     plan.memory.setdefault(v, f"memory.{len(plan.memory)}")
             if labels[node.outputs[0]].mixes:
                 plan.last_mixing = node
@@ -272,6 +306,8 @@ class _Derivation:
                     copy_node(self.g, node, self.env)
             elif label.kind in ("ahead", "pair"):
                 continue  # no output needs it; attention emits its own mask
+            elif label.kind == "last":
+                self._after_last(node)
             elif label.mixes:
                 self._attend(node)
             elif tail and not self.one and label.kind == "token":
@@ -285,7 +321,7 @@ class _Derivation:
 
     def _reads(self, v: Value) -> bool:
         """Whether an input is needed beside what @encode makes of it."""
-        return self.labels[v].along or any(self.labels[o].along for n in v.users for o in n.outputs)
+        return self.labels[v].along or any(self.labels[o].served for n in v.users for o in n.outputs)
 
     # -- nodes ---------------------------------------------------------------------------------------------------------
     def _apply(self, node: Node, inputs: list[Value], sizes: dict[str, DimLike], env: dict[Value, Value]) -> None:
@@ -305,6 +341,17 @@ class _Derivation:
         operands, attrs = self._offset(node, inputs, node.attrs.bind(sizes), lifted, label.kind == "position")
         made = self.g.add_node(node.op, operands, attrs, loc=node.loc, names=names)
         env.update(zip(node.outputs, made.outputs))
+
+    def _after_last(self, node: Node) -> None:
+        """What is made of the last token: here, of each row's."""
+        x = node.inputs[0]
+        if not self.labels[x].along:
+            copy_node(self.g, node, self.env)
+            return
+        row, cut, axis = self.env[x] if self.one else self._row(x), Slice.Attrs.of(node), self.labels[x].axis
+        starts = tuple(0 if i == axis else d for i, d in enumerate(cut.starts))
+        stops = tuple(1 if i == axis else d for i, d in enumerate(cut.stops))
+        self.env[node.output] = self.b.slice(row, starts=starts, stops=stops, steps=cut.steps, name=node.output.name)
 
     def _turned(self, node: Node, inputs: list[Value], at: Place) -> Value:
         """A rotation of [heads, position, rows, feature]: at positions of the rows, which have to be in front."""
@@ -381,9 +428,7 @@ class _Derivation:
         if key not in self.keyed:
             node = v.node
             assert node is not None  # positions come from iota
-            self.keyed[key] = (
-                self._key_positions(node, cache) if node.op.name == "iota" else self._over_keys(node, axis, cache)
-            )
+            self.keyed[key] = self._key_positions(node, cache) if node.op.name == "iota" else self._over_keys(node, axis, cache)
         return self.keyed[key]
 
     def _over_keys(self, node: Node, axis: int, cache: _Cache) -> Value:
@@ -448,6 +493,8 @@ class _Derivation:
 
     def _output(self, v: Value) -> Value:
         label = self.labels[v]
+        if label.kind == "last" and self.plan.places.get(v) != FIRST:
+            raise IRError(f"output %{v.name} is {v.type}: its rows must be its first axis", v.loc)
         if not label.along:
             return self.env[v]
         x = self.env[v] if self.one else self._row(v)

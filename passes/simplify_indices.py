@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from wasat.ir import Builder, Graph
+from wasat.ir import Builder, Graph, Node, equal
+from wasat.ir.ops.index import AxisAttrs
 
 from .core import GraphPass, Remarks
 from .indexing import Indexing
@@ -15,7 +16,8 @@ from .pattern import replace
 class SimplifyIndices(GraphPass):
     """``gather`` and ``embedding`` at indices that come to ``c``, or ``i + c`` along one axis -> at an iota, then repeated.
 
-    Exporters repeat positions over the batch, wrap negative ones, look them up by other indices.
+    ``gather`` of the last element of a symbolic axis -> slice. Exporters repeat positions over the batch, wrap negative ones,
+    look them up by other indices.
     """
 
     name = "simplify-indices"
@@ -23,6 +25,10 @@ class SimplifyIndices(GraphPass):
     def run_graph(self, graph: Graph, remarks: Remarks) -> bool:
         changed = False
         for node in graph.nodes:
+            if node.op.name == "gather" and _takes_last(node):
+                self._slice(graph, node, remarks)
+                changed = True
+                continue
             if node.op.name not in ("gather", "embedding") or len(node.inputs[1].shape) < 2:
                 continue
             ids = node.inputs[1]
@@ -44,3 +50,20 @@ class SimplifyIndices(GraphPass):
             replace(graph, node.output, b.broadcast_to(y, shape=shape))
             changed = True
         return changed
+
+    def _slice(self, graph: Graph, node: Node, remarks: Remarks) -> None:
+        x, axis = node.inputs[0], AxisAttrs.of(node).axis
+        b = Builder(graph, before=node, loc=node.loc)
+        y = b.slice(x, starts=tuple(d - 1 if i == axis else 0 for i, d in enumerate(x.shape)), stops=x.shape)
+        remarks.applied(f"%{node.output.name} takes the last element of axis {axis}", node)
+        replace(graph, node.output, b.reshape(y, shape=node.output.shape))
+
+
+def _takes_last(node: Node) -> bool:
+    """Whether the one element that is picked is the last, on an axis whose size is not known."""
+    x, ids = node.inputs
+    size = x.shape[AxisAttrs.of(node).axis]
+    if isinstance(size, int) or any(d != 1 for d in ids.shape):
+        return False
+    index = Indexing(()).of(ids)
+    return index is not None and any(index.number is not None and equal(index.number, n) is True for n in (-1, size - 1))

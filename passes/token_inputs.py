@@ -16,6 +16,7 @@ from .core import Pass, PassError, Remark, Remarks
 
 EXPORTED = ("input_ids", "decoder_input_ids")
 """What exporters call the tokens; where both are, the first are the encoder's."""
+NAMED = ("tokens", "decoder_input_ids", "input_ids", "ids")
 MASKS = ("attention_mask", "decoder_attention_mask")
 POSITIONS = ("position_ids", "cache_position")
 Meaning = Literal["tokens", "mask", "positions", "past"]
@@ -26,6 +27,40 @@ def is_exported(v: Value) -> bool:
     if not isinstance(v.type, TensorType) or not v.type.dtype.is_int or v.type.rank != 2:
         return False
     return v.name in EXPORTED or (v.name == "tokens" and v.type.dtype is not DType.I64)
+
+
+def token_inputs(graph: Graph) -> list[str]:
+    """The inputs that could be a decoder's tokens, likeliest first, one for each length: integers [batch, sequence].
+
+    Those named as tokens are, then those that pick rows of a table. Which of two that are equally long matters to nobody:
+    each is fed its new part under its own name.
+    """
+    found = [
+        v for v in graph.inputs
+        if isinstance(v.type, TensorType) and v.type.dtype.is_int and v.type.rank == 2 and str(v.shape[1]).isidentifier()
+    ]  # fmt: skip
+
+    def rank(v: Value) -> int:
+        if v.name in NAMED:
+            return NAMED.index(v.name)
+        if v.name in (*MASKS, *POSITIONS):
+            return len(NAMED) + 2
+        return len(NAMED) + (not _picks_rows(v))
+
+    first: dict[str, str] = {}
+    for v in sorted(found, key=rank):
+        first.setdefault(str(v.shape[1]), v.name)
+    return list(first.values())
+
+
+def _picks_rows(v: Value) -> bool:
+    """Whether ``v`` indexes a table as it is, or cast."""
+    for n in v.users:
+        if n.op.name in ("embedding", "gather") and n.inputs[1] is v and n.inputs[0].param is not None:
+            return True
+        if n.op.name == "cast" and n.output.tensor.dtype.is_int and _picks_rows(n.output):
+            return True
+    return False
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,9 @@ from wasat import __version__
 from wasat.ir import (
     Array,
     DimLike,
-    DType,
     Graph,
     IRError,
     Program,
-    TensorType,
     Type,
     WasatError,
     check_text,
@@ -26,7 +24,7 @@ from wasat.ir import (
 from wasat.passes import DeriveKVCache, PassManager, Remark, Report, Step, TokenInputs, default_pipeline
 from wasat.passes.core import Dump
 from wasat.passes.kv_cache import capacity_name
-from wasat.passes.token_inputs import is_exported
+from wasat.passes.token_inputs import is_exported, token_inputs
 
 
 class Progress(Protocol):
@@ -92,7 +90,7 @@ def optimize(
         return copy, report
 
     served, report = attempt(exported, caches)
-    if not exported or ("decode" in served.graphs and any(v.name == "tokens" for v in served["decode"].inputs)):
+    if not exported or "decode" in served.graphs:
         return served, report
     plain, other = attempt(False, None)
     other.steps += [s for s in report.steps if s.name in (TokenInputs.name, DeriveKVCache.name)]
@@ -105,15 +103,8 @@ def _is_exported(program: Program) -> bool:
 
 
 def _takes_tokens(program: Program) -> bool:
-    """Whether sessions can feed ``forward``, once it has caches: tokens i64[batch, s], nothing else along s, one output."""
-    if "forward" not in program.graphs or len(program["forward"].outputs) != 1:
-        return False
-    inputs = {v.name: v.type for v in program["forward"].inputs}
-    tokens = inputs.pop("tokens", None)
-    if not isinstance(tokens, TensorType) or tokens.dtype is not DType.I64 or tokens.rank != 2:
-        return False
-    new = set(symbols_of(tokens.shape[1:]))
-    return bool(new) and not any(new.intersection(t.symbols) for t in inputs.values())
+    """Whether ``forward`` takes tokens: integers [batch, sequence], the sequence symbolic."""
+    return "forward" in program.graphs and bool(token_inputs(program["forward"]))
 
 
 def _small_sizes(program: Program) -> list[dict[str, int]]:
@@ -194,9 +185,7 @@ def _manifest(program: Program, library: Any, settings: dict[str, Any]) -> dict[
             "outputs": [describe(n, v.type) for n, v in zip(g.output_names, g.outputs) if n not in states],
             "states": [n for n in states if any(v.name == n for v in g.inputs)],
             "checks": _checks(g),
-            "indices": [
-                {"input": i.input, "low": str(i.low), "high": str(i.high), "where": i.where} for i in given(g)
-            ],
+            "indices": [{"input": i.input, "low": str(i.low), "high": str(i.high), "where": i.where} for i in given(g)],
         }
     sizes = _state_symbols(program) if states else {}
     physical = {n: describe(n, t.substitute(sizes)) for n, t in library.target.state_types(program).items()}
@@ -227,16 +216,17 @@ def _state_symbols(program: Program) -> dict[str, DimLike]:
     """The names that a manifest has for the sizes of states, ``b`` rows and ``c`` positions, by those of the program."""
     decode = program["decode"]
     types = {v.name: v.tensor for v in decode.inputs}
-    rows = symbols_of(types["tokens"].shape[:1])
+    rows = symbols_of(types[program.metadata["tokens"]].shape[:1])
     found = {name for s in program.metadata["states"] for name in types[s["name"]].symbols}
     return {name: symbol("b" if name in rows else "c") for name in found}
 
 
 def _vocabulary(program: Program) -> int | None:
-    """How many tokens there are, from the tables that ``tokens`` index; None where they index none."""
+    """How many tokens there are, from the tables that they index; None where they index none."""
+    tokens = program.metadata.get("tokens", "tokens")
     tables = [
         n.inputs[0].shape[0]
-        for g in program.graphs.values() for v in g.inputs if v.name == "tokens"
+        for g in program.graphs.values() for v in g.inputs if v.name == tokens
         for n in v.users if n.op.name in ("embedding", "quantized_embedding") and n.inputs[1] is v
     ]  # fmt: skip
     return min(tables, default=None)

@@ -11,11 +11,14 @@ from wasat.testing import check_pass, check_untouched
 
 I = "  %i: i64[s] = iota() {size=s}\n"
 ROWS = I + "  %r: i64[b, s] = broadcast_to(%i) {shape=(b, s)}\n"
-FLAT = ROWS + """  %f: i64[b*s] = reshape(%r) {shape=(b*s,)}
+FLAT = (
+    ROWS
+    + """  %f: i64[b*s] = reshape(%r) {shape=(b*s,)}
   %n: i64[b] = iota() {size=b}
   %c: i64[b, 1] = reshape(%n) {shape=(b, 1)}
   %z: i64[] = dim_size() {size=s}
 """
+)
 TESTS = I + "  %t: bool[s] = less(%i, 0:i64)\n  %u: bool[s] = less(%i, 1:i64)\n"
 # sizes are at least 1, written in symbols that start at 0: s is s + 1
 CASES: dict[str, tuple[str, str, str | None]] = {
@@ -163,3 +166,25 @@ def test_other_indices_stay(edits: list[tuple[str, str]]) -> None:
     for old, new in edits:
         text = text.replace(old, new)
     check_untouched(SimplifyIndices(), text)
+
+
+LAST = """graph @f(%x: f32[b, s, 4]) {
+  %n: i64[] = dim_size() {size=s}
+  %i: i64[] = sub(%n, 1:i64)
+  %a: f32[b, 4] = gather(%x, %i) {axis=1}
+  %b: f32[b, 4] = gather(%x, -1:i64) {axis=1}
+  return %a, %b
+}"""
+LAST_SLICED = """graph @f(%x: f32[b, s, 4]) {
+  %slice: f32[b, 1, 4] = slice(%x) {starts=(0, s - 1, 0), stops=(b, s, 4)}
+  %a: f32[b, 4] = reshape(%slice) {shape=(b, 4)}
+  %slice_1: f32[b, 1, 4] = slice(%x) {starts=(0, s - 1, 0), stops=(b, s, 4)}
+  %b: f32[b, 4] = reshape(%slice_1) {shape=(b, 4)}
+  return %a, %b
+}"""
+
+
+def test_the_last_element() -> None:
+    check_pass(SimplifyIndices(), LAST, LAST_SLICED, dims=[{"b": 2, "s": 3}, {"b": 1, "s": 1}])
+    for near in (LAST.replace("%n, 1:i64", "%n, 2:i64").replace("-1:i64", "-2:i64"), LAST.replace("b, s, 4", "b, 7, 4")):
+        check_untouched(SimplifyIndices(), near.replace("size=s}", "size=b}") if "7" in near else near)
