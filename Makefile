@@ -35,7 +35,7 @@ types: $(READY)
 	@for room in ir passes backends frontend runtime training; do ln -sfn $(CURDIR)/$$room build/types/wasat/$$room; done
 	MYPYPATH=build/types $(BIN)/mypy -p wasat
 
-# small faults in the sources that the tests should notice; FILES=passes/rows.py for some files only
+# small faults in the sources that the tests should notice; FILES=passes/analyses/rows.py for some files only
 mutants: $(READY)
 	$(BIN)/python tests/mutants.py $(FILES) --seed 0 --count 40
 

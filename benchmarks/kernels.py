@@ -28,18 +28,18 @@ for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[name] = str(options.threads)
 
 import tvm  # noqa: E402
-from wasat.backends.tvm.kernels.attention import Attention, CachedAttention, attention, cached_attention  # noqa: E402
-from wasat.backends.tvm.kernels.cache import Cache, cache_shape  # noqa: E402
-from wasat.backends.tvm.kernels.emit import Kernel, int64, load, reduce_sum, splat  # noqa: E402
-from wasat.backends.tvm.kernels.flash import Scores  # noqa: E402
-from wasat.backends.tvm.kernels.glu import Glu, glu  # noqa: E402
-from wasat.backends.tvm.kernels.isa import isa_of  # noqa: E402
-from wasat.backends.tvm.kernels.linear_float import Linear, Weights, linear  # noqa: E402
-from wasat.backends.tvm.kernels.linear_int import LinearInt, linear_int  # noqa: E402
-from wasat.backends.tvm.kernels.norm import Norm, norm  # noqa: E402
-from wasat.backends.tvm.kernels.pack import float_shape, int_shape, storage_dtype  # noqa: E402
-from wasat.backends.tvm.kernels.quantize import QuantizeRows, quantize_rows, quantize_rows_reference  # noqa: E402
-from wasat.backends.tvm.kernels.rope import Rope, Rotary, rope  # noqa: E402
+from wasat.backends.tvm.cpu.kernels.attention import Attention, CachedAttention, attention, cached_attention  # noqa: E402
+from wasat.backends.tvm.cpu.kernels.cache import Cache, cache_shape  # noqa: E402
+from wasat.backends.tvm.cpu.kernels.emit import Kernel, int64, load, reduce_sum, splat  # noqa: E402
+from wasat.backends.tvm.cpu.kernels.flash import Scores  # noqa: E402
+from wasat.backends.tvm.cpu.kernels.glu import Glu, glu  # noqa: E402
+from wasat.backends.tvm.cpu.kernels.isa import isa_of  # noqa: E402
+from wasat.backends.tvm.cpu.kernels.linear_float import Linear, Weights, linear  # noqa: E402
+from wasat.backends.tvm.cpu.kernels.linear_int import LinearInt, linear_int  # noqa: E402
+from wasat.backends.tvm.cpu.kernels.norm import Norm, norm  # noqa: E402
+from wasat.backends.tvm.cpu.kernels.pack import float_shape, int_shape, storage_dtype  # noqa: E402
+from wasat.backends.tvm.cpu.kernels.quantize import QuantizeRows, quantize_rows, quantize_rows_reference  # noqa: E402
+from wasat.backends.tvm.cpu.kernels.rope import Rope, Rotary, rope  # noqa: E402
 from wasat.backends.tvm.targets import cpu  # noqa: E402
 from wasat.runtime.memory import tensor_of, zeros  # noqa: E402
 

@@ -15,7 +15,7 @@ import gc
 import time
 
 from wasat.frontend import nn
-from wasat.frontend.families.gemma3 import Gemma3, Options
+from wasat.frontend.models.gemma3 import Gemma3, Options
 from wasat.ir import Program
 from wasat.passes import PassManager, default_pipeline
 

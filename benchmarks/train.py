@@ -55,11 +55,11 @@ def batch(model: str) -> dict[str, np.ndarray]:
 
 # -- ours -------------------------------------------------------------------------------------------------------------------
 def our_program(model: str) -> Any:
+    from wasat.frontend.models.gemini.config import ConvNet
+    from wasat.frontend.models.gemini.encoders import Stage
     from wasat.training.losses import add_loss, cross_entropy
 
     from wasat import nn
-    from wasat.models.gemini.config import ConvNet
-    from wasat.models.gemini.encoders import Stage
 
     class Block(nn.Module):
         def __init__(self, dim: int, heads: int, hidden: int, causal: bool) -> None:

@@ -17,8 +17,9 @@ from pathlib import Path
 import av
 import numpy as np
 from PIL import Image
-from wasat.training.tasks import AudioData, Clips, Code, Digits, Example, ImageData, Match, Scenes, Speech, Task, VideoData
-from wasat.training.tasks.speech import Voices
+
+from wasat.recipes.tasks import AudioData, Clips, Code, Digits, Example, ImageData, Match, Scenes, Speech, Task, VideoData
+from wasat.recipes.tasks.speech import Voices
 
 HERE = Path(__file__).parent
 RECIPE = tomllib.loads((HERE / "gemini.toml").read_text())

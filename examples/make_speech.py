@@ -12,7 +12,8 @@ import wave
 from pathlib import Path
 
 import numpy as np
-from wasat.training.tasks.speech import WORDS
+
+from wasat.recipes.tasks.speech import WORDS
 
 RATE, SAMPLES = 8000, 5600
 TRAIN = [

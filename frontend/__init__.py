@@ -1,8 +1,8 @@
 """Where graphs come from: the ``nn`` DSL, model families, Hugging Face folders."""
 
 from . import nn
-from .families import FAMILIES, ConfigError, Fields
 from .huggingface import from_pretrained
+from .models import FAMILIES, ConfigError, Fields
 from .weights import CheckpointError, FileParam, load_weights
 
 __all__ = ["FAMILIES", "CheckpointError", "ConfigError", "Fields", "FileParam", "from_pretrained", "load_weights", "nn"]

@@ -11,7 +11,7 @@ import numpy as np
 from wasat.frontend import nn
 from wasat.ir import Program, TensorType
 
-from .families import FAMILIES, ConfigError, Fields
+from .models import FAMILIES, ConfigError, Fields
 from .weights.safetensors import CheckpointError, FileParam, Stored, match, read_folder, read_json
 
 _BUFFERS = re.compile(r"(.*\.)?rotary_emb\.inv_freq\Z")

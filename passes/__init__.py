@@ -1,25 +1,25 @@
 """Graph to graph: clean-up, fusion, quantization, KV-cache derivation, gradients; the manager, remarks."""
 
-from .autodiff import Differentiate
-from .cleanup import Cleanup
+from .cleanup.algebra import Cleanup
+from .cleanup.hoist_params import HoistParams
+from .cleanup.read_tables import ReadTables
+from .cleanup.simplify_indices import SimplifyIndices
 from .core import Check, GraphPass, Pass, PassError, PassManager, Remark, Remarks, Report, Step
-from .fuse_activations import FuseActivations
-from .fuse_attention import FuseAttention
-from .fuse_glu import FuseGlu
-from .fuse_norm import FuseNorm
-from .fuse_rope import FuseRope
-from .hoist_params import HoistParams
-from .inference import Inference
-from .kv_cache import DeriveKVCache
-from .merge_linears import MergeLinears
+from .fusion.fuse_activations import FuseActivations
+from .fusion.fuse_attention import FuseAttention
+from .fusion.fuse_glu import FuseGlu
+from .fusion.fuse_norm import FuseNorm
+from .fusion.fuse_rope import FuseRope
+from .fusion.merge_linears import MergeLinears
 from .pattern import Match, Mismatch, Rewrite, Tracer
 from .pipelines import default_pipeline
-from .precision import MixedPrecision
-from .quantize import Quantize
-from .remat import Rematerialize
-from .simplify_indices import SimplifyIndices
-from .tables import ReadTables
-from .token_inputs import TokenInputs
+from .serving.inference import Inference
+from .serving.kv_cache import DeriveKVCache
+from .serving.quantize import Quantize
+from .serving.token_inputs import TokenInputs
+from .training.autodiff import Differentiate
+from .training.precision import MixedPrecision
+from .training.remat import Rematerialize
 
 __all__ = [
     "Check", "Cleanup", "DeriveKVCache", "Differentiate", "FuseActivations", "FuseAttention", "FuseGlu", "FuseNorm",

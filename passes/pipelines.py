@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-from .cleanup import Cleanup
+from .cleanup.algebra import Cleanup
+from .cleanup.hoist_params import HoistParams
+from .cleanup.read_tables import ReadTables
+from .cleanup.simplify_indices import SimplifyIndices
 from .core import Pass
-from .fuse_activations import FuseActivations
-from .fuse_attention import FuseAttention
-from .fuse_glu import FuseGlu
-from .fuse_norm import FuseNorm
-from .fuse_rope import FuseRope
-from .hoist_params import HoistParams
-from .kv_cache import DeriveKVCache
-from .merge_linears import MergeLinears
-from .quantize import Quantize
-from .simplify_indices import SimplifyIndices
-from .tables import ReadTables
+from .fusion.fuse_activations import FuseActivations
+from .fusion.fuse_attention import FuseAttention
+from .fusion.fuse_glu import FuseGlu
+from .fusion.fuse_norm import FuseNorm
+from .fusion.fuse_rope import FuseRope
+from .fusion.merge_linears import MergeLinears
+from .serving.kv_cache import DeriveKVCache
+from .serving.quantize import Quantize
 
 
 def default_pipeline(

@@ -1,7 +1,7 @@
 """Mutants: one small fault in a source file, and the tests that cover it. One that no test notices shows what is not tested.
 
-    python tests/mutants.py passes/rows.py --seed 0 --count 40
-    python tests/mutants.py passes/rows.py:31,40                  # every mutant that begins in these lines
+    python tests/mutants.py passes/analyses/rows.py --seed 0 --count 40
+    python tests/mutants.py passes/analyses/rows.py:31,40                  # every mutant that begins in these lines
 
 Each is tried in a scratch copy of the packages (links, except for the file itself), first on the path: the tree is not touched.
 """
@@ -26,23 +26,29 @@ ROOT = Path(__file__).resolve().parents[1]
 OPS = ("attention", "conv", "elementwise", "index", "linalg", "nn", "reduce", "scan", "shape")
 ROOMS = ("ir", "passes", "backends", "frontend", "runtime", "training")
 TESTS = {  # what covers a file; for others it is the file of the same name, or the room
-    "passes/rows.py": ["tests/passes/test_rows.py"],
-    "passes/axis.py": ["tests/passes/test_kv_cache.py", "tests/passes/test_rows.py"],
-    "passes/mask.py": ["tests/passes/test_mask.py", "tests/passes/test_fuse_attention.py", "tests/passes/test_kv_cache.py"],
-    "passes/affine.py": ["tests/passes/test_indexing.py", "tests/passes/test_affine.py", "tests/passes/test_fuse_attention.py"],
-    "passes/indexing.py": ["tests/passes/test_indexing.py", "tests/passes/test_affine.py", "tests/passes/test_mask.py"],
-    "passes/simplify_indices.py": ["tests/passes/test_affine.py"],
-    "passes/views.py": ["tests/passes/test_fuse_attention.py"],
-    "passes/fuse_attention.py": ["tests/passes/test_fuse_attention.py", "tests/passes/test_near_patterns.py"],
-    "passes/fuse_norm.py": ["tests/passes/test_fuse_norm.py", "tests/passes/test_near_patterns.py"],
-    "passes/kv_cache.py": ["tests/passes/test_kv_cache.py", "tests/passes/test_rows.py"],
-    "passes/cleanup.py": ["tests/passes/test_cleanup.py"],
-    "passes/hoist_params.py": ["tests/passes/test_hoist_params.py"],
-    "passes/merge_linears.py": ["tests/passes/test_merge_linears.py"],
-    "passes/precision.py": ["tests/passes/test_mixed_precision.py", "tests/training/test_precision.py"],
-    "passes/remat.py": ["tests/passes/test_remat.py"],
-    "backends/tvm/indices.py": ["tests/face/test_edges.py"],
-    "backends/tvm/kernels/gemm.py": ["tests/backends/test_kernels_gemm.py"],
+    "passes/analyses/rows.py": ["tests/passes/test_rows.py"],
+    "passes/analyses/axis.py": ["tests/passes/test_kv_cache.py", "tests/passes/test_rows.py"],
+    "passes/analyses/mask.py": [
+        "tests/passes/test_mask.py", "tests/passes/test_fuse_attention.py", "tests/passes/test_kv_cache.py",
+    ],
+    "passes/analyses/affine.py": [
+        "tests/passes/test_indexing.py", "tests/passes/test_affine.py", "tests/passes/test_fuse_attention.py",
+    ],
+    "passes/analyses/indexing.py": [
+        "tests/passes/test_indexing.py", "tests/passes/test_affine.py", "tests/passes/test_mask.py",
+    ],
+    "passes/cleanup/simplify_indices.py": ["tests/passes/test_affine.py"],
+    "passes/analyses/factors.py": ["tests/passes/test_fuse_attention.py"],
+    "passes/fusion/fuse_attention.py": ["tests/passes/test_fuse_attention.py", "tests/passes/test_near_patterns.py"],
+    "passes/fusion/fuse_norm.py": ["tests/passes/test_fuse_norm.py", "tests/passes/test_near_patterns.py"],
+    "passes/serving/kv_cache.py": ["tests/passes/test_kv_cache.py", "tests/passes/test_rows.py"],
+    "passes/cleanup/algebra.py": ["tests/passes/test_cleanup.py"],
+    "passes/cleanup/hoist_params.py": ["tests/passes/test_hoist_params.py"],
+    "passes/fusion/merge_linears.py": ["tests/passes/test_merge_linears.py"],
+    "passes/training/precision.py": ["tests/passes/test_mixed_precision.py", "tests/training/test_precision.py"],
+    "passes/training/remat.py": ["tests/passes/test_remat.py"],
+    "backends/tvm/ops/indices.py": ["tests/face/test_edges.py"],
+    "backends/tvm/cpu/kernels/gemm.py": ["tests/backends/test_kernels_gemm.py"],
     "ir/lift.py": ["tests/ir/test_lift.py", "tests/passes/test_rows.py"],
     "ir/parser.py": ["tests/ir/test_text.py", "tests/ir/test_hostile_text.py"],
     "ir/dims.py": ["tests/ir/test_dims.py"],

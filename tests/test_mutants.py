@@ -33,8 +33,9 @@ def test_of_some_lines():
 
 def test_forks_notice_what_a_function_does_and_no_more(tmp_path):
     """A mutant that a test notices, one that none does, and one outside of functions, which has to be tried again."""
-    file, tests = "passes/memory.py", tmp_path / "test_it.py"
-    tests.write_text("from wasat.passes.memory import bytes_of\ndef test(): assert 77 not in bytes_of.__code__.co_consts\n")
+    file, tests = "passes/analyses/cost.py", tmp_path / "test_it.py"
+    imported = "from wasat.passes.analyses.cost import bytes_of\n"
+    tests.write_text(imported + "def test(): assert 77 not in bytes_of.__code__.co_consts\n")
     copied = mutants.farm(tmp_path, file)
     source = copied.read_text()
     name = "def bytes_of("
@@ -46,18 +47,18 @@ def test_forks_notice_what_a_function_does_and_no_more(tmp_path):
 
 
 def test_the_tree_is_not_touched(tmp_path):
-    file = "passes/rows.py"
+    file = "passes/analyses/rows.py"
     before = (mutants.ROOT / file).read_text()
     copied = mutants.farm(tmp_path, file)
     copied.write_text("raise RuntimeError('the mutant')\n")
     env = {**environ, "PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1"}
-    command = [sys.executable, "-c", "import wasat.passes.rows"]
+    command = [sys.executable, "-c", "import wasat.passes.analyses.rows"]
     ran = subprocess.run(command, env=env, capture_output=True, text=True, cwd=mutants.ROOT)
     assert "the mutant" in ran.stderr
     assert (mutants.ROOT / file).read_text() == before
 
 
 def test_what_covers_a_file_exists():
-    for file in [*mutants.TESTS, "passes/remat.py"]:
+    for file in [*mutants.TESTS, "passes/training/remat.py"]:
         assert (mutants.ROOT / file).exists()
         assert all((mutants.ROOT / t).exists() for t in mutants.covering(file)), file

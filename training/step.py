@@ -53,11 +53,11 @@ def train_step(
     ``ema``: keeps an average of the parameters that
     moves by the share 1 - ema at each update. Defaults: AdamW, a constant rate of 1e-3. ``program`` stays as it is.
 
-    ``precision``: ``"bf16"`` or ``"f16"`` for activations and products (:class:`wasat.passes.precision.MixedPrecision`);
+    ``precision``: ``"bf16"`` or ``"f16"`` for activations and products (:class:`wasat.passes.MixedPrecision`);
     parameters and states stay f32. In f16 the loss is scaled (``scaling``, by default LossScale()): an update whose gradients
     overflow is left out, as if it had not been; the step also returns ``skipped`` (1 for such a call, else 0) and
     ``loss_scale``, both f32[]. ``remat``: sizes of the symbols of @graph; the step computes again what is cheap, where that
-    lowers the peak of memory at these sizes (:class:`wasat.passes.remat.Rematerialize`).
+    lowers the peak of memory at these sizes (:class:`wasat.passes.training.remat.Rematerialize`).
 
     Raises IRError for a parameter of another type and for options out of range; what Differentiate and Rematerialize raise.
     """

@@ -23,8 +23,8 @@ from wasat.ir import (
 )
 from wasat.passes import DeriveKVCache, PassManager, Remark, Report, Step, TokenInputs, default_pipeline
 from wasat.passes.core import Dump
-from wasat.passes.kv_cache import capacity_name
-from wasat.passes.token_inputs import is_exported, token_inputs
+from wasat.passes.serving.kv_cache import capacity_name
+from wasat.passes.serving.token_inputs import is_exported, token_inputs
 
 
 class Progress(Protocol):
@@ -168,8 +168,8 @@ def compile(
 
 def _manifest(program: Program, library: Any, settings: dict[str, Any]) -> dict[str, Any]:
     """Everything a runtime must know, the files' hashes aside; the format is runtime/manifest.py's."""
-    from wasat.backends.tvm.indices import given
     from wasat.backends.tvm.lower import tvm_dtype
+    from wasat.backends.tvm.ops.indices import given
 
     meta = program.metadata
     states = {s["name"]: s for s in meta.get("states", [])}
@@ -202,7 +202,7 @@ def _manifest(program: Program, library: Any, settings: dict[str, Any]) -> dict[
 
 def _checks(graph: Graph) -> list[dict[str, str]]:
     """What must be equal of sizes, and where: each equation once."""
-    from wasat.backends.tvm.indices import place
+    from wasat.backends.tvm.ops.indices import place
 
     found: dict[tuple[str, str], dict[str, str]] = {}
     for node in graph.nodes:
@@ -309,8 +309,8 @@ def from_pretrained(folder: str | Path) -> Program:
     :func:`wasat.models.gemini.save` wrote.
     """
     from wasat import frontend
+    from wasat.frontend.models import gemini
     from wasat.frontend.weights.safetensors import read_json
-    from wasat.models import gemini
 
     config = Path(folder) / "config.json"
     if config.is_file() and read_json(config).get("model_type") == gemini.MODEL_TYPE:
@@ -324,8 +324,8 @@ def described(source: str | Path) -> Program:
     :mod:`wasat.models.gemini`, ``gemini-27b``.
     """
     from wasat.frontend.huggingface import from_config
+    from wasat.frontend.models import gemini
     from wasat.frontend.weights.safetensors import read_json
-    from wasat.models import gemini
 
     p = Path(source)
     if p.suffix == ".json" and p.is_file():

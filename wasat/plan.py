@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from wasat.driver import _state_symbols, optimize
 from wasat.ir import Graph, Program, WasatError, evaluate_dim, symbols_of
-from wasat.passes.memory import operations_of, peak_bytes, unbound
-
-from .driver import _state_symbols, optimize
+from wasat.passes.analyses.cost import operations_of, peak_bytes, unbound
 
 if TYPE_CHECKING:
     from wasat.backends.tvm.targets import Target

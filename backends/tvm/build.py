@@ -20,9 +20,9 @@ from wasat.ir import Dim, DType, Graph, IRError, Program, WasatError, evaluate_d
 from wasat.ir.dims import Func
 from wasat.ir.evaluate import bind_symbols, hold_checks
 
-from .indices import OUTSIDE, given, outside
 from .lower import WeightPlan, lower_program
-from .narrow import carried, uncarried
+from .ops.indices import OUTSIDE, given, outside
+from .ops.narrow import carried, uncarried
 from .targets import Target
 
 

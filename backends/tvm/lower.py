@@ -19,7 +19,7 @@ from tvm import relax, te, tirx
 from wasat.ir import Attrs, DType, Graph, IRError, Node, Op, Program, QTensorType, TensorType, Type, Value
 from wasat.ir.dims import Dim, DimLike, Func, symbols_of
 
-from .narrow import NARROW, carried
+from .ops.narrow import NARROW, carried
 
 TVM_DTYPE: dict[DType, str] = {
     DType.F64: "float64", DType.F32: "float32", DType.F16: "float16", DType.BF16: "bfloat16", DType.I64: "int64",
@@ -442,7 +442,7 @@ def selected(program: Program, table: Table, select: Callable[[Graph], None], on
     are checked (or clamped, where code does not run ``on_host``)."""
     from wasat.ir.decompose import decompose
 
-    from .indices import given, guard
+    from .ops.indices import given, guard
 
     graphs = [g.clone() for g in program.graphs.values()]
     for g in graphs:

@@ -19,11 +19,12 @@ from tvm import relax
 from tvm.relax.backend import cpu_generic
 from wasat.ir import Graph, IRError, Program, TensorType
 
-from . import cpu as cpu_kernels
-from . import loops, tir_pipeline
-from .kernels.cache import CacheType
+from .cpu import fused_loops as loops
+from .cpu import select as cpu_kernels
+from .cpu import tir_pipeline
+from .cpu.kernels.cache import CacheType
 from .lower import StateLayout, Table
-from .primitives import PRIMITIVES
+from .ops.primitives import PRIMITIVES
 
 
 def host_cpu() -> str:

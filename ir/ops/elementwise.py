@@ -523,8 +523,8 @@ class StopGradient(Op):
 class Barrier(Op):
     """x, not before ``after`` is known: what is computed from it stays apart from, and later than, an equal computation on x.
 
-    How a value is computed again instead of being kept (passes/remat.py). ``after`` is any dense tensor. Behind the last pass
-    that merges equal nodes it decomposes into x.
+    How a value is computed again instead of being kept (Rematerialize). ``after`` is any dense tensor. Behind the last
+    pass that merges equal nodes it decomposes into x.
     """
 
     name = "barrier"

@@ -16,8 +16,8 @@ import pytest
 import tvm
 from numpy.typing import NDArray
 from soft import SOFT
-from wasat.backends.tvm import tir_pipeline
-from wasat.backends.tvm.kernels.isa import AVX2, AVX512_VNNI, AVX_VNNI, GENERIC, ISAS, NEON, Isa
+from wasat.backends.tvm.cpu import tir_pipeline
+from wasat.backends.tvm.cpu.kernels.isa import AVX2, AVX512_VNNI, AVX_VNNI, GENERIC, ISAS, NEON, Isa
 
 # no more than the kernels ask for: code for a named processor may use instructions that this one lacks (AVX512-FP16)
 CPU = {

@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from tvm import tirx
-from wasat.backends.tvm.kernels.emit import bit_width, bits, splat_int, vector
-from wasat.backends.tvm.kernels.instructions import Instructions
+from wasat.backends.tvm.cpu.kernels.emit import bit_width, bits, splat_int, vector
+from wasat.backends.tvm.cpu.kernels.instructions import Instructions
 
 Expr = Any
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from kernel_help import build, lacks, run, softened
 from numpy.typing import NDArray
-from wasat.backends.tvm.kernels.emit import Kernel, load
-from wasat.backends.tvm.kernels.instructions import Instructions
-from wasat.backends.tvm.kernels.isa import AVX2, AVX512_VNNI, AVX_VNNI, ISAS, Isa
+from wasat.backends.tvm.cpu.kernels.emit import Kernel, load
+from wasat.backends.tvm.cpu.kernels.instructions import Instructions
+from wasat.backends.tvm.cpu.kernels.isa import AVX2, AVX512_VNNI, AVX_VNNI, ISAS, Isa
 
 Array = NDArray[Any]
 

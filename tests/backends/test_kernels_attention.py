@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from kernel_help import assert_near, build, each_isa, run, tensor
 from numpy.typing import NDArray
-from wasat.backends.tvm.kernels.attention import Attention, CachedAttention, MaskShape, attention, cached_attention
-from wasat.backends.tvm.kernels.cache import Cache, cache_shape
-from wasat.backends.tvm.kernels.flash import Scores
-from wasat.backends.tvm.kernels.isa import Isa
+from wasat.backends.tvm.cpu.kernels.attention import Attention, CachedAttention, MaskShape, attention, cached_attention
+from wasat.backends.tvm.cpu.kernels.cache import Cache, cache_shape
+from wasat.backends.tvm.cpu.kernels.flash import Scores
+from wasat.backends.tvm.cpu.kernels.isa import Isa
 
 Array = NDArray[np.float64]
 

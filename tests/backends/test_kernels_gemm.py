@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from kernel_help import assert_near, build, each_isa, run
 from numpy.lib.stride_tricks import as_strided
-from wasat.backends.tvm.kernels.gemm import Axes, Gemm, Matrix, Windows, gemm
-from wasat.backends.tvm.kernels.isa import Isa
+from wasat.backends.tvm.cpu.kernels.gemm import Axes, Gemm, Matrix, Windows, gemm
+from wasat.backends.tvm.cpu.kernels.isa import Isa
 
 
 def matrix(x: np.ndarray, whole: np.ndarray) -> Matrix:

@@ -3,9 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from kernel_help import assert_near, build, each_isa, run
-from wasat.backends.tvm.kernels.isa import Isa
-from wasat.backends.tvm.kernels.linear_float import Linear, linear
-from wasat.backends.tvm.kernels.pack import pack_bias, pack_float
+from wasat.backends.tvm.cpu.kernels.isa import Isa
+from wasat.backends.tvm.cpu.kernels.linear_float import Linear, linear
+from wasat.backends.tvm.cpu.kernels.pack import pack_bias, pack_float
 
 ROWS = (1, 2, 3, 5, 13, 29, 241, 500)
 

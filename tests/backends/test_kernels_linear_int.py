@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from kernel_help import assert_near, build, each_isa, run
 from numpy.typing import NDArray
-from wasat.backends.tvm.kernels.embedding import Embedding, embedding
-from wasat.backends.tvm.kernels.isa import Isa
-from wasat.backends.tvm.kernels.linear_float import Linear, linear
-from wasat.backends.tvm.kernels.linear_int import LinearInt, linear_int
-from wasat.backends.tvm.kernels.pack import pack_bias, pack_float, pack_int
-from wasat.backends.tvm.kernels.quantize import QuantizeRows, quantize_rows, quantize_rows_reference
+from wasat.backends.tvm.cpu.kernels.embedding import Embedding, embedding
+from wasat.backends.tvm.cpu.kernels.isa import Isa
+from wasat.backends.tvm.cpu.kernels.linear_float import Linear, linear
+from wasat.backends.tvm.cpu.kernels.linear_int import LinearInt, linear_int
+from wasat.backends.tvm.cpu.kernels.pack import pack_bias, pack_float, pack_int
+from wasat.backends.tvm.cpu.kernels.quantize import QuantizeRows, quantize_rows, quantize_rows_reference
 
 ROWS = (1, 2, 3, 7, 29, 241)
 

@@ -8,11 +8,11 @@ import pytest
 import tvm
 from kernel_help import assert_near, build, each_isa, run, target_of
 from numpy.typing import NDArray
-from wasat.backends.tvm import tir_pipeline
-from wasat.backends.tvm.kernels.glu import Activation, Glu, glu
-from wasat.backends.tvm.kernels.isa import GENERIC, Isa
-from wasat.backends.tvm.kernels.norm import Norm, norm
-from wasat.backends.tvm.kernels.quantize import quantize_rows_reference
+from wasat.backends.tvm.cpu import tir_pipeline
+from wasat.backends.tvm.cpu.kernels.glu import Activation, Glu, glu
+from wasat.backends.tvm.cpu.kernels.isa import GENERIC, Isa
+from wasat.backends.tvm.cpu.kernels.norm import Norm, norm
+from wasat.backends.tvm.cpu.kernels.quantize import quantize_rows_reference
 
 Array = NDArray[np.float64]
 

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from kernel_help import assert_near, build, each_isa, run, tensor
 from numpy.typing import NDArray
-from wasat.backends.tvm.kernels.attention import CachedAttention, cached_attention
-from wasat.backends.tvm.kernels.cache import Cache, CacheWrite, cache_shape, cache_write
-from wasat.backends.tvm.kernels.flash import Scores
-from wasat.backends.tvm.kernels.isa import Isa
-from wasat.backends.tvm.kernels.rope import QkvToCache, Rope, Rotary, qkv_to_cache, rope
+from wasat.backends.tvm.cpu.kernels.attention import CachedAttention, cached_attention
+from wasat.backends.tvm.cpu.kernels.cache import Cache, CacheWrite, cache_shape, cache_write
+from wasat.backends.tvm.cpu.kernels.flash import Scores
+from wasat.backends.tvm.cpu.kernels.isa import Isa
+from wasat.backends.tvm.cpu.kernels.rope import QkvToCache, Rope, Rotary, qkv_to_cache, rope
 
 Array = NDArray[np.float64]
 

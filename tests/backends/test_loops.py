@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import tvm
 from tvm import tirx
-from wasat.backends.tvm import loops
 from wasat.backends.tvm.build import Runner
+from wasat.backends.tvm.cpu import fused_loops as loops
 from wasat.backends.tvm.targets import cpu
 from wasat.ir import evaluate, parse_program
 

@@ -9,12 +9,12 @@ import pytest
 from decoder import Decoder
 from kernel_help import build, each_isa, run, tensor
 from wasat.backends.tvm.build import Runner
-from wasat.backends.tvm.kernels.attention import CachedAttention, MaskShape, cached_attention
-from wasat.backends.tvm.kernels.cache import Cache, CacheType, pack_cache
-from wasat.backends.tvm.kernels.flash import Scores
-from wasat.backends.tvm.kernels.isa import Isa
-from wasat.backends.tvm.kernels.linear_float import Linear, Weights, linear
-from wasat.backends.tvm.kernels.pack import Storage, pack_float, pack_int
+from wasat.backends.tvm.cpu.kernels.attention import CachedAttention, MaskShape, cached_attention
+from wasat.backends.tvm.cpu.kernels.cache import Cache, CacheType, pack_cache
+from wasat.backends.tvm.cpu.kernels.flash import Scores
+from wasat.backends.tvm.cpu.kernels.isa import Isa
+from wasat.backends.tvm.cpu.kernels.linear_float import Linear, Weights, linear
+from wasat.backends.tvm.cpu.kernels.pack import Storage, pack_float, pack_int
 from wasat.backends.tvm.targets import cpu
 
 CASES: dict[str, tuple[int, Cache, Scores, MaskShape]] = {

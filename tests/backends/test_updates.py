@@ -11,9 +11,9 @@ pytest.importorskip("tvm")
 
 from numpy.testing import assert_allclose, assert_array_equal
 from wasat.backends.tvm.build import Runner
+from wasat.backends.tvm.cpu.updates import fuse_square_sums, fuse_updates
 from wasat.backends.tvm.lower import KernelCall
 from wasat.backends.tvm.targets import cpu
-from wasat.backends.tvm.updates import fuse_square_sums, fuse_updates
 from wasat.ir import Graph, Program, evaluate, parse
 
 ADAM = """graph @step(%x: f32[3, 50], %rate: f32[], %due: bool[], %p: f32[3, 50], %m: f32[3, 50], %v: f32[3, 50], %q: f32[7]) {

@@ -19,7 +19,7 @@ import pytest
 pytest.importorskip("tvm")
 
 import wasat as ws
-from wasat import cli
+from wasat.cli import app as cli
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -13,7 +13,7 @@ import pytest
 from wasat.ir import parse_program
 from wasat.runtime import load
 
-from wasat import cli
+from wasat.cli import app as cli
 
 Run = Callable[..., tuple[int, str, str]]
 

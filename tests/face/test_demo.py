@@ -18,10 +18,10 @@ from wasat.ir import WasatError
 from wasat.runtime.media import Audio, Image, open_media
 from wasat.training.curve import write_curve
 
-from wasat import demo
+from wasat.demo import tour as demo
+from wasat.demo.page import Card, Chapter, write_page
 from wasat.models import gemini
-from wasat.page import Card, Chapter, write_page
-from wasat.recipe import byte_tokenizer
+from wasat.recipes.text import byte_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 MEDIA = ROOT / "examples" / "media"

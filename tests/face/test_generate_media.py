@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from wasat.cli import _parts
-from wasat.console import Refusal
+from wasat.cli.app import _parts
+from wasat.cli.console import Refusal
 
 SEEN: dict[str, list[Any]] = {"image": ["I", "J"], "audio": ["A"], "video": []}
 

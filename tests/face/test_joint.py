@@ -8,16 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from wasat.frontend.families.config import ConfigError
+from wasat.frontend.models.config import ConfigError
 from wasat.ir import Builder, DType, Graph, TensorType
 from wasat.ir import evaluate as interpreted
-from wasat.training.tasks import Code, Example, Split
 
 import wasat as ws
-from wasat.evaluation import Score, evaluate, markdown, table
-from wasat.joint import Joint, _measured, layout
 from wasat.models import gemini
-from wasat.recipe import RecipeError, read_recipe
+from wasat.recipes.evaluation import Score, evaluate, markdown, table
+from wasat.recipes.multimodal import Joint, _measured, layout
+from wasat.recipes.tasks import Code, Example, Split
+from wasat.recipes.text import RecipeError, read_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = """

@@ -14,11 +14,11 @@ pytest.importorskip("tvm")
 from typer.testing import CliRunner
 from wasat.frontend import nn
 from wasat.ir import WasatError, parse_program
-from wasat.passes.memory import peak_bytes
+from wasat.passes.analyses.cost import peak_bytes
 from wasat.runtime.memory import item_size
 
 import wasat as ws
-from wasat.cli import app
+from wasat.cli.app import app
 from wasat.driver import described, load_program
 from wasat.models import gemini
 from wasat.plan import plan

@@ -19,8 +19,8 @@ from wasat.training.data import Packed
 from wasat.training.scaling import LossScale
 
 import wasat as ws
-from wasat.cli import app
-from wasat.recipe import RecipeError, byte_tokenizer, read_recipe
+from wasat.cli.app import app
+from wasat.recipes.text import RecipeError, byte_tokenizer, read_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-c", "from wasat.cli import main; main()", "train"]

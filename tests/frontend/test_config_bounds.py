@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from wasat.frontend.families import ConfigError
+from wasat.frontend.models import ConfigError
 
 from wasat.driver import described
 

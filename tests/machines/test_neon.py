@@ -16,7 +16,7 @@ import test_kernels_linear_float
 import test_kernels_linear_int
 import test_kernels_norm_glu
 import test_kernels_rope_cache
-from wasat.backends.tvm.kernels.isa import NEON
+from wasat.backends.tvm.cpu.kernels.isa import NEON
 
 pytestmark = pytest.mark.machines
 MODULES = [test_kernels_attention, test_kernels_gemm, test_kernels_linear_float, test_kernels_linear_int,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from wasat.frontend import nn
-from wasat.frontend.families.config import ConfigError
+from wasat.frontend.models.config import ConfigError
 from wasat.frontend.weights.safetensors import CheckpointError
 from wasat.ir import ArrayParam, Program, type_of
 

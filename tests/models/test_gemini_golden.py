@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 from wasat.frontend import nn
+from wasat.frontend.models.gemini.encoders import ViTEncoder
 from wasat.frontend.weights.safetensors import read_folder
 from wasat.ir import ArrayParam, Program, TensorType
 
 from wasat.driver import run
 from wasat.models import gemini
-from wasat.models.gemini.encoders import ViTEncoder
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SIGLIP = {

@@ -18,7 +18,7 @@ from wasat.backends.onnx import NEWEST, ExportError, to_onnx
 from wasat.frontend.onnx import from_onnx
 from wasat.ir import Program, evaluate, parse_program
 
-from wasat import cli
+from wasat.cli import app as cli
 from wasat.testing import random_program
 
 LLAMA = Path(__file__).parents[1] / "golden" / "hf" / "llama"

@@ -17,7 +17,7 @@ from wasat.ir import IRError, Program, evaluate
 
 import wasat as ws
 from wasat import driver
-from wasat.cli import app
+from wasat.cli.app import app
 
 HERE = Path(__file__).parents[1] / "golden" / "onnx"
 VOCAB = 40

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from wasat.ir import parse, symbol
 from wasat.passes import SimplifyIndices
-from wasat.passes.indexing import Indexing
+from wasat.passes.analyses.indexing import Indexing
 
 from wasat.testing import check_pass, check_untouched
 

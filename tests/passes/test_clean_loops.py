@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from wasat.ir import Graph, Program, evaluate, parse, verify
-from wasat.passes.autodiff import Differentiate
-from wasat.passes.axis import analyze
-from wasat.passes.cleanup import Cleanup
+from wasat.passes.analyses.axis import analyze
+from wasat.passes.cleanup.algebra import Cleanup
 from wasat.passes.core import Remarks
+from wasat.passes.training.autodiff import Differentiate
 
 from wasat.testing import feed
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from wasat.ir import Array, Builder, DerivedParam, Program, QArray, Type, parse_type
 from wasat.passes import HoistParams, PassManager, Remarks
-from wasat.passes.hoist_params import param_only, size_in_bytes
+from wasat.passes.cleanup.hoist_params import param_only, size_in_bytes
 
 from wasat.testing import InterpreterCheck, check_pass, check_untouched, random_program
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from wasat.ir import Builder, DType, Graph, TensorType, Value, evaluate, symbol
 from wasat.ir.dims import evaluate_dim
-from wasat.passes.affine import Affine, Piece, empty, implies, of_array
-from wasat.passes.indexing import Indexing
+from wasat.passes.analyses.affine import Affine, Piece, empty, implies, of_array
+from wasat.passes.analyses.indexing import Indexing
 
 S = symbol("s")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from wasat.ir import Builder, DType, Graph, TensorType, Value, symbol
-from wasat.passes.mask import Mask, analyze, hidden_by
+from wasat.passes.analyses.mask import Mask, analyze, hidden_by
 
 import wasat as ws
 

@@ -9,7 +9,7 @@ import pytest
 from wasat.frontend import from_pretrained
 from wasat.ir import Program, evaluate, parse
 from wasat.passes import Cleanup, Differentiate, FuseAttention, FuseNorm, FuseRope, PassError, PassManager, Rematerialize
-from wasat.passes.memory import peak_bytes
+from wasat.passes.analyses.cost import peak_bytes
 from wasat.training.losses import add_loss, cross_entropy
 
 from wasat.testing import random_program

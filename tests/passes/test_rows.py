@@ -174,7 +174,8 @@ def test_the_last_element_is_one() -> None:
 
 def test_the_check_of_passes_sees_a_wrong_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """Were the rows always taken for the first axis, the interpreter would find it."""
-    from wasat.passes import PassError, kv_cache
+    from wasat.passes import PassError
+    from wasat.passes.serving import kv_cache
 
     import wasat as ws
 

@@ -9,8 +9,9 @@ from itertools import islice
 import numpy as np
 import pytest
 from wasat.training.data import Batch, DataError
-from wasat.training.mixture import END, Layout, Mixture, Share, portions, train_tokenizer
-from wasat.training.tasks import AudioData, Clips, Code, Example, ImageData, Scenes, Split, Task, VideoData
+
+from wasat.recipes.mixture import END, Layout, Mixture, Share, portions, train_tokenizer
+from wasat.recipes.tasks import AudioData, Clips, Code, Example, ImageData, Scenes, Split, Task, VideoData
 
 LAYOUT = Layout(vocab=300, image=2, audio=3, video=4)
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from wasat.training.tasks import (
+
+from wasat.recipes.tasks import (  # fmt: skip
     AudioData,
     Clips,
     Code,
@@ -28,12 +29,12 @@ from wasat.training.tasks import (
     Tones,
     VideoData,
     majority,
-)  # fmt: skip
-from wasat.training.tasks.base import wording
-from wasat.training.tasks.code import OPERATIONS, result
-from wasat.training.tasks.digits import enlarged
-from wasat.training.tasks.speech import WORDS, Voices
-from wasat.training.tasks.world import COLOURS, QUARTERS, SHAPES, Thing, held_out, picture, unseen
+)
+from wasat.recipes.tasks.base import wording
+from wasat.recipes.tasks.code import OPERATIONS, result
+from wasat.recipes.tasks.digits import enlarged
+from wasat.recipes.tasks.speech import WORDS, Voices
+from wasat.recipes.tasks.world import COLOURS, QUARTERS, SHAPES, Thing, held_out, picture, unseen
 
 ROOT = Path(__file__).parents[2]
 RATE = 8000

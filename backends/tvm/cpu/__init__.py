@@ -1,0 +1,1 @@
+"""Kernels for CPUs, and what chooses them."""

@@ -1,0 +1,584 @@
+"""Kernel selection for CPUs: which operations, alone or together, become calls of the kernels in :mod:`.kernels`.
+
+Selected are ``linear``, ``quantized_linear``, ``embedding``, ``quantized_embedding``, ``rms_norm``, ``layer_norm``, ``glu``,
+``rope``, ``attention`` and ``cached_attention``, in f32 and with sizes known but for batch and positions; and ``linear``,
+``matmul`` of row-major operands, and ``conv``, whose sizes are all known. Together go
+
+- ``a + b`` (``b`` perhaps an ``rms_norm``), the norm of the sum, and its quantization for the integer linears;
+- ``glu`` and that quantization; ``embedding`` and a scale; ``rms_norm`` and ``rope``;
+- ``matmul`` and what only moves elements before and after it;
+- slices of a merged projection, reshapes, ``rms_norm``, ``rope`` at positions ``past + iota`` and the cache update.
+
+Whatever is not selected is left as it is, to be decomposed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import numpy as np
+import tvm
+from wasat.ir import Attrs, Builder, DimLike, DType, Graph, IRError, Node, QArray, QTensorType, TensorType, Type, Value, equal
+from wasat.ir.ops.nn import NormAttrs
+from wasat.ir.ops.quant import QuantizedLinear
+
+from ..lower import KernelCall, Layout, Packed, Result, StateLayout
+from .convolution import convolution
+from .kernels.attention import Attention, CachedAttention, MaskShape, attention, cached_attention
+from .kernels.cache import GROUP, Cache, CacheType, CacheWrite, cache_shape, cache_write, pack_cache, unpack_cache
+from .kernels.embedding import Embedding, embedding
+from .kernels.flash import Scores
+from .kernels.gemm import gemm
+from .kernels.glu import Glu, glu
+from .kernels.isa import Isa, isa_of
+from .kernels.linear_float import Linear, Weights, linear
+from .kernels.linear_int import LinearInt, linear_int
+from .kernels.norm import Norm, norm
+from .kernels.pack import BLOCK, Storage, float_shape, int_shape, pack_bias, pack_float, pack_int, padded, storage_dtype
+from .kernels.quantize import WORDS, QuantizeRows, quantize_rows
+from .kernels.rope import QkvToCache, Rope, Rotary, qkv_to_cache, rope
+from .strided import View, product, row_major, view_of
+from .updates import fuse_square_sums, fuse_updates
+
+Shape = tuple[DimLike, ...]
+State = Mapping[str, Any]
+
+
+# -- weights ----------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Panels:
+    """A matrix in panels, as the linear and embedding kernels read it: see :mod:`.kernels.pack`."""
+
+    isa: Isa
+    weights: Weights
+
+    @property
+    def rows(self) -> int:
+        return self.isa.columns
+
+    def arrays(self, name: str, type: Type) -> list[Packed]:
+        n, k = _ints(type.shape)
+        if isinstance(type, QTensorType):
+            return [Packed(f"{name}/panels", "uint8", int_shape(n, k, int(self.weights[3:]), self.isa))]
+        return [Packed(f"{name}/panels", storage_dtype(self.weights), float_shape(n, k, self.isa))]
+
+    def pack(self, weight: Any) -> list[np.ndarray]:
+        if isinstance(weight, QArray):
+            return [pack_int(weight.values, weight.scales, int(self.weights[3:]), self.isa)]
+        return [pack_float(weight, self.isa, cast(Storage, self.weights))]
+
+
+@dataclass(frozen=True)
+class PaddedBias:
+    """A bias in f32, padded to whole panels."""
+
+    isa: Isa
+    rows = None
+
+    def arrays(self, name: str, type: Type) -> list[Packed]:
+        return [Packed(f"{name}/padded", "float32", (padded(_ints(type.shape)[0], self.isa.columns),))]
+
+    def pack(self, weight: np.ndarray) -> list[np.ndarray]:
+        return [pack_bias(weight, self.isa)]
+
+
+# -- states -----------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class CacheLayout(StateLayout):
+    """A key or value cache as the kernels keep it; see :mod:`.kernels.cache`."""
+
+    role: Literal["k", "v"]
+    physical: TensorType
+
+    @property
+    def type(self) -> TensorType:
+        return self.physical
+
+    def pack(self, x: np.ndarray) -> np.ndarray:
+        return pack_cache(self.role, x, cast(CacheType, self.physical.dtype.np.name))
+
+    def unpack(self, x: np.ndarray) -> np.ndarray:
+        return unpack_cache(self.role, x, _ints(self.logical.shape[3:])[0]).astype(np.float32)
+
+
+def state_layout(state: State, type: TensorType, cache: CacheType) -> StateLayout:
+    """Keys and values of ``cached_attention`` (a ``role``, f32 [b, c, g, d]) are kept in the kernels' layout, as ``cache``.
+
+    A ring must have a known capacity, and any known capacity must be a multiple of 16; others keep their plain form.
+    """
+    if state.get("role") not in ("k", "v") or type.dtype is not DType.F32 or type.rank != 4:
+        return StateLayout(type)
+    b, c = type.shape[:2]
+    if not _known(*type.shape[2:]) or (c % GROUP if isinstance(c, int) else state.get("kind") == "ring"):
+        return StateLayout(type)
+    g, d = _ints(type.shape[2:])
+    role: Literal["k", "v"] = state["role"]
+    return CacheLayout(type, role, TensorType(DType.of(cache), cache_shape(role, b, g, c, d)))
+
+
+# -- selection --------------------------------------------------------------------------------------------------------------
+def selection(target: tvm.target.Target, threads: int, cache: CacheType, states: Sequence[State]) -> Callable[[Graph], None]:
+    """The function that puts the kernels for ``target`` into a graph whose inputs named in ``states`` are states."""
+    isa = isa_of(target)
+    by_name = {s["name"]: s for s in states}
+    donated = [s["name"] for s in states if s.get("donated")]
+
+    def select(graph: Graph) -> None:
+        _Selection(graph, isa, threads, cache, by_name).run()
+        fuse_square_sums(graph, isa.lanes, threads)
+        fuse_updates(graph, donated, threads)
+
+    return select
+
+
+def _known(*dims: DimLike) -> bool:
+    return all(isinstance(d, int) for d in dims)
+
+
+def _ints(dims: Sequence[DimLike]) -> tuple[int, ...]:
+    """Dimensions that are known."""
+    assert _known(*dims)
+    return cast(tuple[int, ...], tuple(dims))
+
+
+def _sized(*values: Value) -> bool:
+    """Whether all sizes are known."""
+    return all(_known(*v.shape) for v in values)
+
+
+def _f32(*values: Value | None) -> bool:
+    return all(v is None or (isinstance(v.type, TensorType) and v.type.dtype is DType.F32) for v in values)
+
+
+def _made_by(v: Value, op: str) -> Node | None:
+    return v.node if v.node is not None and v.node.op.name == op else None
+
+
+class _Selection:
+    """Replaces the operations of one graph by kernel calls.
+
+    Users come before what they use, so that a kernel takes up what precedes it before that is selected by itself; matrices come
+    last, when it is settled who quantizes their rows.
+    """
+
+    def __init__(self, graph: Graph, isa: Isa, threads: int, cache: CacheType, states: Mapping[str, State]) -> None:
+        self.graph, self.isa, self.threads, self.cache, self.states = graph, isa, threads, cache, states
+        self.order = {node: i for i, node in enumerate(graph.nodes)}
+        self.quantized: dict[Value, Value] = {}
+        """Rows of a value quantized for the integer linears, where some kernel has made them."""
+
+    def run(self) -> None:
+        rows: dict[str, Callable[[Node], None]] = {
+            "rms_norm": self._rms_norm, "layer_norm": self._layer_norm, "glu": self._glu, "rope": self._rope,
+            "attention": self._attention, "cached_attention": self._cached_attention,
+        }  # fmt: skip
+        matrices: dict[str, Callable[[Node], None]] = {
+            "linear": self._linear, "matmul": self._matmul, "conv": self._conv, "quantized_linear": self._quantized_linear,
+            "embedding": self._embedding, "quantized_embedding": self._embedding,
+        }  # fmt: skip
+        for node in self.graph.nodes_reversed:
+            if not self._erased(node) and node.op.name in rows:
+                rows[node.op.name](node)
+        for node in self.graph.nodes:
+            if node.op.name in matrices:
+                matrices[node.op.name](node)
+        for node in self.graph.nodes_reversed:
+            self._erased(node)
+        for v in self.graph.inputs:
+            self._check_state(v)
+
+    def _erased(self, node: Node) -> bool:
+        """Erases a node that nothing reads."""
+        unused = not any(v.uses or self.graph.is_output(v) for v in node.outputs)
+        if unused:
+            self.graph.erase(node)
+        return unused
+
+    def call(
+        self, at: Node, desc: Any, build: Callable[[Any], Any], operands: Sequence[Value], results: Sequence[Result],
+        shapes: Mapping[int, Shape] | None = None, layouts: Mapping[int, Layout] | None = None,
+    ) -> tuple[Value, ...]:  # fmt: skip
+        """A kernel call before ``at``; returns its results."""
+        op = KernelCall(desc, build, results, shapes or {}, layouts or {})
+        names = [at.outputs[min(i, len(at.outputs) - 1)].name for i in range(len(results))]
+        node = self.graph.add_node(op, operands, Attrs(), before=at, loc=at.loc, names=names)
+        self.order[node] = self.order.get(at, -1)
+        return node.outputs
+
+    def rows(self, v: Value) -> tuple[DimLike, int]:
+        """The shape [m, n] of ``v`` with all axes but the last as one."""
+        m: DimLike = 1
+        for d in v.shape[:-1]:
+            m = m * d
+        return m, v.shape[-1]
+
+    def builder(self, at: Node) -> Builder:
+        return Builder(self.graph, before=at, loc=at.loc)
+
+    # -- matrices -----------------------------------------------------------------------------------------------------------
+    def _weight(self, w: Value) -> tuple[Value, Panels] | None:
+        """The parameter behind a matrix operand and the layout that reads it; None if no kernel does."""
+        cast_ = _made_by(w, "cast")
+        if cast_ is not None and _f32(w):  # a narrow parameter widened where it is used
+            w = cast_.inputs[0]
+        if w.param is None or not _known(*w.shape):
+            return None
+        if isinstance(w.type, QTensorType):
+            fits = w.type.block == BLOCK and w.type.scale is DType.F16
+            return (w, Panels(self.isa, cast(Weights, w.type.scheme))) if fits else None
+        storage = {DType.F32: "float32", DType.F16: "float16", DType.BF16: "bfloat16"}.get(w.type.dtype)
+        return (w, Panels(self.isa, cast(Weights, storage))) if storage else None
+
+    def _matrix(self, node: Node, kernel: Callable[..., Any], build: Callable[[Any], Any], x: Value, rows: Shape) -> None:
+        """x @ w^T (+ bias) by ``kernel``; x is passed as ``rows``."""
+        found = self._weight(node.inputs[1])
+        assert found is not None
+        w, panels = found
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        fused = bias is not None and bias.param is not None  # another one is added afterwards
+        out = node.output
+        n, k = w.shape
+        desc = kernel(self.isa, n, k, panels.weights, bias=fused, threads=self.threads)
+        layouts: dict[int, Layout] = {1: panels}
+        operands = [x, w]
+        if bias is not None and fused:
+            operands.append(bias)
+            layouts[2] = PaddedBias(self.isa)
+        results = [Result(out.tensor, (rows[0], n))]
+        [y] = self.call(node, desc, build, operands, results, {0: rows}, layouts)
+        self.graph.replace_uses(out, y if bias is None or fused else self.builder(node).add(y, bias))
+
+    def _linear(self, node: Node) -> None:
+        x, w = node.inputs[:2]
+        if not _f32(x, *node.inputs[2:]):
+            return
+        if self._weight(w) is not None:
+            self._matrix(node, Linear, linear, x, self.rows(x))
+        elif _sized(x, w):
+            m, k = _ints(self.rows(x))
+            rows = view_of(x).reshaped((m, k)) or row_major(x, (m, k))
+            y = self._product(node, rows, view_of(w).permuted((1, 0)), row_major(node.output, (m, w.shape[0])))
+            if y is not None:
+                self.graph.replace_uses(node.output, y if len(node.inputs) < 3 else self.builder(node).add(y, node.inputs[2]))
+
+    def _matmul(self, node: Node) -> None:
+        """Products of matrices, read where they were before they were transposed, and written as they will be."""
+        if not (_f32(*node.inputs) and _sized(*node.inputs)):
+            return
+        out = node.output
+        y = row_major(out, out.shape)
+        [user] = out.users if len(out.uses) == 1 and not self.graph.is_output(out) else [None]
+        perm = cast(Any, user.attrs).perm if user is not None and user.op.name == "transpose" else ()
+        if user is not None and perm and perm[-1] >= len(perm) - 2:  # rows of the product or of its transpose
+            out = user.output
+            y = row_major(out, out.shape).permuted(sorted(range(len(perm)), key=lambda i: perm[i]))
+        a, b = (view_of(x).broadcast((*y.shape[:-2], *x.shape[-2:])) for x in node.inputs)
+        made = self._product(node, a, b, y)
+        if made is not None:
+            self.graph.replace_uses(out, made)
+
+    def _product(self, node: Node, a: View, b: View, y: View) -> Value | None:
+        """y = a @ b by the kernel; None where there is nothing to multiply."""
+        if 0 in (*a.shape, *b.shape):
+            return None
+        desc, sources = product(self.isa, a, b, y, self.threads)
+        results = [Result(y.source.tensor, (desc.y.size,))]
+        [made] = self.call(node, desc, gemm, sources, results, {0: (desc.a.size,), 1: (desc.b.size,)})
+        return made
+
+    def _conv(self, node: Node) -> None:
+        if not (_f32(*node.inputs) and _sized(*node.inputs)):
+            return
+        found = convolution(self.builder(node), node, self.isa, self.threads)
+        if found is None:
+            return
+        desc, operands, swapped = found
+        out, order = node.output, (1, 0, *range(2, node.output.tensor.rank))
+        [user] = out.users if swapped and len(out.uses) == 1 and not self.graph.is_output(out) else [None]
+        if user is not None and user.op.name == "transpose" and cast(Any, user.attrs).perm == order:
+            out, swapped = user.output, False
+        made = TensorType(DType.F32, tuple(node.output.shape[i] for i in order)) if swapped else out.tensor
+        sizes: dict[int, Shape] = {0: (desc.a.size,), 1: (desc.b.size,)}
+        [y] = self.call(node, desc, gemm, operands, [Result(made, (desc.y.size,))], sizes)
+        self.graph.replace_uses(out, self.builder(node).transpose(y, perm=order) if swapped else y)
+
+    def _quantized_linear(self, node: Node) -> None:
+        x = node.inputs[0]
+        if not _f32(x, *node.inputs[2:]) or self._weight(node.inputs[1]) is None:
+            return
+        if QuantizedLinear.Attrs.of(node).activation is None:
+            self._matrix(node, Linear, linear, x, self.rows(x))
+            return
+        if x not in self.quantized:
+            m, k = self.rows(x)
+            desc = QuantizeRows(self.isa, k, self.threads)
+            [self.quantized[x]] = self.call(node, desc, quantize_rows, [x], [self._quantized_rows(x)], {0: (m, k)})
+        xq = self.quantized[x]
+        self._matrix(node, LinearInt, linear_int, xq, xq.shape)
+
+    def _quantized_rows(self, x: Value) -> Result:
+        m, k = self.rows(x)
+        return Result(TensorType(DType.I32, (m, padded(k, BLOCK) // BLOCK, WORDS)))
+
+    def _wants(self, x: Value) -> Literal["no", "yes", "both"]:
+        """Whether x is read quantized: by integer linears alone (yes), by them among others (both), or not."""
+        count = sum(
+            node.op.name == "quantized_linear" and i == 0 and QuantizedLinear.Attrs.of(node).activation == "int8"
+            and self._weight(node.inputs[1]) is not None
+            for node, i in x.uses
+        )  # fmt: skip
+        return "no" if not count else "yes" if count == len(x.uses) and not self.graph.is_output(x) else "both"
+
+    def _embedding(self, node: Node) -> None:
+        found = self._weight(node.inputs[0])
+        if found is None or not _f32(node.output):
+            return
+        w, panels = found
+        ids, out, scale = node.inputs[1], node.output, 1.0
+        if ids.tensor.dtype is not DType.I64:
+            ids = self.builder(node).cast(ids, dtype=DType.I64)
+        if len(out.uses) == 1 and not self.graph.is_output(out):
+            [user] = out.users
+            factor = next((v.const for v in user.inputs if v is not out), None)
+            if user.op.name == "mul" and factor is not None and factor.ndim == 0:
+                out, scale = user.output, float(factor)
+        n, k = w.shape
+        m, _ = self.rows(out)
+        desc = Embedding(self.isa, n, k, panels.weights, scale, self.threads)
+        [y] = self.call(node, desc, embedding, [ids, w], [Result(out.tensor, (m, k))], {0: (m,)}, {1: panels})
+        self.graph.replace_uses(out, y)
+
+    # -- rows ---------------------------------------------------------------------------------------------------------------
+    def _rms_norm(self, node: Node) -> None:
+        self._norm(node, "rms")
+
+    def _layer_norm(self, node: Node) -> None:
+        self._norm(node, "layer")
+
+    def _norm(self, node: Node, kind: Literal["rms", "layer"]) -> None:
+        x, *scales = node.inputs
+        if not _f32(x, *scales) or not _known(x.shape[-1]):
+            return
+        out, eps = node.output, NormAttrs.of(node).eps
+        operands, branch_weight = [x], None
+        total = _made_by(x, "add")
+        if total is not None and self._can_sum_at(total, node):
+            a, b = total.inputs
+            for stem, other in ((a, b), (b, a)):
+                inner = _made_by(other, "rms_norm")
+                if kind == "rms" and inner is not None and len(inner.inputs) == 2 and NormAttrs.of(inner).eps == eps:
+                    a, b, branch_weight = stem, inner.inputs[0], inner.inputs[1]
+                    break
+            operands = [a, b]
+        else:
+            total = None
+        quantize = self._wants(out)
+        rows = self.rows(x)
+        operands += [v for v in (branch_weight, *scales) if v is not None]
+        desc = Norm(
+            self.isa, rows[1], kind, eps, weight=bool(scales), bias=len(scales) > 1, residual=total is not None,
+            pre_norm=branch_weight is not None, quantize=quantize, threads=self.threads,
+        )  # fmt: skip
+        results = [Result(x.tensor, rows)] if total is not None else []
+        results += [Result(x.tensor, rows)] if quantize != "yes" else []
+        results += [self._quantized_rows(x)] if quantize != "no" else []
+        made = list(self.call(node, desc, norm, operands, results, {i: rows for i in range(2 if total is not None else 1)}))
+        if total is not None:
+            self.graph.replace_uses(x, made.pop(0))
+        if quantize != "yes":
+            self.graph.replace_uses(out, made[0])
+            out = made[0]
+        if quantize != "no":
+            self.quantized[out] = made[-1]
+
+    def _can_sum_at(self, total: Node, node: Node) -> bool:
+        """Whether the f32 sum ``total`` may be computed where ``node`` stands: same shapes, and no reader before."""
+        a, b = total.inputs
+        return (
+            a is not b and _f32(a, b) and a.shape == b.shape
+            and all(user is node or self.order.get(user, -1) > self.order[node] for user in total.output.users)
+        )  # fmt: skip
+
+    def _glu(self, node: Node) -> None:
+        x, out = node.inputs[0], node.output
+        if not _f32(x) or not _known(x.shape[-1]):
+            return
+        quantize = self._wants(out) == "yes"
+        m, n = self.rows(out)
+        desc = Glu(self.isa, n, cast(Any, node.attrs).activation, quantize, self.threads)
+        result = self._quantized_rows(out) if quantize else Result(out.tensor, (m, n))
+        [y] = self.call(node, desc, glu, [x], [result], {0: (m, 2 * n)})
+        if quantize:
+            self.quantized[out] = y
+        else:
+            self.graph.replace_uses(out, y)
+
+    # -- positions ----------------------------------------------------------------------------------------------------------
+    def _head_norm(self, x: Value) -> tuple[Value, Value | None, float]:
+        """x as it was before an RMS norm of its heads, that norm's weight, and its eps."""
+        inner = _made_by(x, "rms_norm")
+        if inner is None or len(inner.inputs) != 2 or not _f32(*inner.inputs):
+            return x, None, 0.0
+        return inner.inputs[0], inner.inputs[1], NormAttrs.of(inner).eps
+
+    def _rope(self, node: Node) -> None:
+        x, positions, inv_freq = node.inputs
+        b, s, h, d = x.shape
+        if not _f32(x) or not _known(h, d):
+            return
+        builder = self.builder(node)
+        if positions.shape != (b, s):
+            positions = builder.broadcast_to(positions, shape=(b, s))
+        if positions.tensor.dtype is not DType.I64:
+            positions = builder.cast(positions, dtype=DType.I64)
+        x, weight, eps = self._head_norm(x)
+        rotary = _rotary(node, d)
+        desc = Rope(self.isa, h, rotary, weight is not None, eps, self.threads)
+        operands = [x, positions, inv_freq, *([weight] if weight is not None else [])]
+        [y] = self.call(node, desc, rope, operands, [Result(node.output.tensor)])
+        self.graph.replace_uses(node.output, y)
+
+    def _attention(self, node: Node) -> None:
+        q, k, v = node.inputs[:3]
+        mask = node.inputs[3] if len(node.inputs) > 3 else None
+        a: Any = node.attrs
+        (n, s, h, d), (t, g, e) = q.shape, v.shape[1:]
+        if not _f32(q, k, v) or not _known(h, d, g, e):
+            return
+        operands, kind = self._addend(node, mask, (n, h, s, t))
+        operands = [q, k, v, *operands]
+        scores = Scores(a.scale, a.softcap, a.window, a.causal)
+        desc = Attention(self.isa, h, g, d, e, scores, kind, self.threads)
+        [y] = self.call(node, desc, attention, operands, [Result(node.output.tensor)])
+        self.graph.replace_uses(node.output, y)
+
+    def _addend(self, node: Node, mask: Value | None, full: tuple[DimLike, ...]) -> tuple[list[Value], MaskShape]:
+        """A mask of attention, in f32 [1 | b, 1 | h, s, t], and which it is."""
+        if mask is None:
+            return [], "no"
+        b, (n, h, s, t) = self.builder(node), full
+        if mask.tensor.dtype is DType.BOOL:
+            mask = b.select(mask, 0.0, float("-inf"))
+        own = (1,) * (4 - len(mask.shape)) + tuple(mask.shape)
+        per_batch, per_head = own[0] != 1, own[1] != 1
+        shape = (n if per_batch else 1, h if per_head else 1, s, t)
+        if own != tuple(mask.shape):
+            mask = b.reshape(mask, shape=own)
+        kind = ("b" if per_batch else "1") + ("h" if per_head else "1")
+        return [mask if own == shape else b.broadcast_to(mask, shape=shape)], cast(MaskShape, kind)
+
+    def _cached_attention(self, node: Node) -> None:
+        q, k, v, keys, values, past = node.inputs[:6]
+        mask = node.inputs[6] if len(node.inputs) > 6 else None
+        a: Any = node.attrs
+        s, h = q.shape[1:3]
+        if not (_f32(q, k, v) and _known(h) and self._is_cache(keys) and self._is_cache(values)):
+            return
+        capacity, g, d = keys.shape[1:]
+        for state in (self.states[v.name] for v in (keys, values)):
+            if (state.get("kind") == "ring") != a.ring:
+                raise IRError(f"{node!r}: %{state['name']} is declared {state.get('kind')}", node.loc)
+        cache = Cache(g, d, v.shape[3], capacity if a.ring else None, self.cache)
+        if past.tensor.dtype is not DType.I64:
+            past = self.builder(node).cast(past, dtype=DType.I64)
+        fused = self._qkv(node, cache, past)
+        if fused is not None:
+            q, keys, values = fused
+        else:
+            written = [Result(keys.tensor, alias=3), Result(values.tensor, alias=4)]
+            keys, values = self.call(node, CacheWrite(self.isa, cache, self.threads), cache_write,
+                                     [k, v, past, keys, values], written)  # fmt: skip
+        addend, kind = self._addend(node, mask, (q.shape[0], h, s, capacity))
+        scores, decode = Scores(a.scale, a.softcap, a.window), equal(s, 1) is True
+        desc = CachedAttention(self.isa, h, cache, scores, decode, kind, self.threads)
+        [y] = self.call(node, desc, cached_attention, [q, past, keys, values, *addend], [Result(node.outputs[0].tensor)])
+        for old, new in zip(node.outputs, (y, keys, values)):
+            self.graph.replace_uses(old, new)
+
+    def _is_cache(self, v: Value) -> bool:
+        state = self.states.get(v.name) if v.node is None and v.param is None else None
+        return state is not None and isinstance(state_layout(state, v.tensor, self.cache), CacheLayout)
+
+    def _check_state(self, v: Value) -> None:
+        """A cache in the kernels' layout means nothing to any other operation."""
+        if self._is_cache(v):
+            for user in v.users:
+                if not isinstance(user.op, KernelCall):
+                    raise IRError(f"{user!r}: the state %{v.name} can only be read by cached_attention", user.loc)
+
+    def _qkv(self, node: Node, cache: Cache, past: Value) -> tuple[Value, Value, Value] | None:
+        """From a merged projection to the queries and both caches in one call, where that is what stands before ``node``."""
+        q, k, v, keys, values = node.inputs[:5]
+        b, s, h, d = q.shape
+        rotary, inv_freq = Rotary(d, 0), None
+        first, second = _made_by(q, "rope"), _made_by(k, "rope")
+        if first is not None and second is not None:
+            if first.inputs[1:] != second.inputs[1:] or first.attrs != second.attrs:
+                return None
+            if not _is_past_plus_iota(first.inputs[1], past):
+                return None
+            q, k, inv_freq, rotary = first.inputs[0], second.inputs[0], first.inputs[2], _rotary(first, d)
+        elif first is not None or second is not None:
+            return None
+        (q, q_weight, q_eps), (k, k_weight, k_eps) = self._head_norm(q), self._head_norm(k)
+        if (q_weight is None) != (k_weight is None) or q_eps != k_eps:
+            return None
+        parts = [_part(x) for x in (q, k, v)]
+        if None in parts:
+            return None
+        (qkv, q_at), (k_source, k_at), (v_source, v_at) = cast(Any, parts)
+        width = (h + cache.kv_heads) * d + cache.kv_heads * cache.value_dim
+        if not qkv is k_source is v_source or (q_at, k_at, v_at) != (0, h * d, (h + cache.kv_heads) * d):
+            return None
+        if qkv.shape != (b, s, width):
+            return None
+        operands = [x for x in (qkv, past, inv_freq, q_weight, k_weight) if x is not None]
+        at = len(operands)
+        desc = QkvToCache(self.isa, h, cache, rotary, q_weight is not None, q_eps, self.threads)
+        results = [
+            Result(keys.tensor, alias=at), Result(values.tensor, alias=at + 1), Result(TensorType(DType.F32, (b, s, h, d))),
+        ]  # fmt: skip
+        new_keys, new_values, new_q = self.call(node, desc, qkv_to_cache, [*operands, keys, values], results)
+        return new_q, new_keys, new_values
+
+
+def _rotary(node: Node, head_dim: int) -> Rotary:
+    a: Any = node.attrs
+    return Rotary(head_dim, 2 * node.inputs[2].shape[0], a.factor, a.interleaved)
+
+
+def _part(x: Value) -> tuple[Value, int] | None:
+    """The value of which ``x`` [b, s, h, d] is a run of last-axis elements, in heads; and where the run begins."""
+    heads = _made_by(x, "reshape")
+    cut = _made_by(heads.inputs[0], "slice") if heads is not None else None
+    if cut is None or heads is None:
+        return None
+    whole, a = cut.inputs[0], cast(Any, cut.attrs)
+    lead = len(whole.shape) - 1
+    whole_rows = all(equal(lo, 0) and equal(hi, n) for lo, hi, n in zip(a.starts[:lead], a.stops[:lead], whole.shape))
+    if lead != 2 or not whole_rows or set(a.steps) != {1} or not _known(a.starts[2]) or x.shape[:2] != whole.shape[:2]:
+        return None
+    return whole, a.starts[2]
+
+
+def _is_past_plus_iota(positions: Value, past: Value) -> bool:
+    """Whether ``positions`` [b, s] is past[:, None] + iota, of which past[:, None] is left where s is 1."""
+
+    def column(v: Value) -> bool:
+        return _reshaped(v, (past.shape[0], 1)) is past
+
+    total = _made_by(positions, "add")
+    if total is None:
+        return column(positions)
+    return any(
+        column(start) and _made_by(_reshaped(steps, (1, positions.shape[1])), "iota") is not None
+        for start, steps in (total.inputs, total.inputs[::-1])
+    )
+
+
+def _reshaped(v: Value, shape: Shape) -> Value:
+    """What ``v`` was before it was given ``shape``; ``v`` itself if no reshape did that."""
+    node = _made_by(v, "reshape")
+    return node.inputs[0] if node is not None and v.shape == shape else v

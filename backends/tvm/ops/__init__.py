@@ -1,0 +1,1 @@
+"""Lowerings for every target, one table per family of operations."""

@@ -1,0 +1,69 @@
+"""Looking up at positions that are the same for every row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from wasat.ir import Builder, Graph, Node, equal
+from wasat.ir.ops.index import AxisAttrs
+
+from ..analyses.indexing import Indexing
+from ..core import GraphPass, Remarks
+from ..pattern import replace
+
+
+@dataclass(frozen=True)
+class SimplifyIndices(GraphPass):
+    """``gather`` and ``embedding`` at indices that come to ``c``, or ``i + c`` along one axis -> at an iota, then repeated.
+
+    ``gather`` of the last element of a symbolic axis -> slice. Exporters repeat positions over the batch, wrap negative ones,
+    look them up by other indices.
+    """
+
+    name = "simplify-indices"
+
+    def run_graph(self, graph: Graph, remarks: Remarks) -> bool:
+        changed = False
+        for node in graph.nodes:
+            if node.op.name == "gather" and _takes_last(node):
+                self._slice(graph, node, remarks)
+                changed = True
+                continue
+            if node.op.name not in ("gather", "embedding") or len(node.inputs[1].shape) < 2:
+                continue
+            ids = node.inputs[1]
+            index = Indexing(ids.shape).of(ids)
+            runs = [i for i, t in enumerate(index.terms) if t != 0] if index is not None else []
+            if index is None or len(runs) > 1 or any(index.terms[a] != 1 for a in runs):
+                continue
+            if not isinstance(index.const, int) or index.const < 0:
+                continue  # an index below 0 counts from the end
+            axis = getattr(node.attrs, "axis", 0)
+            b = Builder(graph, before=node, loc=node.loc)
+            row = b.iota(size=ids.shape[runs[0]] if runs else 1, dtype=ids.tensor.dtype)
+            row = b.add(row, index.const) if index.const else row
+            y = graph.add_node(node.op, [node.inputs[0], row], node.attrs, before=node, loc=node.loc).output
+            units = [d if i in runs else 1 for i, d in enumerate(ids.shape)]
+            shape = node.output.shape
+            y = b.reshape(y, shape=(*shape[:axis], *units, *shape[axis + len(units) :]))
+            remarks.applied(f"%{node.output.name} reads at positions that are the same along the other axes", node)
+            replace(graph, node.output, b.broadcast_to(y, shape=shape))
+            changed = True
+        return changed
+
+    def _slice(self, graph: Graph, node: Node, remarks: Remarks) -> None:
+        x, axis = node.inputs[0], AxisAttrs.of(node).axis
+        b = Builder(graph, before=node, loc=node.loc)
+        y = b.slice(x, starts=tuple(d - 1 if i == axis else 0 for i, d in enumerate(x.shape)), stops=x.shape)
+        remarks.applied(f"%{node.output.name} takes the last element of axis {axis}", node)
+        replace(graph, node.output, b.reshape(y, shape=node.output.shape))
+
+
+def _takes_last(node: Node) -> bool:
+    """Whether the one element that is picked is the last, on an axis whose size is not known."""
+    x, ids = node.inputs
+    size = x.shape[AxisAttrs.of(node).axis]
+    if isinstance(size, int) or any(d != 1 for d in ids.shape):
+        return False
+    index = Indexing(()).of(ids)
+    return index is not None and any(index.number is not None and equal(index.number, n) is True for n in (-1, size - 1))

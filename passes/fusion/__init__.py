@@ -1,0 +1,1 @@
+"""Several operations become one that has a kernel."""

@@ -1,0 +1,517 @@
+"""softmax(q kᵀ · scale, softcapped, masked) v -> attention(q, k, v[, mask]), however it was written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from wasat.ir import Builder, DimLike, DType, Graph, Node, Value, equal, less_equal
+from wasat.ir.ops.attention import AttentionAttrs
+from wasat.ir.ops.nn import SoftmaxAttrs
+from wasat.ir.ops.shape import Pad
+
+from ..analyses.factors import Atom, View, arrange, product, scaling, trivial, view_of
+from ..analyses.mask import FINITE_FILL, LEAST_FILL, Mask, analyze, hidden_by, is_fill
+from ..core import GraphPass, Remarks
+from ..pattern import erase_dead, number_of, replace
+
+
+class Miss(Exception):
+    """The guard that failed."""
+
+
+@dataclass
+class _Scores:
+    """What stands between a softmax and the product of queries and keys."""
+
+    softmax: Node
+    product: Node
+    scale: float
+    softcap: float | None
+    mask: Mask
+    additive: list[tuple[Value, float]]
+    """Float masks, each with the number that multiplies it."""
+    met: dict[Value, tuple[DimLike, ...]]
+    """Masks, each with the shape of the scores where it meets them: with heads as they are grouped there."""
+
+
+@dataclass(frozen=True)
+class FuseAttention(GraphPass):
+    """Recognizes attention at every softmax; each one that stays is reported with the guard that failed.
+
+    Takes multi-head, grouped (by repetition or broadcast of heads) and multi-query attention in any order of axes; a scale on
+    scores, queries or keys; softcap; causal and window predicates over positions in any spelling, which become attributes;
+    other masks, boolean or additive, which stay operands; a softmax in a wider type.
+    """
+
+    name = "fuse-attention"
+    in_bodies = True
+
+    def run_graph(self, graph: Graph, remarks: Remarks) -> bool:
+        changed = False
+        for node in graph.nodes:
+            if node.op.name == "attention" and len(node.inputs) > 3 and _read_mask(graph, node, remarks):
+                changed = True
+            if node.op.name != "softmax":
+                continue
+            try:
+                fused = _fuse(graph, node)
+            except Miss as e:
+                if not _attends(node):
+                    continue
+                remarks.missed(f"%{node.output.name} = softmax stays unfused: {e}", node)
+                continue
+            changed = True
+            remarks.applied(_describe(fused), fused)
+        return changed
+
+
+def _describe(v: Value) -> str:
+    assert v.node is not None
+    a, (q, k) = AttentionAttrs.of(v.node), v.node.inputs[:2]
+    what = [f"{q.shape[2]} heads over {k.shape[2]}", f"scale {a.scale:g}"]
+    what += ["causal"] if a.causal else []
+    what += [f"window {a.window}"] if a.window is not None else []
+    what += [f"softcap {a.softcap:g}"] if a.softcap is not None else []
+    what += ["a mask operand"] if len(v.node.inputs) > 3 else []
+    return f"%{v.name} = attention: {', '.join(what)}"
+
+
+def _only_use(graph: Graph, v: Value) -> Node:
+    """The one node that reads ``v``; Miss if others do, or the caller of the graph."""
+    if graph.is_output(v):
+        raise Miss(f"%{v.name} is also an output of the graph")
+    users = v.users
+    if len(users) != 1 or len(v.uses) != 1:
+        raise Miss(f"%{v.name} is also used outside the match")
+    return users[0]
+
+
+def _passes(node: Node) -> bool:
+    """Whether scores stay scores: a cast between floats, or a reshape that only regroups heads."""
+    if node.op.name == "cast":
+        return node.inputs[0].tensor.dtype.is_float and node.output.tensor.dtype.is_float
+    if node.op.name != "reshape":
+        return False
+    a, b = node.inputs[0].shape, node.output.shape
+    if len(a) < 2 or len(b) < 2 or any(equal(x, y) is not True for x, y in zip(a[-2:], b[-2:])):
+        return False
+    return len(a) > 2 and len(b) > 2 and equal(a[0], b[0]) is True
+
+
+def _reaches_product(v: Value, depth: int = 12) -> bool:
+    """Whether a matrix product stands above ``v``, within the operations that scores pass through."""
+    n = v.node
+    if n is None or depth == 0:
+        return False
+    if n.op.name == "matmul":
+        return True
+    through = {
+        "cast": (0,), "reshape": (0,), "tanh": (0,), "div": (0,), "mul": (0, 1), "add": (0, 1), "sub": (0,), "select": (1, 2),
+    }  # fmt: skip
+    return any(_reaches_product(n.inputs[i], depth - 1) for i in through.get(n.op.name, ()))
+
+
+def _attends(softmax: Node) -> bool:
+    """Whether a softmax looks like attention's: of a product, or of what is given and into one; a router's is of a linear."""
+    x = softmax.inputs[0]
+    if _reaches_product(x):
+        return True
+    while x.node is not None:
+        if x.node.op.name == "matmul":
+            return True
+        if not x.node.op.elementwise and x.node.op.name not in ("cast", "reshape"):
+            return False
+        x = x.node.inputs[1 if x.node.op.name == "select" else 0]
+    return any(user.op.name == "matmul" for user in softmax.output.users)
+
+
+def _scores(graph: Graph, softmax: Node) -> _Scores:
+    """Walks up from the softmax to the product of queries and keys."""
+    x = softmax.inputs[0]
+    rank = len(x.shape)
+    axis = SoftmaxAttrs.of(softmax).axis
+    if rank < 2 or axis != rank - 1:
+        raise Miss(f"softmax axis is {axis}, not the key axis {rank - 1}")
+    factor, softcap = 1.0, None
+    mask = Mask()
+    additive: list[tuple[Value, float]] = []
+    met: dict[Value, tuple[DimLike, ...]] = {}
+    while True:
+        node = x.node
+        if node is None:
+            raise Miss(f"%{x.name} is an input: there is no product of queries and keys above the softmax")
+        _only_use(graph, x)
+        name, shape = node.op.name, x.shape
+        if name == "matmul":
+            if mask.finite and (mask.operands or any(_may_hide(v) for v, _ in additive)):
+                raise Miss("a mask fills with a finite number beside one that is data: some query may see nothing; use -inf")
+            return _Scores(softmax, node, factor, softcap, mask, additive, met)
+        if _passes(node):
+            x = node.inputs[0]
+        elif name == "select":
+            x = _selected(node, shape, mask, additive, factor, softcap)
+        elif (step := scaling(node)) is not None:
+            x, c = step
+            inner = x.node
+            if name == "mul" and inner is not None and inner.op.name == "tanh" and softcap is None:
+                if factor != 1.0 or additive or c <= 0:
+                    raise Miss(f"{node!r}: a factor is applied after the softcap")
+                _only_use(graph, x)
+                softcap, factor, x = c, c, inner.inputs[0]
+            else:
+                factor *= c
+        elif name in ("add", "sub"):
+            x = _added(node, shape, mask, additive, factor, softcap)
+        elif name == "mul" and (kept := _zeroed(node, shape, mask)) is not None:
+            x = kept
+        else:
+            raise Miss(f"%{x.name} is {name}; between softmax and q @ k stand only scale, softcap, mask and casts")
+        masks = [v for v, _ in (*mask.operands, *additive)]
+        for v in masks:
+            if met.setdefault(v, shape) != shape and masks.count(v) > 1:
+                raise Miss(f"the mask %{v.name} is applied to heads in two groupings")
+
+
+def _before_softcap(node: Node, softcap: float | None) -> None:
+    if softcap is not None:
+        raise Miss(f"{node!r}: the mask is inside the softcap")
+
+
+def _selected(
+    node: Node, shape: Sequence[DimLike], mask: Mask, additive: list[tuple[Value, float]], factor: float, softcap: float | None
+) -> Value:
+    """select(keep, scores, -inf), or the other way round: notes the mask, returns the scores."""
+    condition, yes, no = node.inputs
+    keep = is_fill(no) is not None
+    fill = is_fill(no) if keep else is_fill(yes)
+    scores = yes if keep else no
+    if fill is None:
+        raise Miss(f"{node!r}: neither choice is minus infinity")
+    if scores.shape != node.output.shape:
+        raise Miss(f"{node!r}: the scores are broadcast by the mask")
+    _before_softcap(node, softcap)
+    if factor <= 0 or fill * factor > LEAST_FILL:
+        raise Miss(f"{node!r}: the mask is multiplied by {factor:g}")
+    _meet(node, mask, analyze(condition, shape, keep), fill, shape)
+    return scores
+
+
+def _meet(node: Node, mask: Mask, found: Mask, fill: float, shape: Sequence[DimLike]) -> None:
+    if not _exact(found, fill, shape):
+        raise Miss(f"{node!r}: it fills with {fill:g}, and some query may see nothing; use -inf")
+    found.finite = fill != float("-inf")
+    mask.meet(found)
+
+
+def _exact(found: Mask, fill: float, shape: Sequence[DimLike]) -> bool:
+    """Whether attention under ``found`` is what masking with ``fill`` gives.
+
+    A query that sees nothing gives the mean of the values under a finite number, and 0 in the fused operation: where that can
+    happen (masks that are data; predicates, unless every query sees itself), only -inf will do.
+    """
+    return fill == float("-inf") or (not found.operands and less_equal(shape[-2], shape[-1]) is True)
+
+
+def _added(
+    node: Node, shape: Sequence[DimLike], mask: Mask, additive: list[tuple[Value, float]], factor: float, softcap: float | None
+) -> Value:
+    """scores + mask, or less it: notes the mask, returns the scores."""
+    a, b = node.inputs
+    if _reaches_product(a) == _reaches_product(b):
+        raise Miss(f"{node!r}: cannot tell the scores from the mask")
+    scores, addend = (a, b) if _reaches_product(a) else (b, a)
+    if scores.shape != node.output.shape:
+        raise Miss(f"{node!r}: the scores are broadcast by the mask")
+    _before_softcap(node, softcap)
+    if node.op.name == "sub":
+        if scores is b:
+            raise Miss(f"{node!r}: the scores are subtracted")
+        factor = -factor
+    _add(addend, shape, mask, additive, factor)
+    return scores
+
+
+def _add(addend: Value, shape: Sequence[DimLike], mask: Mask, additive: list[tuple[Value, float]], factor: float) -> None:
+    """Notes what ``addend``, times ``factor``, hides of the scores; what more it does stays an operand."""
+    read = hidden_by(addend, shape, factor)
+    if read is not None and read[2] <= LEAST_FILL and read[1]:
+        found, _, fill = read
+        if _exact(found, fill, shape):
+            found.finite = fill != float("-inf")
+            mask.meet(found)
+            return
+    choice = _choice(addend)
+    if choice is not None and factor > 0 and choice[2] * factor <= LEAST_FILL:
+        found = analyze(choice[0], shape, choice[1])
+        if _exact(found, choice[2], shape):
+            found.finite = choice[2] != float("-inf")
+            mask.meet(found)
+            return
+    node = addend.node
+    if node is not None and node.op.name == "add" and any(hidden_by(v, shape, factor) is not None for v in node.inputs):
+        for v in node.inputs:
+            _add(v, shape, mask, additive, factor)
+        return
+    if read is not None and read[2] == float("-inf"):  # whatever else it is: a bias, padding
+        mask.meet(read[0])
+    additive.append((addend, factor))
+
+
+def _zeroed(node: Node, shape: Sequence[DimLike], mask: Mask) -> Value | None:
+    """The scores of scores * m, where m is 1, or 0 at what is hidden anyway."""
+    for scores, m in (node.inputs, node.inputs[::-1]):
+        if scores.shape == node.output.shape and _reaches_product(scores) and not _reaches_product(m):
+            found = analyze(m, shape)
+            hides_more = found.causal > mask.causal or (found.window is not None and found.window < (mask.window or 0))
+            unlimited = found.window is not None and mask.window is None
+            return None if found.operands or hides_more or unlimited else scores
+    return None
+
+
+def _may_hide(v: Value) -> bool:
+    """Whether a number that stands for minus infinity is among those that ``v`` is chosen, moved and computed from."""
+    seen, stack = {v}, [v]
+    while stack:
+        x = stack.pop()
+        if x.const is not None and x.tensor.dtype.is_float and (x.const.astype(np.float64) <= FINITE_FILL).any():
+            return True
+        node = x.node
+        if node is None or not (node.op.elementwise or node.op.kind in ("view", "gather")):
+            continue
+        if node.op.name == "pad" and Pad.Attrs.of(node).value <= FINITE_FILL:
+            return True
+        stack += [u for u in node.inputs if u not in seen]
+        seen.update(node.inputs)
+    return False
+
+
+def _choice(v: Value) -> tuple[Value, bool, float] | None:
+    """``(condition, keep, fill)`` if ``v`` is 0 where kept and minus infinity elsewhere.
+
+    It is a choice between the two, or a number times a mask of 0 and 1: there the condition may be a mask of numbers, and the
+    fill is finite.
+    """
+    n = v.node
+    while n is not None and _aligned(n) and n.inputs[0].shape[-2:] == v.shape[-2:]:
+        n = n.inputs[0].node
+    if n is None:
+        return None
+    if n.op.name == "select":
+        condition, yes, no = n.inputs
+        for zero, fill, keep in ((yes, no, True), (no, yes, False)):
+            x = is_fill(fill)
+            if number_of(zero) == 0 and x is not None:
+                return condition, keep, x
+    step = scaling(n)
+    if step is None or not float("-inf") < step[1] <= FINITE_FILL:  # 0 * -inf is NaN
+        return None
+    return *_complement(step[0]), step[1]
+
+
+def _aligned(node: Node) -> bool:
+    """Whether the operand, its axes aligned from the right, stands for the result (a reshape may move a batch onto heads)."""
+    if node.op.name == "reshape":
+        return _core(node.inputs[0].shape) == _core(node.output.shape)
+    return node.op.name in ("cast", "broadcast_to")
+
+
+def _core(shape: Sequence[DimLike]) -> tuple[DimLike, ...]:
+    """The shape from its first axis on that is not of size 1."""
+    first = next((i for i, d in enumerate(shape) if d != 1), len(shape))
+    return tuple(shape[first:])
+
+
+def _complement(v: Value) -> tuple[Value, bool]:
+    """``(m, keep)`` for ``v`` = 1 - m, cast or not, where m is kept where it is ``keep``; m of 0 and 1, or not understood."""
+    keep = False
+    while v.node is not None and v.const is None:
+        name, inputs = v.node.op.name, v.node.inputs
+        if name == "sub" and number_of(inputs[0]) == 1 and inputs[1].shape == v.shape:
+            v, keep = inputs[1], not keep
+        elif name == "cast":
+            v = inputs[0]
+        else:
+            break
+    return v, keep
+
+
+@dataclass
+class _Heads:
+    """Keys or values: the view, and its atoms by meaning."""
+
+    view: View
+    batch: list[Atom]
+    heads: list[Atom]
+    rows: list[Atom]
+    columns: list[Atom]
+
+    def arranged(self, b: Builder, transposed: bool) -> Value:
+        """[batch, position, head, feature]."""
+        positions, features = (self.columns, self.rows) if transposed else (self.rows, self.columns)
+        return arrange(b, self.view, (self.batch, positions, self.heads, features))
+
+
+def _operand(v: Value, lead: Sequence[DimLike], what: str, scales: bool) -> _Heads:
+    """An operand [*lead, rows, columns] of a batched matrix product: its heads, repetitions taken away."""
+    view = view_of(v, scales)
+    if what == "q" and any(a.broadcast for axis in view.axes for a in axis):
+        view = trivial(v)
+    extra = len(lead) - (len(v.shape) - 2)
+    axes: list[list[Atom]] = []
+    for i, d in enumerate(lead):
+        own = view.axes[i - extra] if i >= extra else []
+        missing = d != 1 and (i < extra or v.shape[i - extra] == 1)
+        axes.append([Atom(d, broadcast=True)] if missing else own)
+    batch, heads = (axes[0] if axes else []), [a for axis in axes[1:] for a in axis]
+    rows, columns = view.axes[-2], view.axes[-1]
+    if any(a.broadcast for a in batch):
+        raise Miss(f"%{v.name} ({what}) broadcasts over the batch")
+    if any(a.broadcast for a in (*rows, *columns)):
+        raise Miss(f"%{v.name} ({what}) broadcasts over positions or features")
+    data = [i for i, a in enumerate(heads) if not a.broadcast]
+    if data and data != list(range(len(data))):
+        groups = product([heads[i] for i in data])
+        raise Miss(f"%{v.name} ({what}): query head i reads head i mod {groups}, where attention takes consecutive ones")
+    if what == "q" and len(data) != len(heads):
+        raise Miss(f"%{v.name} (q) broadcasts over heads")
+    return _Heads(view, batch, heads[: len(data)], rows, columns)
+
+
+def _guarded(graph: Graph, y: Value) -> Node | None:
+    """The node of select(isnan(y), 0, y), where nothing else uses y: a query that sees nothing gives 0, as in the operation."""
+    choice = next((n for n in y.users if n.op.name == "select" and n.inputs[2] is y), None)
+    if choice is None or graph.is_output(y) or len(y.uses) != 2 or number_of(choice.inputs[1]) != 0:
+        return None
+    test = choice.inputs[0].node
+    is_test = test is not None and test.op.name == "isnan" and test.inputs[0] is y
+    return choice if is_test and len(choice.inputs[0].uses) == 1 and not graph.is_output(choice.inputs[0]) else None
+
+
+def _values(graph: Graph, softmax: Node) -> Node:
+    """Walks down from the softmax to its product with the values."""
+    y = softmax.output
+    while True:
+        guard = _guarded(graph, y)
+        if guard is not None:
+            y = guard.output
+            continue
+        node = _only_use(graph, y)
+        if node.op.name == "matmul" and node.inputs[0] is y:
+            return node
+        if _passes(node):
+            y = node.output
+            continue
+        raise Miss(f"%{y.name} goes into {node.op.name}, not into a product with the values")
+
+
+def _fuse(graph: Graph, softmax: Node) -> Value:
+    s = _scores(graph, softmax)
+    last = _values(graph, softmax)
+    lead, out = s.product.output.shape[:-2], last.output
+    if not lead or len(out.shape) < 3:
+        raise Miss("scores without a batch axis")
+    if equal(lead[0], out.shape[0]) is not True:
+        raise Miss(f"the batch is {lead[0]} in the scores and {out.shape[0]} in the result")
+    q = _operand(s.product.inputs[0], lead, "q", True)
+    k = _operand(s.product.inputs[1], lead, "k", True)
+    v = _operand(last.inputs[1], out.shape[:-2], "v", False)
+    if equal(product(k.heads), product(v.heads)) is not True:
+        raise Miss(f"{product(k.heads)} key heads and {product(v.heads)} value heads")
+    dtypes = {x.view.base.tensor.dtype for x in (q, k, v)}
+    if len(dtypes) != 1:
+        raise Miss(f"q, k and v are {', '.join(str(x.view.base.tensor.dtype) for x in (q, k, v))}")
+    mask = _mask_parts(s)
+    b = Builder(graph, before=last, loc=softmax.loc)
+    operands = [q.arranged(b, False), k.arranged(b, True), v.arranged(b, False)]
+    if mask:
+        operands.append(_emit_mask(b, mask, operands[0].tensor.dtype))
+    y = b.attention(
+        *operands, scale=s.scale * q.view.scale * k.view.scale, causal=s.mask.causal, window=s.mask.window, softcap=s.softcap,
+        name="attention",
+    )  # fmt: skip
+    n, rows, heads, width = out.shape[0], out.shape[-2], out.shape[1:-2], out.shape[-1]
+    r = len(heads)
+    z = b.reshape(y, shape=(n, rows, *heads, width))
+    z = b.transpose(z, perm=(0, *range(2, 2 + r), 1, 2 + r))
+    graph.replace_uses(out, z)
+    erase_dead(graph, last)
+    return y
+
+
+def _read_mask(graph: Graph, node: Node, remarks: Remarks) -> bool:
+    """Predicates in the boolean mask of an attention, or in a choice between 0 and -inf, become attributes."""
+    q, k, v, mask = node.inputs
+    a: Any = node.attrs
+    shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    read = hidden_by(mask, shape) if mask.tensor.dtype.is_float else None
+    if read is not None and read[2] == float("-inf"):
+        found, whole, _ = read
+        rest = [] if whole else [mask]
+    else:
+        condition, keep, fill = _choice(mask) or (mask, True, float("-inf"))
+        if condition.tensor.dtype is not DType.BOOL or fill != float("-inf"):
+            return False
+        found = analyze(condition, shape, keep)
+        rest = [mask] if found.operands == [(condition, not keep)] else []
+    causal, window = a.causal, a.window
+    found.meet(Mask(causal, window))
+    if rest and (found.causal, found.window) == (causal, window):
+        return False
+    b = Builder(graph, before=node, loc=node.loc)
+    if found.operands and not rest:
+        rest = [_emit_mask(b, [_MaskPart(m, shape, negate=n) for m, n in found.operands], q.tensor.dtype)]
+    y = b.attention(q, k, v, *rest, scale=a.scale, causal=found.causal, window=found.window, softcap=a.softcap)
+    remarks.applied(_describe(y), y)
+    replace(graph, node.output, y)
+    return True
+
+
+@dataclass
+class _MaskPart:
+    """One mask that stays data: boolean (perhaps negated) or additive (times a number); ``shape``: of the scores."""
+
+    value: Value
+    shape: tuple[DimLike, ...]
+    negate: bool = False
+    factor: float = 1.0
+
+
+def _mask_parts(s: _Scores) -> list[_MaskPart]:
+    """The masks that stay data, checked; nothing is emitted yet."""
+    parts = [_MaskPart(v, s.met[v], negate=n) for v, n in s.mask.operands]
+    parts += [_MaskPart(v, s.met[v], factor=f) for v, f in s.additive]
+    dtype = s.product.output.tensor.dtype
+    for p in parts:
+        shape = p.shape
+        own = (1,) * (len(shape) - len(p.value.shape)) + tuple(p.value.shape)
+        heads = own[1:-2]
+        if any(d != 1 for d in heads) and any(equal(a, c) is not True for a, c in zip(heads, shape[1:-2])):
+            raise Miss(f"the mask %{p.value.name} is broadcast over some of the axes that make up the heads")
+        if p.value.tensor.dtype.is_float and p.value.tensor.dtype is not dtype:
+            raise Miss(f"the mask %{p.value.name} is {p.value.tensor.dtype}, queries and keys are {dtype}")
+    return parts
+
+
+def _emit_mask(b: Builder, parts: list[_MaskPart], dtype: DType) -> Value:
+    """One operand, [batch | 1, heads | 1, queries | 1, keys | 1]."""
+    keep: Value | None = None
+    total: Value | None = None
+    for p in parts:
+        own = (1,) * (len(p.shape) - len(p.value.shape)) + tuple(p.value.shape)
+        heads: DimLike = 1
+        for d in own[1:-2]:
+            heads = heads * d
+        m = b.reshape(p.value, shape=(own[0], heads, *own[-2:]))
+        if p.value.tensor.dtype.is_float:
+            m = m if p.factor == 1.0 else b.mul(m, p.factor)
+            total = m if total is None else b.add(total, m)
+        else:
+            m = b.logical_not(m) if p.negate else m
+            keep = m if keep is None else b.logical_and(keep, m)
+    if total is None:
+        assert keep is not None
+        return keep
+    return total if keep is None else b.select(keep, total, b.constant(float("-inf"), dtype))

@@ -1,0 +1,46 @@
+"""Recognizes gated linear units over one merged product."""
+
+from __future__ import annotations
+
+from wasat.ir import Builder, Node, Value
+from wasat.ir.ops.nn import ACTIVATIONS
+
+from ..pattern import Match, Mismatch, Pattern, Rewrite, Tracer, Var
+
+
+class FuseGlu(Rewrite):
+    """act(y[.. :n]) * y[.. n:] -> glu(y); of a part of y where there is more.
+
+    Runs after merge-linears, which puts the gate of each pair before its up projection.
+    """
+
+    name = "fuse-glu"
+    landmark = ("silu", "gelu", "relu", "sigmoid")
+
+    def is_landmark(self, node: Node) -> bool:
+        made = node.inputs[0].node if node.inputs else None
+        parts = made is not None and (made.op.name == "slice" or (made.op.kind == "product" and made.op.weight is not None))
+        return super().is_landmark(node) and parts
+
+    def pattern(self, p: Tracer, y: Var) -> Pattern:
+        gate, up = p.named("gate", p.slice(y)), p.named("up", p.slice(y))
+        acts = [p.named(k, getattr(p, op)(gate, **attrs)) for k, (op, attrs) in _ACTS.items()]
+        return p.mul(p.either(*acts), up)
+
+    def build(self, b: Builder, m: Match) -> Value:
+        y, gate, up = m["y"], m["gate"].node.attrs, m["up"].node.attrs
+        n = m["gate"].shape[-1]
+        start, stop = gate.starts[-1], up.stops[-1]
+        lead = [(0, d, 1) for d in y.shape[:-1]]
+        for attrs in (gate, up):
+            if list(zip(attrs.starts[:-1], attrs.stops[:-1], attrs.steps[:-1])) != lead or attrs.steps[-1] != 1:
+                raise Mismatch("gate and up are not parts of the last axis")
+        if (up.starts[-1], stop) != (gate.stops[-1], start + 2 * n):
+            raise Mismatch(f"up, {up.starts[-1]}:{stop}, does not follow the gate, {start}:{gate.stops[-1]}")
+        if (start, stop) != (0, y.shape[-1]):
+            y = b.slice(y, starts=(*(0 for _ in lead), start), stops=(*y.shape[:-1], stop))
+        return b.glu(y, activation=next(k for k in _ACTS if k in m))
+
+
+_ACTS = {name: (op, {"approximate": "none", **attrs} if op == "gelu" else attrs) for name, (op, attrs) in ACTIVATIONS.items()}
+"""``glu``'s activations: operation, and every attribute that tells it."""

@@ -1,0 +1,278 @@
+"""Recognizes rotary position embedding: rotated halves, rotated pairs, part of a head, either layout of heads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from wasat.ir import Builder, DimLike, DType, Node, Value
+
+from ..pattern import Match, Mismatch, Pattern, Rewrite, Rewrites, Tracer, Var, number_of
+
+
+# -- tables of cosines and sines ---------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class _Table:
+    """``fn(positions * inv_freq) * factor``, of shape [.., width], width 1 or 2 times the frequencies."""
+
+    fn: str
+    positions: Value
+    inv_freq: np.ndarray | Value
+    """Numbers, or a parameter."""
+    factor: float
+    shape: tuple[DimLike, ...]
+
+
+_SHAPING = ("reshape", "broadcast_to")
+_SWAP = (0, 2, 1, 3)
+
+
+def _table(v: Value) -> _Table:
+    """Reads where ``v`` came from; raises Mismatch where it is no such table."""
+    table, factor, fn = v, 1.0, ""
+    while not fn:
+        node = v.node
+        if node is None:
+            raise Mismatch(f"%{table.name} is no table of cosines or sines of positions")
+        if node.op.name in ("cos", "sin"):
+            fn = node.op.name
+        elif node.op.name == "mul" and (number := number_of(node.inputs[1])) is not None:  # clean-up puts constants second
+            factor *= number
+        elif not (_moves_units(v) or (node.op.name == "cast" and v.tensor.dtype.is_float)):
+            raise Mismatch(f"%{table.name} is {node.op.name} of something, no table of cosines or sines")
+        v = node.inputs[0]
+    repeats = 1
+    v = _past_units(v)
+    if v.node is not None and v.node.op.name == "concat":  # along another axis than the last, the width would not fit
+        if len(set(v.node.inputs)) > 1:
+            raise Mismatch(f"%{v.name} does not repeat the same angles")
+        repeats = len(v.node.inputs)
+        v = _past_units(v.node.inputs[0])
+    if v.node is None or v.node.op.name != "mul":
+        raise Mismatch(f"%{v.name} is no product of positions and frequencies")
+    if v.tensor.dtype.bits < 32:
+        raise Mismatch(f"the angles are {v.tensor.dtype}, too narrow for far positions")
+    for position, frequency in (v.node.inputs, v.node.inputs[::-1]):
+        source, at = _past_units(frequency), _positions(position)
+        size = source.tensor.size
+        if (source.const is None and source.param is None) or at is None or position.shape[-1:] != (1,):
+            continue
+        if isinstance(size, int) and frequency.shape[-1:] == (size,):
+            inv_freq = source if source.const is None else source.const.reshape(-1)
+            return _Table(fn, at, inv_freq, factor, _check_width(table, repeats * size))
+    raise Mismatch(f"%{v.name} is no product of integer positions [.., 1] and constant frequencies")
+
+
+def _check_width(table: Value, width: int) -> tuple[DimLike, ...]:
+    if table.shape[-1:] != (width,):
+        raise Mismatch(f"the last axis of {table!r} is not {width} angles")
+    return table.shape
+
+
+def _moves_units(v: Value) -> bool:
+    """Whether ``v`` is its operand with axes of size 1 put in or taken out."""
+    if v.node is None or v.node.op.name not in _SHAPING:
+        return False
+    return _sizes(v) == _sizes(v.node.inputs[0])
+
+
+def _sizes(v: Value) -> list[DimLike]:
+    return [d for d in v.shape if d != 1]
+
+
+def _past_units(v: Value) -> Value:
+    while _moves_units(v):
+        assert v.node is not None
+        v = v.node.inputs[0]
+    return v
+
+
+def _positions(v: Value) -> Value | None:
+    """The integers that ``v`` is a cast of."""
+    v = _past_units(v)
+    if v.node is None or v.node.op.name != "cast":
+        return None
+    x = v.node.inputs[0]
+    return _past_units(x) if x.tensor.dtype.is_int else None
+
+
+# -- what replaces them --------------------------------------------------------------------------------------------------------
+def _rope(b: Builder, x: Value, cos: Value, sin: Value, repeats: int, interleaved: bool = False) -> Value:
+    """x rotated by the angles of two tables that broadcast to it; raises Mismatch."""
+    c, s = _table(cos), _table(sin)
+    if (c.fn, s.fn) != ("cos", "sin"):
+        raise Mismatch(f"%{cos.name} and %{sin.name} are not cosine and sine in this order")
+    same = c.positions is s.positions and c.factor == s.factor and c.shape == s.shape
+    numbers = isinstance(c.inv_freq, np.ndarray) and isinstance(s.inv_freq, np.ndarray)
+    if not same or not (np.array_equal(c.inv_freq, s.inv_freq) if numbers else c.inv_freq is s.inv_freq):  # type: ignore[arg-type]
+        raise Mismatch(f"%{cos.name} and %{sin.name} are not of the same angles")
+    if len(x.shape) != 4:
+        raise Mismatch(f"{x!r} has not the four axes batch, position, head, feature")
+    count = c.inv_freq.size if isinstance(c.inv_freq, np.ndarray) else c.inv_freq.tensor.size
+    if c.shape[-1] != repeats * count:
+        raise Mismatch(f"%{cos.name} holds {c.shape[-1]} angles per position for {count} frequencies")
+    shape = (*(1,) * (4 - len(c.shape)), *c.shape)
+    if shape[2] == 1 and shape[1] == x.shape[1]:
+        axis = 1
+    elif shape[1] == 1 and shape[2] == x.shape[2]:
+        axis = 2
+    else:
+        axis = 0
+    if axis == 0 or shape[0] not in (1, x.shape[0]):
+        raise Mismatch(f"%{cos.name} does not vary along one position axis of {x!r}")
+    at: tuple[DimLike, ...] = (shape[axis],) if shape[0] == 1 else (shape[0], shape[axis])
+    positions = c.positions if c.positions.shape == at else b.reshape(c.positions, shape=at)
+    wide = DType.F64 if x.tensor.dtype is DType.F64 else DType.F32
+    if isinstance(c.inv_freq, np.ndarray):
+        inv_freq = b.constant(c.inv_freq, wide)
+    else:
+        inv_freq = b.reshape(c.inv_freq, shape=(count,))
+        inv_freq = inv_freq if inv_freq.tensor.dtype is wide else b.cast(inv_freq, dtype=wide)
+    x = b.transpose(x, perm=_SWAP) if axis == 2 else x
+    y = b.rope(x, positions, inv_freq, factor=c.factor, interleaved=interleaved)
+    return b.transpose(y, perm=_SWAP) if axis == 2 else y
+
+
+def _part(v: Value) -> tuple[DimLike, DimLike]:
+    """Start and stop along the last axis of a slice that takes everything else."""
+    attrs: Any = v.node.attrs  # type: ignore[union-attr]
+    x = v.node.inputs[0]  # type: ignore[union-attr]
+    whole = all(lo == 0 and hi == d for lo, hi, d in zip(attrs.starts[:-1], attrs.stops[:-1], x.shape))
+    if not whole or any(s != 1 for s in attrs.steps):
+        raise Mismatch(f"%{v.name} is not a part of the features of %{x.name}")
+    return attrs.starts[-1], attrs.stops[-1]
+
+
+def _halves(low: Value, high: Value) -> tuple[DimLike, DimLike]:
+    """Where two adjacent slices of one size begin, and that size; raises Mismatch."""
+    (start, middle), (start2, stop) = _part(low), _part(high)
+    size = middle - start
+    if (start2, stop) != (middle, middle + size):
+        raise Mismatch(f"%{low.name} and %{high.name} are not halves of one vector")
+    return start, size
+
+
+class _RotateHalf(Rewrite):
+    """x * cos + concat(-x[half:], x[:half]) * sin -> rope(x)"""
+
+    landmark: ClassVar[str] = "neg"
+
+    def is_landmark(self, node: Node) -> bool:
+        return super().is_landmark(node) and _of("slice", node)
+
+    def pattern(self, p: Tracer, x: Var, source: Var, cos: Var, sin: Var) -> Pattern:
+        low, high = (p.shared(p.named(k, p.slice(source))) for k in ("low", "high"))
+        return p.add(p.mul(x, cos), p.mul(p.concat(p.neg(high), low, axis=lambda a, n: a == len(n.inputs[0].shape) - 1), sin))
+
+    def build(self, b: Builder, m: Match) -> Value:
+        x, source = m["x"], m["source"]
+        start, half = _halves(m["low"], m["high"])
+        if x is source:
+            mine: tuple[DimLike, DimLike] = (0, x.shape[-1])
+        elif x.node is not None and x.node.op.name == "slice" and x.node.inputs[0] is source:
+            mine = _part(x)
+        else:
+            raise Mismatch(f"%{x.name} is not what %{m['low'].name} and %{m['high'].name} are the halves of")
+        if mine != (start, start + 2 * half):
+            raise Mismatch(f"%{m['low'].name} and %{m['high'].name} are not the halves of %{x.name}")
+        return _rope(b, x, m["cos"], m["sin"], repeats=2)
+
+
+def _of(name: str, node: Node) -> bool:
+    """Whether the operands of ``node`` are all results of the operation ``name``."""
+    return all(v.node is not None and v.node.op.name == name for v in node.inputs)
+
+
+def _rotated(p: Tracer, x1: Pattern, x2: Pattern, cos: Var, sin: Var) -> tuple[Pattern, Pattern]:
+    """x1 * cos - x2 * sin and x2 * cos + x1 * sin."""
+    return p.sub(p.mul(x1, cos), p.mul(x2, sin)), p.add(p.mul(x2, cos), p.mul(x1, sin))
+
+
+class _Halves(Rewrite):
+    """concat(x1 * cos - x2 * sin, x2 * cos + x1 * sin [, rest]) -> rope(x [, of which the rest passes])"""
+
+    landmark: ClassVar[str] = "sub"
+
+    def is_landmark(self, node: Node) -> bool:
+        return super().is_landmark(node) and _of("mul", node)
+
+    def pattern(self, p: Tracer, x: Var, cos: Var, sin: Var) -> Pattern:
+        x1, x2, rest = (p.shared(p.named(k, p.slice(x))) for k in ("x1", "x2", "rest"))
+        y1, y2 = _rotated(p, x1, x2, cos, sin)
+        return p.either(p.concat(y1, y2, axis=3), p.concat(y1, y2, rest, axis=3))
+
+    def build(self, b: Builder, m: Match) -> Value:
+        x = m["x"]
+        start, half = _halves(m["x1"], m["x2"])
+        end = _part(m["rest"]) if "rest" in m else (2 * half, 2 * half)
+        if start != 0 or end != (2 * half, x.shape[-1]):
+            raise Mismatch(f"the parts do not make up the features of %{x.name}")
+        return _rope(b, x, m["cos"], m["sin"], repeats=1)
+
+
+class _Pairs(Rewrite):
+    """The same with pairs (2i, 2i + 1): x reshaped to [.., half, 2] and taken apart -> rope(x), interleaved"""
+
+    landmark: ClassVar[str] = "sub"
+
+    def is_landmark(self, node: Node) -> bool:
+        return super().is_landmark(node) and _of("mul", node)
+
+    def pattern(self, p: Tracer, x: Var, cos: Var, sin: Var) -> Pattern:
+        pairs = p.shared(p.named("pairs", p.reshape(x)))
+        x1, x2 = (p.shared(p.reshape(p.named(k, p.slice(pairs)))) for k in ("x1", "x2"))
+        y1, y2 = (p.named(k, y) for k, y in zip(("y1", "y2"), _rotated(p, x1, x2, cos, sin)))
+        return p.reshape(p.named("both", p.concat(p.reshape(y1), p.reshape(y2), axis=4)))
+
+    def build(self, b: Builder, m: Match) -> Value:
+        x, pairs = m["x"], m["pairs"]
+        half = x.shape[-1] // 2
+        apart = pairs.shape == (*x.shape[:-1], half, 2) == m["both"].shape
+        if not apart or m["y1"].shape != (*x.shape[:-1], half):
+            raise Mismatch(f"%{pairs.name} does not hold the pairs of features of %{x.name}")
+        _halves(m["x1"], m["x2"])  # of a pair
+        return _rope(b, x, m["cos"], m["sin"], repeats=1, interleaved=True)
+
+
+class _Partial(Rewrite):
+    """concat(rope(x[.. :r]), x[.. r:]) -> rope(x), which leaves the features that have no frequency"""
+
+    def pattern(self, p: Tracer, x: Var, positions: Var, inv_freq: Var) -> Pattern:
+        turned = p.shared(p.named("turned", p.slice(x)))
+        plain = p.named("rope", p.rope(turned, positions, inv_freq))
+        swapped = p.transpose(p.named("rope", p.rope(p.transpose(turned, perm=_SWAP), positions, inv_freq)), perm=_SWAP)
+        return p.concat(p.either(plain, p.named("swapped", swapped)), p.shared(p.named("rest", p.slice(x))), axis=3)
+
+    def build(self, b: Builder, m: Match) -> Value:
+        x, width, old = m["x"], 2 * m["inv_freq"].shape[0], m["rope"].node.attrs
+        if _part(m["turned"]) != (0, width) or _part(m["rest"]) != (width, x.shape[-1]):
+            raise Mismatch(f"%{m['turned'].name} and %{m['rest'].name} do not make up the features of %{x.name}")
+        x = b.transpose(x, perm=_SWAP) if "swapped" in m else x
+        y = b.rope(x, m["positions"], m["inv_freq"], factor=old.factor, interleaved=old.interleaved)
+        return b.transpose(y, perm=_SWAP) if "swapped" in m else y
+
+
+class _Narrow(Rewrite):
+    """cast(rope(cast(x))) -> rope(x) of the narrow type: the operation computes in f32 by itself"""
+
+    def pattern(self, p: Tracer, x: Var, positions: Var, inv_freq: Var) -> Pattern:
+        return p.cast(p.named("rope", p.rope(p.shared(p.cast(x)), positions, inv_freq)))
+
+    def build(self, b: Builder, m: Match) -> Value:
+        x, old = m["x"], m["rope"].node.attrs
+        if x.tensor.dtype.bits >= 32 or m["rope"].tensor.dtype is not DType.F32:
+            raise Mismatch(f"{x!r} is not widened to f32")
+        return b.rope(x, m["positions"], m["inv_freq"], factor=old.factor, interleaved=old.interleaved)
+
+
+class FuseRope(Rewrites):
+    """Rotary position embedding written out -> ``rope(x, positions, inv_freq)``.
+
+    Halves rotated together or apart, interleaved pairs, a rotated part of each head, a factor on the tables; where positions
+    follow heads in x, transposes are put around. Tables may be shared between layers; their angles must be products of integer
+    positions and constant frequencies, in f32 or wider. Tables rounded to f16 are replaced by f32 ones.
+    """
+
+    name = "fuse-rope"
+    rules = (_RotateHalf(), _Halves(), _Pairs(), _Partial(), _Narrow())

@@ -1,0 +1,1 @@
+"""From the forward pass to what a session runs: caches, inputs, quantized weights."""

@@ -1,0 +1,505 @@
+"""KV-cache derivation: from a cache-less forward pass to ``prefill`` and ``decode`` (and ``encode``), by proof, not by pattern.
+
+If everything that mixes tokens is causal attention, what a token computes depends on earlier ones only through keys and values:
+keep those, and the program runs on the new tokens alone, its positions offset by how many there are already.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from wasat.ir import Builder, DimLike, DType, Graph, IRError, Node, Program, TensorType, Value, substitute, symbol, symbols_of
+from wasat.ir.graph import copy_node
+from wasat.ir.lift import lift
+from wasat.ir.ops.attention import AttentionAttrs
+from wasat.ir.ops.constant import Iota
+from wasat.ir.ops.index import AxisAttrs
+from wasat.ir.ops.shape import Slice
+
+from ..analyses.axis import Label, analyze, image, refuse
+from ..analyses.indexing import Indexing
+from ..analyses.rows import FIRST, Place, places
+from ..core import Pass, PassError, Remark, Remarks
+from ..pattern import erase_dead
+from .token_inputs import token_inputs
+
+ROUND = 16
+"""Capacities are multiples of this: kernels read keys in groups."""
+
+
+@dataclass(frozen=True)
+class DeriveKVCache(Pass):
+    """Replaces ``graph`` by entry points over caches.
+
+    ``prefill(tokens [b, s], past i64[b], last i64[b], ..caches)``: row r already holds past[r] positions; returns each
+    output at index last[r] of the new ones, without the sequence axis. ``decode``: the same for one token, without ``last``.
+    Caches are inputs and outputs of one name. Whatever needs no token becomes ``encode``, whose results the others take.
+
+    Full caches hold [b, c, heads, features]; attention with a window gets a ring of window + chunk - 1 positions (at most
+    ``chunk`` new tokens at a time), or a full cache where the context is no longer than that.
+
+    Raises IRError, with the node and the line, where the graph looks ahead; unless ``required``, that is a missed remark and
+    the graph stays as it is.
+    """
+
+    name = "derive-kv-cache"
+    graph: str = "forward"
+    chunk: int = 512
+    required: bool = True
+
+    def requires(self, program: Program) -> None:
+        if self.graph not in program.graphs:
+            raise PassError(f"there is no graph @{self.graph}; there are {', '.join('@' + n for n in program.graphs)}")
+        if self.chunk < 1:
+            raise PassError(f"chunk={self.chunk}: a chunk holds at least one token")
+
+    def run(self, program: Program, remarks: Remarks) -> bool:
+        try:
+            self._derive(program, remarks)
+        except IRError as e:
+            if self.required:
+                raise
+            remarks.items.append(Remark("missed", f"@{self.graph} stays as it is: {e.message}", self.graph, e.loc))
+            return False
+        return True
+
+    def _derive(self, program: Program, remarks: Remarks) -> None:
+        forward, tokens, labels = _served(program[self.graph], remarks)
+        seq = str(tokens.shape[1])
+        limits = [n for n in (program.metadata.get("context"), _positions_known(forward, labels)) if n is not None]
+        context = min(limits, default=None)
+        plan = _Plan.make(forward, tokens, seq, labels, self.chunk, context)
+        plan.places = places(forward, tokens, labels)
+        graphs = dict(program.graphs)
+        del graphs[self.graph]
+        made = [_Derivation(plan, name).run() for name in ("prefill", "decode")]
+        if plan.memory:
+            made.insert(0, _encode(plan))
+        clash = [g.name for g in made if g.name in graphs]
+        if clash:
+            raise PassError(f"the program already has a graph @{clash[0]}")
+        program.graphs = {**graphs, **{g.name: g for g in made}}
+        program.metadata["states"] = [s for c in plan.of.values() for s in c.states()]
+        program.metadata["tokens"] = tokens.name
+        program.metadata["chunk"] = self.chunk
+        program.metadata["context"] = context
+        for node, cache in plan.of.items():
+            remarks.applied(f"%{node.output.name}: {cache.describe()}", node)
+        if plan.memory:
+            remarks.applied(f"@encode computes {len(plan.memory)} values once", made[0])
+
+
+def capacity_name(forward: Graph) -> str:
+    """The symbol for the positions of full caches: ``c``, unless the graph has one of that name."""
+    name = "c"
+    while name in forward.symbols:
+        name += "_"
+    return name
+
+
+def _positions_known(graph: Graph, labels: dict[Value, Label]) -> int | None:
+    """For how many positions there are rows in the tables that positions index; None where no table is indexed so."""
+    at, rows = Indexing(()), []
+    for node in graph.nodes:
+        name = node.op.name
+        if name == "embedding" or (name == "gather" and AxisAttrs.of(node).axis == 0):
+            table, index = node.inputs
+            found = at.of(index) if labels[index].kind == "position" else None
+            if found is None or not isinstance(found.const, int) or not isinstance(table.shape[0], int):
+                continue
+            step = found.terms[labels[index].axis]
+            if isinstance(step, int) and step > 0:
+                rows.append((table.shape[0] - 1 - found.const) // step + 1)
+    return min(rows, default=None)
+
+
+def _served(graph: Graph, remarks: Remarks) -> tuple[Graph, Value, dict[Value, Label]]:
+    """A copy of ``graph`` with the outputs that can be served, its tokens, and how its values lie along them.
+
+    Of inputs of several lengths that could be the tokens (a translator's two texts): the first along which it looks back.
+    What it returns once for the whole batch, a loss, is left off, and so are the inputs that only this read.
+    """
+    failure: IRError | None = None
+    for name in token_inputs(graph):
+        served = graph.clone()
+        tokens = next(v for v in served.inputs if v.name == name)
+        seq = str(tokens.shape[1])
+        labels = analyze(served, seq)
+        ahead = {n: v for n, v in zip(served.output_names, served.outputs) if labels[v].kind in ("ahead", "pair")}
+        lost = {n: v for n, v in ahead.items() if len(ahead) < len(served.outputs) and _whole_batch(v, tokens)}
+        refused = [refuse(labels[v], n, seq) for n, v in ahead.items() if n not in lost]
+        if refused:
+            failure = failure or refused[0]
+            continue
+        if lost:
+            for n, v in lost.items():
+                remarks.missed(f"output {n} is not served: {labels[v].reason}", v)
+            _leave_off(served, set(lost), tokens)
+            labels = analyze(served, seq)
+        return served, tokens, labels
+    if failure is not None:
+        raise failure
+    raise IRError(
+        f"graph @{graph.name} has 0 inputs that could be its tokens; it needs one of integers [batch, sequence], where the "
+        "sequence is symbolic"
+    )
+
+
+def _whole_batch(v: Value, tokens: Value) -> bool:
+    """Whether an output is one for all rows: a loss, a share of the load."""
+    return set(v.type.symbols).isdisjoint(tokens.type.symbols) and (bool(symbols_of(tokens.shape[:1])) or not v.shape)
+
+
+def _leave_off(graph: Graph, outputs: set[str], tokens: Value) -> None:
+    kept = {n: v for n, v in zip(graph.output_names, graph.outputs) if n not in outputs}
+    gone = [v.node for n, v in zip(graph.output_names, graph.outputs) if n in outputs]
+    read = {v for v in graph.inputs if v.uses}
+    graph.set_outputs(list(kept.values()), list(kept))
+    for node in gone:
+        if node is not None:
+            erase_dead(graph, node)
+    for v in read:
+        if not v.uses and v is not tokens and not graph.is_output(v):
+            graph.remove_input(v)
+
+
+@dataclass
+class _Cache:
+    """The keys and values of one attention."""
+
+    index: int
+    keys: TensorType
+    values: TensorType
+    window: int | None
+    capacity: int | None
+    """Positions of a ring; None for a full cache."""
+
+    def names(self) -> tuple[str, str]:
+        return f"cache.{self.index}.k", f"cache.{self.index}.v"
+
+    def types(self, batch: DimLike, capacity: DimLike) -> tuple[TensorType, TensorType]:
+        c = capacity if self.capacity is None else self.capacity
+        return tuple(t.with_shape(batch, c, *t.shape[2:]) for t in (self.keys, self.values))  # type: ignore[return-value]
+
+    def states(self) -> list[dict[str, Any]]:
+        kind = "full" if self.capacity is None else "ring"
+        return [
+            {"name": n, "role": role, "kind": kind, "capacity": self.capacity, "window": self.window}
+            for n, role in zip(self.names(), "kv")
+        ]
+
+    def describe(self) -> str:
+        if self.capacity is None:
+            return "full cache" + (f", window {self.window}" if self.window is not None else "")
+        return f"ring cache of {self.capacity} positions, window {self.window}"
+
+
+@dataclass
+class _Plan:
+    """What all derived graphs share."""
+
+    forward: Graph
+    tokens: Value
+    seq: str
+    labels: dict[Value, Label]
+    of: dict[Node, _Cache] = field(default_factory=dict)
+    memory: dict[Value, str] = field(default_factory=dict)
+    """Fixed values that depend on inputs, read by what runs along the sequence."""
+    places: dict[Value, Place] = field(default_factory=dict)
+    """Where values keep the rows of the batch."""
+    capacity: DimLike = 0
+    last_mixing: Node | None = None
+
+    @staticmethod
+    def make(forward: Graph, tokens: Value, seq: str, labels: dict[Value, Label], chunk: int, context: int | None) -> _Plan:
+        plan = _Plan(forward, tokens, seq, labels)
+        plan.capacity = symbol(capacity_name(forward))
+        dependent = _on_inputs(plan)
+        for node in forward.nodes:
+            for v in node.inputs:
+                if v in dependent and v.node is not None and any(labels[o].served for o in node.outputs):
+                    plan.memory.setdefault(v, f"memory.{len(plan.memory)}")
+            if labels[node.outputs[0]].mixes:
+                plan.last_mixing = node
+                plan._cache(node, chunk, context)
+        for v in forward.outputs:
+            if v in dependent and v.node is not None:
+                plan.memory.setdefault(v, f"memory.{len(plan.memory)}")
+        return plan
+
+    def _cache(self, node: Node, chunk: int, context: int | None) -> None:
+        _, k, v = node.inputs[:3]
+        window = AttentionAttrs.of(node).window
+        capacity = None if window is None else -(-(window + chunk - 1) // ROUND) * ROUND
+        if capacity is not None and context is not None and context <= capacity:
+            capacity = None
+        # one for each, also of the same keys and values: in place, a cache is written by one
+        self.of[node] = _Cache(len(self.of), k.tensor, v.tensor, window, capacity)
+
+
+def _on_inputs(plan: _Plan) -> set[Value]:
+    """Fixed values that depend on an input."""
+    found = {v for v in plan.forward.inputs if plan.labels[v].kind == "fixed"}
+    for node in plan.forward.nodes:
+        if plan.labels[node.outputs[0]].kind == "fixed" and any(v in found for v in node.inputs):
+            found.update(node.outputs)
+    return found
+
+
+def _encode(plan: _Plan) -> Graph:
+    g = Graph("encode")
+    env = _declare(g, plan, {v for v in plan.forward.inputs if plan.labels[v].kind == "fixed"}, {})
+    for node in plan.forward.nodes:
+        if plan.labels[node.outputs[0]].kind == "fixed":
+            copy_node(g, node, env)
+    g.set_outputs([env[v] for v in plan.memory], list(plan.memory.values()))
+    return g
+
+
+def _declare(g: Graph, plan: _Plan, inputs: set[Value], sizes: dict[str, DimLike]) -> dict[Value, Value]:
+    env: dict[Value, Value] = {}
+    for v in plan.forward.inputs:
+        if v in inputs:
+            env[v] = g.add_input(v.name, v.type.substitute(sizes))
+    for name, v in plan.forward.params.items():
+        env[v] = g.add_param(name, v.type)
+        g.rename(env[v], v.name)
+    return env
+
+
+class _Derivation:
+    """One derived graph under construction.
+
+    ``env`` holds values over all new tokens; ``rows``, in prefill, values at each row's last token: once nothing mixes
+    tokens any more, only that one goes on.
+    """
+
+    def __init__(self, plan: _Plan, name: str) -> None:
+        self.plan, self.labels = plan, plan.labels
+        self.one = name == "decode"
+        self.g = Graph(name)
+        self.b = Builder(self.g)
+        self.sizes: dict[str, DimLike] = {plan.seq: 1} if self.one else {}
+        self.env = _declare(self.g, plan, {v for v in plan.forward.inputs if self._reads(v)}, self.sizes)
+        self.rows: dict[Value, Value] = {}
+        self.keyed: dict[tuple[Value, int, int | None], Value] = {}
+        self.batch = plan.tokens.shape[0]
+        per_row = TensorType(DType.I64, (self.batch,))
+        self.past = self.g.add_input("past", per_row)
+        self.last = None if self.one else self.g.add_input("last", per_row)
+        for v, memory in plan.memory.items():
+            self.env[v] = self.g.add_input(memory, v.type)
+        self.states: dict[str, Value] = {}
+        for cache in plan.of.values():
+            for n, t in zip(cache.names(), cache.types(self.batch, plan.capacity)):
+                self.states[n] = self.g.add_input(n, t)
+
+    def run(self) -> Graph:
+        plan = self.plan
+        tail = plan.last_mixing is None
+        for node in plan.forward.nodes:
+            label = self.labels[node.outputs[0]]
+            self.b.loc = node.loc
+            if label.kind == "fixed":
+                if not any(v in plan.memory for v in node.outputs) and all(v in self.env for v in node.inputs):
+                    copy_node(self.g, node, self.env)
+            elif label.kind in ("ahead", "pair"):
+                continue  # no output needs it; attention emits its own mask
+            elif label.kind == "last":
+                self._after_last(node)
+            elif label.mixes:
+                self._attend(node)
+            elif tail and not self.one and label.kind == "token":
+                self._apply(node, [self._row(v) for v in node.inputs], {plan.seq: 1}, self.rows)
+            else:
+                self._apply(node, [self.env[v] for v in node.inputs], self.sizes, self.env)
+            tail = tail or node is plan.last_mixing
+        outputs = [self._output(v) for v in plan.forward.outputs]
+        self.g.set_outputs([*outputs, *self.states.values()], [*plan.forward.output_names, *self.states])
+        return self.g
+
+    def _reads(self, v: Value) -> bool:
+        """Whether an input is needed beside what @encode makes of it."""
+        return self.labels[v].along or any(self.labels[o].served for n in v.users for o in n.outputs)
+
+    # -- nodes ---------------------------------------------------------------------------------------------------------
+    def _apply(self, node: Node, inputs: list[Value], sizes: dict[str, DimLike], env: dict[Value, Value]) -> None:
+        """The node over the new tokens. Positions differ between rows: values made of them gain a batch axis in front."""
+        label = self.labels[node.outputs[0]]
+        names = [v.name for v in node.outputs]
+        if node.op.name == "iota":
+            at = self.b.iota(size=substitute(Iota.Attrs.of(node).size, sizes))
+            at = self.b.add(self.b.reshape(self.past, shape=(self.batch, 1)), at, name=names[0])
+            dtype = Iota.Attrs.of(node).dtype
+            env[node.output] = at if dtype is DType.I64 else self.b.cast(at, dtype=dtype)
+            return
+        lifted = [self.labels[v].kind == "position" for v in node.inputs]
+        if node.op.name == "rope" and lifted[1] and (at := self.plan.places.get(node.inputs[0])) is not None and at.axis == 2:
+            env[node.output] = self._turned(node, inputs, at)
+            return
+        operands, attrs = self._offset(node, inputs, node.attrs.bind(sizes), lifted, label.kind == "position")
+        made = self.g.add_node(node.op, operands, attrs, loc=node.loc, names=names)
+        env.update(zip(node.outputs, made.outputs))
+
+    def _after_last(self, node: Node) -> None:
+        """What is made of the last token: here, of each row's."""
+        x = node.inputs[0]
+        if not self.labels[x].along:
+            copy_node(self.g, node, self.env)
+            return
+        row, cut, axis = self.env[x] if self.one else self._row(x), Slice.Attrs.of(node), self.labels[x].axis
+        starts = tuple(0 if i == axis else d for i, d in enumerate(cut.starts))
+        stops = tuple(1 if i == axis else d for i, d in enumerate(cut.stops))
+        self.env[node.output] = self.b.slice(row, starts=starts, stops=stops, steps=cut.steps, name=node.output.name)
+
+    def _turned(self, node: Node, inputs: list[Value], at: Place) -> Value:
+        """A rotation of [heads, position, rows, feature]: at positions of the rows, which have to be in front."""
+        if not at.alone:
+            raise IRError(f"{node!r}: its rows are merged with heads", node.loc)
+        x = self.b.transpose(inputs[0], perm=(2, 1, 0, 3))
+        y = self.g.add_node(node.op, [x, *inputs[1:]], node.attrs, loc=node.loc, names=[node.output.name]).output
+        return self.b.transpose(y, perm=(2, 1, 0, 3))
+
+    def _offset(self, node: Node, inputs: list[Value], attrs: Any, lifted: list[bool], own: bool) -> tuple[list[Value], Any]:
+        """Operands and attributes for a node of whose operands some are lifted, as is (``own``) its result."""
+        if not any(lifted):
+            return inputs, attrs
+        rank, at = len(node.output.shape), FIRST if own else self.plan.places.get(node.output, FIRST)
+        if node.op.elementwise:
+            return [self._spread(v, x, rank + own, at) if up else x for v, x, up in zip(node.inputs, inputs, lifted)], attrs
+        found = self._lifted(node, inputs, attrs, lifted, own) if at == FIRST else None
+        if found is None and own and node.op.kind == "view":  # perhaps it stretches its operand, aligned at the end
+            inputs = [self._spread(v, x, rank + 1) if up else x for v, x, up in zip(node.inputs, inputs, lifted)]
+            found = self._lifted(node, inputs, attrs, lifted, own)
+        if found is None:
+            raise IRError(f"{node!r}: positions cannot be offset through {node.op.name}", node.loc)
+        return inputs, found
+
+    def _lifted(self, node: Node, inputs: list[Value], attrs: Any, lifted: list[bool], own: bool) -> Any:
+        """Attributes for operands with the rows in front."""
+        types = [x.tensor.with_shape(*x.shape[1:]) if up else x.type for x, up in zip(inputs, lifted)]
+        return lift(node.op, attrs, types, lifted, self.batch, own)
+
+    def _spread(self, old: Value, x: Value, rank: int, at: Place = FIRST) -> Value:
+        """A lifted value [b, *shape] in ``rank`` axes, aligned at the end, its rows at the place ``at`` among them."""
+        own = list(x.shape[1:])
+        while len(own) > rank and own[0] == 1:
+            own.pop(0)
+        own = [1] * (rank - len(own)) + own
+        if len(own) > rank or own[at.axis] != 1:
+            raise IRError(f"%{old.name}: positions meet a value where they differ along the axis of its rows", old.loc)
+        rest = own[: at.axis] + own[at.axis + 1 :]
+        x = self.b.reshape(x, shape=(self.batch, *rest))
+        if any(d != 1 for d in rest[: at.axis]):
+            x = self.b.transpose(x, perm=(*range(1, at.axis + 1), 0, *range(at.axis + 1, rank)))
+        elif at.axis:
+            x = self.b.reshape(x, shape=(*rest[: at.axis], self.batch, *rest[at.axis :]))
+        if at.alone:
+            return x
+        front, back = tuple(rest[: at.axis]), tuple(rest[at.axis :])
+        x = self.b.reshape(x, shape=(*front, 1, self.batch, 1, *back))
+        x = self.b.broadcast_to(x, shape=(*front, at.outer, self.batch, at.inner, *back))
+        return self.b.reshape(x, shape=(*front, at.outer * self.batch * at.inner, *back))
+
+    def _attend(self, node: Node) -> None:
+        attrs: Any = node.attrs
+        cache = self.plan.of[node]
+        k, v = cache.names()
+        mask = [self._mask(x, cache) for x in node.inputs[3:]]
+        out = self.b.cached_attention(
+            *(self.env[x] for x in node.inputs[:3]), self.states[k], self.states[v], self.past, *mask, scale=attrs.scale,
+            window=attrs.window, softcap=attrs.softcap, ring=cache.capacity is not None, name=[node.output.name, k, v],
+        )  # fmt: skip
+        self.env[node.output], self.states[k], self.states[v] = out
+
+    # -- masks, whose keys are what the cache holds --------------------------------------------------------------------
+    def _mask(self, v: Value, cache: _Cache) -> Value:
+        """A mask [b, h, new tokens, slots of the cache] (or broadcastable to it)."""
+        while v.node is not None and v.node.op.name == "broadcast_to":  # as attention does by itself
+            v = v.node.inputs[0]
+        keys = len(v.shape) - 1
+        x = self._keyed(v, keys, cache) if keys in self.labels[v].axes else self.env[v]
+        return self._spread(v, x, 4) if len(x.shape) > len(v.shape) else x
+
+    def _keyed(self, v: Value, axis: int, cache: _Cache) -> Value:
+        """``v``, a function of positions, with ``axis`` along the cache's slots; lifted, unless it repeats something fixed."""
+        key = (v, axis, cache.capacity)
+        if key not in self.keyed:
+            node = v.node
+            assert node is not None  # positions come from iota
+            self.keyed[key] = self._key_positions(node, cache) if node.op.name == "iota" else self._over_keys(node, axis, cache)
+        return self.keyed[key]
+
+    def _over_keys(self, node: Node, axis: int, cache: _Cache) -> Value:
+        v, inputs = node.output, []
+        for i, x in enumerate(node.inputs):
+            at = next((a for a in self.labels[x].axes if image(node, i, a) == axis), None)
+            inputs.append(self.env[x] if at is None else self._keyed(x, at, cache))
+        shape = [substitute(d, self.sizes) for d in v.shape]
+        shape[axis] = self._capacity(cache)
+        attrs: Any = node.attrs
+        if node.op.name == "slice":  # of all along the sequence
+            stops = [n if a in self.labels[v].axes else stop for a, (n, stop) in enumerate(zip(shape, attrs.stops))]
+            attrs = type(attrs)(attrs.starts, tuple(stops), attrs.steps)
+        elif node.op.name in ("reshape", "broadcast_to"):
+            attrs = type(attrs)(tuple(shape))
+        lifted = [len(x.shape) > len(old.shape) for x, old in zip(inputs, node.inputs)]
+        operands, attrs = self._offset(node, inputs, attrs, lifted, any(lifted))
+        made: Value = self.g.add_node(node.op, operands, attrs, loc=node.loc).output
+        return made
+
+    def _capacity(self, cache: _Cache) -> DimLike:
+        return self.plan.capacity if cache.capacity is None else cache.capacity
+
+    def _key_positions(self, node: Node, cache: _Cache) -> Value:
+        """The position in each slot, [b, c]; of slots not yet written, one of those that are: functions may not know others."""
+        b = self.b
+        new = substitute(Iota.Attrs.of(node).size, self.sizes)
+        furthest = b.slice(b.iota(size=new), starts=(new - 1,), stops=(new,))
+        last = b.add(b.reshape(self.past, shape=(self.batch, 1)), furthest)
+        at = b.iota(size=self._capacity(cache))
+        if cache.capacity is not None:
+            at = b.sub(last, b.mod(b.sub(last, at), cache.capacity))
+        at = b.maximum(b.minimum(at, last), 0)
+        dtype = Iota.Attrs.of(node).dtype
+        return at if dtype is DType.I64 else b.cast(at, dtype=dtype)
+
+    # -- the last position ---------------------------------------------------------------------------------------------
+    def _row(self, v: Value) -> Value:
+        """``v`` at each row's last token, its sequence axis of size 1."""
+        label = self.labels[v]
+        if not label.along:
+            return self.env[v]
+        if v not in self.rows:
+            self.rows[v] = self._take(self.env[v], label, self.plan.places.get(v, FIRST))
+        return self.rows[v]
+
+    def _take(self, x: Value, label: Label, at: Place) -> Value:
+        if label.kind == "uniform":
+            stops = [1 if i == label.axis else d for i, d in enumerate(x.shape)]
+            return self.b.slice(x, starts=(0,) * len(stops), stops=tuple(stops))
+        axis, rows = label.axis, at.axis
+        if label.kind == "position":  # rows are in front
+            axis, rows, at = axis + 1, 0, FIRST
+        shape = x.shape
+        if not at.alone:
+            x = self.b.reshape(x, shape=(*shape[:rows], at.outer, self.batch, at.inner, *shape[rows + 1 :]))
+            axis, rows = axis + 2 * (axis > rows), rows + 1
+        perm = (rows, axis, *(i for i in range(len(x.shape)) if i not in (rows, axis)))
+        y = self.b.take_row(self.b.transpose(x, perm=perm), self.last)
+        y = self.b.transpose(y, perm=tuple(perm.index(i) for i in range(len(perm))))
+        return y if at.alone else self.b.reshape(y, shape=tuple(1 if i == label.axis else d for i, d in enumerate(shape)))
+
+    def _output(self, v: Value) -> Value:
+        label = self.labels[v]
+        if label.kind == "last" and self.plan.places.get(v) != FIRST:
+            raise IRError(f"output %{v.name} is {v.type}: its rows must be its first axis", v.loc)
+        if not label.along:
+            return self.env[v]
+        x = self.env[v] if self.one else self._row(v)
+        axis = label.axis + (label.kind == "position")
+        at = self.plan.places.get(v, FIRST)
+        if label.kind == "token" and (at.axis - (at.axis > axis), at.alone) != (0, True):
+            raise IRError(f"output %{v.name} is {v.type}: its rows must be the first axis beside the sequence", v.loc)
+        return self.b.reshape(x, shape=tuple(d for i, d in enumerate(x.shape) if i != axis))

@@ -1,0 +1,1 @@
+"""From the forward pass to a step: gradients, recomputation, precision."""

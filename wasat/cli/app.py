@@ -1,0 +1,497 @@
+"""The command line: ``wasat compile | run | generate | show | plan | explain | export | train | evaluate | demo``."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from wasat import __version__
+from wasat.cli import run as cli_run
+from wasat.cli.console import (
+    Activation,
+    Bar,
+    Constants,
+    Override,
+    Quantize,
+    Refusal,
+    Scheme,
+    Sizes,
+    Source,
+    array_file,
+    constant_of,
+    err,
+    or_none,
+    out,
+    overrides_of,
+    say,
+    sizes_of,
+    warn_of_weights,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from wasat.runtime import Model
+    from wasat.runtime.media import Media
+    from wasat.runtime.prompts import Prompt
+
+app = typer.Typer(
+    name="wasat", no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False,
+    help="""Compile multimodal transformers.
+
+A first round, from a clone of the repository:
+
+- `wasat compile examples/pygemma -o pygemma.wasat --quantize int4` makes an artifact of a Hugging Face folder, or an ONNX file
+- `wasat generate pygemma.wasat "def read_file(path):"` runs it, without the compiler
+- `wasat run model.onnx --input x=x.npy -o y.npz` runs any other model: arrays, pictures and sounds in, arrays out
+- `wasat show examples/pygemma --after fuse-attention` prints the graph as any pass leaves it
+- `wasat plan examples/pygemma` says what it will take, in each scheme, before anything is allocated
+- `wasat explain examples/pygemma` says what each pass did, and for every lost optimization why and where
+- `wasat train examples/train_tiny.toml` trains a tiny language model in under a minute
+- `wasat train examples/gemini.toml --artifact gemini.wasat`, in under an hour, one of text, pictures, sounds and clips
+- `wasat evaluate gemini.wasat examples/gemini.toml` asks it what it has not been trained on
+- `wasat export examples/pygemma --onnx pygemma.onnx` writes it as an ONNX file
+- `wasat demo` does it all on small models, and writes a page
+""",
+)  # fmt: skip
+def _version(value: bool) -> None:
+    if value:
+        print(f"wasat {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
+    pass
+
+
+@app.command()
+def compile(
+    source: Source,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The artifact folder to write.", show_default=False)],
+    quantize: Quantize = "f32",
+    override: Override = None,
+    activation: Activation = "int8",
+    target: Annotated[str, typer.Option(help="`cpu` (this machine), `cpu:znver3`, `cuda:sm_80`, …")] = "cpu",
+    chunk: Annotated[int, typer.Option(help="Most prompt tokens per call; sliding-window caches hold window + chunk.")] = 512,
+    threads: Annotated[int | None, typer.Option(help="Threads the code is laid out for; default: this machine's.")] = None,
+    size: Sizes = None,
+    constant: Constants = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Compare results, on the interpreter, before and after every pass (slow).")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say what every pass did.")] = False,
+) -> None:
+    """Compile a model into an artifact: one folder with library, packed weights, tokenizer and runtime.
+
+    Examples:
+
+    - `wasat compile examples/pygemma -o pygemma.wasat --quantize int4`
+    - `wasat compile examples/pygemma -o mixed.wasat --quantize int4 --override '*embed*=int8'`
+    - `wasat compile examples/pygemma -o exact.wasat --check --verbose`
+    - An ONNX file's sizes and inputs can be fixed: `--size sequence=512 --constant sr=16000`
+    """
+    from wasat import driver
+
+    started = time.perf_counter()
+    with Bar() as bar:
+        bar("reading the model")
+        fixed = dict(constant_of(item) for item in constant or ())
+        program = driver.load_program(source, sizes=sizes_of(size), constants=fixed)
+        report = driver.compile(
+            program, output, target=target, quantize=or_none(quantize), overrides=overrides_of(override),
+            activation=or_none(activation), chunk=chunk, threads=threads, check=check, progress=bar,
+        )  # fmt: skip
+    if verbose:
+        print(report.explain())
+    warn_of_weights(report, quantize)
+    written = sum(f.stat().st_size for f in output.iterdir())
+    say(f"{output}: {written / 1e6:.1f} MB in {time.perf_counter() - started:.1f} s")
+    missed = len(report.remarks("missed"))
+    if missed and not verbose:
+        say(f"{missed} optimization{'s were' * (missed > 1) or ' was'} missed; what and why: wasat explain {source} --missed")
+
+
+@app.command()
+def generate(
+    artifact: Annotated[Path, typer.Argument(help="An artifact folder made by `wasat compile`.", show_default=False)],
+    prompt: Annotated[str, typer.Argument(help="The text to continue; `-` reads standard input.", show_default=False)],
+    image: Annotated[list[Path] | None, typer.Option(help="A picture; repeatable.", show_default=False)] = None,
+    audio: Annotated[list[Path] | None, typer.Option(help="A sound; repeatable.", show_default=False)] = None,
+    video: Annotated[list[Path] | None, typer.Option(help="A video; repeatable.", show_default=False)] = None,
+    given: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input", show_default=False,
+            help="`NAME=FILE`: what else the model takes, such as its encoder's input; `.npy`, `.npz`, or `.txt` as tokens.",
+        ),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to write.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; 1 samples the model's distribution.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Sample among the k likeliest; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample among the fewest tokens that hold this probability.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Drop tokens below this fraction of the likeliest one's probability.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: discourage tokens already there.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop before this text, or special token; repeatable.")] = None,
+    stop_token: Annotated[
+        list[int] | None, typer.Option(metavar="ID", help="Stop at this token id; repeatable.", show_default=False)
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the text.")] = False,
+) -> None:
+    """Continue a prompt, streaming. Needs the artifact and the runtime, not the compiler.
+
+    Pictures, sounds and videos come before the text, in this order, or where the text says `{image}`, `{audio}`, `{video}`.
+
+    Examples:
+
+    - `wasat generate pygemma.wasat "def read_file(path):" --max-tokens 80`
+    - `wasat generate pygemma.wasat "class Stack:" --temperature 0.8 --top-p 0.95 --seed 7`
+    - `echo "import os" | wasat generate pygemma.wasat - --stop "def " --quiet`
+    - `wasat generate gemini.wasat "What is this?" --image photo.jpg`
+    - `wasat generate t5.wasat "" --input input_ids=letter.txt`
+    - `wasat generate gemini.wasat "Does {audio} name what {image} shows?" --image photo.jpg --audio word.wav`
+    """
+    from wasat import runtime
+
+    text = sys.stdin.read().removesuffix("\n").removesuffix("\r") if prompt == "-" else prompt  # the line's end is echo's
+    model = runtime.load(artifact)
+    options = runtime.SamplingOptions(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed
+    )
+
+    def write(_row: int, piece: str) -> None:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    media: dict[str, Sequence[Media]] = {
+        "image": [runtime.Image(p) for p in image or ()], "audio": [runtime.Audio(p) for p in audio or ()],
+        "video": [runtime.Video(p) for p in video or ()],
+    }  # fmt: skip
+    (result,) = model.generate(
+        [_parts(text, media)], max_tokens=max_tokens, options=options, stop=stop or [],
+        stop_tokens=stop_token or [], stream=write,
+        inputs=dict(_input(item, model) for item in given or ()),
+    )  # fmt: skip
+    sys.stdout.write("\n")
+    if not quiet:
+        err.print(result.summary(), style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
+def _input(item: str, model: Model) -> tuple[str, np.ndarray]:
+    """Name and array of an ``--input``."""
+    import numpy as np
+
+    name, _, file = item.partition("=")
+    path = Path(file)
+    if not file or path.suffix not in (".npy", ".npz", ".txt"):
+        raise Refusal(
+            f"--input {item!r}: write NAME=FILE, an array (.npy, .npz) or a text as tokens (.txt); of sounds and pictures "
+            "give what the model's own processor makes of them"
+        )
+    if path.suffix == ".txt":
+        return name, np.array([model.tokenizer.encode(path.read_text(encoding="utf-8"))])
+    return name, array_file(item, name, path)
+
+
+def _parts(text: str, media: Mapping[str, Sequence[Media]]) -> Prompt:
+    """The prompt: media at their places in the text, those without one before it. Without media, braces are only braces."""
+    left = {kind: list(items) for kind, items in media.items() if items}
+    if not left:
+        return text
+    parts: list[str | Path | Media] = []
+    for piece in re.split(f"({'|'.join(f'{{{kind}}}' for kind in left)})", text):
+        kind = piece[1:-1]
+        if piece != f"{{{kind}}}" or kind not in left:
+            parts += [piece] if piece else []
+        elif left[kind]:
+            parts.append(left[kind].pop(0))
+        else:
+            raise Refusal(f"the text names more than {len(media[kind])} {piece}: give --{kind} once for each")
+    return [*(x for items in left.values() for x in items), *parts]
+
+
+@app.command()
+def show(
+    source: Source,
+    before: Annotated[str | None, typer.Option(help="Print the graphs as they enter this pass.")] = None,
+    after: Annotated[str | None, typer.Option(help="Print the graphs as they leave this pass; `all`: after the last.")] = None,
+    graph: Annotated[str | None, typer.Option(help="Only this graph, e.g. `decode`.")] = None,
+    quantize: Quantize = "f32",
+    override: Override = None,
+    activation: Activation = "int8",
+    locs: Annotated[bool, typer.Option("--locs", help="Note at every line where it was written.")] = False,
+) -> None:
+    """Print a model's graphs as text: as declared, or before or after any pass. A pass that runs twice prints twice.
+
+    Examples:
+
+    - `wasat show examples/pygemma --locs`
+    - `wasat show examples/pygemma --after fuse-attention`
+    - `wasat show examples/pygemma --quantize int4 --after all --graph decode`
+    """
+    from wasat import driver
+    from wasat.ir import Program, graph_text
+
+    def render(p: Program) -> str:
+        if graph is not None and graph not in p.graphs:
+            raise Refusal(f"there is no graph {graph!r} here; there are {', '.join(p.graphs)}")
+        return "\n".join(graph_text(g, locs=locs) for name, g in p.graphs.items() if graph in (None, name))
+
+    program = driver.load_program(source)
+    if before is None and after is None:
+        return print(render(program), end="")
+    seen: dict[str, None] = {}
+    shown = []
+
+    def dump(name: str, when: str, p: Program) -> None:
+        seen[name] = None
+        if (when, name) in (("before", before), ("after", after)):
+            shown.append(render(p))
+
+    result, _ = driver.optimize(
+        program, quantize=or_none(quantize), overrides=overrides_of(override), activation=or_none(activation), dump=dump
+    )
+    if after == "all":
+        shown.append(render(result))
+    unknown = [name for name in (before, after) if name not in (None, *seen) and (name, after) != ("all", "all")]
+    if unknown:
+        raise Refusal(f"there is no pass {unknown[0]!r}; in order they are: {', '.join(seen)}")
+    print("\n".join(shown), end="")
+
+
+@app.command()
+def plan(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="A model folder, an ONNX file, a `config.json` alone, or a preset: `gemini-4b`, …", show_default=False
+        ),
+    ],
+    batch: Annotated[int, typer.Option(help="Rows that are continued at once.", min=1)] = 1,
+    context: Annotated[int | None, typer.Option(help="Positions of each row; default: the model's limit.")] = None,
+    chunk: Annotated[int, typer.Option(help="Most prompt tokens per call.", min=1)] = 512,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(help="`NAME=N` or `ENTRY.NAME=N`: what a symbol of the graphs is, e.g. `h=1080`; repeatable."),
+    ] = None,
+    target: Annotated[str, typer.Option(help="`cpu` (this machine), `cpu:znver3`, …")] = "cpu",
+) -> None:
+    """Say what a model will take, without allocating it: parameters, weights in each scheme, caches, activations, operations.
+
+    Activations and operations are those of weights in f32; a multiply-add is two operations. Media are of the sizes that the
+    model brings them to, one of each kind.
+
+    Examples:
+
+    - `wasat plan examples/pygemma --batch 8 --context 1024`
+    - `wasat plan gemini-27b --context 8192`
+    - `wasat plan examples/gemini --size encode_image.h=1080 --size encode_image.w=1920`
+    """
+    from wasat import driver
+    from wasat.plan import plan as planned
+
+    sizes = sizes_of(size)
+    say(planned(driver.described(source), target=target, batch=batch, context=context, chunk=chunk, sizes=sizes).text())
+
+
+@app.command()
+def explain(
+    source: Source,
+    quantize: Quantize = "f32",
+    override: Override = None,
+    activation: Activation = "int8",
+    missed: Annotated[bool, typer.Option("--missed", help="Only what was missed.")] = False,
+) -> None:
+    """Say what every pass did, and for each optimization that was lost, why and at which line of the model.
+
+    Examples:
+
+    - `wasat explain examples/pygemma --quantize int4`
+    - `wasat explain examples/pygemma --missed`
+    """
+    from wasat import driver
+
+    program = driver.load_program(source)
+    _, report = driver.optimize(
+        program, quantize=or_none(quantize), overrides=overrides_of(override), activation=or_none(activation)
+    )
+    warn_of_weights(report, quantize)
+    print(report.explain(only="missed" if missed else None))
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A TOML file: model, data, optimizer.", show_default=False)],
+    artifact: Annotated[
+        Path | None, typer.Option(help="When done, compile the trained model into this artifact folder.")
+    ] = None,
+) -> None:
+    """Train a model as one compiled program per step: on text files, or a multimodal one on tasks. Run again after a stop.
+
+    The file's `output` folder receives checkpoints, `log.jsonl` (a line per step) and `curve.html`. A run that was stopped at
+    any moment goes on from its last checkpoint and ends with the same bits. `examples/train_tiny.toml` and
+    `examples/gemini.toml` explain every entry. Where stderr is no terminal, it receives plain lines in place of a bar.
+    Utilisation is the operations that the model needs per second (2 per multiply-add of its products, attention and
+    convolutions, and as many for each operand that needs a gradient), relative to NumPy's matrix product on this machine.
+
+    Examples:
+
+    - `wasat train examples/train_tiny.toml`
+    - `wasat train examples/train_tiny.toml --artifact tiny.wasat`
+    - `wasat generate tiny.wasat "def "`
+    - `wasat train examples/gemini.toml --artifact gemini.wasat`
+    """
+    from wasat import driver
+    from wasat.recipes.text import read_recipe
+    from wasat.training.loop import CURVE
+
+    recipe = read_recipe(config)
+    done = recipe.run()
+    last = done.log[-1]
+    held_out = f", {last['eval.loss']:.4f} held out" if "eval.loss" in last else ""
+    speed = f"{last['tokens_per_second']:.0f} tokens/s, {last['utilisation']:.1%} of NumPy's matrix product"
+    say(f"step {last['step']:.0f}: loss {last['loss']:.4f}{held_out}; {speed}; {recipe.output / CURVE}")
+    if recipe.options["precision"] != "f32" or recipe.options["remat"]:
+        for remark in done.remarks:
+            say(str(remark))
+    if skipped := sum(line.get("skipped", 0) for line in done.log):
+        say(f"{skipped:.0f} updates were skipped: their gradients overflowed in f16")
+    if artifact is not None:
+        with Bar() as bar:
+            driver.compile(recipe.served(done), artifact, progress=bar)
+        say(f"{artifact}: wasat generate {artifact} \"…\"")
+
+
+@app.command()
+def evaluate(
+    artifact: Annotated[Path, typer.Argument(help="An artifact folder made by `wasat compile`.", show_default=False)],
+    config: Annotated[Path, typer.Argument(help="The TOML file that it was trained by: its tasks.", show_default=False)],
+    count: Annotated[int | None, typer.Option(help="Most questions of a task; default: all of its held-out split.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the table into this Markdown file, too.")] = None,
+    kinds: Annotated[bool, typer.Option(help="A line for each kind of question.")] = True,
+) -> None:
+    """Ask an artifact the held-out questions of the tasks it was trained on; beside it, what guessing achieves.
+
+    The baseline is the commonest answer to the same kind of question. Without the medium (black pictures, silence, clips that
+    stand still), a model that looks and listens falls back to about that.
+
+    Examples:
+
+    - `wasat evaluate gemini.wasat examples/gemini.toml`
+    - `wasat evaluate gemini.wasat examples/gemini.toml --count 100 --no-kinds --markdown accuracy.md`
+    """
+    from wasat import runtime
+    from wasat.recipes import evaluation
+    from wasat.recipes.multimodal import Joint
+    from wasat.recipes.text import read_recipe
+
+    recipe = read_recipe(config)
+    if not isinstance(recipe, Joint):
+        raise Refusal(f"{config} describes no tasks with questions: family = \"gemini\" does")
+    with Bar() as bar:
+        scores = evaluation.evaluate(runtime.load(artifact), recipe.tasks, count, progress=bar)
+    rows = evaluation.table(scores, kinds)
+    shown = Table(*rows[0], box=None)
+    for row in rows[1:]:
+        shown.add_row(*map(escape, row))
+    out.print(shown)
+    if markdown is not None:
+        markdown.write_text(evaluation.markdown(rows), encoding="utf-8")
+
+
+@app.command()
+def demo(
+    quantize: Annotated[
+        Scheme | None,
+        typer.Option(help="Of all weights; default: `int8` where a model sees or hears, else `int4`.", show_default=False),
+    ] = None,
+    folder: Annotated[Path | None, typer.Option(help="A model folder to show instead of the examples'.")] = None,
+    page: Annotated[Path, typer.Option(help="The HTML page to write.")] = Path("out/demo.html"),
+) -> None:
+    """Watch models become graphs, be fused, quantized and compiled, and answer from pictures, sounds, clips and code.
+
+    Examples:
+
+    - `wasat demo`
+    - `wasat demo --quantize f32`
+    - `wasat demo --folder gemini.run/model --page mine.html`
+    """
+    from wasat.demo import tour as _demo
+
+    _demo.main(out, folder, quantize, page)
+
+
+@app.command()
+def export(
+    source: Source,
+    onnx: Annotated[Path, typer.Option("--onnx", help="The `.onnx` file to write.", show_default=False)],
+    graph: Annotated[str | None, typer.Option(help="Which graph, e.g. `decode`; default: `forward`, or the only one.")] = None,
+    opset: Annotated[int, typer.Option(help="Operator set, 17 or newer; fused operations have operators from 23 on.")] = 24,
+    optimized: Annotated[
+        bool, typer.Option("--optimized", help="After all passes: fused; `prefill` and `decode` with KV caches.")
+    ] = False,
+    quantize: Quantize = "f32",
+    override: Override = None,
+    external_data: Annotated[
+        bool | None, typer.Option(help="Parameters in a file beside the model; default: above 1 GiB.", show_default=False)
+    ] = None,
+    matmul_nbits: Annotated[
+        bool, typer.Option("--matmul-nbits", help="Quantized weights as onnxruntime's MatMulNBits, not DequantizeLinear.")
+    ] = False,
+) -> None:
+    """Write a model as an ONNX file: as declared, or as the passes leave it. `--quantize` implies `--optimized`.
+
+    Examples:
+
+    - `wasat export examples/pygemma --onnx pygemma.onnx`
+    - `wasat export examples/pygemma --onnx decode.onnx --graph decode --optimized --quantize int4`
+    - `wasat export examples/pygemma --onnx old.onnx --opset 17`
+    """
+    from wasat import driver
+
+    try:
+        from wasat.backends.onnx import to_onnx
+    except ModuleNotFoundError as e:
+        raise Refusal(f"writing ONNX files needs the package {e.name}; pip install 'wasat[onnx]'") from None
+
+    program = driver.load_program(source)
+    if optimized or or_none(quantize) is not None:
+        caches = None if graph is not None and graph not in program.graphs else False  # a graph that is there stays
+        program, report = driver.optimize(
+            program, quantize=or_none(quantize), overrides=overrides_of(override), activation=None, kv_cache=caches
+        )  # fmt: skip
+        warn_of_weights(report, quantize)
+    elif override:
+        raise Refusal("--override chooses among quantized weights: give --quantize too")
+    to_onnx(program, onnx, graph=graph, opset=opset, external_data=external_data, matmul_nbits=matmul_nbits)
+    beside = onnx.with_name(onnx.name + ".data")
+    size = onnx.stat().st_size + (beside.stat().st_size if beside.exists() else 0)
+    say(f"{onnx}: {size / 1e6:.1f} MB, operator set {opset}")
+
+
+app.command("run")(cli_run.run)
+
+
+def main() -> None:
+    """Entry point: what Wasat or the system refuses becomes one message and exit status 1."""
+    try:
+        app()
+    except Exception as e:
+        rooms = (("wasat.ir", "WasatError"), ("wasat.runtime", "RuntimeErrorBase"))  # imported only where they were needed
+        kinds = (Refusal, OSError, *(getattr(sys.modules[room], name) for room, name in rooms if room in sys.modules))
+        if not isinstance(e, kinds):
+            raise
+        err.print(f"[bold red]error:[/] {escape(str(e))}", highlight=False, soft_wrap=True)
+        raise SystemExit(1) from None
+
+
+__all__ = ["app", "main"]

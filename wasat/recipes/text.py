@@ -1,0 +1,392 @@
+"""Training from a file: what ``wasat train`` reads, and what it makes of it."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import math
+import operator
+import re
+import tomllib
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import MISSING, dataclass, fields
+from fnmatch import fnmatchcase
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from wasat import nn
+from wasat.backends.tvm.targets import target_named
+from wasat.frontend import from_pretrained
+from wasat.ir import IRError, Program, WasatError
+from wasat.recipes.mixture import END
+from wasat.training.checkpoint import Checkpoints, whole
+from wasat.training.data import Batch, Packed, Source, TextFiles
+from wasat.training.loop import Progress, Trained, train
+from wasat.training.losses import add_loss, cross_entropy
+from wasat.training.optimizers import SGD, Adafactor, AdamW, Constant, Cosine, Linear, Muon, Optimizer, OutOfRange, Schedule
+
+if TYPE_CHECKING:
+    from wasat.recipes.multimodal import Joint
+
+
+class RecipeError(WasatError):
+    """A training file that does not say what is needed, or says what nobody understands."""
+
+
+@dataclass(frozen=True)
+class DecoderSize:
+    """The sizes of :class:`Decoder`, and the share of numbers that training drops of what each half of a block adds."""
+
+    dim: int
+    layers: int
+    heads: int
+    kv_heads: int
+    hidden: int
+    context: int = 1024
+    dropout: float = 0.0
+
+
+class _Block(nn.Module):
+    def __init__(self, size: DecoderSize) -> None:
+        rope = nn.RoPE(size.dim // size.heads)
+        self.attention_norm, self.mlp_norm = nn.RMSNorm(size.dim), nn.RMSNorm(size.dim)
+        self.attention = nn.Attention(size.dim, size.heads, size.kv_heads, rope=rope)
+        self.mlp = nn.GLU(size.dim, size.hidden)
+        self.dropout = nn.Dropout(size.dropout)
+
+    def __call__(self, x: nn.Tensor, positions: nn.Tensor, key: nn.Tensor | None) -> nn.Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), positions), key)
+        return x + self.dropout(self.mlp(self.mlp_norm(x)), key)
+
+
+class Decoder(nn.Module):
+    """tokens i64[b, s] -> logits f32[b, s, vocab]; the architecture of Llama (arXiv:2307.09288).
+
+    In training with dropout, key u32[2] beside the tokens.
+    """
+
+    def __init__(self, size: DecoderSize, vocab: int) -> None:
+        self.embed = nn.Embedding(vocab, size.dim)
+        self.blocks = [_Block(size) for _ in range(size.layers)]
+        self.norm, self.head = nn.RMSNorm(size.dim), nn.Linear(size.dim, vocab)
+
+    def __call__(self, tokens: nn.Tensor, key: nn.Tensor | None = None) -> nn.Tensor:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x, nn.positions(tokens), key)
+        return self.head(self.norm(x))
+
+
+def byte_tokenizer() -> Tokenizer:
+    """Token i is the i-th byte of the alphabet; 256 ends a document."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([END])
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training run that a file describes; nothing is read or compiled before :meth:`run`."""
+
+    program: Program
+    tokenizer: Tokenizer
+    output: Path
+    sources: tuple[Source, ...]
+    evaluation: tuple[Source, ...]
+    end: int
+    options: dict[str, Any]
+    """Of :func:`wasat.train`."""
+    batch: dict[str, int]
+    batches: int
+    """Of each evaluation."""
+
+    def run(self, progress: Progress | None = None) -> Trained:
+        """Trains, or goes on where the output folder's last checkpoint is; returns the trained program."""
+
+        def held_out() -> Iterable[Batch]:
+            return islice(Packed(self.evaluation, **self.batch, end=self.end), self.batches)
+
+        self.program.metadata["tokenizer"] = str(keep_tokenizer(self.tokenizer, self.output))
+        packed = Packed(self.sources, **self.batch, end=self.end, seed=self.options["seed"])
+        evaluation: Callable[[], Iterable[Batch]] | None = held_out if self.evaluation else None
+        return train(self.program, packed, self.output, evaluation=evaluation, progress=progress, **self.options)
+
+    def served(self, done: Trained) -> Program:
+        """What to compile of the trained program."""
+        return Program({"forward": done.program["forward"]}, done.program.params, done.program.metadata)
+
+
+def keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> Path:
+    """Writes ``tokenizer.json`` into the folder of a run, unless it is there.
+
+    Raises RecipeError if the folder holds a run with another tokenizer.
+    """
+    path, text = folder / "tokenizer.json", tokenizer.to_str(pretty=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        if Checkpoints(folder).steps():
+            raise RecipeError(f"{folder} holds a run with another tokenizer, {path}; choose another folder, or remove it")
+        with whole(path) as f:
+            f.write(text.encode())
+    return path
+
+
+def read_recipe(path: str | Path) -> Recipe | Joint:
+    """The run that a TOML file describes; ``examples/train_tiny.toml`` and ``examples/gemini.toml`` show all of it.
+
+    Raises RecipeError, naming file, line and key, for a key that is missing, unknown or out of range, and for files that are
+    not there.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        top = Table(tomllib.loads(text), str(path), _lines(text))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise RecipeError(f"{path} is no TOML: {e}") from None
+    seed = top.take("seed", int, 0, least=0, below=2**32)
+    options: dict[str, Any] = {"seed": seed, "steps": top.take("steps", int, least=1)}
+    output = Path(top.take("output", str))
+    options["target"], options["threads"] = top.take("target", str, "cpu"), top.take("threads", int, None, least=1)
+    try:
+        target_named(options["target"], options["threads"])
+    except IRError as e:
+        raise RecipeError(f"{top.at('target')}: {e}") from None
+    batch = top.table("batch")
+    sizes = {"batch": batch.take("rows", int, least=1), "length": batch.take("length", int, least=1)}
+    batch.close()
+    evaluates = "evaluation" in top.items
+    held_out = top.table("evaluation", {})
+    options["evaluate_every"] = held_out.take("every", int, 100, least=1)
+    batches = held_out.take("batches", int, 8, least=1) * evaluates
+    step, about, data = top.table("step", {}), top.table("model"), top.tables("data")
+    options |= _training(top, step, options["steps"])
+    terms = top.table("loss", {})
+    loss = {
+        "smoothing": terms.take("smoothing", float, 0.0, least=0, below=1),
+        "z_loss": terms.take("z_loss", float, 0.0, least=0),
+    }
+    terms.close()
+    family = about.take("family", str, "decoder")
+    if family == "gemini":
+        from wasat.recipes.multimodal import read_joint
+
+        held_out.close()
+        top.close()
+        if sizes["batch"] < len(data):
+            raise RecipeError(f"{batch.at('rows')}: rows = {sizes['batch']} must be at least {len(data)}, one of each task")
+        joint = read_joint(about, data, path.parent, output, options, loss, sizes, batches)
+        _check_sizes(batch, sizes["length"], joint.config.text.context)
+        _check_chosen(step, options["train"], joint.parameters())
+        return joint
+    if family != "decoder":
+        raise RecipeError(f"{about.at('family')}: there is no family {family}; there are decoder, gemini")
+    program, tokenizer, end = _model(about, path.parent, seed, loss)
+    _check_sizes(batch, sizes["length"], program.metadata["context"])
+    _check_chosen(step, options["train"], program.params)
+
+    def source(t: Table) -> Source:
+        files = TextFiles(files_of(t, path.parent), lambda text: tokenizer.encode(text, add_special_tokens=False).ids)
+        weight = t.take("weight", float, 1.0, above=0)
+        t.close()
+        return Source(files, weight)
+
+    sources = tuple(map(source, data))
+    evaluation = (source(held_out),) if evaluates else ()
+    top.close()
+    return Recipe(program, tokenizer, output, sources, evaluation, end, options, sizes, batches)
+
+
+def _check_sizes(batch: Table, length: int, context: int) -> None:
+    if length > context:
+        raise RecipeError(f"{batch.at('length')}: length = {length} must be at most {context}, the context of the model")
+
+
+def _check_chosen(step: Table, globs: Iterable[str], names: Collection[str]) -> None:
+    for wanted in globs:
+        if not any(fnmatchcase(name, wanted) for name in names):
+            near = difflib.get_close_matches(wanted, names, 3, cutoff=0.4) or list(names)[:3]
+            raise RecipeError(f"{step.at('train')}: train: no parameter matches {wanted!r}; there are {', '.join(near)}, …")
+
+
+def _training(top: Table, step: Table, steps: int) -> dict[str, Any]:
+    """The options of :func:`wasat.train` that every recipe has; ``step``: the table of that name."""
+    options: dict[str, Any] = {"optimizer": _chosen(top.table("optimizer", {}), _OPTIMIZERS, "adamw")}
+    rate, saving = top.table("rate", {}), top.table("checkpoints", {})
+    options["accumulate"] = step.take("accumulate", int, 1, least=1)
+    if options["accumulate"] > steps:
+        raise RecipeError(f"{step.at('accumulate')}: accumulate = {options['accumulate']} must be at most steps = {steps}")
+    options["ema"] = step.take("ema", float, None, least=0, below=1)
+    options["clip"] = step.take("clip", float, 1.0, least=0) or None
+    options["precision"], options["remat"] = step.take("precision", str, "f32"), step.take("remat", bool, False)
+    if options["precision"] not in ("f32", "bf16", "f16"):
+        raise RecipeError(f"{step.at('precision')}: precision = {options['precision']!r} must be 'f32', 'bf16' or 'f16'")
+    options["train"] = step.texts("train", ("*",))
+    if not options["train"]:
+        raise RecipeError(f"{step.at('train')}: train = [] must have a glob, as ['blocks.*']")
+    if rate.items.get("name", "cosine") != "constant":
+        rate.items.setdefault("steps", steps // options["accumulate"])  # schedules count updates
+    options["rate"] = _chosen(rate, _SCHEDULES, "cosine")
+    options["save_every"], options["keep"] = saving.take("every", int, 100, least=1), saving.take("keep", int, 3, least=1)
+    for table in (step, saving):
+        table.close()
+    return options
+
+
+_OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW, "muon": Muon, "adafactor": Adafactor, "sgd": SGD}
+_SCHEDULES: dict[str, type[Schedule]] = {"cosine": Cosine, "linear": Linear, "constant": Constant}
+_BOUNDS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
+    "least": ("at least", operator.ge), "above": ("above", operator.gt), "below": ("below", operator.lt),
+}  # fmt: skip
+
+
+class Table:
+    """A table of the file whose keys are taken one by one; what is left at the end is unknown."""
+
+    def __init__(self, items: dict[str, Any], where: str, lines: Mapping[tuple[str, str], int], header: str = "") -> None:
+        """``header``: of the table within the file, as ``lines`` have it."""
+        self.items, self.where, self._known = dict(items), f"{where} {header}".rstrip(), list[str]()
+        self._file, self._lines, self._header = where, lines, header
+
+    def take(self, key: str, type: type, *default: Any, **bounds: float) -> Any:
+        """The value of ``key``; ``least``, ``above`` and ``below`` are what it must be."""
+        self._known.append(key)
+        if key not in self.items:
+            if not default:
+                alike = [k for k, v in self.items.items() if isinstance(v, dict) == (type is dict)]
+                near = difflib.get_close_matches(key, alike, 1)
+                raise RecipeError(f"{self.where}: {key} is missing" + (f"; is {near[0]} meant to be it?" if near else ""))
+            return default[0]
+        value = self.items.pop(key)
+        if type is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if not isinstance(value, type) or (isinstance(value, bool) and type is not bool):
+            raise RecipeError(f"{self.at(key)}: {key} = {value!r} must be {_KINDS[type]}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise RecipeError(f"{self.at(key)}: {key} = {value!r} must be finite")
+        for name, bound in bounds.items():
+            words, holds = _BOUNDS[name]
+            if not holds(value, bound):
+                raise RecipeError(f"{self.at(key)}: {key} = {value!r} must be {words} {bound}")
+        return value
+
+    def texts(self, key: str, *default: tuple[str, ...]) -> tuple[str, ...]:
+        """The value of ``key``, a list of texts: paths, globs."""
+        found = self.take(key, list, *default)
+        if not all(isinstance(x, str) for x in found):
+            raise RecipeError(f"{self.at(key)}: {key} = {found} must be a list of texts")
+        return tuple(found)
+
+    def at(self, key: str) -> str:
+        """Where the key stands."""
+        line = self._lines.get((self._header, key))
+        return self.where if line is None else f"{self.where}, line {line}"
+
+    def table(self, key: str, *default: Any) -> Table:
+        return Table(self.take(key, dict, *default), self._file, self._lines, f"[{key}]")
+
+    def tables(self, key: str) -> list[Table]:
+        found = self.take(key, list)
+        if not found or not all(isinstance(x, dict) for x in found):
+            raise RecipeError(f"{self.at(key)}: {key} must be tables: [[{key}]]")
+        return [Table(x, self._file, self._lines, f"[[{key}]] {i}") for i, x in enumerate(found, 1)]
+
+    def close(self) -> None:
+        for key in self.items:
+            near = difflib.get_close_matches(key, self._known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(self._known)}"
+            raise RecipeError(f"{self.at(key)}: {key} is unknown; {hint}")
+
+
+def _lines(text: str) -> dict[tuple[str, str], int]:
+    """The lines of a file's keys, by the header above them, ``[[data]] 2`` for the second such, and name; headers, too."""
+    found: dict[tuple[str, str], int] = {}
+    seen: Counter[str] = Counter()
+    header = ""
+    for number, line in enumerate(text.splitlines(), 1):
+        if m := re.match(r"\s*(\[\[?)([\w.-]+)\]", line):
+            found.setdefault(("", m[2]), number)
+            seen[m[2]] += 1
+            header = f"[[{m[2]}]] {seen[m[2]]}" if m[1] == "[[" else f"[{m[2]}]"
+        elif m := re.match(r"\s*([\w-]+)\s*=", line):
+            found.setdefault((header, m[1]), number)
+    return found
+
+
+_KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "a table", list: "a list"}
+
+
+def _made(table: Table, cls: type) -> Any:
+    """A dataclass of numbers and texts from the table's keys. What it refuses is a RecipeError."""
+    kinds = {"int": int, "float": float, "bool": bool}
+    values: dict[str, Any] = {}
+    for f in fields(cls):
+        default, kind = [] if f.default is MISSING else [f.default], str(f.type)
+        texts = kind == "tuple[str, ...]"
+        values[f.name] = table.texts(f.name, *default) if texts else table.take(f.name, kinds[kind], *default)
+    table.close()
+    try:
+        return cls(**values)
+    except OutOfRange as e:
+        raise RecipeError(f"{table.at(e.field)}: {e}") from None
+
+
+def _chosen(table: Table, there: dict[str, Any], default: str) -> Any:
+    name = table.take("name", str, default)
+    if name not in there:
+        raise RecipeError(f"{table.at('name')}: there is no {name}; there are {', '.join(there)}")
+    return _made(table, there[name])
+
+
+def files_of(table: Table, base: Path) -> tuple[Path, ...]:
+    """The files that the table's ``files`` match, patterns from ``base`` on."""
+    found: list[Path] = []
+    for pattern in table.texts("files"):
+        matches = sorted(Path(p) for p in glob.glob(str(base / pattern), recursive=True))
+        if not any(p.is_file() for p in matches):
+            raise RecipeError(f"{table.at('files')}: no file matches {pattern!r} (looked from {base})")
+        found += [p for p in matches if p.is_file()]
+    return tuple(dict.fromkeys(found))
+
+
+def _model(table: Table, base: Path, seed: int, loss: Mapping[str, Any]) -> tuple[Program, Tokenizer, int]:
+    """The program with its @loss, its tokenizer, and the token that ends a document."""
+    folder, given = table.take("folder", str, None), table.take("tokenizer", str, None)
+    path = base / given if given else base / folder / "tokenizer.json" if folder else None
+    try:
+        tokenizer = Tokenizer.from_file(str(path)) if path else byte_tokenizer()
+    except Exception as e:  # the library raises bare Exceptions
+        raise RecipeError(f"{table.where}: the tokenizer {path} cannot be read: {e}") from None
+    wanted = table.take("end", str, None)
+    names = [wanted] if wanted is not None else [END, "<eos>", "</s>", "<|endoftext|>"]
+    end = next((i for i in map(tokenizer.token_to_id, names) if i is not None), None)
+    if end is None:
+        raise RecipeError(f"{table.where}: the tokenizer has no token {' or '.join(names)} to end a document; give end = TOKEN")
+    if folder:
+        table.close()
+        program = from_pretrained(base / folder)
+    else:
+        size, vocab = _decoder_size(table), tokenizer.get_vocab_size()
+        inputs = {"tokens": "i64[b, s]", **({"key": "u32[2]"} if size.dropout else {})}
+        program = nn.trace(Decoder(size, vocab), inputs, outputs=["logits"], seed=seed, training=True)
+        program.metadata.update(name="decoder", context=size.context, vocab=vocab, generation={"eos": [end]})
+    add_loss(program, lambda b, v: cross_entropy(b, v["logits"], v["labels"], **loss), {"labels": "i64[b, s]"})
+    return program, tokenizer, end
+
+
+def _decoder_size(table: Table) -> DecoderSize:
+    numbers = {k: table.take(k, int, least=1) for k in ("dim", "layers", "heads", "kv_heads", "hidden")}
+    context, dropout = table.take("context", int, 1024, least=1), table.take("dropout", float, 0.0, least=0, below=1)
+    table.close()
+    size = DecoderSize(**numbers, context=context, dropout=dropout)
+    if size.dim % (2 * size.heads):
+        raise RecipeError(f"{table.at('heads')}: dim = {size.dim} is not divided by heads = {size.heads} into even parts")
+    if size.heads % size.kv_heads:
+        raise RecipeError(f"{table.at('kv_heads')}: heads = {size.heads} is not a multiple of kv_heads = {size.kv_heads}")
+    return size
