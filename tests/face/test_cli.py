@@ -146,7 +146,7 @@ def test_explain(run: Run, tiny: Path, tmp_path: Path) -> None:
     code, out, _ = run("explain", tiny)
     assert code == 0
     assert re.search(r"^fuse-attention: \d+ -> \d+ nodes, .* ms\n  applied: ", out, re.M)
-    assert "families/" in out  # where it was written
+    assert "models/" in out  # where it was written
     assert run("explain", tiny, "--missed")[1] == "nothing was missed\n"
     (tmp_path / "loose.txt").write_text(LOOSE)
     code, out, _ = run("explain", tmp_path / "loose.txt", "--missed")
