@@ -53,7 +53,7 @@ def measure(out: str) -> None:
     model = runtime.load(out)
     load = time.perf_counter() - started
     rng = np.random.default_rng(0)
-    ids = rng.integers(300, (model.manifest.vocab or 1000) - 300, PREFILL).tolist()
+    ids = rng.integers(300, (model.manifest.interface.vocab or 1000) - 300, PREFILL).tolist()
     prefill, decode = [], []
     model.generate([ids], 1)
     for _ in range(3):

@@ -29,7 +29,7 @@ def decoder(layers: int) -> Program:
     )  # fmt: skip
     model = Gemma3(options, {"full_attention": nn.RoPE(8, 1e6), "sliding_attention": nn.RoPE(8)})
     program = nn.trace(model, {"tokens": "i64[b, s]"}, outputs=["logits"])
-    program.metadata.update(context=128, vocab=64)
+    program.declare(context=128, vocab=64)
     return program
 
 

@@ -14,7 +14,7 @@ with tempfile.TemporaryDirectory() as place:
     out = Path(sys.argv[2] if len(sys.argv) > 2 else place, f"{folder.name}.wasat")
 
     program = ws.from_pretrained(folder)  # weights are memory-mapped: nothing is read yet
-    print(f"{program.metadata['family']}, {len(program['forward'])} nodes, context {program.metadata['context']}")
+    print(f"{program.origin.family}, {len(program['forward'])} nodes, context {program.interface.context}")
 
     # the embedding, which is also the output head, keeps 8 bits
     report = ws.compile(program, out, quantize="int4", overrides={"*embed_tokens*": "int8"})

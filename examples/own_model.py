@@ -48,7 +48,7 @@ class Decoder(nn.Module):
 
 
 program = nn.trace(Decoder(), {"tokens": "i64[b, s]"}, outputs=["logits"])
-program.metadata["context"] = 1024  # positions at most
+program.declare(context=1024)  # positions at most
 with tempfile.TemporaryDirectory() as folder:
     report = ws.compile(program, Path(folder) / "own.wasat", quantize="int8")
     print(report.explain("applied"))

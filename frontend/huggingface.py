@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from wasat.frontend import nn
-from wasat.ir import Program, TensorType
+from wasat.ir import Generation, Origin, Program, TensorType
 
 from .models import FAMILIES, ConfigError, Fields
 from .weights.safetensors import CheckpointError, FileParam, Stored, match, read_folder, read_json
@@ -28,8 +29,7 @@ def from_pretrained(folder: str | Path) -> Program:
     """The program of a model folder: graph ``forward(tokens i64[b, s]) -> logits f32[b, s, vocab]``.
 
     Parameters are memory-mapped and converted to f32 one at a time, when loaded; their names are the checkpoint's.
-    ``metadata``: family, name, context (positions), vocab, generation (bos, eos list, pad), tokenizer (path or None),
-    config.
+    ``interface``: name, context (positions), vocab, generation (bos, eos, pad); ``origin``: family, and the tokenizer's path.
 
     Raises ConfigError for a field that is not implemented, CheckpointError for files that are damaged or do not fit.
     """
@@ -41,7 +41,7 @@ def from_pretrained(folder: str | Path) -> Program:
     wanted = {name: p.type for name, p in module.parameters().items()}
     program.params.update(_sources(wanted, found, folder, tied="lm_head.weight" not in wanted))
     tokenizer = folder / "tokenizer.json"
-    program.metadata["tokenizer"] = str(tokenizer) if tokenizer.exists() else None
+    program.origin = replace(program.origin, tokenizer=str(tokenizer) if tokenizer.exists() else None)
     return program
 
 
@@ -57,10 +57,11 @@ def _traced(path: Path) -> tuple[nn.Module, Program]:
     config = read_json(path)
     family, module = build(Fields(config, str(path)))
     program = nn.trace(module, {"tokens": "i64[b, s]"}, outputs=["logits"])
-    program.metadata.update(
-        family=family, name=path.parent.resolve().name, context=config["max_position_embeddings"], vocab=config["vocab_size"],
-        generation=generation_ids(path.parent, config), config=config,
+    program.declare(
+        name=path.parent.resolve().name, context=config["max_position_embeddings"], vocab=config["vocab_size"],
+        generation=generation_ids(path.parent, config),
     )  # fmt: skip
+    program.origin = Origin(family)
     return module, program
 
 
@@ -108,10 +109,8 @@ def _same(a: Stored, b: Stored) -> bool:
     return all(np.array_equal(x[i : i + 4096], y[i : i + 4096]) for i in range(0, a.shape[0] if a.shape else 0, 4096))
 
 
-def generation_ids(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """``{bos, eos, pad}`` token ids; generation_config.json goes before config.json, that before the family's own. ``eos`` is
-    a list.
-    """
+def generation_ids(folder: Path, config: dict[str, Any]) -> Generation:
+    """Token ids; generation_config.json goes before config.json, that before the family's own. A negative id is none."""
     config = {**_IDS.get(config.get("model_type", ""), {}), **config}
     path = folder / "generation_config.json"
     first = read_json(path) if path.exists() else {}
@@ -122,5 +121,6 @@ def generation_ids(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
         values = value if isinstance(value, list) else [] if value is None else [value]
         if not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
             raise ConfigError(f"{path if name in first else folder / 'config.json'}: {name} is {value!r}; expected token ids")
-        ids[key] = values if key == "eos" else values[0] if values else None
-    return ids
+        there = tuple(v for v in values if v >= 0)
+        ids[key] = there if key == "eos" else there[0] if there else None
+    return Generation(**ids)

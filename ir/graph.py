@@ -8,14 +8,14 @@ effects: whatever changes (a cache, optimizer state) goes in as a value and come
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
 from .dims import Check, DimError, DimLike, collect_checks, symbols_of
-from .errors import IRError, Loc, TypeMismatch, VerifyError, WasatError
+from .errors import IRError, Loc, TypeMismatch, WasatError
 from .types import Array, QTensorType, TensorType, Type, type_of
 
 if TYPE_CHECKING:
@@ -451,56 +451,3 @@ class DerivedParam:
         from .evaluate import evaluate
 
         return evaluate(self.graph, {v.name: self.sources[v.name].load() for v in self.graph.inputs})[0]
-
-
-@dataclass
-class Program:
-    """Entry points that share one set of named parameters."""
-
-    graphs: dict[str, Graph]
-    params: dict[str, ParamSource] = field(default_factory=dict)
-    metadata: dict[str, Any] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return "\n".join(str(g) for g in self.graphs.values())
-
-    def _repr_html_(self) -> str:
-        from .html import program_html
-
-        return program_html(self)
-
-    def __getitem__(self, name: str) -> Graph:
-        if name not in self.graphs:
-            raise IRError(f"no graph @{name} in this program; there are {', '.join('@' + n for n in self.graphs)}")
-        return self.graphs[name]
-
-    def load(self, name: str) -> Array:
-        """The numbers of a parameter. Raises IRError, naming it, where they are not of the type that the graphs read."""
-        if name not in self.params:
-            raise IRError(f"the program has no parameter {name}")
-        try:
-            x = self.params[name].load()
-        except TypeMismatch as e:
-            raise TypeMismatch(f"parameter {name}: {e.message}", e.loc) from None
-        found = type_of(x)
-        for g in self.graphs.values():
-            if name in g.params and g.params[name].type != found:
-                raise TypeMismatch(f"parameter {name} is {found}; graph @{g.name} reads {g.params[name].type}")
-        return x
-
-    def map(self, change: Callable[[Graph], object], only: Iterable[str] | None = None) -> None:
-        """Calls ``change`` on each graph (or those named in ``only``)."""
-        for name in list(self.graphs) if only is None else only:
-            change(self[name])
-
-    def verify(self) -> None:
-        """Verifies each graph, and that every parameter it reads exists with that type."""
-        from .verify import verify
-
-        for g in self.graphs.values():
-            verify(g)
-            for name, v in g.params.items():
-                if name not in self.params:
-                    raise VerifyError(f"graph @{g.name} reads parameter {name}, which the program does not have")
-                if self.params[name].type != v.type:
-                    raise VerifyError(f"parameter {name} is {self.params[name].type}; graph @{g.name} reads {v.type}")

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from .printer import brief, node_text
 
 if TYPE_CHECKING:
-    from .graph import Graph, Program, Value
+    from .graph import Graph, Value
+    from .program import Program
 
 _LINES, _WIDTH, _NAMES = 60, 200, 24
 """Nodes that are written out, characters of each, inputs or outputs that are named."""

@@ -5,14 +5,45 @@ It is printed and parsed with the program; the manifest of an artifact is its se
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from .errors import IRError
 
 Cut = Literal["anywhere", "window", "never"]
 
 
+class _Section:
+    """A part of the interface: fields of the types that they are declared with."""
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if not _fits(value, hint):
+                raise IRError(f"{type(self).__name__}: {name} is {value!r}, which is not {_hint_text(hint)}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, h) for h in args)
+    if origin is Literal:
+        return value in args
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(x, args[0]) for x in value)
+    if hint is int:
+        return type(value) is int and value >= 0
+    return isinstance(value, hint)
+
+
+def _hint_text(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+
+
 @dataclass(frozen=True)
-class State:
+class State(_Section):
     """What a program keeps between calls: an input and an output of one name, of every entry that has it.
 
     ``kind`` is a word for people. Whoever keeps states (a session, a target's layout, a planner) decides by the other fields:
@@ -77,3 +108,94 @@ class State:
     def trained(cls, name: str, donated: bool) -> State:
         """A parameter in training, or what its optimizer keeps."""
         return cls(name, "trained", rows=None, donated=donated)
+
+
+@dataclass(frozen=True)
+class Generation(_Section):
+    """The tokens that begin a text, end it (any of them), and fill it up."""
+
+    bos: int | None = None
+    eos: tuple[int, ...] = ()
+    pad: int | None = None
+
+
+@dataclass(frozen=True)
+class Encoder(_Section):
+    """The entry that makes rows of media of one kind (image, audio, video), and what it needs: the side of the square that
+    pictures are brought to, samples a second and most of them, frames of a video."""
+
+    kind: str
+    entry: str
+    size: int | None = None
+    rate: int | None = None
+    samples: int | None = None
+    frames: int | None = None
+
+
+@dataclass(frozen=True)
+class Media(_Section):
+    """A model that sees or hears: its token ``vocab + r`` stands for row r of the input ``media`` f32[m, dim], which the
+    encoders make. ``seen``: there is an input ``seen`` i64[b, t], the rows of media that each row attends to, -1 for none."""
+
+    vocab: int
+    dim: int
+    encoders: tuple[Encoder, ...] = ()
+    seen: bool = False
+
+    def encoder(self, kind: str) -> Encoder | None:
+        """That of media of ``kind``."""
+        return next((e for e in self.encoders if e.kind == kind), None)
+
+
+@dataclass(frozen=True)
+class Head(_Section):
+    """A classification head: its entry, and what it is of (text, or a kind of media)."""
+
+    name: str
+    entry: str
+    of: str
+
+
+@dataclass(frozen=True)
+class Interface(_Section):
+    """What whoever runs a program must know beside its graphs.
+
+    ``context``: most positions of a row. ``chunk``: most new tokens of one call. ``granule``: a growing state's capacity is a
+    multiple of it. ``vocab``: how many tokens there are. ``tokens``: the input that they come in by. None: not stated.
+    """
+
+    name: str = ""
+    context: int | None = None
+    chunk: int | None = None
+    granule: int = 16
+    vocab: int | None = None
+    tokens: str = "tokens"
+    generation: Generation | None = None
+    media: Media | None = None
+    heads: tuple[Head, ...] = ()
+    states: tuple[State, ...] = ()
+
+    @property
+    def state_names(self) -> list[str]:
+        """The names of all states."""
+        return [s.name for s in self.states]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a program comes from: for those who convert and write it. It is not printed.
+
+    ``family``: of a model folder. ``tokenizer``: the file that belongs to it. ``outputs``: what an ONNX file returns, the name
+    and, of a sequence, of how many tensors (None: it is one tensor). ``dequantized``: weights of the file that did not stay
+    quantized, and why.
+    """
+
+    family: str = ""
+    tokenizer: str | None = None
+    outputs: tuple[tuple[str, int | None], ...] | None = None
+    dequantized: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_onnx(self) -> bool:
+        """Whether it was an ONNX file."""
+        return self.outputs is not None

@@ -6,6 +6,7 @@ import base64
 import binascii
 import bisect
 import contextlib
+import dataclasses
 import json
 import math
 import re
@@ -17,8 +18,11 @@ import numpy as np
 
 from .dims import Dim, DimError, DimLike, floordiv, maximum, minimum, mod, symbol
 from .errors import IRError, Loc, ParseError
-from .graph import Graph, Program, Value
+from .graph import Graph, Value
+from .interface import Encoder, Generation, Head, Interface, Media, State
 from .op import Body, Literal, op_named
+from .printer import SUBSECTIONS
+from .program import Program
 from .schemes import SCHEMES
 from .types import DType, QTensorType, TensorType, Type
 
@@ -303,6 +307,20 @@ class _Parser:
                 return self.tuple_or_dim()
         return self.dim()
 
+    def fields(self) -> dict[str, Any]:
+        """``axis=2, keepdims=true}``"""
+        found: dict[str, Any] = {}
+        while not self.accept("}"):
+            at = self.tokens[self.i][2]
+            key = self.take("word", "an attribute name")
+            if key in found:
+                self.fail(f"{key} is given twice", at)
+            self.expect("=")
+            found[key] = self.attr()
+            if self.word != "}":
+                self.expect(",")
+        return found
+
     def body(self) -> Body:
         outer = self.unnamed
         body = Body(self.graph())
@@ -405,17 +423,7 @@ class _Parser:
             inputs.append(self.operand(g, env))
             if self.word != ")":
                 self.expect(",")
-        attrs: dict[str, Any] = {}
-        if self.accept("{"):
-            while not self.accept("}"):
-                place = self.tokens[self.i][2]
-                key = self.take("word", "an attribute name")
-                if key in attrs:
-                    self.fail(f"{key} is given twice", place)
-                self.expect("=")
-                attrs[key] = self.attr()
-                if self.word != "}":
-                    self.expect(",")
+        attrs = self.fields() if self.accept("{") else {}
         for name, _, _ in outs:
             if name in self.unnamed:
                 v = self.unnamed.pop(name)
@@ -440,6 +448,46 @@ class _Parser:
             env[name] = v
 
 
+    # -- the interface -------------------------------------------------------------------------------------------------
+    def interface(self) -> Interface:
+        """What :func:`.printer.interface_text` wrote."""
+        start = self.tokens[self.i][2]
+        self.expect("interface")
+        self.expect("{")
+        found: dict[str, list[Any]] = {}
+        while not self.accept("}"):
+            at = self.tokens[self.i][2]
+            word = self.take("word", "a section")
+            if word not in _SECTIONS:
+                self.fail(f"an interface has no section {word}; there are {', '.join(_SECTIONS)}", at)
+            self.expect("{")
+            fields, kind = self.fields(), _SECTIONS[word]
+            if word in found and word in _ONCE:
+                self.fail(f"{word} is there twice", at)
+            known = [f.name for f in dataclasses.fields(kind) if f.name not in SUBSECTIONS]
+            if unknown := [k for k in fields if k not in known]:
+                self.fail(f"{word} has no field {unknown[0]}; it has {', '.join(known)}", at)
+            lacking = [f.name for f in dataclasses.fields(kind) if f.default is f.default_factory and f.name not in fields]
+            if lacking:
+                self.fail(f"{word} lacks the field {lacking[0]}", at)
+            with self.placed(at):
+                found.setdefault(word, []).append(kind(**fields))
+        media, encoders = found.get("media", [None])[0], tuple(found.get("encoder", ()))
+        if encoders and media is None:
+            self.fail("there are encoders and no media", start)
+        return dataclasses.replace(
+            found.get("model", [Interface()])[0], generation=found.get("generation", [None])[0],
+            media=dataclasses.replace(media, encoders=encoders) if media else None,
+            heads=tuple(found.get("head", ())), states=tuple(found.get("state", ())),
+        )  # fmt: skip
+
+
+_SECTIONS: dict[str, type[Any]] = {
+    "model": Interface, "generation": Generation, "media": Media, "encoder": Encoder, "head": Head, "state": State,
+}  # fmt: skip
+_ONCE = ("model", "generation", "media")
+
+
 def parse(text: str, file: str = "<text>") -> Graph:
     """Reads one graph. Raises ParseError with file, line and caret; the graph's types are checked while reading."""
     p = _Parser(text, file)
@@ -450,15 +498,16 @@ def parse(text: str, file: str = "<text>") -> Graph:
 
 
 def parse_program(text: str, file: str = "<text>") -> Program:
-    """Reads any number of graphs."""
+    """Reads any number of graphs, before them perhaps an interface."""
     p = _Parser(text, file)
+    interface = p.interface() if p.word == "interface" else Interface()
     graphs: dict[str, Graph] = {}
     while p.kind != "end":
         g = p.graph()
         if g.name in graphs:
             p.fail(f"graph @{g.name} is defined twice")
         graphs[g.name] = g
-    return Program(graphs)
+    return Program(graphs, interface=interface)
 
 
 def parse_type(text: str) -> Type:

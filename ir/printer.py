@@ -8,14 +8,15 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .dims import Dim
 from .errors import Loc
-from .op import Attrs, Body, Literal
+from .interface import Interface
+from .op import Body, Literal
 from .types import DType
 
 if TYPE_CHECKING:
@@ -86,10 +87,12 @@ def attr_text(x: Any, nested: Callable[[Graph], str] = _whole) -> str:
     raise TypeError(f"attribute value {x!r} has no text form")
 
 
-def attrs_text(attrs: Attrs, nested: Callable[[Graph], str] = _whole) -> str:
-    """``{axis=2, keepdims=true}``: the attributes that differ from their defaults; empty if none."""
+def attrs_text(attrs: Any, nested: Callable[[Graph], str] = _whole, skip: Collection[str] = ()) -> str:
+    """``{axis=2, keepdims=true}``: the fields of a dataclass that differ from their defaults; empty if none."""
     parts = []
     for f in dataclasses.fields(attrs):
+        if f.name in skip:
+            continue
         value = getattr(attrs, f.name)
         default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
         if not (type(value) is type(default) and value == default and str(value) == str(default)):  # -0.0 is not 0.0
@@ -138,3 +141,19 @@ def graph_text(graph: Graph, locs: bool = False) -> str:
     ]
     lines.append("  return " + ", ".join(results) if results else "  return")
     return "\n".join([*lines, "}", ""])
+
+
+def interface_text(interface: Interface) -> str:
+    """One line for each section of an interface, in braces; nothing for one that says nothing."""
+    media = interface.media
+    sections: list[tuple[str, Any]] = [("model", interface)]
+    sections += [("generation", interface.generation)] if interface.generation else []
+    if media is not None:
+        sections += [("media", media), *(("encoder", e) for e in media.encoders)]
+    sections += [*(("head", h) for h in interface.heads), *(("state", s) for s in interface.states)]
+    lines = [f"  {word} {attrs_text(x, skip=SUBSECTIONS) or '{}'}" for word, x in sections]
+    return "" if lines == ["  model {}"] else "\n".join(["interface {", *lines, "}", ""])
+
+
+SUBSECTIONS = ("generation", "media", "heads", "states", "encoders")
+"""Fields that are sections of their own."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from .errors import IRError, VerifyError
 from .graph import Graph, Node, Value, infer
+from .interface import State
+from .program import Program
 
 
 def _context(node: Node) -> str:
@@ -70,3 +72,31 @@ def verify(graph: Graph) -> None:
             raise VerifyError(f"graph @{graph.name}: output %{v.name} is not defined in it")
     if len(graph.outputs) != len(graph.output_names) or len(set(graph.output_names)) != len(graph.output_names):
         raise VerifyError(f"graph @{graph.name}: output names {graph.output_names} do not name each output once")
+
+
+def verify_interface(program: Program) -> None:
+    """Raises VerifyError where the interface speaks of entries or states that the graphs do not have, or have otherwise."""
+    interface = program.interface
+    entries = [(f"head {h.name}", h.entry) for h in interface.heads]
+    entries += [(f"the {e.kind} encoder", e.entry) for e in interface.media.encoders] if interface.media else []
+    for what, entry in entries:
+        if entry not in program.graphs:
+            raise VerifyError(f"{what} is the entry @{entry}, which the program does not have")
+    if len(set(interface.state_names)) < len(interface.states):
+        raise VerifyError(f"the states {', '.join(interface.state_names)} do not have a name each")
+    for s in interface.states:
+        types = {v.type for g in program.graphs.values() for v in g.inputs if v.name == s.name}
+        if len(types) != 1:
+            found = ", ".join(map(str, types)) or "no entry's input"
+            raise VerifyError(f"state {s.name} is {found}; it must be an input, of one type wherever it is one")
+        [type] = types
+        lacking = [a for a in (s.rows, s.positions) if a is not None and a >= len(type.shape)]
+        size = None if lacking or s.positions is None else type.shape[s.positions]
+        if lacking or (size is not None and (isinstance(size, int) if s.grows else size != s.capacity)):
+            raise VerifyError(f"state {s.name} is {type}, which is no {s.kind} with {_axes_text(s)}")
+
+
+def _axes_text(s: State) -> str:
+    size = "" if s.positions is None else f"positions along axis {s.positions} ({'any number' if s.grows else s.capacity})"
+    rows = "" if s.rows is None else f"rows along axis {s.rows}"
+    return " and ".join(filter(None, (rows, size))) or "no axes"

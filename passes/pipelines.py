@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
+from wasat.ir import Interface
+
 from .cleanup.algebra import Cleanup
 from .cleanup.hoist_params import HoistParams
 from .cleanup.read_tables import ReadTables
@@ -23,6 +25,7 @@ from .serving.quantize import Quantize
 def default_pipeline(
     *, quantize: str | None = None, activation: str | None = "int8", overrides: Mapping[str, str] | None = None,
     kv_cache: Literal["required", "tried"] | None = "required", chunk: int = 512,
+    granule: int = Interface.granule,
 ) -> list[Pass]:  # fmt: skip
     """The passes of :func:`wasat.compile`, with its options.
 
@@ -36,5 +39,5 @@ def default_pipeline(
         passes.append(Quantize(quantize or "f32", activation, tuple((overrides or {}).items())))
     passes += [MergeLinears(), FuseGlu(), HoistParams()]
     if kv_cache is not None:
-        passes.append(DeriveKVCache(chunk=chunk, required=kv_cache == "required"))
+        passes.append(DeriveKVCache(chunk=chunk, required=kv_cache == "required", granule=granule))
     return [*passes, Cleanup()]

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from .dimensions import extent, extents, solved
 from .errors import InputError
-from .manifest import Check, Indices, TensorSpec, extent, extents, solved
+from .interface import TensorSpec
+from .manifest import Check, Indices
 
 
 def fit(

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from .elf import exports
-from .errors import ArtifactError
+from .errors import AGAIN, ArtifactError
 from .exchange import alone_in, put, replacement
-from .manifest import AGAIN, Manifest, Needs, check_format, is_file_name, parse_manifest
+from .manifest import Manifest, Needs, check_format, is_file_name, parse_manifest
 
 MANIFEST, LIBRARY, WEIGHTS, TOKENIZER = "manifest.json", "model.so", "weights.safetensors", "tokenizer.json"
 RUNTIME_LIBRARY = "libtvm_runtime.so"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+AGAIN = "compile the model again"
+
 
 class RuntimeErrorBase(Exception):
     """Base of every error that the runtime raises on purpose."""

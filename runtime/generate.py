@@ -57,7 +57,7 @@ class _Row:
 
     def __init__(self, index: int, prompt: list[int], limit: int, settings: _Settings) -> None:
         self.index, self.prompt, self.limit, self.settings = index, prompt, limit, settings
-        media = settings.model.manifest.media
+        media = settings.model.manifest.interface.media
         text = prompt if media is None else [t for t in prompt if t < media.vocab]
         self.sampler = Sampler(settings.options, index, text)
         self.stream = settings.model.tokenizer.stream(text) if settings.model.has_tokenizer else None
@@ -142,7 +142,7 @@ def generate(
     max_tokens = None if max_tokens is None else whole("max_tokens", max_tokens, 1)
     logprobs = None if logprobs is None else whole("logprobs", logprobs)
     stop = texts("stop", [stop] if isinstance(stop, str) else listed("stop", stop))
-    most = None if model.manifest.vocab is None else model.manifest.vocab - 1
+    most = None if model.manifest.interface.vocab is None else model.manifest.interface.vocab - 1
     stop_tokens = [whole("stop_tokens: a token", t, most=most) for t in listed("stop_tokens", stop_tokens)]
     if stream is not None and not callable(stream):
         raise InputError(f"stream is called with a row and a piece of text; it must be a function, not {type(stream).__name__}")
@@ -158,7 +158,8 @@ def generate(
     if not rows_of_ids:
         return []
     limits = [_limit(model, row, len(ids), max_tokens) for row, ids in enumerate(rows_of_ids)]
-    settings = _Settings(model, options, frozenset(model.manifest.eos), frozenset(stop_tokens), tuple(stop), stream, logprobs)
+    eos = frozenset(model.manifest.interface.generation.eos)
+    settings = _Settings(model, options, eos, frozenset(stop_tokens), tuple(stop), stream, logprobs)
     rows = [_Row(i, ids, limit, settings) for i, (ids, limit) in enumerate(zip(rows_of_ids, limits))]
 
     lengths = np.array([len(ids) for ids in rows_of_ids])
@@ -167,7 +168,7 @@ def generate(
     given = dict(inputs or {})
     if media is not None:
         given["media"] = media
-        if model.manifest.media and model.manifest.media.seen:
+        if model.manifest.interface.media and model.manifest.interface.media.seen:
             given["seen"] = seen_rows(model, rows_of_ids)
     if given:
         session.encode(**given)
@@ -197,7 +198,7 @@ def generate(
 
 def _limit(model: Model, row: int, prompt: int, max_tokens: int | None) -> int:
     """How many tokens may follow a prompt of ``prompt`` tokens."""
-    context = model.manifest.context
+    context = model.manifest.interface.context
     if context is None and max_tokens is None:
         raise InputError("the model states no context limit: give max_tokens")
     room = max_tokens if context is None else context - prompt

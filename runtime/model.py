@@ -12,9 +12,10 @@ import numpy as np
 
 from .arrays import fit
 from .artifact import TOKENIZER, WEIGHTS, check_hash, read_manifest, sha256
-from .errors import ArtifactError, InputError, ModelError
+from .errors import AGAIN, ArtifactError, InputError, ModelError
 from .generate import Generation, generate
-from .manifest import AGAIN, ENCODER_INPUTS, Entry, Manifest
+from .interface import ENCODER_INPUTS
+from .manifest import Entry, Manifest
 from .media import Audio, Image, Media, Video, open_media
 from .memory import tensor_of
 from .module import Library, check_ffi
@@ -113,9 +114,8 @@ class Model:
         Rows of several make the input ``media`` of :meth:`Session.encode`; the token for row r of it is vocab + r. Raises
         MediaError for what cannot be read, InputError for a kind that the model was not made for.
         """
-        spec, (kind, arrays) = self.manifest.media, self._decoded(media)
-        assert spec is not None  # else nothing is decoded
-        (rows,) = self.run(spec.encoders[kind], **arrays).values()
+        entry, arrays = self._decoded(media)[1:]
+        (rows,) = self.run(entry, **arrays).values()
         return rows
 
     def classify(self, head: str, inputs: Sequence[Prompt | Media | Path]) -> np.ndarray:
@@ -125,12 +125,12 @@ class Model:
         files of them. Raises InputError for a head that the model lacks and for inputs that it does not take, MediaError for
         media that cannot be read, ContextLimitError for a prompt longer than the context.
         """
-        heads = self.manifest.heads
-        if not isinstance(head, str) or head not in heads:
-            raise InputError(f"the model has no head {head!r}; it has {', '.join(heads) or 'none'}")
+        interface = self.manifest.interface
+        spec = interface.head(head)
+        if spec is None:
+            raise InputError(f"the model has no head {head!r}; it has {', '.join(h.name for h in interface.heads) or 'none'}")
         if isinstance(inputs, (Path, Media)) or not (inputs := listed("inputs", inputs)):
             raise InputError("inputs is a list of what to classify, at least one")
-        spec = heads[head]
         if spec.of == "text":
             entry = self.entry(spec.entry)
             given = text_inputs(self, cast("Sequence[Prompt]", inputs))
@@ -140,7 +140,7 @@ class Model:
             for x in inputs:
                 if not isinstance(x, (Path, Media)):
                     raise InputError(f"head {head} is of {spec.of}: give Paths or {spec.of.title()}s, not {type(x).__name__}")
-                kind, arrays = self._decoded(x)
+                kind, _, arrays = self._decoded(x)
                 if kind != spec.of:
                     raise InputError(f"head {head} is of {spec.of}, and {x!r} is of {kind}")
                 rows += self.run(spec.entry, **arrays).values()
@@ -151,26 +151,26 @@ class Model:
         probabilities: np.ndarray = e / e.sum(axis=-1, keepdims=True)
         return probabilities
 
-    def _decoded(self, media: Media | Path) -> tuple[str, dict[str, np.ndarray]]:
-        """The kind of a medium, and what the encoder of that kind takes."""
+    def _decoded(self, media: Media | Path) -> tuple[str, str, dict[str, np.ndarray]]:
+        """The kind of a medium, the entry that encodes it, and what that takes."""
         part = open_media(media) if isinstance(media, Path) else media
         if not isinstance(part, Media):
             raise InputError(f"a medium is a Path, an Image, Audio or Video, not {type(part).__name__}")
-        spec = self.manifest.media
-        kind = type(part).__name__.lower()
-        if spec is None or kind not in spec.encoders:
-            takes = ", ".join(["text", *(spec.encoders if spec else ())])
+        spec, kind = self.manifest.interface.media, type(part).__name__.lower()
+        encoder = spec.encoder(kind) if spec else None
+        if encoder is None:
+            takes = ", ".join(["text", *(spec.kinds if spec else ())])
             raise InputError(f"{part.name}: the model has no encoder for {kind}; it takes {takes}")
         arrays: tuple[np.ndarray, ...]
         match part:
             case Image():
                 arrays = (part.pixels(),)
             case Audio():
-                assert spec.rate is not None  # the manifest was read so
-                arrays = (part.samples(spec.rate),)
+                assert encoder.rate is not None  # the manifest was read so
+                arrays = (part.samples(encoder.rate),)
             case Video():
                 arrays = part.frames()
-        return kind, dict(zip(ENCODER_INPUTS[kind], arrays))
+        return kind, encoder.entry, dict(zip(ENCODER_INPUTS[kind], arrays))
 
     def session(self, batch: int = 1, context: int | None = None) -> Session:
         """Caches for ``batch`` rows of up to ``context`` positions (default: as many as the model takes)."""
@@ -201,4 +201,4 @@ class Model:
         return self._functions[entry]
 
     def __repr__(self) -> str:
-        return f"Model({str(self.folder)!r}: {self.manifest.name}; {', '.join(self.manifest.entries)})"
+        return f"Model({str(self.folder)!r}: {self.manifest.interface.name}; {', '.join(self.manifest.entries)})"

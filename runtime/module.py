@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from .artifact import LIBRARY, RUNTIME_LIBRARY
-from .errors import ArtifactError, InputError, RuntimeErrorBase
-from .manifest import AGAIN, Manifest
+from .errors import AGAIN, ArtifactError, InputError, RuntimeErrorBase
+from .manifest import Manifest
 from .values import whole
 
 _CPU, _POOLED = 1, 2

@@ -37,9 +37,9 @@ def read_prompts(model: Model, prompts: Sequence[Prompt]) -> tuple[list[list[int
     out = []
     for i, prompt in enumerate(prompts):
         ids = _ids(model, i, prompt, rows)
-        if not ids and model.manifest.bos is None:
+        if not ids and model.manifest.interface.generation.bos is None:
             raise InputError(f"prompt {i} is empty, and the model has no token to begin a text with")
-        out.append(ids or [int(model.manifest.bos or 0)])
+        out.append(ids or [int(model.manifest.interface.generation.bos or 0)])
     return out, np.concatenate(rows.all) if rows.all else None
 
 
@@ -51,13 +51,13 @@ def text_inputs(model: Model, prompts: Sequence[Prompt]) -> dict[str, np.ndarray
     context.
     """
     ids, media = read_prompts(model, prompts)
-    spec, context = model.manifest.media, model.manifest.context
+    spec, context = model.manifest.interface.media, model.manifest.interface.context
     longest = max(range(len(ids)), key=lambda i: len(ids[i]))
     if context is not None and len(ids[longest]) > context:
         raise ContextLimitError(
             f"prompt {longest} has {len(ids[longest])} tokens; the model's context is {context}: shorten the prompt"
         )
-    vocab = spec.vocab + (0 if media is None else len(media)) if spec else model.manifest.vocab
+    vocab = spec.vocab + (0 if media is None else len(media)) if spec else model.manifest.interface.vocab
     for i, row in enumerate(ids):
         if min(row) < 0 or (vocab is not None and max(row) >= vocab):
             raise InputError(f"prompt {i} holds a token outside the vocabulary of {vocab}")
@@ -70,7 +70,7 @@ def text_inputs(model: Model, prompts: Sequence[Prompt]) -> dict[str, np.ndarray
 
 def seen_rows(model: Model, prompts: Sequence[Sequence[int]]) -> np.ndarray:
     """The rows of media that each prompt holds, in its order: i64[b, t], t >= 1, filled up with -1."""
-    vocab = model.manifest.media.vocab if model.manifest.media else 0
+    vocab = model.manifest.interface.media.vocab if model.manifest.interface.media else 0
     return padded([list(dict.fromkeys(t - vocab for t in ids if t >= vocab)) for ids in prompts], -1)
 
 
@@ -89,7 +89,7 @@ class _Rows:
         self.model = model
         self.all: list[np.ndarray] = []
         self._tokens: dict[Path | Media, range] = {}  # media are equal only to themselves
-        self._next = model.manifest.media.vocab if model.manifest.media else 0
+        self._next = model.manifest.interface.media.vocab if model.manifest.interface.media else 0
 
     def tokens(self, part: Path | Media) -> range:
         """The tokens that stand for ``part``."""
@@ -106,7 +106,7 @@ def _ids(model: Model, index: int, prompt: Prompt, rows: _Rows) -> list[int]:
         return model.tokenizer.encode(prompt)
     prompt = listed(f"prompt {index}", prompt)
     if not any(isinstance(part, (str, Path, Image, Audio, Video)) for part in prompt):
-        vocab = model.manifest.media.vocab if model.manifest.media else model.manifest.vocab
+        vocab = model.manifest.interface.media.vocab if model.manifest.interface.media else model.manifest.interface.vocab
         ids = [_id(index, part) for part in prompt]
         wrong = next((t for t in ids if not 0 <= t < (MOST_TOKENS if vocab is None else vocab)), None)
         if wrong is not None:

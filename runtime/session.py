@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .arrays import bound, check_indices, check_sizes, fit, known
-from .errors import ArtifactError, ContextLimitError, InputError
-from .manifest import AGAIN, Indices, StateSpec, TensorSpec, extent, extents
+from .dimensions import extent, extents
+from .errors import AGAIN, ArtifactError, ContextLimitError, InputError
+from .interface import State, TensorSpec
+from .manifest import Indices
 from .memory import tensor_of, zeros
 from .prompts import MOST_TOKENS
 from .values import whole
@@ -18,8 +20,6 @@ from .values import whole
 if TYPE_CHECKING:
     from .model import Model
 
-_GRAIN = 16
-"""Capacities of full caches are multiples of this: kernels lay positions out in such groups."""
 _FIRST = 256
 """Capacity of full caches when a session opens; it doubles whenever it is used up."""
 
@@ -35,23 +35,24 @@ class Session:
     """
 
     def __init__(self, model: Model, batch: int = 1, context: int | None = None) -> None:
-        m = model.manifest
+        m = model.manifest.interface
         self._names: dict[str, list[str]] = {}
+        self._fed = m.tokens
         self._others: dict[str, TensorSpec] = {}  # what both entries take beside tokens and positions
-        for name, own in (("prefill", ("tokens", "past", "last")), ("decode", ("tokens", "past"))):
+        for name, own in (("prefill", (m.tokens, "past", "last")), ("decode", (m.tokens, "past"))):
             specs = {i.name: i for i in model.entry(name).inputs}
             others = {k: spec for k, spec in specs.items() if k not in own}
             if not specs.keys() >= set(own) or (name == "decode" and others != self._others):
                 raise ArtifactError(f"entry {name} does not take {', '.join((*own, *self._others))}; {AGAIN}")
             self._names[name], self._others = list(specs), others
         self._logits = _logits([spec.name for spec in model.entry("prefill").outputs])
-        self._encoder = m.entries.get("encode")
+        self._encoder = model.manifest.entries.get("encode")
         made = {spec.name for spec in self._encoder.outputs} if self._encoder else set()
         self._wanted = {spec.name: spec for spec in self._encoder.inputs} if self._encoder else {}  # by encode()
         self._wanted |= {name: spec for name, spec in self._others.items() if name not in made}
         self._given: dict[str, tuple[Any, np.ndarray]] = {}  # of the others, once they are here
         self._late: dict[str, list[Indices]] = {"prefill": [], "decode": []}  # of them, what a step's sizes bound
-        self._rows = next(i.shape[0] for i in model.entry("prefill").inputs if i.name == "tokens")
+        self._rows = next(i.shape[0] for i in model.entry("prefill").inputs if i.name == m.tokens)
         self._model = model
         batch = whole("batch", batch, 1)
         context = None if context is None else whole("context", context)
@@ -68,8 +69,9 @@ class Session:
         self._states = {name: model.entry(name).states for name in ("prefill", "decode")}
         self._functions = {name: model.function(name) for name in ("prefill", "decode")}
         self._checks = {name: model.entry(name).checks for name in ("prefill", "decode")}
-        self._most = _rounded(limit)
-        self._specs = list(m.states.values())
+        self._granule = m.granule
+        self._most = self._rounded(limit)
+        self._specs = m.states
         self._caches: dict[str, tuple[Any, np.ndarray]] = {}
         self._capacity = 0
         try:
@@ -108,7 +110,7 @@ class Session:
         for name in self._late:
             late = (i for i in self._model.entry(name).indices if i.input in self._others)
             self._late[name] = [i for i in late if (i.input, i.low, i.high) not in bounds]
-        most = self._model.manifest.vocab if self._media is None else self._media.vocab + len(values["media"])
+        most = self._model.manifest.interface.vocab if self._media is None else self._media.vocab + len(values["media"])
         self._vocab = self._vocabulary(most, symbols)
         self._given = {name: (tensor_of(values[name]), values[name]) for name in self._others}
         self.reset()
@@ -117,7 +119,7 @@ class Session:
         """How many tokens there are: at most ``most``, and as many as the tables have rows that tokens index."""
         rows = [] if most is None else [most]
         for spec in self._indices:
-            if spec.input == "tokens":
+            if spec.input == self._fed:
                 with contextlib.suppress(KeyError):  # sized by what is not given yet
                     rows.append(extent(spec.high, symbols))
         return min(rows, default=None)
@@ -180,15 +182,13 @@ class Session:
         if (to < 0).any() or (to > self._past).any():
             raise InputError(f"rows hold {self._past.tolist()} positions; they cannot be cut to {to.tolist()}")
         for spec in self._specs:
-            if spec.kind == "ring" and spec.capacity is not None and spec.window is not None:
-                oldest = np.maximum(to - spec.window + 1, 0)  # that the next token sees
-                lost = (to > 0) & (oldest + spec.capacity < self._written)
-                if lost.any():
-                    row = int(lost.argmax())
-                    raise InputError(
-                        f"row {row} cannot go back to {to[row]} of {self._past[row]} positions: sliding-window caches hold the "
-                        f"last {spec.capacity} only; reset() and feed the tokens again"
-                    )
+            lost = spec.lost(to, self._past, self._written)
+            if lost.any():
+                row = int(lost.argmax())
+                raise InputError(
+                    f"row {row} cannot go back to {to[row]} of {self._past[row]} positions: {spec.holds()}; "
+                    "reset() and feed the tokens again"
+                )
         self._past[:] = to
         self._written[to == 0] = 0
 
@@ -202,13 +202,14 @@ class Session:
         self._reserve(needed)
         if s == 1:
             self._token[...] = tokens
-            name, own = "decode", {"tokens": self._token_tensor, "past": self._past_tensor}
+            name, own = "decode", {self._fed: self._token_tensor, "past": self._past_tensor}
         else:
             last = tensor_of(np.maximum(counts - 1, 0))
-            name, own = "prefill", {"tokens": tensor_of(tokens), "past": self._past_tensor, "last": last}
+            name, own = "prefill", {self._fed: tensor_of(tokens), "past": self._past_tensor, "last": last}
         own |= {k: tensor for k, (tensor, _) in self._given.items()}
         if self._checks[name] or self._late[name]:
-            self._check(name, {"tokens": tokens, "past": counts, "last": counts, **{k: x for k, (_, x) in self._given.items()}})
+            others = {k: x for k, (_, x) in self._given.items()}
+            self._check(name, {self._fed: tokens, "past": counts, "last": counts, **others})
         out = self._functions[name](*(own[k] for k in self._names[name]), *self._kept[name])
         np.maximum(self._written, self._past + s, out=self._written)
         self._past += counts
@@ -232,7 +233,7 @@ class Session:
             row = {k: zeros(self._spec(k).dtype, array[r : r + 1].shape) for k, (_, array) in self._caches.items()}
             for k, (_, array) in row.items():
                 array[...] = self._caches[k][1][r : r + 1]
-            own = {"tokens": tokens[r : r + 1, :n], "past": np.array([past]), "last": np.array([n - 1])}
+            own = {self._fed: tokens[r : r + 1, :n], "past": np.array([past]), "last": np.array([n - 1])}
             for k, (_, array) in self._given.items():
                 at = [slice(r, r + 1) if d == self._rows else slice(None) for d in self._others[k].shape]
                 own[k] = array[tuple(at)]
@@ -273,16 +274,19 @@ class Session:
         return counts.astype(np.int64)
 
     # -- caches ----------------------------------------------------------------------------------------------------------
-    def _spec(self, name: str) -> StateSpec:
+    def _rounded(self, n: int) -> int:
+        return -(-n // self._granule) * self._granule
+
+    def _spec(self, name: str) -> State:
         return next(s for s in self._specs if s.name == name)
 
     def _reserve(self, needed: int) -> None:
         """Caches for at least ``needed`` positions; what full ones hold is copied to larger ones."""
         if needed <= self._capacity:
             return
-        self._capacity = min(_rounded(max(needed, 2 * self._capacity)), self._most)
+        self._capacity = min(self._rounded(max(needed, 2 * self._capacity)), self._most)
         for spec in self._specs:
-            axis = spec.growing_axis
+            axis = spec.positions if spec.grows else None
             old = self._caches.get(spec.name)
             if old is not None and axis is None:
                 continue
@@ -302,7 +306,3 @@ def _logits(outputs: Sequence[str]) -> int:
     if len(outputs) != 1:
         raise InputError(f"the model returns {', '.join(outputs) or 'nothing'}; to sample from it, name one of these logits")
     return 0
-
-
-def _rounded(n: int) -> int:
-    return -(-n // _GRAIN) * _GRAIN

@@ -10,8 +10,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from .errors import ArtifactError
-from .manifest import AGAIN, TensorSpec
+from .errors import AGAIN, ArtifactError
+from .interface import TensorSpec
 from .memory import ALIGNMENT, allocate, size_of, tensor_in
 
 _DTYPES = {

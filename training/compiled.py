@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from wasat.backends.tvm.build import Runner
 from wasat.backends.tvm.targets import Target
-from wasat.ir import Graph, IRError, Program, bind_symbols, copy_node
+from wasat.ir import Graph, Interface, IRError, Program, bind_symbols, copy_node
 from wasat.passes import Inference, PassManager, default_pipeline
 
 from .step import TrainStep
@@ -32,12 +32,12 @@ class Compiled:
             loss = Program({"loss": specialized(_with_states(program[graph], made), {**batch, **made.states})})
             PassManager([Inference()], verify=False).run(loss)
             graphs |= loss.graphs
-        compiled = Program(graphs, {**program.params, **made.program.params}, {"states": made.program.metadata["states"]})
+        compiled = Program(graphs, {**program.params, **made.program.params}, Interface(states=made.program.interface.states))
         for g in graphs.values():
             g.prune_params()
         passes = [p for p in default_pipeline(kv_cache=None) if p.name not in ("merge-linears", "hoist-params")]
         PassManager(passes, verify=False).run(compiled)
-        self._runner = Runner(compiled, target, list(made.states), donate=True)
+        self._runner = Runner(compiled, target, donate=True)
         self._states = list(made.states)
         self._averages = made.averages
 

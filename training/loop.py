@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -252,7 +252,7 @@ class _Run:
     def draw(self, log: list[Said], remarks: Iterable[Remark]) -> None:
         loss = self.program[self.graph].output_names[0]
         series = {k: [(int(line["step"]), line[k]) for line in log if k in line] for k in (loss, f"eval.{loss}")}
-        write_curve(self.folder / CURVE, str(self.program.metadata.get("name", loss)), series, [str(r) for r in remarks])
+        write_curve(self.folder / CURVE, self.program.interface.name or loss, series, [str(r) for r in remarks])
 
     def trained(self, step: TrainStep, states: Mapping[str, np.ndarray]) -> Program:
         """The program as it is served: with what was learnt, and without dropout and its key."""
@@ -260,7 +260,7 @@ class _Run:
         for name in params.keys() & states.keys():
             x = states[step.averages.get(name, name)]
             params[name] = ArrayParam(x, type_of(x))
-        made = Program({k: g.clone() for k, g in self.program.graphs.items()}, params, dict(self.program.metadata))
+        made = replace(self.program.copy(), params=params)
         PassManager([Inference()]).run(made)
         return made
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-from wasat.ir import Builder, DType, Graph, IRError, Program, TensorType, Value, copy_node
+from wasat.ir import Builder, DType, Graph, Interface, IRError, Program, State, TensorType, Value, copy_node
 from wasat.passes import Cleanup, Differentiate, MixedPrecision, Pass, PassManager, Remark, Rematerialize
 
 from .losses import mean_over
@@ -22,7 +22,7 @@ _SCALED = "optimizer.scaled_loss"
 class TrainStep:
     """A program whose @train_step maps a batch and the states to the loss and the new states, and the states to begin with.
 
-    States go in and come out under the same names, those of ``program.metadata["states"]``. Those ``donated`` there a backend
+    States go in and come out under the same names, those of ``program.interface``. Those ``donated`` there a backend
     writes over the old ones. Nothing is lost with these: a call whose loss or gradients are not finite leaves every donated
     state as it was, to the bit, so that such a step can be run once more to see where it went wrong.
     They are the trained parameters under their own names, ``optimizer.<slot>.<parameter>``, ``optimizer.count`` (calls so far,
@@ -65,7 +65,7 @@ def train_step(
         raise IRError(f"accumulate={accumulate}, clip={clip}, ema={ema}: needed are accumulate >= 1, clip > 0, 0 <= ema < 1")
     if precision not in ("f32", "bf16", "f16") or (scaling is not None and precision != "f16"):
         raise IRError(f"precision={precision!r}, scaling={scaling}: a precision is f32, bf16 or f16; only f16 has a scaling")
-    made = Program({graph: program[graph].clone()}, dict(program.params), dict(program.metadata))
+    made = Program({graph: program[graph].clone()}, dict(program.params), origin=program.origin)
     report = PassManager([MixedPrecision(graph, precision)] if precision != "f32" else []).run(made)
     inputs, outputs = [v.name for v in made[graph].inputs], tuple(made[graph].output_names)
     if precision == "f16":
@@ -79,8 +79,8 @@ def train_step(
     trained = {k: np.asarray(program.params[k].load()) for k in step.trained}
     states = {k: step.initial(k, trained) for k in step.states}
     params = {k: v for k, v in program.params.items() if k in step.graph.params}
-    metadata = {**program.metadata, "states": [{"name": k, "donated": k in step.donated} for k in states]}
-    result = Program({"train_step": step.graph}, params, metadata)
+    kept = tuple(State.trained(k, k in step.donated) for k in states)
+    result = Program({"train_step": step.graph}, params, Interface(program.interface.name, states=kept), program.origin)
     passes: list[Pass] = [Cleanup()]
     if remat is not None:
         passes.append(Rematerialize("train_step", tuple(remat.items()), outputs))

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from wasat import __version__
 from wasat.ir import (
     Array,
-    DimLike,
-    Graph,
+    Interface,
     IRError,
     Program,
     Type,
     WasatError,
-    check_text,
     evaluate,
-    symbol,
-    symbols_of,
 )
 from wasat.passes import DeriveKVCache, PassManager, Remark, Report, Step, TokenInputs, default_pipeline
 from wasat.passes.core import Dump
@@ -39,8 +34,9 @@ def _quiet(stage: str, done: int = 0, total: int = 0) -> None:
 
 def optimize(
     program: Program, *, quantize: str | None = None, activation: str | None = "int8",
-    overrides: Mapping[str, str] | None = None, kv_cache: bool | None = None, chunk: int = 512, verify: bool = True,
-    check: bool = False, dump: Dump | None = None, progress: Progress = _quiet,
+    overrides: Mapping[str, str] | None = None, kv_cache: bool | None = None, chunk: int = 512,
+    granule: int = Interface.granule, verify: bool = True, check: bool = False, dump: Dump | None = None,
+    progress: Progress = _quiet,
 ) -> tuple[Program, Report]:  # fmt: skip
     """Runs the default passes over a copy of ``program``; returns it with the report of what each pass did and missed.
 
@@ -51,24 +47,26 @@ def optimize(
     integer dot products where weights are integers, None to compute in f32. ``overrides``: parameter glob to scheme.
     ``kv_cache``: derive ``prefill`` and ``decode`` from ``forward``; None: if it takes tokens, and for a model that came
     without generation metadata only if that can be proved (else a remark says why not). ``chunk``: most tokens per prefill
-    call. ``verify``: around every pass. ``check``: the interpreter compares results, at small sizes, around every pass that
-    promises to keep them. ``dump(pass, "before" | "after", program)`` sees every stage.
+    call. ``granule``: capacities of caches are multiples of it (that of the target). ``verify``: around every pass.
+    ``check``: the interpreter compares results, at small sizes, around every pass that promises to keep them.
+    ``dump(pass, "before" | "after", program)`` sees every stage.
 
     Raises WasatError where a pass cannot do what was asked for, naming the pass.
     """
     exported = kv_cache is not False and _is_exported(program)
     caches: Literal["required", "tried"] | None
     if kv_cache is None:
-        tried = "onnx" in program.metadata or "generation" not in program.metadata
+        tried = program.origin.is_onnx or program.interface.generation is None
         caches = None if not (exported or _takes_tokens(program)) else "tried" if tried else "required"
     else:
         caches = "required" if kv_cache else None
 
     def attempt(exported: bool, caches: Literal["required", "tried"] | None) -> tuple[Program, Report]:
-        copy = Program({k: g.clone() for k, g in program.graphs.items()}, dict(program.params), dict(program.metadata))
+        copy = program.copy()
         passes = default_pipeline(
-            quantize=quantize, activation=activation, overrides=dict(overrides or {}), kv_cache=caches, chunk=chunk
-        )
+            quantize=quantize, activation=activation, overrides=dict(overrides or {}), kv_cache=caches, chunk=chunk,
+            granule=granule,
+        )  # fmt: skip
         if exported:
             passes.insert(0, TokenInputs(required=caches == "required"))
         checker = None
@@ -82,8 +80,7 @@ def optimize(
             progress(f"pass {name}", next(done), len(passes))
 
         report = PassManager(passes, verify=verify, check=checker, dump=dump, on_progress=tell).run(copy)
-        dense = program.metadata.get("onnx", {}).get("dequantized", {})
-        if dense:
+        if dense := program.origin.dequantized:
             size = sum(map(len, program.graphs.values()))
             missed = [Remark("missed", f"parameter {name} stays dequantized: {why}", "forward") for name, why in dense.items()]
             report.steps.insert(0, Step("import", 0.0, size, size, False, missed))
@@ -116,11 +113,12 @@ def _small_sizes(program: Program) -> list[dict[str, int]]:
 
 def compile(
     program: Program, out: str | Path, *, target: str = "cpu", quantize: str | None = None, activation: str | None = "int8",
-    overrides: Mapping[str, str] | None = None, kv_cache: bool | None = None, chunk: int = 512, threads: int | None = None,
-    check: bool = False, progress: Progress = _quiet,
+    overrides: Mapping[str, str] | None = None, kv_cache: bool | None = None, chunk: int = 512, cache: str = "f32",
+    threads: int | None = None, check: bool = False, progress: Progress = _quiet,
 ) -> Report:  # fmt: skip
     """Compiles ``program`` into the artifact folder ``out``; see :func:`optimize` for the options.
 
+    ``cache``: how keys and values are stored, ``"f32"`` or, in half of the memory and with its rounding, ``"f16"``.
     The folder is complete or absent: it is written beside its place and renamed. An artifact that is there is replaced.
     Raises, before the long work: WasatError for an unknown target, a missing C++ compiler, a program without its numbers, a
     model whose cache cannot be derived; ArtifactError for a place that holds something else. Later: IRError for an operation
@@ -131,21 +129,22 @@ def compile(
     from wasat.backends.tvm.weights import write_weights
     from wasat.runtime.artifact import check_destination, write_artifact
 
-    machine = target_named(target, threads)
+    from .manifest import manifest_of
+
+    machine = target_named(target, threads, cache)
     check_tools(machine)
     check_destination(Path(out))
     for source in program.params.values():
         if isinstance(source, _NoData):
             source.load()
     optimized, report = optimize(
-        program, quantize=quantize, activation=activation, overrides=overrides, kv_cache=kv_cache, chunk=chunk, check=check,
-        progress=progress,
+        program, quantize=quantize, activation=activation, overrides=overrides, kv_cache=kv_cache, chunk=chunk,
+        granule=machine.granule, check=check, progress=progress,
     )  # fmt: skip
-    states = [s["name"] for s in optimized.metadata.get("states", [])]
-    library = build(optimized, machine, states, on_progress=progress)
-    manifest = _manifest(optimized, library, {
+    library = build(optimized, machine, on_progress=progress)
+    manifest = manifest_of(optimized, library, {
         "quantize": quantize, "activation": activation, "overrides": dict(overrides or {}), "target": target,
-        "threads": machine.threads,
+        "threads": machine.threads, "cache": cache,
     })  # fmt: skip
 
     def link(path: Path) -> None:
@@ -159,77 +158,10 @@ def compile(
         ),
         **{Path(p).name: Path(p) for p in machine.runtime_files()},
     }
-    tokenizer = program.metadata.get("tokenizer")
-    if tokenizer:
-        files["tokenizer.json"] = Path(tokenizer)
+    if program.origin.tokenizer:
+        files["tokenizer.json"] = Path(program.origin.tokenizer)
     write_artifact(Path(out), manifest, files)
     return report
-
-
-def _manifest(program: Program, library: Any, settings: dict[str, Any]) -> dict[str, Any]:
-    """Everything a runtime must know, the files' hashes aside; the format is runtime/manifest.py's."""
-    from wasat.backends.tvm.lower import tvm_dtype
-    from wasat.backends.tvm.ops.indices import given
-
-    meta = program.metadata
-    states = {s["name"]: s for s in meta.get("states", [])}
-
-    def describe(name: str, type: Any) -> dict[str, Any]:
-        shape = [d if isinstance(d, int) else str(d) for d in type.shape]
-        return {"name": name, "dtype": tvm_dtype(type.dtype), "shape": shape}
-
-    entries = {}
-    for g in program.graphs.values():
-        entries[g.name] = {
-            "inputs": [describe(v.name, v.type) for v in g.inputs if v.name not in states],
-            "outputs": [describe(n, v.type) for n, v in zip(g.output_names, g.outputs) if n not in states],
-            "states": [n for n in states if any(v.name == n for v in g.inputs)],
-            "checks": _checks(g),
-            "indices": [{"input": i.input, "low": str(i.low), "high": str(i.high), "where": i.where} for i in given(g)],
-        }
-    sizes = _state_symbols(program) if states else {}
-    physical = {n: describe(n, t.substitute(sizes)) for n, t in library.target.state_types(program).items()}
-    return {
-        "format": 2, "wasat": __version__, **library.target.versions(), "name": str(meta.get("name", "model")),
-        "target": library.target.requirements(), "entries": entries,
-        "states": [{**s, **physical[n]} for n, s in states.items()],
-        "weights": [{"name": a.name, "dtype": a.dtype, "shape": list(a.shape)} for a in library.plan.arrays],
-        "limits": {"context": meta.get("context"), "chunk": meta.get("chunk")},
-        "generation": {**meta.get("generation", {}), "vocab": meta.get("vocab") or _vocabulary(program)},
-        **{k: meta[k] for k in ("media", "heads") if k in meta}, "settings": settings,
-    }  # fmt: skip
-
-
-def _checks(graph: Graph) -> list[dict[str, str]]:
-    """What must be equal of sizes, and where: each equation once."""
-    from wasat.backends.tvm.ops.indices import place
-
-    found: dict[tuple[str, str], dict[str, str]] = {}
-    for node in graph.nodes:
-        for check in node.checks:
-            a, b = map(str, check)
-            found.setdefault((a, b), {"left": a, "right": b, "needs": check_text(check), "where": place(node)})
-    return list(found.values())
-
-
-def _state_symbols(program: Program) -> dict[str, DimLike]:
-    """The names that a manifest has for the sizes of states, ``b`` rows and ``c`` positions, by those of the program."""
-    decode = program["decode"]
-    types = {v.name: v.tensor for v in decode.inputs}
-    rows = symbols_of(types[program.metadata["tokens"]].shape[:1])
-    found = {name for s in program.metadata["states"] for name in types[s["name"]].symbols}
-    return {name: symbol("b" if name in rows else "c") for name in found}
-
-
-def _vocabulary(program: Program) -> int | None:
-    """How many tokens there are, from the tables that they index; None where they index none."""
-    tokens = program.metadata.get("tokens", "tokens")
-    tables = [
-        n.inputs[0].shape[0]
-        for g in program.graphs.values() for v in g.inputs if v.name == tokens
-        for n in v.users if n.op.name in ("embedding", "quantized_embedding") and n.inputs[1] is v
-    ]  # fmt: skip
-    return min(tables, default=None)
 
 
 def run(
@@ -257,9 +189,7 @@ class Executable:
         from wasat.backends.tvm.build import Runner
         from wasat.backends.tvm.targets import target_named
 
-        states = [s["name"] for s in program.metadata.get("states", [])]
-        copy = Program({k: g.clone() for k, g in program.graphs.items()}, dict(program.params), dict(program.metadata))
-        self._runner = Runner(copy, target_named(target, threads), states)
+        self._runner = Runner(program.copy(), target_named(target, threads))
 
     def __call__(self, graph: str = "forward", /, **inputs: Any) -> dict[str, Array]:
         """Outputs of ``graph`` by name. Raises WasatError for inputs that do not fit."""
@@ -288,20 +218,18 @@ class _NoData:
         raise IRError(f"parameter {self.name} has no data: the program was read from text, which names its parameters only")
 
 
-def _beside(model: Path) -> dict[str, Any]:
+def _beside(model: Path, program: Program) -> None:
     """What exporters leave in a model's folder: tokenizer, token ids that begin and end a text, the context's length."""
     from wasat.frontend.huggingface import generation_ids
     from wasat.frontend.weights.safetensors import read_json
 
-    found: dict[str, Any] = {}
     tokenizer, path = model.with_name("tokenizer.json"), model.with_name("config.json")
     if tokenizer.exists():
-        found["tokenizer"] = str(tokenizer)
+        program.origin = replace(program.origin, tokenizer=str(tokenizer))
     config = read_json(path) if path.exists() else {}
     if "model_type" in config:
         lengths = [config[k] for k in ("max_position_embeddings", "n_positions") if isinstance(config.get(k), int)]
-        found |= {"generation": generation_ids(model.parent, config), "context": min(lengths, default=None)}
-    return found
+        program.declare(generation=generation_ids(model.parent, config), context=min(lengths, default=None))
 
 
 def from_pretrained(folder: str | Path) -> Program:
@@ -359,7 +287,7 @@ def load_program(
         except ModuleNotFoundError as e:
             raise WasatError(f"{p}: reading ONNX files needs the package {e.name}; pip install 'wasat[onnx]'") from None
         program = from_onnx(p, constants=constants, sizes=sizes)
-        program.metadata.update(_beside(p))
+        _beside(p, program)
         return program
     if p.is_file():
         try:

@@ -64,7 +64,7 @@ class WasatRep(BackendRep):
 def grouped(program: Program, arrays: Iterable[Any]) -> tuple[Any, ...]:
     """The model's outputs from those of the graph, which has one for each element of a sequence."""
     rest = iter(arrays)
-    counts = [count for _, count in program.metadata["onnx"]["outputs"]]
+    counts = [count for _, count in program.origin.outputs or ()]
     return tuple(next(rest) if count is None else [next(rest) for _ in range(count)] for count in counts)
 
 

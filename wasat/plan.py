@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from wasat.driver import _state_symbols, optimize
+from wasat.driver import optimize
 from wasat.ir import Graph, Program, WasatError, evaluate_dim, symbols_of
 from wasat.passes.analyses.cost import operations_of, peak_bytes, unbound
+
+from .manifest import state_symbols
 
 if TYPE_CHECKING:
     from wasat.backends.tvm.targets import Target
 
 SCHEMES = ("f32", "f16", "int8", "int4")
-_GRAIN = 16
-"""Capacities of full caches are multiples of it."""
 
 
 @dataclass(frozen=True)
@@ -75,54 +75,57 @@ class Plan:
 
 
 def plan(
-    program: Program, *, target: str = "cpu", schemes: Sequence[str] = SCHEMES, batch: int = 1, context: int | None = None,
-    chunk: int = 512, sizes: Mapping[str, int] | None = None,
+    program: Program, *, target: str = "cpu", schemes: Sequence[str] = SCHEMES, cache: str = "f32", batch: int = 1,
+    context: int | None = None, chunk: int = 512, sizes: Mapping[str, int] | None = None,
 ) -> Plan:  # fmt: skip
     """What ``program``, compiled for ``target``, will take. No parameter is loaded, no array is made.
 
     ``batch`` rows of ``context`` positions each (default: the model's limit); prompts are read ``chunk`` tokens at a time.
-    ``sizes``: of other symbols, for all entries (``"h"``) or one (``"encode_image.h"``). Media of a model that states their
-    sizes have these, and there is one of each kind. Activations and operations are those of weights in f32.
+    ``cache``: as :func:`wasat.compile` has it. ``sizes``: of other symbols, for all entries (``"h"``) or one
+    (``"encode_image.h"``). Media of a model that states their sizes have these, and there is one of each kind. Activations and
+    operations are those of weights in f32.
 
     Raises WasatError for a context that the model lacks, and as :func:`wasat.optimize` and :func:`wasat.compile` do.
     """
     from wasat.backends.tvm.targets import target_named
 
-    machine = target_named(target)
-    made = {s: optimize(program, quantize=None if s == "f32" else s, chunk=chunk, verify=False)[0] for s in ("f32", *schemes)}
+    machine = target_named(target, cache=cache)
+    options: dict[str, Any] = {"chunk": chunk, "granule": machine.granule, "verify": False}
+    made = {s: optimize(program, quantize=None if s == "f32" else s, **options)[0] for s in ("f32", *schemes)}
     served = made["f32"]
-    states = [s["name"] for s in served.metadata.get("states", [])]
-    limit = served.metadata.get("context")
+    states = served.interface.state_names
+    limit = served.interface.context
     if context is not None and limit is not None and not 1 <= context <= limit:
-        raise WasatError(f"context is {context}; {program.metadata.get('name', 'the model')} takes 1 to {limit} positions")
+        raise WasatError(f"context is {context}; {program.interface.name or 'the model'} takes 1 to {limit} positions")
     context = context or limit
     if states and context is None:
         raise WasatError("the model states no limit of its context: say for how many positions (context)")
     known = _stream_sizes(served, batch, context or 1, chunk) if states else {}
     entries, unknown = [], {}
     for name, g in served.graphs.items():
-        given = known | (_media_sizes(program, g, batch) if "media" in program.metadata else {})
+        given = known | (_media_sizes(program, g, batch) if program.interface.media else {})
         given |= {s: n for s, n in (sizes or {}).items() if "." not in s}
         given |= {s.removeprefix(f"{name}."): n for s, n in (sizes or {}).items() if s.startswith(f"{name}.")}
         if lacking := unbound(g, given):
             unknown[name] = tuple(dict.fromkeys(lacking))
             continue
-        tokens = next((evaluate_dim(v.tensor.shape[1], given) for v in g.inputs if v.name == "tokens"), None)
+        tokens = next((evaluate_dim(v.tensor.shape[1], given) for v in g.inputs if v.name == served.interface.tokens), None)
         operations = sum(operations_of(node, given) for node in g.nodes)
         entries.append(
             Entry(name, {s: given[s] for s in g.symbols}, peak_bytes(g, given, states), operations, tokens)
         )
+    granule = machine.granule
     params = {k: v for g in program.graphs.values() for k, v in g.params.items()}
 
     def caches(batch: int, context: int) -> int:
         return _caches(served, machine, batch, context) if states else 0
 
     return Plan(
-        name=str(program.metadata.get("name", "model")),
+        name=program.interface.name or "model",
         parameters=sum(math.prod(v.tensor.concrete({})) for v in params.values()),
         weights={s: _weights(made[s], machine) for s in schemes},
         batch=batch, context=context if states else None,
-        caches=caches(batch, context or 0), cache_per_token=(caches(1, 2 * _GRAIN) - caches(1, _GRAIN)) // _GRAIN,
+        caches=caches(batch, context or 0), cache_per_token=(caches(1, 2 * granule) - caches(1, granule)) // granule,
         entries=tuple(entries), unknown=unknown,
     )  # fmt: skip
 
@@ -139,27 +142,29 @@ def _weights(program: Program, machine: Target) -> int:
 
 def _caches(program: Program, machine: Target, batch: int, context: int) -> int:
     """Bytes of all states, as they lie in memory."""
-    sizes = _stream_sizes(program, batch, -(-context // _GRAIN) * _GRAIN, 1)
+    sizes = _stream_sizes(program, batch, -(-context // machine.granule) * machine.granule, 1)
     return sum(math.prod(t.concrete(sizes)) * t.dtype.bits // 8 for t in machine.state_types(program).values())
 
 
 def _stream_sizes(program: Program, batch: int, context: int, chunk: int) -> dict[str, int]:
     """Sizes of the symbols of caches and tokens."""
-    sizes = {name: batch if str(d) == "b" else context for name, d in _state_symbols(program).items()}
-    tokens = next(v.tensor.shape for v in program["prefill"].inputs if v.name == "tokens")
+    sizes = {name: batch if str(d) == "b" else context for name, d in state_symbols(program).items()}
+    tokens = next(v.tensor.shape for v in program["prefill"].inputs if v.name == program.interface.tokens)
     sizes |= dict.fromkeys(symbols_of(tokens[1:]), min(chunk, context))
     return sizes
 
 
 def _media_sizes(program: Program, graph: Graph, batch: int) -> dict[str, int]:
     """Sizes of the symbols that media bring into ``graph``, as far as the program states them: one of each kind."""
-    media = program.metadata["media"]
-    image, audio, video = (media.get(kind, {}) for kind in ("image", "audio", "video"))
-    rows = sum(evaluate_dim(program[kind["entry"]].outputs[0].tensor.shape[0], {}) for kind in (image, audio, video) if kind)
-    size = image.get("size")
+    media = program.interface.media
+    assert media is not None
+    rows = sum(evaluate_dim(program[e.entry].outputs[0].tensor.shape[0], {}) for e in media.encoders)
+    size, samples, frames = (
+        next((n for e in media.encoders if (n := getattr(e, need)) is not None), None) for need in ("size", "samples", "frames")
+    )
     stated: dict[str, tuple[int | None, ...]] = {
-        "image": (size, size), "audio": (audio.get("samples"),), "frames": (video.get("frames"), size, size),
-        "times": (video.get("frames"),), "media": (rows,), "seen": (batch, rows),
+        "image": (size, size), "audio": (samples,), "frames": (frames, size, size), "times": (frames,),
+        "media": (rows,), "seen": (batch, rows),
     }  # fmt: skip
     found = {}
     for v in (*program["forward"].inputs, *graph.inputs):  # what a pass moved into another graph keeps its symbols

@@ -104,7 +104,7 @@ class InterpreterCheck:
 
     def _step_by_step(self, program: Program, forward: Graph, name: str) -> None:
         """Holds ``prefill`` and ``decode`` against ``forward``: three rows, each at a place of its own."""
-        entries, chunk = (program["prefill"], program["decode"]), program.metadata.get("chunk", 1)
+        entries, chunk = (program["prefill"], program["decode"]), program.interface.chunk or 1
         given = {v.name: v for v in forward.inputs}
         [tokens] = [v.name for v in entries[1].inputs if v.name in given and v.tensor.rank == 2 and v.shape[1] == 1]
         batch, seq = given[tokens].shape
@@ -117,7 +117,7 @@ class InterpreterCheck:
         known: dict[str, Any] = {k: x for k, x in inputs.items() if k != tokens}
         if "encode" in program.graphs:
             known |= self._named(program["encode"], known, params, sizes)
-        states = {s["name"] for s in program.metadata["states"]}
+        states = set(program.interface.state_names)
         capacity = {s: 16 for v in entries[1].inputs for s in v.type.symbols if v.name in states and s not in sizes}
         known |= {v.name: np.zeros(v.tensor.concrete({**sizes, **capacity}), v.tensor.dtype.np)
                   for v in entries[1].inputs if v.name in states}  # fmt: skip

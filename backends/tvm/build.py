@@ -7,7 +7,7 @@ import gc
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ def check_tools(target: Target) -> None:
 
 
 def build(
-    program: Program, target: Target, states: Sequence[str] = (), on_progress: Callable[[str], None] = lambda what: None
+    program: Program, target: Target, on_progress: Callable[[str], None] = lambda what: None
 ) -> Library:
     """Compiles every graph of ``program`` for ``target``.
 
@@ -63,7 +63,7 @@ def build(
     check_tools(target)
     on_progress("lowering")
     module, plan = lower_program(
-        program, target.table(), states, target.state_types(program), target.kernels(target, program), target.on_host
+        program, target.table(), target.state_types(program), target.kernels(target, program), target.on_host
     )
     on_progress("generating code")
     with target.scope():
@@ -101,16 +101,16 @@ def run(program: Program, target: Target, graph: str, inputs: Mapping[str, Any])
 class Runner:
     """A program compiled and loaded in this process, weights included."""
 
-    def __init__(self, program: Program, target: Target, states: Sequence[str] = (), *, donate: bool = False) -> None:
+    def __init__(self, program: Program, target: Target, *, donate: bool = False) -> None:
         """``donate``: for a program that is called again and again. States that a call returned are given up to the next one,
         which may write its own over them: nothing is copied, nothing allocated anew. Arrays from elsewhere are copied in.
         What compiling took is given back to the system. Such states are of NumPy's own types, and lie as these do."""
         # TVM reads both when it first starts its threads: by itself it takes half of the CPUs, and pins the caller to one
         os.environ.setdefault("TVM_NUM_THREADS", str(target.threads))
         os.environ.setdefault("TVM_BIND_THREADS", "0")
-        self.program, self.states, self.donate = program, tuple(states), donate
+        self.program, self.states, self.donate = program, program.interface.state_names, donate
         self.layouts = target.state_layouts(program)
-        library = build(program, target, states)
+        library = build(program, target)
         self.vm = relax.VirtualMachine(_linked(library) if donate else library.executable, tvm.cpu())
         self.weights = [
             tvm.runtime.tensor(array)

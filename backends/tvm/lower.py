@@ -81,6 +81,10 @@ class StateLayout:
         """The type of the tensor that holds the state."""
         return self.logical
 
+    def axis(self, logical: int) -> int:
+        """Where an axis of the logical type lies in memory."""
+        return logical
+
     def pack(self, x: np.ndarray) -> np.ndarray:
         """A state of the logical type as it lies in memory."""
         return x
@@ -456,7 +460,7 @@ def selected(program: Program, table: Table, select: Callable[[Graph], None], on
 
 
 def lower_program(
-    program: Program, table: Table, states: Sequence[str] = (), state_types: Mapping[str, TensorType] | None = None,
+    program: Program, table: Table, state_types: Mapping[str, TensorType] | None = None,
     select: Callable[[Graph], None] = lambda graph: None, on_host: bool = True,
 ) -> tuple[tvm.IRModule, WeightPlan]:  # fmt: skip
     """A Relax module with one function per graph, and the weights that each of them takes after its inputs and states.
@@ -468,5 +472,5 @@ def lower_program(
     bb = relax.BlockBuilder()
     kernels: dict[Any, Any] = {}
     for g in graphs:
-        emit_graph(bb, g, table, plan, states, kernels, state_types or {})
+        emit_graph(bb, g, table, plan, program.interface.state_names, kernels, state_types or {})
     return relax.transform.DeadCodeElimination()(bb.finalize()), plan  # views that turned out to have no reader

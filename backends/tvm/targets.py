@@ -17,12 +17,12 @@ from typing import Any
 import tvm
 from tvm import relax
 from tvm.relax.backend import cpu_generic
-from wasat.ir import Graph, IRError, Program, TensorType
+from wasat.ir import Graph, IRError, Program, State, TensorType
 
 from .cpu import fused_loops as loops
 from .cpu import select as cpu_kernels
-from .cpu import tir_pipeline
-from .cpu.kernels.cache import CacheType
+from .cpu import states, tir_pipeline
+from .cpu.kernels.cache import GROUP, CacheType
 from .lower import StateLayout, Table
 from .ops.primitives import PRIMITIVES
 
@@ -51,8 +51,10 @@ class Target:
     needs_compiler: bool = True
     tir_pipeline: str | None = None
     """Name of the TensorIR pass pipeline; None: TVM's own for the target."""
-    state_layout: Callable[[Mapping[str, Any], TensorType], StateLayout] = field(default=lambda state, type: StateLayout(type))
+    state_layout: Callable[[State, TensorType], StateLayout] = field(default=lambda state, type: StateLayout(type))
     """How a state lies in memory, from its description and its type in the graph: kernels may choose."""
+    granule: int = 1
+    """Capacities of growing states and rings are multiples of it, as its kernels read positions."""
     features: Callable[[Target], list[str]] = field(default=lambda target: [])
     """What the machine that runs the code must have, in the words of /proc/cpuinfo."""
 
@@ -93,7 +95,7 @@ class Target:
         """How the program's states lie in memory, by name, over the graphs' symbols."""
         graphs = program.graphs.values()
         types = {v.name: v.tensor for g in graphs for v in g.inputs}
-        return {s["name"]: self.state_layout(s, types[s["name"]]) for s in program.metadata.get("states", [])}
+        return {s.name: self.state_layout(s, types[s.name]) for s in program.interface.states}
 
     def state_types(self, program: Program) -> dict[str, TensorType]:
         """The types of the tensors that hold the program's states, by name."""
@@ -151,8 +153,9 @@ def cpu(mcpu: str | None = None, threads: int | None = None, cache: CacheType = 
         raise IRError(f"there is no CPU {mcpu!r}" + (f"; near it are {', '.join(near)}" if near else ""))
     return Target(
         "cpu", {"kind": "llvm", "mcpu": mcpu or host_cpu(), "num-cores": n}, threads=n, features=cpu_features,
-        kernels=lambda target, program: cpu_kernels.selection(target.tvm, n, cache, program.metadata.get("states", [])),
-        state_layout=lambda state, type: cpu_kernels.state_layout(state, type, cache), tir_pipeline=tir_pipeline.register(),
+        kernels=lambda target, program: cpu_kernels.selection(target.tvm, n, cache, program.interface.states),
+        state_layout=lambda state, type: states.state_layout(state, type, cache), tir_pipeline=tir_pipeline.register(),
+        granule=GROUP,
     )  # fmt: skip
 
 
@@ -164,11 +167,20 @@ def cuda(arch: str = "sm_80") -> Target:
 TARGETS: dict[str, Callable[..., Target]] = {"cpu": cpu, "cuda": cuda}
 
 
-def target_named(name: str, threads: int | None = None) -> Target:
-    """``cpu``, ``cpu:znver3``, ``cuda``, ``cuda:sm_90``. Raises IRError for a target or a CPU that there is none of."""
+CACHES: dict[str, CacheType] = {"f32": "float32", "f16": "float16"}
+"""How keys and values may be stored."""
+
+
+def target_named(name: str, threads: int | None = None, cache: str = "f32") -> Target:
+    """``cpu``, ``cpu:znver3``, ``cuda``, ``cuda:sm_90``, keys and values stored as ``cache``. Raises IRError for a target, a
+    CPU or a cache that there is none of."""
     kind, _, detail = name.partition(":")
     if kind not in TARGETS:
         raise IRError(f"there is no target {name!r}; there are {', '.join(TARGETS)} (cpu:MCPU, cuda:ARCH choose a model)")
+    if cache not in CACHES:
+        raise IRError(f"there is no cache of {cache!r}; there are {', '.join(CACHES)}")
     if kind == "cpu":
-        return cpu(detail or None, threads)
+        return cpu(detail or None, threads, CACHES[cache])
+    if cache != "f32":
+        raise IRError(f"the target {name} stores keys and values as they are computed; only cpu has a cache of {cache}")
     return TARGETS[kind](detail) if detail else TARGETS[kind]()

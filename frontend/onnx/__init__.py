@@ -29,7 +29,7 @@ def from_onnx(
     TensorType, a list of them for a sequence, None for an empty optional. ``sizes`` fixes symbolic sizes of inputs, by
     the names that the file or the program has for them: what depends on them is decided while importing.
 
-    ``metadata["onnx"]["outputs"]`` lists ``[name, count]``: count is None for a tensor, else how many tensors a sequence has.
+    ``origin.outputs`` lists ``(name, count)``: count is None for a tensor, else how many tensors a sequence has.
 
     Raises OnnxError for a damaged file and for what is not supported (all at once), FromData where a shape depends
     on the numbers in an input.

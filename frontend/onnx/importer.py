@@ -18,8 +18,10 @@ from wasat.ir import (
     DimLike,
     DType,
     Graph,
+    Interface,
     IRError,
     Loc,
+    Origin,
     ParamSource,
     Program,
     TensorType,
@@ -70,10 +72,7 @@ class Importer:
     def __init__(
         self, source: Source, constants: Mapping[str, np.ndarray], types: Mapping[str, Any], sizes: Mapping[str, int]
     ) -> None:  # fmt: skip
-        self.source = source
-        self.constants = constants
-        self.types = types
-        self.sizes = sizes
+        self.source, self.constants, self.types, self.sizes = source, constants, types, sizes
         self.graph = Graph("forward")
         self.params: dict[str, ParamSource] = {}
         self.c = Emitter(self.graph, self.params)
@@ -119,15 +118,15 @@ class Importer:
         for info in model.graph.output:
             result = self._lookup(info.name, frame, "the graph's outputs")
             items = result if isinstance(result, list) else [] if result is None else [result]
-            structure.append([info.name, len(items) if isinstance(result, list) else None if items else 0])
+            structure.append((info.name, len(items) if isinstance(result, list) else None if items else 0))
             outputs += [self.c.value(x) for x in items]
             names += [f"{info.name}.{i}" for i in range(len(items))] if isinstance(result, list) else [info.name] * len(items)
         self.graph.set_outputs(outputs, names)
         self.weights.fold(self)
         for name in self.graph.prune_params():
             del self.params[name]
-        metadata = {"name": model.graph.name or "model", "onnx": {"outputs": structure, "dequantized": self.weights.dense}}
-        return Program({"forward": self.graph}, self.params, metadata)
+        origin = Origin(outputs=tuple(structure), dequantized=self.weights.dense)
+        return Program({"forward": self.graph}, self.params, Interface(model.graph.name or "model"), origin)
 
     # -- what the model declares -------------------------------------------------------------------------------------------
     def _opsets(self, imports: Sequence[onnx.OperatorSetIdProto]) -> dict[str, int]:

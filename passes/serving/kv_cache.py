@@ -9,7 +9,22 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from wasat.ir import Builder, DimLike, DType, Graph, IRError, Node, Program, TensorType, Value, substitute, symbol, symbols_of
+from wasat.ir import (
+    Builder,
+    DimLike,
+    DType,
+    Graph,
+    Interface,
+    IRError,
+    Node,
+    Program,
+    State,
+    TensorType,
+    Value,
+    substitute,
+    symbol,
+    symbols_of,
+)
 from wasat.ir.graph import copy_node
 from wasat.ir.lift import lift
 from wasat.ir.ops.attention import AttentionAttrs
@@ -24,9 +39,6 @@ from ..core import Pass, PassError, Remark, Remarks
 from ..pattern import erase_dead
 from .token_inputs import token_inputs
 
-ROUND = 16
-"""Capacities are multiples of this: kernels read keys in groups."""
-
 
 @dataclass(frozen=True)
 class DeriveKVCache(Pass):
@@ -37,7 +49,8 @@ class DeriveKVCache(Pass):
     Caches are inputs and outputs of one name. Whatever needs no token becomes ``encode``, whose results the others take.
 
     Full caches hold [b, c, heads, features]; attention with a window gets a ring of window + chunk - 1 positions (at most
-    ``chunk`` new tokens at a time), or a full cache where the context is no longer than that.
+    ``chunk`` new tokens at a time), or a full cache where the context is no longer than that. Capacities are multiples of
+    ``granule``, which the target's kernels decide.
 
     Raises IRError, with the node and the line, where the graph looks ahead; unless ``required``, that is a missed remark and
     the graph stays as it is.
@@ -47,12 +60,15 @@ class DeriveKVCache(Pass):
     graph: str = "forward"
     chunk: int = 512
     required: bool = True
+    granule: int = Interface.granule
 
     def requires(self, program: Program) -> None:
         if self.graph not in program.graphs:
             raise PassError(f"there is no graph @{self.graph}; there are {', '.join('@' + n for n in program.graphs)}")
         if self.chunk < 1:
             raise PassError(f"chunk={self.chunk}: a chunk holds at least one token")
+        if self.granule < 1:
+            raise PassError(f"granule={self.granule}: a capacity is a multiple of at least one position")
 
     def run(self, program: Program, remarks: Remarks) -> bool:
         try:
@@ -67,9 +83,9 @@ class DeriveKVCache(Pass):
     def _derive(self, program: Program, remarks: Remarks) -> None:
         forward, tokens, labels = _served(program[self.graph], remarks)
         seq = str(tokens.shape[1])
-        limits = [n for n in (program.metadata.get("context"), _positions_known(forward, labels)) if n is not None]
+        limits = [n for n in (program.interface.context, _positions_known(forward, labels)) if n is not None]
         context = min(limits, default=None)
-        plan = _Plan.make(forward, tokens, seq, labels, self.chunk, context)
+        plan = _Plan.make(forward, tokens, seq, labels, self.chunk, self.granule, context)
         plan.places = places(forward, tokens, labels)
         graphs = dict(program.graphs)
         del graphs[self.graph]
@@ -80,10 +96,10 @@ class DeriveKVCache(Pass):
         if clash:
             raise PassError(f"the program already has a graph @{clash[0]}")
         program.graphs = {**graphs, **{g.name: g for g in made}}
-        program.metadata["states"] = [s for c in plan.of.values() for s in c.states()]
-        program.metadata["tokens"] = tokens.name
-        program.metadata["chunk"] = self.chunk
-        program.metadata["context"] = context
+        program.declare(
+            states=tuple(s for c in plan.of.values() for s in c.states()), chunk=self.chunk, context=context,
+            granule=self.granule, tokens=tokens.name,
+        )  # fmt: skip
         for node, cache in plan.of.items():
             remarks.applied(f"%{node.output.name}: {cache.describe()}", node)
         if plan.memory:
@@ -182,12 +198,10 @@ class _Cache:
         c = capacity if self.capacity is None else self.capacity
         return tuple(t.with_shape(batch, c, *t.shape[2:]) for t in (self.keys, self.values))  # type: ignore[return-value]
 
-    def states(self) -> list[dict[str, Any]]:
-        kind = "full" if self.capacity is None else "ring"
-        return [
-            {"name": n, "role": role, "kind": kind, "capacity": self.capacity, "window": self.window}
-            for n, role in zip(self.names(), "kv")
-        ]
+    def states(self) -> list[State]:
+        if self.capacity is None or self.window is None:
+            return [State.full(n, role, self.window) for n, role in zip(self.names(), "kv")]
+        return [State.ring(n, self.capacity, self.window, role) for n, role in zip(self.names(), "kv")]
 
     def describe(self) -> str:
         if self.capacity is None:
@@ -212,7 +226,9 @@ class _Plan:
     last_mixing: Node | None = None
 
     @staticmethod
-    def make(forward: Graph, tokens: Value, seq: str, labels: dict[Value, Label], chunk: int, context: int | None) -> _Plan:
+    def make(
+        forward: Graph, tokens: Value, seq: str, labels: dict[Value, Label], chunk: int, granule: int, context: int | None
+    ) -> _Plan:
         plan = _Plan(forward, tokens, seq, labels)
         plan.capacity = symbol(capacity_name(forward))
         dependent = _on_inputs(plan)
@@ -222,16 +238,16 @@ class _Plan:
                     plan.memory.setdefault(v, f"memory.{len(plan.memory)}")
             if labels[node.outputs[0]].mixes:
                 plan.last_mixing = node
-                plan._cache(node, chunk, context)
+                plan._cache(node, chunk, granule, context)
         for v in forward.outputs:
             if v in dependent and v.node is not None:
                 plan.memory.setdefault(v, f"memory.{len(plan.memory)}")
         return plan
 
-    def _cache(self, node: Node, chunk: int, context: int | None) -> None:
+    def _cache(self, node: Node, chunk: int, granule: int, context: int | None) -> None:
         _, k, v = node.inputs[:3]
         window = AttentionAttrs.of(node).window
-        capacity = None if window is None else -(-(window + chunk - 1) // ROUND) * ROUND
+        capacity = None if window is None else -(-(window + chunk - 1) // granule) * granule
         if capacity is not None and context is not None and context <= capacity:
             capacity = None
         # one for each, also of the same keys and values: in place, a cache is written by one

@@ -56,7 +56,7 @@ class Rematerialize(Pass):
         made = _Recomputation(g, forward, kept, last.outputs[0])
         made.run()
         before, now = (sum(bytes_of(v, sizes) for v in {memory_of(v): None for v in vs}) for vs in (read, kept))
-        donated = {s["name"] for s in program.metadata.get("states", ()) if s.get("donated")}
+        donated = {s.name for s in program.interface.states if s.donated}
         peaks = [peak_bytes(x, sizes, donated) for x in (old, g)]
         done = sum(operations_of(n, sizes) for n in made.nodes)
         whole = sum(operations_of(n, sizes) for n in old.nodes)

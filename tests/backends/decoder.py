@@ -7,7 +7,21 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from wasat.ir import ArrayParam, Builder, DimLike, DType, Graph, Program, QTensorType, TensorType, Type, Value, symbol
+from wasat.ir import (
+    ArrayParam,
+    Builder,
+    DimLike,
+    DType,
+    Graph,
+    Interface,
+    Program,
+    QTensorType,
+    State,
+    TensorType,
+    Type,
+    Value,
+    symbol,
+)
 from wasat.ir.ops.quant import quantize_array
 
 
@@ -34,18 +48,16 @@ class Decoder:
     def program(self, seed: int = 0, decode: bool = True) -> Program:
         """``prefill`` for any batch and number of positions, and ``decode`` for one position."""
         self_params: dict[str, ArrayParam] = {}
-        states: list[dict[str, Any]] = []
-        for i, window in enumerate(self.windows):
-            for role in ("k", "v"):
-                states.append({
-                    "name": f"layers.{i}.{role}", "kind": "full" if window is None else "ring", "role": role,
-                    "capacity": None if window is None else self.ring, "window": window,
-                })  # fmt: skip
+        states = tuple(
+            State.full(name, name[-1]) if window is None else State.ring(name, self.ring, window, name[-1])
+            for i, window in enumerate(self.windows)
+            for name in (f"layers.{i}.k", f"layers.{i}.v")
+        )
         rng = np.random.default_rng(seed)
         graphs = {"prefill": self._graph("prefill", symbol("s"), self_params, rng)}
         if decode:
             graphs["decode"] = self._graph("decode", 1, self_params, rng)
-        return Program(graphs, self_params, {"states": states})  # type: ignore[arg-type]
+        return Program(graphs, self_params, Interface(states=states))  # type: ignore[arg-type]
 
     def _param(self, g: Graph, params: dict[str, ArrayParam], rng: np.random.Generator, name: str, *shape: int) -> Value:
         if name not in params:

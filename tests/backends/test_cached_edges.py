@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from wasat.backends.tvm.build import Runner
 from wasat.backends.tvm.targets import cpu
-from wasat.ir import IRError, evaluate, parse_program
+from wasat.ir import IRError, State, evaluate, parse_program
 
-STATES = [{"name": f"{r}c", "role": r, "kind": "full", "capacity": None, "window": None} for r in "kv"]
+STATES = tuple(State.full(f"{r}c", r) for r in "kv")
 SIZES = (1, 3)
 
 
@@ -26,8 +26,8 @@ def text(s: int, mask: str) -> str:
 @pytest.fixture(scope="module")
 def compiled() -> Runner:
     program = parse_program("".join(text(s, m) for s in SIZES for m in ("bool", "f32")))
-    program.metadata["states"] = STATES
-    return Runner(program, cpu(), ["kc", "vc"])
+    program.declare(states=STATES)
+    return Runner(program, cpu())
 
 
 def inputs(s: int, mask: str) -> dict[str, Any]:

@@ -43,8 +43,8 @@ def feeds(
 def assert_same_steps(decoder: Decoder, tolerance: float, target: Target) -> None:
     """A prompt in two chunks of uneven size, rows at different positions, then single tokens."""
     program = decoder.program()
-    names = [s["name"] for s in program.metadata["states"]]
-    runner = Runner(program, target, names)
+    names = program.interface.state_names
+    runner = Runner(program, target)
     params = {k: p.load() for k, p in program.params.items()}
     got_states: dict[str, Any] = {}
     want_states: dict[str, Any] = {}
@@ -114,8 +114,7 @@ def test_what_is_fused() -> None:
 def test_tied_table_is_packed_once() -> None:
     target = cpu()
     program = Decoder().program()
-    names = [s["name"] for s in program.metadata["states"]]
-    _, plan = lower_program(program, target.table(), names, target.state_types(program), target.kernels(target, program))
+    _, plan = lower_program(program, target.table(), target.state_types(program), target.kernels(target, program))
     assert len([name for name, _ in plan.layouts if name == "embed"]) == 1
     assert len({a.name for a in plan.arrays}) == len(plan.arrays)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from kernel_help import assert_near
 from test_cpu import calls, selected
 from wasat.backends.tvm.build import Runner
 from wasat.backends.tvm.targets import cpu
-from wasat.ir import IRError, Program, QTensorType, TensorType, evaluate, parse_type
+from wasat.ir import IRError, Program, QTensorType, State, TensorType, evaluate, parse_type
 
 from wasat.testing import feed, random_program
 
@@ -206,7 +207,7 @@ def attention_text(edits: dict[str, str]) -> str:
     return text
 
 
-STATES = [{"name": f"{r}c", "role": r, "kind": "full", "capacity": None, "window": None} for r in "kv"]
+STATES = tuple(State.full(f"{r}c", r) for r in "kv")
 FUSED = ["QkvToCache", "CachedAttention"]
 SEPARATE = ["Rope", "Rope", "CacheWrite", "CachedAttention"]
 FORMS: dict[str, tuple[dict[str, str], list[str]]] = {
@@ -231,22 +232,22 @@ FORMS: dict[str, tuple[dict[str, str], list[str]]] = {
 def test_projection_to_cache(name: str) -> None:
     edits, expected = FORMS[name]
     program = random_program(attention_text(edits))
-    program.metadata["states"] = STATES
+    program.declare(states=STATES)
     g = selected(program, "step", cpu())
     assert [c for c in calls(g) if c[0].isupper()] == expected
     inputs = feed(program["step"], DIMS)
     want = evaluate(program["step"], inputs, {k: p.load() for k, p in program.params.items()})
-    got = Runner(program, cpu(), ["kc", "vc"])("step", inputs)
+    got = Runner(program, cpu())("step", inputs)
     for x, w in zip((got["y"], got["kc"], got["vc"]), want):
         assert_near(x, np.asarray(w, np.float64), 1e-5)
 
 
 PLAIN_STATES: dict[str, tuple[dict[str, Any], str]] = {
-    "no role": ({"role": None}, "f32[b, c, 2, 20]"),
+    "no role": ({"role": ""}, "f32[b, c, 2, 20]"),
     "another type": ({}, "f16[b, c, 2, 20]"),
     "another rank": ({}, "f32[b, c, 20]"),
     "capacity that groups do not fill": ({}, "f32[b, 40, 2, 20]"),
-    "ring of unknown capacity": ({"kind": "ring"}, "f32[b, c, 2, 20]"),
+    "ring of unknown capacity": ({"kind": "ring", "capacity": 32}, "f32[b, c, 2, 20]"),
 }
 
 
@@ -255,7 +256,7 @@ def test_state_keeps_its_form(name: str) -> None:
     changes, text = PLAIN_STATES[name]
     t = parse_type(text)
     assert isinstance(t, TensorType)
-    assert cpu().state_layout({**STATES[0], **changes}, t).type == t
+    assert cpu().state_layout(replace(STATES[0], **changes), t).type == t
 
 
 def test_states_in_the_form_of_the_kernels() -> None:
@@ -276,7 +277,7 @@ def test_caches_that_are_no_states_are_decomposed() -> None:
 
 REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
     "read by another operation": ({"return %y": "%e: f32[b, c, 2, 20] = exp(%kc)\n  return %y, %e"}, {}, "can only be read by cached_attention"),
-    "declared a ring": ({", c,": ", 32,"}, {"kind": "ring", "window": 4}, "is declared ring"),
+    "declared a ring": ({", c,": ", 32,"}, {"kind": "ring", "capacity": 32, "window": 4}, "is declared ring"),
 }  # fmt: skip
 
 
@@ -284,7 +285,7 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
 def test_refused(name: str) -> None:
     edits, changes, message = REFUSED[name]
     program = random_program(attention_text(edits))
-    program.metadata["states"] = [{**s, **changes} for s in STATES]
+    program.declare(states=tuple(replace(s, **changes) for s in STATES))
     with pytest.raises(IRError, match=message):
         selected(program, "step", cpu())
 

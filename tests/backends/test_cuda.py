@@ -21,7 +21,7 @@ def device_code(module: Any) -> str:
 def test_decoder_compiles(weights: str) -> None:
     program = Decoder(weights=weights, windows=(None, 5)).program()
     target = target_named("cuda:sm_90")
-    library = build(program, target, [s["name"] for s in program.metadata["states"]])
+    library = build(program, target)
     code = device_code(library.executable.mod)
     assert "__global__" in code
     assert "cache_update" in code

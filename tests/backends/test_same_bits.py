@@ -88,8 +88,8 @@ SIZES: dict[str, Any] = {
 @pytest.mark.parametrize("weights, activation", [("int4", "int8"), ("f16", None)])
 def test_decoder(weights: str, activation: str | None) -> None:
     program = Decoder(**SIZES, weights=weights, activation=activation).program()
-    names = [s["name"] for s in program.metadata["states"]]
-    runner = Runner(program, cpu(threads=2), names)
+    names = program.interface.state_names
+    runner = Runner(program, cpu(threads=2))
     tokens = np.random.default_rng(0).integers(0, 70, (9, 140))
 
     def logits(rows: list[int], chunks: list[int]) -> np.ndarray:

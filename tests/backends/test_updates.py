@@ -14,7 +14,7 @@ from wasat.backends.tvm.build import Runner
 from wasat.backends.tvm.cpu.updates import fuse_square_sums, fuse_updates
 from wasat.backends.tvm.lower import KernelCall
 from wasat.backends.tvm.targets import cpu
-from wasat.ir import Graph, Program, evaluate, parse
+from wasat.ir import Graph, Interface, Program, State, evaluate, parse
 
 ADAM = """graph @step(%x: f32[3, 50], %rate: f32[], %due: bool[], %p: f32[3, 50], %m: f32[3, 50], %v: f32[3, 50], %q: f32[7]) {
   %loss: f32[] = reduce_sum(%p) {axes=(0, 1)}
@@ -57,8 +57,8 @@ def feeds(**more: Any) -> dict[str, Any]:
 
 
 def runner(text: str = ADAM, **options: Any) -> Runner:
-    described = [{"name": k, "donated": True} for k in STATES]
-    return Runner(Program({"step": parse(text)}, {}, {"states": described}), cpu(threads=2), STATES, **options)
+    states = tuple(State.trained(k, donated=True) for k in STATES)
+    return Runner(Program({"step": parse(text)}, {}, Interface(states=states)), cpu(threads=2), **options)
 
 
 def test_an_update_is_one_kernel_over_the_old_states() -> None:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import Reference
 from wasat.frontend import nn
+from wasat.ir import Generation
 from wasat.runtime import ArtifactError, InputError
 
 import wasat as ws
@@ -69,7 +71,7 @@ def test_the_program_stays_as_it_was(pygemma: Path) -> None:
     before, params = str(program), list(program.params)
     ws.optimize(program, quantize="int4")
     assert (str(program), list(program.params)) == (before, params)
-    assert "states" not in program.metadata
+    assert not program.interface.states
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------------
@@ -127,7 +129,7 @@ def test_a_failure_late_keeps_what_was_there(tmp_path: Path) -> None:
     program = nn.trace(Doubling(), {"x": "f32[b, 3]"}, outputs=["y"])
     ws.compile(program, tmp_path / "out")
     before = (tmp_path / "out" / "manifest.json").read_text()
-    program.metadata["tokenizer"] = str(tmp_path / "nowhere.json")
+    program.origin = replace(program.origin, tokenizer=str(tmp_path / "nowhere.json"))
     with pytest.raises(FileNotFoundError):
         ws.compile(program, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -201,7 +203,7 @@ def test_a_cache_that_was_asked_for_must_be_derived(pygemma: Path, tmp_path: Pat
     program = nn.trace(TextEncoder(), {"tokens": "i64[b, s]"}, outputs=["y"])
     with pytest.raises(ws.WasatError, match="no KV cache can be derived"):
         ws.optimize(program, kv_cache=True)
-    program.metadata["generation"] = {"eos": [0]}
+    program.declare(generation=Generation(eos=(0,)))
     with pytest.raises(ws.WasatError, match="no KV cache can be derived"):
         ws.optimize(program)
     plain, _ = ws.optimize(ws.from_pretrained(pygemma), kv_cache=False)

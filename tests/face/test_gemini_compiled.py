@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("tvm")
 
 from tokenizers import Tokenizer, models, pre_tokenizers
-from wasat.ir import ArrayParam, Program
+from wasat.ir import ArrayParam, Head, Program
 from wasat.runtime import ArtifactError, Audio, ContextLimitError, Image, InputError, Model, Video
 from wasat.runtime.artifact import digest
 
@@ -181,7 +181,7 @@ def test_what_cannot_be_classified(
 def test_a_head_that_the_manifest_misdescribes(model: Model, tmp_path: Path, field: str, value: str) -> None:
     folder = Path(shutil.copytree(model.folder, tmp_path / "copy"))
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["heads"]["digit"][field] = value
+    next(h for h in manifest["interface"]["heads"] if h["name"] == "digit")[field] = value
     (folder / "manifest.json").write_text(json.dumps({**manifest, "digest": digest(manifest)}))
     with pytest.raises(ArtifactError, match=r"head digit is of .*, which entry .* does not take"):
         ws.load(folder)
@@ -190,5 +190,5 @@ def test_a_head_that_the_manifest_misdescribes(model: Model, tmp_path: Path, fie
 def test_heads_of_a_model_of_text_alone() -> None:
     """A model without media has heads of text all the same."""
     p = gemini.Gemini(gemini.Config(TINY.text, heads=(gemini.Head("topic", 3, "text"),))).program()
-    assert p.metadata["heads"] == {"topic": {"entry": "classify_topic", "of": "text"}}
+    assert p.interface.heads == (Head("topic", "classify_topic", "text"),)
     assert [v.name for v in p["classify_topic"].inputs] == ["tokens", "last"]

@@ -15,7 +15,7 @@ from numpy.testing import assert_array_equal
 from safetensors.numpy import save_file
 from wasat.frontend import FAMILIES, CheckpointError, ConfigError, Fields, FileParam, from_pretrained
 from wasat.frontend.huggingface import build
-from wasat.ir import Program, evaluate, parse, verify
+from wasat.ir import Generation, Origin, Program, evaluate, parse, verify
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "hf"
 PYGEMMA = GOLDEN.parent.parent.parent / "examples" / "pygemma"
@@ -83,17 +83,15 @@ def test_every_family_has_a_golden_case(family: str) -> None:
     assert any(json.loads((c / "config.json").read_text())["model_type"] == family for c in CASES)
 
 
-def test_metadata_and_lazy_parameters(tmp_path: Path) -> None:
+def test_interface_and_lazy_parameters(tmp_path: Path) -> None:
     weights = {k: v.astype(ml_dtypes.bfloat16) for k, v in tensors(LLAMA).items()}
     folder = save(tmp_path / "tiny", LLAMA, weights)
     (folder / "tokenizer.json").write_text("{}")
     (folder / "generation_config.json").write_text('{"eos_token_id": 7, "temperature": 0.6}')
     program = from_pretrained(folder)
-    m = program.metadata
-    assert (m["family"], m["name"], m["context"], m["vocab"]) == ("llama", "tiny", 64, 40)
-    assert m["generation"] == {"bos": 1, "eos": [7], "pad": None}
-    assert m["tokenizer"] == str(folder / "tokenizer.json")
-    assert m["config"] == LLAMA
+    m = program.interface
+    assert (m.name, m.context, m.vocab, m.generation) == ("tiny", 64, 40, Generation(1, (7,)))
+    assert program.origin == Origin("llama", str(folder / "tokenizer.json"))
     source = program.params["model.embed_tokens.weight"]
     assert isinstance(source, FileParam)
     assert str(source.type) == "f32[40, 16]"
@@ -194,9 +192,9 @@ def test_what_a_family_means_by_absent_fields() -> None:
 def test_token_ids_of_a_family_that_config_leaves_out(tmp_path: Path) -> None:
     bare = _config({"bos_token_id": "absent", "eos_token_id": "absent"})
     program = from_pretrained(save(tmp_path / "m", bare, tensors(bare)))
-    assert program.metadata["generation"] == {"bos": 1, "eos": [2], "pad": None}
+    assert program.interface.generation == Generation(1, (2,))
     none = {**bare, "eos_token_id": None}
-    assert from_pretrained(save(tmp_path / "n", none, tensors(none))).metadata["generation"]["eos"] == []
+    assert from_pretrained(save(tmp_path / "n", none, tensors(none))).interface.generation.eos == ()
 
 
 def test_older_config_files_mean_the_same() -> None:

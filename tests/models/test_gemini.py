@@ -319,9 +319,9 @@ from wasat.models import gemini
 from wasat.plan import plan
 program = gemini.Gemini(gemini.preset("27b")).program()
 made, _ = optimize(program, quantize="int4")
-kinds = {s["kind"] for s in made.metadata["states"]}
+kinds = {s.kind for s in made.interface.states}
 assert set(made.graphs) == {"encode_image", "encode_audio", "encode_video", "prefill", "decode"} and kinds == {"full", "ring"}
-assert len(made.metadata["states"]) == 2 * 62
+assert len(made.interface.states) == 2 * 62
 found = plan(program, schemes=["int4"], context=8192)
 assert 28.0e9 < found.parameters < 28.2e9 and 15e9 < found.weights["int4"] < 16e9 and not found.unknown
 assert found.cache_per_token == 10 * 2 * 16 * 128 * 4, "every sixth layer sees everything"

@@ -12,7 +12,7 @@ import pytest
 from wasat.frontend import nn
 from wasat.frontend.models.config import ConfigError
 from wasat.frontend.weights.safetensors import CheckpointError
-from wasat.ir import ArrayParam, Program, type_of
+from wasat.ir import ArrayParam, Encoder, Generation, Media, Program, type_of
 
 import wasat as ws
 from wasat.models import gemini
@@ -111,14 +111,14 @@ def test_a_folder_and_back(program: Program, tmp_path: Path) -> None:
     assert made.params.keys() == program.params.keys()
     for name, p in made.params.items():
         np.testing.assert_array_equal(p.load(), program.params[name].load().astype(np.float16).astype(np.float32))
-    assert made.metadata["tokenizer"] == str(tmp_path / "m" / "tokenizer.json")
-    assert made.metadata["generation"] == {"bos": 1, "eos": [2, 3], "pad": 0}
-    assert made.metadata["context"] == 128
-    assert made.metadata["media"] == {
-        "vocab": 64, "dim": 32, "image": {"entry": "encode_image", "size": 16},
-        "audio": {"entry": "encode_audio", "rate": 8000, "samples": 800}, "video": {"entry": "encode_video", "frames": 4},
-        "seen": True,
-    }  # fmt: skip
+    assert made.origin.tokenizer == str(tmp_path / "m" / "tokenizer.json")
+    assert made.interface.generation == Generation(1, (2, 3), 0)
+    assert made.interface.context == 128
+    encoders = (
+        Encoder("image", "encode_image", size=16), Encoder("audio", "encode_audio", rate=8000, samples=800),
+        Encoder("video", "encode_video", frames=4),
+    )  # fmt: skip
+    assert made.interface.media == Media(64, 32, encoders, seen=True)
     gemini.save(tmp_path / "m", FULL, made.params, tokenizer=tmp_path / "m" / "tokenizer.json")  # over itself
 
 

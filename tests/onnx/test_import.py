@@ -402,7 +402,7 @@ def test_sequences_and_optionals_are_resolved() -> None:
              s = SequenceConstruct(x, x) n = Neg(x) i = Constant <value_int: int = 1> () y = SequenceInsert(s, n, i) }"""
     )
     p = from_onnx(m)
-    assert p.metadata["onnx"]["outputs"] == [["y", 3]]
+    assert p.origin.outputs == (("y", 3),)
     np.testing.assert_array_equal(run(p, np.float32([1, 2])), [[1, 2], [-1, -2], [1, 2]])
 
 

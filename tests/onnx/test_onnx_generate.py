@@ -49,7 +49,7 @@ def test_generates(name: str, derived: int, context: int | None, tmp_path: Path)
     report = ws.compile(program, tmp_path / "out", chunk=4)
     assert len([r for r in report.remarks("applied") if r.message.startswith("input %")]) == derived
     model = ws.load(tmp_path / "out")
-    assert (model.manifest.vocab, model.manifest.context) == (VOCAB, context)
+    assert (model.manifest.interface.vocab, model.manifest.interface.context) == (VOCAB, context)
     got = model.generate(PROMPTS, max_tokens=8)
     assert [r.tokens for r in got] == [chosen(program, p, 8) for p in PROMPTS]
 
@@ -204,13 +204,14 @@ def test_what_stands_beside_the_file(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert result.stdout.split() == [f"w{t}" for t in want[: want.index(want[4])]]
     manifest = ws.load(out).manifest
-    assert (manifest.context, manifest.eos) == (32, (want[4],))
+    assert (manifest.interface.context, manifest.interface.generation.eos) == (32, (want[4],))
 
 
 def test_a_config_that_is_none_of_a_model_is_left_alone(tmp_path: Path) -> None:
     shutil.copy(HERE / "llama_sdpa.onnx", tmp_path / "model.onnx")
     (tmp_path / "config.json").write_text('{"max_position_embeddings": 3}')
-    assert not driver.load_program(tmp_path / "model.onnx").metadata.keys() & {"context", "generation", "tokenizer"}
+    program = driver.load_program(tmp_path / "model.onnx")
+    assert (program.interface.context, program.interface.generation, program.origin.tokenizer) == (None, None, None)
 
 
 def test_what_cannot_be_cached_keeps_its_inputs() -> None:

@@ -131,7 +131,7 @@ def test_what_has_no_exact_form_stays_dequantized(zero: np.ndarray, axis: int, w
     m = qdq(integers("uint8", K, N), halves(len(zero)), zero, axis=axis)
     program = from_onnx(m)
     assert not quantized_types(program)
-    assert program.metadata["onnx"]["dequantized"] == {"w_q": why}
+    assert program.origin.dequantized == {"w_q": why}
     _, report = ws.optimize(program)
     assert f"parameter w_q stays dequantized: {why}" in [r.message for r in report.remarks("missed")]
     np.testing.assert_allclose(run(program, X), ReferenceEvaluator(m).run(None, {"x": X})[0], rtol=1e-5, atol=1e-3)
@@ -190,7 +190,7 @@ def test_matmul_nbits(bits: int, block: int, zeros: str, k: int) -> None:
         scheme = 4 if bits == 4 and zeros == "none" else 8
         assert quantized_types(program) == [f"int{scheme}b{'16f32' if block == 16 else '32f16'}[{N}, {k}]"]
     else:
-        assert "need more than 8 bits" in program.metadata["onnx"]["dequantized"]["w"]
+        assert "need more than 8 bits" in program.origin.dequantized["w"]
     x = RNG.standard_normal((2, 3, k)).astype(np.float32)
     np.testing.assert_allclose(run(program, x), x @ w.T, rtol=1e-4, atol=1e-4)
 
@@ -319,7 +319,7 @@ def test_a_cast_and_a_product_are_a_quantized_weight(spelling: str, kind: str) -
         [*nodes, ("MatMul", ["x", "w"], "y", {})], {k: v for k, v in given.items() if k in read}, ["s", K]
     ))  # fmt: skip
     assert quantized_types(m) == [f"int8b32f16[{N}, {K}]"]
-    assert not m.metadata["onnx"]["dequantized"]
+    assert not m.origin.dequantized
     w = q.astype(np.float32).T if turned else q.astype(np.float32)
     w = (w - zero if "zero" in spelling else w) * (scale.reshape(1, -1) if scale.ndim else scale)
     np.testing.assert_allclose(run(m, X), X @ w, rtol=1e-5, atol=1e-4)
@@ -363,14 +363,14 @@ def test_cast_weights_that_no_scheme_holds_are_named(scale: tuple[int, ...], zer
         given["zero"] = zero.astype(np.float32)
     m = from_onnx(spelled(nodes, given, ["s", K]))
     assert not quantized_types(m)
-    assert why in m.metadata["onnx"]["dequantized"]["q"]
+    assert why in m.origin.dequantized["q"]
 
 
 def test_cast_kernels_of_convolutions_are_named() -> None:
     q = integers("int8", 4, 3, 3, 3)
     nodes = [CAST, ("Mul", ["f", "scale"], "w", {}), ("Conv", ["x", "w"], "y", {})]
     m = from_onnx(spelled(nodes, {"q": q, "scale": halves(4, 1, 1, 1)}, [1, 3, 8, 8]))
-    assert "no product" in m.metadata["onnx"]["dequantized"]["q"]
+    assert "no product" in m.origin.dequantized["q"]
 
 
 def test_a_product_of_constants_that_no_parameter_makes_is_read() -> None:

@@ -197,7 +197,7 @@ def test_inputs_and_outputs() -> None:
     params = {k: p.load() for k, p in program.params.items()}
     forward = program["forward"].clone()
     report = PassManager([*PASSES, DeriveKVCache(chunk=8), Cleanup()]).run(program)
-    assert program.metadata["tokens"] == "ids"
+    assert program.interface.tokens == "ids"
     assert [v.name for v in program["decode"].inputs] == ["ids", "positions", "past", "cache.0.k", "cache.0.v"]
     assert program["decode"].output_names == ["logits", "hidden", "cache.0.k", "cache.0.v"]
     assert report.remarks("missed")[0].message.startswith("output loss is not served: it reduces over the sequence")
@@ -225,10 +225,10 @@ def test_inputs_and_outputs() -> None:
 def test_states_and_entry_points() -> None:
     _, program = PROGRAMS["rotary", 5]
     assert list(program.graphs) == ["prefill", "decode"]
-    assert program.metadata["chunk"] == 5
-    states = program.metadata["states"]
-    assert [s["name"] for s in states] == [f"cache.{i}.{r}" for i in range(3) for r in "kv"]
-    assert [(s["kind"], s["capacity"]) for s in states[::2]] == [("ring", 16), ("full", None), ("ring", 16)]
+    assert program.interface.chunk == 5
+    states = program.interface.states
+    assert [s.name for s in states] == [f"cache.{i}.{r}" for i in range(3) for r in "kv"]
+    assert [(s.kind, s.capacity) for s in states[::2]] == [("ring", 16), ("full", None), ("ring", 16)]
     types = {v.name: str(v.type) for v in program["prefill"].inputs}
     assert types["cache.0.k"] == "f32[b, 16, 2, 4]"
     assert types["cache.1.v"] == "f32[b, c, 2, 4]"
@@ -263,7 +263,7 @@ def test_rings_hold_the_cache_of_a_5_to_1_model_down() -> None:
     text = f"graph @forward(%tokens: i64[b, s], %x0: f32[b, s, 2, 8]) {{\n{layers}  return %x12\n}}\n"
     program = random_program(text)
     PassManager([DeriveKVCache(chunk=512), Cleanup()]).run(program)
-    assert [s["capacity"] for s in program.metadata["states"][::2]] == [*[1024] * 5, None] * 2
+    assert [s.capacity for s in program.interface.states[::2]] == [*[1024] * 5, None] * 2
 
 
 def _layer(i: int, window: int | None) -> str:
@@ -276,9 +276,9 @@ def test_short_contexts_need_no_ring() -> None:
     text = f"graph @forward(%tokens: i64[b, s], %x0: f32[b, s, 2, 8]) {{\n{_layer(0, 8)}  return %x1\n}}\n"
     for context, capacity in ((32, None), (33, 32)):
         program = random_program(text)
-        program.metadata["context"] = context
+        program.declare(context=context)
         PassManager([DeriveKVCache(chunk=10)]).run(program)
-        assert program.metadata["states"][0]["capacity"] == capacity
+        assert program.interface.states[0].capacity == capacity
 
 
 @pytest.mark.parametrize(
@@ -299,9 +299,9 @@ def test_the_context_is_the_least_that_is_known(known: int | None, stride: int, 
   return %y
 }}""")
     if known is not None:
-        program.metadata["context"] = known
+        program.declare(context=known)
     PassManager([DeriveKVCache()]).run(program)
-    assert program.metadata["context"] == context
+    assert program.interface.context == context
 
 
 def test_layers_that_share_keys_and_values_keep_a_cache_each() -> None:
@@ -314,7 +314,7 @@ def test_layers_that_share_keys_and_values_keep_a_cache_each() -> None:
 """
     program = random_program(text)
     PassManager([DeriveKVCache()]).run(program)
-    assert [s["name"] for s in program.metadata["states"]] == ["cache.0.k", "cache.0.v", "cache.1.k", "cache.1.v"]
+    assert program.interface.state_names == ["cache.0.k", "cache.0.v", "cache.1.k", "cache.1.v"]
 
 
 # -- refusals -----------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from wasat.frontend import from_pretrained
-from wasat.ir import Program, evaluate, parse
+from wasat.ir import Program, State, evaluate, parse
 from wasat.passes import Cleanup, Differentiate, FuseAttention, FuseNorm, FuseRope, PassError, PassManager, Rematerialize
 from wasat.passes.analyses.cost import peak_bytes
 from wasat.training.losses import add_loss, cross_entropy
@@ -89,7 +89,7 @@ def test_a_state_written_in_place_is_no_peak(donated: bool) -> None:
         ("return %loss", "%next: f32[99, 8] = neg(%state)\n return %loss"), ('"grad.x"=%b', '"grad.x"=%b, state=%next'),
     )  # fmt: skip
     program = random_program(text)
-    program.metadata["states"] = [{"name": "state", "donated": donated}]
+    program.declare(states=(State.trained("state", donated),))
     sizes = (("n", 4),)
     (remark,) = PassManager([Rematerialize(sizes=sizes, forward=("loss",))]).run(program).remarks()
     kept = "kept for the backward pass: 132 bytes, before 260 bytes"

@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("tvm")
 
-from tiny_model import STATES, Reference, tiny_program
+from tiny_model import Reference, tiny_program
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from wasat.backends.tvm.build import build
 from wasat.backends.tvm.targets import Target, cpu, cpu_features, host_cpu
@@ -22,7 +22,7 @@ from wasat.backends.tvm.weights import write_weights
 from wasat.ir import Program
 from wasat.runtime import Model, load, write_artifact
 
-from wasat.driver import _manifest
+from wasat.manifest import manifest_of
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +49,7 @@ def artifact(
 ) -> Path:
     """The program compiled: caches as the graph has them, and in the layout of the CPU kernels."""
     plain = Target("cpu", {"kind": "llvm", "mcpu": host_cpu()}, features=cpu_features)
-    library = build(program, plain if request.param == "generic" else cpu(), STATES)
+    library = build(program, plain if request.param == "generic" else cpu())
     out = tmp_path_factory.mktemp("artifact") / "tiny.wasat"
     files = {
         "model.so": library.export,
@@ -57,7 +57,7 @@ def artifact(
         "tokenizer.json": tokenizer_file,
         **{p.name: p for p in library.target.runtime_files()},
     }
-    write_artifact(out, _manifest(program, library, {}), files)
+    write_artifact(out, manifest_of(program, library, {}), files)
     return out
 
 

@@ -22,7 +22,9 @@ import tvm_ffi
 from tiny_model import RING, edit_manifest
 from wasat.runtime import ArtifactError, InputError, Model, RuntimeErrorBase, exchange, load, write_artifact
 from wasat.runtime.artifact import digest
-from wasat.runtime.manifest import TensorSpec, extents, parse_manifest
+from wasat.runtime.dimensions import extents
+from wasat.runtime.interface import TensorSpec
+from wasat.runtime.manifest import parse_manifest
 from wasat.runtime.weights import Weights
 
 FILES = ("libtvm_ffi.so", "libtvm_runtime.so", "model.so", "tokenizer.json", "weights.safetensors")
@@ -135,7 +137,7 @@ def test_a_link_to_an_artifact_stays_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("manifest", [
     '{"name": "A web app", "start_url": "."}', "{}", "[]", "null", "{", '{"files": []}', '{"files": {"a": 1}}',
-    '{"files": {"a": {"sha256": 1, "bytes": 1}}}', '{"files": ["index.html"], "format": 2, "wasat": "1"}', "[" * 100_000,
+    '{"files": {"a": {"sha256": 1, "bytes": 1}}}', '{"files": ["index.html"], "format": 3, "wasat": "1"}', "[" * 100_000,
 ])  # fmt: skip
 def test_another_kind_of_manifest_is_not_replaced(tmp_path: Path, manifest: str) -> None:
     (tmp_path / "app").mkdir()
@@ -223,8 +225,8 @@ def test_a_damaged_manifest(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("field, value, message", [
-    ("format", 3, r"format 3 \(made by wasat .*\) and this runtime reads format 2: update wasat"),
-    ("format", 1, "has format 1; this runtime reads format 2: compile the model again"),
+    ("format", 4, r"format 4 \(made by wasat .*\) and this runtime reads format 3: update wasat"),
+    ("format", 2, "has format 2; this runtime reads format 3: compile the model again"),
     ("format", "1", "format is text, not a whole number"),
     ("format", ..., "format is missing"),
     ("target.os", "plan9", "compiled for plan9, this is "),
@@ -233,23 +235,28 @@ def test_a_damaged_manifest(copy: Path) -> None:
     ("target.features", ["fma9", "avx1024"], "this processor lacks fma9, avx1024, which the artifact uses"),
     ("tvm_ffi", "0.0.1", r"needs apache-tvm-ffi 0\.0\.1, here is .* pip install apache-tvm-ffi==0\.0\.1"),
     ("tvm", "0.1.0", r"already runs TVM .* needs 0\.1\.0: load it in a process of its own"),
-    ("name", 3, "name is a whole number, not text"),
-    ("limits", [], "limits is a list, not an object"),
-    ("limits.context", "long", r"limits\.context is text, not a whole number"),
-    ("limits.context", -4, r"limits\.context is -4; it cannot be negative"),
-    ("limits.context", True, r"limits\.context is True, not a whole number"),
-    ("limits.chunk", 64, rf"ring cache ring\.k has capacity {RING}; window 4 and chunk 64 need more"),
-    ("generation.eos", 1, r"generation\.eos is a whole number, not a list"),
-    ("generation.eos", ["</s>"], r"generation\.eos\.0 is text, not a whole number"),
+    ("interface.name", 3, r"interface\.name is a whole number, not text"),
+    ("interface", [], "interface is a list, not an object"),
+    ("interface.context", "long", r"interface\.context is text, not a whole number"),
+    ("interface.context", -4, r"interface\.context is -4; it cannot be negative"),
+    ("interface.context", True, r"interface\.context is True, not a whole number"),
+    ("interface.chunk", 64, rf"ring cache ring\.k has capacity {RING}; window 4 and chunk 64 need more"),
+    ("interface.generation.eos", 1, r"generation\.eos is a whole number, not a list"),
+    ("interface.generation.eos", ["</s>"], r"generation\.eos\.0 is text, not a whole number"),
     ("entries.decode.inputs.0.dtype", 8, r"entries\.decode\.inputs\.0\.dtype is a whole number, not text"),
     ("entries.decode.inputs.0.shape", ["b", 1.5], r"shape\.1 is 1\.5, not a whole number or text"),
     ("entries.decode.inputs.0.shape", ["b +", 1], "'b \\+' is no dimension"),
     ("entries.decode.states", ["nothing"], "entry decode has a state nothing that is not described"),
-    ("states.0.kind", "round", r"state full\.k of kind round .* is neither a ring nor a full cache"),
-    ("states.0.shape", ["b", 4, 1, 8], r"state full\.k .* with an axis of size c"),
-    ("states.0.shape", ["b", "c + k", 1, 8], r"state full\.k is not one over b and c"),
-    ("states.0.shape", ["b", "__import__('os')", 1, 8], "is no dimension"),
-    ("states.2.capacity", 8, r"ring cache ring\.k has capacity 8"),
+    ("interface.states.0.cut", "short", r"state full\.k .* is cut short"),
+    ("interface.states.0.rows", 7, r"state full\.k .* has rows along 7"),
+    ("interface.states.0.positions", 0, r"rows along 0, positions along 0"),
+    ("interface.states.0.donated", 1, r"donated is a whole number, not true or false"),
+    ("interface.states.0.capacity", 16, r"state full\.k, which does not grow, has c"),
+    ("interface.granule", 0, r"interface\.granule is 0; it must be at least 1"),
+    ("interface.states.0.shape", ["b", 4, 1, 8], r"cache full\.k .* does not hold c positions"),
+    ("interface.states.0.shape", ["b", "c + k", 1, 8], r"state full\.k is not one over b and c"),
+    ("interface.states.0.shape", ["b", "__import__('os')", 1, 8], "is no dimension"),
+    ("interface.states.2.capacity", 8, r"ring cache ring\.k has capacity 8"),
     ("weights.0.shape", ["c", 8], "weight .* has the shape .* not whole numbers"),
     ("weights.0.shape", [3, 8], r"array \S+ is float32.*; manifest\.json says float32\[3, 8\]"),
     ("weights.0.dtype", "int8", r"array \S+ is float32.*; manifest\.json says int8"),
@@ -265,7 +272,7 @@ def test_a_manifest_that_cannot_be(copy: Path, field: str, value: Any, message: 
 
 
 def test_fields_from_the_future_are_left_alone(copy: Path) -> None:
-    edit_manifest(copy, "states.0.colour", "red")
+    edit_manifest(copy, "interface.states.0.colour", "red")
     edit_manifest(copy, "novelty", 1)
     load(copy)
 
@@ -276,7 +283,7 @@ def test_any_change_of_the_manifest_is_noticed(copy: Path) -> None:
     data = json.loads(path.read_text())
     path.write_text(json.dumps(data, indent=7, sort_keys=True))
     load(copy)
-    for change in ({"limits": {**data["limits"], "context": 64}}, {"name": "x"}, {"digest": "0"}, {"new": 1}):
+    for change in ({"interface": {**data["interface"], "context": 64}}, {"wasat": "x"}, {"digest": "0"}, {"new": 1}):
         path.write_text(json.dumps({**data, **change}))
         _refused(copy, "is not as it was written")
     path.write_text(json.dumps({k: v for k, v in data.items() if k != "digest"}))
@@ -287,8 +294,8 @@ def test_any_change_of_the_manifest_is_noticed(copy: Path) -> None:
 
 @pytest.mark.parametrize("size", ["min(c, 16)", "c // 2", "c - 16", "c * c", "max(c, 32)", "c // 0", "c % 0", "c + b", "0 * c"])
 def test_a_full_cache_holds_what_it_is_asked_for(copy: Path, size: str) -> None:
-    edit_manifest(copy, "states.0.shape", ["b", size, 1, 8])
-    _refused(copy, "does not hold c positions|is no dimension|is neither a ring nor")
+    edit_manifest(copy, "interface.states.0.shape", ["b", size, 1, 8])
+    _refused(copy, "does not hold c positions|is no dimension|does not grow")
 
 
 @pytest.mark.parametrize("size", ["b" + "+b" * 20_000, "(" * 300 + "b", "-" * 9_000 + "b", "n // 0", "n % 0", "True", "n.real",
@@ -315,9 +322,9 @@ def test_a_library_that_is_no_program(copy: Path) -> None:
     ("entries.sum.inputs.0.shape", ["m + k", 3], "which no array tells"),
     ("entries.sum.inputs.0.shape", ["2*m", 3], None),
     ("entries.sum.inputs.0.shape", ["n", 2**63], "which no array tells"),
-    ("limits.context", 0, r"limits\.context is 0; it must be at least 1"),
-    ("limits.chunk", 0, r"limits\.chunk is 0"),
-    ("generation.vocab", 0, r"generation\.vocab is 0"),
+    ("interface.context", 0, r"interface\.context is 0; it must be at least 1"),
+    ("interface.chunk", 0, r"interface\.chunk is 0"),
+    ("interface.vocab", 0, r"interface\.vocab is 0"),
 ], ids=str)  # fmt: skip
 def test_signatures_that_say_too_little(copy: Path, field: str, value: Any, message: str | None) -> None:
     edit_manifest(copy, field, value)

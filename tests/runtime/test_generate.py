@@ -57,7 +57,7 @@ def test_equal_prompts_of_a_batch_are_sampled_apart(model: Model) -> None:
 
 def test_eos_ends_a_text(model: Model, program: Program, copy: Path) -> None:
     want = _greedy(program, model, PROMPT, 12)
-    edit_manifest(copy, "generation.eos", [EOS, want[7]])
+    edit_manifest(copy, "interface.generation.eos", [EOS, want[7]])
     at = want.index(want[7])
     (got,) = load(copy).generate(PROMPT, max_tokens=12)
     assert (got.tokens, got.finish, got.steps) == (want[:at], "eos", at)
@@ -140,7 +140,7 @@ def test_token_prompts_and_empty_ones(model: Model, program: Program, copy: Path
     assert model.generate([np.array(ids)], max_tokens=5)[0].tokens == model.generate(PROMPT, max_tokens=5)[0].tokens  # type: ignore[list-item]
     assert model.generate([], max_tokens=5) == []
     assert model.generate("", max_tokens=5)[0].tokens == Reference(program).greedy([BOS], 5)
-    edit_manifest(copy, "generation.bos", None)
+    edit_manifest(copy, "interface.generation.bos", None)
     with pytest.raises(InputError, match="prompt 1 is empty"):
         load(copy).generate(["a", ""], max_tokens=5)
 
@@ -204,7 +204,7 @@ def test_without_a_tokenizer_there_are_tokens(copy: Path, model: Model) -> None:
     ("<eos>", "ab", 3), (["b<eos>"], "a", 3), ("<eos>c", "ab", 4), (["c", "<eos>"], "ab", 3), ("bc", "a", 4),
 ])  # fmt: skip
 def test_special_tokens_in_stop_strings(model: Model, copy: Path, stop: str | list[str], text: str, used: int) -> None:
-    edit_manifest(copy, "generation.eos", [])
+    edit_manifest(copy, "interface.generation.eos", [])
     letters = load(copy)
     script = [letters.tokenizer.encode(c)[0] for c in "ab"] + [EOS] + [letters.tokenizer.encode(c)[0] for c in "cd"]
     (got,) = _Scripted(letters, script).generate("x", max_tokens=5, stop=stop)

@@ -9,6 +9,7 @@ import sys
 import tracemalloc
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def source() -> Program:
 @pytest.fixture(scope="module")
 def folder(source: Program, tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("media") / "tiny.wasat"
-    source.metadata["tokenizer"] = str(tokenizer_file)
+    source.origin = replace(source.origin, tokenizer=str(tokenizer_file))
     driver.compile(source, out, chunk=8)
     return out
 
@@ -150,13 +151,13 @@ def test_sessions_and_models_go_on_after_an_error(seeing: Model) -> None:
 
 def test_models_refuse_what_they_cannot_see(folder: Path, tmp_path: Path) -> None:
     deaf = Path(shutil.copytree(folder, tmp_path / "deaf"))
-    edit_manifest(deaf, "media.audio", ...)
+    edit_manifest(deaf, "interface.media.encoders.1", ...)
     with pytest.raises(InputError, match="no encoder for audio; it takes text, image, video"):
         load(deaf).generate([[Audio(TONE, RATE)]], max_tokens=1)
     for field, value, message in (
-        ("media.audio.entry", "nothing", "audio encoder nothing is no entry"),
-        ("media.image.entry", "encode_audio", "takes audio, not image"),
-        ("media.audio.rate", ..., "media.audio.rate is missing"),
+        ("interface.media.encoders.1.entry", "nothing", "audio encoder nothing is no entry"),
+        ("interface.media.encoders.0.entry", "encode_audio", "takes audio, not image"),
+        ("interface.media.encoders.1.rate", ..., "audio encoder encode_audio has no rate"),
         ("entries.prefill.inputs.1.name", "other", "entry prefill takes none"),
     ):
         copy = Path(shutil.copytree(folder, tmp_path / field))

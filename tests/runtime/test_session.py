@@ -10,10 +10,10 @@ from tiny_model import CHUNK, CONTEXT, RING, VOCAB, WINDOW, Reference
 from wasat.backends.tvm.build import build
 from wasat.backends.tvm.targets import cpu
 from wasat.backends.tvm.weights import write_weights
-from wasat.ir import ArrayParam, Builder, DimLike, DType, Graph, Program, TensorType, symbol
+from wasat.ir import ArrayParam, Builder, DimLike, DType, Graph, Interface, Program, TensorType, symbol
 from wasat.runtime import ContextLimitError, InputError, Model, load, write_artifact
 
-from wasat.driver import _manifest
+from wasat.manifest import manifest_of
 
 
 def _tokens(n: int, seed: int = 0) -> list[int]:
@@ -263,9 +263,9 @@ def test_indices_that_a_step_bounds_are_checked_in_the_step(tmp_path: Path) -> N
 
     table = np.arange(32, dtype=np.float32).reshape(8, 4)
     graphs = {"prefill": graph("prefill", symbol("s")), "decode": graph("decode", 1)}
-    program = Program(graphs, {"table": ArrayParam(table, TensorType(DType.F32, (8, 4)))}, {"context": 64})
+    program = Program(graphs, {"table": ArrayParam(table, TensorType(DType.F32, (8, 4)))}, Interface(context=64))
     library = build(program, cpu())
-    write_artifact(tmp_path / "model", _manifest(program, library, {}), {
+    write_artifact(tmp_path / "model", manifest_of(program, library, {}), {
         "model.so": library.export, "weights.safetensors": lambda path: write_weights(path, library.plan, program.load),
         **{p.name: p for p in library.target.runtime_files()},
     })  # fmt: skip

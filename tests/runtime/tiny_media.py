@@ -6,7 +6,7 @@ from typing import Any
 
 from wasat.frontend import nn
 from wasat.frontend.nn import Tensor
-from wasat.ir import Program
+from wasat.ir import Encoder, Generation, Interface, Media, Program
 
 VOCAB, DIM, RATE = 259, 16, 8000
 INPUTS: dict[str, dict[str, Any]] = {
@@ -43,14 +43,15 @@ class TinyMedia(nn.Module):
 
 
 def media_program() -> Program:
-    """The four graphs, with the metadata that make an artifact of them."""
+    """The four graphs, with the interface that makes an artifact of them."""
     model = TinyMedia()
     programs = [nn.trace(model, inputs, name, method=name, seed=3) for name, inputs in INPUTS.items()]
     params = {k: p for program in programs for k, p in program.params.items()}
-    return Program({p.name: p for program in programs for p in program.graphs.values()}, params, {
-        "context": 128, "name": "tiny-media", "generation": {"bos": 257, "eos": [256], "pad": None},
-        "media": {
-            "vocab": VOCAB, "dim": DIM, "image": {"entry": "encode_image"}, "audio": {"entry": "encode_audio", "rate": RATE},
-            "video": {"entry": "encode_video", "frames": 2},
-        },
-    })  # fmt: skip
+    encoders = (
+        Encoder("image", "encode_image"), Encoder("audio", "encode_audio", rate=RATE),
+        Encoder("video", "encode_video", frames=2),
+    )  # fmt: skip
+    interface = Interface(
+        "tiny-media", context=128, generation=Generation(257, (256,)), media=Media(VOCAB, DIM, encoders)
+    )
+    return Program({p.name: p for program in programs for p in program.graphs.values()}, params, interface)

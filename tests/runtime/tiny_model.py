@@ -8,7 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from wasat.ir import ArrayParam, Builder, DType, Graph, Program, TensorType, evaluate, symbol, type_of
+from wasat.ir import (
+    ArrayParam,
+    Builder,
+    DType,
+    Generation,
+    Graph,
+    Interface,
+    Program,
+    State,
+    TensorType,
+    evaluate,
+    symbol,
+    type_of,
+)
 from wasat.runtime.artifact import digest
 
 HEADS, WIDTH = 2, 8
@@ -66,17 +79,11 @@ def tiny_program() -> Program:
     arrays = {
         k: (rng.standard_normal(v.type.concrete({})) * 0.3).astype(np.float32) for k, v in graphs["prefill"].params.items()
     }
-    states = [
-        {
-            "name": s, "kind": s[:4], "role": s[-1], "capacity": RING if s.startswith("ring") else None,
-            "window": WINDOW if s.startswith("ring") else None,
-        }
-        for s in STATES
-    ]  # fmt: skip
-    return Program(graphs, {k: ArrayParam(x, type_of(x)) for k, x in arrays.items()}, {
-        "states": states, "context": CONTEXT, "chunk": CHUNK, "vocab": VOCAB, "name": "tiny",
-        "generation": {"bos": BOS, "eos": [EOS], "pad": None},
-    })  # fmt: skip
+    states = tuple(State.full(s, s[-1]) if s.startswith("full") else State.ring(s, RING, WINDOW, s[-1]) for s in STATES)
+    interface = Interface(
+        "tiny", context=CONTEXT, chunk=CHUNK, vocab=VOCAB, generation=Generation(BOS, (EOS,)), states=states
+    )
+    return Program(graphs, {k: ArrayParam(x, type_of(x)) for k, x in arrays.items()}, interface)
 
 
 def edit_manifest(folder: Path, path: str, value: Any) -> None:
@@ -87,10 +94,11 @@ def edit_manifest(folder: Path, path: str, value: Any) -> None:
     at = data
     for key in outer:
         at = at[int(key) if isinstance(at, list) else key]
+    key: Any = int(last) if isinstance(at, list) else last
     if value is ...:
-        del at[last]
+        del at[key]
     else:
-        at[int(last) if isinstance(at, list) else last] = value
+        at[key] = value
     (folder / "manifest.json").write_text(json.dumps({**data, "digest": digest(data)}))
 
 

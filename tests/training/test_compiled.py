@@ -48,7 +48,7 @@ def made_for(case: str) -> tuple[Program, TrainStep, Compiled]:
 
 
 def donated(made: TrainStep) -> list[str]:
-    return [s["name"] for s in made.program.metadata["states"] if s["donated"]]
+    return [s.name for s in made.program.interface.states if s.donated]
 
 
 @pytest.mark.parametrize("case", CASES)

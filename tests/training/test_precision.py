@@ -148,7 +148,7 @@ def test_compiled(precision: str) -> None:
 
     made = train_step(random_program(SMALL), optimizer=SGD(), rate=Constant(0.1), precision=precision, remat={"n": 64})
     assert made.program["train_step"].count("barrier")
-    runner = Runner(made.program, target_named("cpu"), list(made.states))
+    runner = Runner(made.program, target_named("cpu"))
     rng = np.random.default_rng(0)
     states: dict[str, Any] = dict(made.states)
     batch = {"x": rng.standard_normal((12, 8)).astype(np.float32), "labels": rng.integers(0, 4, (12, 1))}

@@ -67,14 +67,14 @@ def test_the_trajectory_compiled() -> None:
     from wasat.backends.tvm.targets import target_named
 
     made = llama(True)
-    runner = Runner(made.program, target_named("cpu"), list(made.states))
+    runner = Runner(made.program, target_named("cpu"))
     check_trajectory(made, lambda feed: runner("train_step", feed))
 
 
 def test_states_go_in_and_come_out_under_the_same_names() -> None:
     made = llama(True)
     g = made.program["train_step"]
-    states = [s["name"] for s in made.program.metadata["states"]]
+    states = made.program.interface.state_names
     assert list(made.states) == states
     assert [v.name for v in g.inputs] == ["tokens", "labels", *states]
     assert g.output_names == ["loss", "grad_norm", "rate", *states]

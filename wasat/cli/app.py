@@ -82,6 +82,7 @@ def compile(
     activation: Activation = "int8",
     target: Annotated[str, typer.Option(help="`cpu` (this machine), `cpu:znver3`, `cuda:sm_80`, …")] = "cpu",
     chunk: Annotated[int, typer.Option(help="Most prompt tokens per call; sliding-window caches hold window + chunk.")] = 512,
+    cache: Annotated[str, typer.Option(help="How keys and values are stored: `f32`, or `f16` in half of the memory.")] = "f32",
     threads: Annotated[int | None, typer.Option(help="Threads the code is laid out for; default: this machine's.")] = None,
     size: Sizes = None,
     constant: Constants = None,
@@ -108,7 +109,7 @@ def compile(
         program = driver.load_program(source, sizes=sizes_of(size), constants=fixed)
         report = driver.compile(
             program, output, target=target, quantize=or_none(quantize), overrides=overrides_of(override),
-            activation=or_none(activation), chunk=chunk, threads=threads, check=check, progress=bar,
+            activation=or_none(activation), chunk=chunk, cache=cache, threads=threads, check=check, progress=bar,
         )  # fmt: skip
     if verbose:
         print(report.explain())

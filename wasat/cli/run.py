@@ -236,7 +236,9 @@ def _scaled(x: np.ndarray, pixels: Pixels) -> np.ndarray:
 def _sound(model: Model, spec: TensorSpec, file: str, rate: int | None) -> np.ndarray:
     from wasat.runtime import Audio
 
-    wanted = rate or (model.manifest.media.rate if model.manifest.media else None)
+    media = model.manifest.interface.media
+    audio = media.encoder("audio") if media else None
+    wanted = rate or (audio.rate if audio else None)
     one = len(spec.shape) == 1 or (len(spec.shape) == 2 and (spec.shape[0] == 1 or isinstance(spec.shape[0], str)))
     if not one or not spec.dtype.startswith("float"):
         raise Refusal(

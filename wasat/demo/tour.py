@@ -55,17 +55,17 @@ def examples() -> Path:
 
 def _chapter(out: Console, source: Path, quantize: str | None) -> Chapter:
     program = driver.load_program(source)
-    if not program.metadata.get("tokenizer"):
+    if not program.origin.tokenizer:
         raise WasatError(f"{source} brings no tokenizer (tokenizer.json): there would be no text to show")
-    scheme = quantize or ("int8" if "media" in program.metadata else "int4")
-    c = Chapter(str(program.metadata["name"]), source, scheme)
+    scheme = quantize or ("int8" if program.interface.media else "int4")
+    c = Chapter(program.interface.name, source, scheme)
     out.rule(f"{escape(c.name)}: a folder becomes graphs")
     _show_graphs(out, program, c)
     with tempfile.TemporaryDirectory() as tmp:
         artifact = Path(tmp) / "model.wasat"
         _compile(out, program, artifact, c)
         model = load(artifact)
-        if model.manifest.media is not None:
+        if model.manifest.interface.media is not None:
             _answer(out, model, c)
         else:
             _write(out, model, c)
@@ -112,8 +112,8 @@ def _answer(out: Console, model: Model, c: Chapter) -> None:
     out.rule(f"{escape(c.name)}: it answers from files in examples/media")
     folder = examples() / "media"
     every = json.loads((folder / "questions.json").read_text(encoding="utf-8"))
-    assert model.manifest.media is not None
-    takes = model.manifest.media.encoders
+    assert model.manifest.interface.media is not None
+    takes = model.manifest.interface.media.kinds
     questions = [q for q in every if all(_KINDS[type(open_media(folder / name))] in takes for name in q["media"])]
     if skipped := [q["title"] for q in every if q not in questions]:
         _print(out, f"the model takes text, {', '.join(takes)}: not asked are {', '.join(skipped)}")
@@ -193,7 +193,7 @@ def _compare(out: Console, program: Program, model: Model, c: Chapter) -> None:
 
 def _text(model: Model, most: int) -> list[int]:
     """Up to ``most`` tokens of Python that the model was not trained on: the driver's."""
-    context = model.manifest.context or most
+    context = model.manifest.interface.context or most
     return model.tokenizer.encode(Path(driver.__file__).read_text())[: min(most, context // 2)]
 
 
@@ -218,9 +218,9 @@ def _show_passes(out: Console, optimized: Program, report: Report, c: Chapter) -
     _print(out, f"{len(missed) or 'no'} optimization{'s were' * (len(missed) > 1) or ' was'} missed{told}")
     c.after = _panel(out, _around(optimized["decode"], "cached_attention", before=1, after=1), "the same attention in @decode")
     caches = [
-        "full" if s["capacity"] is None else f"ring of {s['capacity']} positions for a window of {s['window']}"
-        for s in optimized.metadata["states"]
-        if s["role"] == "k"
+        "full" if s.grows else f"ring of {s.capacity} positions for a window of {s.window}"
+        for s in optimized.interface.states
+        if s.role == "k"
     ]
     c.facts["caches"] = ", ".join(f"{caches.count(kind)} × {kind}" for kind in dict.fromkeys(caches))
     _print(out, f"caches of keys and values: {c.facts['caches']}")

@@ -10,7 +10,7 @@ import re
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from wasat import nn
 from wasat.backends.tvm.targets import target_named
 from wasat.frontend import from_pretrained
-from wasat.ir import IRError, Program, WasatError
+from wasat.ir import Generation, IRError, Program, WasatError
 from wasat.recipes.mixture import END
 from wasat.training.checkpoint import Checkpoints, whole
 from wasat.training.data import Batch, Packed, Source, TextFiles
@@ -113,14 +113,14 @@ class Recipe:
         def held_out() -> Iterable[Batch]:
             return islice(Packed(self.evaluation, **self.batch, end=self.end), self.batches)
 
-        self.program.metadata["tokenizer"] = str(keep_tokenizer(self.tokenizer, self.output))
+        self.program.origin = replace(self.program.origin, tokenizer=str(keep_tokenizer(self.tokenizer, self.output)))
         packed = Packed(self.sources, **self.batch, end=self.end, seed=self.options["seed"])
         evaluation: Callable[[], Iterable[Batch]] | None = held_out if self.evaluation else None
         return train(self.program, packed, self.output, evaluation=evaluation, progress=progress, **self.options)
 
     def served(self, done: Trained) -> Program:
         """What to compile of the trained program."""
-        return Program({"forward": done.program["forward"]}, done.program.params, done.program.metadata)
+        return Program({"forward": done.program["forward"]}, done.program.params, done.program.interface, done.program.origin)
 
 
 def keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> Path:
@@ -188,7 +188,7 @@ def read_recipe(path: str | Path) -> Recipe | Joint:
     if family != "decoder":
         raise RecipeError(f"{about.at('family')}: there is no family {family}; there are decoder, gemini")
     program, tokenizer, end = _model(about, path.parent, seed, loss)
-    _check_sizes(batch, sizes["length"], program.metadata["context"])
+    _check_sizes(batch, sizes["length"], program.interface.context)
     _check_chosen(step, options["train"], program.params)
 
     def source(t: Table) -> Source:
@@ -203,8 +203,8 @@ def read_recipe(path: str | Path) -> Recipe | Joint:
     return Recipe(program, tokenizer, output, sources, evaluation, end, options, sizes, batches)
 
 
-def _check_sizes(batch: Table, length: int, context: int) -> None:
-    if length > context:
+def _check_sizes(batch: Table, length: int, context: int | None) -> None:
+    if context is not None and length > context:
         raise RecipeError(f"{batch.at('length')}: length = {length} must be at most {context}, the context of the model")
 
 
@@ -375,7 +375,7 @@ def _model(table: Table, base: Path, seed: int, loss: Mapping[str, Any]) -> tupl
         size, vocab = _decoder_size(table), tokenizer.get_vocab_size()
         inputs = {"tokens": "i64[b, s]", **({"key": "u32[2]"} if size.dropout else {})}
         program = nn.trace(Decoder(size, vocab), inputs, outputs=["logits"], seed=seed, training=True)
-        program.metadata.update(name="decoder", context=size.context, vocab=vocab, generation={"eos": [end]})
+        program.declare(name="decoder", context=size.context, vocab=vocab, generation=Generation(eos=(end,)))
     add_loss(program, lambda b, v: cross_entropy(b, v["logits"], v["labels"], **loss), {"labels": "i64[b, s]"})
     return program, tokenizer, end
 

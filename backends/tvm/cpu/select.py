@@ -20,14 +20,29 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import tvm
-from wasat.ir import Attrs, Builder, DimLike, DType, Graph, IRError, Node, QArray, QTensorType, TensorType, Type, Value, equal
+from wasat.ir import (
+    Attrs,
+    Builder,
+    DimLike,
+    DType,
+    Graph,
+    IRError,
+    Node,
+    QArray,
+    QTensorType,
+    State,
+    TensorType,
+    Type,
+    Value,
+    equal,
+)
 from wasat.ir.ops.nn import NormAttrs
 from wasat.ir.ops.quant import QuantizedLinear
 
-from ..lower import KernelCall, Layout, Packed, Result, StateLayout
+from ..lower import KernelCall, Layout, Packed, Result
 from .convolution import convolution
 from .kernels.attention import Attention, CachedAttention, MaskShape, attention, cached_attention
-from .kernels.cache import GROUP, Cache, CacheType, CacheWrite, cache_shape, cache_write, pack_cache, unpack_cache
+from .kernels.cache import Cache, CacheType, CacheWrite, cache_write
 from .kernels.embedding import Embedding, embedding
 from .kernels.flash import Scores
 from .kernels.gemm import gemm
@@ -39,11 +54,11 @@ from .kernels.norm import Norm, norm
 from .kernels.pack import BLOCK, Storage, float_shape, int_shape, pack_bias, pack_float, pack_int, padded, storage_dtype
 from .kernels.quantize import WORDS, QuantizeRows, quantize_rows
 from .kernels.rope import QkvToCache, Rope, Rotary, qkv_to_cache, rope
+from .states import CacheLayout, state_layout
 from .strided import View, product, row_major, view_of
 from .updates import fuse_square_sums, fuse_updates
 
 Shape = tuple[DimLike, ...]
-State = Mapping[str, Any]
 
 
 # -- weights ----------------------------------------------------------------------------------------------------------------
@@ -84,46 +99,12 @@ class PaddedBias:
         return [pack_bias(weight, self.isa)]
 
 
-# -- states -----------------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class CacheLayout(StateLayout):
-    """A key or value cache as the kernels keep it; see :mod:`.kernels.cache`."""
-
-    role: Literal["k", "v"]
-    physical: TensorType
-
-    @property
-    def type(self) -> TensorType:
-        return self.physical
-
-    def pack(self, x: np.ndarray) -> np.ndarray:
-        return pack_cache(self.role, x, cast(CacheType, self.physical.dtype.np.name))
-
-    def unpack(self, x: np.ndarray) -> np.ndarray:
-        return unpack_cache(self.role, x, _ints(self.logical.shape[3:])[0]).astype(np.float32)
-
-
-def state_layout(state: State, type: TensorType, cache: CacheType) -> StateLayout:
-    """Keys and values of ``cached_attention`` (a ``role``, f32 [b, c, g, d]) are kept in the kernels' layout, as ``cache``.
-
-    A ring must have a known capacity, and any known capacity must be a multiple of 16; others keep their plain form.
-    """
-    if state.get("role") not in ("k", "v") or type.dtype is not DType.F32 or type.rank != 4:
-        return StateLayout(type)
-    b, c = type.shape[:2]
-    if not _known(*type.shape[2:]) or (c % GROUP if isinstance(c, int) else state.get("kind") == "ring"):
-        return StateLayout(type)
-    g, d = _ints(type.shape[2:])
-    role: Literal["k", "v"] = state["role"]
-    return CacheLayout(type, role, TensorType(DType.of(cache), cache_shape(role, b, g, c, d)))
-
-
 # -- selection --------------------------------------------------------------------------------------------------------------
 def selection(target: tvm.target.Target, threads: int, cache: CacheType, states: Sequence[State]) -> Callable[[Graph], None]:
     """The function that puts the kernels for ``target`` into a graph whose inputs named in ``states`` are states."""
     isa = isa_of(target)
-    by_name = {s["name"]: s for s in states}
-    donated = [s["name"] for s in states if s.get("donated")]
+    by_name = {s.name: s for s in states}
+    donated = [s.name for s in states if s.donated]
 
     def select(graph: Graph) -> None:
         _Selection(graph, isa, threads, cache, by_name).run()
@@ -478,8 +459,8 @@ class _Selection:
             return
         capacity, g, d = keys.shape[1:]
         for state in (self.states[v.name] for v in (keys, values)):
-            if (state.get("kind") == "ring") != a.ring:
-                raise IRError(f"{node!r}: %{state['name']} is declared {state.get('kind')}", node.loc)
+            if state.grows == a.ring:
+                raise IRError(f"{node!r}: %{state.name} is declared {state.kind}", node.loc)
         cache = Cache(g, d, v.shape[3], capacity if a.ring else None, self.cache)
         if past.tensor.dtype is not DType.I64:
             past = self.builder(node).cast(past, dtype=DType.I64)

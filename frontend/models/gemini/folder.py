@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -66,5 +67,5 @@ def load(folder: str | Path) -> Program:
     found = match(wanted, read_folder(folder), (), folder)
     program.params = {name: found[name] for name in program.params}
     tokenizer = folder / "tokenizer.json"
-    program.metadata["tokenizer"] = str(tokenizer) if tokenizer.exists() else None
+    program.origin = replace(program.origin, tokenizer=str(tokenizer) if tokenizer.exists() else None)
     return program

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 from wasat.frontend import nn
 from wasat.frontend.models.config import ConfigError
-from wasat.ir import Program
+from wasat.ir import Encoder, Generation, Media, Program
+from wasat.ir import Head as HeadEntry
 
 from .backbone import Backbone
 from .config import Config, Head, ViT
@@ -156,9 +156,8 @@ class Gemini(nn.Module):
         each batch row attends to, -1 for none; ``classify_<head>``: the encoder's inputs, or forward's and ``last i64[b]``
         (the position to read), -> ``logits``. A text-only model has ``forward(tokens)``.
 
-        ``metadata["media"]``: ``vocab``, ``dim``, and per modality the ``entry`` and what it needs: ``size`` of images (the
-        side of the square that they are brought to), ``rate`` and ``samples`` of audio, ``frames`` of video; ``seen`` with
-        cross-attention. ``metadata["heads"]``: each one's ``entry``, and what it is ``of``.
+        ``interface.media`` says of each modality its entry and what that needs, ``interface.heads`` of each head its entry and
+        what it is of.
         """
         c = self.config
         signatures = {
@@ -173,14 +172,11 @@ class Gemini(nn.Module):
             taken = {**signatures[h.of], **({"last": "i64[b]"} if h.of == "text" else {})}
             method = functools.partial(self.classify, h)
             _add(program, nn.trace(self, taken, f"classify_{h.name}", method=method, outputs=["logits"], seed=seed))
-        program.metadata.update(
-            name=c.name, context=c.text.context, vocab=c.text.vocab, config=c.to_json(),
-            generation={"bos": c.bos, "eos": list(c.eos), "pad": c.pad},
+        program.declare(
+            name=c.name, context=c.text.context, vocab=c.text.vocab, generation=Generation(c.bos, tuple(c.eos), c.pad),
+            media=self._media() if c.modalities else None,
+            heads=tuple(HeadEntry(h.name, f"classify_{h.name}", h.of) for h in c.heads),
         )  # fmt: skip
-        if c.modalities:
-            program.metadata["media"] = self._media()
-        if c.heads:
-            program.metadata["heads"] = {h.name: {"entry": f"classify_{h.name}", "of": h.of} for h in c.heads}
         return program
 
     def training_program(self, modalities: Sequence[str] | None = None, seed: int = 0) -> Program:
@@ -211,7 +207,7 @@ class Gemini(nn.Module):
         if any(h.of == "text" for h in c.heads):
             inputs["last"] = "i64[b]"
         program = nn.trace(self, inputs, method="learn", seed=seed)
-        program.metadata.update(name=c.name, context=c.text.context, vocab=c.text.vocab, config=c.to_json())
+        program.declare(name=c.name, context=c.text.context, vocab=c.text.vocab)
         return program
 
     def _stream(self) -> dict[str, str]:
@@ -221,19 +217,17 @@ class Gemini(nn.Module):
         seen = {"seen": "i64[b, t]"} if self.config.cross_every else {}
         return {"tokens": "i64[b, s]", "media": f"f32[m, {self.config.text.dim}]", **seen}
 
-    def _media(self) -> dict[str, Any]:
+    def _media(self) -> Media:
         c = self.config
-        media: dict[str, Any] = {"vocab": c.text.vocab, "dim": c.text.dim}
-        media |= {kind: {"entry": f"encode_{kind}"} for kind in c.modalities}
+        needs: dict[str, dict[str, int]] = {}
         if c.vision is not None:
-            media["image"] |= {"size": c.vision.size}
+            needs["image"] = {"size": c.vision.size}
         if c.audio is not None:
-            media["audio"] |= {"rate": c.audio.rate, "samples": c.audio.samples}
+            needs["audio"] = {"rate": c.audio.rate, "samples": c.audio.samples}
         if c.video is not None:
-            media["video"] |= {"frames": c.video.frames}
-        if c.cross_every:
-            media["seen"] = True
-        return media
+            needs["video"] = {"frames": c.video.frames}
+        encoders = tuple(Encoder(kind, f"encode_{kind}", **needs[kind]) for kind in c.modalities)
+        return Media(c.text.vocab, c.text.dim, encoders, bool(c.cross_every))
 
 
 def _row(x: nn.Tensor, index: nn.Tensor) -> nn.Tensor:
