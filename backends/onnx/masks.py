@@ -68,10 +68,12 @@ def _cached(b: Builder, node: Node) -> list[Value]:
     start = b.reshape(past, shape=(n, 1, 1, 1))
     query = b.add(start, b.reshape(b.iota(size=s, dtype=dtype), shape=(s, 1)))
     key = b.iota(size=c, dtype=dtype)
+    last = b.add(start, b.sub(b.dim_size(size=s, dtype=dtype), 1))
     if a.ring:  # the newest position that each slot can hold; slots not yet written are before position 0
-        last = b.add(start, b.sub(b.dim_size(size=s, dtype=dtype), 1))
         key = b.sub(last, b.mod(b.sub(last, key), b.dim_size(size=c, dtype=dtype)))
-    mask = _seen(b, query, key, True, a.window)
+    mask = _seen(b, query if a.causal else last, key, True, None)
+    if a.window is not None:
+        mask = b.logical_and(mask, _seen(b, query, key, False, a.window))
     if a.ring:
         mask = b.logical_and(mask, b.greater_equal(key, 0))
     return [b.attention(q, keys, values, _joined(b, mask, *given), scale=a.scale, softcap=a.softcap), keys, values]

@@ -416,21 +416,23 @@ def _room(ring: bool, cache: TensorType, new: TensorType) -> Bounds:
 
 @dataclass(frozen=True)
 class CachedAttrs(_op.Attrs):
-    """As attention's; ``ring`` as cache_update's."""
+    """As attention's; ``ring`` as cache_update's. Not ``causal``: a query sees all the new positions, as the mask lets it."""
 
     scale: float
     window: int | None = None
     softcap: float | None = None
     ring: bool = False
+    causal: bool = True
 
 
 @register
 class CachedAttention(Op):
-    """Causal attention of new positions over a cache, which takes them up first.
+    """Attention of new positions over a cache, which takes them up first.
 
     q [b, s, h, d], k [b, s, g, d], v [b, s, g, e], k_cache [b, c, g, d], v_cache [b, c, g, e], past i64[b], mask?
-    -> out [b, s, h, e], k_cache', v_cache'. Row r's new positions are past[r] + i; query i sees every position up to its own
-    (less than ``window`` behind). A ring needs c >= window + s - 1: what a query still sees must not be overwritten.
+    -> out [b, s, h, e], k_cache', v_cache'. Row r's new positions are past[r] + i; query i sees every position up to its own,
+    if not ``causal`` up to the last new one (less than ``window`` behind). A ring needs c >= window + s - 1: what a query still
+    sees must not be overwritten.
     The mask is attention's, broadcastable to [b, h, s, c]: its last axis is that of the cache's slots.
     """
 
@@ -485,7 +487,7 @@ class CachedAttention(Op):
         slot = np.arange(c)
         last = past[:, None, None] + (s - 1)
         key = last - (last - slot) % c if attrs.ring else np.broadcast_to(slot, (len(past), 1, c))  # the position in each slot
-        keep = _keep(query, key, True, attrs.window) & (key >= 0)
+        keep = _keep(query, key, attrs.causal, attrs.window) & (key >= 0) & (key <= last)
         x, keep = _masked(_grouped(q, k_cache, attrs.scale, attrs.softcap), keep[:, None, None], mask)
         x = np.where(keep, x, -np.inf)
         return _weighted(x.astype(wide(q).dtype), v_cache, q.dtype), k_cache, v_cache
@@ -507,10 +509,12 @@ class CachedAttention(Op):
         start = b.reshape(past, shape=(n, 1, 1, 1, 1))
         query = b.add(start, b.reshape(b.iota(size=s, dtype=past.tensor.dtype), shape=(s, 1)))
         key = b.iota(size=c, dtype=past.tensor.dtype)
+        last = b.add(start, b.sub(b.dim_size(size=s, dtype=past.tensor.dtype), 1))
         if attrs.ring:
-            last = b.add(start, b.sub(b.dim_size(size=s, dtype=past.tensor.dtype), 1))
             key = b.sub(last, b.mod(b.sub(last, key), b.dim_size(size=c, dtype=past.tensor.dtype)))
-        keep = _emit_keep(b, query, key, True, attrs.window)
+        keep = _emit_keep(b, query if attrs.causal else last, key, True, None)
+        if attrs.window is not None:
+            keep = b.logical_and(keep, _emit_keep(b, query, key, False, attrs.window))
         if attrs.ring:
             keep = b.logical_and(keep, b.greater_equal(key, 0))
         x, keep = _emit_mask(b, _emit_scores(b, attrs, q, keys), keep, mask)
@@ -527,6 +531,8 @@ class CachedAttention(Op):
         yield Sample([q, k, v, kc, vc, np.array([5, 0]), _wave(2, 4, 2, 7)], {"scale": 0.5, "softcap": 2.0})
         seen = np.array([[[True, False, True, False, True, True, True]], [[False] * 7]])[:, None]
         yield Sample([q, k, v, kc, vc, np.array([30, 2]), seen], {"scale": 0.5, "window": 6, "ring": True})
+        yield Sample([q, k, v, kc, vc, np.array([3, 5])], {"scale": 0.5, "causal": False})
+        yield Sample([q, k, v, kc, vc, np.array([30, 2]), seen], {"scale": 0.5, "window": 6, "ring": True, "causal": False})
 
     def errors(self) -> Iterable[ErrorSample]:
         qkv = ["f32[b, s, 4, 8]", "f32[b, s, 2, 8]", "f32[b, s, 2, 8]"]

@@ -472,7 +472,8 @@ class _Selection:
             keys, values = self.call(node, CacheWrite(self.isa, cache, self.threads), cache_write,
                                      [k, v, past, keys, values], written)  # fmt: skip
         addend, kind = self._addend(node, mask, (q.shape[0], h, s, capacity))
-        scores, decode = Scores(a.scale, a.softcap, a.window), equal(s, 1) is True
+        decode = equal(s, 1) is True
+        scores = Scores(a.scale, a.softcap, a.window, a.causal or decode)
         desc = CachedAttention(self.isa, h, cache, scores, decode, kind, self.threads)
         [y] = self.call(node, desc, cached_attention, [q, past, keys, values, *addend], [Result(node.outputs[0].tensor)])
         for old, new in zip(node.outputs, (y, keys, values)):

@@ -40,7 +40,7 @@ _PLAIN_TILES = 16  # more where a block has to be rearranged first
 
 @dataclass(frozen=True)
 class CachedAttention:
-    """q f32[b, s, h, d] at positions past[b] + i over caches that already hold positions up to its own.
+    """q f32[b, s, h, d] at positions past[b] + i over caches that already hold all of them.
 
     ``decode``: s is 1; the keys are split among the threads. Otherwise the rows are. ``mask``: an addend whose keys are the
     cache's slots.
@@ -57,8 +57,8 @@ class CachedAttention:
     def __post_init__(self) -> None:
         if self.heads % self.cache.kv_heads:
             raise ValueError(f"{self.heads} heads are not a multiple of {self.cache.kv_heads} kv heads")
-        if not self.scores.causal:
-            raise ValueError("attention over a cache is causal")
+        if self.decode and not self.scores.causal:
+            raise ValueError("one query sees what is causal")
         window, ring = self.scores.window, self.cache.capacity
         if ring is not None and (window is None or ring < window):
             raise ValueError(f"a ring of {ring} positions cannot hold a window of {window}")
@@ -66,7 +66,7 @@ class CachedAttention:
     @property
     def name(self) -> str:
         s = self.scores
-        return (f"{'decode' if self.decode else 'prefill'}_attention_{self.heads}h_{self.cache.name}"
+        return (f"{'decode' if self.decode else 'prefill' if s.causal else 'block'}_attention_{self.heads}h_{self.cache.name}"
                 f"_{self.mask}_w{s.window}_c{s.softcap}_s{s.scale:.6g}").replace(".", "p").replace("-", "m")
 
 
@@ -148,7 +148,7 @@ def _prefill(desc: CachedAttention) -> tirx.PrimFunc:
 
             flash.begin(rows, lambda row: (q, place(row) * d), position)
             begin = _begin(kernel, desc.scores, position(int64(0)))
-            end = position(rows - 1) + 1
+            end = position(rows - 1) + 1 if desc.scores.causal else start + s
             end = kernel.let(end if cache.ring else minimum(end, view.capacity), "end")
             with kernel.range(floor_div(begin, _BLOCK), ceil_div(end, _BLOCK)) as at:
                 block = kernel.let(at * _BLOCK, "block")
@@ -159,7 +159,8 @@ def _prefill(desc: CachedAttention) -> tirx.PrimFunc:
                 with kernel.loop(ceil_div(rows, isa.rows)) as tile:
                     # the last row of a tile bounds what the tile sees
                     last = kernel.let(position(minimum(tile * isa.rows + (isa.rows - 1), rows - 1)), "last")
-                    count = kernel.let(minimum(minimum(last + 1, end) - block, _BLOCK), "count")
+                    seen = minimum(last + 1, end) if desc.scores.causal else end
+                    count = kernel.let(minimum(seen - block, _BLOCK), "count")
                     first = _first(kernel, desc.scores, position(tile * isa.rows), block)
                     with kernel.when(count > first):
                         flash.advance(tile, block, first, count, source, add if addend is not None else None)
