@@ -15,7 +15,7 @@ from .pattern import Match, Mismatch, Rewrite, Tracer
 from .pipelines import default_pipeline
 from .serving.inference import Inference
 from .serving.kv_cache import DeriveKVCache
-from .serving.quantize import Quantize
+from .serving.quantize import KeepQuantized, Quantize
 from .serving.token_inputs import TokenInputs
 from .training.autodiff import Differentiate
 from .training.precision import MixedPrecision
@@ -23,7 +23,7 @@ from .training.remat import Rematerialize
 
 __all__ = [
     "Check", "Cleanup", "DeriveKVCache", "Differentiate", "FuseActivations", "FuseAttention", "FuseGlu", "FuseNorm",
-    "FuseRope", "GraphPass", "HoistParams", "Inference", "Match", "MergeLinears", "Mismatch", "MixedPrecision", "Pass",
-    "PassError", "PassManager", "Quantize", "ReadTables", "Remark", "Remarks", "Rematerialize", "Report", "Rewrite",
-    "SimplifyIndices", "Step", "TokenInputs", "Tracer", "default_pipeline",
+    "FuseRope", "GraphPass", "HoistParams", "Inference", "KeepQuantized", "Match", "MergeLinears", "Mismatch",
+    "MixedPrecision", "Pass", "PassError", "PassManager", "Quantize", "ReadTables", "Remark", "Remarks", "Rematerialize",
+    "Report", "Rewrite", "SimplifyIndices", "Step", "TokenInputs", "Tracer", "default_pipeline",
 ]  # fmt: skip

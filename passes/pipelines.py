@@ -19,7 +19,7 @@ from .fusion.fuse_norm import FuseNorm
 from .fusion.fuse_rope import FuseRope
 from .fusion.merge_linears import MergeLinears
 from .serving.kv_cache import DeriveKVCache
-from .serving.quantize import Quantize
+from .serving.quantize import KeepQuantized, Quantize
 
 
 def default_pipeline(
@@ -33,7 +33,7 @@ def default_pipeline(
     """
     passes: list[Pass] = [
         Cleanup(fold_positions=False), ReadTables(), SimplifyIndices(), FuseNorm(), FuseRope(), FuseActivations(),
-        FuseAttention(), Cleanup(),
+        FuseAttention(), Cleanup(), KeepQuantized(activation),
     ]  # fmt: skip
     if quantize is not None or overrides:
         passes.append(Quantize(quantize or "f32", activation, tuple((overrides or {}).items())))

@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # what _HOME says, for type checkers and editors
     from wasat.driver import Executable as Executable
     from wasat.driver import compile as compile
     from wasat.driver import explain as explain
+    from wasat.driver import from_gguf as from_gguf
     from wasat.driver import from_pretrained as from_pretrained
     from wasat.driver import optimize as optimize
     from wasat.driver import run as run
@@ -39,8 +40,8 @@ if TYPE_CHECKING:  # what _HOME says, for type checkers and editors
     from wasat.training.loop import train as train
 
 _HOME = {
-    "from_pretrained": "wasat.driver", "from_onnx": "wasat.frontend.onnx", "trace": "wasat.frontend.nn",
-    "nn": "wasat.frontend", "load_weights": "wasat.frontend", "to_onnx": "wasat.backends.onnx",
+    "from_pretrained": "wasat.driver", "from_gguf": "wasat.driver", "from_onnx": "wasat.frontend.onnx",
+    "trace": "wasat.frontend.nn", "nn": "wasat.frontend", "load_weights": "wasat.frontend", "to_onnx": "wasat.backends.onnx",
     "compile": "wasat.driver", "optimize": "wasat.driver", "run": "wasat.driver", "explain": "wasat.driver",
     "Executable": "wasat.driver",
     "train": "wasat.training.loop",

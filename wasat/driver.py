@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -160,6 +161,8 @@ def compile(
     }
     if program.origin.tokenizer:
         files["tokenizer.json"] = Path(program.origin.tokenizer)
+    for name, text in program.origin.texts.items():
+        files[name] = functools.partial(Path.write_text, data=text, encoding="utf-8")
     write_artifact(Path(out), manifest, files)
     return report
 
@@ -246,6 +249,13 @@ def from_pretrained(folder: str | Path) -> Program:
     return frontend.from_pretrained(folder)
 
 
+def from_gguf(path: str | Path) -> Program:
+    """The program of a GGUF file; see :func:`wasat.frontend.gguf.from_gguf`."""
+    from wasat.frontend.gguf import from_gguf
+
+    return from_gguf(path)
+
+
 def described(source: str | Path) -> Program:
     """A program whose numbers nobody needs, to be planned or looked at: of what :func:`load_program` reads, of a
     ``config.json`` alone (Hugging Face's or :func:`wasat.models.gemini.save`'s), or of a preset of
@@ -269,7 +279,7 @@ def described(source: str | Path) -> Program:
 def load_program(
     path: str | Path, *, constants: Mapping[str, Any] | None = None, sizes: Mapping[str, int] | None = None
 ) -> Program:  # fmt: skip
-    """A model folder, an ONNX file (``.onnx``), or a file of graph text (any other text file), as a program.
+    """A model folder, a GGUF file (``.gguf``), an ONNX file (``.onnx``), or a file of graph text (any other text file).
 
     An ONNX file's ``tokenizer.json``, ``config.json`` and ``generation_config.json`` are read where they stand beside it;
     ``constants`` and ``sizes`` fix inputs and symbolic sizes of it (see :func:`wasat.from_onnx`).
@@ -281,6 +291,8 @@ def load_program(
         raise WasatError(f"{p} is no ONNX file: only of these, inputs and sizes are fixed")
     if p.is_dir():
         return from_pretrained(p)
+    if p.suffix == ".gguf":
+        return from_gguf(p)
     if p.suffix == ".onnx" and p.is_file():
         try:
             from wasat.frontend.onnx import from_onnx
@@ -293,9 +305,9 @@ def load_program(
         try:
             text = p.read_text(encoding="utf-8")
         except UnicodeDecodeError:
-            raise WasatError(f"{p} is not text: give a Hugging Face folder, an ONNX file, or a file of graph text") from None
+            raise WasatError(f"{p} is not text: give a model folder, a GGUF or ONNX file, or a file of graph text") from None
         program = parse_program(text, str(p))
         for g in program.graphs.values():
             program.params.update({name: _NoData(name, v.type) for name, v in g.params.items()})
         return program
-    raise WasatError(f"{p} is neither a Hugging Face folder nor a file of graph text nor an ONNX file")
+    raise WasatError(f"{p} is neither a Hugging Face folder nor a file of graph text nor a GGUF or ONNX file")

@@ -13,7 +13,8 @@ import numpy as np
 from wasat.ir import Builder, DType, Graph, Node, ParamSource, Program, TensorType, Value, op_named
 
 from ..cleanup.hoist_params import derive, param_only, size_in_bytes
-from ..core import Pass, PassError, Remarks
+from ..core import GraphPass, Pass, PassError, Remarks
+from ..pattern import erase_dead
 
 _INTEGERS = ("int8", "int4")
 _FLOATS = {"f16": DType.F16, "bf16": DType.BF16}
@@ -66,6 +67,43 @@ class Quantize(Pass):
         return next((s for glob, s in self.overrides if any(fnmatchcase(n, glob) for n in names)), self.scheme)
 
 
+@dataclass(frozen=True)
+class KeepQuantized(GraphPass):
+    """``linear`` and ``embedding`` of a weight that is stored quantized read it as it is: ``linear(x, dequantize(w))`` ->
+    ``quantized_linear(x, w)``. ``activation="int8"``: their products are of integers, x being quantized row by row.
+    """
+
+    activation: str | None = "int8"
+    name = "keep-quantized"
+    exact = False
+
+    def run_graph(self, graph: Graph, remarks: Remarks) -> bool:
+        count: Counter[str] = Counter()
+        for made in graph.nodes:
+            if made.op.name != "dequantize":
+                continue
+            w = made.inputs[0]
+            for node in list(made.output.users):
+                if node.op.quantized is None or node.op.weight is None or made.output is not node.inputs[node.op.weight]:
+                    remarks.missed(f"%{w.name} {w.type} is dequantized as it is read: {node.op.name} reads it", node)
+                    continue
+                operands = (*node.inputs[: node.op.weight], w, *node.inputs[node.op.weight + 1 :])
+                _replace_by_quantized(graph, node, operands, self.activation)
+                count[str(w.type).partition("[")[0]] += 1
+            erase_dead(graph, made)
+        for scheme, n in count.items():
+            remarks.applied(f"{n} operation{'s' * (n > 1)} on weights that stay {scheme}", graph)
+        return bool(count)
+
+
+def _replace_by_quantized(graph: Graph, node: Node, operands: tuple[Value, ...], activation: str | None) -> None:
+    """The quantized form of ``node`` in its place."""
+    op = op_named(node.op.quantized or "")
+    options: dict[str, Any] = {"activation": activation, "dtype": node.output.tensor.dtype}
+    new = Builder(graph, before=node, loc=node.loc).emit(op, *operands, **{f.name: options[f.name] for f in fields(op.Attrs)})
+    graph.replace(node, [new])
+
+
 class _Run:
     """Quantization of one graph."""
 
@@ -113,15 +151,11 @@ class _Run:
         w = node.inputs[at]
         if w not in self.small and not self._quantize(node, w):
             return
-        b = Builder(self.graph, before=node, loc=node.loc)
         operands = (*node.inputs[:at], self.small[w], *node.inputs[at + 1 :])
         if self.small[w].node.op.name != "quantize":  # type: ignore[union-attr]
             self.graph.set_inputs(node, operands)
             return
-        op = op_named(node.op.quantized or "")
-        options: dict[str, Any] = {"activation": self.options.activation, "dtype": node.output.tensor.dtype}
-        new = b.emit(op, *operands, **{f.name: options[f.name] for f in fields(op.Attrs)})
-        self.graph.replace(node, [new])
+        _replace_by_quantized(self.graph, node, operands, self.options.activation)
 
     def _loop(self, node: Node, body: Graph) -> None:
         for w, v in zip(node.inputs, body.inputs):

@@ -1,0 +1,182 @@
+"""GGUF metadata -> the configuration that our families read. What may change the computation and is not known is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from wasat.frontend.weights.gguf import Gguf
+
+from ..families import ConfigError
+
+_WITHOUT_EFFECT = frozenset({
+    "name", "vocab_size", "rope.dimension_count", "rope.dimension_count_swa", "tensor_data_layout",
+    "attention.causal", "expert_count", "expert_used_count", "attention.value_length", "attention.value_length_swa",
+    "rope.scaling.finetuned", "rope.scaling.original_context_length", "rope.scaling.attn_factor",
+    "attention.sliding_window_pattern", "attention.shared_kv_layers", "embedding_length_out",
+})  # fmt: skip
+"""Keys that are checked where they stand for more than they say, or say nothing about the numbers."""
+
+
+class Keys:
+    """The keys ``ARCH.*`` of a file, each taken once; what is left over at the end is refused."""
+
+    def __init__(self, g: Gguf) -> None:
+        self.where = str(g.path)
+        self.arch = self._arch(g.metadata)
+        self.given = {k.removeprefix(f"{self.arch}."): v for k, v in g.metadata.items() if k.startswith(f"{self.arch}.")}
+        self._taken: set[str] = set()
+
+    def _arch(self, metadata: Mapping[str, Any]) -> str:
+        arch = metadata.get("general.architecture")
+        if not isinstance(arch, str):
+            raise self.fail("general.architecture is missing: the file does not say what model it holds")
+        kind = metadata.get("general.type", "model")
+        if arch == "clip" or kind == "mmproj":
+            raise self.fail("it holds a projector of pictures or sounds (mmproj), no language model; give the model's own file")
+        if kind != "model":
+            raise self.fail(f"general.type is {kind!r}; only whole models are read")
+        return arch
+
+    def fail(self, message: str) -> ConfigError:
+        return ConfigError(f"{self.where}: {message}")
+
+    def whole(self, key: str, default: int | None = None) -> int:
+        """A positive integer, or an array of one for each layer that are all the same."""
+        value = self._take(key, default)
+        if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and value.size and (value == value[0]).all():
+            value = int(value[0])
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise self.fail(f"{self.arch}.{key} is {_brief(value)}; expected one positive integer")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A positive finite number."""
+        value = self._take(key, default)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
+            raise self.fail(f"{self.arch}.{key} is {_brief(value)}; expected a positive number")
+        return float(value)
+
+    def word(self, key: str, default: str) -> str:
+        value = self._take(key, default)
+        if not isinstance(value, str):
+            raise self.fail(f"{self.arch}.{key} is {_brief(value)}; expected a word")
+        return value
+
+    def has(self, key: str) -> bool:
+        return key in self.given
+
+    def _take(self, key: str, default: object) -> Any:
+        self._taken.add(key)
+        if key not in self.given and default is None:
+            raise self.fail(f"{self.arch}.{key} is missing; the model cannot be built without it")
+        return self.given.get(key, default)
+
+    def must(self, key: str, wanted: object, why: str) -> None:
+        """Refuses a key of any value but ``wanted``."""
+        self._taken.add(key)
+        value = self.given.get(key, wanted)
+        if isinstance(value, np.ndarray) or value != wanted:
+            raise self.fail(f"{self.arch}.{key} is {_brief(value)}: {why}")
+
+    def finish(self) -> None:
+        left = {k: v for k, v in self.given.items() if k not in self._taken and k not in _WITHOUT_EFFECT}
+        if left:
+            fields = "; ".join(f"{self.arch}.{k} = {_brief(v)}" for k, v in left.items())
+            raise self.fail(f"{fields}: what that changes in the computation is not known, so it is not ignored")
+
+
+def _brief(value: object) -> str:
+    text = f"{value.dtype}{list(value.shape)}" if isinstance(value, np.ndarray) else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def config_of(g: Gguf) -> dict[str, Any]:
+    """The ``config.json`` that the file's model would have."""
+    keys = Keys(g)
+    if keys.arch not in ARCHITECTURES:
+        raise keys.fail(f"the architecture is {keys.arch!r}; supported are {', '.join(ARCHITECTURES)}")
+    dim, heads, layers = keys.whole("embedding_length"), keys.whole("attention.head_count"), keys.whole("block_count")
+    if dim % heads and not keys.has("attention.key_length"):
+        raise keys.fail(f"{keys.arch}.embedding_length {dim} does not split into {heads} heads")
+    head_dim = keys.whole("attention.key_length", dim // heads)
+    for key in ("attention.value_length", "rope.dimension_count", "attention.key_length_swa", "attention.value_length_swa",
+                "rope.dimension_count_swa"):  # fmt: skip
+        keys.must(key, head_dim, f"heads have {head_dim} elements, and all of them are rotated")
+    keys.must("attention.causal", True, "only models that look back are read")
+    for key in ("expert_count", "expert_used_count", "attention.shared_kv_layers"):
+        keys.must(key, 0, "mixtures of experts and shared layers are not read")
+    config: dict[str, Any] = {
+        "hidden_size": dim, "num_hidden_layers": layers, "num_attention_heads": heads, "head_dim": head_dim,
+        "num_key_value_heads": keys.whole("attention.head_count_kv", heads),
+        "intermediate_size": keys.whole("feed_forward_length"), "max_position_embeddings": keys.whole("context_length"),
+        "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
+        "vocab_size": g.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in g.tensors else 0,
+        "tie_word_embeddings": "output.weight" not in g.tensors,
+    }  # fmt: skip
+    keys.must("vocab_size", config["vocab_size"], f"token_embd.weight has {config['vocab_size']} rows")
+    config |= ARCHITECTURES[keys.arch](keys, config)
+    keys.finish()
+    return config
+
+
+def _scaling(keys: Keys) -> dict[str, Any]:
+    """``rope_parameters`` without the base."""
+    kind = keys.word("rope.scaling.type", "linear" if keys.has("rope.scale_linear") else "none")
+    factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 1.0))
+    trained = keys.whole("rope.scaling.original_context_length", keys.whole("context_length"))
+    keys.must("rope.scaling.attn_factor", 1.0, "cos and sin with a factor of their own are not implemented")
+    if kind == "yarn":
+        return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": trained}
+    if kind not in ("none", "linear"):
+        raise keys.fail(f"{keys.arch}.rope.scaling.type is {kind!r}; there are none, linear and yarn")
+    return {"rope_type": "default"} if kind == "none" or factor == 1 else {"rope_type": "linear", "factor": factor}
+
+
+def _llama(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
+    theta = keys.number("rope.freq_base", 10000.0)
+    more: dict[str, Any] = {"rope_parameters": {**_scaling(keys), "rope_theta": theta}}
+    if keys.has("attention.sliding_window"):
+        return {**more, "model_type": "mistral", "sliding_window": keys.whole("attention.sliding_window")}
+    return {**more, "model_type": "llama"}
+
+
+def _qwen(family: str) -> Callable[[Keys, dict[str, Any]], dict[str, Any]]:
+    def read(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
+        theta = keys.number("rope.freq_base", 10000.0)
+        return {"rope_parameters": {**_scaling(keys), "rope_theta": theta}, "model_type": family, "use_sliding_window": False}
+
+    return read
+
+
+def _gemma3(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
+    layers, period = config["num_hidden_layers"], 6
+    pattern = keys.given.get("attention.sliding_window_pattern", period)
+    if isinstance(pattern, np.ndarray) and pattern.dtype == np.bool_ and len(pattern) == layers:
+        sliding = pattern.tolist()
+    elif isinstance(pattern, int) and pattern > 0:
+        sliding = [(i + 1) % pattern != 0 for i in range(layers)]
+    else:
+        raise keys.fail(f"gemma3.attention.sliding_window_pattern is {_brief(pattern)}; a period, or one entry for each layer")
+    window = keys.whole("attention.sliding_window") if keys.has("attention.sliding_window") else None
+    # the 27B model scales by its width over its heads; the file does not say so
+    scale = config["hidden_size"] / config["num_attention_heads"] if layers == 62 else config["head_dim"]
+    keys.must("attn_logit_softcapping", 0.0, "Gemma 3 has no softcap of scores")
+    cap = keys.number("final_logit_softcapping") if keys.given.get("final_logit_softcapping") else None
+    keys._taken.add("final_logit_softcapping")
+    return {
+        "model_type": "gemma3_text", "query_pre_attn_scalar": scale, "sliding_window": window,
+        "layer_types": ["sliding_attention" if s and window else "full_attention" for s in sliding],
+        "final_logit_softcapping": cap,
+        "rope_parameters": {
+            "full_attention": {**_scaling(keys), "rope_theta": keys.number("rope.freq_base", 1e6)},
+            "sliding_attention": {"rope_type": "default", "rope_theta": keys.number("rope.freq_base_swa", 1e4)},
+        },
+    }  # fmt: skip
+
+
+ARCHITECTURES: dict[str, Callable[[Keys, dict[str, Any]], dict[str, Any]]] = {
+    "llama": _llama, "qwen2": _qwen("qwen2"), "qwen3": _qwen("qwen3"), "gemma3": _gemma3,
+}  # fmt: skip
+"""GGUF's ``general.architecture`` -> what more the configuration says, ``model_type`` first of all."""

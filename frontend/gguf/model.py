@@ -1,0 +1,130 @@
+"""A GGUF file as a program: one of our families, its parameters the file's tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from wasat.frontend import nn
+from wasat.frontend.weights import CheckpointError
+from wasat.frontend.weights.gguf import Gguf, GgufParam, GgufTensor, read_gguf
+from wasat.frontend.weights.safetensors import listed
+from wasat.ir import Builder, DType, Graph, Program, TensorType, Type
+
+from ..families import Fields
+from ..huggingface import build
+from .metadata import config_of
+from .tokenizer import special_ids, tokenizer_json
+
+_LAYER = {
+    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm", "attn_norm": "input_layernorm",
+    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj", "ffn_norm": "post_attention_layernorm",
+}  # fmt: skip
+_GEMMA = {
+    **_LAYER, "post_attention_norm": "post_attention_layernorm", "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}  # fmt: skip
+_WHOLE = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
+          "output.weight": "lm_head.weight"}  # fmt: skip
+_OF_LAYER = re.compile(r"blk\.(0|[1-9]\d*)\.(\w+)\.(weight|bias)\Z")
+_FREQUENCIES = "rope_freqs.weight"
+
+
+def from_gguf(path: str | Path) -> Program:
+    """The program of a GGUF file: graph ``forward(tokens i64[b, s]) -> logits f32[b, s, vocab]``.
+
+    Weights stay in the formats that the file has them in: the graph takes them apart where it reads them, and what is compiled
+    computes on them as they are. Parameters are named as in a Hugging Face checkpoint. Of a model that is split into several
+    files any may be named. ``metadata`` is that of :func:`wasat.frontend.from_pretrained`; the tokenizer is rebuilt from the
+    file, and a chat template kept.
+
+    Raises ConfigError for an architecture or a key that is not implemented, CheckpointError for files that are damaged or do
+    not fit.
+    """
+    g = read_gguf(path)
+    config = config_of(g)
+    family, module = build(Fields(config, str(g.path)))
+    _adjust(module, g, config)
+    program = nn.trace(module, {"tokens": "i64[b, s]"}, outputs=["logits"])
+    wanted = {name: p.type for name, p in module.parameters().items()}
+    program.params.update(_sources(g, config, wanted))
+    for graph in program.graphs.values():
+        for name, source in program.params.items():
+            if name in graph.params:
+                _store(graph, name, source.type)
+    texts = {"tokenizer.json": tokenizer_json(g)}
+    if isinstance(template := g.metadata.get("tokenizer.chat_template"), str):
+        texts["chat_template.jinja"] = template
+    program.metadata.update(
+        family=family, name=str(g.metadata.get("general.name") or g.path.stem), context=config["max_position_embeddings"],
+        vocab=config["vocab_size"], generation=special_ids(g), config=config, texts=texts,
+    )  # fmt: skip
+    return program
+
+
+def _adjust(module: nn.Module, g: Gguf, config: Mapping[str, Any]) -> None:
+    """What GGUF has otherwise than a checkpoint: norms of Gemma as 1 + w, frequencies of RoPE divided by a tensor."""
+    factors = g.tensors.get(_FREQUENCIES)
+    for _, part in module.walk():
+        if isinstance(part, nn.RMSNorm):
+            part.offset = 0.0
+        if isinstance(part, nn.RoPE) and factors is not None:
+            if factors.type != (wanted := TensorType(DType.F32, part.inv_freq.shape)):
+                raise CheckpointError(f"{g.path}: {_FREQUENCIES} is {factors.type}, and would have to be {wanted}")
+            part.inv_freq = part.inv_freq / np.asarray(factors.load())
+
+
+def _sources(g: Gguf, config: Mapping[str, Any], wanted: Mapping[str, TensorType]) -> dict[str, GgufParam]:
+    """The tensor of each parameter. All that is missing, left over or misshaped is named at once."""
+    layer = _GEMMA if config["model_type"].startswith("gemma") else _LAYER
+    found: dict[str, GgufTensor] = {}
+    problems = []
+    for name, t in g.tensors.items():
+        to = _name(name, layer)
+        if to in wanted:
+            found[to] = t
+        elif name != _FREQUENCIES:
+            problems.append(f"unexpected: {name} {t.kind_name}{list(t.shape)}")
+    for name, t in wanted.items():
+        if name not in found:
+            problems.append(f"missing: {name} {t}")
+        elif found[name].shape != t.shape:
+            got = found[name]
+            problems.append(f"misshaped: {got.name} is {list(got.shape)}, the metadata ask for {list(t.shape)}")
+    if problems:
+        raise CheckpointError(f"{g.path}: the tensors do not fit the metadata:\n{listed(problems)}")
+    interleaved = g.metadata["general.architecture"] == "llama"
+    return {name: GgufParam(found[name], _halves(name, config) if interleaved else None) for name in wanted}
+
+
+def _name(name: str, layer: Mapping[str, str]) -> str:
+    """The parameter's name of a tensor's; itself, which is none, where there is no such parameter."""
+    of_layer = _OF_LAYER.match(name)
+    if of_layer and of_layer[2] in layer:
+        return f"model.layers.{of_layer[1]}.{layer[of_layer[2]]}.{of_layer[3]}"
+    return _WHOLE.get(name, name)
+
+
+def _halves(name: str, config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Heads and their width where a tensor's rows are queries or keys, which llama's files have for interleaved rotation."""
+    heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
+    return None if heads is None else (config[heads], config["head_dim"])
+
+
+def _store(graph: Graph, name: str, type: Type) -> None:
+    """Parameter ``name`` of ``graph`` as it is stored: it is widened, or taken apart, before all else."""
+    old = graph.params[name]
+    if type == old.type:
+        return
+    names = list(graph.params)
+    del graph.params[name]
+    graph.rename(old, f"{old.name}.dense")
+    new = graph.add_param(name, type)
+    graph.params = {k: graph.params[k] for k in names}
+    b = Builder(graph, before=graph.first)
+    dense = b.cast(new, dtype=DType.F32) if isinstance(type, TensorType) else b.dequantize(new, dtype=DType.F32)
+    graph.replace_uses(old, dense)

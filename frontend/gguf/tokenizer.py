@@ -1,0 +1,211 @@
+"""The tokenizer that a GGUF file describes, rebuilt as a ``tokenizer.json``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from wasat.frontend.weights import CheckpointError
+from wasat.frontend.weights.gguf import Gguf
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+_WORDS = "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+"
+_NEWER = (
+    "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|%s| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*"
+    "|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
+)
+_TEKKEN = (
+    "[^\\r\\n\\p{L}\\p{N}]?[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]*[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]+"
+    "|[^\\r\\n\\p{L}\\p{N}]?[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]+[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]*"
+    "|\\p{N}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n/]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
+)
+
+
+@dataclass(frozen=True)
+class _Pre:
+    """How a text is cut before pairs are merged: each pattern in turn, within the pieces of the one before."""
+
+    patterns: tuple[str, ...]
+    ignore_merges: bool = False
+    """A piece that is a token is that token, whatever its merges."""
+    bos: bool = False
+    """Whether a text begins with BOS where the file does not say."""
+
+
+_LLAMA3 = _Pre((_NEWER % "\\p{N}{1,3}",), ignore_merges=True, bos=True)
+_QWEN2 = _Pre((_NEWER % "\\p{N}",))
+_DIGITS = _Pre(("\\p{N}", _WORDS))
+PRE_TOKENIZERS = {
+    "gpt-2": _Pre((_WORDS,)), "gpt2": _Pre((_WORDS,)), "phi-2": _Pre((_WORDS,)),
+    "llama3": _LLAMA3, "llama-v3": _LLAMA3, "llama-bpe": _LLAMA3, "falcon3": _LLAMA3, "pixtral": _LLAMA3,
+    "dbrx": _Pre(_LLAMA3.patterns), "smaug-bpe": _Pre(_LLAMA3.patterns), "olmo": _Pre((_WORDS,)),
+    "qwen2": _QWEN2, "deepseek-r1-qwen": _QWEN2, "stablelm2": _QWEN2, "megrez": _QWEN2,
+    "smollm": _DIGITS, "starcoder": _DIGITS, "refact": _DIGITS, "command-r": _DIGITS, "codeshell": _DIGITS, "exaone": _DIGITS,
+    "tekken": _Pre((_TEKKEN,), ignore_merges=True, bos=True),
+}  # fmt: skip
+"""By the name in ``tokenizer.ggml.pre``."""
+
+
+@dataclass(frozen=True)
+class _Vocabulary:
+    """The tokens of a file, their kinds, and its other keys ``tokenizer.ggml.*``."""
+
+    where: str
+    keys: dict[str, Any]
+    tokens: list[str]
+    kinds: np.ndarray
+
+    def fail(self, message: str) -> CheckpointError:
+        return CheckpointError(f"{self.where}: {message}")
+
+    def id(self, name: str) -> int | None:
+        """A token id that the file may give."""
+        value = self.keys.get(f"{name}_token_id")
+        if value is None or value == 2**32 - 1:  # -1 is how some writers say none
+            return None
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < len(self.tokens):
+            raise self.fail(f"tokenizer.ggml.{name}_token_id is {value!r}, and there are {len(self.tokens)} tokens")
+        return value
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self.keys.get(name, default)
+        if not isinstance(value, bool):
+            raise self.fail(f"tokenizer.ggml.{name} is {value!r}; expected true or false")
+        return value
+
+
+def _vocabulary(g: Gguf) -> _Vocabulary:
+    prefix = "tokenizer.ggml."
+    keys = {k.removeprefix(prefix): v for k, v in g.metadata.items() if k.startswith(prefix)}
+    tokens = keys.get("tokens")
+    v = _Vocabulary(str(g.path), keys, tokens if isinstance(tokens, list) else [], np.asarray(keys.get("token_type", ())))
+    if not v.tokens:
+        raise v.fail("tokenizer.ggml.tokens is missing: the file holds no tokenizer")
+    if not v.kinds.size:
+        v = _Vocabulary(v.where, keys, v.tokens, np.full(len(v.tokens), NORMAL))
+    if v.kinds.shape != (len(v.tokens),) or v.kinds.dtype.kind not in "iu":
+        raise v.fail(f"tokenizer.ggml.token_type has {v.kinds.size} entries for {len(v.tokens)} tokens")
+    if len(set(v.tokens)) < len(v.tokens):
+        seen: set[str] = set()
+        twice = next(t for t in v.tokens if t in seen or seen.add(t))  # type: ignore[func-returns-value]
+        raise v.fail(f"the token {twice!r} stands twice in tokenizer.ggml.tokens")
+    return v
+
+
+def special_ids(g: Gguf) -> dict[str, Any]:
+    """``{bos, eos, pad}``; ``eos`` lists all that end an answer: the text's end, a turn's, a message's."""
+    v = _vocabulary(g)
+    ends = [v.id(name) for name in ("eos", "eot", "eom")]
+    return {"bos": v.id("bos"), "eos": list(dict.fromkeys(i for i in ends if i is not None)), "pad": v.id("padding")}
+
+
+def tokenizer_json(g: Gguf) -> str:
+    """The text of a ``tokenizer.json``. Raises CheckpointError for a kind of tokenizer that is not known."""
+    v = _vocabulary(g)
+    kind = v.keys.get("model")
+    if kind not in _KINDS:
+        raise v.fail(f"the tokenizer is of kind {kind!r}; there are {', '.join(_KINDS)}")
+    parts, bos = _KINDS[kind](v)
+    return json.dumps({
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": _added(v),
+        "post_processor": _template(v, bos), **parts,
+    }, ensure_ascii=False)  # fmt: skip
+
+
+def _added(v: _Vocabulary) -> list[dict[str, Any]]:
+    """Tokens that are found in a text as they are written; those of control are no text."""
+    return [
+        {"id": int(i), "content": v.tokens[i], "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+         "special": bool(v.kinds[i] != USER_DEFINED)}
+        for i in np.flatnonzero(np.isin(v.kinds, (CONTROL, USER_DEFINED, UNKNOWN))) if v.tokens[i]
+    ]  # fmt: skip
+
+
+def _template(v: _Vocabulary, bos: bool) -> dict[str, Any] | None:
+    """What is put around a text."""
+    first = v.id("bos") if v.flag("add_bos_token", bos) else None
+    last = v.id("eos") if v.flag("add_eos_token", False) else None
+    if first is None and last is None:
+        return None
+
+    def around(text: str, type: int) -> list[dict[str, Any]]:
+        def token(i: int | None) -> list[dict[str, Any]]:
+            return [] if i is None else [{"SpecialToken": {"id": v.tokens[i], "type_id": type}}]
+
+        return [*token(first), {"Sequence": {"id": text, "type_id": type}}, *token(last)]
+
+    used = {i for i in (first, last) if i is not None}
+    return {
+        "type": "TemplateProcessing", "single": around("A", 0), "pair": [*around("A", 0), *around("B", 1)],
+        "special_tokens": {v.tokens[i]: {"id": v.tokens[i], "ids": [i], "tokens": [v.tokens[i]]} for i in used},
+    }  # fmt: skip
+
+
+def _bpe(v: _Vocabulary, merges: list[str], **options: Any) -> dict[str, Any]:
+    return {
+        "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
+        "fuse_unk": False, "byte_fallback": False, "ignore_merges": False, "vocab": {t: i for i, t in enumerate(v.tokens)},
+        "merges": merges, **options,
+    }  # fmt: skip
+
+
+def _gpt2(v: _Vocabulary) -> tuple[dict[str, Any], bool]:
+    """Pairs of bytes, merged in the order that the file gives, within pieces that a pattern cuts."""
+    name = v.keys.get("pre", "gpt-2")
+    if name not in PRE_TOKENIZERS:
+        raise v.fail(f"tokenizer.ggml.pre is {name!r}: how it cuts a text is not known; known are {', '.join(PRE_TOKENIZERS)}")
+    pre, merges = PRE_TOKENIZERS[name], v.keys.get("merges")
+    if not isinstance(merges, list) or any(m.count(" ") != 1 for m in merges):
+        raise v.fail("tokenizer.ggml.merges is no list of pairs")
+    known = set(v.tokens)
+    for m in merges:
+        left, right = m.split(" ")
+        if not known.issuperset((left, right, left + right)):
+            raise v.fail(f"tokenizer.ggml.merges has {m!r}, and not all of its parts are tokens")
+    split = [{"type": "Split", "pattern": {"Regex": p}, "behavior": "Isolated", "invert": False} for p in pre.patterns]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    return {
+        "normalizer": None, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*split, byte_level]},
+        "decoder": byte_level, "model": _bpe(v, merges, ignore_merges=pre.ignore_merges),
+    }, pre.bos  # fmt: skip
+
+
+def _sentencepiece(v: _Vocabulary) -> tuple[dict[str, Any], bool]:
+    """SentencePiece's pairs: of all neighbours that make a token, those of the highest score are merged first."""
+    scores = v.keys.get("scores")
+    if not isinstance(scores, np.ndarray) or scores.shape != (len(v.tokens),) or scores.dtype.kind != "f":
+        raise v.fail(f"tokenizer.ggml.scores is no score for each of {len(v.tokens)} tokens")
+    if not np.isfinite(scores).all():
+        raise v.fail("tokenizer.ggml.scores holds numbers that are not finite")
+    ids = {t: i for i, t in enumerate(v.tokens)}
+    pairs: list[tuple[float, int, int, int]] = []
+    for token, i in ids.items():
+        for cut in range(1, len(token)):
+            left, right = ids.get(token[:cut]), ids.get(token[cut:])
+            if left is not None and right is not None:
+                pairs.append((-float(scores[i]), i, left, right))
+    pairs.sort()
+    unknown = v.id("unknown")
+    unk = v.tokens[unknown] if unknown is not None else next(iter(t for t, k in zip(v.tokens, v.kinds) if k == UNKNOWN), None)
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    space = v.flag("add_space_prefix", True)
+    normalizer = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, replace]} if space else replace
+    decoders: list[dict[str, Any]] = [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
+    ]  # fmt: skip
+    if space:
+        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    model = _bpe(
+        v, [[v.tokens[left], v.tokens[right]] for _, _, left, right in pairs],  # type: ignore[misc]
+        unk_token=unk, fuse_unk=True, byte_fallback=bool((v.kinds == BYTE).any()),
+    )  # fmt: skip
+    return {
+        "normalizer": normalizer, "pre_tokenizer": None, "decoder": {"type": "Sequence", "decoders": decoders}, "model": model,
+    }, True  # fmt: skip
+
+
+_KINDS = {"gpt2": _gpt2, "llama": _sentencepiece}
+"""By ``tokenizer.ggml.model``."""
