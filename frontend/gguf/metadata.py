@@ -23,7 +23,7 @@ class Keys:
     """The keys ``ARCH.*`` of a file, each taken once; what is left over at the end is refused."""
 
     def __init__(self, g: Gguf) -> None:
-        self.where = str(g.path)
+        self.where, self.tensors = str(g.path), g.tensors
         self.arch = self._arch(g.metadata)
         self.given = {k.removeprefix(f"{self.arch}."): v for k, v in g.metadata.items() if k.startswith(f"{self.arch}.")}
         self._taken: set[str] = set()
@@ -97,6 +97,8 @@ def config_of(g: Gguf) -> dict[str, Any]:
     keys = Keys(g)
     if keys.arch not in ARCHITECTURES:
         raise keys.fail(f"the architecture is {keys.arch!r}; supported are {', '.join(ARCHITECTURES)}")
+    if "token_embd.weight" not in g.tensors:
+        raise keys.fail("the tensor token_embd.weight is missing")
     dim, heads, layers = keys.whole("embedding_length"), keys.whole("attention.head_count"), keys.whole("block_count")
     if dim % heads and not keys.has("attention.key_length"):
         raise keys.fail(f"{keys.arch}.embedding_length {dim} does not split into {heads} heads")
@@ -112,7 +114,7 @@ def config_of(g: Gguf) -> dict[str, Any]:
         "num_key_value_heads": keys.whole("attention.head_count_kv", heads),
         "intermediate_size": keys.whole("feed_forward_length"), "max_position_embeddings": keys.whole("context_length"),
         "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
-        "vocab_size": g.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in g.tensors else 0,
+        "vocab_size": g.tensors["token_embd.weight"].shape[0],
         "tie_word_embeddings": "output.weight" not in g.tensors,
     }  # fmt: skip
     keys.must("vocab_size", config["vocab_size"], f"token_embd.weight has {config['vocab_size']} rows")
@@ -137,6 +139,9 @@ def _scaling(keys: Keys) -> dict[str, Any]:
 def _llama(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
     theta = keys.number("rope.freq_base", 10000.0)
     more: dict[str, Any] = {"rope_parameters": {**_scaling(keys), "rope_theta": theta}}
+    for name, part in (("attention_bias", "attn_q"), ("mlp_bias", "ffn_gate")):
+        if f"blk.0.{part}.bias" in keys.tensors:
+            more[name] = True
     if keys.has("attention.sliding_window"):
         return {**more, "model_type": "mistral", "sliding_window": keys.whole("attention.sliding_window")}
     return {**more, "model_type": "llama"}

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 from wasat.frontend import nn
-from wasat.frontend.weights import CheckpointError
+from wasat.frontend.weights import CheckpointError, store_as
 from wasat.frontend.weights.gguf import Gguf, GgufParam, GgufTensor, read_gguf
 from wasat.frontend.weights.safetensors import listed
-from wasat.ir import Builder, DType, Graph, Program, TensorType, Type
+from wasat.ir import DType, Program, TensorType
 
 from ..families import Fields
 from ..huggingface import build
@@ -52,10 +52,8 @@ def from_gguf(path: str | Path) -> Program:
     program = nn.trace(module, {"tokens": "i64[b, s]"}, outputs=["logits"])
     wanted = {name: p.type for name, p in module.parameters().items()}
     program.params.update(_sources(g, config, wanted))
-    for graph in program.graphs.values():
-        for name, source in program.params.items():
-            if name in graph.params:
-                _store(graph, name, source.type)
+    for name, source in program.params.items():
+        store_as(program["forward"], name, source.type)
     texts = {"tokenizer.json": tokenizer_json(g)}
     if isinstance(template := g.metadata.get("tokenizer.chat_template"), str):
         texts["chat_template.jinja"] = template
@@ -73,8 +71,8 @@ def _adjust(module: nn.Module, g: Gguf, config: Mapping[str, Any]) -> None:
         if isinstance(part, nn.RMSNorm):
             part.offset = 0.0
         if isinstance(part, nn.RoPE) and factors is not None:
-            if factors.type != (wanted := TensorType(DType.F32, part.inv_freq.shape)):
-                raise CheckpointError(f"{g.path}: {_FREQUENCIES} is {factors.type}, and would have to be {wanted}")
+            if factors.type != (needed := TensorType(DType.F32, part.inv_freq.shape)):
+                raise CheckpointError(f"{g.path}: {_FREQUENCIES} is {factors.type}, and would have to be {needed}")
             part.inv_freq = part.inv_freq / np.asarray(factors.load())
 
 
@@ -89,12 +87,12 @@ def _sources(g: Gguf, config: Mapping[str, Any], wanted: Mapping[str, TensorType
             found[to] = t
         elif name != _FREQUENCIES:
             problems.append(f"unexpected: {name} {t.kind_name}{list(t.shape)}")
-    for name, t in wanted.items():
+    for name, needed in wanted.items():
         if name not in found:
-            problems.append(f"missing: {name} {t}")
-        elif found[name].shape != t.shape:
+            problems.append(f"missing: {name} {needed}")
+        elif found[name].shape != needed.shape:
             got = found[name]
-            problems.append(f"misshaped: {got.name} is {list(got.shape)}, the metadata ask for {list(t.shape)}")
+            problems.append(f"misshaped: {got.name} is {list(got.shape)}, the metadata ask for {list(needed.shape)}")
     if problems:
         raise CheckpointError(f"{g.path}: the tensors do not fit the metadata:\n{listed(problems)}")
     interleaved = g.metadata["general.architecture"] == "llama"
@@ -113,18 +111,3 @@ def _halves(name: str, config: Mapping[str, Any]) -> tuple[int, int] | None:
     """Heads and their width where a tensor's rows are queries or keys, which llama's files have for interleaved rotation."""
     heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
     return None if heads is None else (config[heads], config["head_dim"])
-
-
-def _store(graph: Graph, name: str, type: Type) -> None:
-    """Parameter ``name`` of ``graph`` as it is stored: it is widened, or taken apart, before all else."""
-    old = graph.params[name]
-    if type == old.type:
-        return
-    names = list(graph.params)
-    del graph.params[name]
-    graph.rename(old, f"{old.name}.dense")
-    new = graph.add_param(name, type)
-    graph.params = {k: graph.params[k] for k in names}
-    b = Builder(graph, before=graph.first)
-    dense = b.cast(new, dtype=DType.F32) if isinstance(type, TensorType) else b.dequantize(new, dtype=DType.F32)
-    graph.replace_uses(old, dense)

@@ -150,7 +150,7 @@ def read_gguf(path: str | Path) -> Gguf:
 def _read_one(path: Path) -> Gguf:
     try:
         size = path.stat().st_size
-        data = np.memmap(path, np.uint8, "r") if size else np.empty(0, np.uint8)
+        data: Any = np.memmap(path, np.uint8, "r") if size else b""
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
     except (OSError, ValueError) as e:

@@ -10,7 +10,7 @@ from wasat.ir import Program, QTensorType, evaluate, parse, parse_program, parse
 from wasat.ir.decompose import decompose
 from wasat.ir.graph import ArrayParam
 from wasat.ir.ops.quant import quantize_array, quantize_rows
-from wasat.passes import Cleanup, PassError, PassManager, Quantize, Report
+from wasat.passes import Cleanup, KeepQuantized, PassError, PassManager, Quantize, Report
 
 from wasat.testing import check_pass, check_untouched, feed, random_program
 
@@ -265,3 +265,66 @@ def test_what_no_linear_reads_and_what_is_quantized_already_are_named() -> None:
         "%w stays f32[64, 64]: matmul reads it, and no linear or embedding",
         "%q stays int8b32f16[64, 64]: it is quantized already",
     ]
+
+
+# -- weights that are stored quantized -----------------------------------------------------------------------------------------
+STORED = """graph @f(%x: f32[n, 256], %ids: i64[n]) {
+  param %w: q4_k[32, 256]
+  param %b: f32[32]
+  param %table: int8b32f16[8, 256]
+"""
+
+
+@pytest.mark.parametrize("activation", ["int8", None])
+def test_stored_weights_are_read_as_they_are(activation: str | None) -> None:
+    before = STORED + """
+  %dense: f32[8, 256] = dequantize(%table)
+  %e: f32[n, 256] = embedding(%dense, %ids)
+  %h: f32[n, 256] = add(%x, %e)
+  %d: f32[32, 256] = dequantize(%w)
+  %y: f32[n, 32] = linear(%h, %d, %b)
+  %logits: f32[n, 8] = linear(%h, %dense)
+  return %y, %logits
+}
+"""
+    act = ' {activation="int8"}' if activation else ""
+    after = STORED + f"""
+  %e: f32[n, 256] = quantized_embedding(%table, %ids)
+  %h: f32[n, 256] = add(%x, %e)
+  %y: f32[n, 32] = quantized_linear(%h, %w, %b){act}
+  %logits: f32[n, 8] = quantized_linear(%h, %table){act}
+  return %y, %logits
+}}
+"""
+    remarks = check_pass(KeepQuantized(activation), before, after, [{"n": 2}])
+    was, now = random_program(before), random_program(before)
+    PassManager([KeepQuantized(activation)]).run(now)
+    for a, b in zip(outputs(was, 3), outputs(now, 3)):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=0.4 if activation else 1e-5)  # sums of 256
+    assert sorted(str(r) for r in remarks) == [
+        "applied: 1 operation on weights that stay q4_k (@f)", "applied: 2 operations on weights that stay int8b32f16 (@f)",
+    ]  # fmt: skip
+
+
+def test_a_stored_weight_that_something_else_reads_is_dequantized_for_it() -> None:
+    text = STORED + """
+  %d: f32[32, 256] = dequantize(%w)
+  %t: f32[256, 32] = transpose(%d) {perm=(1, 0)}
+  %y: f32[n, 32] = matmul(%x, %t)
+  return %y
+}
+"""
+    reason = "%w q4_k[32, 256] is dequantized as it is read: transpose reads it"
+    check_untouched(KeepQuantized(), text, reason)
+
+
+def test_a_quantized_value_in_place_of_x_is_dequantized() -> None:
+    text = """graph @f() {
+  param %x: q4_k[2, 256]
+  param %w: f32[32, 256]
+  %d: f32[2, 256] = dequantize(%x)
+  %y: f32[2, 32] = linear(%d, %w)
+  return %y
+}
+"""
+    check_untouched(KeepQuantized(), text, "%x q4_k[2, 256] is dequantized as it is read: linear reads it")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import wasat.passes
+from wasat.frontend.weights import store_as
 from wasat.ir import (
     Array,
     ArrayParam,
@@ -18,12 +19,14 @@ from wasat.ir import (
     Graph,
     Program,
     QArray,
+    QTensorType,
     TensorType,
     Value,
     evaluate,
     symbol,
     type_of,
 )
+from wasat.ir.ops.quant import quantize_array
 from wasat.passes import (
     Cleanup,
     DeriveKVCache,
@@ -36,6 +39,7 @@ from wasat.passes import (
     GraphPass,
     HoistParams,
     Inference,
+    KeepQuantized,
     MergeLinears,
     MixedPrecision,
     Pass,
@@ -314,6 +318,24 @@ def quantized(seed: int) -> bool:
     return modified
 
 
+def kept(seed: int) -> bool:
+    """Weights that are stored quantized: what reads them does so as they are."""
+    program = decoder(seed)
+    x, stored = feed(program["forward"], DIMS[1]), dict(program.params)
+    for name, source in program.params.items():
+        dense = np.asarray(source.load())
+        if dense.ndim == 2:
+            q = quantize_array(dense, QTensorType(["int8", "int4"][seed % 2], dense.shape, 8))
+            store_as(program["forward"], name, q.type)
+            stored[name] = ArrayParam(q, q.type)
+    program.params = stored
+    want = results(program, "forward", x)
+    modified = PassManager([KeepQuantized(None)]).run(program).steps[0].modified
+    assert not program["forward"].count("dequantize")
+    near(results(program, "forward", x), want)
+    return modified
+
+
 def half(seed: int) -> bool:
     program = grown(seed, ["attended"], inside=False)
     x = feed(program["loss"], DIMS[1])
@@ -339,6 +361,7 @@ RUNS: dict[type[Pass], Callable[[int], bool]] = {
     Rematerialize: rematerialized,
     Inference: served,
     Quantize: quantized,
+    KeepQuantized: kept,
     ReadTables: tables,
     MixedPrecision: half,
 }
