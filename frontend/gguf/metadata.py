@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from wasat.frontend.weights.gguf import Gguf
 
-from ..families import ConfigError
+from ..models import ConfigError
 
 _WITHOUT_EFFECT = frozenset({
     "name", "vocab_size", "rope.dimension_count", "rope.dimension_count_swa", "tensor_data_layout",

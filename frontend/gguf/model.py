@@ -14,8 +14,8 @@ from wasat.frontend.weights.gguf import Gguf, GgufParam, GgufTensor, read_gguf
 from wasat.frontend.weights.safetensors import listed
 from wasat.ir import DType, Program, TensorType
 
-from ..families import Fields
 from ..huggingface import build
+from ..models import Fields
 from .metadata import config_of
 from .tokenizer import special_ids, tokenizer_json
 
