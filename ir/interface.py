@@ -187,13 +187,14 @@ class Origin:
 
     ``family``: of a model folder. ``tokenizer``: the file that belongs to it. ``outputs``: what an ONNX file returns, the name
     and, of a sequence, of how many tensors (None: it is one tensor). ``dequantized``: weights of the file that did not stay
-    quantized, and why.
+    quantized, and why. ``texts``: files that go into an artifact as they are, by name: a tokenizer, a template.
     """
 
     family: str = ""
     tokenizer: str | None = None
     outputs: tuple[tuple[str, int | None], ...] | None = None
     dequantized: Mapping[str, str] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_onnx(self) -> bool:

@@ -12,7 +12,7 @@ from wasat.frontend import nn
 from wasat.frontend.weights import CheckpointError, store_as
 from wasat.frontend.weights.gguf import Gguf, GgufParam, GgufTensor, read_gguf
 from wasat.frontend.weights.safetensors import listed
-from wasat.ir import DType, Program, TensorType
+from wasat.ir import DType, Origin, Program, TensorType
 
 from ..huggingface import build
 from ..models import Fields
@@ -39,8 +39,8 @@ def from_gguf(path: str | Path) -> Program:
 
     Weights stay in the formats that the file has them in: the graph takes them apart where it reads them, and what is compiled
     computes on them as they are. Parameters are named as in a Hugging Face checkpoint. Of a model that is split into several
-    files any may be named. ``metadata`` is that of :func:`wasat.frontend.from_pretrained`; the tokenizer is rebuilt from the
-    file, and a chat template kept.
+    files any may be named. ``interface`` is as of :func:`wasat.frontend.from_pretrained`; ``origin.texts`` has the tokenizer,
+    rebuilt, and the chat template.
 
     Raises ConfigError for an architecture or a key that is not implemented, CheckpointError for files that are damaged or do
     not fit.
@@ -57,10 +57,11 @@ def from_gguf(path: str | Path) -> Program:
     texts = {"tokenizer.json": tokenizer_json(g)}
     if isinstance(template := g.metadata.get("tokenizer.chat_template"), str):
         texts["chat_template.jinja"] = template
-    program.metadata.update(
-        family=family, name=str(g.metadata.get("general.name") or g.path.stem), context=config["max_position_embeddings"],
-        vocab=config["vocab_size"], generation=special_ids(g), config=config, texts=texts,
+    program.declare(
+        name=str(g.metadata.get("general.name") or g.path.stem), context=config["max_position_embeddings"],
+        vocab=config["vocab_size"], generation=special_ids(g),
     )  # fmt: skip
+    program.origin = Origin(family, texts=texts)
     return program
 
 

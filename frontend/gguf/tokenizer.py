@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from wasat.frontend.weights import CheckpointError
 from wasat.frontend.weights.gguf import Gguf
+from wasat.ir import Generation
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
@@ -95,11 +96,11 @@ def _vocabulary(g: Gguf) -> _Vocabulary:
     return v
 
 
-def special_ids(g: Gguf) -> dict[str, Any]:
-    """``{bos, eos, pad}``; ``eos`` lists all that end an answer: the text's end, a turn's, a message's."""
+def special_ids(g: Gguf) -> Generation:
+    """``eos`` lists all that end an answer: the text's end, a turn's, a message's."""
     v = _vocabulary(g)
     ends = [v.id(name) for name in ("eos", "eot", "eom")]
-    return {"bos": v.id("bos"), "eos": list(dict.fromkeys(i for i in ends if i is not None)), "pad": v.id("padding")}
+    return Generation(v.id("bos"), tuple(dict.fromkeys(i for i in ends if i is not None)), v.id("padding"))
 
 
 def tokenizer_json(g: Gguf) -> str:

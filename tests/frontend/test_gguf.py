@@ -89,7 +89,7 @@ def test_a_file_is_the_checkpoint_of_its_dequantized_tensors(
     np.testing.assert_allclose(logits(program), want, rtol=1e-4, atol=1e-5)
     found = {str(v.type).partition("[")[0] for n, v in program["forward"].params.items() if "proj.weight" in n}
     assert found == {{"Q8_0": "int8b32f16", "Q4_0": "int4b32f16"}.get(kind, kind.lower())}
-    assert (program.metadata["family"], program.metadata["context"]) == (model_type, 128)
+    assert (program.origin.family, program.interface.context) == (model_type, 128)
 
 
 def test_rows_of_queries_and_keys_are_those_of_a_checkpoint(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_refused_by_name(make: Callable[[Path], object], message: str, tmp_path:
 
 # -- tokenizers ---------------------------------------------------------------------------------------------------------------
 def tokenizer(path: Path) -> Any:
-    return Tokenizer.from_str(from_gguf(path).metadata["texts"]["tokenizer.json"])
+    return Tokenizer.from_str(from_gguf(path).origin.texts["tokenizer.json"])
 
 
 def test_byte_level_tokenizer(tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_byte_level_tokenizer(tmp_path: Path) -> None:
     tokens = [t.id_to_token(i) for i in ids]
     assert "Ġquick" in tokens
     assert tokens.count("<|end|>") == tokens.count("<|user|>") == 1
-    assert from_gguf(tmp_path / "m.gguf").metadata["generation"]["eos"] == [t.token_to_id("<|end|>")]
+    assert from_gguf(tmp_path / "m.gguf").interface.generation.eos == (t.token_to_id("<|end|>"),)  # type: ignore[union-attr]
 
 
 def test_sentencepiece_tokenizer(tmp_path: Path) -> None:
@@ -211,4 +211,4 @@ def test_tokenizers_that_are_refused(tokens: dict[str, Any], message: str, tmp_p
 
 def test_chat_template_is_kept(tmp_path: Path) -> None:
     write(tmp_path / "m.gguf", "llama", keys={"tokenizer.chat_template": "{{ messages }}"})
-    assert from_gguf(tmp_path / "m.gguf").metadata["texts"]["chat_template.jinja"] == "{{ messages }}"
+    assert from_gguf(tmp_path / "m.gguf").origin.texts["chat_template.jinja"] == "{{ messages }}"

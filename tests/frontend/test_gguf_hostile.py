@@ -150,15 +150,16 @@ def test_random_damage(tmp_path: Path) -> None:
     data = whole(tmp_path / "whole.gguf")
     header = min(t.offset for t in read_gguf(tmp_path / "whole.gguf").tensors.values())
     path, rng = tmp_path / "m.gguf", np.random.default_rng(0)
-    before, well = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0
+    before, well, longest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0, 0
     for i in range(150):
         path.write_bytes(changes(data, rng, 1200 if i % 2 else header))  # the sizes stand at the front
         try:
             read_all(path)
             well += 1
         except WasatError as e:
-            assert len(str(e)) < 4000
+            longest = max(longest, len(str(e)))
     assert well < 120
+    assert longest < 4000
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB
 
 
@@ -195,5 +196,5 @@ def test_parts_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="tensors that an earlier part has too: a"):
         read_gguf(first)
     (tmp_path / "m-00002-of-00002.gguf").unlink()
-    with pytest.raises(CheckpointError, match="m-00002-of-00002.gguf is missing"):
+    with pytest.raises(CheckpointError, match=r"m-00002-of-00002\.gguf is missing"):
         read_gguf(first)
