@@ -13,8 +13,11 @@ from .graph import Graph, Node
 from .types import Array, DType, QArray, TensorType, Type, type_of
 
 
-def bind_symbols(graph: Graph, arrays: Mapping[str, Array], params: Mapping[str, Array] | None = None) -> dict[str, int]:
-    """Values of the graph's symbols, from the shapes of concrete inputs (and parameters).
+def bind_symbols(
+    graph: Graph, arrays: Mapping[str, Array], params: Mapping[str, Array] | None = None,
+    symbols: Mapping[str, int] | None = None,
+) -> dict[str, int]:  # fmt: skip
+    """Values of the graph's symbols, from the shapes of concrete inputs (and parameters); ``symbols`` are known.
 
     Raises IRError, naming the input, for a wrong rank, element type or size.
     """
@@ -27,7 +30,7 @@ def bind_symbols(graph: Graph, arrays: Mapping[str, Array], params: Mapping[str,
             raise IRError(f"graph @{graph.name}: input {name} must be {type}, not {actual}")
         equations += [(d, int(n), f"input {name}, axis {i}") for i, (d, n) in enumerate(zip(type.shape, x.shape))]
     try:
-        return solve(equations)
+        return solve(equations, symbols)
     except DimError as e:
         raise IRError(f"graph @{graph.name}: {e}") from None
 
@@ -73,7 +76,7 @@ def evaluate(
     if absent:
         raise IRError(f"graph @{graph.name} needs parameters {', '.join(absent[:8])}{' …' if len(absent) > 8 else ''}")
     arrays = {v.name: _as_array(inputs[v.name], v.type) for v in graph.inputs}
-    dims = {**bind_symbols(graph, arrays, params), **(symbols or {})}
+    dims = bind_symbols(graph, arrays, params, symbols)
     env: dict[Any, Array] = {v: arrays[v.name] for v in graph.inputs}
     for name, v in graph.params.items():
         env[v] = (params or {})[name]
@@ -104,7 +107,7 @@ def run_node(node: Node, arrays: list[Array], dims: Mapping[str, int]) -> tuple[
     try:
         hold_checks(node, dims)
         with np.errstate(all="ignore"):
-            out = node.op.reference(node.attrs.bind(dims), *arrays)
+            out = node.op.run(node.attrs, dims, *arrays)
     except TypeMismatch as e:
         raise IRError(f"{node!r}: {e.message}", node.loc) from None
     except WasatError:

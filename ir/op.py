@@ -76,7 +76,8 @@ class Literal:
 
 @dataclass(frozen=True, eq=False)
 class Body:
-    """A graph as an attribute: what an operation does in each turn. Compared by its text, and not to be changed in place.
+    """A graph as an attribute: what an operation does in each turn, or in a branch. Compared by its text, and not to be
+    changed in place.
 
     It reads nothing but its inputs, and its symbols are those of the graph around it.
     """
@@ -243,7 +244,7 @@ Kind = OneOf[
 element i depends only on element i of the (broadcast) operands. ``reduction``: over axes. ``row``: a function of slices along
 an axis (softmax, norms). ``product``: matrix products and convolutions, and what holds them. ``window``: of neighbours.
 ``gather``, ``scatter``: reading and writing at indices. ``ordered``: along an axis, one element after the other. ``control``:
-loops. ``collective``: between ranks.
+loops and choices. ``collective``: between ranks.
 """
 
 
@@ -275,6 +276,10 @@ class Op:
     def reference(self, attrs: Any, *arrays: Any) -> Array | Sequence[Array]:
         """The definition, in NumPy. ``attrs`` hold no symbols here."""
         raise NotImplementedError(self.name)
+
+    def run(self, attrs: Any, dims: Mapping[str, int], *arrays: Any) -> Array | Sequence[Array]:
+        """The reference with symbols of these values; attributes may hold some."""
+        return self.reference(attrs.bind(dims), *arrays)
 
     def bounds(self, attrs: Any, *types: Any) -> Mapping[int, Bounds]:
         """Of operands that are places along axes, by number: what is outside is an error wherever the graph runs."""

@@ -58,6 +58,7 @@ class Library:
             except (RuntimeError, AttributeError) as e:
                 raise ArtifactError(f"{folder / LIBRARY} cannot be loaded ({e}); {AGAIN}") from None
         tvm_ffi.register_global_func("wasat.outside", _outside, override=True)
+        tvm_ffi.register_global_func("wasat.equal", _equal, override=True)
         self._vm["vm_initialization"](_CPU, 0, _POOLED)
         self._lock = threading.Lock()
 
@@ -79,6 +80,12 @@ class Library:
 def _outside(where: str, index: int, low: int, high: int) -> None:
     """What the library calls for an index that is outside its axis, before anything is read there."""
     raise IndexError(f"{where}: index {index} is outside {low} .. {high - 1}")
+
+
+def _equal(where: str, needs: str, left: int, right: int) -> None:
+    """What the library calls for sizes that a branch needs to be equal, where that is taken."""
+    if left != right:
+        raise IndexError(f"{where}: needs {needs}, and these are {left} and {right}")
 
 
 def _set_threads(threads: int | None) -> None:

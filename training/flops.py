@@ -27,7 +27,8 @@ def _flops(graph: Graph, learning: set[Value]) -> int:
     for node in graph.nodes:
         reached = [v in learning for v in node.inputs]
         if node.attrs.bodies:
-            total += _loop_flops(node, reached, learning)
+            count = _loop_flops if node.op.name == "scan" else _choice_flops
+            total += count(node, reached, learning)
             continue
         factors = reached[: node.op.factors]
         back = sum(factors) if len(factors) <= 2 else 2 * any(factors)
@@ -49,6 +50,16 @@ def _loop_flops(node: Node, reached: list[bool], learning: set[Value]) -> int:
             learning.update(v for v, made in zip(node.outputs, body.outputs) if made in inner)
             return each * (attrs.length if attrs.length is not None else node.inputs[c].shape[0])
         reached = after
+
+
+def _choice_flops(node: Node, reached: list[bool], learning: set[Value]) -> int:
+    """Those of the branch that takes more; ``reached``: which of the operands are ``learning``, to which results are added."""
+    most = 0
+    for body in (b.graph for b in node.attrs.bodies):
+        inner = {v for v, is_reached in zip(body.inputs, reached[1:]) if is_reached}
+        most = max(most, _flops(body, inner))
+        learning.update(v for v, made in zip(node.outputs, body.outputs) if made in inner)
+    return most
 
 
 def machine_flops(size: int = 1024) -> float:

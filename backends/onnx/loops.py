@@ -1,11 +1,13 @@
-"""The emission of scan: ONNX's Scan."""
+"""The emission of scan and cond: ONNX's Scan and If."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import onnx
 from onnx import helper
-from wasat.ir import DType, Node, Value
+from wasat.ir import DType, Graph, Node, Value
+from wasat.ir.ops.cond import CondAttrs
 
 from .emitter import Emitter, value_info
 from .errors import Unsupported
@@ -27,6 +29,30 @@ def _scan(e: Emitter, node: Node, *operands: str) -> list[str]:
         turns = e.op("Range", e.const(0, DType.I64), e.scalar(attrs.length), e.const(1, DType.I64))
         given.append(turns)
         infos.append(helper.make_tensor_value_info(e.fresh("turn"), helper.TensorProto.INT64, []))
+    rows = len(node.outputs) - c
+    made = e.op(
+        "Scan", *given, outputs=len(node.outputs), num_scan_inputs=len(given) - c, body=_graph(e, node, body, infos),
+        scan_input_directions=[1] * (len(given) - c) if attrs.reverse else None,
+        scan_output_directions=[1] * rows if attrs.reverse and rows else None,
+    )  # fmt: skip
+    return _made(e, node, made)
+
+
+@emits("cond")
+def _cond(e: Emitter, node: Node, condition: str, *operands: str) -> list[str]:
+    """Branches read their operands from outside."""
+    attrs = CondAttrs.of(node)
+    graphs = []
+    for body in (attrs.then.graph, attrs.otherwise.graph):
+        e.names.update(zip(body.inputs, operands))
+        graphs.append(_graph(e, node, body, []))
+    first, count = node.outputs[0].tensor.dtype, len(node.outputs)
+    made = e.op("If", condition, outputs=count, dtype=first, then_branch=graphs[0], else_branch=graphs[1])
+    return _made(e, node, made)
+
+
+def _graph(e: Emitter, node: Node, body: Graph, inputs: list[onnx.ValueInfoProto]) -> onnx.GraphProto:
+    """A body of ``node``, whose own inputs are declared."""
     outer, e.nodes = e.nodes, []
     try:
         for inner in body.nodes:
@@ -36,14 +62,11 @@ def _scan(e: Emitter, node: Node, *operands: str) -> list[str]:
     finally:
         inside, e.nodes = e.nodes, outer
     returned = [value_info(name, v.type) for name, v in zip(results, body.outputs)]
-    rows = len(results) - c
-    made = e.op(
-        "Scan", *given, outputs=len(results), num_scan_inputs=len(given) - c,
-        body=helper.make_graph(inside, e.fresh(body.name), infos, returned),
-        scan_input_directions=[1] * (len(given) - c) if attrs.reverse else None,
-        scan_output_directions=[1] * rows if attrs.reverse and rows else None,
-    )  # fmt: skip
-    names = [made] if len(results) == 1 else list(made)
+    return helper.make_graph(inside, e.fresh(body.name), inputs, returned)
+
+
+def _made(e: Emitter, node: Node, made: Any) -> list[str]:
+    names = [made] if len(node.outputs) == 1 else list(made)
     e.dtype.update((name, v.tensor.dtype) for name, v in zip(names, node.outputs))
     return names
 

@@ -21,6 +21,7 @@ from wasat.ir.dims import Func
 from wasat.ir.evaluate import bind_symbols, hold_checks
 
 from .lower import WeightPlan, lower_program
+from .ops.cond import EQUAL, hold_equal
 from .ops.indices import OUTSIDE, given, outside
 from .ops.narrow import carried, uncarried
 from .targets import Target
@@ -111,6 +112,8 @@ class Runner:
         self.program, self.states, self.donate = program, program.interface.state_names, donate
         self.layouts = target.state_layouts(program)
         library = build(program, target)
+        tvm_ffi.register_global_func(OUTSIDE, outside, override=True)
+        tvm_ffi.register_global_func(EQUAL, hold_equal, override=True)
         self.vm = relax.VirtualMachine(_linked(library) if donate else library.executable, tvm.cpu())
         self.weights = [
             tvm.runtime.tensor(array)
@@ -118,7 +121,6 @@ class Runner:
             for array in layout.pack(program.load(name))
         ]
         self._given_indices = {name: given(g) for name, g in program.graphs.items()}
-        tvm_ffi.register_global_func(OUTSIDE, outside, override=True)
         self._given: dict[int, tuple[np.ndarray, Any]] = {}
         """Arrays of states that the last call returned, by id, and the tensors whose memory they are."""
         if donate:

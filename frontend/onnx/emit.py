@@ -323,11 +323,13 @@ def _largest(attrs: Attrs) -> int:
 
 
 def _work(node: Node) -> int:
-    """What running a node costs, in elements and multiply-adds; of a loop, every turn."""
+    """What running a node costs, in elements and multiply-adds; of a loop, every turn; of a choice, both branches."""
     attrs: Any = node.attrs
     total = NODE_WORK + sum(n for n in (node.multiply_adds, *(v.tensor.size for v in node.outputs)) if isinstance(n, int))
     for body in attrs.bodies:
-        turns = attrs.length if attrs.length is not None else node.inputs[attrs.carries].shape[0]
+        turns = 1
+        if node.op.name == "scan":
+            turns = attrs.length if attrs.length is not None else node.inputs[attrs.carries].shape[0]
         total += turns * sum(map(_work, body.graph.nodes)) if isinstance(turns, int) else 0
     return total
 

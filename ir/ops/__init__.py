@@ -3,6 +3,7 @@
 from . import (
     attention,
     bits,
+    cond,
     constant,
     conv,
     elementwise,
@@ -21,6 +22,6 @@ from . import (
 )
 
 __all__ = [
-    "attention", "bits", "constant", "conv", "elementwise", "grouped", "index", "linalg", "logic", "nn", "pool", "quant",
-    "random", "reduce", "scan", "shape", "signal",
+    "attention", "bits", "cond", "constant", "conv", "elementwise", "grouped", "index", "linalg", "logic", "nn", "pool",
+    "quant", "random", "reduce", "scan", "shape", "signal",
 ]  # fmt: skip

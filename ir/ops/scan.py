@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +10,11 @@ import numpy as np
 
 from .. import op as _op
 from ..axes import AxisRule, Factor, whole
-from ..dims import DimLike, equal, require_equal
+from ..dims import DimLike, evaluate_dim, require_equal
 from ..errors import TypeMismatch
-from ..op import Body, ErrorSample, Op, Sample, concrete, register, tensor
-from ..types import Array, TensorType, Type
+from ..op import Body, ErrorSample, Op, Sample, register, tensor
+from ..types import Array, Type
+from .bodies import differentiable, fresh_prefix, match, parsed, zeros
 
 if TYPE_CHECKING:
     from ..builder import Builder
@@ -67,9 +68,9 @@ class Scan(Op):
                     raise TypeMismatch(f"operand {i} is sliced, and {x} has no axis")
                 length = x.shape[0] if length is None else require_equal(length, x.shape[0], f"turns of operand {i}")
                 given = x.with_shape(*x.shape[1:])
-            _match(given, v.type, f"input %{v.name} of the body")
+            match(given, v.type, f"input %{v.name} of the body")
         for start, v in zip(body.inputs[:c], body.outputs):
-            _match(v.type, tensor(start.type, f"the carried %{start.name}"), f"%{start.name}, which is carried,", certain=True)
+            match(v.type, tensor(start.type, f"the carried %{start.name}"), f"%{start.name}, which is carried,", certain=True)
         for node in body.nodes:
             for a, b in node.checks:
                 require_equal(a, b, f"sizes in {node!r}")
@@ -94,20 +95,25 @@ class Scan(Op):
         )
 
     def reference(self, attrs: ScanAttrs, *arrays: Array) -> list[Array]:
+        return self.run(attrs, {}, *arrays)
+
+    def run(self, attrs: ScanAttrs, dims: Mapping[str, int], *arrays: Array) -> list[Array]:
+        """With the symbols of the body as they are."""
         from ..evaluate import evaluate
 
         body, (state, sliced, others) = attrs.body.graph, _parts(attrs, arrays)
-        turns = len(_dense(sliced[0])) if sliced else concrete(attrs.length)  # type: ignore[arg-type]
+        assert attrs.length is not None or sliced
+        turns = evaluate_dim(attrs.length, dims) if attrs.length is not None else len(_dense(sliced[0]))
         names = [v.name for v in body.inputs]
         rows: list[list[Array]] = [[] for _ in body.outputs[attrs.carries :]]
         for t in reversed(range(turns)) if attrs.reverse else range(turns):
-            results = evaluate(body, dict(zip(names, [*state, *(_dense(x)[t] for x in sliced), *others])))
+            results = evaluate(body, dict(zip(names, [*state, *(_dense(x)[t] for x in sliced), *others])), symbols=dims)
             state = results[: attrs.carries]
             for row, x in zip(rows, results[attrs.carries :]):
                 row.append(x)
         stacked = []
         for row, v in zip(rows, body.outputs[attrs.carries :]):
-            empty = np.empty((0, *v.tensor.concrete({})), v.tensor.dtype.np)
+            empty = np.empty((0, *v.tensor.concrete(dims)), v.tensor.dtype.np)
             stacked.append(np.stack([_dense(x) for x in (row[::-1] if attrs.reverse else row)]) if row else empty)
         return [*state, *stacked]
 
@@ -125,16 +131,16 @@ class Scan(Op):
         kept: Sequence[Value] = ()
         if c:
             body = attrs.body.graph.clone()
-            name = _prefix(body, "start.")
+            name = fresh_prefix(body, "start.")
             names = [*body.output_names, *(name + v.name for v in body.inputs[:c])]
             body.set_outputs([*body.outputs, *body.inputs[:c]], names)
             again = _emit(b, node.inputs, body, c, attrs.slices, attrs.length, attrs.reverse)
             kept = again[-c:]
         back = _Backward(attrs.body.graph, c, attrs.slices, grads)
         carried = [
-            g if g is not None else _zeros(b, v.tensor) for v, g in zip(node.outputs[:c], grads) if _differentiable(v)
+            g if g is not None else zeros(b, v.tensor) for v, g in zip(node.outputs[:c], grads) if differentiable(v)
         ]
-        sums = [_zeros(b, v.tensor) for v in back.summed]
+        sums = [zeros(b, v.tensor) for v in back.summed]
         rows = [*kept, *sliced, *(g for g in grads[c:] if g is not None)]
         results = iter(
             _emit(
@@ -148,7 +154,7 @@ class Scan(Op):
     def samples(self) -> Iterable[Sample]:
         rng = np.random.default_rng(0)
         h, x, w = rng.standard_normal((2, 3)), rng.standard_normal((4, 2, 5)), rng.standard_normal((5, 3))
-        cell = _body("""graph @cell(%h: f64[2, 3], %x: f64[2, 5], %w: f64[5, 3]) {
+        cell = parsed("""graph @cell(%h: f64[2, 3], %x: f64[2, 5], %w: f64[5, 3]) {
           %wx: f64[2, 3] = matmul(%x, %w)
           %sum: f64[2, 3] = add(%wx, %h)
           %next: f64[2, 3] = tanh(%sum)
@@ -158,7 +164,7 @@ class Scan(Op):
         for reverse in (False, True):
             yield Sample([h, x, w], {"body": cell, "carries": 1, "slices": 1, "reverse": reverse})
         yield Sample([h, x[:0], w], {"body": cell, "carries": 1, "slices": 1}, grad=(0, 2))
-        power = _body("""graph @power(%i: i64[], %p: f64[2, 3], %h: f64[2, 3]) {
+        power = parsed("""graph @power(%i: i64[], %p: f64[2, 3], %h: f64[2, 3]) {
           %one: i64[] = add(%i, 1:i64)
           %t: f64[] = cast(%one) {dtype=f64}
           %scaled: f64[2, 3] = div(%p, %t)
@@ -166,14 +172,14 @@ class Scan(Op):
           return %one, %next
         }""")
         yield Sample([np.array(2), np.exp(h), h], {"body": power, "carries": 2, "slices": 0, "length": 3})
-        each = _body("""graph @each(%a: f64[2, 5], %n: i64[]) {
+        each = parsed("""graph @each(%a: f64[2, 5], %n: i64[]) {
           %k: f64[] = cast(%n) {dtype=f64}
           %y: f64[2, 5] = mul(%a, %k)
           %z: f64[] = reduce_sum(%y) {axes=(0, 1)}
           return %y, %z
         }""")
         yield Sample([x, np.arange(4)], {"body": each, "carries": 0, "slices": 2})
-        outer = _body("""graph @outer(%s: f64[2], %m: f64[5, 2]) {
+        outer = parsed("""graph @outer(%s: f64[2], %m: f64[5, 2]) {
           %h: f64[2], %p: f64[5, 2] = scan(%s, %m) {body=graph @inner(%h: f64[2], %r: f64[2]) {
             %next: f64[2] = mul(%h, %r)
             return %next, %h
@@ -183,7 +189,7 @@ class Scan(Op):
         yield Sample([h[:, 0], 1 + 0.1 * x.transpose(0, 2, 1)], {"body": outer, "carries": 1, "slices": 1})
 
     def errors(self) -> Iterable[ErrorSample]:
-        step = _body("graph @step(%h: f32[2], %x: f32[3]) {\n  %n: f32[2] = neg(%h)\n  return %n, %x\n}")
+        step = parsed("graph @step(%h: f32[2], %x: f32[3]) {\n  %n: f32[2] = neg(%h)\n  return %n, %x\n}")
         attrs = {"body": step, "carries": 1, "slices": 1}
         yield ErrorSample(["f32[2]"], attrs, "it carries 1 and slices 1 of 1 operands")
         yield ErrorSample(["f32[2]", "f32[4, 3]"], {**attrs, "carries": -1}, "it carries -1")
@@ -196,14 +202,14 @@ class Scan(Op):
         yield ErrorSample(["f16[2]", "f32[4, 3]"], attrs, "input %h of the body is f32[2], not f16[2]")
         yield ErrorSample(["int8b2f16[2]", "f32[4, 3]"], attrs, "input %h of the body is f32[2], not int8b2f16[2]")
         yield ErrorSample(["f32[2]", "int8b3f16[4, 3]"], attrs, "a sliced operand is quantized")
-        grows = _body("graph @grows(%h: f32[n]) {\n  %n: f32[2*n] = concat(%h, %h) {axis=0}\n  return %n\n}")
+        grows = parsed("graph @grows(%h: f32[n]) {\n  %n: f32[2*n] = concat(%h, %h) {axis=0}\n  return %n\n}")
         once = {"carries": 1, "slices": 0, "length": 2}
         yield ErrorSample(["f32[n]"], {**once, "body": grows}, "%h, which is carried, is f32[n], not f32[2*n]")
-        wider = _body("graph @wider(%h: f32[]) {\n  %n: f64[] = cast(%h) {dtype=f64}\n  return %n\n}")
+        wider = parsed("graph @wider(%h: f32[]) {\n  %n: f64[] = cast(%h) {dtype=f64}\n  return %n\n}")
         yield ErrorSample(["f32[]"], {**once, "body": wider}, "%h, which is carried, is f32[], not f64[]")
-        reads = _body("graph @reads(%h: f32[2]) {\n  param %w: f32[2]\n  %n: f32[2] = mul(%h, %w)\n  return %n\n}")
+        reads = parsed("graph @reads(%h: f32[2]) {\n  param %w: f32[2]\n  %n: f32[2] = mul(%h, %w)\n  return %n\n}")
         yield ErrorSample(["f32[2]"], {**once, "body": reads}, "its body reads the parameter w")
-        pair = _body("graph @pair(%x: f32[3], %y: f32[3]) {\n  %z: f32[3] = add(%x, %y)\n  return %z\n}")
+        pair = parsed("graph @pair(%x: f32[3], %y: f32[3]) {\n  %z: f32[3] = add(%x, %y)\n  return %z\n}")
         both = {"body": pair, "carries": 0, "slices": 2}
         yield ErrorSample(["f32[4, 3]", "f32[5, 3]"], both, "turns of operand 1: 4 is not 5")
 
@@ -218,17 +224,17 @@ class _Backward:
         from ..vjp import backward
 
         g = self.graph = Graph(f"{body.name}_vjp")
-        prefix = _prefix(body, "grad.")
+        prefix = fresh_prefix(body, "grad.")
         own = {v: g.add_input(v.name, v.type) for v in body.inputs}
         carried, sliced, others = body.inputs[:carries], body.inputs[carries:][:slices], body.inputs[carries + slices :]
         b = Builder(g)
         outputs = b.inline(body, [own[v] for v in body.inputs])
-        wanted = [v for v in carried if _differentiable(v)]
+        wanted = [v for v in carried if differentiable(v)]
         seeds = {i: g.add_input(f"{prefix}{v.name}", v.type) for i, v in enumerate(carried) if v in wanted}
         given = {
             i: g.add_input(f"{prefix}{i}", body.outputs[i].type) for i in range(carries, len(outputs)) if grads[i] is not None
         }
-        targets = [v for v in body.inputs if _differentiable(v)]
+        targets = [v for v in body.inputs if differentiable(v)]
         seeded = {**seeds, **given}
         made = backward(b, [outputs[i] for i in seeded], list(seeded.values()), [own[v] for v in targets])
         found = {v: dv for v, dv in zip(targets, made) if dv is not None}
@@ -238,7 +244,7 @@ class _Backward:
         self.order = [*wanted, *self.summed, *stacked]
         """Inputs of the body that get a gradient, in the order of the results."""
         g.inputs = [*seeds.values(), *sums, *(own[v] for v in (*carried, *sliced)), *given.values(), *(own[v] for v in others)]
-        results = [found[v] if v in found else _zeros(b, v.tensor) for v in wanted]
+        results = [found[v] if v in found else zeros(b, v.tensor) for v in wanted]
         results += [b.add(total, found[v]) for total, v in zip(sums, self.summed)]
         g.set_outputs([*results, *(found[v] for v in stacked)], [f"{prefix}{v.name}" for v in self.order])
 
@@ -256,41 +262,6 @@ def _emit(
     return made if isinstance(made, tuple) else (made,)
 
 
-def _match(given: Type, wanted: Type, what: str, certain: bool = False) -> None:
-    """Raises TypeMismatch where types differ. Sizes that may be equal are checked at run time, or refused if ``certain``."""
-    if isinstance(given, TensorType) and isinstance(wanted, TensorType) and given.rank == wanted.rank:
-        answers = [equal(x, y) for x, y in zip(given.shape, wanted.shape)]
-        fits = given.dtype is wanted.dtype and False not in answers and not (certain and None in answers)
-    else:
-        fits = given == wanted
-    if not fits:
-        raise TypeMismatch(f"{what} is {wanted}, not {given}")
-    for x, y in zip(given.shape, wanted.shape):
-        require_equal(x, y, what)
-
-
-def _differentiable(v: Value) -> bool:
-    return isinstance(v.type, TensorType) and v.type.dtype.is_float
-
-
-def _zeros(b: Builder, t: TensorType) -> Value:
-    return b.broadcast_to(b.constant(0.0, t.dtype), shape=t.shape)
-
-
-def _prefix(graph: Graph, word: str) -> str:
-    """``word``, repeated until no value of the graph has a name that begins with it."""
-    prefix = word
-    while any(v.name.startswith(prefix) for v in graph.values()) or any(n.startswith(prefix) for n in graph.output_names):
-        prefix += word
-    return prefix
-
-
 def _dense(x: Array) -> np.ndarray:
     assert isinstance(x, np.ndarray | np.generic)
     return np.asarray(x)
-
-
-def _body(text: str) -> Body:
-    from ..parser import parse
-
-    return Body(parse(text))

@@ -18,7 +18,7 @@ from wasat.ir.ops.shape import Concat, Pad, Slice, Transpose
 from wasat.ir.types import DType, QArray
 
 from ..core import GraphPass, Remarks, attrs_key
-from .clean_loops import clean_loops
+from .clean_loops import clean_loops, taken
 
 Rule = Callable[[Builder, Node], "Value | None"]
 
@@ -369,7 +369,7 @@ class Cleanup(GraphPass):
                     new, kind = [value], "simplified"
                     break
             else:
-                new, kind = _fold(b, node, self.fold_positions), "folded"
+                new, kind = taken(b, node) or _fold(b, node, self.fold_positions), "folded"
             if new is None:
                 key = (node.op, attrs_key(node.attrs), _operands(node))
                 twin = seen.setdefault(key, node)

@@ -1,40 +1,74 @@
-"""Clean-up of loops: bodies are simplified, results that nobody reads go, loops over the same operands become one."""
+"""Clean-up of loops and choices: bodies are simplified, results and operands that nobody reads go, loops over the same operands
+become one, a choice that is known becomes the branch that is taken."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from wasat.ir import Body, Builder, Graph, Node
+from wasat.ir import Body, Builder, Graph, Node, Value
+from wasat.ir.ops.cond import CondAttrs
 from wasat.ir.ops.scan import ScanAttrs
 
 
 def clean_loops(graph: Graph, clean: Callable[[Graph], bool]) -> dict[str, int]:
-    """What was done to the scans of ``graph``, by kind; ``clean`` simplifies a graph and says whether it changed."""
+    """What was done to the scans and conds of ``graph``, by kind; ``clean`` simplifies a graph and says whether it changed."""
     counts = {"simplified": 0, "merged": 0, "dead": 0}
     seen: dict[object, Node] = {}
-    for node in [n for n in graph.nodes if n.op.name == "scan"]:
+    for node in [n for n in graph.nodes if n.attrs.bodies]:
         attrs: Any = node.attrs.with_bodies(clean)
         counts["simplified"] += attrs is not node.attrs
         node.attrs = attrs
-        if any(v.const is not None for v in attrs.body.graph.outputs):
+        if node.op.name != "scan" or any(v.const is not None for v in attrs.body.graph.outputs):
             continue  # numbers stand in the text without their names
         key = _key(node)
         if key in seen:
             node = _merge(graph, seen[key], node)
             counts["merged"] += 1
         seen[key] = node
-    for node in [n for n in graph.nodes if n.op.name == "scan"]:
-        carries = ScanAttrs.of(node).carries
+    for node in [n for n in graph.nodes if n.attrs.bodies]:
+        carries = ScanAttrs.of(node).carries if node.op.name == "scan" else 0
         kept = [i for i, v in enumerate(node.outputs) if i < carries or v.uses or graph.is_output(v)]
         if len(kept) < len(node.outputs) and kept:
             counts["dead"] += len(node.outputs) - len(kept)
-            _keep(graph, node, kept)
+            node = _keep(graph, node, kept)
+        if node.op.name == "cond" and (unread := unread_operands(node)):
+            counts["dead"] += len(unread)
+            without_operands(graph, node, unread)
     return counts
 
 
-def _keep(graph: Graph, node: Node, kept: list[int]) -> None:
-    """Leaves the scan those of its results."""
+def taken(b: Builder, node: Node) -> list[Value] | None:
+    """The results of the branch that a cond takes, where that is known."""
+    condition = node.inputs[0].const if node.op.name == "cond" else None
+    if condition is None:
+        return None
+    attrs = CondAttrs.of(node)
+    return b.inline((attrs.then if condition else attrs.otherwise).graph, node.inputs[1:])
+
+
+def unread_operands(node: Node) -> list[int]:
+    """Of a cond, the operands that neither branch reads."""
+    bodies = [body.graph for body in node.attrs.bodies]
+    inputs = zip(*(g.inputs for g in bodies))
+    return [i for i, same in enumerate(inputs, 1) if not any(v.uses or v.graph.is_output(v) for v in same)]
+
+
+def without_operands(graph: Graph, node: Node, unread: list[int]) -> None:
+    """Takes those operands of a cond away, which neither branch reads."""
+
+    def change(body: Graph) -> bool:
+        for v in [body.inputs[i - 1] for i in unread]:
+            body.remove_input(v)
+        return True
+
+    operands = [v for i, v in enumerate(node.inputs) if i not in unread]
+    new = graph.add_node(node.op, operands, node.attrs.with_bodies(change), before=node, loc=node.loc)
+    graph.replace(node, new.outputs)
+
+
+def _keep(graph: Graph, node: Node, kept: list[int]) -> Node:
+    """Leaves the node those of its results."""
 
     def change(body: Graph) -> bool:
         body.set_outputs([body.outputs[i] for i in kept], [body.output_names[i] for i in kept])
@@ -46,6 +80,7 @@ def _keep(graph: Graph, node: Node, kept: list[int]) -> None:
     new = graph.add_node(node.op, node.inputs, node.attrs.with_bodies(change), before=node, loc=node.loc)
     found = dict(zip(kept, new.outputs))
     graph.replace(node, [found.get(i) for i in range(len(node.outputs))])
+    return new
 
 
 def _key(node: Node) -> object:

@@ -8,6 +8,7 @@ from typing import Any
 
 from wasat.ir import Body, DType, Graph, Node, TensorType, Value
 
+from ..cleanup.clean_loops import unread_operands, without_operands
 from ..core import GraphPass, Remarks
 from ..pattern import erase_dead
 
@@ -16,7 +17,7 @@ KEY = TensorType(DType.U32, (2,))
 
 @dataclass(frozen=True)
 class Inference(GraphPass):
-    """dropout(x, key) -> x, in the bodies of loops too.
+    """dropout(x, key) -> x, in the bodies of loops and in branches too.
 
     What only made keys goes as well: nodes, operands of a loop that stay or are sliced, and an input u32[2] that nothing reads
     any more. All other inputs stay, and so does a key that a loop carries from turn to turn.
@@ -43,6 +44,8 @@ class Inference(GraphPass):
         for node in graph.nodes:
             if node.op.name == "scan":
                 keys += self._loop(graph, node, remarks)
+            elif node.op.name == "cond":
+                keys += self._choice(graph, node, remarks)
             elif node.op.name == "dropout":
                 x, key = node.inputs
                 remarks.applied(f"%{node.output.name} is %{x.name}", node)
@@ -70,6 +73,24 @@ class Inference(GraphPass):
         made = replace(attrs, body=Body(body), slices=slices, length=length)
         new = graph.add_node(node.op, [node.inputs[i] for i in kept], made, before=node, loc=node.loc)
         graph.replace(node, new.outputs)
+        for x in keys:
+            if x.node is not None and not x.node.erased:
+                erase_dead(graph, x.node)
+        return keys
+
+    def _choice(self, graph: Graph, node: Node, remarks: Remarks) -> list[Value]:
+        """The same in the branches of a cond; returns the operands that its keys were made of."""
+        found: set[int] = set()
+
+        def change(body: Graph) -> bool:
+            sources = _sources(self._drop(body, remarks))
+            found.update(i for i, v in enumerate(body.inputs, 1) if v in sources)
+            return bool(sources)
+
+        node.attrs = node.attrs.with_bodies(change)
+        keys = [node.inputs[i] for i in found]
+        if unread := [i for i in unread_operands(node) if i in found]:
+            without_operands(graph, node, unread)
         for x in keys:
             if x.node is not None and not x.node.erased:
                 erase_dead(graph, x.node)

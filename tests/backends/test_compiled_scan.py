@@ -125,3 +125,22 @@ def test_what_a_target_lacks_in_a_body_is_named() -> None:
 }"""
     with pytest.raises(IRError, match=r"(?s)compiled programs move f8e4m3.*<text>:4"):
         Runner(Program({"f": parse(text)}), target_named("cpu"))
+
+
+def test_indices_in_a_loop_in_a_loop_are_checked() -> None:
+    g = parse("""graph @f(%x: f32[3], %i: i64[n, 2, 2]) {
+  %y: f32[n, 2, 2] = scan(%i, %x) {body=graph @rows(%i: i64[2, 2], %x: f32[3]) {
+    %y: f32[2, 2] = scan(%i, %x) {body=graph @row(%i: i64[2], %x: f32[3]) {
+      %y: f32[2] = gather(%x, %i) {axis=0}
+      return %y
+    }, carries=0, slices=1}
+    return %y
+  }, carries=0, slices=1}
+  return %y
+}""")
+    run, x = Runner(Program({"f": g}), cpu()), np.float32([1, 2, 3])
+    i = np.array([[[0, 1], [2, -1]], [[2, 1], [0, -3]]])
+    np.testing.assert_array_equal(run("f", {"x": x, "i": i})["y"], x[i])
+    i[1, 1, 0] = 3
+    with pytest.raises(IRError, match=r"index 3 is outside -3 \.\. 2"):
+        run("f", {"x": x, "i": i})

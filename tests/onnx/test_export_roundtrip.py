@@ -77,6 +77,39 @@ TEXTS = {
 }
 
 
+CHOICE = """graph @f(%c: bool[], %x: f32[n, 3], %i: i64[k]) {
+  %y: f32[k, 3], %z: f32[n, 3] = cond(%c, %x, %i) {then=graph @yes(%x: f32[n, 3], %i: i64[k]) {
+    %y: f32[k, 3] = gather(%x, %i) {axis=0}
+    return %y, %x
+  }, otherwise=graph @no(%x: f32[n, 3], %i: i64[k]) {
+    %y: f32[k, 3] = broadcast_to(2.0:f32) {shape=(k, 3)}
+    %e: f32[n, 3] = scan(%x, %i) {body=graph @row(%x: f32[3], %i: i64[k]) {
+      %any: bool[] = greater(%i_, 1.0:f32)
+      %e: f32[3] = cond(%any, %x) {then=graph @t(%x: f32[3]) {
+        %e: f32[3] = exp(%x)
+        return %e
+      }, otherwise=graph @o(%x: f32[3]) {
+        %e: f32[3] = softmax(%x) {axis=0}
+        return %e
+      }}
+      return %e
+    }, carries=0, slices=1}
+    return %y, %e
+  }}
+  return %y, %z
+}""".replace("      %any", "      %i_: f32[] = reduce_max(%x) {axes=(0,)}\n      %any")
+
+
+@opsets
+@pytest.mark.parametrize("taken", [True, False])
+def test_choices(taken: bool, opset: int) -> None:
+    """With indices that are outside where they are not read."""
+    x = np.random.default_rng(0).standard_normal((4, 3), np.float32) + 1
+    given = {"c": np.array(taken), "x": x, "i": np.array([0, 3, -1] if taken else [7, 9, 9])}
+    back = roundtrip(random_program(CHOICE), "f", given, opset)
+    assert back["forward"].count("cond") == 1
+
+
 @opsets
 @pytest.mark.parametrize("name", TEXTS)
 def test_texts(name: str, opset: int) -> None:

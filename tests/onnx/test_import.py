@@ -311,6 +311,56 @@ def test_what_is_read_in_a_branch_that_is_not_taken(name: str, backend: str) -> 
         of([2, 10**12], True)
 
 
+LAZY = {  # of x [n] and z [k], what one branch needs, and its result; the other is -1
+    "an element of no elements": ("e = Gather(x, first)", lambda x, z: x[0]),
+    "sizes that are equal": ("d = Add(x, z) e = ReduceSum <keepdims = 0> (d)", lambda x, z: (x + z).sum()),
+    "indices in a loop": (
+        """m = Loop (n, yes, nought) <body = b (int64 i, bool c, float a) => (bool d, float h) {
+          d = Identity(c) g = Gather(z, i) h = Add(a, g) }> e = Identity(m)""", lambda x, z: z[: len(x)].sum()),
+    "a branch of a branch": (
+        """big = Greater(n, one) e = If (big) <then_branch = t2 () => (float p) { p = Gather(x, one) },
+          else_branch = f2 () => (float q) { d = Add(x, z) q = ReduceSum <keepdims = 0> (d) }>""", lambda x, z: x[1]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["interpreter", "cpu"])
+@pytest.mark.parametrize("name", LAZY)
+def test_a_branch_that_is_not_taken_does_nothing(name: str, backend: str) -> None:
+    body, right = LAZY[name]
+    text = f"""g (float[n] x, float[k] z, bool go) => (float y) {{
+      s = Shape (x) n = Squeeze(s)
+      y = If (go) <then_branch = yes () => (float e) {{ {body} }}, else_branch = no () => (float f) {{ f = Neg(unit) }}> }}"""
+    numbers = {"nought": np.float32(0), "unit": np.float32(1), "yes": np.array(True), "first": np.array(0), "one": np.array(1)}
+    p = from_onnx(add_initializers(model(text), **numbers))
+    assert p["forward"].count("cond") == 1
+
+    def of(x: np.ndarray, z: np.ndarray, go: bool) -> Any:
+        return ws.run(p, backend=backend, x=x, z=z, go=np.array(go))["y"]
+
+    x, z = np.float32([1, 2, 3]), np.float32([4, 5, 6])
+    np.testing.assert_array_equal(of(x, z, True), right(x, z))
+    for n, k in ((0, 1), (3, 2), (1, 0)):
+        np.testing.assert_array_equal(of(x[:n], z[:k], False), -1)
+    n = 0 if name == "an element of no elements" else 1 if name == "a branch of a branch" else 3
+    with pytest.raises((ws.WasatError, RuntimeErrorBase), match=r"outside|needs"):
+        of(x[:n], z[:2], True)
+
+
+def test_a_branch_that_costs_runs_only_where_it_is_taken() -> None:
+    """What it makes of weights alone is made once, outside."""
+    text = """g (float[n, 3] x, bool go) => (float[n, 3] y) <float[3, 3] w> {
+      y = If (go) <then_branch = yes () => (float[n, 3] a) { t = Transpose(w) a = MatMul(x, t) },
+                   else_branch = no () => (float[n, 3] b) { b = MatMul(x, w) }> }"""
+    w = np.arange(9, dtype=np.float32).reshape(3, 3)
+    p = from_onnx(add_initializers(model(text.replace("<float[3, 3] w>", "")), w=w))
+    assert [n.op.name for n in p["forward"].nodes] == ["transpose", "cond"]
+    x = np.float32([[1, 2, 3], [4, 5, 6]])
+    for go in (True, False):
+        np.testing.assert_array_equal(run(p, x, np.asarray(go))[0], x @ (w.T if go else w))
+    fixed = from_onnx(add_initializers(model(text.replace("<float[3, 3] w>", "")), w=w), constants={"go": np.array(False)})
+    assert [n.op.name for n in fixed["forward"].nodes] == ["matmul"]
+
+
 def test_if_of_a_constant_takes_its_branch() -> None:
     p = from_onnx(model(IF), constants={"c": np.asarray(True)})
     assert [n.op.name for n in p["forward"].nodes] == ["neg"]

@@ -1,10 +1,10 @@
-"""What passes make of loops: clean-up within and around them, gradients that run forward once, caches refused."""
+"""What passes make of loops and choices: clean-up within and around them, gradients that run forward once, caches refused."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from wasat.ir import Graph, Program, evaluate, parse, verify
+from wasat.ir import Graph, IRError, Node, Program, evaluate, parse, verify
 from wasat.passes.analyses.axis import analyze
 from wasat.passes.cleanup.algebra import Cleanup
 from wasat.passes.core import Remarks
@@ -136,3 +136,67 @@ def test_loops_that_stack_different_numbers_stay_two() -> None:
     c = cleaned(g)
     for x, want in zip(evaluate(c, {"h": np.ones(4, np.float32)}), (1, 2), strict=True):
         np.testing.assert_array_equal(x, [want] * 3)
+
+
+CHOICE = """graph @f(%c: bool[], %x: f32[n, 4], %i: i64[k], %u: f32[3]) {
+  %y: f32[n, 4], %z: f32[k, 4] = cond(%c, %x, %i, %u) {then=graph @yes(%x: f32[n, 4], %i: i64[k], %u: f32[3]) {
+    %one: f32[n, 4] = mul(%x, 1.0:f32)
+    %y: f32[n, 4] = exp(%one)
+    %z: f32[k, 4] = gather(%x, %i) {axis=0}
+    %dead: f32[3] = neg(%u)
+    return %y, %z
+  }, otherwise=graph @no(%x: f32[n, 4], %i: i64[k], %u: f32[3]) {
+    %z: f32[k, 4] = broadcast_to(0.0:f32) {shape=(k, 4)}
+    return %x, %z
+  }}
+  return %y, %z
+}
+"""
+
+
+def choice(g: Graph) -> Node:
+    (node,) = [n for n in g.nodes if n.op.name == "cond"]
+    return node
+
+
+def same_choice(got: Graph, want: Graph) -> None:
+    rng = np.random.default_rng(0)
+    for c in (True, False):
+        given = {"c": np.array(c), "x": rng.standard_normal((2, 4), np.float32), "i": np.array([1]), "u": np.float32([1, 2, 3])}
+        inputs = {v.name: given[v.name] for v in got.inputs}
+        for x, y in zip(evaluate(got, inputs), evaluate(want, given), strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+def test_branches_are_simplified_and_lose_operands() -> None:
+    g = parse(CHOICE)
+    c = cleaned(g)
+    node = choice(c)
+    assert [v.name for v in node.inputs] == ["c", "x", "i"]
+    assert [[n.op.name for n in body.graph.nodes if n.op.name != "constant"] for body in node.attrs.bodies] == [
+        ["exp", "gather"], ["broadcast_to"]
+    ]  # fmt: skip
+    same_choice(c, g)
+
+
+def test_results_of_branches_that_nobody_reads_go() -> None:
+    g = parse(CHOICE.replace("return %y, %z\n}\n", "return %y\n}\n"))
+    node = choice(c := cleaned(g))
+    assert [v.name for v in node.inputs] == ["c", "x"]
+    assert [v.name for v in node.outputs] == ["y"]
+    same_choice(c, g)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_choice_that_is_known_is_the_branch(known: bool) -> None:
+    """Also in a branch; what the branch needs of indices is needed then."""
+    g = parse(CHOICE.replace("cond(%c,", f"cond({known}:bool,".lower()))
+    c = cleaned(g)
+    assert not c.count("cond")
+    assert c.count("gather") == known
+    inputs = {"c": np.array(True), "x": np.ones((2, 4), np.float32), "i": np.array([7]), "u": np.ones(3, np.float32)}
+    if known:
+        with pytest.raises(IRError, match="index 7 is outside"):
+            evaluate(c, inputs)
+    else:
+        np.testing.assert_array_equal(evaluate(c, inputs)[1], np.zeros((1, 4)))

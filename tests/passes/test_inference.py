@@ -163,6 +163,25 @@ def test_a_loop_in_a_loop() -> None:
     check(text("%a: f32[3] = dropout(%h, %k) {rate=0.5}\n      ", ", %k: u32[2]", ", %k"), text("", "", ""))
 
 
+def test_branches_lose_keys() -> None:
+    """But for one that a branch reads otherwise."""
+
+    def text(drop: str, keys: str, given: str, more: str) -> str:
+        return f"""graph @f(%c: bool[], %x: f32[3]{keys}) {{
+  %y: f32[3] = cond(%c, %x{given}) {{then=graph @yes(%x: f32[3]{keys}) {{
+    {drop}%b: f32[3] = exp({"%a" if drop else "%x"})
+    return %b
+  }}, otherwise=graph @no(%x: f32[3]{keys}) {{
+    {more}return %x
+  }}}}
+  return %y
+}}"""
+
+    drop, key, other = "%a: f32[3] = dropout(%x, %key) {rate=0.5}\n    ", ", %key: u32[2]", ", %other: u32[2]"
+    noise = "%noise: f32[3] = random_normal(%other) {shape=(3,)}\n    "
+    check(text(drop, key + other, ", %key, %other", noise), text("", other, ", %other", noise))
+
+
 CARRIED = """graph @f(%x: f32[3], %key: u32[2]) {
   %last: f32[3], %k: u32[2] = scan(%x, %key) {body=graph @turn(%h: f32[3], %k: u32[2]) {
     %a: f32[3] = dropout(%h, %k) {rate=0.5}

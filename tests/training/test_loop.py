@@ -528,6 +528,28 @@ def test_operations_of_loops_are_counted_at_every_turn() -> None:
     assert step_flops(g, ()) == 5 * 2 * one + 5 * one + one
 
 
+def test_operations_of_a_choice_are_those_of_the_longer_branch() -> None:
+    g = parse("""graph @g(%c: bool[], %x: f32[4, 8]) {
+  param %w: f32[8, 8]
+  param %v: f32[8, 8]
+  %y: f32[4, 8] = cond(%c, %x, %w, %v) {then=graph @yes(%x: f32[4, 8], %w: f32[8, 8], %v: f32[8, 8]) {
+    %a: f32[4, 8] = matmul(%x, %w)
+    %b: f32[4, 8] = matmul(%a, %v)
+    return %b
+  }, otherwise=graph @no(%x: f32[4, 8], %w: f32[8, 8], %v: f32[8, 8]) {
+    %a: f32[4, 8] = matmul(%x, %v)
+    return %a
+  }}
+  %t: f32[4, 8] = matmul(%y, %w)
+  return %t
+}""")
+    assert isinstance(g, Graph)
+    one = 2 * 4 * 8 * 8
+    assert step_flops(g) == (2 + 3) * one + 3 * one  # the first product's x needs no gradient
+    assert step_flops(g, {"v"}) == (1 + 2) * one + 2 * one
+    assert step_flops(g, ()) == 2 * one + one
+
+
 def test_a_curve_of_little(tmp_path: Path) -> None:
     for series in ({}, {"a<b": [(1, 2.0)]}, {"x": [(0, float("nan"))]}):
         write_curve(tmp_path / "c.html", "t & u", series, ["1 < 2"])

@@ -69,10 +69,12 @@ def guard(graph: Graph, checked: Collection[Given], on_host: bool) -> bool:
         inputs = list(node.inputs)
         inputs[i] = made[v, low, high]
         graph.set_inputs(node, inputs)
+    changed = bool(made)
     for node in graph.nodes:
-        if node.attrs.bodies:
-            node.attrs = node.attrs.with_bodies(lambda body: guard(body, (), on_host))
-    return bool(made)
+        attrs = node.attrs.with_bodies(lambda body: guard(body, (), on_host))
+        changed |= attrs is not node.attrs
+        node.attrs = attrs
+    return changed
 
 
 def _indices(graph: Graph) -> Iterator[tuple[Node, int, DimLike, DimLike]]:

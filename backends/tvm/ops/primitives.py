@@ -20,13 +20,14 @@ from wasat.ir.ops.reduce import ReduceAttrs
 from wasat.ir.ops.shape import Concat, Reverse, Transpose
 
 from ..lower import Context, Lowering, Packed, lowering_into, tvm_dtype
+from .cond import COND
 from .elementwise import ELEMENTWISE, elementwise, stretched
 from .narrow import NARROW, carried
 from .ordering import INDEXING
 from .scan import SCAN
 
 R = relax.op
-PRIMITIVES: dict[str, Lowering] = {**ELEMENTWISE, **INDEXING, "scan": SCAN}
+PRIMITIVES: dict[str, Lowering] = {**ELEMENTWISE, **INDEXING, "scan": SCAN, "cond": COND}
 lowers = lowering_into(PRIMITIVES)
 
 

@@ -3,12 +3,12 @@ others are unrolled."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
-from wasat.ir import Body, Builder, Dim, DimLike, DType, Node, TensorType, Value, less_equal
+from wasat.ir import Body, Builder, Dim, DimLike, DType, Graph, Node, TensorType, Value, copy_node, less_equal
 
 from ..emit import Emitter, Operand
 from ..errors import FromData, OnnxError
@@ -23,7 +23,7 @@ MOST_TURNS = 2**31
 
 @op("If")
 def if_(c: Emitter, n: NodeView, cond: Operand) -> Any:
-    """The branch that is taken; both, and a choice between their results, where only a run can tell."""
+    """The branch that is taken; where only a run can tell, ``cond``, or a choice between the results of both."""
     run = n.importer.subgraph
     try:
         return tuple(run(n["then_branch" if bool(c.const(cond, "the condition of If")) else "else_branch"], n.frame, []))
@@ -32,31 +32,69 @@ def if_(c: Emitter, n: NodeView, cond: Operand) -> Any:
             raise
         taken = c.value(c.view(cond))
         before = c.graph.last
-        yes = run(n["then_branch"], n.frame, [])
-        _where_taken(c, taken, True, before)
-        before = c.graph.last
-        no = run(n["else_branch"], n.frame, [])
-        _where_taken(c, taken, False, before)
-        if any(not _same_type(c, a, b) for a, b in zip(yes, no)):
+        branches = [run(n[name], n.frame, []) for name in ("then_branch", "else_branch")]
+        if any(not _same_type(c, a, b) for a, b in zip(*branches)):
             raise FromData(f"the branches of If differ in type, and {unknown}", unknown.inputs) from None
-        return tuple(c.select(taken, a, b) for a, b in zip(yes, no))
+        yes, no = ([c.value(x) for x in results] for results in branches)
+        inside = list(_after(c.graph, before))
+        if all(map(_harmless, inside)):
+            return tuple(c.select(taken, a, b) for a, b in zip(yes, no))
+        return _chosen(c, taken, yes, no, inside)
 
 
-def _where_taken(c: Emitter, cond: Value, taken: bool, before: Node | None) -> None:
-    """Both branches run: what the nodes of one, those after ``before``, read as indices is 0 where ``cond`` is not
-    ``taken``, so that what the condition is to prevent is no error."""
-    node = c.graph.first if before is None else before.next
+def _after(graph: Graph, node: Node | None) -> Iterator[Node]:
+    """What was emitted since ``node`` was the last."""
+    node = graph.first if node is None else node.next
     while node is not None:
-        inputs = list(node.inputs)
-        for i, (low, high) in node.op.bounds(node.attrs, *(v.type for v in inputs)).items():
-            x = inputs[i].const
-            if x is None or not all(less_equal(low, int(j)) is True and less_equal(int(j) + 1, high) is True for j in x.flat):
-                b = Builder(c.graph, before=node, loc=node.loc)
-                zero = b.constant(0, inputs[i].tensor.dtype)
-                inputs[i] = b.select(cond, inputs[i], zero) if taken else b.select(cond, zero, inputs[i])
-        if inputs != list(node.inputs):
-            c.graph.set_inputs(node, inputs)
+        yield node
         node = node.next
+
+
+def _harmless(node: Node) -> bool:
+    """Whether it costs little, and is right whatever sizes and numbers are: a branch of such nodes may run for nothing."""
+    for i, (low, high) in node.op.bounds(node.attrs, *(v.type for v in node.inputs)).items():
+        x = node.inputs[i].const
+        if x is None or not all(less_equal(low, int(j)) is True and less_equal(int(j) + 1, high) is True for j in x.flat):
+            return False
+    return node.op.cheap and not node.checks and all(less_equal(0, d) is True for v in node.outputs for d in v.type.shape)
+
+
+def _chosen(c: Emitter, taken: Value, yes: list[Value], no: list[Value], inside: Sequence[Node]) -> tuple[Value, ...]:
+    """The nodes ``inside`` both branches as bodies of ``cond``. What they make of parameters alone stays outside, where it is
+    computed once."""
+    once: set[Node] = set()
+    for node in inside:
+        if node.inputs and _harmless(node) and all(v.param is not None or v.node in once for v in node.inputs):
+            once.add(node)
+    own = set(inside) - once
+    both = [_needed(results, own) for results in (yes, no)]
+    read = [v for nodes in both for node in nodes for v in node.inputs]
+    operands = [v for v in dict.fromkeys([*read, *yes, *no]) if v.node not in own and v.const is None]
+    bodies = []
+    for name, results, nodes in (("then", yes, both[0]), ("otherwise", no, both[1])):
+        body = Graph(name)
+        env = {v: body.add_input(v.name, v.type, unique=True) for v in operands}
+        for node in nodes:
+            copy_node(body, node, env)
+        body.set_outputs([env[v] for v in results], [f"{i}" for i in range(len(results))])
+        bodies.append(Body(body))
+    made = c.cond(taken, *operands, then=bodies[0], otherwise=bodies[1])
+    for node in reversed(inside):  # but for constants, which what follows may read
+        if node in own and node.op.name != "constant" and not any(v.uses for v in node.outputs):
+            c.graph.erase(node)
+    return made if isinstance(made, tuple) else (made,)
+
+
+def _needed(results: Sequence[Value], own: Container[Node]) -> list[Node]:
+    """The nodes among ``own``, and constants, that make ``results``, in order."""
+    found: set[Node] = set()
+    todo = list(results)
+    while todo:
+        node = todo.pop().node
+        if node is not None and node not in found and (node in own or node.op.name == "constant"):
+            found.add(node)
+            todo += node.inputs
+    return [node for node in results[0].graph.nodes if node in found]
 
 
 def _same_type(c: Emitter, a: Any, b: Any) -> bool:
