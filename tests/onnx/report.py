@@ -41,7 +41,8 @@ graph @forward(%x: f32[batch, 4]) {{
 `wasat compile model.onnx -o out` takes the same way. Operator sets 7 to {newest} are read, each operator as its set defines it;
 a form that is not supported is refused by its name and the node's. Symbolic sizes keep their names, initializers theirs as
 parameters, nodes theirs as locations. External data are memory-mapped and must lie in the model's folder. Functions are
-inlined; `If`, `Loop` and `Scan` are folded, unrolled or become `scan`.
+inlined; `If`, `Loop` and `Scan` are folded, unrolled or become `scan` and
+`cond`: of an `If` that only a run can decide, the branch that is not taken does nothing.
 Arithmetic on shapes stays symbolic. What cannot be imported is listed at once, with counts and node names.
 Of a merged decoder of optimum (`use_cache_branch`) the branch without a past is imported, and a cache derived.
 
