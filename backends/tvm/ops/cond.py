@@ -10,8 +10,8 @@ from tvm.ir import StringImm
 from wasat.ir import DimLike, Graph, Node, check_text, symbols_of
 from wasat.ir.ops.cond import CondAttrs
 
-from .indices import place
 from ..lower import Context, Lowering, Table, called_functions, emit_nodes
+from .indices import place
 
 EQUAL = "wasat.equal"
 """What compiled code calls where a branch that is taken needs two sizes to be equal: with the place in the graph, what it
