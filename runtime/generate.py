@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -133,7 +134,9 @@ def generate(
     special tokens count as they are written. ``stop_tokens``: token ids that end it, beside the model's EOS.
     ``stream(row, piece)`` receives each row's text as soon as it is certain: whole characters, and nothing that a stop string
     may begin with. ``logprobs``: also return each token's log-probability and those of so many likeliest tokens. ``inputs``:
-    what the model takes beside tokens, by name, a row for each prompt; a decoder over an encoder's input, for instance.
+    what the model takes beside tokens, by name, a row for each prompt; a decoder over an encoder's input, for instance. Of
+    what it takes for each token, that of the prompts, [rows, longest prompt]: for new tokens, positions count on, and
+    everything else (a padding mask, segments) is what it was at the end of the prompt.
 
     Row r's result is that of the same prompt as row r of any other batch, up to the rounding of differently shaped products.
     Raises InputError for what cannot be done, MediaError for media that cannot be read, ContextLimitError where prompt and
@@ -166,6 +169,7 @@ def generate(
     tokens = padded(rows_of_ids, 0)
     session = model.session(len(rows), max(len(ids) + limit for ids, limit in zip(rows_of_ids, limits)))
     given = dict(inputs or {})
+    beside = {k: given.pop(k) for k in list(given) if k in session.along.specs}
     if media is not None:
         given["media"] = media
         if model.manifest.interface.media and model.manifest.interface.media.seen:
@@ -173,11 +177,14 @@ def generate(
     if given:
         session.encode(**given)
     started = time.perf_counter()
-    logits = session.step(tokens, lengths)
+    if beside:
+        fitted, ends = session.along.fit(beside, session.past, tokens.shape[1]), lengths.copy()
+        beside = {k: fitted[k] for k in beside}
+    logits = session.step(tokens, lengths, **beside)
     read = time.perf_counter()
     fed = np.zeros((len(rows), 1), np.int64)
     active = rows
-    while True:
+    for count in itertools.count(1):
         for row in active:
             row.take(logits[row.index])
         active = [row for row in active if row.finish is None]
@@ -186,7 +193,7 @@ def generate(
         lengths[:] = 0
         for row in active:
             fed[row.index], lengths[row.index] = row.tokens[-1], 1
-        logits = session.step(fed, lengths)
+        logits = session.step(fed, lengths, **(session.along.after(beside, ends, count) if beside else {}))
     return [
         Generation(
             "".join(r.text), r.tokens, r.finish or "length", r.logprobs if logprobs is not None else None, len(r.prompt),

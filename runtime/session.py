@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .along import Along
 from .arrays import bound, check_indices, check_sizes, fit, known
 from .dimensions import extent, extents
 from .errors import AGAIN, ArtifactError, ContextLimitError, InputError
@@ -38,10 +39,11 @@ class Session:
         m = model.manifest.interface
         self._names: dict[str, list[str]] = {}
         self._fed = m.tokens
+        self._along = Along(model.entry("prefill").inputs, m.tokens)
         self._others: dict[str, TensorSpec] = {}  # what both entries take beside tokens and positions
         for name, own in (("prefill", (m.tokens, "past", "last")), ("decode", (m.tokens, "past"))):
             specs = {i.name: i for i in model.entry(name).inputs}
-            others = {k: spec for k, spec in specs.items() if k not in own}
+            others = {k: spec for k, spec in specs.items() if k not in own and k not in self._along.specs}
             if not specs.keys() >= set(own) or (name == "decode" and others != self._others):
                 raise ArtifactError(f"entry {name} does not take {', '.join((*own, *self._others))}; {AGAIN}")
             self._names[name], self._others = list(specs), others
@@ -52,6 +54,7 @@ class Session:
         self._wanted |= {name: spec for name, spec in self._others.items() if name not in made}
         self._given: dict[str, tuple[Any, np.ndarray]] = {}  # of the others, once they are here
         self._late: dict[str, list[Indices]] = {"prefill": [], "decode": []}  # of them, what a step's sizes bound
+        self._each = {name: [i for i in model.entry(name).indices if i.input in self._along.specs] for name in self._late}
         self._rows = next(i.shape[0] for i in model.entry("prefill").inputs if i.name == m.tokens)
         self._model = model
         batch = whole("batch", batch, 1)
@@ -76,7 +79,8 @@ class Session:
         self._capacity = 0
         try:
             self._past_tensor, self._past = zeros("int64", [batch])
-            self._token_tensor, self._token = zeros("int64", [batch, 1])
+            kind = next(i.dtype for i in model.entry("prefill").inputs if i.name == m.tokens)
+            self._token_tensor, self._token = zeros(kind, [batch, 1])
             self._written = np.zeros(batch, np.int64)  # one past the furthest position ever written, padding included
             self._reserve(min(_FIRST, self._most))
         except (MemoryError, OSError, OverflowError, ValueError) as e:
@@ -125,18 +129,26 @@ class Session:
         return min(rows, default=None)
 
     @property
+    def along(self) -> Along:
+        """What a step takes for each token beside the token."""
+        return self._along
+
+    @property
     def past(self) -> np.ndarray:
         """How many positions each row holds: i64[batch]."""
         return self._past.copy()
 
     def step(
-        self, tokens: np.ndarray | Sequence[Sequence[int]], lengths: np.ndarray | Sequence[int] | None = None
+        self, tokens: np.ndarray | Sequence[Sequence[int]], lengths: np.ndarray | Sequence[int] | None = None, **along: Any
     ) -> np.ndarray:
         """Appends tokens [b, s] to the rows; returns the logits f32[b, vocab] after each row's last one.
 
         ``lengths`` [b]: how many of its s tokens each row has (the rest is padding, on the right); a row with 0 stays as it
-        is, and its logits mean nothing. Raises ContextLimitError, before anything is written, where a row would be too long;
-        InputError for tokens that are none of the vocabulary.
+        is, and its logits mean nothing. ``along``: what else the model takes for each token, by name, and like the tokens its
+        new part (a padding mask, segments); positions may be left out where they count 0, 1, ..
+
+        Raises ContextLimitError, before anything is written, where a row would be too long; InputError for tokens that are
+        none of the vocabulary, and for what of ``along`` is missing or does not fit.
         """
         tokens = self._tokens(tokens)
         if len(self._given) < len(self._others):
@@ -151,13 +163,14 @@ class Session:
                 f"row {row} holds {self._past[row]} tokens and {counts[row]} more make {longest}; the session's context is "
                 f"{self.context}: feed less, truncate() or reset()"
             )
+        beside = self._along.fit(along, self._past, s)
         if s <= self._chunk:
-            return self._feed(tokens, counts)
+            return self._feed(tokens, counts, beside)
         logits: np.ndarray | None = None
         for start in range(0, int(counts.max()), self._chunk):
             part = np.clip(counts - start, 0, self._chunk)
             width = int(part.max())
-            got = self._feed(tokens[:, start : start + width], part)
+            got = self._feed(tokens[:, start : start + width], part, self._along.part(beside, start, start + width))
             logits = got if logits is None else np.where(part[:, None] > 0, got, logits)
         assert logits is not None  # there is a row with at least one token
         return logits
@@ -193,22 +206,22 @@ class Session:
         self._written[to == 0] = 0
 
     # -- feeding ---------------------------------------------------------------------------------------------------------
-    def _feed(self, tokens: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    def _feed(self, tokens: np.ndarray, counts: np.ndarray, along: Mapping[str, np.ndarray]) -> np.ndarray:
         """One call for all rows, with at most ``chunk`` tokens each."""
         s = tokens.shape[1]
         needed = int(self._past.max()) + s
         if needed > self._most:  # padding of one row would lie beyond the largest cache
-            return self._feed_one_by_one(tokens, counts)
+            return self._feed_one_by_one(tokens, counts, along)
         self._reserve(needed)
         if s == 1:
             self._token[...] = tokens
             name, own = "decode", {self._fed: self._token_tensor, "past": self._past_tensor}
         else:
             last = tensor_of(np.maximum(counts - 1, 0))
-            name, own = "prefill", {self._fed: tensor_of(tokens), "past": self._past_tensor, "last": last}
-        own |= {k: tensor for k, (tensor, _) in self._given.items()}
-        if self._checks[name] or self._late[name]:
-            others = {k: x for k, (_, x) in self._given.items()}
+            name, own = "prefill", {self._fed: self._tensor_of_tokens(tokens), "past": self._past_tensor, "last": last}
+        own |= {k: tensor for k, (tensor, _) in self._given.items()} | {k: tensor_of(x) for k, x in along.items()}
+        if self._checks[name] or self._late[name] or self._each[name]:
+            others = {k: x for k, (_, x) in self._given.items()} | dict(along)
             self._check(name, {self._fed: tokens, "past": counts, "last": counts, **others})
         out = self._functions[name](*(own[k] for k in self._names[name]), *self._kept[name])
         np.maximum(self._written, self._past + s, out=self._written)
@@ -220,10 +233,10 @@ class Session:
         inputs = self._model.entry(name).inputs
         symbols = bound(inputs, [given[spec.name] for spec in inputs], {"c": self._capacity})
         check_sizes(f"entry {name}", self._checks[name], symbols)
-        for index in self._late[name]:
+        for index in (*self._late[name], *self._each[name]):
             check_indices(index, given[index.input], symbols)
 
-    def _feed_one_by_one(self, tokens: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    def _feed_one_by_one(self, tokens: np.ndarray, counts: np.ndarray, along: Mapping[str, np.ndarray]) -> np.ndarray:
         """Each row by itself, on copies of its caches, so that none needs padding."""
         self._reserve(int((self._past + counts).max()))
         logits: np.ndarray | None = None
@@ -233,11 +246,13 @@ class Session:
             row = {k: zeros(self._spec(k).dtype, array[r : r + 1].shape) for k, (_, array) in self._caches.items()}
             for k, (_, array) in row.items():
                 array[...] = self._caches[k][1][r : r + 1]
-            own = {self._fed: tokens[r : r + 1, :n], "past": np.array([past]), "last": np.array([n - 1])}
+            one = tokens[r : r + 1, :n].astype(self._token.dtype)
+            own = {self._fed: one, "past": np.array([past]), "last": np.array([n - 1])}
+            own |= self._along.part(self._along.row(along, int(r)), 0, n)
             for k, (_, array) in self._given.items():
                 at = [slice(r, r + 1) if d == self._rows else slice(None) for d in self._others[k].shape]
                 own[k] = array[tuple(at)]
-            if self._checks[name] or self._late[name]:
+            if self._checks[name] or self._late[name] or self._each[name]:
                 self._check(name, own)
             states = [row[k][0] for k in self._states[name]]
             inputs = [tensor_of(own[k]) for k in self._names[name]]
@@ -250,6 +265,9 @@ class Session:
         self._past += counts
         assert logits is not None
         return logits
+
+    def _tensor_of_tokens(self, tokens: np.ndarray) -> Any:
+        return tensor_of(tokens if tokens.dtype == self._token.dtype else tokens.astype(self._token.dtype))
 
     def _tokens(self, tokens: np.ndarray | Sequence[Sequence[int]]) -> np.ndarray:
         try:
