@@ -84,9 +84,9 @@ class Kernel:
         """``count`` vectors that LLVM keeps in registers as long as they are indexed by constants."""
         return self._alloc((count * lanes,), dtype, "local")
 
-    def scratch(self, size: Index, dtype: str) -> Buffer:
+    def scratch(self, size: Index | Sequence[Index], dtype: str) -> Buffer:
         """Memory of this call (inside a parallel loop: of this thread), from TVM's pool."""
-        return self._alloc((size,), dtype, "global")
+        return self._alloc(size if isinstance(size, Sequence) else (size,), dtype, "global")
 
     def flat(self, buffer: Buffer) -> Buffer:
         """The same memory under one index."""

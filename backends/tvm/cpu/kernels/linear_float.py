@@ -7,7 +7,7 @@ alone and among others.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,6 +55,10 @@ class Linear:
     threads: int = 1
 
     @property
+    def quantized(self) -> bool:
+        return self.weights in ("int8", "int4")
+
+    @property
     def name(self) -> str:
         return f"linear_{self.weights}_{self.n}x{self.k}{'_bias' if self.bias else ''}"
 
@@ -65,8 +69,7 @@ def linear(desc: Linear) -> tirx.PrimFunc:
     kernel = Kernel(desc.name)
     m = symbol("m")
     x = kernel.param("x", (m, k), "float32")
-    quantized = desc.weights in ("int8", "int4")
-    if quantized:
+    if desc.quantized:
         w = kernel.param("w", int_shape(n, k, int(desc.weights[3:]), isa), "uint8")
     else:
         w = kernel.param("w", float_shape(n, k, isa), storage_dtype(desc.weights))
@@ -74,35 +77,76 @@ def linear(desc: Linear) -> tirx.PrimFunc:
     y = kernel.param("y", (m, n), "float32")
     panels = padded(n, isa.columns) // isa.columns
 
-    def start(acc: Buffer, rows: int, panel: Expr) -> None:
-        for v in range(2):
-            first = splat(0.0, lanes) if bias is None else kernel.let(load(bias, panel * isa.columns + v * lanes, lanes))
-            for i in range(rows):
-                kernel.store(acc, (i * 2 + v) * lanes, first)
+    def vector_path(first: Expr, last: Expr) -> None:
+        vector_panels(kernel, desc, x, int64(0), w, bias, first, last, lambda acc, panel: store_panel(
+            kernel, acc, [int64(0)], y, panel, n, lanes))
 
-    def finish(acc: Buffer, rows: int, row: Expr, panel: Expr) -> None:
-        store_panel(kernel, acc, rows, y, row, panel, n, lanes)
+    def matrix_path(first: Expr, last: Expr) -> None:
+        chunk = minimum(maximum(m, 1), _CHUNK)
+        panel_copy = panel_buffer(kernel, desc)
+        with kernel.range(first, last) as unit:
+            panel = kernel.let(floor_mod(unit, panels), "panel")
+            low = kernel.let(floor_div(unit, panels) * chunk, "low")
+            high = kernel.let(minimum(low + chunk, m), "high")
+            source = panel_source(kernel, desc, w, panel, panel_copy)
 
-    def tile(rows: int, row: Expr, panel: Expr, source: Callable[[Expr, int], Expr]) -> None:
-        acc = kernel.registers(rows * 2, "float32", lanes)
-        start(acc, rows, panel)
-        with kernel.loop(k) as kk:
-            columns = [kernel.let(source(kk, v)) for v in range(2)]
-            for i in range(rows):
-                value = splat(load(x, (row + i, kk)), lanes)
-                for v in range(2):
-                    at = (i * 2 + v) * lanes
-                    kernel.store(acc, at, load(acc, at, lanes) + value * columns[v])
-        finish(acc, rows, row, panel)
+            def tile(rows: int, row: Expr) -> None:
+                acc = register_tile(kernel, desc, x, bias, rows, row, panel, source)
+                store_panel(kernel, acc, [row + i for i in range(rows)], y, panel, n, lanes)
+
+            for_tiles(kernel, isa.tiles[1:], low, high, tile)
+
+    def many() -> None:
+        kernel.share(desc.threads, ceil_div(m, minimum(maximum(m, 1), _CHUNK)) * panels, matrix_path)
+
+    serial = desc.threads == 1 or n * k < 32768
+    kernel.either(tirx.EQ(m, int64(1)),
+                  lambda: kernel.share(1 if serial else desc.threads, panels, vector_path), many)
+    return kernel.build()
+
+
+def _start(kernel: Kernel, desc: Linear, acc: Buffer, bias: Buffer | None, rows: int, panel: Expr) -> None:
+    lanes = desc.isa.lanes
+    for v in range(2):
+        at = panel * desc.isa.columns + v * lanes
+        first = splat(0.0, lanes) if bias is None else kernel.let(load(bias, at, lanes))
+        for i in range(rows):
+            kernel.store(acc, (i * 2 + v) * lanes, first)
+
+
+def register_tile(
+    kernel: Kernel, desc: Linear, x: Buffer, bias: Buffer | None, rows: int, row: Expr, panel: Expr,
+    source: Callable[[Expr, int], Expr],
+) -> Buffer:  # fmt: skip
+    """``rows`` rows of x [.., k] from ``row`` on by a panel: accumulators [rows, 2 vectors]."""
+    lanes = desc.isa.lanes
+    acc = kernel.registers(rows * 2, "float32", lanes)
+    _start(kernel, desc, acc, bias, rows, panel)
+    with kernel.loop(desc.k) as kk:
+        columns = [kernel.let(source(kk, v)) for v in range(2)]
+        for i in range(rows):
+            value = splat(load(x, (row + i, kk)), lanes)
+            for v in range(2):
+                at = (i * 2 + v) * lanes
+                kernel.store(acc, at, load(acc, at, lanes) + value * columns[v])
+    return acc
+
+
+def vector_panels(
+    kernel: Kernel, desc: Linear, x: Buffer, row: Expr, w: Buffer, bias: Buffer | None, first: Expr, last: Expr,
+    store: Callable[[Buffer, Expr], None],
+) -> None:  # fmt: skip
+    """One row of x by the panels first .. last: ``store(accumulators, panel)`` of each."""
+    isa, k, lanes = desc.isa, desc.k, desc.isa.lanes
 
     def stream(panels: list[Expr]) -> None:
-        """One row and several panels side by side, or each addition would wait for the one before."""
+        """Several panels side by side, or each addition would wait for the one before."""
         accs = [kernel.registers(2, "float32", lanes) for _ in panels]
         for acc, panel in zip(accs, panels):
-            start(acc, 1, panel)
+            _start(kernel, desc, acc, bias, 1, panel)
 
         def step(kk: Expr) -> None:
-            value = splat(load(x, (int64(0), kk)), lanes)
+            value = splat(load(x, (row, kk)), lanes)
             for acc, panel in zip(accs, panels):
                 for v in range(2):
                     column = widen(load(w, (panel, kk, v * lanes), lanes), isa.native_f16)
@@ -114,59 +158,48 @@ def linear(desc: Linear) -> tirx.PrimFunc:
         for t in range(k % _STEPS):
             step(int64(k - k % _STEPS + t))
         for acc, panel in zip(accs, panels):
-            finish(acc, 1, int64(0), panel)
+            store(acc, panel)
 
-    def vector_path(first: Expr, last: Expr) -> None:
-        if not quantized:
-            whole = kernel.let(floor_div(last - first, _STREAMS))
-            with kernel.loop(whole) as i:
-                at = kernel.let(first + i * _STREAMS)
-                stream([at + j for j in range(_STREAMS)])
-            with kernel.range(first + whole * _STREAMS, last) as panel:
-                stream([panel])
-            return
-        with kernel.range(first, last) as panel:
-            acc = kernel.registers(2, "float32", lanes)
-            start(acc, 1, panel)
+    if not desc.quantized:
+        whole = kernel.let(floor_div(last - first, _STREAMS))
+        with kernel.loop(whole) as i:
+            at = kernel.let(first + i * _STREAMS)
+            stream([at + j for j in range(_STREAMS)])
+        with kernel.range(first + whole * _STREAMS, last) as panel:
+            stream([panel])
+        return
+    with kernel.range(first, last) as panel:
+        acc = kernel.registers(2, "float32", lanes)
+        _start(kernel, desc, acc, bias, 1, panel)
 
-            def add(block: Expr, limit: int) -> None:
-                for step, v, value in dequantized(kernel, desc, w, panel, block):
-                    if step < limit:
-                        at = v * lanes
-                        factor = splat(load(x, (int64(0), block * BLOCK + step)), lanes)
-                        kernel.store(acc, at, load(acc, at, lanes) + factor * value)
+        def add(block: Expr, limit: int) -> None:
+            for step, v, value in dequantized(kernel, desc, w, panel, block):
+                if step < limit:
+                    at = v * lanes
+                    factor = splat(load(x, (row, block * BLOCK + step)), lanes)
+                    kernel.store(acc, at, load(acc, at, lanes) + factor * value)
 
-            with kernel.loop(k // BLOCK) as block:
-                add(block, BLOCK)
-            if k % BLOCK:
-                add(int64(k // BLOCK), k % BLOCK)
-            finish(acc, 1, int64(0), panel)
+        with kernel.loop(k // BLOCK) as block:
+            add(block, BLOCK)
+        if k % BLOCK:
+            add(int64(k // BLOCK), k % BLOCK)
+        store(acc, panel)
 
-    def matrix_path(first: Expr, last: Expr) -> None:
-        chunk = minimum(maximum(m, 1), _CHUNK)
-        panel_copy = None if desc.weights == "float32" else kernel.scratch(
-            padded(k, BLOCK) * isa.columns, "float32")
-        with kernel.range(first, last) as unit:
-            panel = kernel.let(floor_mod(unit, panels), "panel")
-            low = kernel.let(floor_div(unit, panels) * chunk, "low")
-            high = kernel.let(minimum(low + chunk, m), "high")
-            if panel_copy is None:
-                def source(kk: Expr, v: int) -> Expr:
-                    return load(w, (panel, kk, v * lanes), lanes)
-            else:
-                unpack(kernel, desc, w, panel, panel_copy)
 
-                def source(kk: Expr, v: int) -> Expr:
-                    return load(panel_copy, kk * isa.columns + v * lanes, lanes)
-            for_tiles(kernel, isa.tiles[1:], low, high, lambda rows, row: tile(rows, row, panel, source))
+def panel_buffer(kernel: Kernel, desc: Linear) -> Buffer | None:
+    """Memory for a panel in f32; None where it is stored so."""
+    return None if desc.weights == "float32" else kernel.scratch(padded(desc.k, BLOCK) * desc.isa.columns, "float32")
 
-    def many() -> None:
-        kernel.share(desc.threads, ceil_div(m, minimum(maximum(m, 1), _CHUNK)) * panels, matrix_path)
 
-    serial = desc.threads == 1 or n * k < 32768
-    kernel.either(tirx.EQ(m, int64(1)),
-                  lambda: kernel.share(1 if serial else desc.threads, panels, vector_path), many)
-    return kernel.build()
+def panel_source(
+    kernel: Kernel, desc: Linear, w: Buffer, panel: Expr, copy: Buffer | None
+) -> Callable[[Expr, int], Expr]:
+    """The vectors of a panel, (step of k, half of the panel) -> f32; unpacked into ``copy`` where that is needed."""
+    columns, lanes = desc.isa.columns, desc.isa.lanes
+    if copy is None:
+        return lambda kk, v: load(w, (panel, kk, v * lanes), lanes)
+    unpack(kernel, desc, w, panel, copy)
+    return lambda kk, v: load(copy, kk * columns + v * lanes, lanes)
 
 
 def for_tiles(kernel: Kernel, tiles: tuple[int, ...], low: Expr, high: Expr,
@@ -191,22 +224,24 @@ def for_tiles(kernel: Kernel, tiles: tuple[int, ...], low: Expr, high: Expr,
     with_size(len(tiles) - 1)
 
 
-def store_panel(kernel: Kernel, acc: Buffer, rows: int, y: Buffer, row: Expr, panel: Expr, n: int, lanes: int) -> None:
-    """Write accumulators [rows, 2 vectors] to y[row.., panel..], the last panel possibly cut by n."""
+def store_panel(
+    kernel: Kernel, acc: Buffer, rows: Sequence[Expr], y: Buffer, panel: Expr, n: int, lanes: int
+) -> None:
+    """Write accumulators [rows, 2 vectors] to rows of y, at a panel's place, the last panel possibly cut by n."""
     columns = 2 * lanes
 
     def whole() -> None:
-        for i in range(rows):
+        for i, row in enumerate(rows):
             for v in range(2):
-                kernel.store(y, (row + i, panel * columns + v * lanes), load(acc, (i * 2 + v) * lanes, lanes))
+                kernel.store(y, (row, panel * columns + v * lanes), load(acc, (i * 2 + v) * lanes, lanes))
 
     def cut() -> None:
-        spill = kernel.scratch(rows * columns, "float32")
-        for i in range(rows * 2):
+        spill = kernel.scratch(len(rows) * columns, "float32")
+        for i in range(len(rows) * 2):
             kernel.store(spill, i * lanes, load(acc, i * lanes, lanes))
         with kernel.loop(n % columns) as j:
-            for i in range(rows):
-                kernel.store(y, (row + i, panel * columns + j), load(spill, i * columns + j))
+            for i, row in enumerate(rows):
+                kernel.store(y, (row, panel * columns + j), load(spill, i * columns + j))
 
     if n % columns:
         kernel.either(panel < n // columns, whole, cut)

@@ -62,8 +62,7 @@ class LinearInt:
 
 def linear_int(desc: LinearInt) -> tirx.PrimFunc:
     """PrimFunc(xq int32[m, blocks, 10], w u8[panels, blocks, bytes], [bias f32[padded n]], y f32[m, n])."""
-    isa, n, lanes = desc.isa, desc.n, desc.isa.lanes
-    blocks = padded(desc.k, BLOCK) // BLOCK
+    isa, n = desc.isa, desc.n
     panels = padded(n, isa.columns) // isa.columns
     kernel = Kernel(desc.name)
     m = symbol("m")
@@ -71,23 +70,10 @@ def linear_int(desc: LinearInt) -> tirx.PrimFunc:
     w = kernel.param("w", int_shape(n, desc.k, desc.bits, isa), "uint8")
     bias = kernel.param("bias", (panels * isa.columns,), "float32") if desc.bias else None
     y = kernel.param("y", (m, n), "float32")
-    dot = {"vnni": _dot_vnni, "maddubs": _dot_maddubs, "float": _dot_float}[isa.dot]
 
     def tile(rows: int, row: Expr, panel: Expr, unpacked: Buffer | None) -> None:
-        acc = kernel.registers(rows * 2, "float32", lanes)
-        for v in range(2):
-            first = splat(0.0, lanes) if bias is None else kernel.let(load(bias, panel * isa.columns + v * lanes, lanes))
-            for i in range(rows):
-                kernel.store(acc, (i * 2 + v) * lanes, first)
-        with kernel.loop(blocks) as block:
-            sums = dot(kernel, desc, x, w, unpacked, rows, row, panel, block)
-            scales = block_scales(kernel, isa, w, panel, block)
-            for i in range(rows):
-                d = splat(bits("float32", load(x, (row + i, block, SCALE))), lanes)
-                for v in range(2):
-                    at = (i * 2 + v) * lanes
-                    kernel.store(acc, at, load(acc, at, lanes) + sums(i, v) * (scales[v] * d))
-        store_panel(kernel, acc, rows, y, row, panel, n, lanes)
+        acc = register_tile(kernel, desc, x, w, bias, rows, row, panel, unpacked)
+        store_panel(kernel, acc, [row + i for i in range(rows)], y, panel, n, isa.lanes)
 
     def vector_path(first: Expr, last: Expr) -> None:
         with kernel.range(first, last) as panel:
@@ -95,13 +81,13 @@ def linear_int(desc: LinearInt) -> tirx.PrimFunc:
 
     def matrix_path(first: Expr, last: Expr) -> None:
         chunk = minimum(maximum(m, 1), _CHUNK)
-        unpacked = kernel.scratch(blocks * 32 * isa.columns, "uint8") if _unpacks(desc) else None
+        unpacked = panel_buffer(kernel, desc)
         with kernel.range(first, last) as unit:
             panel = kernel.let(floor_mod(unit, panels), "panel")
             low = kernel.let(floor_div(unit, panels) * chunk, "low")
             high = kernel.let(minimum(low + chunk, m), "high")
             if unpacked is not None:
-                _unpack(kernel, desc, w, panel, unpacked, blocks)
+                unpack(kernel, desc, w, panel, unpacked)
             for_tiles(kernel, isa.int_tiles[1:], low, high, lambda rows, row: tile(rows, row, panel, unpacked))
 
     serial = desc.threads == 1 or n * desc.k < 65536
@@ -111,8 +97,34 @@ def linear_int(desc: LinearInt) -> tirx.PrimFunc:
     return kernel.build()
 
 
-def _unpacks(desc: LinearInt) -> bool:
-    return desc.weights == "int4" and desc.isa.dot != "float"
+def register_tile(
+    kernel: Kernel, desc: LinearInt, x: Buffer, w: Buffer, bias: Buffer | None, rows: int, row: Expr, panel: Expr,
+    unpacked: Buffer | None,
+) -> Buffer:  # fmt: skip
+    """``rows`` rows of x from ``row`` on by a panel: accumulators [rows, 2 vectors]."""
+    isa, lanes = desc.isa, desc.isa.lanes
+    dot = {"vnni": _dot_vnni, "maddubs": _dot_maddubs, "float": _dot_float}[isa.dot]
+    acc = kernel.registers(rows * 2, "float32", lanes)
+    for v in range(2):
+        first = splat(0.0, lanes) if bias is None else kernel.let(load(bias, panel * isa.columns + v * lanes, lanes))
+        for i in range(rows):
+            kernel.store(acc, (i * 2 + v) * lanes, first)
+    with kernel.loop(padded(desc.k, BLOCK) // BLOCK) as block:
+        sums = dot(kernel, desc, x, w, unpacked, rows, row, panel, block)
+        scales = block_scales(kernel, isa, w, panel, block)
+        for i in range(rows):
+            d = splat(bits("float32", load(x, (row + i, block, SCALE))), lanes)
+            for v in range(2):
+                at = (i * 2 + v) * lanes
+                kernel.store(acc, at, load(acc, at, lanes) + sums(i, v) * (scales[v] * d))
+    return acc
+
+
+def panel_buffer(kernel: Kernel, desc: LinearInt) -> Buffer | None:
+    """Memory for a panel of nibbles as bytes; None where they are read as they are."""
+    if desc.weights != "int4" or desc.isa.dot == "float":
+        return None
+    return kernel.scratch(padded(desc.k, BLOCK) * desc.isa.columns, "uint8")
 
 
 def _nibbles(desc: LinearInt, w: Buffer, panel: Expr, block: Expr, group: Expr | int, v: int) -> tuple[Expr, Expr]:
@@ -124,10 +136,10 @@ def _nibbles(desc: LinearInt, w: Buffer, panel: Expr, block: Expr, group: Expr |
     return raw & mask, (raw >> splat_int(4, lanes, "uint8"))
 
 
-def _unpack(kernel: Kernel, desc: LinearInt, w: Buffer, panel: Expr, out: Buffer, blocks: int) -> None:
+def unpack(kernel: Kernel, desc: LinearInt, w: Buffer, panel: Expr, out: Buffer) -> None:
     """A panel of nibbles as bytes [blocks, 8 groups, 2 halves, 4 * lanes]."""
     lanes = desc.isa.lanes * 4
-    with kernel.loop(blocks) as block:
+    with kernel.loop(padded(desc.k, BLOCK) // BLOCK) as block:
         for group in range(4):
             for v in range(2):
                 low, high = _nibbles(desc, w, panel, block, group, v)

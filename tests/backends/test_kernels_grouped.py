@@ -1,0 +1,91 @@
+"""Grouped products over packed weights: every storage type, groups without rows, of one and of many."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from kernel_help import assert_near, build, each_isa, run
+from ml_dtypes import bfloat16
+from wasat.backends.tvm.cpu.kernels.grouped import Grouped, GroupRows, group_rows, grouped, grouped_shape
+from wasat.backends.tvm.cpu.kernels.isa import GENERIC, Isa
+from wasat.backends.tvm.cpu.kernels.linear_float import Linear, linear
+from wasat.backends.tvm.cpu.kernels.linear_int import LinearInt, linear_int
+from wasat.backends.tvm.cpu.kernels.pack import pack_bias, pack_float, pack_int
+from wasat.backends.tvm.cpu.kernels.quantize import quantize_rows_reference
+from wasat.ir import QTensorType
+from wasat.ir.ops.quant import quantize_array
+
+E = 5
+COUNTS = [(1, 0, 0, 0, 0), (0, 1, 0, 1, 0), (2, 0, 1, 0, 3), (0, 0, 29, 1, 0), (3, 241, 7, 0, 1), (0, 0, 0, 500, 13), (0,) * E]
+"""Rows of each group."""
+
+
+def rows_of(counts: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).permutation(np.repeat(np.arange(E), counts)).astype(np.int64)
+
+
+def sorted_rows(groups: np.ndarray) -> list[np.ndarray]:
+    starts = np.searchsorted(np.sort(groups), np.arange(E + 1)).astype(np.int64)
+    return [np.argsort(groups, kind="stable").astype(np.int64), starts]
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+def test_rows_are_sorted_by_group(counts: tuple[int, ...]) -> None:
+    groups = rows_of(counts)
+    made = run(build(group_rows(GroupRows(E)), GENERIC), [groups], ((len(groups),), "int64"), ((E + 1,), "int64"))
+    for got, want in zip(made, sorted_rows(groups)):
+        np.testing.assert_array_equal(got, want)
+
+
+def weights(isa: Isa, storage: str, n: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The matrices as numbers, and packed."""
+    w = np.random.default_rng(1).standard_normal((E, n, k)).astype(np.float32)
+    if storage in ("int8", "int4"):
+        q = quantize_array(w, QTensorType(storage, (E, n, k)))
+        packed = [pack_int(v, s, int(storage[3:]), isa) for v, s in zip(q.values, q.scales)]
+        return q.dense(), np.concatenate(packed)
+    stored = w.astype(bfloat16 if storage == "bfloat16" else storage)
+    return stored.astype(np.float32), np.concatenate([pack_float(m, isa, storage) for m in stored])  # type: ignore[arg-type]
+
+
+SHAPES = [
+    (260, 72, 1, True, "float32"), (33, 45, 2, False, "float32"), (40, 33, 2, True, "float16"), (7, 5, 3, False, "bfloat16"),
+    (230, 72, 2, True, "int8"), (24, 45, 1, False, "int4"),
+]  # fmt: skip
+
+
+@each_isa()
+@pytest.mark.parametrize("integers", [False, True])
+@pytest.mark.parametrize("n, k, per, bias, storage", SHAPES)
+def test_grouped(isa: Isa, n: int, k: int, per: int, bias: bool, storage: Any, integers: bool) -> None:
+    if integers and not storage.startswith("int"):
+        pytest.skip("products of integers are those of integer weights")
+    kind, one = (LinearInt, linear_int) if integers else (Linear, linear)
+    desc = Grouped(kind(isa, n, k, storage, bias=bias, threads=2), E, per)  # type: ignore[arg-type]
+    compiled = build(grouped(desc), isa)
+    single = build(one(desc.product), isa)  # type: ignore[arg-type]
+    w, packed = weights(isa, storage, n, k)
+    assert packed.shape == grouped_shape(desc)
+    rng = np.random.default_rng(2)
+    b = rng.standard_normal((E, n)).astype(np.float32)
+    biases = [pack_bias(row, isa) for row in b] if bias else []
+    for counts in COUNTS:
+        groups = rows_of(counts)
+        groups = groups[: len(groups) // per * per]
+        m = len(groups)
+        x = rng.standard_normal((m // per, k)).astype(np.float32)
+        given = quantize_rows_reference(x) if integers else x
+        more = [np.concatenate(biases)] if bias else []
+        [y] = run(compiled, [given, packed, *sorted_rows(groups), *more], ((m, n), "float32"))
+        want = np.einsum("mk,mnk->mn", np.repeat(x, per, 0).astype(np.float64), w[groups]) + (b[groups] if bias else 0)
+        if not m:
+            continue
+        assert_near(y, want, 2e-2 if integers else 1e-6)
+        panels = len(packed) // E
+        for i in range(0, m, max(1, m // 5)):  # the same bits as that row's linear
+            e = groups[i]
+            alone = [given[i // per : i // per + 1], packed[e * panels : (e + 1) * panels], *biases[e : e + 1]]
+            [row] = run(single, alone, ((1, n), "float32"))
+            np.testing.assert_array_equal(y[i], row[0])
