@@ -32,6 +32,34 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "linear, bias no parameter": (
         "(%x: f32[s, 40], %v: f32[70]) { param %w: f32[70, 40]\n %y: f32[s, 70] = linear(%x, %w, %v)", ["Linear", "add"]),
     "linear, weight no parameter": ("(%x: f32[s, 40], %w: f32[70, 40]) {\n %y: f32[s, 70] = linear(%x, %w)", ["linear"]),
+    "grouped, several of a row": (
+        "(%x: f32[s, 1, 40], %r: f32[s, 3]) { param %w: f32[3, 70, 40] param %v: f32[3, 70]\n %b: f32[s, 2], %g: i64[s, 2] = top_k(%r) {k=2, axis=1}\n"
+        " %y: f32[s, 2, 70] = grouped_linear(%x, %w, %g, %v)", ["top_k", "GroupRows", "Grouped"]),
+    "grouped, sorted once": (
+        "(%x: f32[s, 40], %r: f32[s, 3]) { param %w: f16[3, 70, 40] param %u: bf16[3, 40, 70]\n %g: i64[s] = arg_max(%r) {axis=1}\n"
+        " %a: f32[s, 70] = grouped_linear(%x, %w, %g)\n %y: f32[s, 40] = grouped_linear(%a, %u, %g)", ["arg_max", "GroupRows", "Grouped", "Grouped"]),
+    "grouped, quantized once": (
+        "(%x: f32[s, 40], %r: f32[s, 3]) { param %n: f32[40] param %l: int8b32f16[7, 40] param %w: int4b32f16[3, 70, 40] param %u: int8b32f16[3, 5, 35]\n"
+        " %h: f32[s, 40] = rms_norm(%x, %n)\n %q: f32[s, 7] = quantized_linear(%h, %l) {activation=\"int8\"}\n %b: f32[s, 2], %g: i64[s, 2] = top_k(%r) {k=2, axis=1}\n"
+        " %e: f32[s, 1, 40] = reshape(%h) {shape=(s, 1, 40)}\n %a: f32[s, 2, 70] = quantized_grouped_linear(%e, %w, %g) {activation=\"int8\"}\n"
+        " %m: f32[s, 2, 35] = glu(%a)\n %o: f32[s, 2, 5] = quantized_grouped_linear(%m, %u, %g) {activation=\"int8\"}\n"
+        " %z: f32[s, 14] = concat(%q, %q) {axis=1}\n %k: f32[s, 10] = reshape(%o) {shape=(s, 10)}\n %y: f32[s, 24] = concat(%z, %k) {axis=1}",
+        ["Norm", "LinearInt", "top_k", "GroupRows", "Grouped", "Glu", "Grouped", "concat", "reshape", "concat"]),
+    "grouped, rows as they are": (
+        "(%x: f32[s, 1, 40], %r: f32[s, 3]) { param %w: int8b32f16[3, 70, 40]\n %b: f32[s, 2], %g: i64[s, 2] = top_k(%r) {k=2, axis=1}\n"
+        " %y: f32[s, 2, 70] = quantized_grouped_linear(%x, %w, %g)", ["top_k", "GroupRows", "Grouped"]),
+    "grouped, one group for many rows": (
+        "(%x: f32[s, t, 40], %r: f32[t, 3]) { param %w: f32[3, 70, 40]\n %g: i64[t] = arg_max(%r) {axis=1}\n"
+        " %y: f32[s, t, 70] = grouped_linear(%x, %w, %g)", ["arg_max", "broadcast_to", "GroupRows", "Grouped"]),
+    "grouped, a row for many groups": (
+        "(%x: f32[40], %r: f32[s, 3]) { param %w: f32[3, 70, 40]\n %g: i64[s] = arg_max(%r) {axis=1}\n"
+        " %y: f32[s, 70] = grouped_linear(%x, %w, %g)", ["arg_max", "broadcast_to", "GroupRows", "Grouped"]),
+    "grouped, bias no parameter": (
+        "(%x: f32[s, 40], %r: f32[s, 3], %v: f32[3, 70]) { param %w: f32[3, 70, 40]\n %g: i64[s] = arg_max(%r) {axis=1}\n"
+        " %y: f32[s, 70] = grouped_linear(%x, %w, %g, %v)", ["arg_max", "GroupRows", "Grouped", "gather", "add"]),
+    "grouped, weight no parameter": (
+        "(%x: f32[s, 40], %r: f32[s, 3], %w: f32[3, 70, 40]) {\n %g: i64[s] = arg_max(%r) {axis=1}\n %y: f32[s, 70] = grouped_linear(%x, %w, %g)",
+        ["arg_max", "grouped_linear"]),
     "products of known sizes": (
         "(%x: f32[2, 5, 40], %w: f32[70, 40], %v: f32[70], %u: f32[10, 70]) {\n %z: f32[2, 5, 70] = linear(%x, %w, %v)\n"
         " %r: f32[10, 70] = reshape(%z) {shape=(10, 70)}\n %t: f32[70, 10] = transpose(%r) {perm=(1, 0)}\n"
@@ -288,6 +316,24 @@ def test_refused(name: str) -> None:
     program.declare(states=tuple(replace(s, **changes) for s in STATES))
     with pytest.raises(IRError, match=message):
         selected(program, "step", cpu())
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("bad", [-1, 3, 2**40])
+def test_a_group_outside_is_an_error(bad: int, given: bool) -> None:
+    """Whether it is an input or computed from one."""
+    text = (
+        "graph @g(%x: f32[s, 40], %i: i64[s]) {\n param %w: f32[3, 7, 40]\n %o: i64[s] = add(%i, 1:i64)\n"
+        " %y: f32[s, 7] = grouped_linear(%x, %w, %o)\n return %y\n}"
+    )
+    program = random_program(text.replace("%w, %o", "%w, %i") if given else text)
+    runner = Runner(program, cpu())
+    x = np.ones((2, 40), np.float32)
+    fine = np.array([0, 2]) - (not given)
+    (want,) = evaluate(program["g"], {"x": x, "i": fine}, {"w": program.params["w"].load()})
+    np.testing.assert_allclose(runner("g", {"x": x, "i": fine})["y"], want, rtol=1e-5)
+    with pytest.raises(IRError, match=rf"{bad} (of i )?is outside 0 .. 2"):
+        runner("g", {"x": x, "i": np.array([0, bad - (not given)])})
 
 
 def test_embedding_counts_from_the_end() -> None:

@@ -1,8 +1,8 @@
 """Kernel selection for CPUs: which operations, alone or together, become calls of the kernels in :mod:`.kernels`.
 
-Selected are ``linear``, ``quantized_linear``, ``embedding``, ``quantized_embedding``, ``rms_norm``, ``layer_norm``, ``glu``,
-``rope``, ``attention`` and ``cached_attention``, in f32 and with sizes known but for batch and positions; and ``linear``,
-``matmul`` of row-major operands, and ``conv``, whose sizes are all known. Together go
+Selected are ``linear``, ``quantized_linear`` and both of groups, ``embedding``, ``quantized_embedding``, ``rms_norm``,
+``layer_norm``, ``glu``, ``rope``, ``attention`` and ``cached_attention``, in f32 and with sizes known but for batch and
+positions; and ``linear``, ``matmul`` of row-major operands, and ``conv``, whose sizes are all known. Together go
 
 - ``a + b`` (``b`` perhaps an ``rms_norm``), the norm of the sum, and its quantization for the integer linears;
 - ``glu`` and that quantization; ``embedding`` and a scale; ``rms_norm`` and ``rope``;
@@ -36,11 +36,13 @@ from wasat.ir import (
     Value,
     equal,
 )
+from wasat.ir.ops.grouped import QuantizedGroupedLinear
 from wasat.ir.ops.nn import NormAttrs
 from wasat.ir.ops.quant import QuantizedLinear
 
 from ..lower import KernelCall, Layout, Packed, Result
 from .convolution import convolution
+from .grouped import readers, rows_in, same_rows, select_grouped
 from .kernels.attention import Attention, CachedAttention, MaskShape, attention, cached_attention
 from .kernels.cache import Cache, CacheType, CacheWrite, cache_write
 from .kernels.embedding import Embedding, embedding
@@ -107,7 +109,7 @@ def selection(target: tvm.target.Target, threads: int, cache: CacheType, states:
     donated = [s.name for s in states if s.donated]
 
     def select(graph: Graph) -> None:
-        _Selection(graph, isa, threads, cache, by_name).run()
+        Selection(graph, isa, threads, cache, by_name).run()
         fuse_square_sums(graph, isa.lanes, threads)
         fuse_updates(graph, donated, threads)
 
@@ -133,11 +135,17 @@ def _f32(*values: Value | None) -> bool:
     return all(v is None or (isinstance(v.type, TensorType) and v.type.dtype is DType.F32) for v in values)
 
 
+def _of_integers(node: Node) -> bool:
+    """Whether it is a product with quantized rows."""
+    attrs = node.attrs
+    return isinstance(attrs, (QuantizedLinear.Attrs, QuantizedGroupedLinear.Attrs)) and attrs.activation == "int8"
+
+
 def _made_by(v: Value, op: str) -> Node | None:
     return v.node if v.node is not None and v.node.op.name == op else None
 
 
-class _Selection:
+class Selection:
     """Replaces the operations of one graph by kernel calls.
 
     Users come before what they use, so that a kernel takes up what precedes it before that is selected by itself; matrices come
@@ -149,6 +157,9 @@ class _Selection:
         self.order = {node: i for i, node in enumerate(graph.nodes)}
         self.quantized: dict[Value, Value] = {}
         """Rows of a value quantized for the integer linears, where some kernel has made them."""
+        self.sorted: dict[tuple[Value, Shape, int], tuple[Value, Value]] = {}
+        """Rows sorted by group, for grouped products."""
+        self.bias_layout = PaddedBias(isa)
 
     def run(self) -> None:
         rows: dict[str, Callable[[Node], None]] = {
@@ -158,6 +169,7 @@ class _Selection:
         matrices: dict[str, Callable[[Node], None]] = {
             "linear": self._linear, "matmul": self._matmul, "conv": self._conv, "quantized_linear": self._quantized_linear,
             "embedding": self._embedding, "quantized_embedding": self._embedding,
+            **dict.fromkeys(("grouped_linear", "quantized_grouped_linear"), self._grouped),
         }  # fmt: skip
         for node in self.graph.nodes_reversed:
             if not self._erased(node) and node.op.name in rows:
@@ -199,7 +211,7 @@ class _Selection:
         return Builder(self.graph, before=at, loc=at.loc)
 
     # -- matrices -----------------------------------------------------------------------------------------------------------
-    def _weight(self, w: Value) -> tuple[Value, Panels] | None:
+    def weight(self, w: Value) -> tuple[Value, Panels] | None:
         """The parameter behind a matrix operand and the layout that reads it; None if no kernel does."""
         cast_ = _made_by(w, "cast")
         if cast_ is not None and _f32(w):  # a narrow parameter widened where it is used
@@ -214,7 +226,7 @@ class _Selection:
 
     def _matrix(self, node: Node, kernel: Callable[..., Any], build: Callable[[Any], Any], x: Value, rows: Shape) -> None:
         """x @ w^T (+ bias) by ``kernel``; x is passed as ``rows``."""
-        found = self._weight(node.inputs[1])
+        found = self.weight(node.inputs[1])
         assert found is not None
         w, panels = found
         bias = node.inputs[2] if len(node.inputs) > 2 else None
@@ -226,7 +238,7 @@ class _Selection:
         operands = [x, w]
         if bias is not None and fused:
             operands.append(bias)
-            layouts[2] = PaddedBias(self.isa)
+            layouts[2] = self.bias_layout
         results = [Result(out.tensor, (rows[0], n))]
         [y] = self.call(node, desc, build, operands, results, {0: rows}, layouts)
         self.graph.replace_uses(out, y if bias is None or fused else self.builder(node).add(y, bias))
@@ -235,7 +247,7 @@ class _Selection:
         x, w = node.inputs[:2]
         if not _f32(x, *node.inputs[2:]):
             return
-        if self._weight(w) is not None:
+        if self.weight(w) is not None:
             self._matrix(node, Linear, linear, x, self.rows(x))
         elif _sized(x, w):
             m, k = _ints(self.rows(x))
@@ -287,17 +299,24 @@ class _Selection:
 
     def _quantized_linear(self, node: Node) -> None:
         x = node.inputs[0]
-        if not _f32(x, *node.inputs[2:]) or self._weight(node.inputs[1]) is None:
+        if not _f32(x, *node.inputs[2:]) or self.weight(node.inputs[1]) is None:
             return
-        if QuantizedLinear.Attrs.of(node).activation is None:
+        if not _of_integers(node):
             self._matrix(node, Linear, linear, x, self.rows(x))
             return
+        xq = self.quantized_rows(node, rows_in(x))
+        self._matrix(node, LinearInt, linear_int, xq, xq.shape)
+
+    def _grouped(self, node: Node) -> None:
+        select_grouped(self, node, _of_integers(node))
+
+    def quantized_rows(self, node: Node, x: Value) -> Value:
+        """The rows of ``x`` quantized, for ``node``, if no kernel before it has done that."""
         if x not in self.quantized:
             m, k = self.rows(x)
             desc = QuantizeRows(self.isa, k, self.threads)
             [self.quantized[x]] = self.call(node, desc, quantize_rows, [x], [self._quantized_rows(x)], {0: (m, k)})
-        xq = self.quantized[x]
-        self._matrix(node, LinearInt, linear_int, xq, xq.shape)
+        return self.quantized[x]
 
     def _quantized_rows(self, x: Value) -> Result:
         m, k = self.rows(x)
@@ -305,15 +324,13 @@ class _Selection:
 
     def _wants(self, x: Value) -> Literal["no", "yes", "both"]:
         """Whether x is read quantized: by integer linears alone (yes), by them among others (both), or not."""
-        count = sum(
-            node.op.name == "quantized_linear" and i == 0 and QuantizedLinear.Attrs.of(node).activation == "int8"
-            and self._weight(node.inputs[1]) is not None
-            for node, i in x.uses
-        )  # fmt: skip
-        return "no" if not count else "yes" if count == len(x.uses) and not self.graph.is_output(x) else "both"
+        found = readers(x)
+        count = sum(i == 0 and _of_integers(node) and self.weight(node.inputs[1]) is not None for node, i in found)
+        kept = any(self.graph.is_output(v) for v in same_rows(x))
+        return "no" if not count else "yes" if count == len(found) and not kept else "both"
 
     def _embedding(self, node: Node) -> None:
-        found = self._weight(node.inputs[0])
+        found = self.weight(node.inputs[0])
         if found is None or not _f32(node.output):
             return
         w, panels = found
