@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from wasat.backends.tvm.targets import target_named
@@ -71,8 +71,8 @@ class Trained:
 def train(
     program: Program, batches: Batches | Iterable[Mapping[str, Any]], folder: str | Path, *, steps: int,
     optimizer: Optimizer | None = None, rate: Schedule | None = None, clip: float | None = 1.0, accumulate: int = 1,
-    ema: float | None = None, train: tuple[str, ...] = ("*",), graph: str = "loss",
-    precision: str = "f32", scaling: LossScale | None = None, remat: bool = False, seed: int = 0,
+    weigh: Literal["places", "calls"] = "places", ema: float | None = None, train: tuple[str, ...] = ("*",),
+    graph: str = "loss", precision: str = "f32", scaling: LossScale | None = None, remat: bool = False, seed: int = 0,
     evaluation: Callable[[], Iterable[Batch]] | None = None, evaluate_every: int = 100,
     save_every: int = 100, keep: int = 3, target: str = "cpu", threads: int | None = None, progress: Progress | None = None,
 ) -> Trained:  # fmt: skip
@@ -109,8 +109,8 @@ def train(
     fixed = specialized(program[graph], {**sample})
     sizes = bind_symbols(program[graph], {**sample}) if remat else None
     made = train_step(
-        program, optimizer=optimizer, rate=rate, clip=clip, accumulate=accumulate, ema=ema, train=train, graph=graph,
-        precision=precision, scaling=scaling, remat=sizes,
+        program, optimizer=optimizer, rate=rate, clip=clip, accumulate=accumulate, weigh=weigh, ema=ema, train=train,
+        graph=graph, precision=precision, scaling=scaling, remat=sizes,
     )  # fmt: skip
     about: dict[str, Any] = {
         "seed": seed, "graph": str(made.program["train_step"]), "model": sha256(str(program[graph]).encode()).hexdigest(),

@@ -108,26 +108,3 @@ def _mean(b: Builder, x: Value, mask: Value, weight: Value | None) -> Value:
     x, weight = b.select(mask, x, zero), b.select(mask, weight, zero)
     count = b.reduce_sum(weight, axes=axes)
     return b.div(b.reduce_sum(x, axes=axes), b.select(b.greater(count, 0.0), count, b.constant(1.0, x.tensor.dtype)))
-
-
-def mean_over(loss: Value) -> Value | None:
-    """The count that a loss of :func:`_mean` divides by, through casts and factors; None for any other loss."""
-    while loss.node is not None:
-        node = loss.node
-        if node.op.name == "mul" and any(v.const is not None for v in node.inputs):
-            variable = [v for v in node.inputs if v.const is None]
-            if not variable:
-                return None
-            (loss,) = variable
-        elif node.op.name == "cast":
-            loss = node.inputs[0]
-        elif node.op.name == "div" and (at := node.inputs[1].node) is not None and at.op.name == "select":
-            is_some, count, one = at.inputs
-            test = is_some.node
-            if test is None or test.op.name != "greater" or test.inputs[0] is not count or one.const is None:
-                return None
-            of = test.inputs[1].const
-            return count if of is not None and float(of) == 0 and float(one.const) == 1 and count.shape == () else None
-        else:
-            return None
-    return None

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from wasat.ir import Builder, DType, Graph, Interface, IRError, Program, State, TensorType, Value, copy_node
 from wasat.passes import Cleanup, Differentiate, MixedPrecision, Pass, PassManager, Remark, Rematerialize
 
-from .losses import mean_over
 from .optimizers import AdamW, Constant, Optimizer, Schedule, clipped, global_norm
+from .places import places
 from .scaling import GOOD, SCALE, SKIPPED, LossScale
 
 COUNT = "optimizer.count"
@@ -39,7 +40,8 @@ class TrainStep:
 
 def train_step(
     program: Program, *, optimizer: Optimizer | None = None, rate: Schedule | None = None, clip: float | None = None,
-    accumulate: int = 1, ema: float | None = None, train: tuple[str, ...] = ("*",), graph: str = "loss",
+    accumulate: int = 1, weigh: Literal["places", "calls"] = "places", ema: float | None = None,
+    train: tuple[str, ...] = ("*",), graph: str = "loss",
     precision: str = "f32", scaling: LossScale | None = None, remat: Mapping[str, int] | None = None,
 ) -> TrainStep:  # fmt: skip
     """One step of training on @graph, whose first output is the loss.
@@ -47,9 +49,9 @@ def train_step(
     @train_step takes the inputs of @graph and the states; it returns the outputs of @graph, ``grad_norm`` (before clipping)
     and ``rate``, both f32[], then the states. ``train``: globs of the parameters to train, which must be f32; others stay
     parameters. ``clip``: largest global norm of the gradients. ``accumulate``: updates happen at every so many calls, with the
-    mean of the gradients since the last one; in between, parameters stay. Of a loss that is a mean over places, as
-    :func:`.losses.cross_entropy` is, that is the mean over the places of all these calls: k calls are one of the batches
-    together. Of any other loss (a sum of means over different places is one) each call weighs the same.
+    mean of the gradients since the last one; in between, parameters stay. Of a loss that is a mean over places that data
+    choose, as :func:`.losses.cross_entropy` is, that is the mean over the places of all these calls: k calls are one of the
+    batches together (:func:`.places.places`). Of any other loss, and with ``weigh="calls"`` of any, each call counts the same.
     ``ema``: keeps an average of the parameters that
     moves by the share 1 - ema at each update. Defaults: AdamW, a constant rate of 1e-3. ``program`` stays as it is.
 
@@ -59,10 +61,13 @@ def train_step(
     ``loss_scale``, both f32[]. ``remat``: sizes of the symbols of @graph; the step computes again what is cheap, where that
     lowers the peak of memory at these sizes (:class:`wasat.passes.training.remat.Rematerialize`).
 
-    Raises IRError for a parameter of another type and for options out of range; what Differentiate and Rematerialize raise.
+    Raises IRError for a parameter of another type, for options out of range, and for ``accumulate`` of a loss that adds means
+    over different places; what Differentiate and Rematerialize raise.
     """
     if accumulate < 1 or (clip is not None and clip <= 0) or (ema is not None and not 0 <= ema < 1):
         raise IRError(f"accumulate={accumulate}, clip={clip}, ema={ema}: needed are accumulate >= 1, clip > 0, 0 <= ema < 1")
+    if weigh not in ("places", "calls"):
+        raise IRError(f"weigh={weigh!r}: calls count by their places, or all alike (calls)")
     if precision not in ("f32", "bf16", "f16") or (scaling is not None and precision != "f16"):
         raise IRError(f"precision={precision!r}, scaling={scaling}: a precision is f32, bf16 or f16; only f16 has a scaling")
     made = Program({graph: program[graph].clone()}, dict(program.params), origin=program.origin)
@@ -74,7 +79,7 @@ def train_step(
     PassManager([Differentiate(graph, train, of=_SCALED if scaling else None, into="train_step")]).run(made)
     if chosen := [k for k in inputs if k in train]:
         raise IRError(f"train= names inputs of @{graph}: {', '.join(chosen)}; only parameters are trained")
-    step = _Step(made["train_step"], optimizer or AdamW(), rate or Constant(1e-3), clip, accumulate, ema, scaling)
+    step = _Step(made["train_step"], optimizer or AdamW(), rate or Constant(1e-3), clip, accumulate, weigh, ema, scaling)
     step.emit()
     trained = {k: np.asarray(program.params[k].load()) for k in step.trained}
     states = {k: step.initial(k, trained) for k in step.states}
@@ -99,15 +104,15 @@ class _Step:
     """The graph of a step in the making, from that of the gradients."""
 
     def __init__(
-        self, source: Graph, optimizer: Optimizer, rate: Schedule, clip: float | None, accumulate: int, ema: float | None,
-        scaling: LossScale | None,
+        self, source: Graph, optimizer: Optimizer, rate: Schedule, clip: float | None, accumulate: int, weigh: str,
+        ema: float | None, scaling: LossScale | None,
     ) -> None:  # fmt: skip
         self.source, self.optimizer, self.rate = source, optimizer, rate
         self.clip, self.accumulate, self.ema, self.scaling = clip, accumulate, ema, scaling
         names = dict(zip(source.output_names, source.outputs))
         self.trained = {n.removeprefix("grad."): v for n, v in names.items() if n.startswith("grad.")}
         """Gradients in the source by parameter."""
-        self.places = mean_over(source.outputs[0]) if accumulate > 1 else None
+        self.places = places(source, self.trained) if accumulate > 1 and weigh == "places" else None
         """How many the loss is a mean over, if it is one."""
         self.graph = Graph("train_step")
         self.b = Builder(self.graph)
@@ -145,7 +150,7 @@ class _Step:
         if self.accumulate > 1:
             due = b.equal(b.mod(new[COUNT], self.accumulate), 0)
         if self.places is not None:  # the loss is a mean over these: weigh this call's by their number
-            here = b.cast(env[self.places], dtype=DType.F32)
+            here = b.reshape(b.cast(env[self.places], dtype=DType.F32), shape=())
             total = b.add(self.states[PLACES], here)
             sums = {k: b.add(self.states[f"optimizer.sum.{k}"], b.mul(v, here)) for k, v in grads.items()}
             grads = {k: b.div(v, b.select(b.greater(total, 0.0), total, b.constant(1.0))) for k, v in sums.items()}

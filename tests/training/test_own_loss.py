@@ -12,6 +12,7 @@ from wasat.frontend import nn
 from wasat.ir import IRError, Program, TypeMismatch, evaluate
 from wasat.training.data import DataError, Iterated
 from wasat.training.loop import train
+from wasat.training.optimizers import SGD, Constant
 from wasat.training.step import train_step
 
 RNG = np.random.default_rng(0)
@@ -57,6 +58,92 @@ def test_a_mean_over_places_is_accumulated_as_one() -> None:
         return states["0.weight"]
 
     np.testing.assert_allclose(after(2), after(1), atol=1e-6)
+
+
+def _mean_of_some(y: nn.Tensor, target: nn.Tensor, some: nn.Tensor) -> tuple[nn.Tensor, nn.Tensor]:
+    """Errors of the rows that count, and how many these are."""
+    return ((y - target) * (y - target)).sum(1) * some, some.sum()
+
+
+MEANS = {  # as people write the mean over the rows of weight ``some``, not all of them 0 in any call
+    "divided": lambda each, n, y: each.sum() / n,
+    "divided before the sum": lambda each, n, y: (each / n).sum(),
+    "times one over": lambda each, n, y: each.sum() * (1.0 / n),
+    "kept from 0": lambda each, n, y: each.sum() / nn.maximum(n, 1e-6),
+    "a little more": lambda each, n, y: 3.0 * (each.sum() / (n + 1e-8)),
+    "two over the same": lambda each, n, y: each.sum() / n - 0.5 * ((each * each).sum() / n),
+    "beside what does not learn": lambda each, n, y: each.sum() / n + (nn.stop_gradient(y) * 2.0).mean(),
+}
+
+
+def stepped(p: Program, batch: dict[str, np.ndarray], accumulate: int, **options: Any) -> np.ndarray:
+    """The weight after one update from so many calls."""
+    made = train_step(p, accumulate=accumulate, optimizer=SGD(), rate=Constant(0.1), **options)
+    g, states = made.program["train_step"], dict(made.states)
+    for i in np.split(np.arange(len(batch["x"])), accumulate):
+        out = dict(zip(g.output_names, evaluate(g, {**{k: v[i] for k, v in batch.items()}, **states})))
+        states = {k: np.asarray(out[k]) for k in states}
+    return states[next(k for k in states if k.endswith("weight"))]
+
+
+ROWS = {"target": "f32[n, 2]", "some": "f32[n]"}
+SOME = np.float32([1, 0, 0, 0, 1, 2, 0.5, 1])
+
+
+@pytest.mark.parametrize("how", MEANS)
+def test_means_as_people_write_them_are_accumulated_as_one(how: str) -> None:
+    p = program()
+
+    def loss(y: nn.Tensor, target: nn.Tensor, some: nn.Tensor) -> nn.Tensor:
+        return MEANS[how](*_mean_of_some(y, target, some), y)
+
+    nn.add_loss(p, loss, ROWS)
+    batch = {"x": X, "target": Y, "some": SOME}
+    np.testing.assert_allclose(stepped(p, batch, 2), stepped(p, batch, 1), atol=1e-6)
+    assert abs(stepped(p, batch, 2, weigh="calls") - stepped(p, batch, 1)).max() > 1e-3
+
+
+def test_means_over_different_places_are_refused_or_count_alike() -> None:
+    def both(y: nn.Tensor, target: nn.Tensor, some: nn.Tensor) -> nn.Tensor:
+        each, n = _mean_of_some(y, target, some)
+        return each.sum() / n + 0.1 * (y * y).mean()
+
+    def two(y: nn.Tensor, target: nn.Tensor, some: nn.Tensor) -> nn.Tensor:
+        each, n = _mean_of_some(y, target, some)
+        return each.sum() / n + each.sum() / (some * some).sum()
+
+    for loss in (both, two):
+        p = program()
+        nn.add_loss(p, loss, ROWS)
+        train_step(p)
+        with pytest.raises(IRError, match=r"adds means over different places, .*test_own_loss.*weigh=\"calls\""):
+            train_step(p, accumulate=2)
+        batch = {"x": X, "target": Y, "some": SOME}
+        halves = [stepped(p, {k: v[at : at + 4] for k, v in batch.items()}, 1) for at in (0, 4)]
+        np.testing.assert_allclose(stepped(p, batch, 2, weigh="calls"), np.mean(halves, 0), atol=1e-6)
+    with pytest.raises(IRError, match="weigh='rows'"):
+        train_step(p, weigh="rows")  # type: ignore[arg-type]
+
+
+def test_a_mean_beside_a_penalty_of_parameters() -> None:
+    """Of the parameters alone there is one value, whatever the call counts."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            self.w = nn.Linear(3, 2)
+
+        def __call__(self, x: nn.Tensor) -> tuple[nn.Tensor, nn.Tensor]:
+            return self.w(x), (self.w.weight * self.w.weight).sum()
+
+    p = nn.trace(nn.Sequential(Model()), {"x": "f32[n, 3]"}, outputs=["y", "penalty"])
+
+    def loss(y: nn.Tensor, penalty: nn.Tensor, target: nn.Tensor, some: nn.Tensor) -> nn.Tensor:
+        each, n = _mean_of_some(y, target, some)
+        return each.sum() / n + 0.1 * penalty
+
+    nn.add_loss(p, loss, ROWS)
+    batch = {"x": X, "target": Y, "some": SOME}
+    np.testing.assert_allclose(stepped(p, batch, 2), stepped(p, batch, 1), atol=1e-6)
 
 
 def test_what_is_no_loss_is_refused() -> None:

@@ -1,0 +1,113 @@
+"""What a loss is a mean over: how much each of the calls counts whose gradients one update takes together."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from wasat.ir import Graph, IRError, Node, Value
+
+
+def places(graph: Graph, trained: Collection[str]) -> Value | None:
+    """How many places (or how much weight) the loss, the first output, is a mean over; None for a loss whose calls count alike.
+
+    A mean over places is ``sum / count`` where the count is a sum over the data, whatever keeps it from 0; means over the same
+    places add up to one. What no data or no trained parameter is in may stand beside it. Raises IRError for a sum of means over
+    different places: no weight of a call is right for all of them.
+    """
+    learning = _reached(graph, [v for name, v in graph.params.items() if name in trained], True)
+    data = _reached(graph, graph.inputs, False)
+    numbers = _numbered(graph)
+    counts: dict[object, Value] = {}
+    kinds: dict[object, Value] = {}
+    todo = [graph.outputs[0]]
+    while todo:
+        v = todo.pop()
+        if v not in learning or v not in data or v.node is None:
+            continue
+        name, inputs = v.node.op.name, v.node.inputs
+        fixed = [x for x in inputs if x not in data and x not in learning]
+        if name in ("add", "sub", "neg", "cast", "reshape") and all(x.tensor.size == 1 for x in inputs):
+            todo += inputs
+        elif name == "reduce_sum" and inputs[0].node is not None and _divisor(inputs[0].node, learning) is not None:
+            todo.append(inputs[0])
+        elif (name == "mul" and fixed) or (name == "div" and inputs[1] in fixed):
+            todo.append(inputs[0] if inputs[1] in fixed else inputs[1])
+        else:
+            divisor = _divisor(v.node, learning)
+            count = None if divisor is None else _count(divisor)
+            kind = None if count is None else numbers[count]
+            kinds.setdefault(kind, v)
+            if count is not None:
+                counts.setdefault(kind, count)
+    if len(kinds) > 1:
+        terms = ", ".join(f"%{v.name}" + (f" ({v.loc})" if v.loc else "") for v in kinds.values())
+        raise IRError(
+            f"the loss adds means over different places, {terms}, and calls that are accumulated can be weighed "
+            'for one of them only: make them means over the same places, or let calls count alike (weigh="calls")'
+        )
+    return next(iter(counts.values()), None)
+
+
+def _reached(graph: Graph, sources: Collection[Value], smoothly: bool) -> set[Value]:
+    """The values that depend on these; ``smoothly``: that have gradients by them."""
+    found = set(sources)
+    for node in graph.nodes:
+        if not found.isdisjoint(node.inputs) and (node.op.differentiable or not smoothly):
+            found.update(node.outputs)
+    return found
+
+
+def _numbered(graph: Graph) -> dict[Value, object]:
+    """The same for values that are computed in the same way."""
+    numbers: dict[Value, object] = {v: i for i, v in enumerate([*graph.inputs, *graph.params.values()])}
+    seen: dict[object, Node] = {}
+    for node in graph.nodes:
+        first = seen.setdefault((node.op, node.attrs, tuple(numbers[v] for v in node.inputs)), node)
+        numbers.update((v, (first, i)) for i, v in enumerate(node.outputs))
+    return numbers
+
+
+def _divisor(node: Node, learning: Collection[Value]) -> Value | None:
+    """The one number that no parameter is in by which the node divides."""
+    if node.op.name == "div":
+        divisor = node.inputs[1]
+    elif node.op.name == "mul":
+        made = next((v.node for v in node.inputs if v.node is not None and v not in learning), None)
+        if made is None or made.op.name != "div" or made.inputs[0].const is None:
+            return None
+        divisor = made.inputs[1]
+    else:
+        return None
+    while divisor.node is not None and divisor.node.op.name in ("broadcast_to", "reshape"):
+        divisor = divisor.node.inputs[0]
+    return divisor if divisor not in learning and divisor.tensor.size == 1 else None
+
+
+def _count(divisor: Value) -> Value | None:
+    """The sum that a divisor is, through casts, factors, and what keeps it from 0."""
+    count = divisor
+    while count.node is not None:
+        name, inputs = count.node.op.name, count.node.inputs
+        if name == "reduce_sum":
+            return count
+        if name in ("cast", "reshape"):
+            count = inputs[0]
+        elif name in ("mul", "maximum", "add") and any(v.const is not None for v in inputs):
+            count = inputs[0] if inputs[1].const is not None else inputs[1]
+        elif name == "select" and inputs[2].const is not None and _compares(inputs[0], inputs[1]):
+            count = inputs[1]
+        else:
+            return None
+    return None
+
+
+def _compares(condition: Value, count: Value) -> bool:
+    """Whether the condition is that the count is no 0."""
+    node = condition.node
+    if node is None or node.op.name not in ("greater", "not_equal") or node.inputs[0] is not count:
+        return False
+    zero = node.inputs[1].const
+    return zero is not None and not zero.any()
+
+
+__all__ = ["places"]
