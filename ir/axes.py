@@ -9,6 +9,7 @@ The nearest relative are Shardy's sharding rules. The registry test proves every
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -34,9 +35,14 @@ class Factor:
     """Of reduced: sum, max, min, prod, any all: where partial results are put together so; of ordered: forward or backward."""
     window: tuple[DimLike, DimLike, int] | None = None
     """Element i of the result reads elements from i * stride - before to i * stride + after: before, after, stride."""
+    neutral: float | None = None
+    """Of reduced and normalized: elements that are this number do not matter to the others."""
     does: str = ""
     """What the operation does along it, as a phrase with {} for what the axis is, where the role does not tell."""
 
+
+NEUTRAL = {"sum": 0.0, "max": -math.inf, "min": math.inf, "prod": 1.0, "any": 0.0, "all": 1.0}
+"""What does not matter to a reduction, by how partial results are put together."""
 
 Axis = tuple[Factor, ...]
 """Outer factors first; an axis of size 1 may have none."""
@@ -85,9 +91,11 @@ def along(shape: Sequence[DimLike], axes: Sequence[int], make: Callable[[DimLike
     return AxisRule((own,), (own,) * results)
 
 
-def reduced(shape: Sequence[DimLike], axes: Sequence[int], keepdims: bool, how: str = "") -> AxisRule:
+def reduced(
+    shape: Sequence[DimLike], axes: Sequence[int], keepdims: bool, how: str = "", neutral: float | None = None
+) -> AxisRule:
     """One operand, reduced over ``axes``."""
-    own = free(shape, {a: Factor(shape[a], "reduced", how) for a in axes})
+    own = free(shape, {a: Factor(shape[a], "reduced", how, neutral=NEUTRAL.get(how, neutral)) for a in axes})
     return AxisRule((own,), (tuple(() if i in axes else x for i, x in enumerate(own) if keepdims or i not in axes),))
 
 

@@ -170,7 +170,7 @@ class _Normalized(Op):
         return floating(x)
 
     def axes(self, attrs: SoftmaxAttrs, x: TensorType) -> AxisRule:
-        return along(x.shape, (attrs.axis,), lambda d: Factor(d, "normalized"))
+        return along(x.shape, (attrs.axis,), lambda d: Factor(d, "normalized", neutral=-math.inf))
 
     def samples(self) -> Iterable[Sample]:
         yield Sample([grid(2, 5)])
@@ -243,7 +243,7 @@ class LogSumExp(Op):
         return floating(x).with_shape(*reduced_shape(x, attrs.axes, attrs.keepdims))
 
     def axes(self, attrs: ReduceAttrs, x: TensorType) -> AxisRule:
-        return reduced(x.shape, attrs.axes, attrs.keepdims)
+        return reduced(x.shape, attrs.axes, attrs.keepdims, neutral=-math.inf)
 
     def reference(self, attrs: ReduceAttrs, x: np.ndarray) -> np.ndarray:
         w = wide(x)

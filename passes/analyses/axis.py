@@ -1,22 +1,30 @@
 """How each value lies along the sequence: the analysis on which the KV cache rests.
 
 A value is *fixed* (the same whatever the tokens are), or it runs *along* one axis: element i of that axis depends on the tokens
-at positions up to i and on nothing later. Whatever does not fit looks ahead, and remembers the node where that began.
+at positions up to i and on nothing later. It may relate positions to positions, as scores do: then what is known of it where a
+key is later than the query decides whether a sum over keys looks back. Whatever does not fit looks ahead, and remembers the
+node where that began.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-from wasat.ir import DimLike, Graph, IRError, Node, Value, equal
-from wasat.ir.axes import Factor
-from wasat.ir.dims import symbols_of
+from wasat.ir import DimLike, Graph, IRError, Node, Value, equal, symbol
+from wasat.ir.axes import AxisRule, Factor
+from wasat.ir.dims import maximum, minimum, symbols_of
 from wasat.ir.ops.attention import AttentionAttrs
-from wasat.ir.ops.shape import Slice
+from wasat.ir.ops.conv import Conv
+from wasat.ir.ops.scan import ScanAttrs
+from wasat.ir.ops.shape import Concat, Pad, Slice
 
-Kind = Literal["fixed", "token", "position", "uniform", "pair", "last", "ahead"]
+from .indexing import Indexing
+from .later import apart, beside, neutralized, stands_for
+
+Kind = Literal["fixed", "token", "position", "uniform", "pair", "scores", "last", "ahead"]
 
 
 @dataclass(frozen=True)
@@ -26,14 +34,28 @@ class Label:
     kind: Kind
     """``token``: depends on tokens. ``position``: on positions alone, the same for every row of the batch. ``uniform``: repeats
     something fixed along the axis. ``pair``: depends on two positions alone, along ``axis`` and ``other``, as attention masks
-    do. ``last``: made of what stands at the last token, along no axis any more. ``ahead``: an element may depend on later
-    tokens, or on how many there are."""
+    do. ``scores``: on tokens and two positions. ``last``: made of what stands at the last token, along no axis any more.
+    ``ahead``: an element may depend on later tokens, or on how many there are."""
     axis: int = 0
     other: int = 0
     mixes: bool = False
-    """The node attends over earlier positions."""
+    """The node needs more of earlier positions than its own."""
     culprit: Node | Value | None = None
     reason: str = ""
+    above: float | None = None
+    """Of pair and scores: the number that elements are where the index along ``other`` is larger than that along ``axis``."""
+    below: float | None = None
+    """The same where it is smaller."""
+    extra: int = 0
+    """Of token: how many elements more than tokens there are along the axis, in front and behind."""
+    valid: int = 0
+    """Of token: element i depends on tokens up to i alone for all but the last ``extra - valid``."""
+    key: int = -1
+    """Of pair and scores: the axis along which elements were already taken together; keys stand there, and queries do not."""
+    wide: int = -1
+    """Of scores: the axis on which ``front`` and ``back`` elements that are no positions stand beside those that are."""
+    front: int = 0
+    back: int = 0
 
     @property
     def served(self) -> bool:
@@ -43,11 +65,23 @@ class Label:
     @property
     def along(self) -> bool:
         return self.kind not in ("fixed", "last", "ahead")
+    def relates(self) -> bool:
+        """Whether it runs along two axes."""
+        return self.kind in ("pair", "scores")
+
+    @property
+    def one_each(self) -> bool:
+        """Whether there is a part of it for each token, or one for all: what can be returned."""
+        return self.kind not in ("ahead", "pair", "scores") and not self.extra
 
     @property
     def axes(self) -> tuple[int, ...]:
         """The axes along the sequence."""
-        return (self.axis, self.other) if self.kind == "pair" else (self.axis,) if self.along else ()
+        return (self.axis, self.other) if self.relates else (self.axis,) if self.along else ()
+
+    def later(self, axis: int) -> float | None:
+        """The number of elements that are later along ``axis`` than along the other one, if it is known."""
+        return self.above if axis == self.other else self.below
 
 
 FIXED, LAST = Label("fixed"), Label("last")
@@ -65,9 +99,11 @@ def analyze(graph: Graph, symbol: str) -> dict[Value, Label]:
     labels: dict[Value, Label] = {}
     for v in [*graph.inputs, *graph.params.values()]:
         axes = _axes_of(v.shape, symbol)
-        labels[v] = FIXED if not axes else Label("token", axes[0]) if axes[0] >= 0 and len(axes) == 1 else _two(v, symbol)
+        one = len(axes) == 1 and _beyond(v.shape[axes[0]], symbol) == 0
+        labels[v] = FIXED if not axes else Label("token", axes[0]) if one else _two(v, symbol)
+    at = Indexing(())
     for node in graph.nodes:
-        for v, label in zip(node.outputs, _label(node, [labels[v] for v in node.inputs], symbol)):
+        for v, label in zip(node.outputs, _label(node, [labels[v] for v in node.inputs], symbol, at)):
             labels[v] = label
     return labels
 
@@ -76,63 +112,101 @@ def _two(v: Value, symbol: str) -> Label:
     return Label("ahead", culprit=v, reason=f"%{v.name} is {v.type}: {symbol} must be the size of just one axis")
 
 
+def _beyond(d: DimLike, name: str) -> int | None:
+    """How much larger than the symbol a size is; None for another function of it."""
+    n = d if isinstance(d, int) else d - symbol(name)
+    return n if isinstance(n, int) and not isinstance(d, int) else None
+
+
+def uncut(graph: Graph, name: str) -> Graph:
+    """A copy in which sizes ``max(0, s - k)``, of what is sliced off at the end, are ``s - k``.
+
+    Element for element the same: of fewer than k tokens, such a slice has no elements, and what is put in front is cut.
+    """
+    sizes = [d for v in graph.values() for d in v.shape if not isinstance(d, int)]
+    short = [k for k in range(1, _MOST_CUT) if any(_has(d, maximum(0, symbol(name) - k)) for d in sizes)]
+    least = max(short, default=0)
+    if not least or any(_has(d, minimum(k, symbol(name))) for d in sizes for k in range(1, least)):
+        return graph
+    longer = "longer"
+    while longer in graph.symbols:
+        longer += "_"
+    return graph.clone(dims={name: symbol(longer) + least}).clone(dims={longer: symbol(name) - least})
+
+
+_MOST_CUT = 17
+
+
+def _has(d: DimLike, part: DimLike) -> bool:
+    return str(part) in str(d)
+
+
 def _axes_of(shape: Sequence[DimLike], symbol: str) -> list[int]:
-    """Axes whose size is the symbol; -1 for an axis whose size is another function of it."""
-    return [(i if str(d) == symbol else -1) for i, d in enumerate(shape) if symbol in symbols_of([d])]
+    """Axes whose size is the symbol, or that and a number; -1 for an axis whose size is another function of it."""
+    return [(i if _beyond(d, symbol) is not None else -1) for i, d in enumerate(shape) if symbol in symbols_of([d])]
 
 
-def _label(node: Node, given: list[Label], symbol: str) -> list[Label]:
+def _label(node: Node, given: list[Label], symbol: str, at: Indexing) -> list[Label]:
     ahead = next((x for x in given if x.kind == "ahead"), None)
     if ahead is not None:
         return [ahead] * len(node.outputs)
     try:
-        own = _own(node, given, symbol)
-        out = []
-        for v in node.outputs:
-            axes = _axes_of(v.shape, symbol)
-            if axes != list(own.axes):
-                raise LooksAhead(f"its result {v.type} does not run along {symbol} on one axis")
-            out.append(own)
+        own = _own(node, given, symbol, at)
+        out = own if isinstance(own, list) else [own] * len(node.outputs)
+        for v, label in zip(node.outputs, out):
+            if label.kind != "ahead":
+                _fits(v, label, symbol)
         return out
     except LooksAhead as e:
         return [Label("ahead", culprit=node, reason=str(e))] * len(node.outputs)
 
 
-def _own(node: Node, given: list[Label], symbol: str) -> Label:
+def _fits(v: Value, label: Label, symbol: str) -> None:
+    """Raises LooksAhead unless the axes along the sequence are those that the label says, and as long."""
+    if _axes_of(v.shape, symbol) != list(label.axes):
+        raise LooksAhead(f"its result {v.type} does not run along {symbol} on one axis")
+    for axis in label.axes:
+        wanted = label.extra if not label.relates else label.front + label.back if axis == label.wide else 0
+        if _beyond(v.shape[axis], symbol) != wanted:
+            raise LooksAhead(f"its result {v.type} does not run along {symbol} on one axis")
+
+
+def _own(node: Node, given: list[Label], symbol: str, at: Indexing) -> Label | list[Label]:
     if any(x.kind == "last" for x in given):
         return _after_last(node, given, symbol)
     if not any(x.along for x in given):
-        return _given_sizes(node, symbol)
+        return _given_sizes(node, symbol, at)
     if _takes_last(node, given, symbol):
         return LAST
     if isinstance(node.attrs, AttentionAttrs):
         return _attention(node, node.attrs, given)
-    if (ends := _meeting(node, given, symbol)) is not None:
-        return Label("pair", *ends, culprit=node, reason="it relates positions to each other")
-    kinds = {x.kind for x in given if x.along}
-    return Label("token" if "token" in kinds else "position" if "position" in kinds else "uniform", _through(node, given))
+    if isinstance(node.attrs, ScanAttrs):
+        return _scan(node, node.attrs, given, symbol)
+    if (shifted := _shifted(node, given, symbol)) is not None:
+        return shifted
+    return _general(node, given, symbol, at)
 
 
-def _given_sizes(node: Node, symbol: str) -> Label:
+def _given_sizes(node: Node, symbol: str, at: Indexing) -> Label:
     """The label of what reads nothing along the sequence."""
     if symbol not in node.attrs.symbols:
         return FIXED
     axes = _axes_of(node.outputs[0].shape, symbol)
     if node.op.kind == "source" and axes:
-        if axes != [0]:
+        if axes != [0] or _beyond(node.output.shape[0], symbol) != 0:
             raise LooksAhead(f"it counts to {node.output.shape[0]}")
         return Label("position", 0)
-    if not axes or axes != _repeated(node, symbol):
+    if not axes or axes != _repeated(node, symbol) or any(_beyond(node.output.shape[i], symbol) != 0 for i in axes):
         raise LooksAhead(f"it depends on {symbol}, the number of tokens")
     if len(axes) == 2:
-        return Label("pair", axes[0], axes[1], culprit=node, reason="it relates positions to each other")
+        return _pair(node, axes[0], axes[1], at)
     return Label("uniform", axes[0])
 
 
 def _takes_last(node: Node, given: Sequence[Label], symbol: str) -> bool:
     """Whether the node takes the last token's part of what runs along the sequence, as an axis of size 1."""
     x = given[0]
-    if node.op.name != "slice" or x.kind != "token":
+    if node.op.name != "slice" or x.kind != "token" or x.extra:
         return False
     cut, old = Slice.Attrs.of(node), node.inputs[0].shape[x.axis]
     return equal(cut.starts[x.axis], old - 1) is True and not _axes_of(node.output.shape, symbol)
@@ -153,22 +227,35 @@ def _repeated(node: Node, symbol: str) -> list[int]:
     return [i for i, axis in enumerate(node.axes.results[0]) if i in along and any(f.role == "repeated" for f in axis)]
 
 
-def _meeting(node: Node, given: Sequence[Label], symbol: str) -> tuple[int, int] | None:
-    """The axes of a result that relates positions to positions; None for one that does not."""
-    pairs = any(x.kind == "pair" for x in given)
-    if any(x.kind == "token" for x in given):
-        if pairs:
-            raise LooksAhead("tokens meet a function of two positions; " + _HINT)
-        return None
-    repeated = _repeated(node, symbol)
-    if not (pairs or node.op.elementwise or repeated):
-        return None
-    ends = {*repeated, *(image(node, i, axis) for i, x in enumerate(given) for axis in x.axes)}
-    if len(ends) == 2:
-        return min(ends), max(ends)
-    if pairs:
+def _pair(node: Node, axis: int, other: int, at: Indexing) -> Label:
+    """A function of two positions, with the numbers that it is on either side of the diagonal."""
+    above, below = apart(at, node.output, axis, other)
+    return Label(
+        "pair", axis, other, culprit=node, reason="it relates positions to each other", above=above, below=below
+    )  # fmt: skip
+
+
+# -- everything whose axis rule says enough --------------------------------------------------------------------------------
+def _general(node: Node, given: Sequence[Label], symbol: str, at: Indexing) -> Label:
+    """The label that follows from the axis rule: of what goes on along one axis or two, or meets along one of two."""
+    rule = node.axes
+    ends: set[int] = set()
+    mixed: dict[Factor, list[tuple[int, int]]] = {}
+    for i, x in enumerate(given):
+        for axis in x.axes:
+            factors = rule.operands[i][axis]
+            if len(factors) == 1 and factors[0].role in ("reduced", "normalized", "ordered") and not factors[0].does:
+                mixed.setdefault(factors[0], []).append((i, axis))
+            else:
+                ends.add(image(node, i, axis))
+    if mixed:
+        return _over_keys(node, rule, given, ends, mixed)
+    ends |= set(_repeated(node, symbol))
+    if len(ends) > 2:
         raise LooksAhead("it relates more than two positions")
-    return None
+    if len(ends) == 2:
+        return _related(node, given, min(ends), max(ends), at)
+    return _through(node, given, ends)
 
 
 def image(node: Node, i: int, axis: int) -> int:
@@ -199,44 +286,251 @@ def _reason(node: Node, f: Factor) -> str:
     return "it works across the sequence, later tokens included"
 
 
-def _through(node: Node, given: Sequence[Label]) -> int:
-    """The axis of the result along which all operands that run along the sequence do."""
+def _through(node: Node, given: Sequence[Label], ends: set[int]) -> Label:
+    """The label of a result along the one axis along which all operands that run along the sequence do."""
     rule = node.axes
-    ends = {image(node, i, axis) for i, x in enumerate(given) for axis in x.axes}
-    if len(ends) != 1:
-        met = "every position meets every other" if node.op.kind == "product" else (
-            "its operands run along different axes: positions meet each other"
-        )  # fmt: skip
-        raise LooksAhead(f"{met}; {_HINT}")
-    end = ends.pop()
+    [end] = ends
+    kinds = {x.kind for x in given if x.along}
     others = [axes for x, axes in zip(given, rule.operands) if not x.along]
-    mixed = node.op.kind == "view" and len({x.kind for x in given if x.along}) > 1
+    mixed = node.op.kind == "view" and len(kinds) > 1
     if mixed or any(f in axis for axes in others for axis in axes for f in rule.results[0][end]):
         raise LooksAhead("it joins parts that run along the sequence with others that do not")
-    return end
+    longer = [x for x in given if x.along and x.extra]
+    if longer and not all(x.kind == "token" and x.extra == longer[0].extra for x in given if x.along):
+        raise LooksAhead(longer[0].reason)
+    kind: Kind = "token" if "token" in kinds else "position" if "position" in kinds else "uniform"
+    if not longer:
+        return Label(kind, end)
+    return replace(longer[0], axis=end, mixes=True, valid=min(x.valid for x in given if x.along))
 
 
+def _tokens_in(given: Sequence[Label]) -> bool:
+    return any(x.kind in ("token", "scores") for x in given)
+
+
+def _related(node: Node, given: Sequence[Label], axis: int, other: int, at: Indexing) -> Label:
+    """The label of a result along two axes: which numbers stand on either side of its diagonal."""
+    if any(x.extra for x in given):
+        raise LooksAhead(next(x.reason for x in given if x.extra))
+    wide = {(x.wide, x.front, x.back) for x in given if x.relates}
+    if len({(x.front, x.back) for x in given if x.relates}) > 1:
+        raise LooksAhead("its operands have other elements beside the positions")
+    keys = {image(node, i, x.key) for i, x in enumerate(given) if x.key >= 0}
+    if len(keys) > 1:
+        raise LooksAhead("it relates keys to keys")
+    key = keys.pop() if keys else -1
+    if not _tokens_in(given):
+        if any(x.wide >= 0 for x in given):
+            raise LooksAhead("it puts other elements beside the positions")
+        pair = replace(_pair(node, axis, other, at), key=key)
+        if pair.above is not None and pair.below is not None:
+            return pair
+        known = [beside(node, [_number(x, v, node, i, axis, up, at) for i, (x, v) in enumerate(zip(given, node.inputs))])
+                 for up in (True, False)]  # fmt: skip
+        above, below = (n if side is None else side for side, n in zip((pair.above, pair.below), known))
+        return replace(pair, above=above, below=below)
+    sides = [[_number(x, v, node, i, axis, up, at) for i, (x, v) in enumerate(zip(given, node.inputs))] for up in (True, False)]
+    above, below = (beside(node, numbers) for numbers in sides)
+    label = Label("scores", axis, other, culprit=node, reason="it relates tokens to each other", above=above, below=below,
+                  key=key)  # fmt: skip
+    if any(w[0] >= 0 for w in wide):
+        i, x = next((i, x) for i, x in enumerate(given) if x.relates)
+        label = replace(label, wide=image(node, i, x.wide), front=x.front, back=x.back)
+    return label
+
+
+def _number(x: Label, v: Value, node: Node, i: int, axis: int, above: bool, at: Indexing) -> float | None:
+    """The number of the elements of operand i behind those of the result above (below) its diagonal."""
+    if x.relates:
+        straight = image(node, i, x.axis) == axis
+        return x.above if above is straight else x.below
+    if x.kind != "fixed":
+        return None
+    found = at.of(v)
+    if found is not None and isinstance(found.number, int):
+        return float(found.number)
+    first, *others = at.pieces(v)
+    return first.value if not others and isinstance(first.value, float) else None
+
+
+def _over_keys(
+    node: Node, rule: AxisRule, given: Sequence[Label], ends: set[int], mixed: dict[Factor, list[tuple[int, int]]]
+) -> Label:
+    """The label of what sums, normalizes or counts along an axis of positions, for each position along another one."""
+    [(f, parts), *others] = mixed.items()
+    if f.role == "ordered" and f.how == "forward" and not others and not ends and not given[0].relates:
+        if given[0].kind != "token" or given[0].extra:
+            raise LooksAhead("it is a running sum over positions")
+        return Label("token", rule.results[0].index((f,)), mixes=True)
+    scores = [(given[i], axis) for i, axis in parts if given[i].relates]
+    if others or not scores or len(ends) != 1:
+        met = "every position meets every other; " + _HINT
+        raise LooksAhead(met if len(ends) > 1 or others else _reason(node, f))
+    if any(x.extra for x in given):
+        raise LooksAhead(next(x.reason for x in given if x.extra))
+    if any(x.wide not in (-1, axis) or (x.wide >= 0 and len(parts) > 1) for x, axis in scores):
+        raise LooksAhead("it puts other elements beside the positions")
+    neutral = f.neutral
+    if node.op.kind == "product":
+        neutral = 0.0 if f.how == "sum" else None
+    elif f.role == "ordered":
+        neutral = 0.0 if f.how == "backward" else math.nan  # forward, elements behind do not matter, whatever they are
+    if any(x.key not in (-1, axis) for x, axis in scores):
+        raise LooksAhead("it takes queries together")
+    found = [x.later(axis) for x, axis in scores]
+    if neutral is None:
+        raise LooksAhead(_reason(node, f))
+    if not math.isnan(neutral) and not any(stands_for(n, neutral) for n in found):
+        said = "; ".join(dict.fromkeys("it is not known what" if n is None else f"{n:g}" for n in found))
+        raise LooksAhead(f"a token meets later ones: where a key is later, {said} stands in it, not {neutral:g}; {_HINT}")
+    end, tokens = next(iter(ends)), _tokens_in(given)
+    if f.role == "reduced":
+        return Label("token" if tokens else "position", end, mixes=True)
+    axis = rule.results[0].index((f,))
+    x, key = scores[0]
+    after = None if math.isnan(neutral) else neutralized(node, key, neutral)
+    straight = axis > end
+    return replace(
+        x, axis=min(axis, end), other=max(axis, end), wide=axis if x.wide >= 0 else -1, key=axis, culprit=node,
+        above=after if straight else None, below=None if straight else after,
+    )  # fmt: skip
+
+
+# -- parts of the sequence, and elements beside it ---------------------------------------------------------------------------
+def _shifted(node: Node, given: Sequence[Label], symbol: str) -> Label | None:
+    """The label of what takes a part of the sequence, puts something beside it, or reads a window of it; None for the rest."""
+    attrs: Any = node.attrs
+    if isinstance(attrs, Concat.Attrs):
+        return _joined(node, attrs.axis, given)
+    x = given[0]
+    if not x.along or any(y.along for y in given[1:]):
+        return None
+    for axis in x.axes:
+        if isinstance(attrs, Slice.Attrs):
+            size, lo, hi = node.inputs[0].shape[axis], attrs.starts[axis], attrs.stops[axis]
+            if (lo, attrs.steps[axis]) == (0, 1) and str(hi) == str(size):
+                continue
+            end = _beyond(hi, symbol)
+            if attrs.steps[axis] != 1 or not isinstance(lo, int) or end is None:
+                return None
+            return _cut(node, x, axis, lo, end)
+        if isinstance(attrs, Pad.Attrs):
+            low, high = attrs.low[axis], attrs.high[axis]
+            if (low, high) != (0, 0):
+                if not isinstance(low, int) or not isinstance(high, int) or low < 0 or high < 0:
+                    return None
+                return _beside(node, x, axis, low, high)
+        if isinstance(attrs, Conv.Attrs) and axis >= 2 and x.kind == "token":
+            low, high = attrs.low[axis - 2], attrs.high[axis - 2]
+            taps = node.inputs[1].shape[axis]
+            plain = attrs.strides[axis - 2] == 1 and attrs.input_dilation[axis - 2] == 1
+            if not (plain and isinstance(low, int) and isinstance(high, int) and isinstance(taps, int)) or low < 0:
+                return None
+            reach = attrs.dilation[axis - 2] * (taps - 1)
+            return _longer(node, x, axis, x.extra + low + high - reach, x.valid + low - reach)
+    return None
+
+
+def _longer(node: Node, x: Label, axis: int, extra: int, valid: int) -> Label:
+    valid = min(valid, extra)
+    does = {"conv": "is a convolution over", "slice": "takes a part of", "pad": "pads"}.get(node.op.name, "adds to")
+    if x.kind != "token" or (x.valid < 0 and node.op.kind != "view"):
+        raise LooksAhead(f"it {does} a part of the sequence")
+    if valid < 0 and valid < extra:
+        raise LooksAhead(f"it {does} the sequence: element i of its result depends on token i + {-valid}")
+    reason = f"it {does} the sequence" if extra else ""
+    return Label("token", axis, mixes=True, culprit=node, reason=reason, extra=extra, valid=valid)
+
+
+def _cut(node: Node, x: Label, axis: int, lo: int, end: int) -> Label | None:
+    """Elements ``lo`` to the number of tokens + ``end``."""
+    if not x.relates:
+        if x.kind != "token":
+            return None
+        if (behind := x.valid - lo) < min(0, x.valid):
+            raise LooksAhead(f"it takes a part of the sequence: element i of its result depends on token i + {-behind}")
+        return _longer(node, x, axis, end - lo, behind)
+    front, back = x.front - lo, end - x.front
+    if axis != x.wide or front < 0 or back < 0:
+        return None
+    return replace(x, front=front, back=back, wide=axis if front or back else -1, culprit=node)
+
+
+def _beside(node: Node, x: Label, axis: int, low: int, high: int) -> Label | None:
+    """``low`` elements in front, and ``high`` behind."""
+    if not x.relates:
+        return _longer(node, x, axis, x.extra + low + high, x.valid + low) if x.kind == "token" else None
+    if x.wide not in (-1, axis) or x.later(axis) is None or x.kind != "scores":
+        return None
+    return replace(x, front=x.front + low, back=x.back + high, wide=axis, culprit=node)
+
+
+def _joined(node: Node, axis: int, given: Sequence[Label]) -> Label | None:
+    """Of values joined end to end along the sequence: one that runs along it, and others of known sizes."""
+    at = [i for i, x in enumerate(given) if axis in x.axes]
+    if len(at) != 1:
+        return None
+    sizes = [v.shape[axis] for i, v in enumerate(node.inputs) if i != at[0]]
+    if not all(isinstance(d, int) for d in sizes):
+        return None
+    ints = [d for d in sizes if isinstance(d, int)]
+    low, high = sum(ints[: at[0]]), sum(ints[at[0] :])
+    x = given[at[0]]
+    others = [y for i, y in enumerate(given) if i != at[0]]
+    if not x.relates:
+        return _beside(node, x, axis, low, high) if all(y.kind == "fixed" for y in others) else None
+    query = x.axis + x.other - axis
+    return _beside(node, x, axis, low, high) if all(y.axes in ((), (query,)) and not y.extra for y in others) else None
+
+
+# -- operations with a rule of their own -------------------------------------------------------------------------------------
 def _attention(node: Node, attrs: AttentionAttrs, given: Sequence[Label]) -> Label:
-    """Attention keeps its keys and values: of all that mixes tokens, it alone."""
+    """Attention keeps its keys and values."""
     q, k, v = given[:3]
+    if any(x.extra for x in given):
+        raise LooksAhead(next(x.reason for x in given if x.extra))
     if q.along and q.axis != 1:
         raise LooksAhead("the positions of q are not axis 1")
     mask = given[3] if len(given) > 3 else FIXED
-    if mask.kind == "token":
-        raise LooksAhead("its mask is data that runs along the sequence: only functions of positions can be cached")
+    rank = len(node.inputs[3].shape) if len(given) > 3 else 0
     if not k.along and not v.along:
         if attrs.causal or attrs.window is not None:
             raise LooksAhead("it is causal over keys that do not run along the sequence")
-        if mask.along:
+        if mask.along and (mask.relates or mask.axis != rank - 2 or not q.along):
             raise LooksAhead("its mask runs along the sequence, and its keys do not")
-        return Label(q.kind, q.axis)
+        return Label("token" if _tokens_in([q, mask]) else q.kind, q.axis)
     if not (q.along and k.along and v.along) or k.axis != 1 or v.axis != 1:
         raise LooksAhead("q, k and v do not all run along the sequence on axis 1")
-    if not attrs.causal:
-        raise LooksAhead("it is bidirectional: a token attends to later ones")
-    if mask.along and any(len(node.inputs[3].shape) - axis > 2 for axis in mask.axes):
+    if mask.along and any(rank - axis > 2 for axis in mask.axes):
         raise LooksAhead("its mask runs along the sequence on an axis that is neither that of queries nor that of keys")
+    if not attrs.causal and not (mask.relates and hides(node.inputs[3], mask.later(rank - 1))):
+        raise LooksAhead("it is bidirectional: a token attends to later ones")
     return Label("token", 1, mixes=True)
+
+
+def hides(mask: Value, number: float | None) -> bool:
+    """Whether a mask hides what has this number in it."""
+    return number == 0 if mask.tensor.dtype.bits == 8 and not mask.tensor.dtype.is_float else stands_for(number, -math.inf)
+
+
+def _scan(node: Node, attrs: ScanAttrs, given: Sequence[Label], symbol: str) -> list[Label]:
+    """A scan along the sequence keeps what it carries."""
+    c, s = attrs.carries, attrs.slices
+    carried, sliced, others = given[:c], given[c : c + s], given[c + s :]
+    does = "it is a scan over the sequence"
+    if attrs.reverse:
+        raise LooksAhead(f"{does} from its end")
+    if any(x.along for x in [*carried, *others]):
+        raise LooksAhead(f"{does}, and what it starts from, or reads in every turn, runs along the sequence")
+    if any(x.along and (x.axes != (0,) or x.extra) for x in sliced) or not all(x.along for x in sliced):
+        raise LooksAhead("it is a scan over another axis than the sequence")
+    if symbol in attrs.body.symbols:
+        raise LooksAhead(f"{does}, and what it does in a turn depends on {symbol}, the number of tokens")
+    kind: Kind = "token" if _tokens_in(sliced) else "position"
+    if kind == "position" or any(x.kind == "position" for x in sliced):
+        raise LooksAhead(f"{does} that reads positions")
+    last = Label("ahead", culprit=node, reason="it is what a scan over the sequence holds after the last token")
+    return [*[last] * c, *[Label(kind, 0, mixes=True)] * (len(node.outputs) - c)]
 
 
 def refuse(label: Label, output: str, symbol: str) -> IRError:

@@ -7,10 +7,12 @@ size is called, or comes to, says nothing. Rows that meet, in a mean, a softmax 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from wasat.ir import DimLike, Graph, IRError, Node, Value, equal
 from wasat.ir.axes import AxisRule, product, quotient
+from wasat.ir.ops.attention import AttentionAttrs
+from wasat.ir.ops.scan import ScanAttrs
 
 from .axis import Label, LooksAhead
 
@@ -48,19 +50,53 @@ def places(graph: Graph, tokens: Value, labels: Mapping[Value, Label]) -> dict[V
         elif batch != 1 and own:
             found[v] = Place(own[0])
     for node in graph.nodes:
-        label = labels[node.outputs[0]]
+        label = labels[node.outputs[-1]]  # a scan's last carry looks ahead, and comes first
         if label.kind in ("ahead", "pair") or not any(v in found for v in node.inputs):
             continue
         try:
-            place = _place(node, [found.get(v) for v in node.inputs], batch)
-            if label.mixes and place != FIRST:
+            for v, place in zip(node.outputs, _outputs(node, [found.get(v) for v in node.inputs], batch)):
+                if place is not None:
+                    found[v] = place
+            if isinstance(node.attrs, AttentionAttrs) and label.mixes and found[node.output] != FIRST:
                 raise LooksAhead("the rows are not its first axis")
         except LooksAhead as e:
             if label.kind == "fixed":
                 continue  # computed once, for all rows together
             raise IRError(f"rows of a batch cannot be served apart: {node!r}\n  {e}", node.loc) from None
-        found.update((v, place) for v in node.outputs)
     return found
+
+
+def _outputs(node: Node, given: Sequence[Place | None], batch: DimLike) -> list[Place | None]:
+    if isinstance(node.attrs, ScanAttrs):
+        return _scan(node.attrs, given, batch)
+    return [_place(node, given, batch)] * len(node.outputs)
+
+
+def _scan(attrs: ScanAttrs, given: Sequence[Place | None], batch: DimLike) -> list[Place | None]:
+    """Of each result of a scan; of what it carries, as the turns leave it."""
+    body, c, s = attrs.body.graph, attrs.carries, attrs.slices
+    start: dict[Value, Place] = {}
+    for i, (v, place) in enumerate(zip(body.inputs, given)):
+        if place is not None and c <= i < c + s:
+            if place.axis == 0:
+                raise LooksAhead("rows meet here, turn by turn")
+            place = replace(place, axis=place.axis - 1)
+        if place is not None:
+            start[v] = place
+    for _ in range(c + 1):
+        found = dict(start)
+        for node in body.nodes:
+            if any(v in found for v in node.inputs):
+                made = _outputs(node, [found.get(v) for v in node.inputs], batch)
+                found.update((v, place) for v, place in zip(node.outputs, made) if place is not None)
+        after = {v: found[out] for v, out in zip(body.inputs[:c], body.outputs) if out in found}
+        if any(start.get(v, place) != place for v, place in after.items()):
+            raise LooksAhead("its carry keeps the rows on another axis after a turn")
+        if start.keys() >= after.keys():
+            break
+        start |= after
+    rows = [found.get(v) for v in body.outputs[c:]]
+    return [*(start.get(v) for v in body.inputs[:c]), *(None if p is None else replace(p, axis=p.axis + 1) for p in rows)]
 
 
 def _place(node: Node, given: Sequence[Place | None], batch: DimLike) -> Place:

@@ -21,7 +21,7 @@ _VIEWS = ("slice", "reshape", "broadcast_to", "cast")
 @dataclass(frozen=True)
 class ReadTables(Pass):
     """A parameter [.., n, m] of few values, each on one region (a triangle, a band) -> comparisons of positions.
-    The first s rows of a parameter -> a lookup at the positions 0 .. s-1.
+    The first s rows of a parameter, and columns -> a lookup at the positions 0 .. s-1.
 
     Modules keep masks as buffers and slice them. Positions say what they mean; the values themselves say it to nobody.
     For programs that are not trained: parameters count as constants.
@@ -56,16 +56,21 @@ class ReadTables(Pass):
     def _look_up(self, graph: Graph, node: Node, remarks: Remarks) -> bool:
         table, attrs = node.inputs[0], Slice.Attrs.of(node)
         cut = [a for a, (lo, hi, n) in enumerate(zip(attrs.starts, attrs.stops, table.shape)) if (lo, hi) != (0, n)]
-        if table.param is None or not table.tensor.dtype.is_float or len(cut) != 1 or set(attrs.steps) != {1}:
+        if table.param is None or not table.tensor.dtype.is_float or not cut or set(attrs.steps) != {1}:
             return False
-        (axis,) = cut
-        lead, size = table.shape[:axis], node.output.shape[axis]
-        if attrs.starts[axis] != 0 or isinstance(size, int) or any(d != 1 for d in lead):
+        sizes = {node.output.shape[a] for a in cut}
+        if any(attrs.starts[a] != 0 for a in cut) or len(sizes) != 1 or isinstance(size := sizes.pop(), int):
             return False
         whole = size if graph.is_output(node.output) else _asked_for(node.output, size)
         b = Builder(graph, before=node, loc=node.loc)
-        rows = b.gather(b.reshape(table, shape=table.shape[axis:]), b.iota(size=whole), axis=0)
-        rows = b.reshape(rows, shape=(*lead, whole, *node.output.shape[axis + 1 :]))
+        lead = table.shape[: cut[0]]
+        if len(cut) == 1 and all(d == 1 for d in lead):
+            rows = b.gather(b.reshape(table, shape=table.shape[cut[0] :]), b.iota(size=whole), axis=0)
+            rows = b.reshape(rows, shape=(*lead, whole, *node.output.shape[cut[0] + 1 :]))
+        else:
+            rows = table
+            for axis in cut:
+                rows = b.gather(rows, b.iota(size=whole), axis=axis)
         remarks.applied(f"the first {whole} rows of {table.param} are looked up by position", node)
         if whole == size:
             replace(graph, node.output, rows)

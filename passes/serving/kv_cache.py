@@ -1,12 +1,14 @@
 """KV-cache derivation: from a cache-less forward pass to ``prefill`` and ``decode`` (and ``encode``), by proof, not by pattern.
 
-If everything that mixes tokens is causal attention, what a token computes depends on earlier ones only through keys and values:
-keep those, and the program runs on the new tokens alone, its positions offset by how many there are already.
+If everything that mixes tokens looks back, what a token computes depends on earlier ones only through keys and values, carries
+and last inputs: keep those, and the program runs on the new tokens alone, its positions offset by how many there are already.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from wasat.ir import (
@@ -25,18 +27,21 @@ from wasat.ir import (
     symbol,
     symbols_of,
 )
+from wasat.ir.axes import product
 from wasat.ir.graph import copy_node
 from wasat.ir.lift import lift
 from wasat.ir.ops.attention import AttentionAttrs
 from wasat.ir.ops.constant import Iota
 from wasat.ir.ops.index import AxisAttrs
+from wasat.ir.ops.scan import ScanAttrs
 from wasat.ir.ops.shape import Slice
 
-from ..analyses.axis import Label, analyze, image, refuse
+from ..analyses.axis import Label, analyze, refuse, uncut
 from ..analyses.indexing import Indexing
 from ..analyses.rows import FIRST, Place, places
 from ..core import Pass, PassError, Remark, Remarks
 from ..pattern import erase_dead
+from .kept import Kept, all_positions, in_place, keep, meet, meets, over_slots, rows_first, run_scan, run_sum, run_window
 from .token_inputs import token_inputs
 
 
@@ -85,23 +90,26 @@ class DeriveKVCache(Pass):
         seq = str(tokens.shape[1])
         limits = [n for n in (program.interface.context, _positions_known(forward, labels)) if n is not None]
         context = min(limits, default=None)
-        plan = _Plan.make(forward, tokens, seq, labels, self.chunk, self.granule, context)
+        plan = Plan.make(forward, tokens, seq, labels, self.chunk, self.granule, context)
         plan.places = places(forward, tokens, labels)
+        keep(plan)
         graphs = dict(program.graphs)
         del graphs[self.graph]
-        made = [_Derivation(plan, name).run() for name in ("prefill", "decode")]
+        made = [Derivation(plan, name).run() for name in ("prefill", "decode")]
         if plan.memory:
             made.insert(0, _encode(plan))
         clash = [g.name for g in made if g.name in graphs]
         if clash:
             raise PassError(f"the program already has a graph @{clash[0]}")
         program.graphs = {**graphs, **{g.name: g for g in made}}
+        states = [*(s for c in plan.of.values() for s in c.states()), *(k.state() for k in plan.kept.values())]
         program.declare(
-            states=tuple(s for c in plan.of.values() for s in c.states()), chunk=self.chunk, context=context,
-            granule=self.granule, tokens=tokens.name,
+            states=tuple(states), chunk=self.chunk, context=context, granule=self.granule, tokens=tokens.name
         )  # fmt: skip
         for node, cache in plan.of.items():
             remarks.applied(f"%{node.output.name}: {cache.describe()}", node)
+        for kept in plan.kept.values():
+            remarks.applied(kept.describe(), kept.of.node or made[-1])
         if plan.memory:
             remarks.applied(f"@encode computes {len(plan.memory)} values once", made[0])
 
@@ -138,11 +146,11 @@ def _served(graph: Graph, remarks: Remarks) -> tuple[Graph, Value, dict[Value, L
     """
     failure: IRError | None = None
     for name in token_inputs(graph):
-        served = graph.clone()
+        seq = next(str(v.shape[1]) for v in graph.inputs if v.name == name)
+        served = uncut(graph.clone(), seq)
         tokens = next(v for v in served.inputs if v.name == name)
-        seq = str(tokens.shape[1])
         labels = analyze(served, seq)
-        ahead = {n: v for n, v in zip(served.output_names, served.outputs) if labels[v].kind in ("ahead", "pair")}
+        ahead = {n: v for n, v in zip(served.output_names, served.outputs) if not labels[v].one_each}
         lost = {n: v for n, v in ahead.items() if len(ahead) < len(served.outputs) and _whole_batch(v, tokens)}
         refused = [refuse(labels[v], n, seq) for n, v in ahead.items() if n not in lost]
         if refused:
@@ -181,7 +189,7 @@ def _leave_off(graph: Graph, outputs: set[str], tokens: Value) -> None:
 
 
 @dataclass
-class _Cache:
+class Cache:
     """The keys and values of one attention."""
 
     index: int
@@ -210,35 +218,38 @@ class _Cache:
 
 
 @dataclass
-class _Plan:
+class Plan:
     """What all derived graphs share."""
 
     forward: Graph
     tokens: Value
     seq: str
     labels: dict[Value, Label]
-    of: dict[Node, _Cache] = field(default_factory=dict)
+    of: dict[Node, Cache] = field(default_factory=dict)
     memory: dict[Value, str] = field(default_factory=dict)
     """Fixed values that depend on inputs, read by what runs along the sequence."""
     places: dict[Value, Place] = field(default_factory=dict)
     """Where values keep the rows of the batch."""
+    kept: dict[Value, Kept] = field(default_factory=dict)
+    """What else an incremental run keeps, by the value it is of."""
     capacity: DimLike = 0
     last_mixing: Node | None = None
 
     @staticmethod
     def make(
         forward: Graph, tokens: Value, seq: str, labels: dict[Value, Label], chunk: int, granule: int, context: int | None
-    ) -> _Plan:
-        plan = _Plan(forward, tokens, seq, labels)
+    ) -> Plan:
+        plan = Plan(forward, tokens, seq, labels)
         plan.capacity = symbol(capacity_name(forward))
         dependent = _on_inputs(plan)
         for node in forward.nodes:
             for v in node.inputs:
                 if v in dependent and v.node is not None and any(labels[o].served for o in node.outputs):
                     plan.memory.setdefault(v, f"memory.{len(plan.memory)}")
-            if labels[node.outputs[0]].mixes:
+            if any(labels[o].mixes for o in node.outputs):
                 plan.last_mixing = node
-                plan._cache(node, chunk, granule, context)
+                if isinstance(node.attrs, AttentionAttrs):
+                    plan._cache(node, chunk, granule, context)
         for v in forward.outputs:
             if v in dependent and v.node is not None:
                 plan.memory.setdefault(v, f"memory.{len(plan.memory)}")
@@ -250,11 +261,13 @@ class _Plan:
         capacity = None if window is None else -(-(window + chunk - 1) // granule) * granule
         if capacity is not None and context is not None and context <= capacity:
             capacity = None
+        if len(node.inputs) > 3 and self.labels[node.inputs[3]].kind in ("token", "scores"):
+            capacity = None  # what a mask is made of is kept for all positions
         # one for each, also of the same keys and values: in place, a cache is written by one
-        self.of[node] = _Cache(len(self.of), k.tensor, v.tensor, window, capacity)
+        self.of[node] = Cache(len(self.of), k.tensor, v.tensor, window, capacity)
 
 
-def _on_inputs(plan: _Plan) -> set[Value]:
+def _on_inputs(plan: Plan) -> set[Value]:
     """Fixed values that depend on an input."""
     found = {v for v in plan.forward.inputs if plan.labels[v].kind == "fixed"}
     for node in plan.forward.nodes:
@@ -263,7 +276,7 @@ def _on_inputs(plan: _Plan) -> set[Value]:
     return found
 
 
-def _encode(plan: _Plan) -> Graph:
+def _encode(plan: Plan) -> Graph:
     g = Graph("encode")
     env = _declare(g, plan, {v for v in plan.forward.inputs if plan.labels[v].kind == "fixed"}, {})
     for node in plan.forward.nodes:
@@ -273,7 +286,7 @@ def _encode(plan: _Plan) -> Graph:
     return g
 
 
-def _declare(g: Graph, plan: _Plan, inputs: set[Value], sizes: dict[str, DimLike]) -> dict[Value, Value]:
+def _declare(g: Graph, plan: Plan, inputs: set[Value], sizes: dict[str, DimLike]) -> dict[Value, Value]:
     env: dict[Value, Value] = {}
     for v in plan.forward.inputs:
         if v in inputs:
@@ -284,14 +297,14 @@ def _declare(g: Graph, plan: _Plan, inputs: set[Value], sizes: dict[str, DimLike
     return env
 
 
-class _Derivation:
+class Derivation:
     """One derived graph under construction.
 
     ``env`` holds values over all new tokens; ``rows``, in prefill, values at each row's last token: once nothing mixes
     tokens any more, only that one goes on.
     """
 
-    def __init__(self, plan: _Plan, name: str) -> None:
+    def __init__(self, plan: Plan, name: str) -> None:
         self.plan, self.labels = plan, plan.labels
         self.one = name == "decode"
         self.g = Graph(name)
@@ -300,6 +313,7 @@ class _Derivation:
         self.env = _declare(self.g, plan, {v for v in plan.forward.inputs if self._reads(v)}, self.sizes)
         self.rows: dict[Value, Value] = {}
         self.keyed: dict[tuple[Value, int, int | None], Value] = {}
+        self.later: Value | None = None
         self.batch = plan.tokens.shape[0]
         per_row = TensorType(DType.I64, (self.batch,))
         self.past = self.g.add_input("past", per_row)
@@ -310,30 +324,59 @@ class _Derivation:
         for cache in plan.of.values():
             for n, t in zip(cache.names(), cache.types(self.batch, plan.capacity)):
                 self.states[n] = self.g.add_input(n, t)
+        for kept in plan.kept.values():
+            self.states[kept.name] = self.g.add_input(kept.name, kept.type)
 
     def run(self) -> Graph:
         plan = self.plan
         tail = plan.last_mixing is None
         for node in plan.forward.nodes:
-            label = self.labels[node.outputs[0]]
+            label = self.labels[node.outputs[-1]]  # a scan's last carry looks ahead, and comes first
             self.b.loc = node.loc
             if label.kind == "fixed":
                 if not any(v in plan.memory for v in node.outputs) and all(v in self.env for v in node.inputs):
                     copy_node(self.g, node, self.env)
-            elif label.kind in ("ahead", "pair"):
-                continue  # no output needs it; attention emits its own mask
+            elif label.kind in ("ahead", "pair", "scores"):
+                continue  # no output needs it; what sums over keys emits its own
             elif label.kind == "last":
                 self._after_last(node)
-            elif label.mixes:
-                self._attend(node)
+            elif label.mixes and (step := self._step(node)) is not None:
+                step(node)
             elif tail and not self.one and label.kind == "token":
                 self._apply(node, [self._row(v) for v in node.inputs], {plan.seq: 1}, self.rows)
             else:
-                self._apply(node, [self.env[v] for v in node.inputs], self.sizes, self.env)
+                short = max(0, -label.valid)  # of a part of the sequence, there is all that is new
+                sizes = {plan.seq: substitute(plan.tokens.shape[1], self.sizes) + short} if short else self.sizes
+                self._apply(node, [self.env[v] for v in node.inputs], sizes, self.env)
             tail = tail or node is plan.last_mixing
         outputs = [self._output(v) for v in plan.forward.outputs]
         self.g.set_outputs([*outputs, *self.states.values()], [*plan.forward.output_names, *self.states])
         return self.g
+
+    def _step(self, node: Node) -> Callable[[Node], None] | None:
+        """How a node that needs more of earlier positions than its own goes on from what is kept."""
+        if isinstance(node.attrs, AttentionAttrs):
+            return self._attend
+        if meets(self.plan, node):
+            return partial(meet, self)
+        if isinstance(node.attrs, ScanAttrs):
+            return partial(run_scan, self)
+        kept = self.plan.kept.get(node.output)
+        if kept is None or kept.kind == "full":
+            return None
+        return partial(run_sum if kept.kind == "carry" else run_window, self)
+
+    def size(self, label: Label) -> DimLike:
+        """How many elements a value has along the sequence."""
+        return substitute(self.plan.tokens.shape[1], self.sizes) + label.extra - min(label.valid, 0)
+
+    def is_later(self) -> Value:
+        """Whether a slot is that of a later position than a query's: [rows, queries, slots]."""
+        if self.later is None:
+            b, n = self.b, self.size(Label("token"))
+            query = b.add(b.reshape(self.past, shape=(self.batch, 1, 1)), b.reshape(b.iota(size=n), shape=(n, 1)))
+            self.later = b.less(query, b.iota(size=self.plan.capacity))
+        return self.later
 
     def _reads(self, v: Value) -> bool:
         """Whether an input is needed beside what @encode makes of it."""
@@ -354,9 +397,7 @@ class _Derivation:
         if node.op.name == "rope" and lifted[1] and (at := self.plan.places.get(node.inputs[0])) is not None and at.axis == 2:
             env[node.output] = self._turned(node, inputs, at)
             return
-        operands, attrs = self._offset(node, inputs, node.attrs.bind(sizes), lifted, label.kind == "position")
-        made = self.g.add_node(node.op, operands, attrs, loc=node.loc, names=names)
-        env.update(zip(node.outputs, made.outputs))
+        env.update(zip(node.outputs, self.node(node, inputs, node.attrs.bind(sizes), lifted, label.kind == "position")))
 
     def _after_last(self, node: Node) -> None:
         """What is made of the last token: here, of each row's."""
@@ -377,27 +418,46 @@ class _Derivation:
         y = self.g.add_node(node.op, [x, *inputs[1:]], node.attrs, loc=node.loc, names=[node.output.name]).output
         return self.b.transpose(y, perm=(2, 1, 0, 3))
 
-    def _offset(self, node: Node, inputs: list[Value], attrs: Any, lifted: list[bool], own: bool) -> tuple[list[Value], Any]:
+    def offset(self, node: Node, inputs: list[Value], attrs: Any, lifted: list[bool], own: bool) -> tuple[list[Value], Any]:
         """Operands and attributes for a node of whose operands some are lifted, as is (``own``) its result."""
         if not any(lifted):
             return inputs, attrs
         rank, at = len(node.output.shape), FIRST if own else self.plan.places.get(node.output, FIRST)
-        if node.op.elementwise:
-            return [self._spread(v, x, rank + own, at) if up else x for v, x, up in zip(node.inputs, inputs, lifted)], attrs
+        masked = isinstance(node.attrs, AttentionAttrs) and not own and not any(lifted[:3])
+        if node.op.elementwise or masked:
+            return [self.spread(v, x, rank + own, at) if up else x for v, x, up in zip(node.inputs, inputs, lifted)], attrs
         found = self._lifted(node, inputs, attrs, lifted, own) if at == FIRST else None
         if found is None and own and node.op.kind == "view":  # perhaps it stretches its operand, aligned at the end
-            inputs = [self._spread(v, x, rank + 1) if up else x for v, x, up in zip(node.inputs, inputs, lifted)]
+            inputs = [self.spread(v, x, rank + 1) if up else x for v, x, up in zip(node.inputs, inputs, lifted)]
             found = self._lifted(node, inputs, attrs, lifted, own)
         if found is None:
             raise IRError(f"{node!r}: positions cannot be offset through {node.op.name}", node.loc)
         return inputs, found
+
+    def node(self, node: Node, inputs: list[Value], attrs: Any, lifted: list[bool], own: bool) -> tuple[Value, ...]:
+        """The node of operands of which some are lifted, as is (``own``) its result."""
+        if node.op.name == "gather" and lifted[1] and (lifted[0] or AxisAttrs.of(node).axis > 0):
+            return (self._looked_up(node, inputs[0], inputs[1], lifted[0]),)
+        operands, attrs = self.offset(node, inputs, attrs, lifted, own)
+        return self.g.add_node(node.op, operands, attrs, loc=node.loc, names=[v.name for v in node.outputs]).outputs
+
+    def _looked_up(self, node: Node, table: Value, index: Value, own: bool) -> Value:
+        """What each row picks, at indices of its own, from a table that is its ``own``, or one for all."""
+        axis, rank, inner, b = AxisAttrs.of(node).axis, len(node.inputs[0].shape), index.shape[1:], self.b
+        if own:
+            flat = b.reshape(index, shape=(self.batch, *[1] * axis, product(*inner), *[1] * (rank - axis - 1)))
+            picked = b.take_along(table, flat, axis=axis + 1)
+            return b.reshape(picked, shape=(*picked.shape[: axis + 1], *inner, *picked.shape[axis + 2 :]))
+        lines = b.transpose(table, perm=(axis, *(i for i in range(rank) if i != axis)))
+        picked, n = b.gather(lines, index, axis=0), 1 + len(inner)
+        return b.transpose(picked, perm=(0, *range(n, n + axis), *range(1, n), *range(n + axis, len(picked.shape))))
 
     def _lifted(self, node: Node, inputs: list[Value], attrs: Any, lifted: list[bool], own: bool) -> Any:
         """Attributes for operands with the rows in front."""
         types = [x.tensor.with_shape(*x.shape[1:]) if up else x.type for x, up in zip(inputs, lifted)]
         return lift(node.op, attrs, types, lifted, self.batch, own)
 
-    def _spread(self, old: Value, x: Value, rank: int, at: Place = FIRST) -> Value:
+    def spread(self, old: Value, x: Value, rank: int, at: Place = FIRST) -> Value:
         """A lifted value [b, *shape] in ``rank`` axes, aligned at the end, its rows at the place ``at`` among them."""
         own = list(x.shape[1:])
         while len(own) > rank and own[0] == 1:
@@ -430,52 +490,40 @@ class _Derivation:
         self.env[node.output], self.states[k], self.states[v] = out
 
     # -- masks, whose keys are what the cache holds --------------------------------------------------------------------
-    def _mask(self, v: Value, cache: _Cache) -> Value:
+    def _mask(self, v: Value, cache: Cache) -> Value:
         """A mask [b, h, new tokens, slots of the cache] (or broadcastable to it)."""
         while v.node is not None and v.node.op.name == "broadcast_to":  # as attention does by itself
             v = v.node.inputs[0]
         keys = len(v.shape) - 1
-        x = self._keyed(v, keys, cache) if keys in self.labels[v].axes else self.env[v]
-        return self._spread(v, x, 4) if len(x.shape) > len(v.shape) else x
+        x = self.over_slots(v, keys, cache) if keys in self.labels[v].axes else self.env[v]
+        return self.spread(v, x, 4) if len(x.shape) > len(v.shape) else x
 
-    def _keyed(self, v: Value, axis: int, cache: _Cache) -> Value:
-        """``v``, a function of positions, with ``axis`` along the cache's slots; lifted, unless it repeats something fixed."""
-        key = (v, axis, cache.capacity)
+    def over_slots(self, v: Value, axis: int, cache: Cache | None = None) -> Value:
+        """``v`` with ``axis`` along the slots of a cache (None: a full one). Functions of positions are lifted, unless they
+        repeat something fixed."""
+        key = (v, axis, None if cache is None else cache.capacity)
         if key not in self.keyed:
-            node = v.node
-            assert node is not None  # positions come from iota
-            self.keyed[key] = self._key_positions(node, cache) if node.op.name == "iota" else self._over_keys(node, axis, cache)
+            kept = self.plan.kept.get(v)
+            if kept is not None and kept.kind == "full":
+                self.keyed[key] = all_positions(self, v)
+            elif v.node is not None and v.node.op.name == "iota":
+                self.keyed[key] = self._key_positions(v.node, cache)
+            else:
+                self.keyed[key] = over_slots(self, v, axis, cache)
         return self.keyed[key]
 
-    def _over_keys(self, node: Node, axis: int, cache: _Cache) -> Value:
-        v, inputs = node.output, []
-        for i, x in enumerate(node.inputs):
-            at = next((a for a in self.labels[x].axes if image(node, i, a) == axis), None)
-            inputs.append(self.env[x] if at is None else self._keyed(x, at, cache))
-        shape = [substitute(d, self.sizes) for d in v.shape]
-        shape[axis] = self._capacity(cache)
-        attrs: Any = node.attrs
-        if node.op.name == "slice":  # of all along the sequence
-            stops = [n if a in self.labels[v].axes else stop for a, (n, stop) in enumerate(zip(shape, attrs.stops))]
-            attrs = type(attrs)(attrs.starts, tuple(stops), attrs.steps)
-        elif node.op.name in ("reshape", "broadcast_to"):
-            attrs = type(attrs)(tuple(shape))
-        lifted = [len(x.shape) > len(old.shape) for x, old in zip(inputs, node.inputs)]
-        operands, attrs = self._offset(node, inputs, attrs, lifted, any(lifted))
-        made: Value = self.g.add_node(node.op, operands, attrs, loc=node.loc).output
-        return made
+    def slots(self, cache: Cache | None) -> DimLike:
+        """How many positions a cache holds."""
+        return self.plan.capacity if cache is None or cache.capacity is None else cache.capacity
 
-    def _capacity(self, cache: _Cache) -> DimLike:
-        return self.plan.capacity if cache.capacity is None else cache.capacity
-
-    def _key_positions(self, node: Node, cache: _Cache) -> Value:
+    def _key_positions(self, node: Node, cache: Cache | None) -> Value:
         """The position in each slot, [b, c]; of slots not yet written, one of those that are: functions may not know others."""
         b = self.b
         new = substitute(Iota.Attrs.of(node).size, self.sizes)
         furthest = b.slice(b.iota(size=new), starts=(new - 1,), stops=(new,))
         last = b.add(b.reshape(self.past, shape=(self.batch, 1)), furthest)
-        at = b.iota(size=self._capacity(cache))
-        if cache.capacity is not None:
+        at = b.iota(size=self.slots(cache))
+        if cache is not None and cache.capacity is not None:
             at = b.sub(last, b.mod(b.sub(last, at), cache.capacity))
         at = b.maximum(b.minimum(at, last), 0)
         dtype = Iota.Attrs.of(node).dtype
@@ -495,17 +543,11 @@ class _Derivation:
         if label.kind == "uniform":
             stops = [1 if i == label.axis else d for i, d in enumerate(x.shape)]
             return self.b.slice(x, starts=(0,) * len(stops), stops=tuple(stops))
-        axis, rows = label.axis, at.axis
+        axis = label.axis
         if label.kind == "position":  # rows are in front
-            axis, rows, at = axis + 1, 0, FIRST
-        shape = x.shape
-        if not at.alone:
-            x = self.b.reshape(x, shape=(*shape[:rows], at.outer, self.batch, at.inner, *shape[rows + 1 :]))
-            axis, rows = axis + 2 * (axis > rows), rows + 1
-        perm = (rows, axis, *(i for i in range(len(x.shape)) if i not in (rows, axis)))
-        y = self.b.take_row(self.b.transpose(x, perm=perm), self.last)
-        y = self.b.transpose(y, perm=tuple(perm.index(i) for i in range(len(perm))))
-        return y if at.alone else self.b.reshape(y, shape=tuple(1 if i == label.axis else d for i, d in enumerate(shape)))
+            axis, at = axis + 1, FIRST
+        y = self.b.take_row(rows_first(self, x, at, axis), self.last)
+        return in_place(self, y, at, axis, x.shape)
 
     def _output(self, v: Value) -> Value:
         label = self.labels[v]

@@ -190,11 +190,11 @@ def test_the_check_of_passes_sees_a_wrong_cache(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(IRError, match="needs 2 == b"):
         ws.optimize(forward_of(heads_first), kv_cache=True, chunk=4, check=True)
     monkeypatch.setattr(kv_cache, "places", right)
-    spread = kv_cache._Derivation._spread
+    spread = kv_cache.Derivation.spread
 
     def standing(self: Any, old: Any, x: Any, *more: Any) -> Any:  # positions that do not go on
         return spread(self, old, self.b.mul(x, 0.0) if x.tensor.dtype.is_float else x, *more)
 
-    monkeypatch.setattr(kv_cache._Derivation, "_spread", standing)
+    monkeypatch.setattr(kv_cache.Derivation, "spread", standing)
     with pytest.raises(PassError, match=r"entries that give another logits than @forward after \[4, 2, 3\]"):
         ws.optimize(forward_of(heads_first), kv_cache=True, chunk=4, check=True)

@@ -1,0 +1,96 @@
+"""What values over (query, key) are where the key is later: unknown, or one number; what does not matter there.
+
+    select(key <= query, scores, -inf)      -inf
+    softmax of it over keys                 0
+    its product with values, over keys      later keys add nothing
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from wasat.ir import Node, Value
+from wasat.ir.ops.shape import Pad
+
+from .affine import Affine, empty
+from .indexing import Indexing
+from .mask import FINITE_FILL
+
+
+def stands_for(number: float | None, neutral: float) -> bool:
+    """Whether a number does not matter where ``neutral`` does not: numbers below all scores stand for minus infinity."""
+    return number is not None and (number == neutral or (neutral == -math.inf and number <= FINITE_FILL))
+
+
+def apart(at: Indexing, v: Value, axis: int, other: int) -> tuple[float | None, float | None]:
+    """The numbers of ``v``, a function of positions, where the index along ``other`` is larger, and where it is smaller."""
+    rank, sizes = len(v.shape), at.shape(v)
+    difference = Affine(tuple(int(a == other) - int(a == axis) for a in range(rank)), -1)
+    sides = difference, difference.plus(Affine((), 1)).scaled(-1).plus(Affine((), -1))
+    found = []
+    for side in sides:
+        here = [p for p in at.pieces(v) if not empty([*p.where, side], sizes)]
+        numbers = {p.number if isinstance(p.number, (int, float)) else None for p in here}
+        found.append(float(n) if len(numbers) == 1 and (n := numbers.pop()) is not None else None)
+    return found[0], found[1]
+
+
+def beside(node: Node, numbers: Sequence[float | None]) -> float | None:
+    """The number that ``node`` makes of operands that are these numbers (None: not known, but finite); None if it is not one.
+
+    -1e9 added to a score stands for minus infinity, as it does wherever a softmax follows.
+    """
+    name = node.op.name
+    if isinstance(node.attrs, Pad.Attrs):
+        numbers = [*numbers, float(node.attrs.value)]
+    if node.op.kind == "view":
+        return numbers[0] if len(set(numbers)) == 1 else None
+    if not node.op.elementwise:
+        linear = {f.how for axes in node.axes.operands for axis in axes for f in axis if f.role == "reduced"}
+        if linear == {"sum"} and 0 in numbers:  # of products, or of terms, all 0
+            return 0.0
+        return numbers[0] if linear and linear <= {"max", "min"} else None
+    if None not in numbers:
+        return _evaluated(node, [x for x in numbers if x is not None])
+    if name == "select":
+        if numbers[0] is None:
+            return numbers[1] if numbers[1] == numbers[2] else None
+        return numbers[1] if numbers[0] else numbers[2]
+    decisive = {"logical_and": 0.0, "logical_or": 1.0, "mul": 0.0}.get(name)
+    if decisive is not None and decisive in numbers:
+        return decisive
+    if name == "div" and numbers[0] == 0:
+        return 0.0
+    if name not in _BESIDE_INFINITY or all(x is None for x in numbers):
+        return None
+    if name in ("add", "sub"):
+        fills = [x * (-1 if name == "sub" and i else 1) for i, x in enumerate(numbers) if x is not None]
+        return -math.inf if fills[0] <= FINITE_FILL else math.inf if fills[0] == math.inf else None
+    tried = {_evaluated(node, [probe if x is None else x for x in numbers]) for probe in (-1.0, 0.0, 1.0)}
+    known = next(x for x in numbers if x is not None)
+    return tried.pop() if math.isinf(known) and len(tried) == 1 else None
+
+
+_BESIDE_INFINITY = ("add", "sub", "div", "maximum", "minimum", "less", "less_equal", "greater", "greater_equal")
+"""Of an infinity and anything finite, these make one number (or what is finite, or two of either sign)."""
+
+
+def _evaluated(node: Node, numbers: Sequence[float]) -> float | None:
+    operands = [np.asarray(n).astype(v.tensor.dtype.np) for n, v in zip(numbers, node.inputs)]
+    with np.errstate(all="ignore"):
+        y = float(np.asarray(node.op.reference(node.attrs, *operands)))
+    return None if math.isnan(y) else y
+
+
+def neutralized(node: Node, axis: int, neutral: float) -> float | None:
+    """What a node that normalizes ``axis`` makes of elements that do not matter to it, beside one that does."""
+    v = node.inputs[0]
+    x = np.zeros([2 if a == axis else 1 for a in range(len(v.shape))], v.tensor.dtype.np)
+    x.reshape(-1)[1] = neutral
+    with np.errstate(all="ignore"):
+        y = float(np.asarray(node.op.reference(node.attrs, x)).reshape(-1)[1])
+    return None if math.isnan(y) else y
+
+

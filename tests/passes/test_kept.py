@@ -1,0 +1,456 @@
+"""What looks back without being attention keeps what it needs: scores summed in other ways, scans, sums, windows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from wasat.frontend import nn
+from wasat.ir import IRError, Program, evaluate
+
+import wasat as ws
+
+VOCAB, DIM, HEADS, WIDTH = 11, 8, 2, 4
+INF = math.inf
+Mix = Callable[[nn.Tensor, nn.Tensor], nn.Tensor]
+
+
+class Model(nn.Module):
+    """An embedding, ``mix`` of x [b, s, 8] and the positions beside a norm of it, a head."""
+
+    def __init__(self, mix: Mix) -> None:
+        self.embed, self.head, self.norm = nn.Embedding(VOCAB, DIM, std=1.0), nn.Linear(DIM, VOCAB), nn.RMSNorm(DIM)
+        self.mix = mix
+
+    def __call__(self, tokens: nn.Tensor) -> nn.Tensor:
+        x = self.embed(tokens)
+        return self.head(self.norm(x + self.mix(self.norm(x), nn.positions(tokens))))
+
+
+def scores(x: nn.Tensor) -> tuple[nn.Tensor, nn.Tensor]:
+    """Scores [b, h, s, t] of x with itself, and values [b, h, s, d]."""
+    q, v = nn.tanh(x * 1.3).heads(HEADS).swap(1, 2), nn.sin(x * 2.0).heads(HEADS).swap(1, 2)
+    return q @ v.T * 0.7, v
+
+
+def merged(x: nn.Tensor) -> nn.Tensor:
+    return x.swap(1, 2).merge()
+
+
+def hidden(x: nn.Tensor, at: nn.Tensor, fill: float = -INF) -> tuple[nn.Tensor, nn.Tensor]:
+    s, v = scores(x)
+    return nn.where(nn.causal(at), s, fill), v
+
+
+def softmax1(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    s, v = hidden(x, at)
+    top = nn.maximum(s.max(-1, keepdims=True), 0.0)
+    e = nn.exp(s - top)
+    return merged((e / (nn.exp(-top) + e.sum(-1, keepdims=True))) @ v)
+
+
+def sigmoid(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    s, v = hidden(x, at)
+    return merged(nn.sigmoid(s) @ v)
+
+
+def squared(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """relu(s)^2 of scores to which a finite number was added, scaled after it."""
+    s, v = scores(x)
+    r = nn.relu((s + nn.where(nn.causal(at), 0.0, -1e9)) * 0.5)
+    return merged((r * r) @ v)
+
+
+def divided_after(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    s, v = scores(x)
+    w = nn.exp(s) * nn.causal(at).cast("f32")
+    return merged((w @ v) / w.sum(-1, keepdims=True))
+
+
+def keys_first(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """Scores [b, h, t, s], normalized over their first axis."""
+    s, v = scores(x)
+    w = nn.softmax(nn.where(nn.causal(at).swap(0, 1), s, -INF), axis=-2)
+    return merged(w.swap(2, 3) @ v)
+
+
+def talking(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """Heads mixed before and after."""
+    s, v = scores(x)
+    mixing = nn.constant([[0.5, -1.0], [0.25, 1.5]])
+    s = nn.where(nn.causal(at), nn.einsum("b h s t, h g -> b g s t", s, mixing), -INF)
+    return merged(nn.einsum("b h s t, h g -> b g s t", nn.softmax(s), mixing) @ v)
+
+
+def sink(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """A column of logits joins, and is dropped again."""
+    s, v = hidden(x, at)
+    column = nn.constant([0.3, -0.6])[:, None, None].broadcast_to(*s.shape[:3], 1)
+    return merged(nn.softmax(nn.concat([column, s], axis=-1))[..., 1:] @ v)
+
+
+def token_sink(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """A column that each token makes, behind; a column of zeros by padding, in front."""
+    s, v = hidden(x, at)
+    column = x.heads(HEADS).swap(1, 2).sum(-1, keepdims=True)
+    w = nn.softmax(nn.pad(nn.concat([s, column], axis=-1), (0, 0, 0, 1), (0, 0, 0, 0)))
+    return merged(w[..., 1 : w.shape[-1] - 1] @ v)
+
+
+def decaying(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """Factors by the distance, normalized over what is seen."""
+    s, v = scores(x)
+    pace = nn.constant([-0.2, -0.7])[:, None, None]
+    d = nn.where(nn.causal(at), nn.exp(pace * (at[:, None] - at[None, :]).cast("f32")), 0.0)
+    return merged((s * (d / d.sum(-1, keepdims=True))) @ v)
+
+
+def averaged(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """Weights by positions alone."""
+    seen = nn.causal(at).cast("f32")
+    return (seen / seen.sum(-1, keepdims=True)) @ x
+
+
+def largest(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    s, _ = hidden(x, at)
+    return x * s.max(-1).max(1)[..., None]
+
+
+def stick_breaking(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """A sum from each key up to the query, which runs against the order of the keys."""
+    s, v = hidden(x, at)
+    kept = nn.where(nn.causal(at), nn.log(1.0 - nn.sigmoid(s) * 0.9), 0.0)
+    return merged((nn.sigmoid(s) * nn.exp(nn.emit("cumsum", kept, axis=3, reverse=True, exclusive=True))) @ v)
+
+
+def repeated_heads(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """Two heads of queries over one of keys, which are the values too."""
+    b, s = x.shape[:2]
+    k = nn.sin(x)[:, :, None, :4].broadcast_to(b, s, HEADS, 4).swap(1, 2)
+    q = x.heads(HEADS).swap(1, 2)
+    return merged(nn.sigmoid(nn.where(nn.causal(at), q @ k.T, -INF)) @ k)
+
+
+def by_tokens(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """What is seen depends on tokens of both: alike in sign."""
+    s, v = scores(x)
+    sign = x[..., 0] > 0
+    keep = nn.causal(at) & ((sign[:, :, None] == sign[:, None, :]) | (at[:, None] == at[None, :]))
+    return merged(nn.softmax(nn.where(keep[:, None], s, -INF)) @ v)
+
+
+def fused_by_tokens(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """The same with a window, as an attention with a mask operand."""
+    q = x.heads(HEADS)
+    sign = x[..., 0] > 0
+    keep = (nn.causal(at) & nn.within(at, 3))[None] & ((sign[:, None, :]) | (at[:, None] == at[None, :]))
+    s = q.swap(1, 2) @ q.swap(1, 2).T
+    return merged(nn.softmax(nn.where(keep[:, None], s, -INF)) @ q.swap(1, 2))
+
+
+def sequence_first(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """Heads folded into the batch, positions in front: [s, b * h, d]."""
+    s, b = x.shape[1], x.shape[0]
+    q = x.swap(0, 1).reshape(s, b * HEADS, WIDTH).swap(0, 1)
+    w = nn.sigmoid(nn.where(nn.causal(at), q @ q.T, -INF))
+    return (w @ q).swap(0, 1).reshape(s, b, DIM).swap(0, 1)
+
+
+def running_sums(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    q, k = nn.softplus(x).heads(HEADS), nn.softplus(x * -1.0).heads(HEADS)
+    state = nn.cumsum(k[..., None] * nn.sin(k)[..., None, :], axis=1)
+    before = nn.emit("cumsum", k.swap(1, 2), axis=2, exclusive=True).swap(1, 2)
+    return (nn.einsum("b s h k, b s h k v -> b s h v", q, state) / (1.0 + q * before)).merge()
+
+
+def time_first(x: nn.Tensor) -> nn.Tensor:
+    return x.transpose(1, 0, *range(2, x.rank))
+
+
+def recurrent(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """Starts from ones; two carries, rows last in one of them."""
+
+    def step(held: tuple[nn.Tensor, nn.Tensor], now: nn.Tensor) -> tuple[tuple[nn.Tensor, nn.Tensor], nn.Tensor]:
+        h, t = held
+        h = nn.tanh(h * 0.6 + now)
+        t = t * 0.9 + h.swap(0, 1)
+        return (h, t), h + t.swap(0, 1) * 0.1
+
+    b = x.shape[0]
+    return time_first(nn.scan(step, (nn.full((b, DIM), 1.0), nn.full((DIM, b), 0.5)), time_first(x))[1])
+
+
+def folded_scan(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """Heads folded into the batch."""
+    b, s = x.shape[:2]
+
+    def step(h: nn.Tensor, now: nn.Tensor) -> tuple[nn.Tensor, nn.Tensor]:
+        h = h * 0.8 + now[:, :, None] * now[:, None, :]
+        return h, h.sum(-1)
+
+    folded = x.heads(HEADS).swap(1, 2).reshape(b * HEADS, s, WIDTH)
+    y = time_first(nn.scan(step, nn.full((b * HEADS, WIDTH, WIDTH), 0.0), time_first(folded))[1])
+    return merged(y.reshape(b, HEADS, s, WIDTH))
+
+
+class Convolution(nn.Module):
+    def __init__(self, **how: Any) -> None:
+        self.conv = nn.Conv1d(DIM, DIM, 3, **how)
+
+    def __call__(self, x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+        return self.conv(x.swap(1, 2))[:, :, : x.shape[1]].swap(1, 2)
+
+
+def shifted(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """By one, twice, in two spellings; a learned row stands in front."""
+    before = nn.pad(x, (0, 1, 0), (0, 0, 0))[:, : x.shape[1]]
+    start = nn.constant(np.linspace(-1, 1, DIM, dtype=np.float32))[None, None].broadcast_to(x.shape[0], 1, DIM)
+    return nn.tanh(before) - nn.concat([start, nn.sin(before)[:, :-1]], axis=1)
+
+
+def far_back(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """Three and two back, at once; a window written as shifted copies."""
+    s = x.shape[1]
+    wide = nn.pad(x, (0, 3, 0), (0, 0, 0), value=0.5)
+    return wide[:, :s] * 0.5 + wide[:, 1 : s + 1] * wide[:, 3 : s + 3]
+
+
+def layers(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """One kind over another."""
+    return sink(shifted(recurrent(x, at), at), at)
+
+
+MIXES: dict[str, Mix | Callable[[], nn.Module]] = {
+    f.__name__: f
+    for f in (
+        softmax1, sigmoid, squared, divided_after, keys_first, talking, sink, token_sink, decaying, averaged, largest,
+        stick_breaking, repeated_heads, by_tokens, fused_by_tokens, sequence_first, running_sums, recurrent, folded_scan,
+        shifted, far_back, layers,
+    )
+}  # fmt: skip
+CONVOLUTIONS: dict[str, Callable[[], nn.Module]] = {
+    "causal": lambda: Convolution(padding="causal", groups=DIM),
+    "dilated": lambda: Convolution(padding="causal", dilation=2),
+    "cut behind": lambda: Convolution(padding=2),
+}
+
+
+@cache
+def derived(name: str) -> tuple[Program, Program]:
+    """The forward program, and the one that goes on from states."""
+    mix = CONVOLUTIONS[name]() if name in CONVOLUTIONS else MIXES[name]
+    program = nn.trace(Model(mix), {"tokens": "i64[b, s]"}, outputs=["logits"])  # type: ignore[arg-type]
+    served, _ = ws.optimize(program, kv_cache=True, chunk=6)
+    return program, served
+
+
+class Rows:
+    """Feeds the derived entries on the interpreter. States hold nonsense at first: nothing of them may be read."""
+
+    def __init__(self, program: Program, batch: int, capacity: int = 32) -> None:
+        self.program, self.past = program, np.zeros(batch, np.int64)
+        self.params = {k: p.load() for k, p in program.params.items()}
+        names = set(program.interface.state_names)
+        types = {v.name: v.tensor.substitute({"b": batch, "c": capacity}) for v in program["decode"].inputs if v.name in names}
+        self.states = {k: np.full(t.concrete({}), 100, t.dtype.np) for k, t in types.items()}
+
+    def feed(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        g = self.program["decode" if tokens.shape[1] == 1 else "prefill"]
+        feeds = {"tokens": tokens, "past": self.past, "last": lengths - 1, **self.states}
+        names = [v.name for v in g.inputs]
+        out = dict(zip(g.output_names, evaluate(g, {k: feeds[k] for k in names}, {k: self.params[k] for k in g.params})))
+        self.states = {k: out[k] for k in self.states}
+        self.past = self.past + lengths
+        return out["logits"]
+
+
+@pytest.mark.parametrize("name", [*MIXES, *CONVOLUTIONS])
+@given(st.data())
+@settings(max_examples=4, deadline=None)
+def test_incremental_equals_full(name: str, data: st.DataObject) -> None:
+    """Any chunking, rows of different lengths padded on the right with tokens like any other."""
+    forward, program = derived(name)
+    rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
+    batch = data.draw(st.integers(1, 3))
+    rows, session = [np.zeros(0, np.int64)] * batch, Rows(program, batch)
+    for _ in range(data.draw(st.integers(1, 5))):
+        lengths = np.array([data.draw(st.integers(1, 6)) for _ in range(batch)])
+        tokens = rng.integers(0, VOCAB, (batch, lengths.max()))
+        got = session.feed(tokens, lengths)
+        rows = [np.concatenate([r, t[:n]]) for r, t, n in zip(rows, tokens, lengths)]
+        for r, row in enumerate(rows):
+            want = ws.run(forward, tokens=row[None])["logits"][0, -1]
+            np.testing.assert_allclose(got[r], want, rtol=1e-4, atol=1e-5, err_msg=f"row {r} after {len(row)}")
+
+
+# -- near misses ---------------------------------------------------------------------------------------------------------------
+def looks_ahead_by(keep: Callable[[nn.Tensor], nn.Tensor], **how: Any) -> Mix:
+    def mix(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+        s, v = scores(x)
+        return merged(nn.sigmoid(nn.where(keep(at), s, how.get("fill", -INF))) @ v)
+
+    return mix
+
+
+def softmax_of_zeros(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    s, v = scores(x)
+    return merged(nn.softmax(nn.where(nn.causal(at), s, 0.0)) @ v)
+
+
+def capped_after(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    s, v = hidden(x, at)
+    return merged(nn.softmax(nn.tanh(s)) @ v)
+
+
+def mean_of_keys(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    s, _ = hidden(x, at)
+    return x * nn.sigmoid(s).mean(-1).sum(1)[..., None]
+
+
+def queries_summed(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """Each key's share of all queries: later ones read it too."""
+    s, _ = hidden(x, at)
+    return x * nn.softmax(s).sum(-2).sum(1)[..., None]
+
+
+def diagonal(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """Normalized over keys, summed over queries, and zero but where both are one: refused, for want of an order."""
+    s, v = scores(x)
+    w = nn.softmax(nn.where(at[:, None] == at[None, :], s, -INF))
+    w = nn.where(at[:, None] == at[None, :], w, 0.0)
+    return merged(w.swap(2, 3) @ v)
+
+
+def twice(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    s, v = hidden(x, at)
+    w = nn.sigmoid(s)
+    return merged((w @ w) @ v)
+
+
+def normalized_over_keys(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    s, v = hidden(x, at)
+    return merged((nn.sigmoid(s) - nn.sigmoid(s).mean(-1, keepdims=True)) @ v)
+
+
+def padded_keys(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """Columns beside scores of which later ones are not hidden yet."""
+    s, v = scores(x)
+    return merged(nn.softmax(nn.pad(s, (0, 0, 0, 1), (0, 0, 0, 0)))[..., 1:] @ v)
+
+
+def kept_column(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """Cut where the first key stands, not where the column does."""
+    s, v = hidden(x, at)
+    return merged(nn.softmax(nn.pad(s, (0, 0, 0, 1), (0, 0, 0, 0)))[..., :-1] @ v)
+
+
+def shifted_ahead(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    return nn.concat([x[:, 1:], nn.full((x.shape[0], 1, DIM), 0.0)], axis=1)
+
+
+def half_ahead(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    wide = nn.pad(x, (0, 1, 0), (0, 1, 0))
+    return wide[:, 2:] - wide[:, : x.shape[1]]
+
+
+def every_second(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    return nn.pad(x, (0, 1, 0), (0, 0, 0))[:, ::2].sum(1, keepdims=True) + x
+
+
+def from_the_end(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    return nn.emit("cumsum", x, axis=1, reverse=True)
+
+
+def scan_from_the_end(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    return time_first(nn.scan(lambda h, n: (h + n, h), nn.full((x.shape[0], DIM), 0.0), time_first(x), reverse=True)[1])
+
+
+def after_the_last(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    return x + nn.scan(lambda h, n: (h * 0.5 + n, None), nn.full((x.shape[0], DIM), 0.0), time_first(x))[0][:, None]
+
+
+def over_rows(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    return time_first(nn.scan(lambda h, n: (h + n.mean(0, keepdims=True), h + n), nn.full((1, DIM), 0.0), time_first(x))[1])
+
+
+def scan_of_positions(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    turn = (time_first(x), at.cast("f32"))
+    return time_first(nn.scan(lambda h, n: (h + n[0] * n[1], h), nn.full((x.shape[0], DIM), 0.0), turn)[1])
+
+
+def counting_scan(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """A counter of turns, the same for all rows, which stand at different places."""
+    start = (nn.full((x.shape[0], DIM), 0.0), nn.full((), 0.0))
+    return time_first(nn.scan(lambda h, n: ((h[0] * h[1] + n, h[1] + 1.0), h[0]), start, time_first(x))[1])
+
+
+LATER = "where a key is later"
+AHEAD: dict[str, tuple[Mix | Callable[[], nn.Module], str]] = {
+    "one ahead": (looks_ahead_by(lambda at: at[None, :] <= at[:, None] + 1), LATER),
+    "no mask": (looks_ahead_by(lambda at: at[None, :] >= 0), LATER),
+    "a fill that is not small": (looks_ahead_by(nn.causal, fill=-20.0), f"{LATER}, 2.06115e-09 stands in it, not 0"),
+    "zeros before softmax": (softmax_of_zeros, f"{LATER}, 0 stands in it, not -inf"),
+    "a cap after the mask": (capped_after, f"{LATER}, -1 stands in it, not -inf"),
+    "a mean": (mean_of_keys, "reduces over the sequence"),
+    "a sum over queries": (queries_summed, "takes queries together"),
+    "no order": (diagonal, "takes queries together"),
+    "scores of scores": (twice, "every position meets every other"),
+    "a mean taken off": (normalized_over_keys, "reduces over the sequence"),
+    "columns beside what is later": (padded_keys, "pads the sequence"),
+    "the wrong column": (kept_column, "takes a part of the sequence"),
+    "a shift ahead": (shifted_ahead, "takes a part of the sequence: element i of its result depends on token i + 1"),
+    "half ahead": (half_ahead, "takes a part of the sequence: element i of its result depends on token i + 1"),
+    "every second": (every_second, "takes a part of the sequence"),
+    "a sum from the end": (from_the_end, "works across the sequence"),
+    "a scan from the end": (scan_from_the_end, "a scan over the sequence from its end"),
+    "the last carry": (after_the_last, "holds after the last token"),
+    "rows that meet in a scan": (over_rows, "rows meet here"),
+    "a scan of positions": (scan_of_positions, "that reads positions"),
+    "a counter": (counting_scan, "the same for all rows"),
+}
+
+
+@pytest.mark.parametrize("name", AHEAD)
+def test_what_looks_ahead_is_refused(name: str) -> None:
+    mix, reason = AHEAD[name]
+    program = nn.trace(Model(mix), {"tokens": "i64[b, s]"}, outputs=["logits"])  # type: ignore[arg-type]
+    with pytest.raises(IRError) as e:
+        ws.optimize(program, kv_cache=True, chunk=6)
+    assert reason in str(e.value)
+    assert "test_kept.py" in str(e.value)
+
+
+def test_a_convolution_to_both_sides_is_refused() -> None:
+    program = nn.trace(Model(Convolution(padding="same")), {"tokens": "i64[b, s]"}, outputs=["logits"])
+    with pytest.raises(IRError, match=r"a convolution over the sequence: element i of its result depends on token i \+ 1"):
+        ws.optimize(program, kv_cache=True)
+
+
+# -- what is kept --------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "name, kept",
+    [
+        ("sigmoid", ["f32[b, c, 2, 4]"]),  # keys are values
+        ("repeated_heads", ["f32[b, c, 1, 4]"]),  # before heads are repeated
+        ("averaged", ["f32[b, c, 1, 8]"]),
+        ("sequence_first", ["f32[b, c, 2, 4]"]),
+        ("by_tokens", ["f32[b, c, 2, 4]", "f32[b, c, 2, 4]", "bool[b, c, 1, 1]"]),
+        ("running_sums", ["f32[b, 2, 4, 4]", "f32[b, 2, 4]"]),
+        ("recurrent", ["f32[b, 8]", "f32[b, 8]"]),
+        ("folded_scan", ["f32[b, 1, 2, 4, 4]"]),
+        ("shifted", ["f32[b, 1, 8]", "f32[b, 1, 8]"]),
+        ("far_back", ["f32[b, 3, 8]"]),
+        ("causal", ["f32[b, 2, 8]"]),
+        ("dilated", ["f32[b, 4, 8]"]),
+    ],
+)
+def test_no_more_is_kept_than_must_be(name: str, kept: list[str]) -> None:
+    _, program = derived(name)
+    names = set(program.interface.state_names)
+    assert [str(v.type) for v in program["decode"].inputs if v.name in names] == kept
