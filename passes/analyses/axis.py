@@ -65,6 +65,8 @@ class Label:
     @property
     def along(self) -> bool:
         return self.kind not in ("fixed", "last", "ahead")
+
+    @property
     def relates(self) -> bool:
         """Whether it runs along two axes."""
         return self.kind in ("pair", "scores")
