@@ -75,6 +75,7 @@ class Session:
         self._granule = m.granule
         self._most = self._rounded(limit)
         self._specs = m.states
+        self._latest = [s for s in m.states if s.cut == "never"]
         self._caches: dict[str, tuple[Any, np.ndarray]] = {}
         self._capacity = 0
         try:
@@ -223,10 +224,24 @@ class Session:
         if self._checks[name] or self._late[name] or self._each[name]:
             others = {k: x for k, (_, x) in self._given.items()} | dict(along)
             self._check(name, {self._fed: tokens, "past": counts, "last": counts, **others})
+        idle = self._idle(counts)
         out = self._functions[name](*(own[k] for k in self._names[name]), *self._kept[name])
+        for array, rows, held in idle:
+            array[rows] = held
         np.maximum(self._written, self._past + s, out=self._written)
         self._past += counts
         return np.from_dlpack(out[self._logits])
+
+    def _idle(self, counts: np.ndarray) -> list[tuple[np.ndarray, Any, np.ndarray]]:
+        """Of rows that get no token: what states that hold the latest only have of them, which the call would move on."""
+        idle = np.flatnonzero(counts == 0)
+        if not len(idle) or not self._latest:
+            return []
+        found = []
+        for spec in self._latest:
+            array, rows = self._caches[spec.name][1], (slice(None),) * (spec.rows or 0) + (idle,)
+            found.append((array, rows, array[rows]))
+        return found
 
     def _check(self, name: str, given: Mapping[str, np.ndarray]) -> None:
         """Holds the sizes of what the entry is given against what it takes for granted of them."""

@@ -44,7 +44,7 @@ class Kept:
     """Of a tail: how many inputs."""
 
     def state(self) -> State:
-        """How a session keeps it. What rows start from is in the entries themselves: a row that holds nothing reads no state."""
+        """How a session keeps it. What rows start from is in the entries: a row that holds nothing reads no state."""
         if self.kind == "full":
             return State.full(self.name)
         return State.tail(self.name, self.count) if self.kind == "tail" else State.carry(self.name)

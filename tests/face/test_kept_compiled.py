@@ -1,0 +1,97 @@
+"""Sessions over states that are no caches of keys and values, in compiled artifacts: what idle rows hold, going back, growth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from wasat.frontend import nn
+from wasat.runtime import InputError, Model, Session
+
+import wasat as ws
+
+VOCAB, DIM = 13, 8
+
+
+class Mixed(nn.Module):
+    """A convolution, a scan, a running sum, a token shift and sigmoid attention."""
+
+    def __init__(self) -> None:
+        self.embed, self.head = nn.Embedding(VOCAB, DIM, std=1.0), nn.Linear(DIM, VOCAB)
+        self.conv, self.norm = nn.Conv1d(DIM, DIM, 3, padding="causal", groups=DIM), nn.RMSNorm(DIM)
+
+    def __call__(self, tokens: nn.Tensor) -> nn.Tensor:
+        x, at = self.embed(tokens), nn.positions(tokens)
+        x = x + self.conv(x.swap(1, 2)).swap(1, 2)
+        turns = self.norm(x).transpose(1, 0, 2)
+        _, y = nn.scan(lambda h, n: (h * 0.5 + n, nn.tanh(h + n)), nn.full((x.shape[0], DIM), 1.0), turns)
+        x = x + y.transpose(1, 0, 2)
+        x = x + nn.sin(nn.cumsum(self.norm(x), axis=1))
+        x = x - nn.concat([nn.full((x.shape[0], 1, DIM), 0.5), x[:, :-1]], axis=1)
+        q = self.norm(x).heads(2).swap(1, 2)
+        w = nn.sigmoid(nn.where(nn.causal(at), q @ q.T, float("-inf")))
+        return self.head(self.norm(x + (w @ nn.sin(q)).swap(1, 2).merge() / (at[:, None] + 1).cast("f32")))
+
+
+@pytest.fixture(scope="module")
+def program() -> ws.Program:
+    return nn.trace(Mixed(), {"tokens": "i64[b, s]"}, outputs=["logits"])
+
+
+@pytest.fixture(scope="module")
+def model(program: ws.Program, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    out = tmp_path_factory.mktemp("kept") / "out"
+    ws.compile(program, out, chunk=8, check=True)
+    return ws.load(out)
+
+
+def wanted(program: ws.Program, row: np.ndarray) -> np.ndarray:
+    return np.asarray(ws.run(program, tokens=row[None])["logits"])[0, -1]
+
+
+def test_what_is_kept(model: Model) -> None:
+    kinds = {s.name: (s.kind, s.cut, s.shape) for s in model.manifest.states}
+    assert kinds == {
+        "kept.0": ("full", "anywhere", ("b", "c", 2, 4)), "kept.1": ("full", "anywhere", ("b", "c", 2, 4)),
+        "tail.0": ("tail", "never", ("b", 2, 8)), "carry.0": ("carry", "never", ("b", 8)),
+        "carry.1": ("carry", "never", ("b", 8)), "tail.1": ("tail", "never", ("b", 1, 8)),
+    }  # fmt: skip
+
+
+def test_rows_of_their_own_lengths_some_of_them_idle(program: ws.Program, model: Model) -> None:
+    rng = np.random.default_rng(0)
+    session, rows = model.session(3, context=64), [np.zeros(0, np.int64)] * 3
+    for lengths in ([5, 3, 8], [1, 1, 1], [0, 4, 2], [1, 0, 1], [0, 0, 1], [6, 1, 0], [1, 1, 0], [20, 9, 0], [1, 1, 1]):
+        tokens = rng.integers(0, VOCAB, (3, max(lengths)))
+        got = session.step(tokens, lengths)
+        rows = [np.concatenate([r, t[:n]]) for r, t, n in zip(rows, tokens, lengths)]
+        for r, n in enumerate(lengths):
+            if n:
+                np.testing.assert_allclose(got[r], wanted(program, rows[r]), rtol=1e-4, atol=1e-4)
+
+
+def test_going_back(program: ws.Program, model: Model) -> None:
+    """Not to the middle, which no carry remembers; to nothing, yes."""
+    rng = np.random.default_rng(1)
+    session, tokens = model.session(2, context=64), rng.integers(0, VOCAB, (2, 6))
+    session.step(tokens)
+    with pytest.raises(InputError, match=r"row 1 cannot go back to 5 of 6 positions: the tail tail.0 holds the latest only"):
+        session.truncate([6, 5])
+    session.truncate([6, 0])
+    got = session.step(tokens[:, :2])
+    np.testing.assert_allclose(got[0], wanted(program, np.concatenate([tokens[0], tokens[0, :2]])), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(got[1], wanted(program, tokens[1, :2]), rtol=1e-4, atol=1e-4)
+    session.reset()
+    np.testing.assert_allclose(session.step(tokens)[0], wanted(program, tokens[0]), rtol=1e-4, atol=1e-4)
+
+
+def test_growth(program: ws.Program, model: Model) -> None:
+    """Beyond the capacity that a session opens with; at the end of the context, row by row."""
+    rng = np.random.default_rng(2)
+    session: Session = model.session(2, context=304)
+    tokens = rng.integers(0, VOCAB, (2, 304))
+    session.step(tokens[:, :290], [290, 250])
+    got = session.step(np.stack([np.pad(tokens[0, 290:], (0, 2)), tokens[1, 250:266]]), [14, 16])
+    np.testing.assert_allclose(got[0], wanted(program, tokens[0]), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(got[1], wanted(program, tokens[1, :266]), rtol=1e-3, atol=1e-3)
