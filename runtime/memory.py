@@ -61,6 +61,26 @@ def zeros(dtype: str, shape: Sequence[int]) -> tuple[Any, np.ndarray]:
     return tensor_in(memory, dtype, shape), memory.view(kind).reshape(shape)
 
 
+def elements(tensor: Any) -> np.ndarray:
+    """The elements of a tensor, not copied (as unsigned integers of their size where NumPy lacks the type)."""
+    import tvm_ffi
+
+    try:
+        np.dtype(str(tensor.dtype))
+    except TypeError:
+        view = tvm_ffi.get_global_func("runtime.TVMTensorCreateView")
+        kind = tvm_ffi.dtype(f"uint{8 * item_size(str(tensor.dtype))}")
+        tensor = view(tensor, tvm_ffi.Shape(tuple(tensor.shape)), kind, 0)
+    return np.from_dlpack(tensor)
+
+
+def copied(dtype: str, array: np.ndarray) -> tuple[Any, np.ndarray]:
+    """A tensor of this type with a copy of elements, and these as an array that can be written."""
+    made = zeros(dtype, array.shape)
+    made[1][...] = array
+    return made
+
+
 def tensor_of(array: np.ndarray) -> Any:
     """A tensor with a copy of ``array``."""
     tensor, view = zeros(array.dtype.name, array.shape)

@@ -14,7 +14,7 @@ from .dimensions import extent, extents
 from .errors import AGAIN, ArtifactError, ContextLimitError, InputError
 from .interface import State, TensorSpec
 from .manifest import Indices
-from .memory import tensor_of, zeros
+from .memory import copied, elements, tensor_of, zeros
 from .prompts import MOST_TOKENS
 from .values import whole
 
@@ -75,7 +75,7 @@ class Session:
         self._granule = m.granule
         self._most = self._rounded(limit)
         self._specs = m.states
-        self._latest = [s for s in m.states if s.cut == "never"]
+        self._latest = {s.name: s for s in self._specs if s.cut == "never"}
         self._caches: dict[str, tuple[Any, np.ndarray]] = {}
         self._capacity = 0
         try:
@@ -224,24 +224,29 @@ class Session:
         if self._checks[name] or self._late[name] or self._each[name]:
             others = {k: x for k, (_, x) in self._given.items()} | dict(along)
             self._check(name, {self._fed: tokens, "past": counts, "last": counts, **others})
-        idle = self._idle(counts)
         out = self._functions[name](*(own[k] for k in self._names[name]), *self._kept[name])
-        for array, rows, held in idle:
-            array[rows] = held
+        if self._latest:
+            self._move_on(name, out, counts)
         np.maximum(self._written, self._past + s, out=self._written)
         self._past += counts
         return np.from_dlpack(out[self._logits])
 
-    def _idle(self, counts: np.ndarray) -> list[tuple[np.ndarray, Any, np.ndarray]]:
-        """Of rows that get no token: what states that hold the latest only have of them, which the call would move on."""
+    def _move_on(self, name: str, out: Any, counts: np.ndarray) -> None:
+        """Takes what a call made of states that hold the latest only; of rows that got no token, they keep what they had."""
         idle = np.flatnonzero(counts == 0)
-        if not len(idle) or not self._latest:
-            return []
-        found = []
-        for spec in self._latest:
-            array, rows = self._caches[spec.name][1], (slice(None),) * (spec.rows or 0) + (idle,)
-            found.append((array, rows, array[rows]))
-        return found
+        for state, tensor in self._latest_of(name, out):
+            array = elements(tensor)
+            if len(idle):
+                rows = (slice(None),) * (state.rows or 0) + (idle,)
+                tensor, array = copied(state.dtype, array)
+                array[rows] = self._caches[state.name][1][rows]
+            self._caches[state.name] = tensor, array
+        self._hold()
+
+    def _latest_of(self, name: str, out: Any) -> list[tuple[State, Any]]:
+        """What a call made of states that are no caches written in place: those come behind its results."""
+        first = len(self._model.entry(name).outputs)
+        return [(self._latest[k], out[i]) for i, k in enumerate(self._states[name], first) if k in self._latest]
 
     def _check(self, name: str, given: Mapping[str, np.ndarray]) -> None:
         """Holds the sizes of what the entry is given against what it takes for granted of them."""
@@ -254,6 +259,8 @@ class Session:
     def _feed_one_by_one(self, tokens: np.ndarray, counts: np.ndarray, along: Mapping[str, np.ndarray]) -> np.ndarray:
         """Each row by itself, on copies of its caches, so that none needs padding."""
         self._reserve(int((self._past + counts).max()))
+        for k, state in self._latest.items():  # to be written, row by row
+            self._caches[k] = copied(state.dtype, self._caches[k][1])
         logits: np.ndarray | None = None
         for r in np.flatnonzero(counts):
             n, past = int(counts[r]), int(self._past[r])
@@ -271,11 +278,14 @@ class Session:
                 self._check(name, own)
             states = [row[k][0] for k in self._states[name]]
             inputs = [tensor_of(own[k]) for k in self._names[name]]
-            out = np.from_dlpack(self._functions[name](*inputs, *states, *self._weights)[self._logits])
+            made = self._functions[name](*inputs, *states, *self._weights)
+            out = np.from_dlpack(made[self._logits])
+            latest = {state.name: elements(tensor) for state, tensor in self._latest_of(name, made)}
             for k, (_, array) in row.items():
-                self._caches[k][1][r : r + 1] = array
+                self._caches[k][1][r : r + 1] = latest.get(k, array)
             logits = np.zeros((self.batch, out.shape[1]), out.dtype) if logits is None else logits
             logits[r] = out[0]
+        self._hold()
         np.maximum(self._written, self._past + counts, out=self._written)
         self._past += counts
         assert logits is not None
@@ -328,6 +338,10 @@ class Session:
             if old is not None and axis is not None:
                 fresh[1][(slice(None),) * axis + (slice(old[1].shape[axis]),)] = old[1]
             self._caches[spec.name] = fresh
+        self._hold()
+
+    def _hold(self) -> None:
+        """Settles what entries are called with, beside their inputs."""
         caches = {k: tensor for k, (tensor, _) in self._caches.items()}
         self._kept = {name: (*(caches[k] for k in states), *self._weights) for name, states in self._states.items()}
 

@@ -1,8 +1,6 @@
-"""Sessions over states that are no caches of keys and values, in compiled artifacts: what idle rows hold, going back, growth."""
+"""Sessions over states that are no caches of keys and values, compiled: what idle rows hold, going back, growth."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -51,7 +49,7 @@ def wanted(program: ws.Program, row: np.ndarray) -> np.ndarray:
 
 
 def test_what_is_kept(model: Model) -> None:
-    kinds = {s.name: (s.kind, s.cut, s.shape) for s in model.manifest.states}
+    kinds = {s.name: (s.kind, s.cut, s.shape) for s in model.manifest.interface.states}
     assert kinds == {
         "kept.0": ("full", "anywhere", ("b", "c", 2, 4)), "kept.1": ("full", "anywhere", ("b", "c", 2, 4)),
         "tail.0": ("tail", "never", ("b", 2, 8)), "carry.0": ("carry", "never", ("b", 8)),
