@@ -22,6 +22,7 @@ import numpy as np
 import tvm
 from wasat.ir import (
     Attrs,
+    BlockArray,
     Builder,
     DimLike,
     DType,
@@ -44,16 +45,18 @@ from ..lower import KernelCall, Layout, Packed, Result
 from .convolution import convolution
 from .grouped import readers, rows_in, same_rows, select_grouped
 from .kernels.attention import Attention, CachedAttention, MaskShape, attention, cached_attention
+from .kernels.blocks import pack_blocks
 from .kernels.cache import Cache, CacheType, CacheWrite, cache_write
 from .kernels.embedding import Embedding, embedding
 from .kernels.flash import Scores
 from .kernels.gemm import gemm
 from .kernels.glu import Glu, glu
 from .kernels.isa import Isa, isa_of
-from .kernels.linear_float import Linear, Weights, linear
+from .kernels.linear_blocks import LinearBlocks, linear_blocks
+from .kernels.linear_float import Linear, Weights, linear, packed_param
 from .kernels.linear_int import LinearInt, linear_int
 from .kernels.norm import Norm, norm
-from .kernels.pack import BLOCK, Storage, float_shape, int_shape, pack_bias, pack_float, pack_int, padded, storage_dtype
+from .kernels.pack import BLOCK, Storage, pack_bias, pack_float, pack_int, padded
 from .kernels.quantize import WORDS, QuantizeRows, quantize_rows
 from .kernels.rope import QkvToCache, Rope, Rotary, qkv_to_cache, rope
 from .states import CacheLayout, state_layout
@@ -77,11 +80,12 @@ class Panels:
 
     def arrays(self, name: str, type: Type) -> list[Packed]:
         n, k = _ints(type.shape)
-        if isinstance(type, QTensorType):
-            return [Packed(f"{name}/panels", "uint8", int_shape(n, k, int(self.weights[3:]), self.isa))]
-        return [Packed(f"{name}/panels", storage_dtype(self.weights), float_shape(n, k, self.isa))]
+        shape, dtype = packed_param(self.weights, n, k, self.isa)
+        return [Packed(f"{name}/panels", dtype, shape)]
 
     def pack(self, weight: Any) -> list[np.ndarray]:
+        if isinstance(weight, BlockArray):
+            return [pack_blocks(weight, self.isa)]
         if isinstance(weight, QArray):
             return [pack_int(weight.values, weight.scales, int(self.weights[3:]), self.isa)]
         return [pack_float(weight, self.isa, cast(Storage, self.weights))]
@@ -219,10 +223,10 @@ class Selection:
         if w.param is None or not _known(*w.shape):
             return None
         if isinstance(w.type, QTensorType):
-            fits = w.type.block == BLOCK and w.type.scale is DType.F16
-            return (w, Panels(self.isa, cast(Weights, w.type.scheme))) if fits else None
+            fits = w.type.stored is not None or (w.type.block == BLOCK and w.type.scale is DType.F16)
+            return (w, Panels(self.isa, w.type.scheme)) if fits else None
         storage = {DType.F32: "float32", DType.F16: "float16", DType.BF16: "bfloat16"}.get(w.type.dtype)
-        return (w, Panels(self.isa, cast(Weights, storage))) if storage else None
+        return (w, Panels(self.isa, storage)) if storage else None
 
     def _matrix(self, node: Node, kernel: Callable[..., Any], build: Callable[[Any], Any], x: Value, rows: Shape) -> None:
         """x @ w^T (+ bias) by ``kernel``; x is passed as ``rows``."""
@@ -305,7 +309,10 @@ class Selection:
             self._matrix(node, Linear, linear, x, self.rows(x))
             return
         xq = self.quantized_rows(node, rows_in(x))
-        self._matrix(node, LinearInt, linear_int, xq, xq.shape)
+        if cast(QTensorType, node.inputs[1].type).stored is not None:
+            self._matrix(node, LinearBlocks, linear_blocks, xq, xq.shape)
+        else:
+            self._matrix(node, LinearInt, linear_int, xq, xq.shape)
 
     def _grouped(self, node: Node) -> None:
         select_grouped(self, node, _of_integers(node))

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tvm import tirx
+from wasat.ir.schemes import SCHEMES
 
+from .blocks import Piece, format_of
 from .emit import Expr, Kernel, bits, cast, f16_to_f32, floor_div, floor_mod, load, splat, splat_int, symbol, widen
 from .isa import Isa
-from .linear_float import Weights
-from .pack import BLOCK, float_shape, int_shape, padded, storage_dtype
+from .linear_float import Weights, packed_param
+from .pack import BLOCK, padded
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,7 @@ def embedding(desc: Embedding) -> tirx.PrimFunc:
     m = symbol("m")
     ids = kernel.param("ids", (m,), "int64")
     quantized = desc.weights in ("int8", "int4")
-    shape = int_shape(desc.n, k, int(desc.weights[3:]), isa) if quantized else float_shape(desc.n, k, isa)
-    w = kernel.param("w", shape, "uint8" if quantized else storage_dtype(desc.weights))
+    w = kernel.param("w", *packed_param(desc.weights, desc.n, k, isa))
     y = kernel.param("y", (m, k), "float32")
     scale = splat(desc.scale, 1)
 
@@ -46,6 +47,12 @@ def embedding(desc: Embedding) -> tirx.PrimFunc:
         token = kernel.let(tirx.max(tirx.min(given, tirx.IntImm("int64", desc.n - 1)), tirx.IntImm("int64", 0)))
         panel = kernel.let(floor_div(token, isa.columns))
         column = kernel.let(floor_mod(token, isa.columns))
+        if desc.weights in SCHEMES:
+            with kernel.loop(k // BLOCK) as block:
+                piece = Piece(kernel, format_of(desc.weights, isa), w, panel, block)
+                with kernel.loop(BLOCK) as step:
+                    kernel.store(y, (at, block * BLOCK + step), piece.element(column, step) * scale)
+            return
         if not quantized:
             with kernel.loop(k) as j:
                 kernel.store(y, (at, j), widen(load(w, (panel, j, column)), isa.native_f16) * scale)

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from tvm import tirx
+from wasat.ir.schemes import SCHEMES
 
+from .blocks import Piece, format_of
 from .emit import (
     Buffer,
     Expr,
@@ -36,7 +37,7 @@ from .emit import bits as reinterpret
 from .isa import Isa
 from .pack import BLOCK, float_shape, int_shape, padded, storage_dtype
 
-Weights = Literal["float32", "float16", "bfloat16", "int8", "int4"]
+Weights = str  # float32, float16, bfloat16, int8, int4, or a format of blocks
 _CHUNK = 240  # rows of x that a panel is applied to before the next panel is fetched; a multiple of every tile
 
 
@@ -56,11 +57,20 @@ class Linear:
 
     @property
     def quantized(self) -> bool:
-        return self.weights in ("int8", "int4")
+        return self.weights in ("int8", "int4", *SCHEMES)
 
     @property
     def name(self) -> str:
         return f"linear_{self.weights}_{self.n}x{self.k}{'_bias' if self.bias else ''}"
+
+
+def packed_param(weights: Weights, n: int, k: int, isa: Isa) -> tuple[tuple[int, int, int], str]:
+    """Shape and element type of w[n, k] once packed."""
+    if weights in SCHEMES:
+        return format_of(weights, isa).shape(n, k), "uint8"
+    if weights in ("int8", "int4"):
+        return int_shape(n, k, int(weights[3:]), isa), "uint8"
+    return float_shape(n, k, isa), storage_dtype(weights)
 
 
 def linear(desc: Linear) -> tirx.PrimFunc:
@@ -69,10 +79,7 @@ def linear(desc: Linear) -> tirx.PrimFunc:
     kernel = Kernel(desc.name)
     m = symbol("m")
     x = kernel.param("x", (m, k), "float32")
-    if desc.quantized:
-        w = kernel.param("w", int_shape(n, k, int(desc.weights[3:]), isa), "uint8")
-    else:
-        w = kernel.param("w", float_shape(n, k, isa), storage_dtype(desc.weights))
+    w = kernel.param("w", *packed_param(desc.weights, n, k, isa))
     bias = kernel.param("bias", (padded(n, isa.columns),), "float32") if desc.bias else None
     y = kernel.param("y", (m, n), "float32")
     panels = padded(n, isa.columns) // isa.columns
@@ -262,6 +269,8 @@ def block_scales(kernel: Kernel, isa: Isa, w: Buffer, panel: Expr, block: Expr) 
 def dequantized(kernel: Kernel, desc: Linear, w: Buffer, panel: Expr,
                 block: Expr) -> list[tuple[int, int, Expr]]:
     """The 32 steps of a block as f32 vectors, in their order: (step of k, half of the panel, values)."""
+    if desc.weights in SCHEMES:
+        return Piece(kernel, format_of(desc.weights, desc.isa), w, panel, block).dequantized()
     isa, lanes = desc.isa, desc.isa.lanes
     scales = block_scales(kernel, isa, w, panel, block)
     out = []
@@ -294,7 +303,7 @@ def byte_of(raw: Expr, t: int, high: int, weights: str, isa: Isa) -> Expr:
 def unpack(kernel: Kernel, desc: Linear, w: Buffer, panel: Expr, out: Buffer) -> None:
     """A panel of any storage to f32 [k, columns]."""
     isa, lanes = desc.isa, desc.isa.lanes
-    if desc.weights not in ("int8", "int4"):
+    if desc.weights not in ("int8", "int4", *SCHEMES):
         with kernel.loop(desc.k) as kk:
             for v in range(2):
                 kernel.store(out, kk * isa.columns + v * lanes,

@@ -1,0 +1,107 @@
+"""Kernels on weights in formats of blocks: what they compute is what the format's numbers say."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from kernel_help import assert_near, build, each_isa, run
+from numpy.typing import NDArray
+from wasat.backends.tvm.cpu.kernels.blocks import format_of, pack_blocks
+from wasat.backends.tvm.cpu.kernels.embedding import Embedding, embedding
+from wasat.backends.tvm.cpu.kernels.isa import GENERIC, Isa
+from wasat.backends.tvm.cpu.kernels.linear_blocks import LinearBlocks, linear_blocks
+from wasat.backends.tvm.cpu.kernels.linear_float import Linear, linear
+from wasat.backends.tvm.cpu.kernels.pack import pack_bias
+from wasat.backends.tvm.cpu.kernels.quantize import quantize_rows_reference
+from wasat.ir import BlockArray, QTensorType
+from wasat.ir.schemes import SCHEMES
+
+NAMES = list(SCHEMES)
+
+
+def weight(name: str, n: int, k: int, seed: int = 0) -> BlockArray:
+    scheme, rng = SCHEMES[name], np.random.default_rng(seed)
+    x = BlockArray(QTensorType(name, (n, k)), scheme.random(rng, (n, k)))
+    x.data[1] = 255  # the largest codes side by side: the sums that could saturate
+    x.data[2] = 0
+    for at in scheme.floats:
+        x.data[1:3, :, at : at + 2] = np.array([0.01], np.float16).view(np.uint8)
+    if not scheme.floats:
+        x.data[1:3, :, 0] = 120
+    return x
+
+
+def activations(m: int, k: int, seed: int = 1) -> NDArray[np.float32]:
+    x = np.random.default_rng(seed).standard_normal((m, k)).astype(np.float32)
+    x[0, :32] = 0  # a block without a scale
+    x[-1, :32] = 1.0  # every value at the limit
+    return x
+
+
+def rounded(x: NDArray[np.float32]) -> NDArray[np.float64]:
+    """x as rows of integers and scales stand for it."""
+    q = quantize_rows_reference(x)
+    ints = np.ascontiguousarray(q[..., :8]).view(np.int8).astype(np.float64)
+    return (ints * np.ascontiguousarray(q[..., 8]).view(np.float32)[..., None]).reshape(x.shape)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_packing_takes_the_room_of_the_format(name: str) -> None:
+    f = format_of(name, GENERIC)
+    x = weight(name, 16, 2 * SCHEMES[name].block)
+    packed = pack_blocks(x, GENERIC)
+    assert packed.shape == f.shape(*x.shape)
+    # tables are spelt out in bytes, factors take whole ones
+    spent = {"iq4_nl": 4, "iq4_xs": 4.0625, "mxfp4": 1.75, "q2_k": 0.5}.get(name, 0.126)
+    assert 0 <= packed.nbytes * 8 / np.prod(x.shape) - SCHEMES[name].bits <= spent
+
+
+@each_isa()
+@pytest.mark.parametrize("name", NAMES)
+def test_products_of_integers(isa: Isa, name: str) -> None:
+    n, k = 40, 2 * SCHEMES[name].block
+    x = weight(name, n, k)
+    b = np.random.default_rng(2).standard_normal(n).astype(np.float32)
+    compiled = build(linear_blocks(LinearBlocks(isa, n, k, name, bias=True, threads=2)), isa)
+    for m in (1, 3, 7):
+        rows = activations(m, k)
+        [y] = run(compiled, [quantize_rows_reference(rows), pack_blocks(x, isa), pack_bias(b, isa)], ((m, n), "float32"))
+        assert_near(y, rounded(rows) @ x.dense().astype(np.float64).T + b, 1e-6)
+
+
+@each_isa()
+@pytest.mark.parametrize("name", NAMES)
+def test_products_of_floats(isa: Isa, name: str) -> None:
+    n, k = 40, SCHEMES[name].block
+    x = weight(name, n, k)
+    compiled = build(linear(Linear(isa, n, k, name, threads=2)), isa)
+    for m in (1, 3):
+        rows = activations(m, k)
+        [y] = run(compiled, [rows, pack_blocks(x, isa)], ((m, n), "float32"))
+        assert_near(y, rows.astype(np.float64) @ x.dense().astype(np.float64).T, 3e-6)
+
+
+@each_isa()
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_of_a_table(isa: Isa, name: str) -> None:
+    n, k = 40, SCHEMES[name].block
+    x = weight(name, n, k)
+    compiled = build(embedding(Embedding(isa, n, k, name, scale=2.0, threads=2)), isa)
+    ids = np.array([0, 39, 1, -1, 2, 17])
+    [y] = run(compiled, [ids, pack_blocks(x, isa)], ((6, k), "float32"))
+    np.testing.assert_allclose(y, x.dense()[ids] * 2, rtol=1e-6, atol=1e-7)
+
+
+def test_one_row_alone_and_among_others_has_the_same_bits() -> None:
+    from kernel_help import CPU, lacks
+    from wasat.backends.tvm.cpu.kernels.isa import AVX2
+
+    isa = GENERIC if lacks(AVX2) else AVX2
+    assert isa in CPU
+    x = weight("q5_k", 40, 512)
+    compiled = build(linear_blocks(LinearBlocks(isa, 40, 512, "q5_k", threads=2)), isa)
+    rows = quantize_rows_reference(activations(7, 512))
+    [whole] = run(compiled, [rows, pack_blocks(x, isa)], ((7, 40), "float32"))
+    for i in range(7):
+        [one] = run(compiled, [rows[i : i + 1], pack_blocks(x, isa)], ((1, 40), "float32"))
+        np.testing.assert_array_equal(one[0], whole[i])
