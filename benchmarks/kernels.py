@@ -41,7 +41,7 @@ from wasat.backends.tvm.cpu.kernels.pack import float_shape, int_shape, storage_
 from wasat.backends.tvm.cpu.kernels.quantize import QuantizeRows, quantize_rows, quantize_rows_reference  # noqa: E402
 from wasat.backends.tvm.cpu.kernels.rope import Rope, Rotary, rope  # noqa: E402
 from wasat.backends.tvm.targets import cpu  # noqa: E402
-from wasat.runtime.memory import tensor_of, zeros  # noqa: E402
+from wasat.runtime.device import tensor_of, zeros  # noqa: E402
 
 TARGET = cpu(threads=options.threads).tvm
 ISA, THREADS = isa_of(TARGET), options.threads
@@ -101,10 +101,10 @@ def limits() -> Iterator[Case]:
         for i in range(1, 8):
             total = total + load(acc, i * lanes, lanes)
         k.store(y, t, reduce_sum(k.let(total)))
-    array, elements = zeros("float32", (count,))
-    elements[...] = 1.0  # memory never written is one shared page of zeros, read from cache
-    read, out = compiled(k.build()), zeros("float32", (THREADS,))[0]
-    yield Case("limit: read memory", "GB/s", 4.0 * count, lambda: read(array, out))
+    read_from = zeros("float32", (count,))
+    read_from.array[...] = 1.0  # memory never written is one shared page of zeros, read from cache
+    read, out = compiled(k.build()), zeros("float32", (THREADS,)).tensor
+    yield Case("limit: read memory", "GB/s", 4.0 * count, lambda: read(read_from.tensor, out))
 
     chains, steps = 12, 200000
     k = Kernel("fma")
@@ -122,7 +122,7 @@ def limits() -> Iterator[Case]:
             total = total + load(acc, i * lanes, lanes)
         k.store(y, t * lanes, total)
     fma, factors = compiled(k.build()), tensor_of(np.full(2 * lanes, 0.5, np.float32))
-    sums, _ = zeros("float32", (THREADS * lanes,))
+    sums = zeros("float32", (THREADS * lanes,)).tensor
     yield Case("limit: multiply and add", "GFLOP/s", 2.0 * THREADS * lanes * chains * steps, lambda: fma(factors, sums))
 
 
@@ -136,16 +136,16 @@ def matrix(weights: Weights, m: int, n: int, k: int) -> Iterator[Case]:
     x = f32(m, k)
     integers = weights.startswith("int")
     shape = int_shape(n, k, int(weights[3:]), ISA) if integers else float_shape(n, k, ISA)
-    w, raw = zeros("uint8" if integers else storage_dtype(weights), shape)
-    raw[...] = 1  # the time does not depend on the values, but untouched pages would all be the same zeros
+    w = zeros("uint8" if integers else storage_dtype(weights), shape)
+    w.array[...] = 1  # the time does not depend on the values, but untouched pages would all be the same zeros
     dense = f32(n, k) if weights == "float32" else None
     ways = [("", linear, Linear, x)] + ([(" x int8", linear_int, LinearInt, quantize_rows_reference(x))] if integers else [])
     for suffix, build, desc, rows in ways:
         call, given = compiled(build(desc(ISA, n, k, weights, threads=THREADS))), tensor_of(rows)
-        y, _ = zeros("float32", (m, n))
-        unit, amount = ("GB/s", float(raw.nbytes)) if m == 1 else ("GFLOP/s", 2.0 * m * n * k)
+        y = zeros("float32", (m, n)).tensor
+        unit, amount = ("GB/s", float(w.array.nbytes)) if m == 1 else ("GFLOP/s", 2.0 * m * n * k)
         yield Case(
-            f"linear {weights}{suffix} {m}x{n}x{k}", unit, amount, lambda call=call, given=given, y=y: call(given, w, y),
+            f"linear {weights}{suffix} {m}x{n}x{k}", unit, amount, lambda call=call, given=given, y=y: call(given, w.tensor, y),
             None if dense is None else lambda: x @ dense.T,
         )  # fmt: skip
 

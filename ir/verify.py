@@ -85,7 +85,7 @@ def verify_interface(program: Program) -> None:
     if len(set(interface.state_names)) < len(interface.states):
         raise VerifyError(f"the states {', '.join(interface.state_names)} do not have a name each")
     for s in interface.states:
-        types = {v.type for g in program.graphs.values() for v in g.inputs if v.name == s.name}
+        types = {v.tensor for g in program.graphs.values() for v in g.inputs if v.name == s.name}
         if len(types) != 1:
             found = ", ".join(map(str, types)) or "no entry's input"
             raise VerifyError(f"state {s.name} is {found}; it must be an input, of one type wherever it is one")
@@ -94,6 +94,12 @@ def verify_interface(program: Program) -> None:
         size = None if lacking or s.positions is None else type.shape[s.positions]
         if lacking or (size is not None and (isinstance(size, int) if s.grows else size != s.capacity)):
             raise VerifyError(f"state {s.name} is {type}, which is no {s.kind} with {_axes_text(s)}")
+        if isinstance(s.empty, str):
+            begin = program.params.get(s.empty)
+            row = type.with_shape(*(d for i, d in enumerate(type.shape) if i != s.rows))
+            if begin is None or begin.type != row:
+                what = "which the program does not have" if begin is None else f"which is {begin.type}"
+                raise VerifyError(f"state {s.name} begins as the parameter {s.empty}, {what}; it must be {row}")
 
 
 def _axes_text(s: State) -> str:

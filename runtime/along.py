@@ -70,6 +70,11 @@ class Along:
         return {k: x[tuple(slice(row, row + 1) if d == self._rows else slice(None) for d in self.specs[k].shape)]
                 for k, x in arrays.items()}  # fmt: skip
 
+    def rows(self, arrays: Mapping[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Of some rows, in their order."""
+        axes = {k: spec.shape.index(self._rows) if self._rows in spec.shape else None for k, spec in self.specs.items()}
+        return {k: x if (axis := axes[k]) is None else np.take(x, rows, axis) for k, x in arrays.items()}
+
     def after(self, arrays: Mapping[str, np.ndarray], lengths: np.ndarray, tokens: int) -> dict[str, np.ndarray]:
         """For the token ``tokens`` (1, 2, ..) behind prompts of ``lengths``: counts go on, everything else is as at the end."""
         found = {}

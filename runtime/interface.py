@@ -238,8 +238,10 @@ def _check_state(s: State, m: Interface) -> None:
             f"manifest.json: state {s.name} of shape {list(s.shape)} has rows along {s.rows}, positions along "
             f"{s.positions}, and is cut {s.cut}; {AGAIN}"
         )
-    if s.rows is not None and isinstance(s.shape[s.rows], str) and s.shape[s.rows] != "b":
-        raise ArtifactError(f"manifest.json: state {s.name} of shape {list(s.shape)} has no rows along axis {s.rows}; {AGAIN}")
+    if s.rows is not None and (s.rows or (isinstance(s.shape[0], str) and s.shape[0] != "b")):
+        raise ArtifactError(
+            f"manifest.json: state {s.name} of shape {list(s.shape)} has rows along {s.rows}, and not first; {AGAIN}"
+        )
     if s.grows:
         most = -(-min(m.context or 2**20, 2**31) // m.granule) * m.granule
         assert s.positions is not None

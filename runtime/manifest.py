@@ -40,11 +40,12 @@ class Indices:
 
 @dataclass(frozen=True)
 class Entry:
-    """One function of the library: ``inputs``, then the states named, then all weights -> ``outputs``."""
+    """One function of the library: ``inputs``, then the states and the weights named -> ``outputs``."""
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     states: tuple[str, ...]
+    weights: tuple[str, ...]
     checks: tuple[Check, ...]
     indices: tuple[Indices, ...]
 
@@ -117,7 +118,7 @@ def parse_manifest(data: Any) -> Manifest:
 def _entry(f: Fields) -> Entry:
     return Entry(
         tuple(map(read_tensor, f.sections("inputs"))), tuple(map(read_tensor, f.sections("outputs"))),
-        tuple(f.items("states", str)), tuple(map(_size_check, f.sections("checks"))),
+        tuple(f.items("states", str)), tuple(f.items("weights", str)), tuple(map(_size_check, f.sections("checks"))),
         tuple(map(_indices, f.sections("indices"))),
     )  # fmt: skip
 
@@ -141,6 +142,7 @@ def _file(f: Fields) -> FileSpec:
 
 
 def _check(m: Manifest) -> None:
+    arrays = {w.name for w in m.weights}
     for name, e in m.entries.items():
         _check_signature(name, e)
         for i in e.indices:
@@ -149,6 +151,12 @@ def _check(m: Manifest) -> None:
         for s in e.states:
             if all(s != state.name for state in m.interface.states):
                 raise ArtifactError(f"manifest.json: entry {name} has a state {s} that is not described; {AGAIN}")
+        for weight in e.weights:
+            if weight not in arrays:
+                raise ArtifactError(f"manifest.json: entry {name} reads a weight {weight} that is not described; {AGAIN}")
+    for state in m.interface.states:
+        if isinstance(state.empty, str) and state.empty not in arrays:
+            raise ArtifactError(f"manifest.json: state {state.name} begins as {state.empty}, which is no weight; {AGAIN}")
     check_interface(m.interface, {name: [x.name for x in e.inputs] for name, e in m.entries.items()})
     for w in m.weights:
         if any(isinstance(d, str) for d in w.shape):

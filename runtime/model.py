@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
-from .arrays import fit
-from .artifact import TOKENIZER, WEIGHTS, check_hash, read_manifest, sha256
+from .artifact import TOKENIZER
+from .engine import Engine, start
 from .errors import AGAIN, ArtifactError, InputError, ModelError
 from .generate import Generation, generate
 from .interface import ENCODER_INPUTS
-from .manifest import Entry, Manifest
+from .manifest import Entry
 from .media import Audio, Image, Media, Video, open_media
-from .memory import tensor_of
-from .module import Library, check_ffi
 from .prompts import Prompt, text_inputs
 from .sampling import SamplingOptions
 from .session import Session
 from .tokenizer import Tokenizer
 from .values import listed
-from .weights import Weights
 
 
 def load(folder: str | Path, threads: int | None = None, verify: bool = True) -> Model:
@@ -37,49 +33,16 @@ def load(folder: str | Path, threads: int | None = None, verify: bool = True) ->
     """
     if not isinstance(folder, (str, Path)):
         raise InputError(f"folder is a path, not {type(folder).__name__}")
-    folder = Path(folder)
-    for _ in range(3):
-        before = _identity(folder)
-        try:
-            return _load(folder, threads, verify)
-        except ArtifactError:
-            if _identity(folder) == before:
-                raise
-    return _load(folder, threads, verify)  # it was replaced while it was read
-
-
-def _identity(folder: Path) -> tuple[int, int] | None:
-    """What tells a folder from the one that replaces it."""
-    try:
-        found = folder.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
-
-
-def _load(folder: Path, threads: int | None, verify: bool) -> Model:
-    manifest = read_manifest(folder)
-    check_ffi(manifest)
-    with ThreadPoolExecutor() as pool:
-        others = [n for n in manifest.files if n != WEIGHTS] if verify else []
-        hashes = [pool.submit(sha256, folder / n) for n in others]
-        weights = Weights(folder / WEIGHTS, manifest.weights, hashed=verify)
-        for name, found in zip(others, hashes):
-            check_hash(folder / name, found.result(), manifest)
-        if weights.sha256 is not None:
-            check_hash(folder / WEIGHTS, weights.sha256, manifest)
-    return Model(folder, manifest, Library(folder, manifest, threads), weights.tensors())
+    return Model(start(Path(folder), threads, verify))
 
 
 class Model:
     """What :func:`load` returns."""
 
-    def __init__(self, folder: Path, manifest: Manifest, library: Library, weights: Sequence[Any]) -> None:
-        self.folder = folder
-        self.manifest = manifest
-        self.library = library
-        self.weights = tuple(weights)
-        self._functions: dict[str, Callable[..., Any]] = {}
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.folder = engine.folder
+        self.manifest = engine.manifest
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -174,31 +137,18 @@ class Model:
 
     def session(self, batch: int = 1, context: int | None = None) -> Session:
         """Caches for ``batch`` rows of up to ``context`` positions (default: as many as the model takes)."""
-        return Session(self, batch, context)
+        return Session(self.engine, batch, context)
 
     def run(self, entry: str, **arrays: Any) -> dict[str, np.ndarray]:
         """Calls an entry point without caches, e.g. ``forward``; returns its outputs by name.
 
         Raises InputError for inputs that are missing, unknown or do not fit the entry's signature.
         """
-        e = self.entry(entry)
-        if e.states:
-            raise InputError(f"entry {entry} keeps caches: use session()")
-        values = fit(f"entry {entry}", e.inputs, arrays, {}, e.checks, e.indices)
-        results = self.function(entry)(*map(tensor_of, values), *self.weights)
-        return {spec.name: np.from_dlpack(x) for spec, x in zip(e.outputs, results)}
+        return self.engine.run(entry, **arrays)
 
     def entry(self, name: str) -> Entry:
         """The signature of an entry point. Raises InputError for a name there is none of."""
-        if not isinstance(name, str) or name not in self.manifest.entries:
-            raise InputError(f"{self.folder} has no entry {name!r}; it has {', '.join(self.manifest.entries)}")
-        return self.manifest.entries[name]
-
-    def function(self, entry: str) -> Callable[..., Any]:
-        """The compiled function of an entry point: takes tensors (inputs, states, weights)."""
-        if entry not in self._functions:
-            self._functions[entry] = self.library.function(entry)
-        return self._functions[entry]
+        return self.engine.entry(name)
 
     def __repr__(self) -> str:
         return f"Model({str(self.folder)!r}: {self.manifest.interface.name}; {', '.join(self.manifest.entries)})"

@@ -1,28 +1,50 @@
-"""Caches of a batch of rows, and feeding them: prompts of any length in chunks, then one token at a time."""
+"""A batch of rows that are fed: prompts of any length in chunks, then one token at a time."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from .along import Along
 from .arrays import bound, check_indices, check_sizes, fit, known
-from .dimensions import extent, extents
+from .device import Buffer, array_of, tensor_of, zeros
+from .dimensions import extent
+from .engine import Engine
 from .errors import AGAIN, ArtifactError, ContextLimitError, InputError
-from .interface import State, TensorSpec
+from .interface import TensorSpec
 from .manifest import Indices
-from .memory import copied, elements, tensor_of, zeros
 from .prompts import MOST_TOKENS
+from .slots import Slots
 from .values import whole
 
-if TYPE_CHECKING:
-    from .model import Model
-
 _FIRST = 256
-"""Capacity of full caches when a session opens; it doubles whenever it is used up."""
+"""Capacity of growing states when a session opens; it doubles whenever it is used up."""
+
+
+@dataclass
+class _Window:
+    """Some of a session's rows, which entries are called for: they are in slots side by side."""
+
+    of: np.ndarray
+    """The rows, ascending."""
+    first: int
+    """The first slot."""
+    rows: np.ndarray | slice
+    """In the order of their slots; a slice: all rows of the session, in their order."""
+    past: Buffer
+    token: Buffer
+    others: dict[str, np.ndarray]
+    """What entries take beside tokens and positions, of these rows."""
+    given: dict[str, Any]
+    """The same as tensors."""
+    kept: dict[str, Any]
+    """The states."""
+    decode: tuple[Any, ...] | None
+    """What ``decode`` is called with, if that is the same at each step."""
 
 
 class Session:
@@ -35,28 +57,29 @@ class Session:
     Raises InputError for a program without ``prefill`` and ``decode``, ContextLimitError for more context than it has.
     """
 
-    def __init__(self, model: Model, batch: int = 1, context: int | None = None) -> None:
-        m = model.manifest.interface
+    def __init__(self, engine: Engine, batch: int = 1, context: int | None = None) -> None:
+        m = engine.manifest.interface
         self._names: dict[str, list[str]] = {}
         self._fed = m.tokens
-        self._along = Along(model.entry("prefill").inputs, m.tokens)
+        self.along = Along(engine.entry("prefill").inputs, m.tokens)
+        """What a step takes for each token beside the token."""
         self._others: dict[str, TensorSpec] = {}  # what both entries take beside tokens and positions
         for name, own in (("prefill", (m.tokens, "past", "last")), ("decode", (m.tokens, "past"))):
-            specs = {i.name: i for i in model.entry(name).inputs}
-            others = {k: spec for k, spec in specs.items() if k not in own and k not in self._along.specs}
+            specs = {i.name: i for i in engine.entry(name).inputs}
+            others = {k: spec for k, spec in specs.items() if k not in own and k not in self.along.specs}
             if not specs.keys() >= set(own) or (name == "decode" and others != self._others):
                 raise ArtifactError(f"entry {name} does not take {', '.join((*own, *self._others))}; {AGAIN}")
             self._names[name], self._others = list(specs), others
-        self._logits = _logits([spec.name for spec in model.entry("prefill").outputs])
-        self._encoder = model.manifest.entries.get("encode")
+        self._logits = _logits([spec.name for spec in engine.entry("prefill").outputs])
+        self._encoder = engine.manifest.entries.get("encode")
         made = {spec.name for spec in self._encoder.outputs} if self._encoder else set()
         self._wanted = {spec.name: spec for spec in self._encoder.inputs} if self._encoder else {}  # by encode()
         self._wanted |= {name: spec for name, spec in self._others.items() if name not in made}
-        self._given: dict[str, tuple[Any, np.ndarray]] = {}  # of the others, once they are here
+        self._given: dict[str, np.ndarray] = {}  # of the others, once they are here
         self._late: dict[str, list[Indices]] = {"prefill": [], "decode": []}  # of them, what a step's sizes bound
-        self._each = {name: [i for i in model.entry(name).indices if i.input in self._along.specs] for name in self._late}
-        self._rows = next(i.shape[0] for i in model.entry("prefill").inputs if i.name == m.tokens)
-        self._model = model
+        self._each = {name: [i for i in engine.entry(name).indices if i.input in self.along.specs] for name in self._late}
+        self._rows = next(i.shape[0] for i in engine.entry("prefill").inputs if i.name == m.tokens)
+        self._engine = engine
         batch = whole("batch", batch, 1)
         context = None if context is None else whole("context", context)
         limit = context if m.context is None else m.context
@@ -65,25 +88,25 @@ class Session:
         if context is not None and not 1 <= context <= limit:
             raise ContextLimitError(f"context={context}: the model takes 1 to {limit} positions")
         self.batch, self.context = batch, context or limit
-        self._indices = model.entry("prefill").indices
+        self._indices = engine.entry("prefill").indices
         self._vocab, self._media = self._vocabulary(m.vocab, {}), m.media
         self._chunk = m.chunk or self.context
-        self._weights = model.weights
-        self._states = {name: model.entry(name).states for name in ("prefill", "decode")}
-        self._functions = {name: model.function(name) for name in ("prefill", "decode")}
-        self._checks = {name: model.entry(name).checks for name in ("prefill", "decode")}
-        self._granule = m.granule
-        self._most = self._rounded(limit)
-        self._specs = m.states
-        self._latest = {s.name: s for s in self._specs if s.cut == "never"}
-        self._caches: dict[str, tuple[Any, np.ndarray]] = {}
-        self._capacity = 0
+        self._fixed = isinstance(self._rows, int)
+        self._returned: dict[str, list[tuple[int, str]]] = {}
+        self._weights = {name: engine.weights_of(name) for name in self._names}
+        self._states = {name: engine.entry(name).states for name in self._names}
+        self._functions = {name: engine.function(name) for name in self._names}
+        self._checks = {name: engine.entry(name).checks for name in self._names}
+        self._integers = next(i.dtype for i in engine.entry("decode").inputs if i.name == m.tokens)
         try:
-            self._past_tensor, self._past = zeros("int64", [batch])
-            kind = next(i.dtype for i in model.entry("prefill").inputs if i.name == m.tokens)
-            self._token_tensor, self._token = zeros(kind, [batch, 1])
+            self._slots = Slots(m.states, batch, m.granule, engine.weights)
+            self._most = self._slots.rounded(limit)
+            self._slots.reserve(min(self._slots.rounded(_FIRST), self._most))
+            self._past = np.zeros(batch, np.int64)
             self._written = np.zeros(batch, np.int64)  # one past the furthest position ever written, padding included
-            self._reserve(min(_FIRST, self._most))
+            self._every = np.arange(batch)
+            self._row = np.arange(batch)  # in each slot
+            self._window: _Window | None = None
         except (MemoryError, OSError, OverflowError, ValueError) as e:
             raise InputError(f"batch is {batch}, for whose caches there is no memory ({e}): take fewer rows") from None
         if m.media is not None and self._wanted.keys() == {"media", *(["seen"] if m.media.seen else [])}:
@@ -103,7 +126,7 @@ class Session:
         sizes = {self._rows: self.batch} if isinstance(self._rows, str) else {}
         values = dict(zip(self._wanted, fit("encode", list(self._wanted.values()), inputs, sizes)))
         if self._encoder:
-            values |= self._model.run("encode", **{spec.name: values[spec.name] for spec in self._encoder.inputs})
+            values |= self._engine.run("encode", **{spec.name: values[spec.name] for spec in self._encoder.inputs})
         if self._media is not None and not len(values["media"]):
             raise InputError("media has no rows: without media, feed text alone")
         given = {**self._wanted, **self._others}
@@ -113,12 +136,13 @@ class Session:
             check_indices(index, values[index.input], symbols)
         bounds = {(i.input, i.low, i.high) for i in held}
         for name in self._late:
-            late = (i for i in self._model.entry(name).indices if i.input in self._others)
+            late = (i for i in self._engine.entry(name).indices if i.input in self._others)
             self._late[name] = [i for i in late if (i.input, i.low, i.high) not in bounds]
-        most = self._model.manifest.interface.vocab if self._media is None else self._media.vocab + len(values["media"])
+        most = self._engine.manifest.interface.vocab if self._media is None else self._media.vocab + len(values["media"])
         self._vocab = self._vocabulary(most, symbols)
-        self._given = {name: (tensor_of(values[name]), values[name]) for name in self._others}
+        self._given = {name: values[name] for name in self._others}
         self.reset()
+        self._window = None
 
     def _vocabulary(self, most: int | None, symbols: Mapping[str, int]) -> int | None:
         """How many tokens there are: at most ``most``, and as many as the tables have rows that tokens index."""
@@ -128,11 +152,6 @@ class Session:
                 with contextlib.suppress(KeyError):  # sized by what is not given yet
                     rows.append(extent(spec.high, symbols))
         return min(rows, default=None)
-
-    @property
-    def along(self) -> Along:
-        """What a step takes for each token beside the token."""
-        return self._along
 
     @property
     def past(self) -> np.ndarray:
@@ -164,14 +183,14 @@ class Session:
                 f"row {row} holds {self._past[row]} tokens and {counts[row]} more make {longest}; the session's context is "
                 f"{self.context}: feed less, truncate() or reset()"
             )
-        beside = self._along.fit(along, self._past, s)
+        beside = self.along.fit(along, self._past, s)
         if s <= self._chunk:
             return self._feed(tokens, counts, beside)
         logits: np.ndarray | None = None
         for start in range(0, int(counts.max()), self._chunk):
             part = np.clip(counts - start, 0, self._chunk)
             width = int(part.max())
-            got = self._feed(tokens[:, start : start + width], part, self._along.part(beside, start, start + width))
+            got = self._feed(tokens[:, start : start + width], part, self.along.part(beside, start, start + width))
             logits = got if logits is None else np.where(part[:, None] > 0, got, logits)
         assert logits is not None  # there is a row with at least one token
         return logits
@@ -179,6 +198,7 @@ class Session:
     def reset(self) -> None:
         """Empties all rows. Memory stays."""
         self._past[:] = self._written[:] = 0
+        self._slots.clear(np.arange(self.batch))
 
     def truncate(self, length: int | Sequence[int] | np.ndarray) -> None:
         """Forgets what each row holds beyond ``length`` positions (one number, or one per row).
@@ -195,7 +215,7 @@ class Session:
             raise InputError(f"length is a whole number, or one for each of {self.batch} rows; given: {length!r}")
         if (to < 0).any() or (to > self._past).any():
             raise InputError(f"rows hold {self._past.tolist()} positions; they cannot be cut to {to.tolist()}")
-        for spec in self._specs:
+        for spec in self._slots.states:
             lost = spec.lost(to, self._past, self._written)
             if lost.any():
                 row = int(lost.argmax())
@@ -203,97 +223,132 @@ class Session:
                     f"row {row} cannot go back to {to[row]} of {self._past[row]} positions: {spec.holds()}; "
                     "reset() and feed the tokens again"
                 )
+        emptied = (to == 0) & (self._past > 0)
+        if emptied.any():
+            self._slots.clear(np.flatnonzero(emptied[self._row]))
         self._past[:] = to
         self._written[to == 0] = 0
 
     # -- feeding ---------------------------------------------------------------------------------------------------------
     def _feed(self, tokens: np.ndarray, counts: np.ndarray, along: Mapping[str, np.ndarray]) -> np.ndarray:
-        """One call for all rows, with at most ``chunk`` tokens each."""
+        """At most ``chunk`` tokens of each row. Rows without any are not computed, and stay as they are."""
+        live = self._every if self._fixed or counts.all() else np.flatnonzero(counts)
+        if int(self._past[live].max()) + tokens.shape[1] <= self._most:
+            return self._spread(*self._call(live, tokens, counts, along))
+        logits: np.ndarray | None = None
+        for r in np.flatnonzero(counts):  # padding of one row would lie beyond the largest capacity: each by itself
+            n = int(counts[r])
+            rows, got = self._call(self._every[r : r + 1], tokens[:, :n], counts, self.along.part(along, 0, n))
+            logits = np.zeros((self.batch, *got.shape[1:]), got.dtype) if logits is None else logits
+            logits[rows] = got
+        assert logits is not None
+        return logits
+
+    def _spread(self, rows: np.ndarray | slice, found: np.ndarray) -> np.ndarray:
+        """Logits of some rows among those of all."""
+        if isinstance(rows, slice):
+            return found
+        logits = np.zeros((self.batch, *found.shape[1:]), found.dtype)
+        logits[rows] = found
+        return logits
+
+    def _call(
+        self, live: np.ndarray, tokens: np.ndarray, counts: np.ndarray, along: Mapping[str, np.ndarray]
+    ) -> tuple[np.ndarray | slice, np.ndarray]:
+        """One call for the rows ``live`` of the session's; returns these in the order of the logits that it returns too."""
         s = tokens.shape[1]
-        needed = int(self._past.max()) + s
-        if needed > self._most:  # padding of one row would lie beyond the largest cache
-            return self._feed_one_by_one(tokens, counts, along)
-        self._reserve(needed)
+        self._reserve(int(self._past[live].max()) + s)
+        w = self._over(live)
+        tokens, counts = tokens[w.rows], counts[w.rows]
+        if along and not isinstance(w.rows, slice):
+            along = self.along.rows(along, w.rows)
+        w.past.array[:] = self._past[w.rows]
         if s == 1:
-            self._token[...] = tokens
-            name, own = "decode", {self._fed: self._token_tensor, "past": self._past_tensor}
+            name, own = "decode", {self._fed: w.token.tensor}
+            w.token.array[...] = tokens
         else:
             last = tensor_of(np.maximum(counts - 1, 0))
-            name, own = "prefill", {self._fed: self._tensor_of_tokens(tokens), "past": self._past_tensor, "last": last}
-        own |= {k: tensor for k, (tensor, _) in self._given.items()} | {k: tensor_of(x) for k, x in along.items()}
+            name, own = "prefill", {self._fed: tensor_of(tokens.astype(self._integers, copy=False)), "last": last}
+        if w.decode is not None and s == 1:
+            args = w.decode
+        else:
+            own |= {k: tensor_of(x) for k, x in along.items()}
+            args = self._args(name, {**w.given, "past": w.past.tensor, **own}, w.kept)
         if self._checks[name] or self._late[name] or self._each[name]:
-            others = {k: x for k, (_, x) in self._given.items()} | dict(along)
-            self._check(name, {self._fed: tokens, "past": counts, "last": counts, **others})
-        out = self._functions[name](*(own[k] for k in self._names[name]), *self._kept[name])
-        if self._latest:
-            self._move_on(name, out, counts)
-        np.maximum(self._written, self._past + s, out=self._written)
-        self._past += counts
-        return np.from_dlpack(out[self._logits])
+            self._check(name, {**w.others, **along, self._fed: tokens, "past": counts, "last": counts})
+        out = self._functions[name](*args)
+        found = array_of(out[self._logits])
+        if (returned := self._returned.get(name)) is None:
+            returned = self._returned[name] = self._elsewhere(name, out, w)
+        for at, state in returned:
+            self._slots.put(state, w.first, array_of(out[at]), None if counts.all() else counts > 0)
+        self._written[w.rows] = np.maximum(self._written[w.rows], w.past.array + s)
+        self._past[w.rows] += counts
+        return w.rows, found
 
-    def _move_on(self, name: str, out: Any, counts: np.ndarray) -> None:
-        """Takes what a call made of states that hold the latest only; of rows that got no token, they keep what they had."""
-        idle = np.flatnonzero(counts == 0)
-        for state, tensor in self._latest_of(name, out):
-            array = elements(tensor)
-            if len(idle):
-                rows = (slice(None),) * (state.rows or 0) + (idle,)
-                tensor, array = copied(state.dtype, array)
-                array[rows] = self._caches[state.name][1][rows]
-            self._caches[state.name] = tensor, array
-        self._hold()
+    def _elsewhere(self, entry: str, out: Any, w: _Window) -> list[tuple[int, str]]:
+        """States that an entry does not write in place: where among what it returns they are."""
+        first = len(self._engine.entry(entry).outputs)
+        places = enumerate(self._states[entry], first)
+        return [(i, k) for i, k in places if i < len(out) and out[i].data_ptr() != w.kept[k].data_ptr()]
 
-    def _latest_of(self, name: str, out: Any) -> list[tuple[State, Any]]:
-        """What a call made of states that are no caches written in place: those come behind its results."""
-        first = len(self._model.entry(name).outputs)
-        return [(self._latest[k], out[i]) for i, k in enumerate(self._states[name], first) if k in self._latest]
+    def _args(self, entry: str, inputs: Mapping[str, Any], states: Mapping[str, Any]) -> tuple[Any, ...]:
+        """What an entry is called with."""
+        own = [inputs[k] for k in self._names[entry]]
+        return (*own, *(states[k] for k in self._states[entry]), *self._weights[entry])
 
     def _check(self, name: str, given: Mapping[str, np.ndarray]) -> None:
         """Holds the sizes of what the entry is given against what it takes for granted of them."""
-        inputs = self._model.entry(name).inputs
-        symbols = bound(inputs, [given[spec.name] for spec in inputs], {"c": self._capacity})
+        inputs = self._engine.entry(name).inputs
+        symbols = bound(inputs, [given[spec.name] for spec in inputs], {"c": self._slots.capacity})
         check_sizes(f"entry {name}", self._checks[name], symbols)
         for index in (*self._late[name], *self._each[name]):
             check_indices(index, given[index.input], symbols)
 
-    def _feed_one_by_one(self, tokens: np.ndarray, counts: np.ndarray, along: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Each row by itself, on copies of its caches, so that none needs padding."""
-        self._reserve(int((self._past + counts).max()))
-        for k, state in self._latest.items():  # to be written, row by row
-            self._caches[k] = copied(state.dtype, self._caches[k][1])
-        logits: np.ndarray | None = None
-        for r in np.flatnonzero(counts):
-            n, past = int(counts[r]), int(self._past[r])
-            name = "decode" if n == 1 else "prefill"
-            row = {k: zeros(self._spec(k).dtype, array[r : r + 1].shape) for k, (_, array) in self._caches.items()}
-            for k, (_, array) in row.items():
-                array[...] = self._caches[k][1][r : r + 1]
-            one = tokens[r : r + 1, :n].astype(self._token.dtype)
-            own = {self._fed: one, "past": np.array([past]), "last": np.array([n - 1])}
-            own |= self._along.part(self._along.row(along, int(r)), 0, n)
-            for k, (_, array) in self._given.items():
-                at = [slice(r, r + 1) if d == self._rows else slice(None) for d in self._others[k].shape]
-                own[k] = array[tuple(at)]
-            if self._checks[name] or self._late[name] or self._each[name]:
-                self._check(name, own)
-            states = [row[k][0] for k in self._states[name]]
-            inputs = [tensor_of(own[k]) for k in self._names[name]]
-            made = self._functions[name](*inputs, *states, *self._weights)
-            out = np.from_dlpack(made[self._logits])
-            latest = {state.name: elements(tensor) for state, tensor in self._latest_of(name, made)}
-            for k, (_, array) in row.items():
-                self._caches[k][1][r : r + 1] = latest.get(k, array)
-            logits = np.zeros((self.batch, out.shape[1]), out.dtype) if logits is None else logits
-            logits[r] = out[0]
-        self._hold()
-        np.maximum(self._written, self._past + counts, out=self._written)
-        self._past += counts
-        assert logits is not None
-        return logits
+    # -- rows and their slots --------------------------------------------------------------------------------------------
+    def _reserve(self, needed: int) -> None:
+        """Room for so many positions."""
+        if needed > self._slots.capacity:
+            self._slots.reserve(min(self._slots.rounded(max(needed, 2 * self._slots.capacity)), self._most))
+            self._window = None
 
-    def _tensor_of_tokens(self, tokens: np.ndarray) -> Any:
-        return tensor_of(tokens if tokens.dtype == self._token.dtype else tokens.astype(self._token.dtype))
+    def _over(self, rows: np.ndarray) -> _Window:
+        """The window of ``rows``, in ascending order: most often, the one of the last call."""
+        if self._window is None or (self._window.of is not rows and not np.array_equal(self._window.of, rows)):
+            self._window = self._opened(rows)
+        return self._window
 
+    def _opened(self, rows: np.ndarray) -> _Window:
+        n, slots = len(rows), np.flatnonzero(np.isin(self._row, rows))
+        first = int(slots[0])
+        if slots[-1] - first >= n or not self._slots.may_start(first):
+            self._to_front(rows)
+            first = 0
+        order = self._row[first : first + n].copy()
+        others = {k: self._of(order, self._others[k], x) for k, x in self._given.items()}
+        given = {k: tensor_of(x) for k, x in others.items()}
+        past, token = zeros("int64", [n]), zeros(self._integers, [n, 1])
+        kept = self._slots.tensors(first, n)
+        own = {**given, self._fed: token.tensor, "past": past.tensor}
+        decode = None if self.along.specs else self._args("decode", own, kept)
+        whole_ = n == self.batch and bool((order == self._every).all())
+        return _Window(rows, first, slice(None) if whole_ else order, past, token, others, given, kept, decode)
+
+    def _to_front(self, rows: np.ndarray) -> None:
+        """Brings rows into the first slots: each that is not there changes places with one that is and need not be."""
+        slots, n = np.flatnonzero(np.isin(self._row, rows)), len(rows)
+        for a, b in zip(np.setdiff1d(np.arange(n), slots).tolist(), slots[slots >= n].tolist()):
+            self._slots.swap(a, b, int(self._written[self._row[[a, b]]].max()))
+            self._row[[a, b]] = self._row[[b, a]]
+
+    def _of(self, rows: np.ndarray, spec: TensorSpec, x: np.ndarray) -> np.ndarray:
+        """What an array that is given for all rows holds for some."""
+        for axis, d in enumerate(spec.shape):
+            if d == self._rows and isinstance(d, str):
+                x = np.take(x, rows, axis)
+        return x
+
+    # -- what callers give -----------------------------------------------------------------------------------------------
     def _tokens(self, tokens: np.ndarray | Sequence[Sequence[int]]) -> np.ndarray:
         try:
             ids = np.asarray(tokens)
@@ -315,36 +370,6 @@ class Session:
         if counts.shape != (self.batch,) or counts.dtype.kind not in "iu" or counts.min() < 0 or not 0 < counts.max() <= s:
             raise InputError(f"lengths must be {self.batch} whole numbers from 0 to {s}, not all 0; given: {lengths!r}")
         return counts.astype(np.int64)
-
-    # -- caches ----------------------------------------------------------------------------------------------------------
-    def _rounded(self, n: int) -> int:
-        return -(-n // self._granule) * self._granule
-
-    def _spec(self, name: str) -> State:
-        return next(s for s in self._specs if s.name == name)
-
-    def _reserve(self, needed: int) -> None:
-        """Caches for at least ``needed`` positions; what full ones hold is copied to larger ones."""
-        if needed <= self._capacity:
-            return
-        self._capacity = min(self._rounded(max(needed, 2 * self._capacity)), self._most)
-        for spec in self._specs:
-            axis = spec.positions if spec.grows else None
-            old = self._caches.get(spec.name)
-            if old is not None and axis is None:
-                continue
-            shape = extents(spec.shape, {"b": self.batch, "c": self._capacity})
-            fresh = zeros(spec.dtype, shape)
-            if old is not None and axis is not None:
-                fresh[1][(slice(None),) * axis + (slice(old[1].shape[axis]),)] = old[1]
-            self._caches[spec.name] = fresh
-        self._hold()
-
-    def _hold(self) -> None:
-        """Settles what entries are called with, beside their inputs."""
-        caches = {k: tensor for k, (tensor, _) in self._caches.items()}
-        self._kept = {name: (*(caches[k] for k in states), *self._weights) for name, states in self._states.items()}
-
 
 def _logits(outputs: Sequence[str]) -> int:
     """Which of the outputs is sampled from: the one named logits, or the only one."""

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
-from typing import Any
 
+from .device import ALIGNMENT, Buffer, allocate, buffer_in, size_of
 from .errors import AGAIN, ArtifactError
 from .interface import TensorSpec
-from .memory import ALIGNMENT, allocate, size_of, tensor_in
 
 _DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
@@ -62,12 +61,12 @@ class Weights:
                 job.result()
         self.sha256 = digest.hexdigest() if hashed else None
 
-    def tensors(self) -> list[Any]:
-        """The tensors, in the program's order. Needs the TVM runtime to be loaded."""
-        return [
-            tensor_in(self._memory[at : at + size_of(s.dtype, _shape(s))], s.dtype, _shape(s))
+    def buffers(self) -> dict[str, Buffer]:
+        """The arrays by name, in the specs' order. Needs the TVM runtime to be loaded."""
+        return {
+            s.name: buffer_in(self._memory[at : at + size_of(s.dtype, _shape(s))], s.dtype, _shape(s))
             for s, at in ((s, self._offsets[s.name]) for s in self._specs)
-        ]
+        }
 
     def _fill(self, f: FileIO, into: memoryview) -> None:
         """Reads ``into`` full from where the file is."""

@@ -26,6 +26,7 @@ def manifest_of(program: Program, library: Library, settings: dict[str, Any]) ->
             "inputs": [_tensor(v.name, v.type) for v in g.inputs if v.name not in states],
             "outputs": [_tensor(n, v.type) for n, v in zip(g.output_names, g.outputs) if n not in states],
             "states": [n for n in states if any(v.name == n for v in g.inputs)],
+            "weights": [a.name for a in library.plan.of(g.name)],
             "checks": _checks(g),
             "indices": [
                 {"input": i.input, "low": str(i.low), "high": str(i.high), "where": i.where} for i in given(g)
@@ -47,6 +48,8 @@ def interface_json(program: Program, target: Target) -> dict[str, Any]:
     found, sizes = asdict(interface), state_symbols(program)
     for s, layout in zip(found["states"], target.state_layouts(program).values()):
         s |= _tensor(s["name"], layout.type.substitute(sizes))
+        if isinstance(s["empty"], str):
+            s["empty"] = f"{s['name']}/begin"  # of which that is the array
         s |= {k: None if s[k] is None else layout.axis(s[k]) for k in ("rows", "positions")}
     return found
 

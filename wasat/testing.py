@@ -119,8 +119,10 @@ class InterpreterCheck:
             known |= self._named(program["encode"], known, params, sizes)
         states = set(program.interface.state_names)
         capacity = {s: 16 for v in entries[1].inputs for s in v.type.symbols if v.name in states and s not in sizes}
-        known |= {v.name: np.zeros(v.tensor.concrete({**sizes, **capacity}), v.tensor.dtype.np)
-                  for v in entries[1].inputs if v.name in states}  # fmt: skip
+        begin = {s.name: program.load(s.empty) if isinstance(s.empty, str) else s.empty or 0 for s in program.interface.states}
+        for v in entries[1].inputs:
+            if v.name in states:
+                known[v.name] = np.full(v.tensor.concrete({**sizes, **capacity}), begin[v.name], v.tensor.dtype.np)
         want = self._named(forward, inputs, {k: params[k] for k in forward.params}, sizes)
         while (count := np.minimum(np.array(next(step)[:rows]), chunk)).size and (past + count).max() <= 10:
             new = np.zeros((rows, count.max()), texts.dtype)

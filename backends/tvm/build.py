@@ -20,7 +20,7 @@ from wasat.ir import Dim, DType, Graph, IRError, Program, WasatError, evaluate_d
 from wasat.ir.dims import Func
 from wasat.ir.evaluate import bind_symbols, hold_checks
 
-from .lower import WeightPlan, lower_program
+from .lower import Begin, WeightPlan, lower_program
 from .ops.cond import EQUAL, hold_equal
 from .ops.indices import OUTSIDE, given, outside
 from .ops.narrow import carried, uncarried
@@ -66,6 +66,11 @@ def build(
     module, plan = lower_program(
         program, target.table(), target.state_types(program), target.kernels(target, program), target.on_host
     )
+    layouts = target.state_layouts(program)
+    for s in program.interface.states:
+        if isinstance(s.empty, str):
+            begin = Begin(s.name, layouts[s.name])
+            plan.layouts[s.empty, begin] = begin.arrays(s.empty, program.params[s.empty].type)
     on_progress("generating code")
     with target.scope():
         executable = tvm.compile(
@@ -115,11 +120,12 @@ class Runner:
         tvm_ffi.register_global_func(OUTSIDE, outside, override=True)
         tvm_ffi.register_global_func(EQUAL, hold_equal, override=True)
         self.vm = relax.VirtualMachine(_linked(library) if donate else library.executable, tvm.cpu())
-        self.weights = [
-            tvm.runtime.tensor(array)
-            for (name, layout), _ in library.plan.layouts.items()
-            for array in layout.pack(program.load(name))
-        ]
+        packed = {
+            key: [tvm.runtime.tensor(array) for array in key[1].pack(program.load(key[0]))] for key in library.plan.layouts
+        }
+        self.weights = {
+            graph: [x for key in library.plan.reads.get(graph, ()) for x in packed[key]] for graph in program.graphs
+        }
         self._given_indices = {name: given(g) for name, g in program.graphs.items()}
         self._given: dict[int, tuple[np.ndarray, Any]] = {}
         """Arrays of states that the last call returned, by id, and the tensors whose memory they are."""
@@ -143,7 +149,7 @@ class Runner:
         function = self.vm["".join(c if c.isalnum() or c == "_" else "_" for c in graph)]
         tensors = [self._tensor(n, arrays[n]) for n in ordered]
         try:
-            out = function(*tensors, *self.weights)
+            out = function(*tensors, *self.weights[graph])
         except IndexError as e:
             raise IRError(str(e)) from None
         names = [n for n in g.output_names if n not in self.states] + [n for n in g.output_names if n in self.states]

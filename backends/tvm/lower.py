@@ -94,6 +94,23 @@ class StateLayout:
         return x
 
 
+@dataclass(frozen=True)
+class Begin:
+    """One row of a state, as rows are before their first token: a parameter, kept as the state is."""
+
+    state: str
+    layout: StateLayout
+    rows = None
+
+    def arrays(self, name: str, type: Type) -> list[Packed]:
+        t = self.layout.type
+        shape = t.with_shape(1, *t.shape[1:]).concrete({})
+        return [Packed(f"{self.state}/begin", tvm_dtype(t.dtype), shape)]
+
+    def pack(self, weight: Any) -> list[np.ndarray]:
+        return [carried(self.layout.pack(np.asarray(weight)[None]))]
+
+
 def tvm_dtype(dtype: DType) -> str:
     """TVM's name of the element type as a compiled program holds it: narrow ones as bytes."""
     return TVM_DTYPE[dtype]
@@ -205,14 +222,21 @@ class WeightPlan:
     """Which packed arrays a program's entries take, in call order."""
 
     layouts: dict[tuple[str, Layout], list[Packed]] = field(default_factory=dict)
+    reads: dict[str, dict[tuple[str, Layout], None]] = field(default_factory=dict)
+    """Which of them each graph reads."""
 
-    def add(self, name: str, layout: Layout, type: Type) -> None:
+    def add(self, graph: str, name: str, layout: Layout, type: Type) -> None:
         if (name, layout) not in self.layouts:
             self.layouts[name, layout] = layout.arrays(name, type)
+        self.reads.setdefault(graph, {})[name, layout] = None
 
     @property
     def arrays(self) -> list[Packed]:
         return [a for arrays in self.layouts.values() for a in arrays]
+
+    def of(self, graph: str) -> list[Packed]:
+        """What ``graph`` takes after its inputs and states."""
+        return [a for key in self.reads.get(graph, ()) for a in self.layouts[key]]
 
 
 def plan_weights(graphs: Sequence[Graph], table: Table) -> WeightPlan:
@@ -231,7 +255,7 @@ def plan_weights(graphs: Sequence[Graph], table: Table) -> WeightPlan:
             if graph.is_output(v):
                 layouts.append(Plain())
             for layout in layouts:
-                plan.add(names[v], layout, v.type)
+                plan.add(graph.name, names[v], layout, v.type)
     return plan
 
 
@@ -360,7 +384,7 @@ def emit_graph(
     bb: relax.BlockBuilder, graph: Graph, table: Table, plan: WeightPlan, states: Sequence[str], kernels: dict[Any, Any],
     state_types: Mapping[str, TensorType],
 ) -> None:  # fmt: skip
-    """Adds ``graph`` to the module as a Relax function: inputs, states, then all weights of the plan.
+    """Adds ``graph`` to the module as a Relax function: inputs, states, then the weights that it reads.
 
     Outputs that are states (same name as an input) are updated in place and not returned.
     """
@@ -372,14 +396,14 @@ def emit_graph(
     params = ctx.declare(ordered, types)
     ctx.env.update(zip(ordered, params))
     inputs = len(params)
-    for (name, layout), arrays in plan.layouts.items():
+    for name, layout in plan.reads.get(graph.name, ()):
+        arrays = plan.layouts[name, layout]
         vars_ = [relax.Var(_identifier(a.name), relax.TensorType(list(a.shape), a.dtype)) for a in arrays]
         params += vars_
-        if name in graph.params:
-            v = graph.params[name]
-            ctx.packed[v, layout] = vars_
-            if isinstance(layout, Plain):
-                ctx.env[v] = vars_[0]
+        v = graph.params[name]
+        ctx.packed[v, layout] = vars_
+        if isinstance(layout, Plain):
+            ctx.env[v] = vars_[0]
     with bb.function(_identifier(graph.name), params, attrs={"num_input": inputs, "relax.force_pure": True}):
         with bb.dataflow():
             for v, t, x in zip(ordered, types, params):

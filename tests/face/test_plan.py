@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from wasat.frontend import nn
 from wasat.ir import WasatError, parse_program
 from wasat.passes.analyses.cost import peak_bytes
-from wasat.runtime.memory import item_size
+from wasat.runtime.device import item_size
 
 import wasat as ws
 from wasat.cli.app import app
@@ -42,8 +42,8 @@ def test_an_artifact_weighs_what_was_planned(scheme: str, tmp_path: Path) -> Non
     file = (tmp_path / "a" / "weights.safetensors").stat().st_size
     assert found.weights[scheme] <= file < found.weights[scheme] + 150 * len(weights)  # names and places of arrays
     session = model.session(batch=3, context=48)
-    session._reserve(1)
-    taken = sum(array.nbytes for _, array in session._caches.values())
+    session._slots.reserve(48)
+    taken = session._slots.nbytes
     assert plan(program, schemes=[], batch=3, chunk=8).caches == taken  # of the model's context, as a session's first caches
 
 

@@ -75,7 +75,7 @@ class _Scripted(Model):
     """A model whose every next token is set: what is tested is what becomes of the text."""
 
     def __init__(self, model: Model, script: list[int]) -> None:
-        super().__init__(model.folder, model.manifest, model.library, model.weights)
+        super().__init__(model.engine)
         self.script = script
 
     def session(self, batch: int = 1, context: int | None = None) -> _ScriptedSession:  # type: ignore[override]

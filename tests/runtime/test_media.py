@@ -26,7 +26,7 @@ from PIL import Image as Pillow
 from tiny_media import RATE, VOCAB, media_program
 from tiny_model import edit_manifest
 from wasat.ir import Program
-from wasat.runtime import ArtifactError, Audio, Image, InputError, MediaError, Model, Session, Video, load
+from wasat.runtime import ArtifactError, Audio, Image, InputError, MediaError, Model, Video, load
 from wasat.runtime import media as module
 from wasat.runtime.media import open_media
 
@@ -109,7 +109,7 @@ def test_files_are_told_by_content(seeing: Model, tmp_path: Path) -> None:
 
 
 def test_session_takes_rows_of_media_as_tokens(seeing: Model) -> None:
-    session = Session(seeing)
+    session = seeing.session()
     with pytest.raises(InputError, match=f"token {VOCAB} is outside the vocabulary"):
         session.step([[VOCAB]])
     rows = seeing.embed(Image(PICTURE))
@@ -137,9 +137,9 @@ def test_sessions_and_models_go_on_after_an_error(seeing: Model) -> None:
     before = seeing.generate([[image, "a"]], max_tokens=6)[0]
     assert before.steps > 0
     steps = [[[7, 8, 9]], [[3]]]
-    alone = Session(seeing)
+    alone = seeing.session()
     want = [alone.step(tokens) for tokens in steps]
-    session = Session(seeing)
+    session = seeing.session()
     first = session.step(steps[0])
     with pytest.raises(MediaError, match="cannot be read"):
         seeing.generate([["good ", image, "bad ", Image(png(PICTURE)[:900])], [image]], max_tokens=6)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from wasat.runtime.memory import ALIGNMENT, allocate
+from wasat.runtime.device import ALIGNMENT, allocate
 
 ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
