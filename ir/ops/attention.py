@@ -414,6 +414,72 @@ def _room(ring: bool, cache: TensorType, new: TensorType) -> Bounds:
     return 0, 2**62 if ring else cache.shape[1] - new.shape[1] + 1
 
 
+@register
+class CacheStart(Op):
+    """What stands before a row's first token, put into its caches: k [1 | b, p, g, d] and v [1 | b, p, g, e] at positions 0
+    to p - 1 of k_cache [b, c, g, d] and v_cache [b, c, g, e], in rows that hold nothing yet (past[r] is 0); other rows stay.
+    """
+
+    name = "cache_start"
+    kind = "scatter"
+    differentiable = False
+
+    def infer(
+        self, attrs: _op.Attrs, k: TensorType, v: TensorType, k_cache: TensorType, v_cache: TensorType, past: TensorType
+    ) -> tuple[TensorType, TensorType]:
+        for new, cache, what in ((k, k_cache, "k_cache"), (v, v_cache, "v_cache")):
+            _rank4(new, "what stands first")
+            rows = new.with_shape(cache.shape[0], *new.shape[1:]) if new.shape[0] == 1 else new
+            _check_cache(_rank4(cache, what), rows, past, what)
+            require_at_most(new.shape[1], cache.shape[1], f"{new.shape[1]} positions do not fit in {what} of {cache.shape[1]}")
+        require_equal(k.shape[1], v.shape[1], "positions of k and v")
+        require_equal(k_cache.shape[1], v_cache.shape[1], "capacity of the caches")
+        return k_cache, v_cache
+
+    def axes(
+        self, attrs: _op.Attrs, k: TensorType, v: TensorType, k_cache: TensorType, v_cache: TensorType, past: TensorType
+    ) -> AxisRule:
+        n, heads = (Factor(k_cache.shape[0]),), (Factor(k_cache.shape[2]),)
+        c = (Factor(k_cache.shape[1], "whole"),)
+        caches: list[Axes] = [(n, c, heads, (Factor(t.shape[3]),)) for t in (k_cache, v_cache)]
+        rows = (Factor(1, "whole"),) if k.shape[0] == 1 != k_cache.shape[0] else n
+        new: list[Axes] = [(rows, (Factor(t.shape[1], "whole"),), heads, own[3]) for t, own in zip((k, v), caches)]
+        return AxisRule((*new, *caches, (n,)), tuple(caches))
+
+    def reference(
+        self, attrs: _op.Attrs, k: np.ndarray, v: np.ndarray, k_cache: np.ndarray, v_cache: np.ndarray, past: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        made = []
+        for new, cache in ((k, k_cache), (v, v_cache)):
+            out = np.array(cache)
+            out[past == 0, : new.shape[1]] = np.broadcast_to(new, (len(cache), *new.shape[1:]))[past == 0]
+            made.append(out)
+        return made[0], made[1]
+
+    def decompose(
+        self, b: Builder, attrs: _op.Attrs, k: Value, v: Value, k_cache: Value, v_cache: Value, past: Value
+    ) -> tuple[Value, Value]:
+        n, c, p = k_cache.shape[0], k_cache.shape[1], k.shape[1]
+        none = b.reshape(b.equal(past, b.constant(0, past.tensor.dtype)), shape=(n, 1, 1, 1))
+        first = b.less(b.iota(size=c), b.dim_size(size=p))
+        keep = b.logical_and(none, b.reshape(first, shape=(c, 1, 1)))
+        full = [b.pad(x, low=(0, 0, 0, 0), high=(0, c - p, 0, 0)) for x in (k, v)]
+        made = [b.select(keep, x, cache) for x, cache in zip(full, (k_cache, v_cache))]
+        return made[0], made[1]
+
+    def samples(self) -> Iterable[Sample]:
+        kc, vc = _wave(2, 5, 2, 3), _wave(2, 5, 2, 4, step=1.3)
+        yield Sample([_wave(1, 2, 2, 3, step=0.7), _wave(1, 2, 2, 4, step=0.9), kc, vc, np.array([0, 3])])
+        yield Sample([_wave(2, 5, 2, 3, step=0.7), _wave(2, 5, 2, 4, step=0.9), kc, vc, np.array([1, 0])])
+
+    def errors(self) -> Iterable[ErrorSample]:
+        cache = ["f32[b, 5, 2, 3]", "f32[b, 5, 2, 4]", "i64[b]"]
+        yield ErrorSample(["f32[1, 6, 2, 3]", "f32[1, 6, 2, 4]", *cache], {}, "6 positions do not fit in k_cache of 5")
+        yield ErrorSample(["f32[1, 2, 2, 3]", "f32[1, 3, 2, 4]", *cache], {}, "positions of k and v")
+        yield ErrorSample(["f32[1, 2, 1, 3]", "f32[1, 2, 2, 4]", *cache], {}, "axis 2 of k_cache")
+        yield ErrorSample(["f32[2, 3]", "f32[1, 2, 2, 4]", *cache], {}, "must be [batch, position")
+
+
 @dataclass(frozen=True)
 class CachedAttrs(_op.Attrs):
     """As attention's; ``ring`` as cache_update's. Not ``causal``: a query sees all the new positions, as the mask lets it."""
@@ -543,4 +609,4 @@ class CachedAttention(Op):
         yield ErrorSample([*qkv, *cache, "f32[7, b, 4, s, c]"], {"scale": 1.0}, "does not broadcast")
 
 
-__all__ = ["Attention", "CacheUpdate", "CachedAttention", "Rope"]
+__all__ = ["Attention", "CacheStart", "CacheUpdate", "CachedAttention", "Rope"]

@@ -169,6 +169,7 @@ class Selection:
         rows: dict[str, Callable[[Node], None]] = {
             "rms_norm": self._rms_norm, "layer_norm": self._layer_norm, "glu": self._glu, "rope": self._rope,
             "attention": self._attention, "cached_attention": self._cached_attention,
+            "cache_start": self._cache_start,
         }  # fmt: skip
         matrices: dict[str, Callable[[Node], None]] = {
             "linear": self._linear, "matmul": self._matmul, "conv": self._conv, "quantized_linear": self._quantized_linear,
@@ -482,7 +483,7 @@ class Selection:
         if not (_f32(q, k, v) and _known(h) and self._is_cache(keys) and self._is_cache(values)):
             return
         capacity, g, d = keys.shape[1:]
-        for state in (self.states[v.name] for v in (keys, values)):
+        for state in (self.states[_state(v).name] for v in (keys, values)):
             if state.grows == a.ring:
                 raise IRError(f"{node!r}: %{state.name} is declared {state.kind}", node.loc)
         cache = Cache(g, d, v.shape[3], capacity if a.ring else None, self.cache)
@@ -503,7 +504,20 @@ class Selection:
         for old, new in zip(node.outputs, (y, keys, values)):
             self.graph.replace_uses(old, new)
 
+    def _cache_start(self, node: Node) -> None:
+        k, v, keys, values, past = node.inputs
+        if not (_f32(k, v) and self._is_cache(keys) and self._is_cache(values)):
+            return
+        cache = Cache(*_ints((keys.shape[2], k.shape[3], v.shape[3])), None, self.cache)
+        if past.tensor.dtype is not DType.I64:
+            past = self.builder(node).cast(past, dtype=DType.I64)
+        desc = CacheWrite(self.isa, cache, self.threads, start=True, shared=k.shape[0] == 1)
+        written = [Result(keys.tensor, alias=3), Result(values.tensor, alias=4)]
+        for old, new in zip(node.outputs, self.call(node, desc, cache_write, [k, v, past, keys, values], written)):
+            self.graph.replace_uses(old, new)
+
     def _is_cache(self, v: Value) -> bool:
+        v = _state(v)
         state = self.states.get(v.name) if v.node is None and v.param is None else None
         return state is not None and isinstance(state_layout(state, v.tensor, self.cache), CacheLayout)
 
@@ -548,6 +562,12 @@ class Selection:
         ]  # fmt: skip
         new_keys, new_values, new_q = self.call(node, desc, qkv_to_cache, [*operands, keys, values], results)
         return new_q, new_keys, new_values
+
+
+def _state(v: Value) -> Value:
+    """The state that ``v`` is, before what stands first was put into it."""
+    start = _made_by(v, "cache_start")
+    return start.inputs[2 + start.outputs.index(v)] if start is not None else v
 
 
 def _rotary(node: Node, head_dim: int) -> Rotary:

@@ -144,15 +144,20 @@ def flat_view(view: CacheView) -> CacheView:
 
 @dataclass(frozen=True)
 class CacheWrite:
-    """Write k f32[b, s, g, d] and v f32[b, s, g, e] at positions past[b] + 0..s-1."""
+    """Write k f32[b, s, g, d] and v f32[b, s, g, e] at positions past[b] + 0..s-1.
+
+    ``start``: only in rows where past[b] is 0; ``shared``: k and v are one row, for all.
+    """
 
     isa: Isa
     cache: Cache
     threads: int = 1
+    start: bool = False
+    shared: bool = False
 
     @property
     def name(self) -> str:
-        return f"cache_write_{self.cache.name}"
+        return f"cache_{('start_shared' if self.shared else 'start') if self.start else 'write'}_{self.cache.name}"
 
 
 def cache_write(desc: CacheWrite) -> tirx.PrimFunc:
@@ -160,18 +165,29 @@ def cache_write(desc: CacheWrite) -> tirx.PrimFunc:
     cache = desc.cache
     kernel = Kernel(desc.name)
     b, s = symbol("b"), symbol("s")
-    k = kernel.param("k", (b, s, cache.kv_heads, cache.head_dim), "float32")
-    v = kernel.param("v", (b, s, cache.kv_heads, cache.value_dim), "float32")
+    rows = 1 if desc.shared else b
+    k = kernel.param("k", (rows, s, cache.kv_heads, cache.head_dim), "float32")
+    v = kernel.param("v", (rows, s, cache.kv_heads, cache.value_dim), "float32")
     past = kernel.param("past", (b,), "int64")
     view = flat_view(cache_params(kernel, desc.isa, cache, b))
     k, v = kernel.flat(k), kernel.flat(v)
 
     def row(at: Expr) -> None:
         batch = kernel.let(floor_div(at, s), "batch")
-        position = kernel.let(load(past, batch) + floor_mod(at, s), "position")
-        with kernel.loop(cache.kv_heads) as head:
-            index = at * cache.kv_heads + head
-            view.write(batch, head, position, (k, index * cache.head_dim), (v, index * cache.value_dim))
+        held = kernel.let(load(past, batch), "held")
+        position = kernel.let(held + floor_mod(at, s), "position")
+        source = floor_mod(at, s) if desc.shared else at
+
+        def write() -> None:
+            with kernel.loop(cache.kv_heads) as head:
+                index = source * cache.kv_heads + head
+                view.write(batch, head, position, (k, index * cache.head_dim), (v, index * cache.value_dim))
+
+        if desc.start:
+            with kernel.when(held == 0):
+                write()
+        else:
+            write()
 
     kernel.rows(desc.threads, b * s, cache.kv_heads * (cache.head_dim + cache.value_dim), row)
     return kernel.build()
