@@ -256,14 +256,16 @@ def _check_state(s: State, m: Interface) -> None:
 
 
 def _check_capacity(state: State, axis: int, granule: int, most: int) -> None:
-    """A state that grows has as many positions as it is asked for, or a multiple of that, whatever that is."""
+    """A state that grows has as many positions as it is asked for, or a multiple of that, and perhaps some more."""
     found = {}
-    tried = {granule, 2 * granule, 3 * granule, 16 * granule, 64 * granule, most}
+    tried = (granule, 2 * granule, 3 * granule, 16 * granule, 64 * granule, most)
     for c in tried:
         with contextlib.suppress(ZeroDivisionError):
             shape = extents(state.shape, {"b": 3, "c": c})
-            found[c] = shape[axis] / c if min(shape) > 0 else 0.0
-    if len(found) < len(tried) or len(set(found.values())) > 1 or found[granule] < 1:
+            found[c] = shape[axis] if min(shape) > 0 else 0
+    step = (found.get(2 * granule, 0) - found.get(granule, 0)) / granule
+    more = {n - step * c for c, n in found.items()}
+    if not (found.keys() == set(tried) and step >= 1 and len(more) == 1 and min(more) >= 0 == min(more) % granule):
         raise ArtifactError(
             f"manifest.json: full cache {state.name} of shape {list(state.shape)} does not hold c positions; {AGAIN}"
         )

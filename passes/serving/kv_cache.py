@@ -39,9 +39,12 @@ from wasat.ir.ops.shape import Slice
 from ..analyses.axis import Label, analyze, refuse, uncut
 from ..analyses.indexing import Indexing
 from ..analyses.rows import FIRST, Place, places
+from ..cleanup.algebra import Cleanup
+from ..cleanup.hoist_params import HoistParams
 from ..core import Pass, PassError, Remark, Remarks
 from ..pattern import erase_dead
 from .kept import Kept, all_positions, in_place, keep, meet, meets, over_slots, rows_first, run_scan, run_sum, run_window
+from .lead import Led, split
 from .token_inputs import token_inputs
 
 
@@ -86,11 +89,11 @@ class DeriveKVCache(Pass):
         return True
 
     def _derive(self, program: Program, remarks: Remarks) -> None:
-        forward, tokens, labels = _served(program[self.graph], remarks)
+        forward, tokens, labels, led = _served(program[self.graph], remarks)
         seq = str(tokens.shape[1])
         limits = [n for n in (program.interface.context, _positions_known(forward, labels)) if n is not None]
         context = min(limits, default=None)
-        plan = Plan.make(forward, tokens, seq, labels, self.chunk, self.granule, context)
+        plan = Plan.make(forward, tokens, seq, labels, self.chunk, self.granule, context, led)
         plan.places = places(forward, tokens, labels)
         keep(plan)
         graphs = dict(program.graphs)
@@ -106,6 +109,10 @@ class DeriveKVCache(Pass):
         program.declare(
             states=tuple(states), chunk=self.chunk, context=context, granule=self.granule, tokens=tokens.name
         )  # fmt: skip
+        if led is not None:
+            Cleanup().run(program, remarks)
+            HoistParams().run(program, remarks)
+            remarks.applied(f"{led.lead} positions before the first token are computed apart", made[-1])
         for node, cache in plan.of.items():
             remarks.applied(f"%{node.output.name}: {cache.describe()}", node)
         for kept in plan.kept.values():
@@ -138,8 +145,9 @@ def _positions_known(graph: Graph, labels: dict[Value, Label]) -> int | None:
     return min(rows, default=None)
 
 
-def _served(graph: Graph, remarks: Remarks) -> tuple[Graph, Value, dict[Value, Label]]:
-    """A copy of ``graph`` with the outputs that can be served, its tokens, and how its values lie along them.
+def _served(graph: Graph, remarks: Remarks) -> tuple[Graph, Value, dict[Value, Label], Led | None]:
+    """A copy of ``graph`` with the outputs that can be served, its tokens, how its values lie along them, and what stands
+    before them.
 
     Of inputs of several lengths that could be the tokens (a translator's two texts): the first along which it looks back.
     What it returns once for the whole batch, a loss, is left off, and so are the inputs that only this read.
@@ -148,20 +156,26 @@ def _served(graph: Graph, remarks: Remarks) -> tuple[Graph, Value, dict[Value, L
     for name in token_inputs(graph):
         seq = next(str(v.shape[1]) for v in graph.inputs if v.name == name)
         served = uncut(graph.clone(), seq)
-        tokens = next(v for v in served.inputs if v.name == name)
-        labels = analyze(served, seq)
-        ahead = {n: v for n, v in zip(served.output_names, served.outputs) if not labels[v].one_each}
-        lost = {n: v for n, v in ahead.items() if len(ahead) < len(served.outputs) and _whole_batch(v, tokens)}
-        refused = [refuse(labels[v], n, seq) for n, v in ahead.items() if n not in lost]
-        if refused:
-            failure = failure or refused[0]
-            continue
-        if lost:
-            for n, v in lost.items():
-                remarks.missed(f"output {n} is not served: {labels[v].reason}", v)
-            _leave_off(served, set(lost), tokens)
+        led: Led | None = None
+        for apart in (False, True):
+            if apart and (led := split(served, name)) is not None:
+                served = led.graph
+            elif apart:
+                break
+            tokens = next(v for v in served.inputs if v.name == name)
             labels = analyze(served, seq)
-        return served, tokens, labels
+            ahead = {n: v for n, v in zip(served.output_names, served.outputs) if not labels[v].one_each}
+            lost = {n: v for n, v in ahead.items() if len(ahead) < len(served.outputs) and _whole_batch(v, tokens)}
+            refused = [refuse(labels[v], n, seq) for n, v in ahead.items() if n not in lost]
+            if refused:
+                failure = failure or refused[0]
+                continue
+            if lost:
+                for n, v in lost.items():
+                    remarks.missed(f"output {n} is not served: {labels[v].reason}", v)
+                _leave_off(served, set(lost), tokens)
+                labels = analyze(served, seq)
+            return served, tokens, labels, led
     if failure is not None:
         raise failure
     raise IRError(
@@ -232,15 +246,20 @@ class Plan:
     """Where values keep the rows of the batch."""
     kept: dict[Value, Kept] = field(default_factory=dict)
     """What else an incremental run keeps, by the value it is of."""
+    led: Led | None = None
+    """What stands before the tokens."""
     capacity: DimLike = 0
     last_mixing: Node | None = None
 
     @staticmethod
     def make(
-        forward: Graph, tokens: Value, seq: str, labels: dict[Value, Label], chunk: int, granule: int, context: int | None
-    ) -> Plan:
-        plan = Plan(forward, tokens, seq, labels)
+        forward: Graph, tokens: Value, seq: str, labels: dict[Value, Label], chunk: int, granule: int, context: int | None,
+        led: Led | None = None,
+    ) -> Plan:  # fmt: skip
+        plan = Plan(forward, tokens, seq, labels, led=led)
         plan.capacity = symbol(capacity_name(forward))
+        if led is not None:  # a session counts tokens: there is room for what stands before them
+            plan.capacity = plan.capacity + (led.lead + granule - 1) // granule * granule
         dependent = _on_inputs(plan)
         for node in forward.nodes:
             for v in node.inputs:
@@ -250,7 +269,8 @@ class Plan:
                 plan.last_mixing = node
                 if isinstance(node.attrs, AttentionAttrs):
                     plan._cache(node, chunk, granule, context)
-        for v in forward.outputs:
+        first = [v for pair in led.first.values() for v in pair] if led is not None else []
+        for v in (*first, *forward.outputs):
             if v in dependent and v.node is not None:
                 plan.memory.setdefault(v, f"memory.{len(plan.memory)}")
         return plan
@@ -258,7 +278,7 @@ class Plan:
     def _cache(self, node: Node, chunk: int, granule: int, context: int | None) -> None:
         _, k, v = node.inputs[:3]
         window = AttentionAttrs.of(node).window
-        capacity = None if window is None else -(-(window + chunk - 1) // granule) * granule
+        capacity = None if window is None or self.led is not None else -(-(window + chunk - 1) // granule) * granule
         if capacity is not None and context is not None and context <= capacity:
             capacity = None
         if len(node.inputs) > 3 and self.labels[node.inputs[3]].kind in ("token", "scores"):
@@ -483,8 +503,13 @@ class Derivation:
         cache = self.plan.of[node]
         k, v = cache.names()
         mask = [self._mask(x, cache) for x in node.inputs[3:]]
+        keys, values, past = self.states[k], self.states[v], self.past
+        led = self.plan.led
+        if led is not None and node in led.first:
+            keys, values = self.b.cache_start(*(self.env[x] for x in led.first[node]), keys, values, past)
+            past = self.b.add(past, self.b.constant(led.first[node][0].shape[1], DType.I64))
         out = self.b.cached_attention(
-            *(self.env[x] for x in node.inputs[:3]), self.states[k], self.states[v], self.past, *mask, scale=attrs.scale,
+            *(self.env[x] for x in node.inputs[:3]), keys, values, past, *mask, scale=attrs.scale,
             window=attrs.window, softcap=attrs.softcap, ring=cache.capacity is not None, name=[node.output.name, k, v],
         )  # fmt: skip
         self.env[node.output], self.states[k], self.states[v] = out

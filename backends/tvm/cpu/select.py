@@ -508,7 +508,8 @@ class Selection:
         k, v, keys, values, past = node.inputs
         if not (_f32(k, v) and self._is_cache(keys) and self._is_cache(values)):
             return
-        cache = Cache(*_ints((keys.shape[2], k.shape[3], v.shape[3])), None, self.cache)
+        heads, width, value = _ints((keys.shape[2], k.shape[3], v.shape[3]))
+        cache = Cache(heads, width, value, None, self.cache)
         if past.tensor.dtype is not DType.I64:
             past = self.builder(node).cast(past, dtype=DType.I64)
         desc = CacheWrite(self.isa, cache, self.threads, start=True, shared=k.shape[0] == 1)
