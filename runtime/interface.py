@@ -12,9 +12,7 @@ import numpy as np
 from .dimensions import Extent, extents, parsed
 from .errors import AGAIN, ArtifactError
 from .fields import Fields
-
-ENCODER_INPUTS = {"image": ("image",), "audio": ("audio",), "video": ("frames", "times")}
-"""What the encoder of each kind takes: u8[h, w, 3]; f32[n]; u8[n, h, w, 3] and f32[n] in seconds."""
+from .media import KINDS
 
 
 @dataclass(frozen=True)
@@ -195,6 +193,11 @@ def _state(f: Fields) -> State:
     )  # fmt: skip
 
 
+def _inputs(kind: str) -> tuple[str, ...]:
+    """What encoders of a kind of media take; nothing for a kind that there is none of."""
+    return KINDS[kind].inputs if kind in KINDS else ()
+
+
 # -- checks ----------------------------------------------------------------------------------------------------------------
 def check_interface(m: Interface, inputs: Mapping[str, Sequence[str]]) -> None:
     """Raises ArtifactError for what entries with these inputs, by name, cannot be run by.
@@ -208,18 +211,19 @@ def check_interface(m: Interface, inputs: Mapping[str, Sequence[str]]) -> None:
     for e in m.media.encoders if m.media else ():
         if e.entry not in inputs:
             raise ArtifactError(f"manifest.json: the {e.kind} encoder {e.entry} is no entry; {AGAIN}")
-        wanted = list(ENCODER_INPUTS.get(e.kind, ()))
+        wanted = list(_inputs(e.kind))
         if list(inputs[e.entry]) != wanted or not wanted:
             found = ", ".join(inputs[e.entry])
             raise ArtifactError(
                 f"manifest.json: the {e.kind} encoder {e.entry} takes {found}, not {', '.join(wanted)}; {AGAIN}"
             )
-        if e.kind == "audio" and e.rate is None:
-            raise ArtifactError(f"manifest.json: the audio encoder {e.entry} has no rate; {AGAIN}")
+        for need in KINDS[e.kind].needs:
+            if getattr(e, need) is None:
+                raise ArtifactError(f"manifest.json: the {e.kind} encoder {e.entry} has no {need}; {AGAIN}")
     for h in m.heads:
         given = set(inputs.get(h.entry, ()))
         text = h.of == "text" and {"tokens", "last"} <= given <= {"tokens", "last", "media", "seen"}
-        if not text and given != set(ENCODER_INPUTS.get(h.of, ("",))):
+        if not text and given != set(_inputs(h.of) or ("",)):
             raise ArtifactError(f"manifest.json: head {h.name} is of {h.of}, which entry {h.entry} does not take; {AGAIN}")
     for state in m.states:
         _check_state(state, m)

@@ -13,9 +13,8 @@ from .artifact import TOKENIZER
 from .engine import Engine, start
 from .errors import AGAIN, ArtifactError, InputError, ModelError
 from .generate import Generation, generate
-from .interface import ENCODER_INPUTS
 from .manifest import Entry
-from .media import Audio, Image, Media, Video, open_media
+from .media import Media, open_media
 from .prompts import Prompt, text_inputs
 from .sampling import SamplingOptions
 from .session import Session
@@ -119,21 +118,12 @@ class Model:
         part = open_media(media) if isinstance(media, Path) else media
         if not isinstance(part, Media):
             raise InputError(f"a medium is a Path, an Image, Audio or Video, not {type(part).__name__}")
-        spec, kind = self.manifest.interface.media, type(part).__name__.lower()
+        spec, kind = self.manifest.interface.media, part.kind
         encoder = spec.encoder(kind) if spec else None
         if encoder is None:
             takes = ", ".join(["text", *(spec.kinds if spec else ())])
             raise InputError(f"{part.name}: the model has no encoder for {kind}; it takes {takes}")
-        arrays: tuple[np.ndarray, ...]
-        match part:
-            case Image():
-                arrays = (part.pixels(),)
-            case Audio():
-                assert encoder.rate is not None  # the manifest was read so
-                arrays = (part.samples(encoder.rate),)
-            case Video():
-                arrays = part.frames()
-        return kind, encoder.entry, dict(zip(ENCODER_INPUTS[kind], arrays))
+        return kind, encoder.entry, dict(zip(part.inputs, part.arrays(encoder)))
 
     def session(self, batch: int = 1, context: int | None = None) -> Session:
         """Caches for ``batch`` rows of up to ``context`` positions (default: as many as the model takes)."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .errors import ContextLimitError, InputError
-from .media import Audio, Image, Media, Video
+from .media import Media
 from .tokenizer import Tokenizer
 from .values import listed
 
@@ -31,7 +31,7 @@ def read_prompts(model: Model, prompts: Sequence[Prompt]) -> tuple[list[list[int
     for prompt in prompts:
         if isinstance(prompt, (int, np.integer)):
             raise InputError("prompts is a list of prompts: put token ids into a list of their own, [[1, 2, 3]]")
-        if isinstance(prompt, (Path, Image, Audio, Video)):
+        if isinstance(prompt, (Path, Media)):
             raise InputError("prompts is a list of prompts: put media and text into a list of their own, [[image, 'text']]")
     rows = _Rows(model)
     out = []
@@ -105,7 +105,7 @@ def _ids(model: Model, index: int, prompt: Prompt, rows: _Rows) -> list[int]:
     if isinstance(prompt, str):
         return model.tokenizer.encode(prompt)
     prompt = listed(f"prompt {index}", prompt)
-    if not any(isinstance(part, (str, Path, Image, Audio, Video)) for part in prompt):
+    if not any(isinstance(part, (str, Path, Media)) for part in prompt):
         vocab = model.manifest.interface.media.vocab if model.manifest.interface.media else model.manifest.interface.vocab
         ids = [_id(index, part) for part in prompt]
         wrong = next((t for t in ids if not 0 <= t < (MOST_TOKENS if vocab is None else vocab)), None)
@@ -116,7 +116,7 @@ def _ids(model: Model, index: int, prompt: Prompt, rows: _Rows) -> list[int]:
     for part in prompt:
         if isinstance(part, str):
             ids += model.tokenizer.encode(part, special=False)
-        elif isinstance(part, (Path, Image, Audio, Video)):
+        elif isinstance(part, (Path, Media)):
             ids += rows.tokens(part)
         else:
             raise InputError(

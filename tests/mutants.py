@@ -57,8 +57,13 @@ TESTS = {  # what covers a file; for others it is the file of the same name, or 
     **{f"ir/ops/{x}.py": ["tests/ir/test_registry.py", "tests/ir/test_axes.py", "tests/ir/test_vjp.py"] for x in OPS},
     "runtime/artifact.py": ["tests/runtime/test_artifact.py"],
     "runtime/manifest.py": ["tests/runtime/test_artifact.py"],
+    "runtime/interface.py": ["tests/runtime/test_artifact.py", "tests/runtime/test_manifest.py"],
+    "runtime/session.py": ["tests/runtime/test_session.py", "tests/runtime/test_rows.py"],
+    "runtime/slots.py": ["tests/runtime/test_rows.py", "tests/runtime/test_session.py"],
+    "ir/interface.py": ["tests/ir/test_interface.py", "tests/runtime/test_manifest.py"],
     "runtime/generate.py": ["tests/runtime/test_generate.py", "tests/runtime/test_text_stream.py"],
-    "runtime/media.py": ["tests/runtime/test_media.py", "tests/runtime/test_media_kinds.py"],
+    **{f"runtime/media/{x}.py": ["tests/runtime/test_media.py", "tests/runtime/test_media_kinds.py"]
+       for x in ("audio", "base", "files", "image", "video")},
     "training/step.py": ["tests/training/test_step.py", "tests/training/test_precision.py"],
     "training/loop.py": ["tests/training/test_loop.py"],
 }

@@ -27,8 +27,9 @@ from tiny_media import RATE, VOCAB, media_program
 from tiny_model import edit_manifest
 from wasat.ir import Program
 from wasat.runtime import ArtifactError, Audio, Image, InputError, MediaError, Model, Video, load
-from wasat.runtime import media as module
-from wasat.runtime.media import open_media
+from wasat.runtime.interface import Encoder, Generation, Head, Interface, check_interface
+from wasat.runtime.interface import Media as MediaSpec
+from wasat.runtime.media import KINDS, Media, open_media
 
 from wasat import driver
 
@@ -251,7 +252,7 @@ def test_a_small_sound_does_not_fill_memory(tmp_path: Path, monkeypatch: pytest.
         assert len(samples) == pytest.approx(seconds * RATE, rel=0.01)
         assert samples.dtype == np.float32
         assert peak < 2 * samples.nbytes + 2e6
-    monkeypatch.setattr(module, "MOST_SAMPLES", 6 * 655_350)
+    monkeypatch.setattr("wasat.runtime.media.audio.MOST_SAMPLES", 6 * 655_350)
     assert len(Audio(path).samples(RATE)) < 7 * RATE
     with pytest.raises(MediaError, match=r"silence\.flac has more than 3,932,100 samples at 655350 Hz"):
         Audio(path).samples(655_350)
@@ -261,7 +262,7 @@ def test_a_small_sound_does_not_fill_memory(tmp_path: Path, monkeypatch: pytest.
 def test_pieces_are_resampled_as_one(rate: int, monkeypatch: pytest.MonkeyPatch) -> None:
     noise = RNG.uniform(-1, 1, (50_000, 2)).astype(np.float32)
     whole = Audio(noise, 16000).samples(rate)
-    monkeypatch.setattr(module, "_PIECE", 777)
+    monkeypatch.setattr("wasat.runtime.media.audio._PIECE", 777)
     assert np.array_equal(Audio(noise, 16000).samples(rate), whole)
 
 
@@ -338,7 +339,7 @@ def test_picture_and_sound_may_differ_in_length(format: str, pictures: int, seco
 
 
 def test_long_videos_are_thinned_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "FRAME_MEMORY", 5 * CLIP[0].nbytes)
+    monkeypatch.setattr("wasat.runtime.media.video.FRAME_MEMORY", 5 * CLIP[0].nbytes)
     clip = np.stack([np.full((16, 24, 3), 3 * i, np.uint8) for i in range(23)])
     frames, times = Video(gif(clip, 100)).frames()
     assert np.allclose(times, np.arange(0, 23, 8) / 10, atol=1e-6)
@@ -485,8 +486,8 @@ def test_what_states_no_length_or_is_followed_by_something_is_whole() -> None:
 
 
 def test_no_bomb_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MOST_PIXELS", 100)
-    monkeypatch.setattr(module, "_flat", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr("wasat.runtime.media.base.MOST_PIXELS", 100)
+    monkeypatch.setattr("wasat.runtime.media.image.flat", lambda *_: pytest.fail("decoded"))
     for source in (Image(png(PICTURE)), Video(gif(CLIP, 100)), Video(video(CLIP, fps=4))):
         with pytest.raises(MediaError, match="at most 100 are decoded"):
             source.pixels() if isinstance(source, Image) else source.frames()
@@ -497,3 +498,43 @@ def test_a_missing_package_is_named(package: str, part: Any, monkeypatch: pytest
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MediaError, match=r"pip install 'wasat\[media\]'"):
         part.pixels() if isinstance(part, Image) else part.samples(RATE)
+
+
+# -- kinds -------------------------------------------------------------------------------------------------------------------
+def test_a_kind_is_a_class(tmp_path: Path) -> None:
+    """The registry has it, files are told by it, and manifests are held to it: no other place knows the kinds."""
+    try:
+
+        class Points(Media):
+            inputs = ("points",)
+            needs = ("size",)
+
+            def arrays(self, encoder: Encoder) -> tuple[np.ndarray, ...]:
+                return (np.zeros((encoder.size or 0, 3), np.float32),)
+
+            @classmethod
+            def of_head(cls, path: Path, head: bytes) -> Media | None:
+                return cls(path) if head.startswith(b"ply") else None
+
+        (tmp_path / "a.ply").write_bytes(b"ply 1.0")
+        found = open_media(tmp_path / "a.ply")
+        assert (type(found), found.kind) == (Points, "points")
+        encoder = Encoder("points", "see", size=8, rate=None, samples=None, frames=None)
+        assert found.arrays(encoder)[0].shape == (8, 3)
+        interface = Interface(
+            "m", None, None, 16, None, "tokens", Generation(), MediaSpec(8, 4, (encoder,), False),
+            (Head("h", "see", "points"),), (),
+        )  # fmt: skip
+        check_interface(interface, {"see": ["points"]})
+        for entries, message in (({"see": ["image"]}, "points encoder see takes image, not points"), ({}, "see is no entry")):
+            with pytest.raises(ArtifactError, match=message):
+                check_interface(interface, entries)
+        unsized = replace(interface, media=MediaSpec(8, 4, (replace(encoder, size=None),), False))
+        with pytest.raises(ArtifactError, match="points encoder see has no size"):
+            check_interface(unsized, {"see": ["points"]})
+    finally:
+        KINDS.pop("points", None)
+    with pytest.raises(ArtifactError, match="points encoder see takes points"):
+        check_interface(interface, {"see": ["points"]})
+    with pytest.raises(MediaError, match=r"a\.ply is none of PNG"):
+        open_media(tmp_path / "a.ply")

@@ -24,7 +24,6 @@ from wasat.runtime.media import Media, open_media
 
 MODELS = ("gemini", "pygemma")
 """Of examples/."""
-_KINDS: dict[type[Media], str] = {Image: "image", Audio: "audio", Video: "video"}
 PROMPTS = ("def read_file(path):\n    ", "class Stack:\n    def __init__(self")
 
 
@@ -114,7 +113,7 @@ def _answer(out: Console, model: Model, c: Chapter) -> None:
     every = json.loads((folder / "questions.json").read_text(encoding="utf-8"))
     assert model.manifest.interface.media is not None
     takes = model.manifest.interface.media.kinds
-    questions = [q for q in every if all(_KINDS[type(open_media(folder / name))] in takes for name in q["media"])]
+    questions = [q for q in every if all(open_media(folder / name).kind in takes for name in q["media"])]
     if skipped := [q["title"] for q in every if q not in questions]:
         _print(out, f"the model takes text, {', '.join(takes)}: not asked are {', '.join(skipped)}")
     for _ in range(2):  # the first round brings memory and threads up
@@ -148,6 +147,7 @@ def _emptied(media: Media) -> Media:
     if isinstance(media, Audio):
         rate = 8000  # silence has no pitch
         return Audio(np.zeros_like(media.samples(rate)), rate)
+    assert isinstance(media, Video)
     frames, times = media.frames()
     return Video(np.repeat(frames[:1], len(frames), axis=0), times.tolist())
 
