@@ -48,10 +48,7 @@ def beside(node: Node, numbers: Sequence[float | None]) -> float | None:
     if node.op.kind == "view":
         return numbers[0] if len(set(numbers)) == 1 else None
     if not node.op.elementwise:
-        linear = {f.how for axes in node.axes.operands for axis in axes for f in axis if f.role == "reduced"}
-        if linear == {"sum"} and 0 in numbers:  # of products, or of terms, all 0
-            return 0.0
-        return numbers[0] if linear and linear <= {"max", "min"} else None
+        return _together(node, numbers)
     if None not in numbers:
         return _evaluated(node, [x for x in numbers if x is not None])
     if name == "select":
@@ -71,6 +68,23 @@ def beside(node: Node, numbers: Sequence[float | None]) -> float | None:
     tried = {_evaluated(node, [probe if x is None else x for x in numbers]) for probe in (-1.0, 0.0, 1.0)}
     known = next(x for x in numbers if x is not None)
     return tried.pop() if math.isinf(known) and len(tried) == 1 else None
+
+
+def _together(node: Node, numbers: Sequence[float | None]) -> float | None:
+    """The same of what takes elements together along other axes than those of positions: all of them are the number given."""
+    if node.op.kind == "product":
+        reduced = [f.how for axes in node.axes.operands for axis in axes for f in axis if f.role == "reduced"]
+        return 0.0 if 0 in numbers and reduced and set(reduced) == {"sum"} else None
+    if node.op.kind != "reduction" or len(numbers) != 1 or numbers[0] is None:
+        return None
+    v, [axes] = node.inputs[0], node.axes.operands
+    along = [any(f.role == "reduced" for f in axis) for axis in axes]
+    found = set()
+    for n in (1, 2, 3):  # of however many
+        x = np.full([n if a else 1 for a in along], numbers[0]).astype(v.tensor.dtype.np)
+        with np.errstate(all="ignore"):
+            found.add(float(np.asarray(node.op.reference(node.attrs, x)).reshape(-1)[0]))
+    return found.pop() if len(found) == 1 and not any(map(math.isnan, found)) else None
 
 
 _BESIDE_INFINITY = ("add", "sub", "div", "maximum", "minimum", "less", "less_equal", "greater", "greater_equal")

@@ -21,7 +21,7 @@ _VIEWS = ("slice", "reshape", "broadcast_to", "cast")
 @dataclass(frozen=True)
 class ReadTables(Pass):
     """A parameter [.., n, m] of few values, each on one region (a triangle, a band) -> comparisons of positions.
-    The first s rows of a parameter, and columns -> a lookup at the positions 0 .. s-1.
+    The first s rows of a parameter (or constant), and columns -> a lookup at the positions 0 .. s-1.
 
     Modules keep masks as buffers and slice them. Positions say what they mean; the values themselves say it to nobody.
     For programs that are not trained: parameters count as constants.
@@ -56,7 +56,8 @@ class ReadTables(Pass):
     def _look_up(self, graph: Graph, node: Node, remarks: Remarks) -> bool:
         table, attrs = node.inputs[0], Slice.Attrs.of(node)
         cut = [a for a, (lo, hi, n) in enumerate(zip(attrs.starts, attrs.stops, table.shape)) if (lo, hi) != (0, n)]
-        if table.param is None or not table.tensor.dtype.is_float or not cut or set(attrs.steps) != {1}:
+        given = table.const is not None or (table.param is not None and table.tensor.dtype.is_float)
+        if not given or not cut or set(attrs.steps) != {1}:
             return False
         sizes = {node.output.shape[a] for a in cut}
         if any(attrs.starts[a] != 0 for a in cut) or len(sizes) != 1 or isinstance(size := sizes.pop(), int):
@@ -71,7 +72,8 @@ class ReadTables(Pass):
             rows = table
             for axis in cut:
                 rows = b.gather(rows, b.iota(size=whole), axis=axis)
-        remarks.applied(f"the first {whole} rows of {table.param} are looked up by position", node)
+        name = table.param or f"%{table.name}"
+        remarks.applied(f"the first {whole} rows of {name} are looked up by position", node)
         if whole == size:
             replace(graph, node.output, rows)
             erase_dead(graph, node)

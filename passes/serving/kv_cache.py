@@ -36,6 +36,7 @@ from wasat.ir.ops.index import AxisAttrs
 from wasat.ir.ops.scan import ScanAttrs
 from wasat.ir.ops.shape import Slice
 
+from ..analyses.affine import Affine, empty
 from ..analyses.axis import Label, analyze, refuse, uncut
 from ..analyses.indexing import Indexing
 from ..analyses.rows import FIRST, Place, places
@@ -130,19 +131,22 @@ def capacity_name(forward: Graph) -> str:
 
 
 def _positions_known(graph: Graph, labels: dict[Value, Label]) -> int | None:
-    """For how many positions there are rows in the tables that positions index; None where no table is indexed so."""
-    at, rows = Indexing(()), []
+    """For how many positions there are rows in the tables that positions (or pairs of them) index; None: for any number."""
+    at, most = Indexing(()), []
     for node in graph.nodes:
-        name = node.op.name
-        if name == "embedding" or (name == "gather" and AxisAttrs.of(node).axis == 0):
-            table, index = node.inputs
-            found = at.of(index) if labels[index].kind == "position" else None
-            if found is None or not isinstance(found.const, int) or not isinstance(table.shape[0], int):
-                continue
-            step = found.terms[labels[index].axis]
-            if isinstance(step, int) and step > 0:
-                rows.append((table.shape[0] - 1 - found.const) // step + 1)
-    return min(rows, default=None)
+        if node.op.name not in ("embedding", "gather"):
+            continue
+        table, index = node.inputs
+        size = table.shape[AxisAttrs.of(node).axis if node.op.name == "gather" else 0]
+        if labels[index].kind not in ("position", "pair") or not isinstance(size, int):
+            continue
+        for p in at.pieces(index):
+            if not isinstance(p.value, Affine) or empty([*p.where, p.value.plus(Affine((), -size))], at.shape(index)):
+                continue  # not known, or it does not get there however many positions there are
+            first, step = p.value.const, [t for t in p.value.terms if not isinstance(t, int) or t > 0]
+            if isinstance(first, int) and step and all(isinstance(t, int) for t in step):
+                most.append((size - 1 - first) // sum(t for t in step if isinstance(t, int)) + 1)
+    return min(most, default=None)
 
 
 def _served(graph: Graph, remarks: Remarks) -> tuple[Graph, Value, dict[Value, Label], Led | None]:
