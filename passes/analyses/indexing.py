@@ -39,6 +39,10 @@ class Indexing:
     def shape(self, v: Value) -> tuple[DimLike, ...]:
         return tuple(self.dim(d) for d in v.shape)
 
+    def know(self, v: Value, pieces: Pieces) -> None:
+        """Takes ``v`` for what has these pieces."""
+        self._known[v] = pieces
+
     def of(self, v: Value) -> Affine | None:
         """``v`` as one affine function of its indices, or None."""
         first, *others = self.pieces(v)

@@ -70,6 +70,8 @@ def analyze(v: Value, shape: Sequence[DimLike], keep: bool = True, at: Indexing 
             return analyze(node.inputs[0], shape, keep, at)
         if name == "cast" and (inner := _truth(node)) is not None:
             return analyze(inner, shape, keep, at)
+        if name == ("equal" if keep else "not_equal") and (block := _block(node, shape, at)) is not None:
+            found.window = block
     found.operands.append((v, not keep))
     return found
 
@@ -116,6 +118,31 @@ def _read(
     if found.window is not None:
         said.append(Affine((), found.window - 1).minus(causal))
     return found, known and all(empty([*said, *p.where], sizes) for p in hides)
+
+
+def _block(node: Node, shape: Sequence[DimLike], at: Indexing) -> int | None:
+    """The size of the blocks of positions that a comparison keeps apart: no query sees as many behind itself."""
+    parts = [_divided(v, at) for v in node.inputs]
+    if parts[0] is None or parts[1] is None or parts[0][1] != parts[1][1]:
+        return None
+    (x, size), (y, _) = parts
+    sizes = [at.dim(d) for d in shape]
+    behind = Affine((0,) * (len(sizes) - 2) + (1, -1), sizes[-1] - sizes[-2])
+    apart = x.minus(y).of_rank(len(sizes))
+    return size if apart in (behind, behind.scaled(-1)) else None
+
+
+def _divided(v: Value, at: Indexing) -> tuple[Affine, int] | None:
+    """A function of positions divided by a number, the rest dropped: what is divided, and by what."""
+    node = v.node
+    while node is not None and (node.op.kind == "view" or node.op.name == "cast"):
+        node = node.inputs[0].node
+    if node is None or node.op.name != "floor_div":
+        return None
+    by, inner = number_of(node.inputs[1]), Indexing(())
+    inner.know(node.output, at.pieces(node.inputs[0]))
+    found = inner.of(v)
+    return (found, int(by)) if found is not None and by is not None and by >= 1 and by == int(by) else None
 
 
 def _truth(node: Node) -> Value | None:

@@ -128,3 +128,32 @@ def test_the_weakest_fill_counts() -> None:
     assert (read[0].causal, read[1], read[2]) == (True, True, -5e4)
     assert hidden_by(b.constant(table), (4, 4), -1.0) is None
     assert hidden_by(b.constant(np.where(np.isinf(table), -9.0, table)), (4, 4), 0.01) is None
+
+
+BLOCKS = {
+    "blocks of four": ("floor_div(%q, 4:i64)", "floor_div(%k, 4:i64)", 4),
+    "counted from elsewhere": ("floor_div(%q1, 4:i64)", "floor_div(%k1, 4:i64)", 4),
+    "of two sizes": ("floor_div(%q, 4:i64)", "floor_div(%k, 5:i64)", None),
+    "one ahead of the other": ("floor_div(%q1, 4:i64)", "floor_div(%k, 4:i64)", None),
+    "what is left over": ("mod(%q, 4:i64)", "mod(%k, 4:i64)", None),
+}
+
+
+@pytest.mark.parametrize("q, k, window", BLOCKS.values(), ids=BLOCKS)
+def test_blocks_are_windows(q: str, k: str, window: int | None) -> None:
+    """What is seen of a block is no longer than it; the comparison stays, for where the block begins."""
+    g = ws.parse(f"""graph @forward(%x: f32[s]) {{
+  %i: i64[s] = iota() {{size=s}}
+  %q: i64[s, 1] = reshape(%i) {{shape=(s, 1)}}
+  %k: i64[1, s] = reshape(%i) {{shape=(1, s)}}
+  %q1: i64[s, 1] = add(%q, 1:i64)
+  %k1: i64[1, s] = add(%k, 1:i64)
+  %a: i64[s, 1] = {q}
+  %b: i64[1, s] = {k}
+  %y: bool[s, s] = equal(%a, %b)
+  return %y
+}}""")
+    for keep in (True, False):
+        found = analyze(g.outputs[0], g.outputs[0].shape, keep)
+        assert found.window == (window if keep else None)
+        assert [v for v, _ in found.operands] == g.outputs
