@@ -39,5 +39,5 @@ def default_pipeline(
         passes.append(Quantize(quantize or "f32", activation, tuple((overrides or {}).items())))
     passes += [MergeLinears(), FuseGlu(), HoistParams()]
     if kv_cache is not None:
-        passes.append(DeriveKVCache(chunk=chunk, required=kv_cache == "required", granule=granule))
+        passes += [DeriveKVCache(chunk=chunk, required=kv_cache == "required", granule=granule), HoistParams()]
     return [*passes, Cleanup()]

@@ -122,10 +122,10 @@ def _read(
 
 def _block(node: Node, shape: Sequence[DimLike], at: Indexing) -> int | None:
     """The size of the blocks of positions that a comparison keeps apart: no query sees as many behind itself."""
-    parts = [_divided(v, at) for v in node.inputs]
-    if parts[0] is None or parts[1] is None or parts[0][1] != parts[1][1]:
+    query, key = (_divided(v, at) for v in node.inputs)
+    if query is None or key is None or query[1] != key[1]:
         return None
-    (x, size), (y, _) = parts
+    (x, size), (y, _) = query, key
     sizes = [at.dim(d) for d in shape]
     behind = Affine((0,) * (len(sizes) - 2) + (1, -1), sizes[-1] - sizes[-2])
     apart = x.minus(y).of_rank(len(sizes))

@@ -8,12 +8,12 @@ convolution and a token shift their last inputs: each row's as they are after it
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import networkx as nx
-from wasat.ir import Builder, DimLike, Graph, IRError, Node, State, TensorType, Value, substitute
+from wasat.ir import Builder, DimLike, DType, Graph, IRError, Node, State, TensorType, Value, substitute
 from wasat.ir.axes import Factor, product
 from wasat.ir.graph import copy_node
 from wasat.ir.op import Body
@@ -78,9 +78,11 @@ def _wanted(plan: Plan) -> Iterator[Value]:
         if meets(plan, node):
             for i, v in enumerate(node.inputs):
                 waiting += [(v, axis) for axis in plan.labels[v].axes if lands(node, i, axis) is None]
-        elif isinstance(node.attrs, AttentionAttrs) and plan.labels[node.output].mixes and len(node.inputs) > 3:
-            mask = node.inputs[3]
-            waiting += [(mask, len(mask.shape) - 1)] if len(mask.shape) - 1 in plan.labels[mask].axes else []
+        elif isinstance(node.attrs, AttentionAttrs) and plan.labels[node.output].mixes:
+            for mask in node.inputs[3:]:
+                waiting += [(mask, len(mask.shape) - 1)] if len(mask.shape) - 1 in plan.labels[mask].axes else []
+            if node not in plan.of:
+                waiting += [(v, 1) for v in node.inputs[1:3]]
     seen = set(waiting)
     while waiting:
         v, axis = waiting.pop()
@@ -108,16 +110,21 @@ def _size(plan: Plan, v: Value) -> int:
     return math.prod(d for d in rest if isinstance(d, int)) * v.tensor.dtype.bits
 
 
-def held(plan: Plan) -> list[Value]:
-    """The values to be kept for all positions: the minimum cut between what a token makes and what later ones read."""
-    g = nx.DiGraph()
-    waiting = list(dict.fromkeys(_wanted(plan)))
+_APART = 2**40
+"""What makes a bit weigh more than all places in a graph."""
+
+
+def held(plan: Plan, wanted: Iterable[Value]) -> list[Value]:
+    """The values to be kept for all positions: the minimum cut between what a token makes and what later ones read; of equals
+    the one that is moved least."""
+    g, order = nx.DiGraph(), {v: i for i, v in enumerate(plan.forward.values())}
+    waiting = list(dict.fromkeys(wanted))
     for v in waiting:
         g.add_edge((v, True), "read")
     seen = set(waiting)
     while waiting:
         v = waiting.pop()
-        g.add_edge((v, False), (v, True), capacity=_size(plan, v))
+        g.add_edge((v, False), (v, True), capacity=_size(plan, v) * _APART + len(order) - order[v])
         if not _moves(plan, v) or v.node is None:
             g.add_edge("made", (v, False))
             continue
@@ -129,14 +136,19 @@ def held(plan: Plan) -> list[Value]:
     if not seen:
         return []
     _, (made, _) = nx.minimum_cut(g, "made", "read")
-    order = {v: i for i, v in enumerate(plan.forward.values())}
     return sorted((v for v in seen if (v, False) in made and (v, True) not in made), key=order.__getitem__)
 
 
 def keep(plan: Plan) -> None:
     """Settles what is kept: fills ``plan.kept``, by the value it is of."""
     batch = plan.tokens.shape[0]
-    found: list[tuple[Literal["full", "carry", "tail"], Value, int]] = [("full", v, 0) for v in held(plan)]
+    for node, cache in list(plan.of.items()):
+        k, v = node.inputs[1:3]
+        if cache.window is not None or k is v or {plan.labels[k].kind, plan.labels[v].kind} != {"token"}:
+            continue
+        if len(held(plan, [k, v])) == 1:
+            del plan.of[node]  # one tensor is both
+    found: list[tuple[Literal["full", "carry", "tail"], Value, int]] = [("full", v, 0) for v in held(plan, _wanted(plan))]
     for node in plan.forward.nodes:
         label = plan.labels[node.outputs[-1]]
         if not label.mixes or isinstance(node.attrs, AttentionAttrs):
@@ -357,6 +369,21 @@ def meet(d: Derivation, node: Node) -> None:
         operands.append(x)
     lifted = [len(x.shape) > len(v.shape) for x, v in zip(operands, node.inputs)]
     [d.env[node.output]] = d.node(node, operands, node.attrs.bind(d.sizes), lifted, own)
+
+
+def attend(d: Derivation, node: Node) -> None:
+    """Attention over keys and values that follow from what is kept, those of later slots hidden."""
+    q, k, v, *masks = node.inputs
+    b, attrs = d.b, AttentionAttrs.of(node)
+    seen = b.logical_not(d.is_later())
+    seen = b.reshape(seen, shape=(d.batch, 1, *seen.shape[1:]))
+    for m in masks:
+        mask = d.mask(m)
+        other = mask.tensor.dtype
+        seen = b.logical_and(seen, mask) if other is DType.BOOL else b.select(seen, mask, b.constant(-math.inf, other))
+    d.env[node.output] = b.attention(
+        d.env[q], d.over_slots(k, 1), d.over_slots(v, 1), seen, scale=attrs.scale, softcap=attrs.softcap, name=node.output.name
+    )
 
 
 def guard(d: Derivation, v: Value, x: Value, key: int, f: Factor | None, node: Node) -> Value:

@@ -44,7 +44,21 @@ from ..cleanup.algebra import Cleanup
 from ..cleanup.hoist_params import HoistParams
 from ..core import Pass, PassError, Remark, Remarks
 from ..pattern import erase_dead
-from .kept import Kept, all_positions, in_place, keep, meet, meets, over_slots, rows_first, run_scan, run_sum, run_window
+from .absorb import absorb
+from .kept import (
+    Kept,
+    all_positions,
+    attend,
+    in_place,
+    keep,
+    meet,
+    meets,
+    over_slots,
+    rows_first,
+    run_scan,
+    run_sum,
+    run_window,
+)
 from .lead import Led, split
 from .token_inputs import token_inputs
 
@@ -160,6 +174,7 @@ def _served(graph: Graph, remarks: Remarks) -> tuple[Graph, Value, dict[Value, L
     for name in token_inputs(graph):
         seq = next(str(v.shape[1]) for v in graph.inputs if v.name == name)
         served = uncut(graph.clone(), seq)
+        absorb(served, remarks)
         led: Led | None = None
         for apart in (False, True):
             if apart and (led := split(served, name)) is not None:
@@ -380,7 +395,7 @@ class Derivation:
     def _step(self, node: Node) -> Callable[[Node], None] | None:
         """How a node that needs more of earlier positions than its own goes on from what is kept."""
         if isinstance(node.attrs, AttentionAttrs):
-            return self._attend
+            return self._attend if node in self.plan.of else partial(attend, self)
         if meets(self.plan, node):
             return partial(meet, self)
         if isinstance(node.attrs, ScanAttrs):
@@ -506,6 +521,7 @@ class Derivation:
         attrs: Any = node.attrs
         cache = self.plan.of[node]
         k, v = cache.names()
+        absorb(served, remarks)
         mask = [self._mask(x, cache) for x in node.inputs[3:]]
         keys, values, past = self.states[k], self.states[v], self.past
         led = self.plan.led
@@ -519,7 +535,7 @@ class Derivation:
         self.env[node.output], self.states[k], self.states[v] = out
 
     # -- masks, whose keys are what the cache holds --------------------------------------------------------------------
-    def _mask(self, v: Value, cache: Cache) -> Value:
+    def mask(self, v: Value, cache: Cache | None = None) -> Value:
         """A mask [b, h, new tokens, slots of the cache] (or broadcastable to it)."""
         while v.node is not None and v.node.op.name == "broadcast_to":  # as attention does by itself
             v = v.node.inputs[0]
