@@ -362,7 +362,7 @@ def _over_keys(
     [(f, parts), *others] = mixed.items()
     if f.role == "ordered" and f.how == "forward" and not others and not ends and not given[0].relates:
         if given[0].kind != "token" or given[0].extra:
-            raise LooksAhead("it is a running sum over positions")
+            raise LooksAhead(given[0].reason or "it is a running sum over positions")
         return Label("token", rule.results[0].index((f,)), mixes=True)
     scores = [(given[i], axis) for i, axis in parts if given[i].relates]
     if others or not scores or len(ends) != 1:
@@ -524,7 +524,9 @@ def _scan(node: Node, attrs: ScanAttrs, given: Sequence[Label], symbol: str) -> 
         raise LooksAhead(f"{does} from its end")
     if any(x.along for x in [*carried, *others]):
         raise LooksAhead(f"{does}, and what it starts from, or reads in every turn, runs along the sequence")
-    if any(x.along and (x.axes != (0,) or x.extra) for x in sliced) or not all(x.along for x in sliced):
+    if (longer := next((x for x in sliced if x.extra), None)) is not None:
+        raise LooksAhead(longer.reason)
+    if any(x.along and x.axes != (0,) for x in sliced) or not all(x.along for x in sliced):
         raise LooksAhead("it is a scan over another axis than the sequence")
     if symbol in attrs.body.symbols:
         raise LooksAhead(f"{does}, and what it does in a turn depends on {symbol}, the number of tokens")

@@ -144,9 +144,8 @@ def keep(plan: Plan) -> None:
     batch = plan.tokens.shape[0]
     for node, cache in list(plan.of.items()):
         k, v = node.inputs[1:3]
-        if cache.window is not None or k is v or {plan.labels[k].kind, plan.labels[v].kind} != {"token"}:
-            continue
-        if len(held(plan, [k, v])) == 1:
+        plain = cache.window is None and plan.led is None and k is not v
+        if plain and {plan.labels[k].kind, plan.labels[v].kind} == {"token"} and len(held(plan, [k, v])) == 1:
             del plan.of[node]  # one tensor is both
     found: list[tuple[Literal["full", "carry", "tail"], Value, int]] = [("full", v, 0) for v in held(plan, _wanted(plan))]
     for node in plan.forward.nodes:

@@ -521,8 +521,7 @@ class Derivation:
         attrs: Any = node.attrs
         cache = self.plan.of[node]
         k, v = cache.names()
-        absorb(served, remarks)
-        mask = [self._mask(x, cache) for x in node.inputs[3:]]
+        mask = [self.mask(x, cache) for x in node.inputs[3:]]
         keys, values, past = self.states[k], self.states[v], self.past
         led = self.plan.led
         if led is not None and node in led.first:
