@@ -7,6 +7,7 @@ from .cleanup.simplify_indices import SimplifyIndices
 from .core import Check, GraphPass, Pass, PassError, PassManager, Remark, Remarks, Report, Step
 from .fusion.fuse_activations import FuseActivations
 from .fusion.fuse_attention import FuseAttention
+from .fusion.fuse_experts import FuseExperts
 from .fusion.fuse_glu import FuseGlu
 from .fusion.fuse_norm import FuseNorm
 from .fusion.fuse_rope import FuseRope
@@ -22,8 +23,8 @@ from .training.precision import MixedPrecision
 from .training.remat import Rematerialize
 
 __all__ = [
-    "Check", "Cleanup", "DeriveKVCache", "Differentiate", "FuseActivations", "FuseAttention", "FuseGlu", "FuseNorm",
-    "FuseRope", "GraphPass", "HoistParams", "Inference", "KeepQuantized", "Match", "MergeLinears", "Mismatch",
+    "Check", "Cleanup", "DeriveKVCache", "Differentiate", "FuseActivations", "FuseAttention", "FuseExperts", "FuseGlu",
+    "FuseNorm", "FuseRope", "GraphPass", "HoistParams", "Inference", "KeepQuantized", "Match", "MergeLinears", "Mismatch",
     "MixedPrecision", "Pass", "PassError", "PassManager", "Quantize", "ReadTables", "Remark", "Remarks", "Rematerialize",
     "Report", "Rewrite", "SimplifyIndices", "Step", "TokenInputs", "Tracer", "default_pipeline",
 ]  # fmt: skip

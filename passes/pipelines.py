@@ -14,6 +14,7 @@ from .cleanup.simplify_indices import SimplifyIndices
 from .core import Pass
 from .fusion.fuse_activations import FuseActivations
 from .fusion.fuse_attention import FuseAttention
+from .fusion.fuse_experts import FuseExperts
 from .fusion.fuse_glu import FuseGlu
 from .fusion.fuse_norm import FuseNorm
 from .fusion.fuse_rope import FuseRope
@@ -33,7 +34,7 @@ def default_pipeline(
     """
     passes: list[Pass] = [
         Cleanup(fold_positions=False), ReadTables(), SimplifyIndices(), FuseNorm(), FuseRope(), FuseActivations(),
-        FuseAttention(), Cleanup(), KeepQuantized(activation),
+        FuseAttention(), Cleanup(), FuseExperts(), KeepQuantized(activation),
     ]  # fmt: skip
     if quantize is not None or overrides:
         passes.append(Quantize(quantize or "f32", activation, tuple((overrides or {}).items())))

@@ -96,9 +96,10 @@ def _merge_readers(graph: Graph, found: list[_Part | tuple[Node, str]], remarks:
         else:
             node, reason = part
             remarks.missed(f"%{node.output.name} is not merged with others that read %{node.inputs[0].name}: {reason}", node)
-    if len(groups) > 1:
-        kinds = "; ".join(", ".join(f"%{p.node.output.name}" for p in g) + f" {g[0].kind}" for g in groups.values())
-        node = next(iter(groups.values()))[0].node
+    plain = [g for g in groups.values() if not g[0].groups]
+    if len(plain) > 1:
+        kinds = "; ".join(", ".join(f"%{p.node.output.name}" for p in g) + f" {g[0].kind}" for g in plain)
+        node = plain[0][0].node
         remarks.missed(f"linears that read %{node.inputs[0].name} are not of one kind: {kinds}", node)
     several = [g for g in groups.values() if len(g) > 1]
     for group in several:

@@ -1,0 +1,408 @@
+"""Recognizes mixtures of experts however they are written out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from wasat.ir import Builder, Graph, Node, TypeMismatch, Value
+from wasat.ir.axes import product
+
+from ..analyses.labels import Atom, Label, Labels, arrange, every, flat, fresh, is_view, operand_labels, peel
+from ..cleanup.hoist_params import param_only
+from ..core import GraphPass, Remarks
+from ..pattern import Mismatch, number_of, replace
+
+
+@dataclass(frozen=True)
+class FuseExperts(GraphPass):
+    """Products with weights that tokens choose -> ``grouped_linear``, which reads what was chosen and computes no more.
+
+    Two forms, whatever views lie between:
+
+    - weights gathered for each token, ``x @ w[which]``;
+    - all experts computed and summed over with shares of which most are zero, as is proved from how they are made: scattered to
+      the places of a ``top_k``, products with a ``one_hot`` of them (so is dispatch by one), or a softmax over -inf elsewhere.
+      What is computed for each expert is then computed for those at these places.
+
+    What an expert that is not chosen computes is multiplied by zero; were it infinite or NaN, so would be the sum.
+    """
+
+    name = "fuse-experts"
+
+    def run_graph(self, graph: Graph, remarks: Remarks) -> bool:
+        run = _Run(graph, remarks)
+        return run.run()
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Places along an axis of experts: everything at others counts for nothing."""
+
+    places: Value
+    labels: Labels
+    experts: Atom
+
+    def per_token(self, of: Iterable[Atom]) -> list[Atom]:
+        """The atoms of ``places`` that are not among those ``of`` a value: one for each of a token's experts."""
+        return [a for a in every(self.labels) if a not in of]
+
+
+class _Run:
+    """One sweep over a graph."""
+
+    def __init__(self, graph: Graph, remarks: Remarks) -> None:
+        self.graph, self.remarks, self.only = graph, remarks, param_only(graph)
+        self.arranged: dict[tuple[Value, tuple[int, ...], tuple[Any, ...]], Value] = {}
+        """Places in the form in which products read them: one value for all products of the same tokens."""
+        self.b = Builder(graph)
+        self.made = 0
+
+    def run(self) -> bool:
+        found = 0
+        for attempt in (self.gathered, self.gated):
+            for node in list(self.graph.nodes):
+                if node.erased or len(node.outputs) != 1:
+                    continue
+                self.b = Builder(self.graph, before=node, loc=node.loc)
+                last, known, self.made = node.prev, dict(self.arranged), 0
+                try:
+                    new = attempt(node)
+                    if new is not None and new.type != node.output.type:
+                        raise Mismatch(f"the replacement would be {new.type}")
+                except (Mismatch, TypeMismatch) as e:
+                    self.remarks.missed(f"%{node.output.name}: experts are not fused: {e}", node)
+                    new = None
+                if new is None or not self.made:
+                    self._take_back(node, last)
+                    self.arranged = known
+                    continue
+                self.remarks.applied(f"%{node.output.name}: {self.made} grouped product{'s' * (self.made > 1)}", node)
+                replace(self.graph, node.output, new)
+                found += self.made
+        if not found:
+            self._experts_left()
+        return bool(found)
+
+    def _take_back(self, node: Node, last: Node | None) -> None:
+        while node.prev is not None and node.prev is not last:
+            self.graph.erase(node.prev)
+
+    def _experts_left(self) -> None:
+        """Names products of all experts beside a choice of some."""
+        sizes = {n.inputs[0].shape[n.attrs.axis] for n in self.graph.nodes if n.op.name == "top_k"}  # type: ignore[attr-defined]
+        for node in self.graph.nodes:
+            for v in node.inputs if node.op.kind == "product" else ():
+                base = _base(v)
+                if v in self.only and len(base.shape) > 2 and base.shape[0] in sizes and node.inputs[0] not in self.only:
+                    which = f"all {base.shape[0]} experts of %{base.name}"
+                    why = "no share is known to be zero but at the places of top_k"
+                    self.remarks.missed(f"%{node.output.name}: {which} are computed: {why}", node)
+
+    # -- weights that were gathered --------------------------------------------------------------------------------------
+    def gathered(self, node: Node) -> Value | None:
+        """x @ w[which], with views between."""
+        out = fresh(node.output.shape)
+        parts = _factors(node, operand_labels(node, out)[0]) if node.op.kind in ("product", "reduction") else []
+        for i, (v, labels) in enumerate(parts if len(parts) == 2 else []):
+            w, w_labels = peel(v, labels) if v not in self.only else (v, labels)
+            if w.node is None or w.node.op.name != "gather" or w in self.only or w.node.inputs[0] not in self.only:
+                continue
+            (stack, places), _ = operand_labels(w.node, w_labels)
+            experts = stack[w.node.attrs.axis]  # type: ignore[attr-defined]
+            if len(experts) != 1 or not every(places):
+                continue
+            if not set(every(w_labels)) - set(every(out)):
+                continue  # nothing is summed over: no product
+            which = self.counted(w.node.inputs[1], int(experts[0].size))  # type: ignore[arg-type]
+            choice = _Choice(*peel(which, places), experts[0])
+            return self.grouped(*peel(*parts[1 - i]), w.node.inputs[0], stack, choice, out)
+        return None
+
+    def counted(self, places: Value, size: int) -> Value:
+        """Places of a gather, of which negative ones count from the end, counted from the front."""
+        node = places.node
+        turned = node is not None and node.op.name == "add" and _is_turn(node.inputs[1].node, node.inputs[0])
+        front = node.inputs[0] if node is not None and turned else places  # exporters write it
+        if _is_choice(_base(front)):
+            return front
+        b, dtype = self.b, places.tensor.dtype
+        turn = b.select(b.less(places, 0), b.constant(size, dtype), b.constant(0, dtype))
+        return b.add(places, turn)
+
+    def grouped(self, x: Value, x_labels: Labels, w: Value, w_labels: Labels, choice: _Choice, out: Labels) -> Value:
+        """The product of x with each row's matrix of w, as ``out``. Raises Mismatch."""
+        b, wanted, own = self.b, every(out), every(w_labels)
+        n = tuple(a for a in own if a in wanted)
+        k = tuple(a for a in own if a not in wanted and a is not choice.experts)
+        first = [a for a in every(choice.labels) if a in wanted]  # in one order for all products of the same tokens
+        lead = tuple((a,) for a in [*first, *(a for a in wanted if a not in first)] if a not in n)
+        if set(every(x_labels)) & set(n):
+            raise Mismatch(f"%{w.name} has an axis that rows of %{x.name} have, too")
+        if not k:
+            raise Mismatch(f"nothing of %{w.name} is summed over")
+        rows, weight = arrange(b, x, x_labels, (*lead, k)), arrange(b, w, w_labels, ((choice.experts,), n, k))
+        y = b.grouped_linear(rows, weight, self.places(choice, lead))
+        self.made += 1
+        shape = (*(a.size for (a,) in lead), *y.shape[-1:])
+        return arrange(b, y if y.shape == shape else b.broadcast_to(y, shape=shape), (*lead, n), out)
+
+    def places(self, choice: _Choice, to: Labels) -> Value:
+        own = every(choice.labels)
+        key = choice.places, tuple(own.index(a) if a in own else -1 for a in every(to)), tuple(len(flat(x)) for x in to)
+        if key not in self.arranged:
+            self.arranged[key] = arrange(self.b, choice.places, choice.labels, to)
+        return self.arranged[key]
+
+    # -- all experts, most of them for nothing ---------------------------------------------------------------------------
+    def gated(self, node: Node) -> Value | None:
+        """A sum over experts, of which one factor is zero but at a token's places."""
+        if not any(f.role == "reduced" for axes in _rule(node).operands for axis in axes for f in axis):
+            return None
+        out = fresh(node.output.shape)
+        operands, _ = operand_labels(node, out)
+        found = (self.support(v, labels) for v, labels in _factors(node, operands))
+        choice = next((c for c in found if c is not None and c.experts not in every(out)), None)
+        return None if choice is None else _Substitution(self, choice, every(out)).root(node, operands, out)
+
+    def support(self, v: Value, labels: Labels) -> _Choice | None:
+        """Where ``v`` is not known to be zero, if that is at some places of an axis."""
+        node = v.node
+        if node is None or v in self.only:
+            return None
+        try:
+            return self._support(node, labels)
+        except Mismatch:
+            return None
+
+    def _support(self, node: Node, labels: Labels, zero: float = 0.0) -> _Choice | None:
+        name, inputs = node.op.name, node.inputs
+        if name == "one_hot" and zero == 0:
+            return self._choice(inputs[0], labels[:-1], labels[-1])
+        if name == "scatter_along" and _is_number(inputs[0], zero):
+            axis = node.attrs.axis  # type: ignore[attr-defined]
+            places = inputs[1].shape
+            spread = [i for i, (d, e) in enumerate(zip(places, node.output.shape)) if d != e and i != axis]
+            chosen = (Atom(places[axis]),) if places[axis] != 1 else ()
+            own = tuple(chosen if i == axis else x for i, x in enumerate(labels))
+            return None if spread else self._choice(inputs[1], own, labels[axis])
+        operands, rule = operand_labels(node, labels)
+
+        def of(i: int, zero: float = 0.0) -> _Choice | None:
+            return self._support(inputs[i].node, operands[i], zero) if inputs[i].node is not None else None  # type: ignore[arg-type]
+
+        if name == "select":
+            if _is_number(inputs[2], zero):
+                return of(0) or (of(1, zero) if zero == 0 else None)
+            return None
+        if name == "add" and zero != 0:  # a mask that is added
+            return of(0, zero) or of(1, zero)
+        if name == "cast" or is_view(node):
+            return of(0, zero)
+        if zero != 0:
+            return None
+        if name == "equal":
+            for i in (0, 1):
+                steps, step_labels = peel(inputs[i], operands[i])
+                if _is_iota(steps):
+                    return self._choice(inputs[1 - i], operands[1 - i], step_labels[0])
+            return None
+        if name in ("mul", "logical_and"):
+            return of(0) or of(1)
+        if name in ("greater", "not_equal") and _is_number(inputs[1], 0.0):
+            return of(0)
+        if name in ("neg", "relu") or (name == "div" and _experts_free(of(0), operands[1])):
+            return of(0)
+        if name == "softmax":
+            return of(0, float("-inf"))
+        if node.op.kind == "product":
+            return of(0) or (of(1) if len(inputs) == 2 else None)
+        if node.op.kind == "reduction" and all(
+            f.how in ("sum", "max", "any") for axis in rule.operands[0] for f in axis if f.role == "reduced" and f.size != 1
+        ):
+            return of(0)
+        return None
+
+    def _choice(self, places: Value, labels: Labels, experts: Label) -> _Choice | None:
+        base, base_labels = peel(places, labels)
+        experts = tuple(flat(experts))
+        if len(experts) != 1 or not _is_choice(base):
+            return None
+        return _Choice(base, base_labels, experts[0])
+
+
+class _Substitution:
+    """What is computed for each expert, computed for the chosen ones."""
+
+    def __init__(self, run: _Run, choice: _Choice, out: list[Atom]) -> None:
+        self.run, self.b, self.choice, self.e = run, run.b, choice, choice.experts
+        self.each = choice.per_token(out)
+        """Of the places: which of a token's experts."""
+        node = choice.places.node
+        assert node is not None
+        chosen = flat(choice.labels[node.attrs.axis]) if node.op.name == "top_k" else []  # type: ignore[attr-defined]
+        if self.each and self.each != chosen:
+            raise Mismatch("it is summed over tokens, too")
+        self.tokens = [a for a in every(choice.labels) if a not in self.each]
+        self.known: dict[tuple[Value, Labels], Value] = {}
+
+    def changed(self, labels: Labels) -> Labels:
+        return tuple(tuple(b for a in flat(label) for b in (self.each if a is self.e else [a])) for label in labels)
+
+    def root(self, node: Node, operands: list[Labels], out: Labels) -> Value:
+        weights = [i for i, v in enumerate(node.inputs) if v in self.run.only and self.e in every(operands[i])]
+        if weights and node.op.kind == "product":  # the sum over experts is that of a product with their weights
+            (i,) = weights
+            if len(node.inputs) > 2:
+                raise Mismatch("a bias is added to the sum of experts")
+            x = self.value(node.inputs[1 - i], operands[1 - i])
+            whole = (tuple(self.each), *out)
+            y = self.run.grouped(x, self.changed(operands[1 - i]), node.inputs[i], operands[i], self.choice, whole)
+            return self.b.reduce_sum(y, axes=(0,), keepdims=False)
+        new = [self.value(v, x) for v, x in zip(node.inputs, operands)]
+        return self.run.graph.add_node(node.op, new, node.attrs, before=self.b.before, loc=node.loc).output
+
+    def value(self, v: Value, labels: Labels, within: Labels | None = None) -> Value:
+        """``v`` with the chosen experts in the place of all. ``within``: labels of the result of an elementwise operation."""
+        labels = tuple(tuple(flat(x)) for x in labels)
+        if self.e not in every(labels):
+            return v
+        if v in self.run.only:
+            return self.taken(v, labels, labels if within is None else tuple(within))
+        if (v, labels) not in self.known:
+            if v.node is None or set(every(labels)) <= {self.e, *self.tokens}:
+                self.known[v, labels] = self.taken(v, labels, labels)
+            else:
+                self.known[v, labels] = self.computed(v.node, labels)
+        return self.known[v, labels]
+
+    def taken(self, v: Value, labels: Labels, within: Labels) -> Value:
+        """The parts of ``v`` at the places."""
+        own, to = every(labels), self.changed(within)
+        rest = tuple(a for a in own if a is not self.e and a not in self.tokens)
+        lead = tuple((a,) for a in self.tokens if a in own)
+        each = tuple(self.each)
+        if not lead:  # of parameters: the same for all tokens
+            places = self.run.places(self.choice, (*((a,) for a in self.tokens), each))
+            x = self.b.gather(arrange(self.b, v, labels, ((self.e,), *((a,) for a in rest))), places, axis=0)
+            return arrange(self.b, x, (*((a,) for a in self.tokens), each, *((a,) for a in rest)), to)
+        if rest or len(lead) != len(self.tokens):
+            raise Mismatch(f"%{v.name} is not known to be one number for each token and expert")
+        if (known := self._shares(v, labels)) is not None:
+            return arrange(self.b, *known, to)
+        places = self.run.places(self.choice, (*lead, each))
+        x = self.b.take_along(arrange(self.b, v, labels, (*lead, (self.e,))), places, axis=-1)
+        return arrange(self.b, x, (*lead, each), to)
+
+    def _shares(self, v: Value, labels: Labels) -> tuple[Value, Labels] | None:
+        """What was put at the places, where ``v`` is that and zeros."""
+        v, labels = peel(v, labels)
+        if v.node is None or len(v.node.outputs) != 1:
+            return None
+        operands, _ = operand_labels(v.node, labels)
+        if v.node.op.name == "scatter_along":
+            parts = [(v.node.inputs[1], operands[1]), (v.node.inputs[2], operands[2])]
+        else:
+            parts = [peel(*part) for part in _factors(v.node, operands)]
+            for i, (hot, own) in enumerate(parts):
+                if hot.node is not None and hot.node.op.name == "one_hot" and own[-1] and flat(own[-1]) == [self.e]:
+                    parts = [(hot.node.inputs[0], own[:-1]), *parts[:i], *parts[i + 1 :]]
+        if len(parts) != 2 or peel(*parts[0])[0] is not self.choice.places:
+            return None
+        which = [a for a in every(parts[0][1]) if a not in every(labels)]
+        x, own = parts[1]
+        if len(which) != len(self.each) or not set(which) <= set(every(own)) or self.e in every(own):
+            return None
+        return x, tuple(tuple(dict(zip(which, self.each)).get(a, a) for a in flat(label)) for label in own)
+
+    def computed(self, node: Node, labels: Labels) -> Value:
+        operands, rule = operand_labels(node, labels)
+        weights = [i for i, v in enumerate(node.inputs) if v in self.run.only and self.e in every(operands[i])]
+        if node.op.kind == "product" and weights and weights[0] < 2:
+            i = weights[0]
+            x, own = node.inputs[1 - i], operands[1 - i]
+            if self.e in every(own):
+                x, own = self.value(x, own), self.changed(own)
+            else:
+                x, own = peel(x, own)
+            y = self.run.grouped(x, own, node.inputs[i], operands[i], self.choice, self.changed(labels))
+            if len(node.inputs) < 3:
+                return y
+            return self.b.add(y, self.value(node.inputs[2], operands[2], labels))
+        roles = {f.role for axis, label in zip(rule.results[0], labels) if self.e in label for f in axis if f.size != 1}
+        if not roles <= {"free", "repeated"}:
+            raise Mismatch(f"{node!r} does not treat experts one by one")
+        within = labels if node.op.elementwise else None
+        new = [self.value(v, x, within) for v, x in zip(node.inputs, operands)]
+        shape = tuple(product(*(a.size for a in x)) for x in self.changed(labels))
+        changes: dict[str, Any] = {}
+        for field in dataclasses.fields(node.attrs):
+            if field.name in ("shape", "stops"):
+                old, full = getattr(node.attrs, field.name), node.output.shape
+                changes[field.name] = tuple(s if d == f and s != f else d for d, f, s in zip(old, full, shape))
+        attrs = dataclasses.replace(node.attrs, **changes) if changes else node.attrs
+        made = self.run.graph.add_node(node.op, new, attrs, before=self.b.before, loc=node.loc).output
+        if made.shape != shape:
+            raise Mismatch(f"{node!r} does not treat experts one by one")
+        return made
+
+
+def _rule(node: Node) -> Any:
+    return node.op.axes(node.attrs, *(v.type for v in node.inputs))
+
+
+def _factors(node: Node, operands: list[Labels]) -> list[tuple[Value, Labels]]:
+    """What a product, or a sum of products, multiplies."""
+    if node.op.kind == "product" and node.op.factors == 2 and len(node.inputs) == 2:
+        return list(zip(node.inputs, operands))
+    if node.op.name == "reduce_sum":
+        made = node.inputs[0].node
+        if made is not None and made.op.name == "mul":
+            return list(zip(made.inputs, operand_labels(made, operands[0])[0]))
+        return [(node.inputs[0], operands[0])]
+    return []
+
+
+def _is_number(v: Value, number: float) -> bool:
+    while is_view(v.node) and v.const is None:
+        assert v.node is not None
+        v = v.node.inputs[0]
+    if v.const is None or not v.const.size:
+        return False
+    if number == 0:
+        return number_of(v) == 0 or not v.const.any()
+    return bool(np.all(v.const.astype(np.float64) <= np.finfo(np.float32).min * 0.99)) if number < 0 else False
+
+
+def _is_iota(v: Value) -> bool:
+    c = v.const
+    return (v.node is not None and v.node.op.name == "iota") or (
+        c is not None and c.ndim == 1 and np.array_equal(c, np.arange(len(c)))
+    )
+
+
+def _is_choice(v: Value) -> bool:
+    """Whether these are places of different elements, for each token."""
+    return v.node is not None and (v.node.op.name in ("arg_max", "arg_min") or (v.node.op.name == "top_k" and v.index == 1))
+
+
+def _experts_free(choice: _Choice | None, labels: Labels) -> bool:
+    return choice is not None and choice.experts not in every(labels)
+
+
+def _is_turn(node: Node | None, x: Value) -> bool:
+    """Whether it is a number where x is below zero, and zero elsewhere."""
+    if node is None or node.op.name != "select" or not _is_number(node.inputs[2], 0.0):
+        return False
+    below = node.inputs[0].node
+    return below is not None and below.op.name == "less" and below.inputs[0] is x and _is_number(below.inputs[1], 0.0)
+
+
+def _base(v: Value) -> Value:
+    while is_view(v.node):
+        assert v.node is not None
+        v = v.node.inputs[0]
+    return v
