@@ -212,8 +212,9 @@ class _Run:
             return None
         if name in ("mul", "logical_and"):
             return of(0) or of(1)
-        if name in ("greater", "not_equal") and _is_number(inputs[1], 0.0):
-            return of(0)
+        if name in ("greater", "greater_equal", "not_equal"):  # of zero it is false
+            c = number_of(inputs[1])
+            return of(0) if c is not None and (c == 0 if name == "not_equal" else c >= 0 if name == "greater" else c > 0) else None
         if name in ("neg", "relu") or (name == "div" and _experts_free(of(0), operands[1])):
             return of(0)
         if name == "softmax":

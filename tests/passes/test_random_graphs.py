@@ -33,6 +33,7 @@ from wasat.passes import (
     Differentiate,
     FuseActivations,
     FuseAttention,
+    FuseExperts,
     FuseGlu,
     FuseNorm,
     FuseRope,
@@ -151,6 +152,40 @@ class Growth:
     def of_parameters(self, x: Value) -> Value:
         w = self.swapped("mul", self.param(D, D), self.b.sin(self.param(D, D)))
         return self.b.linear(self.b.tanh(x), w)
+
+    def experts(self, x: Value) -> Value:
+        """The two best of three experts, each a layer and its transpose."""
+        b, e, h, k = self.b, 3, 5, 2
+        scores = self.linear(x, e)
+        best, which = b.top_k(scores, k=k, axis=2)
+        w, v = self.param(e, D, h), self.param(e, h, D)
+        rows = b.tanh(x)
+        if self.pick(0, 1):  # weights gathered
+            rows = self.pick(lambda: b.reshape(rows, shape=(B, S, 1, 1, D)), lambda: b.broadcast_to(
+                b.reshape(rows, shape=(B, S, 1, 1, D)), shape=(B, S, k, 1, D)))()  # fmt: skip
+            y = b.matmul(b.emit(self.pick("relu", "tanh", "silu"), b.matmul(rows, b.gather(w, which))), b.gather(v, which))
+            share = b.reshape(b.softmax(best, axis=2), shape=(B, S, k, 1, 1))
+            return b.reshape(b.reduce_sum(self.swapped("mul", y, share), axes=(2,)), shape=(B, S, D))
+        hot = b.one_hot(which, size=e, dtype=self.dtype)
+        match self.pick(0, 1, 2, 3):
+            case 0:
+                share = b.reduce_sum(self.swapped("mul", hot, b.reshape(b.sigmoid(best), shape=(B, S, k, 1))), axes=(2,))
+            case 1:
+                zeros = b.broadcast_to(self.number(0.0), shape=(B, S, e))
+                share = b.scatter_along(zeros, which, b.softmax(best, axis=2), axis=2)
+            case 2:
+                chosen = b.greater(b.reduce_max(hot, axes=(2,)), self.number(0.5 if self.pick(0, 1) else 0.0))
+                share = b.softmax(b.select(chosen, scores, self.number(float("-inf"))), axis=2)
+            case _:
+                share = self.swapped("mul", b.reduce_sum(hot, axes=(2,)), b.softmax(scores, axis=2))
+        wide = b.reshape(b.transpose(w, perm=(1, 0, 2)), shape=(D, e * h))
+        hidden = b.emit(self.pick("relu", "tanh", "silu"), b.reshape(b.matmul(rows, wide), shape=(B, S, e, h)))
+        if self.pick(0, 1):  # shares before the sum
+            hidden = self.swapped("mul", hidden, b.reshape(share, shape=(B, S, e, 1)))
+            return b.matmul(b.reshape(hidden, shape=(B, S, e * h)), b.reshape(v, shape=(e * h, D)))
+        y = b.matmul(b.transpose(hidden, perm=(0, 2, 1, 3)), v)
+        share = b.reshape(b.transpose(share, perm=(0, 2, 1)), shape=(B, e, S, 1))
+        return b.reduce_sum(self.swapped("mul", y, share), axes=(1,))
 
     def idle(self, x: Value) -> Value:
         """What clean-up takes away."""
@@ -352,6 +387,7 @@ RUNS: dict[type[Pass], Callable[[int], bool]] = {
     FuseRope: exact(FuseRope(), "turned"),
     FuseActivations: exact(FuseActivations(), "activation"),
     FuseAttention: exact(FuseAttention(), "attended", (Cleanup(),)),
+    FuseExperts: exact(FuseExperts(), "experts", (Cleanup(),)),
     MergeLinears: exact(MergeLinears(), "siblings"),
     FuseGlu: exact(FuseGlu(), "gated"),
     HoistParams: exact(HoistParams(), "of_parameters"),
