@@ -214,7 +214,8 @@ class _Run:
             return of(0) or of(1)
         if name in ("greater", "greater_equal", "not_equal"):  # of zero it is false
             c = number_of(inputs[1])
-            return of(0) if c is not None and (c == 0 if name == "not_equal" else c >= 0 if name == "greater" else c > 0) else None
+            never = c is not None and {"greater": c >= 0, "greater_equal": c > 0, "not_equal": c == 0}[name]
+            return of(0) if never else None
         if name in ("neg", "relu") or (name == "div" and _experts_free(of(0), operands[1])):
             return of(0)
         if name == "softmax":
