@@ -13,7 +13,7 @@ from .fusion.fuse_norm import FuseNorm
 from .fusion.fuse_rope import FuseRope
 from .fusion.merge_linears import MergeLinears
 from .pattern import Match, Mismatch, Rewrite, Tracer
-from .pipelines import default_pipeline
+from .pipelines import default_pipeline, pipeline, pipeline_text
 from .serving.inference import Inference
 from .serving.kv_cache import DeriveKVCache
 from .serving.quantize import KeepQuantized, Quantize
@@ -26,5 +26,5 @@ __all__ = [
     "Check", "Cleanup", "DeriveKVCache", "Differentiate", "FuseActivations", "FuseAttention", "FuseExperts", "FuseGlu",
     "FuseNorm", "FuseRope", "GraphPass", "HoistParams", "Inference", "KeepQuantized", "Match", "MergeLinears", "Mismatch",
     "MixedPrecision", "Pass", "PassError", "PassManager", "Quantize", "ReadTables", "Remark", "Remarks", "Rematerialize",
-    "Report", "Rewrite", "SimplifyIndices", "Step", "TokenInputs", "Tracer", "default_pipeline",
+    "Report", "Rewrite", "SimplifyIndices", "Step", "TokenInputs", "Tracer", "default_pipeline", "pipeline", "pipeline_text",
 ]  # fmt: skip

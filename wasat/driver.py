@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -17,7 +17,7 @@ from wasat.ir import (
     WasatError,
     evaluate,
 )
-from wasat.passes import DeriveKVCache, PassManager, Remark, Report, Step, TokenInputs, default_pipeline
+from wasat.passes import DeriveKVCache, Pass, PassManager, Remark, Report, Step, TokenInputs, default_pipeline, pipeline
 from wasat.passes.core import Dump
 from wasat.passes.serving.kv_cache import capacity_name
 from wasat.passes.serving.token_inputs import is_exported, token_inputs
@@ -29,6 +29,10 @@ class Progress(Protocol):
     def __call__(self, stage: str, done: int = 0, total: int = 0) -> None: ...
 
 
+Pipeline = str | Pass | Sequence[str | Pass]
+"""Passes by name or as they are; see :func:`wasat.passes.pipeline`."""
+
+
 def _quiet(stage: str, done: int = 0, total: int = 0) -> None:
     pass
 
@@ -36,10 +40,10 @@ def _quiet(stage: str, done: int = 0, total: int = 0) -> None:
 def optimize(
     program: Program, *, quantize: str | None = None, activation: str | None = "int8",
     overrides: Mapping[str, str] | None = None, kv_cache: bool | None = None, chunk: int = 512,
-    granule: int = Interface.granule, verify: bool = True, check: bool = False, dump: Dump | None = None,
-    progress: Progress = _quiet,
+    granule: int = Interface.granule, passes: Pipeline = "default", verify: bool = True, check: bool = False,
+    dump: Dump | None = None, progress: Progress = _quiet,
 ) -> tuple[Program, Report]:  # fmt: skip
-    """Runs the default passes over a copy of ``program``; returns it with the report of what each pass did and missed.
+    """Runs the passes over a copy of ``program``; returns it with the report of what each pass did and missed.
 
     A forward pass as exporters leave it (``input_ids`` beside a padding mask, positions, a cache) becomes one over tokens alone
     (see :class:`wasat.passes.TokenInputs`), if a cache can then be derived; else it keeps its inputs.
@@ -48,7 +52,9 @@ def optimize(
     integer dot products where weights are integers, None to compute in f32. ``overrides``: parameter glob to scheme.
     ``kv_cache``: derive ``prefill`` and ``decode`` from ``forward``; None: if it takes tokens, and for a model that came
     without generation metadata only if that can be proved (else a remark says why not). ``chunk``: most tokens per prefill
-    call. ``granule``: capacities of caches are multiples of it (that of the target). ``verify``: around every pass.
+    call. ``granule``: capacities of caches are multiples of it (that of the target).
+    ``passes``: text or a list of passes and text, in which ``"default"`` stands for those that all of the above describes:
+    ``"my-pass, default"``, ``[MyPass(), "default"]`` (see :func:`wasat.passes.pipeline`). ``verify``: around every pass.
     ``check``: the interpreter compares results, at small sizes, around every pass that promises to keep them.
     ``dump(pass, "before" | "after", program)`` sees every stage.
 
@@ -64,23 +70,26 @@ def optimize(
 
     def attempt(exported: bool, caches: Literal["required", "tried"] | None) -> tuple[Program, Report]:
         copy = program.copy()
-        passes = default_pipeline(
+        default = default_pipeline(
             quantize=quantize, activation=activation, overrides=dict(overrides or {}), kv_cache=caches, chunk=chunk,
             granule=granule,
         )  # fmt: skip
         if exported:
-            passes.insert(0, TokenInputs(required=caches == "required"))
+            default.insert(0, TokenInputs(required=caches == "required"))
+        chosen = pipeline(passes, default)
+        if (quantize or overrides) and not any(p is q for p in chosen for q in default):
+            raise WasatError("quantize and overrides are options of the passes 'default', which `passes` does not name")
         checker = None
         if check:
             from wasat.testing import InterpreterCheck
 
             checker = InterpreterCheck(_small_sizes(program))
-        done = iter(range(len(passes)))
+        done = iter(range(len(chosen)))
 
         def tell(name: str) -> None:
-            progress(f"pass {name}", next(done), len(passes))
+            progress(f"pass {name}", next(done), len(chosen))
 
-        report = PassManager(passes, verify=verify, check=checker, dump=dump, on_progress=tell).run(copy)
+        report = PassManager(chosen, verify=verify, check=checker, dump=dump, on_progress=tell).run(copy)
         if dense := program.origin.dequantized:
             size = sum(map(len, program.graphs.values()))
             missed = [Remark("missed", f"parameter {name} stays dequantized: {why}", "forward") for name, why in dense.items()]
@@ -88,7 +97,7 @@ def optimize(
         return copy, report
 
     served, report = attempt(exported, caches)
-    if not exported or "decode" in served.graphs:
+    if not exported or "decode" in served.graphs or not any(s.name == DeriveKVCache.name for s in report.steps):
         return served, report
     plain, other = attempt(False, None)
     other.steps += [s for s in report.steps if s.name in (TokenInputs.name, DeriveKVCache.name)]
@@ -115,7 +124,7 @@ def _small_sizes(program: Program) -> list[dict[str, int]]:
 def compile(
     program: Program, out: str | Path, *, target: str = "cpu", quantize: str | None = None, activation: str | None = "int8",
     overrides: Mapping[str, str] | None = None, kv_cache: bool | None = None, chunk: int = 512, cache: str = "f32",
-    threads: int | None = None, check: bool = False, progress: Progress = _quiet,
+    threads: int | None = None, passes: Pipeline = "default", check: bool = False, progress: Progress = _quiet,
 ) -> Report:  # fmt: skip
     """Compiles ``program`` into the artifact folder ``out``; see :func:`optimize` for the options.
 
@@ -140,7 +149,7 @@ def compile(
             source.load()
     optimized, report = optimize(
         program, quantize=quantize, activation=activation, overrides=overrides, kv_cache=kv_cache, chunk=chunk,
-        granule=machine.granule, check=check, progress=progress,
+        granule=machine.granule, passes=passes, check=check, progress=progress,
     )  # fmt: skip
     library = build(optimized, machine, on_progress=progress)
     manifest = manifest_of(optimized, library, {

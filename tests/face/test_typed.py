@@ -34,7 +34,7 @@ class Net(nn.Module):
 
 program = ws.trace(Net(), {"x": "f32[b, 4]"})
 reveal_type(nn.Linear)  # note: Revealed type is "def (inputs: int, outputs: int, bias: bool =
-reveal_type(program)  # note: Revealed type is "wasat.ir.graph.Program"
+reveal_type(program)  # note: Revealed type is "wasat.ir.program.Program"
 reveal_type(ws.load("a"))  # note: Revealed type is "wasat.runtime.model.Model"
 nn.Linear(4, 8, bais=True)  # error: Unexpected keyword argument "bais" for "Linear"
 ws.compile(program, "out", quantise="int4")  # error: Unexpected keyword argument "quantise" for "compile"

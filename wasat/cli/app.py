@@ -20,6 +20,7 @@ from wasat.cli.console import (
     Bar,
     Constants,
     Override,
+    Passes,
     Quantize,
     Refusal,
     Scheme,
@@ -84,6 +85,7 @@ def compile(
     chunk: Annotated[int, typer.Option(help="Most prompt tokens per call; sliding-window caches hold window + chunk.")] = 512,
     cache: Annotated[str, typer.Option(help="How keys and values are stored: `f32`, or `f16` in half of the memory.")] = "f32",
     threads: Annotated[int | None, typer.Option(help="Threads the code is laid out for; default: this machine's.")] = None,
+    passes: Passes = "default",
     size: Sizes = None,
     constant: Constants = None,
     check: Annotated[
@@ -109,7 +111,7 @@ def compile(
         program = driver.load_program(source, sizes=sizes_of(size), constants=fixed)
         report = driver.compile(
             program, output, target=target, quantize=or_none(quantize), overrides=overrides_of(override),
-            activation=or_none(activation), chunk=chunk, cache=cache, threads=threads, check=check, progress=bar,
+            activation=or_none(activation), chunk=chunk, cache=cache, threads=threads, passes=passes, check=check, progress=bar,
         )  # fmt: skip
     if verbose:
         print(report.explain())
@@ -229,6 +231,7 @@ def show(
     quantize: Quantize = "f32",
     override: Override = None,
     activation: Activation = "int8",
+    passes: Passes = "default",
     locs: Annotated[bool, typer.Option("--locs", help="Note at every line where it was written.")] = False,
 ) -> None:
     """Print a model's graphs as text: as declared, or before or after any pass. A pass that runs twice prints twice.
@@ -259,7 +262,8 @@ def show(
             shown.append(render(p))
 
     result, _ = driver.optimize(
-        program, quantize=or_none(quantize), overrides=overrides_of(override), activation=or_none(activation), dump=dump
+        program, quantize=or_none(quantize), overrides=overrides_of(override), activation=or_none(activation), passes=passes,
+        dump=dump,
     )
     if after == "all":
         shown.append(render(result))
@@ -310,6 +314,7 @@ def explain(
     quantize: Quantize = "f32",
     override: Override = None,
     activation: Activation = "int8",
+    passes: Passes = "default",
     missed: Annotated[bool, typer.Option("--missed", help="Only what was missed.")] = False,
 ) -> None:
     """Say what every pass did, and for each optimization that was lost, why and at which line of the model.
@@ -323,7 +328,7 @@ def explain(
 
     program = driver.load_program(source)
     _, report = driver.optimize(
-        program, quantize=or_none(quantize), overrides=overrides_of(override), activation=or_none(activation)
+        program, quantize=or_none(quantize), overrides=overrides_of(override), activation=or_none(activation), passes=passes
     )
     warn_of_weights(report, quantize)
     print(report.explain(only="missed" if missed else None))

@@ -27,7 +27,11 @@ Activation = Annotated[
     Literal["int8", "f32"],
     typer.Option(help="Where weights are integers: integer dot products, or activations in float (slower, more exact)."),
 ]
-Source = Annotated[Path, typer.Argument(help="A Hugging Face folder, an ONNX file, or graph text.", show_default=False)]
+Passes = Annotated[
+    str,
+    typer.Option(help="What runs: `default`, your own beside it (`my_passes:MyPass, default`), others, with `{option=value}`."),
+]
+Source = Annotated[Path, typer.Argument(help="A Hugging Face folder, a GGUF or ONNX file, or graph text.", show_default=False)]
 
 
 Sizes = Annotated[
