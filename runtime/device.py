@@ -115,19 +115,16 @@ def tensor_of(array: np.ndarray) -> Any:
 
 def array_of(tensor: Any) -> np.ndarray:
     """The elements of a tensor that compiled code returned; no copy."""
-    import tvm_ffi
+    try:
+        return np.from_dlpack(tensor)
+    except RuntimeError:  # a type that NumPy lacks
+        import tvm_ffi
 
-    dtype = str(tensor.dtype)
-    if dtype not in _NUMPY:
+        dtype = str(tensor.dtype)
         view = tvm_ffi.get_global_func("runtime.TVMTensorCreateView")
         kind = tvm_ffi.dtype(f"uint{8 * item_size(dtype)}")
         found: np.ndarray = np.from_dlpack(view(tensor, tvm_ffi.Shape(tuple(tensor.shape)), kind, 0))
         return found.view(_element(dtype))
-    return np.from_dlpack(tensor)
-
-
-_NUMPY = {f"{kind}{bits}" for kind in ("int", "uint", "float") for bits in (8, 16, 32, 64)} - {"float8"} | {"bool"}
-"""Element types that NumPy has by itself."""
 
 
 def _element(dtype: str) -> np.dtype[Any]:

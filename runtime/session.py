@@ -29,8 +29,8 @@ _FIRST = 256
 class _Window:
     """Some of a session's rows, which entries are called for: they are in slots side by side."""
 
-    of: np.ndarray
-    """The rows, ascending."""
+    key: bytes
+    """Which rows of the session are live."""
     first: int
     """The first slot."""
     rows: np.ndarray | slice
@@ -87,6 +87,8 @@ class Session:
             raise InputError("the model states no context limit: say how many positions the session is for (context=)")
         if context is not None and not 1 <= context <= limit:
             raise ContextLimitError(f"context={context}: the model takes 1 to {limit} positions")
+        if isinstance(self._rows, int) and batch != self._rows:
+            raise InputError(f"the program is for {self._rows} rows; the session cannot be for {batch}")
         self.batch, self.context = batch, context or limit
         self._indices = engine.entry("prefill").indices
         self._vocab, self._media = self._vocabulary(m.vocab, {}), m.media
@@ -232,33 +234,32 @@ class Session:
     # -- feeding ---------------------------------------------------------------------------------------------------------
     def _feed(self, tokens: np.ndarray, counts: np.ndarray, along: Mapping[str, np.ndarray]) -> np.ndarray:
         """At most ``chunk`` tokens of each row. Rows without any are not computed, and stay as they are."""
-        live = self._every if self._fixed or counts.all() else np.flatnonzero(counts)
-        if int(self._past[live].max()) + tokens.shape[1] <= self._most:
-            return self._spread(*self._call(live, tokens, counts, along))
-        logits: np.ndarray | None = None
-        for r in np.flatnonzero(counts):  # padding of one row would lie beyond the largest capacity: each by itself
+        needed = int(self._past[self._over(counts).rows].max()) + tokens.shape[1]
+        if needed <= self._most:
+            w, found = self._call(tokens, counts, along, needed)
+            if isinstance(w.rows, slice):
+                return found
+            logits = np.zeros((self.batch, *found.shape[1:]), found.dtype)
+            logits[w.rows] = found
+            return logits
+        live = np.flatnonzero(counts)
+        if self._fixed and self.batch > 1:
+            raise ContextLimitError(f"padding would lie beyond the {self._most} positions of a row: feed fewer tokens a time")
+        logits = np.zeros(0)
+        for r in live:  # padding of one row would lie beyond the largest capacity: each by itself
             n = int(counts[r])
-            rows, got = self._call(self._every[r : r + 1], tokens[:, :n], counts, self.along.part(along, 0, n))
-            logits = np.zeros((self.batch, *got.shape[1:]), got.dtype) if logits is None else logits
-            logits[rows] = got
-        assert logits is not None
-        return logits
-
-    def _spread(self, rows: np.ndarray | slice, found: np.ndarray) -> np.ndarray:
-        """Logits of some rows among those of all."""
-        if isinstance(rows, slice):
-            return found
-        logits = np.zeros((self.batch, *found.shape[1:]), found.dtype)
-        logits[rows] = found
+            own = self._feed(tokens[:, :n], np.where(self._every == r, counts, 0), self.along.part(along, 0, n))
+            logits = np.zeros_like(own) if r == live[0] else logits
+            logits[r] = own[r]
         return logits
 
     def _call(
-        self, live: np.ndarray, tokens: np.ndarray, counts: np.ndarray, along: Mapping[str, np.ndarray]
-    ) -> tuple[np.ndarray | slice, np.ndarray]:
-        """One call for the rows ``live`` of the session's; returns these in the order of the logits that it returns too."""
+        self, tokens: np.ndarray, counts: np.ndarray, along: Mapping[str, np.ndarray], needed: int
+    ) -> tuple[_Window, np.ndarray]:
+        """One call for the rows that have tokens, which need room for so many positions; returns its logits."""
         s = tokens.shape[1]
-        self._reserve(int(self._past[live].max()) + s)
-        w = self._over(live)
+        self._reserve(needed)
+        w = self._over(counts)
         tokens, counts = tokens[w.rows], counts[w.rows]
         if along and not isinstance(w.rows, slice):
             along = self.along.rows(along, w.rows)
@@ -284,7 +285,7 @@ class Session:
             self._slots.put(state, w.first, array_of(out[at]), None if counts.all() else counts > 0)
         self._written[w.rows] = np.maximum(self._written[w.rows], w.past.array + s)
         self._past[w.rows] += counts
-        return w.rows, found
+        return w, found
 
     def _elsewhere(self, entry: str, out: Any, w: _Window) -> list[tuple[int, str]]:
         """States that an entry does not write in place: where among what it returns they are."""
@@ -312,13 +313,15 @@ class Session:
             self._slots.reserve(min(self._slots.rounded(max(needed, 2 * self._slots.capacity)), self._most))
             self._window = None
 
-    def _over(self, rows: np.ndarray) -> _Window:
-        """The window of ``rows``, in ascending order: most often, the one of the last call."""
-        if self._window is None or (self._window.of is not rows and not np.array_equal(self._window.of, rows)):
-            self._window = self._opened(rows)
+    def _over(self, counts: np.ndarray) -> _Window:
+        """The window of the rows that have tokens: most often, the one of the last call."""
+        live = counts > 0
+        key = live.tobytes()
+        if self._window is None or self._window.key != key:
+            self._window = self._opened(self._every if self._fixed else np.flatnonzero(live), key)
         return self._window
 
-    def _opened(self, rows: np.ndarray) -> _Window:
+    def _opened(self, rows: np.ndarray, key: bytes) -> _Window:
         n, slots = len(rows), np.flatnonzero(np.isin(self._row, rows))
         first = int(slots[0])
         if slots[-1] - first >= n or not self._slots.may_start(first):
@@ -332,7 +335,7 @@ class Session:
         own = {**given, self._fed: token.tensor, "past": past.tensor}
         decode = None if self.along.specs else self._args("decode", own, kept)
         whole_ = n == self.batch and bool((order == self._every).all())
-        return _Window(rows, first, slice(None) if whole_ else order, past, token, others, given, kept, decode)
+        return _Window(key, first, slice(None) if whole_ else order, past, token, others, given, kept, decode)
 
     def _to_front(self, rows: np.ndarray) -> None:
         """Brings rows into the first slots: each that is not there changes places with one that is and need not be."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tiny_model import VOCAB
+from tiny_model import CONTEXT, VOCAB
 from wasat.backends.tvm.build import build
 from wasat.backends.tvm.targets import cpu
 from wasat.backends.tvm.weights import write_weights
-from wasat.ir import ArrayParam, Builder, DType, Graph, Interface, Program, State, TensorType, symbol, type_of
+from wasat.ir import ArrayParam, Builder, DimLike, DType, Graph, Interface, Program, State, TensorType, symbol, type_of
 from wasat.runtime import InputError, Model, load, write_artifact
 from wasat.runtime.interface import State as Kept
 from wasat.runtime.session import Session
@@ -75,6 +76,19 @@ def test_one_live_row_of_many_is_one_call_of_one_row(model: Model, monkeypatch: 
     assert called == [(1, 1)] * 4 + [(3, 1), (8, 1)]
 
 
+def test_padding_beyond_the_context_is_fed_to_no_row(model: Model) -> None:
+    """Near the end of the context, rows of different lengths are fed one by one; idle ones stay."""
+    rng = np.random.default_rng(3)
+    tokens = rng.integers(0, VOCAB, (3, CONTEXT))
+    session, alone = model.session(3), [model.session(1) for _ in range(3)]
+    for lengths in ([CONTEXT - 3, CONTEXT - 5, 7], [3, 1, 0], [0, 4, 0], [0, 0, 2]):
+        part = np.array([np.roll(t, -p) for t, p in zip(tokens, session.past)])[:, : max(lengths)]
+        got = session.step(part, lengths)
+        for r in np.flatnonzero(lengths):
+            np.testing.assert_allclose(got[r], alone[r].step(part[r : r + 1, : lengths[r]])[0], rtol=1e-4, atol=1e-5)
+    assert session.past.tolist() == [CONTEXT, CONTEXT, 9]
+
+
 def test_entries_take_the_weights_that_they_read(model: Model) -> None:
     entries = model.manifest.entries
     assert not entries["sum"].weights
@@ -86,12 +100,12 @@ BEGIN = np.array([0.5, -1.0, 2.0], np.float32)
 TABLE = np.random.default_rng(1).standard_normal((16, 3)).astype(np.float32)
 
 
-def _running(name: str) -> Graph:
+def _running(name: str, rows: DimLike) -> Graph:
     """Logits are the sum of a beginning and of the tokens' rows of a table, which is what is handed on; and the same with
     another beginning."""
     g = Graph(name)
     b = Builder(g)
-    rows, new = symbol("b"), symbol("s") if name == "prefill" else 1
+    new = symbol("s") if name == "prefill" else 1
     tokens = g.add_input("tokens", TensorType(DType.I64, (rows, new)))
     g.add_input("past", TensorType(DType.I64, (rows,)))
     last = g.add_input("last", TensorType(DType.I64, (rows,))) if name == "prefill" else None
@@ -107,13 +121,16 @@ def _running(name: str) -> Graph:
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    graphs = {name: _running(name) for name in ("prefill", "decode")}
+    return _compiled(tmp_path_factory.mktemp("running") / "model", symbol("b"))
+
+
+def _compiled(out: Path, rows: DimLike) -> Model:
+    graphs = {name: _running(name, rows) for name in ("prefill", "decode")}
     params = {k: ArrayParam(x, type_of(x)) for k, x in (("table", TABLE), ("start", BEGIN))}
     states = (State.carry("h", empty=-1.5), State.carry("k", empty="start"))
     program = Program(graphs, params, Interface(context=64, chunk=4, states=states))
     program.verify()
     library = build(program, cpu(threads=2))
-    out = tmp_path_factory.mktemp("running") / "model"
     write_artifact(out, manifest_of(program, library, {}), {
         "model.so": library.export, "weights.safetensors": lambda path: write_weights(path, library.plan, program.load),
         **{p.name: p for p in library.target.runtime_files()},
@@ -143,6 +160,18 @@ def test_carries_begin_stop_at_each_row_and_begin_again(running: Model) -> None:
             np.testing.assert_allclose(got[r], (total - 1.5) + 10 * (total + BEGIN), rtol=1e-4, atol=1e-4)
     session.reset()
     np.testing.assert_allclose(session.step([[3]] * batch), [TABLE[3] * 11 - 1.5 + 10 * BEGIN] * batch, rtol=1e-5)
+
+
+def test_a_program_for_so_many_rows(running: Model, tmp_path: Path) -> None:
+    """All of them are computed whoever has tokens; idle ones keep what they had."""
+    fixed = _compiled(tmp_path / "model", 3)
+    with pytest.raises(InputError, match="the program is for 3 rows; the session cannot be for 2"):
+        fixed.session(2)
+    one, other = fixed.session(3), running.session(3)
+    for lengths in ([2, 3, 1], [0, 1, 0], [4, 0, 0], [1, 1, 1], [0, 0, 3]):
+        tokens = np.arange(3 * max(lengths)).reshape(3, -1) % 16
+        live = np.flatnonzero(lengths)
+        np.testing.assert_allclose(one.step(tokens, lengths)[live], other.step(tokens, lengths)[live], rtol=1e-5)
 
 
 def test_a_carry_cannot_be_cut(running: Model) -> None:
