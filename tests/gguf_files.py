@@ -137,3 +137,41 @@ def _add(w: Any, key: str, value: Any) -> None:
         w.add_string(key, value)
     else:
         w.add_array(key, value)
+
+
+# -- what llama.cpp was asked (tests/golden/gguf_llamacpp.py) ------------------------------------------------------------------
+PROMPT = [170, 127, 102, 53, 61, 8, 15, 3, 35, 162, 182, 129, 55, 122, 4, 23, 147, 198, 0, 45, 91, 177, 128, 17]
+_YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 32}
+_LINEAR = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
+LLAMACPP: dict[str, dict[str, Any]] = {
+    "llama": {"arch": "llama", "keys": {}},
+    "llama, tied": {"arch": "llama", "keys": {}, "tied": True},
+    "llama, biases": {"arch": "llama", "keys": {}, "bias": True},
+    "llama, another base": {"arch": "llama", "keys": {"rope.freq_base": 5e5}},
+    "llama, linear": {"arch": "llama", "keys": _LINEAR},
+    "llama, yarn": {"arch": "llama", "keys": _YARN},
+    "llama, frequencies": {"arch": "llama", "keys": {}, "frequencies": True},
+    "qwen2": {"arch": "qwen2", "keys": {"rope.freq_base": 1e6}},
+    "qwen2, yarn": {"arch": "qwen2", "keys": _YARN},
+    "qwen3": {"arch": "qwen3", "keys": {}},
+    "gemma3": {"arch": "gemma3", "keys": {}},
+    "gemma3, local base": {"arch": "gemma3", "keys": {"rope.freq_base_swa": 5e3}},
+    "gemma3, softcap": {"arch": "gemma3", "keys": {"final_logit_softcapping": 3.0}},
+}  # fmt: skip
+
+
+def strong(case: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Weights of which attention and positions make much of the result."""
+    vocab = len(byte_vocabulary()[0]) + 2
+    options = {k: True for k in ("bias", "tied") if k in case}
+    found = {k: x * np.float32(3 if x.ndim == 2 else 1) for k, x in weights(case["arch"], vocab, **options).items()}
+    if "frequencies" in case:
+        found["rope_freqs.weight"] = np.linspace(1, 8, HEAD // 2).astype(np.float32)
+    return found
+
+
+def merged(pre: str, merges: list[str]) -> dict[str, Any]:
+    """A tokenizer of bytes and of what ``merges`` make."""
+    tokens = [*byte_vocabulary()[0][:256], *(m.replace(" ", "") for m in merges), "<|end|>"]
+    kinds = [1] * (len(tokens) - 1) + [3]
+    return {"pre": pre, "tokens": tokens, "merges": merges, "token_type": kinds, "eos_token_id": len(tokens) - 1}

@@ -11,6 +11,11 @@ from wasat.frontend.weights import CheckpointError
 from wasat.frontend.weights.gguf import Gguf
 from wasat.ir import Generation
 
+_ENDS = frozenset({
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>", "<EOT>", "_<EOT>",
+    "[EOT]", "< EOT >", "_< EOT >", "<｜end▁of▁sentence｜>", "<end_of_utterance>",
+})  # fmt: skip
+"""Tokens that end an answer, by how they are written: most files name only one of theirs."""
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 _WORDS = "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+"
@@ -36,11 +41,12 @@ class _Pre:
     """Whether a text begins with BOS where the file does not say."""
 
 
+_DEFAULT = _Pre(("[\\p{P}\\$\\+<=>\\^~\\|]+", _WORDS, "\\p{N}+", "[0-9][0-9][0-9]"))
 _LLAMA3 = _Pre((_NEWER % "\\p{N}{1,3}",), ignore_merges=True, bos=True)
 _QWEN2 = _Pre((_NEWER % "\\p{N}",))
 _DIGITS = _Pre(("\\p{N}", _WORDS))
 PRE_TOKENIZERS = {
-    "gpt-2": _Pre((_WORDS,)), "gpt2": _Pre((_WORDS,)), "phi-2": _Pre((_WORDS,)),
+    "default": _DEFAULT, "gpt-2": _Pre((_WORDS,)), "phi-2": _Pre((_WORDS,)),
     "llama3": _LLAMA3, "llama-v3": _LLAMA3, "llama-bpe": _LLAMA3, "falcon3": _LLAMA3, "pixtral": _LLAMA3,
     "dbrx": _Pre(_LLAMA3.patterns), "smaug-bpe": _Pre(_LLAMA3.patterns), "olmo": _Pre((_WORDS,)),
     "qwen2": _QWEN2, "deepseek-r1-qwen": _QWEN2, "stablelm2": _QWEN2, "megrez": _QWEN2,
@@ -97,9 +103,10 @@ def _vocabulary(g: Gguf) -> _Vocabulary:
 
 
 def special_ids(g: Gguf) -> Generation:
-    """``eos`` lists all that end an answer: the text's end, a turn's, a message's."""
+    """``eos`` lists all that end an answer: of a text, a turn, a message, named by the file or written as such are."""
     v = _vocabulary(g)
     ends = [v.id(name) for name in ("eos", "eot", "eom")]
+    ends += [i for i, t in enumerate(v.tokens) if t in _ENDS and v.kinds[i] != NORMAL]
     return Generation(v.id("bos"), tuple(dict.fromkeys(i for i in ends if i is not None)), v.id("padding"))
 
 
@@ -155,7 +162,7 @@ def _bpe(v: _Vocabulary, merges: list[str], **options: Any) -> dict[str, Any]:
 
 def _gpt2(v: _Vocabulary) -> tuple[dict[str, Any], bool]:
     """Pairs of bytes, merged in the order that the file gives, within pieces that a pattern cuts."""
-    name = v.keys.get("pre", "gpt-2")
+    name = v.keys.get("pre")
     if name not in PRE_TOKENIZERS:
         raise v.fail(f"tokenizer.ggml.pre is {name!r}: how it cuts a text is not known; known are {', '.join(PRE_TOKENIZERS)}")
     pre, merges = PRE_TOKENIZERS[name], v.keys.get("merges")

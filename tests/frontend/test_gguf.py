@@ -195,6 +195,7 @@ def test_sentencepiece_tokenizer(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tokens, message", [
     ({"model": "rwkv"}, "of kind 'rwkv'; there are gpt2, llama"),
+    ({"pre": "gpt2"}, "pre is 'gpt2': how it cuts a text is not known"),
     ({"pre": "whatever"}, "pre is 'whatever': how it cuts a text is not known"),
     ({"token_type": [1, 2]}, "token_type has 2 entries"),
     ({"merges": ["a"]}, "no list of pairs"),
@@ -207,6 +208,18 @@ def test_tokenizers_that_are_refused(tokens: dict[str, Any], message: str, tmp_p
     write(tmp_path / "m.gguf", "llama", tokens=tokens)
     with pytest.raises(CheckpointError, match=message):
         from_gguf(tmp_path / "m.gguf")
+
+
+def test_tokens_that_end_an_answer_are_known_by_how_they_are_written(tmp_path: Path) -> None:
+    """Files of models that chat often name the end of a text alone, and not that of a turn."""
+    names, merges = files.byte_vocabulary()
+    names += ["</s>", "<|eot_id|>", "<|end|>"]
+    kinds = [1] * (len(names) - 3) + [3, 3, 1]
+    tokens = {"tokens": names, "merges": merges, "token_type": kinds, "eos_token_id": len(names) - 3}
+    write(tmp_path / "m.gguf", "llama", tokens=tokens, tensors=files.weights("llama", len(names)))
+    generation = from_gguf(tmp_path / "m.gguf").interface.generation
+    assert generation is not None
+    assert generation.eos == (len(names) - 3, len(names) - 2)  # what is a usual word ends nothing
 
 
 def test_chat_template_is_kept(tmp_path: Path) -> None:

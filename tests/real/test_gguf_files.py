@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 from wasat.runtime import load
 
 import wasat as ws
@@ -62,6 +64,15 @@ def test_weights_are_computed_on_as_they_are(name: str, tmp_path: Path) -> None:
     divergence = float((np.exp(exact) * (exact - near)).sum(-1).mean())
     print(f"{name}: KL {divergence:.5f}, same token {(exact.argmax(-1) == near.argmax(-1)).mean():.3f}")
     assert divergence < CASES[name]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_tokens_are_those_of_llamacpp(name: str) -> None:
+    golden = json.loads((Path(__file__).parents[1] / "golden" / "gguf_llamacpp.json").read_text(encoding="utf-8"))
+    t = Tokenizer.from_str(ws.from_gguf(fetch.fetch(name)).origin.texts["tokenizer.json"])
+    found = golden["tokens"][name]
+    assert len(found) > 50
+    assert [x for x, ids in found if t.encode(x, add_special_tokens=False).ids != ids] == []
 
 
 PROMPTS: dict[str, tuple[str, Callable[[str], bool]]] = {
