@@ -6,6 +6,7 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+import networkx as nx
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -99,6 +100,44 @@ def test_the_runtime_needs_no_compiler() -> None:
         if room_of(name) is None
     }
     assert outside - set(sys.stdlib_module_names) <= DEPLOYED
+
+
+def _loaded(body: list[ast.stmt], package: tuple[str, ...]) -> Iterator[str]:
+    """What the statements of a module import when it is loaded: not inside functions, nor for types alone."""
+    for node in body:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield from (name for _, name in imports(ast.unparse(node), package))
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            yield from _loaded(getattr(node, "body", []), package)
+
+
+def circles(sources: dict[str, tuple[str, tuple[str, ...]]]) -> list[list[str]]:
+    """Modules that import each other, of name to source and package."""
+    graph = nx.DiGraph()
+    for module, (source, package) in sources.items():
+        for name in _loaded(ast.parse(source).body, package):
+            known = name if name in sources else name.rpartition(".")[0]
+            if known in sources:
+                graph.add_edge(module, known)
+    return [sorted(c) for c in nx.strongly_connected_components(graph) if len(c) > 1]
+
+
+def test_no_imports_go_in_circles() -> None:
+    sources = {}
+    for path in (p for room in ALLOWED for p in files(room)):
+        package = package_of(path)
+        name = ".".join(package if path.name == "__init__.py" else (*package, path.stem))
+        sources[name] = (path.read_text(), package)
+    assert len(sources) > 200
+    assert not circles(sources)
+
+
+def test_a_circle_is_seen() -> None:
+    modules = {"a.x": "from . import y", "a.y": "import a.x", "a.z": "if TYPE_CHECKING:\n    import a.w\nimport a.x",
+               "a.w": "import a.z\ndef f():\n    import a.x"}  # fmt: skip
+    assert circles({k: (v, ("a",)) for k, v in modules.items()}) == [["a.x", "a.y"]]
 
 
 def test_no_file_is_two_files() -> None:

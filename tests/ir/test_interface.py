@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import FrozenInstanceError, fields, replace
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ from wasat.ir import (
     Interface,
     IRError,
     Media,
+    Origin,
     ParseError,
     Program,
     State,
@@ -113,6 +114,16 @@ def test_a_copy_is_its_own() -> None:
     copy.declare(context=1)
     copy.graphs.clear()
     assert (str(program), program.interface.context) == (TEXT, 64)
+
+
+def test_sections_do_not_change() -> None:
+    """A copy of a program shares its interface."""
+    media, generation = FULL.media, FULL.generation
+    assert media is not None and generation is not None  # noqa: PT018
+    for part in (FULL, media, generation, *media.encoders, *FULL.heads, *FULL.states, Origin()):
+        name = fields(part)[0].name
+        with pytest.raises(FrozenInstanceError):
+            setattr(part, name, getattr(part, name))
 
 
 def test_what_states_are() -> None:
