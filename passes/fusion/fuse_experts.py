@@ -13,6 +13,7 @@ from wasat.ir.axes import product
 
 from ..analyses.labels import Atom, Label, Labels, arrange, every, flat, fresh, is_view, operand_labels, peel
 from ..cleanup.hoist_params import param_only
+from ..cleanup.rows_apart import rows_apart
 from ..core import GraphPass, Remarks
 from ..pattern import Mismatch, number_of, replace
 
@@ -34,8 +35,10 @@ class FuseExperts(GraphPass):
     name = "fuse-experts"
 
     def run_graph(self, graph: Graph, remarks: Remarks) -> bool:
-        run = _Run(graph, remarks)
-        return run.run()
+        found = _Run(graph, remarks).run()
+        if found:
+            rows_apart(graph)  # exporters merge batch and sequence before the router
+        return found
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 from wasat.frontend import nn
-from wasat.ir import Program
-from wasat.passes import FuseExperts, PassManager
+from wasat.ir import Program, evaluate, parse_program, symbol, verify
+from wasat.passes import FuseExperts, PassManager, default_pipeline
+from wasat.passes.cleanup.rows_apart import rows_apart
 
 import wasat as ws
-from wasat.testing import check_pass
+from wasat.testing import InterpreterCheck, check_pass, feed
 
 DIM, HIDDEN, E, K = 6, 10, 5, 2
 
@@ -161,6 +162,69 @@ def test_a_spelling_becomes_grouped_products(name: str) -> None:
     for b, s in ((2, 3), (1, 1), (3, 17)):
         x = np.random.default_rng(b).normal(size=(b, s, DIM)).astype(np.float32)
         assert_allclose(ws.run(fused, x=x)["y"], ws.run(program, x=x)["y"], rtol=1e-4, atol=1e-5)
+
+
+class Exported(nn.Module):
+    """A decoder whose router and experts take batch and sequence as one axis, as transformers' do."""
+
+    def __init__(self) -> None:
+        self.embed, self.attention = nn.Embedding(20, DIM), nn.Attention(DIM, 1, rope=nn.RoPE(DIM))
+        self.experts, self.head = Experts(self.rows), nn.Linear(DIM, 20)
+
+    def __call__(self, tokens: nn.Tensor) -> nn.Tensor:
+        x = self.embed(tokens)
+        x = x + self.attention(x, nn.positions(x))
+        return self.head(x + self.experts(x))
+
+    @staticmethod
+    def rows(m: Experts, x: nn.Tensor) -> nn.Tensor:
+        flat = x.reshape(-1, DIM)
+        share, which = nn.top_k(nn.softmax(m.router(flat)), K)
+        share, which = share / share.sum(-1, keepdims=True), which.reshape(-1)
+        rows = flat.reshape(-1, 1, DIM).broadcast_to(flat.shape[0], K, DIM).reshape(-1, 1, DIM)
+        y = (rows @ nn.gather(m.gate_up, which)).reshape(-1, 2 * HIDDEN) + nn.gather(m.gate_up_bias, which)
+        y = (clamped(y)[:, None] @ nn.gather(m.out, which)).reshape(-1, DIM) + nn.gather(m.out_bias, which)
+        return (y * share.reshape(-1, 1)).reshape(-1, K, DIM).sum(1).reshape(*x.shape)
+
+
+def test_merged_rows_get_a_cache() -> None:
+    program = nn.trace(Exported(), {"tokens": "i64[b, s]"}, outputs=["logits"])
+    check = InterpreterCheck([{"b": 1, "s": 3, "c": 16}, {"b": 2, "s": 5, "c": 16}], rtol=1e-4, atol=1e-5)
+    PassManager(default_pipeline(chunk=8), check=check).run(program)
+    assert program["decode"].count("grouped_linear") == program["prefill"].count("grouped_linear") == 2
+
+
+ROWS = """
+graph @g(%x: f32[b, s, 4], %y: f32[b*s, 4]) {
+  %flat: f32[b*s, 4] = reshape(%x) {shape=(b*s, 4)}
+  <node>
+  return %z
+}"""
+
+
+@pytest.mark.parametrize(
+    ("node", "apart"),
+    [
+        ("%z: f32[b*s, 4] = softmax(%flat) {axis=1}", True),
+        ("%z: f32[b*s] = reduce_sum(%flat) {axes=(1,)}", True),
+        ("%z: f32[b*s, 2] = slice(%flat) {starts=(0, 1), stops=(b*s, 3)}", True),
+        ("%z: f32[b*s, 4] = softmax(%flat) {axis=0}", False),
+        ("%z: f32[b*s, 4] = cumsum(%flat) {axis=0}", False),
+        ("%z: f32[4] = reduce_sum(%flat) {axes=(0,)}", False),
+        ("%z: f32[b*s, 4] = reverse(%flat) {axes=(0,)}", False),
+        ("%z: f32[b*s, 4] = add(%flat, %y)", False),
+    ],
+)
+def test_rows_are_apart_where_they_are_rows(node: str, apart: bool) -> None:
+    program = parse_program(ROWS.replace("<node>", node))
+    dims = {"b": 2, "s": 3}
+    given = feed(program["g"], dims)
+    want = evaluate(program["g"], given)
+    assert rows_apart(program["g"]) is apart
+    verify(program["g"])
+    assert any(v.shape[:1] == (symbol("b"),) and v.node.op.name != "reshape" for v in program["g"].values() if v.node) is apart
+    for got, w in zip(evaluate(program["g"], given), want):
+        assert_allclose(np.asarray(got), np.asarray(w), rtol=1e-6)
 
 
 def test_text_in_text_out() -> None:
