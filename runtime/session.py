@@ -89,7 +89,7 @@ class Session:
             raise ContextLimitError(f"context={context}: the model takes 1 to {limit} positions")
         if isinstance(self._rows, int) and batch != self._rows:
             raise InputError(f"the program is for {self._rows} rows; the session cannot be for {batch}")
-        self.batch, self.context = batch, context or limit
+        self.batch, self.context, self._limit = batch, context or limit, limit
         self._indices = engine.entry("prefill").indices
         self._vocab, self._media = self._vocabulary(m.vocab, {}), m.media
         self._chunk = m.chunk or self.context
@@ -235,7 +235,7 @@ class Session:
     def _feed(self, tokens: np.ndarray, counts: np.ndarray, along: Mapping[str, np.ndarray]) -> np.ndarray:
         """At most ``chunk`` tokens of each row. Rows without any are not computed, and stay as they are."""
         needed = int(self._past[self._over(counts).rows].max()) + tokens.shape[1]
-        if needed <= self._most:
+        if needed <= (self._most if self._fixed and self.batch > 1 else self._limit):
             w, found = self._call(tokens, counts, along, needed)
             if isinstance(w.rows, slice):
                 return found
@@ -246,7 +246,7 @@ class Session:
         if self._fixed and self.batch > 1:
             raise ContextLimitError(f"padding would lie beyond the {self._most} positions of a row: feed fewer tokens a time")
         logits = np.zeros(0)
-        for r in live:  # padding of one row would lie beyond the largest capacity: each by itself
+        for r in live:  # padding of one row may lie beyond the positions that the model knows: each by itself
             n = int(counts[r])
             own = self._feed(tokens[:, :n], np.where(self._every == r, counts, 0), self.along.part(along, 0, n))
             logits = np.zeros_like(own) if r == live[0] else logits

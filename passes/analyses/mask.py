@@ -120,6 +120,35 @@ def _read(
     return found, known and all(empty([*said, *p.where], sizes) for p in hides)
 
 
+def ends(v: Value) -> tuple[int, int] | None:
+    """(sinks, window), where a boolean mask of positions keeps no more than the first ``sinks`` keys and each query's last
+    ``window``. None where it keeps more, or where that is not known.
+    """
+    at, rank = Indexing(()), len(v.shape)
+    if rank < 2 or v.tensor.dtype is not DType.BOOL:
+        return None
+    sizes = at.shape(v)
+    query, key = (Affine(tuple(int(a == rank - n) for a in range(rank)), 0) for n in (2, 1))
+    behind = query.minus(key)
+    sinks, window = 0, 0
+    for p in at.pieces(v):
+        if p.number == 0:
+            continue
+        near = _least(p.where, behind, sizes)
+        first = _least(p.where, key, sizes) if near is None else None
+        if near is None and first is None:
+            return None
+        window, sinks = max(window, near or 0), max(sinks, first or 0)
+    return (sinks, window) if sinks and window else None
+
+
+def _least(where: Sequence[Affine], what: Affine, sizes: Sequence[DimLike]) -> int | None:
+    """The least number, of those that stand in the region's own bounds, below which ``what`` is everywhere in it."""
+    bounds = [c.of_rank(len(sizes)).plus(what).number for c in where]  # c >= 0 says that what <= bound
+    known = sorted({n + 1 for n in bounds if isinstance(n, int) and n >= 0})
+    return next((n for n in known if implies(where, Affine((), n - 1).minus(what), sizes)), None)
+
+
 def _block(node: Node, shape: Sequence[DimLike], at: Indexing) -> int | None:
     """The size of the blocks of positions that a comparison keeps apart: no query sees as many behind itself."""
     query, key = (_divided(v, at) for v in node.inputs)

@@ -373,16 +373,42 @@ def meet(d: Derivation, node: Node) -> None:
 def attend(d: Derivation, node: Node) -> None:
     """Attention over keys and values that follow from what is kept, those of later slots hidden."""
     q, k, v, *masks = node.inputs
-    b, attrs = d.b, AttentionAttrs.of(node)
-    seen = b.logical_not(d.is_later())
+    b, attrs, cache = d.b, AttentionAttrs.of(node), d.plan.of.get(node)
+    if cache is None:
+        keys, values, seen = d.over_slots(k, 1), d.over_slots(v, 1), b.logical_not(d.is_later())
+    else:
+        keys, values = (first_and_last(d, cache, x, name) for x, name in zip((k, v), cache.names()))
+        seen = _in_turn(d, cache)
     seen = b.reshape(seen, shape=(d.batch, 1, *seen.shape[1:]))
     for m in masks:
-        mask = d.mask(m)
+        mask = d.mask(m, cache)
         other = mask.tensor.dtype
         seen = b.logical_and(seen, mask) if other is DType.BOOL else b.select(seen, mask, b.constant(-math.inf, other))
     d.env[node.output] = b.attention(
-        d.env[q], d.over_slots(k, 1), d.over_slots(v, 1), seen, scale=attrs.scale, softcap=attrs.softcap, name=node.output.name
+        d.env[q], keys, values, seen, scale=attrs.scale, softcap=attrs.softcap, name=node.output.name
     )
+
+
+def first_and_last(d: Derivation, cache: Cache, x: Value, name: str) -> Value:
+    """Keys (or values) of the first positions, and of those that a ring has, the new ones among them."""
+    b, new, first, n = d.b, d.env[x], f"{name}.first", cache.sinks
+    d.states[name] = b.cache_update(d.states[name], new, d.past, ring=True, name=name)
+    size = b.dim_size(size=new.shape[1])
+    at = b.sub(b.reshape(b.iota(size=n), shape=(1, n)), b.reshape(d.past, shape=(d.batch, 1)))
+    now = b.reshape(b.logical_and(b.greater_equal(at, 0), b.less(at, size)), shape=(d.batch, n, 1, 1))
+    at = b.reshape(b.maximum(b.minimum(at, b.sub(size, 1)), 0), shape=(d.batch, n, 1, 1))
+    d.states[first] = b.select(now, b.take_along(new, at, axis=1), d.states[first], name=first)
+    return b.concat(d.states[first], d.states[name], axis=1)
+
+
+def _in_turn(d: Derivation, cache: Cache) -> Value:
+    """Whether a query comes behind a slot's position, of which those that stand in front are not taken twice: [b, s, c]."""
+    b, n = d.b, d.size(Label("token"))
+    query = b.add(b.reshape(d.past, shape=(d.batch, 1, 1)), b.reshape(b.iota(size=n), shape=(n, 1)))
+    slots = d.slots(cache)
+    at = b.reshape(d.position_in_slot(cache), shape=(d.batch, 1, slots))
+    once = b.logical_or(b.less(b.iota(size=slots), cache.sinks), b.greater_equal(at, cache.sinks))
+    return b.logical_and(once, b.less_equal(at, query))
 
 
 def guard(d: Derivation, v: Value, x: Value, key: int, f: Factor | None, node: Node) -> Value:

@@ -39,6 +39,7 @@ from wasat.ir.ops.shape import Slice
 from ..analyses.affine import Affine, empty
 from ..analyses.axis import Label, analyze, refuse, uncut
 from ..analyses.indexing import Indexing
+from ..analyses.mask import ends
 from ..analyses.rows import FIRST, Place, places
 from ..cleanup.algebra import Cleanup
 from ..cleanup.hoist_params import HoistParams
@@ -231,6 +232,8 @@ class Cache:
     window: int | None
     capacity: int | None
     """Positions of a ring; None for a full cache."""
+    sinks: int = 0
+    """How many of the first positions are kept beside a ring."""
 
     def names(self) -> tuple[str, str]:
         return f"cache.{self.index}.k", f"cache.{self.index}.v"
@@ -239,15 +242,23 @@ class Cache:
         c = capacity if self.capacity is None else self.capacity
         return tuple(t.with_shape(batch, c, *t.shape[2:]) for t in (self.keys, self.values))  # type: ignore[return-value]
 
+    def firsts(self) -> list[tuple[str, TensorType]]:
+        """Names of what holds the first positions, and types of what is in it."""
+        return [(f"{n}.first", t) for n, t in zip(self.names(), (self.keys, self.values)) if self.sinks]
+
     def states(self) -> list[State]:
         if self.capacity is None or self.window is None:
             return [State.full(n, role, self.window) for n, role in zip(self.names(), "kv")]
+        if self.sinks:
+            first = [State(n, "first", positions=1, capacity=self.sinks, cut="anywhere") for n, _ in self.firsts()]
+            return [*(State.ring(n, self.capacity, self.window) for n in self.names()), *first]
         return [State.ring(n, self.capacity, self.window, role) for n, role in zip(self.names(), "kv")]
 
     def describe(self) -> str:
         if self.capacity is None:
             return "full cache" + (f", window {self.window}" if self.window is not None else "")
-        return f"ring cache of {self.capacity} positions, window {self.window}"
+        beside = f", beside the first {self.sinks}" if self.sinks else ""
+        return f"ring cache of {self.capacity} positions, window {self.window}{beside}"
 
 
 @dataclass
@@ -296,14 +307,18 @@ class Plan:
 
     def _cache(self, node: Node, chunk: int, granule: int, context: int | None) -> None:
         _, k, v = node.inputs[:3]
-        window = AttentionAttrs.of(node).window
+        window, sinks = AttentionAttrs.of(node).window, 0
+        if window is None and len(node.inputs) > 3 and self.labels[node.inputs[3]].kind == "pair":
+            sinks, window = ends(node.inputs[3]) or (0, None)
         capacity = None if window is None or self.led is not None else -(-(window + chunk - 1) // granule) * granule
-        if capacity is not None and context is not None and context <= capacity:
+        if capacity is not None and context is not None and context <= capacity + sinks:
             capacity = None
         if len(node.inputs) > 3 and self.labels[node.inputs[3]].kind in ("token", "scores"):
             capacity = None  # what a mask is made of is kept for all positions
         # one for each, also of the same keys and values: in place, a cache is written by one
-        self.of[node] = Cache(len(self.of), k.tensor, v.tensor, window, capacity)
+        if capacity is None:
+            window, sinks = AttentionAttrs.of(node).window, 0
+        self.of[node] = Cache(len(self.of), k.tensor, v.tensor, window, capacity, sinks)
 
 
 def _on_inputs(plan: Plan) -> set[Value]:
@@ -351,7 +366,7 @@ class Derivation:
         self.sizes: dict[str, DimLike] = {plan.seq: 1} if self.one else {}
         self.env = _declare(self.g, plan, {v for v in plan.forward.inputs if self._reads(v)}, self.sizes)
         self.rows: dict[Value, Value] = {}
-        self.keyed: dict[tuple[Value, int, int | None], Value] = {}
+        self.keyed: dict[tuple[Value, int, tuple[int, int] | None], Value] = {}
         self.later: Value | None = None
         self.batch = plan.tokens.shape[0]
         per_row = TensorType(DType.I64, (self.batch,))
@@ -363,6 +378,8 @@ class Derivation:
         for cache in plan.of.values():
             for n, t in zip(cache.names(), cache.types(self.batch, plan.capacity)):
                 self.states[n] = self.g.add_input(n, t)
+            for n, t in cache.firsts():
+                self.states[n] = self.g.add_input(n, t.with_shape(self.batch, cache.sinks, *t.shape[2:]))
         for kept in plan.kept.values():
             self.states[kept.name] = self.g.add_input(kept.name, kept.type)
 
@@ -395,7 +412,8 @@ class Derivation:
     def _step(self, node: Node) -> Callable[[Node], None] | None:
         """How a node that needs more of earlier positions than its own goes on from what is kept."""
         if isinstance(node.attrs, AttentionAttrs):
-            return self._attend if node in self.plan.of else partial(attend, self)
+            cache = self.plan.of.get(node)
+            return self._attend if cache is not None and not cache.sinks else partial(attend, self)
         if meets(self.plan, node):
             return partial(meet, self)
         if isinstance(node.attrs, ScanAttrs):
@@ -545,7 +563,7 @@ class Derivation:
     def over_slots(self, v: Value, axis: int, cache: Cache | None = None) -> Value:
         """``v`` with ``axis`` along the slots of a cache (None: a full one). Functions of positions are lifted, unless they
         repeat something fixed."""
-        key = (v, axis, None if cache is None else cache.capacity)
+        key = (v, axis, None if cache is None or cache.capacity is None else (cache.capacity, cache.sinks))
         if key not in self.keyed:
             kept = self.plan.kept.get(v)
             if kept is not None and kept.kind == "full":
@@ -558,20 +576,32 @@ class Derivation:
 
     def slots(self, cache: Cache | None) -> DimLike:
         """How many positions a cache holds."""
-        return self.plan.capacity if cache is None or cache.capacity is None else cache.capacity
+        return self.plan.capacity if cache is None or cache.capacity is None else cache.capacity + cache.sinks
 
     def _key_positions(self, node: Node, cache: Cache | None) -> Value:
         """The position in each slot, [b, c]; of slots not yet written, one of those that are: functions may not know others."""
-        b = self.b
-        new = substitute(Iota.Attrs.of(node).size, self.sizes)
-        furthest = b.slice(b.iota(size=new), starts=(new - 1,), stops=(new,))
-        last = b.add(b.reshape(self.past, shape=(self.batch, 1)), furthest)
-        at = b.iota(size=self.slots(cache))
-        if cache is not None and cache.capacity is not None:
-            at = b.sub(last, b.mod(b.sub(last, at), cache.capacity))
-        at = b.maximum(b.minimum(at, last), 0)
+        last = self.last_position()
+        at = self.b.maximum(self.b.minimum(self.position_in_slot(cache), last), 0)
         dtype = Iota.Attrs.of(node).dtype
-        return at if dtype is DType.I64 else b.cast(at, dtype=dtype)
+        return at if dtype is DType.I64 else self.b.cast(at, dtype=dtype)
+
+    def last_position(self) -> Value:
+        """That of the last new token, padding included: [b, 1]."""
+        b, new = self.b, self.size(Label("token"))
+        furthest = b.slice(b.iota(size=new), starts=(new - 1,), stops=(new,))
+        return b.add(b.reshape(self.past, shape=(self.batch, 1)), furthest)
+
+    def position_in_slot(self, cache: Cache | None) -> Value:
+        """The position in each slot, also where none is written yet: [c], or [b, c]. What is kept of the first is in front."""
+        b = self.b
+        if cache is None or cache.capacity is None:
+            return b.iota(size=self.plan.capacity)
+        last, at = self.last_position(), b.iota(size=cache.capacity)
+        at = b.sub(last, b.mod(b.sub(last, at), cache.capacity))
+        if not cache.sinks:
+            return at
+        first = b.broadcast_to(b.reshape(b.iota(size=cache.sinks), shape=(1, cache.sinks)), shape=(self.batch, cache.sinks))
+        return b.concat(first, at, axis=1)
 
     # -- the last position ---------------------------------------------------------------------------------------------
     def _row(self, v: Value) -> Value:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from wasat.frontend import nn
@@ -93,3 +95,33 @@ def test_growth(program: ws.Program, model: Model) -> None:
     got = session.step(np.stack([np.pad(tokens[0, 290:], (0, 2)), tokens[1, 250:266]]), [14, 16])
     np.testing.assert_allclose(got[0], wanted(program, tokens[0]), rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(got[1], wanted(program, tokens[1, :266]), rtol=1e-3, atol=1e-3)
+
+
+class Ends(nn.Module):
+    """Attention to the first two and the last three, over a table of twenty positions."""
+
+    def __init__(self) -> None:
+        self.embed, self.head = nn.Embedding(VOCAB, DIM, std=1.0), nn.Linear(DIM, VOCAB)
+        self.places = nn.Embedding(20, DIM, std=1.0)
+
+    def __call__(self, tokens: nn.Tensor) -> nn.Tensor:
+        at = nn.positions(tokens)
+        q = (self.embed(tokens) + self.places(at)).heads(2).swap(1, 2)
+        keep = nn.causal(at) & (nn.within(at, 3) | (at[None, :] < 2))
+        return self.head((nn.softmax(nn.where(keep, q @ q.T, float("-inf"))) @ nn.sin(q)).swap(1, 2).merge())
+
+
+def test_first_and_last_positions_up_to_the_end_of_the_context(tmp_path: Path) -> None:
+    """Padding of the shorter row would stand where the table has no rows: then each row goes by itself."""
+    program = nn.trace(Ends(), {"tokens": "i64[b, s]"}, outputs=["logits"])
+    ws.compile(program, tmp_path / "out", chunk=3)
+    model = ws.load(tmp_path / "out")
+    assert model.manifest.interface.context == 20
+    session, tokens = model.session(2), np.random.default_rng(0).integers(0, VOCAB, (2, 20))
+    session.step(tokens[:, :17], [17, 12])
+    got = session.step(np.stack([np.pad(tokens[0, 17:18], (0, 2)), tokens[1, 12:15]]), [1, 3])
+    np.testing.assert_allclose(got[0], wanted(program, tokens[0, :18]), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(got[1], wanted(program, tokens[1, :15]), rtol=1e-4, atol=1e-4)
+    got = session.step(np.stack([np.pad(tokens[0, 18:20], (0, 1)), tokens[1, 15:18]]), [2, 3])
+    np.testing.assert_allclose(got[0], wanted(program, tokens[0]), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(got[1], wanted(program, tokens[1, :18]), rtol=1e-4, atol=1e-4)

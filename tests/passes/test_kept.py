@@ -154,6 +154,20 @@ def fused_by_tokens(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
     return merged(nn.softmax(nn.where(keep[:, None], s, -INF)) @ q.swap(1, 2))
 
 
+def streaming(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """The first two and the last three, as a softmax of hidden scores."""
+    s, v = scores(x)
+    keep = nn.causal(at) & (nn.within(at, 3) | (at[None, :] < 2))
+    return merged(nn.softmax(nn.where(keep, s, -INF)) @ v)
+
+
+def blocks(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """From the beginning of the block of three."""
+    s, v = scores(x)
+    keep = nn.causal(at) & (at[None, :] // 3 == at[:, None] // 3)
+    return merged(nn.softmax(nn.where(keep, s, -INF)) @ v)
+
+
 def sequence_first(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
     """Heads folded into the batch, positions in front: [s, b * h, d]."""
     s, b = x.shape[1], x.shape[0]
@@ -230,8 +244,8 @@ MIXES: dict[str, Mix | Callable[[], nn.Module]] = {
     f.__name__: f
     for f in (
         softmax1, sigmoid, squared, divided_after, keys_first, talking, sink, token_sink, decaying, averaged, largest,
-        stick_breaking, repeated_heads, by_tokens, fused_by_tokens, sequence_first, running_sums, recurrent, folded_scan,
-        shifted, far_back, layers,
+        stick_breaking, repeated_heads, by_tokens, fused_by_tokens, streaming, blocks, sequence_first, running_sums, recurrent,
+        folded_scan, shifted, far_back, layers,
     )
 }  # fmt: skip
 CONVOLUTIONS: dict[str, Callable[[], nn.Module]] = {
@@ -441,6 +455,8 @@ def test_a_convolution_to_both_sides_is_refused() -> None:
         ("averaged", ["f32[b, c, 1, 8]"]),
         ("sequence_first", ["f32[b, c, 2, 4]"]),
         ("by_tokens", ["f32[b, c, 2, 4]", "f32[b, c, 2, 4]", "bool[b, c, 1, 1]"]),
+        ("streaming", [*["f32[b, 16, 2, 4]"] * 2, *["f32[b, 2, 2, 4]"] * 2]),  # the last three, and the first two
+        ("blocks", ["f32[b, 16, 2, 4]"] * 2),
         ("running_sums", ["f32[b, 2, 4, 4]", "f32[b, 2, 4]"]),
         ("recurrent", ["f32[b, 8]", "f32[b, 8]"]),
         ("folded_scan", ["f32[b, 1, 2, 4, 4]"]),

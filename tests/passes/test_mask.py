@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from wasat.ir import Builder, DType, Graph, TensorType, Value, symbol
-from wasat.passes.analyses.mask import Mask, analyze, hidden_by
+from wasat.passes.analyses.mask import Mask, analyze, ends, hidden_by
 
 import wasat as ws
 
@@ -157,3 +157,32 @@ def test_blocks_are_windows(q: str, k: str, window: int | None) -> None:
         found = analyze(g.outputs[0], g.outputs[0].shape, keep)
         assert found.window == (window if keep else None)
         assert [v for v, _ in found.operands] == g.outputs
+
+
+ENDS = {
+    "the first two and the last four": ("logical_or(%near, %first)", (2, 4)),
+    "the last four": ("logical_and(%near, %near)", None),
+    "the first two": ("logical_and(%first, %first)", None),
+    "every key beside": ("logical_or(%first, %all)", None),
+    "and the tenth": ("logical_or(%either, %tenth)", (2, 10)),
+    "and the third": ("logical_or(%either, %third)", (3, 4)),
+}
+
+
+@pytest.mark.parametrize("mask, want", ENDS.values(), ids=ENDS)
+def test_first_and_last(mask: str, want: tuple[int, int] | None) -> None:
+    g = ws.parse(f"""graph @forward(%x: f32[s]) {{
+  %i: i64[s] = iota() {{size=s}}
+  %q: i64[s, 1] = reshape(%i) {{shape=(s, 1)}}
+  %k: i64[1, s] = reshape(%i) {{shape=(1, s)}}
+  %d: i64[s, s] = sub(%q, %k)
+  %near: bool[s, s] = less(%d, 4:i64)
+  %first: bool[1, s] = less(%k, 2:i64)
+  %third: bool[1, s] = equal(%k, 2:i64)
+  %tenth: bool[s, s] = equal(%d, 9:i64)
+  %all: bool[1, s] = greater_equal(%k, 0:i64)
+  %either: bool[s, s] = logical_or(%near, %first)
+  %y: bool[SIZE, s] = {mask}
+  return %y
+}}""".replace("SIZE", "1" if mask in ("logical_and(%first, %first)", "logical_or(%first, %all)") else "s"))
+    assert ends(g.outputs[0]) == want
