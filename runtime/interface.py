@@ -137,6 +137,8 @@ class Interface:
     media: Media | None
     heads: tuple[Head, ...]
     states: tuple[State, ...]
+    cut: str = ""
+    """The output bool[b]: whether a token of a row's past sees a new one; empty where none can."""
 
     def head(self, name: object) -> Head | None:
         """The head of that name."""
@@ -160,6 +162,7 @@ def read_interface(f: Fields) -> Interface:
         f.get("name", str), f.get("context", int, optional=True), f.get("chunk", int, optional=True), f.get("granule", int),
         f.get("vocab", int, optional=True), f.get("tokens", str), _generation(generation) if generation else Generation(),
         _media(media) if media else None, tuple(map(_head, f.sections("heads"))), tuple(map(_state, f.sections("states"))),
+        f.get("cut", str, optional=True) or "",
     )  # fmt: skip
 
 

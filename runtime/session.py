@@ -70,7 +70,9 @@ class Session:
             if not specs.keys() >= set(own) or (name == "decode" and others != self._others):
                 raise ArtifactError(f"entry {name} does not take {', '.join((*own, *self._others))}; {AGAIN}")
             self._names[name], self._others = list(specs), others
-        self._logits = _logits([spec.name for spec in engine.entry("prefill").outputs])
+        outputs = [spec.name for spec in engine.entry("prefill").outputs]
+        self._logits = _logits(outputs, m.cut)
+        self._cut = outputs.index(m.cut) if m.cut in outputs else None
         self._encoder = engine.manifest.entries.get("encode")
         made = {spec.name for spec in self._encoder.outputs} if self._encoder else set()
         self._wanted = {spec.name: spec for spec in self._encoder.inputs} if self._encoder else {}  # by encode()
@@ -278,6 +280,8 @@ class Session:
         if self._checks[name] or self._late[name] or self._each[name]:
             self._check(name, {**w.others, **along, self._fed: tokens, "past": counts, "last": counts})
         out = self._functions[name](*args)
+        if self._cut is not None:
+            self._check_cut(array_of(out[self._cut]) & (counts > 0), w)
         found = array_of(out[self._logits])
         if (returned := self._returned.get(name)) is None:
             returned = self._returned[name] = self._elsewhere(name, out, w)
@@ -286,6 +290,15 @@ class Session:
         self._written[w.rows] = np.maximum(self._written[w.rows], w.past.array + s)
         self._past[w.rows] += counts
         return w, found
+
+    def _check_cut(self, cut: np.ndarray, w: _Window) -> None:
+        """Raises InputError for rows in which what sees each other was cut: they hold what they held before."""
+        if cut.any():
+            row = int(np.arange(self.batch)[w.rows][cut.argmax()])
+            raise InputError(
+                f"row {row} holds {self._past[row]} tokens, of which some see the new ones: what sees each other (a prefix, a "
+                f"picture) is to come in one step, of at most {self._chunk} tokens; truncate() to before it, and feed it whole"
+            )
 
     def _elsewhere(self, entry: str, out: Any, w: _Window) -> list[tuple[int, str]]:
         """States that an entry does not write in place: where among what it returns they are."""
@@ -374,10 +387,10 @@ class Session:
             raise InputError(f"lengths must be {self.batch} whole numbers from 0 to {s}, not all 0; given: {lengths!r}")
         return counts.astype(np.int64)
 
-def _logits(outputs: Sequence[str]) -> int:
-    """Which of the outputs is sampled from: the one named logits, or the only one."""
+def _logits(outputs: Sequence[str], cut: str) -> int:
+    """Which of the outputs is sampled from: the one named logits, or the only one beside ``cut``."""
     if "logits" in outputs:
         return outputs.index("logits")
-    if len(outputs) != 1:
+    if len([name for name in outputs if name != cut]) != 1:
         raise InputError(f"the model returns {', '.join(outputs) or 'nothing'}; to sample from it, name one of these logits")
-    return 0
+    return next(i for i, name in enumerate(outputs) if name != cut)

@@ -9,7 +9,7 @@ node where that began.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from wasat.ir.ops.conv import Conv
 from wasat.ir.ops.scan import ScanAttrs
 from wasat.ir.ops.shape import Concat, Pad, Slice
 
+from .ahead import sight
 from .indexing import Indexing
 from .later import apart, beside, neutralized, stands_for
 
@@ -56,6 +57,8 @@ class Label:
     """Of scores: the axis on which ``front`` and ``back`` elements that are no positions stand beside those that are."""
     front: int = 0
     back: int = 0
+    rows: bool = False
+    """Depends on an input that differs between rows: of fixed, position, uniform and pair."""
 
     @property
     def served(self) -> bool:
@@ -65,6 +68,11 @@ class Label:
     @property
     def along(self) -> bool:
         return self.kind not in ("fixed", "last", "ahead")
+
+    @property
+    def lifted(self) -> bool:
+        """Whether it is the same for all rows in the graph, and not when each stands at positions of its own."""
+        return self.kind == "position" and not self.rows
 
     @property
     def relates(self) -> bool:
@@ -96,17 +104,20 @@ class LooksAhead(Exception):
     """What the axis rule of a node does not allow; the analysis attaches the node."""
 
 
-def analyze(graph: Graph, symbol: str) -> dict[Value, Label]:
-    """Labels of all values of ``graph`` along the dimension ``symbol``."""
+def analyze(graph: Graph, symbol: str, batch: DimLike = 1) -> dict[Value, Label]:
+    """Labels of all values of ``graph`` along the dimension ``symbol``; ``batch``: how many rows inputs have."""
     labels: dict[Value, Label] = {}
     for v in [*graph.inputs, *graph.params.values()]:
         axes = _axes_of(v.shape, symbol)
         one = len(axes) == 1 and _beyond(v.shape[axes[0]], symbol) == 0
-        labels[v] = FIXED if not axes else Label("token", axes[0]) if one else _two(v, symbol)
+        own = v.param is None and not isinstance(batch, int) and any(str(d) == str(batch) for d in v.shape)
+        labels[v] = Label("fixed", rows=own) if not axes else Label("token", axes[0]) if one else _two(v, symbol)
     at = Indexing(())
     for node in graph.nodes:
-        for v, label in zip(node.outputs, _label(node, [labels[v] for v in node.inputs], symbol, at)):
-            labels[v] = label
+        given = [labels[v] for v in node.inputs]
+        own = any(x.rows for x in given)
+        for v, label in zip(node.outputs, _label(node, given, symbol, at, labels)):
+            labels[v] = replace(label, rows=True) if own and label.kind in ("fixed", "position", "uniform", "pair") else label
     return labels
 
 
@@ -148,12 +159,12 @@ def _axes_of(shape: Sequence[DimLike], symbol: str) -> list[int]:
     return [(i if _beyond(d, symbol) is not None else -1) for i, d in enumerate(shape) if symbol in symbols_of([d])]
 
 
-def _label(node: Node, given: list[Label], symbol: str, at: Indexing) -> list[Label]:
+def _label(node: Node, given: list[Label], symbol: str, at: Indexing, labels: Mapping[Value, Label]) -> list[Label]:
     ahead = next((x for x in given if x.kind == "ahead"), None)
     if ahead is not None:
         return [ahead] * len(node.outputs)
     try:
-        own = _own(node, given, symbol, at)
+        own = _own(node, given, symbol, at, labels)
         out = own if isinstance(own, list) else [own] * len(node.outputs)
         for v, label in zip(node.outputs, out):
             if label.kind != "ahead":
@@ -173,7 +184,9 @@ def _fits(v: Value, label: Label, symbol: str) -> None:
             raise LooksAhead(f"its result {v.type} does not run along {symbol} on one axis")
 
 
-def _own(node: Node, given: list[Label], symbol: str, at: Indexing) -> Label | list[Label]:
+def _own(
+    node: Node, given: list[Label], symbol: str, at: Indexing, labels: Mapping[Value, Label]
+) -> Label | list[Label]:
     if any(x.kind == "last" for x in given):
         return _after_last(node, given, symbol)
     if not any(x.along for x in given):
@@ -181,7 +194,7 @@ def _own(node: Node, given: list[Label], symbol: str, at: Indexing) -> Label | l
     if _takes_last(node, given, symbol):
         return LAST
     if isinstance(node.attrs, AttentionAttrs):
-        return _attention(node, node.attrs, given)
+        return _attention(node, node.attrs, given, at, labels)
     if isinstance(node.attrs, ScanAttrs):
         return _scan(node, node.attrs, given, symbol)
     if (shifted := _shifted(node, given, symbol)) is not None:
@@ -486,7 +499,9 @@ def _joined(node: Node, axis: int, given: Sequence[Label]) -> Label | None:
 
 
 # -- operations with a rule of their own -------------------------------------------------------------------------------------
-def _attention(node: Node, attrs: AttentionAttrs, given: Sequence[Label]) -> Label:
+def _attention(
+    node: Node, attrs: AttentionAttrs, given: Sequence[Label], at: Indexing, labels: Mapping[Value, Label]
+) -> Label:
     """Attention keeps its keys and values."""
     q, k, v = given[:3]
     if any(x.extra for x in given):
@@ -506,8 +521,17 @@ def _attention(node: Node, attrs: AttentionAttrs, given: Sequence[Label]) -> Lab
     if mask.along and any(rank - axis > 2 for axis in mask.axes):
         raise LooksAhead("its mask runs along the sequence on an axis that is neither that of queries nor that of keys")
     if not attrs.causal and not (mask.relates and hides(node.inputs[3], mask.later(rank - 1))):
-        raise LooksAhead("it is bidirectional: a token attends to later ones")
+        if not mask.relates or sight(node.inputs[3], labels, at) != "within":
+            raise LooksAhead("it is bidirectional: a token attends to later ones")
     return Label("token", 1, mixes=True)
+
+
+def sees_ahead(node: Node, labels: Mapping[Value, Label]) -> bool:
+    """Whether a query of attention that can be cached may see later keys: those of its prefix, or of its picture."""
+    if AttentionAttrs.of(node).causal or len(node.inputs) < 4:
+        return False
+    mask = node.inputs[3]
+    return labels[mask].relates and not hides(mask, labels[mask].later(len(mask.shape) - 1))
 
 
 def hides(mask: Value, number: float | None) -> bool:

@@ -51,7 +51,7 @@ def places(graph: Graph, tokens: Value, labels: Mapping[Value, Label]) -> dict[V
             found[v] = Place(own[0])
     for node in graph.nodes:
         label = labels[node.outputs[-1]]  # a scan's last carry looks ahead, and comes first
-        if label.kind in ("ahead", "pair") or not any(v in found for v in node.inputs):
+        if label.kind == "ahead" or (label.kind == "pair" and not label.rows) or not any(v in found for v in node.inputs):
             continue
         try:
             for v, place in zip(node.outputs, _outputs(node, [found.get(v) for v in node.inputs], batch)):

@@ -23,7 +23,7 @@ from wasat.ir.ops.reduce import CumSum
 from wasat.ir.ops.scan import ScanAttrs
 from wasat.ir.ops.shape import Concat, Pad, Slice
 
-from ..analyses.axis import Label
+from ..analyses.axis import Label, sees_ahead
 from ..analyses.later import stands_for
 from ..analyses.rows import FIRST, Place
 
@@ -79,8 +79,9 @@ def _wanted(plan: Plan) -> Iterator[Value]:
             for i, v in enumerate(node.inputs):
                 waiting += [(v, axis) for axis in plan.labels[v].axes if lands(node, i, axis) is None]
         elif isinstance(node.attrs, AttentionAttrs) and plan.labels[node.output].mixes:
+            read = (1, 2) if sees_ahead(node, plan.labels) else (1,)  # also what earlier queries see of the new keys
             for mask in node.inputs[3:]:
-                waiting += [(mask, len(mask.shape) - 1)] if len(mask.shape) - 1 in plan.labels[mask].axes else []
+                waiting += [(mask, axis) for axis in plan.labels[mask].axes if len(mask.shape) - axis in read]
             if node not in plan.of:
                 waiting += [(v, 1) for v in node.inputs[1:3]]
     seen = set(waiting)
@@ -144,7 +145,7 @@ def keep(plan: Plan) -> None:
     batch = plan.tokens.shape[0]
     for node, cache in list(plan.of.items()):
         k, v = node.inputs[1:3]
-        plain = cache.window is None and plan.led is None and k is not v
+        plain = cache.window is None and plan.led is None and k is not v and not sees_ahead(node, plan.labels)
         if plain and {plan.labels[k].kind, plan.labels[v].kind} == {"token"} and len(held(plan, [k, v])) == 1:
             del plan.of[node]  # one tensor is both
     found: list[tuple[Literal["full", "carry", "tail"], Value, int]] = [("full", v, 0) for v in held(plan, _wanted(plan))]
@@ -359,7 +360,7 @@ def run_window(d: Derivation, node: Node) -> None:
 # -- scores ------------------------------------------------------------------------------------------------------------------
 def meet(d: Derivation, node: Node) -> None:
     """A sum over keys: over the slots of caches, of which later ones (not yet written, too) hold what does not matter."""
-    operands, own = [], d.labels[node.output].kind == "position"
+    operands, own = [], d.labels[node.output].lifted
     for i, v in enumerate(node.inputs):
         keys = [a for a in d.labels[v].axes if lands(node, i, a) is None]
         x = d.over_slots(v, keys[0]) if keys else d.env[v]
@@ -462,5 +463,5 @@ def over_slots(d: Derivation, v: Value, axis: int, cache: Cache | None) -> Value
     elif d.plan.seq in attrs.symbols:
         raise IRError(f"{node!r}: it cannot go over the slots of a cache", node.loc)
     lifted = [len(x.shape) > len(old.shape) for x, old in zip(inputs, node.inputs)]
-    own = any(lifted) if label.kind not in ("scores", "token") else False
+    own = any(lifted) and label.kind not in ("scores", "token") and not label.rows
     return d.node(node, inputs, attrs, lifted, own)[0]

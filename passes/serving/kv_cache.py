@@ -37,7 +37,7 @@ from wasat.ir.ops.scan import ScanAttrs
 from wasat.ir.ops.shape import Slice
 
 from ..analyses.affine import Affine, empty
-from ..analyses.axis import Label, analyze, refuse, uncut
+from ..analyses.axis import Label, analyze, refuse, sees_ahead, uncut
 from ..analyses.indexing import Indexing
 from ..analyses.mask import ends
 from ..analyses.rows import FIRST, Place, places
@@ -46,6 +46,7 @@ from ..cleanup.hoist_params import HoistParams
 from ..core import Pass, PassError, Remark, Remarks
 from ..pattern import erase_dead
 from .absorb import absorb
+from .blocks import note_cut, without_padding
 from .kept import (
     Kept,
     all_positions,
@@ -123,7 +124,8 @@ class DeriveKVCache(Pass):
         program.graphs = {**graphs, **{g.name: g for g in made}}
         states = [*(s for c in plan.of.values() for s in c.states()), *(k.state() for k in plan.kept.values())]
         program.declare(
-            states=tuple(states), chunk=self.chunk, context=context, granule=self.granule, tokens=tokens.name
+            states=tuple(states), chunk=self.chunk, context=context, granule=self.granule, tokens=tokens.name,
+            cut=plan.cut,
         )  # fmt: skip
         if led is not None:
             Cleanup().run(program, remarks)
@@ -183,7 +185,7 @@ def _served(graph: Graph, remarks: Remarks) -> tuple[Graph, Value, dict[Value, L
             elif apart:
                 break
             tokens = next(v for v in served.inputs if v.name == name)
-            labels = analyze(served, seq)
+            labels = analyze(served, seq, tokens.shape[0])
             ahead = {n: v for n, v in zip(served.output_names, served.outputs) if not labels[v].one_each}
             lost = {n: v for n, v in ahead.items() if len(ahead) < len(served.outputs) and _whole_batch(v, tokens)}
             refused = [refuse(labels[v], n, seq) for n, v in ahead.items() if n not in lost]
@@ -194,7 +196,7 @@ def _served(graph: Graph, remarks: Remarks) -> tuple[Graph, Value, dict[Value, L
                 for n, v in lost.items():
                     remarks.missed(f"output {n} is not served: {labels[v].reason}", v)
                 _leave_off(served, set(lost), tokens)
-                labels = analyze(served, seq)
+                labels = analyze(served, seq, tokens.shape[0])
             return served, tokens, labels, led
     if failure is not None:
         raise failure
@@ -278,6 +280,8 @@ class Plan:
     """What else an incremental run keeps, by the value it is of."""
     led: Led | None = None
     """What stands before the tokens."""
+    cut: str = ""
+    """The output that says of each row whether a token of its past sees a new one; empty where none can."""
     capacity: DimLike = 0
     last_mixing: Node | None = None
 
@@ -313,6 +317,10 @@ class Plan:
         capacity = None if window is None or self.led is not None else -(-(window + chunk - 1) // granule) * granule
         if capacity is not None and context is not None and context <= capacity + sinks:
             capacity = None
+        if sees_ahead(node, self.labels):
+            capacity, self.cut = None, "cut"
+            while self.cut in self.forward.output_names:
+                self.cut += "_"
         if len(node.inputs) > 3 and self.labels[node.inputs[3]].kind in ("token", "scores"):
             capacity = None  # what a mask is made of is kept for all positions
         # one for each, also of the same keys and values: in place, a cache is written by one
@@ -368,6 +376,7 @@ class Derivation:
         self.rows: dict[Value, Value] = {}
         self.keyed: dict[tuple[Value, int, tuple[int, int] | None], Value] = {}
         self.later: Value | None = None
+        self.seen: dict[Value, Value] = {}
         self.batch = plan.tokens.shape[0]
         per_row = TensorType(DType.I64, (self.batch,))
         self.past = self.g.add_input("past", per_row)
@@ -406,7 +415,14 @@ class Derivation:
                 self._apply(node, [self.env[v] for v in node.inputs], sizes, self.env)
             tail = tail or node is plan.last_mixing
         outputs = [self._output(v) for v in plan.forward.outputs]
-        self.g.set_outputs([*outputs, *self.states.values()], [*plan.forward.output_names, *self.states])
+        names = list(plan.forward.output_names)
+        if self.seen:
+            first, *others = self.seen.values()
+            for x in others:
+                first = self.b.logical_or(first, x)
+            outputs.append(first)
+            names.append(plan.cut)
+        self.g.set_outputs([*outputs, *self.states.values()], [*names, *self.states])
         return self.g
 
     def _step(self, node: Node) -> Callable[[Node], None] | None:
@@ -450,11 +466,11 @@ class Derivation:
             dtype = Iota.Attrs.of(node).dtype
             env[node.output] = at if dtype is DType.I64 else self.b.cast(at, dtype=dtype)
             return
-        lifted = [self.labels[v].kind == "position" for v in node.inputs]
+        lifted = [self.labels[v].lifted for v in node.inputs]
         if node.op.name == "rope" and lifted[1] and (at := self.plan.places.get(node.inputs[0])) is not None and at.axis == 2:
             env[node.output] = self._turned(node, inputs, at)
             return
-        env.update(zip(node.outputs, self.node(node, inputs, node.attrs.bind(sizes), lifted, label.kind == "position")))
+        env.update(zip(node.outputs, self.node(node, inputs, node.attrs.bind(sizes), lifted, label.lifted)))
 
     def _after_last(self, node: Node) -> None:
         """What is made of the last token: here, of each row's."""
@@ -540,14 +556,19 @@ class Derivation:
         cache = self.plan.of[node]
         k, v = cache.names()
         mask = [self.mask(x, cache) for x in node.inputs[3:]]
+        ahead = sees_ahead(node, self.labels)
+        if ahead:
+            note_cut(self, node.inputs[3], cache)
+            mask = [without_padding(self, mask[0])]
         keys, values, past = self.states[k], self.states[v], self.past
         led = self.plan.led
         if led is not None and node in led.first:
             keys, values = self.b.cache_start(*(self.env[x] for x in led.first[node]), keys, values, past)
             past = self.b.add(past, self.b.constant(led.first[node][0].shape[1], DType.I64))
         out = self.b.cached_attention(
-            *(self.env[x] for x in node.inputs[:3]), keys, values, past, *mask, scale=attrs.scale,
-            window=attrs.window, softcap=attrs.softcap, ring=cache.capacity is not None, name=[node.output.name, k, v],
+            *(self.env[x] for x in node.inputs[:3]), keys, values, past, *mask, scale=attrs.scale, window=attrs.window,
+            softcap=attrs.softcap, ring=cache.capacity is not None, causal=not ahead or self.one,
+            name=[node.output.name, k, v],
         )  # fmt: skip
         self.env[node.output], self.states[k], self.states[v] = out
 
@@ -618,7 +639,7 @@ class Derivation:
             stops = [1 if i == label.axis else d for i, d in enumerate(x.shape)]
             return self.b.slice(x, starts=(0,) * len(stops), stops=tuple(stops))
         axis = label.axis
-        if label.kind == "position":  # rows are in front
+        if label.lifted:  # rows are in front
             axis, at = axis + 1, FIRST
         y = self.b.take_row(rows_first(self, x, at, axis), self.last)
         return in_place(self, y, at, axis, x.shape)
@@ -630,7 +651,7 @@ class Derivation:
         if not label.along:
             return self.env[v]
         x = self.env[v] if self.one else self._row(v)
-        axis = label.axis + (label.kind == "position")
+        axis = label.axis + label.lifted
         at = self.plan.places.get(v, FIRST)
         if label.kind == "token" and (at.axis - (at.axis > axis), at.alone) != (0, True):
             raise IRError(f"output %{v.name} is {v.type}: its rows must be the first axis beside the sequence", v.loc)

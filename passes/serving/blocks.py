@@ -1,0 +1,42 @@
+"""Masks under which tokens of one call see each other: a prefix, a picture. What sees each other is to come in one call."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from wasat.ir import DType, Value
+
+from ..analyses.mask import FINITE_FILL
+
+if TYPE_CHECKING:
+    from .kv_cache import Cache, Derivation
+
+
+def without_padding(d: Derivation, mask: Value) -> Value:
+    """A mask over the cache's slots, without those behind a row's last token: each row has a number of new tokens of its own."""
+    if d.last is None:
+        return mask
+    b, last = d.b, d.b.add(d.past, d.last)
+    real = b.less_equal(b.iota(size=mask.shape[-1]), b.reshape(last, shape=(d.batch, 1, 1, 1)))
+    if mask.tensor.dtype is DType.BOOL:
+        return b.logical_and(mask, real)
+    return b.select(real, mask, b.constant(float("-inf"), mask.tensor.dtype))
+
+
+def note_cut(d: Derivation, mask: Value, cache: Cache) -> None:
+    """Notes in which rows a token of the past sees a new one: then what was computed of it is not what it would be now."""
+    while mask.node is not None and mask.node.op.name == "broadcast_to" and len(mask.node.inputs[0].shape) > 1:
+        mask = mask.node.inputs[0]
+    if mask in d.seen:
+        return
+    b, queries = d.b, len(mask.shape) - 2
+    x = d.over_slots(mask, queries, cache)
+    x = d.spread(mask, x, 4) if len(x.shape) > len(mask.shape) else x
+    x = b.reshape(x, shape=(*[1] * (4 - len(x.shape)), *x.shape))
+    sees = x if x.tensor.dtype is DType.BOOL else b.greater(x, b.constant(FINITE_FILL, x.tensor.dtype))
+    slots, new = x.shape[-2:]
+    held = b.reshape(b.less(b.iota(size=slots), b.reshape(d.past, shape=(d.batch, 1))), shape=(d.batch, 1, slots, 1))
+    if d.last is not None:
+        real = b.less_equal(b.iota(size=new), b.reshape(d.last, shape=(d.batch, 1)))
+        held = b.logical_and(held, b.reshape(real, shape=(d.batch, 1, 1, new)))
+    d.seen[mask] = b.reduce_any(b.logical_and(sees, held), axes=(1, 2, 3))
