@@ -161,9 +161,9 @@ class Interface(_Section):
     """What whoever runs a program must know beside its graphs.
 
     ``context``: most positions of a row. ``chunk``: most new tokens of one call. ``granule``: a growing state's capacity is a
-    multiple of it. ``vocab``: how many tokens there are. ``tokens``: the input that they come in by. ``cut``: the output bool[b] that says of each row
-    whether a token of its past sees a new one, so that what sees each other was cut by a call; empty where none can. None: not
-    stated.
+    multiple of it. ``vocab``: how many tokens there are. ``tokens``: the input that they come in by. ``cut``: the output
+    bool[b] that says of each row whether a token of its past sees a new one, so that a call cut what sees each other; empty
+    where none can. None: not stated.
     """
 
     name: str = ""

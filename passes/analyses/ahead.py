@@ -24,16 +24,15 @@ Sight = Literal["back", "within", "data", "ahead"]
 
 
 def sight(mask: Value, labels: Mapping[Value, Label], at: Indexing, keep: bool = True) -> Sight:
-    """What of later keys (along the last axis) ``mask`` lets a query (along the last but one) see: where it is ``keep``, or of a
-    mask that is added, not minus infinity.
+    """What of later keys ``mask`` [.., queries, keys] lets a query see, where it is ``keep``; of a mask that is added, where it
+    is not minus infinity.
 
     A part that inputs mark is within bounds where something that looks back stands beside it: that part is what is seen ahead.
     """
     label, rank, node = labels[mask], len(mask.shape), mask.node
-    if label.relates and {label.axis, label.other} == {rank - 2, rank - 1} and label.later(rank - 1) is not None:
-        hidden = label.later(rank - 1)
-        if hidden == float(not keep) if mask.tensor.dtype is DType.BOOL else keep and hidden is not None and hidden <= FINITE_FILL:
-            return "back"
+    last = label.relates and {label.axis, label.other} == {rank - 2, rank - 1}
+    if last and _hides(mask, label.later(rank - 1), keep):
+        return "back"
     if _ends(mask, at, keep):
         return "within"
     name = node.op.name if node is not None else ""
@@ -52,6 +51,13 @@ def sight(mask: Value, labels: Mapping[Value, Label], at: Indexing, keep: bool =
                 if isinstance(number, (int, float)) and number <= FINITE_FILL:
                     return sight(condition, labels, at, kept)
     return "data" if _given(mask) else "ahead"
+
+
+def _hides(mask: Value, number: object, keep: bool) -> bool:
+    """Whether what has this number in it is not seen."""
+    if not isinstance(number, (int, float)):
+        return False
+    return number == float(not keep) if mask.tensor.dtype is DType.BOOL else keep and number <= FINITE_FILL
 
 
 def _either(parts: list[Sight]) -> Sight:
@@ -77,13 +83,11 @@ def _ends(mask: Value, at: Indexing, keep: bool) -> bool:
     """Whether later keys that are seen stand before a position that is known."""
     rank = max(2, len(mask.shape))
     shape = (1,) * (rank - len(mask.shape)) + at.shape(mask)
-    hidden = float(not keep) if mask.tensor.dtype is DType.BOOL else None
     later = Affine((0,) * (rank - 2) + (-1, 1), -1)
     for p in at.pieces(mask):
-        n = p.number
-        if n is None:
+        if p.number is None:
             return False
-        if isinstance(n, (int, float)) and (n == hidden if hidden is not None else keep and n <= FINITE_FILL):
+        if _hides(mask, p.number, keep):
             continue
         where = [c.of_rank(rank) for c in p.where]
         bounds = [c for c in where if isinstance(c.const, int) and c.terms == (0,) * (rank - 1) + (-1,)]

@@ -520,9 +520,9 @@ def _attention(
         raise LooksAhead("q, k and v do not all run along the sequence on axis 1")
     if mask.along and any(rank - axis > 2 for axis in mask.axes):
         raise LooksAhead("its mask runs along the sequence on an axis that is neither that of queries nor that of keys")
-    if not attrs.causal and not (mask.relates and hides(node.inputs[3], mask.later(rank - 1))):
-        if not mask.relates or sight(node.inputs[3], labels, at) != "within":
-            raise LooksAhead("it is bidirectional: a token attends to later ones")
+    back = attrs.causal or (mask.relates and hides(node.inputs[3], mask.later(rank - 1)))
+    if not back and not (mask.relates and sight(node.inputs[3], labels, at) == "within"):
+        raise LooksAhead("it is bidirectional: a token attends to later ones")
     return Label("token", 1, mixes=True)
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def without_padding(d: Derivation, mask: Value) -> Value:
-    """A mask over the cache's slots, without those behind a row's last token: each row has a number of new tokens of its own."""
+    """A mask over the cache's slots, without those behind a row's last token: rows have different numbers of new ones."""
     if d.last is None:
         return mask
     b, last = d.b, d.b.add(d.past, d.last)
