@@ -23,7 +23,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-OPS = ("attention", "conv", "elementwise", "index", "linalg", "nn", "reduce", "scan", "shape")
+OPS = ("attention", "conv", "elementwise", "index", "linalg", "nn", "reduce", "rope", "scan", "shape")
 ROOMS = ("ir", "passes", "backends", "frontend", "runtime", "training")
 TESTS = {  # what covers a file; for others it is the file of the same name, or the room
     "passes/analyses/rows.py": ["tests/passes/test_rows.py"],

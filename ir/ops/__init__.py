@@ -16,6 +16,7 @@ from . import (
     quant,
     random,
     reduce,
+    rope,
     scan,
     shape,
     signal,
@@ -23,5 +24,5 @@ from . import (
 
 __all__ = [
     "attention", "bits", "cond", "constant", "conv", "elementwise", "grouped", "index", "linalg", "logic", "nn", "pool",
-    "quant", "random", "reduce", "scan", "shape", "signal",
+    "quant", "random", "reduce", "rope", "scan", "shape", "signal",
 ]  # fmt: skip

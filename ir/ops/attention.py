@@ -1,4 +1,4 @@
-"""Rotary positions, attention, and attention over a cache. Heads are the third axis: [batch, position, head, feature]."""
+"""Attention, and attention over a cache. Heads are the third axis: [batch, position, head, feature]."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .. import op as _op
-from ..axes import Axes, AxisRule, Factor, aligned, free, whole
+from ..axes import Axes, AxisRule, Factor, aligned, free
 from ..dims import DimLike, equal, require_at_most, require_equal
 from ..errors import TypeMismatch
 from ..op import Bounds, ErrorSample, Op, Sample, broadcast_shapes, floating, register, same_dtype, tensor
@@ -22,116 +22,20 @@ if TYPE_CHECKING:
     from ..graph import Value
 
 
-def _wave(*shape: int, step: float = 0.37) -> np.ndarray:
+def wave(*shape: int, step: float = 0.37) -> np.ndarray:
     return np.sin(np.arange(int(np.prod(shape))) * step).astype(np.float32).reshape(shape)
 
 
-def _rank4(t: TensorType, what: str) -> TensorType:
+def rank4(t: TensorType, what: str) -> TensorType:
     if floating(t, what).rank != 4:
         raise TypeMismatch(f"{what} must be [batch, position, head, feature], not {t}")
     return t
 
 
-# -- rotary positions -------------------------------------------------------------------------------------------------------
-@register
-class Rope(Op):
-    """Rotary position embedding (arXiv:2104.09864).
-
-    x [b, s, h, d], positions int [s] or [b, s], inv_freq f32 [r/2]. The first r features are rotated by angles
-    position * inv_freq, in pairs (i, i + r/2), or (2i, 2i + 1) if ``interleaved``; the others pass. Angles, sine and cosine
-    are f32 (f64 for f64 x); both are multiplied by ``factor`` (YaRN's attention factor).
-    """
-
-    name = "rope"
-    kind = "row"
-
-    @dataclass(frozen=True)
-    class Attrs(_op.Attrs):
-        factor: float = 1.0
-        interleaved: bool = False
-
-    def infer(self, attrs: Attrs, x: TensorType, positions: TensorType, inv_freq: TensorType) -> TensorType:
-        _rank4(x, "x")
-        if indices(positions, "positions").rank not in (1, 2):
-            raise TypeMismatch(f"positions must be [s] or [b, s], not {positions}")
-        require_equal(positions.shape[-1], x.shape[1], "positions and axis 1 of x")
-        if positions.rank == 2 and positions.shape[0] != 1:
-            require_equal(positions.shape[0], x.shape[0], "batch of positions and x")
-        if floating(inv_freq, "inv_freq").rank != 1 or not isinstance(inv_freq.shape[0], int):
-            raise TypeMismatch(f"inv_freq must be a vector of known length, not {inv_freq}")
-        if inv_freq.dtype is not (DType.F64 if x.dtype is DType.F64 else DType.F32):
-            raise TypeMismatch(f"inv_freq must be f32, not {inv_freq}")
-        if isinstance(x.shape[3], int) and 2 * inv_freq.shape[0] > x.shape[3]:
-            raise TypeMismatch(f"{inv_freq.shape[0]} frequencies rotate {2 * inv_freq.shape[0]} features; {x} has {x.shape[3]}")
-        return x
-
-    def axes(self, attrs: Attrs, x: TensorType, positions: TensorType, inv_freq: TensorType) -> AxisRule:
-        own = free(x.shape, {3: Factor(x.shape[3], "normalized")})
-        return AxisRule((own, aligned(positions.shape, own[:2]), whole(inv_freq.shape)), (own,))
-
-    def reference(self, attrs: Attrs, x: np.ndarray, positions: np.ndarray, inv_freq: np.ndarray) -> np.ndarray:
-        w = wide(x)
-        angles = (positions[..., None].astype(inv_freq.dtype) * inv_freq)[..., None, :]  # [(b,) s, 1, r/2]
-        factor = np.asarray(attrs.factor, angles.dtype)
-        cos, sin = (np.cos(angles) * factor).astype(w.dtype), (np.sin(angles) * factor).astype(w.dtype)
-        half = len(inv_freq)
-        out = np.array(w)
-        a, b = (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if attrs.interleaved else (slice(0, half), slice(half, 2 * half))
-        out[..., a] = w[..., a] * cos - w[..., b] * sin
-        out[..., b] = w[..., b] * cos + w[..., a] * sin
-        return out.astype(x.dtype)
-
-    def decompose(self, b: Builder, attrs: Attrs, x: Value, positions: Value, inv_freq: Value) -> Value:
-        dtype = x.tensor.dtype
-        x = b.cast(x, dtype=DType.F32) if dtype.bits < 32 else x
-        half = inv_freq.shape[0]
-        shape = (*positions.shape, 1, 1)
-        angles = b.mul(b.cast(b.reshape(positions, shape=shape), dtype=inv_freq.tensor.dtype), inv_freq)
-        cos, sin = (b.mul(f(angles), attrs.factor) for f in (b.cos, b.sin))
-        lead = x.shape[:3]
-
-        def part(lo: DimLike, hi: DimLike) -> Value:
-            return b.slice(x, starts=(0, 0, 0, lo), stops=(*lead, hi))
-
-        if attrs.interleaved:
-            pairs = b.reshape(part(0, 2 * half), shape=(*lead, half, 2))
-            x1, x2 = (
-                b.reshape(b.slice(pairs, starts=(0, 0, 0, 0, i), stops=(*lead, half, i + 1)), shape=(*lead, half))
-                for i in (0, 1)
-            )
-        else:
-            x1, x2 = part(0, half), part(half, 2 * half)
-        y1 = b.sub(b.mul(x1, cos), b.mul(x2, sin))
-        y2 = b.add(b.mul(x2, cos), b.mul(x1, sin))
-        if attrs.interleaved:
-            y = b.concat(b.reshape(y1, shape=(*lead, half, 1)), b.reshape(y2, shape=(*lead, half, 1)), axis=4)
-            parts = [b.reshape(y, shape=(*lead, 2 * half))]
-        else:
-            parts = [y1, y2]
-        if equal(x.shape[3], 2 * half) is not True:
-            parts.append(part(2 * half, x.shape[3]))
-        out = parts[0] if len(parts) == 1 else b.concat(*parts, axis=3)
-        return b.cast(out, dtype=dtype) if dtype.bits < 32 else out
-
-    def samples(self) -> Iterable[Sample]:
-        freq = np.array([1.0, 0.3], np.float32)
-        yield Sample([_wave(2, 3, 2, 4), np.arange(3), freq])
-        yield Sample([_wave(2, 3, 1, 7), np.array([[5, 6, 7], [0, 1, 2]]), freq], {"factor": 1.3})
-        yield Sample([_wave(1, 3, 2, 4), np.arange(3), freq], {"interleaved": True})
-        yield Sample([_wave(1, 2, 2, 6), np.array([[3, 9]]), freq], {"interleaved": True})
-
-    def errors(self) -> Iterable[ErrorSample]:
-        yield ErrorSample(["f32[b, s, 2, 3]", "i64[s]", "f32[2]"], {}, "rotate 4 features")
-        yield ErrorSample(["f32[b, s, 2, 4]", "i64[b, 3, 2]", "f32[2]"], {}, "positions must be")
-        yield ErrorSample(["f32[b, 4, 2, 4]", "i64[3]", "f32[2]"], {}, "positions and axis 1")
-        yield ErrorSample(["f32[b, s, 4]", "i64[s]", "f32[2]"], {}, "must be [batch, position")
-        yield ErrorSample(["f32[b, s, 2, 4]", "f32[s]", "f32[2]"], {}, "must be integers")
-
-
 # -- attention ----------------------------------------------------------------------------------------------------------------
 def _check_qkv(q: TensorType, k: TensorType, v: TensorType) -> None:
     for t, what in ((q, "q"), (k, "k"), (v, "v")):
-        _rank4(t, what)
+        rank4(t, what)
     same_dtype(q, k, v)
     for t, what in ((k, "k"), (v, "v")):
         require_equal(q.shape[0], t.shape[0], f"batch of q and {what}")
@@ -320,13 +224,13 @@ class Attention(Op):
         return b.cast(out, dtype=dtype) if dtype.bits < 32 else out
 
     def samples(self) -> Iterable[Sample]:
-        q, k, v = _wave(2, 3, 4, 5), _wave(2, 3, 2, 5, step=0.7), _wave(2, 3, 2, 6, step=0.9)
+        q, k, v = wave(2, 3, 4, 5), wave(2, 3, 2, 5, step=0.7), wave(2, 3, 2, 6, step=0.9)
         yield Sample([q, k, v], {"scale": 0.5})
         yield Sample([q, k, v], {"scale": 0.5, "causal": True, "window": 2, "softcap": 3.0})
         yield Sample([q[:, :2], k, v], {"scale": 1.0, "causal": True})
         yield Sample([q, k, v, np.array([[True, False, True], [False, False, False], [True, True, True]])], {"scale": 0.5})
-        yield Sample([q, k, v, _wave(2, 4, 3, 3)], {"scale": 0.5, "causal": True})
-        yield Sample([q[:1, :, :1], k[:1, :, :1], v[:1, :, :1], _wave(1, 1, 1, 3)], {"scale": 0.5})
+        yield Sample([q, k, v, wave(2, 4, 3, 3)], {"scale": 0.5, "causal": True})
+        yield Sample([q[:1, :, :1], k[:1, :, :1], v[:1, :, :1], wave(1, 1, 1, 3)], {"scale": 0.5})
 
     def errors(self) -> Iterable[ErrorSample]:
         ok = ["f32[b, s, 4, 8]", "f32[b, t, 2, 8]", "f32[b, t, 2, 8]"]
@@ -400,8 +304,8 @@ class CacheUpdate(Op):
         return _write(cache, new, past, attrs.ring)
 
     def samples(self) -> Iterable[Sample]:
-        yield Sample([_wave(2, 6, 3), _wave(2, 2, 3, step=2.0), np.array([4, 1])])
-        yield Sample([_wave(2, 3, 1, 2), _wave(2, 2, 1, 2, step=2.0), np.array([4, 2])], {"ring": True})
+        yield Sample([wave(2, 6, 3), wave(2, 2, 3, step=2.0), np.array([4, 1])])
+        yield Sample([wave(2, 3, 1, 2), wave(2, 2, 1, 2, step=2.0), np.array([4, 2])], {"ring": True})
 
     def errors(self) -> Iterable[ErrorSample]:
         yield ErrorSample(["f32[b, 6, 3]", "f32[b, s, 4]", "i64[b]"], {}, "axis 2")
@@ -428,9 +332,9 @@ class CacheStart(Op):
         self, attrs: _op.Attrs, k: TensorType, v: TensorType, k_cache: TensorType, v_cache: TensorType, past: TensorType
     ) -> tuple[TensorType, TensorType]:
         for new, cache, what in ((k, k_cache, "k_cache"), (v, v_cache, "v_cache")):
-            _rank4(new, "what stands first")
+            rank4(new, "what stands first")
             rows = new.with_shape(cache.shape[0], *new.shape[1:]) if new.shape[0] == 1 else new
-            _check_cache(_rank4(cache, what), rows, past, what)
+            _check_cache(rank4(cache, what), rows, past, what)
             require_at_most(new.shape[1], cache.shape[1], f"{new.shape[1]} positions do not fit in {what} of {cache.shape[1]}")
         require_equal(k.shape[1], v.shape[1], "positions of k and v")
         require_equal(k_cache.shape[1], v_cache.shape[1], "capacity of the caches")
@@ -468,9 +372,9 @@ class CacheStart(Op):
         return made[0], made[1]
 
     def samples(self) -> Iterable[Sample]:
-        kc, vc = _wave(2, 5, 2, 3), _wave(2, 5, 2, 4, step=1.3)
-        yield Sample([_wave(1, 2, 2, 3, step=0.7), _wave(1, 2, 2, 4, step=0.9), kc, vc, np.array([0, 3])])
-        yield Sample([_wave(2, 5, 2, 3, step=0.7), _wave(2, 5, 2, 4, step=0.9), kc, vc, np.array([1, 0])])
+        kc, vc = wave(2, 5, 2, 3), wave(2, 5, 2, 4, step=1.3)
+        yield Sample([wave(1, 2, 2, 3, step=0.7), wave(1, 2, 2, 4, step=0.9), kc, vc, np.array([0, 3])])
+        yield Sample([wave(2, 5, 2, 3, step=0.7), wave(2, 5, 2, 4, step=0.9), kc, vc, np.array([1, 0])])
 
     def errors(self) -> Iterable[ErrorSample]:
         cache = ["f32[b, 5, 2, 3]", "f32[b, 5, 2, 4]", "i64[b]"]
@@ -588,13 +492,13 @@ class CachedAttention(Op):
         return (b.cast(out, dtype=dtype) if dtype.bits < 32 else out), kc, vc
 
     def samples(self) -> Iterable[Sample]:
-        q, k, v = _wave(2, 2, 4, 5), _wave(2, 2, 2, 5, step=0.7), _wave(2, 2, 2, 6, step=0.9)
-        kc, vc = _wave(2, 7, 2, 5, step=1.1), _wave(2, 7, 2, 6, step=1.3)
+        q, k, v = wave(2, 2, 4, 5), wave(2, 2, 2, 5, step=0.7), wave(2, 2, 2, 6, step=0.9)
+        kc, vc = wave(2, 7, 2, 5, step=1.1), wave(2, 7, 2, 6, step=1.3)
         yield Sample([q, k, v, kc, vc, np.array([5, 0])], {"scale": 0.5})
         yield Sample([q, k, v, kc, vc, np.array([3, 5])], {"scale": 0.5, "window": 2, "softcap": 2.0})
         yield Sample([q, k, v, kc, vc, np.array([30, 2])], {"scale": 0.5, "window": 6, "ring": True})
         yield Sample([q[:, :1], k[:, :1], v[:, :1], kc, vc, np.array([6, 1])], {"scale": 0.5, "window": 7, "ring": True})
-        yield Sample([q, k, v, kc, vc, np.array([5, 0]), _wave(2, 4, 2, 7)], {"scale": 0.5, "softcap": 2.0})
+        yield Sample([q, k, v, kc, vc, np.array([5, 0]), wave(2, 4, 2, 7)], {"scale": 0.5, "softcap": 2.0})
         seen = np.array([[[True, False, True, False, True, True, True]], [[False] * 7]])[:, None]
         yield Sample([q, k, v, kc, vc, np.array([30, 2]), seen], {"scale": 0.5, "window": 6, "ring": True})
         yield Sample([q, k, v, kc, vc, np.array([3, 5])], {"scale": 0.5, "causal": False})
@@ -609,4 +513,4 @@ class CachedAttention(Op):
         yield ErrorSample([*qkv, *cache, "f32[7, b, 4, s, c]"], {"scale": 1.0}, "does not broadcast")
 
 
-__all__ = ["Attention", "CacheStart", "CacheUpdate", "CachedAttention", "Rope"]
+__all__ = ["Attention", "CacheStart", "CacheUpdate", "CachedAttention"]

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 from wasat.backends.tvm import weights
 from wasat.backends.tvm.cpu.kernels.isa import AVX2, AVX512_VNNI
-from wasat.backends.tvm.cpu.select import PaddedBias, Panels
+from wasat.backends.tvm.cpu.panels import PaddedBias, Panels
 from wasat.backends.tvm.lower import Layout, Packed, Plain, WeightPlan
 from wasat.backends.tvm.ops.primitives import PlainQuantized
 from wasat.ir import Array, IRError, QTensorType, TensorType, type_of
@@ -44,7 +44,7 @@ CASES: list[tuple[Layout, Array]] = [
 def test_pieces_make_the_whole(layout: Layout, weight: Array, piece: int, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(weights, "_PIECE", piece)
     plan = WeightPlan()
-    plan.add("w", layout, type_of(weight))
+    plan.add("g", "w", layout, type_of(weight))
     seen: list[tuple[int, int]] = []
     weights.write_weights(tmp_path / "w", plan, {"w": weight}.__getitem__, lambda *done: seen.append(done))
     found = load_file(tmp_path / "w")
@@ -73,6 +73,6 @@ class Wrong(Plain):
 def test_layouts_that_lie_are_caught(how: str, tmp_path: Path) -> None:
     plan = WeightPlan()
     w = np.ones((4, 3), np.float32)
-    plan.add("w", Wrong(how), TensorType("f32", (4, 3)))  # type: ignore[arg-type]
+    plan.add("g", "w", Wrong(how), TensorType("f32", (4, 3)))  # type: ignore[arg-type]
     with pytest.raises(IRError, match="packing w made"):
         weights.write_weights(tmp_path / "w", plan, {"w": w}.__getitem__)

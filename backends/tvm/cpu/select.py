@@ -15,25 +15,20 @@ Whatever is not selected is left as it is, to be decomposed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-import numpy as np
 import tvm
 from wasat.ir import (
     Attrs,
-    BlockArray,
     Builder,
     DimLike,
     DType,
     Graph,
     IRError,
     Node,
-    QArray,
     QTensorType,
     State,
     TensorType,
-    Type,
     Value,
     equal,
 )
@@ -41,11 +36,10 @@ from wasat.ir.ops.grouped import QuantizedGroupedLinear
 from wasat.ir.ops.nn import NormAttrs
 from wasat.ir.ops.quant import QuantizedLinear
 
-from ..lower import KernelCall, Layout, Packed, Result
+from ..lower import KernelCall, Layout, Result
 from .convolution import convolution
 from .grouped import readers, rows_in, same_rows, select_grouped
 from .kernels.attention import Attention, CachedAttention, MaskShape, attention, cached_attention
-from .kernels.blocks import pack_blocks
 from .kernels.cache import Cache, CacheType, CacheWrite, cache_write
 from .kernels.embedding import Embedding, embedding
 from .kernels.flash import Scores
@@ -53,56 +47,18 @@ from .kernels.gemm import gemm
 from .kernels.glu import Glu, glu
 from .kernels.isa import Isa, isa_of
 from .kernels.linear_blocks import LinearBlocks, linear_blocks
-from .kernels.linear_float import Linear, Weights, linear, packed_param
+from .kernels.linear_float import Linear, linear
 from .kernels.linear_int import LinearInt, linear_int
 from .kernels.norm import Norm, norm
-from .kernels.pack import BLOCK, Storage, pack_bias, pack_float, pack_int, padded
+from .kernels.pack import BLOCK, padded
 from .kernels.quantize import WORDS, QuantizeRows, quantize_rows
 from .kernels.rope import QkvToCache, Rope, Rotary, qkv_to_cache, rope
+from .panels import PaddedBias, Panels, ints, known
 from .states import CacheLayout, state_layout
 from .strided import View, product, row_major, view_of
 from .updates import fuse_square_sums, fuse_updates
 
 Shape = tuple[DimLike, ...]
-
-
-# -- weights ----------------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Panels:
-    """A matrix in panels, as the linear and embedding kernels read it: see :mod:`.kernels.pack`."""
-
-    isa: Isa
-    weights: Weights
-
-    @property
-    def rows(self) -> int:
-        return self.isa.columns
-
-    def arrays(self, name: str, type: Type) -> list[Packed]:
-        n, k = _ints(type.shape)
-        shape, dtype = packed_param(self.weights, n, k, self.isa)
-        return [Packed(f"{name}/panels", dtype, shape)]
-
-    def pack(self, weight: Any) -> list[np.ndarray]:
-        if isinstance(weight, BlockArray):
-            return [pack_blocks(weight, self.isa)]
-        if isinstance(weight, QArray):
-            return [pack_int(weight.values, weight.scales, int(self.weights[3:]), self.isa)]
-        return [pack_float(weight, self.isa, cast(Storage, self.weights))]
-
-
-@dataclass(frozen=True)
-class PaddedBias:
-    """A bias in f32, padded to whole panels."""
-
-    isa: Isa
-    rows = None
-
-    def arrays(self, name: str, type: Type) -> list[Packed]:
-        return [Packed(f"{name}/padded", "float32", (padded(_ints(type.shape)[0], self.isa.columns),))]
-
-    def pack(self, weight: np.ndarray) -> list[np.ndarray]:
-        return [pack_bias(weight, self.isa)]
 
 
 # -- selection --------------------------------------------------------------------------------------------------------------
@@ -120,19 +76,9 @@ def selection(target: tvm.target.Target, threads: int, cache: CacheType, states:
     return select
 
 
-def _known(*dims: DimLike) -> bool:
-    return all(isinstance(d, int) for d in dims)
-
-
-def _ints(dims: Sequence[DimLike]) -> tuple[int, ...]:
-    """Dimensions that are known."""
-    assert _known(*dims)
-    return cast(tuple[int, ...], tuple(dims))
-
-
 def _sized(*values: Value) -> bool:
     """Whether all sizes are known."""
-    return all(_known(*v.shape) for v in values)
+    return all(known(*v.shape) for v in values)
 
 
 def _f32(*values: Value | None) -> bool:
@@ -221,7 +167,7 @@ class Selection:
         cast_ = _made_by(w, "cast")
         if cast_ is not None and _f32(w):  # a narrow parameter widened where it is used
             w = cast_.inputs[0]
-        if w.param is None or not _known(*w.shape):
+        if w.param is None or not known(*w.shape):
             return None
         if isinstance(w.type, QTensorType):
             fits = w.type.stored is not None or (w.type.block == BLOCK and w.type.scale is DType.F16)
@@ -255,7 +201,7 @@ class Selection:
         if self.weight(w) is not None:
             self._matrix(node, Linear, linear, x, self.rows(x))
         elif _sized(x, w):
-            m, k = _ints(self.rows(x))
+            m, k = ints(self.rows(x))
             rows = view_of(x).reshaped((m, k)) or row_major(x, (m, k))
             y = self._product(node, rows, view_of(w).permuted((1, 0)), row_major(node.output, (m, w.shape[0])))
             if y is not None:
@@ -365,7 +311,7 @@ class Selection:
 
     def _norm(self, node: Node, kind: Literal["rms", "layer"]) -> None:
         x, *scales = node.inputs
-        if not _f32(x, *scales) or not _known(x.shape[-1]):
+        if not _f32(x, *scales) or not known(x.shape[-1]):
             return
         out, eps = node.output, NormAttrs.of(node).eps
         operands, branch_weight = [x], None
@@ -409,7 +355,7 @@ class Selection:
 
     def _glu(self, node: Node) -> None:
         x, out = node.inputs[0], node.output
-        if not _f32(x) or not _known(x.shape[-1]):
+        if not _f32(x) or not known(x.shape[-1]):
             return
         quantize = self._wants(out) == "yes"
         m, n = self.rows(out)
@@ -432,7 +378,7 @@ class Selection:
     def _rope(self, node: Node) -> None:
         x, positions, inv_freq = node.inputs
         b, s, h, d = x.shape
-        if not _f32(x) or not _known(h, d):
+        if not _f32(x) or not known(h, d):
             return
         builder = self.builder(node)
         if positions.shape != (b, s):
@@ -451,7 +397,7 @@ class Selection:
         mask = node.inputs[3] if len(node.inputs) > 3 else None
         a: Any = node.attrs
         (n, s, h, d), (t, g, e) = q.shape, v.shape[1:]
-        if not _f32(q, k, v) or not _known(h, d, g, e):
+        if not _f32(q, k, v) or not known(h, d, g, e):
             return
         operands, kind = self._addend(node, mask, (n, h, s, t))
         operands = [q, k, v, *operands]
@@ -480,7 +426,7 @@ class Selection:
         mask = node.inputs[6] if len(node.inputs) > 6 else None
         a: Any = node.attrs
         s, h = q.shape[1:3]
-        if not (_f32(q, k, v) and _known(h) and self._is_cache(keys) and self._is_cache(values)):
+        if not (_f32(q, k, v) and known(h) and self._is_cache(keys) and self._is_cache(values)):
             return
         capacity, g, d = keys.shape[1:]
         for state in (self.states[_state(v).name] for v in (keys, values)):
@@ -508,7 +454,7 @@ class Selection:
         k, v, keys, values, past = node.inputs
         if not (_f32(k, v) and self._is_cache(keys) and self._is_cache(values)):
             return
-        heads, width, value = _ints((keys.shape[2], k.shape[3], v.shape[3]))
+        heads, width, value = ints((keys.shape[2], k.shape[3], v.shape[3]))
         cache = Cache(heads, width, value, None, self.cache)
         if past.tensor.dtype is not DType.I64:
             past = self.builder(node).cast(past, dtype=DType.I64)
@@ -585,7 +531,7 @@ def _part(x: Value) -> tuple[Value, int] | None:
     whole, a = cut.inputs[0], cast(Any, cut.attrs)
     lead = len(whole.shape) - 1
     whole_rows = all(equal(lo, 0) and equal(hi, n) for lo, hi, n in zip(a.starts[:lead], a.stops[:lead], whole.shape))
-    if lead != 2 or not whole_rows or set(a.steps) != {1} or not _known(a.starts[2]) or x.shape[:2] != whole.shape[:2]:
+    if lead != 2 or not whole_rows or set(a.steps) != {1} or not known(a.starts[2]) or x.shape[:2] != whole.shape[:2]:
         return None
     return whole, a.starts[2]
 
