@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Union
@@ -214,6 +214,14 @@ class QTensorType:
         return len(self.shape)
 
     @property
+    def kind(self) -> tuple[str, int, DType]:
+        """All but the shape."""
+        return self.scheme, self.block, self.scale
+
+    def with_shape(self, *shape: DimLike) -> QTensorType:
+        return QTensorType(self.scheme, shape, self.block, self.scale)
+
+    @property
     def symbols(self) -> tuple[str, ...]:
         return symbols_of(self.shape)
 
@@ -233,7 +241,7 @@ class QTensorType:
         return self.block if self.stored is None else 32
 
     def substitute(self, env: Mapping[str, DimLike]) -> QTensorType:
-        return QTensorType(self.scheme, tuple(substitute(d, env) for d in self.shape), self.block, self.scale)
+        return self.with_shape(*(substitute(d, env) for d in self.shape))
 
 
 Type = Union[TensorType, QTensorType]
@@ -259,7 +267,7 @@ class QArray:
     def rows(self, at: Any) -> QArray:
         """The rows that ``at`` picks along the first axes: a slice, or an array of indices."""
         values = self.values[at]
-        return QArray(_reshaped(self.type, values.shape), values, self.scales[at])
+        return QArray(self.type.with_shape(*values.shape), values, self.scales[at])
 
     def dense(self, dtype: DType = DType.F32) -> np.ndarray:
         """The weight it stands for: value * scale (+ offset), computed in f32."""
@@ -314,15 +322,21 @@ class BlockArray(QArray):
 
     def rows(self, at: Any) -> BlockArray:
         data = self.data[at]
-        return BlockArray(_reshaped(self.type, (*data.shape[:-2], self.shape[-1])), data)
+        return BlockArray(self.type.with_shape(*data.shape[:-2], self.shape[-1]), data)
 
     def _of_groups(self, x: np.ndarray) -> np.ndarray:
         groups = self.scheme.block // self.scheme.group
         return np.broadcast_to(x, (*x.shape[:-1], groups)).reshape(*self.shape[:-1], -1)
 
 
-def _reshaped(t: QTensorType, shape: tuple[int, ...]) -> QTensorType:
-    return QTensorType(t.scheme, shape, t.block, t.scale)
+def join(xs: Sequence[QArray], axis: int) -> QArray:
+    """Weights of one kind one after another, along another axis than the last."""
+    first = xs[0]
+    if isinstance(first, BlockArray):
+        data = np.concatenate([x.data for x in xs if isinstance(x, BlockArray)], axis)
+        return BlockArray(first.type.with_shape(*data.shape[:-2], first.shape[-1]), data)
+    values = np.concatenate([x.values for x in xs], axis)
+    return QArray(first.type.with_shape(*values.shape), values, np.concatenate([x.scales for x in xs], axis))
 
 
 Array = Union[np.ndarray, QArray]

@@ -31,7 +31,7 @@ from ..op import (
     same_dtype,
     tensor,
 )
-from ..types import TensorType, Type
+from ..types import QArray, QTensorType, TensorType, Type, join
 
 if TYPE_CHECKING:
     from ..builder import Builder
@@ -247,7 +247,7 @@ class Slice(Op):
 
 @register
 class Concat(Op):
-    """Operands one after another along ``axis``."""
+    """Operands one after another along ``axis``; of quantized weights of one scheme, along any axis but the last."""
 
     name = "concat"
     kind = "view"
@@ -259,10 +259,14 @@ class Concat(Op):
         def canonical(self, *types: Type) -> Concat.Attrs:
             return Concat.Attrs(axis_of(self.axis, types[0].rank)) if types else self
 
-    def infer(self, attrs: Attrs, *xs: TensorType) -> TensorType:
+    def infer(self, attrs: Attrs, *xs: Any) -> Any:
         if not xs:
             raise TypeMismatch("concat needs at least one operand")
-        same_dtype(*xs)
+        if any(isinstance(x, QTensorType) for x in xs):
+            if len({x.kind if isinstance(x, QTensorType) else None for x in xs}) > 1 or attrs.axis == xs[0].rank - 1:
+                raise TypeMismatch(f"concat takes quantized weights of one scheme, along another axis than the last, not {xs}")
+        else:
+            same_dtype(*xs)
         shape = list(xs[0].shape)
         for x in xs[1:]:
             if x.rank != xs[0].rank:
@@ -281,7 +285,7 @@ class Concat(Op):
         return AxisRule(tuple(parts), (out,))
 
     def reference(self, attrs: Attrs, *xs: np.ndarray) -> np.ndarray:
-        return np.concatenate(xs, attrs.axis)
+        return join(xs, attrs.axis) if isinstance(xs[0], QArray) else np.concatenate(xs, attrs.axis)
 
     def vjp(self, b: Builder, node: Node, g: Value) -> Sequence[Value | None]:
         axis, at, out = Concat.Attrs.of(node).axis, 0, []

@@ -33,7 +33,9 @@ class _Part:
     @property
     def key(self) -> Hashable:
         """What linears must have in common to become one."""
-        return self.node.op.name, self.node.attrs, self.weight.tensor.dtype, self.stored, self.groups
+        t = self.weight.type
+        kind = t.dtype if isinstance(t, TensorType) else t.kind
+        return self.node.op.name, self.node.attrs, kind, self.stored, self.groups
 
     @property
     def kind(self) -> str:
@@ -44,7 +46,7 @@ class _Part:
     @property
     def groups(self) -> tuple[Value, ...]:
         """Of weights [e, n, k]: which matrix each row takes."""
-        return self.node.inputs[2 : self.weight.tensor.rank]
+        return self.node.inputs[2 : self.weight.type.rank]
 
     @property
     def bias(self) -> Value | None:
@@ -76,8 +78,6 @@ class MergeLinears(GraphPass):
         weight = stored
         if stored.node is not None and stored.node.op.name in _STORED:
             weight, how = stored.node.inputs[0], (stored.node.op, stored.node.attrs)
-        if not isinstance(weight.type, TensorType):
-            return node, f"its weight %{weight.name} is quantized already"
         if weight not in only:
             return node, f"its weight %{weight.name} is not computed from parameters alone"
         if any(len(v.uses) > 1 or graph.is_output(v) for v in (stored, weight)):
@@ -140,7 +140,7 @@ def _merge(graph: Graph, first: Node, parts: Sequence[_Part]) -> Value:
     x = first.inputs[0]
     operands = [x, weight, *parts[0].groups]
     if any(p.bias is not None for p in parts):
-        zeros = [b.constant(np.zeros(p.weight.tensor.concrete({})[:-1]), x.tensor.dtype) for p in parts if p.bias is None]
+        zeros = [b.constant(np.zeros([int(d) for d in p.weight.shape[:-1]]), x.tensor.dtype) for p in parts if p.bias is None]
         biases = [_moved(graph, p.bias, first, env) if p.bias is not None else zeros.pop(0) for p in parts]
         operands.append(b.concat(*biases, axis=-1))
     name = "_".join(p.node.output.name for p in parts)

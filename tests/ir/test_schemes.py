@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from wasat.ir import BlockArray, QArray, QTensorType, TypeMismatch, parse_type
+from wasat.ir import BlockArray, Builder, Graph, QArray, QTensorType, TypeMismatch, parse_type
 from wasat.ir.ops.quant import quantize_array
 from wasat.ir.schemes import SCHEMES, Scheme, read_q4_0, read_q8_0
 
@@ -61,3 +61,13 @@ def test_types_of_blocks() -> None:
 def test_only_plain_integers_are_made_by_quantizing() -> None:
     with pytest.raises(TypeMismatch, match="is not one of int8, int4"):
         quantize_array(np.zeros((2, 256), np.float32), QTensorType("q4_k", (2, 256)))
+
+
+@pytest.mark.parametrize("types, axis", [
+    (("q4_1[2, 32]", "q5_0[2, 32]"), 0), (("q4_1[2, 32]", "f32[2, 32]"), 0), (("q4_1[2, 32]", "q4_1[2, 32]"), 1),
+])  # fmt: skip
+def test_weights_that_cannot_be_joined(types: tuple[str, str], axis: int) -> None:
+    g = Graph("f")
+    values = [g.add_param(f"w{i}", parse_type(t)) for i, t in enumerate(types)]
+    with pytest.raises(TypeMismatch, match="quantized weights of one scheme, along another axis than the last"):
+        Builder(g).concat(*values, axis=axis)

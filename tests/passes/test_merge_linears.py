@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
-from wasat.passes import FuseGlu, MergeLinears, PassManager, Quantize
+from wasat.passes import FuseGlu, HoistParams, MergeLinears, PassManager, Quantize
 
 from wasat.testing import InterpreterCheck, check_pass, check_untouched, random_program
 
@@ -128,6 +129,20 @@ def test_order_stays_where_nothing_is_gated() -> None:
         assert [n.output.name for n in program["f"].nodes if n.op.name == "linear"] == ["u_g_k"]
 
 
+@pytest.mark.parametrize("kind", ["q4_k", "q4_1", "int8b32f16", "int4b64f32"])
+def test_weights_that_are_stored_quantized(kind: str) -> None:
+    head = f"graph @f(%x: f32[b, s, 256]) {{\n param %q.w: {kind}[8, 256]\n param %k.w: {kind}[4, 256]\n"
+    before = head + PAIR.replace("linear", "quantized_linear")
+    after = head + f"%concat: {kind}[12, 256] = concat(%q.w, %k.w) {{axis=0}}\n"
+    check_pass(MergeLinears(), before, after + "%q_k: f32[b, s, 12] = quantized_linear(%x, %concat)\n" + SLICES, DIMS)
+    program = random_program(before)
+    want = program.load("q.w").dense()  # type: ignore[union-attr]
+    PassManager([MergeLinears(), HoistParams()], check=InterpreterCheck(DIMS)).run(program)
+    [name] = program["f"].params
+    assert (name, str(program.params[name].type)) == ("q+k.w", f"{kind}[12, 256]")
+    np.testing.assert_array_equal(program.load(name).dense()[:8], want)  # type: ignore[union-attr]
+
+
 SLICED = "%o: f32[4, 32] = slice(%r) {starts=(0, 0), stops=(4, 32)}\n %k:"
 NEAR = {
     "tied": (PAIR.replace("return %q", TRANSPOSED), "%q.w is also used elsewhere"),
@@ -137,10 +152,10 @@ NEAR = {
         PAIR.replace("linear(%x, %k.w)", "linear(%x, %o)").replace("  %k:", SLICED),
         "its weight %o is not computed from parameters alone",
     ),
-    "quantized parameters": (
-        "param %a: int8b32f16[8, 32]\n param %c: int8b32f16[4, 32]\n %q: f32[b, s, 8] = quantized_linear(%x, %a)\n"
+    "quantized parameters of two schemes": (
+        "param %a: int8b32f16[8, 32]\n param %c: q5_0[4, 32]\n %q: f32[b, s, 8] = quantized_linear(%x, %a)\n"
         "%k: f32[b, s, 4] = quantized_linear(%x, %c)\n return %q, %k\n}",
-        "its weight %a is quantized already",
+        "linears that read %x are not of one kind: %q int8; %k q5_0",
     ),
     "a bias of no parameter": (PAIR.replace("%k.w)", "%k.w, %z)"), "its bias %z is not computed from parameters alone"),
     "stored in another type": (
