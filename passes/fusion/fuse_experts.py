@@ -16,18 +16,20 @@ from ..cleanup.hoist_params import param_only
 from ..cleanup.rows_apart import rows_apart
 from ..core import GraphPass, Remarks
 from ..pattern import Mismatch, number_of, replace
+from .stack_experts import Stack, share_of, terms_of
 
 
 @dataclass(frozen=True)
 class FuseExperts(GraphPass):
     """Products with weights that tokens choose -> ``grouped_linear``, which reads what was chosen and computes no more.
 
-    Two forms, whatever views lie between:
+    Three forms, whatever views lie between:
 
     - weights gathered for each token, ``x @ w[which]``;
     - all experts computed and summed over with shares of which most are zero, as is proved from how they are made: scattered to
       the places of a ``top_k``, products with a ``one_hot`` of them (so is dispatch by one), or a softmax over -inf elsewhere.
-      What is computed for each expert is then computed for those at these places.
+      What is computed for each expert is then computed for those at these places;
+    - experts that are modules of their own, added up one after the other, each times its element of such shares.
 
     What an expert that is not chosen computes is multiplied by zero; were it infinite or NaN, so would be the sum.
     """
@@ -59,14 +61,15 @@ class _Run:
 
     def __init__(self, graph: Graph, remarks: Remarks) -> None:
         self.graph, self.remarks, self.only = graph, remarks, param_only(graph)
-        self.arranged: dict[tuple[Value, tuple[int, ...], tuple[Any, ...]], Value] = {}
-        """Places in the form in which products read them: one value for all products of the same tokens."""
+        self.arranged: dict[tuple[Value, tuple[Any, ...], tuple[int, ...]], Value] = {}
+        """Rows and places in the form in which products read them."""
         self.b = Builder(graph)
         self.made = 0
 
     def run(self) -> bool:
         found = 0
-        for attempt in (self.gathered, self.gated):
+        for attempt in (self.gathered, self.gated, self.looped):
+            self.arranged.clear()  # what an earlier sweep made may stand behind
             for node in list(self.graph.nodes):
                 if node.erased or len(node.outputs) != 1:
                     continue
@@ -147,18 +150,24 @@ class _Run:
             raise Mismatch(f"%{w.name} has an axis that rows of %{x.name} have, too")
         if not k:
             raise Mismatch(f"nothing of %{w.name} is summed over")
-        rows, weight = arrange(b, x, x_labels, (*lead, k)), arrange(b, w, w_labels, ((choice.experts,), n, k))
-        y = b.grouped_linear(rows, weight, self.places(choice, lead))
+        weight = arrange(b, w, w_labels, ((choice.experts,), n, k))
+        y = b.grouped_linear(self.shaped(x, x_labels, (*lead, k)), weight, self.places(choice, lead))
         self.made += 1
         shape = (*(a.size for (a,) in lead), *y.shape[-1:])
         return arrange(b, y if y.shape == shape else b.broadcast_to(y, shape=shape), (*lead, n), out)
 
     def places(self, choice: _Choice, to: Labels) -> Value:
-        own = every(choice.labels)
-        key = choice.places, tuple(own.index(a) if a in own else -1 for a in every(to)), tuple(len(flat(x)) for x in to)
-        if key not in self.arranged:
-            self.arranged[key] = arrange(self.b, choice.places, choice.labels, to)
-        return self.arranged[key]
+        return self.shaped(choice.places, choice.labels, to)
+
+    def shaped(self, v: Value, labels: Labels, to: Labels) -> Value:
+        """``v`` as products read it: one value for all of them."""
+        own = every(labels)
+        order = tuple(own.index(a) if a in own else -1 for a in every(to))
+        key = v, (*(a.size for a in own), *order), tuple(len(flat(x)) for x in to)
+        known = self.arranged.get(key)
+        if known is None or (known.node is not None and known.node.erased):
+            known = self.arranged[key] = arrange(self.b, v, labels, to)
+        return known
 
     # -- all experts, most of them for nothing ---------------------------------------------------------------------------
     def gated(self, node: Node) -> Value | None:
@@ -170,6 +179,34 @@ class _Run:
         found = (self.support(v, labels) for v, labels in _factors(node, operands))
         choice = next((c for c in found if c is not None and c.experts not in every(out)), None)
         return None if choice is None else _Substitution(self, choice, every(out)).root(node, operands, out)
+
+    def looped(self, node: Node) -> Value | None:
+        """A sum of experts that are modules of their own, each times its share."""
+        shares: dict[tuple[Value, int], dict[int, Value]] = {}
+        others = []
+        for term in terms_of(node):
+            found = share_of(term)
+            known = shares.setdefault(found[:2], {}) if found is not None else {}
+            if found is None or found[2] in known:
+                others.append(term)
+            else:
+                known[found[2]] = term
+        for (share, axis), terms in shares.items():
+            if len(terms) < 2 or len(terms) != share.shape[axis] or self.support(share, fresh(share.shape)) is None:
+                others += terms.values()
+                continue
+            every_expert, _ = Stack(self.b, len(terms), self.only).of([terms[i] for i in range(len(terms))])
+            total = self.b.reduce_sum(every_expert, axes=(0,), keepdims=False)
+            made = self.gated(total.node)
+            if made is None:
+                raise Mismatch("their shares are not along the axis of experts")
+            others.append(made)
+        if not self.made:
+            return None
+        y = others[-1]
+        for v in others[-2::-1]:
+            y = self.b.add(y, v)
+        return y
 
     def support(self, v: Value, labels: Labels) -> _Choice | None:
         """Where ``v`` is not known to be zero, if that is at some places of an axis."""

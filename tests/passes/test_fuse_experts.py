@@ -194,6 +194,48 @@ def test_merged_rows_get_a_cache() -> None:
     assert program["decode"].count("grouped_linear") == program["prefill"].count("grouped_linear") == 2
 
 
+class Modules(nn.Module):
+    """Experts as modules in a list, in a loop."""
+
+    def __init__(self, bias: bool) -> None:
+        self.router = nn.Linear(DIM, E)
+        self.experts = nn.ModuleList([nn.GLU(DIM, HIDDEN, bias=bias) for _ in range(E)])
+
+    def __call__(self, x: nn.Tensor) -> nn.Tensor:
+        best, which = nn.top_k(self.router(x), K)
+        share = (nn.one_hot(which, E) * nn.softmax(best)[..., None]).sum(-2)
+        y = x
+        for e in range(E):
+            y = y + share[..., e : e + 1] * self.experts[e](x)
+        return y
+
+
+class Unlike(Modules):
+    """One expert is another formula."""
+
+    def __init__(self) -> None:
+        super().__init__(False)
+        self.other = nn.MLP(DIM, HIDDEN, bias=False)
+        self.experts = nn.ModuleList([*(nn.GLU(DIM, HIDDEN) for _ in range(E - 1)), self.other])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_experts_in_a_loop(bias: bool) -> None:
+    program = nn.trace(Modules(bias), {"x": f"f32[b, s, {DIM}]"}, outputs=["y"])
+    fused, report = ws.optimize(program, kv_cache=False)
+    assert fused["forward"].count("grouped_linear") == 2, report.explain()
+    assert fused["forward"].count("linear") == 1
+    x = np.random.default_rng(1).normal(size=(2, 9, DIM)).astype(np.float32)
+    assert_allclose(ws.run(fused, x=x)["y"], ws.run(program, x=x)["y"], rtol=1e-4, atol=1e-5)
+
+
+def test_experts_in_a_loop_that_differ_stay() -> None:
+    program = nn.trace(Unlike(), {"x": f"f32[b, s, {DIM}]"}, outputs=["y"])
+    after, report = ws.optimize(program, kv_cache=False)
+    assert not after["forward"].count("grouped_linear")
+    assert [r for r in report.remarks("missed") if "another expert" in r.message], report.explain("missed")
+
+
 ROWS = """
 graph @g(%x: f32[b, s, 4], %y: f32[b*s, 4]) {
   %flat: f32[b*s, 4] = reshape(%x) {shape=(b*s, 4)}

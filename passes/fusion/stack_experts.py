@@ -1,0 +1,143 @@
+"""Experts that are modules of their own, summed one after the other: the same as one computation over their stacked weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from wasat.ir import Builder, DimError, DimLike, Node, TypeMismatch, Value
+from wasat.ir.lift import lift
+from wasat.ir.op import concrete
+from wasat.ir.ops.shape import Slice
+
+from ..analyses.labels import is_view
+from ..pattern import Mismatch
+
+
+def terms_of(node: Node) -> list[Value]:
+    """What a chain of additions adds, if ``node`` is the last of it."""
+    if node.op.name != "add" or (len(node.output.uses) == 1 and node.output.users[0].op.name == "add"):
+        return []
+    found: list[Value] = []
+    todo = [node.output]
+    while todo:
+        v = todo.pop()
+        inner = v is node.output or (len(v.uses) == 1 and v.type == node.output.type)
+        if inner and v.node is not None and v.node.op.name == "add":
+            todo += v.node.inputs[::-1]
+        else:
+            found.append(v)
+    return found
+
+
+def share_of(term: Value) -> tuple[Value, int, int] | None:
+    """Of a term that is multiplied by one element of an axis: what it is an element of, the axis, and which."""
+    node = term.node
+    for v in node.inputs if node is not None and node.op.name == "mul" else ():
+        while v.node is not None and v.node.op.name != "slice" and is_view(v.node):
+            v = v.node.inputs[0]
+        if v.node is not None and v.node.op.name == "slice":
+            a, shape = Slice.Attrs.of(v.node), v.node.inputs[0].shape
+            cut = [i for i, (lo, hi, d) in enumerate(zip(a.starts, a.stops, shape)) if (lo, hi) != (0, d)]
+            if len(cut) == 1 and v.shape[cut[0]] == 1 and isinstance(a.starts[cut[0]], int):
+                return v.node.inputs[0], cut[0], concrete(a.starts[cut[0]])
+    return None
+
+
+class Stack:
+    """Values that are computed alike, as one value with an axis in front."""
+
+    def __init__(self, b: Builder, size: int, only: set[Value]) -> None:
+        self.b, self.size, self.only = b, size, only
+        self.known: dict[tuple[Value, ...], tuple[Value, bool]] = {}
+
+    def of(self, values: Sequence[Value]) -> tuple[Value, bool]:
+        """One of them if they are all the same; else they in one, with an axis in front. Raises Mismatch."""
+        key = tuple(values)
+        if key not in self.known:
+            self.known[key] = self._of(key)
+        return self.known[key]
+
+    def _of(self, values: tuple[Value, ...]) -> tuple[Value, bool]:
+        first = values[0]
+        if all(v is first for v in values):
+            return first, False
+        if any(v.type != first.type for v in values):
+            raise Mismatch(f"%{first.name} and the same of another expert are of different types")
+        if all(v.const is not None for v in values):
+            if all((v.const == first.const).all() for v in values):  # type: ignore[union-attr]
+                return first, False
+        elif all(v in self.only for v in values):
+            return self._parameter(self.b.concat(*(self._in_front(v, 1) for v in values), axis=0)), True
+        nodes = [v.node for v in values]
+        head = nodes[0]
+        if head is None or any(n is None or n.op is not head.op or len(n.inputs) != len(head.inputs) for n in nodes):
+            raise Mismatch(f"%{first.name} is not computed as the same of another expert is")
+        if head.op.name == "slice" and all(n.inputs[0] is head.inputs[0] for n in nodes if n is not None):
+            return self._slices([n for n in nodes if n is not None]), True
+        if any(n.attrs != head.attrs or len(n.outputs) != 1 for n in nodes if n is not None):
+            raise Mismatch(f"%{first.name} is not computed as the same of another expert is")
+        operands = [self.of([n.inputs[i] for n in nodes if n is not None]) for i in range(len(head.inputs))]
+        return (self._linear(operands) if head.op.name == "linear" else self._lifted(head, operands)), True
+
+    def _in_front(self, v: Value, size: DimLike) -> Value:
+        return self._parameter(self.b.reshape(v, shape=(size, *v.shape)))
+
+    def _parameter(self, v: Value) -> Value:
+        self.only.add(v)
+        return v
+
+    def _slices(self, nodes: list[Node]) -> Value:
+        """Elements of one axis, in order: that axis in front."""
+        whole = nodes[0].inputs[0]
+        found = [Slice.Attrs.of(n) for n in nodes]
+        cuts = [i for i in range(len(whole.shape)) if len({a.starts[i] for a in found}) > 1]
+        if len(cuts) != 1 or [a.starts[cuts[0]] for a in found] != list(range(self.size)) or whole.shape[cuts[0]] != self.size:
+            raise Mismatch(f"parts of %{whole.name} are not one for each expert")
+        (axis,) = cuts
+        every = list(zip(found[0].starts, found[0].stops, found[0].steps))
+        others = [cut for i, cut in enumerate(every) if i != axis]
+        if others != [(0, d, 1) for i, d in enumerate(whole.shape) if i != axis] or nodes[0].output.shape[axis] != 1:
+            raise Mismatch(f"parts of %{whole.name} are not one for each expert")
+        perm = (axis, *(i for i in range(len(whole.shape)) if i != axis))
+        turned = self.b.transpose(whole, perm=perm)
+        return self.b.reshape(turned, shape=(self.size, *nodes[0].output.shape))
+
+    def _aligned(self, v: Value, up: bool, rank: int) -> Value:
+        """A stacked operand of an elementwise operation, its axes where those of the result are."""
+        if not up or len(v.shape) == rank + 1:
+            return v
+        shape = (self.size, *(1,) * (rank + 1 - len(v.shape)), *v.shape[1:])
+        made = self.b.reshape(v, shape=shape)
+        return self._parameter(made) if v in self.only else made
+
+    def _lifted(self, node: Node, operands: list[tuple[Value, bool]]) -> Value:
+        which = [up for _, up in operands]
+        if node.op.elementwise:
+            rank = len(node.output.shape)
+            return self._emit(node, [self._aligned(v, up, rank) for v, up in operands], node.attrs)
+        attrs = lift(node.op, node.attrs, [v.type for v in node.inputs], which, self.size)
+        if attrs is None:
+            raise Mismatch(f"{node!r} cannot be computed for all experts at once")
+        return self._emit(node, [v for v, _ in operands], attrs)
+
+    def _emit(self, node: Node, operands: list[Value], attrs: object) -> Value:
+        try:
+            made = self.b.graph.add_node(node.op, operands, attrs, before=self.b.before, loc=node.loc).output  # type: ignore[arg-type]
+        except (TypeMismatch, DimError) as e:
+            raise Mismatch(str(e)) from None
+        if made.shape != (self.size, *node.output.shape):
+            raise Mismatch(f"{node!r} cannot be computed for all experts at once")
+        return made
+
+    def _linear(self, operands: list[tuple[Value, bool]]) -> Value:
+        (x, up), (w, stacked), *bias = operands
+        if not stacked or len(x.shape) - up < 2:
+            raise Mismatch(f"%{w.name} is the same for all experts")
+        e, n, k = w.shape
+        rank = len(x.shape) - up
+        turned = self._parameter(self.b.transpose(w, perm=(0, 2, 1)))
+        turned = self._parameter(self.b.reshape(turned, shape=(e, *(1,) * (rank - 2), k, n)))
+        y: Value = self.b.matmul(x, turned)
+        for v, own in bias:
+            y = self.b.add(y, self._aligned(v, own, rank))
+        return y
