@@ -37,6 +37,9 @@ TESTS = {  # what covers a file; for others it is the file of the same name, or 
     "passes/analyses/indexing.py": [
         "tests/passes/test_indexing.py", "tests/passes/test_affine.py", "tests/passes/test_mask.py",
     ],
+    "passes/analyses/labels.py": ["tests/passes/test_fuse_experts.py"],
+    "passes/cleanup/rows_apart.py": ["tests/passes/test_fuse_experts.py"],
+    "passes/fusion/stack_experts.py": ["tests/passes/test_fuse_experts.py"],
     "passes/cleanup/simplify_indices.py": ["tests/passes/test_affine.py"],
     "passes/analyses/factors.py": ["tests/passes/test_fuse_attention.py"],
     "passes/fusion/fuse_attention.py": ["tests/passes/test_fuse_attention.py", "tests/passes/test_near_patterns.py"],
