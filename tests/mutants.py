@@ -27,7 +27,9 @@ OPS = ("attention", "conv", "elementwise", "index", "linalg", "nn", "reduce", "r
 ROOMS = ("ir", "passes", "backends", "frontend", "runtime", "training")
 TESTS = {  # what covers a file; for others it is the file of the same name, or the room
     "passes/analyses/rows.py": ["tests/passes/test_rows.py"],
-    "passes/analyses/axis.py": ["tests/passes/test_kv_cache.py", "tests/passes/test_rows.py"],
+    "passes/analyses/axis.py": ["tests/passes/test_kv_cache.py", "tests/passes/test_rows.py", "tests/passes/test_kept.py"],
+    "passes/analyses/later.py": ["tests/passes/test_kept.py"],
+    "passes/serving/absorb.py": ["tests/passes/test_absorb.py"],
     "passes/analyses/mask.py": [
         "tests/passes/test_mask.py", "tests/passes/test_fuse_attention.py", "tests/passes/test_kv_cache.py",
     ],

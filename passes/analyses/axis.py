@@ -557,8 +557,7 @@ def _scan(node: Node, attrs: ScanAttrs, given: Sequence[Label], symbol: str) -> 
     kind: Kind = "token" if _tokens_in(sliced) else "position"
     if kind == "position" or any(x.kind == "position" for x in sliced):
         raise LooksAhead(f"{does} that reads positions")
-    last = Label("ahead", culprit=node, reason="it is what a scan over the sequence holds after the last token")
-    return [*[last] * c, *[Label(kind, 0, mixes=True)] * (len(node.outputs) - c)]
+    return [*[replace(LAST, mixes=True)] * c, *[Label(kind, 0, mixes=True)] * (len(node.outputs) - c)]
 
 
 def refuse(label: Label, output: str, symbol: str) -> IRError:

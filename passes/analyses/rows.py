@@ -50,7 +50,7 @@ def places(graph: Graph, tokens: Value, labels: Mapping[Value, Label]) -> dict[V
         elif batch != 1 and own:
             found[v] = Place(own[0])
     for node in graph.nodes:
-        label = labels[node.outputs[-1]]  # a scan's last carry looks ahead, and comes first
+        label = labels[node.outputs[-1]]  # a scan's carry comes first
         if label.kind == "ahead" or (label.kind == "pair" and not label.rows) or not any(v in found for v in node.inputs):
             continue
         try:

@@ -277,7 +277,7 @@ def run_scan(d: Derivation, node: Node) -> None:
         results = list(out) if isinstance(out, tuple) else [out]
     for v, x in zip(node.outputs, results[:c]):
         d.states[d.plan.kept[v].name] = rows_first(d, x, d.plan.places[v], None)
-    d.env.update(zip(node.outputs[c:], results[c:]))
+    d.env.update(zip(node.outputs, results))
 
 
 def _guarded(body: Graph, c: int, s: int, places: Sequence[Place], real: TensorType) -> Graph:

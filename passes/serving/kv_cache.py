@@ -396,17 +396,17 @@ class Derivation:
         plan = self.plan
         tail = plan.last_mixing is None
         for node in plan.forward.nodes:
-            label = self.labels[node.outputs[-1]]  # a scan's last carry looks ahead, and comes first
+            label = self.labels[node.outputs[-1]]  # a scan's carry comes first
             self.b.loc = node.loc
             if label.kind == "fixed":
                 if not any(v in plan.memory for v in node.outputs) and all(v in self.env for v in node.inputs):
                     copy_node(self.g, node, self.env)
             elif label.kind in ("ahead", "pair", "scores"):
                 continue  # no output needs it; what sums over keys emits its own
-            elif label.kind == "last":
-                self._after_last(node)
             elif label.mixes and (step := self._step(node)) is not None:
                 step(node)
+            elif label.kind == "last":
+                self._after_last(node)
             elif tail and not self.one and label.kind == "token":
                 self._apply(node, [self._row(v) for v in node.inputs], {plan.seq: 1}, self.rows)
             else:

@@ -423,7 +423,7 @@ AHEAD: dict[str, tuple[Mix | Callable[[], nn.Module], str]] = {
     "every second": (every_second, "takes a part of the sequence"),
     "a sum from the end": (from_the_end, "works across the sequence"),
     "a scan from the end": (scan_from_the_end, "a scan over the sequence from its end"),
-    "the last carry": (after_the_last, "holds after the last token"),
+    "the last carry": (after_the_last, "it gives every token what stands at the last one"),
     "rows that meet in a scan": (over_rows, "rows meet here"),
     "a scan of positions": (scan_of_positions, "that reads positions"),
     "a counter": (counting_scan, "the same for all rows"),
@@ -444,6 +444,32 @@ def test_a_convolution_to_both_sides_is_refused() -> None:
     program = nn.trace(Model(Convolution(padding="same")), {"tokens": "i64[b, s]"}, outputs=["logits"])
     with pytest.raises(IRError, match=r"a convolution over the sequence: element i of its result depends on token i \+ 1"):
         ws.optimize(program, kv_cache=True)
+
+
+class Summary(Model):
+    """The logits of what a scan holds after the last token."""
+
+    def __init__(self) -> None:
+        super().__init__(recurrent)
+
+    def __call__(self, tokens: nn.Tensor) -> nn.Tensor:
+        def step(h: nn.Tensor, now: nn.Tensor) -> tuple[nn.Tensor, None]:
+            return nn.tanh(h * 0.6 + now), None
+
+        x = time_first(self.embed(tokens))
+        return self.head(self.norm(nn.scan(step, nn.full((x.shape[1], DIM), 1.0), x)[0]))
+
+
+def test_the_last_carry_alone() -> None:
+    program = nn.trace(Summary(), {"tokens": "i64[b, s]"}, outputs=["logits"])
+    served, _ = ws.optimize(program, kv_cache=True, chunk=6, check=True)
+    session, tokens = Rows(served, 2), np.random.default_rng(0).integers(0, VOCAB, (2, 9))
+    session.feed(tokens[:, :5], np.array([5, 3]))
+    for at in ((5, 3), (6, 4)):
+        got = session.feed(tokens[[0, 1], at][:, None], np.array([1, 1]))
+        for r, n in enumerate(at):
+            want = ws.run(program, tokens=tokens[r : r + 1, : n + 1])["logits"][0]
+            np.testing.assert_allclose(got[r], want, rtol=1e-4, atol=1e-5)
 
 
 # -- what is kept --------------------------------------------------------------------------------------------------------------
