@@ -136,10 +136,12 @@ def uncut(graph: Graph, name: str) -> Graph:
 
     Element for element the same: of fewer than k tokens, such a slice has no elements, and what is put in front is cut.
     """
-    sizes = [d for v in graph.values() for d in v.shape if not isinstance(d, int)]
-    short = [k for k in range(1, _MOST_CUT) if any(_has(d, maximum(0, symbol(name) - k)) for d in sizes)]
-    least = max(short, default=0)
-    if not least or any(_has(d, minimum(k, symbol(name))) for d in sizes for k in range(1, least)):
+    sizes = {str(d) for v in graph.values() for d in v.shape if not isinstance(d, int)}
+    if not any("max(" in d for d in sizes):
+        return graph
+    s = symbol(name)
+    least = max((k for k in range(1, _MOST_CUT) if any(str(maximum(0, s - k)) in d for d in sizes)), default=0)
+    if not least or any(str(minimum(k, s)) in d for d in sizes for k in range(1, least)):
         return graph
     longer = "longer"
     while longer in graph.symbols:
@@ -148,10 +150,6 @@ def uncut(graph: Graph, name: str) -> Graph:
 
 
 _MOST_CUT = 17
-
-
-def _has(d: DimLike, part: DimLike) -> bool:
-    return str(part) in str(d)
 
 
 def _axes_of(shape: Sequence[DimLike], symbol: str) -> list[int]:
@@ -211,7 +209,7 @@ def _given_sizes(node: Node, symbol: str, at: Indexing) -> Label:
         if axes != [0] or _beyond(node.output.shape[0], symbol) != 0:
             raise LooksAhead(f"it counts to {node.output.shape[0]}")
         return Label("position", 0)
-    if not axes or axes != _repeated(node, symbol) or any(_beyond(node.output.shape[i], symbol) != 0 for i in axes):
+    if not axes or axes != _repeated(node, node.axes, symbol) or any(_beyond(node.output.shape[i], symbol) != 0 for i in axes):
         raise LooksAhead(f"it depends on {symbol}, the number of tokens")
     if len(axes) == 2:
         return _pair(node, axes[0], axes[1], at)
@@ -236,10 +234,10 @@ def _after_last(node: Node, given: Sequence[Label], symbol: str) -> Label:
     return LAST
 
 
-def _repeated(node: Node, symbol: str) -> list[int]:
+def _repeated(node: Node, rule: AxisRule, symbol: str) -> list[int]:
     """The axes along the sequence on which the result repeats what it is made of."""
     along = _axes_of(node.outputs[0].shape, symbol)
-    return [i for i, axis in enumerate(node.axes.results[0]) if i in along and any(f.role == "repeated" for f in axis)]
+    return [i for i, axis in enumerate(rule.results[0]) if i in along and any(f.role == "repeated" for f in axis)]
 
 
 def _pair(node: Node, axis: int, other: int, at: Indexing) -> Label:
@@ -262,20 +260,19 @@ def _general(node: Node, given: Sequence[Label], symbol: str, at: Indexing) -> L
             if len(factors) == 1 and factors[0].role in ("reduced", "normalized", "ordered") and not factors[0].does:
                 mixed.setdefault(factors[0], []).append((i, axis))
             else:
-                ends.add(image(node, i, axis))
+                ends.add(image(node, rule, i, axis))
     if mixed:
         return _over_keys(node, rule, given, ends, mixed)
-    ends |= set(_repeated(node, symbol))
+    ends |= set(_repeated(node, rule, symbol))
     if len(ends) > 2:
         raise LooksAhead("it relates more than two positions")
     if len(ends) == 2:
-        return _related(node, given, min(ends), max(ends), at)
-    return _through(node, given, ends)
+        return _related(node, rule, given, min(ends), max(ends), at)
+    return _through(node, rule, given, ends)
 
 
-def image(node: Node, i: int, axis: int) -> int:
+def image(node: Node, rule: AxisRule, i: int, axis: int) -> int:
     """The axis of the results along which ``axis`` of operand i runs. Raises LooksAhead where there is none."""
-    rule = node.axes
     factors = rule.operands[i][axis]
     for f in factors:
         if f.role != "free":
@@ -301,9 +298,8 @@ def _reason(node: Node, f: Factor) -> str:
     return "it works across the sequence, later tokens included"
 
 
-def _through(node: Node, given: Sequence[Label], ends: set[int]) -> Label:
+def _through(node: Node, rule: AxisRule, given: Sequence[Label], ends: set[int]) -> Label:
     """The label of a result along the one axis along which all operands that run along the sequence do."""
-    rule = node.axes
     [end] = ends
     kinds = {x.kind for x in given if x.along}
     others = [axes for x, axes in zip(given, rule.operands) if not x.along]
@@ -323,14 +319,14 @@ def _tokens_in(given: Sequence[Label]) -> bool:
     return any(x.kind in ("token", "scores") for x in given)
 
 
-def _related(node: Node, given: Sequence[Label], axis: int, other: int, at: Indexing) -> Label:
+def _related(node: Node, rule: AxisRule, given: Sequence[Label], axis: int, other: int, at: Indexing) -> Label:
     """The label of a result along two axes: which numbers stand on either side of its diagonal."""
     if any(x.extra for x in given):
         raise LooksAhead(next(x.reason for x in given if x.extra))
     wide = {(x.wide, x.front, x.back) for x in given if x.relates}
     if len({(x.front, x.back) for x in given if x.relates}) > 1:
         raise LooksAhead("its operands have other elements beside the positions")
-    keys = {image(node, i, x.key) for i, x in enumerate(given) if x.key >= 0}
+    keys = {image(node, rule, i, x.key) for i, x in enumerate(given) if x.key >= 0}
     if len(keys) > 1:
         raise LooksAhead("it relates keys to keys")
     key = keys.pop() if keys else -1
@@ -340,24 +336,28 @@ def _related(node: Node, given: Sequence[Label], axis: int, other: int, at: Inde
         pair = replace(_pair(node, axis, other, at), key=key)
         if pair.above is not None and pair.below is not None:
             return pair
-        known = [beside(node, [_number(x, v, node, i, axis, up, at) for i, (x, v) in enumerate(zip(given, node.inputs))])
-                 for up in (True, False)]  # fmt: skip
+        known = _sides(node, rule, given, axis, at)
         above, below = (n if side is None else side for side, n in zip((pair.above, pair.below), known))
         return replace(pair, above=above, below=below)
-    sides = [[_number(x, v, node, i, axis, up, at) for i, (x, v) in enumerate(zip(given, node.inputs))] for up in (True, False)]
-    above, below = (beside(node, numbers) for numbers in sides)
+    above, below = _sides(node, rule, given, axis, at)
     label = Label("scores", axis, other, culprit=node, reason="it relates tokens to each other", above=above, below=below,
                   key=key)  # fmt: skip
     if any(w[0] >= 0 for w in wide):
         i, x = next((i, x) for i, x in enumerate(given) if x.relates)
-        label = replace(label, wide=image(node, i, x.wide), front=x.front, back=x.back)
+        label = replace(label, wide=image(node, rule, i, x.wide), front=x.front, back=x.back)
     return label
 
 
-def _number(x: Label, v: Value, node: Node, i: int, axis: int, above: bool, at: Indexing) -> float | None:
+def _sides(node: Node, rule: AxisRule, given: Sequence[Label], axis: int, at: Indexing) -> list[float | None]:
+    """What a result along ``axis`` and another one is where the index along the other is larger, and where it is smaller."""
+    operands = list(enumerate(zip(given, node.inputs)))
+    return [beside(node, [_number(x, v, node, rule, i, axis, up, at) for i, (x, v) in operands]) for up in (True, False)]
+
+
+def _number(x: Label, v: Value, node: Node, rule: AxisRule, i: int, axis: int, above: bool, at: Indexing) -> float | None:
     """The number of the elements of operand i behind those of the result above (below) its diagonal."""
     if x.relates:
-        straight = image(node, i, x.axis) == axis
+        straight = image(node, rule, i, x.axis) == axis
         return x.above if above is straight else x.below
     if x.kind != "fixed":
         return None

@@ -126,7 +126,7 @@ class _Split:
         elif isinstance(node.attrs, AttentionAttrs) and node.inputs[1] in self.along:
             self._attend(node)
         else:
-            ends = {_Along(image(node, i, self.along[v].axis), self.along[v].lead)
+            ends = {_Along(image(node, node.axes, i, self.along[v].axis), self.along[v].lead)
                     for i, v in enumerate(node.inputs) if v in self.along}  # fmt: skip
             if len(ends) != 1:
                 raise LooksAhead("operands run along the sequence on several axes")
