@@ -122,7 +122,7 @@ def plan(
 
     return Plan(
         name=program.interface.name or "model",
-        parameters=sum(math.prod(v.tensor.concrete({})) for v in params.values()),
+        parameters=sum(math.prod(evaluate_dim(d, {}) for d in v.type.shape) for v in params.values()),
         weights={s: _weights(made[s], machine) for s in schemes},
         batch=batch, context=context if states else None,
         caches=caches(batch, context or 0), cache_per_token=(caches(1, 2 * granule) - caches(1, granule)) // granule,

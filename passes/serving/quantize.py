@@ -69,8 +69,9 @@ class Quantize(Pass):
 
 @dataclass(frozen=True)
 class KeepQuantized(GraphPass):
-    """``linear`` and ``embedding`` of a weight that is stored quantized read it as it is: ``linear(x, dequantize(w))`` ->
-    ``quantized_linear(x, w)``. ``activation="int8"``: their products are of integers, x being quantized row by row.
+    """``linear`` and ``embedding`` of a weight that is stored in fewer bits read it as it is: ``linear(x, dequantize(w))`` ->
+    ``quantized_linear(x, w)``, and ``linear(x, cast(w))`` of a narrow float -> ``linear(x, w)``, which widens it as it reads.
+    ``activation="int8"``: products with quantized weights are of integers, x being quantized row by row.
     """
 
     activation: str | None = "int8"
@@ -80,20 +81,31 @@ class KeepQuantized(GraphPass):
     def run_graph(self, graph: Graph, remarks: Remarks) -> bool:
         count: Counter[str] = Counter()
         for made in graph.nodes:
-            if made.op.name != "dequantize":
+            w = made.inputs[0] if made.inputs else None
+            narrow = made.op.name == "cast" and w is not None and w.param is not None and _widened(w, made.output)
+            if w is None or not (narrow or made.op.name == "dequantize"):
                 continue
-            w = made.inputs[0]
             for node in list(made.output.users):
                 if node.op.quantized is None or node.op.weight is None or made.output is not node.inputs[node.op.weight]:
+                    if narrow:
+                        continue
                     remarks.missed(f"%{w.name} {w.type} is dequantized as it is read: {node.op.name} reads it", node)
                     continue
                 operands = (*node.inputs[: node.op.weight], w, *node.inputs[node.op.weight + 1 :])
-                _replace_by_quantized(graph, node, operands, self.activation)
+                if narrow:
+                    graph.set_inputs(node, operands)
+                else:
+                    _replace_by_quantized(graph, node, operands, self.activation)
                 count[str(w.type).partition("[")[0]] += 1
             erase_dead(graph, made)
         for scheme, n in count.items():
             remarks.applied(f"{n} operation{'s' * (n > 1)} on weights that stay {scheme}", graph)
         return bool(count)
+
+
+def _widened(w: Value, wide: Value) -> bool:
+    """Whether ``wide`` is all that ``w``, of 16 bits, holds."""
+    return w.type in (TensorType(t, w.shape) for t in _FLOATS.values()) and wide.tensor.dtype is DType.F32
 
 
 def _replace_by_quantized(graph: Graph, node: Node, operands: tuple[Value, ...], activation: str | None) -> None:

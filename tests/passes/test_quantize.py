@@ -306,6 +306,38 @@ def test_stored_weights_are_read_as_they_are(activation: str | None) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+def test_narrow_weights_are_widened_as_they_are_read(kind: str) -> None:
+    head = f"graph @f(%x: f32[n, 64], %ids: i64[n]) {{\n param %w: {kind}[32, 64]\n param %table: {kind}[8, 64]\n"
+    body = """
+  %e: f32[n, 64] = embedding(%table, %ids)
+  %h: f32[n, 64] = add(%x, %e)
+  %y: f32[n, 32] = linear(%h, %w)
+  return %y
+}
+"""
+    casts = "%wide: f32[32, 64] = cast(%w) {dtype=f32}\n %rows: f32[8, 64] = cast(%table) {dtype=f32}\n"
+    before = head + casts + body.replace("%table,", "%rows,").replace("%w)", "%wide)")
+    remarks = check_pass(KeepQuantized(), before, head + body, [{"n": 2}])
+    assert [str(r) for r in remarks] == [f"applied: 2 operations on weights that stay {kind} (@f)"]
+    was, now = random_program(before), random_program(before)
+    PassManager([KeepQuantized()]).run(now)
+    for a, b in zip(outputs(was, 3), outputs(now, 3)):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("change", [("param %w: f16", "param %w: f8e4m3"), ("cast(%w)", "cast(%narrow)")])
+def test_what_is_no_parameter_of_16_bits_is_cast_before(change: tuple[str, str]) -> None:
+    text = """graph @f(%x: f32[n, 64], %narrow: f16[32, 64]) {
+  param %w: f16[32, 64]
+  %wide: f32[32, 64] = cast(%w) {dtype=f32}
+  %y: f32[n, 32] = linear(%x, %wide)
+  return %y
+}
+"""
+    check_untouched(KeepQuantized(), text.replace(*change))
+
+
 def test_a_stored_weight_that_something_else_reads_is_dequantized_for_it() -> None:
     text = STORED + """
   %d: f32[32, 256] = dequantize(%w)
