@@ -105,7 +105,7 @@ class KeepQuantized(GraphPass):
 
 def _widened(w: Value, wide: Value) -> bool:
     """Whether ``wide`` is all that ``w``, of 16 bits, holds."""
-    return w.type in (TensorType(t, w.shape) for t in _FLOATS.values()) and wide.tensor.dtype is DType.F32
+    return isinstance(w.type, TensorType) and w.type.dtype in _FLOATS.values() and wide.tensor.dtype is DType.F32
 
 
 def _replace_by_quantized(graph: Graph, node: Node, operands: tuple[Value, ...], activation: str | None) -> None:
