@@ -126,6 +126,18 @@ def test_sections_do_not_change() -> None:
             setattr(part, name, getattr(part, name))
 
 
+def test_kinds_of_states_are_what_their_fields_say() -> None:
+    """name, kind, rows, positions, capacity, window, cut, empty, role, donated."""
+    assert [tuple(getattr(s, f.name) for f in fields(s)) for s in FULL.states] == [
+        ("kept", "full", 0, 1, None, 3, "anywhere", None, "k", False), ("r", "ring", 0, 1, 16, 4, "window", None, "v", False),
+        ("h", "carry", 0, None, None, None, "never", float("-inf"), "", False),
+        ("g", "carry", None, None, None, None, "never", "initial", "", False),
+        ("t", "tail", 0, 1, 3, 4, "never", 0.0, "", False),  # three inputs before it, and its own
+        ("m", "memory", 0, None, None, None, "anywhere", None, "", False),
+        ("p", "trained", None, None, None, None, "never", None, "", True),
+    ]  # fmt: skip
+
+
 def test_what_states_are() -> None:
     grow = {s.kind: s.grows for s in FULL.states}
     assert grow == dict.fromkeys(grow, False) | {"full": True}
