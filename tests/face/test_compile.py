@@ -32,6 +32,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], float, float, float]] = {  # options, l
     "int8, f32 activations": ({"quantize": "int8", "activation": None}, 0.002, 2e-4, 3.2),
     "int4": ({"quantize": "int4"}, 0.01, 0.03, 1.7),
     "int4 but embeddings": ({"quantize": "int4", "overrides": {"*embed*": "int8"}}, 0.02, 0.015, 1.9),
+    "caches in f16": ({"cache": "f16"}, 1e-4, 1e-6, 11.7),
     "int8 in the MLPs only": ({"overrides": {"*mlp*": "int8"}}, 0.002, 2e-4, 6.5),
 }
 

@@ -56,6 +56,11 @@ def test_caches_by_hand() -> None:
     ring = one.caches - 48 * one.cache_per_token
     assert 15 <= ring / one.cache_per_token <= 32  # kernels round it up
     assert two.caches == 2 * one.caches
+    assert 2 * plan(program, schemes=[], batch=2, context=48, chunk=8, cache="f16").caches == two.caches
+    with pytest.raises(ws.WasatError, match="there is no cache of 'int8'; there are f32, f16"):
+        plan(program, cache="int8")
+    with pytest.raises(ws.WasatError, match="only cpu has a cache of f16"):
+        plan(program, target="cuda", cache="f16")
 
 
 def test_parameters_weights_and_operations_by_hand() -> None:

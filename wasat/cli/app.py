@@ -289,6 +289,7 @@ def plan(
         typer.Option(help="`NAME=N` or `ENTRY.NAME=N`: what a symbol of the graphs is, e.g. `h=1080`; repeatable."),
     ] = None,
     target: Annotated[str, typer.Option(help="`cpu` (this machine), `cpu:znver3`, …")] = "cpu",
+    cache: Annotated[str, typer.Option(help="How keys and values are stored: `f32` or `f16`.")] = "f32",
 ) -> None:
     """Say what a model will take, without allocating it: parameters, weights in each scheme, caches, activations, operations.
 
@@ -304,8 +305,8 @@ def plan(
     from wasat import driver
     from wasat.plan import plan as planned
 
-    sizes = sizes_of(size)
-    say(planned(driver.described(source), target=target, batch=batch, context=context, chunk=chunk, sizes=sizes).text())
+    program, sizes = driver.described(source), sizes_of(size)
+    say(planned(program, target=target, cache=cache, batch=batch, context=context, chunk=chunk, sizes=sizes).text())
 
 
 @app.command()
