@@ -81,6 +81,8 @@ class Manifest:
     interface: Interface
     weights: tuple[TensorSpec, ...]
     files: dict[str, FileSpec]
+    no_cache: str = ""
+    """Why there is no ``prefill``; empty where there is, or nobody said."""
 
 
 def check_format(data: Any) -> None:
@@ -110,6 +112,7 @@ def parse_manifest(data: Any) -> Manifest:
         entries={name: _entry(entries.section(name)) for name in entries.data},
         interface=read_interface(top.section("interface")), weights=tuple(map(read_tensor, top.sections("weights"))),
         files={name: _file(files.section(name)) for name in files.data},
+        no_cache=top.get("no_cache", str, optional=True) or "",
     )  # fmt: skip
     _check(manifest)
     return manifest

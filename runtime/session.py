@@ -59,6 +59,11 @@ class Session:
 
     def __init__(self, engine: Engine, batch: int = 1, context: int | None = None) -> None:
         m = engine.manifest.interface
+        if "prefill" not in engine.manifest.entries and engine.manifest.no_cache:
+            raise InputError(
+                f"{engine.folder} has no entry 'prefill'; it has {', '.join(engine.manifest.entries)}: sessions and generate() "
+                f"need caches, and it has none, because {engine.manifest.no_cache}\nrun() calls what it has"
+            )
         self._names: dict[str, list[str]] = {}
         self._fed = m.tokens
         self.along = Along(engine.entry("prefill").inputs, m.tokens)

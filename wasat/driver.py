@@ -114,6 +114,15 @@ def _takes_tokens(program: Program) -> bool:
     return "forward" in program.graphs and bool(token_inputs(program["forward"]))
 
 
+def _no_cache(report: Report, kv_cache: bool | None) -> str:
+    """Why a program has no caches, for those who want to generate with it."""
+    if kv_cache is False:
+        return "it was compiled without (kv_cache=False)"
+    passes = (TokenInputs.name, DeriveKVCache.name)
+    found = (r.message for s in report.steps if s.name in passes for r in s.remarks if r.kind == "missed")
+    return next(found, "its forward takes no tokens, integers [batch, sequence] where the sequence is symbolic")
+
+
 def _small_sizes(program: Program) -> list[dict[str, int]]:
     """Two bindings of the program's symbols, and of the capacity that caches bring. Random integers are below 4."""
     names = sorted({name for g in program.graphs.values() for name in g.symbols})
@@ -156,6 +165,8 @@ def compile(
         "quantize": quantize, "activation": activation, "overrides": dict(overrides or {}), "target": target,
         "threads": machine.threads, "cache": cache,
     })  # fmt: skip
+    if "forward" in optimized.graphs and "prefill" not in optimized.graphs:
+        manifest["no_cache"] = _no_cache(report, kv_cache)
 
     def link(path: Path) -> None:
         progress("linking")

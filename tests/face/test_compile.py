@@ -196,8 +196,11 @@ def test_an_encoder_keeps_its_forward(make: Callable[[], nn.Module], name: str, 
         (remark,) = missed
         assert remark.message.startswith("@forward stays as it is: no KV cache can be derived for output y")
         assert remark.loc is not None
-    with pytest.raises(InputError, match="has no entry 'prefill'; it has forward"):
+    why = "its forward takes no tokens" if name == "x" else "@forward stays as it is: no KV cache can be derived for output y"
+    with pytest.raises(InputError, match=f"has no entry 'prefill'; it has forward: .*it has none, because {why}"):
         model.session()
+    with pytest.raises(InputError, match=f"because {why}"):
+        model.generate([[1]], max_tokens=1)
 
 
 def test_a_cache_that_was_asked_for_must_be_derived(pygemma: Path, tmp_path: Path) -> None:
