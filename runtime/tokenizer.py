@@ -23,7 +23,7 @@ class Tokenizer:
             from tokenizers import Tokenizer as Library
         except ImportError:
             raise ArtifactError("text needs the package tokenizers: pip install tokenizers, or work with token ids") from None
-        with _refusals(ArtifactError, f"{path} cannot be read ({{}}); compile the model again with its tokenizer"):
+        with refusals(ArtifactError, f"{path} cannot be read ({{}}); compile the model again with its tokenizer"):
             self.library = Library.from_str(path.read_text(encoding="utf-8"))
             self.library.no_truncation()  # what is too long is the caller's to know, and nothing is between prompt and answer
             self.library.no_padding()
@@ -37,13 +37,13 @@ class Tokenizer:
         Raises InputError for what is no text, half a surrogate pair included.
         """
         texts("a text", [text])
-        with _refusals(InputError, "the tokenizer cannot encode the text ({})"):
+        with refusals(InputError, "the tokenizer cannot encode the text ({})"):
             return list(self.library.encode(text, add_special_tokens=special).ids)
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of ``tokens``, special ones left out. Raises InputError for what is no token id."""
         ids = tokens if isinstance(tokens, list) else [whole("a token", t, most=2**32 - 1) for t in tokens]
-        with _refusals(InputError, "the tokenizer cannot decode the tokens ({})"):
+        with refusals(InputError, "the tokenizer cannot decode the tokens ({})"):
             return str(self.library.decode(ids))
 
     def stream(self, prompt: Sequence[int] = ()) -> TextStream:
@@ -69,7 +69,7 @@ class Tokenizer:
 
 
 @contextmanager
-def _refusals(error: type[ArtifactError | InputError], message: str) -> Iterator[None]:
+def refusals(error: type[Exception], message: str) -> Iterator[None]:
     """What the library raises, bare Exceptions and Rust's panics, as ``error``."""
     try:
         yield

@@ -83,7 +83,7 @@ class Weights:
             found.pop("__metadata__", None)
             types = {name: (_DTYPES[x["dtype"]], [int(d) for d in x["shape"]]) for name, x in found.items()}
             parts = sorted((int(x["data_offsets"][0]), int(x["data_offsets"][1]), str(name)) for name, x in found.items())
-        except (ValueError, LookupError, TypeError, AttributeError) as e:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
             raise self._damaged(f"its header cannot be read ({type(e).__name__}: {e})") from None
         wanted = {s.name: (s.dtype, _shape(s)) for s in self._specs}
         for name in [*wanted, *types]:

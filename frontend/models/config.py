@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -79,23 +78,23 @@ class Fields:
             return None
         kinds = kind if isinstance(kind, tuple) else (kind,)
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise self.fail(f"{name} is {_brief(value)}; expected {' or '.join(k.__name__ for k in kinds)}")
+            raise self.fail(f"{name} is {brief(value)}; expected {' or '.join(k.__name__ for k in kinds)}")
         return value
 
     def size(self, name: str, default: Any = _MISSING, most: int = MOST_SIZE) -> Any:
         """An int from 1 to ``most``; None where ``default`` is None and the field absent or null."""
         value = self.take(name, int, default)
         if value is not None and value < 1:
-            raise self.fail(f"{name} is {_brief(value)}; expected a positive number")
+            raise self.fail(f"{name} is {brief(value)}; expected a positive number")
         if value is not None and value > most:
-            raise self.fail(f"{name} is {_brief(value)}; at most {most:,} is supported")
+            raise self.fail(f"{name} is {brief(value)}; at most {most:,} is supported")
         return value
 
     def number(self, name: str, default: Any = _MISSING) -> Any:
-        """A positive finite float; None where ``default`` is None and the field absent or null."""
+        """A positive finite f32; None where ``default`` is None and the field absent or null."""
         value = self.take(name, (int, float), default)
-        if value is not None and not (0 < value < math.inf):
-            raise self.fail(f"{name} is {value!r}; expected a positive number")
+        if value is not None and not (0 < value < 2**128):
+            raise self.fail(f"{name} is {brief(value)}; expected a positive number")
         return None if value is None else float(value)
 
     def window(self, default: int) -> int | None:
@@ -121,22 +120,26 @@ class Fields:
         self._taken.add(name)
         value = self.config.get(name)
         if value is not None and value != neutral:
-            raise self.fail(f"{name} is {_brief(value)}: {why}")
+            raise self.fail(f"{name} is {brief(value)}: {why}")
 
     def finish(self, what: str) -> None:
         """Refuses every field that ``what`` has not taken, unless it is null or at its neutral value."""
         left = {k: v for k, v in self.config.items() if k not in self._taken}
         left = {k: v for k, v in left.items() if (v != NEUTRAL[k] if k in NEUTRAL else v is not None)}
         if left:
-            fields = "; ".join(f"{k} = {_brief(v)}" for k, v in left.items())
+            fields = "; ".join(f"{k} = {brief(v)}" for k, v in left.items())
             raise self.fail(
                 f"{what} has no meaning for {fields}. A field that may change the computation is not ignored; "
                 "remove it from config.json if you know that it has no effect"
             )
 
 
-def _brief(value: Any) -> str:
-    text = repr(value)
+def brief(value: Any) -> str:
+    """A value in a message: not all of a long one."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of thousands of digits
+        text = "a number of thousands of digits"
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -156,7 +159,7 @@ def rope(fields: Fields, name: str, given: object, head_dim: int, context: int, 
     ``theta`` is the base that the configuration gives outside the dictionary, ``default`` the family's own.
     """
     if not isinstance(given, dict):
-        raise fields.fail(f"{name} is {_brief(given)}; expected an object")
+        raise fields.fail(f"{name} is {brief(given)}; expected an object")
     p = Fields(given, f"{fields.where}: {name}", frozenset())
     kind, old = p.take("rope_type", str, None), p.take("type", str, None)
     if kind is not None and old is not None and kind != old:

@@ -87,6 +87,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: {e}") from None
     except RecursionError:
         raise CheckpointError(f"{path}: nested too deeply") from None
+    except ValueError as e:  # a number of thousands of digits
+        raise CheckpointError(f"{path}: {e}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}, not an object")
     return value

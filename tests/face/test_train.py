@@ -318,6 +318,18 @@ REFUSED = {
     ),
     "smoothing": (RECIPE + "[loss]\nsmoothing = 1", r"\[loss\], line 31: smoothing = 1.0 must be below 1"),
     "z_loss": (RECIPE + "[loss]\nz_loss = -1", r"\[loss\], line 31: z_loss = -1.0 must be at least 0"),
+    "layers without end": (RECIPE.replace("layers = 1", "layers = 1000000"), r"line 6: layers = 1000000 must be at most 4096"),
+    "a width": (RECIPE.replace("dim = 16", f"dim = {2**40}"), r"line \d+: dim = 1099511627776 must be at most 16777216"),
+    "a model": (
+        RECIPE.replace("dim = 16", f"dim = {2**20}").replace("layers = 1", "layers = 4096"),
+        r"sizes are [\d,]+ parameters; at most",
+    ),
+    "rows": (RECIPE.replace("rows = ", "rows = 9999999999"), r"rows = 9999999999\d must be at most 2147483647"),
+    "digits": (RECIPE.replace("rate = 0.03", "rate = 1" + "0" * 400), r"line 24: rate = inf must be finite"),
+    "hexadecimal": (RECIPE.replace("clip = 1", "clip = 0x" + "f" * 5000), r"line 27: clip = inf must be finite"),
+    "more digits": (RECIPE.replace("clip = 1", "clip = 1" + "0" * 5000), r"is no TOML: .*digits"),
+    "no f32": (RECIPE.replace("rate = 0.03", "rate = 1e39"), r"line 24: rate = 1e\+39 must be at most 3.4"),
+    "nested": ("x = " + "[" * 5000, "is no TOML"),
     "no end": (RECIPE.replace("dim = 16", 'dim = 16\nend = "<x>"'), "has no token <x> to end a document"),
 }  # fmt: skip
 
@@ -327,6 +339,29 @@ def test_refused(tmp_path: Path, case: str) -> None:
     recipe, message = REFUSED[case]
     with pytest.raises(RecipeError, match=message):
         read_recipe(write(tmp_path, recipe))
+
+
+def test_a_tokenizer_that_cuts_texts_reads_them_whole(tmp_path: Path) -> None:
+    """Nor are they padded."""
+    library = byte_tokenizer()
+    library.enable_truncation(2)
+    library.enable_padding(length=8)
+    library.save(str(tmp_path / "t.json"))
+    recipe = RECIPE.replace("dim = 16", 'dim = 16\ntokenizer = "t.json"')
+    r = read_recipe(write(tmp_path, recipe))
+    assert r.sources[0].documents.encode("abcd") == [r.tokenizer.token_to_id(c) for c in "abcd"]
+
+
+def test_what_the_tokenizer_panics_at_is_an_error_of_the_recipe(tmp_path: Path) -> None:
+    recipe, path = RECIPE.replace("dim = 16", 'dim = 16\ntokenizer = "t.json"'), tmp_path / "t.json"
+    about = json.loads(byte_tokenizer().to_str())
+    path.write_text(json.dumps(about | {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}))
+    with pytest.raises(RecipeError, match=r"tokenizer .*t.json cannot be read: Precompiled"):
+        read_recipe(write(tmp_path, recipe))
+    path.write_text(json.dumps(about | {"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "?"}}))
+    files = read_recipe(write(tmp_path, recipe)).sources[0].documents
+    with pytest.raises(RecipeError, match="cannot encode a text of the data: WordLevel"):
+        files.encode("no a")
 
 
 def test_the_schedule_counts_updates(tmp_path: Path) -> None:

@@ -214,15 +214,15 @@ def test_a_function_that_calls_itself() -> None:
         from_onnx(model(text))
 
 
-def test_functions_that_grow_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wasat.frontend.onnx.importer.MOST_NODES", 1000)
+@pytest.mark.parametrize("depth", [19, 40, 400])
+def test_functions_that_grow_without_end(depth: int) -> None:
     layers = "".join(
         f'<domain: "own", opset_import: ["": 23, "own": 1]> f{i} (a) => (c) {{ b = own.f{i + 1}(a) c = own.f{i + 1}(b) }}\n'
-        for i in range(40)
+        for i in range(depth)
     )
     text = f'<ir_version: 10, opset_import: ["": 23, "own": 1]> g (float[n] x) => (float[n] y) {{ y = own.f0(x) }}\n{layers}'
-    with pytest.raises(OnnxError, match="more than 1000 nodes"):
-        from_onnx(model(text + '<domain: "own", opset_import: ["": 23]> f40 (a) => (b) { b = Neg(a) }'))
+    with pytest.raises(OnnxError, match=rf"{2 * depth + 2} nodes are more than [\d,]+ once functions are inlined"):
+        from_onnx(model(text + f'<domain: "own", opset_import: ["": 23]> f{depth} (a) => (b) {{ b = Neg(a) }}'))
 
 
 def test_sequences_and_optionals_are_resolved() -> None:

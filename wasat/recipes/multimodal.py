@@ -16,7 +16,7 @@ from wasat.ir import Builder, DType, Program, Value
 from wasat.recipes.mixture import END, Layout, Mixture, Share, train_tokenizer
 from wasat.recipes.tasks import Clips, Code, Digits, Match, Scenes, Sources, Speech, Stories, Task, Tones
 from wasat.recipes.tasks.speech import Voices
-from wasat.recipes.text import RecipeError, Table, files_of, keep_tokenizer
+from wasat.recipes.text import RecipeError, Table, encoder, files_of, keep_tokenizer, tokenizer_of
 from wasat.training.data import Batch
 from wasat.training.loop import Progress, Trained, train
 from wasat.training.losses import add_loss, cross_entropy
@@ -46,7 +46,7 @@ class Joint:
     def mixture(self, split: Any = "train") -> Mixture:
         """The batches of a split."""
         return Mixture(
-            self.shares, layout(self.config), lambda text: self.tokenizer.encode(text, add_special_tokens=False).ids,
+            self.shares, layout(self.config), encoder(self.tokenizer),
             end=self.config.eos[0], rows=self.rows, length=self.length, split=split, seen=self.config.cross_every is not None,
         )  # fmt: skip
 
@@ -128,10 +128,7 @@ def read_joint(
         t.close()
     path = base / given if given else output / "tokenizer.json"
     if given or path.exists():
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as e:  # the library raises bare Exceptions
-            raise RecipeError(f"{table.where}: the tokenizer {path} cannot be read: {e}") from None
+        tokenizer = tokenizer_of(path, table.where)
     else:
         tokenizer = train_tokenizer([s.task for s in shares], draft.text.vocab)
     end = tokenizer.token_to_id(END)

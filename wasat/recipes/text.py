@@ -16,13 +16,16 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from wasat import nn
 from wasat.backends.tvm.targets import target_named
 from wasat.frontend import from_pretrained
+from wasat.frontend.models.config import MOST_LAYERS, MOST_SIZE, brief
 from wasat.ir import Generation, IRError, Program, WasatError
 from wasat.recipes.mixture import END
+from wasat.runtime.tokenizer import refusals
 from wasat.training.checkpoint import Checkpoints, whole
 from wasat.training.data import Batch, Packed, Source, TextFiles
 from wasat.training.loop import Progress, Trained, train
@@ -31,6 +34,10 @@ from wasat.training.optimizers import SGD, Adafactor, AdamW, Constant, Cosine, L
 
 if TYPE_CHECKING:
     from wasat.recipes.multimodal import Joint
+
+
+MOST_PARAMETERS = 2**36
+"""A decoder that is trained from the beginning has no more: they, and as many again twice, are in memory."""
 
 
 class RecipeError(WasatError):
@@ -123,6 +130,25 @@ class Recipe:
         return Program({"forward": done.program["forward"]}, done.program.params, done.program.interface, done.program.origin)
 
 
+def tokenizer_of(path: Path, where: str) -> Tokenizer:
+    """The tokenizer of a file that a recipe names at ``where``."""
+    with refusals(RecipeError, f"{where}: the tokenizer {path} cannot be read: {{}}"):
+        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer.no_truncation()  # texts are read whole
+        tokenizer.no_padding()
+        return tokenizer
+
+
+def encoder(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
+    """Text to tokens, without those that a tokenizer puts around it."""
+
+    def encode(text: str) -> list[int]:
+        with refusals(RecipeError, "the tokenizer cannot encode a text of the data: {}"):
+            return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+    return encode
+
+
 def keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> Path:
     """Writes ``tokenizer.json`` into the folder of a run, unless it is there.
 
@@ -148,7 +174,7 @@ def read_recipe(path: str | Path) -> Recipe | Joint:
     try:
         text = path.read_text(encoding="utf-8")
         top = Table(tomllib.loads(text), str(path), _lines(text))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+    except (ValueError, RecursionError) as e:  # of TOML, of Unicode, of a number of thousands of digits
         raise RecipeError(f"{path} is no TOML: {e}") from None
     seed = top.take("seed", int, 0, least=0, below=2**32)
     options: dict[str, Any] = {"seed": seed, "steps": top.take("steps", int, least=1)}
@@ -192,7 +218,7 @@ def read_recipe(path: str | Path) -> Recipe | Joint:
     _check_chosen(step, options["train"], program.params)
 
     def source(t: Table) -> Source:
-        files = TextFiles(files_of(t, path.parent), lambda text: tokenizer.encode(text, add_special_tokens=False).ids)
+        files = TextFiles(files_of(t, path.parent), encoder(tokenizer))
         weight = t.take("weight", float, 1.0, above=0)
         t.close()
         return Source(files, weight)
@@ -243,7 +269,10 @@ _OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW, "muon": Muon, "adafac
 _SCHEDULES: dict[str, type[Schedule]] = {"cosine": Cosine, "linear": Linear, "constant": Constant}
 _BOUNDS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
     "least": ("at least", operator.ge), "above": ("above", operator.gt), "below": ("below", operator.lt),
+    "most": ("at most", operator.le),
 }  # fmt: skip
+_MOST = {int: 2**31 - 1, float: float(np.finfo(np.float32).max)}
+"""Whole numbers are counts, and others are computed with in f32: what is larger is a mistake."""
 
 
 class Table:
@@ -255,7 +284,7 @@ class Table:
         self._file, self._lines, self._header = where, lines, header
 
     def take(self, key: str, type: type, *default: Any, **bounds: float) -> Any:
-        """The value of ``key``; ``least``, ``above`` and ``below`` are what it must be."""
+        """The value of ``key``; ``least``, ``most``, ``above`` and ``below`` are what it must be."""
         self._known.append(key)
         if key not in self.items:
             if not default:
@@ -265,15 +294,18 @@ class Table:
             return default[0]
         value = self.items.pop(key)
         if type is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
+            value = float(value) if abs(value) <= _MOST[float] else math.inf if value > 0 else -math.inf
+        shown = brief(value)
         if not isinstance(value, type) or (isinstance(value, bool) and type is not bool):
-            raise RecipeError(f"{self.at(key)}: {key} = {value!r} must be {_KINDS[type]}")
+            raise RecipeError(f"{self.at(key)}: {key} = {shown} must be {_KINDS[type]}")
         if isinstance(value, float) and not math.isfinite(value):
-            raise RecipeError(f"{self.at(key)}: {key} = {value!r} must be finite")
+            raise RecipeError(f"{self.at(key)}: {key} = {shown} must be finite")
+        if type in _MOST:
+            bounds.setdefault("most", _MOST[type])
         for name, bound in bounds.items():
             words, holds = _BOUNDS[name]
             if not holds(value, bound):
-                raise RecipeError(f"{self.at(key)}: {key} = {value!r} must be {words} {bound}")
+                raise RecipeError(f"{self.at(key)}: {key} = {shown} must be {words} {bound}")
         return value
 
     def texts(self, key: str, *default: tuple[str, ...]) -> tuple[str, ...]:
@@ -359,10 +391,7 @@ def _model(table: Table, base: Path, seed: int, loss: Mapping[str, Any]) -> tupl
     """The program with its @loss, its tokenizer, and the token that ends a document."""
     folder, given = table.take("folder", str, None), table.take("tokenizer", str, None)
     path = base / given if given else base / folder / "tokenizer.json" if folder else None
-    try:
-        tokenizer = Tokenizer.from_file(str(path)) if path else byte_tokenizer()
-    except Exception as e:  # the library raises bare Exceptions
-        raise RecipeError(f"{table.where}: the tokenizer {path} cannot be read: {e}") from None
+    tokenizer = tokenizer_of(path, table.where) if path else byte_tokenizer()
     wanted = table.take("end", str, None)
     names = [wanted] if wanted is not None else [END, "<eos>", "</s>", "<|endoftext|>"]
     end = next((i for i in map(tokenizer.token_to_id, names) if i is not None), None)
@@ -381,7 +410,10 @@ def _model(table: Table, base: Path, seed: int, loss: Mapping[str, Any]) -> tupl
 
 
 def _decoder_size(table: Table) -> DecoderSize:
-    numbers = {k: table.take(k, int, least=1) for k in ("dim", "layers", "heads", "kv_heads", "hidden")}
+    numbers = {
+        k: table.take(k, int, least=1, most=MOST_LAYERS if k == "layers" else MOST_SIZE)
+        for k in ("dim", "layers", "heads", "kv_heads", "hidden")
+    }
     context, dropout = table.take("context", int, 1024, least=1), table.take("dropout", float, 0.0, least=0, below=1)
     table.close()
     size = DecoderSize(**numbers, context=context, dropout=dropout)
@@ -389,4 +421,7 @@ def _decoder_size(table: Table) -> DecoderSize:
         raise RecipeError(f"{table.at('heads')}: dim = {size.dim} is not divided by heads = {size.heads} into even parts")
     if size.heads % size.kv_heads:
         raise RecipeError(f"{table.at('kv_heads')}: heads = {size.heads} is not a multiple of kv_heads = {size.kv_heads}")
+    count = size.layers * size.dim * (2 * size.dim + 3 * size.hidden)
+    if count > MOST_PARAMETERS:
+        raise RecipeError(f"{table.where}: these sizes are {count:,} parameters; at most {MOST_PARAMETERS:,} are trained")
     return size

@@ -11,11 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from wasat.frontend.models.config import ConfigError
+from wasat.frontend.models.config import MOST_LAYERS, MOST_POSITIONS, MOST_SIZE, ConfigError, brief
 from wasat.frontend.nn import ACTIVATIONS
 
 MODEL_TYPE = "wasat_gemini"
 """``model_type`` in a folder's config.json."""
+
+MOST = {"layers": MOST_LAYERS, "context": MOST_POSITIONS, "window": MOST_POSITIONS}
+"""The largest number of a field, where it is no width."""
 
 
 def _check(who: object, ok: bool, message: str) -> None:
@@ -24,13 +27,16 @@ def _check(who: object, ok: bool, message: str) -> None:
 
 
 def _check_sizes(who: object) -> None:
-    """Every int of ``who`` is positive; every float is finite."""
+    """Every int of ``who`` is positive and of a size that machines hold; every float is a finite f32."""
     for f in dataclasses.fields(who):  # type: ignore[arg-type]
         value = getattr(who, f.name)
-        if isinstance(value, int) and not isinstance(value, bool):
-            _check(who, value > 0, f"{f.name} is {value}; expected a positive number")
-        if isinstance(value, float):
-            _check(who, math.isfinite(value), f"{f.name} is {value}")
+        most = MOST.get(f.name, MOST_SIZE)
+        for x in value if isinstance(value, tuple) else (value,):
+            if isinstance(x, int) and not isinstance(x, bool):
+                _check(who, x > 0, f"{f.name} is {brief(value)}; expected a positive number")
+                _check(who, x <= most, f"{f.name} is {brief(value)}; at most {most:,} is supported")
+            if isinstance(x, float):
+                _check(who, abs(x) < 2.0**128, f"{f.name} is {value}")
 
 
 def _check_square(who: object, tokens: int, grid: int, what: str) -> None:
@@ -194,6 +200,7 @@ class Audio:
         _check_sizes(self)
         _check_heads(self, self.dim, self.heads)
         _check(self, len(self.strides) == 2 and min(self.strides) > 0, f"strides is {self.strides}; expected two numbers")
+        _check(self, self.samples <= MOST_POSITIONS, f"{self.seconds} seconds are more than {MOST_POSITIONS:,} samples")
         _check(self, self.samples >= self.window, f"{self.samples} samples are less than a window of {self.window}")
         _check(
             self, self.features % self.pool == 0, f"pool is {self.pool}, which does not divide {self.features} features"
@@ -355,8 +362,8 @@ def _value(hint: Any, x: Any, where: str) -> Any:
     if origin is Literal and x in args:
         return x
     if hint is float and isinstance(x, int) and not isinstance(x, bool):
-        return float(x)
+        return float(x) if abs(x) < 2**128 else math.inf if x > 0 else -math.inf
     if origin is None and isinstance(x, hint) and (hint is bool or not isinstance(x, bool)):
         return x
     expected = " or ".join(map(repr, args)) if origin is Literal else "a list" if origin is tuple else hint.__name__
-    raise ConfigError(f"{where} is {x!r}; expected {expected}")
+    raise ConfigError(f"{where} is {brief(x)}; expected {expected}")
