@@ -76,7 +76,7 @@ def divided_after(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
 def keys_first(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
     """Scores [b, h, t, s], normalized over their first axis."""
     s, v = scores(x)
-    w = nn.softmax(nn.where(nn.causal(at).swap(0, 1), s, -INF), axis=-2)
+    w = nn.softmax(nn.where(at[:, None] <= at[None, :], s, -INF), axis=-2)
     return merged(w.swap(2, 3) @ v)
 
 
@@ -168,6 +168,33 @@ def blocks(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
     return merged(nn.softmax(nn.where(keep, s, -INF)) @ v)
 
 
+def heads_apart(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """Less a share of the mean over heads; normalized by what logsumexp and log_softmax say."""
+    s, v = hidden(x, at)
+    w = nn.exp(s - nn.logsumexp(s, -1, keepdims=True)) + nn.exp(nn.log_softmax(s * 0.5, axis=-1))
+    return merged((w - 0.3 * w.mean(1, keepdims=True)) @ v)
+
+
+def state_space(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """Mamba2 in its quadratic form: decays are differences of running sums."""
+    run = nn.cumsum(nn.softplus(x[..., :HEADS]) * -0.5, axis=1).swap(1, 2)
+    decay = nn.exp(nn.where(nn.causal(at), run[..., :, None] - run[..., None, :], -INF))
+    s, v = scores(x)
+    return merged((s * decay) @ v)
+
+
+def largest_so_far(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    return nn.where(nn.causal(at)[None, :, :, None], x[:, None], -INF).max(2)
+
+
+def from_a_table(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """A factor by the distance, looked up, under a triangle of numbers that is a constant."""
+    n, d = at.shape[0], nn.maximum(at[:, None] - at[None, :], 0)
+    near = nn.gather(nn.constant(np.cos(np.arange(48, dtype=np.float32))), d)
+    s, v = scores(x)
+    return merged((s * near * nn.constant(np.tri(48, dtype=np.float32))[:n, :n]) @ v)
+
+
 def sequence_first(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
     """Heads folded into the batch, positions in front: [s, b * h, d]."""
     s, b = x.shape[1], x.shape[0]
@@ -244,8 +271,8 @@ MIXES: dict[str, Mix | Callable[[], nn.Module]] = {
     f.__name__: f
     for f in (
         softmax1, sigmoid, squared, divided_after, keys_first, talking, sink, token_sink, decaying, averaged, largest,
-        stick_breaking, repeated_heads, by_tokens, fused_by_tokens, streaming, blocks, sequence_first, running_sums, recurrent,
-        folded_scan, shifted, far_back, layers,
+        stick_breaking, repeated_heads, by_tokens, fused_by_tokens, streaming, blocks, heads_apart, state_space,
+        largest_so_far, from_a_table, sequence_first, running_sums, recurrent, folded_scan, shifted, far_back, layers,
     )
 }  # fmt: skip
 CONVOLUTIONS: dict[str, Callable[[], nn.Module]] = {
@@ -496,3 +523,8 @@ def test_no_more_is_kept_than_must_be(name: str, kept: list[str]) -> None:
     _, program = derived(name)
     names = set(program.interface.state_names)
     assert [str(v.type) for v in program["decode"].inputs if v.name in names] == kept
+
+
+@pytest.mark.parametrize("name, context", [("from_a_table", 48), ("decaying", None)])
+def test_tables_of_distances_limit_the_context(name: str, context: int | None) -> None:
+    assert derived(name)[1].interface.context == context
