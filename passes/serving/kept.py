@@ -428,7 +428,7 @@ def guard(d: Derivation, v: Value, x: Value, key: int, f: Factor | None, node: N
     if key < query:
         is_later = d.b.transpose(is_later, perm=(0, 2, 1))
     is_later = d.b.reshape(is_later, shape=(d.batch, *shape))
-    if not lifted and label.kind == "scores":
+    if not lifted and (label.kind == "scores" or label.rows):
         is_later = d.spread(v, is_later, len(v.shape), d.plan.places.get(v, FIRST))
     constant = d.b.constant(int(number) if v.tensor.dtype.is_int else number, v.tensor.dtype)
     return d.b.select(is_later, constant, x)

@@ -499,6 +499,23 @@ def test_the_last_carry_alone() -> None:
             np.testing.assert_allclose(got[r], want, rtol=1e-4, atol=1e-5)
 
 
+class Started(Model):
+    """Rows begin at positions of their own: padding in front is not seen."""
+
+    def __call__(self, tokens: nn.Tensor, start: nn.Tensor) -> nn.Tensor:  # type: ignore[override]
+        x, at = self.norm(self.embed(tokens)), nn.positions(tokens)
+        seen = nn.causal(at) & (at[None, None, :] >= start[:, None, None])
+        s, v = scores(x)
+        x = x + merged(nn.sigmoid(nn.where(seen[:, None], s, -INF)) @ v)
+        return self.head(self.norm(x + seen.cast("f32") @ x))
+
+
+def test_masks_that_differ_between_rows() -> None:
+    program = nn.trace(Started(recurrent), {"tokens": "i64[b, s]", "start": "i64[b]"}, outputs=["logits"])
+    served, _ = ws.optimize(program, kv_cache=True, chunk=6, check=True)
+    assert [s.kind for s in served.interface.states] == ["full", "full"]
+
+
 # -- what is kept --------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "name, kept",
