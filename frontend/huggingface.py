@@ -105,8 +105,8 @@ def _sources(wanted: dict[str, TensorType], found: dict[str, Stored], folder: Pa
 def _same(a: Stored, b: Stored) -> bool:
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
-    x, y = a.map(), b.map()
-    return all(np.array_equal(x[i : i + 4096], y[i : i + 4096]) for i in range(0, a.shape[0] if a.shape else 0, 4096))
+    steps = (slice(i, i + 4096) for i in range(0, a.shape[0] if a.shape else 0, 4096))
+    return all(np.array_equal(a.load(rows), b.load(rows)) for rows in steps)
 
 
 def generation_ids(folder: Path, config: dict[str, Any]) -> Generation:

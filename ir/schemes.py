@@ -95,9 +95,10 @@ def _f16(blocks: Bytes, at: int) -> np.ndarray:
 
 def _planes(raw: Bytes, width: int, bits: int) -> np.ndarray:
     """Fields of ``bits`` of each run of ``width`` bytes: all lowest fields of a run, then the next ones."""
+    *lead, size = raw.shape  # of no blocks, too
     shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
-    fields = (raw.reshape(*raw.shape[:-1], -1, 1, width) >> shifts) & np.uint8((1 << bits) - 1)
-    return fields.reshape(*raw.shape[:-1], -1)
+    fields = (raw.reshape(*lead, size // width, 1, width) >> shifts) & np.uint8((1 << bits) - 1)
+    return fields.reshape(*lead, size * 8 // bits)
 
 
 def _fifth_bits(blocks: Bytes, at: int) -> np.ndarray:

@@ -326,7 +326,7 @@ class BlockArray(QArray):
 
     def _of_groups(self, x: np.ndarray) -> np.ndarray:
         groups = self.scheme.block // self.scheme.group
-        return np.broadcast_to(x, (*x.shape[:-1], groups)).reshape(*self.shape[:-1], -1)
+        return np.broadcast_to(x, (*x.shape[:-1], groups)).reshape(*self.shape[:-1], self.data.shape[-2] * groups)
 
 
 def join(xs: Sequence[QArray], axis: int) -> QArray:

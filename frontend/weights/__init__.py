@@ -2,6 +2,6 @@
 
 from .load import load_weights
 from .safetensors import CheckpointError, FileParam
-from .storage import store_as
+from .storage import StoredTensor, store_as
 
-__all__ = ["CheckpointError", "FileParam", "load_weights", "store_as"]
+__all__ = ["CheckpointError", "FileParam", "StoredTensor", "load_weights", "store_as"]

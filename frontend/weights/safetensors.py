@@ -36,15 +36,20 @@ class Stored:
     offset: int
     """First byte in the file."""
 
-    def map(self) -> np.ndarray:
-        """A read-only view of the file, of the stored type."""
+    @property
+    def type(self) -> TensorType:
+        """What :meth:`load` gives."""
+        return TensorType(self.dtype, self.shape)
+
+    def load(self, rows: slice = slice(None)) -> np.ndarray:
+        """A read-only view of the file, or of some rows of it."""
         if 0 in self.shape:
-            return np.zeros(self.shape, self.dtype.np)
+            return np.zeros(self.shape, self.dtype.np)[rows]
         try:
             raw = np.memmap(self.file, self.dtype.np, "r", self.offset, self.shape)
         except (OSError, ValueError) as e:
             raise CheckpointError(f"{self.file}: tensor {self.name} cannot be read: {e}") from None
-        return raw.view(np.ndarray)
+        return raw.view(np.ndarray)[rows]
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class FileParam:
 
     def load(self) -> np.ndarray:
         """The array; a view of the file where nothing has to be converted."""
-        return self.stored.map().astype(self.type.dtype.np, copy=False)
+        return self.stored.load().astype(self.type.dtype.np, copy=False)
 
 
 class _Duplicate(ValueError):

@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
-from wasat.ir import Builder, Graph, TensorType, Type
+from typing import Protocol
+
+from wasat.ir import Array, Builder, Graph, TensorType, Type
+
+
+class StoredTensor(Protocol):
+    """A tensor of a file, whatever reads that: nothing is read before ``load``, and no more than the rows asked for."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def type(self) -> Type:
+        """The type that it is stored in."""
+
+    def load(self, rows: slice = slice(None)) -> Array:
+        """The numbers; a view of the file where nothing has to be taken apart."""
 
 
 def store_as(graph: Graph, name: str, type: Type) -> None:

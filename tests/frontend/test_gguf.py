@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ from tokenizers import Tokenizer
 from wasat.frontend import CheckpointError, ConfigError, from_pretrained
 from wasat.frontend.gguf import from_gguf
 from wasat.frontend.gguf.metadata import config_of
+from wasat.frontend.weights import StoredTensor
 from wasat.frontend.weights.gguf import read_gguf
-from wasat.ir import Program, evaluate
+from wasat.frontend.weights.safetensors import read_header
+from wasat.ir import Program, QArray, evaluate, type_of
 
 TOKENS = np.array([[1, 5, 200, 77, 3, 250, 9, 12, 13, 14, 90, 91], [9, 9, 1, 0, 2, 61, 5, 5, 8, 100, 101, 40]])
 
@@ -90,6 +92,23 @@ def test_a_file_is_the_checkpoint_of_its_dequantized_tensors(
     found = {str(v.type).partition("[")[0] for n, v in program["forward"].params.items() if "proj.weight" in n}
     assert found == {{"Q8_0": "int8b32f16", "Q4_0": "int4b32f16"}.get(kind, kind.lower())}
     assert (program.origin.family, program.interface.context) == (model_type, 128)
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0", "Q4_0", "Q5_1"])
+def test_rows_are_read_as_asked(kind: str, tmp_path: Path) -> None:
+    """Of every reader."""
+    dense = write(tmp_path / "m.gguf", "llama", kinds=lambda name: kind)
+    save_file(dense, tmp_path / "m.safetensors")
+    readers: list[Mapping[str, StoredTensor]] = [
+        read_gguf(tmp_path / "m.gguf").tensors, read_header(tmp_path / "m.safetensors"),
+    ]  # fmt: skip
+    for tensors in readers:
+        t, x = tensors["blk.0.ffn_up.weight"], dense["blk.0.ffn_up.weight"]
+        for rows in (slice(None), slice(3, 9), slice(90, 200), slice(5, 5)):
+            found = t.load(rows)
+            numbers = found.dense() if isinstance(found, QArray) else found.astype(np.float32)
+            np.testing.assert_array_equal(numbers, x[rows])
+        assert type_of(t.load()) == t.type
 
 
 def test_rows_of_queries_and_keys_are_those_of_a_checkpoint(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ def test_the_numbers_are_those_of_gguf(scheme: Scheme) -> None:
         x = BlockArray(QTensorType(scheme.name, (40, 2 * scheme.block)), blocks)
         assert same_bits(x.dense(), theirs(blocks, scheme.name))
         assert same_bits(x.rows(slice(3, 5)).dense(), x.dense()[3:5])
+        assert x.rows(slice(5, 5)).dense().shape == (0, 2 * scheme.block)
         assert same_bits(x.rows(np.array([[7, 2]])).dense(), x.dense()[[[7, 2]]])
     assert (x.values.min(), x.values.max()) == (scheme.low, scheme.high)
     assert 0.05 < BlockArray(x.type, usual).dense().std() < 3

@@ -58,6 +58,6 @@ def test_the_backbone_is_gemma_3() -> None:
     ))  # fmt: skip
     program = gemini.Gemini(config).program()
     for name in program.params:
-        x = stored[theirs(name, GEMMA)].map()
+        x = stored[theirs(name, GEMMA)].load()
         filled(program, name, 1 + x if "norm" in name else x)  # Gemma's norms scale by 1 + weight
     np.testing.assert_allclose(run(program, tokens=golden["ids"])["logits"], golden["logits"], rtol=1e-4, atol=1e-4)
