@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from wasat.ir import Builder, Graph, Node, TypeMismatch, Value
+from wasat.ir import Builder, DimLike, Graph, Node, TypeMismatch, Value
 from wasat.ir.axes import product
+from wasat.ir.ops.index import ScatterAttrs
 
 from ..analyses.labels import Atom, Label, Labels, arrange, every, flat, fresh, is_view, operand_labels, peel
 from ..cleanup.hoist_params import param_only
@@ -17,6 +18,8 @@ from ..cleanup.rows_apart import rows_apart
 from ..core import GraphPass, Remarks
 from ..pattern import Mismatch, number_of, replace
 from .stack_experts import Stack, share_of, terms_of
+
+_NOT_ZERO = "no share is known to be zero but at the places of top_k"
 
 
 @dataclass(frozen=True)
@@ -89,24 +92,28 @@ class _Run:
                 self.remarks.applied(f"%{node.output.name}: {self.made} grouped product{'s' * (self.made > 1)}", node)
                 replace(self.graph, node.output, new)
                 found += self.made
-        if not found:
-            self._experts_left()
+        self._experts_left()
         return bool(found)
 
     def _take_back(self, node: Node, last: Node | None) -> None:
         while node.prev is not None and node.prev is not last:
             self.graph.erase(node.prev)
 
+    def _chosen_from(self) -> set[DimLike]:
+        """How many there are to choose from, where there is a choice."""
+        return {n.inputs[0].shape[n.attrs.axis] for n in self.graph.nodes if n.op.name == "top_k"}  # type: ignore[attr-defined]
+
     def _experts_left(self) -> None:
         """Names products of all experts beside a choice of some."""
-        sizes = {n.inputs[0].shape[n.attrs.axis] for n in self.graph.nodes if n.op.name == "top_k"}  # type: ignore[attr-defined]
+        sizes = self._chosen_from()
         for node in self.graph.nodes:
-            for v in node.inputs if node.op.kind == "product" else ():
+            for v, axes in zip(node.inputs, _rule(node).operands) if node.op.kind == "product" else ():
+                if any(f.role == "indexed" for axis in axes for f in axis):
+                    continue
                 base = _base(v)
                 if v in self.only and len(base.shape) > 2 and base.shape[0] in sizes and node.inputs[0] not in self.only:
                     which = f"all {base.shape[0]} experts of %{base.name}"
-                    why = "no share is known to be zero but at the places of top_k"
-                    self.remarks.missed(f"%{node.output.name}: {which} are computed: {why}", node)
+                    self.remarks.missed(f"%{node.output.name}: {which} are computed: {_NOT_ZERO}", node)
 
     # -- weights that were gathered --------------------------------------------------------------------------------------
     def gathered(self, node: Node) -> Value | None:
@@ -193,6 +200,8 @@ class _Run:
                 known[found[2]] = term
         for (share, axis), terms in shares.items():
             if len(terms) < 2 or len(terms) != share.shape[axis] or self.support(share, fresh(share.shape)) is None:
+                if len(terms) > 1 and share.shape[axis] in self._chosen_from():
+                    self.remarks.missed(f"%{node.output.name}: all {len(terms)} experts are computed: {_NOT_ZERO}", node)
                 others += terms.values()
                 continue
             every_expert, _ = Stack(self.b, len(terms), self.only).of([terms[i] for i in range(len(terms))])
@@ -295,6 +304,12 @@ class _Substitution:
         return tuple(tuple(b for a in flat(label) for b in (self.each if a is self.e else [a])) for label in labels)
 
     def root(self, node: Node, operands: list[Labels], out: Labels) -> Value:
+        made = self._root(node, operands, out)
+        if self.e.parts:  # after something was taken to be the same for all experts
+            raise Mismatch("the axis of experts is taken apart")
+        return made
+
+    def _root(self, node: Node, operands: list[Labels], out: Labels) -> Value:
         weights = [i for i, v in enumerate(node.inputs) if v in self.run.only and self.e in every(operands[i])]
         if weights and node.op.kind == "product":  # the sum over experts is that of a product with their weights
             (i,) = weights
@@ -310,6 +325,8 @@ class _Substitution:
     def value(self, v: Value, labels: Labels, within: Labels | None = None) -> Value:
         """``v`` with the chosen experts in the place of all. ``within``: labels of the result of an elementwise operation."""
         labels = tuple(tuple(flat(x)) for x in labels)
+        if self.e.parts:
+            raise Mismatch("the axis of experts is taken apart")
         if self.e not in every(labels):
             return v
         if v in self.run.only:
@@ -345,7 +362,7 @@ class _Substitution:
         if v.node is None or len(v.node.outputs) != 1:
             return None
         operands, _ = operand_labels(v.node, labels)
-        if v.node.op.name == "scatter_along":
+        if v.node.op.name == "scatter_along" and ScatterAttrs.of(v.node).reduce in ("none", "add"):
             parts = [(v.node.inputs[1], operands[1]), (v.node.inputs[2], operands[2])]
         else:
             parts = [peel(*part) for part in _factors(v.node, operands)]

@@ -104,6 +104,13 @@ def repeated_tokens(m: Experts, x: nn.Tensor) -> nn.Tensor:
     return (y * share).sum(0).reshape(b, s, DIM)
 
 
+def wide(m: Experts, x: nn.Tensor) -> nn.Tensor:
+    """One product for all experts, with a bias."""
+    y = nn.linear(x, m.gate_up.transpose(0, 2, 1).reshape(-1, DIM), m.gate_up_bias.reshape(-1))
+    y = clamped(y.reshape(*x.shape[:-1], E, 2 * HIDDEN))
+    return nn.einsum("b s e h, e h d, b s e -> b s d", y, m.out, m.share(x))
+
+
 def gathered(m: Experts, x: nn.Tensor) -> nn.Tensor:
     share, which = m.choice(x)
     gate, up, down = (nn.gather(w, which) for w in (m.gate, m.up, m.down))
@@ -135,11 +142,13 @@ SPELLINGS: dict[str, tuple[Callable[[Experts, nn.Tensor], nn.Tensor], int]] = {
     "shares renormalized": (with_share(renormalized), 3),
     "shares as a masked softmax": (with_share(masked_softmax), 3),
     "shares by comparison": (with_share(compared), 3),
+    "shares of some tokens": (with_share(lambda m, x: nn.where(x[..., :1] > 0.0, m.share(x), 0.0)), 3),
     "shares times a mask": (with_share(lambda m, x: nn.sigmoid(m.router(x)) * (m.mask(x) * 2.0)), 3),
     "shares after the products": (after_down, 3),
     "shares before the last product": (before_down, 3),
     "dispatch": (dispatched, 3),
     "tokens repeated": (repeated_tokens, 2),
+    "one wide product": (wide, 2),
     "weights gathered": (gathered, 3),
     "weights gathered for rows": (gathered_rows, 2),
     "weights gathered, sums": (gathered_sums, 2),
@@ -159,6 +168,8 @@ def test_a_spelling_becomes_grouped_products(name: str) -> None:
     assert not [r for r in report.remarks("missed") if "experts" in r.message], report.explain("missed")
     assert sum(n.op.name == "grouped_linear" for n in g.nodes) in (products, products - 1)  # gate and up may be one
     assert not [n for n in g.nodes if n.op.kind == "product" and str(E * HIDDEN) in str(n.output.type)]
+    if name in ("shares from one-hots", "shares scattered", "shares before the last product"):  # they are known as they were
+        assert not g.count("take_along") + g.count("one_hot") + g.count("scatter_along")
     for b, s in ((2, 3), (1, 1), (3, 17)):
         x = np.random.default_rng(b).normal(size=(b, s, DIM)).astype(np.float32)
         assert_allclose(ws.run(fused, x=x)["y"], ws.run(program, x=x)["y"], rtol=1e-4, atol=1e-5)
@@ -197,15 +208,16 @@ def test_merged_rows_get_a_cache() -> None:
 class Modules(nn.Module):
     """Experts as modules in a list, in a loop."""
 
-    def __init__(self, bias: bool) -> None:
-        self.router = nn.Linear(DIM, E)
-        self.experts = nn.ModuleList([nn.GLU(DIM, HIDDEN, bias=bias) for _ in range(E)])
+    def __init__(self, bias: bool, count: int = E) -> None:
+        self.router = nn.Linear(DIM, count)
+        self.experts = nn.ModuleList([nn.GLU(DIM, HIDDEN, bias=bias) for _ in range(count)])
 
     def __call__(self, x: nn.Tensor) -> nn.Tensor:
-        best, which = nn.top_k(self.router(x), K)
-        share = (nn.one_hot(which, E) * nn.softmax(best)[..., None]).sum(-2)
+        count = len(self.experts)
+        best, which = nn.top_k(self.router(x), count // 2)
+        share = (nn.one_hot(which, count) * nn.sigmoid(best)[..., None]).sum(-2)
         y = x
-        for e in range(E):
+        for e in range(count):
             y = y + share[..., e : e + 1] * self.experts[e](x)
         return y
 
@@ -219,14 +231,45 @@ class Unlike(Modules):
         self.experts = nn.ModuleList([*(nn.GLU(DIM, HIDDEN) for _ in range(E - 1)), self.other])
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_experts_in_a_loop(bias: bool) -> None:
-    program = nn.trace(Modules(bias), {"x": f"f32[b, s, {DIM}]"}, outputs=["y"])
+@pytest.mark.parametrize(("bias", "count"), [(False, E), (True, E), (False, 2)])
+def test_experts_in_a_loop(bias: bool, count: int) -> None:
+    program = nn.trace(Modules(bias, count), {"x": f"f32[b, s, {DIM}]"}, outputs=["y"])
     fused, report = ws.optimize(program, kv_cache=False)
     assert fused["forward"].count("grouped_linear") == 2, report.explain()
     assert fused["forward"].count("linear") == 1
     x = np.random.default_rng(1).normal(size=(2, 9, DIM)).astype(np.float32)
     assert_allclose(ws.run(fused, x=x)["y"], ws.run(program, x=x)["y"], rtol=1e-4, atol=1e-5)
+
+
+class AllOf(Modules):
+    """Shares of which none is zero."""
+
+    def __call__(self, x: nn.Tensor) -> nn.Tensor:
+        share = nn.softmax(self.router(x)) + nn.top_k(self.router(x), K)[0].sum(-1, keepdims=True)
+        return sum((share[..., e : e + 1] * self.experts[e](x) for e in range(1, E)), share[..., :1] * self.experts[0](x))
+
+
+def test_experts_in_a_loop_that_are_all_wanted_stay() -> None:
+    program = nn.trace(AllOf(False), {"x": f"f32[b, s, {DIM}]"}, outputs=["y"])
+    after, report = ws.optimize(program, kv_cache=False)
+    assert not after["forward"].count("grouped_linear")
+    assert [r for r in report.remarks("missed") if f"all {E} experts are computed" in r.message], report.explain("missed")
+
+
+def test_experts_that_stay_f32_are_named() -> None:
+    class Large(Experts):
+        def __init__(self) -> None:
+            super().__init__(with_share(thresholded))
+            self.up = nn.Parameter((E, HIDDEN, DIM))
+            self.wide = nn.Parameter((E, 40, 64))
+
+        def __call__(self, x: nn.Tensor) -> nn.Tensor:
+            every = nn.einsum("b s e, e n k -> b s e n", thresholded(self, x), self.wide)
+            return super().__call__(x) + every.sum((2, 3))[..., None]
+
+    program = nn.trace(Large(), {"x": f"f32[b, s, {DIM}]"}, outputs=["y"])
+    _, report = ws.optimize(program, kv_cache=False, quantize="int8")
+    assert [r for r in report.remarks("missed") if r.message.startswith("%wide stays f32")], report.explain("missed")
 
 
 def test_experts_in_a_loop_that_differ_stay() -> None:
@@ -267,6 +310,52 @@ def test_rows_are_apart_where_they_are_rows(node: str, apart: bool) -> None:
     assert any(v.shape[:1] == (symbol("b"),) and v.node.op.name != "reshape" for v in program["g"].values() if v.node) is apart
     for got, w in zip(evaluate(program["g"], given), want):
         assert_allclose(np.asarray(got), np.asarray(w), rtol=1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 3, E])
+@pytest.mark.parametrize("name", ["shares from one-hots", "shares scattered", "dispatch", "shares before the last product"])
+def test_one_and_all_of_them(name: str, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "K", k)
+    program = traced(SPELLINGS[name][0])
+    fused, _ = ws.optimize(program, kv_cache=False)
+    assert fused["forward"].count("grouped_linear") >= 2
+    x = np.random.default_rng(1).normal(size=(2, 9, DIM)).astype(np.float32)
+    assert_allclose(ws.run(fused, x=x)["y"], ws.run(program, x=x)["y"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["mul", "max", "min"])
+def test_shares_that_met_zeros(how: str) -> None:
+    """A scatter that multiplies or compares with what is there."""
+
+    def share(m: Experts, x: nn.Tensor) -> nn.Tensor:
+        scores = m.router(x)
+        best, which = nn.top_k(scores, K)
+        return nn.emit("scatter_along", nn.zeros_like(scores), which, best, axis=-1, reduce=how)
+
+    program = traced(with_share(share))
+    fused, _ = ws.optimize(program, kv_cache=False)
+    x = np.random.default_rng(1).normal(size=(2, 9, DIM)).astype(np.float32)
+    assert_allclose(ws.run(fused, x=x)["y"], ws.run(program, x=x)["y"], rtol=1e-4, atol=1e-5)
+
+
+def test_experts_in_groups_are_all_computed() -> None:
+    """The hidden values in two groups of experts: the axis is not one any more. All are chosen, so that sizes fit."""
+
+    class Groups(nn.Module):
+        def __init__(self) -> None:
+            self.router, self.w = nn.Linear(DIM, 4), nn.Parameter((4, 3, DIM), std=0.5)
+
+        def __call__(self, x: nn.Tensor) -> nn.Tensor:
+            best, which = nn.top_k(self.router(x), 4)
+            share = (nn.one_hot(which, 4) * nn.sigmoid(best)[..., None]).sum(-2)
+            y = nn.einsum("t d, e n d -> t e n", x, self.w).reshape(-1, 2, 2, 3)
+            y = (y * nn.sigmoid(y)).reshape(-1, 4, 3)
+            return (y * share[..., None]).sum(-2)
+
+    program = nn.trace(Groups(), {"x": f"f32[t, {DIM}]"}, outputs=["y"])
+    after, _ = ws.optimize(program, kv_cache=False)
+    x = np.random.default_rng(1).normal(size=(9, DIM)).astype(np.float32)
+    assert_allclose(ws.run(after, x=x)["y"], ws.run(program, x=x)["y"], rtol=1e-4, atol=1e-5)
 
 
 def test_text_in_text_out() -> None:
@@ -349,6 +438,18 @@ def test_a_near_miss_stays_and_says_why(name: str) -> None:
 def test_places_that_may_be_twice_the_same_stay() -> None:
     """Their shares would add up once for each."""
     program = nn.trace(_Given(), {"x": f"f32[t, {DIM}]", "which": "i64[t, 2]"}, outputs=["y"])
+    after, _ = ws.optimize(program, kv_cache=False)
+    assert not after["forward"].count("grouped_linear")
+
+
+def test_the_largest_numbers_are_no_places() -> None:
+    """Of several equal ones, each is one of them: top_k's values, where they are integers."""
+
+    class Values(_Given):
+        def __call__(self, x: nn.Tensor, which: nn.Tensor) -> nn.Tensor:
+            return super().__call__(x, nn.top_k(which, 2)[0])
+
+    program = nn.trace(Values(), {"x": f"f32[t, {DIM}]", "which": "i64[t, 3]"}, outputs=["y"])
     after, _ = ws.optimize(program, kv_cache=False)
     assert not after["forward"].count("grouped_linear")
 
