@@ -61,9 +61,11 @@ class _GeluTanh(Rewrite):
         c, k = math.sqrt(2 / math.pi), 0.044715
         square = p.either(p.mul(x, x), p.pow(x, 2.0))
         cubed = p.either(p.pow(x, 3.0), p.mul(square, x))
+        part = p.either(p.mul(square, k), p.mul(p.mul(x, k), x))
         scaled = p.either(
-            p.mul(p.add(x, p.either(p.mul(cubed, k), p.mul(p.mul(square, k), x), p.mul(p.mul(x, k), square))), c),
-            p.mul(p.mul(x, c), p.add(p.mul(square, k), 1.0)),
+            p.mul(p.add(x, p.either(p.mul(cubed, k), p.mul(part, x), p.mul(p.mul(x, k), square))), c),
+            p.mul(p.mul(x, c), p.add(part, 1.0)),
+            p.mul(p.mul(x, p.add(part, 1.0)), c),
             p.mul(x, p.add(p.mul(square, k * c), c)),
         )
         return _times_half(p, p.add(p.tanh(scaled), 1.0), x)

@@ -35,6 +35,8 @@ class _Scores:
     """Float masks, each with the number that multiplies it."""
     met: dict[Value, tuple[DimLike, ...]]
     """Masks, each with the shape of the scores where it meets them: with heads as they are grouped there."""
+    per_head: list[Value]
+    """Numbers [1 | b, 1 | h, 1, 1] that multiply the scores."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ class FuseAttention(GraphPass):
     """Recognizes attention at every softmax; each one that stays is reported with the guard that failed.
 
     Takes multi-head, grouped (by repetition or broadcast of heads) and multi-query attention in any order of axes; a scale on
-    scores, queries or keys; softcap; causal and window predicates over positions in any spelling, which become attributes;
-    other masks, boolean or additive, which stay operands; a softmax in a wider type.
+    scores, queries or keys, one for each head too; softcap; causal and window predicates over positions in any spelling, which
+    become attributes; other masks, boolean or additive, which stay operands; a softmax in a wider type.
     """
 
     name = "fuse-attention"
@@ -139,6 +141,7 @@ def _scores(graph: Graph, softmax: Node) -> _Scores:
     mask = Mask()
     additive: list[tuple[Value, float]] = []
     met: dict[Value, tuple[DimLike, ...]] = {}
+    per_head: list[Value] = []
     while True:
         node = x.node
         if node is None:
@@ -148,7 +151,9 @@ def _scores(graph: Graph, softmax: Node) -> _Scores:
         if name == "matmul":
             if mask.finite and (mask.operands or any(_may_hide(v) for v, _ in additive)):
                 raise Miss("a mask fills with a finite number beside one that is data: some query may see nothing; use -inf")
-            return _Scores(softmax, node, factor, softcap, mask, additive, met)
+            return _Scores(softmax, node, factor, softcap, mask, additive, met, per_head)
+        if per_head and (name not in ("mul", "div", "tanh") or (name == "tanh" and softcap is None)):
+            raise Miss(f"{node!r}: what it gives is multiplied by numbers of each head")
         if _passes(node):
             x = node.inputs[0]
         elif name == "select":
@@ -157,7 +162,7 @@ def _scores(graph: Graph, softmax: Node) -> _Scores:
             x, c = step
             inner = x.node
             if name == "mul" and inner is not None and inner.op.name == "tanh" and softcap is None:
-                if factor != 1.0 or additive or c <= 0:
+                if factor != 1.0 or c <= 0 or per_head:
                     raise Miss(f"{node!r}: a factor is applied after the softcap")
                 _only_use(graph, x)
                 softcap, factor, x = c, c, inner.inputs[0]
@@ -167,12 +172,25 @@ def _scores(graph: Graph, softmax: Node) -> _Scores:
             x = _added(node, shape, mask, additive, factor, softcap)
         elif name == "mul" and (kept := _zeroed(node, shape, mask)) is not None:
             x = kept
+        elif name == "mul" and (scaled := _per_head(node)) is not None:
+            x, m = scaled
+            per_head.append(m)
         else:
             raise Miss(f"%{x.name} is {name}; between softmax and q @ k stand only scale, softcap, mask and casts")
         masks = [v for v, _ in (*mask.operands, *additive)]
         for v in masks:
             if met.setdefault(v, shape) != shape and masks.count(v) > 1:
                 raise Miss(f"the mask %{v.name} is applied to heads in two groupings")
+
+
+def _per_head(node: Node) -> tuple[Value, Value] | None:
+    """Scores [b, h, s, t], and the numbers [1 | b, 1 | h, 1, 1] that multiply them."""
+    shape = node.output.shape
+    for scores, m in (node.inputs, node.inputs[::-1]):
+        own = (1,) * (4 - len(m.shape)) + tuple(m.shape)
+        if scores.type == node.output.type and len(shape) == 4 and own[2:] == (1, 1) and _reaches_product(scores):
+            return scores, m
+    return None
 
 
 def _before_softcap(node: Node, softcap: float | None) -> None:
@@ -426,6 +444,9 @@ def _fuse(graph: Graph, softmax: Node) -> Value:
     mask = _mask_parts(s)
     b = Builder(graph, before=last, loc=softmax.loc)
     operands = [q.arranged(b, False), k.arranged(b, True), v.arranged(b, False)]
+    for m in s.per_head:
+        rows, heads = ((1,) * (4 - len(m.shape)) + tuple(m.shape))[:2]
+        operands[0] = b.mul(operands[0], b.reshape(m, shape=(rows, 1, heads, 1)))
     if mask:
         operands.append(_emit_mask(b, mask, operands[0].tensor.dtype))
     y = b.attention(

@@ -55,6 +55,10 @@ SPELLINGS = {
         + TANH + HALVED,
         "a = mul(%x, 0.7978845608:f32)\n q = pow(%x, 2.0:f32)\n k = mul(%q, 0.044715:f32)\n i = add(%k, 1.0:f32)\n"
         "s = mul(%a, %i)\n" + TANH + HALF,
+        "a = mul(%x, 0.79788456:f32)\n k = mul(%x, 0.044715:f32)\n q = mul(%k, %x)\n i = add(1.0:f32, %q)\n"
+        "s = mul(%a, %i)\n" + TANH + HALF,  # Bloom's
+        "k = mul(%x, 0.044715:f32)\n q = mul(%k, %x)\n i = add(%q, 1.0:f32)\n a = mul(%x, %i)\n"
+        "s = mul(%a, 0.79788456:f32)\n" + TANH + HALF,
         "q = mul(%x, %x)\n k = mul(%q, 0.035677408:f32)\n i = add(%k, 0.7978845608:f32)\n s = mul(%x, %i)\n" + TANH + HALF,
     ],
     "softplus": [

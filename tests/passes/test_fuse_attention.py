@@ -587,3 +587,57 @@ def test_a_finite_fill_beside_a_bias_is_fused() -> None:
     program = random_program(text)
     PassManager([FuseAttention(), Cleanup()], check=InterpreterCheck([{"b": 2, "s": 5}])).run(program)
     assert program["f"].count("attention") == 1
+
+
+PER_HEAD = BEFORE.replace("%m: bool[b, 1, 1, t])", "%m: bool[b, 1, 1, t], %p: f32[4, 1, 1])").replace(
+    "mul(%scores, 0.5:f32)", "mul(%p, %scores)"
+)
+CAPPED = "  %n: f32[b, 4, s, t] = div(%scores, 3.0:f32)\n"
+CAPPED += "  %u: f32[b, 4, s, t] = tanh(%n)\n  %c: f32[b, 4, s, t] = mul(%u, 3.0:f32)\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        PER_HEAD,
+        PER_HEAD.replace("%p: f32[4, 1, 1]", "%p: f32[b, 1, 1, 1]"),
+        PER_HEAD.replace("%scores: f32", "%first: f32").replace(
+            "  %scaled", "  %scores: f32[b, 4, s, t] = mul(%first, 0.5:f32)\n  %scaled"
+        ),
+    ],
+)
+def test_a_scale_of_each_head(text: str) -> None:
+    program = random_program(text)
+    check = InterpreterCheck([{"b": 1, "s": 1, "t": 3}, {"b": 2, "s": 3, "t": 5}])
+    PassManager([FuseAttention()], check=check).run(program)
+    assert (program["f"].count("attention"), program["f"].count("softmax")) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    "old, new, reason",
+    [
+        ("softmax(%masked)", "softmax(%twice)", "multiplied by numbers of each head"),
+        ("%p: f32[4, 1, 1]", "%p: f32[4, s, 1]", "%scaled is mul"),
+        ("%p: f32[4, 1, 1]", "%p: f32[t]", "%scaled is mul"),
+        ("mul(%p, %scores)", "mul(%p, %c)", "a factor is applied after the softcap"),
+    ],
+)
+def test_other_scales_stay(old: str, new: str, reason: str) -> None:
+    text = PER_HEAD.replace(old, new)
+    text = text.replace("  %probs", "  %twice: f32[b, 4, s, t] = mul(%masked, %p)\n  %probs") if "twice" in new else text
+    text = text.replace("  %scaled", CAPPED + "  %scaled") if "%c" in new else text
+    program = random_program(text)
+    report = PassManager([FuseAttention()]).run(program)
+    assert program["f"].count("attention") == 0
+    assert reason in report.remarks("missed")[0].message
+
+
+def test_numbers_added_after_a_softcap() -> None:
+    """A bias, and a mask that is data: both stand where the operation has its mask."""
+    text = BEFORE.replace("%m: bool[b, 1, 1, t])", "%m: bool[b, 1, 1, t], %bias: f32[4, s, t])").replace(
+        "  %scaled: f32[b, 4, s, t] = mul(%scores, 0.5:f32)", CAPPED + "  %scaled: f32[b, 4, s, t] = add(%c, %bias)"
+    )
+    program = random_program(text)
+    PassManager([FuseAttention()], check=InterpreterCheck([{"b": 1, "s": 1, "t": 3}, {"b": 2, "s": 3, "t": 5}])).run(program)
+    (node,) = (n for n in program["f"].nodes if n.op.name == "attention")
+    assert (node.attrs.softcap, node.attrs.scale, len(node.inputs)) == (3.0, 1.0, 4)
