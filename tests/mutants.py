@@ -54,6 +54,10 @@ TESTS = {  # what covers a file; for others it is the file of the same name, or 
     "passes/training/remat.py": ["tests/passes/test_remat.py"],
     "backends/tvm/ops/indices.py": ["tests/face/test_edges.py"],
     "backends/tvm/cpu/kernels/gemm.py": ["tests/backends/test_kernels_gemm.py"],
+    "backends/tvm/cpu/kernels/blocks.py": ["tests/backends/test_kernels_blocks.py"],
+    "backends/tvm/cpu/kernels/linear_blocks.py": ["tests/backends/test_kernels_blocks.py"],
+    **{f"frontend/{x}.py": [f"tests/frontend/test_gguf{y}.py" for y in ("", "_hostile", "_llamacpp")]
+       for x in ("weights/gguf", "gguf/metadata", "gguf/model", "gguf/tokenizer")},
     "ir/lift.py": ["tests/ir/test_lift.py", "tests/passes/test_rows.py"],
     "ir/parser.py": ["tests/ir/test_text.py", "tests/ir/test_hostile_text.py"],
     "ir/dims.py": ["tests/ir/test_dims.py"],
