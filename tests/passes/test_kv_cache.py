@@ -108,11 +108,29 @@ class Translator(nn.Module):
         return self.head(x + self.cross(x, memory))
 
 
+class Offset(nn.Module):
+    """Positions that begin where an input says, row by row: picked by, rotated by, added to scores and returned."""
+
+    def __init__(self) -> None:
+        self.embed, self.places, self.head = nn.Embedding(VOCAB, DIM), nn.Embedding(256, DIM), nn.Linear(DIM, VOCAB)
+
+    def __call__(self, tokens: nn.Tensor, offset: nn.Tensor) -> nn.Tensor:
+        at = nn.positions(tokens)
+        own = at[None, :] * 2 + offset[:, None]
+        x = self.embed(tokens) + self.places(own)
+        h = nn.rope(x.heads(2), own).swap(1, 2)
+        scores = h @ h.T * 0.4 + (own.cast("f32") * 0.1)[:, None, None, :]
+        keep = nn.causal(at)[None] & ((at[None, None, :] >= offset[:, None, None]) | (at < 1))
+        x = x + (nn.softmax(nn.where(keep[:, None], scores, -math.inf)) @ h).swap(1, 2).merge()
+        return self.head(x) * (own + 1).cast("f32")[..., None]
+
+
 PASSES = [Cleanup(), FuseNorm(), FuseRope(), FuseAttention(), Cleanup()]
 MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
     "rotary": (Decoder, {"tokens": "i64[b, s]"}),
     "learned positions": (lambda: Decoder(learned=True), {"tokens": "i64[b, s]"}),
     "biased": (Biased, {"tokens": "i64[b, s]"}),
+    "offset": (Offset, {"tokens": "i64[b, s]", "offset": "i64[b]"}),
     "encoder": (Translator, {"tokens": "i64[b, s]", "features": "f32[b, n, 6]"}),
 }
 
@@ -148,7 +166,7 @@ class Session:
             if v.name in set(program.interface.state_names):
                 shape = v.tensor.substitute({"b": batch, "c": capacity}).concrete({})
                 self.states[v.name] = np.full(shape, 1000, v.tensor.dtype.np)  # what was never written must not matter
-        self.memory: dict[str, Any] = {}
+        self.memory: dict[str, Any] = dict(extra)
         if "encode" in program.graphs:
             g = program["encode"]
             self.memory = dict(zip(g.output_names, evaluate(g, extra, {k: self.params[k] for k in g.params})))
@@ -176,6 +194,7 @@ def test_incremental_equals_full(data: st.DataObject) -> None:
     batch = data.draw(st.integers(1, 3))
     rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
     extra = {"features": rng.standard_normal((batch, 3, 6)).astype(np.float32)} if name == "encoder" else {}
+    extra |= {"offset": rng.integers(0, 3, batch)} if name == "offset" else {}
     rows: list[list[int]] = [[] for _ in range(batch)]
     session = Session(program, batch, 64, extra)
     params = {k: p.load() for k, p in forward.params.items()}
