@@ -14,7 +14,7 @@ _WITHOUT_EFFECT = frozenset({
     "name", "vocab_size", "rope.dimension_count", "rope.dimension_count_swa", "tensor_data_layout",
     "attention.causal", "expert_count", "expert_used_count", "attention.value_length", "attention.value_length_swa",
     "rope.scaling.finetuned", "rope.scaling.original_context_length", "rope.scaling.attn_factor",
-    "attention.sliding_window_pattern", "attention.shared_kv_layers", "embedding_length_out",
+    "attention.sliding_window_pattern", "attention.shared_kv_layers",
 })  # fmt: skip
 """Keys that are checked where they stand for more than they say, or say nothing about the numbers."""
 
@@ -95,6 +95,8 @@ def _brief(value: object) -> str:
 def config_of(g: Gguf) -> dict[str, Any]:
     """The ``config.json`` that the file's model would have."""
     keys = Keys(g)
+    if (version := g.metadata.get("general.quantization_version", 2)) != 2:
+        raise keys.fail(f"general.quantization_version is {version!r}; formats of version 2 are known: convert the file again")
     if keys.arch not in ARCHITECTURES:
         raise keys.fail(f"the architecture is {keys.arch!r}; supported are {', '.join(ARCHITECTURES)}")
     if "token_embd.weight" not in g.tensors:
@@ -130,7 +132,11 @@ def _scaling(keys: Keys) -> dict[str, Any]:
     trained = keys.whole("rope.scaling.original_context_length", keys.whole("context_length"))
     keys.must("rope.scaling.attn_factor", 1.0, "cos and sin with a factor of their own are not implemented")
     if kind == "yarn":
-        return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": trained}
+        for key in ("ext", "attn"):
+            keys.must(f"rope.scaling.yarn_{key}_factor", 1.0, "only YaRN as published is implemented")
+        given = (k for k in ("beta_fast", "beta_slow") if keys.has(f"rope.scaling.yarn_{k}"))
+        betas = {k: keys.number(f"rope.scaling.yarn_{k}") for k in given}
+        return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": trained, **betas}
     if kind not in ("none", "linear"):
         raise keys.fail(f"{keys.arch}.rope.scaling.type is {kind!r}; there are none, linear and yarn")
     return {"rope_type": "default"} if kind == "none" or factor == 1 else {"rope_type": "linear", "factor": factor}
@@ -168,8 +174,7 @@ def _gemma3(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
     # the 27B model scales by its width over its heads; the file does not say so
     scale = config["hidden_size"] / config["num_attention_heads"] if layers == 62 else config["head_dim"]
     keys.must("attn_logit_softcapping", 0.0, "Gemma 3 has no softcap of scores")
-    cap = keys.number("final_logit_softcapping") if keys.given.get("final_logit_softcapping") else None
-    keys._taken.add("final_logit_softcapping")
+    cap = keys.number("final_logit_softcapping") if keys.given.get("final_logit_softcapping") else None  # 0 is none
     return {
         "model_type": "gemma3_text", "query_pre_attn_scalar": scale, "sliding_window": window,
         "layer_types": ["sliding_attention" if s and window else "full_attention" for s in sliding],

@@ -124,6 +124,9 @@ def test_rows_of_queries_and_keys_are_those_of_a_checkpoint(tmp_path: Path) -> N
     ({"rope.scale_linear": 4.0}, {"rope_type": "linear", "factor": 4.0}),
     ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 32},
      {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}),
+    ({"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0, "rope.scaling.yarn_beta_fast": 16.0,
+      "rope.scaling.yarn_ext_factor": 1.0},
+     {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 128, "beta_fast": 16.0}),
 ])  # fmt: skip
 def test_rope_scalings(keys: dict[str, Any], rope: dict[str, Any], tmp_path: Path) -> None:
     write(tmp_path / "m.gguf", "llama", keys=keys)
@@ -161,6 +164,10 @@ REFUSED: list[tuple[str, Callable[[Path], object], str]] = [
     ("experts", lambda p: write(p, "llama", keys={"expert_count": 8}), "mixtures of experts"),
     ("partial rotation", lambda p: write(p, "llama", keys={"rope.dimension_count": 8}), "all of them are rotated"),
     ("scaling", lambda p: write(p, "llama", keys={"rope.scaling.type": "longrope"}), "there are none, linear and yarn"),
+    ("another yarn", lambda p: write(p, "llama", keys={"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0,
+                                                       "rope.scaling.yarn_ext_factor": 0.5}), "only YaRN as published"),
+    ("yarn's numbers without it", lambda p: write(p, "llama", keys={"rope.scaling.yarn_beta_fast": 16.0}), "beta_fast = 16.0"),
+    ("older formats", lambda p: write(p, "llama", keys={"general.quantization_version": 1}), "version 2 are known"),
     ("no eps", lambda p: write(p, "llama", without=("attention.layer_norm_rms_epsilon",)), "epsilon is missing"),
     ("heads", lambda p: write(p, "llama", keys={"attention.head_count": [4, 2]}), "expected one positive integer"),
     ("zero layers", lambda p: write(p, "llama", keys={"block_count": 0}), "expected one positive integer"),
