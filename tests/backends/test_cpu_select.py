@@ -48,6 +48,9 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "grouped, rows as they are": (
         "(%x: f32[s, 1, 40], %r: f32[s, 3]) { param %w: int8b32f16[3, 70, 40]\n %b: f32[s, 2], %g: i64[s, 2] = top_k(%r) {k=2, axis=1}\n"
         " %y: f32[s, 2, 70] = quantized_grouped_linear(%x, %w, %g)", ["top_k", "GroupRows", "Grouped"]),
+    "grouped, as its file has it": (
+        "(%x: f32[s, 1, 256], %r: f32[s, 3]) { param %w: q4_k[3, 70, 256]\n %b: f32[s, 2], %g: i64[s, 2] = top_k(%r) {k=2, axis=1}\n"
+        " %y: f32[s, 2, 70] = quantized_grouped_linear(%x, %w, %g)", ["top_k", "GroupRows", "Grouped"]),
     "grouped, one group for many rows": (
         "(%x: f32[s, t, 40], %r: f32[t, 3]) { param %w: f32[3, 70, 40]\n %g: i64[t] = arg_max(%r) {axis=1}\n"
         " %y: f32[s, t, 70] = grouped_linear(%x, %w, %g)", ["arg_max", "broadcast_to", "GroupRows", "Grouped"]),

@@ -64,7 +64,7 @@ def select_grouped(s: Selection, node: Node, integers: bool) -> None:
     if found is None or any(v is not None and v.tensor.dtype is not DType.F32 for v in (x, bias)):
         return
     w, panels = found
-    if isinstance(w.type, QTensorType) and w.type.stored is not None:  # formats of blocks have no such kernel
+    if integers and isinstance(w.type, QTensorType) and w.type.stored is not None:  # formats of blocks have no such kernel
         return
     e, n, k = (d for d in w.shape if isinstance(d, int))
     if e == 0:

@@ -17,6 +17,7 @@ from .emit import Buffer, Expr, Kernel, ceil_div, floor_div, int64, load, symbol
 from .linear_float import (
     Linear,
     for_tiles,
+    packed_param,
     panel_buffer,
     panel_source,
     register_tile,
@@ -28,7 +29,7 @@ from .linear_int import panel_buffer as int_buffer
 from .linear_int import register_tile as int_tile
 from .linear_int import unpack as unpack_int
 from .norm import for_vectors
-from .pack import BLOCK, float_shape, int_shape, padded, storage_dtype
+from .pack import BLOCK, padded
 from .quantize import WORDS, quantized_param
 
 _CHUNK = 240  # rows that are gathered at once, and that a panel is applied to
@@ -90,10 +91,7 @@ class Grouped:
 def grouped_shape(desc: Grouped) -> tuple[int, int, int]:
     """Shape of the packed weights: the panels of one matrix after the other."""
     p = desc.product
-    if p.weights in ("int8", "int4"):
-        panels, *rest = int_shape(p.n, p.k, int(p.weights[3:]), p.isa)
-    else:
-        panels, *rest = float_shape(p.n, p.k, p.isa)
+    (panels, *rest), _ = packed_param(p.weights, p.n, p.k, p.isa)
     return (desc.groups * panels, rest[0], rest[1])
 
 
@@ -105,7 +103,7 @@ def grouped(desc: Grouped) -> tirx.PrimFunc:
     m, r = symbol("m"), symbol("r")
     integers = isinstance(p, LinearInt)
     x = quantized_param(kernel, "x", r, k) if integers else kernel.param("x", (r, k), "float32")
-    w = kernel.param("w", grouped_shape(desc), "uint8" if p.weights in ("int8", "int4") else storage_dtype(p.weights))
+    w = kernel.param("w", grouped_shape(desc), packed_param(p.weights, n, k, isa)[1])
     order = kernel.param("order", (m,), "int64")
     starts = kernel.param("starts", (desc.groups + 1,), "int64")
     panels = padded(n, isa.columns) // isa.columns
