@@ -174,7 +174,11 @@ def _gemma3(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
     # the 27B model scales by its width over its heads; the file does not say so
     scale = config["hidden_size"] / config["num_attention_heads"] if layers == 62 else config["head_dim"]
     keys.must("attn_logit_softcapping", 0.0, "Gemma 3 has no softcap of scores")
-    cap = keys.number("final_logit_softcapping") if keys.given.get("final_logit_softcapping") else None  # 0 is none
+    cap = None
+    if keys.given.get(name := "final_logit_softcapping"):
+        cap = keys.number(name)
+    else:
+        keys.must(name, 0.0, "expected a number")
     return {
         "model_type": "gemma3_text", "query_pre_attn_scalar": scale, "sliding_window": window,
         "layer_types": ["sliding_attention" if s and window else "full_attention" for s in sliding],

@@ -153,6 +153,8 @@ def test_windows_and_caps(tmp_path: Path) -> None:
     config = config_of(read_gguf(tmp_path / "g.gguf"))
     assert config["layer_types"] == ["sliding_attention", "full_attention"]
     assert np.abs(logits(from_gguf(tmp_path / "g.gguf"))).max() <= 0.5
+    write(tmp_path / "h.gguf", "gemma3", keys={"final_logit_softcapping": 0.0})
+    assert config_of(read_gguf(tmp_path / "h.gguf"))["final_logit_softcapping"] is None
 
 
 REFUSED: list[tuple[str, Callable[[Path], object], str]] = [
