@@ -19,7 +19,7 @@ from wasat.ir import (
 )
 from wasat.passes import DeriveKVCache, Pass, PassManager, Remark, Report, Step, TokenInputs, default_pipeline, pipeline
 from wasat.passes.core import Dump
-from wasat.passes.serving.kv_cache import capacity_name
+from wasat.passes.serving.plan import capacity_name
 from wasat.passes.serving.token_inputs import is_exported, token_inputs
 
 

@@ -28,7 +28,8 @@ from ..analyses.later import stands_for
 from ..analyses.rows import FIRST, Place
 
 if TYPE_CHECKING:
-    from .kv_cache import Cache, Derivation, Plan
+    from .kv_cache import Derivation
+    from .plan import Cache, Plan
 
 
 @dataclass(frozen=True)

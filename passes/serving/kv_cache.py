@@ -7,7 +7,7 @@ and last inputs: keep those, and the program runs on the new tokens alone, its p
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,11 +20,9 @@ from wasat.ir import (
     IRError,
     Node,
     Program,
-    State,
     TensorType,
     Value,
     substitute,
-    symbol,
     symbols_of,
 )
 from wasat.ir.axes import product
@@ -39,7 +37,6 @@ from wasat.ir.ops.shape import Slice
 from ..analyses.affine import Affine, empty
 from ..analyses.axis import Label, analyze, refuse, sees_ahead, uncut
 from ..analyses.indexing import Indexing
-from ..analyses.mask import ends
 from ..analyses.rows import FIRST, Place, places
 from ..cleanup.algebra import Cleanup
 from ..cleanup.hoist_params import HoistParams
@@ -48,7 +45,6 @@ from ..pattern import erase_dead
 from .absorb import absorb
 from .blocks import note_cut, without_padding
 from .kept import (
-    Kept,
     all_positions,
     attend,
     in_place,
@@ -62,6 +58,7 @@ from .kept import (
     run_window,
 )
 from .lead import Led, split
+from .plan import Cache, Plan
 from .token_inputs import token_inputs
 
 
@@ -139,14 +136,6 @@ class DeriveKVCache(Pass):
             remarks.applied(f"@encode computes {len(plan.memory)} values once", made[0])
 
 
-def capacity_name(forward: Graph) -> str:
-    """The symbol for the positions of full caches: ``c``, unless the graph has one of that name."""
-    name = "c"
-    while name in forward.symbols:
-        name += "_"
-    return name
-
-
 def _positions_known(graph: Graph, labels: dict[Value, Label]) -> int | None:
     """For how many positions there are rows in the tables that positions (or pairs of them) index; None: for any number."""
     at, most = Indexing(()), []
@@ -222,120 +211,6 @@ def _leave_off(graph: Graph, outputs: set[str], tokens: Value) -> None:
     for v in read:
         if not v.uses and v is not tokens and not graph.is_output(v):
             graph.remove_input(v)
-
-
-@dataclass
-class Cache:
-    """The keys and values of one attention."""
-
-    index: int
-    keys: TensorType
-    values: TensorType
-    window: int | None
-    capacity: int | None
-    """Positions of a ring; None for a full cache."""
-    sinks: int = 0
-    """How many of the first positions are kept beside a ring."""
-
-    def names(self) -> tuple[str, str]:
-        return f"cache.{self.index}.k", f"cache.{self.index}.v"
-
-    def types(self, batch: DimLike, capacity: DimLike) -> tuple[TensorType, TensorType]:
-        c = capacity if self.capacity is None else self.capacity
-        return tuple(t.with_shape(batch, c, *t.shape[2:]) for t in (self.keys, self.values))  # type: ignore[return-value]
-
-    def firsts(self) -> list[tuple[str, TensorType]]:
-        """Names of what holds the first positions, and types of what is in it."""
-        return [(f"{n}.first", t) for n, t in zip(self.names(), (self.keys, self.values)) if self.sinks]
-
-    def states(self) -> list[State]:
-        if self.capacity is None or self.window is None:
-            return [State.full(n, role, self.window) for n, role in zip(self.names(), "kv")]
-        if self.sinks:
-            first = [State(n, "first", positions=1, capacity=self.sinks, cut="anywhere") for n, _ in self.firsts()]
-            return [*(State.ring(n, self.capacity, self.window) for n in self.names()), *first]
-        return [State.ring(n, self.capacity, self.window, role) for n, role in zip(self.names(), "kv")]
-
-    def describe(self) -> str:
-        if self.capacity is None:
-            return "full cache" + (f", window {self.window}" if self.window is not None else "")
-        beside = f", beside the first {self.sinks}" if self.sinks else ""
-        return f"ring cache of {self.capacity} positions, window {self.window}{beside}"
-
-
-@dataclass
-class Plan:
-    """What all derived graphs share."""
-
-    forward: Graph
-    tokens: Value
-    seq: str
-    labels: dict[Value, Label]
-    of: dict[Node, Cache] = field(default_factory=dict)
-    memory: dict[Value, str] = field(default_factory=dict)
-    """Fixed values that depend on inputs, read by what runs along the sequence."""
-    places: dict[Value, Place] = field(default_factory=dict)
-    """Where values keep the rows of the batch."""
-    kept: dict[Value, Kept] = field(default_factory=dict)
-    """What else an incremental run keeps, by the value it is of."""
-    led: Led | None = None
-    """What stands before the tokens."""
-    cut: str = ""
-    """The output that says of each row whether a token of its past sees a new one; empty where none can."""
-    capacity: DimLike = 0
-    last_mixing: Node | None = None
-
-    @staticmethod
-    def make(
-        forward: Graph, tokens: Value, seq: str, labels: dict[Value, Label], chunk: int, granule: int, context: int | None,
-        led: Led | None = None,
-    ) -> Plan:  # fmt: skip
-        plan = Plan(forward, tokens, seq, labels, led=led)
-        plan.capacity = symbol(capacity_name(forward))
-        if led is not None:  # a session counts tokens: there is room for what stands before them
-            plan.capacity = plan.capacity + (led.lead + granule - 1) // granule * granule
-        dependent = _on_inputs(plan)
-        for node in forward.nodes:
-            for v in node.inputs:
-                if v in dependent and v.node is not None and any(labels[o].served for o in node.outputs):
-                    plan.memory.setdefault(v, f"memory.{len(plan.memory)}")
-            if any(labels[o].mixes for o in node.outputs):
-                plan.last_mixing = node
-                if isinstance(node.attrs, AttentionAttrs):
-                    plan._cache(node, chunk, granule, context)
-        first = [v for pair in led.first.values() for v in pair] if led is not None else []
-        for v in (*first, *forward.outputs):
-            if v in dependent and v.node is not None:
-                plan.memory.setdefault(v, f"memory.{len(plan.memory)}")
-        return plan
-
-    def _cache(self, node: Node, chunk: int, granule: int, context: int | None) -> None:
-        _, k, v = node.inputs[:3]
-        window, sinks = AttentionAttrs.of(node).window, 0
-        if window is None and len(node.inputs) > 3 and self.labels[node.inputs[3]].kind == "pair":
-            sinks, window = ends(node.inputs[3]) or (0, None)
-        capacity = None if window is None or self.led is not None else -(-(window + chunk - 1) // granule) * granule
-        if capacity is not None and context is not None and context <= capacity + sinks:
-            capacity = None
-        if sees_ahead(node, self.labels):
-            capacity, self.cut = None, "cut"
-            while self.cut in self.forward.output_names:
-                self.cut += "_"
-        if len(node.inputs) > 3 and self.labels[node.inputs[3]].kind in ("token", "scores"):
-            capacity = None  # what a mask is made of is kept for all positions
-        # one for each, also of the same keys and values: in place, a cache is written by one
-        if capacity is None:
-            window, sinks = AttentionAttrs.of(node).window, 0
-        self.of[node] = Cache(len(self.of), k.tensor, v.tensor, window, capacity, sinks)
-
-
-def _on_inputs(plan: Plan) -> set[Value]:
-    """Fixed values that depend on an input."""
-    found = {v for v in plan.forward.inputs if plan.labels[v].kind == "fixed"}
-    for node in plan.forward.nodes:
-        if plan.labels[node.outputs[0]].kind == "fixed" and any(v in found for v in node.inputs):
-            found.update(node.outputs)
-    return found
 
 
 def _encode(plan: Plan) -> Graph:
