@@ -16,7 +16,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar, Literal, Protocol
 
 from wasat.ir import Attrs, Graph, IRError, Loc, Node, Program, Value, WasatError
@@ -149,7 +149,8 @@ def _grouped(remarks: Sequence[Remark]) -> list[str]:
     groups: dict[object, list[Remark]] = {}
     for r in remarks:
         message = re.sub(r"%[\w.+]+", lambda name: re.sub(r"\d+", "", name[0]).rstrip("_."), r.message)
-        groups.setdefault((r.kind, message, r.graph, str(r.loc)), []).append(r)
+        place = None if r.loc is None else str(replace(r.loc, scope=re.sub(r"\d+", "", r.loc.scope), caller=None))
+        groups.setdefault((r.kind, message, r.graph, place), []).append(r)
     texts = []
     for group in groups.values():
         first, *rest = str(group[0]).split("\n")

@@ -23,7 +23,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-OPS = ("attention", "conv", "elementwise", "index", "linalg", "nn", "reduce", "rope", "scan", "shape")
+OPS = ("attention", "conv", "elementwise", "index", "linalg", "nn", "cond", "reduce", "rope", "scan", "shape")
 ROOMS = ("ir", "passes", "backends", "frontend", "runtime", "training")
 TESTS = {  # what covers a file; for others it is the file of the same name, or the room
     "passes/analyses/rows.py": ["tests/passes/test_rows.py"],
@@ -48,11 +48,20 @@ TESTS = {  # what covers a file; for others it is the file of the same name, or 
     "passes/fusion/fuse_norm.py": ["tests/passes/test_fuse_norm.py", "tests/passes/test_near_patterns.py"],
     "passes/serving/kv_cache.py": ["tests/passes/test_kv_cache.py", "tests/passes/test_rows.py"],
     "passes/cleanup/algebra.py": ["tests/passes/test_cleanup.py"],
+    "passes/cleanup/clean_loops.py": ["tests/passes/test_clean_loops.py", "tests/passes/test_inference.py"],
+    "passes/serving/inference.py": ["tests/passes/test_inference.py"],
     "passes/cleanup/hoist_params.py": ["tests/passes/test_hoist_params.py"],
     "passes/fusion/merge_linears.py": ["tests/passes/test_merge_linears.py"],
     "passes/training/precision.py": ["tests/passes/test_mixed_precision.py", "tests/training/test_precision.py"],
     "passes/training/remat.py": ["tests/passes/test_remat.py"],
     "backends/tvm/ops/indices.py": ["tests/face/test_edges.py"],
+    "backends/tvm/ops/cond.py": ["tests/backends/test_compiled_cond.py"],
+    "backends/tvm/ops/scan.py": ["tests/backends/test_compiled_scan.py"],
+    "frontend/onnx/converters/control.py": ["tests/onnx/test_control.py"],
+    **{f"backends/tvm/cpu/kernels/{x}.py": [f"tests/backends/test_kernels_{t}.py"] for x, t in (
+        ("attention", "attention"), ("flash", "attention"), ("linear_float", "linear_float"), ("linear_int", "linear_int"),
+        ("norm", "norm_glu"), ("glu", "norm_glu"), ("rope", "rope_cache"), ("cache", "rope_cache"),
+    )},
     "backends/tvm/cpu/kernels/gemm.py": ["tests/backends/test_kernels_gemm.py"],
     "backends/tvm/cpu/kernels/blocks.py": ["tests/backends/test_kernels_blocks.py"],
     "backends/tvm/cpu/kernels/linear_blocks.py": ["tests/backends/test_kernels_blocks.py"],
@@ -74,6 +83,7 @@ TESTS = {  # what covers a file; for others it is the file of the same name, or 
     **{f"runtime/media/{x}.py": ["tests/runtime/test_media.py", "tests/runtime/test_media_kinds.py"]
        for x in ("audio", "base", "files", "image", "video")},
     "training/step.py": ["tests/training/test_step.py", "tests/training/test_precision.py"],
+    "training/places.py": ["tests/training/test_own_loss.py", "tests/training/test_step.py"],
     "training/loop.py": ["tests/training/test_loop.py"],
 }
 FLIPS: dict[type[ast.cmpop], type[ast.cmpop]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -90,9 +91,11 @@ def optimize(
             progress(f"pass {name}", next(done), len(chosen))
 
         report = PassManager(chosen, verify=verify, check=checker, dump=dump, on_progress=tell).run(copy)
-        if dense := program.origin.dequantized:
+        missed = [] if quantize or overrides else _widened(program)
+        dense = program.origin.dequantized
+        missed += [Remark("missed", f"parameter {name} stays dequantized: {why}", "forward") for name, why in dense.items()]
+        if missed:
             size = sum(map(len, program.graphs.values()))
-            missed = [Remark("missed", f"parameter {name} stays dequantized: {why}", "forward") for name, why in dense.items()]
             report.steps.insert(0, Step("import", 0.0, size, size, False, missed))
         return copy, report
 
@@ -102,6 +105,15 @@ def optimize(
     plain, other = attempt(False, None)
     other.steps += [s for s in report.steps if s.name in (TokenInputs.name, DeriveKVCache.name)]
     return plain, other
+
+
+def _widened(program: Program) -> list[Remark]:
+    """Says which parameters become f32 that are stored in fewer bits."""
+    found = Counter(str(d) for source in program.params.values() if (d := getattr(source, "narrow", None)) is not None)
+    return [
+        Remark("missed", f"{n} parameters are stored as {d} and become f32; quantize={d} keeps weights as they are", "forward")
+        for d, n in found.items() if d in ("bf16", "f16")
+    ]
 
 
 def _is_exported(program: Program) -> bool:

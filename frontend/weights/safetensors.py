@@ -61,6 +61,11 @@ class FileParam:
 
     is_data: ClassVar[bool] = True
 
+    @property
+    def narrow(self) -> DType | None:
+        """What it is stored in, where that is narrower than its type."""
+        return self.stored.dtype if self.stored.dtype.bits < self.type.dtype.bits else None
+
     def load(self) -> np.ndarray:
         """The array; a view of the file where nothing has to be converted."""
         return self.stored.load().astype(self.type.dtype.np, copy=False)

@@ -232,3 +232,10 @@ def test_a_cache_that_cannot_be_is_explained_by_line(run: Run, tmp_path: Path) -
     code, out, err = run("compile", text, "-o", tmp_path / "out")
     assert (code, err) == (0, "")
     assert f"1 optimization was missed; what and why: wasat explain {text} --missed" in out
+
+
+def test_weights_that_become_f32_are_said(run: Run, pygemma: Path) -> None:
+    """Unless a scheme is asked for."""
+    said = "80 parameters are stored as bf16 and become f32; quantize=bf16 keeps weights as they are"
+    assert said in run("explain", pygemma, "--missed")[1]
+    assert "become f32" not in run("explain", pygemma, "--missed", "--quantize", "bf16")[1]

@@ -236,8 +236,10 @@ class Idle(GraphPass):
 def test_explain_groups_equal_layers() -> None:
     loc, other = Loc("model.py", 3), Loc("model.py", 4)
     remarks = [Remark("applied", f"%q_{i} = 2 linears", "f", loc) for i in range(3)]
+    remarks += [Remark("applied", f"%q_{i} = 2 linears", "f", Loc("model.py", 3, scope=f"layers.{i}.mlp")) for i in (5, 12)]
     remarks += [Remark("applied", "%q_3 = 2 linears", "f", other), Remark("applied", "%q_4 = 3 linears", "f", loc)]
     text = Report([Step("merge", 0.0, 1, 1, True, remarks)]).explain()
     assert [line.strip() for line in text.splitlines() if "linears" in line] == [
-        "applied: %q_0 = 2 linears (@f) × 3", "applied: %q_3 = 2 linears (@f)", "applied: %q_4 = 3 linears (@f)",
+        "applied: %q_0 = 2 linears (@f) × 3", "applied: %q_5 = 2 linears (@f) × 2",
+        "applied: %q_3 = 2 linears (@f)", "applied: %q_4 = 3 linears (@f)",
     ]
