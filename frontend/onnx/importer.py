@@ -43,8 +43,7 @@ OLDEST, NEWEST = 7, 28
 """Operator sets read. Before them, operators that are defined the same."""
 MOST_NODES = 1_000_000
 FEW_NODES, MOST_GROWTH = 2**16, 16
-"""Inlining functions makes no more nodes than the one, and for each that the file holds the other: functions of functions
-double with every line."""
+"""Inlining functions makes no more nodes than the one, and the other for each in the file: they may double with every line."""
 SMALL = 64
 """Integer initializers up to this many elements are constants, not parameters: they are sizes, axes, scalars."""
 MERGED = "use_cache_branch"
@@ -244,12 +243,13 @@ class Importer:
                 continue
             schema = _schema(node.op_type, sets.get(domain, 0), domain)
             version = schema.since_version if schema is not None else sets.get(domain, 1)
-            if converter(domain, node.op_type, version) is None and not (schema is not None and _has_body(schema)):
+            inlined = schema is not None and (schema.has_function or schema.has_context_dependent_function)
+            if converter(domain, node.op_type, version) is None and not inlined:
                 key = f"{domain}.{node.op_type}" if domain else node.op_type
                 if (domain, node.op_type) in CONVERTERS:
                     key += f" of operator set {version}"
                 missing.setdefault(key, []).append(_label(node))
-        stored = len(list(self._all_nodes(graph.node, opsets, {})))
+        stored = sum(1 for _ in self._all_nodes(graph.node, opsets, {}))
         if self._expanded(graph.node, {}) > (most := FEW_NODES + MOST_GROWTH * stored):
             raise self.fail(f"{stored} nodes are more than {most:,} once functions are inlined")
         waiting: dict[str, list[str]] = {}
@@ -576,10 +576,6 @@ def _schema(name: str, version: int, domain: str) -> Any:
         return onnx.defs.get_schema(name, version, domain)
     except onnx.defs.SchemaError:
         return None
-
-
-def _has_body(schema: Any) -> bool:
-    return bool(schema.has_function or schema.has_context_dependent_function)
 
 
 def _plain(x: Any) -> Any:
