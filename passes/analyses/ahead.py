@@ -85,8 +85,6 @@ def _ends(mask: Value, at: Indexing, keep: bool) -> bool:
     shape = (1,) * (rank - len(mask.shape)) + at.shape(mask)
     later = Affine((0,) * (rank - 2) + (-1, 1), -1)
     for p in at.pieces(mask):
-        if p.number is None:
-            return False
         if _hides(mask, p.number, keep):
             continue
         where = [c.of_rank(rank) for c in p.where]

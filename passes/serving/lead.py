@@ -215,12 +215,12 @@ class _Split:
         return True
 
     def _attend(self, node: Node) -> None:
-        attrs, (q, k, v, *mask) = AttentionAttrs.of(node), node.inputs
+        q, k, v, *mask = node.inputs
         at = [self.along.get(x) for x in (q, k, v)]
         if at[0] is None or at[0] != at[1] or at[1] != at[2] or at[0].axis != 1 or any(m in self.along for m in mask):
             raise LooksAhead("its operands run along the sequence otherwise than in front")
-        if at[0].lead != 0 and (not attrs.causal or mask):
-            raise LooksAhead("it is not causal")
+        if at[0].lead != 0 and mask:
+            raise LooksAhead("it has a mask")
         self._emit(node, self.env, {})
         self.along[node.output] = at[0]
         if at[0].lead != 0:

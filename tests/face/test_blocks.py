@@ -115,6 +115,10 @@ def segments_alone(at: nn.Tensor, first: nn.Tensor) -> nn.Tensor:
     return (first[:, :, None] == first[:, None, :])[:, None]
 
 
+def given_twice(at: nn.Tensor, first: nn.Tensor) -> nn.Tensor:
+    return ((first[:, :, None] == first[:, None, :]) | first[:, None, :])[:, None]
+
+
 def far(at: nn.Tensor) -> nn.Tensor:
     """All but the first four are seen."""
     return nn.causal(at) | (at >= 4)
@@ -125,7 +129,7 @@ def products(at: nn.Tensor) -> nn.Tensor:
     return nn.causal(at) | (at[None, :] * at[:, None] % 3 == 0)
 
 
-@pytest.mark.parametrize("keep", [one_ahead_or_given, given_alone, segments_alone, far, products])
+@pytest.mark.parametrize("keep", [one_ahead_or_given, given_alone, given_twice, segments_alone, far, products])
 def test_what_looks_ahead_on_and_on_is_refused(keep: Keep) -> None:
     given = {"first": "bool[b, s]"} if "first" in keep.__annotations__ else {}
     program = nn.trace(Decoder(keep), {**TOKENS, **given}, outputs=["y"])
