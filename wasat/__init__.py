@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # what _HOME says, for type checkers and editors
     from wasat.driver import explain as explain
     from wasat.driver import from_gguf as from_gguf
     from wasat.driver import from_pretrained as from_pretrained
+    from wasat.driver import load_program as load_program
     from wasat.driver import optimize as optimize
     from wasat.driver import run as run
     from wasat.frontend import load_weights as load_weights
@@ -37,13 +38,14 @@ if TYPE_CHECKING:  # what _HOME says, for type checkers and editors
     from wasat.runtime import Model as Model
     from wasat.runtime import SamplingOptions as SamplingOptions
     from wasat.runtime import load as load
+    from wasat.saved import save_program as save_program
     from wasat.training.loop import train as train
 
 _HOME = {
     "from_pretrained": "wasat.driver", "from_gguf": "wasat.driver", "from_onnx": "wasat.frontend.onnx",
     "trace": "wasat.frontend.nn", "nn": "wasat.frontend", "load_weights": "wasat.frontend", "to_onnx": "wasat.backends.onnx",
     "compile": "wasat.driver", "optimize": "wasat.driver", "run": "wasat.driver", "explain": "wasat.driver",
-    "Executable": "wasat.driver",
+    "Executable": "wasat.driver", "load_program": "wasat.driver", "save_program": "wasat.saved",
     "train": "wasat.training.loop",
     "load": "wasat.runtime", "Model": "wasat.runtime", "SamplingOptions": "wasat.runtime",
     "parse": "wasat.ir", "Graph": "wasat.ir", "Program": "wasat.ir", "evaluate": "wasat.ir",

@@ -311,12 +311,15 @@ def described(source: str | Path) -> Program:
 def load_program(
     path: str | Path, *, constants: Mapping[str, Any] | None = None, sizes: Mapping[str, int] | None = None
 ) -> Program:  # fmt: skip
-    """A model folder, a GGUF file (``.gguf``), an ONNX file (``.onnx``), or a file of graph text (any other text file).
+    """A model folder, a GGUF file (``.gguf``), an ONNX file (``.onnx``), a program that :func:`wasat.save_program` wrote, or a
+    file of graph text (any other text file).
 
     An ONNX file's ``tokenizer.json``, ``config.json`` and ``generation_config.json`` are read where they stand beside it;
     ``constants`` and ``sizes`` fix inputs and symbolic sizes of it (see :func:`wasat.from_onnx`).
     """
     from wasat.ir import parse_program
+
+    from .saved import is_saved, load_saved
 
     p = Path(path)
     if (constants or sizes) and p.suffix != ".onnx":
@@ -333,11 +336,14 @@ def load_program(
         program = from_onnx(p, constants=constants, sizes=sizes)
         _beside(p, program)
         return program
+    if p.is_file() and is_saved(p):
+        return load_saved(p)
     if p.is_file():
         try:
             text = p.read_text(encoding="utf-8")
         except UnicodeDecodeError:
-            raise WasatError(f"{p} is not text: give a model folder, a GGUF or ONNX file, or a file of graph text") from None
+            wanted = "a model folder, a GGUF or ONNX file, a saved program, or a file of graph text"
+            raise WasatError(f"{p} is not text: give {wanted}") from None
         program = parse_program(text, str(p))
         for g in program.graphs.values():
             program.params.update({name: _NoData(name, v.type) for name, v in g.params.items()})

@@ -11,11 +11,12 @@ from typing import Any, ClassVar
 import numpy as np
 from wasat.ir import DType, TensorType, WasatError
 
-_DTYPES = {
+TENSOR_TYPES = {
     "F64": DType.F64, "F32": DType.F32, "F16": DType.F16, "BF16": DType.BF16, "F8_E4M3": DType.F8E4M3,
     "F8_E5M2": DType.F8E5M2, "I64": DType.I64, "I32": DType.I32, "I16": DType.I16, "I8": DType.I8, "U64": DType.U64,
     "U32": DType.U32, "U16": DType.U16, "U8": DType.U8, "BOOL": DType.BOOL,
 }  # fmt: skip
+"""Element types by the format's name."""
 _HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
 STORED = (DType.F32, DType.F16, DType.BF16)
 """Element types that a float parameter may be stored in."""
@@ -104,8 +105,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_header(path: Path) -> dict[str, Stored]:
-    """What a safetensors file holds, by name, its header checked against the file's size."""
+def _header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The header as JSON, its length in the file, and the file's size."""
     try:
         size = path.stat().st_size
         with path.open("rb") as f:
@@ -123,6 +124,20 @@ def read_header(path: Path) -> dict[str, Stored]:
         raise CheckpointError(f"{path}: the safetensors header is not JSON; the file is damaged") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: the safetensors header is not an object; the file is damaged")
+    return header, n, size
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts in the header of a safetensors file."""
+    found = _header(path)[0].get("__metadata__", {})
+    if not isinstance(found, dict) or not all(isinstance(x, str) for x in found.values()):
+        raise CheckpointError(f"{path}: the metadata are no texts by name; the file is damaged")
+    return found
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """What a safetensors file holds, by name, its header checked against the file's size."""
+    header, n, size = _header(path)
     out: dict[str, Stored] = {}
     spans: list[tuple[int, int, str]] = []
     for name, entry in header.items():
@@ -134,9 +149,9 @@ def read_header(path: Path) -> dict[str, Stored]:
             raise CheckpointError(f"{path}: the header's entry for {name} is malformed; the file is damaged") from None
         if not isinstance(kind, str) or any(type(d) is not int for d in (*shape, start, stop)):
             raise CheckpointError(f"{path}: the header's entry for {name} is malformed; the file is damaged")
-        if kind not in _DTYPES:
-            raise CheckpointError(f"{path}: tensor {name} has element type {kind}; known are {', '.join(_DTYPES)}")
-        dtype = _DTYPES[kind]
+        if kind not in TENSOR_TYPES:
+            raise CheckpointError(f"{path}: tensor {name} has element type {kind}; known are {', '.join(TENSOR_TYPES)}")
+        dtype = TENSOR_TYPES[kind]
         count = 1
         for d in shape:
             count *= d
