@@ -38,7 +38,7 @@ class _Saved:
     is_data: ClassVar[bool] = True
 
     def load(self) -> Array:
-        found = {part: stored.map() for part, stored in self.parts.items()}
+        found = {part: stored.load() for part, stored in self.parts.items()}
         if isinstance(self.type, TensorType):
             return found[""] if found[""].dtype == self.type.dtype.np else found[""].view(self.type.dtype.np)
         if self.type.stored is not None:
