@@ -71,6 +71,7 @@ MEANS = {  # as people write the mean over the rows of weight ``some``, not all 
     "times one over": lambda each, n, y: each.sum() * (1.0 / n),
     "kept from 0": lambda each, n, y: each.sum() / nn.maximum(n, 1e-6),
     "a little more": lambda each, n, y: 3.0 * (each.sum() / (n + 1e-8)),
+    "a number first": lambda each, n, y: each.sum() / (1e-8 + n),
     "two over the same": lambda each, n, y: each.sum() / n - 0.5 * ((each * each).sum() / n),
     "beside what does not learn": lambda each, n, y: each.sum() / n + (nn.stop_gradient(y) * 2.0).mean(),
 }
