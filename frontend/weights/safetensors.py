@@ -42,15 +42,16 @@ class Stored:
         """What :meth:`load` gives."""
         return TensorType(self.dtype, self.shape)
 
-    def load(self, rows: slice = slice(None)) -> np.ndarray:
+    def load(self, rows: slice | None = None) -> np.ndarray:
         """A read-only view of the file, or of some rows of it."""
+        at = () if rows is None else rows  # a scalar has no rows
         if 0 in self.shape:
-            return np.zeros(self.shape, self.dtype.np)[rows]
+            return np.zeros(self.shape, self.dtype.np)[at]
         try:
             raw = np.memmap(self.file, self.dtype.np, "r", self.offset, self.shape)
         except (OSError, ValueError) as e:
             raise CheckpointError(f"{self.file}: tensor {self.name} cannot be read: {e}") from None
-        return raw.view(np.ndarray)[rows]
+        return raw.view(np.ndarray)[at]
 
 
 @dataclass(frozen=True)
