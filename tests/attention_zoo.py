@@ -287,3 +287,17 @@ MORE = [
     _case("padded", Padded, inputs={"real": "bool[b, s]"}, causal=True, mask=True),
     _case("biased", Biased, inputs={"bias": "f32[s, s]"}, mask=True),
 ]
+
+
+BEFORE = """graph @f(%q: f32[b, 4, s, 8], %k: f32[b, 4, t, 8], %v: f32[b, 4, t, 6], %m: bool[b, 1, 1, t]) {
+  %kt: f32[b, 4, 8, t] = transpose(%k) {perm=(0, 1, 3, 2)}
+  %scores: f32[b, 4, s, t] = matmul(%q, %kt)
+  %scaled: f32[b, 4, s, t] = mul(%scores, 0.5:f32)
+  %masked: f32[b, 4, s, t] = select(%m, %scaled, -inf:f32)
+  %probs: f32[b, 4, s, t] = softmax(%masked) {axis=3}
+  %out: f32[b, 4, s, 6] = matmul(%probs, %v)
+  return %out
+}
+"""
+"""The plainest spelling: what a near miss changes one thing of."""
+DIMS = [{"b": 2, "s": 3, "t": 5}, {"b": 1, "s": 1, "t": 1}]

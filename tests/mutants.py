@@ -31,10 +31,12 @@ TESTS = {  # what covers a file; for others it is the file of the same name, or 
     "passes/analyses/later.py": ["tests/passes/test_kept.py"],
     "passes/serving/absorb.py": ["tests/passes/test_absorb.py"],
     "passes/analyses/mask.py": [
-        "tests/passes/test_mask.py", "tests/passes/test_fuse_attention.py", "tests/passes/test_kv_cache.py",
+        "tests/passes/test_mask.py", "tests/passes/test_fuse_attention.py", "tests/passes/test_fuse_masks.py",
+        "tests/passes/test_kv_cache.py",
     ],
     "passes/analyses/affine.py": [
         "tests/passes/test_indexing.py", "tests/passes/test_affine.py", "tests/passes/test_fuse_attention.py",
+        "tests/passes/test_fuse_masks.py",
     ],
     "passes/analyses/indexing.py": [
         "tests/passes/test_indexing.py", "tests/passes/test_affine.py", "tests/passes/test_mask.py",
@@ -43,8 +45,10 @@ TESTS = {  # what covers a file; for others it is the file of the same name, or 
     "passes/cleanup/rows_apart.py": ["tests/passes/test_fuse_experts.py"],
     "passes/fusion/stack_experts.py": ["tests/passes/test_fuse_experts.py"],
     "passes/cleanup/simplify_indices.py": ["tests/passes/test_affine.py"],
-    "passes/analyses/factors.py": ["tests/passes/test_fuse_attention.py"],
-    "passes/fusion/fuse_attention.py": ["tests/passes/test_fuse_attention.py", "tests/passes/test_near_patterns.py"],
+    "passes/analyses/factors.py": ["tests/passes/test_fuse_attention.py", "tests/passes/test_fuse_masks.py"],
+    "passes/fusion/fuse_attention.py": [
+        "tests/passes/test_fuse_attention.py", "tests/passes/test_fuse_masks.py", "tests/passes/test_near_patterns.py",
+    ],
     "passes/fusion/fuse_norm.py": ["tests/passes/test_fuse_norm.py", "tests/passes/test_near_patterns.py"],
     "passes/serving/kv_cache.py": ["tests/passes/test_kv_cache.py", "tests/passes/test_rows.py"],
     "passes/cleanup/algebra.py": ["tests/passes/test_cleanup.py"],
@@ -76,8 +80,8 @@ TESTS = {  # what covers a file; for others it is the file of the same name, or 
     "runtime/artifact.py": ["tests/runtime/test_artifact.py"],
     "runtime/manifest.py": ["tests/runtime/test_artifact.py"],
     "runtime/interface.py": ["tests/runtime/test_artifact.py", "tests/runtime/test_manifest.py"],
-    "runtime/session.py": ["tests/runtime/test_session.py", "tests/runtime/test_rows.py"],
-    "runtime/slots.py": ["tests/runtime/test_rows.py"],
+    "runtime/session.py": ["tests/runtime/test_session.py", "tests/runtime/test_session_rows.py"],
+    "runtime/slots.py": ["tests/runtime/test_session_rows.py"],
     "ir/interface.py": ["tests/ir/test_interface.py", "tests/runtime/test_manifest.py"],
     "runtime/generate.py": ["tests/runtime/test_generate.py", "tests/runtime/test_text_stream.py"],
     **{f"runtime/media/{x}.py": ["tests/runtime/test_media.py", "tests/runtime/test_media_kinds.py"]

@@ -44,14 +44,15 @@ class Stored:
 
     def load(self, rows: slice | None = None) -> np.ndarray:
         """A read-only view of the file, or of some rows of it."""
-        at = () if rows is None else rows  # a scalar has no rows
         if 0 in self.shape:
-            return np.zeros(self.shape, self.dtype.np)[at]
+            x = np.zeros(self.shape, self.dtype.np)
+            return x if rows is None else x[rows]
         try:
             raw = np.memmap(self.file, self.dtype.np, "r", self.offset, self.shape)
         except (OSError, ValueError) as e:
             raise CheckpointError(f"{self.file}: tensor {self.name} cannot be read: {e}") from None
-        return raw.view(np.ndarray)[at]
+        x = raw.view(np.ndarray)
+        return x if rows is None else x[rows]  # a scalar has no rows
 
 
 @dataclass(frozen=True)

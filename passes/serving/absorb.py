@@ -30,7 +30,11 @@ class _Part:
 
 
 def absorb(graph: Graph, remarks: Remarks) -> None:
-    """Rewrites attention whose keys and values come from fewer numbers than half of theirs."""
+    """Rewrites attention whose keys and values come from at most a third as many numbers.
+
+    Every head then attends over all of these instead of its own: what plain attention, whose keys and values come from half
+    as many numbers (the layer's input), would save in memory it would lose in arithmetic, by the number of heads.
+    """
     for node in graph.nodes:
         if not isinstance(node.attrs, AttentionAttrs) or node.attrs.window is not None:
             continue
@@ -46,7 +50,7 @@ def absorb(graph: Graph, remarks: Remarks) -> None:
             continue
         width = latent.shape[-1]
         kept = sum(p.size for p in keys if p.weight is None) + (width if isinstance(width, int) else 0)
-        if 2 * kept > heads * (sum(p.size for p in keys) + values[0].size):
+        if 3 * kept > heads * (sum(p.size for p in keys) + values[0].size):
             continue
         _rewrite(graph, node, keys, values[0], heads)
         remarks.applied(f"%{node.output.name}: attention over {kept} numbers per token instead of those that they make", node)

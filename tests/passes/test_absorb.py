@@ -59,7 +59,7 @@ def test_the_latent_vectors_are_kept() -> None:
 
 
 @pytest.mark.parametrize(
-    "how", [{"bias": True}, {"window": 3}, {"own": True}, {"latent": 30}], ids=["bias", "window", "values of their own", "wide"]
+    "how", [{"bias": True}, {"window": 3}, {"own": True}, {"latent": 17}], ids=["bias", "window", "values of their own", "wide"]
 )
 def test_other_attention_keeps_keys_and_values(how: dict[str, int]) -> None:
     program = nn.trace(Latent(**how), {"tokens": "i64[b, s]"}, outputs=["logits"])  # type: ignore[arg-type]
