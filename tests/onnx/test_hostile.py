@@ -184,7 +184,7 @@ def test_functions_that_call_the_one_before_twice() -> None:
         name, domain = (f"f{i - 1}", "c") if i else ("Neg", "")
         twice = [helper.make_node(name, [a], [b], domain=domain) for a, b in (("a", "m"), ("m", "z"))]
         functions.append(helper.make_function("c", f"f{i}", ["a"], ["z"], twice, opsets))
-    with pytest.raises(OnnxError, match="more than [0-9,]+ once functions are inlined"):
+    with pytest.raises(OnnxError, match=r"more than [0-9,]+ once functions are inlined"):
         from_onnx(small([helper.make_node("f29", ["x"], ["y"], domain="c")], {"x": [2]}, {}, functions))
 
 
