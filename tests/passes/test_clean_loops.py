@@ -112,13 +112,15 @@ def test_loops_that_differ_stay_two(edit: tuple[str, str]) -> None:
     same(two, parse(changed))
 
 
-def test_a_loop_over_tokens_looks_ahead_and_is_named() -> None:
-    g = parse(RNN)
+@pytest.mark.parametrize("reverse, kinds", [(False, ["last", "token"]), (True, ["ahead", "ahead"])])
+def test_a_loop_over_tokens_looks_back_or_ahead(reverse: bool, kinds: list[str]) -> None:
+    """The last carry is of the last token alone; what the loop stacks is of each token."""
+    g = parse(RNN.replace("slices=1}", "slices=1, reverse=true}") if reverse else RNN)
     labels = analyze(g, "n")
     scan = next(n for n in g.nodes if n.op.name == "scan")
-    assert labels[scan.outputs[0]].kind == "ahead"
-    assert labels[scan.outputs[0]].culprit is scan
-    assert "scan" in labels[scan.outputs[0]].reason
+    found = [labels[v] for v in scan.outputs]
+    assert [x.kind for x in found] == kinds
+    assert all(x.culprit is scan and "scan" in x.reason for x in found) == reverse
     fixed = analyze(parse(RNN), "tokens")
     assert {label.kind for label in fixed.values()} == {"fixed"}
 
