@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,8 +97,7 @@ def _vocabulary(g: Gguf) -> _Vocabulary:
     if v.kinds.shape != (len(v.tokens),) or v.kinds.dtype.kind not in "iu":
         raise v.fail(f"tokenizer.ggml.token_type has {v.kinds.size} entries for {len(v.tokens)} tokens")
     if len(set(v.tokens)) < len(v.tokens):
-        seen: set[str] = set()
-        twice = next(t for t in v.tokens if t in seen or seen.add(t))  # type: ignore[func-returns-value]
+        (twice, _), = Counter(v.tokens).most_common(1)
         raise v.fail(f"the token {twice!r} stands twice in tokenizer.ggml.tokens")
     return v
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from wasat.ir import Builder, DimLike, Graph, Node, TypeMismatch, Value
 from wasat.ir.axes import product
-from wasat.ir.ops.index import ScatterAttrs
+from wasat.ir.ops.index import AxisAttrs, ScatterAttrs, TopK
 
 from ..analyses.labels import Atom, Label, Labels, arrange, every, flat, fresh, is_view, operand_labels, peel
 from ..cleanup.hoist_params import param_only
@@ -101,7 +101,7 @@ class _Run:
 
     def _chosen_from(self) -> set[DimLike]:
         """How many there are to choose from, where there is a choice."""
-        return {n.inputs[0].shape[n.attrs.axis] for n in self.graph.nodes if n.op.name == "top_k"}  # type: ignore[attr-defined]
+        return {n.inputs[0].shape[TopK.Attrs.of(n).axis] for n in self.graph.nodes if n.op.name == "top_k"}
 
     def _experts_left(self) -> None:
         """Names products of all experts beside a choice of some."""
@@ -125,7 +125,7 @@ class _Run:
             if w.node is None or w.node.op.name != "gather" or w in self.only or w.node.inputs[0] not in self.only:
                 continue
             (stack, places), _ = operand_labels(w.node, w_labels)
-            experts = stack[w.node.attrs.axis]  # type: ignore[attr-defined]
+            experts = stack[AxisAttrs.of(w.node).axis]
             if len(experts) != 1 or not every(places):
                 continue
             if not set(every(w_labels)) - set(every(out)):
@@ -232,7 +232,7 @@ class _Run:
         if name == "one_hot" and zero == 0:
             return self._choice(inputs[0], labels[:-1], labels[-1])
         if name == "scatter_along" and _is_number(inputs[0], zero):
-            axis = node.attrs.axis  # type: ignore[attr-defined]
+            axis = ScatterAttrs.of(node).axis
             places = inputs[1].shape
             spread = [i for i, (d, e) in enumerate(zip(places, node.output.shape)) if d != e and i != axis]
             chosen = (Atom(places[axis]),) if places[axis] != 1 else ()
@@ -294,7 +294,7 @@ class _Substitution:
         """Of the places: which of a token's experts."""
         node = choice.places.node
         assert node is not None
-        chosen = flat(choice.labels[node.attrs.axis]) if node.op.name == "top_k" else []  # type: ignore[attr-defined]
+        chosen = flat(choice.labels[TopK.Attrs.of(node).axis]) if node.op.name == "top_k" else []
         if self.each and self.each != chosen:
             raise Mismatch("it is summed over tokens, too")
         self.tokens = [a for a in every(choice.labels) if a not in self.each]

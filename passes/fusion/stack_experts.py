@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from wasat.ir import Builder, DimError, DimLike, Node, TypeMismatch, Value
+import numpy as np
+from wasat.ir import Attrs, Builder, DimError, DimLike, Node, TypeMismatch, Value
 from wasat.ir.lift import lift
 from wasat.ir.op import concrete
 from wasat.ir.ops.shape import Slice
@@ -63,8 +64,9 @@ class Stack:
             return first, False
         if any(v.type != first.type for v in values):
             raise Mismatch(f"%{first.name} and the same of another expert are of different types")
-        if all(v.const is not None for v in values):
-            if all((v.const == first.const).all() for v in values):  # type: ignore[union-attr]
+        constants = [v.const for v in values if v.const is not None]
+        if len(constants) == len(values):
+            if all(np.array_equal(c, constants[0]) for c in constants):
                 return first, False
         elif all(v in self.only for v in values):
             return self._parameter(self.b.concat(*(self._in_front(v, 1) for v in values), axis=0)), True
@@ -120,9 +122,9 @@ class Stack:
             raise Mismatch(f"{node!r} cannot be computed for all experts at once")
         return self._emit(node, [v for v, _ in operands], attrs)
 
-    def _emit(self, node: Node, operands: list[Value], attrs: object) -> Value:
+    def _emit(self, node: Node, operands: list[Value], attrs: Attrs) -> Value:
         try:
-            made = self.b.graph.add_node(node.op, operands, attrs, before=self.b.before, loc=node.loc).output  # type: ignore[arg-type]
+            made = self.b.graph.add_node(node.op, operands, attrs, before=self.b.before, loc=node.loc).output
         except (TypeMismatch, DimError) as e:
             raise Mismatch(str(e)) from None
         if made.shape != (self.size, *node.output.shape):

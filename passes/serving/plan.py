@@ -40,7 +40,7 @@ class Cache:
 
     def types(self, batch: DimLike, capacity: DimLike) -> tuple[TensorType, TensorType]:
         c = capacity if self.capacity is None else self.capacity
-        return tuple(t.with_shape(batch, c, *t.shape[2:]) for t in (self.keys, self.values))  # type: ignore[return-value]
+        return self.keys.with_shape(batch, c, *self.keys.shape[2:]), self.values.with_shape(batch, c, *self.values.shape[2:])
 
     def firsts(self) -> list[tuple[str, TensorType]]:
         """Names of what holds the first positions, and types of what is in it."""

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from wasat.ir import Builder, DType, Node, QArray, QTensorType, TensorType, Value, run_node
+from wasat.ir.ops.index import AxisAttrs
+from wasat.ir.ops.shape import Transpose
 
 from ..emit import Emitter, Operand
 from ..registry import NodeView, op
@@ -188,7 +190,7 @@ class _Dequantized:
     def readers(self) -> Iterator[tuple[Node, int, int]]:
         """(node, which operand, axis of the weight that is contracted, or of a row) of what a quantized weight can serve."""
         for node, i in list(self.value.uses):
-            if node.op.name == "transpose" and node.attrs.perm == (1, 0):  # type: ignore[attr-defined]
+            if node.op.name == "transpose" and Transpose.Attrs.of(node).perm == (1, 0):
                 for user, j in list(node.output.uses):
                     if j == 1 and (axis := _contracted(user, j)) is not None:
                         yield user, j, 1 - axis
@@ -225,7 +227,7 @@ def _contracted(node: Node, i: int) -> int | None:
     name = node.op.name
     if name == "matmul" and i == 1:
         return 0
-    if (name == "linear" and i == 1) or (name == "gather" and i == 0 and node.attrs.axis == 0):  # type: ignore[attr-defined]
+    if (name == "linear" and i == 1) or (name == "gather" and i == 0 and AxisAttrs.of(node).axis == 0):
         return 1
     return None
 
@@ -340,7 +342,7 @@ def _chain(v: Value) -> tuple[Value, Value | None, int] | None:
     turned = 0
     while v.node is not None:
         name = v.node.op.name
-        if name == "transpose" and v.node.attrs.perm == (1, 0) and zero is None:  # type: ignore[attr-defined]
+        if name == "transpose" and Transpose.Attrs.of(v.node).perm == (1, 0) and zero is None:
             turned = 1 - turned
         elif name == "sub" and zero is None and v.node.inputs[0].shape == v.shape and v.tensor.dtype in _EXACT:
             zero = v.node.inputs[1]
