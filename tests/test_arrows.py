@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -144,3 +146,9 @@ def test_no_file_is_two_files() -> None:
     every = [p for room in (*ALLOWED, "tests", "benchmarks", "examples") for p in files(room)]
     long = {str(p.relative_to(ROOT)): n for p in every if (n := len(p.read_text().splitlines())) > LONGEST}
     assert not long, f"past {LONGEST} lines a file is two files: {long}"
+
+
+def test_the_drawing_is_of_the_imports() -> None:
+    """docs/architecture.md shows what docs/draw_rooms.py prints."""
+    drawn = subprocess.run([sys.executable, ROOT / "docs" / "draw_rooms.py"], capture_output=True, text=True, check=True).stdout
+    assert drawn in (ROOT / "docs" / "architecture.md").read_text()
