@@ -1,7 +1,8 @@
 """Where each value keeps the rows of a batch: the analysis that lets them advance each at a place of its own.
 
 The batch axis is the one that came from the tokens' first axis, wherever it stands now, alone or merged with others; what its
-size is called, or comes to, says nothing. Rows that meet, in a mean, a softmax or a sort over them, cannot be served apart.
+size is called, or comes to, says nothing. Rows that meet, in a mean, a softmax or a sort over them, cannot be served apart, and
+neither can what depends on which row it is of, or on how many there are: a session calls for some of its rows, in any order.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from wasat.ir import DimLike, Graph, IRError, Node, Value, equal
+from wasat.ir import DimLike, Graph, IRError, Node, Value, equal, symbols_of
 from wasat.ir.axes import AxisRule, product, quotient
 from wasat.ir.ops.attention import AttentionAttrs
 from wasat.ir.ops.scan import ScanAttrs
@@ -41,6 +42,7 @@ def places(graph: Graph, tokens: Value, labels: Mapping[Value, Label]) -> dict[V
     """
     batch = tokens.shape[0]
     found: dict[Value, Place] = {}
+    counted: set[Value] = set()
     for v in graph.inputs:
         own = [i for i, d in enumerate(v.shape) if equal(d, batch) is True and i not in labels[v].axes]
         if v is tokens:
@@ -51,7 +53,14 @@ def places(graph: Graph, tokens: Value, labels: Mapping[Value, Label]) -> dict[V
             found[v] = Place(own[0])
     for node in graph.nodes:
         label = labels[node.outputs[-1]]  # a scan's carry comes first
-        if label.kind == "ahead" or (label.kind == "pair" and not label.rows) or not any(v in found for v in node.inputs):
+        if label.kind == "ahead":
+            continue
+        if any(v in counted for v in node.inputs) or _counts(node, found, batch):
+            if label.kind == "fixed" and not any(v in found or labels[v].rows for v in node.inputs):
+                counted.update(node.outputs)
+            elif label.kind != "fixed":
+                raise IRError(f"rows of a batch cannot be served apart: {node!r}\n  {_COUNTS}", node.loc)
+        if (label.kind == "pair" and not label.rows) or not any(v in found for v in node.inputs):
             continue
         try:
             for v, place in zip(node.outputs, _outputs(node, [found.get(v) for v in node.inputs], batch)):
@@ -64,6 +73,25 @@ def places(graph: Graph, tokens: Value, labels: Mapping[Value, Label]) -> dict[V
                 continue  # computed once, for all rows together
             raise IRError(f"rows of a batch cannot be served apart: {node!r}\n  {e}", node.loc) from None
     return found
+
+
+_COUNTS = "it depends on which row it is of, or on how many rows there are"
+
+
+def _counts(node: Node, found: Mapping[Value, Place], batch: DimLike) -> bool:
+    """Whether a node makes something that tells rows apart, or their number, of what is the same for all of them."""
+    rows = set(symbols_of([batch]))
+    if rows.isdisjoint(symbols_of([d for v in (*node.inputs, *node.outputs) for d in v.shape])):
+        return not rows.isdisjoint(node.attrs.symbols)
+    if isinstance(node.attrs, ScanAttrs) and any(v in found for v in node.inputs):
+        return False  # its body tells
+    rule = node.axes
+    own = [f for axes in rule.operands for axis in axes for f in axis]
+    same = [f for v, axes in zip(node.inputs, rule.operands) if v not in found for axis in axes for f in axis if f.role != "free"]
+    made = [f for axes in rule.results for axis in axes for f in axis if f.role != "repeated" and f not in own]
+    if any(v in found for v in node.inputs):
+        made = []  # where the rows go is settled by the rule
+    return any(not rows.isdisjoint(symbols_of([f.size])) for f in [*same, *made])
 
 
 def _outputs(node: Node, given: Sequence[Place | None], batch: DimLike) -> list[Place | None]:
@@ -86,6 +114,8 @@ def _scan(attrs: ScanAttrs, given: Sequence[Place | None], batch: DimLike) -> li
     for _ in range(c + 1):
         found = dict(start)
         for node in body.nodes:
+            if _counts(node, found, batch):
+                raise LooksAhead(_COUNTS)
             if any(v in found for v in node.inputs):
                 made = _outputs(node, [found.get(v) for v in node.inputs], batch)
                 found.update((v, place) for v, place in zip(node.outputs, made) if place is not None)

@@ -85,8 +85,16 @@ def of_positions(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
     return x * nn.softmax(nn.cumsum(nn.tanh(wave(at) @ w).reshape(at.shape[0], 2, DIM), axis=1).max(axis=1))
 
 
+def repeated(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """Numbers that every row has, written once for each: alone, with positions, and merged with heads."""
+    b, s, _ = x.shape
+    y = x.heads(HEADS).swap(1, 2).reshape(b * HEADS, s, DIM // HEADS) * nn.full((b, HEADS, 1, 1), 0.7).reshape(b * HEADS, 1, 1)
+    return y.reshape(b, HEADS, s, DIM // HEADS).swap(1, 2).merge() * nn.full((b, 1, 1), 1.3) * wave(at)
+
+
 APART = {f.__name__: f for f in (
     heads_first, stacked, sequence_first, features_first, folded, folded_behind, folded_between, picked, joined, of_positions,
+    repeated,
 )}  # fmt: skip
 
 
@@ -104,6 +112,34 @@ MEETING: dict[str, Mix] = {
     "mean of folded": lambda x, at: x + x.heads(HEADS).transpose(0, 2, 1, 3).reshape(
         x.shape[0] * HEADS, x.shape[1], DIM // HEADS).mean(axis=0, keepdims=True)[..., :1],
 }  # fmt: skip
+
+
+def _each_row(x: nn.Tensor) -> nn.Tensor:
+    return (nn.arange(x.shape[0]) + 1).cast("f32")[:, None, None]
+
+
+def _once_each(x: nn.Tensor) -> nn.Tensor:
+    return nn.full((x.shape[0], 1), 1.0)
+
+
+def _turns(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    def turn(held: nn.Tensor, now: nn.Tensor) -> tuple[nn.Tensor, nn.Tensor]:
+        held = held + now * _each_row(x)[..., 0]
+        return held, held
+
+    return nn.scan(turn, nn.full((x.shape[0], DIM), 0.0), x.transpose(1, 0, 2))[1].transpose(1, 0, 2)
+
+
+COUNTING: dict[str, Mix] = {
+    "number of a row": lambda x, at: x * _each_row(x),
+    "number of a row, and positions": lambda x, at: x + wave(at) * nn.cos(_each_row(x) + at.cast("f32")[:, None]),
+    "how many": lambda x, at: x / _once_each(x).sum(),
+    "a share": lambda x, at: x * nn.softmax(_once_each(x), axis=0)[:, None],
+    "counted": lambda x, at: x * nn.cumsum(_once_each(x), axis=0)[:, None],
+    "drawn": lambda x, at: x * nn.random_uniform(nn.constant(np.array([1, 2], np.uint32)), (x.shape[0], 1, DIM)),
+    "in turns": _turns,
+}  # fmt: skip
+"""What a row gets depends on where it stands among the others: a session moves rows, and calls for some of them."""
 
 
 def forward_of(mix: Mix) -> Program:
@@ -161,6 +197,26 @@ def test_rows_of_different_lengths(mix: Mix, rows: int) -> None:
 def test_rows_that_meet_are_refused(mix: Mix) -> None:
     with pytest.raises(IRError, match=r"rows of a batch cannot be served apart: %.*\n  (rows meet here|its operands keep)"):
         derive(forward_of(mix))
+
+
+@pytest.mark.parametrize("mix", COUNTING.values(), ids=COUNTING)
+def test_what_counts_rows_is_refused(mix: Mix) -> None:
+    with pytest.raises(IRError, match=r"rows of a batch cannot be served apart: %.*\n  it depends on which row it is of"):
+        derive(forward_of(mix))
+
+
+def test_what_counts_rows_of_inputs_is_computed_once() -> None:
+    """By ``encode``, for all rows of a session together."""
+
+    class Told(nn.Module):
+        def __init__(self) -> None:
+            self.decoder = Decoder(lambda x, at: x)
+
+        def __call__(self, tokens: nn.Tensor, told: nn.Tensor) -> nn.Tensor:
+            return self.decoder(tokens) * (told * _each_row(told)[..., 0])[:, None]
+
+    program = nn.trace(Told(), {"tokens": "i64[b, s]", "told": "f32[b, 1]"}, outputs=["logits"])
+    assert derive(program)["encode"].count("iota") == 1
 
 
 def test_the_last_element_is_one() -> None:
