@@ -87,7 +87,8 @@ def _counts(node: Node, found: Mapping[Value, Place], batch: DimLike) -> bool:
         return False  # its body tells
     rule = node.axes
     own = [f for axes in rule.operands for axis in axes for f in axis]
-    same = [f for v, axes in zip(node.inputs, rule.operands) if v not in found for axis in axes for f in axis if f.role != "free"]
+    alike = [axes for v, axes in zip(node.inputs, rule.operands) if v not in found]
+    same = [f for axes in alike for axis in axes for f in axis if f.role != "free"]
     made = [f for axes in rule.results for axis in axes for f in axis if f.role != "repeated" and f not in own]
     if any(v in found for v in node.inputs):
         made = []  # where the rows go is settled by the rule

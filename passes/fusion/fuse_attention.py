@@ -290,16 +290,17 @@ def _zeroed(node: Node, shape: Sequence[DimLike], mask: Mask) -> Value | None:
 
 
 def _may_hide(v: Value) -> bool:
-    """Whether a number that stands for minus infinity is among those that ``v`` is chosen, moved and computed from."""
+    """Whether a number that stands for minus infinity, or undoes one, is among those that ``v`` is chosen, moved and computed
+    from."""
     seen, stack = {v}, [v]
     while stack:
         x = stack.pop()
-        if x.const is not None and x.tensor.dtype.is_float and (x.const.astype(np.float64) <= FINITE_FILL).any():
+        if x.const is not None and x.tensor.dtype.is_float and (np.abs(x.const.astype(np.float64)) >= -FINITE_FILL).any():
             return True
         node = x.node
         if node is None or not (node.op.elementwise or node.op.kind in ("view", "gather")):
             continue
-        if node.op.name == "pad" and Pad.Attrs.of(node).value <= FINITE_FILL:
+        if node.op.name == "pad" and abs(Pad.Attrs.of(node).value) >= -FINITE_FILL:
             return True
         stack += [u for u in node.inputs if u not in seen]
         seen.update(node.inputs)

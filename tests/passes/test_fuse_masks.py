@@ -184,6 +184,17 @@ def test_mask_of_an_attention(old: str, new: str, causal: bool, window: int | No
     assert (a.causal, a.window, len(node.inputs) == 4) == (causal, window, operand)  # type: ignore[attr-defined]
 
 
+def test_a_number_that_undoes_a_fill() -> None:
+    """What a finite number hides, another one that is added raises again: later keys are all that is seen."""
+    text = tabled(TRI, CHOSEN.replace("FILL", "-1e9").replace("%masked:", "%filled:") + """
+  %raised: f32[1, 1, s, p + s] = select(%m, 0.0:f32, 2e9:f32)
+  %masked: f32[b, 2, s, p + s] = add(%filled, %raised)""")
+    check_untouched(FuseAttention(), text)
+    fused = random_program(text.replace("2e9", "2.0"))
+    PassManager([FuseAttention(), Cleanup()], check=InterpreterCheck(TABLE_DIMS)).run(fused)
+    assert fused["f"].count("attention") == 1
+
+
 @pytest.mark.parametrize("fill, causal", [("-inf:f32", True), ("-3.4e38:f32", False)])
 def test_additive_mask_of_an_attention(fill: str, causal: bool) -> None:
     """0 and -inf are a predicate; a finite number is none, as another mask may hide what it leaves."""
