@@ -241,7 +241,8 @@ class _Run:
         operands, rule = operand_labels(node, labels)
 
         def of(i: int, zero: float = 0.0) -> _Choice | None:
-            return self._support(inputs[i].node, operands[i], zero) if inputs[i].node is not None else None  # type: ignore[arg-type]
+            made = inputs[i].node
+            return None if made is None else self._support(made, operands[i], zero)
 
         if name == "select":
             if _is_number(inputs[2], zero):
