@@ -115,6 +115,8 @@ class Session:
             self._written = np.zeros(batch, np.int64)  # one past the furthest position ever written, padding included
             self._every = np.arange(batch)
             self._row = np.arange(batch)  # in each slot
+            # of each row, from where to where positions came in one step, if some of them may see later ones
+            self._whole: list[list[tuple[int, int]]] = [[] for _ in range(batch)]
             self._window: _Window | None = None
         except (MemoryError, OSError, OverflowError, ValueError) as e:
             raise InputError(f"batch is {batch}, for whose caches there is no memory ({e}): take fewer rows") from None
@@ -207,13 +209,14 @@ class Session:
     def reset(self) -> None:
         """Empties all rows. Memory stays."""
         self._past[:] = self._written[:] = 0
+        self._whole = [[] for _ in range(self.batch)]
         self._slots.clear(np.arange(self.batch))
 
     def truncate(self, length: int | Sequence[int] | np.ndarray) -> None:
         """Forgets what each row holds beyond ``length`` positions (one number, or one per row).
 
         Raises InputError, changing nothing, where a sliding-window cache has already overwritten positions that the next
-        token would see.
+        token would see; and, of a model some of whose tokens see each other, within what came in one step.
         """
         try:
             given = np.asarray(length)
@@ -232,6 +235,14 @@ class Session:
                     f"row {row} cannot go back to {to[row]} of {self._past[row]} positions: {spec.holds()}; "
                     "reset() and feed the tokens again"
                 )
+        for row, n in enumerate(to.tolist()):
+            if whole := next((w for w in self._whole[row] if w[0] < n < w[1]), None):
+                raise InputError(
+                    f"row {row} cannot go back to {n} of {self._past[row]} positions: {whole[0]} to {whole[1] - 1} came in one "
+                    "step, and the first of them may have seen the rest; go back to where a step began or ended"
+                )
+        for row, n in enumerate(to.tolist()):
+            self._whole[row] = [w for w in self._whole[row] if w[1] <= n]
         emptied = (to == 0) & (self._past > 0)
         if emptied.any():
             self._slots.clear(np.flatnonzero(emptied[self._row]))
@@ -285,6 +296,7 @@ class Session:
         if self._checks[name] or self._late[name] or self._each[name]:
             self._check(name, {**w.others, **along, self._fed: tokens, "past": counts, "last": counts})
         out = self._functions[name](*args)
+        self._written[w.rows] = np.maximum(self._written[w.rows], w.past.array + s)
         if self._cut is not None:
             self._check_cut(array_of(out[self._cut]) & (counts > 0), w)
         found = array_of(out[self._logits])
@@ -292,7 +304,9 @@ class Session:
             returned = self._returned[name] = self._elsewhere(name, out, w)
         for at, state in returned:
             self._slots.put(state, w.first, array_of(out[at]), None if counts.all() else counts > 0)
-        self._written[w.rows] = np.maximum(self._written[w.rows], w.past.array + s)
+        if self._cut is not None and s > 1:  # what they hold depends on each other: none goes without the rest
+            for row, first, n in zip(self._every[w.rows].tolist(), w.past.array.tolist(), counts.tolist()):
+                self._whole[row] += [(first, first + n)] if n > 1 else []
         self._past[w.rows] += counts
         return w, found
 

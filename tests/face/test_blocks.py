@@ -101,6 +101,72 @@ def test_steps(name: str, tmp_path: Path) -> None:
     assert session.past.tolist() == [2, 2]
     session.truncate(0)
     feed([4, 5])
+    feed([1, 1])
+    session.truncate([4, 6])
+    for length in ([3, 6], [4, 2]):  # where the first have seen what is to go
+        with pytest.raises(InputError, match=r"row [01] cannot go back to [23] of [46] positions: 0 to [34] came in one step"):
+            session.truncate(length)
+    assert session.past.tolist() == [4, 6]
+    session.truncate([0, 5])
+    feed([2, 1])
+
+
+class Near(Decoder):
+    """With attention to the last three beside what sees ahead."""
+
+    def __call__(self, tokens: nn.Tensor, **rest: nn.Tensor) -> nn.Tensor:
+        at, h = nn.positions(tokens), self.embed(tokens).heads(HEADS)
+        keep = nn.causal(at) & nn.within(at, 3)
+        scores = nn.where(keep, nn.einsum("b s h d, b t h d -> b h s t", h, h), -math.inf)
+        y = nn.einsum("b h s t, b t h d -> b s h d", nn.softmax(scores), h).merge()
+        return super().__call__(tokens, **rest) + self.head(y)
+
+
+class Summed(Near):
+    """And with a running sum."""
+
+    def __call__(self, tokens: nn.Tensor, **rest: nn.Tensor) -> nn.Tensor:
+        return super().__call__(tokens, **rest) + self.head(nn.cumsum(self.embed(tokens), axis=1))
+
+
+def test_a_step_that_is_refused_leaves_what_a_row_holds(tmp_path: Path) -> None:
+    program = nn.trace(Summed(images), {**TOKENS, "image": "i64[b, s]"}, outputs=["y"])
+    ws.compile(program, tmp_path / "out", chunk=4)
+    session = ws.load(tmp_path / "out").session(1, context=20)
+    tokens = np.random.default_rng(0).integers(0, VOCAB, (1, 12))
+    image = np.array([[0, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0]])
+    session.step(tokens[:, :4], image=image[:, :4])
+    session.step(tokens[:, 4:6], image=image[:, 4:6])
+    with pytest.raises(InputError, match="row 0 holds 6 tokens, of which some see the new ones"):
+        session.step(tokens[:, 6:10], image=image[:, 6:10])
+    got = session.step(tokens[:, 7:9], image=image[:, 7:9])
+    kept = np.r_[0:6, 7:9]
+    params = {k: p.load() for k, p in program.params.items()}
+    (want,) = evaluate(program["forward"], {"tokens": tokens[:, kept], "image": image[:, kept]}, params)
+    np.testing.assert_allclose(got, want[:, -1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_that_is_refused_wrote_to_rings(tmp_path: Path) -> None:
+    """So a row does not go back to where what it wrote over would be read."""
+    program = nn.trace(Near(images), {**TOKENS, "image": "i64[b, s]"}, outputs=["y"])
+    ws.compile(program, tmp_path / "out", chunk=4)
+    model = ws.load(tmp_path / "out")
+    (ring,) = {s.capacity for s in model.manifest.interface.states} - {None}
+    assert ring is not None
+    session, n = model.session(1, context=ring + 20), ring + 8
+    tokens = np.random.default_rng(0).integers(0, VOCAB, (1, n))
+    for at in range(n):
+        session.step(tokens[:, at : at + 1], image=np.full((1, 1), at == n - 1, np.int64))
+    with pytest.raises(InputError, match="of which some see the new ones"):
+        session.step(tokens[:, :4], image=np.ones((1, 4), np.int64))
+    with pytest.raises(InputError, match="sliding-window caches hold the last"):
+        session.truncate(n + 3 - ring + 2)  # two before it, the refused step's last token lies
+    session.truncate(n + 4 - ring + 2)
+    got = session.step(tokens[:, :1], image=np.zeros((1, 1), np.int64))
+    kept = np.concatenate([tokens[:, : n + 6 - ring], tokens[:, :1]], axis=1)
+    params = {k: p.load() for k, p in program.params.items()}
+    (want,) = evaluate(program["forward"], {"tokens": kept, "image": np.zeros_like(kept)}, params)
+    np.testing.assert_allclose(got, want[:, -1], rtol=1e-4, atol=1e-5)
 
 
 def one_ahead_or_given(at: nn.Tensor, first: nn.Tensor) -> nn.Tensor:
