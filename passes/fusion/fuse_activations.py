@@ -19,6 +19,10 @@ def _times_half(p: Tracer, x: Pattern, y: Pattern) -> Pattern:
     return p.either(p.mul(x, _half(p, y)), p.mul(_half(p, x), y), _half(p, p.mul(x, y)))
 
 
+def _read_by(node: Node, op: str) -> bool:
+    return any(user.op.name == op for v in node.outputs for user, _ in v.uses)
+
+
 class _Sigmoid(Rewrite):
     """1 / (1 + exp(-x)), or (1 + tanh(x/2)) / 2 -> sigmoid(x)"""
 
@@ -56,6 +60,9 @@ class _GeluTanh(Rewrite):
     """x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3))) -> gelu(x), approximated by tanh"""
 
     landmark = "tanh"
+
+    def is_landmark(self, node: Node) -> bool:
+        return super().is_landmark(node) and _read_by(node, "add")  # others are caps, gates, activations themselves
 
     def pattern(self, p: Tracer, x: Var) -> Pattern:
         c, k = math.sqrt(2 / math.pi), 0.044715
@@ -99,6 +106,9 @@ class _Softmax(Rewrite):
     """exp(x) / sum(exp(x)) -> softmax(x)"""
 
     landmark = "exp"
+
+    def is_landmark(self, node: Node) -> bool:
+        return super().is_landmark(node) and (_read_by(node, "reduce_sum") or _read_by(node, "div"))
 
     def pattern(self, p: Tracer, x: Var) -> Pattern:
         e = p.exp(x)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from wasat.ir import Program, build, op_named, parse_type
+from wasat.ir import Program, build, op_named, parse, parse_type
 from wasat.ir.decompose import decompose
 from wasat.passes import Cleanup, FuseActivations, PassManager
 
@@ -131,3 +131,11 @@ def test_decompositions_are_recognized(text: str) -> None:
     assert g.count(name) == 0
     PassManager([Cleanup(), FuseActivations()], check=InterpreterCheck(DIMS)).run(Program({"f": g}))
     assert [n.op.name for n in g.nodes] == [name]
+
+
+@pytest.mark.parametrize("body", [
+    NEAR["soft capping"][0], "y = tanh(%x)", "t = tanh(%x)\n y = mul(%t, %z)", "y = exp(%x)", "e = exp(%x)\n y = mul(%e, %z)",
+])  # fmt: skip
+def test_what_is_no_written_out_activation_is_no_missed_one(body: str) -> None:
+    report = PassManager([FuseActivations()]).run(Program({"f": parse(graph(body))}))
+    assert not report.remarks("missed")
