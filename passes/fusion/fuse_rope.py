@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 from wasat.ir import Builder, DimLike, DType, Node, Value
+from wasat.ir.ops.shape import Slice
 
 from ..pattern import Match, Mismatch, Pattern, Rewrite, Rewrites, Tracer, Var, number_of
 
@@ -211,8 +212,18 @@ class _Halves(Rewrite):
         return _rope(b, x, m["cos"], m["sin"], repeats=1)
 
 
+def _every_second(v: Value, first: int) -> bool:
+    """Whether a slice takes the features first, first + 2, .. and everything else whole."""
+    assert v.node is not None
+    attrs, shape = Slice.Attrs.of(v.node), v.node.inputs[0].shape
+    whole = all(lo == 0 and hi == d and s == 1 for lo, hi, s, d in zip(attrs.starts[:-1], attrs.stops[:-1], attrs.steps, shape))
+    return whole and (attrs.starts[-1], attrs.steps[-1], v.shape[-1]) == (first, 2, shape[-1] // 2)
+
+
 class _Pairs(Rewrite):
-    """The same with pairs (2i, 2i + 1): x reshaped to [.., half, 2] and taken apart -> rope(x), interleaved"""
+    """The same with pairs (2i, 2i + 1): x reshaped to [.., half, 2] and taken apart, or every second feature of x -> rope(x),
+    interleaved
+    """
 
     landmark: ClassVar[str] = "sub"
 
@@ -221,17 +232,24 @@ class _Pairs(Rewrite):
 
     def pattern(self, p: Tracer, x: Var, cos: Var, sin: Var) -> Pattern:
         pairs = p.shared(p.named("pairs", p.reshape(x)))
-        x1, x2 = (p.shared(p.reshape(p.named(k, p.slice(pairs)))) for k in ("x1", "x2"))
+        x1, x2 = (
+            p.shared(p.either(p.reshape(p.named(k, p.slice(pairs))), p.named(every, p.slice(x))))
+            for k, every in (("x1", "even"), ("x2", "odd"))
+        )
         y1, y2 = (p.named(k, y) for k, y in zip(("y1", "y2"), _rotated(p, x1, x2, cos, sin)))
         return p.reshape(p.named("both", p.concat(p.reshape(y1), p.reshape(y2), axis=4)))
 
     def build(self, b: Builder, m: Match) -> Value:
-        x, pairs = m["x"], m["pairs"]
+        x = m["x"]
         half = x.shape[-1] // 2
+        pairs = m["pairs"] if "pairs" in m else m["both"]
         apart = pairs.shape == (*x.shape[:-1], half, 2) == m["both"].shape
         if not apart or m["y1"].shape != (*x.shape[:-1], half):
             raise Mismatch(f"%{pairs.name} does not hold the pairs of features of %{x.name}")
-        _halves(m["x1"], m["x2"])  # of a pair
+        if "x1" in m and "x2" in m:
+            _halves(m["x1"], m["x2"])  # of a pair
+        elif not ("even" in m and "odd" in m and _every_second(m["even"], 0) and _every_second(m["odd"], 1)):
+            raise Mismatch(f"the parts of %{x.name} are not its even and its odd features")
         return _rope(b, x, m["cos"], m["sin"], repeats=1, interleaved=True)
 
 

@@ -400,6 +400,38 @@ def test_interleaved_pairs() -> None:
     check_pass(FuseRope(), graph(HALF_TABLES, PAIRS, product("3, 2]"), JOINED), want, DIMS)
 
 
+EVERY_SECOND = """
+  %x1: f32[b, s, 3, 2] = slice(%x) {starts=(0, 0, 0, 0), stops=(b, s, 3, 4), steps=(1, 1, 1, 2)}
+  %x2: f32[b, s, 3, 2] = slice(%x) {starts=(0, 0, 0, 1), stops=(b, s, 3, 4), steps=(1, 1, 1, 2)}
+"""
+
+
+def test_every_second_feature() -> None:
+    """x[..., ::2] and x[..., 1::2], stacked."""
+    want = graph(INV, "%y: f32[b, s, 3, 4] = rope(%x, %at, %constant) {interleaved=true}")
+    for even in (EVERY_SECOND, EVERY_SECOND.replace("(0, 0, 0, 0), stops=(b, s, 3, 4)", "(0, 0, 0, 0), stops=(b, s, 3, 3)")):
+        check_pass(FuseRope(), graph(HALF_TABLES, even, product("3, 2]"), JOINED), want, DIMS)
+
+
+@pytest.mark.parametrize("old, new", [
+    ("%x1: f32[b, s, 3, 2] = slice(%x) {starts=(0, 0, 0, 0)", "%x1: f32[b, s, 3, 2] = slice(%x) {starts=(0, 0, 0, 1)"),
+    ("starts=(0, 0, 0, 1)", "starts=(0, 0, 0, 0)"),
+    ("(0, 0, 0, 0), stops=(b, s, 3, 4), steps=(1, 1, 1, 2)", "(0, 0, 0, 0), stops=(b, s, 3, 2)"),
+    ("(0, 0, 0, 1), stops=(b, s, 3, 4), steps=(1, 1, 1, 2)", "(0, 0, 0, 1), stops=(b, s, 3, 3)"),
+    ("(0, 0, 0, 0), stops=(b, s, 3, 4), steps=(1, 1, 1, 2)", "(0, 0, 0, 0), stops=(b, s, 3, 4), steps=(1, 1, 1, 3)"),
+])  # fmt: skip
+def test_other_features(old: str, new: str) -> None:
+    pairs = EVERY_SECOND.replace(old, new, 1)
+    assert pairs != EVERY_SECOND
+    check_untouched(FuseRope(), graph(HALF_TABLES, pairs, product("3, 2]"), JOINED), "are not its even and its odd features")
+
+
+def test_every_second_feature_of_other_heads() -> None:
+    pairs = EVERY_SECOND.replace("%x)", "%u)").replace("3, 4), steps=(1, 1, 1", "6, 4), steps=(1, 1, 2")
+    wide = "\n  %u: f32[b, s, 6, 4] = concat(%x, %x) {axis=2}"
+    check_untouched(FuseRope(), graph(HALF_TABLES, wide, pairs, product("3, 2]"), JOINED), None)
+
+
 @pytest.mark.parametrize("way", ["halves in, pairs out", "pairs in, halves out", "second before first", "heads among pairs"])
 def test_pairs_put_otherwise(way: str) -> None:
     pairs, joined, tables, n, reason = PAIRS, JOINED, HALF_TABLES, "3, 2]", "does not hold the pairs of features"
