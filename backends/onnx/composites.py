@@ -145,6 +145,17 @@ def _dense(e: Emitter, t: QTensorType, values: str, scales: str, dtype: DType) -
     return e.cast(e.op("Mul", e.cast(values, DType.F32), spread), dtype)
 
 
+@emits("concat", when=lambda node, options: isinstance(node.output.type, QTensorType))
+def _concat(e: Emitter, node: Node, *ws: str) -> str:
+    """Of quantized weights: values, scales and offsets each for themselves. Of 4-bit integers ONNX has no Concat."""
+    t, axis = node.output.type, _attrs(node).axis
+    assert isinstance(t, QTensorType)
+    e.scale_names[node.output] = e.op("Concat", *(e.scales(v, t.scale) for v in node.inputs), axis=axis)
+    if t.offset:
+        e.offset_names[node.output] = e.op("Concat", *(e.offsets(v) for v in node.inputs), axis=axis)
+    return str(e.op("Concat", *(e.cast(w, DType.I8) for w in ws), axis=axis))
+
+
 @emits("quantize")
 def _quantize(e: Emitter, node: Node, x: str) -> str:
     """As ir.ops.quant.quantize_array: a scale a block, rounded before the values are divided by it."""

@@ -86,6 +86,8 @@ class Emitter:
     names: dict[Value, str] = field(default_factory=dict)
     scale_names: dict[Value, str] = field(default_factory=dict)
     """The scales of quantized values that nodes make."""
+    offset_names: dict[Value, str] = field(default_factory=dict)
+    """The offsets of such values, where their blocks have any."""
     weights: dict[str, Weight] = field(default_factory=dict)
     domains: set[str] = field(default_factory=set)
     load: Callable[[str], Any] = lambda name: None
@@ -308,17 +310,24 @@ class Emitter:
         own = t.scale if t.scale is dtype else DType.F32
         if v in self.scale_names:
             return self.cast(self.scale_names[v], own)
-        name = v.param
-        assert name is not None, v
+        name = self._stored(v)
         stored = f"{name}.scales" if own is t.scale else f"{name}.scales.{own}"
         return self.weight(stored, own, (*t.shape[:-1], t.blocks), lambda: self.load(name).scales.astype(own.np))
 
     def offsets(self, v: Value) -> str:
-        """What is added to the blocks of a stored parameter, f32 [.., blocks]."""
-        t, name = v.type, v.param
+        """What is added to the blocks of a quantized value, f32 [.., blocks]."""
+        t = v.type
         assert isinstance(t, QTensorType)
-        assert name is not None, v
+        if v in self.offset_names:
+            return self.offset_names[v]
+        name = self._stored(v)
         return self.weight(f"{name}.offsets", DType.F32, (*t.shape[:-1], t.blocks), lambda: np.asarray(self.load(name).offsets))
+
+    @staticmethod
+    def _stored(v: Value) -> str:
+        if v.param is None:
+            raise Unsupported(f"of %{v.name}, which is no parameter, the scales have no form")
+        return v.param
 
     # -- results -----------------------------------------------------------------------------------------------------
     def bind(self, node: Node, results: Sequence[str], since: int, wanted: Sequence[str]) -> None:

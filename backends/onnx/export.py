@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 from onnx import defs, helper
-from wasat.ir import Graph, IRError, Program, QTensorType, TensorType, Value
+from wasat.ir import DType, Graph, IRError, Program, QTensorType, TensorType, Value
 from wasat.ir.decompose import decompose
 
 from . import composites, loops, primitives  # noqa: F401  (fill the table)
@@ -173,6 +173,9 @@ def _declare(e: Emitter, v: Value, name: str) -> None:
     else:
         e.dtype[name], e.scale_names[v] = e.integer(v.type), f"{name}.scales"
         e.dtype[e.scale_names[v]] = v.type.scale
+        if v.type.offset:
+            e.offset_names[v] = f"{name}.offsets"
+            e.dtype[e.offset_names[v]] = DType.F32
 
 
 def _output_names(graph: Graph) -> list[str]:

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import numpy as np
-from wasat.ir import Dim, DimLike, DType, Node, less_equal
+from wasat.ir import Dim, DimLike, DType, Node, TensorType, less_equal
 from wasat.ir.dims import maximum
 from wasat.ir.ops.random import PARITY, ROTATIONS
 
@@ -221,7 +221,7 @@ def _slice(e: Emitter, node: Node, x: str) -> str:
     return e.op("Slice", x, starts, stops, e.shape(cut), e.shape([a.steps[i] for i in cut]))
 
 
-@emits("concat")
+@emits("concat", when=lambda node, options: isinstance(node.output.type, TensorType))
 def _concat(e: Emitter, node: Node, *xs: str) -> str:
     return e.op("Concat", *xs, axis=_attrs(node).axis)
 

@@ -16,6 +16,7 @@ pytest.importorskip("onnx")
 from attention_zoo import CASES, MORE, Case
 from onnx_graphs import HF, ONNX, training_step
 from roundtrip import OPSETS, Sweep, roundtrip
+from wasat.backends.onnx.errors import ExportError
 from wasat.backends.onnx.table import TABLE, Emission
 from wasat.frontend import from_pretrained
 from wasat.frontend.onnx import from_onnx
@@ -141,6 +142,30 @@ def test_decoders(folder: Path, opset: int) -> None:
 @pytest.mark.parametrize("scheme, activation", [("int8", "int8"), ("int4", None), ("int4", "int8"), ("bf16", None)])
 def test_quantized(scheme: str, activation: str | None, opset: int) -> None:
     sweep(optimize(from_pretrained(HF[0]), quantize=scheme, activation=activation, chunk=8)[0], opset)
+
+
+@opsets
+@pytest.mark.parametrize("scheme", ["q4_k", "q5_0", "iq4_nl", "int8b32f16", "int4b64f32"])
+def test_quantized_weights_in_one(scheme: str, opset: int) -> None:
+    """As merge-linears leaves them: values, scales and offsets are joined each for themselves."""
+    program = random_program(f"""graph @f(%x: f32[b, s, 256]) {{
+      param %q: {scheme}[8, 256]
+      param %k: {scheme}[3, 256]
+      %w: {scheme}[11, 256] = concat(%q, %k) {{axis=0}}
+      %y: f32[b, s, 11] = quantized_linear(%x, %w)
+      return %y
+    }}""")
+    sweep(program, opset)
+
+
+@opsets
+def test_a_quantized_input_is_refused(opset: int) -> None:
+    program = random_program("""graph @f(%x: f32[2, 256], %w: q4_k[3, 256]) {
+      %y: f32[2, 3] = quantized_linear(%x, %w)
+      return %y
+    }""")
+    with pytest.raises(ExportError, match="a quantized input"):
+        sweep(program, opset)
 
 
 @pytest.mark.parametrize("matmul_nbits", [False, True])
