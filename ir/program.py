@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import IRError, TypeMismatch, VerifyError
 from .graph import Graph, ParamSource
 from .interface import Interface, Origin
+from .metadata import Metadata
 from .types import Array, type_of
 
 
 @dataclass
 class Program:
-    """Entry points that share one set of named parameters."""
+    """Entry points that share one set of named parameters.
+
+    ``interface`` may be given as a dictionary, ``{"context": 64}``; :attr:`metadata` is that dictionary.
+    """
 
     graphs: dict[str, Graph]
     params: dict[str, ParamSource] = field(default_factory=dict)
     interface: Interface = field(default_factory=Interface)
     origin: Origin = field(default_factory=Origin)
+
+    def __post_init__(self) -> None:
+        if isinstance(given := self.interface, Mapping):
+            self.interface = Interface()
+            self.metadata.update(given)
+
+    @property
+    def metadata(self) -> Metadata:
+        """Interface and origin as one dictionary of plain values, which may be set: ``metadata["context"] = 64``."""
+        return Metadata(self)
 
     def __str__(self) -> str:
         from .printer import interface_text
