@@ -155,13 +155,15 @@ def read_tensor(f: Fields) -> TensorSpec:
     return spec
 
 
-def read_interface(f: Fields) -> Interface:
-    """The section ``interface`` of a manifest."""
+def read_interface(top: Fields) -> Interface:
+    """The sections ``interface``, ``limits`` and ``states`` of a manifest."""
+    f, limits = top.section("interface"), top.section("limits")
     generation, media = f.optional("generation"), f.optional("media")
     return Interface(
-        f.get("name", str), f.get("context", int, optional=True), f.get("chunk", int, optional=True), f.get("granule", int),
+        f.get("name", str), limits.get("context", int, optional=True), limits.get("chunk", int, optional=True),
+        limits.get("granule", int),
         f.get("vocab", int, optional=True), f.get("tokens", str), _generation(generation) if generation else Generation(),
-        _media(media) if media else None, tuple(map(_head, f.sections("heads"))), tuple(map(_state, f.sections("states"))),
+        _media(media) if media else None, tuple(map(_head, f.sections("heads"))), tuple(map(_state, top.sections("states"))),
         f.get("cut", str, optional=True) or "",
     )  # fmt: skip
 
@@ -208,7 +210,8 @@ def check_interface(m: Interface, inputs: Mapping[str, Sequence[str]]) -> None:
     What a state that is too small, or sized by nothing, would do is write outside its memory: refused here."""
     for what, n in (("context", m.context), ("chunk", m.chunk), ("granule", m.granule), ("vocab", m.vocab)):
         if n is not None and not 0 < n < 2**62:
-            raise ArtifactError(f"manifest.json: interface.{what} is {n}; it must be at least 1; {AGAIN}")
+            section = "interface" if what == "vocab" else "limits"
+            raise ArtifactError(f"manifest.json: {section}.{what} is {n}; it must be at least 1; {AGAIN}")
     if m.media and "prefill" in inputs and "media" not in inputs["prefill"]:
         raise ArtifactError(f"manifest.json: there are media, and entry prefill takes none; {AGAIN}")
     for e in m.media.encoders if m.media else ():

@@ -110,7 +110,7 @@ def parse_manifest(data: Any) -> Manifest:
             target.get("kind", str), target.get("arch", str), target.get("os", str), tuple(target.items("features", str))
         ),
         entries={name: _entry(entries.section(name)) for name in entries.data},
-        interface=read_interface(top.section("interface")), weights=tuple(map(read_tensor, top.sections("weights"))),
+        interface=read_interface(top), weights=tuple(map(read_tensor, top.sections("weights"))),
         files={name: _file(files.section(name)) for name in files.data},
         no_cache=top.get("no_cache", str, optional=True) or "",
     )  # fmt: skip

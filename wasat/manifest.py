@@ -34,14 +34,14 @@ def manifest_of(program: Program, library: Library, settings: dict[str, Any]) ->
         }
     return {
         "format": FORMAT, "wasat": __version__, **library.target.versions(), "target": library.target.requirements(),
-        "entries": entries, "interface": interface_json(program, library.target),
+        "entries": entries, **interface_json(program, library.target),
         "weights": [{"name": a.name, "dtype": a.dtype, "shape": list(a.shape)} for a in library.plan.arrays],
         "settings": settings,
     }  # fmt: skip
 
 
 def interface_json(program: Program, target: Target) -> dict[str, Any]:
-    """The program's interface, its states as they lie in memory."""
+    """The program's interface in three sections: ``limits``, ``states`` as they lie in memory, and what else it says."""
     interface = replace(program.interface, name=program.interface.name or "model")
     if interface.vocab is None:
         interface = replace(interface, vocab=_vocabulary(program))
@@ -51,7 +51,8 @@ def interface_json(program: Program, target: Target) -> dict[str, Any]:
         if isinstance(s["empty"], str):
             s["empty"] = f"{s['name']}/begin"  # of which that is the array
         s |= {k: None if s[k] is None else layout.axis(s[k]) for k in ("rows", "positions")}
-    return found
+    limits = {k: found.pop(k) for k in ("context", "chunk", "granule")}
+    return {"limits": limits, "states": found.pop("states"), "interface": found}
 
 
 def _tensor(name: str, type: Any) -> dict[str, Any]:

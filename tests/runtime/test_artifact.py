@@ -237,32 +237,32 @@ def test_a_damaged_manifest(copy: Path) -> None:
     ("tvm", "0.1.0", r"already runs TVM .* needs 0\.1\.0: load it in a process of its own"),
     ("interface.name", 3, r"interface\.name is a whole number, not text"),
     ("interface", [], "interface is a list, not an object"),
-    ("interface.context", "long", r"interface\.context is text, not a whole number"),
-    ("interface.context", -4, r"interface\.context is -4; it cannot be negative"),
-    ("interface.context", True, r"interface\.context is True, not a whole number"),
-    ("interface.chunk", 64, rf"ring cache ring\.k has capacity {RING}; window 4 and chunk 64 need more"),
+    ("limits.context", "long", r"limits\.context is text, not a whole number"),
+    ("limits.context", -4, r"limits\.context is -4; it cannot be negative"),
+    ("limits.context", True, r"limits\.context is True, not a whole number"),
+    ("limits.chunk", 64, rf"ring cache ring\.k has capacity {RING}; window 4 and chunk 64 need more"),
     ("interface.generation.eos", 1, r"generation\.eos is a whole number, not a list"),
     ("interface.generation.eos", ["</s>"], r"generation\.eos\.0 is text, not a whole number"),
     ("entries.decode.inputs.0.dtype", 8, r"entries\.decode\.inputs\.0\.dtype is a whole number, not text"),
     ("entries.decode.inputs.0.shape", ["b", 1.5], r"shape\.1 is 1\.5, not a whole number or text"),
     ("entries.decode.inputs.0.shape", ["b +", 1], "'b \\+' is no dimension"),
     ("entries.decode.states", ["nothing"], "entry decode has a state nothing that is not described"),
-    ("interface.states.0.cut", "short", r"state full\.k .* is cut short"),
-    ("interface.states.0.rows", 7, r"state full\.k .* has rows along 7"),
-    ("interface.states.0.positions", 0, r"rows along 0, positions along 0"),
-    ("interface.states.0.donated", 1, r"donated is a whole number, not true or false"),
-    ("interface.states.0.capacity", 16, r"state full\.k, which does not grow, has c"),
-    ("interface.granule", 0, r"interface\.granule is 0; it must be at least 1"),
-    ("interface.states.0.shape", ["b", 4, 1, 8], r"cache full\.k .* does not hold c positions"),
-    ("interface.states.0.shape", ["b", "c + k", 1, 8], r"state full\.k is not one over b and c"),
-    ("interface.states.0.shape", ["b", "__import__('os')", 1, 8], "is no dimension"),
-    ("interface.states.2.capacity", 8, r"ring cache ring\.k has capacity 8"),
+    ("states.0.cut", "short", r"state full\.k .* is cut short"),
+    ("states.0.rows", 7, r"state full\.k .* has rows along 7"),
+    ("states.0.positions", 0, r"rows along 0, positions along 0"),
+    ("states.0.donated", 1, r"donated is a whole number, not true or false"),
+    ("states.0.capacity", 16, r"state full\.k, which does not grow, has c"),
+    ("limits.granule", 0, r"limits\.granule is 0; it must be at least 1"),
+    ("states.0.shape", ["b", 4, 1, 8], r"cache full\.k .* does not hold c positions"),
+    ("states.0.shape", ["b", "c + k", 1, 8], r"state full\.k is not one over b and c"),
+    ("states.0.shape", ["b", "__import__('os')", 1, 8], "is no dimension"),
+    ("states.2.capacity", 8, r"ring cache ring\.k has capacity 8"),
     ("weights.0.shape", ["c", 8], "weight .* has the shape .* not whole numbers"),
     ("weights.0.shape", [3, 8], r"array \S+ is float32.*; manifest\.json says float32\[3, 8\]"),
     ("weights.0.dtype", "int8", r"array \S+ is float32.*; manifest\.json says int8"),
     ("weights.0.name", "other", r"entry \w+ reads a weight \S+ that is not described"),
     ("entries.decode.weights", ["other"], "entry decode reads a weight other that is not described"),
-    ("interface.states.2.empty", "other", r"state ring\.k begins as other, which is no weight"),
+    ("states.2.empty", "other", r"state ring\.k begins as other, which is no weight"),
     ("files.model%so", ..., r"does not list model\.so"),
     ("files.model%so.sha256", 1, "sha256 is a whole number, not text"),
     ("files.model%so.bytes", None, r"files\.model\.so\.bytes is null, not a whole number"),
@@ -274,7 +274,7 @@ def test_a_manifest_that_cannot_be(copy: Path, field: str, value: Any, message: 
 
 
 def test_fields_from_the_future_are_left_alone(copy: Path) -> None:
-    edit_manifest(copy, "interface.states.0.colour", "red")
+    edit_manifest(copy, "states.0.colour", "red")
     edit_manifest(copy, "novelty", 1)
     load(copy)
 
@@ -285,7 +285,7 @@ def test_any_change_of_the_manifest_is_noticed(copy: Path) -> None:
     data = json.loads(path.read_text())
     path.write_text(json.dumps(data, indent=7, sort_keys=True))
     load(copy)
-    for change in ({"interface": {**data["interface"], "context": 64}}, {"wasat": "x"}, {"digest": "0"}, {"new": 1}):
+    for change in ({"limits": {**data["limits"], "context": 64}}, {"wasat": "x"}, {"digest": "0"}, {"new": 1}):
         path.write_text(json.dumps({**data, **change}))
         _refused(copy, "is not as it was written")
     path.write_text(json.dumps({k: v for k, v in data.items() if k != "digest"}))
@@ -296,7 +296,7 @@ def test_any_change_of_the_manifest_is_noticed(copy: Path) -> None:
 
 @pytest.mark.parametrize("size", ["min(c, 16)", "c // 2", "c - 16", "c * c", "max(c, 32)", "c // 0", "c % 0", "c + b", "0 * c"])
 def test_a_full_cache_holds_what_it_is_asked_for(copy: Path, size: str) -> None:
-    edit_manifest(copy, "interface.states.0.shape", ["b", size, 1, 8])
+    edit_manifest(copy, "states.0.shape", ["b", size, 1, 8])
     _refused(copy, "does not hold c positions|is no dimension|does not grow")
 
 
@@ -324,8 +324,8 @@ def test_a_library_that_is_no_program(copy: Path) -> None:
     ("entries.sum.inputs.0.shape", ["m + k", 3], "which no array tells"),
     ("entries.sum.inputs.0.shape", ["2*m", 3], None),
     ("entries.sum.inputs.0.shape", ["n", 2**63], "which no array tells"),
-    ("interface.context", 0, r"interface\.context is 0; it must be at least 1"),
-    ("interface.chunk", 0, r"interface\.chunk is 0"),
+    ("limits.context", 0, r"limits\.context is 0; it must be at least 1"),
+    ("limits.chunk", 0, r"limits\.chunk is 0"),
     ("interface.vocab", 0, r"interface\.vocab is 0"),
 ], ids=str)  # fmt: skip
 def test_signatures_that_say_too_little(copy: Path, field: str, value: Any, message: str | None) -> None:
