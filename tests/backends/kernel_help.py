@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from soft import SOFT
 from wasat.backends.tvm.cpu import tir_pipeline
 from wasat.backends.tvm.cpu.kernels.isa import AVX2, AVX512_VNNI, AVX_VNNI, GENERIC, ISAS, NEON, Isa
+from wasat.backends.tvm.cpu.kernels.quantize import quantize_rows_reference
 
 # no more than the kernels ask for: code for a named processor may use instructions that this one lacks (AVX512-FP16)
 CPU = {
@@ -83,6 +84,14 @@ def run(compiled: Any, inputs: list[Any], *outputs: tuple[tuple[int, ...], str])
     made = [tensor(np.full(shape, 77, dtype)) for shape, dtype in outputs]
     compiled(*[tensor(x) if isinstance(x, np.ndarray) else x for x in inputs], *made)
     return [m.numpy() for m in made]
+
+
+def rounded(x: NDArray[np.float32]) -> NDArray[np.float64]:
+    """x as rows of integers and scales stand for it."""
+    q = quantize_rows_reference(x)
+    ints = np.ascontiguousarray(q[..., :8]).view(np.int8).astype(np.float64)
+    blocks = ints * np.ascontiguousarray(q[..., 8]).view(np.float32)[..., None]
+    return blocks.reshape(*x.shape[:-1], 32 * q.shape[-2])[..., : x.shape[-1]]
 
 
 def assert_near(got: NDArray[Any], want: NDArray[Any], tolerance: float) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from kernel_help import assert_near, build, each_isa, run
+from kernel_help import assert_near, build, each_isa, rounded, run
 from numpy.typing import NDArray
 from wasat.backends.tvm.cpu.kernels.blocks import format_of, pack_blocks
 from wasat.backends.tvm.cpu.kernels.embedding import Embedding, embedding
@@ -36,13 +36,6 @@ def activations(m: int, k: int, seed: int = 1) -> NDArray[np.float32]:
     x[0, :32] = 0  # a block without a scale
     x[-1, :32] = 1.0  # every value at the limit
     return x
-
-
-def rounded(x: NDArray[np.float32]) -> NDArray[np.float64]:
-    """x as rows of integers and scales stand for it."""
-    q = quantize_rows_reference(x)
-    ints = np.ascontiguousarray(q[..., :8]).view(np.int8).astype(np.float64)
-    return (ints * np.ascontiguousarray(q[..., 8]).view(np.float32)[..., None]).reshape(x.shape)
 
 
 @pytest.mark.parametrize("name", NAMES)

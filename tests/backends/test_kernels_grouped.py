@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from kernel_help import assert_near, build, each_isa, run
+from kernel_help import assert_near, build, each_isa, rounded, run
 from ml_dtypes import bfloat16
 from wasat.backends.tvm.cpu.kernels.grouped import Grouped, GroupRows, group_rows, grouped, grouped_shape
 from wasat.backends.tvm.cpu.kernels.isa import GENERIC, Isa
@@ -79,10 +79,11 @@ def test_grouped(isa: Isa, n: int, k: int, per: int, bias: bool, storage: Any, i
         given = quantize_rows_reference(x) if integers else x
         more = [np.concatenate(biases)] if bias else []
         [y] = run(compiled, [given, packed, *sorted_rows(groups), *more], ((m, n), "float32"))
-        want = np.einsum("mk,mnk->mn", np.repeat(x, per, 0).astype(np.float64), w[groups]) + (b[groups] if bias else 0)
+        read = rounded(x) if integers else x.astype(np.float64)
+        want = np.einsum("mk,mnk->mn", np.repeat(read, per, 0), w[groups]) + (b[groups] if bias else 0)
         if not m:
             continue
-        assert_near(y, want, 2e-2 if integers else 1e-6)
+        assert_near(y, want, 1e-6)
         panels = len(packed) // E
         for i in range(0, m, max(1, m // 5)):  # the same bits as that row's linear
             e = groups[i]
