@@ -6,6 +6,15 @@
     model = ws.load("model.wasat")                                # needs no compiler
     print(model.generate("def main():", max_tokens=50)[0].text)
 
+Models in     from_pretrained, from_onnx, from_gguf; nn and trace for one's own; parse for a graph's text; load_program
+Weights       load_weights: arrays or a folder into a program of one's own
+Looking       run (any graph, interpreter or compiled), evaluate (the interpreter), explain (what the passes did)
+Programs out  optimize, compile, to_onnx, save_program; train
+Artifacts     load, Model, SamplingOptions
+Classes       Program, Graph, Executable, WasatError (the root of all errors)
+
+help(ws.compile) and the like say more; the documents are in docs/.
+
 Names are imported when first used, so that ``wasat.runtime`` alone loads neither the compiler nor NumPy-heavy rooms.
 """
 
@@ -52,8 +61,6 @@ _HOME = {
     "WasatError": "wasat.ir",
 }  # fmt: skip
 
-__all__ = [*_HOME, "__version__"]
-
 
 if not TYPE_CHECKING:  # else every misspelt name would be Any
 
@@ -64,4 +71,4 @@ if not TYPE_CHECKING:  # else every misspelt name would be Any
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*_HOME, "__version__"])

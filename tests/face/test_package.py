@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pydoc
+import re
 import subprocess
 import sys
 
@@ -10,10 +12,15 @@ import pytest
 import wasat as ws
 
 
-@pytest.mark.parametrize("name", ws.__all__)
+@pytest.mark.parametrize("name", dir(ws))
 def test_every_name_is_there(name: str) -> None:
     assert getattr(ws, name) is not None
-    assert name in dir(ws)
+
+
+def test_help_is_a_page() -> None:
+    text = pydoc.render_doc(ws, renderer=pydoc.plaintext)
+    assert len(text.splitlines()) < 60
+    assert set(re.findall(r"[A-Za-z_]\w+", text)) >= set(dir(ws)) - {"__version__"}
 
 
 def test_a_name_that_is_not_there() -> None:

@@ -77,7 +77,7 @@ def test_the_typed_names_are_those_that_are_imported() -> None:
 
 
 def test_completion_offers_public_names_only() -> None:
-    assert set(dir(ws)) == set(ws.__all__)
+    assert set(dir(ws)) == {*ws._HOME, "__version__"}
     assert dir(nn) == sorted(nn.__all__)
     assert all(getattr(nn, name) is not None for name in dir(nn))
     assert not any(name.startswith("_") for name in dir(nn))
