@@ -10,6 +10,7 @@ from __future__ import annotations
 import doctest
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -118,6 +119,11 @@ def test_links_lead_somewhere(path: Path) -> None:
         target = path.parent / name if name else path
         assert target.exists(), f"{path.name} links to {link}"
         assert not anchor or anchor in anchors(target), f"{path.name} links to {link}; there is no such heading"
+
+
+def test_the_list_of_operations_is_the_registry() -> None:
+    """To write it anew: python docs/list_operations.py"""
+    assert (ROOT / "docs" / "operations.md").read_text() == runpy.run_path(str(ROOT / "docs" / "list_operations.py"))["page"]()
 
 
 def test_readme_begins_with_two_commands() -> None:
