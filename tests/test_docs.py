@@ -21,7 +21,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 EXAMPLES = {"own_model.py": "finished by length", "own_pass.py": "both tests pass", "hugging_face.py": "def read_file"}
 ENTRY = "from wasat.cli import main; main()"
 MARK = "\x01block "
@@ -89,7 +89,7 @@ def test_readme(artifact: Path) -> None:
     assert (artifact / "manifest.json").is_file()
 
 
-@pytest.mark.parametrize("path", DOCUMENTS[1:], ids=lambda p: p.name)
+@pytest.mark.parametrize("path", DOCUMENTS[1:], ids=lambda p: str(p.relative_to(ROOT)))
 def test_document(path: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     if not any(kind in ("python", "sh") for kind, _, _ in blocks(path)):
         return
@@ -110,7 +110,7 @@ def anchors(path: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_lead_somewhere(path: Path) -> None:
     for link in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", path.read_text())):
         if "://" in link:
