@@ -17,9 +17,9 @@ PAGE = Path(__file__).with_name("operations.md")
 HEAD = """# Operations
 
 All {count} of them, by the file in [`ir/ops/`](../ir/ops) that defines them; [list_operations.py](list_operations.py) writes
-this page. What each fact means, and what else stands on the class of an operation, is in [ir.md](ir.md#operations). A *composite* is
-decomposed where a backend has no kernel for it; one without a gradient of its own is differentiated through its
-decomposition.
+this page. What each fact means, and what else stands on the class of an operation, is in [ir.md](ir.md#operations).
+A *composite* is decomposed where a backend has no kernel for it; one without a gradient of its own is differentiated
+through its decomposition.
 """
 
 
