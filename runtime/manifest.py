@@ -59,6 +59,10 @@ class Needs:
     os: str
     features: tuple[str, ...]
     """Instruction sets, in the words of /proc/cpuinfo."""
+    device: str = "cpu"
+    """What the target is called."""
+    libraries: tuple[str, ...] = ()
+    """Files of the artifact that the library calls, in the order in which they are loaded."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,8 @@ def parse_manifest(data: Any) -> Manifest:
     manifest = Manifest(
         wasat=top.get("wasat", str), tvm=top.get("tvm", str), tvm_ffi=top.get("tvm_ffi", str),
         target=Needs(
-            target.get("kind", str), target.get("arch", str), target.get("os", str), tuple(target.items("features", str))
+            target.get("kind", str), target.get("arch", str), target.get("os", str), tuple(target.items("features", str)),
+            target.get("device", str, optional=True) or "cpu", tuple(target.items("libraries", str, optional=True)),
         ),
         entries={name: _entry(entries.section(name)) for name in entries.data},
         interface=read_interface(top), weights=tuple(map(read_tensor, top.sections("weights"))),
@@ -164,6 +169,9 @@ def _check(m: Manifest) -> None:
     for w in m.weights:
         if any(isinstance(d, str) for d in w.shape):
             raise ArtifactError(f"manifest.json: weight {w.name} has the shape {list(w.shape)}, not whole numbers; {AGAIN}")
+    for name in m.target.libraries:
+        if name not in m.files:
+            raise ArtifactError(f"manifest.json: target.libraries names {name!r}, which is no file of the artifact; {AGAIN}")
     for name in m.files:
         if not is_file_name(name):
             raise ArtifactError(f"manifest.json: {name!r} is no name for a file of an artifact; {AGAIN}")

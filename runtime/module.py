@@ -15,7 +15,7 @@ from typing import Any
 
 from .artifact import LIBRARY, RUNTIME_LIBRARY
 from .errors import AGAIN, ArtifactError, InputError, RuntimeErrorBase
-from .manifest import Manifest
+from .manifest import Manifest, Needs
 from .values import whole
 
 _CPU, _POOLED = 1, 2
@@ -49,6 +49,8 @@ class Library:
         _set_threads(threads)
         _load_runtime(folder / RUNTIME_LIBRARY, manifest.tvm)
         _check_threads(threads)
+        for name in manifest.target.libraries:
+            _load_driver(folder / name, manifest.target)
         # the system takes a path it has loaded for the library it has: an artifact compiled anew needs a path of its own
         with tempfile.TemporaryDirectory() as place:
             link = Path(place) / LIBRARY
@@ -130,6 +132,16 @@ def _load_runtime(path: Path, wanted: str) -> None:
         raise ArtifactError(
             f"this process already runs TVM {present} and the artifact needs {wanted}: load it in a process of its own"
         )
+
+
+def _load_driver(path: Path, needs: Needs) -> None:
+    """A library that the program calls, for all to see."""
+    try:
+        ctypes.CDLL(str(path.resolve()), ctypes.RTLD_GLOBAL)
+    except OSError as e:
+        raise ArtifactError(
+            f"the artifact is compiled for the device {needs.device}, and its driver {path.name} cannot be loaded here: {e}"
+        ) from None
 
 
 def _release(v: str) -> str:

@@ -173,6 +173,10 @@ def compile(
         granule=machine.granule, passes=passes, check=check, progress=progress,
     )  # fmt: skip
     library = build(optimized, machine, on_progress=progress)
+    if library.left:
+        size = sum(map(len, optimized.graphs.values()))
+        remarks = [Remark("missed", x.why, x.graph, x.loc) for x in library.left]
+        report.steps.append(Step(f"kernels of {machine.name}", 0.0, size, size, False, remarks))
     manifest = manifest_of(optimized, library, {
         "quantize": quantize, "activation": activation, "overrides": dict(overrides or {}), "target": target,
         "threads": machine.threads, "cache": cache,

@@ -5,10 +5,9 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from wasat.ir import Dim, DType, Graph, IRError, Program, WasatError, evaluate_d
 from wasat.ir.dims import Func
 from wasat.ir.evaluate import bind_symbols, hold_checks
 
-from .lower import Begin, WeightPlan, lower_program
+from .lower import Begin, Left, WeightPlan, lower_program
 from .ops.cond import EQUAL, hold_equal
 from .ops.indices import OUTSIDE, given, outside
 from .ops.narrow import carried, uncarried
@@ -38,6 +37,8 @@ class Library:
     executable: Any
     plan: WeightPlan
     target: Target
+    left: list[Left] = field(default_factory=list)
+    """What the target's kernels left to others."""
 
     def export(self, path: Path) -> None:
         """Links the shared library at ``path`` (absolute)."""
@@ -46,12 +47,9 @@ class Library:
 
 
 def check_tools(target: Target) -> None:
-    """Says, before the long work, what the link step will miss."""
-    if target.needs_compiler and not any(shutil.which(c) for c in ("g++", "clang++", "c++")):
-        raise BuildError(
-            "linking the compiled library needs a C++ compiler and none of g++, clang++, c++ is on the PATH; "
-            "install one (Debian: apt-get install g++) and run again"
-        )
+    """Raises BuildError, before the long work, for what compiling for ``target`` will miss."""
+    if missing := target.missing_tools():
+        raise BuildError(f"compiling for {target.name} needs {'; and '.join(missing)}; install it and run again")
 
 
 def build(
@@ -63,8 +61,9 @@ def build(
     """
     check_tools(target)
     on_progress("lowering")
+    kernels, left = target.kernels(target, program), list[Left]()
     module, plan = lower_program(
-        program, target.table(), target.state_types(program), target.kernels(target, program), target.on_host
+        program, target.table(), target.state_types(program), lambda g: left.extend(kernels(g) or ()), target.on_host
     )
     layouts = target.state_layouts(program)
     for s in program.interface.states:
@@ -77,7 +76,7 @@ def build(
             module, target=target.tvm, relax_pipeline=target.pipeline(not _loosely_bounded(program)),
             tir_pipeline=target.tir_pipeline,
         )  # fmt: skip
-    return Library(executable, plan, target)
+    return Library(executable, plan, target, left)
 
 
 _LOOSE = 4096
@@ -117,6 +116,8 @@ class Runner:
         self.program, self.states, self.donate = program, program.interface.state_names, donate
         self.layouts = target.state_layouts(program)
         library = build(program, target)
+        for path in target.libraries():
+            ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
         tvm_ffi.register_global_func(OUTSIDE, outside, override=True)
         tvm_ffi.register_global_func(EQUAL, hold_equal, override=True)
         self.vm = relax.VirtualMachine(_linked(library) if donate else library.executable, tvm.cpu())

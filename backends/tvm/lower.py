@@ -9,14 +9,14 @@ packed arrays.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import tvm
 from tvm import relax, te, tirx
-from wasat.ir import Attrs, DType, Graph, IRError, Node, Op, Program, QTensorType, TensorType, Type, Value
+from wasat.ir import Attrs, DType, Graph, IRError, Loc, Node, Op, Program, QTensorType, TensorType, Type, Value
 from wasat.ir.dims import Dim, DimLike, Func, symbols_of
 
 from .ops.narrow import NARROW, carried
@@ -155,6 +155,19 @@ def lowering_into(table: dict[str, Lowering]) -> Callable[..., Callable[[Lowered
         return add
 
     return lowers
+
+
+@dataclass(frozen=True)
+class Left:
+    """What no kernel of a target does, and why, with its place."""
+
+    graph: str
+    why: str
+    loc: Loc | None = None
+
+
+Select = Callable[[Graph], Iterable[Left] | None]
+"""Puts a target's kernels into a graph; says what it left, if it keeps count of that."""
 
 
 @dataclass(frozen=True)
@@ -465,7 +478,7 @@ def _identifier(name: str) -> str:
     return "".join(c if c.isalnum() or c == "_" else "_" for c in name)
 
 
-def selected(program: Program, table: Table, select: Callable[[Graph], None], on_host: bool = True) -> list[Graph]:
+def selected(program: Program, table: Table, select: Select, on_host: bool = True) -> list[Graph]:
     """Copies of the graphs as they are lowered: ``select`` puts a target's kernels in, what has none is decomposed, indices
     are checked (or clamped, where code does not run ``on_host``)."""
     from wasat.ir.decompose import decompose
@@ -485,7 +498,7 @@ def selected(program: Program, table: Table, select: Callable[[Graph], None], on
 
 def lower_program(
     program: Program, table: Table, state_types: Mapping[str, TensorType] | None = None,
-    select: Callable[[Graph], None] = lambda graph: None, on_host: bool = True,
+    select: Select = lambda graph: None, on_host: bool = True,
 ) -> tuple[tvm.IRModule, WeightPlan]:  # fmt: skip
     """A Relax module with one function per graph, and the weights that each of them takes after its inputs and states.
 

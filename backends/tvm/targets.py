@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import inspect
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.metadata import version
+from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
 from typing import Any
 
 import tvm
 from tvm import relax
 from tvm.relax.backend import cpu_generic
-from wasat.ir import Graph, IRError, Program, State, TensorType
+from wasat.ir import IRError, Program, State, TensorType
 
 from .cpu import fused_loops as loops
 from .cpu import select as cpu_kernels
 from .cpu import states, tir_pipeline
 from .cpu.kernels.cache import GROUP, CacheType
-from .lower import StateLayout, Table
+from .lower import Select, StateLayout, Table
 from .ops.primitives import PRIMITIVES
 
 
@@ -39,14 +41,14 @@ def cpu_count() -> int:
 
 @dataclass(frozen=True)
 class Target:
-    """One machine to compile for."""
+    """One machine to compile for. What a field does not say, a subclass does."""
 
     name: str
     config: Mapping[str, Any]
     """What tvm.target.Target takes."""
     host: Mapping[str, Any] | None = None
-    kernels: Callable[[Target, Program], Callable[[Graph], None]] = field(default=lambda target, program: lambda graph: None)
-    """Puts the target's hand-written kernels into a graph of the program, in place of operations."""
+    kernels: Callable[[Target, Program], Select] = field(default=lambda target, program: lambda graph: None)
+    """Puts the target's hand-written kernels into a graph of the program, in place of operations; may say what it left."""
     threads: int = field(default_factory=cpu_count)
     needs_compiler: bool = True
     tir_pipeline: str | None = None
@@ -110,12 +112,24 @@ class Target:
         return {
             "kind": self.config["kind"], "device": self.name, "arch": platform.machine(), "os": sys.platform,
             "mcpu": self.config.get("mcpu") or self.config.get("arch"), "features": self.features(self),
+            "libraries": [p.name for p in self.libraries()],
         }  # fmt: skip
+
+    def missing_tools(self) -> list[str]:
+        """What compiling for it lacks on this machine, each with the way to get it."""
+        if self.needs_compiler and not any(shutil.which(c) for c in ("g++", "clang++", "c++")):
+            return ["a C++ compiler: none of g++, clang++, c++ is on the PATH (Debian: apt-get install g++)"]
+        return []
 
     @staticmethod
     def versions() -> dict[str, str]:
         """Versions that the library was made with."""
         return {"tvm": version("apache-tvm"), "tvm_ffi": version("apache-tvm-ffi")}
+
+    def libraries(self) -> list[Path]:
+        """Libraries that the code calls beside TVM's: a driver, a device's runtime. They become files of the artifact, and are
+        loaded in this order before its code is."""
+        return []
 
     def runtime_files(self) -> list[Path]:
         """The libraries that run the code: all that a machine without the compiler needs."""
@@ -124,6 +138,7 @@ class Target:
         return [
             Path(tvm.__file__).parent / "lib" / "libtvm_runtime.so",
             Path(tvm_ffi.__file__).parent / "lib" / "libtvm_ffi.so",
+            *self.libraries(),
         ]
 
 
@@ -165,22 +180,48 @@ def cuda(arch: str = "sm_80") -> Target:
 
 
 TARGETS: dict[str, Callable[..., Target]] = {"cpu": cpu, "cuda": cuda}
+"""Functions that make a target. The first parameter is what stands behind the colon of ``name:detail``; ``threads`` and
+``cache`` are given to those that have such a parameter."""
 
+ENTRY_POINTS = "wasat.targets"
+"""The group of entry points under which other packages announce more of them."""
 
 CACHES: dict[str, CacheType] = {"f32": "float32", "f16": "float16"}
 """How keys and values may be stored."""
 
 
+def announced() -> dict[str, EntryPoint]:
+    """Targets of installed packages, by name."""
+    return {e.name: e for e in entry_points(group=ENTRY_POINTS) if e.name not in TARGETS}
+
+
+def maker(name: str) -> Callable[..., Target]:
+    """The function that makes the target called ``name``, without a detail. Raises IRError where there is none."""
+    if name in TARGETS:
+        return TARGETS[name]
+    others = announced()
+    if name not in others:
+        names = ", ".join([*TARGETS, *sorted(others)])
+        raise IRError(f"there is no target {name!r}; there are {names} (cpu:MCPU, cuda:ARCH choose a model)")
+    try:
+        made: Callable[..., Target] = others[name].load()
+    except Exception as e:  # whatever a foreign module does when it is imported
+        raise IRError(f"the target {name} ({others[name].value}) cannot be loaded: {type(e).__name__}: {e}") from e
+    return made
+
+
 def target_named(name: str, threads: int | None = None, cache: str = "f32") -> Target:
-    """``cpu``, ``cpu:znver3``, ``cuda``, ``cuda:sm_90``, keys and values stored as ``cache``. Raises IRError for a target, a
-    CPU or a cache that there is none of."""
+    """``cpu``, ``cpu:znver3``, ``cuda``, ``cuda:sm_90``, or one that an installed package announces, keys and values stored as
+    ``cache``. Raises IRError for a target, a detail or a cache that there is none of."""
     kind, _, detail = name.partition(":")
-    if kind not in TARGETS:
-        raise IRError(f"there is no target {name!r}; there are {', '.join(TARGETS)} (cpu:MCPU, cuda:ARCH choose a model)")
+    make = maker(kind)
     if cache not in CACHES:
         raise IRError(f"there is no cache of {cache!r}; there are {', '.join(CACHES)}")
-    if kind == "cpu":
-        return cpu(detail or None, threads, CACHES[cache])
-    if cache != "f32":
-        raise IRError(f"the target {name} stores keys and values as they are computed; only cpu has a cache of {cache}")
-    return TARGETS[kind](detail) if detail else TARGETS[kind]()
+    takes = inspect.signature(make).parameters
+    if cache != "f32" and "cache" not in takes:
+        able = ", ".join(n for n, f in TARGETS.items() if "cache" in inspect.signature(f).parameters)
+        raise IRError(f"the target {name} stores keys and values as they are computed; only {able} has a cache of {cache}")
+    if detail and not set(takes) - {"threads", "cache"}:
+        raise IRError(f"the target {kind} has no models to choose from: write {kind}, not {name}")
+    options = {"threads": threads, "cache": CACHES[cache]}
+    return make(*[detail] if detail else [], **{k: v for k, v in options.items() if k in takes})
