@@ -15,6 +15,7 @@ from wasat.ir import DimLike, DType, Node, Value
 
 from ..pattern import number_of
 from .affine import Affine, Piece, empty, implies, negated
+from .confirm import agrees
 from .indexing import Indexing
 
 FINITE_FILL = -1e4
@@ -54,7 +55,10 @@ def analyze(v: Value, shape: Sequence[DimLike], keep: bool = True, at: Indexing 
     Of a mask of numbers that are 0 or 1, 1 is true; what is not understood of it is an operand, a mask of numbers still.
     """
     at = at or Indexing(shape)
-    found, whole = _read(at.pieces(v), {0: not keep, 1: keep}.get, shape, at)
+    meaning = {0: not keep, 1: keep}
+    found, whole = _read(at.pieces(v), meaning.get, shape, at)
+    if not agrees(v, shape, meaning.get, found.causal, found.window, whole):
+        found, whole = Mask(), False
     if whole:
         return found
     node = v.node
@@ -89,7 +93,15 @@ def hidden_by(v: Value, shape: Sequence[DimLike], factor: float = 1.0) -> tuple[
         return None
     meaning = {x: False for x in fills} | {0: True}
     scaled = [Piece(p.where, float(x) if isinstance(x, (int, float)) else None) for p, x in zip(pieces, numbers)]
-    return *_read(scaled, meaning.get, shape, at), max(fills)
+    found, whole = _read(scaled, meaning.get, shape, at)
+    if not agrees(v, shape, lambda x: _keeps(x * factor), found.causal, found.window, whole):
+        return None
+    return found, whole, max(fills)
+
+
+def _keeps(x: float) -> bool | None:
+    """What a number that is added to scores means: True where it keeps them, False where it hides them."""
+    return True if x == 0 else False if x <= FINITE_FILL else None
 
 
 def _read(
