@@ -43,7 +43,7 @@ def agrees(
             rows, keys = (evaluate_dim(d, env) for d in shape[-2:])
             if np.prod([float(evaluate_dim(d, env)) for d in v.shape]) > _ELEMENTS or rows < 1 or keys < 1:
                 continue
-            found = np.atleast_2d(evaluate(cone, {}, symbols=env)[0])
+            found = np.atleast_2d(np.asarray(evaluate(cone, {}, symbols=env)[0]))
         except WasatError:  # sizes that do not go together
             continue
         behind = np.arange(rows)[:, None] + (keys - rows) - np.arange(keys)[None, :]

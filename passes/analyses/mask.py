@@ -55,9 +55,9 @@ def analyze(v: Value, shape: Sequence[DimLike], keep: bool = True, at: Indexing 
     Of a mask of numbers that are 0 or 1, 1 is true; what is not understood of it is an operand, a mask of numbers still.
     """
     at = at or Indexing(shape)
-    meaning = {0: not keep, 1: keep}
+    meaning: dict[float, bool] = {0: not keep, 1: keep}
     found, whole = _read(at.pieces(v), meaning.get, shape, at)
-    if not agrees(v, shape, meaning.get, found.causal, found.window, whole):
+    if not agrees(v, shape, lambda x: meaning.get(x), found.causal, found.window, whole):
         found, whole = Mask(), False
     if whole:
         return found
