@@ -15,12 +15,14 @@ from typing import Any
 
 from .artifact import LIBRARY, RUNTIME_LIBRARY
 from .errors import AGAIN, ArtifactError, InputError, RuntimeErrorBase
-from .manifest import Manifest, Needs
+from .manifest import Manifest
 from .values import whole
 
 _CPU, _POOLED = 1, 2
 _loaded: list[str] = []
 """Version of the TVM runtime that this module brought into the process: at most one."""
+_drivers: dict[str, str] = {}
+"""SHA-256 of the other libraries that artifacts brought, by name."""
 
 
 def check_ffi(manifest: Manifest) -> None:
@@ -50,7 +52,7 @@ class Library:
         _load_runtime(folder / RUNTIME_LIBRARY, manifest.tvm)
         _check_threads(threads)
         for name in manifest.target.libraries:
-            _load_driver(folder / name, manifest.target)
+            _load_driver(folder / name, manifest.files[name].sha256, manifest.target.device)
         # the system takes a path it has loaded for the library it has: an artifact compiled anew needs a path of its own
         with tempfile.TemporaryDirectory() as place:
             link = Path(place) / LIBRARY
@@ -134,14 +136,20 @@ def _load_runtime(path: Path, wanted: str) -> None:
         )
 
 
-def _load_driver(path: Path, needs: Needs) -> None:
-    """A library that the program calls, for all to see."""
-    try:
-        ctypes.CDLL(str(path.resolve()), ctypes.RTLD_GLOBAL)
-    except OSError as e:
+def _load_driver(path: Path, sha256: str, device: str) -> None:
+    """A library that the program calls. All see its functions, so that there can be one of a name in a process."""
+    if _drivers.get(path.name, sha256) != sha256:
         raise ArtifactError(
-            f"the artifact is compiled for the device {needs.device}, and its driver {path.name} cannot be loaded here: {e}"
-        ) from None
+            f"this process already runs another {path.name}, of another artifact: load this one in a process of its own"
+        )
+    if path.name not in _drivers:
+        try:
+            ctypes.CDLL(str(path.resolve()), ctypes.RTLD_GLOBAL)
+        except OSError as e:
+            raise ArtifactError(
+                f"the artifact is compiled for the device {device}, and {path.name} of it cannot be loaded here: {e}"
+            ) from None
+        _drivers[path.name] = sha256
 
 
 def _release(v: str) -> str:

@@ -116,7 +116,7 @@ class Runner:
         self.program, self.states, self.donate = program, program.interface.state_names, donate
         self.layouts = target.state_layouts(program)
         library = build(program, target)
-        for path in target.libraries():
+        for path in target.libraries:
             ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
         tvm_ffi.register_global_func(OUTSIDE, outside, override=True)
         tvm_ffi.register_global_func(EQUAL, hold_equal, override=True)

@@ -188,6 +188,8 @@ class KernelCall(Op):
     a parameter, as the arrays of ``layouts[i]``.
     """
 
+    kind = "control"
+
     def __init__(
         self, desc: Any, build: Callable[[Any], tirx.PrimFunc], results: Sequence[Result],
         shapes: Mapping[int, tuple[DimLike, ...]], layouts: Mapping[int, Layout],

@@ -59,6 +59,9 @@ class Target:
     """Capacities of growing states and rings are multiples of it, as its kernels read positions."""
     features: Callable[[Target], list[str]] = field(default=lambda target: [])
     """What the machine that runs the code must have, in the words of /proc/cpuinfo."""
+    libraries: tuple[Path, ...] = ()
+    """What the code calls beside TVM's runtime: a driver, a device's runtime. They become files of the artifact, and are loaded
+    in this order before its code is."""
 
     @property
     def on_host(self) -> bool:
@@ -112,24 +115,20 @@ class Target:
         return {
             "kind": self.config["kind"], "device": self.name, "arch": platform.machine(), "os": sys.platform,
             "mcpu": self.config.get("mcpu") or self.config.get("arch"), "features": self.features(self),
-            "libraries": [p.name for p in self.libraries()],
+            "libraries": [p.name for p in self.libraries],
         }  # fmt: skip
 
     def missing_tools(self) -> list[str]:
         """What compiling for it lacks on this machine, each with the way to get it."""
+        found = [f"the library {p.name}: {p} does not exist" for p in self.libraries if not p.exists()]
         if self.needs_compiler and not any(shutil.which(c) for c in ("g++", "clang++", "c++")):
-            return ["a C++ compiler: none of g++, clang++, c++ is on the PATH (Debian: apt-get install g++)"]
-        return []
+            found.append("a C++ compiler: none of g++, clang++, c++ is on the PATH (Debian: apt-get install g++)")
+        return found
 
     @staticmethod
     def versions() -> dict[str, str]:
         """Versions that the library was made with."""
         return {"tvm": version("apache-tvm"), "tvm_ffi": version("apache-tvm-ffi")}
-
-    def libraries(self) -> list[Path]:
-        """Libraries that the code calls beside TVM's: a driver, a device's runtime. They become files of the artifact, and are
-        loaded in this order before its code is."""
-        return []
 
     def runtime_files(self) -> list[Path]:
         """The libraries that run the code: all that a machine without the compiler needs."""
@@ -138,7 +137,7 @@ class Target:
         return [
             Path(tvm.__file__).parent / "lib" / "libtvm_runtime.so",
             Path(tvm_ffi.__file__).parent / "lib" / "libtvm_ffi.so",
-            *self.libraries(),
+            *self.libraries,
         ]
 
 

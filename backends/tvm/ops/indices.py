@@ -123,6 +123,7 @@ class CheckIndices(Op):
     """Indices of any integer type -> the same counted from the front, i64. Outside is an error: see :func:`outside`."""
 
     name = "kernel.check_indices"
+    kind = "elementwise"
 
     def __init__(self, low: DimLike, high: DimLike, where: str) -> None:
         self.low, self.high, self.where = low, high, where
