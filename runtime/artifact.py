@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -20,7 +19,8 @@ from typing import Any
 from .elf import exports
 from .errors import AGAIN, ArtifactError
 from .exchange import alone_in, put, replacement
-from .manifest import Manifest, Needs, check_format, is_file_name, parse_manifest
+from .machine import check_machine
+from .manifest import Manifest, check_format, is_file_name, parse_manifest
 
 MANIFEST, LIBRARY, WEIGHTS, TOKENIZER = "manifest.json", "model.so", "weights.safetensors", "tokenizer.json"
 RUNTIME_LIBRARY = "libtvm_runtime.so"
@@ -143,35 +143,3 @@ def check_hash(path: Path, found: str, manifest: Manifest) -> None:
     """Raises ArtifactError unless ``found`` is the SHA-256 that the manifest has for ``path``."""
     if found != manifest.files[path.name].sha256:
         raise ArtifactError(f"{path} is not the file that was compiled (its SHA-256 differs); copy it again, or {AGAIN}")
-
-
-def check_machine(needs: Needs) -> None:
-    """Raises ArtifactError if code for ``needs`` cannot run here."""
-    if needs.kind != "llvm":
-        raise ArtifactError(
-            f"the artifact is compiled for {needs.kind}; this runtime runs CPU artifacts: compile with the target cpu"
-        )
-    if needs.os != sys.platform:
-        raise ArtifactError(f"the artifact is compiled for {needs.os}, this is {sys.platform}; {AGAIN} on such a system")
-    if needs.arch != platform.machine():
-        raise ArtifactError(f"the artifact is compiled for {needs.arch} processors, this is {platform.machine()}; {AGAIN} here")
-    have = cpu_features()
-    lacking = [f for f in needs.features if have is not None and f not in have]
-    if lacking:
-        raise ArtifactError(
-            f"this processor lacks {', '.join(lacking)}, which the artifact uses; {AGAIN} here, or with a target such as "
-            "cpu:x86-64-v3"
-        )
-
-
-def cpu_features() -> frozenset[str] | None:
-    """This processor's instruction sets as /proc/cpuinfo lists them; None where there is no such file."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            for line in lines:
-                key, _, words = line.partition(":")
-                if key.strip() in ("flags", "Features"):
-                    return frozenset(words.split())
-    except FileNotFoundError:
-        pass
-    return None

@@ -61,6 +61,8 @@ class Needs:
     """Instruction sets, in the words of /proc/cpuinfo."""
     device: str = "cpu"
     """What the target is called."""
+    mcpu: str = ""
+    """Which model of it: the CPU by LLVM's name, architectures of GPUs."""
     libraries: tuple[str, ...] = ()
     """Files of the artifact that the library calls, in the order in which they are loaded."""
 
@@ -89,6 +91,15 @@ class Manifest:
     """Why there is no ``prefill``; empty where there is, or nobody said."""
 
 
+def read_needs(target: Fields) -> Needs:
+    """The section ``target``, as a target's requirements() write it."""
+    return Needs(
+        kind=target.get("kind", str), arch=target.get("arch", str), os=target.get("os", str),
+        features=tuple(target.items("features", str)), device=target.get("device", str, optional=True) or "cpu",
+        mcpu=target.get("mcpu", str, optional=True) or "", libraries=tuple(target.items("libraries", str, optional=True)),
+    )  # fmt: skip
+
+
 def check_format(data: Any) -> None:
     """Raises ArtifactError unless the JSON value ``data`` says that it has the format read here."""
     top = Fields(data, "")
@@ -110,10 +121,7 @@ def parse_manifest(data: Any) -> Manifest:
     target, entries, files = (top.section(k) for k in ("target", "entries", "files"))
     manifest = Manifest(
         wasat=top.get("wasat", str), tvm=top.get("tvm", str), tvm_ffi=top.get("tvm_ffi", str),
-        target=Needs(
-            target.get("kind", str), target.get("arch", str), target.get("os", str), tuple(target.items("features", str)),
-            target.get("device", str, optional=True) or "cpu", tuple(target.items("libraries", str, optional=True)),
-        ),
+        target=read_needs(target),
         entries={name: _entry(entries.section(name)) for name in entries.data},
         interface=read_interface(top), weights=tuple(map(read_tensor, top.sections("weights"))),
         files={name: _file(files.section(name)) for name in files.data},

@@ -159,7 +159,7 @@ def cpu_features(target: Target) -> list[str]:
 
 
 def cpu(mcpu: str | None = None, threads: int | None = None, cache: CacheType = "float32") -> Target:
-    """The CPU ``mcpu`` (an LLVM name; default: this machine's), key and value caches stored as ``cache``."""
+    """This machine's CPU, or the one that LLVM calls ``mcpu``. Caches of keys and values are stored as ``cache``."""
     n = threads or cpu_count()
     known = tvm.target.codegen.llvm_get_cpu_archlist(tvm.target.Target({"kind": "llvm"}))
     if mcpu is not None and mcpu not in known:  # LLVM itself would go on with the slowest common code
@@ -174,7 +174,7 @@ def cpu(mcpu: str | None = None, threads: int | None = None, cache: CacheType = 
 
 
 def cuda(arch: str = "sm_80") -> Target:
-    """NVIDIA GPUs of compute capability ``arch``, with TVM's default GPU schedules. Compiles without a GPU."""
+    """NVIDIA GPUs of the architecture ``arch``. They run TVM's default schedules; compiling needs no GPU."""
     return Target("cuda", {"kind": "cuda", "arch": arch}, host={"kind": "llvm", "mcpu": "x86-64-v3"})
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``wasat compile | run | generate | show | plan | explain | export | train | evaluate | demo``."""
+"""The command line: ``wasat compile | run | generate | show | plan | explain | export | targets | train | evaluate | demo``."""
 
 from __future__ import annotations
 
@@ -60,6 +60,7 @@ A first round, from a clone of the repository:
 - `wasat train examples/gemini.toml --artifact gemini.wasat`, in under an hour, one of text, pictures, sounds and clips
 - `wasat evaluate gemini.wasat examples/gemini.toml` asks it what it has not been trained on
 - `wasat export examples/pygemma --onnx pygemma.onnx` writes it as an ONNX file
+- `wasat targets` says which machines there are to compile for, and what is missing to do so or to run it
 - `wasat demo` does it all on small models, and writes a page
 """,
 )  # fmt: skip
@@ -483,6 +484,27 @@ def export(
     beside = onnx.with_name(onnx.name + ".data")
     size = onnx.stat().st_size + (beside.stat().st_size if beside.exists() else 0)
     say(f"{onnx}: {size / 1e6:.1f} MB, operator set {opset}")
+
+
+@app.command()
+def targets(
+    only: Annotated[list[str] | None, typer.Argument(help="`cpu`, `cuda:sm_90`, …; default: all.", show_default=False)] = None,
+) -> None:
+    """Say which machines there are to compile for, and what this one lacks to do so, or to run what is compiled.
+
+    Examples:
+
+    - `wasat targets`
+    - `wasat targets cpu:x86-64-v3 cuda:sm_90`
+    """
+    from wasat.machines import machine, machines
+
+    shown = Table("target", "what it is", "compiles here", "runs here", box=None)
+    for m in map(machine, only) if only else machines():
+        tools = "\n".join(f"needs {what}" for what in m.tools)
+        row = (m.name, m.about, tools or "yes", f"needs {m.lacking}" if m.lacking else "yes")
+        shown.add_row(*map(escape, row))
+    out.print(shown)
 
 
 app.command("run")(cli_run.run)
