@@ -4,7 +4,8 @@
 
 Kernels that stream weights or caches are judged by GB/s against a plain read of memory, the others by GFLOP/s against fused
 multiply-adds in f32 (integer products can do better than that). The best of many short runs counts; ``~`` marks a line whose
-median is more than 1.3 times it: something else was running.
+median is more than 1.3 times it: something else was running. The last column compares the share of the limit with that of
+the run before under the same conditions (history.jsonl, which grows by a line a run).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ os.environ |= {"TVM_NUM_THREADS": str(options.threads), "TVM_BIND_THREADS": "0"}
 for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[name] = str(options.threads)
 
+import history  # noqa: E402
 import tvm  # noqa: E402
 from wasat.backends.tvm.cpu.kernels.attention import Attention, CachedAttention, attention, cached_attention  # noqa: E402
 from wasat.backends.tvm.cpu.kernels.cache import Cache, cache_shape  # noqa: E402
@@ -160,10 +162,10 @@ def rows(m: int = 512) -> Iterator[Case]:
         return lambda: call(*args)
 
     def q(k: int) -> Any:
-        return zeros("int32", (m, k // 32, 10))[0]
+        return zeros("int32", (m, k // 32, 10)).tensor
 
     def out(*shape: int) -> Any:
-        return zeros("float32", shape)[0]
+        return zeros("float32", shape).tensor
 
     def rms(v: np.ndarray) -> np.ndarray:
         y: np.ndarray = v / np.sqrt((v * v).mean(-1, keepdims=True) + 1e-6) * weight
@@ -194,7 +196,7 @@ def attentions() -> Iterator[Case]:
     h, g, d = 4, 1, 256
     full = compiled(attention(Attention(ISA, h, g, d, d, Scores(1 / 16), threads=THREADS)))
     q, k, v = f32(1, 512, h, d), f32(1, 512, g, d), f32(1, 512, g, d)
-    args = [*(tensor_of(x) for x in (q, k, v)), zeros("float32", q.shape)[0]]
+    args = [*(tensor_of(x) for x in (q, k, v)), zeros("float32", q.shape).tensor]
     yield Case("attention 512 causal", "GFLOP/s", 2.0 * 512 * 513 * h * d, lambda: full(*args))
     for dtype in ("float32", "float16"):
         cache = Cache(g, d, d, dtype=dtype)  # type: ignore[arg-type]
@@ -203,7 +205,7 @@ def attentions() -> Iterator[Case]:
         for s, past in ((512, 0), (512, 3584), (1, 511), (1, 4095)):
             desc = CachedAttention(ISA, h, cache, Scores(1 / 16), decode=s == 1, threads=THREADS)
             call, queries = compiled(cached_attention(desc)), f32(1, s, h, d)
-            given = [tensor_of(queries), tensor_of(np.array([past])), *held, zeros("float32", queries.shape)[0]]
+            given = [tensor_of(queries), tensor_of(np.array([past])), *held, zeros("float32", queries.shape).tensor]
             seen = s * past + s * (s + 1) / 2
             held_bytes = 2.0 * (past + 1) * d * np.dtype(dtype).itemsize
             unit, amount = ("GB/s", held_bytes) if s == 1 else ("GFLOP/s", 4.0 * seen * h * d)
@@ -212,8 +214,10 @@ def attentions() -> Iterator[Case]:
 
 def main() -> None:
     print(f"{ISA.name}, {THREADS} threads, load {os.getloadavg()[0]:.1f}")
-    print(f"{'kernel':44}{'microseconds':>14}{'rate':>18}{'of limit':>10}{'NumPy':>10}")
+    print(f"{'kernel':44}{'microseconds':>14}{'rate':>18}{'of limit':>10}{'NumPy':>10}{'before':>10}")
     peak: dict[str, float] = {}
+    conditions = {"isa": ISA.name, "threads": THREADS}
+    before, shares = history.last("kernels", conditions) or {}, dict[str, float]()
     for group in (limits, matrices, rows, attentions):
         for case in group():
             if group is not limits and options.only not in case.name:
@@ -223,8 +227,14 @@ def main() -> None:
             peak.setdefault(case.unit, rate)
             ratio = f"{timed(case.numpy)[0] / best:8.1f} x" if case.numpy is not None else ""
             noisy = " ~" if middle > 1.3 * best else ""
-            share = rate / peak[case.unit]
-            print(f"{case.name:44}{best * 1e6:14.1f}{rate:10.1f} {case.unit:7}{share:10.0%}{ratio:>10}{noisy}", flush=True)
+            share = shares[case.name] = rate / peak[case.unit]
+            was = before.get("figures", {}).get(case.name)
+            change = f"{share / was:8.2f} x" if was else ""
+            line = f"{case.name:44}{best * 1e6:14.1f}{rate:10.1f} {case.unit:7}{share:10.0%}{ratio:>10}{change:>10}{noisy}"
+            print(line, flush=True)
+    if before:
+        print(f"before: {before['commit']}, {before['at']}")
+    history.append("kernels", conditions, shares)
 
 
 if __name__ == "__main__":
