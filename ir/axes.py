@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from .dims import DimLike, equal, floordiv
@@ -101,6 +102,11 @@ def reduced(
 
 def regrouped(old: Sequence[DimLike], new: Sequence[DimLike]) -> AxisRule:
     """The same elements in row-major order: sizes are taken apart into factors that both shapes have."""
+    return _regrouped(tuple(old), tuple(new))
+
+
+@lru_cache(maxsize=4096)  # layers reshape alike
+def _regrouped(old: tuple[DimLike, ...], new: tuple[DimLike, ...]) -> AxisRule:
     x, y = ([i for i, d in enumerate(shape) if d != 1] for shape in (old, new))
     before: list[Axis] = [() for _ in old]
     after: list[Axis] = [() for _ in new]
