@@ -138,7 +138,7 @@ class Kernel:
     @contextmanager
     def loop(self, extent: Index, *, parallel: bool = False) -> Iterator[Expr]:
         self._names += 1
-        var = tirx.Var(f"i{self._names}", "int64")
+        var = tirx.Var(f"i_{self._names}", "int64")  # WGSL has a type i32
         self._blocks.append([])
         yield var
         kind = tirx.ForKind.PARALLEL if parallel else tirx.ForKind.SERIAL
@@ -346,8 +346,9 @@ def erf(k: Kernel, value: Expr) -> Expr:
     return k.let(tirx.Select(value < c(0.0), c(0.0) - y, y))
 
 
-def sin_cos(k: Kernel, angle: Expr) -> tuple[Expr, Expr]:
-    """sin and cos of an f32 vector, absolute error about 1e-7 for |angle| < 1e5 (positions times frequencies)."""
+def sin_cos(k: Kernel, angle: Expr, fence: Callable[[Expr], Expr] = rounded) -> tuple[Expr, Expr]:
+    """sin and cos of an f32 vector, absolute error about 1e-7 for |angle| < 1e5 (positions times frequencies). ``fence`` keeps
+    the angle a number of its own."""
     lanes = _lanes(angle)
 
     def c(x: float) -> Expr:
@@ -356,7 +357,7 @@ def sin_cos(k: Kernel, angle: Expr) -> tuple[Expr, Expr]:
     def i(x: int) -> Expr:
         return splat_int(x, lanes)
 
-    angle = k.let(rounded(angle))  # fused into the reduction it would be another one
+    angle = k.let(fence(angle))  # fused into the reduction it would be another one
     count = k.let(bits(vector("int32", lanes), angle * c(0.6366197723675814) + c(12582912.0)) - i(0x4B400000))
     n = k.let(cast("float32", count))
     r = angle
@@ -369,9 +370,8 @@ def sin_cos(k: Kernel, angle: Expr) -> tuple[Expr, Expr]:
     odd = tirx.EQ(count & i(1), i(1))
     sine = k.let(bits(vector("int32", lanes), tirx.Select(odd, q, s)))
     cosine = k.let(bits(vector("int32", lanes), tirx.Select(odd, s, q)))
-    sign = i(-(1 << 31))
-    sine_sign = tirx.Select(tirx.EQ(count & i(2), i(2)), sign, i(0))
-    cosine_sign = tirx.Select(tirx.EQ((count + i(1)) & i(2), i(2)), sign, i(0))
+    sine_sign = (count & i(2)) << i(30)
+    cosine_sign = ((count + i(1)) & i(2)) << i(30)
     real = vector("float32", lanes)
     return k.let(bits(real, sine ^ sine_sign)), k.let(bits(real, cosine ^ cosine_sign))
 

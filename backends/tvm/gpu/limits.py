@@ -1,0 +1,19 @@
+"""What a device allows a kernel, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Sizes that kernels are made for. The defaults are what every WebGPU promises."""
+
+    threads: int = 256
+    """Most of a workgroup."""
+    shared: int = 16384
+    """Most bytes that a workgroup shares."""
+    f16: bool = False
+    """Whether arrays of f16 can be read; else weights of f16 are pairs in words of 32 bits."""
+    lanes: int = 1
+    """Consecutive f32 or u32 that one instruction loads."""

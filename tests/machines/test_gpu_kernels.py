@@ -1,0 +1,247 @@
+"""The kernels for GPUs against the reference, run as WGSL and as OpenCL C on software devices."""
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+sys.path.insert(0, str(Path(__file__).parent))
+pytest.importorskip("wasat.backends.tvm.plan")  # the language of a device, out of TensorIR
+from gpu_help import Machine, each_machine, run
+from wasat.backends.tvm.gpu.kernels.attention import Attention, attention
+from wasat.backends.tvm.gpu.kernels.elementwise import CacheWrite, Embedding, Glu, Rope, cache_write, embedding, glu, rope
+from wasat.backends.tvm.gpu.kernels.formats import Format, format_of
+from wasat.backends.tvm.gpu.kernels.linear import Linear, linear
+from wasat.backends.tvm.gpu.kernels.rows import Norm, RoundRows, Softmax, norm, round_rows, softmax
+from wasat.ir import BlockArray, DType, QArray, QTensorType, TensorType
+from wasat.ir.op import OPS
+from wasat.ir.ops.quant import quantize_array, quantize_rows
+from wasat.ir.schemes import SCHEMES
+
+pytestmark = pytest.mark.machines
+RNG = np.random.default_rng(5)
+FLOATS = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+def normal(*shape: int) -> NDArray[np.float32]:
+    return RNG.standard_normal(shape).astype(np.float32)
+
+
+def made(kind: str, *shape: int) -> tuple[Any, NDArray[np.float32]]:
+    """A weight of a storage type, and the numbers that it stands for."""
+    if kind in FLOATS:
+        w = normal(*shape).astype(FLOATS[kind])
+        return w, w.astype(np.float32)
+    if kind in SCHEMES:
+        rows = BlockArray(QTensorType(kind, shape), SCHEMES[kind].random(RNG, shape))
+        return rows, rows.dense()
+    scheme, _, rest = kind.partition("b")
+    block, _, scale = rest.partition("f")
+    q: QArray = quantize_array(normal(*shape), QTensorType(scheme, shape, int(block or 32), DType.of(f"f{scale or 16}")))
+    return q, q.dense()
+
+
+def packed(w: Any) -> tuple[Format, NDArray[Any]]:
+    type = w.type if isinstance(w, QArray) else TensorType(DType.of(w.dtype), w.shape)
+    f = format_of(type, False)
+    assert not isinstance(f, str)
+    return f, f.pack(w)
+
+
+KINDS = [*FLOATS, "int8", "int4", "int4b16f32", "int8b64", *SCHEMES]
+
+
+@each_machine()
+@pytest.mark.parametrize("kind, m, rows", [
+    (kind, m, rows) for kind in KINDS for m, rows in ((1, 1), (5, 4), (70, 32)) if kind in ("float16", "int8", "int4") or m == 5
+])  # fmt: skip
+def test_linear(machine: Machine, kind: str, m: int, rows: int) -> None:
+    n = 71
+    k = SCHEMES[kind].block * (2 if SCHEMES[kind].block > 32 else 3) if kind in SCHEMES else 77 if m > 1 else 290
+    w, dense = made(kind, n, k)
+    f, array = packed(w)
+    x, bias = normal(m, k), normal(n)
+    desc = Linear(machine.limits, n, k, f, rows, bias=m == 5)
+    got = run(machine, linear(desc), [x, array, *([bias] if desc.bias else []), np.full((m, n), 9, np.float32)])[-1]
+    want = x.astype(np.float64) @ dense.T.astype(np.float64) + bias * desc.bias
+    size = np.abs(x).astype(np.float64) @ np.abs(dense).T.astype(np.float64)
+    assert np.all(np.abs(got - want) <= 3e-6 * size + 1e-6)
+
+
+def close(got: NDArray[Any], want: NDArray[Any], limit: float = 2e-5) -> None:
+    np.testing.assert_allclose(got, want, rtol=limit, atol=limit * max(1.0, float(np.nanmax(np.abs(want), initial=0))))
+
+
+NOTHING = np.float32(77)
+
+
+def empty(*shape: int) -> NDArray[np.float32]:
+    """Where a kernel is to write all there is."""
+    return np.full(shape, NOTHING, np.float32)
+
+
+@each_machine()
+@pytest.mark.parametrize("kind, bias, residual, n", [
+    ("rms", False, False, 70), ("rms", False, True, 300), ("layer", True, True, 33),
+])  # fmt: skip
+def test_norm(machine: Machine, kind: Any, bias: bool, residual: bool, n: int) -> None:
+    x, other, weight, offset = normal(5, n), normal(5, n), normal(n), normal(n)
+    x[3, 2] = np.nan
+    desc = Norm(machine.limits, n, kind, 1e-5, bias=bias, residual=residual)
+    operands = [x, *([other] if residual else []), weight, *([offset] if bias else [])]
+    *_, total, y = run(machine, norm(desc), [*operands, *([empty(5, n)] if residual else []), empty(5, n)])
+    source = (x + other) if residual else x
+    if residual:
+        np.testing.assert_array_equal(total, source)
+    wide = source.astype(np.float64)
+    wide = wide - wide.mean(-1, keepdims=True) if kind == "layer" else wide
+    close(y, wide / np.sqrt((wide * wide).mean(-1, keepdims=True) + 1e-5) * weight + (offset if bias else 0))
+
+
+@each_machine()
+@pytest.mark.parametrize("n, known", [(1, True), (70, True), (1000, False)])
+def test_softmax(machine: Machine, n: int, known: bool) -> None:
+    x = normal(5, n) * 4
+    x[0], x[1, 0], x[2, n // 2] = -np.inf, np.nan, -np.inf
+    x[3] += 200
+    y = run(machine, softmax(Softmax(machine.limits, n if known else None)), [x, empty(5, n)])[-1]
+    op = OPS["softmax"]
+    with np.errstate(invalid="ignore"):
+        close(y, op.reference(op.Attrs(axis=-1), x))
+
+
+@each_machine()
+def test_round_rows(machine: Machine) -> None:
+    x = normal(4, 70)
+    x[1, 3], x[2, 69], x[3, :32] = np.nan, np.inf, 0
+    y = run(machine, round_rows(RoundRows(machine.limits, 70)), [x, empty(4, 70)])[-1]
+    q, d = quantize_rows(x)
+    close(y, (q * d[..., None]).reshape(4, -1)[:, :70], 1e-6)
+
+
+@each_machine()
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu", "sigmoid"])
+def test_glu(machine: Machine, activation: Any) -> None:
+    x = normal(3, 2 * 37) * 5
+    x[0, :4] = [np.nan, 100, -100, 0]
+    op = OPS["glu"]
+    y = run(machine, glu(Glu(machine.limits, 37, activation)), [x, empty(3, 37)])[-1]
+    close(y, op.reference(op.Attrs(activation=activation), x), 1e-5)
+
+
+@each_machine()
+@pytest.mark.parametrize("dims, interleaved, rows", [(24, False, True), (16, True, False), (0, False, True)])
+def test_rope(machine: Machine, dims: int, interleaved: bool, rows: bool) -> None:
+    x = normal(2, 3, 5, 24)
+    positions = np.array([[0, 7, 8191], [3, 100000, 17]] if rows else [[5, 6, 70000]], np.int64)
+    inv_freq = (1e4 ** -np.linspace(0, 1, dims // 2)).astype(np.float32)
+    desc = Rope(machine.limits, 5, 24, dims, 1.25, interleaved, rows)
+    y = run(machine, rope(desc), [x, positions, inv_freq, empty(2, 3, 5, 24)])[-1]
+    op = OPS["rope"]
+    close(y, op.reference(op.Attrs(factor=1.25, interleaved=interleaved), x, positions if rows else positions[0], inv_freq))
+
+
+@each_machine()
+@pytest.mark.parametrize("kind, k", [
+    ("float32", 13), ("float16", 13), ("bfloat16", 8), ("int8", 70), ("int4", 40), ("q5_k", 256),
+])  # fmt: skip
+def test_embedding(machine: Machine, kind: str, k: int) -> None:
+    w, dense = made(kind, 9, k)
+    f, array = packed(w)
+    ids = np.array([0, 8, -1, -9, 4, 100, -100], np.int64)
+    y = run(machine, embedding(Embedding(machine.limits, 9, k, f, 3.0)), [ids, array, empty(7, k)])[-1]
+    close(y, dense[[0, 8, 8, 0, 4, 8, 0]] * np.float32(3), 1e-6)
+
+
+@each_machine()
+@pytest.mark.parametrize("ring", [False, True])
+def test_cache_write(machine: Machine, ring: bool) -> None:
+    k, v = normal(3, 2, 2, 5), normal(3, 2, 2, 8)
+    keys, values = normal(3, 7, 2, 5), normal(3, 7, 2, 8)
+    past = np.array([0, 5, 20 if ring else 6], np.int64)
+    desc = CacheWrite(machine.limits, 2, 5, 8, ring=ring)
+    *_, new_keys, new_values = run(machine, cache_write(desc), [k, v, past, keys, values])
+    for new, old, x in ((new_keys, keys, k), (new_values, values, v)):
+        want = old.copy()
+        for row, first in enumerate(past):
+            for i in range(2):
+                if ring or first + i < 7:
+                    want[row, (first + i) % 7] = x[row, i]
+        np.testing.assert_array_equal(new, want)
+
+
+@each_machine()
+@pytest.mark.parametrize("shared", [False, True])
+def test_cache_start(machine: Machine, shared: bool) -> None:
+    k, v = normal(1 if shared else 2, 2, 2, 8), normal(1 if shared else 2, 2, 2, 5)
+    keys, values, past = normal(2, 6, 2, 8), normal(2, 6, 2, 5), np.array([3, 0], np.int64)
+    desc = CacheWrite(machine.limits, 2, 8, 5, start=True, shared=shared)
+    *_, new_keys, new_values = run(machine, cache_write(desc), [k, v, past, keys, values])
+    op = OPS["cache_start"]
+    for got, want in zip((new_keys, new_values), op.reference(op.Attrs(), k, v, keys, values, past)):
+        np.testing.assert_array_equal(got, want)
+
+
+MASKS = {"": None, "f": (1, 1), "fBH": (2, 4), "bB": (2, 1)}
+
+
+def _mask(kind: str, s: int, c: int) -> Any:
+    if not kind:
+        return None
+    x = normal(*MASKS[kind], s, c)  # type: ignore[misc]
+    x[0, 0, 0, :] = x[0, 0, 0, :] if s > 1 else -np.inf
+    return x > 0 if "b" in kind else x
+
+
+@each_machine()
+@pytest.mark.parametrize("s, t, causal, window, softcap, mask", [
+    (1, 1, True, None, None, ""), (37, 37, True, None, None, ""), (9, 70, True, 11, 2.0, "fBH"),
+    (20, 5, True, None, None, "bB"), (5, 40, False, None, None, "f"), (40, 70, False, 9, None, ""),
+])  # fmt: skip
+def test_attention(machine: Machine, s: int, t: int, causal: bool, window: Any, softcap: Any, mask: str) -> None:
+    q, k, v = normal(2, s, 4, 40), normal(2, t, 2, 40), normal(2, t, 2, 24)
+    m = _mask(mask, s, t)
+    desc = Attention(machine.limits, 4, 2, 40, 24, 0.3, softcap, window, causal, mask=mask)
+    y = run(machine, attention(desc), [q, k, v, *([] if m is None else [m]), empty(2, s, 4, 24)])[-1]
+    op = OPS["attention"]
+    attrs = op.Attrs(scale=0.3, causal=causal, window=window, softcap=softcap)
+    close(y, op.reference(attrs, q, k, v, *([] if m is None else [m])))
+
+
+@each_machine()
+@pytest.mark.parametrize("s, c, past, window, ring, causal, mask, heads", [
+    (1, 700, [0, 699], None, False, True, "", (4, 2)), (1, 300, [299, 130], 100, False, True, "f", (6, 1)),
+    (1, 64, [1000, 3], 50, True, True, "bB", (4, 4)), (1, 600, [2000, 100], 500, True, True, "", (4, 2)),
+    (19, 64, [0, 41], None, False, True, "", (4, 2)), (9, 64, [100, 0], 40, True, True, "fBH", (4, 2)),
+    (6, 64, [30, 2], None, False, False, "", (4, 2)), (6, 64, [30, 90], 20, True, False, "", (4, 1)),
+])  # fmt: skip
+def test_cached_attention(
+    machine: Machine, s: int, c: int, past: list[int], window: Any, ring: bool, causal: bool, mask: str, heads: tuple[int, int]
+) -> None:
+    h, g = heads
+    q, k, v = normal(2, s, h, 40), normal(2, s, g, 40), normal(2, s, g, 24)
+    keys, values, at = normal(2, c, g, 40), normal(2, c, g, 24), np.array(past, np.int64)
+    if not ring:  # what was never written may be anything
+        for row, first in enumerate(past):
+            keys[row, first + s :], values[row, first + s :] = np.nan, np.nan
+    m = _mask(mask, s, c)
+    if m is not None and mask == "fBH":
+        m = np.resize(m, (2, h, s, c))
+    op = OPS["cached_attention"]
+    attrs = op.Attrs(scale=0.3, window=window, ring=ring, causal=causal)
+    plain = [np.nan_to_num(x) for x in (keys, values)]
+    want, _, _ = op.reference(attrs, q, k, v, *plain, at, *([] if m is None else [m]))
+    for row, first in enumerate(past):
+        for i in range(s):
+            keys[row, (first + i) % c], values[row, (first + i) % c] = k[row, i], v[row, i]
+    most = window if window is not None else None
+    desc = Attention(
+        machine.limits, h, g, 40, 24, 0.3, None, window, causal, cached=True, ring=ring, decode=s == 1, mask=mask, most=most
+    )  # fmt: skip
+    y = run(machine, attention(desc), [q, at, keys, values, *([] if m is None else [m]), empty(2, s, h, 24)])[-1]
+    close(y, want)
