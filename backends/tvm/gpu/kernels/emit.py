@@ -28,8 +28,8 @@ class Kernel(Emitter):
 
     @contextmanager
     def launch(self, grid: Index | Sequence[Index], threads: int) -> Iterator[tuple[list[Expr], Expr]]:
-        """The numbers of the workgroup, and the thread's own. The grid's first axis may have any size, the second one below 2^16;
-        WebGPU has no third one left."""
+        """The numbers of the workgroup, and the thread's own. The grid's first axis may have any size, the second one below
+        2^16; WebGPU has no third one left."""
         if threads > self.limits.threads:
             raise ValueError(f"{self.name}: a workgroup of {threads} threads, where {self.limits.threads} are the most")
         extents = [int64(e) for e in (grid if isinstance(grid, Sequence) else (grid,))]
