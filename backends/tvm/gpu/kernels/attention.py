@@ -151,7 +151,8 @@ def attention(d: Attention) -> tirx.PrimFunc:
         return kernel.build()
     splits = kernel.let(ceil_div(a.c if d.most is None else minimum(a.c, d.most), CHUNK), "splits")
     rows = a.b * d.heads * splits
-    found = _Found(*(kernel.scratch(rows * n, "float32") for n in (1, 1, d.value)), splits)
+    largest, sums, out = (kernel.scratch(rows * n, "float32") for n in (1, 1, d.value))
+    found = _Found(largest, sums, out, splits)
     _keys(kernel, d, a, splits, found)
     _merge(kernel, d, a, found)
     return kernel.build()
