@@ -12,6 +12,7 @@ import numpy as np
 from wasat.frontend import nn
 from wasat.ir import Generation, Origin, Program, TensorType
 
+from .chat import chat_texts
 from .models import FAMILIES, ConfigError, Fields
 from .weights.safetensors import CheckpointError, FileParam, Stored, match, read_folder, read_json
 
@@ -29,7 +30,8 @@ def from_pretrained(folder: str | Path) -> Program:
     """The program of a model folder: graph ``forward(tokens i64[b, s]) -> logits f32[b, s, vocab]``.
 
     Parameters are memory-mapped and converted to f32 one at a time, when loaded; their names are the checkpoint's.
-    ``interface``: name, context (positions), vocab, generation (bos, eos, pad); ``origin``: family, and the tokenizer's path.
+    ``interface``: name, context (positions), vocab, generation (bos, eos, pad); ``origin``: family, the tokenizer's path, chat
+    templates.
 
     Raises ConfigError for a field that is not implemented, CheckpointError for files that are damaged or do not fit.
     """
@@ -41,7 +43,9 @@ def from_pretrained(folder: str | Path) -> Program:
     wanted = {name: p.type for name, p in module.parameters().items()}
     program.params.update(_sources(wanted, found, folder, tied="lm_head.weight" not in wanted))
     tokenizer = folder / "tokenizer.json"
-    program.origin = replace(program.origin, tokenizer=str(tokenizer) if tokenizer.exists() else None)
+    program.origin = replace(
+        program.origin, tokenizer=str(tokenizer) if tokenizer.exists() else None, texts=chat_texts(folder)
+    )
     return program
 
 

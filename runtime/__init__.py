@@ -8,6 +8,7 @@ Needs NumPy, apache-tvm-ffi and, for text, tokenizers; neither TVM's compiler no
 """
 
 from .artifact import write_artifact
+from .chat import Chat, Reply
 from .errors import ArtifactError, ContextLimitError, InputError, MediaError, ModelError, RuntimeErrorBase
 from .generate import Generation
 from .media import Audio, Image, Video
@@ -17,6 +18,7 @@ from .session import Session
 from .tokenizer import Tokenizer
 
 __all__ = [
-    "ArtifactError", "Audio", "ContextLimitError", "Generation", "Image", "InputError", "MediaError", "Model", "ModelError",
-    "RuntimeErrorBase", "SamplingOptions", "Session", "TokenLogprob", "Tokenizer", "Video", "load", "write_artifact",
+    "ArtifactError", "Audio", "Chat", "ContextLimitError", "Generation", "Image", "InputError", "MediaError", "Model",
+    "ModelError", "Reply", "RuntimeErrorBase", "SamplingOptions", "Session", "TokenLogprob", "Tokenizer", "Video", "load",
+    "write_artifact",
 ]  # fmt: skip

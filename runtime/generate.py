@@ -18,8 +18,9 @@ from .values import listed, texts, whole
 
 if TYPE_CHECKING:
     from .model import Model
+    from .session import Session
 
-Finish = Literal["stop", "eos", "length"]
+Finish = Literal["stop", "eos", "length", "interrupt"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Generation:
     tokens: list[int]
     """The tokens chosen, those of a stop string included, the one that ended the text (EOS or a stop token) not."""
     finish: Finish
-    """``stop``: a stop string or stop token; ``eos``: the model's own end; ``length``: max_tokens."""
+    """``stop``: a stop string or stop token; ``eos``: the model's own end; ``length``: max_tokens; ``interrupt``: a chat was
+    told to end."""
     logprobs: list[TokenLogprob] | None
     """One for each of ``tokens``, where asked for."""
     prompt_tokens: int
@@ -53,10 +55,10 @@ class Generation:
         return ", ".join([*parts, f"finished by {self.finish}"])
 
 
-class _Row:
+class Row:
     """One prompt being continued."""
 
-    def __init__(self, index: int, prompt: list[int], limit: int, settings: _Settings) -> None:
+    def __init__(self, index: int, prompt: list[int], limit: int, settings: Settings) -> None:
         self.index, self.prompt, self.limit, self.settings = index, prompt, limit, settings
         media = settings.model.manifest.interface.media
         text = prompt if media is None else [t for t in prompt if t < media.vocab]
@@ -76,14 +78,14 @@ class _Row:
         token = self.sampler.sample(logits)
         self.chosen += 1
         if token in s.eos or token in s.stop_tokens:
-            return self._end("eos" if token in s.eos else "stop")
+            return self.end("eos" if token in s.eos else "stop")
         self.tokens.append(token)
         if s.logprobs is not None:
             self.logprobs.append(logprob(logits, token, s.logprobs))
         if self.stream is not None and self._advance(self.stream, token):
-            self._end("stop")
+            self.end("stop")
         elif len(self.tokens) == self.limit:
-            self._end("length")
+            self.end("length")
 
     def _advance(self, stream: TextStream, token: int) -> bool:
         """Passes on the text of a token, which special ones have not; returns whether a stop string was reached."""
@@ -101,16 +103,23 @@ class _Row:
                 self.settings.stream(self.index, shown)
         return hit
 
-    def _end(self, finish: Finish) -> None:
+    def end(self, finish: Finish) -> None:
         """Settles the row; the text that was held back is certain now."""
         if self.stream is not None and self._show(self.stream.flush(), last=True):
             finish = "stop"
         self.finish, self.ended = finish, time.perf_counter()
 
+    def result(self, read: float, started: float) -> Generation:
+        """What came of it, where the prompt was ``read`` from ``started`` on."""
+        return Generation(
+            "".join(self.text), self.tokens, self.finish or "length", None if self.settings.logprobs is None else self.logprobs,
+            len(self.prompt), self.chosen - 1, read - started, self.ended - read,
+        )  # fmt: skip
+
 
 @dataclass(frozen=True)
-class _Settings:
-    """What all rows share."""
+class Settings:
+    """What all rows share, checked."""
 
     model: Model
     options: SamplingOptions
@@ -119,6 +128,30 @@ class _Settings:
     stop: Sequence[str]
     stream: Callable[[int, str], None] | None
     logprobs: int | None
+
+    @staticmethod
+    def of(
+        model: Model, options: SamplingOptions, stop: str | Iterable[str], stop_tokens: Iterable[int],
+        stream: Callable[[int, str], None] | None, logprobs: int | None, ends: Iterable[int] = (),
+    ) -> Settings:  # fmt: skip
+        """Raises InputError for what cannot be. ``ends``: tokens that end a text as the model's own EOS does."""
+        logprobs = None if logprobs is None else whole("logprobs", logprobs)
+        stop = texts("stop", [stop] if isinstance(stop, str) else listed("stop", stop))
+        interface = model.manifest.interface
+        most = None if interface.vocab is None else interface.vocab - 1
+        stop_tokens = [whole("stop_tokens: a token", t, most=most) for t in listed("stop_tokens", stop_tokens)]
+        if stream is not None and not callable(stream):
+            raise InputError(
+                f"stream is called with pieces of text; it must be a function, not {type(stream).__name__}"
+            )
+        if not isinstance(options, SamplingOptions):
+            raise InputError(f"options must be SamplingOptions, not {type(options).__name__}")
+        if stop and not model.has_tokenizer:
+            raise InputError("stop strings need a tokenizer, which the artifact lacks: use stop_tokens")
+        if "" in stop:
+            raise InputError("an empty stop string would stop everything; leave it out")
+        eos = frozenset([*interface.generation.eos, *ends])
+        return Settings(model, options, eos, frozenset(stop_tokens), tuple(stop), stream, logprobs)
 
 
 def generate(
@@ -143,27 +176,14 @@ def generate(
     ``max_tokens`` exceed the context; all before the first step.
     """
     max_tokens = None if max_tokens is None else whole("max_tokens", max_tokens, 1)
-    logprobs = None if logprobs is None else whole("logprobs", logprobs)
-    stop = texts("stop", [stop] if isinstance(stop, str) else listed("stop", stop))
-    most = None if model.manifest.interface.vocab is None else model.manifest.interface.vocab - 1
-    stop_tokens = [whole("stop_tokens: a token", t, most=most) for t in listed("stop_tokens", stop_tokens)]
-    if stream is not None and not callable(stream):
-        raise InputError(f"stream is called with a row and a piece of text; it must be a function, not {type(stream).__name__}")
-    if not isinstance(options, SamplingOptions):
-        raise InputError(f"options must be SamplingOptions, not {type(options).__name__}")
+    settings = Settings.of(model, options, stop, stop_tokens, stream, logprobs)
     if inputs is not None and not isinstance(inputs, Mapping):
         raise InputError(f"inputs must be arrays by name, not {type(inputs).__name__}")
-    if stop and not model.has_tokenizer:
-        raise InputError("stop strings need a tokenizer, which the artifact lacks: use stop_tokens")
-    if "" in stop:
-        raise InputError("an empty stop string would stop everything; leave it out")
     rows_of_ids, media = read_prompts(model, [prompts] if isinstance(prompts, str) else listed("prompts", prompts))
     if not rows_of_ids:
         return []
-    limits = [_limit(model, row, len(ids), max_tokens) for row, ids in enumerate(rows_of_ids)]
-    eos = frozenset(model.manifest.interface.generation.eos)
-    settings = _Settings(model, options, eos, frozenset(stop_tokens), tuple(stop), stream, logprobs)
-    rows = [_Row(i, ids, limit, settings) for i, (ids, limit) in enumerate(zip(rows_of_ids, limits))]
+    limits = [most_tokens(model, f"prompt {row}", len(ids), max_tokens) for row, ids in enumerate(rows_of_ids)]
+    rows = [Row(i, ids, limit, settings) for i, (ids, limit) in enumerate(zip(rows_of_ids, limits))]
 
     lengths = np.array([len(ids) for ids in rows_of_ids])
     tokens = padded(rows_of_ids, 0)
@@ -176,12 +196,25 @@ def generate(
             given["seen"] = seen_rows(model, rows_of_ids)
     if given:
         session.encode(**given)
-    started = time.perf_counter()
     if beside:
         fitted, ends = session.along.fit(beside, session.past, tokens.shape[1]), lengths.copy()
         beside = {k: fitted[k] for k in beside}
+    started = time.perf_counter()
     logits = session.step(tokens, lengths, **beside)
+    after = (lambda count: session.along.after(beside, ends, count)) if beside else None
+    return continued(session, rows, logits, started, after)
+
+
+def continued(
+    session: Session, rows: Sequence[Row], logits: np.ndarray, started: float,
+    beside: Callable[[int], Mapping[str, np.ndarray]] | None = None, interrupted: Callable[[], bool] | None = None,
+) -> list[Generation]:  # fmt: skip
+    """Chooses and feeds tokens until all rows of the session, which ended with these ``logits``, have come to their ends.
+
+    ``beside``: what the model takes for the n-th new token beside it. ``interrupted``: asked before each step.
+    """
     read = time.perf_counter()
+    lengths = np.zeros(len(rows), np.int64)
     fed = np.zeros((len(rows), 1), np.int64)
     active = rows
     for count in itertools.count(1):
@@ -193,18 +226,16 @@ def generate(
         lengths[:] = 0
         for row in active:
             fed[row.index], lengths[row.index] = row.tokens[-1], 1
-        logits = session.step(fed, lengths, **(session.along.after(beside, ends, count) if beside else {}))
-    return [
-        Generation(
-            "".join(r.text), r.tokens, r.finish or "length", r.logprobs if logprobs is not None else None, len(r.prompt),
-            r.chosen - 1, read - started, r.ended - read,
-        )
-        for r in rows
-    ]  # fmt: skip
+        if interrupted is not None and interrupted():
+            for row in active:
+                row.end("interrupt")
+            break
+        logits = session.step(fed, lengths, **(beside(count) if beside is not None else {}))
+    return [r.result(read, started) for r in rows]
 
 
-def _limit(model: Model, row: int, prompt: int, max_tokens: int | None) -> int:
-    """How many tokens may follow a prompt of ``prompt`` tokens."""
+def most_tokens(model: Model, what: str, prompt: int, max_tokens: int | None) -> int:
+    """How many tokens may follow ``what``, which has ``prompt`` of them."""
     context = model.manifest.interface.context
     if context is None and max_tokens is None:
         raise InputError("the model states no context limit: give max_tokens")
@@ -212,7 +243,7 @@ def _limit(model: Model, row: int, prompt: int, max_tokens: int | None) -> int:
     assert room is not None
     if room < (max_tokens or 1):
         raise ContextLimitError(
-            f"prompt {row} has {prompt} tokens and "
+            f"{what} has {prompt} tokens and "
             + (f"max_tokens={max_tokens} more would make {prompt + max_tokens}" if max_tokens else "nothing can follow it")
             + f"; the model's context is {context}: shorten the prompt"
             + (f", or ask for at most {room}" if max_tokens and room > 0 else "")

@@ -10,6 +10,7 @@ from typing import Any, cast
 import numpy as np
 
 from .artifact import TOKENIZER
+from .chat import Chat, Reply
 from .engine import Engine, start
 from .errors import AGAIN, ArtifactError, InputError, ModelError
 from .generate import Generation, generate
@@ -69,6 +70,33 @@ class Model:
             self, prompts, max_tokens, SamplingOptions() if options is None else options, stop=stop,
             stop_tokens=stop_tokens, stream=stream, logprobs=logprobs, inputs=inputs,
         )  # fmt: skip
+
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None,
+        max_tokens: int | None = None, options: SamplingOptions | None = None, **more: Any,
+    ) -> Reply:  # fmt: skip
+        """Answers the last of ``messages``: mappings with ``role`` and ``content``, as Hugging Face transformers takes them.
+
+        A content is a text, or a list of parts: ``{"type": "text", "text": …}`` and, for models that take them, ``{"type":
+        "image", "image": …}`` (audio, video), with a path, the content of a file, an array, or an :class:`Image`. The model's
+        chat template writes them as a text; ``template=`` names another of the model's, or is one. ``tools`` (JSON schemas)
+        and ``documents=`` are passed through to it, and what ``variables=`` holds, such as ``{"enable_thinking": False}``.
+
+        ``options=``, or its fields by name (``temperature=0.7``); ``max_tokens``, ``stop=``, ``stop_tokens=``, ``logprobs=`` as
+        :meth:`generate` takes them. ``stream(piece)`` receives the text as it comes; ``interrupted()`` is asked before each
+        step whether to end here. What the model itself ends by are its EOS, and the token that the template writes after an
+        answer.
+
+        The caches of the last conversation are kept: of one that begins with the same tokens, only the others are fed, and the
+        answer is that of a fresh start, up to the rounding of differently shaped products. Raises InputError for a model
+        without a template and for what the template refuses, ContextLimitError where the conversation is too long.
+        """
+        return self.conversation.answer(messages, tools, max_tokens, options, **more)
+
+    @cached_property
+    def conversation(self) -> Chat:
+        """What :meth:`chat` uses: templates, and the caches that it keeps."""
+        return Chat(self)
 
     def embed(self, media: Media | Path) -> np.ndarray:
         """The rows f32[t, dim] that the model's encoder makes of a picture, sound or video, or of a file of one.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,14 +33,14 @@ def read_prompts(model: Model, prompts: Sequence[Prompt]) -> tuple[list[list[int
             raise InputError("prompts is a list of prompts: put token ids into a list of their own, [[1, 2, 3]]")
         if isinstance(prompt, (Path, Media)):
             raise InputError("prompts is a list of prompts: put media and text into a list of their own, [[image, 'text']]")
-    rows = _Rows(model)
+    rows = Rows(model)
     out = []
     for i, prompt in enumerate(prompts):
         ids = _ids(model, i, prompt, rows)
         if not ids and model.manifest.interface.generation.bos is None:
             raise InputError(f"prompt {i} is empty, and the model has no token to begin a text with")
         out.append(ids or [int(model.manifest.interface.generation.bos or 0)])
-    return out, np.concatenate(rows.all) if rows.all else None
+    return out, rows.array
 
 
 def text_inputs(model: Model, prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
@@ -82,11 +82,11 @@ def padded(rows: Sequence[Sequence[int]], value: int) -> np.ndarray:
     return out
 
 
-class _Rows:
-    """Rows of media, each medium encoded where it first appears."""
+class Rows:
+    """Rows of media, each medium encoded where it first appears; ``encoded`` has those of media that were before."""
 
-    def __init__(self, model: Model) -> None:
-        self.model = model
+    def __init__(self, model: Model, encoded: Mapping[Path | Media, np.ndarray] | None = None) -> None:
+        self.model, self._encoded = model, encoded or {}
         self.all: list[np.ndarray] = []
         self._tokens: dict[Path | Media, range] = {}  # media are equal only to themselves
         self._next = model.manifest.interface.media.vocab if model.manifest.interface.media else 0
@@ -94,14 +94,24 @@ class _Rows:
     def tokens(self, part: Path | Media) -> range:
         """The tokens that stand for ``part``."""
         if part not in self._tokens:
-            rows = self.model.embed(part)
+            rows = self._encoded[part] if part in self._encoded else self.model.embed(part)
             self._tokens[part] = range(self._next, self._next + len(rows))
             self._next += len(rows)
             self.all.append(rows)
         return self._tokens[part]
 
+    @property
+    def array(self) -> np.ndarray | None:
+        """All of them; None: there are none."""
+        return np.concatenate(self.all) if self.all else None
 
-def _ids(model: Model, index: int, prompt: Prompt, rows: _Rows) -> list[int]:
+    @property
+    def by_medium(self) -> dict[Path | Media, np.ndarray]:
+        """The rows of each medium."""
+        return dict(zip(self._tokens, self.all))
+
+
+def _ids(model: Model, index: int, prompt: Prompt, rows: Rows) -> list[int]:
     if isinstance(prompt, str):
         return model.tokenizer.encode(prompt)
     prompt = listed(f"prompt {index}", prompt)

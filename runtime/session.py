@@ -249,6 +249,13 @@ class Session:
         self._past[:] = to
         self._written[to == 0] = 0
 
+    def reachable(self, length: int, row: int = 0) -> int:
+        """The most positions, at most ``length``, that :meth:`truncate` can cut the row to; 0 can always be reached."""
+        to = min(length, int(self._past[row]))
+        to = next((w[0] for w in self._whole[row] if w[0] < to < w[1]), to)
+        at = np.full(self.batch, to)
+        return 0 if any(s.lost(at, self._past, self._written)[row] for s in self._slots.states) else to
+
     # -- feeding ---------------------------------------------------------------------------------------------------------
     def _feed(self, tokens: np.ndarray, counts: np.ndarray, along: Mapping[str, np.ndarray]) -> np.ndarray:
         """At most ``chunk`` tokens of each row. Rows without any are not computed, and stay as they are."""

@@ -259,12 +259,13 @@ class _NoData:
 
 def _beside(model: Path, program: Program) -> None:
     """What exporters leave in a model's folder: tokenizer, token ids that begin and end a text, the context's length."""
+    from wasat.frontend.chat import chat_texts
     from wasat.frontend.huggingface import generation_ids
     from wasat.frontend.weights.safetensors import read_json
 
     tokenizer, path = model.with_name("tokenizer.json"), model.with_name("config.json")
     if tokenizer.exists():
-        program.origin = replace(program.origin, tokenizer=str(tokenizer))
+        program.origin = replace(program.origin, tokenizer=str(tokenizer), texts=chat_texts(model.parent))
     config = read_json(path) if path.exists() else {}
     if "model_type" in config:
         lengths = [config[k] for k in ("max_position_embeddings", "n_positions") if isinstance(config.get(k), int)]

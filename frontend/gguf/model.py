@@ -14,10 +14,11 @@ from wasat.frontend.weights.gguf import Gguf, GgufParam, GgufTensor, read_gguf
 from wasat.frontend.weights.safetensors import listed
 from wasat.ir import DType, Origin, Program, TensorType
 
+from ..chat import template_texts
 from ..huggingface import build
 from ..models import Fields
 from .metadata import config_of
-from .tokenizer import special_ids, tokenizer_json
+from .tokenizer import special_ids, special_tokens, tokenizer_json
 
 _LAYER = {
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
@@ -31,6 +32,8 @@ _GEMMA = {
 _WHOLE = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
           "output.weight": "lm_head.weight"}  # fmt: skip
 _OF_LAYER = re.compile(r"blk\.(0|[1-9]\d*)\.(\w+)\.(weight|bias)\Z")
+_TEMPLATE = "tokenizer.chat_template"
+_OF_TEMPLATE = re.compile(rf"{re.escape(_TEMPLATE)}(\..+)?\Z")
 _FREQUENCIES = "rope_freqs.weight"
 
 
@@ -55,8 +58,8 @@ def from_gguf(path: str | Path) -> Program:
     for name, source in program.params.items():
         store_as(program["forward"], name, source.type)
     texts = {"tokenizer.json": tokenizer_json(g)}
-    if isinstance(template := g.metadata.get("tokenizer.chat_template"), str):
-        texts["chat_template.jinja"] = template
+    templates = {k.removeprefix(_TEMPLATE)[1:] or "default": v for k, v in g.metadata.items() if _OF_TEMPLATE.match(k)}
+    texts |= template_texts(g.path, {k: v for k, v in templates.items() if isinstance(v, str)}, special_tokens(g))
     program.declare(
         name=str(g.metadata.get("general.name") or g.path.stem), context=config["max_position_embeddings"],
         vocab=config["vocab_size"], generation=special_ids(g),

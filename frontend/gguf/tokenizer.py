@@ -110,6 +110,13 @@ def special_ids(g: Gguf) -> Generation:
     return Generation(v.id("bos"), tuple(dict.fromkeys(i for i in ends if i is not None)), v.id("padding"))
 
 
+def special_tokens(g: Gguf) -> dict[str, str]:
+    """How the tokens are written that chat templates name."""
+    v = _vocabulary(g)
+    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}
+    return {f"{k}_token": v.tokens[i] for k, name in names.items() if (i := v.id(name)) is not None}
+
+
 def tokenizer_json(g: Gguf) -> str:
     """The text of a ``tokenizer.json``. Raises CheckpointError for a kind of tokenizer that is not known."""
     v = _vocabulary(g)

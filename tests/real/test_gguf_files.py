@@ -36,8 +36,8 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
     return np.asarray(x - np.log(np.exp(x).sum(-1, keepdims=True)))
 
 
-def wasat(*args: object) -> str:
-    done = subprocess.run([Path(sys.executable).parent / "wasat", *map(str, args)], capture_output=True, text=True)
+def wasat(*args: object, stdin: str = "") -> str:
+    done = subprocess.run([Path(sys.executable).parent / "wasat", *map(str, args)], capture_output=True, text=True, input=stdin)
     assert done.returncode == 0, f"wasat {' '.join(map(str, args))}\n{done.stderr}"
     return done.stdout
 
@@ -86,3 +86,17 @@ def test_it_writes_sense(name: str, tmp_path: Path) -> None:
     wasat("compile", fetch.fetch(name), "-o", tmp_path / "m")
     prompt, fits = PROMPTS[name]
     assert fits(wasat("generate", tmp_path / "m", prompt, "--max-tokens", 30, "--quiet"))
+
+
+def test_it_answers(tmp_path: Path) -> None:
+    """SmolLM2 by its own template: two turns, of which the second is fed only what is new."""
+    wasat("compile", fetch.fetch("smollm2.gguf"), "-o", tmp_path / "m")
+    said = wasat("chat", tmp_path / "m", "--quiet", stdin="What is the capital of France? Answer in one word.\nAnd of Italy?\n")
+    assert "Paris" in said
+    assert "Rome" in said
+    model = load(tmp_path / "m")
+    messages = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
+    reply = model.chat(messages)
+    assert reply.finish == "eos"
+    messages += [reply.message, {"role": "user", "content": "And of Italy?"}]
+    assert model.chat(messages).reused >= reply.prompt_tokens

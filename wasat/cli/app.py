@@ -1,4 +1,4 @@
-"""The command line: ``wasat compile | run | generate | show | plan | explain | export | targets | train | evaluate | demo``."""
+"""The command line: ``wasat compile | run | generate | chat | show | plan | explain | export | targets | train | evaluate | …``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from wasat import __version__
+from wasat.cli import chat as cli_chat
 from wasat.cli import run as cli_run
 from wasat.cli.console import (
     Activation,
@@ -52,6 +53,7 @@ A first round, from a clone of the repository:
 
 - `wasat compile examples/pygemma -o pygemma.wasat --quantize int4` makes an artifact of a Hugging Face folder, or an ONNX file
 - `wasat generate pygemma.wasat "def read_file(path):"` runs it, without the compiler
+- `wasat chat model.wasat` talks with a model that was trained on conversations
 - `wasat run model.onnx --input x=x.npy -o y.npz` runs any other model: arrays, pictures and sounds in, arrays out
 - `wasat show examples/pygemma --after fuse-attention` prints the graph as any pass leaves it
 - `wasat plan examples/pygemma` says what it will take, in each scheme, before anything is allocated
@@ -508,6 +510,7 @@ def targets(
 
 
 app.command("run")(cli_run.run)
+app.command("chat")(cli_chat.chat)
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
+from wasat.frontend.chat import chat_texts
 from wasat.frontend.weights.safetensors import STORED, CheckpointError, match, read_folder, read_json
 from wasat.ir import DType, ParamSource, Program
 
@@ -67,5 +68,7 @@ def load(folder: str | Path) -> Program:
     found = match(wanted, read_folder(folder), (), folder)
     program.params = {name: found[name] for name in program.params}
     tokenizer = folder / "tokenizer.json"
-    program.origin = replace(program.origin, tokenizer=str(tokenizer) if tokenizer.exists() else None)
+    program.origin = replace(
+        program.origin, tokenizer=str(tokenizer) if tokenizer.exists() else None, texts=chat_texts(folder)
+    )
     return program
