@@ -1,4 +1,4 @@
-"""The command line: ``wasat compile``, ``run``, ``generate``, ``chat``, ``show``, and the others that ``wasat --help`` lists."""
+"""The command line: ``wasat compile``, ``run``, ``generate``, ``chat``, ``show``, and what else ``wasat --help`` lists."""
 
 from __future__ import annotations
 
