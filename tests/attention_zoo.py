@@ -34,6 +34,8 @@ class Case:
     softcap: float | None = None
     mask: bool = False
     """Whether a mask operand remains."""
+    sink: bool = False
+    """Whether a logit for each head stands beside the keys."""
     kv_heads: int = HEADS
     ropes: int = 0
     """How many ``rope`` operations the block holds (q and k: 2)."""
@@ -45,7 +47,8 @@ class Case:
     @property
     def expected(self) -> dict[str, Any]:
         """Attributes of the fused ``attention``."""
-        return {"scale": self.scale, "causal": self.causal, "window": self.window, "softcap": self.softcap}
+        return {"scale": self.scale, "causal": self.causal, "window": self.window, "softcap": self.softcap,
+                "sink": self.sink}  # fmt: skip
 
 
 class Block(nn.Module):
@@ -245,6 +248,20 @@ class Padded(Block):
         return (nn.softmax(nn.where(keep, (q @ k.T) * HEAD_DIM**-0.5, -math.inf)) @ v).swap(1, 2)
 
 
+class Sink(Block):
+    """A logit for each head joins the scores, and its weight is dropped (gpt-oss)."""
+
+    def __init__(self, dtype: str = "f32") -> None:
+        super().__init__(dtype)
+        self.sink = nn.Parameter((HEADS,), std=1.0, dtype=dtype)
+
+    def core(self, q: nn.Tensor, k: nn.Tensor, v: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+        q, k, v = _rows(q, k, v)
+        scores = nn.where(nn.causal(at), (q @ k.T) * HEAD_DIM**-0.5, -math.inf)
+        column = self.sink[:, None, None].broadcast_to(*scores.shape[:3], 1)
+        return (nn.softmax(nn.concat([scores, column], axis=-1))[..., :-1] @ v).swap(1, 2)
+
+
 class Biased(Block):
     """An additive mask that is an input: f32 [s, s]."""
 
@@ -285,6 +302,7 @@ MORE = [
     _case("multi_query", MultiQuery, causal=True),
     _case("library", Library, causal=True, window=4, softcap=5.0, ropes=2),
     _case("padded", Padded, inputs={"real": "bool[b, s]"}, causal=True, mask=True),
+    _case("sink", Sink, causal=True, sink=True),
     _case("biased", Biased, inputs={"bias": "f32[s, s]"}, mask=True),
 ]
 

@@ -83,7 +83,7 @@ def _direct(node: Node, options: Options) -> bool:
     a = _attrs(node)
     q, k = node.inputs[:2]
     aligned = not a.causal or equal(q.shape[1], k.shape[1]) is True
-    return a.window is None and aligned and isinstance(q.shape[2], int) and isinstance(k.shape[2], int)
+    return a.window is None and not a.sink and aligned and isinstance(q.shape[2], int) and isinstance(k.shape[2], int)
 
 
 @emits("attention", since=23, when=_direct)

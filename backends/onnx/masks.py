@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from wasat.ir import Builder, DimLike, DType, Graph, Node, Value, equal
+from wasat.ir.ops.attention import mask_and_sink
 
 
 def prepare(graph: Graph) -> None:
@@ -40,22 +42,23 @@ def _seen(b: Builder, query: Value, key: Value, causal: bool, window: int | None
 
 def _masked(b: Builder, node: Node) -> Value:
     a: Any = node.attrs
-    q, k, v = node.inputs[:3]
+    q, k, v, *given = node.inputs
     s, t = q.shape[1], k.shape[1]
     query = b.reshape(b.iota(size=s), shape=(s, 1))
     if equal(s, t) is not True:
         query = b.add(query, b.sub(b.dim_size(size=t), b.dim_size(size=s)))
-    mask = _seen(b, query, b.iota(size=t), a.causal, a.window)
-    return b.attention(q, k, v, _joined(b, mask, *node.inputs[3:]), scale=a.scale, softcap=a.softcap)
+    return _under(b, node, (q, k, v), _seen(b, query, b.iota(size=t), a.causal, a.window), given)
 
 
-def _joined(b: Builder, seen: Value, mask: Value | None = None) -> Value:
-    """What is seen, as far as ``mask`` lets it be."""
-    if mask is None:
-        return seen
-    if mask.tensor.dtype is DType.BOOL:
-        return b.logical_and(seen, mask)
-    return b.select(seen, mask, b.constant(float("-inf"), mask.tensor.dtype))
+def _under(b: Builder, node: Node, qkv: tuple[Value, Value, Value], seen: Value, given: Sequence[Value]) -> Value:
+    """Attention to what is seen, as far as its own mask lets it be."""
+    a: Any = node.attrs
+    mask, sink = mask_and_sink(a, given)
+    if mask is not None and mask.tensor.dtype is DType.BOOL:
+        seen = b.logical_and(seen, mask)
+    elif mask is not None:
+        seen = b.select(seen, mask, b.constant(float("-inf"), mask.tensor.dtype))
+    return b.attention(*qkv, seen, *([] if sink is None else [sink]), scale=a.scale, softcap=a.softcap, sink=a.sink)
 
 
 def _cached(b: Builder, node: Node) -> list[Value]:
@@ -76,7 +79,7 @@ def _cached(b: Builder, node: Node) -> list[Value]:
         mask = b.logical_and(mask, _seen(b, query, key, False, a.window))
     if a.ring:
         mask = b.logical_and(mask, b.greater_equal(key, 0))
-    return [b.attention(q, keys, values, _joined(b, mask, *given), scale=a.scale, softcap=a.softcap), keys, values]
+    return [_under(b, node, (q, keys, values), mask, given), keys, values]
 
 
 __all__ = ["prepare"]

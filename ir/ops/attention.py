@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from .index import indices
 if TYPE_CHECKING:
     from ..builder import Builder
     from ..graph import Value
+
+
+T = TypeVar("T")
 
 
 def wave(*shape: int, step: float = 0.37) -> np.ndarray:
@@ -79,11 +82,17 @@ def _masked(x: np.ndarray, keep: np.ndarray, mask: np.ndarray | None) -> tuple[n
     return (x, keep & full) if mask.dtype == np.bool_ else (x + wide(full), keep)
 
 
-def _weighted(x: np.ndarray, v: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Softmax of scores over keys (0 for a row of only -inf), times v: [b, s, h, e]."""
+def _weighted(x: np.ndarray, v: np.ndarray, sink: np.ndarray | None, dtype: np.dtype) -> np.ndarray:
+    """Softmax of scores over keys and the sink (0 for a row of only -inf), times v: [b, s, h, e]."""
     top = x.max(-1, keepdims=True, initial=-np.inf)
-    e = np.exp(x - np.where(np.isfinite(top), top, np.zeros((), x.dtype)))
+    if sink is not None:
+        sink = sink.astype(x.dtype).reshape(*x.shape[1:3], 1, 1)
+        top = np.maximum(top, sink)
+    top = np.where(np.isfinite(top), top, np.zeros((), x.dtype))
+    e = np.exp(x - top)
     total = e.sum(-1, keepdims=True)
+    if sink is not None:
+        total = total + np.exp(sink - top)
     out = (e / np.where(total > 0, total, np.ones((), x.dtype))) @ wide(v).transpose(0, 2, 1, 3)[:, :, None]
     b, g, r, s, d = out.shape
     return out.transpose(0, 3, 1, 2, 4).reshape(b, s, g * r, d).astype(dtype)
@@ -100,23 +109,59 @@ def _keep(query: np.ndarray, key: np.ndarray, causal: bool, window: int | None) 
 
 @dataclass(frozen=True)
 class AttentionAttrs(_op.Attrs):
-    """``scale`` multiplies q·k; ``softcap`` c then maps x to c*tanh(x/c); ``causal`` and ``window`` choose what is seen."""
+    """``scale`` multiplies q·k; ``softcap`` c then maps x to c*tanh(x/c); ``causal`` and ``window`` choose what is seen.
+
+    ``sink``: the last operand is a logit of each head that takes part in the softmax, and whose weight is dropped.
+    """
 
     scale: float
     causal: bool = False
     window: int | None = None
     softcap: float | None = None
+    sink: bool = False
 
 
-def _emit_softmax_v(b: Builder, scores: Value, keep: Value | None, v: Value, out: tuple[DimLike, ...]) -> Value:
-    """Masked softmax over the last axis of scores [b, g, r, s, t], times v [b, t, g, e] -> [b, s, h, e] = ``out``."""
+def mask_and_sink(attrs: AttentionAttrs | CachedAttrs, more: Sequence[T]) -> tuple[T | None, T | None]:
+    """The operands that not every attention has."""
+    if len(more) < attrs.sink or len(more) > 1 + attrs.sink:
+        raise TypeMismatch(f"{len(more)} operands where a mask{' may, and a sink has to,' if attrs.sink else ' may'} stand")
+    mask = more[0] if len(more) > attrs.sink else None
+    return mask, more[-1] if attrs.sink else None
+
+
+def _check_more(attrs: AttentionAttrs | CachedAttrs, more: Sequence[TensorType], q: TensorType, k: TensorType) -> None:
+    mask, sink = mask_and_sink(attrs, more)
+    if mask is not None:
+        _check_mask(mask, q, k)
+    if sink is not None:
+        if tensor(sink, "sink").rank != 1:
+            raise TypeMismatch(f"the sink must be [heads], not {sink}")
+        if sink.dtype not in (q.dtype, DType.F32):
+            raise TypeMismatch(f"the sink must be {q.dtype} or f32, not {sink}")
+        require_equal(q.shape[2], sink.shape[0], "heads of q and the sink")
+
+
+def _more_axes(attrs: AttentionAttrs | CachedAttrs, more: Sequence[TensorType], scores: Axes) -> list[Axes]:
+    mask, sink = mask_and_sink(attrs, more)
+    return [*([aligned(mask.shape, scores)] if mask is not None else []), *([(scores[1],)] if sink is not None else [])]
+
+
+def _emit_softmax_v(
+    b: Builder, scores: Value, keep: Value | None, v: Value, sink: Value | None, out: tuple[DimLike, ...]
+) -> Value:
+    """Masked softmax over keys of scores [b, g, r, s, t] and a sink, times v [b, t, g, e] -> [b, s, h, e] = ``out``."""
     e_: Value
     if keep is not None:
         scores = b.select(keep, scores, b.constant(float("-inf"), scores.tensor.dtype))
     top = b.stop_gradient(b.reduce_max(scores, axes=(4,), keepdims=True))
+    if sink is not None:
+        sink = b.reshape(b.cast(sink, dtype=scores.tensor.dtype), shape=(*scores.shape[1:3], 1, 1))
+        top = b.maximum(top, b.stop_gradient(sink))
     top = b.select(b.isinf(top), b.constant(0.0, top.tensor.dtype), top)
     e_ = b.exp(b.sub(scores, top))
     total = b.reduce_sum(e_, axes=(4,), keepdims=True)
+    if sink is not None:
+        total = b.add(total, b.exp(b.sub(sink, top)))
     probs = b.div(e_, b.select(b.greater(total, 0.0), total, b.constant(1.0, total.tensor.dtype)))
     n, t, g, e = v.shape
     values = b.reshape(b.transpose(v, perm=(0, 2, 1, 3)), shape=(n, g, 1, t, e))
@@ -167,7 +212,8 @@ class Attention(Op):
     q [b, s, h, d], k [b, t, g, d], v [b, t, g, e], mask? -> [b, s, h, e]; query head i reads key head i // (h/g).
     scores = scale * q·k; softcap; then the mask, broadcastable to [b, h, s, t]: booleans keep where true, floats are added.
     ``causal``: query i stands at i + (t - s) and sees no later key. ``window`` w: only keys less than w behind it.
-    Softmax in f32 or wider. A query that sees nothing gives 0.
+    Softmax in f32 or wider. A query that sees nothing gives 0. With ``sink``, a last operand [h] stands among the scores of
+    every query, as one of a key whose value is 0 (gpt-oss, arXiv:2309.17453).
     """
 
     name = "attention"
@@ -177,39 +223,39 @@ class Attention(Op):
     Attrs = AttentionAttrs
 
     def infer(
-        self, attrs: AttentionAttrs, q: TensorType, k: TensorType, v: TensorType, mask: TensorType | None = None
+        self, attrs: AttentionAttrs, q: TensorType, k: TensorType, v: TensorType, *more: TensorType
     ) -> TensorType:
         _check_qkv(q, k, v)
         _check_window(attrs.window)
-        if mask is not None:
-            _check_mask(mask, q, k)
+        _check_more(attrs, more, q, k)
         return q.with_shape(*q.shape[:3], v.shape[3])
 
-    def axes(self, attrs: AttentionAttrs, q: TensorType, k: TensorType, v: TensorType, *mask: TensorType) -> AxisRule:
+    def axes(self, attrs: AttentionAttrs, q: TensorType, k: TensorType, v: TensorType, *more: TensorType) -> AxisRule:
         n, heads, group = (Factor(q.shape[0]),), Factor(k.shape[2]), Factor(q.shape[2] // k.shape[2])
         past = attrs.causal and equal(q.shape[1], k.shape[1]) is True
         counted = attrs.causal or attrs.window is not None  # where a query stands depends on how many there are
         s = (Factor(q.shape[1], "ordered", "forward") if past else Factor(q.shape[1], "whole" if counted else "free"),)
         t, d, e = (s if past else (Factor(k.shape[1], "reduced"),)), (Factor(q.shape[3], "reduced"),), (Factor(v.shape[3]),)
         scores: Axes = (n, (heads, group), s, (Factor(k.shape[1], "whole"),))
-        seen = [aligned(m.shape, scores) for m in mask]
         out: Axes = (n, s, (heads, group), e)
-        return AxisRule(((n, s, (heads, group), d), (n, t, (heads,), d), (n, t, (heads,), e), *seen), (out,))
+        given: tuple[Axes, ...] = ((n, s, (heads, group), d), (n, t, (heads,), d), (n, t, (heads,), e))
+        return AxisRule((*given, *_more_axes(attrs, more, scores)), (out,))
 
     def reference(
-        self, attrs: AttentionAttrs, q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray | None = None
+        self, attrs: AttentionAttrs, q: np.ndarray, k: np.ndarray, v: np.ndarray, *more: np.ndarray
     ) -> np.ndarray:
+        mask, sink = mask_and_sink(attrs, more)
         x = _grouped(q, k, attrs.scale, attrs.softcap)
         s, t = x.shape[-2:]
         keep = _keep(np.arange(s)[:, None] + (t - s), np.arange(t), attrs.causal, attrs.window)
         x, keep = _masked(x, keep, mask)
-        return _weighted(np.where(keep, x, np.asarray(-np.inf, x.dtype)), v, q.dtype)
+        return _weighted(np.where(keep, x, np.asarray(-np.inf, x.dtype)), v, sink, q.dtype)
 
-    def multiply_adds(self, attrs: AttentionAttrs, q: TensorType, k: TensorType, v: TensorType, *mask: TensorType) -> DimLike:
+    def multiply_adds(self, attrs: AttentionAttrs, q: TensorType, k: TensorType, v: TensorType, *more: TensorType) -> DimLike:
         return _products(q, k, v)
 
-    def decompose(self, b: Builder, attrs: AttentionAttrs, q: Value, k: Value, v: Value, mask: Value | None = None) -> Value:
-        dtype = q.tensor.dtype
+    def decompose(self, b: Builder, attrs: AttentionAttrs, q: Value, k: Value, v: Value, *more: Value) -> Value:
+        dtype, (mask, sink) = q.tensor.dtype, mask_and_sink(attrs, more)
         if dtype.bits < 32:
             q, k, v = (b.cast(x, dtype=DType.F32) for x in (q, k, v))
         n, s, h, _ = q.shape
@@ -220,7 +266,7 @@ class Attention(Op):
             query = b.add(query, b.sub(b.dim_size(size=t), b.dim_size(size=s)))
         keep = _emit_keep(b, query, b.iota(size=t), attrs.causal, attrs.window)
         x, keep = _emit_mask(b, x, keep, mask)
-        out = _emit_softmax_v(b, x, keep, v, (n, s, h, v.shape[3]))
+        out = _emit_softmax_v(b, x, keep, v, sink, (n, s, h, v.shape[3]))
         return b.cast(out, dtype=dtype) if dtype.bits < 32 else out
 
     def samples(self) -> Iterable[Sample]:
@@ -231,6 +277,10 @@ class Attention(Op):
         yield Sample([q, k, v, np.array([[True, False, True], [False, False, False], [True, True, True]])], {"scale": 0.5})
         yield Sample([q, k, v, wave(2, 4, 3, 3)], {"scale": 0.5, "causal": True})
         yield Sample([q[:1, :, :1], k[:1, :, :1], v[:1, :, :1], wave(1, 1, 1, 3)], {"scale": 0.5})
+        sink = np.array([0.5, -1.0, 2.0, 0.0], np.float32)
+        yield Sample([q, k, v, sink], {"scale": 0.5, "causal": True, "sink": True})
+        nothing = np.array([[True, False, True], [False, False, False], [True, True, True]])
+        yield Sample([q, k, v, nothing, sink], {"scale": 0.5, "softcap": 3.0, "window": 2, "sink": True})
 
     def errors(self) -> Iterable[ErrorSample]:
         ok = ["f32[b, s, 4, 8]", "f32[b, t, 2, 8]", "f32[b, t, 2, 8]"]
@@ -241,6 +291,10 @@ class Attention(Op):
         yield ErrorSample([*ok, "i64[s, t]"], {"scale": 1.0}, "the mask must be")
         yield ErrorSample([*ok, "f32[7, b, 4, s, t]"], {"scale": 1.0}, "does not broadcast")
         yield ErrorSample(["f32[s, 4, 8]", *ok[1:]], {"scale": 1.0}, "must be [batch, position")
+        yield ErrorSample(ok, {"scale": 1.0, "sink": True}, "0 operands where a mask may, and a sink has to, stand")
+        yield ErrorSample([*ok, "f32[4]", "f32[4]"], {"scale": 1.0}, "2 operands where a mask may stand")
+        yield ErrorSample([*ok, "f32[2]"], {"scale": 1.0, "sink": True}, "heads of q and the sink")
+        yield ErrorSample([*ok, "f32[4, 1]"], {"scale": 1.0, "sink": True}, "the sink must be [heads]")
 
 
 # -- caches -------------------------------------------------------------------------------------------------------------------
@@ -393,6 +447,7 @@ class CachedAttrs(_op.Attrs):
     softcap: float | None = None
     ring: bool = False
     causal: bool = True
+    sink: bool = False
 
 
 @register
@@ -413,7 +468,7 @@ class CachedAttention(Op):
 
     def infer(
         self, attrs: CachedAttrs, q: TensorType, k: TensorType, v: TensorType, k_cache: TensorType, v_cache: TensorType,
-        past: TensorType, mask: TensorType | None = None,
+        past: TensorType, *more: TensorType,
     ) -> tuple[TensorType, TensorType, TensorType]:  # fmt: skip
         _check_qkv(q, k, v)
         require_equal(q.shape[1], k.shape[1], "positions of q and k")
@@ -426,8 +481,7 @@ class CachedAttention(Op):
                 raise TypeMismatch("a ring cache forgets: it needs a window")
             c, s = k_cache.shape[1], k.shape[1]
             require_at_most(attrs.window + s - 1, c, f"a ring of {c} cannot take {s} new positions under window {attrs.window}")
-        if mask is not None:
-            _check_mask(mask, q, k_cache)
+        _check_more(attrs, more, q, k_cache)
         return q.with_shape(*q.shape[:3], v.shape[3]), k_cache, v_cache
 
     def bounds(
@@ -437,20 +491,21 @@ class CachedAttention(Op):
 
     def axes(
         self, attrs: CachedAttrs, q: TensorType, k: TensorType, v: TensorType, k_cache: TensorType, v_cache: TensorType,
-        past: TensorType, *mask: TensorType,
+        past: TensorType, *more: TensorType,
     ) -> AxisRule:  # fmt: skip
         n, heads, group = (Factor(q.shape[0]),), Factor(k.shape[2]), Factor(q.shape[2] // k.shape[2])
         s, c = (Factor(q.shape[1], "whole"),), (Factor(k_cache.shape[1], "whole"),)
         d, e = (Factor(q.shape[3], "whole"),), (Factor(v.shape[3]),)
         caches: tuple[Axes, ...] = (n, c, (heads,), d), (n, c, (heads,), e)
-        seen = [aligned(m.shape, (n, (heads, group), s, c)) for m in mask]
+        seen = _more_axes(attrs, more, (n, (heads, group), s, c))
         new: tuple[Axes, ...] = (n, s, (heads, group), d), (n, s, (heads,), d), (n, s, (heads,), e)
         return AxisRule((*new, *caches, (n,), *seen), ((n, s, (heads, group), e), *caches))
 
     def reference(
         self, attrs: CachedAttrs, q: np.ndarray, k: np.ndarray, v: np.ndarray, k_cache: np.ndarray, v_cache: np.ndarray,
-        past: np.ndarray, mask: np.ndarray | None = None,
+        past: np.ndarray, *more: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+        mask, sink = mask_and_sink(attrs, more)
         s, c = q.shape[1], k_cache.shape[1]
         k_cache, v_cache = _write(k_cache, k, past, attrs.ring), _write(v_cache, v, past, attrs.ring)
         query = past[:, None, None] + np.arange(s)[:, None]  # [b, s, 1]
@@ -460,16 +515,16 @@ class CachedAttention(Op):
         keep = _keep(query, key, attrs.causal, attrs.window) & (key >= 0) & (key <= last)
         x, keep = _masked(_grouped(q, k_cache, attrs.scale, attrs.softcap), keep[:, None, None], mask)
         x = np.where(keep, x, -np.inf)
-        return _weighted(x.astype(wide(q).dtype), v_cache, q.dtype), k_cache, v_cache
+        return _weighted(x.astype(wide(q).dtype), v_cache, sink, q.dtype), k_cache, v_cache
 
     def multiply_adds(self, attrs: CachedAttrs, q: TensorType, *others: TensorType) -> DimLike:
         return _products(q, others[2], others[3])
 
     def decompose(
         self, b: Builder, attrs: CachedAttrs, q: Value, k: Value, v: Value, k_cache: Value, v_cache: Value, past: Value,
-        mask: Value | None = None,
+        *more: Value,
     ) -> tuple[Value, Value, Value]:  # fmt: skip
-        dtype = q.tensor.dtype
+        dtype, (mask, sink) = q.tensor.dtype, mask_and_sink(attrs, more)
         kc, vc = b.cache_update(k_cache, k, past, ring=attrs.ring), b.cache_update(v_cache, v, past, ring=attrs.ring)
         keys, values = kc, vc
         if dtype.bits < 32:
@@ -488,7 +543,7 @@ class CachedAttention(Op):
         if attrs.ring:
             keep = b.logical_and(keep, b.greater_equal(key, 0))
         x, keep = _emit_mask(b, _emit_scores(b, attrs, q, keys), keep, mask)
-        out = _emit_softmax_v(b, x, keep, values, (n, s, h, v.shape[3]))
+        out = _emit_softmax_v(b, x, keep, values, sink, (n, s, h, v.shape[3]))
         return (b.cast(out, dtype=dtype) if dtype.bits < 32 else out), kc, vc
 
     def samples(self) -> Iterable[Sample]:
@@ -502,6 +557,9 @@ class CachedAttention(Op):
         seen = np.array([[[True, False, True, False, True, True, True]], [[False] * 7]])[:, None]
         yield Sample([q, k, v, kc, vc, np.array([30, 2]), seen], {"scale": 0.5, "window": 6, "ring": True})
         yield Sample([q, k, v, kc, vc, np.array([3, 5])], {"scale": 0.5, "causal": False})
+        sink = np.array([0.5, -1.0, 2.0, 0.0], np.float32)
+        yield Sample([q, k, v, kc, vc, np.array([3, 5]), sink], {"scale": 0.5, "sink": True})
+        yield Sample([q, k, v, kc, vc, np.array([30, 2]), seen, sink], {"scale": 0.5, "window": 6, "ring": True, "sink": True})
         yield Sample([q, k, v, kc, vc, np.array([30, 2]), seen], {"scale": 0.5, "window": 6, "ring": True, "causal": False})
 
     def errors(self) -> Iterable[ErrorSample]:
@@ -511,6 +569,7 @@ class CachedAttention(Op):
         yield ErrorSample([*qkv, "f32[b, c, 3, 8]", *cache[1:]], {"scale": 1.0}, "axis 2 of k_cache")
         yield ErrorSample([*qkv, *cache[:2], "i64[b, 1]"], {"scale": 1.0}, "past must be")
         yield ErrorSample([*qkv, *cache, "f32[7, b, 4, s, c]"], {"scale": 1.0}, "does not broadcast")
+        yield ErrorSample([*qkv, *cache, "f32[2]"], {"scale": 1.0, "sink": True}, "heads of q and the sink")
 
 
-__all__ = ["Attention", "CacheStart", "CacheUpdate", "CachedAttention"]
+__all__ = ["Attention", "CacheStart", "CacheUpdate", "CachedAttention", "mask_and_sink"]

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from wasat.ir import DimLike, Graph, IRError, Node, Value, equal, symbol
 from wasat.ir.axes import AxisRule, Factor
 from wasat.ir.dims import maximum, minimum, symbols_of
-from wasat.ir.ops.attention import AttentionAttrs
+from wasat.ir.ops.attention import AttentionAttrs, mask_and_sink
 from wasat.ir.ops.conv import Conv
 from wasat.ir.ops.scan import ScanAttrs
 from wasat.ir.ops.shape import Concat, Pad, Slice
@@ -508,8 +508,9 @@ def _attention(
         raise LooksAhead(next(x.reason for x in given if x.extra))
     if q.along and q.axis != 1:
         raise LooksAhead("the positions of q are not axis 1")
-    mask = given[3] if len(given) > 3 else FIXED
-    rank = len(node.inputs[3].shape) if len(given) > 3 else 0
+    masked = mask_and_sink(attrs, node.inputs[3:])[0] is not None
+    mask = given[3] if masked else FIXED
+    rank = len(node.inputs[3].shape) if masked else 0
     if not k.along and not v.along:
         if attrs.causal or attrs.window is not None:
             raise LooksAhead("it is causal over keys that do not run along the sequence")
@@ -528,9 +529,9 @@ def _attention(
 
 def sees_ahead(node: Node, labels: Mapping[Value, Label]) -> bool:
     """Whether a query of attention that can be cached may see later keys: those of its prefix, or of its picture."""
-    if AttentionAttrs.of(node).causal or len(node.inputs) < 4:
+    mask, _ = mask_and_sink(AttentionAttrs.of(node), node.inputs[3:])
+    if AttentionAttrs.of(node).causal or mask is None:
         return False
-    mask = node.inputs[3]
     return labels[mask].relates and not hides(mask, labels[mask].later(len(mask.shape) - 1))
 
 

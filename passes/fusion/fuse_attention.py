@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from wasat.ir import Builder, DimLike, DType, Graph, Node, Value, equal, less_equal
-from wasat.ir.ops.attention import AttentionAttrs
-from wasat.ir.ops.nn import SoftmaxAttrs
+from wasat.ir.ops.attention import AttentionAttrs, mask_and_sink
 from wasat.ir.ops.shape import Pad
 
 from ..analyses.factors import Atom, View, arrange, product, scaling, trivial, view_of
 from ..analyses.mask import FINITE_FILL, LEAST_FILL, Mask, analyze, hidden_by, is_fill
 from ..core import GraphPass, Remarks
 from ..pattern import erase_dead, number_of, replace
+from .sinks import Logits, Weights, drops, weights
 
 
 class Miss(Exception):
@@ -26,7 +26,7 @@ class Miss(Exception):
 class _Scores:
     """What stands between a softmax and the product of queries and keys."""
 
-    softmax: Node
+    weights: Weights
     product: Node
     scale: float
     softcap: float | None
@@ -54,20 +54,25 @@ class FuseAttention(GraphPass):
     def run_graph(self, graph: Graph, remarks: Remarks) -> bool:
         changed = False
         for node in graph.nodes:
-            if node.op.name == "attention" and len(node.inputs) > 3 and _read_mask(graph, node, remarks):
+            if node.op.name == "attention" and _read_mask(graph, node, remarks):
                 changed = True
-            if node.op.name != "softmax":
+            w = weights(node)
+            if w is None:
                 continue
             try:
-                fused = _fuse(graph, node)
+                fused = _fuse(graph, w)
             except Miss as e:
-                if not _attends(node):
+                if not _attends(w):
                     continue
-                remarks.missed(f"%{node.output.name} = softmax stays unfused: {e}", node)
+                remarks.missed(f"%{node.output.name} = {_called(w)} stays unfused: {e}", node)
                 continue
             changed = True
             remarks.applied(_describe(fused), fused)
         return changed
+
+
+def _called(w: Weights) -> str:
+    return "softmax" if w.node.op.name == "softmax" else "a softmax with a sink"
 
 
 def _describe(v: Value) -> str:
@@ -77,7 +82,8 @@ def _describe(v: Value) -> str:
     what += ["causal"] if a.causal else []
     what += [f"window {a.window}"] if a.window is not None else []
     what += [f"softcap {a.softcap:g}"] if a.softcap is not None else []
-    what += ["a mask operand"] if len(v.node.inputs) > 3 else []
+    what += ["sinks"] if a.sink else []
+    what += ["a mask operand"] if mask_and_sink(a, v.node.inputs[3:])[0] is not None else []
     return f"%{v.name} = attention: {', '.join(what)}"
 
 
@@ -116,9 +122,9 @@ def _reaches_product(v: Value, depth: int = 12) -> bool:
     return any(_reaches_product(n.inputs[i], depth - 1) for i in through.get(n.op.name, ()))
 
 
-def _attends(softmax: Node) -> bool:
+def _attends(w: Weights) -> bool:
     """Whether a softmax looks like attention's: of a product, or of what is given and into one; a router's is of a linear."""
-    x = softmax.inputs[0]
+    x = w.scores
     if _reaches_product(x):
         return True
     while x.node is not None:
@@ -127,16 +133,17 @@ def _attends(softmax: Node) -> bool:
         if not x.node.op.elementwise and x.node.op.name not in ("cast", "reshape"):
             return False
         x = x.node.inputs[1 if x.node.op.name == "select" else 0]
-    return any(user.op.name == "matmul" for user in softmax.output.users)
+    return any(user.op.name == "matmul" for user in w.node.output.users)
 
 
-def _scores(graph: Graph, softmax: Node) -> _Scores:
+def _scores(graph: Graph, w: Weights) -> _Scores:
     """Walks up from the softmax to the product of queries and keys."""
-    x = softmax.inputs[0]
+    x = w.scores
     rank = len(x.shape)
-    axis = SoftmaxAttrs.of(softmax).axis
-    if rank < 2 or axis != rank - 1:
-        raise Miss(f"softmax axis is {axis}, not the key axis {rank - 1}")
+    if rank < 2 or w.axis != rank - 1:
+        raise Miss(f"softmax axis is {w.axis}, not the key axis {rank - 1}")
+    if graph.is_output(x) or not w.own.issuperset(x.users):
+        raise Miss(f"%{x.name} is also used outside the match")
     factor, softcap = 1.0, None
     mask = Mask()
     additive: list[tuple[Value, float]] = []
@@ -146,12 +153,13 @@ def _scores(graph: Graph, softmax: Node) -> _Scores:
         node = x.node
         if node is None:
             raise Miss(f"%{x.name} is an input: there is no product of queries and keys above the softmax")
-        _only_use(graph, x)
+        if x is not w.scores:
+            _only_use(graph, x)
         name, shape = node.op.name, x.shape
         if name == "matmul":
             if mask.finite and (mask.operands or any(_may_hide(v) for v, _ in additive)):
                 raise Miss("a mask fills with a finite number beside one that is data: some query may see nothing; use -inf")
-            return _Scores(softmax, node, factor, softcap, mask, additive, met, per_head)
+            return _Scores(w, node, factor, softcap, mask, additive, met, per_head)
         if per_head and (name not in ("mul", "div", "tanh") or (name == "tanh" and softcap is None)):
             raise Miss(f"{node!r}: what it gives is multiplied by numbers of each head")
         if _passes(node):
@@ -409,16 +417,21 @@ def _guarded(graph: Graph, y: Value) -> Node | None:
     return choice if is_test and len(choice.inputs[0].uses) == 1 and not graph.is_output(choice.inputs[0]) else None
 
 
-def _values(graph: Graph, softmax: Node) -> Node:
+def _values(graph: Graph, w: Weights) -> Node:
     """Walks down from the softmax to its product with the values."""
-    y = softmax.output
+    y, joined = w.node.output, w.joined
     while True:
         guard = _guarded(graph, y)
         if guard is not None:
             y = guard.output
             continue
         node = _only_use(graph, y)
+        if joined and drops(w, node):
+            y, joined = node.output, False
+            continue
         if node.op.name == "matmul" and node.inputs[0] is y:
+            if joined:
+                raise Miss(f"%{y.name} weighs more than the keys")
             return node
         if _passes(node):
             y = node.output
@@ -426,9 +439,9 @@ def _values(graph: Graph, softmax: Node) -> Node:
         raise Miss(f"%{y.name} goes into {node.op.name}, not into a product with the values")
 
 
-def _fuse(graph: Graph, softmax: Node) -> Value:
-    s = _scores(graph, softmax)
-    last = _values(graph, softmax)
+def _fuse(graph: Graph, w: Weights) -> Value:
+    s = _scores(graph, w)
+    last = _values(graph, w)
     lead, out = s.product.output.shape[:-2], last.output
     if not lead or len(out.shape) < 3:
         raise Miss("scores without a batch axis")
@@ -443,16 +456,21 @@ def _fuse(graph: Graph, softmax: Node) -> Value:
     if len(dtypes) != 1:
         raise Miss(f"q, k and v are {', '.join(str(x.view.base.tensor.dtype) for x in (q, k, v))}")
     mask = _mask_parts(s)
-    b = Builder(graph, before=last, loc=softmax.loc)
+    sinks = Logits.of(w.sinks, w.scores.shape[:-2])
+    if isinstance(sinks, str):
+        raise Miss(sinks)
+    b = Builder(graph, before=last, loc=w.node.loc)
     operands = [q.arranged(b, False), k.arranged(b, True), v.arranged(b, False)]
     for m in s.per_head:
         rows, heads = ((1,) * (4 - len(m.shape)) + tuple(m.shape))[:2]
         operands[0] = b.mul(operands[0], b.reshape(m, shape=(rows, 1, heads, 1)))
     if mask:
         operands.append(_emit_mask(b, mask, operands[0].tensor.dtype))
+    if sinks.parts:
+        operands.append(sinks.emit(b, operands[0].shape[2], DType.F64 if DType.F64 in dtypes else DType.F32))
     y = b.attention(
         *operands, scale=s.scale * q.view.scale * k.view.scale, causal=s.mask.causal, window=s.mask.window, softcap=s.softcap,
-        name="attention",
+        sink=bool(sinks.parts), name="attention",
     )  # fmt: skip
     n, rows, heads, width = out.shape[0], out.shape[-2], out.shape[1:-2], out.shape[-1]
     r = len(heads)
@@ -465,8 +483,11 @@ def _fuse(graph: Graph, softmax: Node) -> Value:
 
 def _read_mask(graph: Graph, node: Node, remarks: Remarks) -> bool:
     """Predicates in the boolean mask of an attention, or in a choice between 0 and -inf, become attributes."""
-    q, k, v, mask = node.inputs
-    a: Any = node.attrs
+    q, k, v, *more = node.inputs
+    a = AttentionAttrs.of(node)
+    mask, sink = mask_and_sink(a, more)
+    if mask is None:
+        return False
     shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
     read = hidden_by(mask, shape) if mask.tensor.dtype.is_float else None
     if read is not None and read[2] == float("-inf"):
@@ -485,7 +506,9 @@ def _read_mask(graph: Graph, node: Node, remarks: Remarks) -> bool:
     b = Builder(graph, before=node, loc=node.loc)
     if found.operands and not rest:
         rest = [_emit_mask(b, [_MaskPart(m, shape, negate=n) for m, n in found.operands], q.tensor.dtype)]
-    y = b.attention(q, k, v, *rest, scale=a.scale, causal=found.causal, window=found.window, softcap=a.softcap)
+    rest += [] if sink is None else [sink]
+    y = graph.add_node(node.op, [q, k, v, *rest], dataclasses.replace(a, causal=found.causal, window=found.window), before=node,
+                       loc=node.loc).output  # fmt: skip
     remarks.applied(_describe(y), y)
     replace(graph, node.output, y)
     return True

@@ -17,7 +17,7 @@ from wasat.ir import Builder, DimLike, DType, Graph, IRError, Node, State, Tenso
 from wasat.ir.axes import Factor, product
 from wasat.ir.graph import copy_node
 from wasat.ir.op import Body
-from wasat.ir.ops.attention import AttentionAttrs
+from wasat.ir.ops.attention import AttentionAttrs, mask_and_sink
 from wasat.ir.ops.conv import Conv
 from wasat.ir.ops.reduce import CumSum
 from wasat.ir.ops.scan import ScanAttrs
@@ -81,7 +81,8 @@ def _wanted(plan: Plan) -> Iterator[Value]:
                 waiting += [(v, axis) for axis in plan.labels[v].axes if lands(node, i, axis) is None]
         elif isinstance(node.attrs, AttentionAttrs) and plan.labels[node.output].mixes:
             read = (1, 2) if sees_ahead(node, plan.labels) else (1,)  # also what earlier queries see of the new keys
-            for mask in node.inputs[3:]:
+            mask, _ = mask_and_sink(node.attrs, node.inputs[3:])
+            if mask is not None:
                 waiting += [(mask, axis) for axis in plan.labels[mask].axes if len(mask.shape) - axis in read]
             if node not in plan.of:
                 waiting += [(v, 1) for v in node.inputs[1:3]]
@@ -374,21 +375,23 @@ def meet(d: Derivation, node: Node) -> None:
 
 def attend(d: Derivation, node: Node) -> None:
     """Attention over keys and values that follow from what is kept, those of later slots hidden."""
-    q, k, v, *masks = node.inputs
+    q, k, v, *more = node.inputs
     b, attrs, cache = d.b, AttentionAttrs.of(node), d.plan.of.get(node)
+    own, sink = mask_and_sink(attrs, more)
     if cache is None:
         keys, values, seen = d.over_slots(k, 1), d.over_slots(v, 1), b.logical_not(d.is_later())
     else:
         keys, values = (first_and_last(d, cache, x, name) for x, name in zip((k, v), cache.names()))
         seen = _in_turn(d, cache)
     seen = b.reshape(seen, shape=(d.batch, 1, *seen.shape[1:]))
-    for m in masks:
-        mask = d.mask(m, cache)
+    if own is not None:
+        mask = d.mask(own, cache)
         other = mask.tensor.dtype
         seen = b.logical_and(seen, mask) if other is DType.BOOL else b.select(seen, mask, b.constant(-math.inf, other))
     d.env[node.output] = b.attention(
-        d.env[q], keys, values, seen, scale=attrs.scale, softcap=attrs.softcap, name=node.output.name
-    )
+        d.env[q], keys, values, seen, *([] if sink is None else [d.env[sink]]), scale=attrs.scale, softcap=attrs.softcap,
+        sink=attrs.sink, name=node.output.name,
+    )  # fmt: skip
 
 
 def first_and_last(d: Derivation, cache: Cache, x: Value, name: str) -> Value:

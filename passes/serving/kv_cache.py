@@ -28,7 +28,7 @@ from wasat.ir import (
 from wasat.ir.axes import product
 from wasat.ir.graph import copy_node
 from wasat.ir.lift import lift
-from wasat.ir.ops.attention import AttentionAttrs
+from wasat.ir.ops.attention import AttentionAttrs, mask_and_sink
 from wasat.ir.ops.constant import Iota
 from wasat.ir.ops.index import AxisAttrs
 from wasat.ir.ops.scan import ScanAttrs
@@ -427,22 +427,23 @@ class Derivation:
         return self.b.reshape(x, shape=(*front, at.outer * self.batch * at.inner, *back))
 
     def _attend(self, node: Node) -> None:
-        attrs: Any = node.attrs
-        cache = self.plan.of[node]
+        attrs, cache = AttentionAttrs.of(node), self.plan.of[node]
         k, v = cache.names()
-        mask = [self.mask(x, cache) for x in node.inputs[3:]]
+        given, sink = mask_and_sink(attrs, node.inputs[3:])
+        more = [] if given is None else [self.mask(given, cache)]
         ahead = sees_ahead(node, self.labels)
-        if ahead:
-            note_cut(self, node.inputs[3], cache)
-            mask = [without_padding(self, mask[0])]
+        if ahead and given is not None:
+            note_cut(self, given, cache)
+            more = [without_padding(self, more[0])]
+        more += [] if sink is None else [self.env[sink]]
         keys, values, past = self.states[k], self.states[v], self.past
         led = self.plan.led
         if led is not None and node in led.first:
             keys, values = self.b.cache_start(*(self.env[x] for x in led.first[node]), keys, values, past)
             past = self.b.add(past, self.b.constant(led.first[node][0].shape[1], DType.I64))
         out = self.b.cached_attention(
-            *(self.env[x] for x in node.inputs[:3]), keys, values, past, *mask, scale=attrs.scale, window=attrs.window,
-            softcap=attrs.softcap, ring=cache.capacity is not None, causal=not ahead or self.one,
+            *(self.env[x] for x in node.inputs[:3]), keys, values, past, *more, scale=attrs.scale, window=attrs.window,
+            softcap=attrs.softcap, ring=cache.capacity is not None, causal=not ahead or self.one, sink=attrs.sink,
             name=[node.output.name, k, v],
         )  # fmt: skip
         self.env[node.output], self.states[k], self.states[v] = out

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from wasat.ir import DimLike, Graph, Node, State, TensorType, Value, symbol
-from wasat.ir.ops.attention import AttentionAttrs
+from wasat.ir.ops.attention import AttentionAttrs, mask_and_sink
 
 from ..analyses.axis import Label, sees_ahead
 from ..analyses.mask import ends
@@ -108,10 +108,11 @@ class Plan:
         return plan
 
     def _cache(self, node: Node, chunk: int, granule: int, context: int | None) -> None:
-        _, k, v = node.inputs[:3]
+        _, k, v, *more = node.inputs
         window, sinks = AttentionAttrs.of(node).window, 0
-        if window is None and len(node.inputs) > 3 and self.labels[node.inputs[3]].kind == "pair":
-            sinks, window = ends(node.inputs[3]) or (0, None)
+        mask, _ = mask_and_sink(AttentionAttrs.of(node), more)
+        if window is None and mask is not None and self.labels[mask].kind == "pair":
+            sinks, window = ends(mask) or (0, None)
         capacity = None if window is None or self.led is not None else -(-(window + chunk - 1) // granule) * granule
         if capacity is not None and context is not None and context <= capacity + sinks:
             capacity = None
@@ -119,7 +120,7 @@ class Plan:
             capacity, self.cut = None, "cut"
             while self.cut in self.forward.output_names:
                 self.cut += "_"
-        if len(node.inputs) > 3 and self.labels[node.inputs[3]].kind in ("token", "scores"):
+        if mask is not None and self.labels[mask].kind in ("token", "scores"):
             capacity = None  # what a mask is made of is kept for all positions
         # one for each, also of the same keys and values: in place, a cache is written by one
         if capacity is None:

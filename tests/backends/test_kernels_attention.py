@@ -13,7 +13,7 @@ Array = NDArray[np.float64]
 
 
 def reference(q: Array, k: Array, v: Array, scores: Scores, offset: NDArray[np.int64],
-              mask: Array | None = None) -> Array:
+              mask: Array | None = None, sink: Array | None = None) -> Array:
     """q[b, s, h, d], k[b, t, g, d], v[b, t, g, e]; query i of row b sits at offset[b] + i."""
     b, s, h, _ = q.shape
     t, g = k.shape[1], k.shape[2]
@@ -29,11 +29,18 @@ def reference(q: Array, k: Array, v: Array, scores: Scores, offset: NDArray[np.i
     if scores.window is not None:
         seen &= i - j < scores.window
     x = np.where(seen, x, -np.inf)
-    top = x.max(-1, keepdims=True)
-    p = np.exp(x - np.where(np.isfinite(top), top, 0))
-    total = p.sum(-1, keepdims=True)
+    column = np.full((1, h, 1, 1), -np.inf) if sink is None else sink[:, None, None]
+    top = np.maximum(x.max(-1, keepdims=True), column)
+    top = np.where(np.isfinite(top), top, 0)
+    p = np.exp(x - top)
+    total = p.sum(-1, keepdims=True) + np.exp(column - top)
     p = np.divide(p, total, out=np.zeros_like(p), where=total > 0)
     return np.einsum("bhst,bthe->bshe", p, np.repeat(v, h // g, axis=2))
+
+
+def sinks(case: str, h: int) -> list[NDArray[np.float32]]:
+    """A logit of each head, some of which outweigh everything, and one nothing."""
+    return [np.resize(np.array([0.5, -np.inf, 60.0, -80.0], np.float32), h)] if case.endswith("sink") else []
 
 
 def filled(rng: np.random.Generator, cache: Cache, k: NDArray[np.float32], v: NDArray[np.float32], c: int,
@@ -61,6 +68,8 @@ CACHED: dict[str, tuple[int, Cache, Scores, MaskShape]] = {
     "not causal": (4, Cache(2, 24, 24), Scores(0.2, causal=False), "bh"),
     "ring, not causal": (4, Cache(1, 40, 40, capacity=208), Scores(1.0, window=70, causal=False), "no"),
     "ring with a mask": (4, Cache(1, 40, 40, capacity=208), Scores(1.0, window=70), "1h"),
+    "sink": (4, Cache(2, 24, 24), Scores(0.2), "no"),
+    "ring with a mask and a sink": (4, Cache(1, 40, 40, capacity=208), Scores(1.0, window=70), "1h"),
 }
 
 
@@ -72,7 +81,7 @@ def test_cached_attention(isa: Isa, case: str, decode: bool) -> None:
     if decode and not scores.causal:
         pytest.skip("one query sees what is causal")
     g, d, e = cache.kv_heads, cache.head_dim, cache.value_dim
-    compiled = build(cached_attention(CachedAttention(isa, h, cache, scores, decode, mask, threads=2)), isa)
+    compiled = build(cached_attention(CachedAttention(isa, h, cache, scores, decode, mask, 2, case.endswith("sink"))), isa)
     rng = np.random.default_rng(0)
     c = cache.capacity or 432
     steps = [(1, [0]), (1, [5, 300, 129])] if decode else [(1, [0]), (2, [3, 127]), (37, [0, 250]), (137, [290, 31])]
@@ -90,8 +99,9 @@ def test_cached_attention(isa: Isa, case: str, decode: bool) -> None:
             by_slot[rng.random(by_slot.shape) < 0.3] = -np.inf
             by_slot[0, 0, -1] = -np.inf  # a row that sees nothing
             add, known = [by_slot], by_slot[..., np.arange(t) % c].astype(np.float64)
-        [y] = run(compiled, [q, offset, *held, *add], ((b, s, h, e), "float32"))
-        want = reference(q.astype(np.float64), k.astype(np.float64), v.astype(np.float64), scores, offset, known)
+        sink = sinks(case, h)
+        [y] = run(compiled, [q, offset, *held, *add, *sink], ((b, s, h, e), "float32"))
+        want = reference(q.astype(np.float64), k.astype(np.float64), v.astype(np.float64), scores, offset, known, *sink)
         assert_near(y, want, 1e-5)
 
 
@@ -101,6 +111,7 @@ PLAIN = {
     "window": (Attention, Scores(0.2, window=20, softcap=3.0), "no"),
     "mask": (Attention, Scores(0.2, causal=False), "b1"),
     "mask per head": (Attention, Scores(0.2, softcap=2.0), "1h"),
+    "mask and sink": (Attention, Scores(0.2), "1h"),
 }
 
 
@@ -109,7 +120,9 @@ PLAIN = {
 def test_attention(isa: Isa, case: str) -> None:
     _, scores, mask = PLAIN[case]
     h, g, d, e = 4, 2, 24, 40
-    compiled = build(attention(Attention(isa, h, g, d, e, scores, mask=mask, threads=2)), isa)  # type: ignore[arg-type]
+    sink = sinks(case, h)
+    desc = Attention(isa, h, g, d, e, scores, mask=mask, threads=2, sink=bool(sink))  # type: ignore[arg-type]
+    compiled = build(attention(desc), isa)
     rng = np.random.default_rng(0)
     for b, s, t in ((1, 1, 7), (2, 33, 33), (2, 50, 170), (1, 9, 4)):
         q = rng.standard_normal((b, s, h, d)).astype(np.float32)
@@ -120,7 +133,7 @@ def test_attention(isa: Isa, case: str) -> None:
             add = rng.standard_normal((b if "b" in mask else 1, h if "h" in mask else 1, s, t)).astype(np.float32)
             add[rng.random(add.shape) < 0.3] = -np.inf
             add[0, 0, -1] = -np.inf  # a row that sees nothing
-        [y] = run(compiled, [q, k, v, *([] if add is None else [add])], ((b, s, h, e), "float32"))
+        [y] = run(compiled, [q, k, v, *([] if add is None else [add]), *sink], ((b, s, h, e), "float32"))
         wide = [x.astype(np.float64) for x in (q, k, v)]
-        want = reference(*wide, scores, np.full(b, t - s), None if add is None else add.astype(np.float64))
+        want = reference(*wide, scores, np.full(b, t - s), None if add is None else add.astype(np.float64), *sink)
         assert_near(y, want, 1e-5)

@@ -26,7 +26,7 @@ def test_zoo(case: Case) -> None:
     want = {**case.expected, "scale": pytest.approx(case.scale, rel=1e-3 if case.dtype == "f16" else 1e-6)}
     assert {k: getattr(node.attrs, k) for k in want} == want
     assert (node.inputs[0].shape[2], node.inputs[1].shape[2]) == (4, case.kv_heads)
-    assert (len(node.inputs) == 4) == case.mask
+    assert len(node.inputs) == 3 + case.mask + case.sink
     assert (g.count("rope"), g.count("rms_norm")) == (case.ropes, case.norms)
     assert g.count("softmax") == g.count("matmul") == g.count("transpose") == g.count("broadcast_to") == 0
     assert not report.remarks("missed")

@@ -382,7 +382,7 @@ def normalized_over_keys(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
 def padded_keys(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
     """Columns beside scores of which later ones are not hidden yet."""
     s, v = scores(x)
-    return merged(nn.softmax(nn.pad(s, (0, 0, 0, 1), (0, 0, 0, 0)))[..., 1:] @ v)
+    return merged(nn.sigmoid(nn.pad(s, (0, 0, 0, 1), (0, 0, 0, 0)))[..., 1:] @ v)
 
 
 def kept_column(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:

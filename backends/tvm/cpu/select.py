@@ -32,6 +32,7 @@ from wasat.ir import (
     Value,
     equal,
 )
+from wasat.ir.ops.attention import AttentionAttrs, CachedAttrs, mask_and_sink
 from wasat.ir.ops.grouped import QuantizedGroupedLinear
 from wasat.ir.ops.nn import NormAttrs
 from wasat.ir.ops.quant import QuantizedLinear
@@ -393,24 +394,25 @@ class Selection:
         self.graph.replace_uses(node.output, y)
 
     def _attention(self, node: Node) -> None:
-        q, k, v = node.inputs[:3]
-        mask = node.inputs[3] if len(node.inputs) > 3 else None
-        a: Any = node.attrs
+        (q, k, v, *more), a = node.inputs, AttentionAttrs.of(node)
         (n, s, h, d), (t, g, e) = q.shape, v.shape[1:]
         if not _f32(q, k, v) or not known(h, d, g, e):
             return
-        operands, kind = self._addend(node, mask, (n, h, s, t))
+        operands, kind = self._more(node, a, more, (n, h, s, t))
         operands = [q, k, v, *operands]
         scores = Scores(a.scale, a.softcap, a.window, a.causal)
-        desc = Attention(self.isa, h, g, d, e, scores, kind, self.threads)
+        desc = Attention(self.isa, h, g, d, e, scores, kind, self.threads, a.sink)
         [y] = self.call(node, desc, attention, operands, [Result(node.output.tensor)])
         self.graph.replace_uses(node.output, y)
 
-    def _addend(self, node: Node, mask: Value | None, full: tuple[DimLike, ...]) -> tuple[list[Value], MaskShape]:
-        """A mask of attention, in f32 [1 | b, 1 | h, s, t], and which it is."""
+    def _more(
+        self, node: Node, attrs: AttentionAttrs | CachedAttrs, more: Sequence[Value], full: tuple[DimLike, ...]
+    ) -> tuple[list[Value], MaskShape]:
+        """A mask of attention, in f32 [1 | b, 1 | h, s, t], and which it is; and its sink."""
+        (mask, sink), b, (n, h, s, t) = mask_and_sink(attrs, more), self.builder(node), full
+        sinks = [] if sink is None else [sink]
         if mask is None:
-            return [], "no"
-        b, (n, h, s, t) = self.builder(node), full
+            return sinks, "no"
         if mask.tensor.dtype is DType.BOOL:
             mask = b.select(mask, 0.0, float("-inf"))
         own = (1,) * (4 - len(mask.shape)) + tuple(mask.shape)
@@ -419,12 +421,10 @@ class Selection:
         if own != tuple(mask.shape):
             mask = b.reshape(mask, shape=own)
         kind = ("b" if per_batch else "1") + ("h" if per_head else "1")
-        return [mask if own == shape else b.broadcast_to(mask, shape=shape)], cast(MaskShape, kind)
+        return [mask if own == shape else b.broadcast_to(mask, shape=shape), *sinks], cast(MaskShape, kind)
 
     def _cached_attention(self, node: Node) -> None:
-        q, k, v, keys, values, past = node.inputs[:6]
-        mask = node.inputs[6] if len(node.inputs) > 6 else None
-        a: Any = node.attrs
+        (q, k, v, keys, values, past, *more), a = node.inputs, CachedAttrs.of(node)
         s, h = q.shape[1:3]
         if not (_f32(q, k, v) and known(h) and self._is_cache(keys) and self._is_cache(values)):
             return
@@ -442,10 +442,10 @@ class Selection:
             written = [Result(keys.tensor, alias=3), Result(values.tensor, alias=4)]
             keys, values = self.call(node, CacheWrite(self.isa, cache, self.threads), cache_write,
                                      [k, v, past, keys, values], written)  # fmt: skip
-        addend, kind = self._addend(node, mask, (q.shape[0], h, s, capacity))
+        addend, kind = self._more(node, a, more, (q.shape[0], h, s, capacity))
         decode = equal(s, 1) is True
         scores = Scores(a.scale, a.softcap, a.window, a.causal or decode)
-        desc = CachedAttention(self.isa, h, cache, scores, decode, kind, self.threads)
+        desc = CachedAttention(self.isa, h, cache, scores, decode, kind, self.threads, a.sink)
         [y] = self.call(node, desc, cached_attention, [q, past, keys, values, *addend], [Result(node.outputs[0].tensor)])
         for old, new in zip(node.outputs, (y, keys, values)):
             self.graph.replace_uses(old, new)

@@ -24,7 +24,7 @@ from .emit import (
     symbol,
     widen,
 )
-from .flash import Flash, Scores, Source, blend, merge, minus_infinity
+from .flash import Flash, Scores, Source, blend, merge, minus_infinity, settle
 from .isa import Isa
 from .norm import for_vectors
 from .pack import padded
@@ -53,6 +53,7 @@ class CachedAttention:
     decode: bool = False
     mask: MaskShape = "no"
     threads: int = 1
+    sink: bool = False
 
     def __post_init__(self) -> None:
         if self.heads % self.cache.kv_heads:
@@ -65,14 +66,14 @@ class CachedAttention:
 
     @property
     def name(self) -> str:
-        s = self.scores
+        s, sink = self.scores, "_sink" if self.sink else ""
         return (f"{'decode' if self.decode else 'prefill' if s.causal else 'block'}_attention_{self.heads}h_{self.cache.name}"
-                f"_{self.mask}_w{s.window}_c{s.softcap}_s{s.scale:.6g}").replace(".", "p").replace("-", "m")
+                f"_{self.mask}_w{s.window}_c{s.softcap}_s{s.scale:.6g}{sink}").replace(".", "p").replace("-", "m")
 
 
 def cached_attention(desc: CachedAttention) -> tirx.PrimFunc:
-    """PrimFunc(q f32[b, s, h, d], past i64[b], keys, values, [mask f32[1 | b, 1 | h, s, c]], y f32[b, s, h, e]); s is 1 in the
-    decode kernel."""
+    """PrimFunc(q f32[b, s, h, d], past i64[b], keys, values, [mask f32[1 | b, 1 | h, s, c]], [sink f32[h]], y f32[b, s, h, e]);
+    s is 1 in the decode kernel."""
     return _decode(desc) if desc.decode else _prefill(desc)
 
 
@@ -114,9 +115,11 @@ def _prefill(desc: CachedAttention) -> tirx.PrimFunc:
     past = kernel.param("past", (b,), "int64")
     params = cache_params(kernel, isa, cache, b)
     mask = _Mask.param(kernel, desc.mask, b, h, s, params.capacity)
+    sink = kernel.param("sink", (h,), "float32") if desc.sink else None
     y = kernel.param("y", (b, s, h, e), "float32")
     view = flat_view(params)
     q, y = kernel.flat(q), kernel.flat(y)
+    sink = kernel.flat(sink) if sink is not None else None
     addend = mask.flat() if mask is not None else None
     chunk = isa.rows * _TILES
     chunks = kernel.let(ceil_div(s * group, chunk), "chunks")
@@ -137,6 +140,10 @@ def _prefill(desc: CachedAttention) -> tirx.PrimFunc:
             def place(row: Expr) -> Expr:
                 at = low + row
                 return (batch * s + floor_div(at, group)) * h + head * group + floor_mod(at, group)
+
+            def logit(row: Expr) -> Expr:
+                assert sink is not None
+                return load(sink, head * group + floor_mod(low + row, group))
 
             def position(row: Expr) -> Expr:
                 return start + floor_div(low + row, group)
@@ -164,7 +171,7 @@ def _prefill(desc: CachedAttention) -> tirx.PrimFunc:
                     first = _first(kernel, desc.scores, position(tile * isa.rows), block)
                     with kernel.when(count > first):
                         flash.advance(tile, block, first, count, source, add if addend is not None else None)
-            flash.finish(rows, lambda row: (y, place(row) * e))
+            flash.finish(rows, lambda row: (y, place(row) * e), logit if sink is not None else None)
 
     _cyclic(kernel, desc.threads, thread)
     return kernel.build()
@@ -232,9 +239,11 @@ def _decode(desc: CachedAttention) -> tirx.PrimFunc:
     past = kernel.param("past", (b,), "int64")
     params = cache_params(kernel, isa, cache, b)
     mask = _Mask.param(kernel, desc.mask, b, h, 1, params.capacity)
+    sink = kernel.param("sink", (h,), "float32") if desc.sink else None
     y = kernel.param("y", (b, 1, h, e), "float32")
     view = flat_view(params)
     q, y = kernel.flat(q), kernel.flat(y)
+    sink = kernel.flat(sink) if sink is not None else None
     addend = mask.flat() if mask is not None else None
     width = view.value_width
     # few sequences: threads share the blocks of each, whose parts are merged afterwards; many: there is enough without
@@ -303,8 +312,8 @@ def _decode(desc: CachedAttention) -> tirx.PrimFunc:
             kernel.store(total, 0, blend(load(total, 0), decay, load(sums, at), share))
             kernel.store(largest, at, decay)  # from here on: what came before, and this part, are multiplied by
             kernel.store(sums, at, share)
-        seen = load(best, 0) > minus_infinity(1)
-        inverse = kernel.let(tirx.Select(seen, splat(1.0, 1) / load(total, 0), splat(0.0, 1)))
+        logit = kernel.let(load(sink, floor_mod(row, h))) if sink is not None else None
+        inverse = settle(kernel, kernel.let(load(best, 0)), kernel.let(load(total, 0)), logit)
 
         def columns(j: Expr, lanes: int) -> None:
             acc = kernel.registers(1, "float32", lanes)
@@ -337,6 +346,7 @@ class Attention:
     scores: Scores
     mask: MaskShape = "no"
     threads: int = 1
+    sink: bool = False
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
@@ -344,14 +354,14 @@ class Attention:
 
     @property
     def name(self) -> str:
-        s = self.scores
+        s, end = self.scores, ("_causal" if self.scores.causal else "") + ("_sink" if self.sink else "")
         return (f"attention_{self.heads}h_{self.kv_heads}x{self.head_dim}x{self.value_dim}_{self.mask}_w{s.window}"
-                f"_c{s.softcap}_s{s.scale:.6g}{'_causal' if s.causal else ''}").replace(".", "p").replace("-", "m")
+                f"_c{s.softcap}_s{s.scale:.6g}{end}").replace(".", "p").replace("-", "m")
 
 
 def attention(desc: Attention) -> tirx.PrimFunc:
     """PrimFunc(q f32[b, s, h, d], k f32[b, t, g, d], v f32[b, t, g, e], [mask f32[1 | b, 1 | h, s, t]],
-    y f32[b, s, h, e])."""
+    [sink f32[h]], y f32[b, s, h, e])."""
     isa, h, g, d, e = desc.isa, desc.heads, desc.kv_heads, desc.head_dim, desc.value_dim
     group, width = desc.heads // desc.kv_heads, padded(e, GROUP)
     kernel = Kernel(desc.name)
@@ -360,8 +370,10 @@ def attention(desc: Attention) -> tirx.PrimFunc:
     k = kernel.param("k", (b, t, g, d), "float32")
     v = kernel.param("v", (b, t, g, e), "float32")
     mask = _Mask.param(kernel, desc.mask, b, h, s, t)
+    sink = kernel.param("sink", (h,), "float32") if desc.sink else None
     y = kernel.param("y", (b, s, h, e), "float32")
     q, k, v, y = (kernel.flat(x) for x in (q, k, v, y))
+    sink = kernel.flat(sink) if sink is not None else None
     addend = mask.flat() if mask is not None else None
     chunk = isa.rows * _PLAIN_TILES
     chunks = kernel.let(ceil_div(s * group, chunk), "chunks")
@@ -384,6 +396,10 @@ def attention(desc: Attention) -> tirx.PrimFunc:
 
             def head_of(row: Expr) -> Expr:
                 return head * group + floor_mod(low + row, group)
+
+            def logit(row: Expr) -> Expr:
+                assert sink is not None
+                return load(sink, head_of(row))
 
             def place(row: Expr) -> Expr:
                 return (batch * s + query(row)) * h + head_of(row)
@@ -420,7 +436,7 @@ def attention(desc: Attention) -> tirx.PrimFunc:
                         count = kernel.let(minimum(last + 1 - block, size), "count")
                     with kernel.when(count > first):
                         flash.advance(tile, block, first, count, source, add if addend is not None else None)
-            flash.finish(rows, lambda row: (y, place(row) * e))
+            flash.finish(rows, lambda row: (y, place(row) * e), logit if sink is not None else None)
 
     _cyclic(kernel, desc.threads, thread)
     return kernel.build()

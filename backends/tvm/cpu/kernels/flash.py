@@ -56,6 +56,16 @@ def merge(kernel: Kernel, before: Expr, local: Expr) -> tuple[Expr, Expr, Expr]:
     return largest, kernel.let(tirx.Select(rises, less, one)), kernel.let(tirx.Select(rises, one, less))
 
 
+def settle(kernel: Kernel, largest: Expr, total: Expr, sink: Expr | None) -> Expr:
+    """What weighted values are multiplied by in the end: 1 / the sum of weights, of which a ``sink``, a logit, has its part;
+    0 for a row that saw nothing."""
+    left = splat(1.0, 1)
+    if sink is not None:
+        _, left, share = merge(kernel, largest, sink)
+        total = kernel.let(blend(total, left, splat(1.0, 1), share))
+    return kernel.let(tirx.Select(largest > minus_infinity(1), left / total, splat(0.0, 1)))
+
+
 def blend(before: Expr, decay: Expr, local: Expr, share: Expr) -> Expr:
     """before * decay + local * share, rounded alike wherever it stands."""
     dtype = str(local.ty.dtype)
@@ -254,14 +264,15 @@ class Flash:
         if odd:
             columns(int64(pairs * 2 * lanes), 1)
 
-    def finish(self, rows: Index, target: Callable[[Expr], tuple[Buffer, Expr]]) -> None:
-        """Write softmax-weighted values of each row; a row that saw nothing gives 0."""
+    def finish(self, rows: Index, target: Callable[[Expr], tuple[Buffer, Expr]],
+               sink: Callable[[Expr], Expr] | None = None) -> None:
+        """Write softmax-weighted values of each row; a row that saw nothing gives 0. ``sink(row)``: see ``settle``."""
         kernel = self.kernel
         with kernel.loop(rows) as i:
             buffer, start = target(i)
             start = kernel.let(start)
-            inverse = kernel.let(tirx.Select(load(self.largest, i) > minus_infinity(1),
-                                             splat(1.0, 1) / load(self.sums, i), splat(0.0, 1)))
+            logit = kernel.let(sink(i)) if sink is not None else None
+            inverse = settle(kernel, kernel.let(load(self.largest, i)), kernel.let(load(self.sums, i)), logit)
 
             def copy(j: Expr, width: int, i: Expr = i, buffer: Buffer = buffer, start: Expr = start,
                      inverse: Expr = inverse) -> None:
@@ -278,4 +289,4 @@ def _vectors(kernel: Kernel, n: int, lanes: int, body: Callable[[Expr, int], Non
             body(int64(n // lanes * lanes) + i, 1)
 
 
-__all__ = ["Flash", "Scores", "Source", "blend", "merge", "minus_infinity", "vector"]
+__all__ = ["Flash", "Scores", "Source", "blend", "merge", "minus_infinity", "settle", "vector"]
