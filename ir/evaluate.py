@@ -42,7 +42,7 @@ def _same_kind(declared: Type, actual: Type) -> bool:
         return declared.dtype is actual.dtype
     return (
         not isinstance(declared, TensorType) and not isinstance(actual, TensorType)
-        and (declared.scheme, declared.block, declared.scale) == (actual.scheme, actual.block, actual.scale)
+        and declared.kind == actual.kind
     )  # fmt: skip
 
 

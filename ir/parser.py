@@ -38,7 +38,7 @@ _TOKEN = re.compile(
 )
 _DEPTH = 40
 """How deep sizes, tuples and bodies may be nested: nothing that is printed comes near."""
-_QTYPE = re.compile(r"(int8|int4)b(\d+)(b?f\w+)\Z")
+_QTYPE = re.compile(r"(int8|int4)b(\d+)(b?f\w+?)(z?)\Z")
 _DTYPES = {d.value: d for d in DType}
 
 
@@ -203,7 +203,7 @@ class _Parser:
             if stored:
                 return QTensorType(word, tuple(dims))
             if q:
-                return QTensorType(q[1], tuple(dims), int(q[2][:19]), DType.of(q[3]))
+                return QTensorType(q[1], tuple(dims), int(q[2][:19]), DType.of(q[3]), q[4] == "z")
             return TensorType(_DTYPES[word], tuple(dims))
 
     def integer(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Union
 
@@ -161,8 +161,9 @@ class QTensorType:
     """A weight quantized in blocks along its last axis.
 
     ``scheme`` is ``int8`` (values -128..127) or ``int4`` (-8..7); each block of ``block`` consecutive elements shares one
-    scale of type ``scale``; the last block of a row may be short. An element is ``value * scale``.
-    Its text is e.g. ``int4b32f16[2048, 640]``.
+    scale of type ``scale``; the last block of a row may be short, and one block as long as a row is a scale per channel. An
+    element is ``value * scale``. With ``zeros`` each block has a zero point, an integer of eight bits, too, and an element is
+    ``(value - zero) * scale``. Its text is e.g. ``int4b32f16[2048, 640]``, with zero points ``int4b128f16z[2048, 640]``.
 
     Or it is one of :data:`.schemes.SCHEMES`, ``q4_k[2048, 640]``: a format of whole blocks, stored as it is. ``block`` is then
     how many elements share a scale, and an element is ``value * scale + offset``, with scales and offsets in f32.
@@ -172,6 +173,7 @@ class QTensorType:
     shape: tuple[DimLike, ...]
     block: int = 32
     scale: DType = DType.F16
+    zeros: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", _shape(self.shape))
@@ -183,14 +185,20 @@ class QTensorType:
         if self.stored is not None:
             object.__setattr__(self, "block", self.stored.group)
             object.__setattr__(self, "scale", DType.F32)
+            if self.zeros:
+                raise TypeMismatch(f"{self}: formats of blocks have no zero points")
             if isinstance(self.shape[-1], int) and self.shape[-1] % self.stored.block:
                 raise TypeMismatch(f"{self}: rows of {self.scheme} are of whole blocks of {self.stored.block}")
 
     def __str__(self) -> str:
-        how = self.scheme if self.stored is not None else f"{self.scheme}b{self.block}{self.scale}"
-        return f"{how}[{', '.join(str(d) for d in self.shape)}]"
+        return f"{self.how}[{', '.join(str(d) for d in self.shape)}]"
 
     __repr__ = __str__
+
+    @property
+    def how(self) -> str:
+        """All but the shape, as text."""
+        return self.scheme if self.stored is not None else f"{self.scheme}b{self.block}{self.scale}{'z' if self.zeros else ''}"
 
     @property
     def stored(self) -> Scheme | None:
@@ -207,19 +215,19 @@ class QTensorType:
         """Of one row, scales included."""
         if self.stored is not None:
             return self.shape[-1] // self.stored.block * (8 * self.stored.size)
-        return self.shape[-1] * (4 if self.scheme == "int4" else 8) + self.blocks * self.scale.bits
+        return self.shape[-1] * (4 if self.scheme == "int4" else 8) + self.blocks * (self.scale.bits + 8 * self.zeros)
 
     @property
     def rank(self) -> int:
         return len(self.shape)
 
     @property
-    def kind(self) -> tuple[str, int, DType]:
+    def kind(self) -> tuple[str, int, DType, bool]:
         """All but the shape."""
-        return self.scheme, self.block, self.scale
+        return self.scheme, self.block, self.scale, self.zeros
 
     def with_shape(self, *shape: DimLike) -> QTensorType:
-        return QTensorType(self.scheme, shape, self.block, self.scale)
+        return replace(self, shape=shape)
 
     @property
     def symbols(self) -> tuple[str, ...]:
@@ -238,7 +246,7 @@ class QTensorType:
     @property
     def row_block(self) -> int:
         """Elements of an activation that share a scale, where rows are quantized for a product with this weight."""
-        return self.block if self.stored is None else 32
+        return 32 if self.stored is not None or self.block % 32 == 0 else self.block
 
     def substitute(self, env: Mapping[str, DimLike]) -> QTensorType:
         return self.with_shape(*(substitute(d, env) for d in self.shape))
@@ -249,11 +257,13 @@ Type = Union[TensorType, QTensorType]
 
 @dataclass(frozen=True, eq=False)
 class QArray:
-    """A quantized weight in memory: ``values`` int8 of the type's shape, ``scales`` [..., blocks], perhaps ``offsets``."""
+    """A quantized weight in memory: ``values`` int8 of the type's shape, ``scales`` and perhaps ``zeros`` (int8) or
+    ``offsets`` [..., blocks]."""
 
     type: QTensorType
     values: np.ndarray
     scales: np.ndarray
+    zeros: np.ndarray | None = None
 
     @property
     def offsets(self) -> np.ndarray | None:
@@ -267,16 +277,20 @@ class QArray:
     def rows(self, at: Any) -> QArray:
         """The rows that ``at`` picks along the first axes: a slice, or an array of indices."""
         values = self.values[at]
-        return QArray(self.type.with_shape(*values.shape), values, self.scales[at])
+        zeros = None if self.zeros is None else self.zeros[at]
+        return QArray(self.type.with_shape(*values.shape), values, self.scales[at], zeros)
 
     def dense(self, dtype: DType = DType.F32) -> np.ndarray:
-        """The weight it stands for: value * scale (+ offset), computed in f32."""
+        """The weight it stands for: (value - zero) * scale (+ offset), computed in f32."""
 
         def spread(x: np.ndarray) -> np.ndarray:
             return np.repeat(x.astype(np.float32), self.type.block, axis=-1)[..., : self.shape[-1]]
 
         with np.errstate(invalid="ignore", over="ignore"):  # a scale may be infinite
-            x = self.values.astype(np.float32) * spread(self.scales)
+            x = self.values.astype(np.float32)
+            if self.zeros is not None:
+                x -= spread(self.zeros)
+            x *= spread(self.scales)
             if self.offsets is not None:
                 x += spread(self.offsets)
             return x.astype(dtype.np, copy=False)
@@ -336,7 +350,8 @@ def join(xs: Sequence[QArray], axis: int) -> QArray:
         data = np.concatenate([x.data for x in xs if isinstance(x, BlockArray)], axis)
         return BlockArray(first.type.with_shape(*data.shape[:-2], first.shape[-1]), data)
     values = np.concatenate([x.values for x in xs], axis)
-    return QArray(first.type.with_shape(*values.shape), values, np.concatenate([x.scales for x in xs], axis))
+    zeros = np.concatenate([x.zeros for x in xs if x.zeros is not None], axis) if first.type.zeros else None
+    return QArray(first.type.with_shape(*values.shape), values, np.concatenate([x.scales for x in xs], axis), zeros)
 
 
 Array = Union[np.ndarray, QArray]

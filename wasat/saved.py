@@ -43,7 +43,7 @@ class _Saved:
             return found[""] if found[""].dtype == self.type.dtype.np else found[""].view(self.type.dtype.np)
         if self.type.stored is not None:
             return BlockArray(self.type, found["blocks"])
-        return QArray(self.type, found["values"], found["scales"])
+        return QArray(self.type, found["values"], found["scales"], found.get("zeros"))
 
 
 def save_program(program: Program, path: str | Path) -> None:
@@ -133,7 +133,9 @@ def _parts(type: Type) -> dict[str, tuple[DType, tuple[int, ...]]]:
     if isinstance(type, QTensorType):
         if type.stored is not None:
             return {"blocks": (DType.U8, (*shape[:-1], shape[-1] // type.stored.block, type.stored.size))}
-        return {"values": (DType.I8, shape), "scales": (type.scale, (*shape[:-1], _size(type.blocks)))}
+        blocks = (*shape[:-1], _size(type.blocks))
+        zeros = {"zeros": (DType.I8, blocks)} if type.zeros else {}
+        return {"values": (DType.I8, shape), "scales": (type.scale, blocks), **zeros}
     return {"": (type.dtype, shape) if type.dtype in _NAMES else (DType.U8, shape)}
 
 
@@ -147,7 +149,9 @@ def _part(x: Array, part: str) -> np.ndarray:
     if isinstance(x, BlockArray):
         return x.data
     if isinstance(x, QArray):
-        return x.scales if part == "scales" else x.values.astype(np.int8, copy=False)
+        found = {"scales": x.scales, "values": x.values.astype(np.int8, copy=False), "zeros": x.zeros}[part]
+        assert found is not None
+        return found
     return np.asarray(x)
 
 

@@ -30,7 +30,7 @@ from wasat.ir import (
     parse_program,
     symbol,
 )
-from wasat.ir.ops.quant import quantize_array
+from wasat.ir.ops.quant import quantize_array, random_zeros
 from wasat.passes.core import Pass, PassError, PassManager, Remark
 
 __all__ = ["InterpreterCheck", "check_pass", "check_untouched", "feed", "random_graph", "random_program"]
@@ -51,6 +51,8 @@ def _random_array(rng: np.random.Generator, t: TensorType | QTensorType) -> Arra
         dense = TensorType(DType.F32, t.shape)
         if t.stored is not None:
             return BlockArray(t, t.stored.random(rng, dense.concrete({})))
+        if t.zeros:
+            return random_zeros(t, int(rng.integers(1 << 31)))
         return quantize_array(rng.standard_normal(dense.concrete({}), np.float32), t)
     shape = t.concrete({})
     if t.dtype is DType.BOOL:

@@ -134,25 +134,33 @@ def _blocks(node: Node, at: int) -> QTensorType:
     return t
 
 
-def _dense(e: Emitter, t: QTensorType, values: str, scales: str, dtype: DType) -> str:
-    """values * scales, rounded once: DequantizeLinear with blocks from operator set 21 on, else scales repeated, in f32."""
-    if e.opset >= 21:
+def _dense(e: Emitter, t: QTensorType, values: str, scales: str, dtype: DType, zeros: str = "") -> str:
+    """(values - zeros) * scales, rounded once: DequantizeLinear with blocks from operator set 21 on, else scales repeated, in
+    f32; zero points are repeated, too (they may have more bits than the values)."""
+    if e.opset >= 21 and not zeros:
         work = e.dtype[scales]
         return e.cast(e.op("DequantizeLinear", values, scales, dtype=work, axis=len(t.shape) - 1, block_size=t.block), dtype)
     k = t.shape[-1]
     assert isinstance(k, int)
-    spread = e.op("Gather", e.cast(scales, DType.F32), e.const(np.arange(k) // t.block), axis=len(t.shape) - 1)
-    return e.cast(e.op("Mul", e.cast(values, DType.F32), spread), dtype)
+
+    def spread(x: str) -> str:
+        return str(e.op("Gather", e.cast(x, DType.F32), e.const(np.arange(k) // t.block), axis=len(t.shape) - 1))
+
+    x = e.cast(values, DType.F32)
+    return e.cast(e.op("Mul", e.op("Sub", x, spread(zeros)) if zeros else x, spread(scales)), dtype)
 
 
 @emits("concat", when=lambda node, options: isinstance(node.output.type, QTensorType))
 def _concat(e: Emitter, node: Node, *ws: str) -> str:
-    """Of quantized weights: values, scales and offsets each for themselves. Of 4-bit integers ONNX has no Concat."""
+    """Of quantized weights: values, scales, offsets and zero points each for themselves. Of 4-bit integers ONNX has no Concat.
+    """
     t, axis = node.output.type, _attrs(node).axis
     assert isinstance(t, QTensorType)
     e.scale_names[node.output] = e.op("Concat", *(e.scales(v, t.scale) for v in node.inputs), axis=axis)
     if t.offset:
         e.offset_names[node.output] = e.op("Concat", *(e.offsets(v) for v in node.inputs), axis=axis)
+    if t.zeros:
+        e.zero_names[node.output] = e.op("Concat", *(e.zeros(v) for v in node.inputs), axis=axis)
     return str(e.op("Concat", *(e.cast(w, DType.I8) for w in ws), axis=axis))
 
 
@@ -187,7 +195,7 @@ def _quantize(e: Emitter, node: Node, x: str) -> str:
 def _dequantize(e: Emitter, node: Node, w: str) -> str:
     t, dtype = _blocks(node, 0), _attrs(node).dtype
     if not t.offset:
-        return _dense(e, t, w, e.scales(node.inputs[0], dtype), dtype)
+        return _dense(e, t, w, e.scales(node.inputs[0], dtype), dtype, e.zeros(node.inputs[0]))
     k = t.shape[-1]
     assert isinstance(k, int)
     x = _dense(e, t, w, e.scales(node.inputs[0], DType.F32), DType.F32)
@@ -199,10 +207,11 @@ def _dequantize(e: Emitter, node: Node, w: str) -> str:
 def _quantized_embedding(e: Emitter, node: Node, w: str, ids: str) -> str:
     """Rows are picked first, so that only they become dense (of 4-bit integers ONNX has no Gather)."""
     t = _blocks(node, 0)
-    rows = QTensorType(t.scheme, (*node.inputs[1].shape, t.shape[1]), t.block, t.scale)
+    rows = t.with_shape(*node.inputs[1].shape, t.shape[1])
     dtype = _attrs(node).dtype
     values, scales = (e.op("Gather", x, ids, axis=0) for x in (w, e.scales(node.inputs[0], dtype)))
-    return _dense(e, rows, values, scales, dtype)
+    zeros = e.op("Gather", e.zeros(node.inputs[0]), ids, axis=0) if t.zeros else ""
+    return _dense(e, rows, values, scales, dtype, zeros)
 
 
 def _nbits(t: QTensorType) -> int:
@@ -213,7 +222,7 @@ def _fits_nbits(node: Node, at: int, dtype: DType, options: Options) -> bool:
     """onnxruntime's operators take a parameter in blocks of a power of two, at least 16, with scales in the type of floats."""
     t = _blocks(node, at)
     power = t.block >= 16 and t.block & (t.block - 1) == 0
-    stored = node.inputs[at].param is not None and not t.symbols and not t.offset
+    stored = node.inputs[at].param is not None and not t.symbols and not t.offset and not t.zeros
     exact = dtype is DType.F32 or dtype is t.scale is DType.F16
     return options.matmul_nbits and power and stored and exact
 

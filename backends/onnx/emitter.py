@@ -86,6 +86,8 @@ class Emitter:
     names: dict[Value, str] = field(default_factory=dict)
     scale_names: dict[Value, str] = field(default_factory=dict)
     """The scales of quantized values that nodes make."""
+    zero_names: dict[Value, str] = field(default_factory=dict)
+    """The zero points of such values, where their blocks have any."""
     offset_names: dict[Value, str] = field(default_factory=dict)
     """The offsets of such values, where their blocks have any."""
     weights: dict[str, Weight] = field(default_factory=dict)
@@ -322,6 +324,17 @@ class Emitter:
             return self.offset_names[v]
         name = self._stored(v)
         return self.weight(f"{name}.offsets", DType.F32, (*t.shape[:-1], t.blocks), lambda: np.asarray(self.load(name).offsets))
+
+    def zeros(self, v: Value) -> str:
+        """The zero points of a quantized value, i8 [.., blocks]; "" where it has none."""
+        t = v.type
+        assert isinstance(t, QTensorType)
+        if not t.zeros:
+            return ""
+        if v in self.zero_names:
+            return self.zero_names[v]
+        name = self._stored(v)
+        return self.weight(f"{name}.zeros", DType.I8, (*t.shape[:-1], t.blocks), lambda: np.asarray(self.load(name).zeros))
 
     @staticmethod
     def _stored(v: Value) -> str:

@@ -28,6 +28,8 @@ def quantize_array(x: np.ndarray, type: QTensorType) -> QArray:
     """``x`` quantized in blocks along its last axis; see :class:`Quantize`. Works through x in slabs: memory matters here."""
     if type.stored is not None:
         raise TypeMismatch(f"{type.scheme} is not one of int8, int4: its blocks come from files")
+    if type.zeros:
+        raise TypeMismatch(f"{type}: quantization is symmetric; zero points come from files")
     *lead, k = x.shape
     blocks = -(-k // type.block)
     rows = x.reshape(-1, k)
@@ -124,7 +126,7 @@ class DTypeAttrs(_op.Attrs):
 
 @register
 class Dequantize(Op):
-    """The dense tensor a quantized one stands for: value * scale, computed in f32."""
+    """The dense tensor a quantized one stands for: (value - zero) * scale (+ offset), computed in f32."""
 
     name = "dequantize"
     kind = "row"
@@ -143,11 +145,25 @@ class Dequantize(Op):
     def samples(self) -> Iterable[Sample]:
         yield Sample([_q("int4", 3, 70)])
         yield Sample([_q("int8", 3, 64)], {"dtype": "f16"})
+        yield Sample([_z("int4", 64, 3, 128)])
         for name, scheme in SCHEMES.items():
             yield Sample([_q(name, 3, 2 * scheme.block)])
 
     def errors(self) -> Iterable[ErrorSample]:
         yield ErrorSample(["f32[4]"], {}, "must be quantized")
+
+
+def random_zeros(type: QTensorType, seed: int = 0) -> QArray:
+    """Arbitrary values, zero points and scales, the elements about 1 in size."""
+    rng = np.random.default_rng(seed)
+    shape, high = TensorType(DType.F32, type.shape).concrete({}), 8 if type.scheme == "int4" else 128
+    blocks = (*shape[:-1], -(-shape[-1] // type.block))
+    values, zeros = (rng.integers(-high, high, s, np.int8) for s in (shape, blocks))
+    return QArray(type, values, (rng.standard_normal(blocks) / high).astype(type.scale.np), zeros if type.zeros else None)
+
+
+def _z(scheme: str, block: int, *shape: int) -> QArray:
+    return random_zeros(QTensorType(scheme, shape, block, DType.F16, True))
 
 
 def _q(scheme: str, *shape: int) -> QArray:
@@ -165,12 +181,15 @@ def product_of_integers(activation: str | None, x: np.ndarray, w: QArray) -> np.
     flat = x.reshape(-1, k).astype(np.float32)
     q, d = quantize_rows(flat, w.type.row_block)
     out = np.zeros((len(flat), n), np.float32)
-    values, scales, offsets, block = w.values, w.scales, w.offsets, w.type.block
+    values, scales, zeros, offsets = w.values, w.scales, w.zeros, w.offsets
     q = q.reshape(len(flat), -1).astype(np.float32)
-    for i, at in enumerate(range(0, k, block)):
-        part = q[:, at : min(at + block, k)]
+    step = min(w.type.block, w.type.row_block)
+    for at in range(0, k, step):
+        part, i = q[:, at : min(at + step, k)], at // w.type.block
         of_row = d[:, at // w.type.row_block, None]
-        dot = part @ values[:, at : at + block].T.astype(np.float32)  # of integers, exact in f32
+        dot = part @ values[:, at : at + step].T.astype(np.float32)  # of integers, exact in f32
+        if zeros is not None:
+            dot -= part.sum(-1, keepdims=True) * zeros[None, :, i].astype(np.float32)
         out += dot * (of_row * scales[None, :, i].astype(np.float32))
         if offsets is not None:
             out += part.sum(-1, keepdims=True) * (of_row * offsets[None, :, i])
@@ -197,9 +216,10 @@ def rounded_rows(b: Builder, x: Value, w: Value) -> Value:
 class QuantizedLinear(Op):
     """x [.., k] @ w^T (+ bias) with a quantized weight w [n, k] -> [.., n].
 
-    ``activation=None``: linear(x, dequantize(w)). ``"int8"``: each row of x is quantized per block of w (see
-    quantize_rows), the blocks' integer dot products are exact, and y = sum over blocks of w_scale * d * dot, in f32;
-    an offset of w adds offset * d * (sum of x's integers).
+    ``activation=None``: linear(x, dequantize(w)). ``"int8"``: each row of x is quantized in blocks of 32 (of w's own length,
+    if that is no multiple of 32; see quantize_rows), the blocks' integer dot products are exact, and y = sum over blocks of
+    w_scale * d * dot, in f32; a zero point of w takes zero * (sum of x's integers) from the dot product, an offset adds
+    offset * d * (that sum).
     """
 
     name = "quantized_linear"
@@ -255,6 +275,9 @@ class QuantizedLinear(Op):
         yield Sample([grid(3, 64), _q("int8", 5, 64), grid(5)], grad=(0, 2))
         yield Sample([grid(3, 70), _q("int8", 5, 70)], {"activation": "int8"}, grad=())
         yield Sample([grid(3, 96), _q("int4", 5, 96), grid(5)], {"activation": "int8"}, grad=())
+        yield Sample([grid(2, 128), _z("int4", 64, 5, 128)], grad=(0,))
+        yield Sample([grid(2, 128), _z("int4", 64, 5, 128), grid(5)], {"activation": "int8"}, grad=())
+        yield Sample([grid(2, 96), _z("int8", 96, 5, 96)], {"activation": "int8"}, grad=())
         for name, scheme in SCHEMES.items():
             yield Sample([grid(2, scheme.block), _q(name, 5, scheme.block)], grad=(0,))
             yield Sample([grid(2, scheme.block), _q(name, 5, scheme.block), grid(5)], {"activation": "int8"}, grad=())
@@ -336,6 +359,7 @@ class QuantizedEmbedding(Op):
         yield Sample([_q("int4", 5, 40), np.array([[0, 4], [4, 1]])])
         yield Sample([_q("int8", 5, 64), np.array([2], np.int32)], {"dtype": "f16"})
         yield Sample([_q("q4_k", 5, 512), np.array([[0, 4], [4, 1]])])
+        yield Sample([_z("int4", 32, 5, 64), np.array([[0, 4], [4, 1]])])
 
     def errors(self) -> Iterable[ErrorSample]:
         yield ErrorSample(["f32[5, 2]", "i64[2]"], {}, "must be quantized")

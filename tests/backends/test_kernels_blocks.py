@@ -13,13 +13,34 @@ from wasat.backends.tvm.cpu.kernels.linear_blocks import LinearBlocks, linear_bl
 from wasat.backends.tvm.cpu.kernels.linear_float import Linear, linear
 from wasat.backends.tvm.cpu.kernels.pack import pack_bias
 from wasat.backends.tvm.cpu.kernels.quantize import quantize_rows_reference
-from wasat.ir import BlockArray, QTensorType
+from wasat.ir import BlockArray, DType, QArray, QTensorType
+from wasat.ir.ops.quant import random_zeros
 from wasat.ir.schemes import SCHEMES
 
-NAMES = list(SCHEMES)
+INTEGERS = {
+    t.how: t
+    for t in (
+        QTensorType("int4", (1, 1), 128, DType.F16, True), QTensorType("int4", (1, 1), 64, DType.BF16),
+        QTensorType("int4", (1, 1), 32, DType.F16, True), QTensorType("int8", (1, 1), 192, DType.F32),
+        QTensorType("int8", (1, 1), 128, DType.F16, True),
+    )
+}  # fmt: skip
+NAMES = [*SCHEMES, *INTEGERS]
 
 
-def weight(name: str, n: int, k: int, seed: int = 0) -> BlockArray:
+def block_of(name: str) -> int:
+    return SCHEMES[name].block if name in SCHEMES else INTEGERS[name].block
+
+
+def weight(name: str, n: int, k: int, seed: int = 0) -> QArray:
+    if name in INTEGERS:
+        x = random_zeros(INTEGERS[name].with_shape(n, k), seed)
+        extreme = 7 if x.type.scheme == "int4" else 127
+        x.values[1], x.values[2] = extreme, -extreme - 1  # the sums that could saturate
+        if x.zeros is not None:
+            x.zeros[1], x.zeros[2] = -extreme - 1, extreme
+        x.scales[1:3] = 0.01
+        return x
     scheme, rng = SCHEMES[name], np.random.default_rng(seed)
     x = BlockArray(QTensorType(name, (n, k)), scheme.random(rng, (n, k)))
     x.data[1] = 255  # the largest codes side by side: the sums that could saturate
@@ -41,18 +62,19 @@ def activations(m: int, k: int, seed: int = 1) -> NDArray[np.float32]:
 @pytest.mark.parametrize("name", NAMES)
 def test_packing_takes_the_room_of_the_format(name: str) -> None:
     f = format_of(name, GENERIC)
-    x = weight(name, 16, 2 * SCHEMES[name].block)
+    x = weight(name, 16, 2 * block_of(name))
     packed = pack_blocks(x, GENERIC)
+    bits = 8 * SCHEMES[name].size / f.block if name in SCHEMES else int(x.type.row_bits) / x.shape[1]
     assert packed.shape == f.shape(*x.shape)
     # tables are spelt out in bytes, factors take whole ones
     spent = {"iq4_nl": 4, "iq4_xs": 4.0625, "mxfp4": 1.75, "q2_k": 0.5}.get(name, 0.126)
-    assert 0 <= packed.nbytes * 8 / np.prod(x.shape) - SCHEMES[name].bits <= spent
+    assert 0 <= packed.nbytes * 8 / np.prod(x.shape) - bits <= spent
 
 
 @each_isa()
 @pytest.mark.parametrize("name", NAMES)
 def test_products_of_integers(isa: Isa, name: str) -> None:
-    n, k = 40, 2 * SCHEMES[name].block
+    n, k = 40, 2 * block_of(name)
     x = weight(name, n, k)
     b = np.random.default_rng(2).standard_normal(n).astype(np.float32)
     compiled = build(linear_blocks(LinearBlocks(isa, n, k, name, bias=True, threads=2)), isa)
@@ -65,7 +87,7 @@ def test_products_of_integers(isa: Isa, name: str) -> None:
 @each_isa()
 @pytest.mark.parametrize("name", NAMES)
 def test_products_of_floats(isa: Isa, name: str) -> None:
-    n, k = 40, SCHEMES[name].block
+    n, k = 40, block_of(name)
     x = weight(name, n, k)
     compiled = build(linear(Linear(isa, n, k, name, threads=2)), isa)
     for m in (1, 3):
@@ -77,7 +99,7 @@ def test_products_of_floats(isa: Isa, name: str) -> None:
 @each_isa()
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_of_a_table(isa: Isa, name: str) -> None:
-    n, k = 40, SCHEMES[name].block
+    n, k = 40, block_of(name)
     x = weight(name, n, k)
     compiled = build(embedding(Embedding(isa, n, k, name, scale=2.0, threads=2)), isa)
     ids = np.array([0, 39, 1, -1, 2, 17])

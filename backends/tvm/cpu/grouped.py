@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from wasat.ir import DimLike, DType, Node, QArray, QTensorType, TensorType, Type, Value
+from wasat.ir import DimLike, DType, Node, QArray, TensorType, Type, Value
 
 from ..lower import Layout, Packed, Result
+from .kernels.blocks import in_blocks
 from .kernels.grouped import Grouped, GroupRows, group_rows, grouped
 from .kernels.linear_float import Linear
 from .kernels.linear_int import LinearInt
@@ -64,7 +65,7 @@ def select_grouped(s: Selection, node: Node, integers: bool) -> None:
     if found is None or any(v is not None and v.tensor.dtype is not DType.F32 for v in (x, bias)):
         return
     w, panels = found
-    if integers and isinstance(w.type, QTensorType) and w.type.stored is not None:  # formats of blocks have no such kernel
+    if integers and in_blocks(panels.weights):  # weights in blocks have no such kernel
         return
     e, n, k = (d for d in w.shape if isinstance(d, int))
     if e == 0:

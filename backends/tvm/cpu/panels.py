@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
-from wasat.ir import BlockArray, DimLike, QArray, Type
+from wasat.ir import DimLike, QArray, Type
 
 from ..lower import Packed
-from .kernels.blocks import pack_blocks
+from .kernels.blocks import in_blocks, pack_blocks
 from .kernels.isa import Isa
 from .kernels.linear_float import Weights, packed_param
 from .kernels.pack import Storage, pack_bias, pack_float, pack_int, padded
@@ -44,7 +44,7 @@ class Panels:
         return [Packed(f"{name}/panels", dtype, shape)]
 
     def pack(self, weight: Any) -> list[np.ndarray]:
-        if isinstance(weight, BlockArray):
+        if in_blocks(self.weights):
             return [pack_blocks(weight, self.isa)]
         if isinstance(weight, QArray):
             return [pack_int(weight.values, weight.scales, int(self.weights[3:]), self.isa)]

@@ -41,6 +41,7 @@ from ..lower import KernelCall, Layout, Result
 from .convolution import convolution
 from .grouped import readers, rows_in, same_rows, select_grouped
 from .kernels.attention import Attention, CachedAttention, MaskShape, attention, cached_attention
+from .kernels.blocks import fits_blocks, in_blocks
 from .kernels.cache import Cache, CacheType, CacheWrite, cache_write
 from .kernels.embedding import Embedding, embedding
 from .kernels.flash import Scores
@@ -171,8 +172,10 @@ class Selection:
         if w.param is None or not known(*w.shape):
             return None
         if isinstance(w.type, QTensorType):
-            fits = w.type.stored is not None or (w.type.block == BLOCK and w.type.scale is DType.F16)
-            return (w, Panels(self.isa, w.type.scheme)) if fits else None
+            t = w.type
+            if t.stored is None and t.block == BLOCK and t.scale is DType.F16 and not t.zeros:
+                return w, Panels(self.isa, t.scheme)
+            return (w, Panels(self.isa, t.how)) if fits_blocks(t) else None
         storage = {DType.F32: "float32", DType.F16: "float16", DType.BF16: "bfloat16"}.get(w.type.dtype)
         return (w, Panels(self.isa, storage)) if storage else None
 
@@ -251,13 +254,14 @@ class Selection:
 
     def _quantized_linear(self, node: Node) -> None:
         x = node.inputs[0]
-        if not _f32(x, *node.inputs[2:]) or self.weight(node.inputs[1]) is None:
+        found = self.weight(node.inputs[1])
+        if not _f32(x, *node.inputs[2:]) or found is None:
             return
         if not _of_integers(node):
             self._matrix(node, Linear, linear, x, self.rows(x))
             return
         xq = self.quantized_rows(node, rows_in(x))
-        if cast(QTensorType, node.inputs[1].type).stored is not None:
+        if in_blocks(found[1].weights):
             self._matrix(node, LinearBlocks, linear_blocks, xq, xq.shape)
         else:
             self._matrix(node, LinearInt, linear_int, xq, xq.shape)

@@ -429,7 +429,7 @@ def _cache_update_kernel(heads: int, width: int, dtype: str, ring: bool) -> Any:
 # -- quantized weights, for targets without kernels of their own ---------------------------------------------------------------
 @dataclass(frozen=True)
 class PlainQuantized:
-    """Values row by row, two 4-bit ones a byte (low nibble first, offset 8); scales [.., blocks], narrow ones as f32.
+    """Values row by row, two 4-bit ones a byte (low nibble first, offset 8); scales [.., blocks], narrow ones as f32; zeros.
 
     Of formats of blocks: codes in a byte each, scales and (where the format has them) offsets in f32.
     """
@@ -445,6 +445,7 @@ class PlainQuantized:
             Packed(f"{name}/values", "uint8" if four else "int8", (*lead, (k + 1) // 2 if four else k)),
             Packed(f"{name}/scales", "float32" if type.scale in NARROW else tvm_dtype(type.scale), (*lead, blocks)),
             *([Packed(f"{name}/offsets", "float32", (*lead, blocks))] if type.offset else []),
+            *([Packed(f"{name}/zeros", "int8", (*lead, blocks))] if type.zeros else []),
         ]
 
     def pack(self, weight: QArray) -> list[np.ndarray]:
@@ -455,11 +456,11 @@ class PlainQuantized:
             nibbles = (values + 8).astype(np.uint8)
             values = nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
         scales = weight.scales.astype(np.float32) if weight.type.scale in NARROW else weight.scales
-        return [values, scales, *([] if weight.offsets is None else [weight.offsets])]
+        return [values, scales, *(x for x in (weight.offsets, weight.zeros) if x is not None)]
 
 
-def _dequantized(q: QTensorType, dtype: str, values: Any, scales: Any, offsets: Any = None) -> Callable[..., Any]:
-    """The element function of a quantized tensor of rank 2 or more."""
+def _dequantized(q: QTensorType, dtype: str, values: Any, scales: Any, more: Any = None) -> Callable[..., Any]:
+    """The element function of a quantized tensor of rank 2 or more; ``more`` are its zero points or offsets."""
 
     def at(*i: Any) -> Any:
         *lead, j = i
@@ -468,8 +469,11 @@ def _dequantized(q: QTensorType, dtype: str, values: Any, scales: Any, offsets: 
             v = tirx.bitwise_and(tirx.shift_right(byte, tirx.Cast("int32", tirx.floormod(j, 2) * 4)), 15) - 8
         else:
             v = tirx.Cast("int32", values(*lead, j))
-        x = tirx.Cast("float32", v) * tirx.Cast("float32", scales(*lead, tirx.floordiv(j, q.block)))
-        return tirx.Cast(dtype, x if offsets is None else x + offsets(*lead, tirx.floordiv(j, q.block)))
+        block = (*lead, tirx.floordiv(j, q.block))
+        if q.zeros:
+            v = v - tirx.Cast("int32", more(*block))
+        x = tirx.Cast("float32", v) * tirx.Cast("float32", scales(*block))
+        return tirx.Cast(dtype, x + more(*block) if q.offset else x)
 
     return at
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tvm import tirx
-from wasat.ir.schemes import SCHEMES
 
-from .blocks import Piece, format_of
+from .blocks import Piece, format_of, in_blocks
 from .emit import Expr, Kernel, bits, cast, f16_to_f32, floor_div, floor_mod, load, splat, splat_int, symbol, widen
 from .isa import Isa
 from .linear_float import Weights, packed_param
@@ -47,7 +46,7 @@ def embedding(desc: Embedding) -> tirx.PrimFunc:
         token = kernel.let(tirx.max(tirx.min(given, tirx.IntImm("int64", desc.n - 1)), tirx.IntImm("int64", 0)))
         panel = kernel.let(floor_div(token, isa.columns))
         column = kernel.let(floor_mod(token, isa.columns))
-        if desc.weights in SCHEMES:
+        if in_blocks(desc.weights):
             with kernel.loop(k // BLOCK) as block:
                 piece = Piece(kernel, format_of(desc.weights, isa), w, panel, block)
                 with kernel.loop(BLOCK) as step:

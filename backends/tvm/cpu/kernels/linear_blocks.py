@@ -1,7 +1,7 @@
 """y = x @ w^T (+ bias) with weights in formats of blocks (see :mod:`.blocks`) and rows of x quantized to int8.
 
-Of each group that shares a scale the dot product is of integers, and exact; it is scaled by the weight's and the row's scale in
-f32, and an offset is added times the sum of the row's integers.
+Of each group that shares a scale, or 32 steps of it, the dot product is of integers, and exact, less a zero point times the sum
+of the row's integers; it is scaled by the weight's and the row's scale in f32, and an offset is added times that sum.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ _CHUNK = 240
 
 Codes = Callable[[int, int], Expr]  # (group of four k, half of the panel) -> u8 codes
 Numbers = list[list[Expr]]
+Source = tuple[Codes, Numbers, "Numbers | None", "Numbers | None"]  # codes, scales, offsets, zero points
 Sums = Callable[[int, int, int], Expr]  # (row, half, group that shares a scale) -> f32
 
 
@@ -72,29 +73,30 @@ def linear_blocks(desc: LinearBlocks) -> tirx.PrimFunc:
     y = kernel.param("y", (m, n), "float32")
     dot = {"vnni": _dot_vnni, "maddubs": _dot_maddubs, "float": _dot_float}[isa.dot]
 
-    def tile(rows: int, row: Expr, panel: Expr, source: Callable[[Expr], tuple[Codes, Numbers, Numbers | None]]) -> None:
+    def tile(rows: int, row: Expr, panel: Expr, source: Callable[[Expr], Source]) -> None:
         acc = kernel.registers(rows * 2, "float32", lanes)
         for v in range(2):
             first = splat(0.0, lanes) if bias is None else kernel.let(load(bias, panel * columns + v * lanes, lanes))
             for i in range(rows):
                 kernel.store(acc, (i * 2 + v) * lanes, first)
         with kernel.loop(pieces) as at:
-            codes, scales, offsets = source(at)
+            codes, scales, offsets, zeros = source(at)
             dots, totals = dot(kernel, f, x, codes, rows, row, at)
             for i in range(rows):
                 d = splat(bits("float32", load(x, (row + i, at, SCALE))), lanes)
                 for v in range(2):
                     place = (i * 2 + v) * lanes
                     for h in range(f.scales):
-                        kernel.store(acc, place, load(acc, place, lanes) + dots(i, v, h) * (scales[h][v] * d))
+                        sums = dots(i, v, h) if zeros is None else dots(i, v, h) - totals(i, v, h) * zeros[h][v]
+                        kernel.store(acc, place, load(acc, place, lanes) + sums * (scales[h][v] * d))
                         if offsets is not None:
                             kernel.store(acc, place, load(acc, place, lanes) + totals(i, v, h) * (offsets[h][v] * d))
         store_panel(kernel, acc, [row + i for i in range(rows)], y, panel, n, lanes)
 
-    def packed(panel: Expr) -> Callable[[Expr], tuple[Codes, Numbers, Numbers | None]]:
-        def source(at: Expr) -> tuple[Codes, Numbers, Numbers | None]:
+    def packed(panel: Expr) -> Callable[[Expr], Source]:
+        def source(at: Expr) -> Source:
             piece = Piece(kernel, f, w, panel, at)
-            return piece.codes, piece.scales(), piece.offsets()
+            return piece.codes, piece.scales(), piece.offsets(), piece.zeros()
 
         return source
 
@@ -104,19 +106,19 @@ def linear_blocks(desc: LinearBlocks) -> tirx.PrimFunc:
 
     def matrix_path(first: Expr, last: Expr) -> None:
         chunk = minimum(maximum(m, 1), _CHUNK)
-        numbers = f.scales * (1 + f.scheme.offset) * columns
+        numbers = f.numbers * columns
         codes = kernel.scratch(pieces * BLOCK * columns, "uint8")
         floats = kernel.scratch(pieces * numbers, "float32")
 
-        def unpacked(at: Expr) -> tuple[Codes, Numbers, Numbers | None]:
+        def unpacked(at: Expr) -> Source:
             def number(which: int, h: int, v: int) -> Expr:
                 return kernel.let(load(floats, at * numbers + (which * f.scales + h) * columns + v * lanes, lanes))
 
             def code(group: int, v: int) -> Expr:
                 return load(codes, (at * 16 + (group * 2 + v)) * (lanes * 4), lanes * 4)
 
-            scales, offsets = ([[number(which, h, v) for v in range(2)] for h in range(f.scales)] for which in range(2))
-            return code, scales, offsets if f.scheme.offset else None
+            scales, more = ([[number(which, h, v) for v in range(2)] for h in range(f.scales)] for which in range(2))
+            return code, scales, more if f.offset else None, more if f.zeros else None
 
         with kernel.range(first, last) as unit:
             panel = kernel.let(floor_mod(unit, panels), "panel")
@@ -135,14 +137,14 @@ def linear_blocks(desc: LinearBlocks) -> tirx.PrimFunc:
 def _unpack(
     kernel: Kernel, f: Format, w: Buffer, panel: Expr, pieces: int, codes: Buffer, floats: Buffer, numbers: int
 ) -> None:  # fmt: skip
-    """A panel's codes, a byte each [pieces, 8 groups, 2 halves, 4 * lanes], and its scales and offsets in f32."""
+    """A panel's codes, a byte each [pieces, 8 groups, 2 halves, 4 * lanes], and its scales and offsets or zeros in f32."""
     lanes, columns = f.isa.lanes, f.isa.columns
     with kernel.loop(pieces) as at:
         piece = Piece(kernel, f, w, panel, at)
         for group in range(8):
             for v in range(2):
                 kernel.store(codes, (at * 16 + (group * 2 + v)) * (lanes * 4), piece.codes(group, v))
-        for which, found in enumerate((piece.scales(), piece.offsets())):
+        for which, found in enumerate((piece.scales(), piece.zeros() if f.zeros else piece.offsets())):
             for h, halves in enumerate(found or ()):
                 for v, x in enumerate(halves):
                     kernel.store(floats, at * numbers + (which * f.scales + h) * columns + v * lanes, x)
@@ -192,7 +194,7 @@ def _dot_maddubs(kernel: Kernel, f: Format, x: Buffer, codes: Codes, rows: int, 
     """AVX2: u8 x s8 pairs to int16, as many as fit before they are widened. Codes of 8 bits are made signed."""
     lanes, x86 = f.isa.lanes, f.isa.instructions
     ones = splat_int(1, 16, "int16")
-    most = f.scheme.high - f.scheme.low
+    most = f.high - f.low
     together = min(32767 // (2 * 127 * most), 8)  # groups whose products int16 holds
     dots = kernel.registers(rows * 2 * f.scales, "int32", lanes)
     totals = kernel.registers(rows * f.scales, "int32", lanes)

@@ -11,9 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tvm import tirx
-from wasat.ir.schemes import SCHEMES
 
-from .blocks import Piece, format_of
+from .blocks import Piece, format_of, in_blocks
 from .emit import (
     Buffer,
     Expr,
@@ -57,7 +56,7 @@ class Linear:
 
     @property
     def quantized(self) -> bool:
-        return self.weights in ("int8", "int4", *SCHEMES)
+        return self.weights in ("int8", "int4") or in_blocks(self.weights)
 
     @property
     def name(self) -> str:
@@ -66,7 +65,7 @@ class Linear:
 
 def packed_param(weights: Weights, n: int, k: int, isa: Isa) -> tuple[tuple[int, int, int], str]:
     """Shape and element type of w[n, k] once packed."""
-    if weights in SCHEMES:
+    if in_blocks(weights):
         return format_of(weights, isa).shape(n, k), "uint8"
     if weights in ("int8", "int4"):
         return int_shape(n, k, int(weights[3:]), isa), "uint8"
@@ -269,7 +268,7 @@ def block_scales(kernel: Kernel, isa: Isa, w: Buffer, panel: Expr, block: Expr) 
 def dequantized(kernel: Kernel, desc: Linear, w: Buffer, panel: Expr,
                 block: Expr) -> list[tuple[int, int, Expr]]:
     """The 32 steps of a block as f32 vectors, in their order: (step of k, half of the panel, values)."""
-    if desc.weights in SCHEMES:
+    if in_blocks(desc.weights):
         return Piece(kernel, format_of(desc.weights, desc.isa), w, panel, block).dequantized()
     isa, lanes = desc.isa, desc.isa.lanes
     scales = block_scales(kernel, isa, w, panel, block)
@@ -303,7 +302,7 @@ def byte_of(raw: Expr, t: int, high: int, weights: str, isa: Isa) -> Expr:
 def unpack(kernel: Kernel, desc: Linear, w: Buffer, panel: Expr, out: Buffer) -> None:
     """A panel of any storage to f32 [k, columns]."""
     isa, lanes = desc.isa, desc.isa.lanes
-    if desc.weights not in ("int8", "int4", *SCHEMES):
+    if not desc.quantized:
         with kernel.loop(desc.k) as kk:
             for v in range(2):
                 kernel.store(out, kk * isa.columns + v * lanes,
