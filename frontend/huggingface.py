@@ -14,6 +14,7 @@ from wasat.ir import Generation, Origin, Program, TensorType
 
 from .chat import chat_texts
 from .models import FAMILIES, ConfigError, Fields
+from .weights.quantized import method_of, older_config, read_as_stored, read_quantized
 from .weights.safetensors import CheckpointError, FileParam, Stored, match, read_folder, read_json
 
 _BUFFERS = re.compile(r"(.*\.)?rotary_emb\.inv_freq\Z")
@@ -29,7 +30,8 @@ _IDS = {
 def from_pretrained(folder: str | Path) -> Program:
     """The program of a model folder: graph ``forward(tokens i64[b, s]) -> logits f32[b, s, vocab]``.
 
-    Parameters are memory-mapped and converted to f32 one at a time, when loaded; their names are the checkpoint's.
+    Parameters are memory-mapped and converted to f32 one at a time, when loaded; their names are the checkpoint's. Of a
+    quantized checkpoint (:mod:`.weights.methods`) weights stay in the integers, scales and zero points that it has.
     ``interface``: name, context (positions), vocab, generation (bos, eos, pad); ``origin``: family, the tokenizer's path, chat
     templates.
 
@@ -38,10 +40,19 @@ def from_pretrained(folder: str | Path) -> Program:
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; give the folder that holds config.json")
-    module, program = _traced(folder / "config.json")
+    config = older_config(folder, read_json(folder / "config.json"))
+    method = method_of(config, str(folder / "config.json"))
+    module, program = _traced(folder / "config.json", config)
     found = read_folder(folder)
     wanted = {name: p.type for name, p in module.parameters().items()}
-    program.params.update(_sources(wanted, found, folder, tied="lm_head.weight" not in wanted))
+    tied = "lm_head.weight" not in wanted
+    if method is not None:
+        quantized = read_quantized(method, wanted, found, folder)
+        found = {name: s for name, s in found.items() if name not in quantized.used}
+        wanted = {name: t for name, t in wanted.items() if name not in quantized.sources}
+        read_as_stored(program, "forward", quantized)
+        program.origin = replace(program.origin, dequantized=quantized.dense)
+    program.params.update(_sources(wanted, found, folder, tied))
     tokenizer = folder / "tokenizer.json"
     program.origin = replace(
         program.origin, tokenizer=str(tokenizer) if tokenizer.exists() else None, texts=chat_texts(folder)
@@ -54,11 +65,13 @@ def from_config(path: str | Path) -> Program:
 
     Raises ConfigError for a field that is not implemented, CheckpointError for a file that cannot be read.
     """
-    return _traced(Path(path))[1]
+    config = read_json(Path(path))
+    if method_of(config, str(path)) is not None:
+        raise ConfigError(f"{path}: quantization_config: how weights are stored, their tensors say; give the folder")
+    return _traced(Path(path), config)[1]
 
 
-def _traced(path: Path) -> tuple[nn.Module, Program]:
-    config = read_json(path)
+def _traced(path: Path, config: dict[str, Any]) -> tuple[nn.Module, Program]:
     family, module = build(Fields(config, str(path)))
     program = nn.trace(module, {"tokens": "i64[b, s]"}, outputs=["logits"])
     program.declare(
@@ -78,10 +91,7 @@ def build(fields: Fields) -> tuple[str, nn.Module]:
             f"model_type {kind!r} is not supported; supported are {', '.join(FAMILIES)}"
             + (f" (nearest: {near[0]})" if near else "")
         )
-    quantized = fields.take("quantization_config", dict, None)
-    if quantized is not None:
-        method = quantized.get("quant_method", "?")
-        raise fields.fail(f"quantization_config: the checkpoint is quantized ({method}); use the original, unquantized one")
+    fields.take("quantization_config", dict, None)
     fields.refuse("auto_map", {}, "the folder brings Python code of its own, which is not run; what it computes is unknown")
     architecture, builder = FAMILIES[kind]
     given = fields.take("architectures", list, None) or [architecture]
