@@ -38,7 +38,7 @@ _TOKEN = re.compile(
 )
 _DEPTH = 40
 """How deep sizes, tuples and bodies may be nested: nothing that is printed comes near."""
-_QTYPE = re.compile(r"(int8|int4)b(\d+)(b?f\w+?)(z?)\Z")
+_QTYPE = re.compile(r"(int8|int4)(z?)b(\d+)(b?f\w+)\Z")
 _DTYPES = {d.value: d for d in DType}
 
 
@@ -191,7 +191,7 @@ class _Parser:
         word = self.take("word", "a type such as f32[2, n]")
         q = _QTYPE.match(word)
         stored = word in SCHEMES
-        if not stored and (q[3] if q else word) not in _DTYPES:
+        if not stored and (q[4] if q else word) not in _DTYPES:
             self.fail(f"{word!r} is no element type", at)
         self.expect("[")
         dims: list[DimLike] = []
@@ -203,7 +203,7 @@ class _Parser:
             if stored:
                 return QTensorType(word, tuple(dims))
             if q:
-                return QTensorType(q[1], tuple(dims), int(q[2][:19]), DType.of(q[3]), q[4] == "z")
+                return QTensorType(q[1], tuple(dims), int(q[3][:19]), DType.of(q[4]), q[2] == "z")
             return TensorType(_DTYPES[word], tuple(dims))
 
     def integer(self) -> int:

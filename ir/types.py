@@ -163,7 +163,7 @@ class QTensorType:
     ``scheme`` is ``int8`` (values -128..127) or ``int4`` (-8..7); each block of ``block`` consecutive elements shares one
     scale of type ``scale``; the last block of a row may be short, and one block as long as a row is a scale per channel. An
     element is ``value * scale``. With ``zeros`` each block has a zero point, an integer of eight bits, too, and an element is
-    ``(value - zero) * scale``. Its text is e.g. ``int4b32f16[2048, 640]``, with zero points ``int4b128f16z[2048, 640]``.
+    ``(value - zero) * scale``. Its text is e.g. ``int4b32f16[2048, 640]``, with zero points ``int4zb128f16[2048, 640]``.
 
     Or it is one of :data:`.schemes.SCHEMES`, ``q4_k[2048, 640]``: a format of whole blocks, stored as it is. ``block`` is then
     how many elements share a scale, and an element is ``value * scale + offset``, with scales and offsets in f32.
@@ -198,7 +198,7 @@ class QTensorType:
     @property
     def how(self) -> str:
         """All but the shape, as text."""
-        return self.scheme if self.stored is not None else f"{self.scheme}b{self.block}{self.scale}{'z' if self.zeros else ''}"
+        return self.scheme if self.stored is not None else f"{self.scheme}{'z' * self.zeros}b{self.block}{self.scale}"
 
     @property
     def stored(self) -> Scheme | None:

@@ -21,8 +21,7 @@ INTEGERS = {
     t.how: t
     for t in (
         QTensorType("int4", (1, 1), 128, DType.F16, True), QTensorType("int4", (1, 1), 64, DType.BF16),
-        QTensorType("int4", (1, 1), 32, DType.F16, True), QTensorType("int8", (1, 1), 192, DType.F32),
-        QTensorType("int8", (1, 1), 128, DType.F16, True),
+        QTensorType("int8", (1, 1), 192, DType.F32),
     )
 }  # fmt: skip
 NAMES = [*SCHEMES, *INTEGERS]

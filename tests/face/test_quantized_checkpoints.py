@@ -12,7 +12,7 @@ from wasat.ir import evaluate
 import wasat as ws
 
 sys.path.append(str(Path(__file__).parent.parent / "frontend"))
-from test_quantized import FORMATS, GPTQ, in_order, quantized
+from test_quantized_folders import FORMATS, GPTQ, in_order, quantized
 
 
 @pytest.mark.parametrize(("name", "activation"), [("act_order", "int8"), ("awq", None), ("w8a8", "int8")])

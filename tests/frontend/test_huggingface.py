@@ -245,7 +245,6 @@ GEMMA3 = {
         (_config({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "twist": 3}}),
          ["has no meaning for twist = 3"]),
         (_config({"partial_rotary_factor": 0.5}), ["partial_rotary_factor is 0.5"]),
-        (_config({"quantization_config": {"quant_method": "gptq"}}), ["quantized (gptq)", "unquantized"]),
         (_config({"sliding_window": 8}), ["sliding_window = 8"]),
         (_config({"model_type": ["llama"]}), ["model_type is ['llama']; expected str"]),
         (_config({"architectures": "LlamaForCausalLM"}), ["architectures is 'LlamaForCausalLM'; expected list"]),

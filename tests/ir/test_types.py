@@ -60,6 +60,12 @@ def test_quantized_types() -> None:
     assert parse_type(str(q)) == q
     for scale in filter(lambda d: d.is_float, DType):
         assert parse_type(str(QTensorType("int8", (n,), 4, scale))) == QTensorType("int8", (n,), 4, scale)
+        with_zeros = QTensorType("int4", (n,), 64, scale, True)
+        assert parse_type(str(with_zeros)) == with_zeros
+        assert parse_type(str(with_zeros)) != QTensorType("int4", (n,), 64, scale)
+    assert str(QTensorType("int4", (2, 64), 64, DType.F16, True)) == "int4zb64f16[2, 64]"
+    with pytest.raises(TypeMismatch, match="formats of blocks have no zero points"):
+        QTensorType("q4_1", (2, 64), zeros=True)
     for text in ("int8b4f33[2]", "int8b4i8[2]", "int3b4f16[2]", "int8b4[2]"):
         with pytest.raises(ParseError, match="is no element type"):
             parse_type(text)

@@ -92,7 +92,7 @@ class Format:
         return padded(n, self.isa.columns) // self.isa.columns, k // self.block, self.head + self.pieces * self.piece
 
 
-_INTEGERS = re.compile(r"int([48])b(\d+)(b?f\d+)(z?)\Z")
+_INTEGERS = re.compile(r"int([48])(z?)b(\d+)(b?f\d+)\Z")
 
 
 def in_blocks(name: str) -> bool:
@@ -114,8 +114,8 @@ def format_of(name: str, isa: Isa) -> Format:
         return Format(isa, s.block, s.group, s.low, s.high, DType.F16 if s.floats else DType.F32, s.offset, s.factors)
     m = _INTEGERS.match(name)
     assert m is not None, name
-    high, block = (8 if m[1] == "4" else 128), int(m[2])
-    return Format(isa, block, block, -high, high - 1, DType.of(m[3]), zeros=m[4] == "z")
+    high, block = (8 if m[1] == "4" else 128), int(m[3])
+    return Format(isa, block, block, -high, high - 1, DType.of(m[4]), zeros=m[2] == "z")
 
 
 def pack_blocks(weight: QArray, isa: Isa) -> NDArray[np.uint8]:

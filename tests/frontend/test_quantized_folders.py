@@ -160,8 +160,8 @@ def test_a_model_computes_what_its_numbers_say(tmp_path: Path, name: str) -> Non
         assert_array_equal(x.dense() if isinstance(x, QArray) else x, p.load())
     kinds = {str(p.type).partition("[")[0] for k, p in a.params.items() if "q_proj" in k}
     assert kinds == {
-        "gptq": {"int4b32f16z"}, "gptq_v2": {"int4b32f16z"}, "gptq_symmetric": {"int4b32f16"}, "gptq_3": {"int4b32f16z"},
-        "gptq_channel_8": {"int8b64f16z"}, "awq": {"int4b32f16z"}, "w8a8": {"int8b64bf16"}, "fp8": {"f32"},
+        "gptq": {"int4zb32f16"}, "gptq_v2": {"int4zb32f16"}, "gptq_symmetric": {"int4b32f16"}, "gptq_3": {"int4zb32f16"},
+        "gptq_channel_8": {"int8zb64f16"}, "awq": {"int4zb32f16"}, "w8a8": {"int8b64bf16"}, "fp8": {"f32"},
     }[name]  # fmt: skip
 
 
@@ -170,7 +170,7 @@ def test_equal_storage_stays_equal_when_it_is_merged(tmp_path: Path) -> None:
     program, report = optimize(from_pretrained(small))
     assert report.explain().count("3 linears of one value") == 2
     merged = [v.type for v in program["decode"].params.values() if isinstance(v.type, QTensorType)]
-    assert {t.how for t in merged} == {"int4b32f16z"}
+    assert {t.how for t in merged} == {"int4zb32f16"}
     assert len(merged) == 2 * 4  # q, k and v; o; gate and up; down
 
 
@@ -197,7 +197,7 @@ def test_act_order_takes_the_features_in_the_order_of_the_groups(tmp_path: Path)
     assert sum(n.op.name == "gather" for n in program["forward"].nodes) == 2 * 4
     served, report = optimize(program)
     assert report.explain().count("3 linears of one value") == 2
-    assert {v.type.how for v in served["decode"].params.values() if isinstance(v.type, QTensorType)} == {"int4b32f16z"}
+    assert {v.type.how for v in served["decode"].params.values() if isinstance(v.type, QTensorType)} == {"int4zb32f16"}
 
 
 def test_groups_of_different_sizes_become_f32_and_say_so(tmp_path: Path) -> None:
