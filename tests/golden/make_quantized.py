@@ -2,8 +2,8 @@
 
     python tests/golden/make_quantized.py AWQ_PACKING_UTILS.py
 
-with compressed-tensors installed, and the path of ``awq/utils/packing_utils.py`` of AutoAWQ. Each file holds the tensors of one module
-``m`` as a checkpoint has them, ``expected`` (what the package dequantizes to, in f32), and its configuration in the metadata.
+with compressed-tensors installed, and the path of ``awq/utils/packing_utils.py`` of AutoAWQ. Each file holds the tensors of one
+module ``m`` as a checkpoint has them, ``expected`` (what the package dequantizes to, in f32), and its configuration as metadata.
 """
 
 from __future__ import annotations
@@ -92,9 +92,8 @@ def main() -> None:
     compressed("w8_tensor", "naive-quantized", bf16, num_bits=8, symmetric=True, strategy="tensor")
     compressed("fp8_tensor", "float-quantized", bf16, num_bits=8, type="float", symmetric=True, strategy="tensor")
     compressed("fp8_channel", "float-quantized", f16, num_bits=8, type="float", symmetric=True, strategy="channel")
-    compressed(
-        "fp8_block", "float-quantized", bf16, num_bits=8, type="float", symmetric=True, strategy="block", block_structure=[16, 64]
-    )
+    block = {"strategy": "block", "block_structure": [16, 64]}
+    compressed("fp8_block", "float-quantized", bf16, num_bits=8, type="float", symmetric=True, **block)
     awq(sys.argv[1])
     versions = {"compressed-tensors": compressed_tensors.__version__, "torch": torch.__version__, "autoawq": "0.2.9"}
     (OUT / "versions.json").write_text(json.dumps(versions, indent=1) + "\n")
