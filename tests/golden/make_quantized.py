@@ -3,7 +3,7 @@
     python tests/golden/make_quantized.py AWQ_PACKING_UTILS.py
 
 with compressed-tensors installed, and the path of ``awq/utils/packing_utils.py`` of AutoAWQ. Each file holds the tensors of one
-module ``m`` as a checkpoint has them, ``expected`` (what the package dequantizes to, in f32), and its configuration as metadata.
+module ``m`` as a checkpoint has them, ``expected`` (what the package dequantizes to, in f32), and its configuration.
 """
 
 from __future__ import annotations
