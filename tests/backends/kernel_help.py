@@ -17,7 +17,17 @@ import tvm
 from numpy.typing import NDArray
 from soft import SOFT
 from wasat.backends.tvm.cpu import tir_pipeline
-from wasat.backends.tvm.cpu.kernels.isa import AVX2, AVX512_VNNI, AVX_VNNI, GENERIC, ISAS, NEON, Isa
+from wasat.backends.tvm.cpu.kernels.isa import (
+    AVX2,
+    AVX512_VNNI,
+    AVX_VNNI,
+    GENERIC,
+    ISAS,
+    NEON,
+    NEON_DOTPROD,
+    NEON_I8MM,
+    Isa,
+)
 from wasat.backends.tvm.cpu.kernels.quantize import quantize_rows_reference
 
 # no more than the kernels ask for: code for a named processor may use instructions that this one lacks (AVX512-FP16)
@@ -27,11 +37,13 @@ CPU = {
     AVX2: {"mcpu": "x86-64-v3"},
     GENERIC: {"mcpu": "x86-64"},
     NEON: {"mtriple": "aarch64-linux-gnu"},
+    NEON_DOTPROD: {"mtriple": "aarch64-linux-gnu", "mattr": ["+dotprod"]},
+    NEON_I8MM: {"mtriple": "aarch64-linux-gnu", "mattr": ["+dotprod", "+i8mm"]},
 }
 _AVX2 = ("avx2", "f16c", "fma")
 NEEDS = {  # in the words of /proc/cpuinfo
     AVX512_VNNI: ("avx512_vnni", "avx512bw", "avx512vl", "avx512dq", "avx512cd"), AVX_VNNI: ("avx_vnni", *_AVX2), AVX2: _AVX2,
-    GENERIC: ("sse2",), NEON: ("asimd",),
+    GENERIC: ("sse2",), NEON: ("asimd",), NEON_DOTPROD: ("asimd", "asimddp"), NEON_I8MM: ("asimd", "asimddp", "i8mm"),
 }  # fmt: skip
 
 
@@ -56,13 +68,17 @@ def _param(isa: Isa, reason: str) -> Any:
     return pytest.param(isa, id=isa.name, marks=[pytest.mark.skip(reason=reason)] if reason else [])
 
 
-def each_isa() -> pytest.MarkDecorator:
-    """Every instruction set, and the soft form of each that this processor lacks."""
+def each_isa(integers: bool = False) -> pytest.MarkDecorator:
+    """Every instruction set, and the soft form of each that this processor lacks; for kernels of integer products, those too
+    that differ in these alone."""
     sets = []
     for isa in ISAS.values():
+        if isa in (NEON_DOTPROD, NEON_I8MM) and not integers:
+            continue
         missing = ", ".join(lacks(isa))
         sets.append(_param(isa, missing and f"this CPU has no {missing}"))
-        sets.append(_param(softened(isa), "" if missing else f"this CPU has {isa.name} itself"))
+        if isa is not NEON_I8MM:  # in soft form, it is the one before
+            sets.append(_param(softened(isa), "" if missing else f"this CPU has {isa.name} itself"))
     return pytest.mark.parametrize("isa", sets)
 
 

@@ -11,7 +11,7 @@ from kernel_help import build, lacks, run, softened
 from numpy.typing import NDArray
 from wasat.backends.tvm.cpu.kernels.emit import Kernel, load
 from wasat.backends.tvm.cpu.kernels.instructions import Instructions
-from wasat.backends.tvm.cpu.kernels.isa import AVX2, AVX512_VNNI, AVX_VNNI, ISAS, Isa
+from wasat.backends.tvm.cpu.kernels.isa import AVX2, AVX512_VNNI, AVX_VNNI, ISAS, NEON_DOTPROD, NEON_I8MM, Isa
 
 Array = NDArray[Any]
 
@@ -37,7 +37,10 @@ MEANT: dict[str, tuple[Callable[..., Array], list[str], str]] = {
     "vpdpbusd": (vpdpbusd, ["int32", "uint8", "int8"], "int32"), "pmaddubsw": (pmaddubsw, ["uint8", "int8"], "int16"),
     "pmaddwd": (pmaddwd, ["int16", "int16"], "int32"), "psignb": (psignb, ["int8", "int8"], "int8"),
 }  # fmt: skip
-HELD = [(AVX512_VNNI, "vpdpbusd"), (AVX_VNNI, "vpdpbusd"), (AVX2, "pmaddubsw"), (AVX2, "pmaddwd"), (AVX2, "psignb")]
+HELD = [
+    (AVX512_VNNI, "vpdpbusd"), (AVX_VNNI, "vpdpbusd"), (AVX2, "pmaddubsw"), (AVX2, "pmaddwd"), (AVX2, "psignb"),
+    (NEON_DOTPROD, "vpdpbusd"), (NEON_I8MM, "vpdpbusd"),
+]  # fmt: skip
 
 
 def test_each_is_tested() -> None:

@@ -70,7 +70,7 @@ def test_packing_takes_the_room_of_the_format(name: str) -> None:
     assert 0 <= packed.nbytes * 8 / np.prod(x.shape) - bits <= spent
 
 
-@each_isa()
+@each_isa(integers=True)
 @pytest.mark.parametrize("name", NAMES)
 def test_products_of_integers(isa: Isa, name: str) -> None:
     n, k = 40, 2 * block_of(name)

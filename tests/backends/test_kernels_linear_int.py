@@ -54,7 +54,7 @@ def test_quantize_rows(isa: Isa, k: int) -> None:
         np.testing.assert_array_equal(got, want)
 
 
-@each_isa()
+@each_isa(integers=True)
 @pytest.mark.parametrize("n, k, bias", [(100, 72, True), (64, 96, False)])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_linear_int(isa: Isa, n: int, k: int, bias: bool, bits: int) -> None:
@@ -69,7 +69,7 @@ def test_linear_int(isa: Isa, n: int, k: int, bias: bool, bits: int) -> None:
         assert_near(y, exact(x, values, scales) + (b if bias else 0), 1e-6)
 
 
-@each_isa()
+@each_isa(integers=True)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_linear_with_dequantized_weights(isa: Isa, bits: int) -> None:
     n, k = 72, 100
@@ -82,7 +82,7 @@ def test_linear_with_dequantized_weights(isa: Isa, bits: int) -> None:
         assert_near(y, x.astype(np.float64) @ dequantized(values, scales).T, 1e-6)
 
 
-@each_isa()
+@each_isa(integers=True)
 @pytest.mark.parametrize("kind", ["float32", "float16", "int8", "int4"])
 def test_embedding(isa: Isa, kind: str) -> None:
     n, k = 70, 72

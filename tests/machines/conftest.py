@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "backends"))
 import kernel_help
+from wasat.backends.tvm.cpu import tir_pipeline
 
 COMPILER = "aarch64-linux-gnu-gcc"
 CODES = {"i": 0, "u": 1, "f": 2, "b": 6}
@@ -48,10 +49,12 @@ def _object(module: Any) -> Any:
 class Emulated:
     """A kernel as a program for another machine, called as compiled kernels are."""
 
-    def __init__(self, func: tvm.tirx.PrimFunc, folder: Path) -> None:
+    def __init__(self, func: tvm.tirx.PrimFunc, isa: Any, folder: Path) -> None:
         self.folder = folder
         folder.mkdir()
-        module = tvm.tirx.build(tvm.IRModule({"main": func}), target=kernel_help.target_of(kernel_help.NEON))
+        module = tvm.tirx.build(
+            tvm.IRModule({"main": func}), target=kernel_help.target_of(isa), pipeline=tir_pipeline.register()
+        )
         _object(module).write_to_file(str(folder / "kernel.o"), "o")
         root = Path(tvm_ffi.__file__).parent
         subprocess.run(
@@ -75,6 +78,6 @@ def emulated(tmp_path: Path) -> Callable[..., Emulated]:
     made = iter(range(1000))
 
     def build(func: tvm.tirx.PrimFunc, isa: Any) -> Emulated:
-        return Emulated(func, tmp_path / f"kernel{next(made)}")
+        return Emulated(func, isa, tmp_path / f"kernel{next(made)}")
 
     return build

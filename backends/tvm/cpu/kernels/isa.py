@@ -6,13 +6,13 @@ registers, and how bytes are multiplied. A new processor is a new value here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import tvm
 from tvm.target import codegen
 
-from .instructions import X86, Instructions
+from .instructions import ARM_DOTPROD, ARM_I8MM, X86, Instructions
 
 Dot = Literal["vnni", "maddubs", "float"]
 
@@ -22,7 +22,7 @@ class Isa:
     """What a kernel must know of a processor.
 
     ``lanes``: f32 values per vector. ``rows``: rows of a float register tile (two vectors wide).
-    ``int_rows``: rows of an integer register tile. ``dot``: how u8 x s8 products are summed: ``vnni`` (vpdpbusd),
+    ``int_rows``: rows of an integer register tile. ``dot``: how u8 x s8 products are summed: ``vnni`` (four at once),
     ``maddubs`` (AVX2) or ``float`` (exact in f32, any processor). ``native_f16``: f16 <-> f32 conversion is one
     instruction (otherwise it is spelt out in integer arithmetic and needs no runtime library). ``instructions``: what
     ``vnni`` and ``maddubs`` are made of.
@@ -57,8 +57,10 @@ AVX_VNNI = Isa("avxvnni", lanes=8, rows=6, int_rows=4, dot="vnni")
 AVX2 = Isa("avx2", lanes=8, rows=6, int_rows=4, dot="maddubs")
 GENERIC = Isa("generic", lanes=4, rows=4, int_rows=4, dot="float", native_f16=False)
 NEON = Isa("neon", lanes=4, rows=8, int_rows=4, dot="float")
+NEON_DOTPROD = replace(NEON, name="neon-dotprod", int_rows=8, dot="vnni", instructions=ARM_DOTPROD)
+NEON_I8MM = replace(NEON_DOTPROD, name="neon-i8mm", instructions=ARM_I8MM)
 
-ISAS = {isa.name: isa for isa in (AVX512_VNNI, AVX_VNNI, AVX2, GENERIC, NEON)}
+ISAS = {isa.name: isa for isa in (AVX512_VNNI, AVX_VNNI, AVX2, GENERIC, NEON, NEON_DOTPROD, NEON_I8MM)}
 
 
 def isa_of(target: tvm.target.Target) -> Isa:
@@ -76,4 +78,6 @@ def isa_of(target: tvm.target.Target) -> Isa:
         return AVX512_VNNI
     if has("avx2", "fma", "f16c"):
         return AVX_VNNI if has("avxvnni") else AVX2
+    if has("neon", "dotprod"):
+        return NEON_I8MM if has("i8mm") else NEON_DOTPROD
     return NEON if has("neon") else GENERIC
