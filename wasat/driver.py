@@ -165,6 +165,7 @@ def compile(
     machine = target_named(target, threads, cache)
     check_tools(machine)
     check_destination(Path(out))
+    runtime = machine.runtime_files()
     for source in program.params.values():
         if isinstance(source, _NoData):
             source.load()
@@ -193,7 +194,7 @@ def compile(
         "weights.safetensors": lambda path: write_weights(
             path, library.plan, optimized.load, lambda done, total: progress("packing weights", done, total)
         ),
-        **{Path(p).name: Path(p) for p in machine.runtime_files()},
+        **{p.name: p for p in runtime},
     }
     if program.origin.tokenizer:
         files["tokenizer.json"] = Path(program.origin.tokenizer)

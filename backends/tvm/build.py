@@ -113,6 +113,8 @@ class Runner:
         # TVM reads both when it first starts its threads: by itself it takes half of the CPUs, and pins the caller to one
         os.environ.setdefault("TVM_NUM_THREADS", str(target.threads))
         os.environ.setdefault("TVM_BIND_THREADS", "0")
+        if not target.arch.here:
+            raise BuildError(f"code for {target.name} ({target.arch.name}) does not run here: compile it into an artifact")
         self.program, self.states, self.donate = program, program.interface.state_names, donate
         self.layouts = target.state_layouts(program)
         library = build(program, target)

@@ -6,8 +6,6 @@ import contextlib
 import difflib
 import inspect
 import os
-import platform
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +22,7 @@ from wasat.ir import IRError, Program, State, TensorType
 from .cpu import fused_loops as loops
 from .cpu import select as cpu_kernels
 from .cpu import states, tir_pipeline
+from .cpu.arch import ARCHES, Arch, arch_here, arch_of
 from .cpu.kernels.cache import GROUP, CacheType
 from .lower import Select, StateLayout, Table
 from .ops.primitives import PRIMITIVES
@@ -49,6 +48,8 @@ class Target:
     host: Mapping[str, Any] | None = None
     kernels: Callable[[Target, Program], Select] = field(default=lambda target, program: lambda graph: None)
     """Puts the target's hand-written kernels into a graph of the program, in place of operations; may say what it left."""
+    arch: Arch = field(default_factory=arch_here)
+    """The architecture of the processor that runs the code, or its host's part."""
     threads: int = field(default_factory=cpu_count)
     needs_compiler: bool = True
     tir_pipeline: str | None = None
@@ -108,12 +109,13 @@ class Target:
 
     def link_options(self) -> dict[str, Any]:
         """Further arguments of export_library."""
-        return {}
+        return self.arch.link_options()
 
     def requirements(self) -> dict[str, Any]:
         """The manifest's ``target`` section: what must hold where the artifact is loaded."""
         return {
-            "kind": self.config["kind"], "device": self.name, "arch": platform.machine(), "os": sys.platform,
+            "kind": self.config["kind"], "device": self.name, "arch": self.arch.name,
+            "os": sys.platform if self.arch.here else "linux",
             "mcpu": self.config.get("mcpu") or self.config.get("arch"), "features": self.features(self),
             "libraries": [p.name for p in self.libraries],
         }  # fmt: skip
@@ -121,9 +123,7 @@ class Target:
     def missing_tools(self) -> list[str]:
         """What compiling for it lacks on this machine, each with the way to get it."""
         found = [f"the library {p.name}: {p} does not exist" for p in self.libraries if not p.exists()]
-        if self.needs_compiler and not any(shutil.which(c) for c in ("g++", "clang++", "c++")):
-            found.append("a C++ compiler: none of g++, clang++, c++ is on the PATH (Debian: apt-get install g++)")
-        return found
+        return found + self.arch.missing_tools() if self.needs_compiler else found
 
     @staticmethod
     def versions() -> dict[str, str]:
@@ -132,45 +132,43 @@ class Target:
 
     def runtime_files(self) -> list[Path]:
         """The libraries that run the code: all that a machine without the compiler needs."""
-        import tvm_ffi
-
-        return [
-            Path(tvm.__file__).parent / "lib" / "libtvm_runtime.so",
-            Path(tvm_ffi.__file__).parent / "lib" / "libtvm_ffi.so",
-            *self.libraries,
-        ]
-
-
-# LLVM's feature names that code generation uses, as /proc/cpuinfo spells them
-_CPUINFO = {
-    "sse3": "pni", "ssse3": "ssse3", "sse4.1": "sse4_1", "sse4.2": "sse4_2", "avx": "avx", "avx2": "avx2", "fma": "fma",
-    "f16c": "f16c", "bmi": "bmi1", "bmi2": "bmi2", "lzcnt": "abm", "popcnt": "popcnt", "movbe": "movbe", "avxvnni": "avx_vnni",
-    "avx512f": "avx512f", "avx512bw": "avx512bw", "avx512cd": "avx512cd", "avx512dq": "avx512dq", "avx512vl": "avx512vl",
-    "avx512vnni": "avx512_vnni", "avx512bf16": "avx512_bf16", "avx512fp16": "avx512_fp16", "avx512ifma": "avx512ifma",
-    "avx512vbmi": "avx512vbmi", "avx512vbmi2": "avx512_vbmi2", "avx512bitalg": "avx512_bitalg",
-    "avx512vpopcntdq": "avx512_vpopcntdq", "gfni": "gfni",
-}  # fmt: skip
-
-
-def cpu_features(target: Target) -> list[str]:
-    """Instruction sets that code for this CPU may use, as /proc/cpuinfo names them."""
-    found = {str(f) for f in tvm.target.codegen.llvm_get_cpu_features(target.tvm)}
-    return sorted(v for k, v in _CPUINFO.items() if k in found)
+        return [*self.arch.runtime_files(), *self.libraries]
 
 
 def cpu(mcpu: str | None = None, threads: int | None = None, cache: CacheType = "float32") -> Target:
     """This machine's CPU, or the one that LLVM calls ``mcpu``. Caches of keys and values are stored as ``cache``."""
+    arch = arch_here() if mcpu is None else arch_of(mcpu)
+    if arch is None:  # LLVM itself would go on with the slowest common code
+        raise IRError(f"there is no CPU {mcpu!r}{_near(mcpu or '', *ARCHES.values())}")
+    return _cpu("cpu", arch, mcpu or host_cpu(), threads, cache)
+
+
+def aarch64(mcpu: str = "generic", threads: int | None = None, cache: CacheType = "float32") -> Target:
+    """64-bit ARM under Linux, or the processor that LLVM calls ``mcpu``. Elsewhere, its code is linked by a cross compiler."""
+    arch = ARCHES["aarch64"]
+    if mcpu not in arch.processors():
+        raise IRError(f"there is no {arch.name} processor {mcpu!r}{_near(mcpu, arch)}")
+    return _cpu("aarch64", arch, mcpu, threads, cache)
+
+
+def _near(mcpu: str, *arches: Arch) -> str:
+    near = difflib.get_close_matches(mcpu, [x for a in arches for x in a.processors()], 3)
+    return f"; near it are {', '.join(near)}" if near else ""
+
+
+def _cpu(name: str, arch: Arch, mcpu: str, threads: int | None, cache: CacheType) -> Target:
     n = threads or cpu_count()
-    known = tvm.target.codegen.llvm_get_cpu_archlist(tvm.target.Target({"kind": "llvm"}))
-    if mcpu is not None and mcpu not in known:  # LLVM itself would go on with the slowest common code
-        near = difflib.get_close_matches(mcpu, map(str, known), 3)
-        raise IRError(f"there is no CPU {mcpu!r}" + (f"; near it are {', '.join(near)}" if near else ""))
     return Target(
-        "cpu", {"kind": "llvm", "mcpu": mcpu or host_cpu(), "num-cores": n}, threads=n, features=cpu_features,
+        name, {**arch.config, "mcpu": mcpu, "num-cores": n}, arch=arch, threads=n, features=cpu_features,
         kernels=lambda target, program: cpu_kernels.selection(target.tvm, n, cache, program.interface.states),
         state_layout=lambda state, type: states.state_layout(state, type, cache), tir_pipeline=tir_pipeline.register(),
         granule=GROUP,
     )  # fmt: skip
+
+
+def cpu_features(target: Target) -> list[str]:
+    """Instruction sets that code for this CPU may use, as /proc/cpuinfo names them."""
+    return target.arch.features(target.tvm)
 
 
 def cuda(arch: str = "sm_80") -> Target:
@@ -178,7 +176,7 @@ def cuda(arch: str = "sm_80") -> Target:
     return Target("cuda", {"kind": "cuda", "arch": arch}, host={"kind": "llvm", "mcpu": "x86-64-v3"})
 
 
-TARGETS: dict[str, Callable[..., Target]] = {"cpu": cpu, "cuda": cuda}
+TARGETS: dict[str, Callable[..., Target]] = {"cpu": cpu, "cuda": cuda, "aarch64": aarch64}
 """Functions that make a target. The first parameter is what stands behind the colon of ``name:detail``; ``threads`` and
 ``cache`` are given to those that have such a parameter."""
 
@@ -219,7 +217,7 @@ def target_named(name: str, threads: int | None = None, cache: str = "f32") -> T
     takes = inspect.signature(make).parameters
     if cache != "f32" and "cache" not in takes:
         able = ", ".join(n for n, f in TARGETS.items() if "cache" in inspect.signature(f).parameters)
-        raise IRError(f"the target {name} stores keys and values as they are computed; only {able} has a cache of {cache}")
+        raise IRError(f"the target {name} stores keys and values as they are computed; a cache of {cache} have {able}")
     if detail and not set(takes) - {"threads", "cache"}:
         raise IRError(f"the target {kind} has no models to choose from: write {kind}, not {name}")
     options = {"threads": threads, "cache": CACHES[cache]}

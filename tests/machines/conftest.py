@@ -27,8 +27,8 @@ CODES = {"i": 0, "u": 1, "f": 2, "b": 6}
 def _missing() -> list[str]:
     """Debian's names of what is not installed."""
     packages = [] if shutil.which("qemu-aarch64") else ["qemu-user"]
-    if not shutil.which(COMPILER):
-        return [*packages, "gcc-aarch64-linux-gnu", "libc6-dev-arm64-cross"]
+    if not shutil.which(COMPILER) or not shutil.which("aarch64-linux-gnu-g++"):
+        return [*packages, "g++-aarch64-linux-gnu", "libc6-dev-arm64-cross"]
     found = subprocess.run([COMPILER, "-print-file-name=libc.a"], capture_output=True, text=True).stdout.strip()
     return packages if Path(found).is_absolute() else [*packages, "libc6-dev-arm64-cross"]
 

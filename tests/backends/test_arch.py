@@ -1,0 +1,127 @@
+"""Processor architectures: names of processors, what links for another one, and where its runtime is from."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from wasat.backends.tvm.build import BuildError, Runner, check_tools
+from wasat.backends.tvm.cpu import arch
+from wasat.backends.tvm.cpu.arch import ARCHES, Arch, RuntimeMissing, arch_of
+from wasat.backends.tvm.cpu.kernels.isa import NEON, NEON_DOTPROD, NEON_I8MM, Isa, isa_of
+from wasat.backends.tvm.targets import target_named
+from wasat.ir import IRError, Program, parse
+
+OTHER = next(a for a in ARCHES.values() if not a.here)
+PROGRAM = Program({"f": parse("graph @f(%x: f32[2]) {\n %y: f32[2] = neg(%x)\n return %y\n}")})
+
+
+@pytest.mark.parametrize(
+    "name, isa, has, lacks",
+    [
+        ("aarch64", NEON, {"asimd"}, {"asimddp", "i8mm"}), ("aarch64:cortex-a53", NEON, {"asimd", "crc32"}, {"asimddp"}),
+        ("cpu:cortex-a76", NEON_DOTPROD, {"asimd", "asimddp", "atomics"}, {"i8mm", "sve"}),
+        ("aarch64:neoverse-v1", NEON_I8MM, {"asimddp", "i8mm", "bf16", "sve"}, {"sve2"}),
+    ],
+)  # fmt: skip
+def test_processors_of_arm(name: str, isa: Isa, has: set[str], lacks: set[str]) -> None:
+    """What is declared is what the kernels use, in the words of a manifest."""
+    target = target_named(name)
+    assert isa_of(target.tvm) is isa
+    needs = target.requirements()
+    assert (needs["arch"], needs["os"]) == ("aarch64", "linux")
+    assert has <= set(needs["features"])
+    assert not lacks & set(needs["features"])
+
+
+def test_names_of_processors() -> None:
+    assert arch_of("znver3") is ARCHES["x86_64"]
+    assert arch_of("cortex-a76") is ARCHES["aarch64"]
+    generic = arch_of("generic")
+    assert generic is not None
+    assert generic.here
+    with pytest.raises(IRError, match=r"there is no CPU 'cortex-a67'; near it are .*cortex-a76"):
+        target_named("cpu:cortex-a67")
+    with pytest.raises(IRError, match=r"there is no aarch64 processor 'znver3'"):
+        target_named("aarch64:znver3")
+    assert target_named("aarch64", cache="f16").name == "aarch64"
+
+
+def test_code_for_another_processor_is_no_code_to_call() -> None:
+    with pytest.raises(BuildError, match=rf"\({OTHER.name}\) does not run here: compile it into an artifact"):
+        Runner(PROGRAM, target_named(f"cpu:{OTHER.processors()[0]}"))
+
+
+def test_who_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    present = {f"{OTHER.triple}-g++"}
+    monkeypatch.setattr(shutil, "which", lambda name: name if name in present else None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert OTHER.linker() == [f"{OTHER.triple}-g++"]
+    assert not OTHER.missing_tools()
+    present.clear()
+    aarch64 = Arch("aarch64", {})
+    monkeypatch.setattr(Arch, "here", False)
+    how = "aarch64-linux-gnu-g++ (Debian: apt-get install g++-aarch64-linux-gnu) or pip install ziglang"
+    assert aarch64.missing_tools() == [f"a C++ compiler for aarch64: {how}"]
+    with pytest.raises(BuildError, match="compiling for aarch64 needs a C\\+\\+ compiler for aarch64"):
+        check_tools(target_named("aarch64"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "ziglang")
+    assert aarch64.linker() == [sys.executable, "-m", "ziglang", "c++", "-target", "aarch64-linux-gnu.2.28"]
+
+
+# -- the runtime --------------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def fetches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
+    """Commands of pip, which finds a wheel for every package."""
+    calls: list[list[str]] = []
+
+    def pip(command: list[str], **options: Any) -> Any:
+        calls.append(command)
+        place = arch.RUNTIME[command[-1].partition("==")[0]]
+        with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "a.whl", "w") as wheel:
+            wheel.writestr(place, f"library of {command[-1]}")
+        return SimpleNamespace(returncode=0, stderr="")
+
+    monkeypatch.setattr(subprocess, "run", pip)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return calls
+
+
+def test_the_runtime_of_another_architecture_is_fetched_once(fetches: list[list[str]]) -> None:
+    files = OTHER.runtime_files()
+    assert [p.name for p in files] == ["libtvm_runtime.so", "libtvm_ffi.so"]
+    wanted = [f"{name}=={version(name)}" for name in ("apache-tvm", "apache-tvm-ffi")]
+    assert [p.read_text() for p in files] == [f"library of {w}" for w in wanted]
+    assert [c[-1] for c in fetches] == wanted
+    assert all(f"--platform=manylinux_2_28_{OTHER.name}" in c and "--no-deps" in c for c in fetches)
+    assert OTHER.runtime_files() == files
+    assert len(fetches) == 2
+
+
+def test_without_a_connection(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    failed = SimpleNamespace(returncode=1, stderr="WARNING: retrying\nERROR: No matching distribution found\n")
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: failed)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    message = rf"runtime for {OTHER.name} is in apache-tvm==.* pip could not fetch \(ERROR: No matching .*{tmp_path}/.* put"
+    with pytest.raises(RuntimeMissing, match=message):
+        OTHER.runtime_files()
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_here_it_is_that_of_the_packages() -> None:
+    files = arch.arch_here().runtime_files()
+    assert [p.name for p in files] == ["libtvm_runtime.so", "libtvm_ffi.so"]
+    assert all(p.exists() for p in files)
+
+
+def test_what_the_linker_says_is_told(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"false cannot link .*out.so"):
+        arch._link(["false"])(str(tmp_path / "out.so"), [])
