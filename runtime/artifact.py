@@ -19,6 +19,7 @@ from typing import Any
 from .elf import exports
 from .errors import AGAIN, ArtifactError
 from .exchange import alone_in, put, replacement
+from .hosts.plan import PLAN, SOURCES
 from .machine import check_machine
 from .manifest import Manifest, check_format, is_file_name, parse_manifest
 
@@ -125,7 +126,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise ArtifactError(f"{path} is not as it was written (its digest differs); copy the artifact again, or {AGAIN}")
     manifest = parse_manifest(data)
     check_machine(manifest.target)
-    for name in (LIBRARY, WEIGHTS, RUNTIME_LIBRARY):
+    planned = manifest.target.kind in SOURCES
+    for name in (PLAN, SOURCES[manifest.target.kind], WEIGHTS) if planned else (LIBRARY, WEIGHTS, RUNTIME_LIBRARY):
         if name not in manifest.files:
             raise ArtifactError(f"{path} does not list {name}; {AGAIN}")
     for name, spec in manifest.files.items():
@@ -134,7 +136,7 @@ def read_manifest(folder: Path) -> Manifest:
         size = (folder / name).stat().st_size
         if size != spec.bytes:
             raise ArtifactError(f"{folder / name} has {size} bytes instead of {spec.bytes}; copy it again, or {AGAIN}")
-    if sys.platform == "linux" and not exports(folder / LIBRARY, PROGRAM):
+    if sys.platform == "linux" and not planned and not exports(folder / LIBRARY, PROGRAM):
         raise ArtifactError(f"{folder / LIBRARY} cannot be loaded: it is no compiled program (it lacks {PROGRAM}); {AGAIN}")
     return manifest
 

@@ -31,9 +31,12 @@ def allocate(nbytes: int) -> np.ndarray:
 
 def item_size(dtype: str) -> int:
     """Bytes of one element. Raises ValueError for a name that is no element type."""
-    import tvm_ffi
+    try:
+        return np.dtype(dtype).itemsize
+    except TypeError:
+        import tvm_ffi
 
-    return int(tvm_ffi.dtype(dtype).itemsize)
+        return int(tvm_ffi.dtype(dtype).itemsize)
 
 
 def size_of(dtype: str, shape: Sequence[int]) -> int:
@@ -74,6 +77,20 @@ class Buffer:
     def may_start(self, entry: int) -> bool:
         """Whether compiled code may be given the part from an entry of the first axis on."""
         return entry * self.array[:1].nbytes % ALIGNMENT == 0
+
+    @property
+    def nbytes(self) -> int:
+        return self.memory.nbytes
+
+    def set(self, array: np.ndarray) -> None:
+        """Sets all elements."""
+        self.array[...] = array
+
+    def put(self, first: int, x: np.ndarray, live: np.ndarray | None = None) -> None:
+        """Sets entries of the first axis, of those from ``first`` on that are ``live``."""
+        part = self.array[first : first + len(x)]
+        index: Any = ... if live is None else live
+        part[index] = x[index]
 
     def fill(self, index: Any, value: float | Buffer) -> None:
         """Sets a part, as NumPy indexes it, to a number or to what another buffer holds."""
@@ -133,3 +150,11 @@ def _element(dtype: str) -> np.dtype[Any]:
         return np.dtype(dtype)
     except TypeError:
         return np.dtype(f"u{item_size(dtype)}")
+
+
+class HostMemory:
+    """The host's memory, where sessions keep states; what it gives is what compiled code takes."""
+
+    zeros = staticmethod(zeros)
+    tensor_of = staticmethod(tensor_of)
+    array_of = staticmethod(array_of)

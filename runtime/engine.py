@@ -11,20 +11,26 @@ import numpy as np
 
 from .arrays import fit
 from .artifact import WEIGHTS, check_hash, read_manifest, sha256
-from .device import Buffer, array_of, tensor_of
+from .device import HostMemory
 from .errors import ArtifactError, InputError
+from .hosts.host import Host
+from .hosts.open import open_machine
+from .hosts.plan import SOURCES, read_plan
 from .manifest import Entry, Manifest
 from .module import Library, check_ffi
 from .weights import Weights
 
 
 class Engine:
-    """A loaded artifact: its entries can be called. :func:`start` makes one."""
+    """A loaded artifact: its entries can be called. :func:`start` makes one. ``memory``: where what they take has to be."""
 
-    def __init__(self, folder: Path, manifest: Manifest, library: Library, weights: Mapping[str, Buffer]) -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, library: Library | Host, weights: Mapping[str, Any], memory: Any
+    ) -> None:
         self.folder = folder
         self.manifest = manifest
         self.weights = weights
+        self.memory = memory
         self._library = library
         self._functions: dict[str, Callable[..., Any]] = {}
 
@@ -53,8 +59,8 @@ class Engine:
         if e.states:
             raise InputError(f"entry {entry} keeps caches: use session()")
         values = fit(f"entry {entry}", e.inputs, arrays, {}, e.checks, e.indices)
-        results = self.function(entry)(*map(tensor_of, values), *self.weights_of(entry))
-        return {spec.name: array_of(x) for spec, x in zip(e.outputs, results)}
+        results = self.function(entry)(*map(self.memory.tensor_of, values), *self.weights_of(entry))
+        return {spec.name: self.memory.array_of(x) for spec, x in zip(e.outputs, results)}
 
 
 def start(folder: Path, threads: int | None = None, verify: bool = True) -> Engine:
@@ -80,7 +86,9 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 
 def _start(folder: Path, threads: int | None, verify: bool) -> Engine:
     manifest = read_manifest(folder)
-    check_ffi(manifest)
+    planned = manifest.target.kind in SOURCES
+    if not planned:
+        check_ffi(manifest)
     with ThreadPoolExecutor() as pool:
         others = [n for n in manifest.files if n != WEIGHTS] if verify else []
         hashes = [pool.submit(sha256, folder / n) for n in others]
@@ -89,5 +97,9 @@ def _start(folder: Path, threads: int | None, verify: bool) -> Engine:
             check_hash(folder / name, found.result(), manifest)
         if weights.sha256 is not None:
             check_hash(folder / WEIGHTS, weights.sha256, manifest)
+    if planned:
+        plan = read_plan(folder, manifest.target.kind)
+        host = Host(plan, open_machine(manifest.target.kind, plan.needs))
+        return Engine(folder, manifest, host, host.upload(weights.arrays()), host.memory)
     library = Library(folder, manifest, threads)
-    return Engine(folder, manifest, library, weights.buffers())
+    return Engine(folder, manifest, library, weights.buffers(), HostMemory)

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 
 from .errors import AGAIN, ArtifactError
+from .hosts.opencl import no_opencl
+from .hosts.webgpu import no_webgpu
 from .manifest import Needs
 
 
@@ -23,9 +25,9 @@ def check_machine(needs: Needs) -> None:
 
 def missing(needs: Needs) -> str | None:
     """What this machine lacks to run code for ``needs``, in words; None: nothing."""
-    if needs.os != sys.platform:
+    if needs.os and needs.os != sys.platform:
         return f"the system {needs.os}: this is {sys.platform}"
-    if needs.arch != platform.machine():
+    if needs.arch and needs.arch != platform.machine():
         return f"an {needs.arch} processor: this is {platform.machine()}"
     have = cpu_features()
     lacking = [f for f in needs.features if have is not None and f not in have]
@@ -76,5 +78,7 @@ def runs_on(arch: str, major: int, minor: int) -> bool:
     return exact.isdecimal() and int(exact) // 10 == major and int(exact) % 10 <= minor
 
 
-DEVICES: dict[str, Callable[[Needs], str | None]] = {"llvm": lambda needs: None, "cuda": _no_cuda}
+DEVICES: dict[str, Callable[[Needs], str | None]] = {
+    "llvm": lambda needs: None, "cuda": _no_cuda, "webgpu": lambda needs: no_webgpu(), "opencl": lambda needs: no_opencl(),
+}  # fmt: skip
 """By the kind of code: what is missing to run it on a machine whose processor and system are right."""

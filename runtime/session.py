@@ -11,7 +11,6 @@ import numpy as np
 
 from .along import Along
 from .arrays import bound, check_indices, check_sizes, fit, known
-from .device import Buffer, array_of, tensor_of, zeros
 from .dimensions import extent
 from .engine import Engine
 from .errors import AGAIN, ArtifactError, ContextLimitError, InputError
@@ -35,8 +34,8 @@ class _Window:
     """The first slot."""
     rows: np.ndarray | slice
     """In the order of their slots; a slice: all rows of the session, in their order."""
-    past: Buffer
-    token: Buffer
+    past: Any
+    token: Any
     others: dict[str, np.ndarray]
     """What entries take beside tokens and positions, of these rows."""
     given: dict[str, Any]
@@ -86,7 +85,7 @@ class Session:
         self._late: dict[str, list[Indices]] = {"prefill": [], "decode": []}  # of them, what a step's sizes bound
         self._each = {name: [i for i in engine.entry(name).indices if i.input in self.along.specs] for name in self._late}
         self._rows = next(i.shape[0] for i in engine.entry("prefill").inputs if i.name == m.tokens)
-        self._engine = engine
+        self._engine, self._memory = engine, engine.memory
         batch = whole("batch", batch, 1)
         context = None if context is None else whole("context", context)
         limit = context if m.context is None else m.context
@@ -108,7 +107,7 @@ class Session:
         self._checks = {name: engine.entry(name).checks for name in self._names}
         self._integers = next(i.dtype for i in engine.entry("decode").inputs if i.name == m.tokens)
         try:
-            self._slots = Slots(m.states, batch, m.granule, engine.weights)
+            self._slots = Slots(m.states, batch, m.granule, engine.weights, engine.memory)
             self._most = self._slots.rounded(limit)
             self._slots.reserve(min(self._slots.rounded(_FIRST), self._most))
             self._past = np.zeros(batch, np.int64)
@@ -288,31 +287,32 @@ class Session:
         tokens, counts = tokens[w.rows], counts[w.rows]
         if along and not isinstance(w.rows, slice):
             along = self.along.rows(along, w.rows)
-        w.past.array[:] = self._past[w.rows]
+        before = self._past[w.rows].copy()
+        w.past.set(before)
         if s == 1:
             name, own = "decode", {self._fed: w.token.tensor}
-            w.token.array[...] = tokens
+            w.token.set(tokens)
         else:
-            last = tensor_of(np.maximum(counts - 1, 0))
-            name, own = "prefill", {self._fed: tensor_of(tokens.astype(self._integers, copy=False)), "last": last}
+            last = self._memory.tensor_of(np.maximum(counts - 1, 0))
+            name, own = "prefill", {self._fed: self._memory.tensor_of(tokens.astype(self._integers, copy=False)), "last": last}
         if w.decode is not None and s == 1:
             args = w.decode
         else:
-            own |= {k: tensor_of(x) for k, x in along.items()}
+            own |= {k: self._memory.tensor_of(x) for k, x in along.items()}
             args = self._args(name, {**w.given, "past": w.past.tensor, **own}, w.kept)
         if self._checks[name] or self._late[name] or self._each[name]:
             self._check(name, {**w.others, **along, self._fed: tokens, "past": counts, "last": counts})
         out = self._functions[name](*args)
-        self._written[w.rows] = np.maximum(self._written[w.rows], w.past.array + s)
+        self._written[w.rows] = np.maximum(self._written[w.rows], before + s)
         if self._cut is not None:
-            self._check_cut(array_of(out[self._cut]) & (counts > 0), w)
-        found = array_of(out[self._logits])
+            self._check_cut(self._memory.array_of(out[self._cut]) & (counts > 0), w)
+        found = self._memory.array_of(out[self._logits])
         if (returned := self._returned.get(name)) is None:
             returned = self._returned[name] = self._elsewhere(name, out, w)
         for at, state in returned:
-            self._slots.put(state, w.first, array_of(out[at]), None if counts.all() else counts > 0)
+            self._slots.put(state, w.first, self._memory.array_of(out[at]), None if counts.all() else counts > 0)
         if self._cut is not None and s > 1:  # what they hold depends on each other: none goes without the rest
-            for row, first, n in zip(self._every[w.rows].tolist(), w.past.array.tolist(), counts.tolist()):
+            for row, first, n in zip(self._every[w.rows].tolist(), before.tolist(), counts.tolist()):
                 self._whole[row] += [(first, first + n)] if n > 1 else []
         self._past[w.rows] += counts
         return w, found
@@ -368,8 +368,8 @@ class Session:
             first = 0
         order = self._row[first : first + n].copy()
         others = {k: self._of(order, self._others[k], x) for k, x in self._given.items()}
-        given = {k: tensor_of(x) for k, x in others.items()}
-        past, token = zeros("int64", [n]), zeros(self._integers, [n, 1])
+        given = {k: self._memory.tensor_of(x) for k, x in others.items()}
+        past, token = self._memory.zeros("int64", [n]), self._memory.zeros(self._integers, [n, 1])
         kept = self._slots.tensors(first, n)
         own = {**given, self._fed: token.tensor, "past": past.tensor}
         decode = None if self.along.specs else self._args("decode", own, kept)

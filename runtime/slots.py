@@ -7,24 +7,24 @@ from typing import Any
 
 import numpy as np
 
-from .device import Buffer, zeros
 from .dimensions import extents
 from .interface import State
 
 
 class Slots:
-    """Memory of ``states`` for ``count`` rows. ``capacity``: positions of those that grow; a multiple of ``granule``.
+    """``states`` for ``count`` rows, in ``memory``. ``capacity``: positions of those that grow; a multiple of ``granule``.
 
     ``weights``: by name, among them what states begin as.
     """
 
-    def __init__(self, states: Sequence[State], count: int, granule: int, weights: Mapping[str, Buffer]) -> None:
+    def __init__(self, states: Sequence[State], count: int, granule: int, weights: Mapping[str, Any], memory: Any) -> None:
         self.states, self.count, self.granule = states, count, granule
+        self._memory = memory
         self.capacity = 0
-        self._empty: dict[str, float | Buffer | None] = {
+        self._empty: dict[str, Any] = {
             s.name: weights[s.empty] if isinstance(s.empty, str) else s.empty for s in states
         }
-        self._buffers: dict[str, Buffer] = {}
+        self._buffers: dict[str, Any] = {}
 
     def rounded(self, positions: int) -> int:
         """The least capacity for so many positions."""
@@ -37,7 +37,7 @@ class Slots:
         for s in self.states:
             old = self._buffers.get(s.name)
             if old is None or s.grows:
-                made = zeros(s.dtype, extents(s.shape, {"b": self.count, "c": capacity}))
+                made = self._memory.zeros(s.dtype, extents(s.shape, {"b": self.count, "c": capacity}))
                 if (value := self._empty[s.name]) is not None and value != 0:
                     made.fill(..., value)
                 if old is not None:
@@ -56,9 +56,10 @@ class Slots:
         """Sets the slots from ``first`` on (of these, those that are ``live``) to what an entry returned that did not write
         them in place."""
         s = next(s for s in self.states if s.name == name)
-        array = self._buffers[name].array if s.rows is None else self._buffers[name].array[first : first + len(x)]
-        index: Any = ... if live is None or s.rows is None else live
-        array[index] = x[index]
+        if s.rows is None:
+            self._buffers[name].set(x)
+        else:
+            self._buffers[name].put(first, x, live)
 
     def may_start(self, first: int) -> bool:
         """Whether :meth:`tensors` can begin at this slot."""
@@ -80,7 +81,7 @@ class Slots:
     @property
     def nbytes(self) -> int:
         """Bytes of them all."""
-        return sum(b.memory.nbytes for b in self._buffers.values())
+        return sum(b.nbytes for b in self._buffers.values())
 
     @staticmethod
     def _part(s: State, slots: Any, positions: int | None) -> tuple[Any, ...]:

@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
 
+import numpy as np
+
 from .device import ALIGNMENT, Buffer, allocate, buffer_in, size_of
 from .errors import AGAIN, ArtifactError
 from .interface import TensorSpec
@@ -67,6 +69,16 @@ class Weights:
             s.name: buffer_in(self._memory[at : at + size_of(s.dtype, _shape(s))], s.dtype, _shape(s))
             for s, at in ((s, self._offsets[s.name]) for s in self._specs)
         }
+
+    def arrays(self) -> dict[str, tuple[str, np.ndarray]]:
+        """The element types, and the arrays as bytes where NumPy lacks these, by name."""
+        raw = {"bfloat16": "uint16", "float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}
+        found = {}
+        for s in self._specs:
+            at = self._offsets[s.name]
+            memory = self._memory[at : at + size_of(s.dtype, _shape(s))]
+            found[s.name] = s.dtype, memory.view(raw.get(s.dtype, s.dtype)).reshape(_shape(s))
+        return found
 
     def _fill(self, f: FileIO, into: memoryview) -> None:
         """Reads ``into`` full from where the file is."""

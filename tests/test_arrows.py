@@ -22,7 +22,10 @@ ALLOWED = {
     "wasat": {"ir", "frontend", "passes", "backends", "runtime", "training"},
 }
 """Room -> the rooms that it may import besides itself (DESIGN: the house)."""
-DEPLOYED = {"numpy", "tokenizers", "tvm_ffi", "ml_dtypes", "safetensors", "PIL", "av", "jinja2"}  # the last: media, chat
+DEPLOYED = {
+    "numpy", "tokenizers", "tvm_ffi", "ml_dtypes", "safetensors",
+    "PIL", "av", "jinja2", "wgpu", "pyopencl",  # as extras
+}  # fmt: skip
 """What runtime/, which runs where the compiler is not installed, may import beyond the standard library."""
 LONGEST = 600
 

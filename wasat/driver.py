@@ -155,7 +155,7 @@ def compile(
     model whose cache cannot be derived; ArtifactError for a place that holds something else. Later: IRError for an operation
     that the target lacks.
     """
-    from wasat.backends.tvm.build import build, check_tools
+    from wasat.backends.tvm.build import Library, build, check_tools, plan
     from wasat.backends.tvm.targets import target_named
     from wasat.backends.tvm.weights import write_weights
     from wasat.runtime.artifact import check_destination, write_artifact
@@ -173,7 +173,7 @@ def compile(
         program, quantize=quantize, activation=activation, overrides=overrides, kv_cache=kv_cache, chunk=chunk,
         granule=machine.granule, passes=passes, check=check, progress=progress,
     )  # fmt: skip
-    library = build(optimized, machine, on_progress=progress)
+    library = (build if machine.device is None else plan)(optimized, machine, on_progress=progress)
     if library.left:
         size = sum(map(len, optimized.graphs.values()))
         remarks = [Remark("missed", x.why, x.graph, x.loc) for x in library.left]
@@ -187,10 +187,11 @@ def compile(
 
     def link(path: Path) -> None:
         progress("linking")
+        assert isinstance(library, Library)
         library.export(path)
 
     files: dict[str, Any] = {
-        "model.so": link,
+        **({"model.so": link} if isinstance(library, Library) else library.files()),
         "weights.safetensors": lambda path: write_weights(
             path, library.plan, optimized.load, lambda done, total: progress("packing weights", done, total)
         ),

@@ -9,13 +9,13 @@ from wasat import __version__
 from wasat.ir import DimLike, Graph, Program, check_text, symbol, symbols_of
 
 if TYPE_CHECKING:
-    from wasat.backends.tvm.build import Library
+    from wasat.backends.tvm.build import Library, Planned
     from wasat.backends.tvm.targets import Target
 
 FORMAT = 3
 
 
-def manifest_of(program: Program, library: Library, settings: dict[str, Any]) -> dict[str, Any]:
+def manifest_of(program: Program, library: Library | Planned, settings: dict[str, Any]) -> dict[str, Any]:
     """Everything a runtime must know, the files' hashes aside."""
     from wasat.backends.tvm.ops.indices import given
 

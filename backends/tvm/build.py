@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import os
 import tempfile
@@ -19,10 +20,11 @@ from wasat.ir import Dim, DType, Graph, IRError, Program, WasatError, evaluate_d
 from wasat.ir.dims import Func
 from wasat.ir.evaluate import bind_symbols, hold_checks
 
-from .lower import Begin, Left, WeightPlan, lower_program
+from .lower import Begin, Kernels, Left, WeightPlan, lower_program
 from .ops.cond import EQUAL, hold_equal
 from .ops.indices import OUTSIDE, given, outside
 from .ops.narrow import carried, uncarried
+from .plan.write import Plan, Signature, make_plan
 from .targets import Target
 
 
@@ -46,6 +48,60 @@ class Library:
             self.executable.export_library(str(path.absolute()), **self.target.link_options())
 
 
+@dataclass
+class Planned:
+    """A program compiled to a launch plan before it is written, and the weights it wants."""
+
+    launches: Plan
+    plan: WeightPlan
+    target: Target
+    left: list[Left] = field(default_factory=list)
+    """What the target's kernels left to others."""
+
+    def files(self) -> dict[str, Callable[[Path], Any]]:
+        """What stands for the library in an artifact: a name, and what writes the file."""
+        sources = {"wgsl": "kernels.wgsl", "opencl": "kernels.cl"}
+        assert self.target.device is not None
+        texts = {"plan.json": self.launches.text(), sources[self.target.device.language]: self.launches.source}
+        return {name: functools.partial(Path.write_text, data=text, encoding="ascii") for name, text in texts.items()}
+
+
+def plan(program: Program, target: Target, on_progress: Callable[[str], None] = lambda what: None) -> Planned:
+    """The launch plan of ``program`` for a target whose programs are such.
+
+    Raises IRError for an operation or an element type that the target can neither run nor decompose.
+    """
+    assert target.device is not None
+    on_progress("lowering")
+    kernels, left = Kernels(), list[Left]()
+    module, weights = _lowered(program, target, left, kernels)
+    states = program.interface.state_names
+    signatures = {}
+    for g in program.graphs.values():
+        inputs = [v.name for v in g.inputs]
+        given: list[tuple[Any, str]] = [("input", n) for n in inputs if n not in states]
+        given += [("state", n) for n in states if n in inputs]
+        given += [("weight", a.name) for a in weights.of(g.name)]
+        names = list(g.output_names)
+        signatures[g.name] = Signature(given, [*(n for n in names if n not in states), *(n for n in names if n in states)])
+    on_progress("generating code")
+    return Planned(make_plan(module, signatures, target.tvm, target.device, kernels.nodes), weights, target, left)
+
+
+def _lowered(program: Program, target: Target, left: list[Left], kernels: Kernels | None = None) -> tuple[Any, WeightPlan]:
+    """The lowered module and the weights that it reads; ``left`` receives what the target's kernels left to others."""
+    select = target.kernels(target, program)
+    module, plan = lower_program(
+        program, target.table(), target.state_types(program), lambda g: left.extend(select(g) or ()), target.on_host, kernels
+    )
+    layouts = target.state_layouts(program)
+    for s in program.interface.states:
+        if isinstance(s.empty, str):
+            begin = Begin(s.name, layouts[s.name])
+            plan.layouts[s.empty, begin] = begin.arrays(s.empty, program.params[s.empty].type)
+    return module, plan
+
+
 def check_tools(target: Target) -> None:
     """Raises BuildError, before the long work, for what compiling for ``target`` will miss."""
     if missing := target.missing_tools():
@@ -61,15 +117,8 @@ def build(
     """
     check_tools(target)
     on_progress("lowering")
-    kernels, left = target.kernels(target, program), list[Left]()
-    module, plan = lower_program(
-        program, target.table(), target.state_types(program), lambda g: left.extend(kernels(g) or ()), target.on_host
-    )
-    layouts = target.state_layouts(program)
-    for s in program.interface.states:
-        if isinstance(s.empty, str):
-            begin = Begin(s.name, layouts[s.name])
-            plan.layouts[s.empty, begin] = begin.arrays(s.empty, program.params[s.empty].type)
+    left: list[Left] = []
+    module, plan = _lowered(program, target, left)
     on_progress("generating code")
     with target.scope():
         executable = tvm.compile(

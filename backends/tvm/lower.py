@@ -274,6 +274,18 @@ def plan_weights(graphs: Sequence[Graph], table: Table) -> WeightPlan:
     return plan
 
 
+class Kernels(dict[Any, Any]):
+    """The module's hand-written kernels by description, and its nodes by the labels that variables of the module carry."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nodes: list[Node] = []
+
+    def label(self, node: Node) -> str:
+        self.nodes.append(node)
+        return f"node{len(self.nodes) - 1}_"
+
+
 _OPAQUE = 8
 """The pattern of a function that TVM must not fuse with others."""
 
@@ -291,6 +303,8 @@ class Context:
         self.env: dict[Value, Any] = {}
         self.packed: dict[tuple[Value, Layout], list[relax.Var]] = {}
         self.kernels = kernels
+        self.label = ""
+        """How variables are called: by the node that is emitted, for who reads the module."""
         self.functions: dict[Node, Any] = {}
         """The Relax functions that nodes call."""
         self.views: dict[Any, tuple[Any, dict[tuple[DimLike, ...], Any]]] = {}
@@ -351,7 +365,7 @@ class Context:
 
     # -- emission ------------------------------------------------------------------------------------------------------
     def emit(self, expr: Any, hint: str = "") -> Any:
-        return self.bb.emit(expr, hint)
+        return self.bb.emit(expr, hint or self.label)
 
     def view(self, x: Any, shape: Sequence[DimLike], to: Sequence[DimLike]) -> Any:
         """``x``, which has ``shape``, under another one of as many elements: no copy. A view of a view is one of its source."""
@@ -463,6 +477,8 @@ def _emit_node(ctx: Context, node: Node, table: Table) -> None:
             dtype = v.type.dtype
             wide = "f32" if dtype.is_float else "i32"
             raise IRError(f"{node!r}: compiled programs move {dtype}, and do not compute with it: cast it to {wide}", node.loc)
+    if isinstance(ctx.kernels, Kernels):
+        ctx.label = ctx.kernels.label(node)
     layouts = low.layouts(node)
     operands = [ctx.packed[v, layouts[i]] if i in layouts else ctx.env[v] for i, v in enumerate(node.inputs)]
     try:
@@ -500,16 +516,16 @@ def selected(program: Program, table: Table, select: Select, on_host: bool = Tru
 
 def lower_program(
     program: Program, table: Table, state_types: Mapping[str, TensorType] | None = None,
-    select: Select = lambda graph: None, on_host: bool = True,
+    select: Select = lambda graph: None, on_host: bool = True, kernels: Kernels | None = None,
 ) -> tuple[tvm.IRModule, WeightPlan]:  # fmt: skip
     """A Relax module with one function per graph, and the weights that each of them takes after its inputs and states.
 
-    ``select`` and ``on_host`` are those of :func:`selected`.
+    ``select`` and ``on_host`` are those of :func:`selected`; ``kernels`` receives what is made, and the labels of nodes.
     """
     graphs = selected(program, table, select, on_host)
     plan = plan_weights(graphs, table)
     bb = relax.BlockBuilder()
-    kernels: dict[Any, Any] = {}
+    kernels = Kernels() if kernels is None else kernels
     for g in graphs:
         emit_graph(bb, g, table, plan, program.interface.state_names, kernels, state_types or {})
     return relax.transform.DeadCodeElimination()(bb.finalize()), plan  # views that turned out to have no reader

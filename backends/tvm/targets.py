@@ -25,7 +25,9 @@ from .cpu import states, tir_pipeline
 from .cpu.arch import ARCHES, Arch, arch_here, arch_of
 from .cpu.kernels.cache import GROUP, CacheType
 from .lower import Select, StateLayout, Table
+from .ops.devices import OPENCL_TABLE, WGSL_TABLE
 from .ops.primitives import PRIMITIVES
+from .plan.device import OPENCL, WEBGPU, WEBGPU_F16, Device
 
 
 def host_cpu() -> str:
@@ -64,6 +66,9 @@ class Target:
     """What the code calls beside TVM's runtime: a driver, a device's runtime. They become files of the artifact, and are loaded
     in this order before its code is."""
 
+    device: Device | None = None
+    """What its kernels may use, of a device whose programs are launch plans; None: TVM's virtual machine runs them."""
+
     @property
     def on_host(self) -> bool:
         """Whether its kernels run where they can raise errors."""
@@ -76,7 +81,9 @@ class Target:
 
     def table(self) -> Table:
         """Operation to lowering, of what no kernel does."""
-        return PRIMITIVES
+        if self.device is None:
+            return PRIMITIVES
+        return WGSL_TABLE if self.device.language == "wgsl" else OPENCL_TABLE
 
     def pipeline(self, plan_memory: bool = True) -> Any:
         """The Relax pass pipeline: fusion of elementwise chains included, which tvm.compile's default lacks on CPUs.
@@ -113,6 +120,9 @@ class Target:
 
     def requirements(self) -> dict[str, Any]:
         """The manifest's ``target`` section: what must hold where the artifact is loaded."""
+        if self.device is not None:  # any system with such a device
+            anywhere = {"arch": "", "os": "", "mcpu": None, "features": [], "libraries": []}
+            return {"kind": self.config["kind"], "device": self.name, **anywhere}
         return {
             "kind": self.config["kind"], "device": self.name, "arch": self.arch.name,
             "os": sys.platform if self.arch.here else "linux",
@@ -132,6 +142,8 @@ class Target:
 
     def runtime_files(self) -> list[Path]:
         """The libraries that run the code: all that a machine without the compiler needs."""
+        if self.device is not None:
+            return []
         return [*self.arch.runtime_files(), *self.libraries]
 
 
@@ -176,7 +188,26 @@ def cuda(arch: str = "sm_80") -> Target:
     return Target("cuda", {"kind": "cuda", "arch": arch}, host={"kind": "llvm", "mcpu": "x86-64-v3"})
 
 
-TARGETS: dict[str, Callable[..., Target]] = {"cpu": cpu, "cuda": cuda, "aarch64": aarch64}
+def webgpu(feature: str = "") -> Target:
+    """GPUs through WebGPU, in a browser or outside. ``feature``: ``f16``, for those that compute with it."""
+    if feature not in ("", "f16"):
+        raise IRError(f"webgpu has no feature {feature!r}; there is f16")
+    return _planned("webgpu", WEBGPU_F16 if feature else WEBGPU)
+
+
+def opencl() -> Target:
+    """GPUs and processors through OpenCL 1.2."""
+    return _planned("opencl", OPENCL)
+
+
+def _planned(kind: str, device: Device) -> Target:
+    config = {"kind": kind, "max_num_threads": device.threads, "max_shared_memory_per_block": device.shared}
+    return Target(kind, config, host={"kind": "llvm"}, device=device, needs_compiler=False)
+
+
+TARGETS: dict[str, Callable[..., Target]] = {
+    "cpu": cpu, "cuda": cuda, "aarch64": aarch64, "webgpu": webgpu, "opencl": opencl,
+}  # fmt: skip
 """Functions that make a target. The first parameter is what stands behind the colon of ``name:detail``; ``threads`` and
 ``cache`` are given to those that have such a parameter."""
 
@@ -199,7 +230,8 @@ def maker(name: str) -> Callable[..., Target]:
     others = announced()
     if name not in others:
         names = ", ".join([*TARGETS, *sorted(others)])
-        raise IRError(f"there is no target {name!r}; there are {names} (cpu:MCPU, cuda:ARCH choose a model)")
+        details = "cpu:MCPU, cuda:ARCH choose a model, webgpu:f16 a feature"
+        raise IRError(f"there is no target {name!r}; there are {names} ({details})")
     try:
         made: Callable[..., Target] = others[name].load()
     except Exception as e:  # whatever a foreign module does when it is imported

@@ -25,7 +25,11 @@ R = relax.op
 
 
 # -- order ------------------------------------------------------------------------------------------------------------------
-def _order(ctx: Context, node: Node, x: Any, axis: int, descending: bool) -> Any:
+_LEVELS = 62
+"""Most merges of a row, each of rows twice as long as the one before."""
+
+
+def _order(ctx: Context, node: Node, x: Any, axis: int, descending: bool, levels: int) -> Any:
     """Places of x's elements along the node's axis in sorted order, the axis last: i64 [rows, n]."""
     t = node.inputs[0].tensor
     n = t.shape[axis]
@@ -36,7 +40,8 @@ def _order(ctx: Context, node: Node, x: Any, axis: int, descending: bool) -> Any
     if t.dtype is DType.BOOL or (t.dtype.is_float and t.dtype.bits < 32):
         kind = "int32" if t.dtype is DType.BOOL else "float32"
         rows = ctx.emit(R.astype(rows, kind))
-    gv = ctx.kernel(("order", kind, descending), lambda: _order_kernel(kind, t.dtype.is_float, descending), "order")
+    key = ("order", kind, descending)
+    gv = ctx.kernel(key, lambda: _order_kernel(kind, t.dtype.is_float, descending, levels), "order")
     out = relax.TensorType(ctx.dims(flat), "int64")
     return ctx.emit(relax.TupleGetItem(ctx.call(gv, [rows], [out, out]), 0))
 
@@ -45,7 +50,7 @@ def _last(axis: int, rank: int) -> list[int]:
     return [i for i in range(rank) if i != axis] + [axis]
 
 
-def _order_kernel(dtype: str, is_float: bool, descending: bool) -> Any:
+def _order_kernel(dtype: str, is_float: bool, descending: bool, levels: int) -> Any:
     """Stable merge sort of each row by place; the second output is where it works."""
 
     def before(a: Any, b: Any) -> Any:
@@ -68,7 +73,7 @@ def _order_kernel(dtype: str, is_float: bool, descending: bool) -> Any:
                 at = T.alloc_buffer((2,), "int64", scope="local")
                 for i in T.serial(n):
                     out[r, i] = i
-                for level in T.serial(T.int64(62)):
+                for level in T.serial(T.int64(levels)):
                     width = T.meta_var(T.shift_left(T.int64(1), level))
                     if width < n:
                         for pair in T.serial(T.ceildiv(n, 2 * width)):
@@ -112,14 +117,24 @@ def _picked(ctx: Context, node: Node, x: Any, order: Any, axis: int) -> tuple[An
     return ctx.te(pick, x, places, name="ordered"), places
 
 
-def _sort(ctx: Context, node: Node, x: Any) -> Any:
-    a = Sort.Attrs.of(node)
-    return _picked(ctx, node, x, _order(ctx, node, x, a.axis, a.descending), a.axis)[0]
+def sorted_by(levels: int) -> Callable[..., Any]:
+    """The lowering of sort, for rows of up to 2**levels elements."""
+
+    def lower(ctx: Context, node: Node, x: Any) -> Any:
+        a = Sort.Attrs.of(node)
+        return _picked(ctx, node, x, _order(ctx, node, x, a.axis, a.descending, levels), a.axis)[0]
+
+    return lower
 
 
-def _top_k(ctx: Context, node: Node, x: Any) -> tuple[Any, Any]:
-    a = TopK.Attrs.of(node)
-    return _picked(ctx, node, x, _order(ctx, node, x, a.axis, a.largest), a.axis)
+def top_by(levels: int) -> Callable[..., Any]:
+    """The same of top_k."""
+
+    def lower(ctx: Context, node: Node, x: Any) -> tuple[Any, Any]:
+        a = TopK.Attrs.of(node)
+        return _picked(ctx, node, x, _order(ctx, node, x, a.axis, a.largest, levels), a.axis)
+
+    return lower
 
 
 # -- scatter ------------------------------------------------------------------------------------------------------------------
@@ -211,7 +226,7 @@ def _replaces(node: Node) -> bool:
 
 
 INDEXING: dict[str, Lowering] = {
-    "sort": Lowering(_sort), "top_k": Lowering(_top_k), "scatter": Lowering(_scatter, narrow=_replaces),
+    "sort": Lowering(sorted_by(_LEVELS)), "top_k": Lowering(top_by(_LEVELS)), "scatter": Lowering(_scatter, narrow=_replaces),
     "scatter_along": Lowering(_scatter, narrow=_replaces),
 }  # fmt: skip
 """Operation to lowering."""

@@ -166,3 +166,34 @@ def _lower(ctx: Context, node: Node, *operands: Any) -> list[Any]:
 
 
 SCAN = Lowering(_lower, functions=_functions)
+
+LOOP = "wasat.loop"
+"""The attribute of a function that is called for a range of turns, one at a time, from the last one if its value is 1: for
+who runs loops without recursion."""
+
+
+def _turn(bb: relax.BlockBuilder, node: Node, table: Table, kernels: dict[Any, Any]) -> Any:
+    scan = _Scan(bb, node, table, kernels)
+    turn = scan.function("turn", scan.turn)
+    bb.update_func(turn, bb.get()[turn].with_attr(LOOP, int(bool(scan.attrs.reverse))))
+    return turn
+
+
+def _lower_counted(ctx: Context, node: Node, *operands: Any) -> list[Any]:
+    attrs: Any = node.attrs
+    c = attrs.carries
+    length = node.inputs[c].shape[0] if attrs.slices else attrs.length
+    shapes = [d for v in (*node.inputs, *node.outputs) for d in v.shape]
+    symbols = dict.fromkeys([*symbols_of(shapes), *attrs.symbols])
+    flat = [(v.shape[0], math.prod(v.shape[1:])) for v in node.outputs[c:]]
+    rows = [
+        ctx.emit(R.builtin.alloc_tensor(ctx.shape(f), tvm_dtype(v.tensor.dtype), 0)) for v, f in zip(node.outputs[c:], flat)
+    ]
+    turns = relax.ShapeExpr([tirx.IntImm("int64", 0), ctx.dim(length), *(ctx.symbol(s) for s in symbols)])
+    result = ctx.emit(relax.Call(ctx.functions[node], [turns, *operands[:c], *rows, *operands[c:]]))
+    parts = [ctx.emit(relax.TupleGetItem(result, i)) for i in range(len(node.outputs))]
+    return [*parts[:c], *(ctx.view(x, f, v.shape) for x, f, v in zip(parts[c:], flat, node.outputs[c:]))]
+
+
+COUNTED = Lowering(_lower_counted, functions=_turn)
+"""Scan as one call of the function of a turn."""

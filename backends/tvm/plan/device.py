@@ -1,0 +1,47 @@
+"""What a device can do that kernels are generated for, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Device:
+    """A machine whose kernels a host of ours launches."""
+
+    language: Literal["wgsl", "opencl"]
+    storage: Mapping[str, str] = field(default_factory=dict)
+    """Element types that lie in its memory as elements of another one: a number each."""
+    lacks: frozenset[str] = frozenset()
+    """Element types that it cannot compute with: programs that hold values of them are refused."""
+    integers: int = 64
+    """Bits of its widest integers; wider ones are carried in so many."""
+    threads: int = 256
+    """Most of a workgroup."""
+    shared: int = 16384
+    """Most bytes that a workgroup shares."""
+    buffers: int = 8
+    """Most arrays that a kernel may take."""
+    fused: int = 8
+    """Most that a kernel of several operations takes: larger ones compute more than once what they share."""
+    f16: bool = False
+    """Whether it computes with numbers of 16 bits."""
+
+    def stored(self, dtype: str) -> str:
+        """The element type that lies in memory for ``dtype``."""
+        return self.storage.get(dtype, dtype)
+
+
+_WORDS = {
+    "bool": "int32", "int64": "int32", "int16": "int32", "int8": "int32", "uint16": "uint32", "uint8": "uint32",
+    "bfloat16": "uint32",
+}  # fmt: skip
+
+WEBGPU = Device("wgsl", _WORDS, frozenset({"float64", "uint64", "float16"}), integers=32)
+"""What every browser's WebGPU can: the limits that the standard promises. WGSL has numbers of 32 bits alone."""
+WEBGPU_F16 = Device("wgsl", _WORDS, frozenset({"float64", "uint64"}), integers=32, f16=True)
+"""The same with the feature ``shader-f16``."""
+OPENCL = Device("opencl", {"bool": "int8", "bfloat16": "uint16"}, frozenset({"float16"}), buffers=64)
+"""OpenCL 1.2 with f64, as processors have it; without ``cl_khr_fp16``."""

@@ -1,0 +1,195 @@
+"""A program's launch plan: made from its lowered module, and written as JSON beside the kernels' sources."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import relax
+from tvm.s_tir import dlight as dl
+from wasat.ir import DimLike, IRError, Node
+from wasat.ir.dims import floordiv
+
+from .device import Device
+from .kernels import Kernel, functions
+from .labels import Labels
+from .layout import Layout
+from .relaxed import Reader
+from .sizes import tree
+from .steps import Array, Branch, Check, Copy, Entry, Kind, Loop, Run, Step
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What an entry takes, in order, and the names of what it returns, new values of states under the states' names."""
+
+    given: Sequence[tuple[Kind, str]]
+    returned: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``json``: the plan; ``source``: the kernels, one after the other."""
+
+    json: dict[str, Any]
+    source: str
+
+    def text(self) -> str:
+        """The plan as a file holds it."""
+        return json.dumps(self.json, separators=(",", ":"))
+
+
+def make_plan(
+    module: tvm.IRModule, signatures: Mapping[str, Signature], target: tvm.target.Target, device: Device, nodes: Sequence[Node]
+) -> Plan:
+    """The plan of a lowered module; ``signatures``: of its entries, by name. ``nodes``: those that variables are called by.
+    Raises IRError for what has no kernel there, or whose sizes depend on data."""
+    labels = Labels(nodes)
+    with target, tvm.transform.PassContext(opt_level=3):
+        module = relax.transform.LegalizeOps()(module)
+        module = relax.transform.FoldConstant()(relax.transform.AnnotateTIROpPattern()(module))
+        labels.before(module)
+        module = _fused(module, min(device.fused, device.buffers))
+        labels.after(module)
+        for step in (
+            relax.transform.FuseTIR(), relax.transform.RewriteDataflowReshape(), relax.transform.DeadCodeElimination()
+        ):  # fmt: skip
+            module = step(module)
+    module = _scheduled(module, device)
+    made = functions(module, target, device)
+    reader = Reader(module, made, labels)
+    entries: dict[str, Any] = {}
+    used: dict[str, Kernel] = {}
+    for name, signature in signatures.items():
+        entry = reader.entry(re.sub(r"\W", "_", name), signature.given, signature.returned)
+        written = _Writer(entry, device)
+        entries[name] = written.json
+        used |= written.kernels
+    return _plan(entries, used, reader.constants.arrays, device)
+
+
+def _scheduled(module: tvm.IRModule, device: Device) -> tvm.IRModule:
+    """The module with every kernel's loops bound to threads, by TVM's rules: those that it has for opencl are for phones."""
+    config = {"kind": "webgpu", "max_num_threads": device.threads, "max_shared_memory_per_block": device.shared}
+    with tvm.target.Target(config, host={"kind": "llvm"}), tvm.transform.PassContext(opt_level=3):
+        return dl.ApplyDefaultSchedule(
+            dl.gpu.Matmul(), dl.gpu.GEMV(), dl.gpu.Reduction(), dl.gpu.GeneralReduction(), dl.gpu.Fallback()
+        )(module)
+
+
+def _fused(module: tvm.IRModule, most: int) -> tvm.IRModule:
+    """The module with its operations grouped; groups that take more than ``most`` arrays are made of fewer operations."""
+    for depth in (128, 16, 8, 4, 2):
+        with tvm.transform.PassContext(opt_level=3, config={"relax.FuseOps.max_depth": depth}):
+            module = relax.transform.FuseOps()(module)
+        large = {
+            gv: f for gv, f in module.functions.items()
+            if isinstance(f, relax.Function) and f.attrs and "Primitive" in f.attrs and _arrays(f) > most
+        }  # fmt: skip
+        for gv, f in large.items():
+            module.update_func(gv, f.without_attr("Primitive"))
+        if not large:
+            break
+    return module
+
+
+def _arrays(f: relax.Function) -> int:
+    """How many arrays a group takes and makes."""
+    results = len(f.ret_ty.fields) if isinstance(f.ret_ty, relax.TupleType) else 1
+    return sum(isinstance(p.ty, relax.TensorType) for p in f.params) + results
+
+
+def _plan(
+    entries: dict[str, Any], kernels: Mapping[str, Kernel], constants: Sequence[tuple[str, np.ndarray]], device: Device
+) -> Plan:
+    text, table = "", {}
+    for name, k in kernels.items():
+        start = len(text)
+        text += k.source.strip() + "\n"
+        more = {"threads": list(k.threads), "writes": list(k.writes), "scalars": list(k.scalars)}
+        table[name] = {"at": [start, len(text)], **more}
+    most = max((len(k.writes) for k in kernels.values()), default=0)
+    return Plan({
+        "format": FORMAT, "language": device.language, "storage": dict(device.storage),
+        "needs": {"threads": device.threads, "shared": device.shared, "buffers": most, "f16": device.f16},
+        "kernels": table,
+        "constants": [{"dtype": d, "data": base64.b64encode(np.ascontiguousarray(x).tobytes()).decode()} for d, x in constants],
+        "entries": entries,
+    }, text)  # fmt: skip
+
+
+class _Writer:
+    """One entry as JSON."""
+
+    def __init__(self, entry: Entry, device: Device) -> None:
+        self.device, self.kernels = device, dict[str, Kernel]()
+        self.layout = Layout(entry, self.bytes)
+        self.places: dict[Any, int] = {}
+        self.arrays: list[dict[str, Any]] = []
+        for a, shape in entry.given:
+            self.places[a] = len(self.arrays)
+            self.arrays.append({"kind": a.kind, "name": a.name, **self.tensor(a, shape)})
+        for i, slot in enumerate(self.layout.slots):
+            self.places[i] = len(self.arrays)
+            self.arrays.append({"kind": "scratch", "bytes": tree(slot.size)})
+        steps = [self.step(s) for s in entry.steps]
+        outputs = [{"name": n, "array": self.place(a), **self.tensor(a, shape)} for n, a, shape in entry.outputs]
+        self.json = {
+            "symbols": [{"name": n, "array": i, "axis": axis} for n, i, axis in entry.symbols],
+            "arrays": self.arrays, "steps": steps, "outputs": outputs,
+        }  # fmt: skip
+
+    def tensor(self, a: Array, shape: Sequence[DimLike]) -> dict[str, Any]:
+        return {"dtype": a.dtype, "shape": [tree(d) for d in shape], "bytes": tree(self.bytes(a))}
+
+    def bytes(self, a: Array) -> DimLike:
+        """Its size in memory: whole words of 4 bytes."""
+        size = itemsize(self.device.stored(a.dtype))
+        return a.count * size if size % 4 == 0 else floordiv(a.count * size + 3, 4) * 4
+
+    def place(self, a: Array) -> int:
+        memory = self.layout.memory(a)
+        key: Any = memory
+        if isinstance(memory, Array) and memory.kind == "constant":
+            key = "constant", memory.number
+            if key not in self.places:
+                self.places[key] = len(self.arrays)
+                self.arrays.append({
+                    "kind": "constant", "number": memory.number, "dtype": memory.dtype, "bytes": tree(self.bytes(memory)),
+                })  # fmt: skip
+        return self.places[key]
+
+    def step(self, s: Step) -> dict[str, Any]:
+        match s:
+            case Run():
+                self.kernels[s.kernel.name] = s.kernel
+                arrays = [self.place(a) for a in s.arrays]
+                for i, writes in zip(arrays, s.kernel.writes):
+                    if writes and arrays.count(i) > 1 and self.device.language == "wgsl":
+                        raise IRError(f"{s.kernel.name} would read and write one array under two names")
+                return {
+                    "op": "launch", "kernel": s.kernel.name, "grid": [tree(d) for d in s.grid], "arrays": arrays,
+                    "scalars": [tree(d) for d in s.scalars], "nodes": list(s.label.nodes), "lines": list(s.label.lines),
+                }  # fmt: skip
+            case Copy():
+                return {"op": "copy", "from": self.place(s.source), "to": self.place(s.to), "bytes": tree(self.bytes(s.to))}
+            case Check():
+                return {"op": "check", "left": tree(s.left), "right": tree(s.right), "needs": s.needs, "where": s.where}
+            case Loop():
+                return {"op": "loop", "symbol": s.symbol, "count": tree(s.count), "steps": [self.step(x) for x in s.steps]}
+            case Branch():
+                sides = {k: [self.step(x) for x in steps] for k, steps in (("then", s.then), ("otherwise", s.otherwise))}
+                return {"op": "if", "condition": self.place(s.condition), **sides}
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes of an element."""
+    return {"bfloat16": 2}.get(dtype) or np.dtype(dtype).itemsize
