@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from .device import HostMemory
 from .dimensions import extents
 from .interface import State
 
@@ -17,7 +18,9 @@ class Slots:
     ``weights``: by name, among them what states begin as.
     """
 
-    def __init__(self, states: Sequence[State], count: int, granule: int, weights: Mapping[str, Any], memory: Any) -> None:
+    def __init__(
+        self, states: Sequence[State], count: int, granule: int, weights: Mapping[str, Any], memory: Any = HostMemory
+    ) -> None:
         self.states, self.count, self.granule = states, count, granule
         self._memory = memory
         self.capacity = 0
