@@ -121,7 +121,7 @@ class Target:
     def requirements(self) -> dict[str, Any]:
         """The manifest's ``target`` section: what must hold where the artifact is loaded."""
         if self.device is not None:  # any system with such a device
-            anywhere = {"arch": "", "os": "", "mcpu": None, "features": [], "libraries": []}
+            anywhere: dict[str, Any] = {"arch": "", "os": "", "mcpu": None, "features": [], "libraries": []}
             return {"kind": self.config["kind"], "device": self.name, **anywhere}
         return {
             "kind": self.config["kind"], "device": self.name, "arch": self.arch.name,
