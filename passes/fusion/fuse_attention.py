@@ -11,15 +11,12 @@ from wasat.ir import Builder, DimLike, DType, Graph, Node, Value, equal, less_eq
 from wasat.ir.ops.attention import AttentionAttrs, mask_and_sink
 from wasat.ir.ops.shape import Pad
 
-from ..analyses.factors import Atom, View, arrange, product, scaling, trivial, view_of
+from ..analyses.factors import product, scaling
 from ..analyses.mask import FINITE_FILL, LEAST_FILL, Mask, analyze, hidden_by, is_fill
 from ..core import GraphPass, Remarks
 from ..pattern import erase_dead, number_of, replace
+from .heads import MaskPart, Miss, check_masks, emit_mask, operands
 from .sinks import Logits, Weights, drops, weights
-
-
-class Miss(Exception):
-    """The guard that failed."""
 
 
 @dataclass
@@ -106,7 +103,7 @@ def _passes(node: Node) -> bool:
     a, b = node.inputs[0].shape, node.output.shape
     if len(a) < 2 or len(b) < 2 or any(equal(x, y) is not True for x, y in zip(a[-2:], b[-2:])):
         return False
-    return len(a) > 2 and len(b) > 2 and equal(a[0], b[0]) is True
+    return len(a) > 2 and len(b) > 2
 
 
 def _reaches_product(v: Value, depth: int = 12) -> bool:
@@ -365,48 +362,6 @@ def _complement(v: Value) -> tuple[Value, bool]:
     return v, keep
 
 
-@dataclass
-class _Heads:
-    """Keys or values: the view, and its atoms by meaning."""
-
-    view: View
-    batch: list[Atom]
-    heads: list[Atom]
-    rows: list[Atom]
-    columns: list[Atom]
-
-    def arranged(self, b: Builder, transposed: bool) -> Value:
-        """[batch, position, head, feature]."""
-        positions, features = (self.columns, self.rows) if transposed else (self.rows, self.columns)
-        return arrange(b, self.view, (self.batch, positions, self.heads, features))
-
-
-def _operand(v: Value, lead: Sequence[DimLike], what: str, scales: bool) -> _Heads:
-    """An operand [*lead, rows, columns] of a batched matrix product: its heads, repetitions taken away."""
-    view = view_of(v, scales)
-    if what == "q" and any(a.broadcast for axis in view.axes for a in axis):
-        view = trivial(v)
-    extra = len(lead) - (len(v.shape) - 2)
-    axes: list[list[Atom]] = []
-    for i, d in enumerate(lead):
-        own = view.axes[i - extra] if i >= extra else []
-        missing = d != 1 and (i < extra or v.shape[i - extra] == 1)
-        axes.append([Atom(d, broadcast=True)] if missing else own)
-    batch, heads = (axes[0] if axes else []), [a for axis in axes[1:] for a in axis]
-    rows, columns = view.axes[-2], view.axes[-1]
-    if any(a.broadcast for a in batch):
-        raise Miss(f"%{v.name} ({what}) broadcasts over the batch")
-    if any(a.broadcast for a in (*rows, *columns)):
-        raise Miss(f"%{v.name} ({what}) broadcasts over positions or features")
-    data = [i for i, a in enumerate(heads) if not a.broadcast]
-    if data and data != list(range(len(data))):
-        groups = product([heads[i] for i in data])
-        raise Miss(f"%{v.name} ({what}): query head i reads head i mod {groups}, where attention takes consecutive ones")
-    if what == "q" and len(data) != len(heads):
-        raise Miss(f"%{v.name} (q) broadcasts over heads")
-    return _Heads(view, batch, heads[: len(data)], rows, columns)
-
-
 def _guarded(graph: Graph, y: Value) -> Node | None:
     """The node of select(isnan(y), 0, y), where nothing else uses y: a query that sees nothing gives 0, as in the operation."""
     choice = next((n for n in y.users if n.op.name == "select" and n.inputs[2] is y), None)
@@ -445,37 +400,45 @@ def _fuse(graph: Graph, w: Weights) -> Value:
     lead, out = s.product.output.shape[:-2], last.output
     if not lead or len(out.shape) < 3:
         raise Miss("scores without a batch axis")
-    if equal(lead[0], out.shape[0]) is not True:
-        raise Miss(f"the batch is {lead[0]} in the scores and {out.shape[0]} in the result")
-    q = _operand(s.product.inputs[0], lead, "q", True)
-    k = _operand(s.product.inputs[1], lead, "k", True)
-    v = _operand(last.inputs[1], out.shape[:-2], "v", False)
+    q, k, v, apart = operands(s.product, last)
     if equal(product(k.heads), product(v.heads)) is not True:
         raise Miss(f"{product(k.heads)} key heads and {product(v.heads)} value heads")
     dtypes = {x.view.base.tensor.dtype for x in (q, k, v)}
     if len(dtypes) != 1:
         raise Miss(f"q, k and v are {', '.join(str(x.view.base.tensor.dtype) for x in (q, k, v))}")
-    mask = _mask_parts(s)
+    masks = [MaskPart(v, s.met[v], negate=n) for v, n in s.mask.operands]
+    masks += [MaskPart(v, s.met[v], factor=f) for v, f in s.additive]
+    check_masks(masks, s.product.output, q, apart)
     sinks = Logits.of(w.sinks, w.scores.shape[:-2])
+    if apart and (s.per_head or any(isinstance(x, Value) for x in w.sinks)):
+        raise Miss("what is one for each head meets heads that share an axis with rows")
     if isinstance(sinks, str):
         raise Miss(sinks)
     b = Builder(graph, before=last, loc=w.node.loc)
-    operands = [q.arranged(b, False), k.arranged(b, True), v.arranged(b, False)]
+    given = [q.arranged(b, False), k.arranged(b, True), v.arranged(b, False)]
     for m in s.per_head:
         rows, heads = ((1,) * (4 - len(m.shape)) + tuple(m.shape))[:2]
-        operands[0] = b.mul(operands[0], b.reshape(m, shape=(rows, 1, heads, 1)))
-    if mask:
-        operands.append(_emit_mask(b, mask, operands[0].tensor.dtype))
+        given[0] = b.mul(given[0], b.reshape(m, shape=(rows, 1, heads, 1)))
+    if masks:
+        given.append(emit_mask(b, masks, given[0].tensor.dtype, q))
     if sinks.parts:
-        operands.append(sinks.emit(b, operands[0].shape[2], DType.F64 if DType.F64 in dtypes else DType.F32))
+        given.append(sinks.emit(b, given[0].shape[2], DType.F64 if DType.F64 in dtypes else DType.F32))
     y = b.attention(
-        *operands, scale=s.scale * q.view.scale * k.view.scale, causal=s.mask.causal, window=s.mask.window, softcap=s.softcap,
+        *given, scale=s.scale * q.view.scale * k.view.scale, causal=s.mask.causal, window=s.mask.window, softcap=s.softcap,
         sink=bool(sinks.parts), name="attention",
     )  # fmt: skip
     n, rows, heads, width = out.shape[0], out.shape[-2], out.shape[1:-2], out.shape[-1]
-    r = len(heads)
-    z = b.reshape(y, shape=(n, rows, *heads, width))
-    z = b.transpose(z, perm=(0, *range(2, 2 + r), 1, 2 + r))
+    if apart:
+        order = [*q.batch, *q.heads]
+        z = b.reshape(y, shape=(*(a.size for a in q.batch), rows, *(a.size for a in q.heads), width))
+        place = {id(a): i + (i >= len(q.batch)) for i, a in enumerate(order)}
+        lead_atoms = [place[id(a)] for axis in q.lead for a in axis]
+        z = b.transpose(z, perm=(*lead_atoms, len(q.batch), len(order) + 1))
+        z = b.reshape(z, shape=out.shape)
+    else:
+        r = len(heads)
+        z = b.reshape(y, shape=(n, rows, *heads, width))
+        z = b.transpose(z, perm=(0, *range(2, 2 + r), 1, 2 + r))
     graph.replace_uses(out, z)
     erase_dead(graph, last)
     return y
@@ -505,58 +468,10 @@ def _read_mask(graph: Graph, node: Node, remarks: Remarks) -> bool:
         return False
     b = Builder(graph, before=node, loc=node.loc)
     if found.operands and not rest:
-        rest = [_emit_mask(b, [_MaskPart(m, shape, negate=n) for m, n in found.operands], q.tensor.dtype)]
+        rest = [emit_mask(b, [MaskPart(m, shape, negate=n) for m, n in found.operands], q.tensor.dtype)]
     rest += [] if sink is None else [sink]
     y = graph.add_node(node.op, [q, k, v, *rest], dataclasses.replace(a, causal=found.causal, window=found.window), before=node,
                        loc=node.loc).output  # fmt: skip
     remarks.applied(_describe(y), y)
     replace(graph, node.output, y)
     return True
-
-
-@dataclass
-class _MaskPart:
-    """One mask that stays data: boolean (perhaps negated) or additive (times a number); ``shape``: of the scores."""
-
-    value: Value
-    shape: tuple[DimLike, ...]
-    negate: bool = False
-    factor: float = 1.0
-
-
-def _mask_parts(s: _Scores) -> list[_MaskPart]:
-    """The masks that stay data, checked; nothing is emitted yet."""
-    parts = [_MaskPart(v, s.met[v], negate=n) for v, n in s.mask.operands]
-    parts += [_MaskPart(v, s.met[v], factor=f) for v, f in s.additive]
-    dtype = s.product.output.tensor.dtype
-    for p in parts:
-        shape = p.shape
-        own = (1,) * (len(shape) - len(p.value.shape)) + tuple(p.value.shape)
-        heads = own[1:-2]
-        if any(d != 1 for d in heads) and any(equal(a, c) is not True for a, c in zip(heads, shape[1:-2])):
-            raise Miss(f"the mask %{p.value.name} is broadcast over some of the axes that make up the heads")
-        if p.value.tensor.dtype.is_float and p.value.tensor.dtype is not dtype:
-            raise Miss(f"the mask %{p.value.name} is {p.value.tensor.dtype}, queries and keys are {dtype}")
-    return parts
-
-
-def _emit_mask(b: Builder, parts: list[_MaskPart], dtype: DType) -> Value:
-    """One operand, [batch | 1, heads | 1, queries | 1, keys | 1]."""
-    keep: Value | None = None
-    total: Value | None = None
-    for p in parts:
-        own = (1,) * (len(p.shape) - len(p.value.shape)) + tuple(p.value.shape)
-        heads: DimLike = 1
-        for d in own[1:-2]:
-            heads = heads * d
-        m = b.reshape(p.value, shape=(own[0], heads, *own[-2:]))
-        if p.value.tensor.dtype.is_float:
-            m = m if p.factor == 1.0 else b.mul(m, p.factor)
-            total = m if total is None else b.add(total, m)
-        else:
-            m = b.logical_not(m) if p.negate else m
-            keep = m if keep is None else b.logical_and(keep, m)
-    if total is None:
-        assert keep is not None
-        return keep
-    return total if keep is None else b.select(keep, total, b.constant(float("-inf"), dtype))
