@@ -14,6 +14,8 @@ from wasat.ir import Generation, Origin, Program, TensorType
 
 from .chat import chat_texts
 from .models import FAMILIES, ConfigError, Fields
+from .sentence import BACKBONES, is_embedder
+from .sentence import load as load_embedder
 from .weights.quantized import method_of, older_config, read_as_stored, read_quantized
 from .weights.safetensors import CheckpointError, FileParam, Stored, match, read_folder, read_json
 
@@ -28,7 +30,8 @@ _IDS = {
 
 
 def from_pretrained(folder: str | Path) -> Program:
-    """The program of a model folder: graph ``forward(tokens i64[b, s]) -> logits f32[b, s, vocab]``.
+    """The program of a model folder: graph ``forward(tokens i64[b, s]) -> logits f32[b, s, vocab]``; of a model that embeds
+    texts or scores pairs of them, what :mod:`wasat.frontend.sentence` makes.
 
     Parameters are memory-mapped and converted to f32 one at a time, when loaded; their names are the checkpoint's. Of a
     quantized checkpoint (:mod:`.weights.methods`) weights stay in the integers, scales and zero points that it has.
@@ -40,6 +43,8 @@ def from_pretrained(folder: str | Path) -> Program:
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; give the folder that holds config.json")
+    if is_embedder(folder):
+        return load_embedder(folder)
     config = older_config(folder, read_json(folder / "config.json"))
     method = method_of(config, str(folder / "config.json"))
     module, program = _traced(folder / "config.json", config)
@@ -86,9 +91,10 @@ def build(fields: Fields) -> tuple[str, nn.Module]:
     """The family's name and the module that a configuration describes."""
     kind = fields.take("model_type", str)
     if kind not in FAMILIES:
-        near = difflib.get_close_matches(kind, FAMILIES, 1)
+        known = dict.fromkeys([*FAMILIES, *BACKBONES])
+        near = difflib.get_close_matches(kind, known, 1)
         raise fields.fail(
-            f"model_type {kind!r} is not supported; supported are {', '.join(FAMILIES)}"
+            f"model_type {kind!r} is not supported; supported are {', '.join(known)}"
             + (f" (nearest: {near[0]})" if near else "")
         )
     fields.take("quantization_config", dict, None)

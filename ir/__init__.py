@@ -21,7 +21,7 @@ from .dims import (
 from .errors import DimError, IRError, Loc, NotDifferentiable, ParseError, TypeMismatch, VerifyError, WasatError
 from .evaluate import bind_symbols, evaluate, run_node
 from .graph import ArrayParam, DerivedParam, Graph, Node, ParamSource, Value, copy_node
-from .interface import Encoder, Generation, Head, Interface, Media, Origin, State
+from .interface import Embedder, Encoder, Generation, Head, Interface, Media, Origin, State
 from .op import OPS, Attrs, Body, ErrorSample, Literal, Op, Sample, op_named, register
 from .parser import parse, parse_program, parse_type
 from .printer import graph_text, interface_text, node_text
@@ -31,10 +31,10 @@ from .verify import verify
 
 __all__ = [
     "OPS", "Array", "ArrayParam", "Attrs", "BlockArray", "Body", "Builder", "DType", "DerivedParam", "Dim", "DimError",
-    "DimLike", "Encoder", "ErrorSample", "Generation", "Graph", "Head", "IRError", "Interface", "Literal", "Loc", "Media",
-    "Node", "NotDifferentiable", "Op", "Origin", "ParamSource", "ParseError", "Program", "QArray", "QTensorType", "Sample",
-    "State", "TensorType", "Type", "TypeMismatch", "Value", "VerifyError", "WasatError", "bind_symbols", "build",
-    "check_text", "copy_node", "equal", "evaluate", "evaluate_dim", "graph_text", "interface_text", "less_equal", "maximum",
-    "minimum", "node_text", "op_named", "ops", "parse", "parse_dim", "parse_program", "parse_type", "register",
-    "require_equal", "run_node", "solve", "substitute", "symbol", "symbols_of", "type_of", "verify",
+    "DimLike", "Embedder", "Encoder", "ErrorSample", "Generation", "Graph", "Head", "IRError", "Interface", "Literal",
+    "Loc", "Media", "Node", "NotDifferentiable", "Op", "Origin", "ParamSource", "ParseError", "Program", "QArray",
+    "QTensorType", "Sample", "State", "TensorType", "Type", "TypeMismatch", "Value", "VerifyError", "WasatError",
+    "bind_symbols", "build", "check_text", "copy_node", "equal", "evaluate", "evaluate_dim", "graph_text", "interface_text",
+    "less_equal", "maximum", "minimum", "node_text", "op_named", "ops", "parse", "parse_dim", "parse_program", "parse_type",
+    "register", "require_equal", "run_node", "solve", "substitute", "symbol", "symbols_of", "type_of", "verify",
 ]  # fmt: skip

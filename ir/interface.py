@@ -157,6 +157,18 @@ class Head(_Section):
 
 
 @dataclass(frozen=True)
+class Embedder(_Section):
+    """A model of whole texts: its entry takes ``tokens`` i64[b, s], padded on the right with ``pad``, and ``lengths`` i64[b];
+    perhaps ``types`` i64[b, s], 1 for a second text, and ``skip`` i64[b], first tokens that are not pooled. It returns a row
+    for each text, or with ``pairs`` for each pair of texts. ``limit``: most tokens of a text."""
+
+    entry: str
+    pairs: bool = False
+    limit: int | None = None
+    pad: int = 0
+
+
+@dataclass(frozen=True)
 class Interface(_Section):
     """What whoever runs a program must know beside its graphs.
 
@@ -175,6 +187,7 @@ class Interface(_Section):
     cut: str = ""
     generation: Generation | None = None
     media: Media | None = None
+    embedder: Embedder | None = None
     heads: tuple[Head, ...] = ()
     states: tuple[State, ...] = ()
 

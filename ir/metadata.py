@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 from .errors import IRError
-from .interface import Encoder, Generation, Head, Media
+from .interface import Embedder, Encoder, Generation, Head, Media
 
 if TYPE_CHECKING:
     from .program import Program
@@ -74,6 +74,8 @@ def _plain(key: str, value: Any) -> Any:
         for e in value.encoders:
             encoders[e.kind] = {k: v for k, v in dataclasses.asdict(e).items() if k != "kind" and v is not None}
         return {"vocab": value.vocab, "dim": value.dim, **encoders, **({"seen": True} if value.seen else {})}
+    if key == "embedder":
+        return dataclasses.asdict(value)
     if key == "heads":
         return {h.name: {"entry": h.entry, "of": h.of} for h in value}
     return [dataclasses.asdict(s) for s in value] if key == "states" else value
@@ -87,6 +89,8 @@ def _typed(key: str, value: Any) -> Any:
         if key == "media" and isinstance(value, Mapping):
             own = {k: v for k, v in value.items() if not isinstance(v, Mapping)}
             return Media(**own, encoders=tuple(Encoder(kind=k, **v) for k, v in value.items() if isinstance(v, Mapping)))
+        if key == "embedder" and isinstance(value, Mapping):
+            return Embedder(**value)
         if key == "heads" and isinstance(value, Mapping):
             return tuple(Head(name=k, **v) for k, v in value.items())
     except TypeError as e:

@@ -19,7 +19,7 @@ import numpy as np
 from .dims import Dim, DimError, DimLike, floordiv, maximum, minimum, mod, symbol
 from .errors import IRError, Loc, ParseError
 from .graph import Graph, Value
-from .interface import Encoder, Generation, Head, Interface, Media, State
+from .interface import Embedder, Encoder, Generation, Head, Interface, Media, State
 from .op import Body, Literal, op_named
 from .printer import SUBSECTIONS
 from .program import Program
@@ -478,14 +478,15 @@ class _Parser:
         return dataclasses.replace(
             found.get("model", [Interface()])[0], generation=found.get("generation", [None])[0],
             media=dataclasses.replace(media, encoders=encoders) if media else None,
-            heads=tuple(found.get("head", ())), states=tuple(found.get("state", ())),
+            embedder=found.get("embedder", [None])[0], heads=tuple(found.get("head", ())), states=tuple(found.get("state", ())),
         )  # fmt: skip
 
 
 _SECTIONS: dict[str, type[Any]] = {
-    "model": Interface, "generation": Generation, "media": Media, "encoder": Encoder, "head": Head, "state": State,
+    "model": Interface, "generation": Generation, "media": Media, "encoder": Encoder,
+    "embedder": Embedder, "head": Head, "state": State,
 }  # fmt: skip
-_ONCE = ("model", "generation", "media")
+_ONCE = ("model", "generation", "media", "embedder")
 
 
 def parse(text: str, file: str = "<text>") -> Graph:

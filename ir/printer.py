@@ -150,10 +150,11 @@ def interface_text(interface: Interface) -> str:
     sections += [("generation", interface.generation)] if interface.generation else []
     if media is not None:
         sections += [("media", media), *(("encoder", e) for e in media.encoders)]
+    sections += [("embedder", interface.embedder)] if interface.embedder else []
     sections += [*(("head", h) for h in interface.heads), *(("state", s) for s in interface.states)]
     lines = [f"  {word} {attrs_text(x, skip=SUBSECTIONS) or '{}'}" for word, x in sections]
     return "" if lines == ["  model {}"] else "\n".join(["interface {", *lines, "}", ""])
 
 
-SUBSECTIONS = ("generation", "media", "heads", "states", "encoders")
+SUBSECTIONS = ("generation", "media", "embedder", "heads", "states", "encoders")
 """Fields that are sections of their own."""

@@ -79,6 +79,7 @@ def verify_interface(program: Program) -> None:
     interface = program.interface
     entries = [(f"head {h.name}", h.entry) for h in interface.heads]
     entries += [(f"the {e.kind} encoder", e.entry) for e in interface.media.encoders] if interface.media else []
+    entries += [("the embedder", interface.embedder.entry)] if interface.embedder else []
     for what, entry in entries:
         if entry not in program.graphs:
             raise VerifyError(f"{what} is the entry @{entry}, which the program does not have")

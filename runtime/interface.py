@@ -120,6 +120,18 @@ class Head:
 
 
 @dataclass(frozen=True)
+class Embedder:
+    """A model of whole texts: ``entry`` takes ``tokens``, padded on the right with ``pad``, and ``lengths``; perhaps ``types``,
+    1 for a second text, and ``skip``, first tokens that are not pooled. It returns a row for each text, or each pair."""
+
+    entry: str
+    pairs: bool
+    limit: int | None
+    """Most tokens of a text."""
+    pad: int
+
+
+@dataclass(frozen=True)
 class Interface:
     """All of it."""
 
@@ -135,6 +147,7 @@ class Interface:
     """The input that tokens come in by."""
     generation: Generation
     media: Media | None
+    embedder: Embedder | None
     heads: tuple[Head, ...]
     states: tuple[State, ...]
     cut: str = ""
@@ -158,12 +171,13 @@ def read_tensor(f: Fields) -> TensorSpec:
 def read_interface(top: Fields) -> Interface:
     """The sections ``interface``, ``limits`` and ``states`` of a manifest."""
     f, limits = top.section("interface"), top.section("limits")
-    generation, media = f.optional("generation"), f.optional("media")
+    generation, media, embedder = (f.optional(k) for k in ("generation", "media", "embedder"))
     return Interface(
         f.get("name", str), limits.get("context", int, optional=True), limits.get("chunk", int, optional=True),
         limits.get("granule", int),
         f.get("vocab", int, optional=True), f.get("tokens", str), _generation(generation) if generation else Generation(),
-        _media(media) if media else None, tuple(map(_head, f.sections("heads"))), tuple(map(_state, top.sections("states"))),
+        _media(media) if media else None, _embedder(embedder) if embedder else None,
+        tuple(map(_head, f.sections("heads"))), tuple(map(_state, top.sections("states"))),
         f.get("cut", str, optional=True) or "",
     )  # fmt: skip
 
@@ -172,6 +186,10 @@ def _generation(f: Fields) -> Generation:
     return Generation(
         f.get("bos", int, optional=True), tuple(f.items("eos", int, optional=True)), f.get("pad", int, optional=True)
     )
+
+
+def _embedder(f: Fields) -> Embedder:
+    return Embedder(f.get("entry", str), f.flag("pairs"), f.get("limit", int, optional=True), f.get("pad", int))
 
 
 def _media(f: Fields) -> Media:
@@ -226,6 +244,15 @@ def check_interface(m: Interface, inputs: Mapping[str, Sequence[str]]) -> None:
         for need in KINDS[e.kind].needs:
             if getattr(e, need) is None:
                 raise ArtifactError(f"manifest.json: the {e.kind} encoder {e.entry} has no {need}; {AGAIN}")
+    if m.embedder:
+        takes = inputs.get(m.embedder.entry, ())
+        if not {"tokens", "lengths"} <= set(takes) <= {"tokens", "lengths", "types", "skip"}:
+            raise ArtifactError(
+                f"manifest.json: the embedder's entry {m.embedder.entry} takes {', '.join(takes) or 'nothing'}, not tokens and "
+                f"lengths; {AGAIN}"
+            )
+        if m.embedder.limit is not None and m.embedder.limit < 1:
+            raise ArtifactError(f"manifest.json: embedder.limit is {m.embedder.limit}; it must be at least 1; {AGAIN}")
     for h in m.heads:
         given = set(inputs.get(h.entry, ()))
         text = h.of == "text" and {"tokens", "last"} <= given <= {"tokens", "last", "media", "seen"}

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, overload
 
 import numpy as np
 
 from .artifact import TOKENIZER
 from .chat import Chat, Reply
+from .embedding import Texts
 from .engine import Engine, start
 from .errors import AGAIN, ArtifactError, InputError, ModelError
 from .generate import Generation, generate
@@ -98,15 +99,46 @@ class Model:
         """What :meth:`chat` uses: templates, and the caches that it keeps."""
         return Chat(self)
 
-    def embed(self, media: Media | Path) -> np.ndarray:
-        """The rows f32[t, dim] that the model's encoder makes of a picture, sound or video, or of a file of one.
+    @overload
+    def embed(self, given: str | Media | Path, *, prompt: str | None = None, batch: int = 32) -> np.ndarray: ...
+    @overload
+    def embed(self, given: Sequence[str], *, prompt: str | None = None, batch: int = 32) -> np.ndarray: ...
+
+    def embed(self, given: Any, *, prompt: str | None = None, batch: int = 32) -> np.ndarray:
+        """Of a model that embeds texts, the embeddings f32[n, dim] of a list of them, or f32[dim] of one.
+
+        ``prompt``: what comes before each text, by its name in the model's configuration, or itself; default: the model's
+        own. ``batch``: most texts of one call; they are sorted by length, so that a call takes at most a tenth more than its
+        texts one by one. A text longer than the model takes is cut. An embedding does not depend on the texts beside it, up to
+        the rounding of differently shaped products. Raises InputError for what is no text, and for a model that embeds none.
+
+        Of a model that takes media, the rows f32[t, dim] that its encoder makes of a picture, sound or video, or of a file of
+        one (a Path).
 
         Rows of several make the input ``media`` of :meth:`Session.encode`; the token for row r of it is vocab + r. Raises
         MediaError for what cannot be read, InputError for a kind that the model was not made for.
         """
-        entry, arrays = self._decoded(media)[1:]
+        if isinstance(given, str):
+            return np.asarray(self.texts.embed([given], prompt, batch)[0])
+        if not isinstance(given, (Path, Media)):
+            return self.texts.embed(given, prompt, batch)
+        entry, arrays = self._decoded(given)[1:]
         (rows,) = self.run(entry, **arrays).values()
         return rows
+
+    def score(self, pairs: Sequence[tuple[str, str]], *, batch: int = 32) -> np.ndarray:
+        """The scores that a reranker gives pairs of texts, (query, document): f32[n], or f32[n, labels] of several labels.
+
+        They are what sentence-transformers' CrossEncoder predicts: of one label its probability, unless the model's
+        configuration says that it is the logit. ``batch`` is as of :meth:`embed`. Raises InputError for what is no pair, and
+        for a model that scores none.
+        """
+        return self.texts.score(pairs, batch)
+
+    @cached_property
+    def texts(self) -> Texts:
+        """What :meth:`embed` and :meth:`score` use."""
+        return Texts(self)
 
     def classify(self, head: str, inputs: Sequence[Prompt | Media | Path]) -> np.ndarray:
         """The probabilities f32[n, classes] that the classification head ``head`` gives each of ``inputs``.

@@ -19,6 +19,7 @@ class Tokenizer:
     """The tokenizer of one ``tokenizer.json``. Raises ArtifactError if it cannot be read."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         try:
             from tokenizers import Tokenizer as Library
         except ImportError:

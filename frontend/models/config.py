@@ -122,6 +122,10 @@ class Fields:
         if value is not None and value != neutral:
             raise self.fail(f"{name} is {brief(value)}: {why}")
 
+    def ignore(self, *names: str) -> None:
+        """Takes fields that have no effect here."""
+        self._taken.update(names)
+
     def finish(self, what: str) -> None:
         """Refuses every field that ``what`` has not taken, unless it is null or at its neutral value."""
         left = {k: v for k, v in self.config.items() if k not in self._taken}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from wasat.frontend import nn
 
 from .config import MOST_LAYERS, MOST_POSITIONS, Fields, attention_heads, layer_types, rope, rope_dictionaries
+from .encoders import near, seen
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Options:
     logit_softcap: float | None
     window: int | None
     types: Sequence[str]
+    causal: bool = True
+    """Else every token sees the whole text, in sliding layers as far as the window reaches on both sides."""
 
 
 class DecoderLayer(nn.Module):
@@ -36,7 +39,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, o: Options, window: int | None, rope: nn.RoPE) -> None:
         self.self_attn = nn.Attention(
             o.dim, o.heads, o.kv_heads, o.head_dim, window=window, scale=o.scale, qk_norm=o.eps,
-            norm_offset=1.0, bias=o.bias, out_bias=o.bias, rope=rope,
+            norm_offset=1.0, bias=o.bias, out_bias=o.bias, rope=rope, causal=o.causal,
         )  # fmt: skip
         self.mlp = nn.GLU(o.dim, o.hidden, o.act)
         self.input_layernorm = nn.RMSNorm(o.dim, o.eps, offset=1.0)
@@ -44,8 +47,8 @@ class DecoderLayer(nn.Module):
         self.pre_feedforward_layernorm = nn.RMSNorm(o.dim, o.eps, offset=1.0)
         self.post_feedforward_layernorm = nn.RMSNorm(o.dim, o.eps, offset=1.0)
 
-    def __call__(self, x: nn.Tensor, positions: nn.Tensor) -> nn.Tensor:
-        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), positions))
+    def __call__(self, x: nn.Tensor, positions: nn.Tensor, keep: nn.Mask = True) -> nn.Tensor:
+        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), positions, keep))
         out: nn.Tensor = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
         return out
 
@@ -57,15 +60,22 @@ class Decoder(nn.Module):
         self.scale = o.dim**0.5
         self.embed_tokens = nn.Embedding(o.vocab, o.dim)
         self.layers = nn.ModuleList(
-            [DecoderLayer(o, o.window if t == "sliding_attention" else None, ropes[t]) for t in o.types]
+            [DecoderLayer(o, o.window if t == "sliding_attention" and o.causal else None, ropes[t]) for t in o.types]
         )
+        self.dim = o.dim
+        self.reach = [o.window if t == "sliding_attention" else None for t in o.types]
+        """How far each layer sees to both sides, less one, where it sees what comes after."""
         self.norm = nn.RMSNorm(o.dim, o.eps, offset=1.0)
 
-    def __call__(self, tokens: nn.Tensor) -> nn.Tensor:
+    def __call__(self, tokens: nn.Tensor, lengths: nn.Tensor | None = None) -> nn.Tensor:
+        """``lengths`` i64[b] of the texts, of a model that sees what comes after."""
         positions = nn.positions(tokens)
         x = self.embed_tokens(tokens) * self.scale
-        for layer in self.layers:
-            x = layer(x, positions)
+        keep: dict[int | None, nn.Tensor] = {}
+        if lengths is not None:
+            keep = {w: seen(tokens, lengths) if w is None else near(tokens, lengths, w - 1) for w in dict.fromkeys(self.reach)}
+        for layer, reach in zip(self.layers, self.reach):
+            x = layer(x, positions, keep[reach] if keep else True)
         out: nn.Tensor = self.norm(x)
         return out
 
@@ -87,25 +97,29 @@ class Gemma3(nn.Module):
         return logits if self.softcap is None else nn.tanh(logits / self.softcap) * self.softcap
 
 
-def gemma3_text(fields: Fields) -> Gemma3:
-    """``model_type: gemma3_text``."""
+def gemma3_text(fields: Fields, causal: bool = True) -> Gemma3:
+    """``model_type: gemma3_text``; if not ``causal``, as EmbeddingGemma is."""
     layers = fields.size("num_hidden_layers", most=MOST_LAYERS)
     context = fields.size("max_position_embeddings", most=MOST_POSITIONS)
     heads, kv_heads = attention_heads(fields)
     head_dim = fields.size("head_dim")
-    fields.refuse("use_bidirectional_attention", False, "only causal Gemma 3 is implemented")
+    if causal:
+        fields.refuse("use_bidirectional_attention", False, "only causal Gemma 3 writes text; others embed it")
+    fields.ignore("use_bidirectional_attention")
     why = "the reference implementation declares it for Gemma 3 and never applies it, so what is meant is unclear; use null"
     fields.refuse("attn_logit_softcapping", None, why)
     fields.take("_sliding_window_pattern", int, None)  # written by transformers, read by nothing
     period = fields.size("sliding_window_pattern", 6)
     default = ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(layers)]
+    window = fields.window(4096)
     options = Options(
         vocab=fields.size("vocab_size"), dim=fields.size("hidden_size"), hidden=fields.size("intermediate_size"),
         heads=heads, kv_heads=kv_heads, head_dim=head_dim, eps=fields.number("rms_norm_eps", 1e-6),
         act=fields.activation("hidden_activation", default="gelu_pytorch_tanh"),
         tied=fields.flag("tie_word_embeddings", True), scale=fields.number("query_pre_attn_scalar") ** -0.5,
         bias=fields.flag("attention_bias", False), logit_softcap=fields.number("final_logit_softcapping", None),
-        window=fields.window(4096), types=layer_types(fields, layers, default),
+        window=window if causal or window is None else window // 2 + 1, types=layer_types(fields, layers, default),
+        causal=causal,
     )  # fmt: skip
     if options.window is None and "sliding_attention" in options.types:
         raise fields.fail("sliding_window is null, and layer_types holds sliding_attention")

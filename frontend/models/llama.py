@@ -53,6 +53,7 @@ class Decoder(nn.Module):
     """Token ids i64[b, s] -> hidden states f32[b, s, dim]."""
 
     def __init__(self, o: Options, rope: nn.RoPE) -> None:
+        self.dim = o.dim
         self.embed_tokens = nn.Embedding(o.vocab, o.dim)
         self.layers = nn.ModuleList([DecoderLayer(o, w, rope) for w in o.windows])
         self.norm = nn.RMSNorm(o.dim, o.eps)
