@@ -187,9 +187,9 @@ class Interface(_Section):
     cut: str = ""
     generation: Generation | None = None
     media: Media | None = None
-    embedder: Embedder | None = None
     heads: tuple[Head, ...] = ()
     states: tuple[State, ...] = ()
+    embedder: Embedder | None = None
 
     @property
     def state_names(self) -> list[str]:

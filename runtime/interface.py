@@ -147,11 +147,11 @@ class Interface:
     """The input that tokens come in by."""
     generation: Generation
     media: Media | None
-    embedder: Embedder | None
     heads: tuple[Head, ...]
     states: tuple[State, ...]
     cut: str = ""
     """The output bool[b]: whether a token of a row's past sees a new one; empty where none can."""
+    embedder: Embedder | None = None
 
     def head(self, name: object) -> Head | None:
         """The head of that name."""
@@ -176,9 +176,8 @@ def read_interface(top: Fields) -> Interface:
         f.get("name", str), limits.get("context", int, optional=True), limits.get("chunk", int, optional=True),
         limits.get("granule", int),
         f.get("vocab", int, optional=True), f.get("tokens", str), _generation(generation) if generation else Generation(),
-        _media(media) if media else None, _embedder(embedder) if embedder else None,
-        tuple(map(_head, f.sections("heads"))), tuple(map(_state, top.sections("states"))),
-        f.get("cut", str, optional=True) or "",
+        _media(media) if media else None, tuple(map(_head, f.sections("heads"))), tuple(map(_state, top.sections("states"))),
+        f.get("cut", str, optional=True) or "", _embedder(embedder) if embedder else None,
     )  # fmt: skip
 
 

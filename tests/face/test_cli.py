@@ -44,9 +44,9 @@ def test_help_of_the_whole(run: Run) -> None:
 
 def test_the_examples_of_help_run(pygemma: Path, tmp_path: Path) -> None:
     """Copied and pasted, in the order in which they stand. The demo has a test of its own, and so have ``run`` (test_cli_run),
-    ``chat`` (test_cli_chat), the model of all modalities (test_joint, test_generate_media), which takes an hour to train, and
-    the translator (test_onnx_generate)."""
-    docs = [doc for name, doc in DOCS.items() if name not in ("demo", "run", "chat")]
+    ``chat`` (test_cli_chat), ``embed`` (test_embed), the model of all modalities (test_joint, test_generate_media), which takes
+    an hour to train, and the translator (test_onnx_generate)."""
+    docs = [doc for name, doc in DOCS.items() if name not in ("demo", "run", "chat", "embed")]
     found = [e for doc in docs for e in re.findall(r"- `(.+wasat .+|wasat .+)`", doc)]
     examples = [e for e in found if "gemini" not in e and "t5" not in e]
     assert len(examples) >= 10

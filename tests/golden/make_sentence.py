@@ -2,6 +2,7 @@
 
     pip install torch==2.13.0 transformers==5.23.0 sentence-transformers==6.2.0
     python make_sentence.py [CASE ...]
+    python make_sentence.py minilm FOLDER          minilm.npz, of all-MiniLM-L6-v2's folder (tests/real/fetch.py minilm.zip)
 
 A folder is one of sentence-transformers or of a reranker: config.json, safetensors, modules.json and the modules' own folders.
 golden.npz has ``tokens`` i64[b, s], padded on the right, ``lengths``, perhaps ``types`` and ``skip``, and ``wanted``: hidden
@@ -173,8 +174,22 @@ def make(name: str, case: dict, folder: Path) -> None:
     print(f"{name}: {list(wanted.shape)} within {wanted.abs().max():.2f}")
 
 
+TEXTS = [
+    "A man is eating food.", "Someone has lunch.", "The girl is carrying a baby.", "", "word " * 400, "Ünïcödé 你好 🙂 naïve",
+    "How do I read a file, line by line, in Python?", "with open(path) as f:\n    for line in f: print(line)", "x",
+    "a b c d e f g h i j k l m n o p q r s t u v w x y z " * 9, "The capital of France is Paris.", "Paris",
+]  # fmt: skip
+
+
+def minilm(folder: str) -> None:
+    wanted = sentence_transformers.SentenceTransformer(folder, device="cpu").encode(TEXTS)
+    np.savez_compressed(HERE / "minilm.npz", texts=np.array(TEXTS), wanted=wanted)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    if sys.argv[1:2] == ["minilm"]:
+        raise SystemExit(minilm(sys.argv[2]))
     for name in sys.argv[1:] or CASES:
         make(name, CASES[name], HERE / name)
     versions = {m.__name__: m.__version__ for m in (transformers, torch, np, sentence_transformers)}

