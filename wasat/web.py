@@ -36,7 +36,7 @@ def export_web(
 ) -> Report:  # fmt: skip
     """Writes ``program`` as the folder ``out``, to be put on any web server; see :func:`wasat.compile` for the options.
 
-    ``target``: ``webgpu``, or ``webgpu:f16`` for browsers whose GPU computes in f16. ``shard``: most bytes of weights in a file.
+    ``target``: ``webgpu``, or ``webgpu:f16`` where GPUs compute in f16. ``shard``: most bytes of weights in a file.
     The folder is complete or absent; one that was exported before is replaced. Raises what :func:`wasat.compile` does, and
     ArtifactError where the JavaScript package of tokenizers was not fetched (``python -m wasat.runtime.web.fetch``).
     """

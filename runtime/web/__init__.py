@@ -1,8 +1,8 @@
 """The page that runs a model in a browser, and its host: ES modules as they are served, without a build step.
 
 Text is split by the npm package @huggingface/tokenizers (Apache-2.0): plain JavaScript without dependencies, 37 kB, by the
-authors of the library that Python uses, and read from the same ``tokenizer.json``. ``fetch`` puts it, with its licence, beside this
-file.
+authors of the library that Python uses, and read from the same ``tokenizer.json``. ``fetch`` puts it, with its licence,
+beside this file.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TOKENIZERS = ("tokenizers.min.mjs", "tokenizers.LICENSE")
 
 
 def files(with_tokenizer: bool) -> dict[str, Path]:
-    """The files of a web folder that are the same for all models, by name. Raises ArtifactError where the tokenizers are missing."""
+    """The files that all web folders share, by name. Raises ArtifactError where the tokenizers are missing."""
     if with_tokenizer and not all((VENDOR / name).exists() for name in TOKENIZERS):
         raise ArtifactError(
             "the JavaScript package of tokenizers is not here: python -m wasat.runtime.web.fetch brings it (once, with npm)"

@@ -22,7 +22,8 @@ MEMBERS = dict(zip(TOKENIZERS, ("package/dist/tokenizers.min.mjs", "package/LICE
 
 
 def fetch() -> None:
-    """Puts the files into ``vendor/``, unless they are there. Raises RuntimeError where npm is missing, fails, or brings something else."""
+    """Puts the files into ``vendor/``, unless they are there. Raises RuntimeError where npm is missing, fails, or brings
+    something else."""
     if all((VENDOR / name).exists() for name in MEMBERS):
         return
     npm = shutil.which("npm")
