@@ -18,11 +18,12 @@ import wasat.runtime.web as web
 from wasat import driver
 from wasat.ir import Program
 from wasat.passes import Report
-from wasat.runtime.artifact import TOKENIZER, WEIGHTS, read_manifest, write_artifact
+from wasat.runtime.artifact import MANIFEST, TOKENIZER, WEIGHTS, write_artifact
 from wasat.runtime.dimensions import Extent, parsed
 from wasat.runtime.errors import ArtifactError
 from wasat.runtime.hosts.elements import stored
 from wasat.runtime.hosts.plan import PLAN, SOURCES
+from wasat.runtime.manifest import parse_manifest
 from wasat.runtime.weights import Weights
 
 FORMAT = 1
@@ -46,8 +47,8 @@ def export_web(
     with tempfile.TemporaryDirectory() as tmp:
         artifact = Path(tmp) / "model.wasat"
         report = driver.compile(program, artifact, target=target, quantize=quantize, overrides=overrides, progress=progress)
-        manifest = read_manifest(artifact)
-        raw = json.loads((artifact / "manifest.json").read_text(encoding="utf-8"))
+        raw = json.loads((artifact / MANIFEST).read_text(encoding="utf-8"))
+        manifest = parse_manifest(raw)  # this machine need not have what runs it
         storage = json.loads((artifact / PLAN).read_text(encoding="utf-8"))["storage"]
         shards = _Shards(shard)
         for name, (dtype, x) in Weights(artifact / WEIGHTS, manifest.weights).arrays().items():

@@ -80,9 +80,21 @@ def _scheduled(module: tvm.IRModule, device: Device) -> tvm.IRModule:
     """The module with every kernel's loops bound to threads, by TVM's rules: those that it has for opencl are for phones."""
     config = {"kind": "webgpu", "max_num_threads": device.threads, "max_shared_memory_per_block": device.shared}
     with tvm.target.Target(config, host={"kind": "llvm"}), tvm.transform.PassContext(opt_level=3):
-        return dl.ApplyDefaultSchedule(
-            dl.gpu.Matmul(), dl.gpu.GEMV(), dl.gpu.Reduction(), dl.gpu.GeneralReduction(), dl.gpu.Fallback()
-        )(module)
+        rules = (dl.gpu.Matmul(), dl.gpu.GEMV(), dl.gpu.Reduction(), dl.gpu.GeneralReduction(), dl.gpu.Fallback())
+        return dl.ApplyDefaultSchedule(*map(_Tried, rules))(module)
+
+
+class _Tried(dl.ScheduleRule):  # type: ignore[misc]
+    """A rule that leaves to the next ones what it begins and cannot end: sizes that are no sums of loops' variables."""
+
+    def __init__(self, rule: Any) -> None:
+        self.rule = rule
+
+    def apply(self, func: Any, target: Any, tunable: bool) -> Any:
+        try:
+            return self.rule.apply(func, target, tunable)
+        except tvm.s_tir.ScheduleError:
+            return None
 
 
 def _fused(module: tvm.IRModule, most: int) -> tvm.IRModule:
