@@ -176,6 +176,9 @@ def _declare(e: Emitter, v: Value, name: str) -> None:
         if v.type.offset:
             e.offset_names[v] = f"{name}.offsets"
             e.dtype[e.offset_names[v]] = DType.F32
+        if v.type.zeros:
+            e.zero_names[v] = f"{name}.zeros"
+            e.dtype[e.zero_names[v]] = DType.I8
 
 
 def _output_names(graph: Graph) -> list[str]:

@@ -80,4 +80,5 @@ def test_layouts() -> None:
 
 def test_types_without_a_format() -> None:
     assert "whole octets" in str(format_of(QTensorType("int4", (2, 40), 4), False))
+    assert "zero points" in str(format_of(QTensorType("int4", (2, 64), 32, DType.F16, True), False))
     assert "f64" in str(format_of(TensorType(DType.F64, (2, 40)), False))

@@ -145,7 +145,7 @@ def test_quantized(scheme: str, activation: str | None, opset: int) -> None:
 
 
 @opsets
-@pytest.mark.parametrize("scheme", ["q4_k", "q5_0", "iq4_nl", "int8b32f16", "int4b64f32"])
+@pytest.mark.parametrize("scheme", ["q4_k", "q5_0", "iq4_nl", "int8b32f16", "int4b64f32", "int4zb64f16", "int8zb128bf16"])
 def test_quantized_weights_in_one(scheme: str, opset: int) -> None:
     """As merge-linears leaves them: values, scales and offsets are joined each for themselves."""
     program = random_program(f"""graph @f(%x: f32[b, s, 256]) {{

@@ -45,6 +45,11 @@ class Weight:
     zeros: Load
     scales: Load
 
+    @property
+    def middle(self) -> int:
+        """What is taken from integers that keep their zero points, to make them signed."""
+        return 0 if self.dtype.value.startswith("i") else 1 << self.dtype.bits - 1
+
     def exact_type(self) -> QTensorType | str:
         """The quantized type that holds the same numbers, or why there is none."""
         signed, bits = self.dtype.value.startswith("i"), self.dtype.bits
@@ -58,15 +63,20 @@ class Weight:
             return "its zero points are no integers"
         low = (-(1 << bits - 1) if signed else 0) - int(zeros.max())
         high = (1 << (bits - 1 if signed else bits)) - 1 - int(zeros.min())
-        if low < -128 or high > 127:
-            return f"its values less their zero points, {low} to {high}, need more than 8 bits"
         scheme = "int4" if low >= -8 and high <= 7 else "int8"
+        k = self.shape[1]
+        block = min(self.block, k)
+        whole = block % BLOCK == 0 and k % block == 0  # or no target has kernels for zero points
         with np.errstate(over="ignore"):
             half = bool((scales.astype(np.float16).astype(np.float32) == scales.astype(np.float32)).all())
-        k = self.shape[1]
+        if whole and (low < -128 or high > 127 or (scheme == "int8" and bits <= 4)):
+            if int(zeros.min()) - self.middle >= -128 and int(zeros.max()) - self.middle <= 127:
+                return QTensorType("int4" if bits <= 4 else "int8", self.shape, block, DType.F16 if half else own, True)
+        if low < -128 or high > 127:
+            return f"its values less their zero points, {low} to {high}, need more than 8 bits"
         if half and (self.block % BLOCK == 0 or self.block >= k):
             return QTensorType(scheme, self.shape, BLOCK, DType.F16)
-        return QTensorType(scheme, self.shape, min(self.block, k), own)
+        return QTensorType(scheme, self.shape, block, own)
 
 
 @dataclass(frozen=True)
@@ -81,6 +91,9 @@ class RepackedParam:
         theirs = -(-k // w.block)
         zeros = np.broadcast_to(w.zeros().astype(np.int16), (n, theirs))
         integers, values = w.integers(), np.empty((n, k), np.int8)
+        kept = (zeros - w.middle).astype(np.int8) if self.type.zeros else None
+        if kept is not None:
+            zeros = np.full_like(zeros, w.middle)
         uniform = zeros.min() == zeros.max()
         step = max(1, _SLAB // k)
         for i in range(0, n, step):
@@ -89,7 +102,7 @@ class RepackedParam:
             values[rows] = integers[rows].astype(np.int16) - shift
         scales = np.broadcast_to(w.scales().astype(self.type.scale.np), (n, theirs))
         starts = np.arange(-(-k // self.type.block)) * self.type.block
-        return QArray(self.type, values, np.ascontiguousarray(scales[:, starts // w.block]))
+        return QArray(self.type, values, np.ascontiguousarray(scales[:, starts // w.block]), kept)
 
 
 def _loader(c: Emitter, x: Operand | None) -> Load | None:

@@ -152,6 +152,8 @@ def format_of(type: Any, f16: bool) -> Format | str:
         groups = scheme.block // scheme.group if scheme.factors else 0
         scale = "float16" if scheme.floats else "float32"
         return Codes(scheme.name, scheme.low, scheme.high, scheme.group, scale, scheme.offset, groups)
+    if type.zeros:
+        return "zero points have no kernel"
     if type.block % OCTET:
         return f"blocks of {type.block} are not of whole octets"
     scales = {DType.F32: "float32", DType.F16: "float16", DType.BF16: "bfloat16"}
