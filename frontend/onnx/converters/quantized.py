@@ -69,9 +69,9 @@ class Weight:
         whole = block % BLOCK == 0 and k % block == 0  # or no target has kernels for zero points
         with np.errstate(over="ignore"):
             half = bool((scales.astype(np.float16).astype(np.float32) == scales.astype(np.float32)).all())
-        if whole and (low < -128 or high > 127 or (scheme == "int8" and bits <= 4)):
-            if int(zeros.min()) - self.middle >= -128 and int(zeros.max()) - self.middle <= 127:
-                return QTensorType("int4" if bits <= 4 else "int8", self.shape, block, DType.F16 if half else own, True)
+        fit = int(zeros.min()) - self.middle >= -128 and int(zeros.max()) - self.middle <= 127
+        if whole and fit and (low < -128 or high > 127 or (scheme == "int8" and bits <= 4)):
+            return QTensorType("int4" if bits <= 4 else "int8", self.shape, block, DType.F16 if half else own, True)
         if low < -128 or high > 127:
             return f"its values less their zero points, {low} to {high}, need more than 8 bits"
         if half and (self.block % BLOCK == 0 or self.block >= k):
