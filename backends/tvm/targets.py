@@ -24,6 +24,8 @@ from .cpu import select as cpu_kernels
 from .cpu import states, tir_pipeline
 from .cpu.arch import ARCHES, Arch, arch_here, arch_of
 from .cpu.kernels.cache import GROUP, CacheType
+from .gpu import select as gpu_kernels
+from .gpu.limits import CUDA
 from .lower import Select, StateLayout, Table
 from .ops.devices import OPENCL_TABLE, WGSL_TABLE
 from .ops.primitives import PRIMITIVES
@@ -184,8 +186,11 @@ def cpu_features(target: Target) -> list[str]:
 
 
 def cuda(arch: str = "sm_80") -> Target:
-    """NVIDIA GPUs of the architecture ``arch``. They run TVM's default schedules; compiling needs no GPU."""
-    return Target("cuda", {"kind": "cuda", "arch": arch}, host={"kind": "llvm", "mcpu": "x86-64-v3"})
+    """NVIDIA GPUs of the architecture ``arch``; compiling needs no GPU."""
+    return Target(
+        "cuda", {"kind": "cuda", "arch": arch}, host={"kind": "llvm", "mcpu": "x86-64-v3"},
+        kernels=lambda target, program: gpu_kernels.selection(CUDA),
+    )  # fmt: skip
 
 
 def webgpu(feature: str = "") -> Target:

@@ -19,8 +19,6 @@ from typing import Any, Literal, cast
 
 import tvm
 from wasat.ir import (
-    Attrs,
-    Builder,
     DimLike,
     DType,
     Graph,
@@ -38,6 +36,9 @@ from wasat.ir.ops.nn import NormAttrs
 from wasat.ir.ops.quant import QuantizedLinear
 
 from ..lower import KernelCall, Layout, Result
+from ..selection import KernelSelection, Shape
+from ..selection import is_f32 as _f32
+from ..selection import made_by as _made_by
 from .convolution import convolution
 from .grouped import readers, rows_in, same_rows, select_grouped
 from .kernels.attention import Attention, CachedAttention, MaskShape, attention, cached_attention
@@ -60,8 +61,6 @@ from .states import CacheLayout, state_layout
 from .strided import View, product, row_major, view_of
 from .updates import fuse_square_sums, fuse_updates
 
-Shape = tuple[DimLike, ...]
-
 
 # -- selection --------------------------------------------------------------------------------------------------------------
 def selection(target: tvm.target.Target, threads: int, cache: CacheType, states: Sequence[State]) -> Callable[[Graph], None]:
@@ -83,21 +82,13 @@ def _sized(*values: Value) -> bool:
     return all(known(*v.shape) for v in values)
 
 
-def _f32(*values: Value | None) -> bool:
-    return all(v is None or (isinstance(v.type, TensorType) and v.type.dtype is DType.F32) for v in values)
-
-
 def _of_integers(node: Node) -> bool:
     """Whether it is a product with quantized rows."""
     attrs = node.attrs
     return isinstance(attrs, (QuantizedLinear.Attrs, QuantizedGroupedLinear.Attrs)) and attrs.activation == "int8"
 
 
-def _made_by(v: Value, op: str) -> Node | None:
-    return v.node if v.node is not None and v.node.op.name == op else None
-
-
-class Selection:
+class Selection(KernelSelection):
     """Replaces the operations of one graph by kernel calls.
 
     Users come before what they use, so that a kernel takes up what precedes it before that is selected by itself; matrices come
@@ -105,8 +96,8 @@ class Selection:
     """
 
     def __init__(self, graph: Graph, isa: Isa, threads: int, cache: CacheType, states: Mapping[str, State]) -> None:
-        self.graph, self.isa, self.threads, self.cache, self.states = graph, isa, threads, cache, states
-        self.order = {node: i for i, node in enumerate(graph.nodes)}
+        super().__init__(graph)
+        self.isa, self.threads, self.cache, self.states = isa, threads, cache, states
         self.quantized: dict[Value, Value] = {}
         """Rows of a value quantized for the integer linears, where some kernel has made them."""
         self.sorted: dict[tuple[Value, Shape, int], tuple[Value, Value]] = {}
@@ -125,43 +116,15 @@ class Selection:
             **dict.fromkeys(("grouped_linear", "quantized_grouped_linear"), self._grouped),
         }  # fmt: skip
         for node in self.graph.nodes_reversed:
-            if not self._erased(node) and node.op.name in rows:
+            if not self.erased(node) and node.op.name in rows:
                 rows[node.op.name](node)
         for node in self.graph.nodes:
             if node.op.name in matrices:
                 matrices[node.op.name](node)
         for node in self.graph.nodes_reversed:
-            self._erased(node)
+            self.erased(node)
         for v in self.graph.inputs:
             self._check_state(v)
-
-    def _erased(self, node: Node) -> bool:
-        """Erases a node that nothing reads."""
-        unused = not any(v.uses or self.graph.is_output(v) for v in node.outputs)
-        if unused:
-            self.graph.erase(node)
-        return unused
-
-    def call(
-        self, at: Node, desc: Any, build: Callable[[Any], Any], operands: Sequence[Value], results: Sequence[Result],
-        shapes: Mapping[int, Shape] | None = None, layouts: Mapping[int, Layout] | None = None,
-    ) -> tuple[Value, ...]:  # fmt: skip
-        """A kernel call before ``at``; returns its results."""
-        op = KernelCall(desc, build, results, shapes or {}, layouts or {})
-        names = [at.outputs[min(i, len(at.outputs) - 1)].name for i in range(len(results))]
-        node = self.graph.add_node(op, operands, Attrs(), before=at, loc=at.loc, names=names)
-        self.order[node] = self.order.get(at, -1)
-        return node.outputs
-
-    def rows(self, v: Value) -> tuple[DimLike, int]:
-        """The shape [m, n] of ``v`` with all axes but the last as one."""
-        m: DimLike = 1
-        for d in v.shape[:-1]:
-            m = m * d
-        return m, v.shape[-1]
-
-    def builder(self, at: Node) -> Builder:
-        return Builder(self.graph, before=at, loc=at.loc)
 
     # -- matrices -----------------------------------------------------------------------------------------------------------
     def weight(self, w: Value) -> tuple[Value, Panels] | None:
@@ -321,7 +284,7 @@ class Selection:
         out, eps = node.output, NormAttrs.of(node).eps
         operands, branch_weight = [x], None
         total = _made_by(x, "add")
-        if total is not None and self._can_sum_at(total, node):
+        if total is not None and _f32(*total.inputs) and self.can_sum_at(total, node):
             a, b = total.inputs
             for stem, other in ((a, b), (b, a)):
                 inner = _made_by(other, "rms_norm")
@@ -349,14 +312,6 @@ class Selection:
             out = made[0]
         if quantize != "no":
             self.quantized[out] = made[-1]
-
-    def _can_sum_at(self, total: Node, node: Node) -> bool:
-        """Whether the f32 sum ``total`` may be computed where ``node`` stands: same shapes, and no reader before."""
-        a, b = total.inputs
-        return (
-            a is not b and _f32(a, b) and a.shape == b.shape
-            and all(user is node or self.order.get(user, -1) > self.order[node] for user in total.output.users)
-        )  # fmt: skip
 
     def _glu(self, node: Node) -> None:
         x, out = node.inputs[0], node.output

@@ -15,5 +15,7 @@ class Limits:
     """Most bytes that a workgroup shares."""
     f16: bool = False
     """Whether arrays of f16 can be read; else weights of f16 are pairs in words of 32 bits."""
-    lanes: int = 1
-    """Consecutive f32 or u32 that one instruction loads."""
+
+
+CUDA = Limits(f16=True, shared=49152)
+"""Every NVIDIA GPU, without asking for more than what kernels get by themselves."""

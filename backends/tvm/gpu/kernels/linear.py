@@ -13,7 +13,7 @@ from tvm import tirx
 from ...cpu.kernels.emit import Buffer, Expr, ceil_div, floor_div, floor_mod, int64, load, symbol
 from ..limits import Limits
 from .emit import Kernel, as_f32, clamped, narrow, power_of_two, zero
-from .formats import OCTET, Format, Rows
+from .formats import OCTET, Floats, Format, Rows
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Linear:
     dtype: str = "float32"
     experts: int = 0
     per: int = 1
+    groups: str = "int64"
 
     @property
     def name(self) -> str:
@@ -60,11 +61,12 @@ def _operands(kernel: Kernel, d: Linear) -> _Operands:
     many = max(1, d.experts)
     x = kernel.param("x", (symbol("mx") if d.per > 1 else m, d.k), d.dtype)
     shape, dtype = d.weights.param(d.n * many, d.k)
-    w = kernel.param("w", shape, dtype)
-    groups = kernel.param("groups", (m,), "int64") if d.experts else None
-    bias = kernel.param("bias", (many * d.n,), d.dtype) if d.bias else None
+    bank = d.experts and isinstance(d.weights, Floats) and not d.weights.words  # lies as it is
+    w = kernel.param("w", (d.experts, d.n, d.k) if bank else shape, dtype)
+    groups = kernel.param("groups", (m,), d.groups) if d.experts else None
+    bias = kernel.param("bias", (d.experts, d.n) if d.experts else (d.n,), d.dtype) if d.bias else None
     y = kernel.param("y", (m, d.n), d.dtype)
-    return _Operands(m, kernel.flat(x), kernel.flat(w), groups, bias, kernel.flat(y))
+    return _Operands(m, kernel.flat(x), kernel.flat(w), groups, None if bias is None else kernel.flat(bias), kernel.flat(y))
 
 
 def _rows(d: Linear) -> tirx.PrimFunc:
@@ -85,7 +87,9 @@ def _rows(d: Linear) -> tirx.PrimFunc:
         first = kernel.let(tile * d.rows, "first")
         group: Expr = int64(0)
         if o.groups is not None:
-            group = kernel.let(tirx.max(tirx.min(load(o.groups, first), int64(d.experts - 1)), int64(0)), "group")
+            given = kernel.copy(load(o.groups, first))
+            given = given if d.groups == "int64" else tirx.Cast("int64", given)
+            group = kernel.copy(tirx.max(tirx.min(given, int64(d.experts - 1)), int64(0)))
         start = weights.start(group * d.n + clamped(n, d.n))
         for r in range(d.rows):
             kernel.store(sums, r, zero())

@@ -1,0 +1,66 @@
+"""What selecting kernels has in common, whatever machine they are for: nodes become kernel calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from wasat.ir import Attrs, Builder, DimLike, DType, Graph, Node, TensorType, Value
+
+from .lower import KernelCall, Layout, Result
+
+Shape = tuple[DimLike, ...]
+
+
+def is_f32(*values: Value | None) -> bool:
+    """Whether those that there are have f32 elements."""
+    return all(v is None or (isinstance(v.type, TensorType) and v.type.dtype is DType.F32) for v in values)
+
+
+def made_by(v: Value, op: str) -> Node | None:
+    """The node that makes ``v``, if it is one of the operation."""
+    return v.node if v.node is not None and v.node.op.name == op else None
+
+
+class KernelSelection:
+    """Replaces operations of one graph by kernel calls."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.order = {node: i for i, node in enumerate(graph.nodes)}
+
+    def erased(self, node: Node) -> bool:
+        """Erases a node that nothing reads."""
+        unused = not any(v.uses or self.graph.is_output(v) for v in node.outputs)
+        if unused:
+            self.graph.erase(node)
+        return unused
+
+    def call(
+        self, at: Node, desc: Any, build: Callable[[Any], Any], operands: Sequence[Value], results: Sequence[Result],
+        shapes: Mapping[int, Shape] | None = None, layouts: Mapping[int, Layout] | None = None,
+    ) -> tuple[Value, ...]:  # fmt: skip
+        """A kernel call before ``at``; returns its results."""
+        op = KernelCall(desc, build, results, shapes or {}, layouts or {})
+        names = [at.outputs[min(i, len(at.outputs) - 1)].name for i in range(len(results))]
+        node = self.graph.add_node(op, operands, Attrs(), before=at, loc=at.loc, names=names)
+        self.order[node] = self.order.get(at, -1)
+        return node.outputs
+
+    def rows(self, v: Value) -> tuple[DimLike, int]:
+        """The shape [m, n] of ``v`` with all axes but the last as one."""
+        m: DimLike = 1
+        for d in v.shape[:-1]:
+            m = m * d
+        return m, v.shape[-1]
+
+    def builder(self, at: Node) -> Builder:
+        return Builder(self.graph, before=at, loc=at.loc)
+
+    def can_sum_at(self, total: Node, node: Node) -> bool:
+        """Whether the sum ``total`` may be computed where ``node`` stands: same types, and no reader before."""
+        a, b = total.inputs
+        return (
+            a is not b and a.type == b.type
+            and all(user is node or self.order.get(user, -1) > self.order[node] for user in total.output.users)
+        )  # fmt: skip
