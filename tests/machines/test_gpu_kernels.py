@@ -201,16 +201,22 @@ def _mask(kind: str, s: int, c: int) -> Any:
 @each_machine()
 @pytest.mark.parametrize("s, t, causal, window, softcap, mask", [
     (1, 1, True, None, None, ""), (37, 37, True, None, None, ""), (9, 70, True, 11, 2.0, "fBH"),
-    (20, 5, True, None, None, "bB"), (5, 40, False, None, None, "f"), (40, 70, False, 9, None, ""),
+    (20, 5, True, None, None, "bB"), (6, 40, False, None, None, "fBH"), (5, 40, False, None, None, "f"),
+    (40, 70, False, 9, None, ""),
 ])  # fmt: skip
 def test_attention(machine: Machine, s: int, t: int, causal: bool, window: Any, softcap: Any, mask: str) -> None:
-    q, k, v = normal(2, s, 4, 40), normal(2, t, 2, 40), normal(2, t, 2, 24)
-    m = _mask(mask, s, t)
-    desc = Attention(machine.limits, 4, 2, 40, 24, 0.3, softcap, window, causal, mask=mask)
-    y = run(machine, attention(desc), [q, k, v, *([] if m is None else [m]), empty(2, s, 4, 24)])[-1]
+    d = 20 if s == 6 else 40
+    q, k, v = normal(2, s, 4, d), normal(2, t, 2, d), normal(2, t, 2, 24)
+    more = [] if not mask else [_mask(mask, s, t)]
+    sink = np.array([0.5, -np.inf, 90, 0], np.float32) if softcap or s == 20 else None
+    more += [] if sink is None else [sink]
+    desc = Attention(
+        machine.limits, 4, 2, d, 24, 0.3, softcap, window, causal, mask=mask, sink="" if sink is None else "float32"
+    )  # fmt: skip
+    y = run(machine, attention(desc), [q, k, v, *more, empty(2, s, 4, 24)])[-1]
     op = OPS["attention"]
-    attrs = op.Attrs(scale=0.3, causal=causal, window=window, softcap=softcap)
-    close(y, op.reference(attrs, q, k, v, *([] if m is None else [m])))
+    attrs = op.Attrs(scale=0.3, causal=causal, window=window, softcap=softcap, sink=sink is not None)
+    close(y, op.reference(attrs, q, k, v, *more))
 
 
 @each_machine()
@@ -233,15 +239,19 @@ def test_cached_attention(
     if m is not None and mask == "fBH":
         m = np.resize(m, (2, h, s, c))
     op = OPS["cached_attention"]
-    attrs = op.Attrs(scale=0.3, window=window, ring=ring, causal=causal)
+    attrs = op.Attrs(scale=0.3, window=window, ring=ring, causal=causal, sink=s == 1 or bool(mask))
     plain = [np.nan_to_num(x) for x in (keys, values)]
-    want, _, _ = op.reference(attrs, q, k, v, *plain, at, *([] if m is None else [m]))
+    more = [] if m is None else [m]
+    sink = normal(h) if s == 1 or mask else None
+    more += [] if sink is None else [sink]
+    want, _, _ = op.reference(attrs, q, k, v, *plain, at, *more)
     for row, first in enumerate(past):
         for i in range(s):
             keys[row, (first + i) % c], values[row, (first + i) % c] = k[row, i], v[row, i]
     most = window if window is not None else None
     desc = Attention(
-        machine.limits, h, g, 40, 24, 0.3, None, window, causal, cached=True, ring=ring, decode=s == 1, mask=mask, most=most
+        machine.limits, h, g, 40, 24, 0.3, None, window, causal, cached=True, ring=ring, decode=s == 1, mask=mask, most=most,
+        sink="" if sink is None else "float32",
     )  # fmt: skip
-    y = run(machine, attention(desc), [q, at, keys, values, *([] if m is None else [m]), empty(2, s, h, 24)])[-1]
+    y = run(machine, attention(desc), [q, at, keys, values, *more, empty(2, s, h, 24)])[-1]
     close(y, want)

@@ -7,10 +7,11 @@ Selected are ``linear``, ``quantized_linear`` and both of groups, where the weig
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
 from wasat.ir import DimLike, DType, Graph, Node, QTensorType, Value, equal
+from wasat.ir.ops.attention import mask_and_sink
 from wasat.ir.ops.nn import NormAttrs
 
 from ..lower import Left, Result
@@ -240,13 +241,12 @@ class Selection(KernelSelection):
 
     def _attention(self, node: Node) -> None:
         q, k, v = node.inputs[:3]
-        mask = node.inputs[3] if len(node.inputs) > 3 else None
         dtype, a = self._float(q, k, v), cast(Any, node.attrs)
         self._heads(q, k, v)
-        operands, how = self._mask(node, mask, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
+        operands, how, sink = self._more(node, node.inputs[3:], (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
         desc = Attention(
             self.limits, q.shape[2], k.shape[2], k.shape[3], v.shape[3], a.scale, a.softcap, a.window, a.causal, mask=how,
-            dtype=dtype, stored=dtype,
+            dtype=dtype, stored=dtype, sink=sink,
         )  # fmt: skip
         [y] = self.call(node, desc, attention, [q, k, v, *operands], [Result(node.output.tensor)])
         self.graph.replace_uses(node.output, y)
@@ -260,31 +260,32 @@ class Selection(KernelSelection):
         if max(k.shape[3], v.shape[3]) > 1024:
             raise Refused(f"heads of {max(k.shape[3], v.shape[3])} features are too large for the registers of a thread")
 
-    def _mask(self, node: Node, mask: Value | None, full: Shape) -> tuple[list[Value], str]:
-        """The mask as [1 | b, 1 | h, s, c], and its letters."""
+    def _more(self, node: Node, more: Sequence[Value], full: Shape) -> tuple[list[Value], str, str]:
+        """The mask as [1 | b, 1 | h, s, c] and the sink, where there are such; the mask's letters, and the sink's type."""
+        mask, sink = mask_and_sink(cast(Any, node.attrs), more)
+        sinks, of = ([], "") if sink is None else ([sink], self._float(sink))
         if mask is None:
-            return [], ""
+            return sinks, "", of
         b, own = self.builder(node), (1,) * (4 - mask.tensor.rank) + tuple(mask.shape)
         how = ("b" if mask.tensor.dtype is DType.BOOL else "f") + "B" * (own[0] != 1) + "H" * (own[1] != 1)
         mask = mask if own == tuple(mask.shape) else b.reshape(mask, shape=own)
         shape = (*own[:2], *full[2:])
-        return [mask if own == shape else b.broadcast_to(mask, shape=shape)], how
+        return [mask if own == shape else b.broadcast_to(mask, shape=shape), *sinks], how, of
 
     def _cached_attention(self, node: Node) -> None:
         q, k, v, keys, values, past = node.inputs[:6]
-        mask = node.inputs[6] if len(node.inputs) > 6 else None
         dtype, a, index = self._float(q, k, v, keys, values), cast(Any, node.attrs), self._index(past)
         self._heads(q, k, v)
         h, g, d, e, c = q.shape[2], k.shape[2], k.shape[3], v.shape[3], keys.shape[1]
         written = [Result(keys.tensor, alias=3), Result(values.tensor, alias=4)]
         write = CacheWrite(self.limits, g, d, e, ring=a.ring, past=index, dtype=dtype, stored=dtype)
         keys, values = self.call(node, write, cache_write, [k, v, past, keys, values], written)
-        operands, how = self._mask(node, mask, (q.shape[0], h, q.shape[1], c))
+        operands, how, sink = self._more(node, node.inputs[6:], (q.shape[0], h, q.shape[1], c))
         decode = equal(q.shape[1], 1) is True
         most = [n for n in (a.window, c) if isinstance(n, int)]
         desc = Attention(
             self.limits, h, g, d, e, a.scale, a.softcap, a.window, a.causal or decode, True, a.ring, decode, how,
-            min(most) if most else None, index, dtype, dtype,
+            min(most) if most else None, index, dtype, dtype, sink,
         )  # fmt: skip
         [y] = self.call(node, desc, attention, [q, past, keys, values, *operands], [Result(node.outputs[0].tensor)])
         for old, new in zip(node.outputs, (y, keys, values)):

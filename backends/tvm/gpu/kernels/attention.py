@@ -63,6 +63,8 @@ class Attention:
     past: str = "int64"
     dtype: str = "float32"
     stored: str = "float32"
+    sink: str = ""
+    """Element type of the sink, a logit of each head that takes part in the softmax; "": there is none."""
 
     @property
     def group(self) -> int:
@@ -77,6 +79,7 @@ class Attention:
     def name(self) -> str:
         over = ("ring" if self.ring else "full") if self.cached else "plain"
         how = f"{self.mask}_" if self.mask else ""
+        how += "sink_" if self.sink else ""
         kind = "decode" if self.decode else "attention"
         return f"{kind}_{self.kind}_{over}_{how}{self.heads}h_{self.kv_heads}x{self.key}x{self.value}"
 
@@ -91,6 +94,7 @@ class _Arrays:
     keys: Buffer
     values: Buffer
     mask: Buffer | None
+    sink: Buffer | None
     y: Buffer
 
 
@@ -103,9 +107,10 @@ def _arrays(kernel: Kernel, d: Attention) -> _Arrays:
     values = kernel.param("values", (b, c, d.kv_heads, d.value), d.stored)
     shape = (b if "B" in d.mask else 1, d.heads if "H" in d.mask else 1, s, c)
     mask = kernel.param("mask", shape, "bool" if "b" in d.mask else d.dtype) if d.mask else None
+    sink = kernel.param("sink", (d.heads,), d.sink) if d.sink else None
     y = kernel.param("y", (b, s, d.heads, d.value), d.dtype)
     flat = [None if x is None else kernel.flat(x) for x in (q, keys, values, mask, y)]
-    return _Arrays(b, s, c, flat[0], past, flat[1], flat[2], flat[3], flat[4])
+    return _Arrays(b, s, c, flat[0], past, flat[1], flat[2], flat[3], sink, flat[4])
 
 
 def _held(kernel: Kernel, d: Attention, a: _Arrays, batch: Expr) -> Expr:
@@ -141,7 +146,7 @@ def _tile(d: Attention) -> _Tile:
 
 
 def attention(d: Attention) -> tirx.PrimFunc:
-    """PrimFunc(q, [past [b]], keys, values, [mask], y [b, s, h, e])."""
+    """PrimFunc(q, [past [b]], keys, values, [mask], [sink [h]], y [b, s, h, e])."""
     if d.heads % d.kv_heads:
         raise ValueError(f"{d.heads} heads are not a multiple of {d.kv_heads} key heads")
     kernel = Kernel(d.name, d.limits)
@@ -285,6 +290,7 @@ def _keys(kernel: Kernel, d: Attention, a: _Arrays, splits: Expr, found: _Found 
         kernel.barrier()
         kernel.reduce([memory], thread, c, tile.lanes, [load(total, 0)], lambda a, b: a + b)
         sums = kernel.copy(load(memory, r * tile.lanes))
+        factor = _settled(kernel, a, own_head(r), load(top, 0), sums) if found is None else None
         with kernel.when(low + r < rows):
             row = kernel.let(row_of(r), "row")
             if found is not None:
@@ -297,12 +303,18 @@ def _keys(kernel: Kernel, d: Attention, a: _Arrays, splits: Expr, found: _Found 
                     if found is not None:
                         kernel.store(found.out, found.at(row, share) * d.value + e, load(out, j))
                     else:
-                        kernel.store(a.y, row * d.value + e, narrow(load(out, j) / _divisor(sums), d.dtype))
+                        kernel.store(a.y, row * d.value + e, narrow(load(out, j) * factor, d.dtype))
 
 
-def _divisor(total: Expr) -> Expr:
-    """What weighted values are divided by: a row that sees nothing gives 0."""
-    return tirx.Select(tirx.EQ(total, zero()), splat(1.0, 1), total)
+def _settled(kernel: Kernel, a: _Arrays, head: Expr, top: Expr, total: Expr) -> Expr:
+    """What weighted values are multiplied by: 1 / the sum of weights, a sink's among them. Seeing nothing gives 0."""
+    share = splat(1.0, 1)
+    if a.sink is not None:
+        sink = kernel.copy(as_f32(load(a.sink, head)))
+        highest = kernel.copy(larger(top, sink))
+        share = kernel.copy(exp(kernel, kernel.copy(top - highest)))
+        total = kernel.copy(total * share + exp(kernel, kernel.copy(sink - highest)))
+    return kernel.copy(share / tirx.Select(tirx.EQ(total, zero()), splat(1.0, 1), total))
 
 
 def _stage(
@@ -314,8 +326,7 @@ def _stage(
         row, f = kernel.let(floor_div(at, tile.part)), kernel.let(floor_mod(at, tile.part))
         inside = None if width % tile.part == 0 else first + f < width
         place = start(row) + (first + f if inside is None else clamped(first + f, width))  # type: ignore[operator]
-        value = as_f32(load(source, place))
-        kernel.store(memory, row * pitch + f, value if inside is None else tirx.Select(inside, value, zero()))
+        kernel.store(memory, row * pitch + f, kernel.kept(inside, as_f32(load(source, place))))
 
 
 def _merge(kernel: Kernel, d: Attention, a: _Arrays, found: _Found) -> None:
@@ -336,4 +347,5 @@ def _merge(kernel: Kernel, d: Attention, a: _Arrays, found: _Found) -> None:
             share = kernel.copy(exp(kernel, kernel.copy(load(found.largest, place) - load(top, 0))))
             kernel.store(total, 0, load(total, 0) + load(found.sums, place) * share)
             kernel.store(out, 0, load(out, 0) + load(found.out, place * d.value + e) * share)
-        kernel.store(a.y, at, narrow(load(out, 0) / _divisor(load(total, 0)), d.dtype))
+        factor = _settled(kernel, a, floor_mod(row, d.heads), load(top, 0), load(total, 0))
+        kernel.store(a.y, at, narrow(load(out, 0) * factor, d.dtype))

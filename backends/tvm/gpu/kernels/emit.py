@@ -59,6 +59,11 @@ class Kernel(Emitter):
         self.store(kept, 0, value)
         return load(kept, 0)
 
+    def kept(self, inside: Expr | None, value: Expr) -> Expr:
+        """The value where ``inside`` (None: everywhere), else 0. It is read in any case: a choice of loads would be a branch, which
+        PoCL 3.0 gets wrong before a barrier."""
+        return value if inside is None else self.copy(tirx.Select(inside, self.copy(value), zero()))
+
     def shared(self, size: int, dtype: str = "float32") -> Buffer:
         """Memory of the workgroup."""
         return self._alloc((size,), dtype, "shared")

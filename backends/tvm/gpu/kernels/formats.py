@@ -18,8 +18,8 @@ from tvm import tirx
 from wasat.ir import BlockArray, DType, QArray, QTensorType
 from wasat.ir.schemes import SCHEMES, Scheme
 
-from ...cpu.kernels.emit import Buffer, Expr, Kernel, bits, cast, floor_div, floor_mod, int64, load, splat
-from .emit import zero
+from ...cpu.kernels.emit import Buffer, Expr, bits, cast, floor_div, floor_mod, int64, load, splat
+from .emit import Kernel, as_f32
 
 OCTET = 8
 _PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
@@ -43,7 +43,7 @@ class Floats:
     def pack(self, w: Any) -> np.ndarray:
         if not self.words:
             return np.ascontiguousarray(w)
-        return _words(np.ascontiguousarray(w).view(np.uint16), 2)
+        return _words(np.ascontiguousarray(w).view(np.uint16).reshape(-1, w.shape[-1]), 2)
 
 
 @dataclass(frozen=True)
@@ -284,10 +284,9 @@ class Rows:
         out = []
         for t in range(OCTET):
             index = at * OCTET + t
-            whole = self.k % OCTET == 0 or t < self.k % OCTET
-            value = load(self.w, start + (index if whole else tirx.min(index, int64(self.k - 1))))
-            value = value if str(value.ty.dtype) == "float32" else cast("float32", value)
-            out.append(self.kernel.let(value if whole else tirx.Select(index < self.k, value, zero())))
+            inside = None if self.k % OCTET == 0 or t < self.k % OCTET else index < self.k
+            value = as_f32(load(self.w, start + (index if inside is None else tirx.min(index, int64(self.k - 1)))))
+            out.append(self.kernel.let(self.kernel.kept(inside, value)))
         return out
 
     def _words(self, start: Expr, at: Expr) -> list[Expr]:

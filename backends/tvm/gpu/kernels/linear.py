@@ -119,10 +119,9 @@ def _add(kernel: Kernel, d: Linear, o: _Operands, sums: Buffer, r: int, row: Exp
     xs = []
     base = kernel.let(row * d.k + at * OCTET, "base")
     for t in range(OCTET):
-        whole = d.k % OCTET == 0 or t < d.k % OCTET
-        inside = at * OCTET + t < d.k
-        x = as_f32(load(o.x, base + t if whole else tirx.Select(inside, base + t, base)))
-        xs.append(kernel.let(x if whole else tirx.Select(inside, x, zero())))
+        inside = None if d.k % OCTET == 0 or t < d.k % OCTET else at * OCTET + t < d.k
+        x = load(o.x, base + t if inside is None else tirx.min(base + t, row * d.k + (d.k - 1)))
+        xs.append(kernel.let(kernel.kept(inside, as_f32(x))))
     kernel.store(sums, r, load(sums, r) + dot(xs))  # type: ignore[operator]
 
 
@@ -149,8 +148,7 @@ def _tiles(d: Linear) -> tirx.PrimFunc:
                 kk, mm = kernel.let(floor_mod(at, step)), kernel.let(floor_div(at, step))
                 inside = k0 + kk < d.k if d.k % step else None
                 source = clamped(m0 + mm, o.m) * d.k + (clamped(k0 + kk, d.k) if inside is not None else k0 + kk)
-                value = kernel.let(as_f32(load(o.x, source)))
-                kernel.store(xs, kk * pitch + mm, value if inside is None else tirx.Select(inside, value, zero()))
+                kernel.store(xs, kk * pitch + mm, kernel.kept(inside, as_f32(load(o.x, source))))
             for at in kernel.strided(thread, threads, tile * step // OCTET):
                 oo, nn = kernel.let(floor_mod(at, step // OCTET)), kernel.let(floor_div(at, step // OCTET))
                 octet = kernel.let(part * (step // OCTET) + oo)
@@ -158,9 +156,7 @@ def _tiles(d: Linear) -> tirx.PrimFunc:
                 start = weights.start(clamped(n0 + nn, d.n))
                 values = weights.octet(start, octet if inside is None else clamped(octet, weights.octets)).dense()
                 for t, value in enumerate(values):
-                    kernel.store(
-                        ws, (oo * OCTET + t) * pitch + nn, value if inside is None else tirx.Select(inside, value, zero())
-                    )
+                    kernel.store(ws, (oo * OCTET + t) * pitch + nn, kernel.kept(inside, value))
             kernel.barrier()
             with kernel.loop(step) as kk:
                 a = [kernel.let(load(xs, kk * pitch + ty + i * side)) for i in range(own)]

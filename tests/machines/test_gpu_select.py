@@ -1,0 +1,117 @@
+"""What the kernels for GPUs take and what they leave, operation by operation; run on a device, it means the same."""
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "backends"))
+pytest.importorskip("wasat.backends.tvm.plan")  # the language of a device, out of TensorIR
+from decoder import Decoder
+from gpu_help import MACHINES, Machine, each_machine, run
+from test_cpu_select import CASES, DIMS
+from wasat.backends.tvm.gpu.select import selection
+from wasat.backends.tvm.lower import KernelCall, Left, selected
+from wasat.backends.tvm.ops.primitives import PRIMITIVES
+from wasat.ir import Graph, Program, evaluate, evaluate_dim
+from wasat.ir.evaluate import bind_symbols, run_node
+
+from wasat.testing import feed, random_program
+
+pytestmark = pytest.mark.machines
+
+
+def choose(program: Program, machine: Machine) -> tuple[dict[str, Graph], list[Left]]:
+    """The graphs as they are lowered, and what kernels left."""
+    left: list[Left] = []
+    select = selection(machine.limits)
+    graphs = selected(program, PRIMITIVES, lambda g: left.extend(select(g)), False)
+    return {g.name: g for g in graphs}, left
+
+
+def kernels(graph: Graph) -> list[str]:
+    """The kinds of the kernels of a graph, without sizes."""
+    return [type(n.op.desc).__name__ for n in graph.nodes if isinstance(n.op, KernelCall)]
+
+
+def evaluated(graph: Graph, program: Program, inputs: dict[str, Any], machine: Machine) -> dict[str, np.ndarray]:
+    """The graph's outputs: kernels run on the machine, other nodes by their references."""
+    dims = bind_symbols(graph, inputs)
+    env: dict[Any, Any] = {v: inputs[v.name] for v in graph.inputs}
+    env.update({v: program.load(name) for name, v in graph.params.items()})
+    for node in graph.nodes:
+        if not isinstance(node.op, KernelCall):
+            env.update({v: v.const for v in node.inputs if v not in env})
+            env.update(zip(node.outputs, run_node(node, [env[v] for v in node.inputs], dims)))
+            continue
+        op, arrays = node.op, []
+        env.update({v: v.const for v in node.inputs if v not in env})
+        for i, v in enumerate(node.inputs):
+            if i in op.layouts:
+                arrays += op.layouts[i].pack(env[v])
+                continue
+            x = np.asarray(env[v])
+            arrays.append(x.reshape([evaluate_dim(d, dims) for d in op.shapes[i]]) if i in op.shapes else x)
+        new = [r for r in op.results if r.alias is None]
+        for r in new:
+            shape = [evaluate_dim(d, dims) for d in r.shape or r.type.shape]
+            arrays.append(np.full(shape, 77, r.type.dtype.np))
+        out = run(machine, op.build(op.desc), arrays)
+        made = iter(out[len(arrays) - len(new) :])
+        for v, r in zip(node.outputs, op.results):
+            y = out[r.alias] if r.alias is not None else next(made)
+            env[v] = y.reshape([evaluate_dim(d, dims) for d in r.type.shape])
+    return {n: np.asarray(env.get(v, v.const)) for n, v in zip(graph.output_names, graph.outputs)}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_cases_of_the_cpu(name: str) -> None:
+    """Whatever the kernels of the CPU take, those for GPUs take and mean, or leave alone."""
+    machine = MACHINES[1]
+    program = random_program("graph @main" + CASES[name][0].replace(" param ", "\n param ") + "\n return %y\n}", seed=1)
+    graphs, _ = choose(program, machine)
+    inputs = feed(program["main"], DIMS, seed=1)
+    [want] = evaluate(program["main"], inputs, {n: program.load(n) for n in program.params})
+    [got] = evaluated(graphs["main"], program, inputs, machine).values()
+    limit = 2e-3 if got.dtype == np.float16 else 2e-5
+    np.testing.assert_allclose(got, want, rtol=limit, atol=limit * max(1.0, float(np.abs(want).max(initial=0))))
+
+
+@each_machine()
+@pytest.mark.parametrize("weights, activation", [("int4", "int8"), ("int8", None), ("f16", None)])
+def test_decoder(machine: Machine, weights: str, activation: str | None) -> None:
+    """Every heavy operation of a decoder is a kernel, in prefill and in decoding, over full and ring caches."""
+    program = Decoder(weights=weights, activation=activation, act="silu").program()
+    graphs, left = choose(program, machine)
+    assert not left
+    rng, rounds = np.random.default_rng(3), activation == "int8"
+    layer = {
+        "prefill": ["Linear", "Norm", "Norm", "Rope", "Rope", "CacheWrite", "Attention"],
+        "decode": ["Linear", "Norm", "Norm", "Rope", "Rope", "CacheWrite", "Attention"],
+    }
+    caches = {v.name: v for v in program["prefill"].inputs if "layers" in v.name}
+    states = {n: np.zeros([evaluate_dim(d, {"b": 2, "c": 16}) for d in v.shape], np.float32) for n, v in caches.items()}
+    past = np.array([0, 0], np.int64)
+    for graph, s in (("prefill", 7), ("decode", 1), ("decode", 1)):
+        chosen = kernels(graphs[graph])
+        assert [k for k in chosen if k not in ("RoundRows",)][2:9] == layer[graph], chosen
+        assert chosen.count("Attention") == chosen.count("CacheWrite") == 2
+        assert chosen.count("Linear") == 9
+        assert chosen.count("Embedding") == chosen.count("Glu") - 1 == 1
+        assert (chosen.count("RoundRows") == 9) == rounds
+        rest = {n.op.name for n in graphs[graph].nodes if not isinstance(n.op, KernelCall)}
+        assert not rest & {"linear", "quantized_linear", "matmul", "dequantize", "softmax", "cached_attention"}, rest
+        inputs = {"tokens": rng.integers(0, 70, (2, s)), "past": past, **states}
+        if graph == "prefill":
+            inputs["last"] = np.array([6, 3])
+        params = {n: program.load(n) for n in program.params}
+        want = dict(zip(program[graph].output_names, evaluate(program[graph], inputs, params)))
+        got = evaluated(graphs[graph], program, inputs, machine)
+        for name in want:
+            np.testing.assert_allclose(got[name], want[name], rtol=1e-3, atol=2e-4, err_msg=name)
+        states = {n: want[n] for n in states}
+        past = past + s
