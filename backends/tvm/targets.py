@@ -25,7 +25,7 @@ from .cpu import states, tir_pipeline
 from .cpu.arch import ARCHES, Arch, arch_here, arch_of
 from .cpu.kernels.cache import GROUP, CacheType
 from .gpu import select as gpu_kernels
-from .gpu.limits import CUDA
+from .gpu.limits import CUDA, Limits
 from .lower import Select, StateLayout, Table
 from .ops.devices import OPENCL_TABLE, WGSL_TABLE
 from .ops.primitives import PRIMITIVES
@@ -207,7 +207,11 @@ def opencl() -> Target:
 
 def _planned(kind: str, device: Device) -> Target:
     config = {"kind": kind, "max_num_threads": device.threads, "max_shared_memory_per_block": device.shared}
-    return Target(kind, config, host={"kind": "llvm"}, device=device, needs_compiler=False)
+    limits = Limits(device.threads, device.shared, device.f16)
+    return Target(
+        kind, config, host={"kind": "llvm"}, device=device, needs_compiler=False,
+        kernels=lambda target, program: gpu_kernels.selection(limits),
+    )  # fmt: skip
 
 
 TARGETS: dict[str, Callable[..., Target]] = {

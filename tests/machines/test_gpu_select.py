@@ -17,9 +17,11 @@ from test_cpu_select import CASES, DIMS
 from wasat.backends.tvm.gpu.select import selection
 from wasat.backends.tvm.lower import KernelCall, Left, selected
 from wasat.backends.tvm.ops.primitives import PRIMITIVES
+from wasat.backends.tvm.targets import target_named
 from wasat.ir import Graph, Program, evaluate, evaluate_dim
 from wasat.ir.evaluate import bind_symbols, run_node
 
+from wasat.planned import PlanRunner
 from wasat.testing import feed, random_program
 
 pytestmark = pytest.mark.machines
@@ -115,3 +117,29 @@ def test_decoder(machine: Machine, weights: str, activation: str | None) -> None
             np.testing.assert_allclose(got[name], want[name], rtol=1e-3, atol=2e-4, err_msg=name)
         states = {n: want[n] for n in states}
         past = past + s
+
+
+@each_machine()
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_compiled_decoder(machine: Machine, weights: str) -> None:
+    """The same through the whole of the compiler and a launch plan: a prompt, then steps over its caches."""
+    program = Decoder(weights=weights, windows=(None, 5)).program()
+    runner = PlanRunner(program, target_named(machine.name))
+    names = " ".join(runner.host.plan.kernels)
+    for wanted in (f"gemm_{weights}", f"gemv4_{weights}", f"embedding_{weights}", "cache_write", "decode_split_full", "decode_whole_ring",
+                   "attention_whole_full", "attention_whole_ring", "rms_norm_48_weight_residual", "round_rows", "rope", "glu"):  # fmt: skip
+        assert wanted in names, (wanted, names)
+    assert "matmul" not in names
+    assert "dequantize" not in names
+    params = {n: program.load(n) for n in program.params}
+    rng, past = np.random.default_rng(3), np.array([0, 0, 0], np.int64)
+    caches = [v for v in program["prefill"].inputs if "layers" in v.name]
+    states = {v.name: np.zeros([evaluate_dim(d, {"b": 3, "c": 32}) for d in v.shape], np.float32) for v in caches}
+    for graph, s in (("prefill", 11), ("decode", 1), ("decode", 1)):
+        inputs = {"tokens": rng.integers(0, 70, (3, s)), "past": past, **states}
+        inputs |= {"last": np.array([10, 3, 0])} if graph == "prefill" else {}
+        want = dict(zip(program[graph].output_names, evaluate(program[graph], inputs, params)))
+        got = runner(graph, inputs)
+        for name in want:
+            np.testing.assert_allclose(got[name], want[name], rtol=1e-3, atol=2e-4, err_msg=name)
+        states, past = {n: np.asarray(want[n]) for n in states}, past + s

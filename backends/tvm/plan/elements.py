@@ -7,8 +7,10 @@ of 64 are carried in 32. Truth values lie in memory as integers.
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
+import numpy as np
 from tvm import ir, tirx
 from wasat.ir import IRError
 
@@ -35,6 +37,22 @@ HELPERS = {
 def as_stored(f: tirx.PrimFunc, device: Device) -> tirx.PrimFunc:
     """A kernel whose arrays lie in memory as the device has them. Raises IRError for element types that it lacks."""
     return _Kernel(device).function(f)
+
+
+def exact_name(value: float) -> str | None:
+    """A name for an f32 that the seven digits of TVM's literals are too few for; :func:`with_literals` replaces it."""
+    with np.errstate(over="ignore"):
+        x = np.float32(value)
+    return f"wasat_f32_{x.view(np.uint32):08x}" if np.isfinite(x) and np.float32(f"{x:e}") != x else None
+
+
+def with_literals(source: str) -> str:
+    """The source with all digits of its numbers: C's hexadecimal form, which WGSL has too."""
+
+    def literal(found: re.Match[str]) -> str:
+        return f"({float(np.uint32(int(found[1], 16)).view(np.float32)).hex()}f)"
+
+    return re.sub(r"wasat_f32_([0-9a-f]{8})\(\)", literal, source)
 
 
 class _Kernel:
@@ -194,6 +212,9 @@ class _Kernel:
         return tirx.IntImm(to, value)
 
     def number(self, value: float, dtype: str) -> Any:
+        exact = exact_name(value) if dtype == "float32" else None
+        if exact is not None:
+            return tirx.call_pure_extern("float32", exact)
         if math.isfinite(value) or self.device.language != "wgsl":
             return tirx.FloatImm(dtype, value)
         made = tirx.call_pure_extern("float32", NAN if math.isnan(value) else INFINITY)

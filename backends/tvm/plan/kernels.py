@@ -15,7 +15,7 @@ from tvm import s_tir, tirx
 from wasat.ir import DimLike, IRError, symbol
 
 from .device import Device
-from .elements import HELPERS, as_stored
+from .elements import HELPERS, as_stored, with_literals
 from .sizes import size_of
 
 _build = importlib.import_module("tvm.tirx.build")  # tvm.tirx.build is a function, too
@@ -187,7 +187,7 @@ def _kernel(name: str, f: tirx.PrimFunc, target: tvm.target.Target, device: Devi
     module = tirx.compilation_pipeline.finalize_device_passes()(tvm.IRModule({name: own}))
     try:
         with target:
-            source = str(_build.codegen_build(module, target).inspect_source(""))
+            source = with_literals(str(_build.codegen_build(module, target).inspect_source("")))
     except (tvm.error.InternalError, RuntimeError, ValueError) as e:
         raise IRError(f"TVM makes no code of it for this target: {str(e).strip().splitlines()[-1]}") from None
     writes = [True] * sum(pointers)

@@ -60,8 +60,8 @@ class Kernel(Emitter):
         return load(kept, 0)
 
     def kept(self, inside: Expr | None, value: Expr) -> Expr:
-        """The value where ``inside`` (None: everywhere), else 0. It is read in any case: a choice of loads would be a branch, which
-        PoCL 3.0 gets wrong before a barrier."""
+        """The value where ``inside`` (None: everywhere), else 0. It is read in any case: a choice of loads would be a branch,
+        which PoCL 3.0 gets wrong before a barrier."""
         return value if inside is None else self.copy(tirx.Select(inside, self.copy(value), zero()))
 
     def shared(self, size: int, dtype: str = "float32") -> Buffer:
