@@ -36,8 +36,9 @@ from .converters.quantized import Weights
 from .emit import Dims, Emitter
 from .errors import FromData, OnnxError
 from .files import CODE, Source, array, element, parameter
+from .pasts import leave_off, pasts, same_length
 from .registry import CONVERTERS, Inline, NodeView, converter
-from .undecided import undecided
+from .undecided import reads, undecided
 
 OLDEST, NEWEST = 7, 28
 """Operator sets read. Before them, operators that are defined the same."""
@@ -108,8 +109,13 @@ class Importer:
         self.declared = {d.dim_param for i in model.graph.input for d in i.type.tensor_type.shape.dim}
         env: Env = {}
         initialized = self._initializers(model.graph, env)
+        past, presents = pasts(model.graph, {*self.constants, *self.types})
+        if past:
+            self.symbols |= {long: str(self._dim(n)) for long, n in same_length(model.graph).items() if n not in self.sizes}
         for info in model.graph.input:
-            if info.name not in initialized:
+            if info.name in past:
+                env[info.name] = None
+            elif info.name not in initialized:
                 self._input(info, env)
         self._check_fixed(model.graph, initialized)
         frame = Frame(env, opsets)
@@ -118,12 +124,16 @@ class Importer:
         outputs: list[Value] = []
         names: list[str] = []
         for info in model.graph.output:
+            if info.name in presents:
+                continue
             result = self._lookup(info.name, frame, "the graph's outputs")
             items = result if isinstance(result, list) else [] if result is None else [result]
             structure.append((info.name, len(items) if isinstance(result, list) else None if items else 0))
             outputs += [self.c.value(x) for x in items]
             names += [f"{info.name}.{i}" for i in range(len(items))] if isinstance(result, list) else [info.name] * len(items)
         self.graph.set_outputs(outputs, names)
+        if past:
+            leave_off(self.graph)
         self.weights.fold(self)
         for name in self.graph.prune_params():
             del self.params[name]
@@ -526,7 +536,7 @@ class Importer:
                 captured[x] = inner.add_input(x.name, x.type, unique=True)
             return captured[x] if isinstance(x, Value) else x
 
-        for name in dict.fromkeys(_reads(graph)):
+        for name in dict.fromkeys(reads(graph)):
             if name in around and name not in env:
                 env[name] = inside(around[name])
         outside = self.graph, self.c
@@ -542,16 +552,6 @@ class Importer:
         finally:
             self.graph, self.c = outside
         return inner, results, list(captured)
-
-
-def _reads(graph: onnx.GraphProto) -> Iterator[str]:
-    """The names that a subgraph reads, its own included."""
-    for node in graph.node:
-        yield from node.input
-        for a in node.attribute:
-            for g in [a.g] if a.type == onnx.AttributeProto.GRAPH else a.graphs:
-                yield from _reads(g)
-    yield from (o.name for o in graph.output)
 
 
 def _label(node: onnx.NodeProto) -> str:

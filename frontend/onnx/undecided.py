@@ -86,4 +86,14 @@ def _turns(loop: onnx.NodeProto, constants: Mapping[str, Any]) -> bool:
     return (not limit or constants.get(limit, 0) > 0) and (not going or bool(constants.get(going, False)))
 
 
-__all__ = ["FOLLOWS", "NEEDED", "undecided"]
+def reads(graph: onnx.GraphProto) -> Iterator[str]:
+    """The names that a subgraph reads, its own included."""
+    for node in graph.node:
+        yield from node.input
+        for a in node.attribute:
+            for g in [a.g] if a.type == onnx.AttributeProto.GRAPH else a.graphs:
+                yield from reads(g)
+    yield from (o.name for o in graph.output)
+
+
+__all__ = ["FOLLOWS", "NEEDED", "reads", "undecided"]

@@ -185,6 +185,19 @@ def _broadcast(b: Builder, node: Node) -> Value | None:
     return None
 
 
+def _units_of_repeated(b: Builder, node: Node) -> Value | None:
+    """A reshape that puts axes of size 1 into what is repeated, or takes them out, before the repetition."""
+    inner = _producer(node.inputs[0], "broadcast_to")
+    if inner is None or inner.checks or node.checks:
+        return None
+    old, new, x = inner.output.shape, node.output.shape, inner.inputs[0]
+    if [d for d in old if d != 1] != [d for d in new if d != 1]:
+        return None
+    own = (1,) * (len(old) - len(x.shape)) + tuple(x.shape)
+    sizes = iter([n for n, d in zip(own, old) if d != 1])
+    return b.broadcast_to(b.reshape(x, shape=tuple(1 if d == 1 else next(sizes) for d in new)), shape=new)
+
+
 def _pad(b: Builder, node: Node) -> Value | None:
     """Padding by nothing."""
     a = Pad.Attrs.of(node)
@@ -302,7 +315,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "logical_not": (_involution,),
     "bit_not": (_involution,),
     "cast": (_same_type, _cast),
-    "reshape": (_same_type, _reshape),
+    "reshape": (_same_type, _reshape, _units_of_repeated),
     "broadcast_to": (_same_type,),
     "pad": (_pad,),
     "slice": (_whole, _slice, _slice_of_concat),

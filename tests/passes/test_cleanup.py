@@ -63,6 +63,12 @@ def test_becomes_its_operand(lines: list[str], result: str) -> None:
 
 
 REWRITTEN = {
+    "axes of size 1 among what is repeated": (
+        ["%r: f32[b, 1, 4] = reshape(%x) {shape=(b, 1, 4)}", "%n: f32[b, 3, 4] = broadcast_to(%r) {shape=(b, 3, 4)}",
+         "%z: f32[1, b, 3, 1, 4] = reshape(%n) {shape=(1, b, 3, 1, 4)}"],
+        ["%reshape: f32[1, b, 1, 1, 4] = reshape(%x) {shape=(1, b, 1, 1, 4)}",
+         "%z: f32[1, b, 3, 1, 4] = broadcast_to(%reshape) {shape=(1, b, 3, 1, 4)}"],
+    ),
     "select by a negation": (
         ["%n: bool[b, 4] = logical_not(%p)", "%z: f32[b, 4] = select(%n, %x, %y)"], ["%z: f32[b, 4] = select(%p, %y, %x)"],
     ),
@@ -219,6 +225,10 @@ def test_becomes(before: list[str], after: list[str]) -> None:
 
 
 KEPT = {
+    "what is repeated, merged with other axes": [
+        "%r: f32[b, 1, 4] = reshape(%x) {shape=(b, 1, 4)}", "%n: f32[b, 3, 4] = broadcast_to(%r) {shape=(b, 3, 4)}",
+        "%z: f32[b, 12] = reshape(%n) {shape=(b, 12)}",
+    ],
     "1 // i": ["%z: i64[b, 4] = floor_div(1:i64, %i)"],
     "x // 1": ["%z: f32[b, 4] = floor_div(%x, 1.0:f32)"],
     "1 ** x": ["%z: f32[b, 4] = pow(1.0:f32, %x)"],

@@ -7,6 +7,7 @@ from . import (
     image,
     index,
     math,
+    microsoft,
     nn,
     optional,
     quant,
@@ -20,6 +21,6 @@ from . import (
 )
 
 __all__ = [
-    "attention", "control", "conv", "image", "index", "math", "nn", "optional", "quant", "quantized", "recurrent", "reduce",
-    "shape", "signal", "tables", "training",
+    "attention", "control", "conv", "image", "index", "math", "microsoft", "nn", "optional", "quant", "quantized", "recurrent",
+    "reduce", "shape", "signal", "tables", "training",
 ]  # fmt: skip
