@@ -193,6 +193,8 @@ class _Worker:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
+        self._owner = 0
+        """The process that started it: one that was forked since starts its own."""
         self._lock = threading.Lock()
 
     def render(self, template: str, variables: Mapping[str, Any]) -> str:
@@ -215,7 +217,7 @@ class _Worker:
         return text
 
     def _running(self) -> subprocess.Popen[bytes]:
-        if self._process is None or self._process.poll() is not None:
+        if self._process is None or self._owner != os.getpid() or self._process.poll() is not None:
             if importlib.util.find_spec("jinja2") is None:
                 raise ArtifactError("chat templates need the package jinja2: pip install 'wasat[chat]'")
             script = Path(__file__).with_name("jinja.py")
@@ -224,6 +226,7 @@ class _Worker:
                 [sys.executable, "-P", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                 env=environment, start_new_session=True,  # Ctrl-C is not for it
             )  # fmt: skip
+            self._owner = os.getpid()
             weakref.finalize(self, self._process.kill)
         return self._process
 

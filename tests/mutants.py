@@ -26,6 +26,10 @@ ROOT = Path(__file__).resolve().parents[1]
 OPS = ("attention", "conv", "elementwise", "index", "linalg", "nn", "cond", "reduce", "rope", "scan", "shape")
 ROOMS = ("ir", "passes", "backends", "frontend", "runtime", "training")
 TESTS = {  # what covers a file; for others it is the file of the same name, or the room
+    "frontend/models/encoders.py": ["tests/frontend/test_sentence.py"],
+    "frontend/models/modernbert.py": ["tests/frontend/test_sentence.py"],
+    "runtime/template.py": ["tests/runtime/test_templates.py"],
+    "runtime/embedding.py": ["tests/runtime/test_embedding.py", "tests/face/test_embed.py"],
     "passes/analyses/rows.py": ["tests/passes/test_rows.py"],
     "passes/analyses/axis.py": ["tests/passes/test_kv_cache.py", "tests/passes/test_rows.py", "tests/passes/test_kept.py"],
     "passes/analyses/later.py": ["tests/passes/test_kept.py"],

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("jinja2")
 
 from conftest import Run
-from wasat.runtime import load
+from wasat.runtime import Model, Reply, load
 
 TEMPLATE = (
     "{% for m in messages %}# {{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -114,3 +114,18 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(int4: Path, template: Path)
     if "interrupt" not in line:  # it was faster
         pytest.skip(line)
     assert "there is no message to answer" in said  # the program went on, with the answer's part in its conversation
+
+
+def test_ctrl_c_twice_ends_the_answer_at_once(run: Run, int4: Path, template: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat, calls = Model.chat, []
+
+    def pressed(self: Model, messages: list[dict[str, str]], **more: object) -> Reply:
+        calls.append(list(messages))
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return chat(self, messages, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Model, "chat", pressed)
+    code, _, err = run("chat", int4, "--template", template, "--max-tokens", 3, stdin="one\ntwo\n")
+    assert code == 0, err
+    assert [[m["content"] for m in c] for c in calls] == [["one"], ["two"]]

@@ -164,6 +164,17 @@ def test_a_process_that_was_ended_is_started_again() -> None:
     assert t.render([USER]) == USER["content"]
 
 
+def test_a_forked_process_has_a_renderer_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = template._Worker()
+    monkeypatch.setattr(template, "_worker", worker)
+    t = templates("{{ messages[0].content }}")
+    t.render([USER])
+    first = worker._process
+    worker._owner = -1  # as it is after a fork
+    assert t.render([USER]) == USER["content"]
+    assert worker._process is not first
+
+
 def test_long_texts_go_both_ways() -> None:
     content = "a\u4f60\U0001f642\x00" * 200_000
     assert templates("{{ messages[0].content }}").render([{"role": "user", "content": content}]) == content

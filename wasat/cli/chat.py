@@ -29,7 +29,7 @@ _HELP = """\
 /save FILE        write the conversation as JSON (the messages, as model.chat takes them)
 /load FILE        go on with a conversation that was saved
 /exit             end; end of input does, too
-A line that ends with \\ goes on in the next one. // begins a message with a /. Ctrl-C stops an answer.
+A line that ends with \\ goes on in the next one. // begins a message with a /. Ctrl-C stops an answer; twice, at once.
 """
 
 
@@ -127,6 +127,8 @@ class _Conversation:
                     self._commands[command](rest.strip())
                 else:
                     raise Refusal(f"there is no /{command}; /help lists what there is")
+            except KeyboardInterrupt:  # pressed twice: what was read is forgotten, the conversation is as before
+                sys.stdout.write("\n")
             except (Refusal, RuntimeErrorBase, OSError) as e:
                 if not terminal:
                     raise
