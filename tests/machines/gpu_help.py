@@ -12,7 +12,7 @@ import pytest
 import tvm
 from numpy.typing import NDArray
 from wasat.backends.tvm.gpu.limits import Limits
-from wasat.backends.tvm.plan.device import OPENCL, WEBGPU, Device
+from wasat.backends.tvm.plan.device import OPENCL, WEBGPU, WEBGPU_F16, Device
 from wasat.backends.tvm.plan.kernels import Kernel, functions
 from wasat.ir import evaluate_dim
 
@@ -36,6 +36,8 @@ MACHINES = [
     Machine("opencl", (("kind", "opencl"),), OPENCL, Limits()),
 ]
 
+F16 = Machine("webgpu-f16", (("kind", "webgpu"), ("max_num_threads", 256)), WEBGPU_F16, Limits(f16=True))
+
 
 def each_machine() -> pytest.MarkDecorator:
     return pytest.mark.parametrize("machine", [pytest.param(m, id=m.name) for m in MACHINES])
@@ -45,7 +47,8 @@ def each_machine() -> pytest.MarkDecorator:
 def _webgpu() -> Any:
     wgpu = pytest.importorskip("wgpu")
     try:
-        return wgpu.gpu.request_adapter_sync(power_preference="high-performance").request_device_sync()
+        adapter = wgpu.gpu.request_adapter_sync(power_preference="high-performance")
+        return adapter.request_device_sync(required_features=[f for f in adapter.features if f == "shader-f16"])
     except Exception as e:
         pytest.skip(f"no WebGPU adapter (Debian: mesa-vulkan-drivers): {e}")
 
@@ -82,6 +85,8 @@ def run(machine: Machine, func: tvm.tirx.PrimFunc, arrays: Sequence[NDArray[Any]
         grid = tuple(evaluate_dim(d, env) for d in launch.grid)
         if all(grid):
             steps.append((launch.kernel, grid, launch.buffers, [evaluate_dim(d, env) for d in launch.scalars]))
+    if machine.device.f16 and "shader-f16" not in _webgpu().features:
+        pytest.skip("the adapter has no shader-f16")
     out = (_on_webgpu if machine.device.language == "wgsl" else _on_opencl)(memory, steps)
     return [y[: x.size].reshape(x.shape).astype(x.dtype, copy=False) for x, y in zip(arrays, out)]
 
