@@ -24,6 +24,7 @@ from .lower import Begin, Kernels, Left, WeightPlan, lower_program
 from .ops.cond import EQUAL, hold_equal
 from .ops.indices import OUTSIDE, given, outside
 from .ops.narrow import carried, uncarried
+from .plan.fits import check_integers
 from .plan.write import Plan, Signature, make_plan
 from .targets import Target
 
@@ -84,6 +85,7 @@ def plan(program: Program, target: Target, on_progress: Callable[[str], None] = 
         given += [("weight", a.name) for a in weights.of(g.name)]
         names = list(g.output_names)
         signatures[g.name] = Signature(given, [*(n for n in names if n not in states), *(n for n in names if n in states)])
+    check_integers(kernels.nodes, target.device)
     on_progress("generating code")
     return Planned(make_plan(module, signatures, target.tvm, target.device, kernels.nodes), weights, target, left)
 

@@ -27,7 +27,7 @@ from .cpu.kernels.cache import GROUP, CacheType
 from .gpu import select as gpu_kernels
 from .gpu.limits import CUDA, Limits
 from .lower import Select, StateLayout, Table
-from .ops.devices import OPENCL_TABLE, WGSL_TABLE
+from .ops.devices import DEVICES
 from .ops.primitives import PRIMITIVES
 from .plan.device import OPENCL, WEBGPU, WEBGPU_F16, Device
 
@@ -83,9 +83,7 @@ class Target:
 
     def table(self) -> Table:
         """Operation to lowering, of what no kernel does."""
-        if self.device is None:
-            return PRIMITIVES
-        return WGSL_TABLE if self.device.language == "wgsl" else OPENCL_TABLE
+        return PRIMITIVES if self.device is None else DEVICES
 
     def pipeline(self, plan_memory: bool = True) -> Any:
         """The Relax pass pipeline: fusion of elementwise chains included, which tvm.compile's default lacks on CPUs.

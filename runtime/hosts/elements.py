@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -9,6 +10,13 @@ import numpy as np
 from ..errors import InputError
 
 _RAW = {"bfloat16": "uint16"}
+
+
+def _raw(dtype: str, storage: Mapping[str, str]) -> str:
+    """The type of the array that holds elements of ``dtype``: where floats are stored as integers, these are their bits."""
+    if dtype == "float16" and storage.get(dtype, dtype) != dtype:
+        return "uint16"
+    return _RAW.get(dtype, dtype)
 
 
 def itemsize(dtype: str) -> int:
@@ -23,9 +31,10 @@ def padded(nbytes: int) -> int:
 
 def stored(x: np.ndarray, dtype: str, storage: Mapping[str, str], what: str = "an array") -> np.ndarray:
     """The bytes of an array of ``dtype``. Raises InputError for integers that the stored type does not hold."""
-    if dtype in _RAW:
-        x = x.view(_RAW[dtype])
-    to = storage.get(dtype, _RAW.get(dtype, dtype))
+    raw = _raw(dtype, storage)
+    if x.dtype.name != raw and np.dtype(raw).kind == "u" and x.dtype.kind not in "iu":
+        x = x.view(raw)
+    to = storage.get(dtype, raw)
     if x.dtype.name != to:
         if x.dtype.kind in "iu" and x.dtype.itemsize > np.dtype(to).itemsize and x.size:
             low, high = np.iinfo(to).min, np.iinfo(to).max
@@ -40,8 +49,11 @@ def stored(x: np.ndarray, dtype: str, storage: Mapping[str, str], what: str = "a
 
 def loaded(memory: np.ndarray, dtype: str, shape: Sequence[int], storage: Mapping[str, str]) -> np.ndarray:
     """The array whose bytes ``memory`` begins with."""
-    raw = _RAW.get(dtype, dtype)
+    raw = _raw(dtype, storage)
     kept = np.dtype(storage.get(dtype, raw))
     count = int(np.prod(shape, dtype=np.int64))
     x = memory[: count * kept.itemsize].view(kept)
-    return (x if kept.name == raw else x != 0 if raw == "bool" else x.astype(raw)).reshape(shape)
+    found = x if kept.name == raw else x != 0 if raw == "bool" else x.astype(raw)
+    with contextlib.suppress(TypeError):  # a type that NumPy lacks: its bits
+        found = found.view(dtype)
+    return found.reshape(shape)

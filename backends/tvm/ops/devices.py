@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from tvm import relax, tirx
+from tvm import relax
 from tvm.script import tirx as T
 from wasat.ir import Node
 
-from ..lower import Context, Lowering, lowering_into, tvm_dtype
-from .elementwise import _widened
+from ..lower import Context, Lowering, Table, lowering_into, tvm_dtype
 from .ordering import sorted_by, top_by
 from .primitives import PRIMITIVES
 from .scan import COUNTED
@@ -51,9 +49,11 @@ def _cumsum_kernel(dtype: str, reverse: bool, exclusive: bool) -> Any:
         a, n, c = T.int64(), T.int64(), T.int64()
         x = T.match_buffer(x_ptr, (a, n, c), dtype)
         out = T.match_buffer(out_ptr, (a, n, c), dtype)
-        for i, k in T.grid(a, c):
+        for i in T.serial(a * c):
             with T.sblock("cumsum"):
-                vi, vk = T.axis.remap("SS", [i, k])
+                row = T.axis.spatial(a * c, i)
+                vi = T.meta_var(T.floordiv(row, c))
+                vk = T.meta_var(T.floormod(row, c))
                 T.reads(x[vi, 0:n, vk])
                 T.writes(out[vi, 0:n, vk])
                 total = T.alloc_buffer((1,), wide, scope="local")
@@ -72,33 +72,5 @@ def _cumsum_kernel(dtype: str, reverse: bool, exclusive: bool) -> Any:
 _COMMON["sort"] = Lowering(sorted_by(levels=30))
 _COMMON["top_k"] = Lowering(top_by(levels=30))
 
-OPENCL_TABLE: dict[str, Lowering] = dict(_COMMON)
-"""For OpenCL C."""
-WGSL_TABLE: dict[str, Lowering] = dict(_COMMON)
-"""For WGSL."""
-
-
-def _called(name: str) -> Callable[..., Any]:
-    return lambda *v: tirx.call_pure_extern(v[0].ty.dtype, name, *v)
-
-
-def _function(f: Callable[..., Any]) -> Lowering:
-    return Lowering(lambda ctx, node, *xs: _widened(ctx, node, f, *xs))
-
-
-for _name in ("asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "atan2", "expm1", "log1p"):
-    OPENCL_TABLE[_name] = _function(_called(_name))
-OPENCL_TABLE["erf"] = _function(_called("erf"))
-for _name in ("atan", "sinh", "cosh", "asinh", "acosh", "atanh", "atan2"):
-    WGSL_TABLE[_name] = _function(_called(_name))
-
-
-def _leg(v: Any) -> Any:
-    """Of an angle whose sine or cosine is v, the other one."""
-    one = tirx.const(1.0, v.ty.dtype)
-    return tirx.sqrt((one - v) * (one + v))
-
-
-# more exact than WGSL promises
-WGSL_TABLE["asin"] = _function(lambda v: _called("atan2")(v, _leg(v)))
-WGSL_TABLE["acos"] = _function(lambda v: _called("atan2")(_leg(v), v))
+DEVICES: Table = _COMMON
+"""Operation to lowering."""

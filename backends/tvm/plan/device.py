@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 
@@ -27,7 +27,7 @@ class Device:
     fused: int = 8
     """Most that a kernel of several operations takes: larger ones compute more than once what they share."""
     f16: bool = False
-    """Whether it computes with numbers of 16 bits."""
+    """Whether it computes with numbers of 16 bits; else in f32, rounded after each step."""
 
     def stored(self, dtype: str) -> str:
         """The element type that lies in memory for ``dtype``."""
@@ -36,12 +36,12 @@ class Device:
 
 _WORDS = {
     "bool": "int32", "int64": "int32", "int16": "int32", "int8": "int32", "uint16": "uint32", "uint8": "uint32",
-    "bfloat16": "uint32",
+    "bfloat16": "uint32", "float16": "uint32",
 }  # fmt: skip
 
-WEBGPU = Device("wgsl", _WORDS, frozenset({"float64", "uint64", "float16"}), integers=32)
+WEBGPU = Device("wgsl", _WORDS, frozenset({"float64", "uint64"}), integers=32)
 """What every browser's WebGPU can: the limits that the standard promises. WGSL has numbers of 32 bits alone."""
-WEBGPU_F16 = Device("wgsl", _WORDS, frozenset({"float64", "uint64"}), integers=32, f16=True)
+WEBGPU_F16 = replace(WEBGPU, storage={k: v for k, v in _WORDS.items() if k != "float16"}, f16=True)
 """The same with the feature ``shader-f16``."""
-OPENCL = Device("opencl", {"bool": "int8", "bfloat16": "uint16"}, frozenset({"float16"}), buffers=64)
-"""OpenCL 1.2 with f64, as processors have it; without ``cl_khr_fp16``."""
+OPENCL = Device("opencl", {"bool": "int8", "bfloat16": "uint16", "float16": "uint16"}, buffers=64)
+"""OpenCL 1.2 with f64, as processors have it; without ``cl_khr_fp16``, which few do."""

@@ -15,6 +15,7 @@ from tvm import ir, tirx
 from wasat.ir import IRError
 
 from .device import Device
+from .wgsl import BITS, HALF, INFINITY, NAMES, NAN
 
 _BINARY = (
     "Add", "Sub", "Mul", "Div", "Mod", "FloorDiv", "FloorMod", "Min", "Max", "EQ", "NE", "LT", "LE", "GT", "GE", "And", "Or",
@@ -26,33 +27,31 @@ _FLOORED = {"FloorDiv": "Div", "FloorMod": "Mod"}
 """What rounds down, and what is the same of numbers that are not negative, and shorter."""
 
 
-INFINITY, NAN = "wasat_infinity", "wasat_nan"
-"""Functions of WGSL, which has no literals of these, and refuses constants that are such."""
-HELPERS = {
-    INFINITY: "fn wasat_infinity() -> f32 { var bits = 0x7f800000u; return bitcast<f32>(bits); }",
-    NAN: "fn wasat_nan() -> f32 { var bits = 0x7fc00000u; return bitcast<f32>(bits); }",
-}
-
-
 def as_stored(f: tirx.PrimFunc, device: Device) -> tirx.PrimFunc:
     """A kernel whose arrays lie in memory as the device has them. Raises IRError for element types that it lacks."""
     return _Kernel(device).function(f)
 
 
-def exact_name(value: float) -> str | None:
-    """A name for an f32 that the seven digits of TVM's literals are too few for; :func:`with_literals` replaces it."""
+def exact_name(value: float, dtype: str) -> str | None:
+    """A name for a number that the seven digits of TVM's literals are too few for; :func:`with_literals` replaces it."""
+    bits = {"float32": np.uint32, "float64": np.uint64}.get(dtype)
+    if bits is None:
+        return None
     with np.errstate(over="ignore"):
-        x = np.float32(value)
-    return f"wasat_f32_{x.view(np.uint32):08x}" if np.isfinite(x) and np.float32(f"{x:e}") != x else None
+        x = np.dtype(dtype).type(value)
+    digits = np.dtype(dtype).itemsize * 2
+    return f"wasat_f{digits * 4}_{x.view(bits):0{digits}x}" if np.isfinite(x) and x.dtype.type(f"{x:e}") != x else None
 
 
 def with_literals(source: str) -> str:
     """The source with all digits of its numbers: C's hexadecimal form, which WGSL has too."""
 
     def literal(found: re.Match[str]) -> str:
-        return f"({float(np.uint32(int(found[1], 16)).view(np.float32)).hex()}f)"
+        if found[1] == "64":
+            return f"({float(np.uint64(int(found[2], 16)).view(np.float64)).hex()})"
+        return f"({float(np.uint32(int(found[2], 16)).view(np.float32)).hex()}f)"
 
-    return re.sub(r"wasat_f32_([0-9a-f]{8})\(\)", literal, source)
+    return re.sub(r"wasat_f(32|64)_([0-9a-f]+)\(\)", literal, source)
 
 
 class _Kernel:
@@ -69,6 +68,8 @@ class _Kernel:
         base, _, lanes = dtype.partition("x")
         if base in self.device.lacks and base != "uint64":
             raise IRError(f"this target has no {base}: cast to {'f32' if base.startswith('f') else 'i32'}")
+        if base == "float16" and not self.device.f16:
+            base = "float32"
         if self.device.integers == 32 and base.startswith(("int", "uint")):
             base = "uint32" if base.startswith("u") else "int32"
         return f"{base}x{lanes}" if lanes else base
@@ -131,7 +132,9 @@ class _Kernel:
                 b = self.buffers[s.buffer]
                 value, base = self.expr(s.value), str(s.buffer.dtype).partition("x")[0]
                 stored = str(b.dtype).partition("x")[0]
-                if base == "bool":
+                if base == "float16" and stored != base:
+                    value = tirx.Cast(str(b.dtype), self.half_bits(value))
+                elif base == "bool":
                     value = tirx.Select(value, tirx.const(1, stored), tirx.const(0, stored))
                 elif stored != str(value.ty).partition("x")[0]:
                     value = tirx.Cast(str(b.dtype), value)
@@ -168,7 +171,8 @@ class _Kernel:
         if kind == "StringImm":
             return e
         if kind == "FloatImm":
-            return self.number(float(e.value), self.scalar(str(e.ty)))
+            value = float(np.float16(e.value)) if str(e.ty) == "float16" else float(e.value)
+            return self.number(value, self.scalar(str(e.ty)))
         if kind in _BINARY:
             a, b, dtype = self.expr(e.a), self.expr(e.b), str(e.ty)
             if kind in _SHIFTS and self.scalar(dtype) != dtype and isinstance(b, tirx.IntImm) and b.value >= 32:
@@ -177,8 +181,12 @@ class _Kernel:
                 b = tirx.IntImm(str(b.ty), 31)
             if kind in _FLOORED and self.counted(e.a) and self.counted(e.b):
                 kind = _FLOORED[kind]
+            if kind == "BitwiseXor" and dtype == "bool":
+                kind = "NE"  # WGSL has the operator for integers alone
             made = getattr(tirx, kind)(a, b)
-            return self.wrapped(made, dtype) if kind in _WRAPS else made
+            if kind == "NE" and str(a.ty) == "float32" and self.device.language == "wgsl":
+                made = tirx.Or(made, tirx.Or(_is_nan(a), _is_nan(b)))
+            return self.wrapped(made, dtype) if kind in _WRAPS or dtype == "float16" else made
         if kind == "BitwiseNot":
             return self.wrapped(tirx.BitwiseNot(self.expr(e.a)), str(e.ty))
         if kind == "Not":
@@ -212,14 +220,27 @@ class _Kernel:
         return tirx.IntImm(to, value)
 
     def number(self, value: float, dtype: str) -> Any:
-        exact = exact_name(value) if dtype == "float32" else None
-        if exact is not None:
-            return tirx.call_pure_extern("float32", exact)
+        if (exact := exact_name(value, dtype)) is not None:
+            return tirx.call_pure_extern(dtype, exact)
         if math.isfinite(value) or self.device.language != "wgsl":
             return tirx.FloatImm(dtype, value)
         made = tirx.call_pure_extern("float32", NAN if math.isnan(value) else INFINITY)
         made = made if dtype == "float32" else tirx.Cast(dtype, made)
         return tirx.const(0.0, dtype) - made if value < 0 else made
+
+    def half_bits(self, x: Any) -> Any:
+        """The 16 bits, in a word, of the f16 that is nearest to an f32."""
+        return tirx.call_pure_extern("uint32", BITS, x)
+
+    def half(self, bits: Any) -> Any:
+        """The f32 that 16 bits are."""
+        return tirx.call_pure_extern("float32", HALF, bits if str(bits.ty) == "uint32" else tirx.Cast("uint32", bits))
+
+    def function_named(self, name: str) -> str:
+        """What a function of the C library is called here."""
+        if self.device.language == "wgsl":
+            return NAMES.get(name, name)
+        return name.removesuffix("f") if name.endswith("f") and name not in ("erf", "wasat_f") else name
 
     def counted(self, e: Any) -> bool:
         """Whether it is plain that an integer is not negative."""
@@ -243,6 +264,8 @@ class _Kernel:
         if base == "bool":
             return tirx.NE(value, tirx.const(0, str(value.ty)))
         want = self.scalar(str(e.ty))
+        if base == "float16" and want != base:
+            return self.half(value)
         return value if str(value.ty) == want else tirx.Cast(want, value)
 
     def cast(self, x: Any, dtype: str) -> Any:
@@ -253,6 +276,10 @@ class _Kernel:
         """A number that 8 or 16 bits hold: what 32 bits hold of it, cut to its width."""
         base, _, lanes = dtype.partition("x")
         to = self.scalar(dtype)
+        if base == "float16" and to != dtype:
+            if lanes:
+                raise IRError(f"this target has no {dtype}")
+            return self.half(self.half_bits(x))
         if to == dtype or base not in ("int8", "int16", "uint8", "uint16"):
             return x
         bits = int(base.lstrip("uint"))
@@ -272,10 +299,10 @@ class _Kernel:
         if name == "tirx.buffer_data":
             return self.buffers[e.args[0]].data
         args = [self.expr(a) for a in e.args]
+        if name == "tirx.call_pure_extern":
+            args[0] = ir.StringImm(self.function_named(str(e.args[0].value)))
         if name == "tirx.isnan" and self.device.language == "wgsl" and str(args[0].ty) == "float32":
-            # compilers of WGSL may take for granted that there are no NaN
-            bits = tirx.BitwiseAnd(tirx.reinterpret("int32", args[0]), tirx.const(0x7FFFFFFF, "int32"))
-            return tirx.GT(bits, tirx.const(0x7F800000, "int32"))
+            return _is_nan(args[0])
         if isinstance(e.ty, ir.PointerType):
             return ir.Call(e.op, args, e.attrs, e.ty_args, ret_ty=e.ty)
         to = self.scalar(dtype) if dtype not in ("void", "handle") else dtype
@@ -288,9 +315,16 @@ class _Kernel:
         to = self.scalar(dtype)
         if self.scalar(source) == source and to == dtype:
             return tirx.reinterpret(dtype, x)
-        if source.startswith("float") or dtype.startswith("float"):
-            raise IRError(f"this target does not take the bits of {source} for {dtype}")
+        if source == "float16" or dtype == "float16":
+            bits = self.half_bits(tirx.Cast("float32", x)) if source == "float16" else tirx.Cast("uint32", x)
+            if dtype != "float16":
+                return self.cast(bits, dtype)
+            made = self.half(tirx.BitwiseAnd(bits, tirx.const(0xFFFF, "uint32")))
+            return made if to == "float32" else tirx.Cast(to, made)
         return self.cast(x if str(x.ty) == to else tirx.Cast(to, x), dtype)
 
 
-
+def _is_nan(x: Any) -> Any:
+    """By the bits of an f32: compilers of WGSL may take for granted that there are no NaN."""
+    bits = tirx.BitwiseAnd(tirx.reinterpret("int32", x), tirx.const(0x7FFFFFFF, "int32"))
+    return tirx.GT(bits, tirx.const(0x7F800000, "int32"))

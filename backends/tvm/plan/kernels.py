@@ -15,12 +15,16 @@ from tvm import s_tir, tirx
 from wasat.ir import DimLike, IRError, symbol
 
 from .device import Device
-from .elements import HELPERS, as_stored, with_literals
+from .elements import as_stored, with_literals
 from .sizes import size_of
+from .wgsl import helpers
 
 _build = importlib.import_module("tvm.tirx.build")  # tvm.tirx.build is a function, too
 _GRID = ("blockIdx.x", "blockIdx.y", "blockIdx.z")
 _NAME = 40
+_OPENCL_F16 = """static inline float wasat_f16(uint bits) { ushort b = (ushort)bits; return vload_half(0, (const half*)&b); }
+static inline uint wasat_f16_bits(float x) { ushort b; vstore_half_rte(x, 0, (half*)&b); return b; }
+"""
 _BLOCK = ("threadIdx.x", "threadIdx.y", "threadIdx.z")
 
 
@@ -56,14 +60,14 @@ class Function:
     launches: list[Launch] = field(default_factory=list)
 
 
-def _split() -> Any:
+def _split(device: Device) -> Any:
     """TVM's passes from blocks to a function of the host and kernels; those for hardware that no plan is for are left out."""
     s, t = s_tir.transform, tirx.transform
     return tvm.transform.Sequential([
         s.CanonicalizeLoop(), s.LowerCrossThreadReduction(), s.LowerInitBlock(), s.PlanAndUpdateBufferAllocationLocation(),
         s.ConvertBlocksToOpaque(), s.LiftThreadBinding(), s.ManifestSharedMemoryLocalStage(), s.CompactBufferAllocation(),
         s.LowerAutoCopy(), s.UnifyThreadBinding(), s.LowerMatchBuffer(), s.StmtSimplify(), s.LowerOpaqueBlock(),
-        t.FlattenBuffer(), t.BF16ComputeLegalize(), t.NarrowDataType(32), s.LoopPartition(), t.VectorizeLoop(True),
+        t.FlattenBuffer(), t.BF16ComputeLegalize(), t.NarrowDataType(32), s.LoopPartition(), t.VectorizeLoop(device.f16),
         s.InjectVirtualThread(), s.InjectDoubleBuffer(), t.StorageRewrite(), s.HoistIfThenElse(), t.UnrollLoop(),
         s.RenormalizeSplitPattern(), t.StmtSimplify(), t.RemoveNoOp(), s.RewriteUnsafeSelect(), t.CommonSubexprElim(),
         t.VerifyMemory(), t.AnnotateEntryFunc(), s.ThreadSync("shared"), s.ThreadSync("shared.dyn"),
@@ -71,26 +75,41 @@ def _split() -> Any:
     ])  # fmt: skip
 
 
+class Functions:
+    """The TensorIR functions of a module by name, made into kernels when they are asked for."""
+
+    def __init__(self, module: tvm.IRModule, target: tvm.target.Target, device: Device) -> None:
+        self.target, self.device = target, device
+        self._sources = {gv.name_hint: f for gv, f in module.functions.items() if isinstance(f, tirx.PrimFunc)}
+        self._made: dict[str, Function] = {}
+
+    def __getitem__(self, name: str) -> Function:
+        """Raises IRError for what the device cannot do, naming the function."""
+        if name not in self._made:
+            # the name of a group of operations is as long as the group: some compilers make files of names
+            short = f"k{len(self._made)}_{name[:_NAME]}"
+            source = self._sources[name].with_attr("global_symbol", short)
+            try:
+                self._made[name] = _function(short, source, self.target, self.device)
+            except IRError as e:
+                raise IRError(f"{name}: {e}") from None
+        return self._made[name]
+
+
 def functions(module: tvm.IRModule, target: tvm.target.Target, device: Device) -> dict[str, Function]:
-    """The TensorIR functions of ``module`` by name. Raises IRError for what the device cannot do, naming the function."""
-    found: dict[str, Function] = {}
-    for gv, f in module.functions.items():
-        if not isinstance(f, tirx.PrimFunc):
-            continue
-        # the name of a group of operations is as long as the group: some compilers make files of names
-        short = f"k{len(found)}_{gv.name_hint[:_NAME]}"
-        try:
-            found[gv.name_hint] = _function(short, f.with_attr("global_symbol", short), target, device)
-        except IRError as e:
-            raise IRError(f"{gv.name_hint}: {e}") from None
-    return found
+    """All TensorIR functions of ``module`` by name."""
+    made = Functions(module, target, device)
+    return {gv.name_hint: made[gv.name_hint] for gv, f in module.functions.items() if isinstance(f, tirx.PrimFunc)}
 
 
 def _function(name: str, f: tirx.PrimFunc, target: tvm.target.Target, device: Device) -> Function:
     # TVM's own schedules leave the promise out where arguments are one array; a launch is given different ones
     whole = tvm.IRModule({name: f.with_attr("tirx.noalias", True)})
-    with target:
-        split = _split()(tirx.transform.BindTarget(target)(whole))
+    try:
+        with target:
+            split = _split(device)(tirx.transform.BindTarget(target)(whole))
+    except (tvm.error.InternalError, RuntimeError, ValueError) as e:
+        raise IRError(f"TVM makes no kernels of it: {str(e).strip().splitlines()[-1]}") from None
     kernels = {
         gv.name_hint: _kernel(gv.name_hint, g, target, device)
         for gv, g in split.functions.items() if "tirx.kernel_launch_params" in g.attrs
@@ -191,9 +210,11 @@ def _kernel(name: str, f: tirx.PrimFunc, target: tvm.target.Target, device: Devi
     except (tvm.error.InternalError, RuntimeError, ValueError) as e:
         raise IRError(f"TVM makes no code of it for this target: {str(e).strip().splitlines()[-1]}") from None
     writes = [True] * sum(pointers)
+    if device.language == "opencl" and "wasat_f16" in source:
+        source = _OPENCL_F16 + source
     if device.language == "wgsl":
         source = source.replace("-2147483648i", "(-2147483647i - 1i)")  # the sign is no part of a literal
-        source += "".join(f"{text}\n" for name, text in HELPERS.items() if name in source)
+        source += helpers(source)
         # which of them a kernel writes, a host must know
         access = dict(re.findall(r"@binding\((\d+)\) var<storage, (read|read_write)>", source))
         writes = [access[str(i)] == "read_write" for i in range(sum(pointers))]

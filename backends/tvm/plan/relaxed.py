@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from wasat.ir.dims import substitute
 
 from ..ops.cond import EQUAL
 from ..ops.scan import LOOP
-from .kernels import Function
+from .kernels import Function, Functions
 from .labels import Labels
 from .sizes import size_of
 from .steps import Array, Branch, Check, Copy, Entry, Kind, Label, Loop, Run, Step
@@ -44,7 +44,7 @@ class Constants:
 class Reader:
     """Reads the entries of one module."""
 
-    def __init__(self, module: tvm.IRModule, functions: Mapping[str, Function], labels: Labels) -> None:
+    def __init__(self, module: tvm.IRModule, functions: Functions, labels: Labels) -> None:
         self.module, self.functions, self.labels = module, functions, labels
         self.constants = Constants()
 
@@ -158,7 +158,6 @@ class _Body:
 
     def kernel(self, var: Any, e: Any, inplace: Sequence[int]) -> Any:
         name = e.args[0].name_hint
-        f = self.reader.functions[name]
         args = [self.value(x) for x in e.args[1].fields]
         if len(e.args) > 2:
             args += self.value(e.args[2])
@@ -176,7 +175,8 @@ class _Body:
                 passed[at] = made
             else:
                 passed.append(made)
-        self.launch(f, passed, label)
+        if any(r.array.count != 0 for r in results):
+            self.launch(self.reader.functions[name], passed, label)
         return results[0] if isinstance(e.ty_args[0], relax.TensorType) else tuple(results)
 
     def launch(self, f: Function, args: Sequence[Any], label: Label) -> None:

@@ -18,7 +18,7 @@ from wasat.ir import DimLike, IRError, Node
 from wasat.ir.dims import floordiv
 
 from .device import Device
-from .kernels import Kernel, functions
+from .kernels import Functions, Kernel
 from .labels import Labels
 from .layout import Layout
 from .relaxed import Reader
@@ -65,8 +65,7 @@ def make_plan(
         ):  # fmt: skip
             module = step(module)
     module = _scheduled(module, device)
-    made = functions(module, target, device)
-    reader = Reader(module, made, labels)
+    reader = Reader(module, Functions(module, target, device), labels)
     entries: dict[str, Any] = {}
     used: dict[str, Kernel] = {}
     for name, signature in signatures.items():
@@ -102,7 +101,7 @@ class _Tried(dl.ScheduleRule):
     def apply(self, func: Any, target: Any, tunable: bool) -> Any:
         try:
             return self.rule.apply(func, target, tunable)
-        except tvm.s_tir.ScheduleError:
+        except (tvm.s_tir.ScheduleError, tvm.error.InternalError, AssertionError, IndexError, ValueError):
             return None
 
 
