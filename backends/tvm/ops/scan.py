@@ -175,7 +175,8 @@ who runs loops without recursion."""
 def _turn(bb: relax.BlockBuilder, node: Node, table: Table, kernels: dict[Any, Any]) -> Any:
     scan = _Scan(bb, node, table, kernels)
     turn = scan.function("turn", scan.turn)
-    bb.update_func(turn, bb.get()[turn].with_attr(LOOP, int(bool(scan.attrs.reverse))))
+    made = bb.get()[turn].with_attr(LOOP, int(bool(scan.attrs.reverse)))
+    bb.update_func(turn, made.with_attr("global_symbol", turn.name_hint))  # of private ones, TVM changes the parameters
     return turn
 
 
