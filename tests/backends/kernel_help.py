@@ -7,9 +7,10 @@ import os
 os.environ.setdefault("TVM_NUM_THREADS", "2")
 os.environ.setdefault("TVM_BIND_THREADS", "0")
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from wasat.backends.tvm.cpu.kernels.isa import (
     Isa,
 )
 from wasat.backends.tvm.cpu.kernels.quantize import quantize_rows_reference
+from wasat.ir import Graph, evaluate
 
 # no more than the kernels ask for: code for a named processor may use instructions that this one lacks (AVX512-FP16)
 CPU = {
@@ -102,6 +104,11 @@ def run(compiled: Any, inputs: list[Any], *outputs: tuple[tuple[int, ...], str])
     return [m.numpy() for m in made]
 
 
+def uneven(rng: np.random.Generator, *shape: int) -> NDArray[np.float32]:
+    """Normal numbers whose rows differ in size by up to four powers of ten: a small one's faults are not small."""
+    return (rng.standard_normal(shape) * 10.0 ** rng.uniform(-2, 2, (*shape[:-1], 1))).astype(np.float32)
+
+
 def rounded(x: NDArray[np.float32]) -> NDArray[np.float64]:
     """x as rows of integers and scales stand for it."""
     q = quantize_rows_reference(x)
@@ -110,10 +117,65 @@ def rounded(x: NDArray[np.float32]) -> NDArray[np.float64]:
     return blocks.reshape(*x.shape[:-1], 32 * q.shape[-2])[..., : x.shape[-1]]
 
 
-def assert_near(got: NDArray[Any], want: NDArray[Any], tolerance: float) -> None:
-    """Largest difference, relative to the largest magnitude of ``want``."""
+class Terms(NamedTuple):
+    """Sums as they are in f64, the sum of their terms' magnitudes, and how many terms each has."""
+
+    sum: NDArray[np.float64]
+    size: NDArray[np.float64]
+    count: int = 1
+
+    def __add__(self, other: NDArray[Any]) -> Terms:
+        return Terms(self.sum + other, self.size + np.abs(other), self.count + 1)
+
+
+def products(a: NDArray[Any], b: NDArray[Any]) -> Terms:
+    """a @ b."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    return Terms(a @ b, np.abs(a) @ np.abs(b), a.shape[-1])
+
+
+EPS = 2.0**-24  # one rounding of f32
+
+
+def assert_near(got: NDArray[Any], want: Terms, steps: float = 2, eps: float = EPS) -> None:
+    """Each element within what f32 may lose of it: sqrt(n) roundings of a sum of n terms' size, in whatever order they are added
+    (Higham and Mary, A New Approach to Probabilistic Rounding Error Analysis, 2019); ``steps`` more for each of its terms."""
+    assert_within(got, want.sum, (steps + 2 * np.sqrt(want.count)) * eps * want.size)
+
+
+def assert_within(got: NDArray[Any], want: NDArray[Any], bound: NDArray[Any]) -> None:
+    """|got - want| <= bound, element by element."""
     assert got.shape == want.shape
     assert np.isfinite(got).all()
-    scale = float(np.abs(want).max()) or 1.0
-    error = float(np.abs(got.astype(np.float64) - want).max()) / scale
-    assert error <= tolerance, f"relative difference {error:.2e} > {tolerance:.1e}"
+    error = np.abs(got.astype(np.float64) - want) - bound
+    at = np.unravel_index(int(error.argmax()), error.shape)
+    assert error[at] <= 0, f"{at}: {got[at]!r} is not within {bound[at]:.1e} of {want[at]!r}"
+
+
+def assert_near_reference(
+    got: Mapping[str, NDArray[Any]], g: Graph, inputs: Mapping[str, Any], params: Mapping[str, Any] | None = None,
+    steps: float = 32,
+) -> None:
+    """Each element of a graph's results within what it moves by when its operands move a little: four times the root mean
+    square over six draws that change every number by up to ``steps`` of its type's roundings, and two roundings of its own."""
+    rng, floats = np.random.default_rng(0), (np.float32, np.float64)
+    if all(x.dtype == np.float16 for x in got.values()):  # what is inside is f32
+        floats, steps = (np.float16,), 1
+
+    def moved(given: Mapping[str, Any]) -> dict[str, Any]:
+        def move(x: Any) -> Any:
+            if getattr(x, "dtype", None) not in floats:
+                return x
+            return (x * (1 + steps * np.finfo(x.dtype).eps / 2 * rng.uniform(-1, 1, x.shape))).astype(x.dtype)
+
+        return {k: move(x) for k, x in given.items()}
+
+    def values(f: Mapping[str, Any], p: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+        return {k: np.asarray(x) for k, x in zip(g.output_names, evaluate(g, f, p)) if k in got}
+
+    params = params or {}
+    draws = [values(moved(inputs), moved(params)) for _ in range(6)]
+    for name, want in values(inputs, params).items():
+        wide = want.astype(np.float64)
+        spread = np.sqrt(np.mean([(x[name].astype(np.float64) - wide) ** 2 for x in draws], axis=0))
+        assert_within(got[name], wide, 4 * spread + float(np.finfo(got[name].dtype).eps) * np.abs(wide))

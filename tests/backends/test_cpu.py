@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from decoder import Decoder
-from kernel_help import assert_near
+from kernel_help import assert_near_reference
 from wasat.backends.tvm.build import Runner
 from wasat.backends.tvm.lower import KernelCall, lower_program
 from wasat.backends.tvm.targets import Target, cpu
@@ -40,22 +40,20 @@ def feeds(
     return made
 
 
-def assert_same_steps(decoder: Decoder, tolerance: float, target: Target) -> None:
-    """A prompt in two chunks of uneven size, rows at different positions, then single tokens."""
+def assert_same_steps(decoder: Decoder, target: Target, steps: float = 32) -> None:
+    """A prompt in two chunks of uneven size, rows at different positions, then single tokens. ``steps``: by how many
+    roundings the numbers inside may be off (`assert_near_reference`)."""
     program = decoder.program()
     names = program.interface.state_names
     runner = Runner(program, target)
     params = {k: p.load() for k, p in program.params.items()}
-    got_states: dict[str, Any] = {}
-    want_states: dict[str, Any] = {}
+    states: dict[str, Any] = {}
     c, b, past = 64, 2, [0, 3]
-    for step, (graph, s) in enumerate([("prefill", 7), ("prefill", 12), ("decode", 1), ("prefill", 1), ("decode", 1)]):
-        got = runner(graph, feeds(program, graph, b, s, past, c, got_states, step))
-        g = program[graph]
-        want = dict(zip(g.output_names, evaluate(g, feeds(program, graph, b, s, past, c, want_states, step), params)))
-        for name in want:
-            assert_near(got[name], np.asarray(want[name], np.float64), tolerance)
-        got_states, want_states = ({n: x[n] for n in names} for x in (got, want))
+    for seed, (graph, s) in enumerate([("prefill", 7), ("prefill", 12), ("decode", 1), ("prefill", 1), ("decode", 1)]):
+        given = feeds(program, graph, b, s, past, c, states, seed)
+        got = runner(graph, given)
+        assert_near_reference(got, program[graph], given, params, steps)
+        states = {n: got[n].astype(np.float32) for n in names}
         past = [p + s for p in past]
 
 
@@ -70,7 +68,7 @@ FLOAT = {
 
 @pytest.mark.parametrize("name", FLOAT)
 def test_decoder_equals_reference(name: str) -> None:
-    assert_same_steps(FLOAT[name], 2e-5, cpu())
+    assert_same_steps(FLOAT[name], cpu())
 
 
 @pytest.mark.parametrize(
@@ -78,15 +76,15 @@ def test_decoder_equals_reference(name: str) -> None:
 )
 def test_integer_decoder_equals_reference(decoder: Decoder) -> None:
     # where rounding noise crosses a half, one element of a row is one 127th of its block's largest off
-    assert_same_steps(decoder, 1e-2, cpu())
+    assert_same_steps(decoder, cpu(), 2**16)
 
 
 def test_caches_in_f16() -> None:
-    assert_same_steps(Decoder(weights="f32"), 2e-3, cpu(cache="float16"))
+    assert_same_steps(Decoder(weights="f32"), cpu(cache="float16"), 2**13)
 
 
 def test_one_thread() -> None:
-    assert_same_steps(Decoder(weights="f32"), 2e-5, cpu(threads=1))
+    assert_same_steps(Decoder(weights="f32"), cpu(threads=1))
 
 
 LAYER = [

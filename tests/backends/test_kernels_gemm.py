@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from kernel_help import assert_near, build, each_isa, run
+from kernel_help import Terms, assert_near, build, each_isa, products, run, uneven
 from numpy.lib.stride_tricks import as_strided
 from wasat.backends.tvm.cpu.kernels.gemm import Axes, Gemm, Matrix, Windows, gemm
 from wasat.backends.tvm.cpu.kernels.isa import Isa
@@ -34,11 +34,11 @@ def check(isa: Isa, a: np.ndarray, b: np.ndarray, wholes: list[np.ndarray], y: M
 ])  # fmt: skip
 def test_gemm(isa: Isa, transposed: str, m: int, n: int, k: int) -> None:
     rng = np.random.default_rng(0)
-    a, b = rng.standard_normal((m, k), np.float32), rng.standard_normal((k, n), np.float32)
+    a, b = uneven(rng, m, k), np.ascontiguousarray(uneven(rng, n, k).T)
     stored = [np.ascontiguousarray(x.T if name in transposed else x) for name, x in (("a", a), ("b", b))]
     views = [x.T if name in transposed else x for name, x in zip("ab", stored)]
     y = check(isa, views[0], views[1], stored)
-    assert_near(y.reshape(m, n), a.astype(np.float64) @ b.astype(np.float64), 1e-6)
+    assert_near(y.reshape(m, n), products(a, b))
 
 
 @each_isa()
@@ -47,16 +47,16 @@ def test_batches_at_any_strides(isa: Isa, keys_first: bool) -> None:
     """Heads as slices of one merged projection, shared keys, the result as merged heads."""
     rng = np.random.default_rng(1)
     n, s, h, d = 3, 37, 4, 20
-    merged = rng.standard_normal((n, s, h + 2, d), np.float32)
+    merged = uneven(rng, n, s, h + 2, d)
     q = merged[:, :, :h].transpose(0, 2, 1, 3)
     k = np.broadcast_to(merged[:, :, h : h + 1].transpose(0, 2, 3, 1), (n, h, d, s))
     probs = check(isa, q, k, [merged, merged]).reshape(n, h, s, s)
-    assert_near(probs, q.astype(np.float64) @ k.astype(np.float64), 1e-6)
+    assert_near(probs, products(q, k))
     v = np.broadcast_to(merged[:, :, h + 1 :].transpose(0, 2, 1, 3), (n, h, s, d))
     a = probs.swapaxes(2, 3) if keys_first else probs
     out = check(isa, a, v, [probs, merged], Matrix(n * s * h * d, h * d, 1, (s * h * d, d)))
-    want = a.astype(np.float64) @ v.astype(np.float64)
-    assert_near(out.reshape(n, s, h, d), want.transpose(0, 2, 1, 3), 1e-6)
+    want = products(a, v)
+    assert_near(out.reshape(n, s, h, d), Terms(*(x.transpose(0, 2, 1, 3) for x in want[:2]), want.count))
 
 
 @each_isa()
@@ -73,10 +73,10 @@ def test_windows(isa: Isa, column: Axes) -> None:
     k, n = (math.prod(extent for extent, _ in axes) for axes in (row, column))
     extents, strides = zip(*((2, apart), *row, *column))
     b = as_strided(x[offset:], extents, [4 * s for s in strides]).reshape(2, k, n)
-    a = rng.standard_normal((29, k), np.float32)
+    a = uneven(rng, 29, k)
     desc = Gemm(
         isa, 29, n, k, Matrix(a.size, k, 1, (0,)), Windows(size, row, column, (apart,), offset),
         Matrix(2 * 29 * n, n, 1, (29 * n,)), (2,), threads=2,
     )  # fmt: skip
     [y] = run(build(gemm(desc), isa), [a.reshape(-1), x], ((2 * 29 * n,), "float32"))
-    assert_near(y.reshape(2, 29, n), a.astype(np.float64) @ b.astype(np.float64), 1e-6)
+    assert_near(y.reshape(2, 29, n), products(a, b))
