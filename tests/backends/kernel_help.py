@@ -137,10 +137,10 @@ def products(a: NDArray[Any], b: NDArray[Any]) -> Terms:
 EPS = 2.0**-24  # one rounding of f32
 
 
-def assert_near(got: NDArray[Any], want: Terms, steps: float = 2, eps: float = EPS) -> None:
-    """Each element within what f32 may lose of it: sqrt(n) roundings of a sum of n terms' size, in whatever order they are added
-    (Higham and Mary, A New Approach to Probabilistic Rounding Error Analysis, 2019); ``steps`` more for each of its terms."""
-    assert_within(got, want.sum, (steps + 2 * np.sqrt(want.count)) * eps * want.size)
+def assert_near(got: NDArray[Any], want: Terms, steps: float = 2) -> None:
+    """Each element within what f32 may lose of it: sqrt(n) roundings of a sum of n terms' size, in whatever order they are
+    added (Higham and Mary, A New Approach to Probabilistic Rounding Error Analysis, 2019); ``steps`` more for each term."""
+    assert_within(got, want.sum, (steps + 2 * np.sqrt(want.count)) * EPS * want.size)
 
 
 def assert_within(got: NDArray[Any], want: NDArray[Any], bound: NDArray[Any]) -> None:

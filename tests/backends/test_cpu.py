@@ -11,7 +11,7 @@ from kernel_help import assert_near_reference
 from wasat.backends.tvm.build import Runner
 from wasat.backends.tvm.lower import KernelCall, lower_program
 from wasat.backends.tvm.targets import Target, cpu
-from wasat.ir import Graph, Program, evaluate, verify
+from wasat.ir import Graph, Program, verify
 
 
 def selected(program: Program, graph: str, target: Target) -> Graph:
