@@ -102,7 +102,7 @@ def test_many_turns_stay_shallow(runner: Runner) -> None:
     state, w = inputs["h"], inputs["w"]
     for x in inputs["x"]:
         state = np.tanh(x @ w + state)
-    np.testing.assert_allclose(got["last"], state, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(got["last"], state, rtol=1e-5, atol=1e-6)
 
 
 def test_composites_in_a_body_are_decomposed() -> None:

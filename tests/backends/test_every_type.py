@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import pytest
 from wasat.backends.tvm.build import Runner
@@ -73,7 +74,8 @@ def test_equal_to_the_interpreter(name: str, compiled: Runner) -> None:
         want = np.asarray(evaluate(GRAPHS[name], inputs)[0])
     got = compiled(name, inputs)["y"]
     assert (got.dtype, got.shape) == (want.dtype, want.shape)
-    np.testing.assert_allclose(got.astype(float), want.astype(float), rtol=2e-2, atol=2e-2)
+    near = 4 * float(ml_dtypes.finfo(got.dtype).eps) if DType.of(got.dtype).is_float else 0
+    np.testing.assert_allclose(got.astype(float), want.astype(float), rtol=near, atol=near)
 
 
 def test_all_are_there() -> None:

@@ -93,8 +93,8 @@ def test_growth(program: ws.Program, model: Model) -> None:
     tokens = rng.integers(0, VOCAB, (2, 304))
     session.step(tokens[:, :290], [290, 250])
     got = session.step(np.stack([np.pad(tokens[0, 290:], (0, 2)), tokens[1, 250:266]]), [14, 16])
-    np.testing.assert_allclose(got[0], wanted(program, tokens[0]), rtol=1e-3, atol=1e-3)
-    np.testing.assert_allclose(got[1], wanted(program, tokens[1, :266]), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(got[0], wanted(program, tokens[0]), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(got[1], wanted(program, tokens[1, :266]), rtol=1e-5, atol=1e-5)
 
 
 class Ends(nn.Module):

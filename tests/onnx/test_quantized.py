@@ -140,7 +140,7 @@ def test_what_has_no_exact_form_stays_dequantized(zero: np.ndarray, axis: int, w
     assert program.origin.dequantized == {"w_q": why}
     _, report = ws.optimize(program)
     assert f"parameter w_q stays dequantized: {why}" in [r.message for r in report.remarks("missed")]
-    np.testing.assert_allclose(run(program, X), ReferenceEvaluator(m).run(None, {"x": X})[0], rtol=1e-5, atol=1e-3)
+    np.testing.assert_allclose(run(program, X), ReferenceEvaluator(m).run(None, {"x": X})[0], rtol=1e-5, atol=1e-4)
 
 
 # -- MatMulNBits, GatherBlockQuantized ---------------------------------------------------------------------------------------

@@ -351,8 +351,8 @@ def test_a_mask_that_a_reshape_brings(lead: str) -> None:
   %y: f32[2, 2, 3, 4] = matmul(%probs, %v)
   return %y
 }}"""
-    program = random_program(text)
-    PassManager([FuseAttention()], check=InterpreterCheck([{}], rtol=1e-2, atol=1e-2)).run(program)
+    program = random_program(text)  # -1e4 leaves three digits of a score where all are hidden
+    PassManager([FuseAttention()], check=InterpreterCheck([{}], rtol=2e-3, atol=2e-3)).run(program)
     assert program["f"].count("attention") == 1
 
 

@@ -297,9 +297,9 @@ def check(make: Callable[[Near], Program], passes: list[Pass], seed: int) -> boo
         exact = isinstance(passes[-1], Cleanup) and make is algebra
         tolerance = {"rtol": 1e-4, "atol": 1e-5}
         if bits < 32:
-            tolerance = {"rtol": 2e-2, "atol": 2e-2}
-        elif make is attention:  # -1e5 leaves two digits of what is added to it
-            tolerance = {"rtol": 1e-2, "atol": 1e-2}
+            tolerance = {"rtol": 4e-3, "atol": 4e-3}
+        elif fill := max((x for x in (1e4, 1e5) if f"-{x}:f32" in text), default=0):  # what is added to it keeps few digits
+            tolerance = {"rtol": 1e-7 * fill, "atol": 1e-7 * fill}
         if x.dtype.kind in "biu" or exact:
             np.testing.assert_array_equal(y, x, f"{seed}: {text}\n{program}")
             np.testing.assert_array_equal(np.signbit(y), np.signbit(x), f"{seed}: {text}\n{program}")
@@ -336,5 +336,5 @@ def test_compiled(name: str) -> None:
         for k, x in want.items():
             loose = np.asarray(x).dtype.itemsize < 4
             np.testing.assert_allclose(
-                np.asarray(got[k], np.float64), np.asarray(x, np.float64), 3e-2 if loose else 1e-4, 3e-2 if loose else 1e-4
+                np.asarray(got[k], np.float64), np.asarray(x, np.float64), 4e-3 if loose else 1e-4, 4e-3 if loose else 1e-5
             )
