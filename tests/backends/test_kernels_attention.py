@@ -38,7 +38,7 @@ def reference(q: Array, k: Array, v: Array, scores: Scores, offset: NDArray[np.i
     p = np.exp(x - top)
     total = p.sum(-1, keepdims=True) + np.exp(column - top)
     p = np.divide(p, total, out=np.zeros_like(p), where=total > 0)
-    lost += np.where(seen, np.abs(np.where(seen, x, 0) - top), 0)
+    lost += np.abs(np.where(np.isfinite(x), x, top) - top)
     lost = p * (np.sqrt(t) + lost + (p * lost).sum(-1, keepdims=True))
     values = np.repeat(v, h // g, axis=2)
     return Terms(np.einsum("bhst,bthe->bshe", p, values), np.einsum("bhst,bthe->bshe", lost, np.abs(values)))
