@@ -54,7 +54,7 @@ TESTS = {  # what covers a file; for others it is the file of the same name, or 
         "tests/passes/test_fuse_attention.py", "tests/passes/test_fuse_masks.py", "tests/passes/test_near_patterns.py",
     ],
     "passes/fusion/fuse_norm.py": ["tests/passes/test_fuse_norm.py", "tests/passes/test_near_patterns.py"],
-    "passes/serving/kv_cache.py": ["tests/passes/test_kv_cache.py", "tests/passes/test_rows.py"],
+    "passes/serving/kv_cache.py": ["tests/passes/test_kv_cache.py", "tests/passes/test_rows.py", "tests/passes/test_kept.py"],
     "passes/cleanup/algebra.py": ["tests/passes/test_cleanup.py"],
     "passes/cleanup/clean_loops.py": ["tests/passes/test_clean_loops.py", "tests/passes/test_inference.py"],
     "passes/serving/inference.py": ["tests/passes/test_inference.py"],

@@ -105,6 +105,28 @@ NEAR_MISSES = {
          ("  %probs", "  %flipped: f32[b, 4, s, t] = mul(%masked, -1.0:f32)\n  %probs")],
         "the mask is multiplied by -1",
     ),
+    "a factor of 0 after the mask": (
+        [("softmax(%masked)", "softmax(%gone)"), ("  %probs", "  %gone: f32[b, 4, s, t] = mul(%masked, 0.0:f32)\n  %probs")],
+        "the mask is multiplied by 0",
+    ),
+    "scores rounded to integers": (
+        [("select(%m, %scaled,", "select(%m, %whole,"),
+         ("  %masked", "  %i: i32[b, 4, s, t] = cast(%scaled) {dtype=i32}\n"
+          "  %whole: f32[b, 4, s, t] = cast(%i) {dtype=f32}\n  %masked")],
+        "%whole is cast",
+    ),
+    "probs rounded to integers": (
+        [("matmul(%probs, %v)", "matmul(%whole, %v)"),
+         ("  %out", "  %i: i32[b, 4, s, t] = cast(%probs) {dtype=i32}\n"
+          "  %whole: f32[b, 4, s, t] = cast(%i) {dtype=f32}\n  %out")],
+        "%probs goes into cast",
+    ),
+    "values of another type": (
+        [("%v: f32[b,", "%v: f16[b,"),
+         ("%out: f32[b, 4, s, 6] = matmul(%probs, %v)", "%out: f16[b, 4, s, 6] = matmul(%half, %v)"),
+         ("  %out", "  %half: f16[b, 4, s, t] = cast(%probs) {dtype=f16}\n  %out")],
+        "q, k and v are f32, f32, f16",
+    ),
     "scores broadcast by the mask": (
         [("%m: bool[b, 1, 1, t]", "%m: bool[b, 4, s, t]"), ("%q: f32[b, 4, s, 8]", "%q: f32[b, 4, 1, 8]"),
          ("%scores: f32[b, 4, s, t]", "%scores: f32[b, 4, 1, t]"), ("%scaled: f32[b, 4, s, t]", "%scaled: f32[b, 4, 1, t]")],

@@ -66,6 +66,26 @@ def test_finite_fill_is_minus_infinity_only_where_every_query_sees_something() -
     assert "some query may see nothing" in report.remarks("missed")[0].message
 
 
+@pytest.mark.parametrize("keys, fused", [(8, True), (6, True), (5, False)])
+def test_a_finite_fill_needs_a_key_for_each_query(keys: int, fused: bool) -> None:
+    """Counted from the end, the first of six queries sees none of five keys: the mean of the values under a finite number."""
+    text = f"""graph @f(%q: f32[b, 1, 6, 8], %k: f32[b, 1, 8, {keys}], %v: f32[b, 1, {keys}, 8]) {{
+  %scores: f32[b, 1, 6, {keys}] = matmul(%q, %k)
+  %at: i64[6] = iota() {{size=6}}
+  %row: i64[6, 1] = reshape(%at) {{shape=(6, 1)}}
+  %key: i64[{keys}] = iota() {{size={keys}}}
+  %late: i64[6, 1] = add(%row, {keys - 6}:i64)
+  %keep: bool[6, {keys}] = less_equal(%key, %late)
+  %masked: f32[b, 1, 6, {keys}] = select(%keep, %scores, -1e30:f32)
+  %probs: f32[b, 1, 6, {keys}] = softmax(%masked) {{axis=3}}
+  %out: f32[b, 1, 6, 8] = matmul(%probs, %v)
+  return %out
+}}"""
+    program = random_program(text)
+    PassManager([FuseAttention()], check=InterpreterCheck([{"b": 2}])).run(program)
+    assert program["f"].count("attention") == fused
+
+
 def test_rectangular_causal_counts_from_the_end() -> None:
     """With more keys than queries, only the comparison shifted by t - s is causal."""
     text = (

@@ -119,6 +119,32 @@ def test_what_follows_a_product(case: str) -> None:
     assert found["y"] == f"{dtype}[n, 4]"
 
 
+@pytest.mark.parametrize("body, types", [
+    ("%z: f32[n, 4] = matmul(%x, %v)", "f16[n, 4]"),
+    ("%z: f32[n, 4] = linear(%x, %v)", "f16[n, 4]"),
+    ("%i: f32[1, 1, n, 4] = reshape(%x) {shape=(1, 1, n, 4)}\n %k: f32[1, 1, 4, 4] = reshape(%v) {shape=(1, 1, 4, 4)}\n"
+     "%z: f32[1, 1, n, 1] = conv(%i, %k) {strides=(1, 1), low=(3, 0), high=(0, 0)}", "f16[1, 1, n, 1]"),
+    ("%q: f32[1, n, 1, 4] = reshape(%x) {shape=(1, n, 1, 4)}\n"
+     "%z: f32[1, n, 1, 4] = attention(%q, %q, %q) {scale=0.5}", "f16[1, n, 1, 4]"),
+    ("%g: i64[n] = iota() {size=n}\n %h: i64[n] = mod(%g, 1:i64)\n %m: f32[1, 4, 4] = reshape(%v) {shape=(1, 4, 4)}\n"
+     "%z: f32[n, 4] = grouped_linear(%x, %m, %h)", "f16[n, 4]"),
+], ids=["matmul", "linear", "conv", "attention", "grouped_linear"])  # fmt: skip
+def test_every_product_is_half(body: str, types: str) -> None:
+    found = dtypes(body + "\n return %z", inputs=", %v: f32[4, 4]")
+    assert found["z"] == types
+
+
+@pytest.mark.parametrize("op", [
+    "acos", "acosh", "asin", "atanh", "cosh", "exp", "expm1", "log", "log1p", "rsqrt", "sinh", "softplus", "sqrt", "tan", "pow",
+    "cumsum", "log_softmax", "logsumexp", "reduce_mean", "reduce_prod", "reduce_sum", "softmax",
+])  # fmt: skip
+def test_what_leaves_the_range_or_adds_up_is_f32(op: str) -> None:
+    shape = "[n]" if op.startswith(("reduce", "logsumexp")) else "[n, 4]"
+    operands = "%y, %y" if op == "pow" else "%y"
+    how = " {axis=1}" if op in ("cumsum", "softmax", "log_softmax") else " {axes=(1,)}" if shape == "[n]" else ""
+    assert dtypes(f"%z: f32{shape} = {op}({operands}){how}\n return %z, %y")["z"] == f"f32{shape}"
+
+
 def test_rows_of_a_table_are_half_and_other_types_stay() -> None:
     body = """%e: f32[n, 4] = embedding(%table, %ids)
   %a: f32[n, 4] = add(%e, %y)
