@@ -36,11 +36,12 @@ from .serving.quantize import KeepQuantized, Quantize
 def default_pipeline(
     *, quantize: str | None = None, activation: str | None = "int8", overrides: Mapping[str, str] | None = None,
     kv_cache: Literal["required", "tried"] | None = "required", chunk: int = 512,
-    granule: int = Interface.granule,
+    granule: int = Interface.granule, keep_forward: bool = False,
 ) -> list[Pass]:  # fmt: skip
     """The passes of :func:`wasat.compile`, with its options.
 
     ``kv_cache``: whether ``forward`` becomes ``prefill`` and ``decode``; ``"tried"``: where that can be proved, else not.
+    ``keep_forward``: it stays beside them.
     """
     passes: list[Pass] = [
         Cleanup(fold_positions=False), ReadTables(), SimplifyIndices(), FuseNorm(), FuseRope(), FuseActivations(),
@@ -50,7 +51,8 @@ def default_pipeline(
         passes.append(Quantize(quantize or "f32", activation, tuple((overrides or {}).items())))
     passes += [MergeLinears(), FuseGlu(), HoistParams()]
     if kv_cache is not None:
-        passes += [DeriveKVCache(chunk=chunk, required=kv_cache == "required", granule=granule), HoistParams()]
+        derive = DeriveKVCache(chunk=chunk, required=kv_cache == "required", granule=granule, keep=keep_forward)
+        passes += [derive, HoistParams()]
     return [*passes, Cleanup()]
 
 

@@ -27,6 +27,7 @@ class Case:
     """One spelling: ``build()`` traces it; the rest is what fusion must find in it."""
 
     name: str
+    block: type[Block]
     build: Callable[[], ir.Program]
     scale: float = HEAD_DIM**-0.5
     causal: bool = False
@@ -274,6 +275,7 @@ def _case(name: str, block: type[Block], dtype: str = "f32", inputs: Mapping[str
     types = {"x": f"{dtype}[b, s, {DIM}]", **(inputs or {})}
     return Case(
         name,
+        block,
         lambda: nn.trace(block(dtype), types, outputs=["y"]),
         dtype=dtype,
         inputs=types,

@@ -126,6 +126,11 @@ def test_the_list_of_operations_is_the_registry() -> None:
     assert (ROOT / "docs" / "operations.md").read_text() == runpy.run_path(str(ROOT / "docs" / "list_operations.py"))["page"]()
 
 
+def test_the_page_on_attention_is_what_is_made_of_the_collections() -> None:
+    """To write it anew: python docs/list_attention.py"""
+    assert (ROOT / "docs" / "attention.md").read_text() == runpy.run_path(str(ROOT / "docs" / "list_attention.py"))["page"]()
+
+
 def test_readme_begins_with_two_commands() -> None:
     first = next(text for kind, _, text in blocks(README) if kind)
     assert re.findall(r"^make (\w+)", first, re.MULTILINE) == ["demo", "test"]

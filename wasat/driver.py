@@ -42,7 +42,7 @@ def optimize(
     program: Program, *, quantize: str | None = None, activation: str | None = "int8",
     overrides: Mapping[str, str] | None = None, kv_cache: bool | None = None, chunk: int = 512,
     granule: int = Interface.granule, passes: Pipeline = "default", verify: bool = True, check: bool = False,
-    dump: Dump | None = None, progress: Progress = _quiet,
+    dump: Dump | None = None, progress: Progress = _quiet, keep_forward: bool = False,
 ) -> tuple[Program, Report]:  # fmt: skip
     """Runs the passes over a copy of ``program``; returns it with the report of what each pass did and missed.
 
@@ -53,7 +53,8 @@ def optimize(
     integer dot products where weights are integers, None to compute in f32. ``overrides``: parameter glob to scheme.
     ``kv_cache``: derive ``prefill`` and ``decode`` from ``forward``; None: if it takes tokens, and for a model that came
     without generation metadata only if that can be proved (else a remark says why not). ``chunk``: most tokens per prefill
-    call. ``granule``: capacities of caches are multiples of it (that of the target).
+    call. ``granule``: capacities of caches are multiples of it (that of the target). ``keep_forward``: ``forward`` stays
+    beside what is derived, for all positions at once.
     ``passes``: text or a list of passes and text, in which ``"default"`` stands for those that all of the above describes:
     ``"my-pass, default"``, ``[MyPass(), "default"]`` (see :func:`wasat.passes.pipeline`). ``verify``: around every pass.
     ``check``: the interpreter compares results, at small sizes, around every pass that promises to keep them.
@@ -73,7 +74,7 @@ def optimize(
         copy = program.copy()
         default = default_pipeline(
             quantize=quantize, activation=activation, overrides=dict(overrides or {}), kv_cache=caches, chunk=chunk,
-            granule=granule,
+            granule=granule, keep_forward=keep_forward,
         )  # fmt: skip
         if exported:
             default.insert(0, TokenInputs(required=caches == "required"))
@@ -146,6 +147,7 @@ def compile(
     program: Program, out: str | Path, *, target: str = "cpu", quantize: str | None = None, activation: str | None = "int8",
     overrides: Mapping[str, str] | None = None, kv_cache: bool | None = None, chunk: int = 512, cache: str = "f32",
     threads: int | None = None, passes: Pipeline = "default", check: bool = False, progress: Progress = _quiet,
+    keep_forward: bool = False,
 ) -> Report:  # fmt: skip
     """Compiles ``program`` into the artifact folder ``out``; see :func:`optimize` for the options.
 
@@ -171,7 +173,7 @@ def compile(
             source.load()
     optimized, report = optimize(
         program, quantize=quantize, activation=activation, overrides=overrides, kv_cache=kv_cache, chunk=chunk,
-        granule=machine.granule, passes=passes, check=check, progress=progress,
+        granule=machine.granule, passes=passes, check=check, progress=progress, keep_forward=keep_forward,
     )  # fmt: skip
     library = (build if machine.device is None else plan)(optimized, machine, on_progress=progress)
     if library.left:

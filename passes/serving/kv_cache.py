@@ -75,7 +75,7 @@ class DeriveKVCache(Pass):
     ``granule``, which the target's kernels decide.
 
     Raises IRError, with the node and the line, where the graph looks ahead; unless ``required``, that is a missed remark and
-    the graph stays as it is.
+    the graph stays as it is. ``keep``: it stays beside the entries too, for callers who want every position at once.
     """
 
     name = "derive-kv-cache"
@@ -83,6 +83,7 @@ class DeriveKVCache(Pass):
     chunk: int = 512
     required: bool = True
     granule: int = Interface.granule
+    keep: bool = False
 
     def requires(self, program: Program) -> None:
         if self.graph not in program.graphs:
@@ -111,7 +112,8 @@ class DeriveKVCache(Pass):
         plan.places = places(forward, tokens, labels)
         keep(plan)
         graphs = dict(program.graphs)
-        del graphs[self.graph]
+        if not self.keep:
+            del graphs[self.graph]
         made = [Derivation(plan, name).run() for name in ("prefill", "decode")]
         if plan.memory:
             made.insert(0, _encode(plan))

@@ -71,6 +71,16 @@ def test_rows_of_their_own_lengths_some_of_them_idle(program: ws.Program, model:
                 np.testing.assert_allclose(got[r], wanted(program, rows[r]), rtol=1e-4, atol=1e-4)
 
 
+def test_forward_beside_them(program: ws.Program, tmp_path: Path) -> None:
+    """All positions at once, where that is asked for; by itself nothing of the kind is there."""
+    ws.compile(program, tmp_path / "out", chunk=8, keep_forward=True)
+    model, tokens = ws.load(tmp_path / "out"), np.arange(10).reshape(2, 5)
+    got = model.run("forward", tokens=tokens)["logits"]
+    np.testing.assert_allclose(got, ws.run(program, tokens=tokens)["logits"], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(model.session(2, context=64).step(tokens), got[:, -1], rtol=1e-4, atol=1e-4)
+    assert "forward" not in ws.optimize(program, chunk=8)[0].graphs
+
+
 def test_going_back(program: ws.Program, model: Model) -> None:
     """Not to the middle, which no carry remembers; to nothing, yes."""
     rng = np.random.default_rng(1)
