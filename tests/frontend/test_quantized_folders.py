@@ -223,6 +223,24 @@ def test_options_of_some_modules(tmp_path: Path) -> None:
     equal_texts(small, dense)
 
 
+def test_zero_points_of_0_that_were_stored_less_one(tmp_path: Path) -> None:
+    """GPTQModel takes one from whole words, of fields of 0 too, and adds it to whole words again."""
+
+    def pack(rng: np.random.Generator, n: int, k: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        parts, _ = gptq(rng, n, k, v2=True)
+        zeros = rng.integers(0, 3, parts["scales"].shape)
+        parts["qzeros"] = (words(zeros, 4).view(np.uint32) - np.uint32(0x11111111)).view(np.int32)
+        codes = (parts["qweight"].T[:, :, None].view(np.uint32) >> np.arange(0, 32, 4, dtype=np.uint32)) & 15
+        g = np.arange(k) // 32
+        w = (codes.reshape(n, k).astype(np.float64) - zeros[g].T) * parts["scales"][g].T.astype(np.float64)
+        return parts, w.astype(np.float32)
+
+    small, dense = quantized(tmp_path, GPTQ, pack)
+    a, b = from_pretrained(small).load("model.layers.1.mlp.up_proj.weight"), from_pretrained(dense)
+    assert isinstance(a, QArray)
+    assert_array_equal(a.dense(), b.load("model.layers.1.mlp.up_proj.weight"))
+
+
 def test_the_configuration_may_stand_beside(tmp_path: Path) -> None:
     small, dense = quantized(tmp_path, GPTQ, gptq)
     config = json.loads((small / "config.json").read_text())
