@@ -309,12 +309,12 @@ class CompressedTensors(Method):
                 shape = tuple(int(x) for x in t.take("weight_shape", (DType.I64, DType.I32), (2,)).load())
                 if shape != (n, k):
                     raise t.fail(f"weight_shape says {list(shape)}, the configuration asks for {[n, k]}")
-            dense_form = w.shape[1] == words[0]
+            fields = unpack if w.shape[1] == words[0] else unpack_padded
 
             def values() -> np.ndarray:
-                return signed((unpack if dense_form else unpack_padded)(w.load(), g.bits, k), g.bits)
+                return signed(fields(w.load(), g.bits, k), g.bits)
         else:
-            w = t.take("weight", (DType.I8,), (n, k))
+            w, fields = t.take("weight", (DType.I8,), (n, k)), None
 
             def values() -> np.ndarray:
                 x = np.asarray(w.load())
@@ -322,7 +322,7 @@ class CompressedTensors(Method):
                     raise t.fail(f"weight holds {x.min()} to {x.max()}, which are no integers of {g.bits} bits")
                 return x
 
-        zeros = self._zeros(t, g, lead, packed, spread)
+        zeros = self._zeros(t, g, lead, fields, spread)
         return _ordered(
             t, "weight_g_idx", lead[1], group,
             lambda order: _integers(t, g.bits, group, scales, zeros, values, spread, order),
@@ -330,23 +330,24 @@ class CompressedTensors(Method):
 
     @staticmethod
     def _zeros(
-        t: Tensors, g: _Group, lead: tuple[int, int], packed: bool, spread: Callable[[np.ndarray], np.ndarray]
+        t: Tensors, g: _Group, lead: tuple[int, int], fields: Callable[[np.ndarray, int, int], np.ndarray] | None,
+        spread: Callable[[np.ndarray], np.ndarray],
     ) -> Callable[[], np.ndarray] | None:  # fmt: skip
-        """Zero points i8 [n, blocks], where any is not 0."""
+        """Zero points i8 [n, blocks], where any is not 0; ``fields`` takes words apart, if weights are packed."""
         if not t.has("weight_zero_point"):
             return None
         short = [(1,), ()] if lead == (1, 1) else [(lead[0],)] if lead[1] == 1 else []
-        words = [(blocks(lead[0] * g.bits, 32), lead[1]), (blocks(lead[0], 32 // g.bits), lead[1])]
-        stored = t.found["weight_zero_point"]
-        in_words = packed and stored.dtype is DType.I32
-        dtypes = (DType.I8, DType.I32) if packed else (DType.I8,)
-        z = t.take("weight_zero_point", dtypes, *(words if in_words else [lead, *short]))
+        words = blocks(lead[0] * g.bits, 32) if fields is unpack else blocks(lead[0], 32 // g.bits)
+        apart = fields if t.found["weight_zero_point"].dtype is DType.I32 else None
+        z = t.take(
+            "weight_zero_point", (DType.I8,) if fields is None else (DType.I8, DType.I32),
+            *([(words, lead[1])] if apart is not None else [lead, *short]),
+        )  # fmt: skip
 
         def read() -> np.ndarray:
-            if not in_words:
+            if apart is None:
                 return spread(np.asarray(z.load()))
-            form = unpack if z.shape == words[0] else unpack_padded
-            return spread(signed(form(np.asarray(z.load()).T, g.bits, lead[0]), g.bits).T)
+            return spread(signed(apart(np.asarray(z.load()).T, g.bits, lead[0]), g.bits).T)
 
         return read if read().any() else None
 

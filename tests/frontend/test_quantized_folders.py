@@ -58,7 +58,8 @@ def _exact(x: QArray) -> np.ndarray:
 def words(codes: np.ndarray, bits: int) -> np.ndarray:
     """Codes [.., k] in words of 32 bits, lowest first and across words."""
     ones = (codes[..., None].astype(np.uint8) >> np.arange(bits, dtype=np.uint8)) & 1
-    return np.packbits(ones.reshape(*codes.shape[:-1], -1), axis=-1, bitorder="little").view(np.int32)
+    packed = np.packbits(ones.reshape(*codes.shape[:-1], -1), axis=-1, bitorder="little")
+    return np.array(packed, order="C").view(np.int32)
 
 
 def gptq(
@@ -260,6 +261,91 @@ def test_biases_that_packers_add_are_zeros(tmp_path: Path) -> None:
     bias = 0.5
     with pytest.raises(CheckpointError, match=r"unexpected: model\.layers\.0\.mlp\.down_proj\.bias"):
         from_pretrained(quantized(tmp_path / "others", GPTQ, pack)[0])
+
+
+# -- one module ----------------------------------------------------------------------------------------------------------------
+def module(path: Path, config: dict[str, Any], parts: dict[str, np.ndarray], shape: tuple[int, int]) -> np.ndarray:
+    """The weight that is read from the tensors of one module, all of which must be accounted for."""
+    save_file({f"m.{k}": np.ascontiguousarray(x) for k, x in parts.items()}, path)
+    method, found = method_of({"quantization_config": config}, "config.json"), read_header(path)
+    assert method is not None
+    got = read_quantized(method, {"m.weight": TensorType("f32", shape)}, found, path)
+    assert got.used == set(found)
+    x = got.sources["m.weight"].load()
+    dense = x.dense() if isinstance(x, QArray) else np.asarray(x)
+    order = got.orders.get("m.weight")
+    return dense if order is None else dense[:, np.argsort(order)]
+
+
+def packed_group(**weights: Any) -> dict[str, Any]:
+    """pack-quantized, one group."""
+    group = {"targets": ["re:m$"], "weights": {"strategy": "group", "group_size": 32, **weights}}
+    return {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"g": group}}
+
+
+def test_zero_points_count_where_the_configuration_says_symmetric(tmp_path: Path) -> None:
+    parts, w = gptq(np.random.default_rng(2), 16, 64)
+    assert_array_equal(module(tmp_path / "m.safetensors", {**GPTQ, "sym": True}, parts, w.shape), w)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("bits", [1, 2, 3, 5, 6, 7])
+def test_bits_across_words_and_padded_words(tmp_path: Path, bits: int, padded: bool) -> None:
+    """compressed-tensors once left the highest bits of a word unused; now integers cross words."""
+    rng, (n, k) = np.random.default_rng(bits), (24, 96)
+    codes, zeros = rng.integers(0, 1 << bits, (n, k)), rng.integers(0, 1 << bits, (n, 3))
+    scales = rng.random((n, 3)).astype(np.float16)
+
+    def put(x: np.ndarray) -> np.ndarray:
+        if not padded:
+            return words(x, bits)
+        per = 32 // bits
+        x = np.pad(x, ((0, 0), (0, -x.shape[1] % per))).reshape(len(x), -1, per).astype(np.uint32)
+        return np.bitwise_or.reduce(x << (np.arange(per, dtype=np.uint32) * np.uint32(bits)), axis=-1).view(np.int32)
+
+    parts = {
+        "weight_packed": put(codes), "weight_scale": scales, "weight_zero_point": put(np.pad(zeros.T, ((0, 0), (0, 8)))).T,
+        "weight_shape": np.array([n, k]),
+    }  # fmt: skip
+    if padded:
+        parts["weight_zero_point"] = put(zeros.T).T
+    else:
+        parts["weight_zero_point"] = parts["weight_zero_point"][: -(-n * bits // 32)]
+    g = np.arange(k) // 32
+    want = ((codes - zeros[:, g]) * scales[:, g].astype(np.float64)).astype(np.float32)
+    assert_array_equal(module(tmp_path / "m.safetensors", packed_group(num_bits=bits, symmetric=False), parts, (n, k)), want)
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_orders_of_compressed_tensors(tmp_path: Path, used: bool) -> None:
+    """-1 stands for groups in their order; zero points may lie there as integers of 8 bits."""
+    rng, (n, k) = np.random.default_rng(5), (16, 64)
+    g = rng.permutation(np.arange(k) // 32) if used else np.arange(k) // 32
+    codes, zeros = rng.integers(0, 16, (n, k)), rng.integers(-8, 8, (n, 2), np.int8)
+    scales = rng.random((n, 2)).astype(np.float16)
+    parts = {
+        "weight_packed": words(codes, 4), "weight_scale": scales, "weight_zero_point": zeros,
+        "weight_g_idx": g.astype(np.int32) if used else np.full(k, -1, np.int32),
+    }  # fmt: skip
+    want = ((codes - 8.0 - zeros[:, g]) * scales[:, g].astype(np.float64)).astype(np.float32)
+    config = packed_group(num_bits=4, symmetric=False, actorder="group")
+    assert_array_equal(module(tmp_path / "m.safetensors", config, parts, (n, k)), want)
+
+
+def test_a_shape_that_the_tensors_contradict(tmp_path: Path) -> None:
+    parts = {"weight_packed": np.zeros((16, 8), np.int32), "weight_scale": np.ones((16, 2), np.float16)}
+    with pytest.raises(CheckpointError, match=r"m: weight_shape says \[16, 63\], the configuration asks for \[16, 64\]"):
+        module(tmp_path / "m.safetensors", packed_group(num_bits=4), {**parts, "weight_shape": np.array([16, 63])}, (16, 64))
+
+
+@pytest.mark.parametrize("scale", [(), (1,), (16, 1), (16,)])
+@pytest.mark.parametrize("name", ["weight_scale", "weight_scale_inv"])
+def test_scales_of_fp8(tmp_path: Path, scale: tuple[int, ...], name: str) -> None:
+    rng = np.random.default_rng(6)
+    w, s = rng.standard_normal((16, 64)).astype(ml_dtypes.float8_e4m3fn), rng.random(scale).astype(np.float32)
+    parts = {"weight": w, name: np.asarray(s, np.float32), "input_scale": np.ones(1, np.float32)}
+    want = w.astype(np.float32) * (s.reshape(-1, 1) if s.ndim else s)
+    assert_array_equal(module(tmp_path / "m.safetensors", {"quant_method": "fp8"}, parts, (16, 64)), want)
 
 
 # -- what does not fit ---------------------------------------------------------------------------------------------------------
