@@ -108,10 +108,10 @@ def sha256(path: Path) -> str:
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------------
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path, here: bool = True) -> Manifest:
     """The manifest of the artifact at ``folder``, if this machine can run it and its files have the sizes they should have.
 
-    Hashes are left to :func:`check_hash`. Raises ArtifactError.
+    Hashes are left to :func:`check_hash`. ``here=False``: it is for another machine, perhaps. Raises ArtifactError.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -125,7 +125,8 @@ def read_manifest(folder: Path) -> Manifest:
     if data.get("digest") != found:
         raise ArtifactError(f"{path} is not as it was written (its digest differs); copy the artifact again, or {AGAIN}")
     manifest = parse_manifest(data)
-    check_machine(manifest.target)
+    if here:
+        check_machine(manifest.target)
     planned = manifest.target.kind in SOURCES
     for name in (PLAN, SOURCES[manifest.target.kind], WEIGHTS) if planned else (LIBRARY, WEIGHTS, RUNTIME_LIBRARY):
         if name not in manifest.files:

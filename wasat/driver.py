@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -204,6 +205,37 @@ def compile(
     for name, text in program.origin.texts.items():
         files[name] = functools.partial(Path.write_text, data=text, encoding="utf-8")
     write_artifact(Path(out), manifest, files)
+    return report
+
+
+def export_c(
+    source: str | Path, out: str | Path, target: str = "cpu", quantize: str | None = None,
+    overrides: Mapping[str, str] | None = None, progress: Progress = _quiet,
+) -> Report | None:  # fmt: skip
+    """Writes at ``out`` a project in C that runs a model without Python: of what :func:`load_program` reads, compiled first,
+    or of an artifact as it is (there is no report then).
+
+    Raises WasatError for an artifact with options, InputError for a model or tokenizer that the host does not run,
+    ArtifactError for a place that holds something else.
+    """
+    from wasat.runtime.artifact import MANIFEST
+    from wasat.runtime.c import check_place, check_tokenizer, write_project
+
+    source, out = Path(source), Path(out)
+    if (source / MANIFEST).is_file():
+        if quantize or overrides or target != "cpu":
+            raise WasatError(f"{source} is compiled already: quantize, overrides and target are for a model")
+        write_project(source, out)
+        return None
+    check_place(out)
+    program = load_program(source)
+    if program.origin.tokenizer:
+        check_tokenizer(Path(program.origin.tokenizer))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+        artifact = Path(folder) / "artifact"
+        report = compile(program, artifact, target=target, quantize=quantize, overrides=overrides, progress=progress)
+        write_project(artifact, out, move=True)
     return report
 
 

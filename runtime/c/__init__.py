@@ -1,7 +1,7 @@
 """An artifact as a project in C: its folder beside the sources of a host that runs it without Python.
 
-The sources (``*.cc``, ``wasat.h``, ``generate.c``) are data of this package. The host reads the same manifest, feeds sessions and
-samples as the modules above it do; the tests hold its tokens against theirs.
+The sources (``*.cc``, ``wasat.h``, ``generate.c``) are data of this package. The host reads the same manifest, feeds sessions
+and samples as the modules above it do; the tests hold its tokens against theirs.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def _unknown(kind: str, known: list[str], part: Mapping[str, Any]) -> Iterator[s
         yield f"{odd[0]} in regular expressions"
 
 
-def write_project(artifact: Path, out: Path) -> None:
-    """Writes the project of ``artifact`` at ``out``, where it may lie already.
+def write_project(artifact: Path, out: Path, move: bool = False) -> None:
+    """Writes the project of ``artifact`` at ``out``, where one may lie already. ``move``: the artifact's files need not stay.
 
     Raises InputError for a model or tokenizer that the host does not run, ArtifactError for a place that holds something else.
     """
@@ -101,15 +101,15 @@ def write_project(artifact: Path, out: Path) -> None:
     check_manifest(manifest, artifact)
     if TOKENIZER in manifest.files:
         check_tokenizer(artifact / TOKENIZER)
+    if artifact.resolve() == (out / ARTIFACT).resolve():
+        raise ArtifactError(f"{artifact} is the artifact of {out} itself: export it to another place")
     out.mkdir(parents=True, exist_ok=True)
-    if artifact.resolve() != (out / ARTIFACT).resolve():
-        shutil.rmtree(out / ARTIFACT, ignore_errors=True)
-        (out / ARTIFACT).mkdir()
-        for name in (*manifest.files, MANIFEST):
-            shutil.copyfile(artifact / name, out / ARTIFACT / name)
-    for name in (SOURCES, HEADERS):
+    for name in (ARTIFACT, SOURCES, HEADERS):
         shutil.rmtree(out / name, ignore_errors=True)
-    (out / SOURCES).mkdir()
+    for name in (ARTIFACT, SOURCES):
+        (out / name).mkdir()
+    for name in (*manifest.files, MANIFEST):
+        (shutil.move if move else shutil.copyfile)(artifact / name, out / ARTIFACT / name)
     for path in HERE.iterdir():
         if path.suffix in (".h", ".cc", ".c", ".inc"):
             shutil.copyfile(path, out / SOURCES / path.name)

@@ -47,13 +47,13 @@ static unsigned long long whole(const char *option, const char *text) {
 
 static char *standard_input(size_t *bytes) {
   size_t room = 1 << 16;
-  char *text = malloc(room);
+  char *text = (char *)malloc(room);
   *bytes = 0;
   while (text) {
     size_t n = fread(text + *bytes, 1, room - *bytes - 1, stdin);
     if (!n) break;
     *bytes += n;
-    if (room - *bytes < 2) text = realloc(text, room *= 2);
+    if (room - *bytes < 2) text = (char *)realloc(text, room *= 2);
   }
   if (text) {
     if (*bytes && text[*bytes - 1] == '\n') --*bytes; /* the line's end is echo's */
@@ -76,7 +76,7 @@ static int show_token(void *context, int32_t token, const char *text, size_t byt
 }
 
 static int32_t *numbers(const char *text, size_t *count) {
-  int32_t *ids = malloc((strlen(text) / 2 + 1) * sizeof *ids);
+  int32_t *ids = (int32_t *)malloc((strlen(text) / 2 + 1) * sizeof *ids);
   *count = 0;
   while (ids) {
     char *end;
@@ -130,7 +130,7 @@ int main(int argc, char **argv) {
   if (wasat_load(places[0], &load, &model)) return fail(wasat_error());
   if (encode_only) {
     size_t count, room = bytes + 64;
-    int32_t *ids = malloc(room * sizeof *ids);
+    int32_t *ids = (int32_t *)malloc(room * sizeof *ids);
     if (!ids || wasat_encode(model, prompt, bytes, 1, ids, room, &count)) return fail(wasat_error());
     for (size_t i = 0; i < count && i < room; i++) printf("%d ", ids[i]);
     return puts(""), 0;

@@ -66,9 +66,9 @@ class Fields {
     if (v.kind != Json::List) fail(at(name), v, "a list");
     for (size_t i = 0; i < v.items.size(); i++) take(v.items[i], at(name) + "." + std::to_string(i));
   }
-  std::vector<std::string> texts(const std::string &name) const {
+  std::vector<std::string> texts(const std::string &name, bool may_lack = false) const {
     std::vector<std::string> out;
-    each(name, [&](const Json &v, const std::string &where) { out.push_back(text(v, where)); });
+    each(name, [&](const Json &v, const std::string &where) { out.push_back(text(v, where)); }, may_lack);
     return out;
   }
   static std::string text(const Json &v, const std::string &where) {
@@ -210,6 +210,8 @@ void check(const Manifest &m) {
   for (auto &w : m.weights)
     if (std::any_of(w.shape.begin(), w.shape.end(), [](auto &d) { return !d.fixed(); }))
       damaged("manifest.json: weight " + w.name + " has the shape " + shown(w.shape) + ", not whole numbers");
+  for (auto &name : m.libraries)
+    if (!m.files.count(name)) damaged("manifest.json: target.libraries names '" + name + "', which is no file of the artifact");
   for (auto &[name, spec] : m.files) {
     bool good = !name.empty() && name.size() <= 200 && name != "." && name != ".." && name != "manifest.json";
     for (unsigned char c : name) good = good && (std::isalnum(c) || std::strchr("_.+-", c) || c >= 0x80);
@@ -241,6 +243,7 @@ Manifest parse(const Json &data) {
     Fields spec = files.section(f.first);
     m.files.emplace(f.first, FileSpec{spec.text("sha256"), spec.whole("bytes")});
   }
+  m.libraries = top.section("target").texts("libraries", true);
   check(m);
   return m;
 }

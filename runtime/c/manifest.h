@@ -90,6 +90,7 @@ struct Manifest {
   std::vector<int64_t> eos;
   std::optional<Media> media;
   std::vector<State> states;
+  std::vector<std::string> libraries;  // files of the artifact that the library calls, in the order in which they are loaded
   std::vector<TensorSpec> weights;
   std::map<std::string, FileSpec> files;
 };

@@ -111,6 +111,9 @@ class Engine {
       for (auto &job : jobs) job.get();
     }
     load_runtime(folder, manifest, options.threads);
+    for (auto &name : manifest.libraries)
+      if (!dlopen((folder + "/" + name).c_str(), RTLD_NOW | RTLD_GLOBAL))
+        throw Error(WASAT_MACHINE, name + " of the artifact cannot be loaded here (" + dlerror() + ")");
     read_weights(folder + "/weights.safetensors");
     guarded(WASAT_ARTIFACT, folder + "/model.so cannot be loaded", [&] {
       ffi::Module file = ffi::Module::LoadFromFile(folder + "/model.so");

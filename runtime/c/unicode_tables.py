@@ -1,6 +1,6 @@
 """Writes unicode_tables.inc: what the tokenizers library takes characters for, asked of the library itself.
 
-Its parts know different versions of Unicode (Oniguruma's, Rust's, those of older packages), so that no table of Python's would do.
+Its parts know different versions of Unicode (Oniguruma's, Rust's, those of older packages): no table of Python's would do.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from pathlib import Path
 from tokenizers import Regex, normalizers, pre_tokenizers
 
 POINTS = [c for c in range(0x110000) if not 0xD800 <= c < 0xE000]
-CATEGORIES = "Cn Lu Ll Lt Lm Lo Mn Mc Me Nd Nl No Pc Pd Ps Pe Pi Pf Po Sm Sc Sk So Zs Zl Zp Cc Cf Cs Co".split()
+CATEGORIES = [
+    "Cn", "Lu", "Ll", "Lt", "Lm", "Lo", "Mn", "Mc", "Me", "Nd", "Nl", "No", "Pc", "Pd", "Ps", "Pe", "Pi", "Pf", "Po", "Sm",
+    "Sc", "Sk", "So", "Zs", "Zl", "Zp", "Cc", "Cf", "Cs", "Co",
+]  # fmt: skip
 _ALL = "".join(map(chr, POINTS))
 
 
@@ -60,16 +63,18 @@ def mapped(normalize: Callable[[str], str], skip: Callable[[int], bool]) -> dict
 
 
 def combining(nfd: Callable[[str], str], marks: set[int]) -> dict[int, int]:
-    """Canonical combining classes; of marks newer than Python's tables, by how they are reordered."""
-    found = {c: k for c in POINTS if (k := unicodedata.combining(chr(c)))}
-    one_of = {k: c for c, k in reversed(found.items())}
-    for c in sorted(marks):
-        if unicodedata.category(chr(c)) == "Cn":
-            after = [k for k, m in one_of.items() if nfd("a" + chr(c) + chr(m)) != "a" + chr(c) + chr(m)]
-            before = [k for k, m in one_of.items() if nfd("a" + chr(m) + chr(c)) != "a" + chr(m) + chr(c)]
-            equal = set(one_of) - set(after) - set(before)
-            if (after or before) and len(equal) == 1:
-                found[c] = equal.pop()
+    """Canonical combining classes: what a mark changes places with. The library's Unicode is older or newer than Python's."""
+    known = {c: k for c in POINTS if (k := unicodedata.combining(chr(c)))}
+    one_of = {k: c for c, k in reversed(known.items())}  # of each class, the character that is in Unicode for longest
+    tilde = one_of[1]  # which goes before all others that the library knows
+    one_of = {k: c for k, c in one_of.items() if k == 1 or nfd(f"a{chr(c)}{chr(tilde)}") != f"a{chr(c)}{chr(tilde)}"}
+    found = {}
+    for c in sorted({*known, *marks}):
+        if nfd(chr(c)) == chr(c):
+            above = [k for k, m in one_of.items() if nfd(f"a{chr(c)}{chr(m)}") != f"a{chr(c)}{chr(m)}"]  # it goes after these
+            below = [k for k, m in one_of.items() if nfd(f"a{chr(m)}{chr(c)}") != f"a{chr(m)}{chr(c)}"]
+            if above or below:
+                (found[c],) = set(one_of) - {*above, *below} or {max(above) + 1}
     return found
 
 
@@ -116,6 +121,7 @@ def main(path: Path) -> None:
         return 0xAC00 <= c < 0xD7A4
 
     canonical = mapped(nfd, hangul)
+    classes = combining(nfd, {c for c, i in by_category.items() if CATEGORIES[i][0] == "M"})
     cleaned = normalizers.BertNormalizer(True, False, False, False).normalize_str
     made = {c: cleaned(f"a{chr(c)}a") for c in POINTS}
     punctuation, space = isolated(pre_tokenizers.BertPreTokenizer())
@@ -139,8 +145,7 @@ def main(path: Path) -> None:
         + written("DIGIT", bounds(isolated(pre_tokenizers.Digits())[0]))
         + written("ACCENT", bounds(c for c in POINTS if not accents(chr(c))))
         + written("BERT_ACCENT", bounds(c for c in POINTS if not bert_accents(chr(c))))
-        + written("COMBINING", runs(lambda c, found=combining(nfd, {c for c, i in by_category.items() if 6 <= i <= 8}):
-                                    found.get(c, 0), 8))
+        + written("COMBINING", runs(lambda c: classes.get(c, 0), 8))
         + written("COMPOSED", compositions(nfd, nfc, hangul))
         + table("CANONICAL", canonical)
         + table("COMPATIBLE", {c: x for c, x in mapped(nfkd, hangul).items() if canonical.get(c) != x})

@@ -445,7 +445,11 @@ def demo(
 @app.command()
 def export(
     source: Source,
-    onnx: Annotated[Path, typer.Option("--onnx", help="The `.onnx` file to write.", show_default=False)],
+    onnx: Annotated[Path | None, typer.Option("--onnx", help="The `.onnx` file to write.", show_default=False)] = None,
+    c: Annotated[
+        Path | None, typer.Option("--c", help="The folder to write: the model, compiled, and a host in C.", show_default=False)
+    ] = None,
+    target: Annotated[str, typer.Option(help="Of `--c`: the machine that it is compiled for; see `wasat targets`.")] = "cpu",
     graph: Annotated[str | None, typer.Option(help="Which graph, e.g. `decode`; default: `forward`, or the only one.")] = None,
     opset: Annotated[int, typer.Option(help="Operator set, 17 or newer; fused operations have operators from 23 on.")] = 24,
     optimized: Annotated[
@@ -460,16 +464,28 @@ def export(
         bool, typer.Option("--matmul-nbits", help="Quantized weights as onnxruntime's MatMulNBits, not DequantizeLinear.")
     ] = False,
 ) -> None:
-    """Write a model as an ONNX file: as declared, or as the passes leave it. `--quantize` implies `--optimized`.
+    """Write a model as an ONNX file, as declared or as the passes leave it (`--quantize` implies `--optimized`); or as a
+    project in C that runs it without Python, of a model or an artifact.
 
     Examples:
 
     - `wasat export examples/pygemma --onnx pygemma.onnx`
     - `wasat export examples/pygemma --onnx decode.onnx --graph decode --optimized --quantize int4`
     - `wasat export examples/pygemma --onnx old.onnx --opset 17`
+    - `wasat export examples/pygemma --c pygemma.c --quantize int4`
     """
     from wasat import driver
 
+    if (onnx is None) == (c is None):
+        raise Refusal("say what to write: --onnx FILE or --c FOLDER")
+    if c is not None:
+        with Bar() as bar:
+            report = driver.export_c(source, c, target, or_none(quantize), overrides_of(override), bar)
+        if report is not None:
+            warn_of_weights(report, quantize)
+        size = sum(f.stat().st_size for f in (c / "artifact").iterdir())
+        return say(f"{c}: an artifact of {size / 1e6:.1f} MB and a host in C; how to build it: {c / 'README.md'}")
+    assert onnx is not None
     try:
         from wasat.backends.onnx import to_onnx
     except ModuleNotFoundError as e:

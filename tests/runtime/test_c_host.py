@@ -1,0 +1,490 @@
+"""The host in C against the runtime in Python: `make test-machines`. It is built once, and its parts again with sanitizers."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_model import CONTEXT, EOS, edit_manifest
+from tokenizer_files import KINDS, Texts
+from tokenizers import Tokenizer as Library
+from wasat.runtime import SamplingOptions
+from wasat.runtime.c import HERE, write_project
+from wasat.runtime.model import Model
+from wasat.runtime.tokenizer import Tokenizer
+
+pytestmark = [
+    pytest.mark.machines,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ (a package of Debian)"),
+]
+PARTS = sorted(p for p in HERE.glob("*.cc") if p.stem not in ("session", "wasat"))
+"""What needs no TVM."""
+SAMPLED: list[dict[str, Any]] = [
+    {},
+    {"temperature": 1.0, "seed": 1},
+    {"temperature": 0.8, "top_k": 40, "seed": 2**40 + 3},
+    {"temperature": 1.2, "top_p": 0.9, "seed": 7},
+    {"temperature": 0.9, "min_p": 0.05, "seed": 2**64 - 1},
+    {"temperature": 0.7, "top_k": 50, "top_p": 0.95, "min_p": 0.02, "repetition_penalty": 1.3, "seed": 11},
+    {"repetition_penalty": 1e5},
+]
+
+
+def command(folder: Path, *more: str) -> list[str]:
+    """What the exported README says, without the optimizer's last per cent, which take long."""
+    return [
+        "g++",
+        "-std=c++17",
+        "-O1",
+        *more,
+        f"-I{folder}/src",
+        "-isystem",
+        f"{folder}/include",
+        *map(str, sorted((folder / "src").glob("*.cc"))),
+        f"{folder}/src/generate.c",
+        f"{folder}/artifact/libtvm_ffi.so",
+        "-ldl",
+        "-pthread",
+        "-Wl,-rpath,$ORIGIN/artifact",
+        "-o",
+        f"{folder}/wasat-generate",
+    ]
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory, artifact: Path) -> Path:
+    """The exported folder, built as its README says: it runs other artifacts, too."""
+    out = tmp_path_factory.getbasetemp() / "project"
+    if not (out / "wasat-generate").exists():
+        write_project(artifact, out)
+        subprocess.run(command(out, "-Wall", "-Werror"), check=True)
+    return out
+
+
+@pytest.fixture(scope="session")
+def checked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program that tests the parts, with sanitizers."""
+    out = tmp_path_factory.mktemp("parts") / "parts"
+    subprocess.run(
+        [
+            "g++",
+            "-std=c++17",
+            "-O1",
+            "-fsanitize=address,undefined",
+            "-fno-sanitize-recover=all",
+            f"-I{HERE}",
+            str(Path(__file__).with_name("c_host.cc")),
+            *map(str, PARTS),
+            "-o",
+            str(out),
+        ],
+        check=True,
+    )
+    return out
+
+
+def refuses(done: subprocess.CompletedProcess[str], message: str) -> None:
+    assert (done.returncode, message in done.stderr) == (1, True), done.stderr
+
+
+def run(folder: Path, artifact: Path, prompt: str, *options: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([str(folder / "wasat-generate"), str(artifact), prompt, *options], capture_output=True)
+    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())  # \r stays
+
+
+def flags(options: dict[str, Any]) -> list[str]:
+    return [x for k, v in options.items() for x in (f"--{k.replace('_', '-')}", str(v))]
+
+
+# -- generating ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("options", SAMPLED, ids=str)
+def test_tokens_are_pythons(built: Path, model: Model, options: dict[str, Any]) -> None:
+    """Full and ring caches, prompts in one part and in several, the growth of caches."""
+    rng = random.Random(3)
+    for size, count in ((1, 40), (8, 9), (9, 20), (60, 300), (CONTEXT - 3, 3)):
+        ids = [rng.randrange(EOS) for _ in range(size)]
+        want = model.generate([ids], count, SamplingOptions(**options))[0]
+        found = run(built, model.folder, " ".join(map(str, ids)), "--ids", "--max-tokens", str(count), *flags(options))
+        assert [int(t) for t in found.stdout.split()] == want.tokens, found.stderr
+        assert f"finished by {want.finish}" in found.stderr
+
+
+@pytest.mark.parametrize("stop", [["e"], ["\ufffd"], ["the", "a\ufffd"], ["<eos>"], ["<bos>", "\x07"]], ids=str)
+def test_text_ends_as_pythons(built: Path, model: Model, stop: list[str]) -> None:
+    for seed in range(4):
+        options = {"temperature": 1.3, "seed": seed}
+        want = model.generate("Hear, é", 120, SamplingOptions(**options), stop=stop, stop_tokens=[10])[0]
+        more = [x for s in stop for x in ("--stop", s)]
+        found = run(built, model.folder, "Hear, é", "--max-tokens", "120", "--stop-token", "10", *flags(options), *more)
+        assert found.stdout == want.text + "\n"
+        assert f"finished by {want.finish}" in found.stderr
+
+
+def test_numbers_are_numpys(checked: Path) -> None:
+    seeds = [0, 1, 2**32 - 1, 2**32, 2**63 + 5, 2**64 - 1, *np.random.default_rng(0).integers(0, 2**63, 50).tolist()]
+    found = answers(checked, [], "".join(f"r {s}\n" for s in seeds))
+    for seed, line in zip(seeds, found):
+        want = np.random.default_rng([seed, 0]).random(4).tolist()
+        assert [float(x) for x in line.split()] == want
+
+
+REFUSED: list[tuple[list[str], str]] = [
+    (["x", "--temperature", "-1"], "temperature is -1"),
+    (["x", "--top-p", "0"], "top_p is 0"),
+    (["x", "--min-p", "1.5"], "min_p is 1.5"),
+    (["x", "--repetition-penalty", "0"], "repetition_penalty is 0"),
+    (["x", "--temperature", "nan"], "temperature is nan"),
+    (["x", "--stop", ""], "an empty stop string"),
+    (["x" * CONTEXT], f"the model's context is {CONTEXT}"),
+    (["x", "--max-tokens", str(CONTEXT)], f"the prompt has 1 tokens and {CONTEXT}"),
+    (["300", "--ids"], "token 300 is outside the vocabulary of 259"),
+    (["x", "--threads", "5000"], "threads is 5000"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", REFUSED, ids=lambda x: str(x)[:40])
+def test_what_cannot_be_done_is_said(built: Path, artifact: Path, arguments: list[str], message: str) -> None:
+    refuses(run(built, artifact, *arguments), message)
+
+
+def test_an_empty_prompt_begins_a_text(built: Path, model: Model) -> None:
+    found = run(built, model.folder, "", "--ids", "--max-tokens", "5")
+    assert [int(t) for t in found.stdout.split()] == model.generate([[]], 5)[0].tokens
+
+
+# -- folders that are damaged ----------------------------------------------------------------------------------------------
+EDITS: list[tuple[str, Any, str]] = [
+    ("format", 9, "the artifact has format 9"),
+    ("format", "3", "format is text, not a whole number"),
+    ("limits", ..., "limits is missing"),
+    ("limits.granule", 0, "limits.granule is 0"),
+    ("limits.chunk", -1, "limits.chunk is -1; it cannot be negative"),
+    ("limits.context", 1.5, "limits.context is 1.5"),
+    ("states.0.shape", ["b", "c - 1", 1, 8], "does not hold c positions"),
+    ("states.0.shape", ["b", "z", 1, 8], "is not one over b and c"),
+    ("states.0.shape", ["b", "c // 0", 1, 8], "is not one over b and c"),
+    ("states.0.shape", ["b", "c**2", 1, 8], "is no dimension"),
+    ("states.2.capacity", 5, "window 4 and chunk 8 need more"),
+    ("states.0.positions", 7, "positions along 7"),
+    ("states.0.cut", "maybe", "is cut maybe"),
+    ("entries.decode.states.0", "gone", "has a state gone that is not described"),
+    ("entries.decode.weights.0", "gone", "reads a weight gone"),
+    ("entries.prefill.inputs.0.name", "words", "takes no input tokens to hold indices"),
+    ("entries.prefill.outputs", [], "has no outputs"),
+    ("entries.decode", ..., "has no entries prefill and decode"),
+    ("weights.0.shape", [1, 2], "manifest.json says"),
+    ("weights.0.shape", ["b"], "not whole numbers"),
+    ("files.model%so.bytes", 5, "bytes instead of 5"),
+    ("files.model%so.sha256", "0" * 64, "its SHA-256 differs"),
+    ("files.model%so", ..., "does not list model.so"),
+    ("files", {"../model.so": {"sha256": "", "bytes": 1}}, "is no name for a file"),
+    ("target.arch", "m68k", "compiled for m68k processors"),
+    ("target.features", ["amx9"], "this processor lacks amx9"),
+    ("target.os", "plan9", "compiled for plan9"),
+    ("target.kind", "cuda", "compiled for cuda"),
+    ("target.libraries", ["none.so"], "target.libraries names 'none.so'"),
+]
+
+
+@pytest.mark.parametrize("path, value, message", EDITS, ids=lambda x: str(x)[:40])
+def test_a_manifest_that_is_wrong(built: Path, copy: Path, path: str, value: Any, message: str) -> None:
+    edit_manifest(copy, path, value)
+    refuses(run(built, copy, "x", "--max-tokens", "2"), message)
+
+
+def test_a_folder_that_is_damaged(built: Path, copy: Path, tmp_path: Path) -> None:
+    def refused(message: str) -> None:
+        refuses(run(built, copy, "x", "--max-tokens", "2"), message)
+
+    weights, manifest = (copy / "weights.safetensors").read_bytes(), (copy / "manifest.json").read_text()
+    (copy / "weights.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    refused("is not the file that was compiled")
+    (copy / "weights.safetensors").write_bytes(weights[:-1])
+    refused(f"has {len(weights) - 1} bytes instead of {len(weights)}")
+    (copy / "weights.safetensors").unlink()
+    refused("is missing")
+    (copy / "manifest.json").write_text(manifest.replace('"tiny"', '"other"'))
+    refused("is not as it was written")
+    (copy / "manifest.json").write_text(manifest[:100])
+    refused("is damaged (line")
+    (copy / "manifest.json").unlink()
+    refused("is no artifact")
+    copy = tmp_path / "nowhere"
+    refused("is no artifact")
+
+
+def test_weights_whose_header_lies(built: Path, copy: Path) -> None:
+    path = copy / "weights.safetensors"
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    name = next(iter(header))
+    for change, message in (
+        ({"data_offsets": [64, 64 + header[name]["data_offsets"][1]]}, "does not fit"),
+        ({"dtype": "F64"}, "manifest.json says"),
+        ({"shape": [3]}, "manifest.json says"),
+        ({"data_offsets": [-1, 5]}, "cannot be read"),
+        ({"dtype": "X"}, "cannot be read"),
+    ):
+        text = json.dumps({**header, name: {**header[name], **change}}, separators=(",", ":")).encode()
+        path.write_bytes((max(size, len(text))).to_bytes(8, "little") + text.ljust(size) + data[8 + size :])
+        edit_manifest(copy, "files.weights%safetensors.bytes", path.stat().st_size)
+        refuses(run(built, copy, "x", "--no-verify"), message)
+    path.write_bytes((2**63).to_bytes(8, "little") + data[8:])
+    edit_manifest(copy, "files.weights%safetensors.bytes", len(data))
+    assert "its header would have" in run(built, copy, "x", "--no-verify").stderr
+
+
+# -- parts, with sanitizers ------------------------------------------------------------------------------------------------
+def answers(program: Path, arguments: Sequence[str], commands: str | bytes) -> list[str]:
+    """A line for each command. Sizes before texts are left out."""
+    given = commands.encode() if isinstance(commands, str) else commands
+    done = subprocess.run([str(program), *arguments], input=given, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b""), done.stderr.decode()[-3000:]
+    return done.stdout.decode("utf-8", "surrogateescape").split("\n")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_become_the_librarys_tokens(checked: Path, tmp_path: Path, kind: str) -> None:
+    library = KINDS[kind]()
+    path = tmp_path / "tokenizer.json"
+    library.save(str(path))
+    texts = [x.encode() for x in (Texts(library, 1).text() for _ in range(400))]
+    found = answers(checked, [str(path)], b"".join(b"e %d\n%s" % (len(x), x) for x in texts))
+    for text, line in zip(texts, found):
+        assert [int(t) for t in line.split()] == library.encode(text.decode()).ids, text.decode()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_become_pythons_text(checked: Path, tmp_path: Path, kind: str) -> None:
+    library: Library = KINDS[kind]()
+    path = tmp_path / "tokenizer.json"
+    library.save(str(path))
+    ours, rng, texts = Tokenizer(path), random.Random(2), Texts(library, 2)
+    sequences = []
+    for _ in range(200):
+        ids = library.encode(texts.text()).ids if rng.random() < 0.3 else []
+        ids = ids or [rng.randrange(rng.choice((300, 703))) for _ in range(rng.randrange(1, 20))]
+        sequences.append((ids, rng.randrange(len(ids) + 1)))
+    commands = "".join(f"d {len(x)}\n{' '.join(map(str, x))}\ns {len(x)}\n{' '.join(map(str, x))} {n}\n" for x, n in sequences)
+    done = subprocess.run([str(checked), str(path)], input=commands.encode(), capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    rest = done.stdout
+
+    def take() -> str:
+        nonlocal rest
+        size, _, rest = rest.partition(b" ")
+        text, rest = rest[: int(size)].decode(), rest[int(size) + 1 :]
+        return text
+
+    for ids, given in sequences:
+        assert take() == ours.decode(ids), ids
+        stream = ours.stream(ids[:given])
+        assert take() == "".join(stream.push(t) + "|" for t in ids[given:]) + stream.flush(), (ids, given)
+
+
+def test_damaged_tokenizers_are_refused(checked: Path, tmp_path: Path) -> None:
+    """Bytes changed at random: an answer or a message, never foreign memory."""
+    rng, path = random.Random(5), tmp_path / "tokenizer.json"
+    for kind in ("llama3", "llama2", "wordpiece", "unigram"):
+        whole = KINDS[kind]().to_str().encode()
+        for _ in range(12):
+            data = bytearray(whole)
+            for _ in range(rng.randrange(1, 6)):
+                at = rng.randrange(min(len(data), rng.choice((3000, len(data)))))
+                data[at : at + rng.randrange(1, 4)] = rng.choice(
+                    (b"", b"1", b'"', b"null", b"[]", b"{", bytes([rng.randrange(256)]))
+                )
+            path.write_bytes(data)
+            text = "hello wörld 👩‍👩‍👧 <tool> ab".encode()
+            answers(checked, [str(path)], b"e %d\n%sd 3\n1 2 3\n" % (len(text), text))
+
+
+def test_damaged_manifests_are_refused(checked: Path, copy: Path) -> None:
+    """Values exchanged at random, the digest made anew: an answer or a message, never foreign memory."""
+    rng, path = random.Random(6), copy / "manifest.json"
+    whole = json.loads(path.read_text())
+    odd = [
+        None,
+        -1,
+        0,
+        1,
+        2**62,
+        2**70,
+        1.5,
+        "",
+        "c",
+        "b",
+        "c*c*c*c*c*c",
+        "-(-1)//0",
+        [],
+        {},
+        ["b", "c"],
+        True,
+        "../x",
+        "float99",
+    ]
+
+    def places(x: Any) -> list[tuple[Any, Any]]:
+        items = list(x.items()) if isinstance(x, dict) else list(enumerate(x)) if isinstance(x, list) else []
+        return [(x, k) for k, _ in items] + [p for _, v in items for p in places(v)]
+
+    from wasat.runtime.artifact import digest
+
+    for _ in range(150):
+        data = json.loads(json.dumps(whole))
+        for _ in range(rng.randrange(1, 4)):
+            where, key = rng.choice(places(data))
+            where[key] = rng.choice(odd)
+        path.write_text(json.dumps({**data, "digest": digest(data)}))
+        answers(checked, [], f"m {len(str(copy))}\n{copy}")
+    text = json.dumps(whole)
+    for _ in range(60):
+        at = rng.randrange(len(text))
+        path.write_text(text[:at] + rng.choice(['"', "", "{", "]", "\\u12", "1e", "-", "\x01"]) + text[at + rng.randrange(3) :])
+        (line, _) = answers(checked, [], f"m {len(str(copy))}\n{copy}")
+        assert line.startswith("refused")
+
+
+def test_json_is_read_as_python_reads_it(checked: Path) -> None:
+    good = [
+        '{"a": [1, -2.5e3, true, null, "\\u00e9\\ud83c\\udf89\\n\\u007f\x7fé"], "": {}}',
+        "[]",
+        "-Infinity",
+        '"\\/"',
+        "0",
+        " {} ",
+    ]
+    bad = [
+        "",
+        "{",
+        "[1,]",
+        "01",
+        "+1",
+        "1.",
+        ".5",
+        "1e",
+        "nul",
+        '"\n"',
+        '"\\x"',
+        '"\\ud800"',
+        '{"a":1,"a":2}',
+        "[1] 2",
+        "[" * 300,
+        "'a'",
+        '{"a" 1}',
+        "{1: 2}",
+        '"',
+        "\ufeff1",
+    ]
+    for text in good:
+        _, _, line = answers(checked, [], b"j %d\n%s" % (len(text.encode()), text.encode()))[0].partition(" ")
+        assert line == json.dumps(json.loads(text), sort_keys=True, separators=(",", ":"))
+    for text in bad:
+        assert answers(checked, [], b"j %d\n%s" % (len(text.encode()), text.encode()))[0].startswith("refused"), text
+
+
+# -- building --------------------------------------------------------------------------------------------------------------
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake (a package of Debian)")
+def test_cmake_project(artifact: Path, tmp_path: Path, built: Path, model: Model) -> None:
+    """Configured in full; built in part, since the one-command build has compiled the sources."""
+    out = tmp_path / "project"
+    write_project(artifact, out)
+    subprocess.run(["cmake", "-S", out, "-B", out / "build", "-DCMAKE_BUILD_TYPE=Debug"], check=True, capture_output=True)
+    subprocess.run(["cmake", "--build", out / "build"], check=True, capture_output=True)
+    done = subprocess.run([out / "build" / "wasat-generate", out / "artifact", "a", "--ids"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr[:32]) == (2, "error: --ids wants whole numbers")
+    done = subprocess.run(
+        [out / "build" / "wasat-generate", out / "artifact", "5 6", "--ids", "--max-tokens", "4"],
+        capture_output=True,
+        text=True,
+    )
+    assert [int(t) for t in done.stdout.split()] == model.generate([[5, 6]], 4)[0].tokens
+
+
+C_PROGRAM = r"""
+#include <stdio.h>
+#include <string.h>
+#include "wasat.h"
+static int count;
+static int three(void *seen, int32_t token, const char *text, size_t bytes) {
+  (void)text, (void)bytes;
+  ((int32_t *)seen)[count++] = token;
+  return count == 3;
+}
+int main(int argc, char **argv) {
+  wasat_model *m = (wasat_model *)1;
+  if (argc != 2 || wasat_load("/nowhere", 0, &m) != WASAT_ARTIFACT || m || !strstr(wasat_error(), "/nowhere")) return 1;
+  if (wasat_load(argv[1], 0, 0) != WASAT_INPUT || wasat_load(0, 0, &m) != WASAT_INPUT) return 2;
+  if (wasat_load(argv[1], 0, &m)) return 3;
+  int32_t ids[3], seen[3];
+  size_t count_ids, bytes;
+  char text[8] = "";
+  if (wasat_encode(m, "abc", 3, 1, 0, 0, &count_ids) || count_ids != 3) return 4;
+  if (wasat_encode(m, "abc", 3, 1, ids, 3, &count_ids)) return 5;
+  if (wasat_decode(m, ids, 3, text, 7, &bytes) || strcmp(text, "abc")) return 5;
+  if (wasat_encode(m, "\xff", 1, 1, ids, 3, &count_ids) != WASAT_INPUT) return 6;
+  wasat_result r;
+  if (wasat_generate_tokens(m, ids, 3, 0, three, seen, &r) || r.finish != WASAT_CALLER || r.tokens != 3) return 7;
+  wasat_options o = wasat_defaults();
+  o.max_tokens = 1 << 20;
+  if (wasat_generate(m, "abc", 3, &o, 0, 0, 0) != WASAT_CONTEXT) return 8;
+  printf("%d %d %d", seen[0], seen[1], seen[2]);
+  wasat_free(m);
+  wasat_free(0);
+  return 0;
+}
+"""
+
+
+def test_the_interface_from_c(built: Path, model: Model, tmp_path: Path) -> None:
+    (tmp_path / "main.c").write_text(C_PROGRAM)
+    subprocess.run(
+        [
+            "gcc",
+            "-std=c99",
+            "-Wall",
+            "-Wextra",
+            "-Wpedantic",
+            "-Werror",
+            f"-I{HERE}",
+            "-c",
+            tmp_path / "main.c",
+            "-o",
+            tmp_path / "main.o",
+        ],
+        check=True,
+    )
+    sources = sorted((built / "src").glob("*.cc"))
+    subprocess.run(
+        [
+            "g++",
+            "-std=c++17",
+            "-O0",
+            "-fsanitize=address,undefined",
+            f"-I{built}/src",
+            "-isystem",
+            f"{built}/include",
+            *sources,
+            tmp_path / "main.o",
+            built / "artifact" / "libtvm_ffi.so",
+            "-ldl",
+            "-pthread",
+            f"-Wl,-rpath,{built}/artifact",
+            "-o",
+            tmp_path / "main",
+        ],
+        check=True,
+    )
+    env = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}  # of TVM's own
+    done = subprocess.run([tmp_path / "main", str(model.folder)], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert [int(t) for t in done.stdout.split()] == model.generate("abc", 3)[0].tokens
