@@ -14,6 +14,9 @@ struct Error : std::runtime_error {
   Error(wasat_status code, const std::string &message) : std::runtime_error(message), code(code) {}
 };
 
-[[noreturn]] inline void damaged(const std::string &what) { throw Error(WASAT_ARTIFACT, what + "; " + AGAIN); }
+[[noreturn]] inline void damaged(const std::string &what) {
+  bool goes_on = what.size() > 2 && !what.compare(what.size() - 3, 3, " or");  // "copy it again, or"
+  throw Error(WASAT_ARTIFACT, what + (goes_on ? " " : "; ") + AGAIN);
+}
 
 }  // namespace wasat

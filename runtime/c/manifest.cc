@@ -148,12 +148,13 @@ std::string shown(const std::optional<int64_t> &n) { return n ? std::to_string(*
 
 // A state that grows has as many positions as it is asked for, or a multiple of that, and perhaps some more.
 void check_capacity(const State &s, int64_t granule, int64_t most) {
-  std::map<int64_t, int64_t> found;
+  using Wide = __int128;  // what a manifest claims may be anything
+  std::map<int64_t, Wide> found;
   for (int64_t c : {granule, 2 * granule, 3 * granule, 16 * granule, 64 * granule, most}) {
     auto shape = s.sizes({{"b", 3}, {"c", c}});
     found[c] = shape && *std::min_element(shape->begin(), shape->end()) > 0 ? (*shape)[*s.positions] : 0;
   }
-  int64_t span = found[2 * granule] - found[granule], step = span / granule, more = found[granule] - step * granule;
+  Wide span = found[2 * granule] - found[granule], step = span / granule, more = found[granule] - step * granule;
   bool good = span % granule == 0 && step >= 1 && more >= 0 && more % granule == 0;
   for (auto &[c, n] : found) good = good && n == step * c + more;
   if (!good) damaged("manifest.json: full cache " + s.name + " of shape " + shown(s.shape) + " does not hold c positions");
