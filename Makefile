@@ -17,10 +17,10 @@ test: $(READY)
 test-slow: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
-# code for ARM under an emulator, for GPUs on software devices; what is not installed is named where tests are skipped
+# code for ARM under an emulator, for GPUs on software devices, the host in C; what is not installed is named where tests are skipped
 test-machines: $(READY)
 	$(BIN)/pip install -q wgpu==0.32.0 pyopencl==2026.1.4 pocl-binary-distribution==3.0
-	$(BIN)/python -m pytest tests/machines -n 2 -m machines -rs
+	$(BIN)/python -m pytest tests/machines tests/runtime/test_c_host.py -n 2 -m machines -rs
 
 test-all: test test-slow
 
