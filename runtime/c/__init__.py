@@ -33,6 +33,8 @@ def check_place(out: Path) -> None:
 
 def check_manifest(m: Manifest, folder: Path) -> None:
     """Raises InputError for a program that the host does not run: it feeds one row of text."""
+    if m.target.kind != "llvm":
+        raise InputError(f"{folder} is compiled for {m.target.device}: the C host runs programs for CPUs")
     if not {"prefill", "decode"} <= m.entries.keys():
         why = f", because {m.no_cache}" if m.no_cache else ""
         raise InputError(f"{folder} has no entries prefill and decode{why}: the C host generates text, and needs caches for it")

@@ -28,7 +28,8 @@ def matched(pattern: str) -> set[int]:
 
 def bounds(members: Iterable[int]) -> list[int]:
     """Where membership changes."""
-    found, previous = [], -2
+    found: list[int] = []
+    previous = -2
     for c in sorted(members):
         if c != previous + 1:
             found += [previous + 1, c] if found else [c]
