@@ -354,7 +354,7 @@ def test_damaged_manifests_are_refused(checked: Path, copy: Path) -> None:
             where[key] = rng.choice(odd)
         path.write_text(json.dumps({**data, "digest": digest(data)}))
         answers(checked, [], f"m {len(str(copy))}\n{copy}")
-    text = json.dumps(whole)
+    text = json.dumps(whole, separators=(",", ":"))
     for _ in range(20):
         at = rng.randrange(len(text))
         path.write_text(text[:at] + rng.choice(['"', "", "{", "]", "\\u12", "1e", "-", "\x01"]) + text[at + rng.randrange(3) :])
@@ -364,7 +364,7 @@ def test_damaged_manifests_are_refused(checked: Path, copy: Path) -> None:
 
 def test_json_is_read_as_python_reads_it(checked: Path) -> None:
     good = [
-        '{"a": [1, -2.5e3, true, null, "\\u00e9\\ud83c\\udf89\\n\\u007f\x7fé"], "": {}}',
+        '{"a": [1, -2500.0, true, null, "\\u00e9\\ud83c\\udf89\\n\\u007f\x7fé"], "": {}}',
         "[]",
         "-Infinity",
         '"\\/"',
