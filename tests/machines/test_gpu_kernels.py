@@ -163,7 +163,7 @@ def test_embedding(machine: Machine, kind: str, k: int) -> None:
 def test_cache_write(machine: Machine, ring: bool) -> None:
     k, v = normal(3, 2, 2, 5), normal(3, 2, 2, 8)
     keys, values = normal(3, 7, 2, 5), normal(3, 7, 2, 8)
-    past = np.array([0, 5, 20 if ring else 6], np.int64)
+    past = np.array([0, 20 if ring else 6, 5], np.int64)  # one that a full cache has no room for
     desc = CacheWrite(machine.limits, 2, 5, 8, ring=ring)
     *_, new_keys, new_values = run(machine, cache_write(desc), [k, v, past, keys, values])
     for new, old, x in ((new_keys, keys, k), (new_values, values, v)):
@@ -187,6 +187,19 @@ def test_cache_start(machine: Machine, shared: bool) -> None:
         np.testing.assert_array_equal(got, want)
 
 
+@each_machine()
+@pytest.mark.parametrize("rows", [1, 32])
+def test_linear_of_infinity(machine: Machine, rows: int) -> None:
+    """What stands behind a row's last element takes no part."""
+    w, dense = made("int4", 9, 13)
+    f, array = packed(w)
+    x = normal(rows, 13)
+    x[0, -1] = np.inf
+    got = run(machine, linear(Linear(machine.limits, 9, 13, f, rows)), [x, array, empty(rows, 9)])[-1]
+    with np.errstate(invalid="ignore"):
+        close(got, x @ dense.T, 1e-5)
+
+
 MASKS = {"": None, "f": (1, 1), "fBH": (2, 4), "bB": (2, 1)}
 
 
@@ -207,6 +220,8 @@ def _mask(kind: str, s: int, c: int) -> Any:
 def test_attention(machine: Machine, s: int, t: int, causal: bool, window: Any, softcap: Any, mask: str) -> None:
     d = 20 if s == 6 else 40
     q, k, v = normal(2, s, 4, d), normal(2, t, 2, d), normal(2, t, 2, 24)
+    if s == 37:
+        q[0, 3, 1], k[1, 5, 0] = np.nan, np.nan
     more = [] if not mask else [_mask(mask, s, t)]
     sink = np.array([0.5, -np.inf, 90, 0], np.float32) if softcap or s == 20 else None
     more += [] if sink is None else [sink]

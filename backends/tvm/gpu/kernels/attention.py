@@ -30,7 +30,7 @@ from ...cpu.kernels.emit import (
     tanh,
 )
 from ..limits import Limits
-from .emit import LOWEST, Kernel, as_f32, clamped, larger, narrow, power_of_two, zero
+from .emit import LOWEST, Kernel, as_f32, clamped, narrow, power_of_two, zero
 
 CHUNK = 256
 """Keys of a workgroup where several share those of a row."""
@@ -265,10 +265,10 @@ def _keys(kernel: Kernel, d: Attention, a: _Arrays, splits: Expr, found: _Found 
                 if a.mask is not None and "f" in d.mask:
                     x = kernel.copy(x + as_f32(load(a.mask, _mask_at(clamped(key, end)))))
                 kernel.store(scores, j, tirx.Select(seen(key), x, splat(LOWEST, 1)))
-                kernel.store(highest, 0, larger(load(highest, 0), load(scores, j)))
-            kernel.reduce([memory], thread, c, tile.lanes, [load(highest, 0)], larger)
+                kernel.store(highest, 0, tirx.max(load(highest, 0), load(scores, j)))
+            kernel.reduce([memory], thread, c, tile.lanes, [load(highest, 0)], tirx.max)
             before = kernel.copy(load(top, 0))
-            kernel.store(top, 0, larger(before, load(memory, r * tile.lanes)))
+            kernel.store(top, 0, tirx.max(before, load(memory, r * tile.lanes)))
             decay = kernel.copy(exp(kernel, kernel.copy(before - load(top, 0))))
             kernel.store(total, 0, load(total, 0) * decay)
             for j in range(each):
@@ -311,7 +311,7 @@ def _settled(kernel: Kernel, a: _Arrays, head: Expr, top: Expr, total: Expr) -> 
     share = splat(1.0, 1)
     if a.sink is not None:
         sink = kernel.copy(as_f32(load(a.sink, head)))
-        highest = kernel.copy(larger(top, sink))
+        highest = kernel.copy(tirx.max(top, sink))
         share = kernel.copy(exp(kernel, kernel.copy(top - highest)))
         total = kernel.copy(total * share + exp(kernel, kernel.copy(sink - highest)))
     return kernel.copy(share / tirx.Select(tirx.EQ(total, zero()), splat(1.0, 1), total))
@@ -341,7 +341,7 @@ def _merge(kernel: Kernel, d: Attention, a: _Arrays, found: _Found) -> None:
         kernel.store(total, 0, zero())
         kernel.store(out, 0, zero())
         with kernel.loop(parts) as part:
-            kernel.store(top, 0, larger(load(top, 0), load(found.largest, found.at(row, part))))
+            kernel.store(top, 0, tirx.max(load(top, 0), load(found.largest, found.at(row, part))))
         with kernel.loop(parts) as part:
             place = kernel.let(found.at(row, part), "place")
             share = kernel.copy(exp(kernel, kernel.copy(load(found.largest, place) - load(top, 0))))

@@ -100,11 +100,6 @@ class Kernel(Emitter):
         self.barrier()
 
 
-def larger(a: Expr, b: Expr) -> Expr:
-    """The larger of two numbers; NaN where either is."""
-    return tirx.Select(tirx.Or(a > b, a != a), a, b)
-
-
 def power_of_two(n: int) -> int:
     """The smallest one that is at least n."""
     return 1 << max(0, n - 1).bit_length()

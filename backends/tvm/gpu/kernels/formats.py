@@ -106,7 +106,7 @@ class Codes:
         n, k = w.shape
         wide, at = self.padded(k), self.sections(k)
         out[:] = 0
-        codes = np.full((n, wide), -self.low, np.uint8)
+        codes = np.zeros((n, wide), np.uint8)
         codes[:, :k] = (w.values.astype(np.int16) - self.low).astype(np.uint8)
         place = 0
         for i, b in enumerate(self.planes):

@@ -8,9 +8,9 @@ from typing import Literal
 
 from tvm import tirx
 
-from ...cpu.kernels.emit import Buffer, Expr, bits, ceil_div, exp, floor_div, floor_mod, int64, load, minimum, splat, symbol
+from ...cpu.kernels.emit import Expr, bits, ceil_div, exp, floor_div, floor_mod, int64, load, minimum, splat, symbol
 from ..limits import Limits
-from .emit import LOWEST, Kernel, as_f32, larger, narrow, power_of_two, zero
+from .emit import LOWEST, Kernel, as_f32, narrow, power_of_two, zero
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def softmax(d: Softmax) -> tirx.PrimFunc:
     with kernel.launch(m, threads) as ([at], thread):
         row = _Row(kernel, thread, threads, n)
         base = kernel.let(at * n, "base")
-        top = row.fold(splat(LOWEST, 1), lambda j: kernel.let(as_f32(load(x, base + j))), larger)
+        top = row.fold(splat(LOWEST, 1), lambda j: kernel.let(as_f32(load(x, base + j))), tirx.max)
 
         def weight(j: Expr) -> Expr:
             return exp(kernel, kernel.let(as_f32(load(x, base + j)) - top))
@@ -161,9 +161,6 @@ class RoundRows:
         return f"round_rows_{self.k}_{self.block}"
 
 
-_INFINITY, _NAN = 0x7F800000, 0x7FC00000
-
-
 def round_rows(d: RoundRows) -> tirx.PrimFunc:
     """PrimFunc(x [m, k], y f32[m, k]): a thread for each block. One that holds NaN or infinity becomes NaN."""
     kernel = Kernel(d.name, d.limits)
@@ -181,14 +178,8 @@ def round_rows(d: RoundRows) -> tirx.PrimFunc:
             kernel.store(top, 0, tirx.max(load(top, 0), bits("int32", value) & tirx.IntImm("int32", 0x7FFFFFFF)))
         largest = kernel.copy(bits("float32", kernel.copy(load(top, 0))))
         inverse = kernel.copy(tirx.Select(largest > zero(), splat(127.0, 1) / largest, zero()))
-        finite = load(top, 0) < tirx.IntImm("int32", _INFINITY)
-        scale = kernel.copy(tirx.Select(finite, largest / splat(127.0, 1), _nan(kernel, top)))
+        scale = kernel.copy(largest / splat(127.0, 1))  # infinity times 0 is NaN
         with kernel.loop(count) as j:
             q = kernel.let(tirx.nearbyint(as_f32(load(x, base + j)) * inverse))
-            kernel.store(y, base + j, tirx.Select(finite, q * scale, scale))
+            kernel.store(y, base + j, q * scale)
     return kernel.build()
-
-
-def _nan(kernel: Kernel, of: Buffer) -> Expr:
-    """NaN, where ``of`` holds a number that is at least infinity's: no language has a literal of it."""
-    return kernel.copy(bits("float32", kernel.copy(tirx.max(load(of, 0), tirx.IntImm("int32", _NAN)))))
