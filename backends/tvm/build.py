@@ -115,9 +115,8 @@ def build(
 ) -> Library:
     """Compiles every graph of ``program`` for ``target``.
 
-    Raises IRError for an operation the target can neither run nor decompose, BuildError for missing tools.
+    Raises IRError for an operation the target can neither run nor decompose. What linking needs, :func:`check_tools` checks.
     """
-    check_tools(target)
     on_progress("lowering")
     left: list[Left] = []
     module, plan = _lowered(program, target, left)
@@ -164,10 +163,11 @@ class Runner:
         # TVM reads both when it first starts its threads: by itself it takes half of the CPUs, and pins the caller to one
         os.environ.setdefault("TVM_NUM_THREADS", str(target.threads))
         os.environ.setdefault("TVM_BIND_THREADS", "0")
-        if not target.arch.here:
+        if not target.arch.here or not target.on_host:
             raise BuildError(f"code for {target.name} ({target.arch.name}) does not run here: compile it into an artifact")
         self.program, self.states, self.donate = program, program.interface.state_names, donate
         self.layouts = target.state_layouts(program)
+        check_tools(target)
         library = build(program, target)
         for path in target.libraries:
             ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)

@@ -19,6 +19,7 @@ from tvm import relax
 from tvm.relax.backend import cpu_generic
 from wasat.ir import IRError, Program, State, TensorType
 
+from . import cuda as toolkit
 from .cpu import fused_loops as loops
 from .cpu import select as cpu_kernels
 from .cpu import states, tir_pipeline
@@ -183,10 +184,36 @@ def cpu_features(target: Target) -> list[str]:
     return target.arch.features(target.tvm)
 
 
+class Cuda(Target):
+    """NVIDIA's compiler makes machine code of what TVM generates, for each of the architectures in ``config["arch"]``."""
+
+    @property
+    def archs(self) -> list[str]:
+        """Oldest first: TVM generates what that one has."""
+        return str(self.config["arch"]).split(",")
+
+    @cached_property
+    def tvm(self) -> tvm.target.Target:
+        device = tvm.target.Target({"kind": "cuda", "arch": self.archs[0]})
+        return tvm.target.Target(device, host=tvm.target.Target(dict(self.host or {})))
+
+    @contextlib.contextmanager
+    def scope(self) -> Iterator[None]:
+        # of vectors of i64 TVM makes code that is no C++
+        scalar = tvm.transform.PassContext(opt_level=3, config={"tirx.disable_vectorize": True})
+        with toolkit.machine_code(self.archs), super().scope(), scalar:
+            yield
+
+    def missing_tools(self) -> list[str]:
+        return [*super().missing_tools(), *toolkit.missing_tools()]
+
+
 def cuda(arch: str = "sm_80") -> Target:
-    """NVIDIA GPUs of the architecture ``arch``; compiling needs no GPU."""
-    return Target(
-        "cuda", {"kind": "cuda", "arch": arch}, host={"kind": "llvm", "mcpu": "x86-64-v3"},
+    """NVIDIA GPUs of one or more architectures (sm_80,sm_90a); compiling needs no GPU."""
+    host = {"kind": "llvm", "mcpu": "x86-64-v3"} if arch_here().name == "x86_64" else {"kind": "llvm"}
+    return Cuda(
+        "cuda", {"kind": "cuda", "arch": ",".join(toolkit.architectures(arch))}, host=host, libraries=toolkit.libraries(),
+        features=lambda target: target.arch.features(tvm.target.Target(host)),
         kernels=lambda target, program: gpu_kernels.selection(CUDA),
     )  # fmt: skip
 
