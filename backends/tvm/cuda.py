@@ -127,7 +127,7 @@ def _load_runtime() -> None:
             source, stub = Path(tmp) / "stub.c", Path(tmp) / "libcuda.so.1"
             source.write_text(_STUB)
             compiler = next((c for c in ("gcc", "clang", "cc", "g++") if shutil.which(c)), "cc")
-            how = [compiler, "-x", "c", "-shared", "-fPIC", f"-Wl,-soname,{stub.name}", "-o", stub, source]
+            how = [compiler, "-x", "c", "-shared", "-fPIC", f"-Wl,-soname,{stub.name}", "-o", str(stub), str(source)]
             subprocess.run(how, check=True)
             ctypes.CDLL(str(stub), ctypes.RTLD_GLOBAL)
     for path in libraries():
