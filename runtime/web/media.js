@@ -51,7 +51,7 @@ async function pixels(blob, encoder, device) {
 
 /** u8[h, w, 3] of what can be drawn: through a texture, since a canvas multiplies colours by their opacity and loses digits. */
 async function rgb(source, { gpu }) {
-  const [w, h] = [source.displayWidth ?? source.width, source.displayHeight ?? source.height];
+  const { width: w, height: h } = source;
   if (!w || !h) throw new WasatError(`it has ${w} x ${h} pixels: nothing to see`);
   if (Math.max(w, h) > MOST_SIDE || w * h > MOST_PIXELS || Math.max(w, h) > gpu.limits.maxTextureDimension2D) {
     throw new WasatError(`it has ${w} x ${h} pixels, more than are decoded here: make it smaller first`);
@@ -186,8 +186,10 @@ async function* pictures(blob, gif, device) {
   let at = 0;
   for (let i = 0; i < decoder.tracks.selectedTrack.frameCount; i++) {
     const { image } = await decoder.decode({ frameIndex: i });
-    yield { image: await rgb(image, device), at };
+    const bitmap = await createImageBitmap(image, plain); // not every browser copies a decoded frame to a texture
+    yield { image: await rgb(bitmap, device), at };
     at += (image.duration ?? 0) / 1e6 || GIF_DELAY;
+    bitmap.close();
     image.close();
   }
   decoder.close();

@@ -8,7 +8,7 @@ import json
 import random
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -41,20 +41,22 @@ def served(folder: Path) -> tuple[http.server.ThreadingHTTPServer, str]:
     return server, f"http://127.0.0.1:{server.server_port}"
 
 
-def launched(flags: list[str]) -> Iterator[Any]:
+@pytest.fixture(scope="module")
+def launch() -> Iterator[Callable[[list[str]], Any]]:
+    """Starts Chromium with further flags."""
     path = shutil.which("chromium") or shutil.which("chromium-browser")
     if path is None:
         pytest.skip("not installed: chromium")
     api = pytest.importorskip("playwright.sync_api", reason="not installed: playwright (pip install playwright)")
     with api.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=path, args=["--headless=new", "--no-sandbox", *flags])
-        yield browser
-        browser.close()
+        yield lambda flags: p.chromium.launch(executable_path=path, args=["--headless=new", "--no-sandbox", *flags])
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    yield from launched(WEBGPU)
+def browser(launch: Callable[[list[str]], Any]) -> Iterator[Any]:
+    made = launch(WEBGPU)
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="module")
@@ -241,9 +243,9 @@ def test_weights_that_are_damaged_are_named(browser: Any, folder: Path, tmp_path
     server.shutdown()
 
 
-def test_a_browser_without_webgpu_is_told(folder: Path) -> None:
-    for browser in launched(["--disable-features=WebGPU", "--disable-gpu"]):
-        server, address = served(folder)
-        said = opened(browser, address).inner_text("#failed")
-        assert "WebGPU" in said
-        server.shutdown()
+def test_a_browser_without_webgpu_is_told(launch: Callable[[list[str]], Any], folder: Path) -> None:
+    server, address = served(folder)
+    browser = launch(["--disable-features=WebGPU", "--disable-gpu"])
+    assert "WebGPU" in opened(browser, address).inner_text("#failed")
+    browser.close()
+    server.shutdown()
