@@ -1,14 +1,20 @@
-# make demo | test | test-all | test-machines | check | mutants | bench | parity | real: each sets up what it needs in .venv (Python 3.11+, a C++ compiler)
+# make demo | demo-web | test | test-all | test-machines | check | mutants | bench | parity | real: each sets up what it needs in .venv (Python 3.11+, a C++ compiler)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := ir passes backends frontend runtime training wasat
 
-.PHONY: demo test test-all test-slow test-machines check lint types mutants bench parity real clean
+.PHONY: demo demo-web test test-all test-slow test-machines check lint types mutants bench parity real clean
 
 demo: $(READY)
 	$(BIN)/wasat demo
+
+# the Gemini-style model in a page: open http://localhost:8000 in a browser with WebGPU
+demo-web: $(READY)
+	$(BIN)/python -m wasat.runtime.web.fetch
+	$(BIN)/wasat export examples/gemini --web out/web
+	$(BIN)/python -m http.server --directory out/web 8000
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not machines and not real"
@@ -19,6 +25,8 @@ test-slow: $(READY)
 
 # code for ARM under an emulator, for GPUs on software devices, the host in C; what is not installed is named where tests are skipped
 test-machines: $(READY)
+	$(BIN)/pip install -q playwright==1.65.2
+	-$(BIN)/python -m wasat.runtime.web.fetch
 	$(BIN)/pip install -q wgpu==0.32.0 pyopencl==2026.1.4 pocl-binary-distribution==3.0
 	$(BIN)/pip install -q -e '.[cuda]' || echo "CUDA's compiler could not be installed: its tests are skipped"
 	$(BIN)/python -m pytest tests/machines tests/runtime/test_c_host.py -n 2 -m machines -rs

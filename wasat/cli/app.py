@@ -16,6 +16,7 @@ from rich.table import Table
 from wasat import __version__
 from wasat.cli import chat as cli_chat
 from wasat.cli import embed as cli_embed
+from wasat.cli import export as cli_export
 from wasat.cli import run as cli_run
 from wasat.cli.console import (
     Activation,
@@ -63,7 +64,7 @@ A first round, from a clone of the repository:
 - `wasat train examples/train_tiny.toml` trains a tiny language model in under a minute
 - `wasat train examples/gemini.toml --artifact gemini.wasat`, in under an hour, one of text, pictures, sounds and clips
 - `wasat evaluate gemini.wasat examples/gemini.toml` asks it what it has not been trained on
-- `wasat export examples/pygemma --onnx pygemma.onnx` writes it as an ONNX file
+- `wasat export examples/pygemma --onnx pygemma.onnx` writes it as an ONNX file; `--c` a project in C, `--web` a web page
 - `wasat targets` says which machines there are to compile for, and what is missing to do so or to run it
 - `wasat demo` does it all on small models, and writes a page
 """,
@@ -443,70 +444,6 @@ def demo(
 
 
 @app.command()
-def export(
-    source: Source,
-    onnx: Annotated[Path | None, typer.Option("--onnx", help="The `.onnx` file to write.", show_default=False)] = None,
-    c: Annotated[
-        Path | None, typer.Option("--c", help="The folder to write: the model, compiled, and a host in C.", show_default=False)
-    ] = None,
-    target: Annotated[str, typer.Option(help="Of `--c`: the machine that it is compiled for; see `wasat targets`.")] = "cpu",
-    graph: Annotated[str | None, typer.Option(help="Which graph, e.g. `decode`; default: `forward`, or the only one.")] = None,
-    opset: Annotated[int, typer.Option(help="Operator set, 17 or newer; fused operations have operators from 23 on.")] = 24,
-    optimized: Annotated[
-        bool, typer.Option("--optimized", help="After all passes: fused; `prefill` and `decode` with KV caches.")
-    ] = False,
-    quantize: Quantize = "f32",
-    override: Override = None,
-    external_data: Annotated[
-        bool | None, typer.Option(help="Parameters in a file beside the model; default: above 1 GiB.", show_default=False)
-    ] = None,
-    matmul_nbits: Annotated[
-        bool, typer.Option("--matmul-nbits", help="Quantized weights as onnxruntime's MatMulNBits, not DequantizeLinear.")
-    ] = False,
-) -> None:
-    """Write a model as an ONNX file, as declared or as the passes leave it (`--quantize` implies `--optimized`); or as a
-    project in C that runs it without Python, of a model or an artifact.
-
-    Examples:
-
-    - `wasat export examples/pygemma --onnx pygemma.onnx`
-    - `wasat export examples/pygemma --onnx decode.onnx --graph decode --optimized --quantize int4`
-    - `wasat export examples/pygemma --onnx old.onnx --opset 17`
-    - `wasat export examples/pygemma --c pygemma.c --quantize int4`
-    """
-    from wasat import driver
-
-    if (onnx is None) == (c is None):
-        raise Refusal("say what to write: --onnx FILE or --c FOLDER")
-    if c is not None:
-        with Bar() as bar:
-            report = driver.export_c(source, c, target, or_none(quantize), overrides_of(override), bar)
-        if report is not None:
-            warn_of_weights(report, quantize)
-        size = sum(f.stat().st_size for f in (c / "artifact").iterdir())
-        return say(f"{c}: an artifact of {size / 1e6:.1f} MB and a host in C; how to build it: {c / 'README.md'}")
-    assert onnx is not None
-    try:
-        from wasat.backends.onnx import to_onnx
-    except ModuleNotFoundError as e:
-        raise Refusal(f"writing ONNX files needs the package {e.name}; pip install 'wasat[onnx]'") from None
-
-    program = driver.load_program(source)
-    if optimized or or_none(quantize) is not None:
-        caches = None if graph is not None and graph not in program.graphs else False  # a graph that is there stays
-        program, report = driver.optimize(
-            program, quantize=or_none(quantize), overrides=overrides_of(override), activation=None, kv_cache=caches
-        )  # fmt: skip
-        warn_of_weights(report, quantize)
-    elif override:
-        raise Refusal("--override chooses among quantized weights: give --quantize too")
-    to_onnx(program, onnx, graph=graph, opset=opset, external_data=external_data, matmul_nbits=matmul_nbits)
-    beside = onnx.with_name(onnx.name + ".data")
-    size = onnx.stat().st_size + (beside.stat().st_size if beside.exists() else 0)
-    say(f"{onnx}: {size / 1e6:.1f} MB, operator set {opset}")
-
-
-@app.command()
 def targets(
     only: Annotated[list[str] | None, typer.Argument(help="`cpu`, `cuda:sm_90`, …; default: all.", show_default=False)] = None,
 ) -> None:
@@ -527,6 +464,7 @@ def targets(
     out.print(shown)
 
 
+app.command("export")(cli_export.export)
 app.command("run")(cli_run.run)
 app.command("chat")(cli_chat.chat)
 app.command("embed")(cli_embed.embed)
