@@ -56,11 +56,11 @@ def export(
         from wasat.web import export_web
 
         with Bar() as bar:
-            report = export_web(
+            made = export_web(
                 driver.load_program(source), web, target=target or "webgpu", quantize=or_none(quantize),
                 overrides=overrides_of(override), progress=bar,
             )  # fmt: skip
-        warn_of_weights(report, quantize)
+        warn_of_weights(made, quantize)
         size = sum(f.stat().st_size for f in web.iterdir())
         return say(f"{web}: {size / 1e6:.1f} MB; see it: python -m http.server --directory {web}")
     if c is not None:
