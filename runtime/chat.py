@@ -181,7 +181,7 @@ class Chat:
                 found = row.result(time.perf_counter(), started)
             else:
                 (found,) = continued(session, [row], logits, started, interrupted=interrupted)
-            self._held = (ids + row.tokens)[: int(session.past[0])]
+            self._held = ids + row.tokens  # of which the last may not be fed: the session knows
         except BaseException:
             self.forget()  # what the caches hold is not known
             raise

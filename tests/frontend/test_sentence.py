@@ -191,3 +191,45 @@ def test_a_score_that_is_activated_otherwise(tmp_path: Path) -> None:
     edit(folder / "config.json", lambda c: {**c, "sbert_ce_default_activation_function": "torch.nn.modules.activation.Tanh"})
     with pytest.raises(ConfigError, match="of scores is not implemented"):
         from_pretrained(folder)
+
+
+def equal(folder: Path) -> None:
+    golden = dict(np.load(folder / "golden.npz"))
+    wanted = golden.pop("wanted")
+    np.testing.assert_allclose(result(from_pretrained(folder), **golden), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_older_files_of_modernbert(tmp_path: Path) -> None:
+    """As they were published: a period in place of a list of layers, and the bases of its rotations by name."""
+    folder = Path(shutil.copytree(GOLDEN / "modernbert_cls", tmp_path / "m"))
+    config = json.loads((folder / "config.json").read_text())
+    assert config.pop("layer_types") == ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+    bases = {k: v["rope_theta"] for k, v in config.pop("rope_parameters").items()}
+    assert bases == {"full_attention": 160000.0, "sliding_attention": 10000.0}
+    old = {"global_attn_every_n_layers": 3, "global_rope_theta": 160000.0, "local_rope_theta": 10000.0}
+    for more in ({}, old, {**old, "layer_norm_eps": 1e-5, "position_embedding_type": "absolute", "reference_compile": False}):
+        (folder / "config.json").write_text(json.dumps({**config, **more}))
+        equal(folder)
+
+
+def test_a_decoder_that_was_saved_within_a_model_that_writes(tmp_path: Path) -> None:
+    """Qwen3-Embedding names a class that writes, and its tensors as if it were none."""
+    from safetensors.numpy import load_file, save_file
+
+    folder = Path(shutil.copytree(GOLDEN / "qwen3_last", tmp_path / "m"))
+    edit(folder / "config.json", lambda c: {**c, "architectures": ["Qwen3ForCausalLM"]})
+    equal(folder)
+    tensors = {f"model.{k}": x for k, x in load_file(folder / "model.safetensors").items()}
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].copy()}, folder / "model.safetensors")
+    equal(folder)
+
+
+def test_an_encoder_of_gemma_is_told_by_its_configuration(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(GOLDEN / "embeddinggemma", tmp_path / "m"))
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["use_bidirectional_attention"], config["sliding_window"]) == (True, 8)
+    (folder / "modules.json").unlink()
+    program = from_pretrained(folder)
+    assert list(program.graphs) == ["embed"]
+    edit(folder / "config.json", lambda c: {**c, "use_bidirectional_attention": False, "architectures": ["Gemma3TextModel"]})
+    assert list(from_pretrained(folder).graphs) == ["embed"]

@@ -147,10 +147,30 @@ def test_a_stream_that_fails_leaves_no_trace(model: Model) -> None:
     def fails(piece: str) -> None:
         raise KeyboardInterrupt
 
+    want = chat.answer([user("abc")], max_tokens=4, template=PLAIN)
     with pytest.raises(KeyboardInterrupt):
-        chat.answer([user("abc")], template=PLAIN, stream=fails)
+        chat.answer([user("abd and more")], template=PLAIN, stream=fails)
     got = chat.answer([user("abc")], max_tokens=4, template=PLAIN)
-    assert (got.reused, got.tokens) == (0, Chat(model).answer([user("abc")], max_tokens=4, template=PLAIN).tokens)
+    assert (got.reused, got.tokens) == (0, want.tokens)
+
+
+def test_how_far_back_a_session_can_go(model: Model) -> None:
+    """As truncate() has it: it takes what reachable() says, and refuses what that says not."""
+    rng = np.random.default_rng(4)
+    lost = 0
+    for _ in range(40):
+        session = model.session(1)
+        for _ in range(6):
+            session.step([rng.integers(0, 256, int(rng.integers(1, 14))).tolist()])
+            past, to = int(session.past[0]), int(rng.integers(0, session.past[0] + 4))
+            found = session.reachable(to)
+            if found < min(to, past):
+                lost += 1
+                assert found == 0
+                with pytest.raises(InputError, match="cannot go back"):
+                    session.truncate(to)
+            session.truncate(found)
+    assert lost > 10
 
 
 def test_through_the_model(model: Model) -> None:
