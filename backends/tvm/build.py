@@ -7,7 +7,7 @@ import functools
 import gc
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,12 +96,23 @@ def _lowered(program: Program, target: Target, left: list[Left], kernels: Kernel
     module, plan = lower_program(
         program, target.table(), target.state_types(program), lambda g: left.extend(select(g) or ()), target.on_host, kernels
     )
+    for g in program.graphs.values():
+        left += _in_bodies(g)
     layouts = target.state_layouts(program)
     for s in program.interface.states:
         if isinstance(s.empty, str):
             begin = Begin(s.name, layouts[s.name])
             plan.layouts[s.empty, begin] = begin.arrays(s.empty, program.params[s.empty].type)
     return module, plan
+
+
+def _in_bodies(graph: Graph) -> Iterator[Left]:
+    """Products of weights in the bodies of nodes: kernels, and the packing of what they read, are for a graph's own nodes."""
+    for node in graph.nodes:
+        names = [v.param for v in node.inputs if v.param is not None and len(v.shape) > 1]
+        if names and any(n.op.precision == "half" for body in node.attrs.bodies for n in body.graph.nodes):
+            why = f"products in its bodies read {', '.join(names)} without packing or kernels"
+            yield Left(graph.name, f"%{node.outputs[0].name} = {node.op.name}: {why}", node.loc)
 
 
 def check_tools(target: Target) -> None:

@@ -9,12 +9,12 @@ import pytest
 
 pytest.importorskip("tvm")
 
-from wasat.backends.tvm.build import Runner
+from wasat.backends.tvm.build import Runner, build
 from wasat.backends.tvm.targets import cpu
 from wasat.ir import Builder, Graph, IRError, Program, evaluate, parse, verify
 from wasat.ir.vjp import backward
 
-from wasat.testing import feed
+from wasat.testing import feed, random_program
 
 GRAPHS = {
     "indices": """graph @indices(%c: bool[], %x: f32[n, 3], %i: i64[k]) {
@@ -134,3 +134,20 @@ def test_sizes_in_a_branch(runner: Runner) -> None:
         for run in (lambda g: runner(name, g), lambda g: evaluate(runner.program[name], g)):  # noqa: B023
             with pytest.raises(IRError, match=r"add\(%x, %z\).*needs n == k"):
                 run({"c": np.array(True), "x": x, "z": z})
+
+
+@pytest.mark.parametrize("operation, said", [("linear(%x, %w)", True), ("add(%x, %w)", False)])
+def test_products_in_a_branch_that_no_kernel_does_are_said(operation: str, said: bool) -> None:
+    text = f"""graph @g(%c: bool[], %x: f32[4, 4]) {{
+  param %w: f32[4, 4]
+  %y: f32[4, 4] = cond(%c, %x, %w) {{then=graph @yes(%x: f32[4, 4], %w: f32[4, 4]) {{
+    %z: f32[4, 4] = {operation}
+    return %z
+  }}, otherwise=graph @no(%x: f32[4, 4], %w: f32[4, 4]) {{
+    %z: f32[4, 4] = neg(%x)
+    return %z
+  }}}}
+  return %y
+}}"""
+    why = "%y = cond: products in its bodies read w without packing or kernels"
+    assert [x.why for x in build(random_program(text), cpu()).left] == [why] * said
