@@ -154,6 +154,14 @@ def fused_by_tokens(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
     return merged(nn.softmax(nn.where(keep[:, None], s, -INF)) @ q.swap(1, 2))
 
 
+def fused_by_places(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """A window, and a number of each key's position from a table, that of the first above all."""
+    q = x.heads(HEADS).swap(1, 2)
+    table = np.cos(np.arange(48, dtype=np.float32)) + np.where(np.arange(48) == 0, 3, 0).astype(np.float32)
+    hidden = nn.where(nn.causal(at) & nn.within(at, 3), 0.0, -INF)
+    return merged(nn.softmax(q @ q.T + hidden + nn.gather(nn.constant(table), at)) @ q)
+
+
 def streaming(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
     """The first two and the last three, as a softmax of hidden scores."""
     s, v = scores(x)
@@ -271,8 +279,9 @@ MIXES: dict[str, Mix | Callable[[], nn.Module]] = {
     f.__name__: f
     for f in (
         softmax1, sigmoid, squared, divided_after, keys_first, talking, sink, token_sink, decaying, averaged, largest,
-        stick_breaking, repeated_heads, by_tokens, fused_by_tokens, streaming, blocks, heads_apart, state_space,
-        largest_so_far, from_a_table, sequence_first, running_sums, recurrent, folded_scan, shifted, far_back, layers,
+        stick_breaking, repeated_heads, by_tokens, fused_by_tokens, fused_by_places, streaming, blocks, heads_apart,
+        state_space, largest_so_far, from_a_table, sequence_first, running_sums, recurrent, folded_scan, shifted, far_back,
+        layers,
     )
 }  # fmt: skip
 CONVOLUTIONS: dict[str, Callable[[], nn.Module]] = {
