@@ -134,3 +134,46 @@ def test_other_orders_stay_as_they_are(module: type[Mixed]) -> None:
     program = nn.trace(module(), {"q": shape, "k": shape, "v": shape})
     PassManager([Cleanup(), FuseAttention(), Cleanup()], check=InterpreterCheck([{"b": 3, "s": 5}])).run(program)
     assert all(n.output.shape[2] == 1 for n in program["forward"].nodes if n.op.name == "attention")
+
+
+class Regrouped(Mixed):
+    """A bias of rows and heads that meets scores whose rows and heads share an axis for a moment."""
+
+    def __call__(self, q: nn.Tensor, k: nn.Tensor, v: nn.Tensor) -> nn.Tensor:
+        b, s, h, _ = q.shape
+        slopes = q.sum((1, 3)).reshape(b * h, 1, 1)
+        scores = (q.swap(1, 2) @ k.swap(1, 2).T).reshape(b * h, s, s) + slopes * nn.positions(q).cast("f32")
+        return nn.softmax(scores.reshape(b, h, s, s)) @ v.swap(1, 2)
+
+
+class OneSink(Mixed):
+    """A column that is the same for all, beside scores whose rows and heads share an axis."""
+
+    def __call__(self, q: nn.Tensor, k: nn.Tensor, v: nn.Tensor) -> nn.Tensor:
+        scores = batch_first(q) @ batch_first(k).T
+        column = nn.constant([[[0.5]]]).broadcast_to(*scores.shape[:2], 1)
+        return nn.softmax(nn.concat([scores, column], axis=-1))[..., :-1] @ batch_first(v)
+
+
+class WeighedSink(Mixed):
+    """A column whose weight is not dropped: a row of values goes with it."""
+
+    def __call__(self, q: nn.Tensor, k: nn.Tensor, v: nn.Tensor) -> nn.Tensor:
+        scores, v = q.swap(1, 2) @ k.swap(1, 2).T, v.swap(1, 2)
+        return nn.softmax(nn.pad(scores, (0, 0, 0, 0), (0, 0, 0, 1))) @ nn.pad(v, (0, 0, 0, 0), (0, 0, 1, 0), 2.0)
+
+
+class ScoresToo(Mixed):
+    """Scores that the caller wants as well."""
+
+    def __call__(self, q: nn.Tensor, k: nn.Tensor, v: nn.Tensor) -> tuple[nn.Tensor, nn.Tensor]:  # type: ignore[override]
+        scores = q.swap(1, 2) @ k.swap(1, 2).T
+        return nn.softmax(scores) @ v.swap(1, 2), scores
+
+
+@pytest.mark.parametrize("module, fused", [(Regrouped, 1), (OneSink, 0), (WeighedSink, 0), (ScoresToo, 0)])
+def test_beside_them(module: type[Mixed], fused: int) -> None:
+    shape = f"f32[b, s, {HEADS}, {WIDTH}]"
+    program = nn.trace(module(), {"q": shape, "k": shape, "v": shape})
+    PassManager([Cleanup(), FuseAttention(), Cleanup()], check=InterpreterCheck([{"b": 3, "s": 5}])).run(program)
+    assert program["forward"].count("attention") == fused
