@@ -338,6 +338,30 @@ def test_a_shape_that_the_tensors_contradict(tmp_path: Path) -> None:
         module(tmp_path / "m.safetensors", packed_group(num_bits=4), {**parts, "weight_shape": np.array([16, 63])}, (16, 64))
 
 
+def test_integers_and_zero_points_out_of_range(tmp_path: Path) -> None:
+    four, eight = (packed_group(num_bits=b, type=t) for b, t in ((4, "int"), (8, "float")))
+    parts = {"weight": np.full((16, 64), 9, np.int8), "weight_scale": np.ones((16, 2), np.float16)}
+    with pytest.raises(CheckpointError, match="m: weight holds 9 to 9, which are no integers of 4 bits"):
+        module(tmp_path / "m.safetensors", four, parts, (16, 64))
+    parts = {**parts, "weight": parts["weight"].astype(ml_dtypes.float8_e4m3fn), "weight_zero_point": np.ones((16, 2), np.int8)}
+    with pytest.raises(CheckpointError, match="m: weight_zero_point of floats is not 0"):
+        module(tmp_path / "m.safetensors", eight, parts, (16, 64))
+
+
+def test_an_order_that_no_product_reads(tmp_path: Path) -> None:
+    w = tensors(BIG)
+    del w["model.embed_tokens.weight"]
+    at = "model.embed_tokens.weight_"
+    w |= {
+        f"{at}packed": np.zeros((48, 8), np.int32), f"{at}scale": np.ones((48, 2), np.float16),
+        f"{at}g_idx": ORDER.astype(np.int32),
+    }  # fmt: skip
+    config = json.loads(json.dumps(packed_group(num_bits=4)).replace('"re:m$"', '"Embedding"'))
+    folder = save(tmp_path / "m", {**BIG, "quantization_config": config}, w)
+    with pytest.raises(CheckpointError, match=r"embed_tokens\.weight is in an order of its own"):
+        from_pretrained(folder)
+
+
 @pytest.mark.parametrize("scale", [(), (1,), (16, 1), (16,)])
 @pytest.mark.parametrize("name", ["weight_scale", "weight_scale_inv"])
 def test_scales_of_fp8(tmp_path: Path, scale: tuple[int, ...], name: str) -> None:
