@@ -14,9 +14,12 @@ from wasat.backends.tvm.gpu.kernels.formats import Codes, Floats, format_of
 from wasat.backends.tvm.gpu.kernels.linear import Linear, linear
 from wasat.backends.tvm.gpu.kernels.rows import Norm, RoundRows, Softmax, norm, round_rows, softmax
 from wasat.backends.tvm.gpu.limits import Limits
+from wasat.backends.tvm.gpu.select import selection
 from wasat.ir import DType, QTensorType, TensorType
 from wasat.ir.ops.quant import quantize_array
 from wasat.ir.schemes import SCHEMES
+
+from wasat.testing import random_program
 
 WEBGPU = Limits()
 SMALL = Limits(threads=64)
@@ -82,3 +85,24 @@ def test_types_without_a_format() -> None:
     assert "whole octets" in str(format_of(QTensorType("int4", (2, 40), 4), False))
     assert "zero points" in str(format_of(QTensorType("int4", (2, 64), 32, DType.F16, True), False))
     assert "f64" in str(format_of(TensorType(DType.F64, (2, 40)), False))
+
+
+LEFT = {
+    "its weight is no parameter": "(%x: f32[s, 40], %w: f32[70, 40]) {\n %y: f32[s, 70] = linear(%x, %w)",
+    "it computes with bf16": "(%x: bf16[s, 40]) {\n param %w: bf16[70, 40]\n %y: bf16[s, 70] = linear(%x, %w)",
+    "not of whole octets": "(%x: f32[s, 40]) {\n param %w: int4b4f16[70, 40]\n %y: f32[s, 70] = quantized_linear(%x, %w)",
+    "its axis is not the last one": "(%x: f32[s, 40]) {\n %y: f32[s, 40] = softmax(%x) {axis=0}",
+    "not all are known": "(%x: f32[s, t]) {\n %y: f32[s, t] = rms_norm(%x)",
+    "its weight has no elements": "(%x: f32[s, 40]) {\n param %w: f32[0, 40]\n %y: f32[s, 0] = linear(%x, %w)",
+}
+
+
+@pytest.mark.parametrize("why", LEFT)
+def test_what_is_left_says_why(why: str) -> None:
+    program = random_program(f"graph @main{LEFT[why]}\n return %y\n}}")
+    graph = program["main"]
+    before = str(graph)
+    [left] = selection(WEBGPU)(graph)
+    assert why in left.why
+    assert left.graph == "main"
+    assert str(graph) == before
