@@ -259,14 +259,20 @@ void check_format(const Json &data) {
   damaged(found + " (made by wasat " + (by ? by->text : "?") + ") and " + reads + ": export it again with that version, or");
 }
 
+// As /proc/cpuinfo lists them; none where it does not (an emulator may show the file of the machine that it runs on).
 std::set<std::string> cpu_features() {
+#ifdef __aarch64__
+  static const char list[] = "Features";
+#else
+  static const char list[] = "flags";
+#endif
   std::ifstream file("/proc/cpuinfo");
   std::string line;
   while (std::getline(file, line)) {
     size_t colon = line.find(':');
     if (colon == std::string::npos) continue;
     std::string key = line.substr(0, line.find_last_not_of(" \t", colon - 1) + 1);
-    if (colon == 0 || (key != "flags" && key != "Features")) continue;
+    if (colon == 0 || key != list) continue;
     std::istringstream words(line.substr(colon + 1));
     return {std::istream_iterator<std::string>(words), {}};
   }

@@ -8,6 +8,7 @@ os.environ.setdefault("TVM_NUM_THREADS", "2")
 os.environ.setdefault("TVM_BIND_THREADS", "0")
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -43,22 +44,32 @@ def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def compiled(
+    program: Program, tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Target], Path]:
+    """The program as an artifact for a target."""
+
+    def make(target: Target) -> Path:
+        library = build(program, target)
+        out = tmp_path_factory.mktemp("artifact") / "tiny.wasat"
+        files = {
+            "model.so": library.export,
+            "weights.safetensors": lambda path: write_weights(path, library.plan, program.load),
+            "tokenizer.json": tokenizer_file,
+            **{p.name: p for p in library.target.runtime_files()},
+        }
+        write_artifact(out, manifest_of(program, library, {}), files)
+        return out
+
+    return make
+
+
 @pytest.fixture(scope="session", params=["generic", "kernels"])
-def artifact(
-    request: pytest.FixtureRequest, program: Program, tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def artifact(request: pytest.FixtureRequest, compiled: Callable[[Target], Path]) -> Path:
     """The program compiled: caches as the graph has them, and in the layout of the CPU kernels."""
     plain = Target("cpu", {"kind": "llvm", "mcpu": host_cpu()}, features=cpu_features)
-    library = build(program, plain if request.param == "generic" else cpu())
-    out = tmp_path_factory.mktemp("artifact") / "tiny.wasat"
-    files = {
-        "model.so": library.export,
-        "weights.safetensors": lambda path: write_weights(path, library.plan, program.load),
-        "tokenizer.json": tokenizer_file,
-        **{p.name: p for p in library.target.runtime_files()},
-    }
-    write_artifact(out, manifest_of(program, library, {}), files)
-    return out
+    return compiled(plain if request.param == "generic" else cpu())
 
 
 @pytest.fixture(scope="session")

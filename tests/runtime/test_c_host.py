@@ -7,7 +7,7 @@ import os
 import random
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import pytest
 from tiny_model import CONTEXT, EOS, edit_manifest
 from tokenizer_files import KINDS, Texts
 from tokenizers import Tokenizer as Library
+from wasat.backends.tvm.targets import Target, target_named
 from wasat.runtime import SamplingOptions
 from wasat.runtime.c import HERE, write_project
 from wasat.runtime.model import Model
@@ -46,10 +47,10 @@ SAMPLED: list[dict[str, Any]] = [
 ]
 
 
-def command(folder: Path, *more: str) -> list[str]:
+def command(folder: Path, *more: str, compiler: str = "g++") -> list[str]:
     """What the exported README says, without the optimizer's last per cent, which take long."""
     return [
-        "g++",
+        compiler,
         "-std=c++17",
         "-O1",
         *more,
@@ -417,6 +418,28 @@ def test_cmake_project(artifact: Path, tmp_path: Path, built: Path, model: Model
         text=True,
     )
     assert [int(t) for t in done.stdout.split()] == model.generate([[5, 6]], 4)[0].tokens
+
+
+ARM = [x for x in ("qemu-aarch64", "aarch64-linux-gnu-g++") if shutil.which(x) is None]
+
+
+@pytest.mark.skipif(bool(ARM), reason=f"needs {', '.join(ARM)} (of Debian's qemu-user, g++-aarch64-linux-gnu)")
+def test_on_aarch64(compiled: Callable[[Target], Path], model: Model, tmp_path: Path) -> None:
+    """Under an emulator: the tokens are this machine's."""
+    out = tmp_path / "project"
+    write_project(compiled(target_named("aarch64:cortex-a76", 2)), out)
+    subprocess.run(command(out, compiler="aarch64-linux-gnu-g++"), check=True)
+    emulator = ["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu", "-cpu", "cortex-a76", "-E", f"LD_LIBRARY_PATH={out}/artifact"]
+    ids = [5, 80, 200, 17, 3, 9, 41, 255, 100, 7]
+    for options in SAMPLED[:3]:
+        want = model.generate([ids], 30, SamplingOptions(**options))[0]
+        more = ["--ids", "--max-tokens", "30", *flags(options)]
+        done = subprocess.run(
+            [*emulator, out / "wasat-generate", out / "artifact", " ".join(map(str, ids)), *more],
+            capture_output=True,
+            text=True,
+        )
+        assert [int(t) for t in done.stdout.split()] == want.tokens, done.stderr
 
 
 C_PROGRAM = r"""
