@@ -16,7 +16,7 @@ import pytest
 from tiny_model import CONTEXT, EOS, edit_manifest
 from tokenizer_files import KINDS, Texts
 from tokenizers import Tokenizer as Library
-from wasat.backends.tvm.targets import Target, target_named
+from wasat.backends.tvm.targets import Target, cpu, target_named
 from wasat.runtime import SamplingOptions
 from wasat.runtime.c import HERE, write_project
 from wasat.runtime.model import Model
@@ -28,14 +28,6 @@ pytestmark = [
 ]
 PARTS = sorted(p for p in HERE.glob("*.cc") if p.stem not in ("session", "wasat"))
 """What needs no TVM."""
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One artifact will do."""
-    if "artifact" in metafunc.fixturenames:
-        metafunc.parametrize("artifact", ["kernels"], indirect=True, scope="session")
-
-
 SAMPLED: list[dict[str, Any]] = [
     {},
     {"temperature": 1.0, "seed": 1},
@@ -66,6 +58,12 @@ def command(folder: Path, *more: str, compiler: str = "g++") -> list[str]:
         "-o",
         f"{folder}/wasat-generate",
     ]
+
+
+@pytest.fixture(scope="session")
+def artifact(compiled: Callable[[Target], Path]) -> Path:
+    """One will do."""
+    return compiled(cpu())
 
 
 @pytest.fixture(scope="session")
