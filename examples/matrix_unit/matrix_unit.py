@@ -54,7 +54,7 @@ TensorIntrin.register("matrix_unit_multiply", multiply, multiply_call, override=
 # -- the kernel ----------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Product:
-    """y[m, n] = (q * d) @ w^T, blocks of ``block`` numbers of a row and of w having a scale each."""
+    """y[m, n] = (q * d) @ w^T; ``block`` numbers of a row share a scale, those of w as many or a multiple."""
 
     n: int
     k: int
@@ -162,7 +162,7 @@ class Tiles:
         wide = np.zeros((columns * ROWS, p.blocks, p.tiles * STEPS), np.int8)
         wide[:, :, : p.block] = values.reshape(-1, p.blocks, p.block)
         scales = np.zeros((columns * ROWS, p.blocks), np.float32)
-        scales[:n] = weight.scales
+        scales[:n] = np.repeat(weight.scales.astype(np.float32), weight.type.block // p.block, axis=1)[:, : p.blocks]
         tiles = wide.reshape(columns, ROWS, p.blocks * p.tiles, STEPS).swapaxes(1, 2)
         return [np.ascontiguousarray(tiles), np.ascontiguousarray(scales.reshape(columns, ROWS, p.blocks).swapaxes(1, 2))]
 
@@ -180,6 +180,8 @@ def why_not(node: Node) -> str:
         return "its weight is not a parameter of known sizes"
     if w.type.stored is not None:
         return f"its weight is kept as {w.type.scheme}, not as int8 or int4"
+    if w.type.zeros:
+        return "its weight has zero points"
     if x.tensor.dtype is DType.F64:
         return "it is in f64"
     return ""
@@ -206,7 +208,7 @@ def replace_product(graph: Graph, node: Node, rounded: Rounded) -> None:
     x, w, *bias = node.inputs
     assert isinstance(w.type, QTensorType)
     n, k = map(int, w.shape)
-    p = Product(n, k, w.type.block)
+    p = Product(n, k, w.type.row_block)
     b = Builder(graph, before=node, loc=node.loc)
     m = functools.reduce(operator.mul, x.shape[:-1], 1)
     if (x, p.block) not in rounded:

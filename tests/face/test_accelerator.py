@@ -63,7 +63,7 @@ def driver(unit: ModuleType) -> ctypes.CDLL:
 
 def tiles(unit: ModuleType, w: Any, rows: int) -> int:
     """How many tiles a product of ``rows`` rows takes."""
-    p = unit.Product(*w.shape, w.block)
+    p = unit.Product(*w.shape, w.row_block)
     return int(-(-rows // 16) * p.columns * p.blocks * p.tiles)
 
 
