@@ -16,6 +16,7 @@ pytest.importorskip("tvm")
 
 from wasat.backends.tvm import targets
 from wasat.backends.tvm.targets import Target
+from wasat.runtime import ArtifactError, module
 from wasat.runtime import machine as here
 from wasat.runtime.machine import missing, runs_on
 from wasat.runtime.manifest import Needs
@@ -67,6 +68,17 @@ def test_on_the_command_line(run: Run, packages: None, monkeypatch: pytest.Monke
     code, out, err = run("targets", "tpu")
     assert (code, out) == (1, "")
     assert re.match(r"error: there is no target 'tpu'; there are cpu, .*, abacus, lost ", err)
+
+
+def test_one_driver_of_a_name_in_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All see its functions: a second one's would never be called."""
+    monkeypatch.setattr(module, "_drivers", {"libunit.so": "first"})
+    module._load_driver(Path("libunit.so"), "first", "unit")
+    with pytest.raises(ArtifactError, match=r"already runs another libunit\.so, of another artifact: load this one in"):
+        module._load_driver(Path("libunit.so"), "second", "unit")
+    with pytest.raises(ArtifactError, match=r"for the device unit, and libgone\.so of it cannot be loaded here"):
+        module._load_driver(Path("/no/libgone.so"), "third", "unit")
+    assert module._drivers == {"libunit.so": "first"}
 
 
 # -- what a machine lacks ---------------------------------------------------------------------------------------------------
