@@ -299,6 +299,8 @@ class _Kernel:
         if name == "tirx.buffer_data":
             return self.buffers[e.args[0]].data
         args = [self.expr(a) for a in e.args]
+        if name == "tirx.tan" and self.device.language == "opencl":  # TVM would write C's tanf
+            return tirx.call_pure_extern(self.scalar(dtype), "tan", *args)
         if name == "tirx.call_pure_extern":
             args[0] = ir.StringImm(self.function_named(str(e.args[0].value)))
         if name == "tirx.isnan" and self.device.language == "wgsl" and str(args[0].ty) == "float32":
