@@ -60,7 +60,11 @@ def test_a_past_becomes_a_cache(name: str) -> None:
 def test_what_is_not_read_is_refused_by_name() -> None:
     for name, attrs, reason in (
         ("rotation", {"scale": 2.0}, "a scale are not supported"), ("experts", {"use_sparse_mixer": 1}, "sparse mixer"),
-        ("one product", {"do_rotary": 1}, "do_rotary"),
+        ("one product", {"do_rotary": 1}, "do_rotary"), ("groups", {"local_window_size": 0}, "a window of no keys"),
+        ("groups, window", {"causal": 0}, "one of keys after a query"),
+        ("heads, memory", {"unidirectional": 1}, "unidirectional with 5 queries and 7 keys"),
+        ("rotation", {"num_heads": 2}, "turn 16 features, and a head has 32"),
+        ("rotation of a part", {"rotary_embedding_dim": 16}, "turn 8 features, and a head has 16"),
     ):  # fmt: skip
         model = onnx.ModelProto()
         model.CopyFrom(CASES[name].model)

@@ -10,7 +10,7 @@ import math
 from itertools import pairwise
 from typing import Any
 
-from wasat.ir import DimLike, DType
+from wasat.ir import DimLike, DType, equal
 from wasat.ir.dims import floordiv
 
 from ..emit import Emitter, Operand, size_of
@@ -134,16 +134,18 @@ def rotary(c: Emitter, n: NodeView, x: Operand, positions: Operand, cos: Operand
     if n.get("is_packed_batching", 0) or n.get("scale", 1.0) != 1.0:
         raise n.fail("packed batches and a scale are not supported")
     shape, flat = c.shape(x), c.rank(x) == 3
+    width, turned = n.get("rotary_embedding_dim", 0), 2 * c.static(cos, 1, "a rotation")
     if flat:
-        width = n.get("rotary_embedding_dim", 0)
         heads: DimLike = n.get("num_heads", 0)
         if not heads:
             if width:
                 raise n.fail("num_heads is needed where a part of each head is turned")
-            heads = floordiv(shape[2], 2 * c.static(cos, 1, "a rotation"))
+            heads = floordiv(shape[2], turned)
         x = c.view(x, shape[0], shape[1], heads, floordiv(shape[2], heads))
     else:
         x = c.permute(x, (0, 2, 1, 3))
+    if turned != (width or c.static(x, 3, "a rotation")):
+        raise n.fail(f"its tables turn {turned} features, and a head has {width or c.shape(x)[3]} to turn")
     if c.rank(positions) == 1:
         positions = c.add(positions, c.iota(size=c.shape(x)[1]))
     y = _turned(c, x, positions, cos, sin, bool(n.get("interleaved", 0)))
@@ -217,13 +219,14 @@ def group_query_attention(
             raise n.fail("do_rotary without tables")
         at = c.iota(size=c.shape(q)[1]) if positions is None else positions
         q, k = (_turned(c, x, at, cos, sin, bool(n.get("rotary_interleaved", 0))) for x in (q, k))
-    window = n.get("local_window_size", -1)
-    smooth = bool(n.get("smooth_softmax", 0))
-    if sink is None and smooth:
+    window, causal = n.get("local_window_size", -1), n.get("causal", 1) != 0
+    if window == 0 or (window > 0 and not causal):
+        raise n.fail("a window of no keys, or one of keys after a query too, is not supported")
+    if sink is None and n.get("smooth_softmax", -1) == 1:
         sink = c.full((heads,), 0.0, c.dtype(q))
     more = (() if bias is None else (bias,)) + (() if sink is None else (c.view(sink, heads),))
     y = _attended(
-        c, n, q, k, v, more, causal=True, window=window if window > 0 else None, softcap=n.get("softcap", 0.0) or None,
+        c, n, q, k, v, more, causal=causal, window=window if window > 0 else None, softcap=n.get("softcap", 0.0) or None,
         sink=sink is not None,
     )  # fmt: skip
     return (y, *_present(c, n, k, v))
@@ -237,7 +240,7 @@ def multi_head_attention(
 ) -> Any:  # fmt: skip
     """Queries [b, s, h*d]; keys and values alike, made before ([b, h, t, d]), or packed [b, s, h, 3, d], [b, t, h, 2, d]."""
     _no_past(n, past_k, past_v, *others)
-    heads = n["num_heads"]
+    heads, made = n["num_heads"], False
     if c.rank(q) == 5:
         q, k, v = (c.drop_axes(c.cut(q, 3, i, i + 1), 3) for i in range(3))
     else:
@@ -249,17 +252,22 @@ def multi_head_attention(
         elif v is None:
             raise n.fail("it has no values")
         else:
+            made = c.rank(k) == 4
             k, v = (c.permute(x, (0, 2, 1, 3)) if c.rank(x) == 4 else _heads(c, x, heads) for x in (k, v))
+    causal = bool(n.get("unidirectional", 0))
+    if causal and equal(c.shape(q)[1], c.shape(k)[1]) is not True:
+        raise n.fail(f"unidirectional with {c.shape(q)[1]} queries and {c.shape(k)[1]} keys is not supported")
     if bias is not None:
         at: DimLike = 0
-        parts = []
+        parts: list[Any] = []
         for x in (q, k, v):
             width = c.shape(x)[2] * c.shape(x)[3]
-            parts.append(c.add(x, c.view(c.cut(bias, 0, at, at + width), *c.shape(x)[2:])))
+            biased = c.add(x, c.view(c.cut(bias, 0, at, at + width), *c.shape(x)[2:]))
+            parts.append(x if made and parts else biased)  # of keys and values made before, theirs is in them
             at = at + width
         q, k, v = parts
     more = _both(c, None if mask is None else _padding(c, n, mask, k), added)
-    y = _attended(c, n, q, k, v, more, causal=bool(n.get("unidirectional", 0)))
+    y = _attended(c, n, q, k, v, more, causal=causal)
     return (y, *_present(c, n, k, v))
 
 
@@ -283,7 +291,7 @@ def attention(
 
 
 # -- experts ---------------------------------------------------------------------------------------------------------------
-_ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "silu": "silu", "identity": ""}
+_ACTIVATIONS = ("relu", "gelu", "silu", "identity", "swiglu")
 
 
 @op("MoE", domain=MICROSOFT)
@@ -291,9 +299,10 @@ def mixture(
     c: Emitter, n: NodeView, x: Operand, router: Operand, w1: Operand, b1: Operand | None, w2: Operand,
     b2: Operand | None = None, w3: Operand | None = None, b3: Operand | None = None,
 ) -> Any:  # fmt: skip
-    """The k experts that the router likes best, weighed by its softmax; weights are [experts, out, in]."""
+    """The k experts that the router likes best, weighed by its softmax; weights are [experts, out, in]. Its gelu is the one by
+    tanh."""
     activation, fused = n.get("activation_type", "relu"), n.get("swiglu_fusion", 0)
-    if n.get("use_sparse_mixer", 0) or (activation not in _ACTIVATIONS and activation != "swiglu"):
+    if n.get("use_sparse_mixer", 0) or activation not in _ACTIVATIONS:
         raise n.fail(f"activation {activation}, or a sparse mixer, is not supported")
     experts, width, shape = c.static(w1, 0, "MoE"), c.shape(x)[-1], c.shape(x)
     rows = c.view(x, size_of(shape[:-1]), width)
@@ -325,7 +334,8 @@ def mixture(
         up = up if beta == 0 else c.add(up, beta)
         h = c.mul(c.mul(gate, c.sigmoid(c.mul(gate, alpha))), up)
     else:
-        h = getattr(c, _ACTIVATIONS[activation])(h) if _ACTIVATIONS[activation] else h
+        h = c.gelu(h, approximate="tanh") if activation == "gelu" else h
+        h = getattr(c, activation)(h) if activation in ("relu", "silu") else h
         h = h if w3 is None else c.mul(h, linear(c.add_axes(rows, 0), w3, b3))
     y = linear(h, w2, b2)
     share = c.add_axes(c.permute(share, (1, 0)), 2)
