@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import tvm
+import tvm_ffi
 from wasat.backends.tvm.gpu.kernels.attention import Attention, attention
 from wasat.backends.tvm.gpu.kernels.elementwise import CacheWrite, Embedding, Glu, Rope, cache_write, embedding, glu, rope
 from wasat.backends.tvm.gpu.kernels.formats import Codes, Floats, format_of
@@ -55,6 +57,18 @@ def device_code(module: Any) -> str:
     return "".join(device_code(m) for m in module.imports)
 
 
+@pytest.fixture
+def only_sources() -> Iterator[None]:
+    """Keeps TVM from calling a compiler, which it does once its CUDA runtime was loaded in this process."""
+    name = "tvm_callback_cuda_compile"
+    before = tvm_ffi.get_global_func(name, allow_missing=True)
+    tvm_ffi.register_global_func(name, lambda code: code.encode(), override=True)
+    yield
+    if before is not None:
+        tvm_ffi.register_global_func(name, before, override=True)
+
+
+@pytest.mark.usefixtures("only_sources")
 @pytest.mark.parametrize("desc, build", [pytest.param(d, f, id=f"{i}-{d.name}") for i, (d, f) in enumerate(CASES)])
 def test_cuda(desc: Any, build: Any) -> None:
     target = tvm.target.Target({"kind": "cuda", "arch": "sm_80"}, host={"kind": "llvm"})
