@@ -409,7 +409,7 @@ def _fuse(graph: Graph, w: Weights) -> Value:
     masks = [MaskPart(v, s.met[v], negate=n) for v, n in s.mask.operands]
     masks += [MaskPart(v, s.met[v], factor=f) for v, f in s.additive]
     check_masks(masks, s.product.output, q, apart)
-    sinks = Logits.of(w.sinks, w.scores.shape[:-2])
+    sinks = Logits.of(w.sinks, w.scores.shape[:-2], product(q.heads))
     if apart and (s.per_head or any(isinstance(x, Value) for x in w.sinks)):
         raise Miss("what is one for each head meets heads that share an axis with rows")
     if isinstance(sinks, str):

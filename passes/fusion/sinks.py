@@ -152,7 +152,9 @@ def _logarithm(v: Value) -> Sink | None:
     x = number_of(v)
     if x is not None:
         return math.log(x) if x > 0 else None
-    return v.node.inputs[0] if v.node is not None and v.node.op.name == "exp" else None
+    if v.node is None or v.node.op.name != "exp" or v.shape[-1:] not in ((), (1,)):  # another one for each key
+        return None
+    return v.node.inputs[0]
 
 
 def _unshifted(sink: Sink, shift: Value) -> Sink | None:
@@ -185,8 +187,9 @@ class Logits:
     """Numbers, and views with the atoms of heads and of columns."""
 
     @staticmethod
-    def of(sinks: Sequence[Sink], lead: Sequence[DimLike]) -> Logits | str:
-        """Those of scores with the axes ``lead`` (rows, and heads) before the queries'; or what does not allow it."""
+    def of(sinks: Sequence[Sink], lead: Sequence[DimLike], count: DimLike) -> Logits | str:
+        """Those of ``count`` heads, of scores with the axes ``lead`` (rows, and heads) before the queries'; or what does not
+        allow it."""
         parts: list[tuple[View, list[Atom], list[Atom]] | float] = []
         for s in sinks:
             if not isinstance(s, Value):
@@ -197,6 +200,10 @@ class Logits:
             if any(not a.broadcast for a in (*axes[0], *axes[-2])):
                 return f"the sink %{s.name} is not the same for all rows and queries"
             heads = [a for d, axis in zip(lead[1:], axes[1:-2]) for a in (axis or [Atom(d, broadcast=True)]) if a.size != 1]
+            if all(a.broadcast for a in heads):
+                heads = [Atom(count, broadcast=True)]
+            elif equal(product(heads), count) is not True:
+                return f"the sink %{s.name} is of {product(heads)} heads, of {count} that there are"
             parts.append((view, heads, axes[-1]))
         return Logits(parts)
 

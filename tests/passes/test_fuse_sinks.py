@@ -83,6 +83,13 @@ def one_for_all(s: nn.Tensor, sink: nn.Tensor) -> nn.Tensor:
     return column(s, sink.sum(0, keepdims=True))
 
 
+def rows_with_heads(s: nn.Tensor, sink: nn.Tensor) -> nn.Tensor:
+    """One for all, of scores whose rows and heads are one axis."""
+    b, _, n, t = s.shape
+    one = sink.sum(0).broadcast_to(b * HEADS, n, 1)
+    return nn.softmax(nn.concat([s.reshape(b * HEADS, n, t), one], axis=-1))[..., :-1].reshape(b, HEADS, n, t)
+
+
 ZERO = [0.0] * HEADS
 SPELLINGS: dict[str, tuple[Weigh, list[float]]] = {
     "column": (column, LOGITS), "in front": (in_front, LOGITS), "shifted": (shifted, LOGITS),
@@ -91,6 +98,7 @@ SPELLINGS: dict[str, tuple[Weigh, list[float]]] = {
     "grouped": (grouped, LOGITS),
     "two columns": (two_columns, [math.log(1 + math.exp(x) + math.exp(-0.5 * x)) for x in LOGITS]),
     "one for all": (one_for_all, [sum(LOGITS)] * HEADS),
+    "rows with heads": (rows_with_heads, [sum(LOGITS)] * HEADS),
 }  # fmt: skip
 
 
@@ -142,6 +150,15 @@ def test_a_column_that_stays_is_a_key() -> None:
         e = nn.exp(s)
         return e / (nn.exp(s * 0.5).sum(-1, keepdims=True) + nn.exp(sink))
 
+    def of_keys(s: nn.Tensor, sink: nn.Tensor) -> nn.Tensor:
+        e = nn.exp(s)
+        return e / (e.sum(-1, keepdims=True) + nn.exp(sink * nn.arange(s.shape[3]).cast("f32")))  # each key has its own
+
+    def halves(s: nn.Tensor, sink: nn.Tensor) -> nn.Tensor:
+        b, _, n, t = s.shape
+        both = nn.concat([s.reshape(b * 2, 2, n, t), sink[None, :2].broadcast_to(b * 2, 2, n, 1)], axis=-1)
+        return nn.softmax(both)[..., :-1].reshape(b, HEADS, n, t)
+
     def squared_sink(s: nn.Tensor, sink: nn.Tensor) -> nn.Tensor:
         e = nn.exp(s)
         return e / (e.sum(-1, keepdims=True) + sink * sink)
@@ -153,7 +170,7 @@ def test_a_column_that_stays_is_a_key() -> None:
 
     reasons = {
         other_cut: "goes into slice", of_tokens: "is not the same for all rows", positions: "is not the same for all rows",
-        other_sum: None, squared_sink: None, other_shift: "also used outside",
+        other_sum: None, of_keys: None, squared_sink: None, halves: "is of 2 heads, of 4 that there are", other_shift: "also used outside",
     }  # fmt: skip
     for weigh, reason in reasons.items():
         program = program_of(weigh, weigh is of_tokens)
