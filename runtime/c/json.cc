@@ -227,7 +227,7 @@ const Json *Json::find(std::string_view name) const {
 }
 
 bool Json::is_whole() const {
-  return kind == Number && text.find_first_of(".eE") == std::string::npos && text.size() <= 18;
+  return kind == Number && text.find_first_not_of("-0123456789") == std::string::npos && text.size() <= 18;
 }
 
 int64_t Json::whole() const { return std::strtoll(text.c_str(), nullptr, 10); }

@@ -172,6 +172,9 @@ void check_state(const State &s, const Manifest &m) {
   if (s.rows && (*s.rows || (!s.shape[0].fixed() && s.shape[0].text() != "b")))
     damaged("manifest.json: state " + s.name + " of shape " + shown(s.shape) + " has rows along " + shown(s.rows) + ", and not first");
   if (s.grows()) {
+    for (size_t i = 0; i < s.shape.size(); i++)
+      if (int64_t(i) != *s.positions && s.shape[i].mentions("c"))
+        damaged("manifest.json: the shape " + shown(s.shape) + " of state " + s.name + " grows along more than its positions");
     int64_t most = std::min<int64_t>(m.context.value_or(1 << 20), int64_t(1) << 31);
     check_capacity(s, m.granule, (most + m.granule - 1) / m.granule * m.granule);
   } else if (std::any_of(s.shape.begin(), s.shape.end(), [](auto &d) { return d.mentions("c"); })) {

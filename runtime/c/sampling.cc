@@ -130,6 +130,7 @@ Sampler::Sampler(const wasat_options &options, const std::vector<int64_t> &promp
 
 int64_t Sampler::sample(const float *logits, size_t count) {
   const wasat_options &o = options_;
+  if (!count) throw Error(WASAT_MODEL, "the model returned no logits; the artifact is damaged");
   std::vector<double> x(logits, logits + count);
   if (o.repetition_penalty != 1) {
     bool mild = o.repetition_penalty > 1e-4 && o.repetition_penalty < 1e4;  // f32 neither overflows nor becomes 0

@@ -227,6 +227,9 @@ struct Session::Parts {
     }
     if (!named && others.size() != 1) throw Error(WASAT_INPUT, "to sample from what the model returns, name one of its outputs logits");
     logits = named ? *named : others[0];
+    auto &alike = decode.entry->outputs;
+    for (size_t at : {logits, cut.value_or(logits)})
+      if (alike.size() <= at || alike[at].name != outputs[at].name) damaged("entry decode does not return " + outputs[at].name + " where prefill does");
   }
 
   // Without media, a model that sees or hears is given one row that no token names.

@@ -60,7 +60,8 @@ T &given(T *p, const char *what) {
 }
 
 std::string text_of(const char *text, size_t count) {
-  std::string out(text ? text : "", text ? count : 0);
+  if (!text && count) throw Error(WASAT_INPUT, "a text of " + std::to_string(count) + " bytes is NULL");
+  std::string out(text ? text : "", count);
   if (!is_utf8(out)) throw Error(WASAT_INPUT, "the text is not UTF-8");
   return out;
 }
@@ -150,7 +151,7 @@ void generate(wasat_model &model, std::vector<int64_t> ids, const wasat_options 
     throw Error(WASAT_CONTEXT, "the prompt has " + std::to_string(used) + " tokens and " +
                                    (limit ? std::to_string(limit) + " more do not fit" : "nothing can follow it") +
                                    "; the model's context is " + std::to_string(*m.context) + ": shorten the prompt, or ask for fewer");
-  if (!limit) limit = *m.context - used;
+  limit = limit ? std::min(limit, int64_t(1) << 48) : *m.context - used;  // what no memory holds, sums of it do
   Session &session = model.row();
   Row row(model, o, ids, stream, context);
   session.open(used + limit);
@@ -215,15 +216,17 @@ wasat_options wasat_defaults(void) {
 wasat_status wasat_generate(wasat_model *model, const char *text, size_t bytes, const wasat_options *options, wasat_stream stream,
                             void *context, wasat_result *result) {
   return reported([&] {
-    generate(given(model, "model"), model->tokenizer().encode(text_of(text, bytes)), options, stream, context, result);
+    wasat_model &m = given(model, "model");  // first: arguments are evaluated in any order
+    generate(m, m.tokenizer().encode(text_of(text, bytes)), options, stream, context, result);
   });
 }
 
 wasat_status wasat_generate_tokens(wasat_model *model, const int32_t *ids, size_t count, const wasat_options *options,
                                    wasat_stream stream, void *context, wasat_result *result) {
   return reported([&] {
+    wasat_model &m = given(model, "model");
     if (count) given(ids, "ids");
-    generate(given(model, "model"), std::vector<int64_t>(ids, ids + count), options, stream, context, result);
+    generate(m, std::vector<int64_t>(ids, ids + count), options, stream, context, result);
   });
 }
 }

@@ -179,6 +179,9 @@ EDITS: list[tuple[str, Any, str]] = [
     ("states.0.shape", ["b", "z", 1, 8], "is not one over b and c"),
     ("states.0.shape", ["b", "c // 0", 1, 8], "is not one over b and c"),
     ("states.0.shape", ["b", "c**2", 1, 8], "is no dimension"),
+    ("states.0.shape", ["b", "c", 1, "c"], "grows along more than its positions"),
+    ("entries.decode.outputs.0.name", "other", "entry decode does not return"),
+    ("limits.chunk", float("inf"), "limits.chunk is Infinity, not a whole number"),
     ("states.2.capacity", 5, "window 4 and chunk 8 need more"),
     ("states.0.positions", 7, "positions along 7"),
     ("states.0.cut", "maybe", "is cut maybe"),
@@ -467,6 +470,7 @@ int main(int argc, char **argv) {
   wasat_options o = wasat_defaults();
   o.max_tokens = 1 << 20;
   if (wasat_generate(m, "abc", 3, &o, 0, 0, 0) != WASAT_CONTEXT) return 8;
+  if (wasat_generate(0, "abc", 3, 0, 0, 0, 0) != WASAT_INPUT || wasat_generate(m, 0, 3, 0, 0, 0, 0) != WASAT_INPUT) return 9;
   printf("%d %d %d", seen[0], seen[1], seen[2]);
   wasat_free(m);
   wasat_free(0);
