@@ -149,7 +149,7 @@ def load(folder: Path) -> Program:
         for i, step in enumerate(steps):
             wanted |= {f"{i}.{k}": v for k, v in _tensors(folder / step.path).items()} if step.kind in _WITH_WEIGHTS else {}
     inputs = {"tokens": "i64[b, s]", "lengths": "i64[b]"}
-    if name == "score" and backbone.kinds > 1:
+    if name == "score" and backbone.kinds > 1 and _tells_texts_apart(where):
         inputs["types"] = "i64[b, s]"
     if isinstance(root, Sentence) and root.skips:
         inputs["skip"] = "i64[b]"
@@ -223,6 +223,13 @@ def _model_max(where: Path) -> int | None:
     path = where / "tokenizer_config.json"
     limit = read_json(path).get("model_max_length") if path.exists() else None
     return int(limit) if isinstance(limit, (int, float)) and 1 <= limit < 2**31 else None
+
+
+def _tells_texts_apart(where: Path) -> bool:
+    """Whether the tokenizer gives the model kinds of tokens; else all are of the first."""
+    path = where / "tokenizer_config.json"
+    names = read_json(path).get("model_input_names") if path.exists() else None
+    return not isinstance(names, list) or "token_type_ids" in names
 
 
 def _pad(config: Mapping[str, Any]) -> int:

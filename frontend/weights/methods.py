@@ -215,14 +215,16 @@ class _Group:
     group: int
     structure: tuple[int, int] | None
 
-    def matches(self, module: str) -> bool:
-        for target in self.targets:
-            if target.startswith("re:"):
-                if re.match(target[3:], module):
-                    return True
-            elif target in (module, "Embedding" if module.endswith("embed_tokens") else "Linear"):
-                return True
-        return False
+    def matches(self, module: str) -> int:
+        """How closely a target names a module: by its name (3), a pattern (2), its kind (1), not at all (0)."""
+        kind = "Embedding" if module.endswith("embed_tokens") else "Linear"
+        found = [0]
+        for x in self.targets:
+            if x.startswith("re:"):
+                found.append(2 if re.match(x[3:], module) else 0)
+            else:
+                found.append(3 if x == module else x == kind)
+        return max(found)
 
 
 class CompressedTensors(Method):
@@ -277,8 +279,8 @@ class CompressedTensors(Method):
         return _Group(tuple(targets), bits, kind, strategy, size or 0, pair)
 
     def read(self, t: Tensors) -> Found:
-        g = next((g for g in self.groups if g.matches(t.module)), None)
-        if g is None:
+        g = max(self.groups, key=lambda g: g.matches(t.module), default=None)
+        if g is None or not g.matches(t.module):
             raise t.fail("it is quantized, and no group of config_groups has it among its targets")
         n, k = t.shape
         group = {"group": g.group, "block": g.structure[1] if g.structure else k}.get(g.strategy, k)

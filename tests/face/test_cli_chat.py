@@ -7,13 +7,17 @@ import os
 import signal
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 pytest.importorskip("jinja2")
 
 from conftest import Run
+from wasat.cli.chat import _Conversation
 from wasat.runtime import Model, Reply, load
 
 TEMPLATE = (
@@ -90,6 +94,19 @@ def test_what_it_refuses(run: Run, int4: Path, arguments: list[str], stdin: str,
     assert code == 1
     assert err.startswith("error: ")
     assert said in err.replace("\n", " ")
+
+
+def test_what_is_said_is_no_markup(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    class Terminal(StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr("sys.stdin", Terminal("/[/b]\n/[b, s]\n/exit\n"))
+    model: Any = SimpleNamespace()
+    _Conversation(model, {}, None, [], quiet=True).run()
+    said = capsys.readouterr().err
+    assert "there is no /[/b];" in said
+    assert "there is no /[b,;" in said
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(int4: Path, template: Path) -> None:

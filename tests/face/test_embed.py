@@ -146,22 +146,23 @@ def test_a_text_of_which_the_tokenizer_makes_nothing(embedder: Model) -> None:
 
 def test_command_line(run: Run, embedder: Model, reranker: Model, tmp_path: Path) -> None:
     lines, objects = tmp_path / "t.txt", tmp_path / "t.jsonl"
-    lines.write_text("w1 w2\nw3\n")
-    objects.write_text('"w1 w2"\n{"text": "w3"}\n')
-    want = embedder.embed(["w5", "w1 w2", "w3"], prompt="query")
+    last = "w3\u2028w4"  # no end of a line
+    lines.write_text(f"w1 w2\n{last}\n", encoding="utf-8")
+    objects.write_text(f'"w1 w2"\n{{"text": "{last}"}}\n', encoding="utf-8")
+    want = embedder.embed(["w5", "w1 w2", last], prompt="query")
     code, out, err = run("embed", embedder.folder, "w5", "--file", lines, "--prompt", "query", "-o", tmp_path / "e.npy")
     assert code == 0, err
     assert "3 texts, 3×128" in out
     np.testing.assert_array_equal(np.load(tmp_path / "e.npy"), want)
     code, out, err = run("embed", embedder.folder, "-", "--file", objects, "--prompt", "query", stdin="w5\n")
     assert code == 0, err
-    found = [json.loads(line) for line in out.splitlines()]
-    assert [x["text"] for x in found] == ["w5", "w1 w2", "w3"]
+    found = [json.loads(line) for line in out.split("\n")[:-1]]
+    assert [x["text"] for x in found] == ["w5", "w1 w2", last]
     np.testing.assert_allclose([x["embedding"] for x in found], want, rtol=1e-6)
     code, out, err = run("embed", reranker.folder, "w5", "--file", lines, "-o", tmp_path / "s.jsonl")
     assert code == 0, err
-    scores = [json.loads(line)["score"] for line in (tmp_path / "s.jsonl").read_text().splitlines()]
-    np.testing.assert_allclose(scores, reranker.score([("w5", "w1 w2"), ("w5", "w3")]), rtol=1e-6)
+    scores = [json.loads(line)["score"] for line in (tmp_path / "s.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
+    np.testing.assert_allclose(scores, reranker.score([("w5", "w1 w2"), ("w5", last)]), rtol=1e-6)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["e.npy", "s.jsonl", "t.jsonl", "t.txt"]
 
 

@@ -458,6 +458,15 @@ def test_weights_that_no_group_has_among_its_targets(tmp_path: Path) -> None:
         from_pretrained(quantized(tmp_path, config, channels)[0])
 
 
+def test_a_pattern_says_more_of_a_module_than_its_kind(tmp_path: Path) -> None:
+    """Whichever group stands first."""
+    config = json.loads(json.dumps(W8A8))
+    [own] = config["config_groups"].values()
+    whole = {"targets": ["Linear"], "weights": {**own["weights"], "strategy": "tensor"}}
+    config["config_groups"] = {"all": whole, "own": {**own, "targets": [r"re:.*_proj$"]}}
+    from_pretrained(quantized(tmp_path, config, channels)[0])
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_whatever_is_changed_is_read_or_named(tmp_path: Path, name: str) -> None:
     """Seeded: fields of the configuration become something else, tensors lose elements or become others."""

@@ -193,6 +193,18 @@ def test_a_score_that_is_activated_otherwise(tmp_path: Path) -> None:
         from_pretrained(folder)
 
 
+def test_a_tokenizer_that_does_not_tell_texts_apart(tmp_path: Path) -> None:
+    """All tokens are then of the first kind, as transformers has it, whatever the tokenizer's file says of pairs."""
+    golden = dict(np.load(GOLDEN / "bert_score" / "golden.npz"))
+    given = {k: golden[k] for k in ("tokens", "lengths")}
+    want = result(from_pretrained(GOLDEN / "bert_score"), **given, types=np.zeros_like(golden["types"]))
+    folder = Path(shutil.copytree(GOLDEN / "bert_score", tmp_path / "m"))
+    (folder / "tokenizer_config.json").write_text('{"model_input_names": ["input_ids", "attention_mask"]}')
+    program = from_pretrained(folder)
+    assert [v.name for v in program["score"].inputs] == ["tokens", "lengths"]
+    np.testing.assert_array_equal(result(program, **given), want)
+
+
 def equal(folder: Path) -> None:
     golden = dict(np.load(folder / "golden.npz"))
     wanted = golden.pop("wanted")

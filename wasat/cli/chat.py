@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from wasat.cli.console import Refusal, err
 
@@ -132,7 +133,7 @@ class _Conversation:
             except (Refusal, RuntimeErrorBase, OSError) as e:
                 if not terminal:
                     raise
-                err.print(f"[bold red]error:[/] {e}", markup=True, highlight=False, soft_wrap=True)
+                err.print(f"[bold red]error:[/] {escape(str(e))}", highlight=False, soft_wrap=True)
 
     def _line(self, terminal: bool) -> str | None:
         """What is typed next; None at the end. Ctrl-C empties the line."""
@@ -255,7 +256,10 @@ def _template(given: str | None) -> str | None:
     """A template's text where that is a file."""
     if given is None or not Path(given).is_file():
         return given
-    return Path(given).read_text(encoding="utf-8")
+    try:
+        return Path(given).read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise Refusal(f"{given} is no text: {e}") from None
 
 
 def _variable(item: str) -> tuple[str, Any]:

@@ -55,7 +55,7 @@ def embed(
 
     if output is not None and output.suffix not in _SUFFIXES:
         raise Refusal(f"--output {output}: write {' or '.join(_SUFFIXES)}")
-    given = [x for t in texts or () for x in (sys.stdin.read().splitlines() if t == "-" else [t])]
+    given = [x for t in texts or () for x in (_split(sys.stdin.read()) if t == "-" else [t])]
     given += _texts(file) if file is not None else []
     model = runtime.load(artifact)
     spec = model.manifest.interface.embedder
@@ -81,8 +81,17 @@ def embed(
     say(f"{output}: {len(given)} texts, {'×'.join(map(str, found.shape))}")
 
 
+def _split(text: str) -> list[str]:
+    """Lines as files have them: str.splitlines cuts a text at other characters, too."""
+    lines = text.split("\n")
+    return lines if lines[-1] else lines[:-1]
+
+
 def _texts(file: Path) -> list[str]:
-    lines = file.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = _split(file.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as e:
+        raise Refusal(f"{file} is no text: {e}") from None
     if file.suffix != ".jsonl":
         return lines
     found = []
