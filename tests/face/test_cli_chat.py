@@ -17,8 +17,9 @@ import pytest
 pytest.importorskip("jinja2")
 
 from conftest import Run
-from wasat.cli.chat import _Conversation
 from wasat.runtime import Model, Reply, load
+
+from wasat.cli.chat import _Conversation
 
 TEMPLATE = (
     "{% for m in messages %}# {{ m.role }}: {{ m.content }}\n{% endfor %}"

@@ -170,7 +170,8 @@ def test_a_column_that_stays_is_a_key() -> None:
 
     reasons = {
         other_cut: "goes into slice", of_tokens: "is not the same for all rows", positions: "is not the same for all rows",
-        other_sum: None, of_keys: None, squared_sink: None, halves: "is of 2 heads, of 4 that there are", other_shift: "also used outside",
+        other_sum: None, of_keys: None, squared_sink: None,
+        halves: "is of 2 heads, of 4 that there are", other_shift: "also used outside",
     }  # fmt: skip
     for weigh, reason in reasons.items():
         program = program_of(weigh, weigh is of_tokens)
