@@ -181,6 +181,7 @@ print(json.dumps({"tiles": told, "prompt": prompt, "tokens": tokens, "rows": row
 """
 
 
+@pytest.mark.slow
 def test_the_demonstration_runs_on_it(
     unit: ModuleType, driver: ctypes.CDLL, optimized: Program, run: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:

@@ -42,6 +42,7 @@ def test_help_of_the_whole(run: Run) -> None:
     assert run("--version")[:2] == (0, "wasat 0.1.0\n")
 
 
+@pytest.mark.slow
 def test_the_examples_of_help_run(pygemma: Path, tmp_path: Path) -> None:
     """Copied and pasted, in the order in which they stand. The demo has a test of its own, and so have ``run`` (test_cli_run),
     ``chat`` (test_cli_chat), ``embed`` (test_embed), the model of all modalities (test_joint, test_generate_media), which takes

@@ -311,6 +311,7 @@ def test_the_small_one_is_small() -> None:
     assert millions(gemini.preset("small"), "") < 3.5
 
 
+@pytest.mark.slow
 def test_the_big_one_is_planned_without_its_numbers() -> None:
     """27B: traced, verified, quantized, given caches and planned in less memory than a hundredth of its weights."""
     script = """
