@@ -21,6 +21,7 @@ from wasat.runtime import machine as here
 from wasat.runtime.machine import missing, runs_on
 from wasat.runtime.manifest import Needs
 
+from wasat.cli import console
 from wasat.machines import machine, machines
 
 Run = Callable[..., tuple[int, str, str]]
@@ -58,7 +59,7 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_on_the_command_line(run: Run, packages: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setattr(console.out, "width", 300)
     code, out, _ = run("targets")
     assert code == 0
     assert re.search(r"^ ?cpu +This machine's CPU, or .* +yes +yes *$", out, re.MULTILINE)

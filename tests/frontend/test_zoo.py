@@ -38,7 +38,10 @@ def reference(case: Case, p: dict[str, np.ndarray], x: np.ndarray, extra: dict[s
     keep = keep & (i - j < (case.window or s))
     keep = keep & extra["real"][:, None, None, :] if "real" in extra else keep
     e = np.where(keep, np.exp(scores), 0)
-    out = np.einsum("bhst,bthd->bshd", e / e.sum(-1, keepdims=True), v)
+    total = e.sum(-1, keepdims=True)
+    if case.sink:  # a logit that no value has
+        total = total + np.exp(w["sink"])[:, None, None]
+    out = np.einsum("bhst,bthd->bshd", e / total, v)
     return out.reshape(b, s, -1) @ w["o.weight"].T
 
 

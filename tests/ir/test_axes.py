@@ -96,7 +96,7 @@ def moved(x: Array, at: tuple[int, ...]) -> Array | None:
     if isinstance(x, QArray):
         values = x.values.copy()
         values[at] = values[at] // 2 + 3
-        return QArray(x.type, values, x.scales)
+        return dataclasses.replace(x, values=values)
     y = x.copy()
     if x.dtype == np.bool_:
         y[at] = not x[at]
