@@ -38,11 +38,11 @@ static double real(const char *option, const char *text) {
   return *text && !*end ? x : out_of_options(option);
 }
 
-static unsigned long long whole(const char *option, const char *text) {
+static unsigned long long whole(const char *option, const char *text, unsigned long long most) {
   char *end;
   errno = 0;
   unsigned long long x = strtoull(text, &end, 10);
-  return *text >= '0' && *text <= '9' && !*end && !errno ? x : (unsigned long long)out_of_options(option);
+  return *text >= '0' && *text <= '9' && !*end && !errno && x <= most ? x : (unsigned long long)out_of_options(option);
 }
 
 static char *standard_input(size_t *bytes) {
@@ -108,17 +108,17 @@ int main(int argc, char **argv) {
     else if (i + 1 == argc) out_of_options(a);
     else {
       const char *v = argv[++i];
-      if (!strcmp(a, "--max-tokens")) options.max_tokens = (int64_t)whole(a, v);
+      if (!strcmp(a, "--max-tokens")) options.max_tokens = (int64_t)whole(a, v, INT64_MAX);
       else if (!strcmp(a, "--temperature")) options.temperature = real(a, v);
-      else if (!strcmp(a, "--top-k")) options.top_k = (int64_t)whole(a, v);
+      else if (!strcmp(a, "--top-k")) options.top_k = (int64_t)whole(a, v, INT64_MAX);
       else if (!strcmp(a, "--top-p")) options.top_p = real(a, v);
       else if (!strcmp(a, "--min-p")) options.min_p = real(a, v);
       else if (!strcmp(a, "--repetition-penalty")) options.repetition_penalty = real(a, v);
-      else if (!strcmp(a, "--seed")) options.seed = whole(a, v);
-      else if (!strcmp(a, "--threads")) load.threads = (int)whole(a, v);
+      else if (!strcmp(a, "--seed")) options.seed = whole(a, v, UINT64_MAX);
+      else if (!strcmp(a, "--threads")) load.threads = (int)whole(a, v, INT32_MAX);
       else if (!strcmp(a, "--stop") && options.stop_count < MOST) stops[options.stop_count++] = v;
       else if (!strcmp(a, "--stop-token") && options.stop_token_count < MOST)
-        stop_tokens[options.stop_token_count++] = (int32_t)whole(a, v);
+        stop_tokens[options.stop_token_count++] = (int32_t)whole(a, v, INT32_MAX);
       else out_of_options(a);
     }
   }

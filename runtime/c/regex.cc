@@ -93,7 +93,8 @@ class Parser {
 
   Tree repeated(int depth) {
     Tree t = atom(depth);
-    for (;;) {
+    for (int again = 0;; again++) {
+      if (again > 10) fail();  // a tree that deep is walked no more
       Tree r{Tree::Repeat, {}, {}};
       bool braces = false;
       if (take(U"?")) r.least = 0, r.most = 1;

@@ -19,6 +19,7 @@ struct wasat_model {
   std::unique_ptr<Session> session;
   std::unique_ptr<Tokenizer> words;
   std::string folder;
+  bool busy = false;
 
   const Manifest &manifest() const { return manifest_of(*engine); }
   const Tokenizer &tokenizer() {
@@ -152,6 +153,12 @@ void generate(wasat_model &model, std::vector<int64_t> ids, const wasat_options 
                                    (limit ? std::to_string(limit) + " more do not fit" : "nothing can follow it") +
                                    "; the model's context is " + std::to_string(*m.context) + ": shorten the prompt, or ask for fewer");
   limit = limit ? std::min(limit, int64_t(1) << 48) : *m.context - used;  // what no memory holds, sums of it do
+  if (model.busy) throw Error(WASAT_INPUT, "the model is generating: a stream cannot ask for another text of it");
+  struct Busy {
+    bool &set;
+    explicit Busy(bool &flag) : set(flag) { set = true; }
+    ~Busy() { set = false; }
+  } busy(model.busy);
   Session &session = model.row();
   Row row(model, o, ids, stream, context);
   session.open(used + limit);

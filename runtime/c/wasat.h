@@ -61,7 +61,7 @@ typedef struct {
 wasat_options wasat_defaults(void);
 
 /* Receives each token as it is chosen (-1: none, only text) and the text that is certain by then: whole characters, perhaps
- * none. Another result than 0 ends the text. */
+ * none. Another result than 0 ends the text. It must not use the model. */
 typedef int (*wasat_stream)(void *context, int32_t token, const char *text, size_t bytes);
 
 typedef enum { WASAT_EOS, WASAT_STOP, WASAT_LENGTH, WASAT_CALLER } wasat_finish;

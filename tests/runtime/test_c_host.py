@@ -318,6 +318,14 @@ def test_damaged_tokenizers_are_refused(checked: Path, tmp_path: Path) -> None:
             answers(checked, [str(path)], b"e %d\n%sd 3\n1 2 3\n" % (len(text), text))
 
 
+def test_expressions_that_nest_without_end_are_refused(checked: Path, tmp_path: Path) -> None:
+    path, whole = tmp_path / "tokenizer.json", json.loads(KINDS["llama3"]().to_str())
+    for pattern in ("a" + "?" * 200_000, "a" + "{1,2}" * 100_000, "(" * 100_000):
+        whole["pre_tokenizer"] = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+        path.write_text(json.dumps(whole))
+        assert answers(checked, [str(path)], "")[0].startswith("refused")
+
+
 def test_damaged_manifests_are_refused(checked: Path, copy: Path) -> None:
     """Values exchanged at random, the digest made anew: an answer or a message, never foreign memory."""
     rng, path = random.Random(6), copy / "manifest.json"
@@ -453,6 +461,10 @@ static int three(void *seen, int32_t token, const char *text, size_t bytes) {
   ((int32_t *)seen)[count++] = token;
   return count == 3;
 }
+static int again(void *model, int32_t token, const char *text, size_t bytes) {
+  (void)token, (void)text, (void)bytes;
+  return wasat_generate((wasat_model *)model, "abc", 3, 0, 0, 0, 0) == WASAT_INPUT;
+}
 int main(int argc, char **argv) {
   wasat_model *m = (wasat_model *)1;
   if (argc != 2 || wasat_load("/nowhere", 0, &m) != WASAT_ARTIFACT || m || !strstr(wasat_error(), "/nowhere")) return 1;
@@ -471,6 +483,8 @@ int main(int argc, char **argv) {
   o.max_tokens = 1 << 20;
   if (wasat_generate(m, "abc", 3, &o, 0, 0, 0) != WASAT_CONTEXT) return 8;
   if (wasat_generate(0, "abc", 3, 0, 0, 0, 0) != WASAT_INPUT || wasat_generate(m, 0, 3, 0, 0, 0, 0) != WASAT_INPUT) return 9;
+  o.max_tokens = 2;
+  if (wasat_generate(m, "abc", 3, &o, again, m, &r) || r.finish != WASAT_CALLER) return 10;
   printf("%d %d %d", seen[0], seen[1], seen[2]);
   wasat_free(m);
   wasat_free(0);
