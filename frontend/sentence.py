@@ -234,7 +234,7 @@ def _tells_texts_apart(where: Path) -> bool:
 
 def _pad(config: Mapping[str, Any]) -> int:
     pad = config.get("pad_token_id")
-    return pad if isinstance(pad, int) and 0 <= pad < config["vocab_size"] else 0
+    return pad if type(pad) is int and 0 <= pad < config["vocab_size"] else 0
 
 
 def _prompts(folder: Path) -> dict[str, str]:
@@ -244,7 +244,7 @@ def _prompts(folder: Path) -> dict[str, str]:
     prompts, default = config.get("prompts") or {}, config.get("default_prompt_name")
     if not isinstance(prompts, dict) or not all(isinstance(t, str) for t in prompts.values()):
         raise CheckpointError(f"{path}: prompts are no texts by name")
-    if default is not None and default not in prompts:
+    if default is not None and not (isinstance(default, str) and default in prompts):
         raise CheckpointError(f"{path}: default_prompt_name is {default!r}, and the prompts are {', '.join(prompts) or 'none'}")
     return {PROMPTS: json.dumps({"prompts": prompts, "default": default}, ensure_ascii=False)} if prompts else {}
 
@@ -254,6 +254,8 @@ def _lowered(tokenizer: Path) -> str:
     found = read_json(tokenizer)
     old = found.get("normalizer")
     parts = old.get("normalizers", []) if isinstance(old, dict) and old.get("type") == "Sequence" else [old] if old else []
+    if not isinstance(parts, list) or not all(isinstance(p, dict) for p in parts):
+        raise CheckpointError(f"{tokenizer}: its normalizer is none that can be read")
     if not any(p.get("type") == "Lowercase" or p.get("lowercase") for p in parts):
         found["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Lowercase"}, *parts]}
     return json.dumps(found, ensure_ascii=False)
@@ -356,6 +358,8 @@ def _modes(config: Mapping[str, Any], where: str) -> tuple[str, ...]:
     given = config.get("pooling_mode")
     if given is None:
         given = [mode for key, mode in _POOLING.items() if config.get(key)]
+    if not isinstance(given, (str, list)):
+        raise CheckpointError(f"{where}: pooling_mode is {given!r}; expected a name, or a list of names")
     modes = (given,) if isinstance(given, str) else tuple(given) or ("mean",)
     if wrong := [m for m in modes if m not in _POOLING.values()]:
         raise CheckpointError(f"{where}: pooling_mode is {wrong[0]!r}; there are {', '.join(_POOLING.values())}")

@@ -119,6 +119,10 @@ def test_lower_case_comes_before_the_tokenizer(folder: Path) -> None:
     edit(folder / "sentence_bert_config.json", lambda c: {**c, "do_lower_case": True})
     text = from_pretrained(folder).origin.texts["tokenizer.json"]
     assert Tokenizer.from_str(text).encode("A").ids == [0]
+    for normalizer in (1.5, {"type": "Sequence", "normalizers": 0}, {"type": "Sequence", "normalizers": ["x"]}):
+        (folder / "tokenizer.json").write_text(json.dumps({"normalizer": normalizer}))
+        with pytest.raises(CheckpointError, match="its normalizer is none that can be read"):
+            from_pretrained(folder)
 
 
 def test_prompts(folder: Path) -> None:
@@ -129,12 +133,14 @@ def test_prompts(folder: Path) -> None:
     path.write_text(json.dumps({"prompts": {"query": 1}}))
     with pytest.raises(CheckpointError, match="prompts are no texts by name"):
         from_pretrained(folder)
-    path.write_text(json.dumps({"prompts": {}, "default_prompt_name": "query"}))
-    with pytest.raises(CheckpointError, match="default_prompt_name is 'query', and the prompts are none"):
-        from_pretrained(folder)
+    for name in ("query", ["query"]):
+        path.write_text(json.dumps({"prompts": {}, "default_prompt_name": name}))
+        with pytest.raises(CheckpointError, match=r"default_prompt_name is .*'query'.*, and the prompts are none"):
+            from_pretrained(folder)
 
 
 REFUSED: list[tuple[str, Callable[[Any], Any], str]] = [
+    ("1_Pooling/config.json", lambda c: {**c, "pooling_mode": 1.5}, "pooling_mode is 1.5; expected a name"),
     ("config.json", lambda c: {**c, "position_embedding_type": "relative_key"}, "only absolute positions"),
     ("config.json", lambda c: {**c, "hidden_size": 30}, "does not split into 4 heads|misshaped"),
     ("config.json", lambda c: {**c, "hidden_act": "gelu_fast"}, "hidden_act 'gelu_fast' is not implemented"),
