@@ -175,7 +175,7 @@ EDITS: list[tuple[str, Any, str]] = [
     ("limits.granule", 0, "limits.granule is 0"),
     ("limits.chunk", -1, "limits.chunk is -1; it cannot be negative"),
     ("limits.context", 1.5, "limits.context is 1.5"),
-    ("states.0.shape", ["b", "c - 1", 1, 8], "does not hold c positions"),
+    ("states.0.shape", ["b", 1, "c - 1", 8], "does not hold c positions"),
     ("states.0.shape", ["b", "z", 1, 8], "is not one over b and c"),
     ("states.0.shape", ["b", "c // 0", 1, 8], "is not one over b and c"),
     ("states.0.shape", ["b", "c**2", 1, 8], "is no dimension"),
