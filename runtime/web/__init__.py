@@ -13,15 +13,18 @@ from ..errors import ArtifactError
 
 HERE = Path(__file__).parent
 PAGE = ("index.html", "style.css", "app.js", "model.js", "plan.js", "device.js", "sampling.js", "media.js", "text.js")
-VENDOR = HERE / "vendor"
 TOKENIZERS = ("tokenizers.min.mjs", "tokenizers.LICENSE")
+
+
+def fetched() -> bool:
+    """Whether the JavaScript of the tokenizers is here."""
+    return all((HERE / name).exists() for name in TOKENIZERS)
 
 
 def files(with_tokenizer: bool) -> dict[str, Path]:
     """The files that all web folders share, by name. Raises ArtifactError where the tokenizers are missing."""
-    if with_tokenizer and not all((VENDOR / name).exists() for name in TOKENIZERS):
+    if with_tokenizer and not fetched():
         raise ArtifactError(
             "the JavaScript package of tokenizers is not here: python -m wasat.runtime.web.fetch brings it (once, with npm)"
         )
-    own = {name: HERE / name for name in PAGE}
-    return own | {name: VENDOR / name for name in TOKENIZERS if (VENDOR / name).exists()}
+    return {name: HERE / name for name in (*PAGE, *(TOKENIZERS if fetched() else ()))}

@@ -14,7 +14,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from . import TOKENIZERS, VENDOR
+from . import HERE, TOKENIZERS, fetched
 
 PACKAGE = "@huggingface/tokenizers@0.2.0"
 INTEGRITY = "sha512-LidMHe1FpcSYH4vcSjXooda34pC0M8m1gmDOv7SQi6Iv+ib1zX7J3sHBCC9/3FPCkn2k1b55FneVqMRxrr99pg=="
@@ -22,9 +22,9 @@ MEMBERS = dict(zip(TOKENIZERS, ("package/dist/tokenizers.min.mjs", "package/LICE
 
 
 def fetch() -> None:
-    """Puts the files into ``vendor/``, unless they are there. Raises RuntimeError where npm is missing, fails, or brings
+    """Puts the files beside this one, unless they are there. Raises RuntimeError where npm is missing, fails, or brings
     something else."""
-    if all((VENDOR / name).exists() for name in MEMBERS):
+    if fetched():
         return
     npm = shutil.which("npm")
     if npm is None:
@@ -37,12 +37,11 @@ def fetch() -> None:
         found = "sha512-" + base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode()
         if found != INTEGRITY:
             raise RuntimeError(f"npm brought another {PACKAGE}: {found}")
-        VENDOR.mkdir(exist_ok=True)
         with tarfile.open(archive) as tar:
             for name, member in MEMBERS.items():
                 file = tar.extractfile(member)
                 assert file is not None
-                (VENDOR / name).write_bytes(file.read())
+                (HERE / name).write_bytes(file.read())
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from wasat.runtime.sampling import Sampler, SamplingOptions
 from wasat.runtime.tokenizer import Tokenizer
-from wasat.runtime.web import HERE, VENDOR
+from wasat.runtime.web import HERE, TOKENIZERS, fetched
 
 import wasat as ws
 
@@ -62,10 +62,10 @@ def browser(launch: Callable[[list[str]], Any]) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def modules(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """An empty page that may import the host's modules."""
-    if not VENDOR.exists():
+    if not fetched():
         pytest.skip("not here: the JavaScript of tokenizers (python -m wasat.runtime.web.fetch)")
     folder = tmp_path_factory.mktemp("modules")
-    for path in [*HERE.glob("*.js"), *VENDOR.iterdir()]:
+    for path in [*HERE.glob("*.js"), *(HERE / name for name in TOKENIZERS)]:
         shutil.copy(path, folder)
     (folder / "empty.html").write_text("<!doctype html>")
     server, address = served(folder)
@@ -162,7 +162,7 @@ def test_samples_are_those_of_the_file(modules: Any, name: str) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from wasat.web import export_web
 
-    if not VENDOR.exists():
+    if not fetched():
         pytest.skip("not here: the JavaScript of tokenizers (python -m wasat.runtime.web.fetch)")
     out = tmp_path_factory.mktemp("web") / "gemini"
     export_web(ws.from_pretrained(ROOT / "examples" / "gemini"), out, shard=1 << 20)
