@@ -82,19 +82,7 @@ async function samples(blob, encoder) {
   const bytes = await blob.arrayBuffer();
   const wave = wav(bytes);
   if (wave && wave.rate === encoder.rate) return { audio: { data: wave.data, shape: [wave.data.length] } };
-  const context = new OfflineAudioContext(1, 1, encoder.rate); // decoding resamples to its rate
-  let decoded;
-  if (wave) {
-    const seconds = Math.ceil((wave.data.length / wave.rate) * encoder.rate);
-    const offline = new OfflineAudioContext(1, Math.max(seconds, 1), encoder.rate);
-    const buffer = offline.createBuffer(1, wave.data.length, wave.rate);
-    buffer.copyToChannel(wave.data, 0);
-    const node = offline.createBufferSource();
-    node.buffer = buffer;
-    node.connect(offline.destination);
-    node.start();
-    decoded = await offline.startRendering();
-  } else decoded = await context.decodeAudioData(bytes);
+  const decoded = await new OfflineAudioContext(1, 1, encoder.rate).decodeAudioData(bytes); // which resamples to its rate
   if (decoded.duration > MOST_SECONDS) throw new WasatError(`it is longer than ${MOST_SECONDS} s: cut it first`);
   const n = decoded.length;
   const mean = new Float32Array(n);

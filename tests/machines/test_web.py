@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import http.server
+import io
 import json
 import random
 import shutil
@@ -228,6 +229,43 @@ def test_pictures_are_those_of_the_file(page: Any, name: str) -> None:
         list((MEDIA / name).read_bytes()),
     )
     assert found == ws.runtime.Image(MEDIA / name).pixels().ravel().tolist()
+
+
+@pytest.mark.parametrize("subsampling, most, mean", [(0, 4, 1.0), (2, 60, 2.0)])
+def test_jpegs_are_near_what_python_reads(page: Any, subsampling: int, most: int, mean: float) -> None:
+    """Decoders differ in how they round, and in how they bring colours of half the size up."""
+    from PIL import Image as Pillow
+
+    made = io.BytesIO()
+    Pillow.open(MEDIA / "picture.png").convert("RGB").save(made, "JPEG", quality=90, subsampling=subsampling)
+    found = page.evaluate(
+        """async (bytes) => {
+            const { arraysOf } = await import("./media.js");
+            const file = new File([Uint8Array.from(bytes)], "a.jpg", { type: "image/jpeg" });
+            return Array.from((await arraysOf(file, [{ kind: "image" }], wasat.host.device)).inputs.image.data);
+        }""",
+        list(made.getvalue()),
+    )
+    expected = ws.runtime.Image(made.getvalue()).pixels()
+    away = np.abs(np.array(found).reshape(expected.shape) - expected)
+    assert away.max() <= most
+    assert away.mean() <= mean
+
+
+def test_resampled_sound_is_near_what_python_hears(modules: Any) -> None:
+    found = modules.evaluate(
+        """async (bytes) => {
+            const { arraysOf } = await import("./media.js");
+            const { inputs } = await arraysOf(new File([Uint8Array.from(bytes)], "a.wav"), [{ kind: "audio", rate: 16000 }]);
+            return Array.from(inputs.audio.data);
+        }""",
+        list((MEDIA / "word.wav").read_bytes()),
+    )
+    expected = ws.runtime.Audio(MEDIA / "word.wav").samples(16000)
+    assert abs(len(found) - len(expected)) <= 2
+    n = min(len(found), len(expected))
+    away = np.array(found[:n]) - expected[:n]
+    assert np.sqrt(np.mean(away**2)) <= 0.05 * np.sqrt(np.mean(expected**2))
 
 
 def test_weights_that_are_damaged_are_named(browser: Any, folder: Path, tmp_path: Path) -> None:
