@@ -186,6 +186,21 @@ class _Host:
         ))  # fmt: skip
 
 
+def _writes(f: tirx.PrimFunc, count: int) -> list[bool]:
+    """Which of a kernel's arrays, its first ``count`` parameters, it stores to."""
+    stored, places = set[Any](), dict[Any, Any]()
+
+    def declared(s: Any) -> None:
+        places[s.buffer] = s.data
+
+    def store(s: Any) -> None:
+        stored.add(s.buffer)
+
+    tvm_ffi.structural_walk(f.body, [(tirx.DeclBuffer, declared), (tirx.BufferStore, store)])
+    written = {places.get(b) for b in stored}
+    return [p in written for p in f.params[:count]]
+
+
 def _kernel(name: str, f: tirx.PrimFunc, target: tvm.target.Target, device: Device) -> Kernel:
     """The source of one kernel, and what a host must know of it."""
     pointers = [isinstance(p.ty, tvm.ir.PointerType) for p in f.params]
@@ -209,7 +224,7 @@ def _kernel(name: str, f: tirx.PrimFunc, target: tvm.target.Target, device: Devi
             source = with_literals(str(_build.codegen_build(module, target).inspect_source("")))
     except (tvm.error.InternalError, RuntimeError, ValueError) as e:
         raise IRError(f"TVM makes no code of it for this target: {str(e).strip().splitlines()[-1]}") from None
-    writes = [True] * sum(pointers)
+    writes = _writes(own, sum(pointers))
     if device.language == "opencl" and "wasat_f16" in source:
         source = _OPENCL_F16 + source
     if device.language == "wgsl":
