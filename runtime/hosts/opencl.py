@@ -100,8 +100,9 @@ class OpenCL:
             else:
                 kernel = self._cl.Kernel(c.kernel, c.spec.name)
                 numbers = [np.dtype(t).type(n) for n, t in zip(c.scalars, c.spec.scalars)]
-                kernel.set_args(*(self._part(p) for p in c.pieces), *numbers)
-                found.append((kernel, [g * t for g, t in zip(c.grid, c.spec.threads)], list(c.spec.threads)))
+                held = [self._part(p) for p in c.pieces]  # a kernel keeps no reference to what it is given
+                kernel.set_args(*held, *numbers)
+                found.append((kernel, [g * t for g, t in zip(c.grid, c.spec.threads)], list(c.spec.threads), held))
         return found
 
     def _part(self, p: Piece) -> Any:

@@ -123,7 +123,7 @@ async function record() {
 
 function listen(model) {
   const guarded = (f) => () => f().catch((e) => alert(said(e)));
-  $("ask").onsubmit = (e) => { e.preventDefault(); answer(model); };
+  $("ask").onsubmit = (e) => { e.preventDefault(); if (!$("send").disabled) answer(model); }; // one at a time
   $("prompt").onkeydown = (e) => { if (e.key === "Enter" && (e.ctrlKey || e.metaKey)) $("ask").requestSubmit(); };
   $("stop").onclick = () => stopping.abort();
   $("file").onchange = () => { [...$("file").files].forEach(attach); $("file").value = ""; };

@@ -87,16 +87,18 @@ STATE = """graph @f(%new: f32[b, s, 2, 4], %past: i64[b], %cache: f32[b, c, 2, 4
 }"""
 
 
-def test_a_state_is_written_in_its_place() -> None:
-    e = entry(made(STATE.replace("OPERAND", "next"), states=(State.full("cache", "k"),)))
+@pytest.mark.parametrize("target", ["webgpu", "opencl"])
+def test_a_state_is_written_in_its_place(target: str) -> None:
+    e = entry(made(STATE.replace("OPERAND", "next"), target, states=(State.full("cache", "k"),)))
     assert "copy" not in shown(e["steps"])
     assert e["arrays"][2]["kind"] == "state"
     assert 2 in e["steps"][0]["arrays"]
 
 
-def test_a_state_that_is_read_later_is_not() -> None:
+@pytest.mark.parametrize("target", ["webgpu", "opencl"])
+def test_a_state_that_is_read_later_is_not(target: str) -> None:
     """The sum is that of the cache as it was."""
-    e = entry(made(STATE.replace("OPERAND", "cache"), states=(State.full("cache", "k"),)))
+    e = entry(made(STATE.replace("OPERAND", "cache"), target, states=(State.full("cache", "k"),)))
     order = shown(e["steps"])
     writes = [i for i, s in enumerate(e["steps"]) if s["op"] == "copy" and s["to"] == 2]
     reads = [i for i, s in enumerate(e["steps"]) if s["op"] == "launch" and "reduce_sum" in str(s["nodes"])]
