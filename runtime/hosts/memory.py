@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import InputError
 from .elements import itemsize, loaded, padded, stored
 from .machine import Machine, Piece
 
@@ -76,7 +77,12 @@ class DeviceBuffer:
         if (start, count) == (0, self.shape[0]):
             return self
         each = self._bytes(self.shape[1:])
-        part = self.piece.part(start * each, padded(count * each))
+        if each % 4:  # what a device copies are words: the last would be of a neighbour
+            raise InputError(
+                f"a row of {each} bytes ({self.dtype}{list(self.shape[1:])}) cannot be worked on apart on "
+                f"{self.home.machine.name}, which moves words of 4 bytes: give all rows tokens, or open a session for each"
+            )
+        part = self.piece.part(start * each, count * each)
         return DeviceBuffer(self.home, part, self.dtype, (count, *self.shape[1:]))
 
     def may_start(self, entry: int) -> bool:
@@ -92,19 +98,23 @@ class DeviceBuffer:
             for at, count in runs:
                 self._write(at, np.full(count, value, np.float64))
             return
-        other = value._bytes(value.shape) // self._size
+        other = value._bytes(value.shape) // self._size  # what it holds is repeated
         at = 0
         for start, count in runs:
-            self.home.machine.copy(value.piece.part(at % other * self._size, count * self._size), self._part(start, count))
-            at += count
+            stop = start + count
+            while start < stop:
+                n = min(other - at % other, stop - start)
+                self._copy(value, at % other, start, n)
+                start, at = start + n, at + n
 
     def swap(self, a: Any, b: Any) -> None:
         """Exchanges two parts."""
         for (x, count), (y, _) in zip(self._runs(a), self._runs(b), strict=True):
-            kept = self.home.machine.allocate(count * self._size)
-            self.home.machine.copy(self._part(x, count), kept)
-            self.home.machine.copy(self._part(y, count), self._part(x, count))
-            self.home.machine.copy(kept, self._part(y, count))
+            kept = [self.home.zeros(self.dtype, [count]) for _ in range(2)]  # no device copies within one piece of memory
+            for buffer, at in zip(kept, (x, y)):
+                buffer._copy(self, at, 0, count)
+            for buffer, at in zip(kept, (y, x)):
+                self._copy(buffer, 0, at, count)
 
     def put(self, first: int, x: np.ndarray, live: np.ndarray | None = None) -> None:
         """Sets entries of the first axis, of those from ``first`` on that are ``live``."""
@@ -128,7 +138,29 @@ class DeviceBuffer:
             data: np.ndarray = (x.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
         else:
             data = x.astype(self.dtype)
-        self.home.machine.write(self._part(at, x.size), stored(data, self.dtype, self.home.storage))
+        self._set_bytes(at * self._size, stored(data, self.dtype, self.home.storage)[: x.size * self._size])
+
+    def _copy(self, source: DeviceBuffer, first: int, at: int, count: int) -> None:
+        """Copies ``count`` elements of ``source``, from ``first`` on, to ``at``: on the device, where they are whole words."""
+        given = source._part(first, count)
+        if any(n * self._size % 4 for n in (first, at, count)):
+            low = given.at // 4 * 4
+            words = Piece(given.memory, low, padded(given.at - low + given.nbytes))
+            data = self.home.machine.read([words])[0][given.at - low :][: given.nbytes]
+            self._set_bytes(at * self._size, data)
+        else:
+            self.home.machine.copy(given, self._part(at, count))
+
+    def _set_bytes(self, at: int, data: np.ndarray) -> None:
+        """Sets bytes; devices take words, so what lies beside them in theirs is written as it is."""
+        low, high = at // 4 * 4, -(-(at + data.size) // 4) * 4
+        words = self.piece.part(low, high - low)
+        if words.nbytes != data.size:
+            whole = self.home.machine.read([words])[0].copy()
+            whole[at - low :][: data.size] = data
+            data = whole
+        if data.size:
+            self.home.machine.write(words, data)
 
     def _runs(self, index: Any) -> Iterator[tuple[int, int]]:
         """The elements that an index takes, as pieces that lie side by side: where they begin, and how many they are."""
