@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from wasat.backends.tvm.build import plan
+from wasat.backends.tvm.build import fitting, plan
 from wasat.backends.tvm.ops.indices import given
 from wasat.backends.tvm.ops.narrow import carried, uncarried
 from wasat.backends.tvm.targets import Target
-from wasat.ir import Graph, IRError, Program, evaluate_dim
-from wasat.ir.evaluate import bind_symbols, hold_checks
+from wasat.ir import Graph, Program
 from wasat.runtime.hosts.host import Host
 from wasat.runtime.hosts.open import open_machine
 from wasat.runtime.hosts.plan import Plan
@@ -37,15 +36,7 @@ class PlanRunner:
     def __call__(self, graph: str, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Outputs of ``graph`` by name, states among them."""
         g: Graph = self.program[graph]
-        arrays = {v.name: np.asarray(inputs[v.name]) for v in g.inputs}
-        dims = bind_symbols(g, arrays)
-        for c in self._given_indices[graph]:
-            low, high, x = evaluate_dim(c.low, dims), evaluate_dim(c.high, dims), arrays[c.input]
-            if x.size and not (low <= int(x.min()) and int(x.max()) < high):
-                first = next(i for i in map(int, x.ravel()) if not low <= i < high)
-                raise IRError(f"{c.where}: index {first} of {c.input} is outside {low} .. {high - 1}")
-        for node in g.nodes:
-            hold_checks(node, dims)
+        arrays = fitting(g, inputs, self._given_indices[graph])
         ordered = [v.name for v in g.inputs if v.name not in self.states] + [s for s in self.states if s in arrays]
         buffers = {n: self._buffer(n, arrays[n]) for n in ordered}
         out = self.host.function(graph)(*buffers.values(), *self.weights[graph])

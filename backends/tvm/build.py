@@ -7,7 +7,7 @@ import functools
 import gc
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from wasat.ir.evaluate import bind_symbols, hold_checks
 
 from .lower import Begin, Kernels, Left, WeightPlan, lower_program
 from .ops.cond import EQUAL, hold_equal
-from .ops.indices import OUTSIDE, given, outside
+from .ops.indices import OUTSIDE, Given, given, outside
 from .ops.narrow import carried, uncarried
 from .plan.fits import check_integers
 from .plan.write import Plan, Signature, make_plan
@@ -164,6 +164,21 @@ def run(program: Program, target: Target, graph: str, inputs: Mapping[str, Any])
     return Runner(program, target)(graph, inputs)
 
 
+def fitting(g: Graph, inputs: Mapping[str, Any], indices: Sequence[Given]) -> dict[str, np.ndarray]:
+    """The arrays of a graph's inputs. Raises IRError for sizes and ``indices`` that compiled code takes for granted, and that
+    they do not hold to."""
+    arrays = {v.name: np.asarray(inputs[v.name]) for v in g.inputs}
+    dims = bind_symbols(g, arrays)
+    for c in indices:
+        low, high, x = evaluate_dim(c.low, dims), evaluate_dim(c.high, dims), arrays[c.input]
+        if x.size and not (low <= int(x.min()) and int(x.max()) < high):
+            first = next(i for i in map(int, x.ravel()) if not low <= i < high)
+            raise IRError(f"{c.where}: index {first} of {c.input} is outside {low} .. {high - 1}")
+    for node in g.nodes:
+        hold_checks(node, dims)
+    return arrays
+
+
 class Runner:
     """A program compiled and loaded in this process, weights included."""
 
@@ -201,15 +216,7 @@ class Runner:
     def __call__(self, graph: str, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Outputs of ``graph`` by name, states among them."""
         g: Graph = self.program[graph]
-        arrays = {v.name: np.asarray(inputs[v.name]) for v in g.inputs}
-        dims = bind_symbols(g, arrays)
-        for c in self._given_indices[graph]:
-            low, high, x = evaluate_dim(c.low, dims), evaluate_dim(c.high, dims), arrays[c.input]
-            if x.size and not (low <= int(x.min()) and int(x.max()) < high):
-                first = next(i for i in map(int, x.ravel()) if not low <= i < high)
-                raise IRError(f"{c.where}: index {first} of {c.input} is outside {low} .. {high - 1}")
-        for node in g.nodes:
-            hold_checks(node, dims)
+        arrays = fitting(g, inputs, self._given_indices[graph])
         ordered = [v.name for v in g.inputs if v.name not in self.states] + [s for s in self.states if s in arrays]
         function = self.vm["".join(c if c.isalnum() or c == "_" else "_" for c in graph)]
         tensors = [self._tensor(n, arrays[n]) for n in ordered]
