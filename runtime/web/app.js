@@ -83,7 +83,7 @@ async function answer(model) {
       }
       written.append(value.text);
     }
-    $("prompt").value = "";
+    if ($("prompt").value === text) $("prompt").value = ""; // else the next one is being written
   } catch (e) {
     written.classList.add("error");
     written.append(said(e));

@@ -46,7 +46,11 @@ async function file(base, name, spec, onBytes = () => {}) {
       throw new WasatError(`${name} is not the file that was exported (its SHA-256 differs): copy the folder again`);
     }
   }
-  if (cache && !kept) await cache.put(url, new Response(data)).catch(() => {}); // no room: it is fetched again next time
+  if (cache && !kept) {
+    const old = (await cache.keys()).filter((r) => r.url.split("?")[0] === url.href.split("?")[0]); // of an earlier export
+    await Promise.all(old.map((r) => cache.delete(r)));
+    await cache.put(url, new Response(data)).catch(() => {}); // no room: it is fetched again next time
+  }
   return data;
 }
 
@@ -55,7 +59,7 @@ export async function load(folder = ".", onProgress = () => {}) {
   const base = new URL(folder.endsWith("/") ? folder : `${folder}/`, globalThis.location?.href ?? import.meta.url);
   const answer = await fetch(new URL("manifest.json", base));
   if (!answer.ok) throw new WasatError(`there is no model here: the server says ${answer.status} to manifest.json`);
-  const manifest = await answer.json();
+  const manifest = await answer.json().catch(() => { throw new WasatError("manifest.json is damaged: copy the folder again"); });
   const { web, files } = manifest;
   if (web?.format !== FORMAT) throw new WasatError(`the model has format ${web?.format}, this page reads ${FORMAT}: export it again`);
   const text = async (name) => new TextDecoder().decode(await file(base, name, files[name]));
@@ -71,6 +75,7 @@ export async function load(folder = ".", onProgress = () => {}) {
     const data = await file(base, shard, { ...files[shard], keep: true }, (n) => onProgress("weights", (done += n), total));
     for (const w of web.weights.filter((w) => w.shard === i)) {
       const memory = device.allocate(Math.max(w.bytes, 4));
+      if (w.at + w.bytes > data.length) throw new WasatError(`weight ${w.name} lies beyond its file: export the model again`);
       if (w.bytes) device.write(memory, data.subarray(w.at, w.at + w.bytes));
       weights[w.name] = { ...memory, dtype: w.dtype, shape: w.shape };
     }
@@ -120,7 +125,7 @@ export class Model {
     for (const { input, low, high, where } of e.indices) {
       if (!given[input]) continue;
       const [from, to] = [value(low, symbols), value(high, symbols)];
-      const wrong = Array.prototype.find.call(given[input].data, (x) => Number(x) < from || Number(x) >= to);
+      const wrong = Array.prototype.find.call(given[input].data, (x) => !(Number.isInteger(Number(x)) && Number(x) >= from && Number(x) < to));
       if (wrong !== undefined) throw new WasatError(`${where}: index ${wrong} of ${input} is outside ${from} .. ${to - 1}`);
     }
   }
@@ -139,7 +144,8 @@ export class Model {
     const { kind, inputs } = await arraysOf(medium, this.interface.media?.encoders ?? [], this.host.device);
     if (kind !== spec.of) throw new WasatError(`head ${head} is of ${spec.of}, and this is ${kind}`);
     const { data } = Object.values(await this.run(spec.entry, inputs))[0];
-    const e = Float64Array.from(data, (x) => Math.exp(x - Math.max(...data)));
+    const most = data.reduce((a, b) => Math.max(a, b), -Infinity);
+    const e = Float64Array.from(data, (x) => Math.exp(x - most));
     const sum = e.reduce((a, b) => a + b, 0);
     return Array.from(e, (x) => x / sum);
   }
@@ -180,6 +186,9 @@ export class Model {
    * AbortSignal), and those of Sampler.
    */
   async *generate(prompt, { maxTokens = Infinity, signal, ...options } = {}) {
+    if (!(maxTokens === Infinity || (Number.isInteger(maxTokens) && maxTokens >= 1))) {
+      throw new WasatError(`maxTokens is ${maxTokens}; it must be a whole number, at least 1`);
+    }
     const parts = typeof prompt === "string" ? [prompt] : prompt;
     const plain = parts.length > 0 && parts.every((p) => typeof p === "number");
     const { ids, media } = plain ? { ids: parts, media: { data: new Float32Array(0), shape: [0, 1] } } : await this.read(parts);

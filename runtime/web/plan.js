@@ -76,6 +76,7 @@ export class Host {
     this.constants = new Map();
     this.scratch = []; // shared by all entries, of which one runs at a time
     this.recorded = new Map();
+    this.last = Promise.resolve();
     this.ids = new WeakMap();
   }
 
@@ -97,8 +98,15 @@ export class Host {
     }));
   }
 
-  /** Calls `entry` with buffers: inputs, states, weights. Resolves to its outputs: { name, dtype, shape, data }. */
-  async call(entry, args) {
+  /** Calls `entry` with buffers: inputs, states, weights, after the calls before it, with which it shares memory. Resolves to
+   * its outputs: { name, dtype, shape, data }. */
+  call(entry, args) {
+    const made = this.last.then(() => this.called(entry, args));
+    this.last = made.catch(() => {});
+    return made;
+  }
+
+  async called(entry, args) {
     await this.prepare([entry]);
     const known = this.recorded.get(entry) ?? new Map();
     this.recorded.set(entry, known);

@@ -158,3 +158,16 @@ def test_groups_keep_to_the_arrays_that_a_kernel_may_take() -> None:
     kernels = made(text).launches.json["kernels"]
     assert 1 < len(kernels) < 11
     assert all(len(k["writes"]) <= 8 for k in kernels.values())
+
+
+def test_constants_that_do_not_fit_are_refused() -> None:
+    """What folding made of constants that fit, each by itself."""
+    text = """graph @f(%x: i64[n]) {
+  %a: i64[2] = constant() {value=dense<i64[2], 2000000000 5>}
+  %b: i64[2] = mul(%a, %a)
+  %s: i64[] = reduce_sum(%b) {axes=(0,)}
+  %y: i64[n] = add(%x, %s)
+  return %y
+}"""
+    with pytest.raises(IRError, match="does not fit|in 32 bits"):
+        made(text)

@@ -240,3 +240,14 @@ def test_weights_that_become_f32_are_said(run: Run, pygemma: Path) -> None:
     said = "80 parameters are stored as bf16 and become f32; quantize=bf16 keeps weights as they are"
     assert said in run("explain", pygemma, "--missed")[1]
     assert "become f32" not in run("explain", pygemma, "--missed", "--quantize", "bf16")[1]
+
+
+@pytest.mark.parametrize("options, said", [
+    (["--web", "site", "--graph", "decode"], "--graph, --optimized"), (["--c", "host", "--optimized"], "are for ONNX files"),
+    (["--onnx", "x.onnx", "--target", "webgpu"], "an ONNX file is for any machine"), ([], "say what to write"),
+    (["--web", "site", "--onnx", "x.onnx"], "say what to write"),
+])  # fmt: skip
+def test_export_takes_what_belongs_together(run: Run, tiny: Path, options: list[str], said: str) -> None:
+    code, _, err = run("export", tiny, *options)
+    assert code == 1
+    assert said in err

@@ -52,6 +52,10 @@ def export(
 
     if sum(x is not None for x in (onnx, c, web)) != 1:
         raise Refusal("say what to write: --onnx FILE, --c FOLDER or --web FOLDER")
+    if onnx is None and (graph is not None or optimized or external_data is not None or matmul_nbits):
+        raise Refusal("--graph, --optimized, --external-data and --matmul-nbits are for ONNX files")
+    if onnx is not None and target is not None:
+        raise Refusal("--target is for --c and --web: an ONNX file is for any machine")
     if web is not None:
         from wasat.web import export_web
 

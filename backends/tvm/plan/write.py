@@ -136,6 +136,10 @@ def _plan(
         text += k.source.strip() + "\n"
         more = {"threads": list(k.threads), "writes": list(k.writes), "scalars": list(k.scalars)}
         table[name] = {"at": [start, len(text)], **more}
+    for d, x in constants:
+        if device.stored(d) == "int32" and x.size and not -(2**31) <= int(x.min()) <= int(x.max()) < 2**31:
+            held = f"{int(x.min())} .. {int(x.max())}"
+            raise IRError(f"a constant {d}{list(x.shape)} holds {held}; this target keeps {d} in 32 bits")
     most = max((len(k.writes) for k in kernels.values()), default=0)
     return Plan({
         "format": FORMAT, "language": device.language, "storage": dict(device.storage),
