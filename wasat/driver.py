@@ -243,7 +243,7 @@ def run(
     program: Program, graph: str = "forward", *, backend: str = "interpreter",
     symbols: Mapping[str, int] | None = None, **inputs: Any,
 ) -> dict[str, Array]:  # fmt: skip
-    """Runs one graph on NumPy arrays: on the interpreter (the reference), or compiled for a target (``backend="cpu"``).
+    """Runs one graph on NumPy arrays: on the interpreter (the reference), or compiled for a target (``backend="cpu"``, ``"webgpu"``).
 
     It compiles each time; :class:`Executable` compiles once.
     """
@@ -257,14 +257,18 @@ def run(
 class Executable:
     """A program compiled once, in this process, to be called again and again: ``Executable(program)(x=array)``.
 
-    It keeps the parameters as they were. Sizes that are symbolic may differ from call to call.
+    It keeps the parameters as they were. Sizes that are symbolic may differ from call to call. ``target``: any that this
+    machine runs (``wasat targets``); what runs from a launch plan (``"webgpu"``, ``"opencl"``) is loaded on its device.
     """
 
     def __init__(self, program: Program, target: str = "cpu", *, threads: int | None = None) -> None:
         from wasat.backends.tvm.build import Runner
         from wasat.backends.tvm.targets import target_named
 
-        self._runner = Runner(program.copy(), target_named(target, threads))
+        from .planned import PlanRunner
+
+        machine = target_named(target, threads)
+        self._runner: Runner | PlanRunner = (Runner if machine.device is None else PlanRunner)(program.copy(), machine)
 
     def __call__(self, graph: str = "forward", /, **inputs: Any) -> dict[str, Array]:
         """Outputs of ``graph`` by name. Raises WasatError for inputs that do not fit."""

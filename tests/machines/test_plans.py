@@ -196,3 +196,13 @@ def test_compile_and_load(tmp_path: Path, quantize: str | None) -> None:
     (tmp_path / "artifact" / "kernels.wgsl").write_text("")
     with pytest.raises(ArtifactError, match=r"kernels\.wgsl has 0 bytes"):
         ws.load(tmp_path / "artifact")
+
+
+@pytest.mark.parametrize("target", ["webgpu", "opencl"])
+def test_run_in_this_process(target: str) -> None:
+    """``ws.run`` and ``Executable`` take the targets of launch plans as they take the processor."""
+    need(target)
+    program = random_program("graph @forward(%x: f32[n, 8]) {\n  %y: f32[n, 8] = tanh(%x)\n  return %y\n}")
+    for n in (1, 5):
+        x = np.random.default_rng(n).standard_normal((n, 8)).astype(np.float32)
+        np.testing.assert_allclose(ws.run(program, backend=target, x=x)["y"], np.tanh(x), atol=1e-6)
