@@ -243,7 +243,7 @@ def run(
     program: Program, graph: str = "forward", *, backend: str = "interpreter",
     symbols: Mapping[str, int] | None = None, **inputs: Any,
 ) -> dict[str, Array]:  # fmt: skip
-    """Runs one graph on NumPy arrays: on the interpreter (the reference), or compiled for a target (``backend="cpu"``, ``"webgpu"``).
+    """Runs one graph on NumPy arrays: on the interpreter (the reference), or compiled for a target (``"cpu"``, ``"webgpu"``).
 
     It compiles each time; :class:`Executable` compiles once.
     """

@@ -191,6 +191,11 @@ class Runner:
         os.environ.setdefault("TVM_BIND_THREADS", "0")
         if not target.arch.here or not target.on_host:
             raise BuildError(f"code for {target.name} ({target.arch.name}) does not run here: compile it into an artifact")
+        if lacking := target.arch.hidden(target.tvm):
+            raise BuildError(
+                f"code for {target.name} ({target.config.get('mcpu')}) uses {', '.join(lacking)}, which this processor lacks: "
+                "compile it into an artifact"
+            )
         self.program, self.states, self.donate = program, program.interface.state_names, donate
         self.layouts = target.state_layouts(program)
         check_tools(target)

@@ -33,9 +33,14 @@ from .ops.primitives import PRIMITIVES
 from .plan.device import OPENCL, WEBGPU, WEBGPU_F16, Device
 
 
-def host_cpu() -> str:
-    """LLVM's name of this machine's CPU (``"native"`` would silently compile generic code)."""
-    return str(tvm.target.codegen.llvm_get_system_cpu())
+def host_cpu() -> dict[str, Any]:
+    """What tvm.target.Target takes for this machine's CPU: LLVM's name of it (``"native"`` would silently compile generic
+    code), less the instruction sets that its system hides.
+    """
+    here = arch_here()
+    named = {**here.config, "mcpu": str(tvm.target.codegen.llvm_get_system_cpu())}
+    hidden = here.hidden(tvm.target.Target(named))
+    return {**named, "mattr": [f"-{x}" for x in hidden]} if hidden else named
 
 
 def cpu_count() -> int:
@@ -150,10 +155,12 @@ class Target:
 
 def cpu(mcpu: str | None = None, threads: int | None = None, cache: CacheType = "float32") -> Target:
     """This machine's CPU, or the one that LLVM calls ``mcpu``. Caches of keys and values are stored as ``cache``."""
-    arch = arch_here() if mcpu is None else arch_of(mcpu)
+    if mcpu is None:
+        return _cpu("cpu", arch_here(), host_cpu(), threads, cache)
+    arch = arch_of(mcpu)
     if arch is None:  # LLVM itself would go on with the slowest common code
-        raise IRError(f"there is no CPU {mcpu!r}{_near(mcpu or '', *ARCHES.values())}")
-    return _cpu("cpu", arch, mcpu or host_cpu(), threads, cache)
+        raise IRError(f"there is no CPU {mcpu!r}{_near(mcpu, *ARCHES.values())}")
+    return _cpu("cpu", arch, {**arch.config, "mcpu": mcpu}, threads, cache)
 
 
 def aarch64(mcpu: str = "generic", threads: int | None = None, cache: CacheType = "float32") -> Target:
@@ -161,7 +168,7 @@ def aarch64(mcpu: str = "generic", threads: int | None = None, cache: CacheType 
     arch = ARCHES["aarch64"]
     if mcpu not in arch.processors():
         raise IRError(f"there is no {arch.name} processor {mcpu!r}{_near(mcpu, arch)}")
-    return _cpu("aarch64", arch, mcpu, threads, cache)
+    return _cpu("aarch64", arch, {**arch.config, "mcpu": mcpu}, threads, cache)
 
 
 def _near(mcpu: str, *arches: Arch) -> str:
@@ -169,10 +176,10 @@ def _near(mcpu: str, *arches: Arch) -> str:
     return f"; near it are {', '.join(near)}" if near else ""
 
 
-def _cpu(name: str, arch: Arch, mcpu: str, threads: int | None, cache: CacheType) -> Target:
+def _cpu(name: str, arch: Arch, config: Mapping[str, Any], threads: int | None, cache: CacheType) -> Target:
     n = threads or cpu_count()
     return Target(
-        name, {**arch.config, "mcpu": mcpu, "num-cores": n}, arch=arch, threads=n, features=cpu_features,
+        name, {**config, "num-cores": n}, arch=arch, threads=n, features=cpu_features,
         kernels=lambda target, program: cpu_kernels.selection(target.tvm, n, cache, program.interface.states),
         state_layout=lambda state, type: states.state_layout(state, type, cache), tir_pipeline=tir_pipeline.register(),
         granule=GROUP,

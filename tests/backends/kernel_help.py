@@ -9,7 +9,6 @@ os.environ.setdefault("TVM_BIND_THREADS", "0")
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +17,7 @@ import tvm
 from numpy.typing import NDArray
 from soft import SOFT
 from wasat.backends.tvm.cpu import tir_pipeline
+from wasat.backends.tvm.cpu.arch import listed_features
 from wasat.backends.tvm.cpu.kernels.isa import (
     AVX2,
     AVX512_VNNI,
@@ -49,16 +49,10 @@ NEEDS = {  # in the words of /proc/cpuinfo
 }  # fmt: skip
 
 
-@cache
-def _flags() -> frozenset[str]:
-    with open("/proc/cpuinfo") as lines:
-        found = (line.split(":")[1].split() for line in lines if line.startswith(("flags", "Features")))
-        return frozenset(next(found, ()))
-
-
 def lacks(isa: Isa) -> list[str]:
     """What this processor would need for the set."""
-    return [flag for flag in NEEDS[isa] if flag not in _flags()]
+    listed = listed_features()
+    return [flag for flag in NEEDS[isa] if listed is None or flag not in listed]
 
 
 def softened(isa: Isa) -> Isa:

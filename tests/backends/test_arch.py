@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import platform
 import shutil
 import subprocess
 import sys
@@ -13,10 +14,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tvm.target import codegen
 from wasat.backends.tvm.build import BuildError, Runner, check_tools
 from wasat.backends.tvm.cpu import arch
 from wasat.backends.tvm.cpu.arch import ARCHES, Arch, RuntimeMissing, arch_of
-from wasat.backends.tvm.cpu.kernels.isa import NEON, NEON_DOTPROD, NEON_I8MM, Isa, isa_of
+from wasat.backends.tvm.cpu.kernels.isa import AVX2, AVX512_VNNI, NEON, NEON_DOTPROD, NEON_I8MM, Isa, isa_of
 from wasat.backends.tvm.targets import target_named
 from wasat.ir import IRError, Program, parse
 
@@ -58,6 +60,25 @@ def test_names_of_processors() -> None:
 def test_code_for_another_processor_is_no_code_to_call() -> None:
     with pytest.raises(BuildError, match=rf"\({OTHER.name}\) does not run here: compile it into an artifact"):
         Runner(PROGRAM, target_named(f"cpu:{OTHER.processors()[0]}"))
+
+
+V3 = "pni ssse3 sse4_1 sse4_2 avx avx2 fma f16c bmi1 bmi2 abm popcnt movbe"
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names of x86-64")
+def test_what_a_virtual_machine_hides_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LLVM goes by the processor's model; the system's list says what may be used of it."""
+    monkeypatch.setattr(codegen, "llvm_get_system_cpu", lambda: "znver4")
+    monkeypatch.setattr(arch, "listed_features", lambda: frozenset(V3.split()))
+    here = target_named("cpu")
+    assert (here.config["mcpu"], isa_of(here.tvm)) == ("znver4", AVX2)
+    assert here.requirements()["features"] == sorted(V3.split())
+    with pytest.raises(BuildError, match=r"code for cpu \(znver4\) uses avx512f, .*, which this processor lacks"):
+        Runner(PROGRAM, target_named("cpu:znver4"))
+    for listed in (None, frozenset(ARCHES["x86_64"].words.values())):  # no such list, and everything in it
+        monkeypatch.setattr(arch, "listed_features", lambda listed=listed: listed)
+        assert "mattr" not in target_named("cpu").config
+        assert isa_of(target_named("cpu").tvm) is AVX512_VNNI
 
 
 def test_who_links(monkeypatch: pytest.MonkeyPatch) -> None:

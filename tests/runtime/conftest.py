@@ -68,7 +68,7 @@ def compiled(
 @pytest.fixture(scope="session", params=["generic", "kernels"])
 def artifact(request: pytest.FixtureRequest, compiled: Callable[[Target], Path]) -> Path:
     """The program compiled: caches as the graph has them, and in the layout of the CPU kernels."""
-    plain = Target("cpu", {"kind": "llvm", "mcpu": host_cpu()}, features=cpu_features)
+    plain = Target("cpu", host_cpu(), features=cpu_features)
     return compiled(plain if request.param == "generic" else cpu())
 
 

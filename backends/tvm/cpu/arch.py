@@ -58,6 +58,14 @@ class Arch:
         found = {str(f) for f in tvm.target.codegen.llvm_get_cpu_features(target)}
         return sorted(v for k, v in self.words.items() if k in found)
 
+    def hidden(self, target: tvm.target.Target) -> list[str]:
+        """LLVM's names of the instruction sets that code for ``target`` may use and that this machine's system does not list:
+        virtual machines hide some of what the processor's model has, and using them ends the process.
+        """
+        listed = listed_features()
+        named = {str(f) for f in tvm.target.codegen.llvm_get_cpu_features(target)}
+        return [] if listed is None else [k for k, v in self.words.items() if k in named and v not in listed]
+
     # -- linking ------------------------------------------------------------------------------------------------------------
     def linker(self) -> list[str] | None:
         """The command of a C++ compiler that links for it; None where there is none."""
@@ -143,7 +151,8 @@ ARCHES = {
             "avxvnni": "avx_vnni", "avx512f": "avx512f", "avx512bw": "avx512bw", "avx512cd": "avx512cd", "avx512dq": "avx512dq",
             "avx512vl": "avx512vl", "avx512vnni": "avx512_vnni", "avx512bf16": "avx512_bf16", "avx512fp16": "avx512_fp16",
             "avx512ifma": "avx512ifma", "avx512vbmi": "avx512vbmi", "avx512vbmi2": "avx512_vbmi2",
-            "avx512bitalg": "avx512_bitalg", "avx512vpopcntdq": "avx512_vpopcntdq", "gfni": "gfni",
+            "avx512bitalg": "avx512_bitalg", "avx512vpopcntdq": "avx512_vpopcntdq", "gfni": "gfni", "sse4a": "sse4a",
+            "xop": "xop", "fma4": "fma4", "tbm": "tbm",
         }),
         Arch("aarch64", {
             "neon": "asimd", "fp-armv8": "fp", "crc": "crc32", "lse": "atomics", "rdm": "asimdrdm", "fullfp16": "asimdhp",
@@ -153,6 +162,16 @@ ARCHES = {
     )
 }  # fmt: skip
 """Those that are compiled for."""
+
+
+def listed_features() -> frozenset[str] | None:
+    """This machine's instruction sets as /proc/cpuinfo lists them; None where there is no such file."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            found = (line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features")))
+            return frozenset(next(found, ()))
+    except FileNotFoundError:
+        return None
 
 
 def arch_of(mcpu: str) -> Arch | None:
