@@ -1,4 +1,4 @@
-"""The tiny model as an artifact, compiled once."""
+"""The tiny models as artifacts, compiled once."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ os.environ.setdefault("TVM_BIND_THREADS", "0")
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("tvm")
 
+from tiny_media import media_program
 from tiny_model import Reference, tiny_program
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from wasat.backends.tvm.build import build
@@ -23,6 +25,7 @@ from wasat.backends.tvm.weights import write_weights
 from wasat.ir import Program
 from wasat.runtime import Model, load, write_artifact
 
+from wasat import driver
 from wasat.manifest import manifest_of
 
 
@@ -86,3 +89,23 @@ def copy(artifact: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def reference(program: Program) -> Reference:
     return Reference(program)
+
+
+@pytest.fixture(scope="session")
+def source() -> Program:
+    """The tiny model that sees and hears."""
+    return media_program()
+
+
+@pytest.fixture(scope="session")
+def folder(source: Program, tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """It as an artifact."""
+    out = tmp_path_factory.mktemp("media") / "tiny.wasat"
+    source.origin = replace(source.origin, tokenizer=str(tokenizer_file))
+    driver.compile(source, out, chunk=8)
+    return out
+
+
+@pytest.fixture(scope="session")
+def seeing(folder: Path) -> Model:
+    return load(folder)
