@@ -1,0 +1,162 @@
+"""What a model says beside another, over a text: KL divergence of the next token's distribution, how often the likeliest token
+is the same, and both perplexities.
+
+    windows = windows_of(ids, 256)                                          # they do not see each other
+    found = quality(log_probabilities(base, windows), log_probabilities(small, windows), windows)
+    print(found.kl, found.same_top, found.perplexity, found.base_perplexity)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wasat.ir import DType, ParamSource, Program, QArray, QTensorType, TensorType, WasatError, evaluate_dim
+from wasat.passes.serving.token_inputs import token_inputs
+
+Floats = NDArray[np.floating[Any]]
+
+_ROWS = 32
+"""Positions at a time, where a vocabulary of 262,144 times a window in f64 would be gigabytes."""
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What a model loses beside its base over ``tokens`` positions. Logarithms are natural."""
+
+    tokens: int
+    """Positions at which distributions were compared."""
+    kl: float
+    """Mean over positions of KL(base, other), in nats."""
+    kl_99: float
+    """Its 99th percentile: the positions where it hurts."""
+    same_top: float
+    """Fraction of positions at which both have the same likeliest token."""
+    perplexity: float
+    """Of the text, by the other; the last position of each window predicts nothing."""
+    base_perplexity: float
+
+
+def log_softmax(logits: Floats) -> NDArray[np.float64]:
+    """Log-probabilities f64[.., vocabulary] of logits of any float type; the last axis is normalized."""
+    x = logits.astype(np.float64)
+    x -= x.max(-1, keepdims=True)
+    return np.asarray(x - np.log(np.exp(x).sum(-1, keepdims=True)))
+
+
+def windows_of(ids: Sequence[int], window: int) -> list[NDArray[np.int64]]:
+    """A text's token ids in pieces of ``window``, the last one shorter; a single token at the end predicts nothing and is
+    left out."""
+    return [np.array(ids[i : i + window], np.int64) for i in range(0, len(ids) - 1, window)]
+
+
+def log_probabilities(program: Program, windows: Iterable[NDArray[np.int64]]) -> Iterator[NDArray[np.float64]]:
+    """f64[positions, vocabulary] of each window, as compiled for this machine's processor.
+
+    ``program`` has one graph ``forward`` over tokens i64[batch, positions] that gives ``logits``; raises WasatError for
+    another.
+    """
+    from wasat.driver import Executable
+
+    name = tokens_name(program)
+    run = Executable(program)
+    for ids in windows:
+        logits = run(**{name: ids[None]})["logits"]
+        assert isinstance(logits, np.ndarray)
+        yield log_softmax(logits[0])
+
+
+def tokens_name(program: Program) -> str:
+    """The input of ``forward`` that takes a text's tokens. Raises WasatError where it takes more, or gives no logits."""
+    g = program.graphs.get("forward")
+    if g is None or "logits" not in g.output_names or len(g.inputs) != 1 or not token_inputs(g):
+        takes = "no graph forward" if g is None else f"{', '.join(v.name for v in g.inputs)} -> {', '.join(g.output_names)}"
+        raise WasatError(f"a text is for a forward that takes tokens [batch, positions] and gives logits; this one: {takes}")
+    return g.inputs[0].name
+
+
+def text_ids(program: Program, text: str) -> list[int]:
+    """Token ids of a text, by the tokenizer that came with the model. Raises WasatError where there is none."""
+    import tokenizers
+
+    written = program.origin.texts.get("tokenizer.json")
+    if written is None and program.origin.tokenizer:
+        written = Path(program.origin.tokenizer).read_text(encoding="utf-8")
+    if written is None:
+        raise WasatError("the model came without a tokenizer (tokenizer.json): a text cannot become tokens")
+    return list(tokenizers.Tokenizer.from_str(written).encode(text).ids)
+
+
+def quality(
+    base: Iterable[Floats], other: Iterable[Floats], windows: Sequence[NDArray[np.int64]],
+    progress: Callable[[int], None] = lambda done: None,
+) -> Quality:
+    """Compares log-probabilities [positions, vocabulary] of each window, read one window at a time; ``progress`` is told how
+    many windows are done. Raises ValueError where the vocabularies differ, or one side has fewer windows."""
+    kl, same, loss, base_loss = [], [], [], []
+    for i, (ids, b, x) in enumerate(zip(windows, base, other, strict=True), 1):
+        if b.shape != x.shape:
+            raise ValueError(f"window {i}: log-probabilities are {list(b.shape)} and {list(x.shape)}")
+        for first in range(0, len(b), _ROWS):
+            wide, narrow = (y[first : first + _ROWS].astype(np.float64) for y in (b, x))
+            p = np.exp(wide)
+            with np.errstate(invalid="ignore"):
+                kl.append(np.where(p > 0, p * (wide - narrow), 0.0).sum(-1))
+        same.append(b.argmax(-1) == x.argmax(-1))
+        at = np.arange(len(ids) - 1), ids[1:]
+        loss.append(-x[at])
+        base_loss.append(-b[at])
+        progress(i)
+    each = np.concatenate(kl)
+    return Quality(
+        len(each), float(each.mean()), float(np.quantile(each, 0.99, method="higher")), float(np.concatenate(same).mean()),
+        float(np.exp(np.concatenate(loss).mean())), float(np.exp(np.concatenate(base_loss).mean())),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A quantized parameter in f32."""
+
+    type: TensorType
+    stored: ParamSource
+
+    is_data: ClassVar[bool] = True
+
+    def load(self) -> np.ndarray:
+        x = self.stored.load()
+        assert isinstance(x, QArray)
+        return x.dense()
+
+
+def dense(program: Program) -> Program:
+    """A copy whose quantized parameters are f32: what others are measured against."""
+    out = program.copy()
+    graph = out["forward"]
+    for node in list(graph.nodes):
+        w = node.inputs[0] if node.op.name == "dequantize" else None
+        if w is not None and w.param is not None:
+            name, t = f"{w.param}|dense", TensorType(DType.F32, w.type.shape)
+            out.params[name] = Dense(t, out.params[w.param])
+            graph.replace_uses(node.output, graph.add_param(name, t))
+            graph.erase(node)
+            del graph.params[w.param], out.params[w.param]
+    return out
+
+
+def bits(program: Program) -> int:
+    """Of all parameters that ``forward`` reads, scales and zero points included; divided by the base's number of weights: bits
+    per weight."""
+    total = 0
+    for name in program["forward"].params:
+        t = program.params[name].type
+        *rows, columns = (evaluate_dim(d, {}) for d in t.shape or (1,))
+        width = evaluate_dim(t.row_bits, {}) if isinstance(t, QTensorType) else columns * t.dtype.bits
+        total += math.prod(rows) * width
+    return total
