@@ -25,18 +25,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 OPS = ("attention", "conv", "elementwise", "index", "linalg", "nn", "cond", "reduce", "rope", "scan", "shape")
 ROOMS = ("ir", "passes", "backends", "frontend", "runtime", "training")
+CACHES = [f"tests/passes/test_{x}.py" for x in ("kv_cache", "kv_cache_refused", "rows", "kept", "kept_refused")]
 TESTS = {  # what covers a file; for others it is the file of the same name, or the room
     "frontend/models/encoders.py": ["tests/frontend/test_sentence.py"],
     "frontend/models/modernbert.py": ["tests/frontend/test_sentence.py"],
     "runtime/template.py": ["tests/runtime/test_templates.py"],
     "runtime/embedding.py": ["tests/runtime/test_embedding.py", "tests/face/test_embed.py"],
     "passes/analyses/rows.py": ["tests/passes/test_rows.py"],
-    "passes/analyses/axis.py": ["tests/passes/test_kv_cache.py", "tests/passes/test_rows.py", "tests/passes/test_kept.py"],
-    "passes/analyses/later.py": ["tests/passes/test_kept.py"],
+    "passes/analyses/axis.py": CACHES,
+    "passes/analyses/later.py": ["tests/passes/test_kept.py", "tests/passes/test_kept_refused.py"],
+    "passes/serving/kept.py": ["tests/passes/test_kept.py", "tests/passes/test_kept_refused.py"],
+    "passes/fusion/fuse_rope.py": ["tests/passes/test_fuse_rope.py", "tests/passes/test_fuse_rope_pairs.py"],
     "passes/serving/absorb.py": ["tests/passes/test_absorb.py"],
     "passes/analyses/mask.py": [
         "tests/passes/test_mask.py", "tests/passes/test_fuse_attention.py", "tests/passes/test_fuse_masks.py",
-        "tests/passes/test_kv_cache.py",
+        "tests/passes/test_kv_cache.py", "tests/passes/test_kv_cache_refused.py",
     ],
     "passes/analyses/affine.py": [
         "tests/passes/test_indexing.py", "tests/passes/test_affine.py", "tests/passes/test_fuse_attention.py",
@@ -54,7 +57,7 @@ TESTS = {  # what covers a file; for others it is the file of the same name, or 
         "tests/passes/test_fuse_attention.py", "tests/passes/test_fuse_masks.py", "tests/passes/test_near_patterns.py",
     ],
     "passes/fusion/fuse_norm.py": ["tests/passes/test_fuse_norm.py", "tests/passes/test_near_patterns.py"],
-    "passes/serving/kv_cache.py": ["tests/passes/test_kv_cache.py", "tests/passes/test_rows.py", "tests/passes/test_kept.py"],
+    "passes/serving/kv_cache.py": CACHES,
     "passes/cleanup/algebra.py": ["tests/passes/test_cleanup.py"],
     "passes/cleanup/clean_loops.py": ["tests/passes/test_clean_loops.py", "tests/passes/test_inference.py"],
     "passes/serving/inference.py": ["tests/passes/test_inference.py"],

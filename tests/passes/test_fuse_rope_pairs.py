@@ -1,0 +1,81 @@
+"""Rotary position embedding of interleaved pairs: every spelling, and features that are not pairs."""
+
+from __future__ import annotations
+
+import pytest
+from test_fuse_rope import DIMS, HALF_TABLES, INV, graph, product
+from wasat.passes import FuseRope
+
+from wasat.testing import check_pass, check_untouched
+
+PAIRS = """
+  %pairs: f32[b, s, 3, 2, 2] = reshape(%x) {shape=(b, s, 3, 2, 2)}
+  %s1: f32[b, s, 3, 2, 1] = slice(%pairs) {starts=(0, 0, 0, 0, 0), stops=(b, s, 3, 2, 1)}
+  %s2: f32[b, s, 3, 2, 1] = slice(%pairs) {starts=(0, 0, 0, 0, 1), stops=(b, s, 3, 2, 2)}
+  %x1: f32[b, s, 3, 2] = reshape(%s1) {shape=(b, s, 3, 2)}
+  %x2: f32[b, s, 3, 2] = reshape(%s2) {shape=(b, s, 3, 2)}
+"""
+JOINED = """
+  %r1: f32[b, s, 3, 2, 1] = reshape(%y1) {shape=(b, s, 3, 2, 1)}
+  %r2: f32[b, s, 3, 2, 1] = reshape(%y2) {shape=(b, s, 3, 2, 1)}
+  %both: f32[b, s, 3, 2, 2] = concat(%r1, %r2) {axis=4}
+  %y: f32[b, s, 3, 4] = reshape(%both) {shape=(b, s, 3, 4)}
+"""
+
+
+def test_interleaved_pairs() -> None:
+    want = graph(INV, "%y: f32[b, s, 3, 4] = rope(%x, %at, %constant) {interleaved=true}")
+    check_pass(FuseRope(), graph(HALF_TABLES, PAIRS, product("3, 2]"), JOINED), want, DIMS)
+
+
+EVERY_SECOND = """
+  %x1: f32[b, s, 3, 2] = slice(%x) {starts=(0, 0, 0, 0), stops=(b, s, 3, 4), steps=(1, 1, 1, 2)}
+  %x2: f32[b, s, 3, 2] = slice(%x) {starts=(0, 0, 0, 1), stops=(b, s, 3, 4), steps=(1, 1, 1, 2)}
+"""
+
+
+def test_every_second_feature() -> None:
+    """x[..., ::2] and x[..., 1::2], stacked."""
+    want = graph(INV, "%y: f32[b, s, 3, 4] = rope(%x, %at, %constant) {interleaved=true}")
+    for even in (EVERY_SECOND, EVERY_SECOND.replace("(0, 0, 0, 0), stops=(b, s, 3, 4)", "(0, 0, 0, 0), stops=(b, s, 3, 3)")):
+        check_pass(FuseRope(), graph(HALF_TABLES, even, product("3, 2]"), JOINED), want, DIMS)
+
+
+@pytest.mark.parametrize("old, new", [
+    ("%x1: f32[b, s, 3, 2] = slice(%x) {starts=(0, 0, 0, 0)", "%x1: f32[b, s, 3, 2] = slice(%x) {starts=(0, 0, 0, 1)"),
+    ("starts=(0, 0, 0, 1)", "starts=(0, 0, 0, 0)"),
+    ("(0, 0, 0, 0), stops=(b, s, 3, 4), steps=(1, 1, 1, 2)", "(0, 0, 0, 0), stops=(b, s, 3, 2)"),
+    ("(0, 0, 0, 1), stops=(b, s, 3, 4), steps=(1, 1, 1, 2)", "(0, 0, 0, 1), stops=(b, s, 3, 3)"),
+    ("(0, 0, 0, 0), stops=(b, s, 3, 4), steps=(1, 1, 1, 2)", "(0, 0, 0, 0), stops=(b, s, 3, 4), steps=(1, 1, 1, 3)"),
+])  # fmt: skip
+def test_other_features(old: str, new: str) -> None:
+    pairs = EVERY_SECOND.replace(old, new, 1)
+    assert pairs != EVERY_SECOND
+    check_untouched(FuseRope(), graph(HALF_TABLES, pairs, product("3, 2]"), JOINED), "are not its even and its odd features")
+
+
+def test_every_second_feature_of_other_heads() -> None:
+    pairs = EVERY_SECOND.replace("%x)", "%u)").replace("3, 4), steps=(1, 1, 1", "6, 4), steps=(1, 1, 2")
+    wide = "\n  %u: f32[b, s, 6, 4] = concat(%x, %x) {axis=2}"
+    check_untouched(FuseRope(), graph(HALF_TABLES, wide, pairs, product("3, 2]"), JOINED), None)
+
+
+@pytest.mark.parametrize("way", ["halves in, pairs out", "pairs in, halves out", "second before first", "heads among pairs"])
+def test_pairs_put_otherwise(way: str) -> None:
+    pairs, joined, tables, n, reason = PAIRS, JOINED, HALF_TABLES, "3, 2]", "does not hold the pairs of features"
+    match way:
+        case "halves in, pairs out":
+            pairs = pairs.replace("3, 2, 2]", "3, 1, 4]").replace("(b, s, 3, 2, 2)}\n  %s1", "(b, s, 3, 1, 4)}\n  %s1")
+            pairs = pairs.replace("3, 2, 1] = slice", "3, 1, 2] = slice")
+            pairs = pairs.replace("0, 1), stops=(b, s, 3, 2, 2)", "0, 2), stops=(b, s, 3, 1, 4)")
+            pairs = pairs.replace("0, 0), stops=(b, s, 3, 2, 1)", "0, 0), stops=(b, s, 3, 1, 2)")
+        case "pairs in, halves out":
+            joined = joined.replace("3, 2, 1", "3, 1, 2").replace("3, 2, 2]", "3, 1, 4]")
+        case "second before first":
+            pairs = pairs.replace("(%s1)", "(%s0)").replace("(%s2)", "(%s1)").replace("(%s0)", "(%s2)")
+            reason = "%s2 and %s1 are not halves of one vector"
+        case _:
+            n, tables = "2, 3]", tables.replace("s, 2]", "s, 3]").replace("1, 2", "1, 3").replace("f32[2]", "f32[3]")
+            tables = tables.replace("0.1>", "0.1 0.01>")
+            pairs = pairs.replace("3, 2] = reshape", "2, 3] = reshape").replace("(b, s, 3, 2)}", "(b, s, 2, 3)}")
+    check_untouched(FuseRope(), graph(tables, pairs, product(n), joined), reason)
