@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -65,10 +66,10 @@ def _of_dims(operation: _Operator) -> _Operator:
     """An operator of dimensions; with an operand that is none, such as a tensor, it is up to that."""
 
     @wraps(operation)
-    def operator(self: Dim, other: object) -> Any:
+    def apply(self: Dim, other: object) -> Any:
         return operation(self, other) if isinstance(other, (Dim, Integral)) else NotImplemented
 
-    return cast(_Operator, operator)
+    return cast(_Operator, apply)
 
 
 @dataclass(frozen=True, eq=True)
@@ -474,6 +475,10 @@ def parse_dim(text: str) -> DimLike:
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise DimError(f"{text[:200]!r} is not a dimension expression") from None
 
+_SIGNS: dict[type[ast.operator], Callable[[Any, Any], DimLike]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: floordiv, ast.Mod: mod,
+}  # fmt: skip
+
 
 def _from_ast(node: ast.expr) -> DimLike:
     match node:
@@ -483,19 +488,8 @@ def _from_ast(node: ast.expr) -> DimLike:
             return symbol(name)
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             return -_from_ast(operand)
-        case ast.BinOp(left=left, op=op, right=right):
-            a, b = _from_ast(left), _from_ast(right)
-            match op:
-                case ast.Add():
-                    return a + b
-                case ast.Sub():
-                    return a - b
-                case ast.Mult():
-                    return a * b
-                case ast.FloorDiv():
-                    return floordiv(a, b)
-                case ast.Mod():
-                    return mod(a, b)
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _SIGNS:
+            return _SIGNS[type(op)](_from_ast(left), _from_ast(right))
         case ast.Call(func=ast.Name(id="max" | "min" as name), args=[x, y]):
             return _FUNCS[name](_from_ast(x), _from_ast(y))
     raise ValueError(ast.dump(node))

@@ -23,7 +23,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-OPS = ("attention", "conv", "elementwise", "index", "linalg", "nn", "cond", "reduce", "rope", "scan", "shape")
+OPS = ("attention", "cache", "conv", "elementwise", "index", "linalg", "nn", "cond", "reduce", "rope", "scan", "shape", "unary")
 ROOMS = ("ir", "passes", "backends", "frontend", "runtime", "training")
 CACHES = [f"tests/passes/test_{x}.py" for x in ("kv_cache", "kv_cache_refused", "rows", "kept", "kept_refused")]
 TESTS = {  # what covers a file; for others it is the file of the same name, or the room
@@ -79,7 +79,7 @@ TESTS = {  # what covers a file; for others it is the file of the same name, or 
     **{f"frontend/{x}.py": [f"tests/frontend/test_gguf{y}.py" for y in ("", "_hostile", "_llamacpp")]
        for x in ("weights/gguf", "gguf/metadata", "gguf/model", "gguf/tokenizer")},
     "ir/lift.py": ["tests/ir/test_lift.py", "tests/passes/test_rows.py"],
-    "ir/parser.py": ["tests/ir/test_text.py", "tests/ir/test_hostile_text.py"],
+    **{f"ir/{x}.py": ["tests/ir/test_text.py", "tests/ir/test_hostile_text.py"] for x in ("parser", "tokens")},
     "ir/dims.py": ["tests/ir/test_dims.py"],
     "ir/vjp.py": ["tests/ir/test_vjp.py", "tests/passes/test_autodiff.py"],
     "ir/ops/quant.py": ["tests/ir/test_registry.py", "tests/passes/test_quantize.py"],

@@ -3,6 +3,7 @@
 from . import (
     attention,
     bits,
+    cache,
     cond,
     constant,
     conv,
@@ -20,9 +21,10 @@ from . import (
     scan,
     shape,
     signal,
+    unary,
 )
 
 __all__ = [
-    "attention", "bits", "cond", "constant", "conv", "elementwise", "grouped", "index", "linalg", "logic", "nn", "pool",
-    "quant", "random", "reduce", "rope", "scan", "shape", "signal",
+    "attention", "bits", "cache", "cond", "constant", "conv", "elementwise", "grouped", "index", "linalg", "logic", "nn",
+    "pool", "quant", "random", "reduce", "rope", "scan", "shape", "signal", "unary",
 ]  # fmt: skip

@@ -14,15 +14,11 @@ from ..dims import DimLike, require_at_most, require_equal
 from ..errors import TypeMismatch
 from ..op import ErrorSample, Op, Sample, concrete, floating, register, same_dtype
 from ..types import TensorType, Type
-from .elementwise import wide
+from .elementwise import wave, wide
 
 if TYPE_CHECKING:
     from ..builder import Builder
     from ..graph import Node, Value
-
-
-def _wave(*shape: int, step: float = 0.37) -> np.ndarray:
-    return np.sin(np.arange(int(np.prod(shape))) * step).astype(np.float32).reshape(shape)
 
 
 @register
@@ -143,20 +139,20 @@ class Conv(Op):
         return [gx, b.transpose(gw, perm=(1, 0, *(2 + i for i in axes)))]
 
     def samples(self) -> Iterable[Sample]:
-        yield Sample([_wave(2, 3, 7), _wave(4, 3, 3)], {"strides": (1,), "low": (2,), "high": (0,)})
+        yield Sample([wave(2, 3, 7), wave(4, 3, 3)], {"strides": (1,), "low": (2,), "high": (0,)})
         yield Sample(
-            [_wave(2, 4, 9), _wave(6, 2, 3)], {"strides": (2,), "low": (1,), "high": (2,), "dilation": (2,), "groups": 2}
+            [wave(2, 4, 9), wave(6, 2, 3)], {"strides": (2,), "low": (1,), "high": (2,), "dilation": (2,), "groups": 2}
         )
-        yield Sample([_wave(1, 3, 8, 6), _wave(4, 3, 2, 3)], {"strides": (2, 3), "low": (0, 0), "high": (0, 1)})
+        yield Sample([wave(1, 3, 8, 6), wave(4, 3, 2, 3)], {"strides": (2, 3), "low": (0, 0), "high": (0, 1)})
         yield Sample(  # transposed
-            [_wave(2, 2, 3, 2), _wave(3, 2, 3, 2)],
+            [wave(2, 2, 3, 2), wave(3, 2, 3, 2)],
             {"strides": (1, 1), "low": (2, 1), "high": (1, 1), "input_dilation": (2, 3)},
         )
-        yield Sample([_wave(1, 3, 8), _wave(3, 1, 3)], {"strides": (1,), "low": (-1,), "high": (-2,), "groups": 3})
-        yield Sample([_wave(1, 2, 2), _wave(2, 2, 3)], {"strides": (1,), "low": (0,), "high": (0,)})  # no place fits
-        yield Sample([_wave(1, 2, 3, 4, 3), _wave(2, 2, 2, 2, 3)], {"strides": (1,) * 3, "low": (0,) * 3, "high": (1, 0, 1)})
+        yield Sample([wave(1, 3, 8), wave(3, 1, 3)], {"strides": (1,), "low": (-1,), "high": (-2,), "groups": 3})
+        yield Sample([wave(1, 2, 2), wave(2, 2, 3)], {"strides": (1,), "low": (0,), "high": (0,)})  # no place fits
+        yield Sample([wave(1, 2, 3, 4, 3), wave(2, 2, 2, 2, 3)], {"strides": (1,) * 3, "low": (0,) * 3, "high": (1, 0, 1)})
         yield Sample(
-            [_wave(2, 40, 5).astype(np.float16), _wave(3, 40, 3).astype(np.float16)],
+            [wave(2, 40, 5).astype(np.float16), wave(3, 40, 3).astype(np.float16)],
             {"strides": (1,), "low": (1,), "high": (1,)}, grad=(),
         )  # fmt: skip
 

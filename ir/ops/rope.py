@@ -14,8 +14,8 @@ from ..dims import DimLike, equal, require_equal
 from ..errors import TypeMismatch
 from ..op import ErrorSample, Op, Sample, floating, register
 from ..types import DType, TensorType
-from .attention import rank4, wave
-from .elementwise import wide
+from .cache import rank4
+from .elementwise import wave, wide
 from .index import indices
 
 if TYPE_CHECKING:

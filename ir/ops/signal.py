@@ -15,15 +15,11 @@ from ..dims import DimLike, less_equal, require_at_most
 from ..errors import TypeMismatch
 from ..op import ErrorSample, Op, Sample, concrete, floating, register
 from ..types import DType, TensorType
-from .elementwise import wide
+from .elementwise import wave, wide
 
 if TYPE_CHECKING:
     from ..builder import Builder
     from ..graph import Value
-
-
-def _wave(*shape: int) -> np.ndarray:
-    return np.sin(np.arange(int(np.prod(shape))) * 0.7).astype(np.float32).reshape(shape)
 
 
 @register
@@ -121,12 +117,12 @@ class Dft(Op):
         return b.cast(y, dtype=own) if work is not own else y
 
     def samples(self) -> Iterable[Sample]:
-        yield Sample([_wave(2, 6, 1)], {"length": 6}, atol=1e-5)
-        yield Sample([_wave(2, 6, 2)], {"length": 6, "inverse": True})
-        yield Sample([_wave(3, 7, 1)], {"length": 5, "onesided": True}, atol=1e-5)
-        yield Sample([_wave(5, 2)], {"length": 7}, atol=1e-5)
-        yield Sample([_wave(2, 4, 2)], {"length": 6, "inverse": True, "onesided": True})
-        yield Sample([_wave(2, 3, 2)], {"length": 5, "inverse": True, "onesided": True})
+        yield Sample([wave(2, 6, 1, step=0.7)], {"length": 6}, atol=1e-5)
+        yield Sample([wave(2, 6, 2, step=0.7)], {"length": 6, "inverse": True})
+        yield Sample([wave(3, 7, 1, step=0.7)], {"length": 5, "onesided": True}, atol=1e-5)
+        yield Sample([wave(5, 2, step=0.7)], {"length": 7}, atol=1e-5)
+        yield Sample([wave(2, 4, 2, step=0.7)], {"length": 6, "inverse": True, "onesided": True})
+        yield Sample([wave(2, 3, 2, step=0.7)], {"length": 5, "inverse": True, "onesided": True})
 
     def errors(self) -> Iterable[ErrorSample]:
         yield ErrorSample(["f32[b, 4, 3]"], {"length": 4}, "dft takes x")

@@ -13,7 +13,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as I
 from wasat.ir import DType, IRError, Node, QArray, QTensorType, TensorType, Type, equal
 from wasat.ir.dims import Dim
-from wasat.ir.ops.attention import CacheAttrs
+from wasat.ir.ops.cache import CacheAttrs
 from wasat.ir.ops.constant import Constant
 from wasat.ir.ops.random import PARITY, ROTATIONS
 from wasat.ir.ops.reduce import ReduceAttrs
