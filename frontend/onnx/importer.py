@@ -37,7 +37,7 @@ from .emit import Dims, Emitter
 from .errors import FromData, OnnxError
 from .files import CODE, Source, array, element, parameter
 from .pasts import leave_off, pasts, same_length
-from .registry import CONVERTERS, Inline, NodeView, converter
+from .registry import ATTRIBUTES, CONVERTERS, Inline, NodeView, converter
 from .undecided import reads, undecided
 
 OLDEST, NEWEST = 7, 28
@@ -403,6 +403,9 @@ class Importer:
 
     def _check_operands(self, node: onnx.NodeProto, scope: str, inputs: Sequence[Any], schema: Any) -> None:
         if schema is None:
+            for a in node.attribute:
+                if a.name not in ATTRIBUTES[_domain(node.domain), node.op_type]:
+                    raise self.fail(f"{node.op_type} node {scope!r} has an attribute {a.name}, which is not understood")
             return
         version = f"{node.op_type} of operator set {schema.since_version}"
         if not schema.min_input <= len(inputs) <= schema.max_input or len(node.output) > schema.max_output:

@@ -31,14 +31,20 @@ CONVERTERS: dict[tuple[str, str], list[tuple[int, Converter]]] = {}
 """(domain, operator) -> (operator-set version since which it holds, converter), oldest first."""
 
 
-def op(*names: str, since: int = 1, domain: str = "") -> Callable[[Converter], Converter]:
+ATTRIBUTES: dict[tuple[str, str], frozenset[str]] = {}
+"""(domain, operator) -> the attributes that its converter understands, of operators whose schema onnx does not have."""
+
+
+def op(*names: str, since: int = 1, domain: str = "", attributes: str = "") -> Callable[[Converter], Converter]:
     """Registers ``f(c, n, *inputs)`` for operators: ``c`` emits, ``n`` holds the attributes, an absent input is None.
 
-    It returns one operand, or a tuple of them (None for an output that does not exist).
+    It returns one operand, or a tuple of them (None for an output that does not exist). ``attributes``: the names that it
+    understands, of an operator without a schema; a node with another one is refused.
     """
 
     def put(f: Converter) -> Converter:
         for name in names:
+            ATTRIBUTES[domain, name] = frozenset(attributes.split())
             entry = CONVERTERS.setdefault((domain, name), [])
             entry.append((since, f))
             entry.sort(key=lambda e: e[0])

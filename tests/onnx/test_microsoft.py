@@ -65,6 +65,7 @@ def test_what_is_not_read_is_refused_by_name() -> None:
         ("heads, memory", {"unidirectional": 1}, "unidirectional with 5 queries and 7 keys"),
         ("rotation", {"num_heads": 2}, "turn 16 features, and a head has 32"),
         ("rotation of a part", {"rotary_embedding_dim": 16}, "turn 8 features, and a head has 16"),
+        ("rotation", {"theta": 0}, "RotaryEmbedding node .* has an attribute theta, which is not understood"),
     ):  # fmt: skip
         model = onnx.ModelProto()
         model.CopyFrom(CASES[name].model)

@@ -23,8 +23,8 @@ def _layer_norm(c: Emitter, x: Operand, weight: Operand, bias: Operand | None, e
     return c.layer_norm(x, weight, *(() if bias is None else (bias,)), eps=eps)
 
 
-@op("SimplifiedLayerNormalization")
-@op("SimplifiedLayerNormalization", domain=MICROSOFT)
+@op("SimplifiedLayerNormalization", attributes="axis epsilon stash_type")
+@op("SimplifiedLayerNormalization", domain=MICROSOFT, attributes="axis epsilon stash_type")
 def simplified_layer_norm(c: Emitter, n: NodeView, x: Operand, weight: Operand) -> Any:
     if n.get("axis", -1) % c.rank(x) != c.rank(x) - 1 or n.wants(1):
         raise n.fail("a norm over other axes than the last one, or its statistics, are not supported")
@@ -39,7 +39,7 @@ def _skipped(c: Emitter, n: NodeView, x: Operand, skip: Operand, bias: Operand |
     return total if bias is None else c.add(total, bias)
 
 
-@op("SkipSimplifiedLayerNormalization", domain=MICROSOFT)
+@op("SkipSimplifiedLayerNormalization", domain=MICROSOFT, attributes="epsilon")
 def skip_simplified_layer_norm(
     c: Emitter, n: NodeView, x: Operand, skip: Operand, weight: Operand, bias: Operand | None = None
 ) -> Any:
@@ -47,7 +47,7 @@ def skip_simplified_layer_norm(
     return c.rms_norm(total, weight, eps=n.get("epsilon", 1e-12)), None, None, total
 
 
-@op("SkipLayerNormalization", domain=MICROSOFT)
+@op("SkipLayerNormalization", domain=MICROSOFT, attributes="epsilon")
 def skip_layer_norm(
     c: Emitter, n: NodeView, x: Operand, skip: Operand, weight: Operand, beta: Operand | None = None,
     bias: Operand | None = None,
@@ -56,7 +56,7 @@ def skip_layer_norm(
     return _layer_norm(c, total, weight, beta, n.get("epsilon", 1e-12)), None, None, total
 
 
-@op("EmbedLayerNormalization", domain=MICROSOFT)
+@op("EmbedLayerNormalization", domain=MICROSOFT, attributes="epsilon mask_index_type")
 def embed_layer_norm(
     c: Emitter, n: NodeView, ids: Operand, segments: Operand | None, words: Operand, places: Operand,
     kinds: Operand | None, weight: Operand, beta: Operand, mask: Operand | None = None, positions: Operand | None = None,
@@ -86,12 +86,12 @@ def fast_gelu(c: Emitter, n: NodeView, x: Operand, bias: Operand | None = None) 
     return c.gelu(x if bias is None else c.add(x, bias), approximate="tanh")
 
 
-@op("QuickGelu", domain=MICROSOFT)
+@op("QuickGelu", domain=MICROSOFT, attributes="alpha")
 def quick_gelu(c: Emitter, n: NodeView, x: Operand) -> Any:
     return c.mul(x, c.sigmoid(c.mul(x, n.get("alpha", 1.702))))
 
 
-@op("FusedMatMul", domain=MICROSOFT)
+@op("FusedMatMul", domain=MICROSOFT, attributes="alpha transA transB transBatchA transBatchB")
 def fused_matmul(c: Emitter, n: NodeView, x: Operand, y: Operand) -> Any:
     def turned(v: Operand, last: str, batch: str) -> Any:
         rank = c.rank(v)
@@ -128,7 +128,7 @@ def _turned(
     return out if width == depth else c.concat(out, rest, axis=3)
 
 
-@op("RotaryEmbedding", domain=MICROSOFT)
+@op("RotaryEmbedding", domain=MICROSOFT, attributes="interleaved is_packed_batching num_heads rotary_embedding_dim scale")
 def rotary(c: Emitter, n: NodeView, x: Operand, positions: Operand, cos: Operand, sin: Operand) -> Any:
     """x [b, s, h*d] or [b, h, s, d]; positions [b, s], or that of the first token [1]."""
     if n.get("is_packed_batching", 0) or n.get("scale", 1.0) != 1.0:
@@ -195,7 +195,11 @@ def _attended(c: Emitter, n: NodeView, q: Any, k: Any, v: Any, more: tuple[Any, 
     return c.view(y, b, s, h * d)
 
 
-@op("GroupQueryAttention", domain=MICROSOFT)
+@op(
+    "GroupQueryAttention", domain=MICROSOFT,
+    attributes="causal do_rotary k_quant_type kv_cache_bit_width kv_num_heads local_window_size num_heads qk_output "
+    "rotary_interleaved scale smooth_softmax softcap v_quant_type",
+)  # fmt: skip
 def group_query_attention(
     c: Emitter, n: NodeView, q: Operand, k: Operand | None, v: Operand | None, past_k: Operand | None = None,
     past_v: Operand | None = None, lengths: Operand | None = None, total: Operand | None = None, cos: Operand | None = None,
@@ -232,7 +236,7 @@ def group_query_attention(
     return (y, *_present(c, n, k, v))
 
 
-@op("MultiHeadAttention", domain=MICROSOFT)
+@op("MultiHeadAttention", domain=MICROSOFT, attributes="mask_filter_value num_heads scale unidirectional")
 def multi_head_attention(
     c: Emitter, n: NodeView, q: Operand, k: Operand | None = None, v: Operand | None = None, bias: Operand | None = None,
     mask: Operand | None = None, added: Operand | None = None, past_k: Operand | None = None, past_v: Operand | None = None,
@@ -271,7 +275,11 @@ def multi_head_attention(
     return (y, *_present(c, n, k, v))
 
 
-@op("Attention", domain=MICROSOFT)
+@op(
+    "Attention", domain=MICROSOFT,
+    attributes="do_rotary mask_filter_value num_heads past_present_share_buffer qkv_hidden_sizes rotary_embedding_dim scale "
+    "unidirectional",
+)  # fmt: skip
 def attention(
     c: Emitter, n: NodeView, x: Operand, weights: Operand, bias: Operand | None = None, mask: Operand | None = None,
     past: Operand | None = None, added: Operand | None = None, *others: Operand | None,
@@ -294,7 +302,11 @@ def attention(
 _ACTIVATIONS = ("relu", "gelu", "silu", "identity", "swiglu")
 
 
-@op("MoE", domain=MICROSOFT)
+@op(
+    "MoE", domain=MICROSOFT,
+    attributes="activation_alpha activation_beta activation_type k normalize_routing_weights swiglu_fusion swiglu_limit "
+    "use_sparse_mixer",
+)  # fmt: skip
 def mixture(
     c: Emitter, n: NodeView, x: Operand, router: Operand, w1: Operand, b1: Operand | None, w2: Operand,
     b2: Operand | None = None, w3: Operand | None = None, b3: Operand | None = None,

@@ -396,7 +396,7 @@ def _key(*operands: Operand | None) -> tuple[Any, ...]:
     return tuple(x.param if isinstance(x, Value) else x.tobytes() if isinstance(x, np.ndarray) else None for x in operands)
 
 
-@op("MatMulNBits", domain=MICROSOFT)
+@op("MatMulNBits", domain=MICROSOFT, attributes="K N accuracy_level bits block_size")
 def matmul_nbits(
     c: Emitter, n: NodeView, x: Operand, w: Operand, scale: Operand, zero: Operand | None = None,
     group: Operand | None = None, bias: Operand | None = None,
@@ -442,7 +442,7 @@ def matmul_nbits(
     return c.linear(x, c.to(dense, c.dtype(x)), *extra)
 
 
-@op("GatherBlockQuantized", domain=MICROSOFT)
+@op("GatherBlockQuantized", domain=MICROSOFT, attributes="bits block_size gather_axis quantize_axis")
 def gather_block_quantized(
     c: Emitter, n: NodeView, w: Operand, ids: Operand, scale: Operand, zero: Operand | None = None
 ) -> Any:
