@@ -27,7 +27,7 @@ DEPLOYED = {
     "PIL", "av", "jinja2", "wgpu", "pyopencl",  # as extras
 }  # fmt: skip
 """What runtime/, which runs where the compiler is not installed, may import beyond the standard library."""
-LONGEST = 600
+LONGEST = 500
 
 
 def files(room: str) -> list[Path]:

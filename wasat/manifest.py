@@ -56,7 +56,7 @@ def interface_json(program: Program, target: Target) -> dict[str, Any]:
 
 
 def _tensor(name: str, type: Any) -> dict[str, Any]:
-    from wasat.backends.tvm.lower import tvm_dtype
+    from wasat.backends.tvm.layouts import tvm_dtype
 
     return {"name": name, "dtype": tvm_dtype(type.dtype), "shape": [d if isinstance(d, int) else str(d) for d in type.shape]}
 

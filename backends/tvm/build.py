@@ -20,7 +20,8 @@ from wasat.ir import Dim, DType, Graph, IRError, Program, WasatError, evaluate_d
 from wasat.ir.dims import Func
 from wasat.ir.evaluate import bind_symbols, hold_checks
 
-from .lower import Begin, Kernels, Left, WeightPlan, lower_program
+from .layouts import Begin
+from .lower import Kernels, Left, WeightPlan, lower_program
 from .ops.cond import EQUAL, hold_equal
 from .ops.indices import OUTSIDE, Given, given, outside
 from .ops.narrow import carried, uncarried

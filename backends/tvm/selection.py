@@ -7,7 +7,8 @@ from typing import Any
 
 from wasat.ir import Attrs, Builder, DimLike, DType, Graph, Node, TensorType, Value
 
-from .lower import KernelCall, Layout, Result
+from .layouts import Layout
+from .lower import KernelCall, Result
 
 Shape = tuple[DimLike, ...]
 

@@ -27,7 +27,8 @@ from .cpu.arch import ARCHES, Arch, arch_here, arch_of
 from .cpu.kernels.cache import GROUP, CacheType
 from .gpu import select as gpu_kernels
 from .gpu.limits import CUDA, Limits
-from .lower import Select, StateLayout, Table
+from .layouts import StateLayout
+from .lower import Select, Table
 from .ops.devices import DEVICES
 from .ops.primitives import PRIMITIVES
 from .plan.device import OPENCL, WEBGPU, WEBGPU_F16, Device

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from wasat.ir import Array, IRError, QArray
 
-from .lower import Layout, Packed, WeightPlan
+from .layouts import Layout, Packed
+from .lower import WeightPlan
 
 _SAFETENSORS: dict[str, str] = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3",

@@ -15,7 +15,8 @@ import numpy as np
 import tvm
 from tvm.s_tir import TensorIntrin
 from tvm.script import tirx as T
-from wasat.backends.tvm.lower import KernelCall, Left, Packed, Result, Select
+from wasat.backends.tvm.layouts import Packed
+from wasat.backends.tvm.lower import KernelCall, Left, Result, Select
 from wasat.backends.tvm.targets import Target, cpu
 from wasat.ir import Attrs, Builder, DType, Graph, Node, Program, QArray, QTensorType, TensorType, Type, Value
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import ChainMap
 from collections.abc import Container, Iterator, Mapping, MutableMapping, Sequence
@@ -16,7 +15,6 @@ from wasat.ir import (
     Dim,
     DimError,
     DimLike,
-    DType,
     Graph,
     Interface,
     IRError,
@@ -37,14 +35,13 @@ from .emit import Dims, Emitter
 from .errors import FromData, OnnxError
 from .files import CODE, Source, array, element, parameter
 from .pasts import leave_off, pasts, same_length
-from .registry import ATTRIBUTES, CONVERTERS, Inline, NodeView, converter
-from .undecided import reads, undecided
+from .registry import ATTRIBUTES, Inline, NodeView, converter, domain_of, schema_of
+from .supported import check_supported
+from .undecided import reads
 
 OLDEST, NEWEST = 7, 28
 """Operator sets read. Before them, operators that are defined the same."""
 MOST_NODES = 1_000_000
-FEW_NODES, MOST_GROWTH = 2**16, 16
-"""Inlining functions makes no more nodes than the one, and the other for each in the file: they may double with every line."""
 SMALL = 64
 """Integer initializers up to this many elements are constants, not parameters: they are sizes, axes, scalars."""
 MERGED = "use_cache_branch"
@@ -80,7 +77,7 @@ class Importer:
         self.params: dict[str, ParamSource] = {}
         self.c = Emitter(self.graph, self.params)
         self.weights = Weights()
-        self.functions = {(_domain(f.domain), f.name, f.overload): f for f in source.model.functions}
+        self.functions = {(domain_of(f.domain), f.name, f.overload): f for f in source.model.functions}
         self.symbols: dict[str, str] = {}
         self.count = 0
         self.declared: set[str] = set()
@@ -100,12 +97,12 @@ class Importer:
         model = self.source.model
         if not model.HasField("graph"):
             raise self.fail("the model has no graph; the file is damaged or truncated")
-        opsets = self._opsets(model.opset_import)
+        opsets = self.opsets(model.opset_import)
         for info in model.graph.input:
             t = info.type.tensor_type
             if info.name == MERGED and t.elem_type == onnx.TensorProto.BOOL and MERGED not in self.types:
                 self.constants = {MERGED: np.zeros([1] * len(t.shape.dim), np.bool_), **self.constants}
-        self._check_supported(model.graph, opsets)
+        check_supported(self, model.graph, opsets)
         self.declared = {d.dim_param for i in model.graph.input for d in i.type.tensor_type.shape.dim}
         env: Env = {}
         initialized = self._initializers(model.graph, env)
@@ -141,8 +138,8 @@ class Importer:
         return Program({"forward": self.graph}, self.params, Interface(model.graph.name or "model"), origin)
 
     # -- what the model declares -------------------------------------------------------------------------------------------
-    def _opsets(self, imports: Sequence[onnx.OperatorSetIdProto]) -> dict[str, int]:
-        opsets = {_domain(o.domain): o.version for o in imports}
+    def opsets(self, imports: Sequence[onnx.OperatorSetIdProto]) -> dict[str, int]:
+        opsets = {domain_of(o.domain): o.version for o in imports}
         version = opsets.setdefault("", NEWEST)
         if any(not 0 < v < 2**31 for k, v in opsets.items() if k):
             raise self.fail(f"the versions of the operator sets, {opsets}, make no sense")
@@ -244,98 +241,6 @@ class Importer:
         plain = self.symbols[text]
         return next((self.sizes[name] for name in (text, plain) if name in self.sizes), symbol(plain))
 
-    # -- what cannot be imported, all at once ------------------------------------------------------------------------------
-    def _check_supported(self, graph: onnx.GraphProto, opsets: Mapping[str, int]) -> None:
-        missing: dict[str, list[str]] = {}
-        for node, sets in self._all_nodes(graph.node, opsets, {}):
-            domain = _domain(node.domain)
-            if (domain, node.op_type, node.overload) in self.functions:
-                continue
-            schema = _schema(node.op_type, sets.get(domain, 0), domain)
-            version = schema.since_version if schema is not None else sets.get(domain, 1)
-            inlined = schema is not None and (schema.has_function or schema.has_context_dependent_function)
-            if converter(domain, node.op_type, version) is None and not inlined:
-                key = f"{domain}.{node.op_type}" if domain else node.op_type
-                if (domain, node.op_type) in CONVERTERS:
-                    key += f" of operator set {version}"
-                missing.setdefault(key, []).append(_label(node))
-        stored = sum(1 for _ in self._all_nodes(graph.node, opsets, {}))
-        if self._expanded(graph.node, {}) > (most := FEW_NODES + MOST_GROWTH * stored):
-            raise self.fail(f"{stored} nodes are more than {most:,} once functions are inlined")
-        waiting: dict[str, list[str]] = {}
-        inputs: set[str] = set()
-        for node, what, names in self._undecided(graph):
-            inputs |= names
-            waiting.setdefault(f"{what} depends on the numbers in {', '.join(sorted(names))}", []).append(_label(node))
-        parts = []
-        if missing:
-            parts.append(f"these operators are not supported:\n{_counted(missing)}")
-        if waiting:
-            parts.append(f"these must be known before a run:\n{_counted(waiting)}")
-        if missing:
-            raise self.fail("\n".join(parts))
-        if waiting:
-            raise FromData(f"{self.source.name}: {parts[0]}", tuple(sorted(inputs)))
-
-    def _undecided(self, graph: onnx.GraphProto) -> Iterator[tuple[onnx.NodeProto, str, frozenset[str]]]:
-        scalars = {t.name: t for t in graph.initializer}
-        for node in graph.node:
-            key = (_domain(node.domain), node.op_type, node.overload)
-            if key[:2] == ("", "Constant") and key not in self.functions:
-                scalars.update((name, a.t) for a in node.attribute if a.name == "value" for name in node.output)
-        constants: dict[str, Any] = {
-            name: array(t, self.source).item()
-            for name, t in scalars.items()
-            if t.data_type in (onnx.TensorProto.BOOL, onnx.TensorProto.INT64)
-            and t.data_location != onnx.TensorProto.EXTERNAL
-            and math.prod(t.dims) == 1
-        }
-        constants |= {k: np.asarray(x).item() for k, x in self.constants.items() if np.size(x) == 1}
-        given = {t.name for t in graph.initializer} | self.constants.keys()
-        data = {
-            i.name: frozenset([i.name])
-            for i in graph.input
-            if i.name not in given
-            and i.type.HasField("tensor_type")
-            and isinstance(self.types.get(i.name, TensorType(DType.F32, ())), TensorType)
-        }
-        return undecided(graph.node, data, constants, self.functions)
-
-    def _expanded(self, nodes: Sequence[onnx.NodeProto], known: dict[Any, int]) -> int:
-        """How many nodes there are with functions inlined, none of which calls itself; ``known`` says it of functions."""
-        total = len(nodes)
-        for node in nodes:
-            for a in node.attribute:
-                for g in [a.g] if a.type == onnx.AttributeProto.GRAPH else a.graphs:
-                    total += self._expanded(g.node, known)
-            key = (_domain(node.domain), node.op_type, node.overload)
-            if key in self.functions:
-                if key not in known:
-                    known[key] = self._expanded(self.functions[key].node, known)
-                total += known[key]
-        return total
-
-    def _all_nodes(
-        self, nodes: Sequence[onnx.NodeProto], opsets: Mapping[str, int], seen: dict[Any, bool]
-    ) -> Iterator[tuple[onnx.NodeProto, Mapping[str, int]]]:
-        """Every node, those of subgraphs included, and those of each function that is called, once.
-
-        ``seen`` says of a function whether its nodes are all visited; one that is reached again before calls itself.
-        """
-        for node in nodes:
-            yield node, opsets
-            for a in node.attribute:
-                for g in [a.g] if a.type == onnx.AttributeProto.GRAPH else a.graphs:
-                    yield from self._all_nodes(g.node, opsets, seen)
-            key = (_domain(node.domain), node.op_type, node.overload)
-            f = self.functions.get(key)
-            if f is not None and not seen.get(key, False):
-                if key in seen:
-                    raise self.fail(f"function {node.op_type} calls itself")
-                seen[key] = False
-                yield from self._all_nodes(f.node, self._opsets(f.opset_import), seen)
-                seen[key] = True
-
     # -- execution ---------------------------------------------------------------------------------------------------------
     def _nodes(self, graph: onnx.GraphProto | onnx.FunctionProto, frame: Frame) -> None:
         for node in graph.node:
@@ -357,7 +262,7 @@ class Importer:
         self.count += 1
         if self.count > MOST_NODES:
             raise self.fail(f"more than {MOST_NODES} nodes, once functions are inlined and loops unrolled")
-        domain = _domain(node.domain)
+        domain = domain_of(node.domain)
         function = self.functions.get((domain, node.op_type, node.overload))
         scope = node.name or (node.output[0] if node.output else node.op_type)
         loc = Loc(self.source.name, None, scope=f"{frame.scope}/{scope}" if frame.scope else scope)
@@ -365,8 +270,8 @@ class Importer:
         last = self.graph.last
         try:
             if function is not None:
-                return self._call(function, node, inputs, frame, self._opsets(function.opset_import))
-            schema = _schema(node.op_type, frame.opsets.get(domain, 0), domain)
+                return self._call(function, node, inputs, frame, self.opsets(function.opset_import))
+            schema = schema_of(node.op_type, frame.opsets.get(domain, 0), domain)
             version = schema.since_version if schema is not None else frame.opsets.get(domain, 1)
             convert = converter(domain, node.op_type, version)
             if convert is None:
@@ -404,7 +309,7 @@ class Importer:
     def _check_operands(self, node: onnx.NodeProto, scope: str, inputs: Sequence[Any], schema: Any) -> None:
         if schema is None:
             for a in node.attribute:
-                if a.name not in ATTRIBUTES[_domain(node.domain), node.op_type]:
+                if a.name not in ATTRIBUTES[domain_of(node.domain), node.op_type]:
                     raise self.fail(f"{node.op_type} node {scope!r} has an attribute {a.name}, which is not understood")
             return
         version = f"{node.op_type} of operator set {schema.since_version}"
@@ -488,7 +393,7 @@ class Importer:
         version = frame.opsets[""]
         f = onnx.FunctionProto()
         if schema.context_dependent_function_opset_versions:
-            best = [v for v in schema.context_dependent_function_opset_versions if v <= version or _domain(node.domain)]
+            best = [v for v in schema.context_dependent_function_opset_versions if v <= version or domain_of(node.domain)]
             if not best:
                 raise self.fail(f"{node.op_type} node {node.name!r} has no definition at operator set {version}")
             types = [_type_proto(x, self.c).SerializeToString() for x in inputs]
@@ -499,7 +404,7 @@ class Importer:
         defaults = {a.name: a.default_value for a in schema.attributes.values() if a.default_value.name}
         given = {a.name for a in own}
         plain.attribute.extend(v for k, v in defaults.items() if k not in given)
-        opsets = {**frame.opsets, **{_domain(o.domain): o.version for o in f.opset_import}}
+        opsets = {**frame.opsets, **{domain_of(o.domain): o.version for o in f.opset_import}}
         return self._call(f, plain, inputs, Frame({}, opsets, {}, frame.scope, frame.depth), opsets)
 
     def subgraph(self, graph: onnx.GraphProto, frame: Frame, inputs: Sequence[Any]) -> list[Any]:
@@ -555,30 +460,6 @@ class Importer:
         finally:
             self.graph, self.c = outside
         return inner, results, list(captured)
-
-
-def _label(node: onnx.NodeProto) -> str:
-    return node.name or (node.output[0] if node.output else "?")
-
-
-def _counted(nodes: Mapping[str, list[str]]) -> str:
-    """A line for each reason: how many nodes it has, and the first of their names."""
-    return "\n".join(
-        f"  {key}: {len(names)} ({', '.join(names[:4])}{', …' if len(names) > 4 else ''})"
-        for key, names in sorted(nodes.items(), key=lambda kv: (-len(kv[1]), kv[0]))
-    )
-
-
-def _domain(name: str) -> str:
-    return "" if name == "ai.onnx" else name
-
-
-def _schema(name: str, version: int, domain: str) -> Any:
-    """The OpSchema (whose stub lacks half of its methods), or None for an operator that onnx does not define."""
-    try:
-        return onnx.defs.get_schema(name, version, domain)
-    except onnx.defs.SchemaError:
-        return None
 
 
 def _plain(x: Any) -> Any:

@@ -99,3 +99,15 @@ class NodeView:
 
     def fail(self, message: str) -> OnnxError:
         return OnnxError(f"{self.op} node {self.name!r}: {message}")
+
+
+def domain_of(name: str) -> str:
+    return "" if name == "ai.onnx" else name
+
+
+def schema_of(name: str, version: int, domain: str) -> Any:
+    """The OpSchema (whose stub lacks half of its methods), or None for an operator that onnx does not define."""
+    try:
+        return onnx.defs.get_schema(name, version, domain)
+    except onnx.defs.SchemaError:
+        return None

@@ -17,7 +17,7 @@ from .indexing import Indexing
 from .mask import FINITE_FILL
 
 if TYPE_CHECKING:
-    from .axis import Label
+    from .sequence import Label
 
 Sight = Literal["back", "within", "data", "ahead"]
 """``data``: what inputs say."""

@@ -10,106 +10,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
 
 from wasat.ir import DimLike, Graph, IRError, Node, Value, equal, symbol
 from wasat.ir.axes import AxisRule, Factor
-from wasat.ir.dims import maximum, minimum, symbols_of
+from wasat.ir.dims import maximum, minimum
 from wasat.ir.ops.attention import AttentionAttrs, mask_and_sink
-from wasat.ir.ops.conv import Conv
 from wasat.ir.ops.scan import ScanAttrs
-from wasat.ir.ops.shape import Concat, Pad, Slice
+from wasat.ir.ops.shape import Slice
 
 from .ahead import sight
 from .indexing import Indexing
 from .later import apart, beside, neutralized, stands_for
-
-Kind = Literal["fixed", "token", "position", "uniform", "pair", "scores", "last", "ahead"]
-
-
-@dataclass(frozen=True)
-class Label:
-    """Where a value stands in the analysis."""
-
-    kind: Kind
-    """``token``: depends on tokens. ``position``: on positions alone, the same for every row of the batch. ``uniform``: repeats
-    something fixed along the axis. ``pair``: depends on two positions alone, along ``axis`` and ``other``, as attention masks
-    do. ``scores``: on tokens and two positions. ``last``: made of what stands at the last token, along no axis any more.
-    ``ahead``: an element may depend on later tokens, or on how many there are."""
-    axis: int = 0
-    other: int = 0
-    mixes: bool = False
-    """The node needs more of earlier positions than its own."""
-    culprit: Node | Value | None = None
-    reason: str = ""
-    above: float | None = None
-    """Of pair and scores: the number that elements are where the index along ``other`` is larger than that along ``axis``."""
-    below: float | None = None
-    """The same where it is smaller."""
-    extra: int = 0
-    """Of token: how many elements more than tokens there are along the axis, in front and behind."""
-    valid: int = 0
-    """Of token: element i depends on tokens up to i alone for all but the last ``extra - valid``."""
-    key: int = -1
-    """Of pair and scores: the axis along which elements were already taken together; keys stand there, and queries do not."""
-    wide: int = -1
-    """Of scores: the axis on which ``front`` and ``back`` elements that are no positions stand beside those that are."""
-    front: int = 0
-    back: int = 0
-    rows: bool = False
-    """Depends on an input that differs between rows: of fixed, position, uniform and pair."""
-
-    @property
-    def served(self) -> bool:
-        """Whether it changes from call to call, and can be had."""
-        return self.kind not in ("fixed", "ahead")
-
-    @property
-    def along(self) -> bool:
-        return self.kind not in ("fixed", "last", "ahead")
-
-    @property
-    def lifted(self) -> bool:
-        """Whether it is the same for all rows in the graph, and not when each stands at positions of its own."""
-        return self.kind == "position" and not self.rows
-
-    @property
-    def relates(self) -> bool:
-        """Whether it runs along two axes."""
-        return self.kind in ("pair", "scores")
-
-    @property
-    def one_each(self) -> bool:
-        """Whether there is a part of it for each token, or one for all: what can be returned."""
-        return self.kind not in ("ahead", "pair", "scores") and not self.extra
-
-    @property
-    def axes(self) -> tuple[int, ...]:
-        """The axes along the sequence."""
-        return (self.axis, self.other) if self.relates else (self.axis,) if self.along else ()
-
-    def later(self, axis: int) -> float | None:
-        """The number of elements that are later along ``axis`` than along the other one, if it is known."""
-        return self.above if axis == self.other else self.below
-
-
-FIXED, LAST = Label("fixed"), Label("last")
-
+from .parts import part
+from .sequence import FIXED, LAST, Kind, Label, LooksAhead, axes_of, beyond
 
 _HINT = "if this is attention, explain says why it was not fused"
-
-
-class LooksAhead(Exception):
-    """What the axis rule of a node does not allow; the analysis attaches the node."""
 
 
 def analyze(graph: Graph, symbol: str, batch: DimLike = 1) -> dict[Value, Label]:
     """Labels of all values of ``graph`` along the dimension ``symbol``; ``batch``: how many rows inputs have."""
     labels: dict[Value, Label] = {}
     for v in [*graph.inputs, *graph.params.values()]:
-        axes = _axes_of(v.shape, symbol)
-        one = len(axes) == 1 and _beyond(v.shape[axes[0]], symbol) == 0
+        axes = axes_of(v.shape, symbol)
+        one = len(axes) == 1 and beyond(v.shape[axes[0]], symbol) == 0
         own = v.param is None and not isinstance(batch, int) and any(str(d) == str(batch) for d in v.shape)
         labels[v] = Label("fixed", rows=own) if not axes else Label("token", axes[0]) if one else _two(v, symbol)
     at = Indexing(())
@@ -123,12 +47,6 @@ def analyze(graph: Graph, symbol: str, batch: DimLike = 1) -> dict[Value, Label]
 
 def _two(v: Value, symbol: str) -> Label:
     return Label("ahead", culprit=v, reason=f"%{v.name} is {v.type}: {symbol} must be the size of just one axis")
-
-
-def _beyond(d: DimLike, name: str) -> int | None:
-    """How much larger than the symbol a size is; None for another function of it."""
-    n = d if isinstance(d, int) else d - symbol(name)
-    return n if isinstance(n, int) and not isinstance(d, int) else None
 
 
 def uncut(graph: Graph, name: str) -> Graph:
@@ -152,11 +70,6 @@ def uncut(graph: Graph, name: str) -> Graph:
 _MOST_CUT = 17
 
 
-def _axes_of(shape: Sequence[DimLike], symbol: str) -> list[int]:
-    """Axes whose size is the symbol, or that and a number; -1 for an axis whose size is another function of it."""
-    return [(i if _beyond(d, symbol) is not None else -1) for i, d in enumerate(shape) if symbol in symbols_of([d])]
-
-
 def _label(node: Node, given: list[Label], symbol: str, at: Indexing, labels: Mapping[Value, Label]) -> list[Label]:
     ahead = next((x for x in given if x.kind == "ahead"), None)
     if ahead is not None:
@@ -174,11 +87,11 @@ def _label(node: Node, given: list[Label], symbol: str, at: Indexing, labels: Ma
 
 def _fits(v: Value, label: Label, symbol: str) -> None:
     """Raises LooksAhead unless the axes along the sequence are those that the label says, and as long."""
-    if _axes_of(v.shape, symbol) != list(label.axes):
+    if axes_of(v.shape, symbol) != list(label.axes):
         raise LooksAhead(f"its result {v.type} does not run along {symbol} on one axis")
     for axis in label.axes:
         wanted = label.extra if not label.relates else label.front + label.back if axis == label.wide else 0
-        if _beyond(v.shape[axis], symbol) != wanted:
+        if beyond(v.shape[axis], symbol) != wanted:
             raise LooksAhead(f"its result {v.type} does not run along {symbol} on one axis")
 
 
@@ -195,7 +108,7 @@ def _own(
         return _attention(node, node.attrs, given, at, labels)
     if isinstance(node.attrs, ScanAttrs):
         return _scan(node, node.attrs, given, symbol)
-    if (shifted := _shifted(node, given, symbol)) is not None:
+    if (shifted := part(node, given, symbol)) is not None:
         return shifted
     return _general(node, given, symbol, at)
 
@@ -204,12 +117,12 @@ def _given_sizes(node: Node, symbol: str, at: Indexing) -> Label:
     """The label of what reads nothing along the sequence."""
     if symbol not in node.attrs.symbols:
         return FIXED
-    axes = _axes_of(node.outputs[0].shape, symbol)
+    axes = axes_of(node.outputs[0].shape, symbol)
     if node.op.kind == "source" and axes:
-        if axes != [0] or _beyond(node.output.shape[0], symbol) != 0:
+        if axes != [0] or beyond(node.output.shape[0], symbol) != 0:
             raise LooksAhead(f"it counts to {node.output.shape[0]}")
         return Label("position", 0)
-    if not axes or axes != _repeated(node, node.axes, symbol) or any(_beyond(node.output.shape[i], symbol) != 0 for i in axes):
+    if not axes or axes != _repeated(node, node.axes, symbol) or any(beyond(node.output.shape[i], symbol) != 0 for i in axes):
         raise LooksAhead(f"it depends on {symbol}, the number of tokens")
     if len(axes) == 2:
         return _pair(node, axes[0], axes[1], at)
@@ -222,7 +135,7 @@ def _takes_last(node: Node, given: Sequence[Label], symbol: str) -> bool:
     if node.op.name != "slice" or x.kind != "token" or x.extra:
         return False
     cut, old = Slice.Attrs.of(node), node.inputs[0].shape[x.axis]
-    return equal(cut.starts[x.axis], old - 1) is True and not _axes_of(node.output.shape, symbol)
+    return equal(cut.starts[x.axis], old - 1) is True and not axes_of(node.output.shape, symbol)
 
 
 def _after_last(node: Node, given: Sequence[Label], symbol: str) -> Label:
@@ -236,7 +149,7 @@ def _after_last(node: Node, given: Sequence[Label], symbol: str) -> Label:
 
 def _repeated(node: Node, rule: AxisRule, symbol: str) -> list[int]:
     """The axes along the sequence on which the result repeats what it is made of."""
-    along = _axes_of(node.outputs[0].shape, symbol)
+    along = axes_of(node.outputs[0].shape, symbol)
     return [i for i, axis in enumerate(rule.results[0]) if i in along and any(f.role == "repeated" for f in axis)]
 
 
@@ -409,93 +322,6 @@ def _over_keys(
         x, axis=min(axis, end), other=max(axis, end), wide=axis if x.wide >= 0 else -1, key=axis, culprit=node,
         above=after if straight else None, below=None if straight else after,
     )  # fmt: skip
-
-
-# -- parts of the sequence, and elements beside it ---------------------------------------------------------------------------
-def _shifted(node: Node, given: Sequence[Label], symbol: str) -> Label | None:
-    """The label of what takes a part of the sequence, puts something beside it, or reads a window of it; None for the rest."""
-    attrs: Any = node.attrs
-    if isinstance(attrs, Concat.Attrs):
-        return _joined(node, attrs.axis, given)
-    x = given[0]
-    if not x.along or any(y.along for y in given[1:]):
-        return None
-    for axis in x.axes:
-        if isinstance(attrs, Slice.Attrs):
-            size, lo, hi = node.inputs[0].shape[axis], attrs.starts[axis], attrs.stops[axis]
-            if (lo, attrs.steps[axis]) == (0, 1) and str(hi) == str(size):
-                continue
-            end = _beyond(hi, symbol)
-            if attrs.steps[axis] != 1 or not isinstance(lo, int) or end is None:
-                return None
-            return _cut(node, x, axis, lo, end)
-        if isinstance(attrs, Pad.Attrs):
-            low, high = attrs.low[axis], attrs.high[axis]
-            if (low, high) != (0, 0):
-                if not isinstance(low, int) or not isinstance(high, int) or low < 0 or high < 0:
-                    return None
-                return _beside(node, x, axis, low, high)
-        if isinstance(attrs, Conv.Attrs) and axis >= 2 and x.kind == "token":
-            low, high = attrs.low[axis - 2], attrs.high[axis - 2]
-            taps = node.inputs[1].shape[axis]
-            plain = attrs.strides[axis - 2] == 1 and attrs.input_dilation[axis - 2] == 1
-            if not (plain and isinstance(low, int) and isinstance(high, int) and isinstance(taps, int)) or low < 0:
-                return None
-            reach = attrs.dilation[axis - 2] * (taps - 1)
-            return _longer(node, x, axis, x.extra + low + high - reach, x.valid + low - reach)
-    return None
-
-
-def _longer(node: Node, x: Label, axis: int, extra: int, valid: int) -> Label:
-    valid = min(valid, extra)
-    does = {"conv": "is a convolution over", "slice": "takes a part of", "pad": "pads"}.get(node.op.name, "adds to")
-    if x.kind != "token" or (x.valid < 0 and node.op.kind != "view"):
-        raise LooksAhead(f"it {does} a part of the sequence")
-    if valid < 0 and valid < extra:
-        raise LooksAhead(f"it {does} the sequence: element i of its result depends on token i + {-valid}")
-    reason = f"it {does} the sequence" if extra else ""
-    return Label("token", axis, mixes=True, culprit=node, reason=reason, extra=extra, valid=valid)
-
-
-def _cut(node: Node, x: Label, axis: int, lo: int, end: int) -> Label | None:
-    """Elements ``lo`` to the number of tokens + ``end``."""
-    if not x.relates:
-        if x.kind != "token":
-            return None
-        if (behind := x.valid - lo) < min(0, x.valid):
-            raise LooksAhead(f"it takes a part of the sequence: element i of its result depends on token i + {-behind}")
-        return _longer(node, x, axis, end - lo, behind)
-    front, back = x.front - lo, end - x.front
-    if axis != x.wide or front < 0 or back < 0:
-        return None
-    return replace(x, front=front, back=back, wide=axis if front or back else -1, culprit=node)
-
-
-def _beside(node: Node, x: Label, axis: int, low: int, high: int) -> Label | None:
-    """``low`` elements in front, and ``high`` behind."""
-    if not x.relates:
-        return _longer(node, x, axis, x.extra + low + high, x.valid + low) if x.kind == "token" else None
-    if x.wide not in (-1, axis) or x.later(axis) is None or x.kind != "scores":
-        return None
-    return replace(x, front=x.front + low, back=x.back + high, wide=axis, culprit=node)
-
-
-def _joined(node: Node, axis: int, given: Sequence[Label]) -> Label | None:
-    """Of values joined end to end along the sequence: one that runs along it, and others of known sizes."""
-    at = [i for i, x in enumerate(given) if axis in x.axes]
-    if len(at) != 1:
-        return None
-    sizes = [v.shape[axis] for i, v in enumerate(node.inputs) if i != at[0]]
-    if not all(isinstance(d, int) for d in sizes):
-        return None
-    ints = [d for d in sizes if isinstance(d, int)]
-    low, high = sum(ints[: at[0]]), sum(ints[at[0] :])
-    x = given[at[0]]
-    others = [y for i, y in enumerate(given) if i != at[0]]
-    if not x.relates:
-        return _beside(node, x, axis, low, high) if all(y.kind == "fixed" for y in others) else None
-    query = x.axis + x.other - axis
-    return _beside(node, x, axis, low, high) if all(y.axes in ((), (query,)) and not y.extra for y in others) else None
 
 
 # -- operations with a rule of their own -------------------------------------------------------------------------------------

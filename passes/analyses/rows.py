@@ -15,7 +15,7 @@ from wasat.ir.axes import AxisRule, product, quotient
 from wasat.ir.ops.attention import AttentionAttrs
 from wasat.ir.ops.scan import ScanAttrs
 
-from .axis import Label, LooksAhead
+from .sequence import Label, LooksAhead
 
 
 @dataclass(frozen=True)

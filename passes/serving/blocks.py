@@ -9,7 +9,8 @@ from wasat.ir import DType, Value
 from ..analyses.mask import FINITE_FILL
 
 if TYPE_CHECKING:
-    from .kv_cache import Cache, Derivation
+    from .derivation import Derivation
+    from .plan import Cache
 
 
 def without_padding(d: Derivation, mask: Value) -> Value:

@@ -23,12 +23,13 @@ from wasat.ir.ops.reduce import CumSum
 from wasat.ir.ops.scan import ScanAttrs
 from wasat.ir.ops.shape import Concat, Pad, Slice
 
-from ..analyses.axis import Label, sees_ahead
+from ..analyses.axis import sees_ahead
 from ..analyses.later import stands_for
 from ..analyses.rows import FIRST, Place
+from ..analyses.sequence import Label
 
 if TYPE_CHECKING:
-    from .kv_cache import Derivation
+    from .derivation import Derivation
     from .plan import Cache, Plan
 
 

@@ -18,7 +18,8 @@ from wasat.ir.ops.attention import AttentionAttrs
 from wasat.ir.ops.constant import Iota
 from wasat.ir.ops.shape import Concat, Slice
 
-from ..analyses.axis import LooksAhead, image
+from ..analyses.axis import image
+from ..analyses.sequence import LooksAhead
 
 
 @dataclass

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from wasat.ir import DimLike, Graph, Node, State, TensorType, Value, symbol
 from wasat.ir.ops.attention import AttentionAttrs, mask_and_sink
 
-from ..analyses.axis import Label, sees_ahead
+from ..analyses.axis import sees_ahead
 from ..analyses.mask import ends
 from ..analyses.rows import Place
+from ..analyses.sequence import Label
 from .kept import Kept
 from .lead import Led
 

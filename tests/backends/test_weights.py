@@ -12,8 +12,9 @@ from safetensors.numpy import load_file
 from wasat.backends.tvm import weights
 from wasat.backends.tvm.cpu.kernels.isa import AVX2, AVX512_VNNI
 from wasat.backends.tvm.cpu.panels import PaddedBias, Panels
-from wasat.backends.tvm.lower import Layout, Packed, Plain, WeightPlan
-from wasat.backends.tvm.ops.primitives import PlainQuantized
+from wasat.backends.tvm.layouts import Layout, Packed, Plain
+from wasat.backends.tvm.lower import WeightPlan
+from wasat.backends.tvm.ops.quantized import PlainQuantized
 from wasat.ir import Array, IRError, QTensorType, TensorType, type_of
 from wasat.ir.ops.quant import quantize_array
 

@@ -306,7 +306,7 @@ def refused(m: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch) -> tuple[str, s
     with pytest.raises(OnnxError) as listed:
         from_onnx(m)
     with monkeypatch.context() as patch:
-        patch.setattr("wasat.frontend.onnx.importer.undecided", lambda *_: ())
+        patch.setattr("wasat.frontend.onnx.supported.undecided", lambda *_: ())
         with pytest.raises(OnnxError) as later:
             from_onnx(m)
     return str(listed.value), str(later.value)

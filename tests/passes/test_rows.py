@@ -231,6 +231,7 @@ def test_the_last_element_is_one() -> None:
 def test_the_check_of_passes_sees_a_wrong_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """Were the rows always taken for the first axis, the interpreter would find it."""
     from wasat.passes import PassError
+    from wasat.passes.analyses.rows import FIRST
     from wasat.passes.serving import kv_cache
 
     import wasat as ws
@@ -240,7 +241,7 @@ def test_the_check_of_passes_sees_a_wrong_cache(monkeypatch: pytest.MonkeyPatch)
     right = kv_cache.places
 
     def first(*given: Any) -> dict[Any, Any]:
-        return {v: p if p.axis == 0 else kv_cache.FIRST for v, p in right(*given).items()}
+        return {v: p if p.axis == 0 else FIRST for v, p in right(*given).items()}
 
     monkeypatch.setattr(kv_cache, "places", first)
     with pytest.raises(IRError, match="needs 2 == b"):

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from wasat.ir import DimLike, DType, Node, QArray, TensorType, Type, Value
 
-from ..lower import Layout, Packed, Result
+from ..layouts import Layout, Packed
+from ..lower import Result
 from .kernels.blocks import in_blocks
 from .kernels.grouped import Grouped, GroupRows, group_rows, grouped
 from .kernels.linear_float import Linear

@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 from wasat.ir import DimLike, QArray, Type
 
-from ..lower import Packed
+from ..layouts import Packed
 from .kernels.blocks import in_blocks, pack_blocks
 from .kernels.isa import Isa
 from .kernels.linear_float import Weights, packed_param

@@ -35,7 +35,8 @@ from wasat.ir.ops.grouped import QuantizedGroupedLinear
 from wasat.ir.ops.nn import NormAttrs
 from wasat.ir.ops.quant import QuantizedLinear
 
-from ..lower import KernelCall, Layout, Result
+from ..layouts import Layout
+from ..lower import KernelCall, Result
 from ..selection import KernelSelection, Shape
 from ..selection import is_f32 as _f32
 from ..selection import made_by as _made_by
@@ -56,6 +57,7 @@ from .kernels.norm import Norm, norm
 from .kernels.pack import BLOCK, padded
 from .kernels.quantize import WORDS, QuantizeRows, quantize_rows
 from .kernels.rope import QkvToCache, Rope, Rotary, qkv_to_cache, rope
+from .operands import is_past_plus_iota, part_of, rotary_of, state_of
 from .panels import PaddedBias, Panels, ints, known
 from .states import CacheLayout, state_layout
 from .strided import View, product, row_major, view_of
@@ -346,7 +348,7 @@ class Selection(KernelSelection):
         if positions.tensor.dtype is not DType.I64:
             positions = builder.cast(positions, dtype=DType.I64)
         x, weight, eps = self._head_norm(x)
-        rotary = _rotary(node, d)
+        rotary = rotary_of(node, d)
         desc = Rope(self.isa, h, rotary, weight is not None, eps, self.threads)
         operands = [x, positions, inv_freq, *([weight] if weight is not None else [])]
         [y] = self.call(node, desc, rope, operands, [Result(node.output.tensor)])
@@ -388,7 +390,7 @@ class Selection(KernelSelection):
         if not (_f32(q, k, v) and known(h) and self._is_cache(keys) and self._is_cache(values)):
             return
         capacity, g, d = keys.shape[1:]
-        for state in (self.states[_state(v).name] for v in (keys, values)):
+        for state in (self.states[state_of(v).name] for v in (keys, values)):
             if state.grows == a.ring:
                 raise IRError(f"{node!r}: %{state.name} is declared {state.kind}", node.loc)
         cache = Cache(g, d, v.shape[3], capacity if a.ring else None, self.cache)
@@ -423,7 +425,7 @@ class Selection(KernelSelection):
             self.graph.replace_uses(old, new)
 
     def _is_cache(self, v: Value) -> bool:
-        v = _state(v)
+        v = state_of(v)
         state = self.states.get(v.name) if v.node is None and v.param is None else None
         return state is not None and isinstance(state_layout(state, v.tensor, self.cache), CacheLayout)
 
@@ -443,15 +445,15 @@ class Selection(KernelSelection):
         if first is not None and second is not None:
             if first.inputs[1:] != second.inputs[1:] or first.attrs != second.attrs:
                 return None
-            if not _is_past_plus_iota(first.inputs[1], past):
+            if not is_past_plus_iota(first.inputs[1], past):
                 return None
-            q, k, inv_freq, rotary = first.inputs[0], second.inputs[0], first.inputs[2], _rotary(first, d)
+            q, k, inv_freq, rotary = first.inputs[0], second.inputs[0], first.inputs[2], rotary_of(first, d)
         elif first is not None or second is not None:
             return None
         (q, q_weight, q_eps), (k, k_weight, k_eps) = self._head_norm(q), self._head_norm(k)
         if (q_weight is None) != (k_weight is None) or q_eps != k_eps:
             return None
-        parts = [_part(x) for x in (q, k, v)]
+        parts = [part_of(x) for x in (q, k, v)]
         if None in parts:
             return None
         (qkv, q_at), (k_source, k_at), (v_source, v_at) = cast(Any, parts)
@@ -468,49 +470,3 @@ class Selection(KernelSelection):
         ]  # fmt: skip
         new_keys, new_values, new_q = self.call(node, desc, qkv_to_cache, [*operands, keys, values], results)
         return new_q, new_keys, new_values
-
-
-def _state(v: Value) -> Value:
-    """The state that ``v`` is, before what stands first was put into it."""
-    start = _made_by(v, "cache_start")
-    return start.inputs[2 + start.outputs.index(v)] if start is not None else v
-
-
-def _rotary(node: Node, head_dim: int) -> Rotary:
-    a: Any = node.attrs
-    return Rotary(head_dim, 2 * node.inputs[2].shape[0], a.factor, a.interleaved)
-
-
-def _part(x: Value) -> tuple[Value, int] | None:
-    """The value of which ``x`` [b, s, h, d] is a run of last-axis elements, in heads; and where the run begins."""
-    heads = _made_by(x, "reshape")
-    cut = _made_by(heads.inputs[0], "slice") if heads is not None else None
-    if cut is None or heads is None:
-        return None
-    whole, a = cut.inputs[0], cast(Any, cut.attrs)
-    lead = len(whole.shape) - 1
-    whole_rows = all(equal(lo, 0) and equal(hi, n) for lo, hi, n in zip(a.starts[:lead], a.stops[:lead], whole.shape))
-    if lead != 2 or not whole_rows or set(a.steps) != {1} or not known(a.starts[2]) or x.shape[:2] != whole.shape[:2]:
-        return None
-    return whole, a.starts[2]
-
-
-def _is_past_plus_iota(positions: Value, past: Value) -> bool:
-    """Whether ``positions`` [b, s] is past[:, None] + iota, of which past[:, None] is left where s is 1."""
-
-    def column(v: Value) -> bool:
-        return _reshaped(v, (past.shape[0], 1)) is past
-
-    total = _made_by(positions, "add")
-    if total is None:
-        return column(positions)
-    return any(
-        column(start) and _made_by(_reshaped(steps, (1, positions.shape[1])), "iota") is not None
-        for start, steps in (total.inputs, total.inputs[::-1])
-    )
-
-
-def _reshaped(v: Value, shape: Shape) -> Value:
-    """What ``v`` was before it was given ``shape``; ``v`` itself if no reshape did that."""
-    node = _made_by(v, "reshape")
-    return node.inputs[0] if node is not None and v.shape == shape else v

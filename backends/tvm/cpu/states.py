@@ -8,7 +8,7 @@ from typing import Literal, cast
 import numpy as np
 from wasat.ir import DType, State, TensorType
 
-from ..lower import StateLayout
+from ..layouts import StateLayout
 from .kernels.cache import GROUP, CacheType, cache_shape, pack_cache, unpack_cache
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from wasat.ir import IRError, Type
 
-from ..lower import Layout, Packed, Plain
+from ..layouts import Layout, Packed, Plain
 from .kernels.formats import Floats, Format
 
 

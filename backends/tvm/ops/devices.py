@@ -8,7 +8,8 @@ from tvm import relax
 from tvm.script import tirx as T
 from wasat.ir import Node
 
-from ..lower import Context, Lowering, Table, lowering_into, tvm_dtype
+from ..layouts import tvm_dtype
+from ..lower import Context, Lowering, Table, lowering_into
 from .ordering import sorted_by, top_by
 from .primitives import PRIMITIVES
 from .scan import COUNTED

@@ -12,7 +12,8 @@ from wasat.ir.dims import DimLike
 from wasat.ir.ops.bits import Bitcast
 from wasat.ir.ops.elementwise import Cast
 
-from ..lower import Context, Lowering, lowering_into, tvm_dtype
+from ..layouts import tvm_dtype
+from ..lower import Context, Lowering, lowering_into
 from .narrow import NARROW, float_code, integer, integer_code, numbers
 
 R = relax.op

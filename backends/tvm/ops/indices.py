@@ -14,7 +14,8 @@ from tvm import relax, tirx
 from tvm.script import tirx as T
 from wasat.ir import Attrs, Builder, DimLike, DType, Graph, IRError, Node, Op, TensorType, Type, Value, less_equal
 
-from ..lower import Context, Lowering, tvm_dtype
+from ..layouts import tvm_dtype
+from ..lower import Context, Lowering
 
 OUTSIDE = "wasat.outside"
 """What compiled code calls, with the place in the graph, the index, the least one and one more than the largest."""

@@ -19,7 +19,8 @@ from wasat.ir import DType, Node
 from wasat.ir.ops.index import ScatterAttrs, Sort, TopK
 
 from ..cpu.kernels.emit import ceil_div, int64, minimum, symbol
-from ..lower import Context, Lowering, tvm_dtype
+from ..layouts import tvm_dtype
+from ..lower import Context, Lowering
 
 R = relax.op
 

@@ -14,7 +14,8 @@ from tvm import relax, te, tirx
 from tvm.script import tirx as T
 from wasat.ir import DimLike, Graph, Node, Value, symbols_of
 
-from ..lower import Context, Lowering, Table, called_functions, emit_nodes, tvm_dtype
+from ..layouts import tvm_dtype
+from ..lower import Context, Lowering, Table, called_functions, emit_nodes
 
 R = relax.op
 _LO, _HI = "(lo)", "(hi)"

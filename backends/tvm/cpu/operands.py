@@ -1,0 +1,59 @@
+"""What a kernel's operands were before the graph gave them another form: a run of a merged projection, positions, a state."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from wasat.ir import Node, Value, equal
+
+from ..selection import Shape
+from ..selection import made_by as _made_by
+from .kernels.rope import Rotary
+from .panels import known
+
+
+def state_of(v: Value) -> Value:
+    """The state that ``v`` is, before what stands first was put into it."""
+    start = _made_by(v, "cache_start")
+    return start.inputs[2 + start.outputs.index(v)] if start is not None else v
+
+
+def rotary_of(node: Node, head_dim: int) -> Rotary:
+    """The turn that a ``rope`` makes of heads so wide."""
+    a: Any = node.attrs
+    return Rotary(head_dim, 2 * node.inputs[2].shape[0], a.factor, a.interleaved)
+
+
+def part_of(x: Value) -> tuple[Value, int] | None:
+    """The value of which ``x`` [b, s, h, d] is a run of last-axis elements, in heads; and where the run begins."""
+    heads = _made_by(x, "reshape")
+    cut = _made_by(heads.inputs[0], "slice") if heads is not None else None
+    if cut is None or heads is None:
+        return None
+    whole, a = cut.inputs[0], cast(Any, cut.attrs)
+    lead = len(whole.shape) - 1
+    whole_rows = all(equal(lo, 0) and equal(hi, n) for lo, hi, n in zip(a.starts[:lead], a.stops[:lead], whole.shape))
+    if lead != 2 or not whole_rows or set(a.steps) != {1} or not known(a.starts[2]) or x.shape[:2] != whole.shape[:2]:
+        return None
+    return whole, a.starts[2]
+
+
+def is_past_plus_iota(positions: Value, past: Value) -> bool:
+    """Whether ``positions`` [b, s] is past[:, None] + iota, of which past[:, None] is left where s is 1."""
+
+    def column(v: Value) -> bool:
+        return reshaped(v, (past.shape[0], 1)) is past
+
+    total = _made_by(positions, "add")
+    if total is None:
+        return column(positions)
+    return any(
+        column(start) and _made_by(reshaped(steps, (1, positions.shape[1])), "iota") is not None
+        for start, steps in (total.inputs, total.inputs[::-1])
+    )
+
+
+def reshaped(v: Value, shape: Shape) -> Value:
+    """What ``v`` was before it was given ``shape``; ``v`` itself if no reshape did that."""
+    node = _made_by(v, "reshape")
+    return node.inputs[0] if node is not None and v.shape == shape else v
