@@ -23,6 +23,8 @@ class _Table:
     """Numbers, or a parameter."""
     factor: float
     shape: tuple[DimLike, ...]
+    pairs: bool
+    """Whether each angle stands twice side by side, as interleaved pairs take them."""
 
 
 _SHAPING = ("reshape", "broadcast_to")
@@ -31,11 +33,14 @@ _SWAP = (0, 2, 1, 3)
 
 def _table(v: Value) -> _Table:
     """Reads where ``v`` came from; raises Mismatch where it is no such table."""
-    table, factor, fn = v, 1.0, ""
+    table, factor, fn, pairs = v, 1.0, "", False
     while not fn:
         node = v.node
         if node is None:
             raise Mismatch(f"%{table.name} is no table of cosines or sines of positions")
+        if (once := _each_twice(v)) is not None:
+            pairs, v = True, once
+            continue
         if node.op.name in ("cos", "sin"):
             fn = node.op.name
         elif node.op.name == "mul" and (number := number_of(node.inputs[1])) is not None:  # clean-up puts constants second
@@ -45,6 +50,8 @@ def _table(v: Value) -> _Table:
         v = node.inputs[0]
     repeats = 1
     v = _past_units(v)
+    if (once := _each_twice(v)) is not None:
+        pairs, v = True, _past_units(once)
     if v.node is not None and v.node.op.name == "concat":  # along another axis than the last, the width would not fit
         if len(set(v.node.inputs)) > 1:
             raise Mismatch(f"%{v.name} does not repeat the same angles")
@@ -61,7 +68,7 @@ def _table(v: Value) -> _Table:
             continue
         if isinstance(size, int) and frequency.shape[-1:] == (size,):
             inv_freq = source if source.const is None else source.const.reshape(-1)
-            return _Table(fn, at, inv_freq, factor, _check_width(table, repeats * size))
+            return _Table(fn, at, inv_freq, factor, _check_width(table, (1 + pairs) * repeats * size), pairs)
     raise Mismatch(f"%{v.name} is no product of integer positions [.., 1] and constant frequencies")
 
 
@@ -76,6 +83,18 @@ def _moves_units(v: Value) -> bool:
     if v.node is None or v.node.op.name not in _SHAPING:
         return False
     return _sizes(v) == _sizes(v.node.inputs[0])
+
+
+def _each_twice(v: Value) -> Value | None:
+    """What ``v`` [.., 2n] holds each element of twice, side by side, as [.., n, 1]."""
+    if v.node is None or v.node.op.name != "reshape" or (both := v.node.inputs[0]).node is None:
+        return None
+    if both.node.op.name not in ("broadcast_to", "concat") or len(set(both.node.inputs)) > 1:
+        return None
+    once, n = both.node.inputs[0], both.shape[-2] if len(both.shape) > 1 else 0
+    twice = both.shape[-1] == 2 and once.shape[-1:] == (1,) and _sizes(once) == [d for d in both.shape[:-1] if d != 1]
+    same = v.shape[-1:] == (2 * n,) and [d for d in v.shape[:-1] if d != 1] == [d for d in both.shape[:-2] if d != 1]
+    return once if twice and same else None
 
 
 def _sizes(v: Value) -> list[DimLike]:
@@ -99,18 +118,24 @@ def _positions(v: Value) -> Value | None:
 
 
 # -- what replaces them --------------------------------------------------------------------------------------------------------
-def _rope(b: Builder, x: Value, cos: Value, sin: Value, repeats: int, interleaved: bool = False) -> Value:
-    """x rotated by the angles of two tables that broadcast to it; raises Mismatch."""
+def _rope(
+    b: Builder, x: Value, cos: Value, sin: Value, repeats: int, interleaved: bool = False, pairs: bool = False
+) -> Value:  # fmt: skip
+    """x rotated by the angles of two tables that broadcast to it, each ``repeats`` times, side by side if ``pairs``; raises
+    Mismatch.
+    """
     c, s = _table(cos), _table(sin)
     if (c.fn, s.fn) != ("cos", "sin"):
         raise Mismatch(f"%{cos.name} and %{sin.name} are not cosine and sine in this order")
-    same = c.positions is s.positions and c.factor == s.factor and c.shape == s.shape
+    same = c.positions is s.positions and (c.factor, c.shape, c.pairs) == (s.factor, s.shape, s.pairs)
     numbers = isinstance(c.inv_freq, np.ndarray) and isinstance(s.inv_freq, np.ndarray)
     if not same or not (np.array_equal(c.inv_freq, s.inv_freq) if numbers else c.inv_freq is s.inv_freq):  # type: ignore[arg-type]
         raise Mismatch(f"%{cos.name} and %{sin.name} are not of the same angles")
     if len(x.shape) != 4:
         raise Mismatch(f"{x!r} has not the four axes batch, position, head, feature")
     count = c.inv_freq.size if isinstance(c.inv_freq, np.ndarray) else c.inv_freq.tensor.size
+    if c.pairs != pairs:
+        raise Mismatch(f"%{cos.name} holds its angles in another order than %{x.name} its pairs of features")
     if c.shape[-1] != repeats * count:
         raise Mismatch(f"%{cos.name} holds {c.shape[-1]} angles per position for {count} frequencies")
     shape = (*(1,) * (4 - len(c.shape)), *c.shape)
@@ -220,6 +245,14 @@ def _every_second(v: Value, first: int) -> bool:
     return whole and (attrs.starts[-1], attrs.steps[-1], v.shape[-1]) == (first, 2, shape[-1] // 2)
 
 
+def _check_pairs(m: Match) -> None:
+    """Raises Mismatch where the parts of x are not the first and the second features of its pairs."""
+    if "x1" in m and "x2" in m:
+        _halves(m["x1"], m["x2"])
+    elif not ("even" in m and "odd" in m and _every_second(m["even"], 0) and _every_second(m["odd"], 1)):
+        raise Mismatch(f"the parts of %{m['x'].name} are not its even and its odd features")
+
+
 class _Pairs(Rewrite):
     """The same with pairs (2i, 2i + 1): x reshaped to [.., half, 2] and taken apart, or every second feature of x -> rope(x),
     interleaved
@@ -246,11 +279,33 @@ class _Pairs(Rewrite):
         apart = pairs.shape == (*x.shape[:-1], half, 2) == m["both"].shape
         if not apart or m["y1"].shape != (*x.shape[:-1], half):
             raise Mismatch(f"%{pairs.name} does not hold the pairs of features of %{x.name}")
-        if "x1" in m and "x2" in m:
-            _halves(m["x1"], m["x2"])  # of a pair
-        elif not ("even" in m and "odd" in m and _every_second(m["even"], 0) and _every_second(m["odd"], 1)):
-            raise Mismatch(f"the parts of %{x.name} are not its even and its odd features")
+        _check_pairs(m)
         return _rope(b, x, m["cos"], m["sin"], repeats=1, interleaved=True)
+
+
+class _RotatePairs(Rewrite):
+    """x * cos + stack(-x[1::2], x[::2]) * sin, each angle twice side by side -> rope(x), interleaved"""
+
+    landmark: ClassVar[str] = "neg"
+
+    def is_landmark(self, node: Node) -> bool:
+        return super().is_landmark(node) and (_of("slice", node) or _of("reshape", node))
+
+    def pattern(self, p: Tracer, x: Var, cos: Var, sin: Var) -> Pattern:
+        pairs = p.shared(p.named("pairs", p.reshape(x)))
+        s1, s2 = (p.shared(p.named(k, p.slice(pairs))) for k in ("x1", "x2"))
+        even, odd = (p.shared(p.named(k, p.slice(x))) for k in ("even", "odd"))
+        first = p.either(p.reshape(p.neg(p.either(odd, p.reshape(s2)))), p.neg(s2))
+        second = p.either(p.reshape(p.either(even, p.reshape(s1))), s1)
+        return p.add(p.mul(x, cos), p.mul(p.reshape(p.named("both", p.concat(first, second, axis=4))), sin))
+
+    def build(self, b: Builder, m: Match) -> Value:
+        x = m["x"]
+        whole = (*x.shape[:-1], x.shape[-1] // 2, 2)
+        if m["both"].shape != whole or ("pairs" in m and m["pairs"].shape != whole):
+            raise Mismatch(f"%{m['both'].name} does not hold the pairs of features of %{x.name}")
+        _check_pairs(m)
+        return _rope(b, x, m["cos"], m["sin"], repeats=2, interleaved=True, pairs=True)
 
 
 class _Partial(Rewrite):
@@ -271,6 +326,33 @@ class _Partial(Rewrite):
         return b.transpose(y, perm=_SWAP) if "swapped" in m else y
 
 
+class _RepeatedHeads(Rewrite):
+    """rope(repeat(x)) -> repeat(rope(x)) where heads are repeated: each is turned once, and attention sees what it shares"""
+
+    def pattern(self, p: Tracer, one: Var, positions: Var, inv_freq: Var) -> Pattern:
+        repeated = p.named("heads", p.reshape(p.named("spread", p.broadcast_to(one))))
+        swapped = p.named("swapped", p.transpose(repeated, perm=_SWAP))
+        return p.either(
+            p.named("rope", p.rope(repeated, positions, inv_freq)), p.named("rope", p.rope(swapped, positions, inv_freq))
+        )
+
+    def build(self, b: Builder, m: Match) -> Value:
+        one, spread, old, axis = m["one"], m["spread"].shape, m["rope"].node.attrs, 1 if "swapped" in m else 2
+        shape = (*spread[: axis + 1], *spread[axis + 2 :])  # of the heads there are
+        if one.shape != (*spread[: axis + 1], 1, *spread[axis + 2 :]) or len(shape) != 4:
+            raise Mismatch(f"%{m['spread'].name} does not repeat heads")
+        if m["heads"].shape != (*shape[:axis], shape[axis] * spread[axis + 1], *shape[axis + 1 :]):
+            raise Mismatch(f"%{m['heads'].name} does not put what repeats a head beside it")
+
+        def turned(v: Value) -> Value:
+            return b.transpose(v, perm=_SWAP) if axis == 1 else v
+
+        x = turned(b.reshape(one, shape=shape))
+        y = b.rope(x, m["positions"], m["inv_freq"], factor=old.factor, interleaved=old.interleaved)
+        y = b.broadcast_to(b.reshape(turned(y), shape=one.shape), shape=spread)
+        return turned(b.reshape(y, shape=m["heads"].shape))
+
+
 class _Narrow(Rewrite):
     """cast(rope(cast(x))) -> rope(x) of the narrow type: the operation computes in f32 by itself"""
 
@@ -287,10 +369,10 @@ class _Narrow(Rewrite):
 class FuseRope(Rewrites):
     """Rotary position embedding written out -> ``rope(x, positions, inv_freq)``.
 
-    Halves rotated together or apart, interleaved pairs, a rotated part of each head, a factor on the tables; where positions
+    Halves or interleaved pairs, rotated together or apart, a rotated part of each head, a factor on the tables; where positions
     follow heads in x, transposes are put around. Tables may be shared between layers; their angles must be products of integer
     positions and constant frequencies, in f32 or wider. Tables rounded to f16 are replaced by f32 ones.
     """
 
     name = "fuse-rope"
-    rules = (_RotateHalf(), _Halves(), _Pairs(), _Partial(), _Narrow())
+    rules = (_RotateHalf(), _Halves(), _Pairs(), _RotatePairs(), _Partial(), _RepeatedHeads(), _Narrow())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from test_fuse_rope import DIMS, HALF_TABLES, INV, graph, product
+from test_fuse_rope import DIMS, HALF_TABLES, INV, TABLES, TURN, graph, product
 from wasat.passes import FuseRope
 
 from wasat.testing import check_pass, check_untouched
@@ -79,3 +79,56 @@ def test_pairs_put_otherwise(way: str) -> None:
             tables = tables.replace("0.1>", "0.1 0.01>")
             pairs = pairs.replace("3, 2] = reshape", "2, 3] = reshape").replace("(b, s, 3, 2)}", "(b, s, 2, 3)}")
     check_untouched(FuseRope(), graph(tables, pairs, product(n), joined), reason)
+
+
+# -- together: x * cos + stack(-odd, even) * sin ---------------------------------------------------------------------------
+EACH_TWICE = """
+  %a1: f32[s, 2, 1] = reshape(%a) {shape=(s, 2, 1)}
+  %a2: f32[s, 2, 2] = broadcast_to(%a1) {shape=(s, 2, 2)}
+  %aa: f32[s, 4] = reshape(%a2) {shape=(s, 4)}"""
+TWICE = TABLES.replace("\n  %aa: f32[s, 4] = concat(%a, %a) {axis=1}", EACH_TWICE)
+"""Each angle twice, side by side."""
+TURNED = """
+  %neg: f32[b, s, 3, 2] = neg(%x2)
+  %r1: f32[b, s, 3, 2, 1] = reshape(%neg) {shape=(b, s, 3, 2, 1)}
+  %r2: f32[b, s, 3, 2, 1] = reshape(%x1) {shape=(b, s, 3, 2, 1)}
+  %both: f32[b, s, 3, 2, 2] = concat(%r1, %r2) {axis=4}
+  %rot: f32[b, s, 3, 4] = reshape(%both) {shape=(b, s, 3, 4)}
+  %m1: f32[b, s, 3, 4] = mul(%x, %c)
+  %m2: f32[b, s, 3, 4] = mul(%rot, %n)
+  %y: f32[b, s, 3, 4] = add(%m1, %m2)
+"""
+AFTER_CUT = TURNED.replace("neg: f32[b, s, 3, 2]", "r1: f32[b, s, 3, 2, 1]").replace("neg(%x2)", "neg(%s2)")
+AFTER_CUT = "\n".join(x for x in AFTER_CUT.splitlines() if "reshape(%neg)" not in x and "%r2:" not in x).replace("%r2)", "%s1)")
+CUT = "\n".join(PAIRS.splitlines()[:4])
+
+
+@pytest.mark.parametrize("parts, turned", [(EVERY_SECOND, TURNED), (PAIRS, TURNED), (CUT, AFTER_CUT)])
+def test_pairs_turned_together(parts: str, turned: str) -> None:
+    want = graph(INV, "%y: f32[b, s, 3, 4] = rope(%x, %at, %constant) {interleaved=true}")
+    late = TWICE.replace("%c: f32[s, 1, 4] = cos(%t)", "").replace("%n: f32[s, 1, 4] = sin(%t)", "").split("%a1")[0] + "".join(
+        f"""
+  %{k}a: f32[s, 2] = {f}(%a)
+  %{k}b: f32[s, 2, 1] = reshape(%{k}a) {{shape=(s, 2, 1)}}
+  %{k}d: f32[s, 2, 2] = concat(%{k}b, %{k}b) {{axis=2}}
+  %{k}: f32[s, 1, 4] = reshape(%{k}d) {{shape=(s, 1, 4)}}""" for k, f in (("c", "cos"), ("n", "sin"))
+    )  # fmt: skip
+    for tables in (TWICE, late):  # angles repeated, and cosines
+        check_pass(FuseRope(), graph(tables, parts, turned), want, DIMS)
+
+
+@pytest.mark.parametrize("tables, parts, turned, reason", [
+    (TABLES, EVERY_SECOND, TURNED, "%c holds its angles in another order"),
+    (TWICE, EVERY_SECOND, TURNED.replace("neg(%x2)", "neg(%x1)").replace("reshape(%x1)", "reshape(%x2)"), "even and its odd"),
+    (TWICE, PAIRS, TURNED.replace("neg(%x2)", "neg(%x1)").replace("reshape(%x1)", "reshape(%x2)"), "not halves of one vector"),
+    (TWICE, EVERY_SECOND, TURNED.replace("concat(%r1, %r2)", "concat(%r2, %r1)"), None),
+    (TWICE.replace("(s, 2, 1)", "(s, 1, 2)").replace("[s, 2, 1]", "[s, 1, 2]"), EVERY_SECOND, TURNED, None),
+    (TWICE.replace("2, 2]", "1, 4]").replace("2, 2)", "1, 4)").replace("2, 1]", "1, 2]").replace("2, 1)", "1, 2)").replace(
+        "broadcast_to(%a1) {shape=(s, 1, 4)}", "concat(%a1, %a1) {axis=2}"), EVERY_SECOND, TURNED, "another order"),
+])  # fmt: skip
+def test_pairs_turned_otherwise(tables: str, parts: str, turned: str, reason: str | None) -> None:
+    check_untouched(FuseRope(), graph(tables, parts, turned), reason)
+
+
+def test_halves_by_angles_in_pairs() -> None:
+    check_untouched(FuseRope(), graph(TWICE, TURN), "%c holds its angles in another order")
