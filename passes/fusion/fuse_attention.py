@@ -401,6 +401,8 @@ def _fuse(graph: Graph, w: Weights) -> Value:
     if not lead or len(out.shape) < 3:
         raise Miss("scores without a batch axis")
     q, k, v, apart = operands(s.product, last)
+    if equal(product(k.heads), product(v.heads)) is not True:  # of one, the repetition is behind what is not seen through
+        q, k, v, apart = operands(s.product, last, repeated=True)
     if equal(product(k.heads), product(v.heads)) is not True:
         raise Miss(f"{product(k.heads)} key heads and {product(v.heads)} value heads")
     dtypes = {x.view.base.tensor.dtype for x in (q, k, v)}

@@ -39,13 +39,13 @@ class Heads:
         return arrange(b, self.view, (self.batch, positions, self.heads, features))
 
 
-def operand(v: Value, lead: Sequence[DimLike], what: str, scales: bool, apart: bool) -> Heads:
-    """An operand [*lead, rows, columns] of a batched matrix product: its heads, repetitions taken away.
+def operand(v: Value, lead: Sequence[DimLike], what: str, scales: bool, apart: bool, repeated: bool = False) -> Heads:
+    """An operand [*lead, rows, columns] of a batched matrix product: its heads, repetitions taken away unless ``repeated``.
 
     The batch is the first axis; where rows are taken ``apart`` from heads wherever both stand, what has no known size.
     """
     view = view_of(v, scales)
-    if what == "q" and any(a.broadcast for axis in view.axes for a in axis):
+    if (repeated or what == "q") and any(a.broadcast for axis in view.axes for a in axis):
         view = trivial(v)
     extra = len(lead) - (len(v.shape) - 2)
     axes: list[list[Atom]] = []
@@ -71,14 +71,18 @@ def operand(v: Value, lead: Sequence[DimLike], what: str, scales: bool, apart: b
     return Heads(view, batch, heads[: len(data)], rows, columns, axes)
 
 
-def operands(qk: Node, last: Node) -> tuple[Heads, Heads, Heads, bool]:
-    """q, k and v of the products ``qk`` and ``last``, and whether their rows had to be taken apart from heads."""
+def operands(qk: Node, last: Node, repeated: bool = False) -> tuple[Heads, Heads, Heads, bool]:
+    """q, k and v of the products ``qk`` and ``last``, and whether their rows had to be taken apart from heads.
+
+    ``repeated``: heads of k and v are taken as they come, repeated or not.
+    """
     (q, k), lead, v, out = qk.inputs, qk.output.shape[:-2], last.inputs[1], last.output.shape[:-2]
     trouble: Miss | None = None
     for apart in (False, True):
         try:
             found = (
-                operand(q, lead, "q", True, apart), operand(k, lead, "k", True, apart), operand(v, out, "v", False, apart)
+                operand(q, lead, "q", True, apart), operand(k, lead, "k", True, apart, repeated),
+                operand(v, out, "v", False, apart, repeated),
             )  # fmt: skip
         except Miss as e:
             trouble = trouble or e

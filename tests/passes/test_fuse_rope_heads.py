@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from wasat.frontend import nn
-from wasat.passes import FuseRope
+from wasat.passes import Cleanup, FuseAttention, FuseRope, PassManager
 
 import wasat as ws
-from wasat.testing import check_pass, check_untouched, random_program
+from wasat.testing import InterpreterCheck, check_pass, check_untouched, random_program
 
 DIMS = [{"b": 1, "s": 3}, {"b": 2, "s": 5}, {"b": 2, "s": 2}]
 HEAD = "graph @f(%x: f32[b, s, 2, 4], %at: i64[b, s], %inv: f32[2]) {\n"
@@ -85,3 +85,25 @@ def test_attention_shares_heads_that_were_repeated_before_they_were_turned() -> 
     assert [v.shape[2] for v in attention.inputs] == [4, 2, 2]
     x = np.random.default_rng(0).standard_normal((2, 7, 32)).astype(np.float32)
     np.testing.assert_allclose(ws.run(optimized, x=x)["y"], ws.run(program, x=x)["y"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("normed", ["k", "v"])
+def test_heads_that_one_operand_hides_are_as_many_in_the_other(normed: str) -> None:
+    """Behind a norm it does not show that heads are repeated: attention takes both as they come."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            self.norm = nn.RMSNorm(4)
+
+        def __call__(self, q: nn.Tensor, k: nn.Tensor, v: nn.Tensor) -> nn.Tensor:
+            k, v = (nn.repeat(x, 3, 2) for x in (k, v))
+            k, v = (self.norm(k), v) if normed == "k" else (k, self.norm(v))
+            weights = nn.softmax(nn.einsum("b s h d, b t h d -> b h s t", q, k))
+            return nn.einsum("b h s t, b t h d -> b s h d", weights, v)
+
+    few = "f32[b, t, 2, 4]"
+    program = nn.trace(Attention(), {"q": "f32[b, s, 6, 4]", "k": few, "v": few})
+    check = InterpreterCheck([{"b": 2, "s": 3, "t": 5}])
+    PassManager([Cleanup(), FuseAttention(), Cleanup()], check=check).run(program)
+    (attention,) = [n for n in program["forward"].nodes if n.op.name == "attention"]
+    assert [v.shape[2] for v in attention.inputs] == [6, 6, 6]
