@@ -332,7 +332,7 @@ def _choice(v: Value) -> tuple[Value, bool, float] | None:
     step = scaling(n)
     if step is None or not float("-inf") < step[1] <= FINITE_FILL:  # 0 * -inf is NaN
         return None
-    return *_complement(step[0]), step[1]
+    return step[0], False, step[1]
 
 
 def _aligned(node: Node) -> bool:
@@ -346,20 +346,6 @@ def _core(shape: Sequence[DimLike]) -> tuple[DimLike, ...]:
     """The shape from its first axis on that is not of size 1."""
     first = next((i for i, d in enumerate(shape) if d != 1), len(shape))
     return tuple(shape[first:])
-
-
-def _complement(v: Value) -> tuple[Value, bool]:
-    """``(m, keep)`` for ``v`` = 1 - m, cast or not, where m is kept where it is ``keep``; m of 0 and 1, or not understood."""
-    keep = False
-    while v.node is not None and v.const is None:
-        name, inputs = v.node.op.name, v.node.inputs
-        if name == "sub" and number_of(inputs[0]) == 1 and inputs[1].shape == v.shape:
-            v, keep = inputs[1], not keep
-        elif name == "cast":
-            v = inputs[0]
-        else:
-            break
-    return v, keep
 
 
 def _guarded(graph: Graph, y: Value) -> Node | None:
