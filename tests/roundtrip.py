@@ -13,12 +13,15 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import wasat.ir
+from numpy.typing import NDArray
+from rounding import assert_near, bound, spread, unit
 from wasat.ir import (
     Array,
     ArrayParam,
@@ -26,37 +29,32 @@ from wasat.ir import (
     Graph,
     Program,
     QArray,
-    TensorType,
     WasatError,
     evaluate,
-    parse,
     symbols_of,
     type_of,
 )
 
 OPSETS = (18, 24)
-TOLERANCE = {DType.F64: 1e-6, DType.F32: 1e-4, DType.F16: 1e-2, DType.BF16: 4e-2}
-"""Relative to a value, and to the largest one of its tensor: export may decompose, and sums then round elsewhere."""
-
-
+NEAR = 16
+"""Roundings of its own that an element may be off without a further look."""
 OFTEN = 200
 """Graphs whose operations were all met so often take the two operator sets in turn."""
 
-LEVELS = 1e-2
-"""Where activations are rounded to int8, a last bit moves one by a whole level, 1/127 of its block's largest."""
 
-
-def agree(got: Array, want: Array, what: str, least: float = 0) -> None:
-    """Asserts equal shapes, element types and numbers: integers exactly, floats within ``least`` or what their type has."""
+def agree(got: Array, want: Array, what: str, allowed: Callable[[], NDArray[np.float64]]) -> None:
+    """Asserts equal shapes, element types and numbers: integers exactly, floats within what is ``allowed`` of each element."""
     x, y = (np.asarray(a.dense() if isinstance(a, QArray) else a) for a in (got, want))
     assert (x.shape, x.dtype) == (y.shape, y.dtype), what
     if y.dtype.kind in "biu" or y.dtype.itemsize == 1:
         np.testing.assert_array_equal(x, y, err_msg=what)
         return
-    tol = max(least, TOLERANCE[DType.of(y.dtype)])
-    x, y = x.astype(np.float64), y.astype(np.float64)
-    scale = float(np.abs(y[np.isfinite(y)]).max(initial=0))
-    np.testing.assert_allclose(x, y, rtol=tol, atol=tol * scale, err_msg=what)
+    wide = np.asarray(y, np.float64)
+    near = NEAR * unit(DType.of(y.dtype)) * np.where(np.isfinite(wide), np.abs(wide), 0)
+    try:
+        assert_near(x, y, near, what)
+    except AssertionError:
+        assert_near(x, y, allowed(), what)
 
 
 def roundtrip(
@@ -83,31 +81,11 @@ def roundtrip(
             want = evaluate(g, inputs, {name: program.params[name].load() for name in g.params})
         got = evaluate(again, inputs, {name: p.load() for name, p in back.params.items()})
     assert len(got) == len(want)
-    least = max(TOLERANCE.get(v.type.dtype, 0) for v in g.values() if isinstance(v.type, TensorType))  # the narrowest inside
-    if any(getattr(n.attrs, "activation", None) == "int8" for n in g.nodes):
-        least = max(least, LEVELS)
-    for i, (name, x, y) in enumerate(zip(g.output_names, got, want)):
-        what = f"output {name} of @{g.name} at operator set {opset}"
-        try:
-            agree(x, y, what, least)
-        except AssertionError:
-            if least != TOLERANCE[DType.BF16] or not rounds_alike(x, y, in_f32(program, g, inputs)[i]):
-                raise
-    return back
-
-
-def in_f32(program: Program, g: Graph, inputs: Mapping[str, Any]) -> list[Array]:
-    """What ``g`` gives where every bf16 of it is f32."""
-    wide = {k: np.asarray(x, np.float32) if type_of(x).dtype is DType.BF16 else x for k, x in inputs.items()}
     params = {name: program.params[name].load() for name in g.params}
-    params = {k: x.astype(np.float32) if type_of(x).dtype is DType.BF16 else x for k, x in params.items()}
-    return evaluate(parse(str(g).replace("bf16", "f32")), wide, params)
-
-
-def rounds_alike(x: Array, y: Array, exact: Array) -> bool:
-    """Whether ``x`` is about as near to ``exact`` as ``y``: where sums cancel, rounding to 8 bits is all that is left."""
-    far, near = (float(np.linalg.norm(np.asarray(a, np.float64) - exact)) for a in (x, y))
-    return far <= 1.5 * near
+    far = cache(lambda: spread(g, inputs, params))
+    for i, (name, x, y) in enumerate(zip(g.output_names, got, want)):
+        agree(x, y, f"output {name} of @{g.name} at operator set {opset}", lambda i=i, y=y: bound(y, far()[i]))
+    return back
 
 
 # -- the plugin --------------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from wasat.ir import (
     symbol,
     symbols_of,
 )
-from wasat.ir.dims import collect_checks
+from wasat.ir.dims import check_text, collect_checks, require_at_most, span
 
 NAMES = ("a", "b", "n")
 Pair = tuple[DimLike, Callable[[dict[str, int]], int]]
@@ -171,6 +171,87 @@ def test_an_unknown_becomes_a_check() -> None:
     assert checks == [(n + 1, m), (n, 4)]
     with pytest.raises(DimError, match=r"axis 2: n \+ 1 is not n"):
         require_equal(n + 1, n, "axis 2")
+
+
+def test_what_is_known_of_bounds() -> None:
+    """The smaller of two is at most what either is, the larger of two what both are; a quotient is no more than its dividend."""
+    n, m, a = symbol("n"), symbol("m"), symbol("a")
+    assert less_equal(minimum(n, m), n) is True
+    assert less_equal(minimum(n, m), m + 3) is True
+    assert less_equal(minimum(n, m), a) is None
+    assert less_equal(n, minimum(n + a, n + 2)) is True
+    assert less_equal(n, minimum(n + a, m)) is None
+    assert less_equal(maximum(n, m), n + m) is True
+    assert less_equal(maximum(n, m), n) is None
+    assert less_equal(n, maximum(n, m)) is True
+    assert less_equal(n, maximum(m, a)) is None
+    assert less_equal(minimum(n, m) + 1, n) is None  # more than the atom alone
+    assert less_equal(2 * minimum(n, m), n) is None
+    assert less_equal(maximum(n + 1, m + n + 2), n) is False
+    assert less_equal(maximum(n + 1, m), n) is False  # one is more
+    assert less_equal(minimum(n + 1, m), n) is None
+    assert less_equal(n + 1, minimum(n, m)) is False
+    assert less_equal(n + 1, maximum(n, m)) is None
+    assert less_equal(n // 2, n) is True
+    assert less_equal((n + 3) // 4, n + 3) is True
+    assert less_equal((n + 3) // 4, n) is None
+    assert less_equal(n // (m + 1), n) is None  # of what may be more than it seems, nothing is said
+    assert less_equal((n - m) // 2, n - m) is None
+    assert less_equal(n, n // 2) is None
+    assert less_equal(n // 2, m) is None
+
+
+def test_sizes_are_bounded() -> None:
+    symbols = [symbol(f"s{i}") for i in range(1025)]
+    whole = sum(symbols[:1024])
+    assert len(whole.terms) == 1024
+    with pytest.raises(DimError, match="a size would have about 1025 terms; at most 1024 are kept"):
+        whole + symbols[1024]
+    deep: DimLike = symbol("n")
+    for _ in range(39):
+        deep = (deep + 1) // symbol("m")
+    with pytest.raises(DimError, match="a size would be nested 41 deep; at most 40 is kept"):
+        (deep + 1) // symbol("m")
+
+
+@pytest.mark.parametrize("terms, exact", [(63, True), (64, False)])
+def test_long_division_ends(terms: int, exact: bool) -> None:
+    n, quotient = symbol("n"), sum(symbol(f"s{i}") for i in range(terms))
+    assert ((quotient * n) // n == quotient) is exact
+    assert ((quotient * n) % n == 0) is exact
+
+
+def test_words_of_checks() -> None:
+    n, m = symbol("n"), symbol("m")
+    with collect_checks() as checks:
+        require_at_most(n, m, "axis 0")
+        require_at_most(m, n, "axis 0")
+        require_at_most(n, 64, "axis 1")
+        require_at_most(n, n + m, "axis 2")
+        require_equal(n, 4, "axis 3")
+        require_equal(2 * maximum(n, m), 4, "axis 3")
+    assert [check_text(c) for c in checks] == ["n <= m", "m <= n", "n <= 64", "n == 4", "2*max(m, n) == 4"]
+    with pytest.raises(DimError, match=r"axis 2: n \+ 1 is more than n"):
+        require_at_most(n + 1, n, "axis 2")
+
+
+@given(pairs, pairs, pairs, bindings)
+def test_lengths_between_clamped_bounds(x: Pair, y: Pair, z: Pair, env: dict[str, int]) -> None:
+    """Of what is clamped to the other bound, and never less than nothing: lo <= hi."""
+    (a, f), (b, g), (c, h) = x, y, z
+    for d, value in (
+        (span(minimum(a, b), b), max(g(env) - f(env), 0)), (span(a, maximum(a, b)), max(g(env) - f(env), 0)),
+        (span(maximum(a, c), b), g(env) - max(f(env), h(env))), (span(a, b), g(env) - f(env)), (span(a, a), 0),
+    ):
+        assert evaluate_dim(d, env) == value
+
+
+def test_the_shorter_form_of_a_length() -> None:
+    n, m = symbol("n"), symbol("m")
+    assert span(maximum(0, n - 4), n) == minimum(4, n)
+    assert span(0, minimum(4, n)) == minimum(4, n)
+    assert span(m, maximum(m, n)) == maximum(0, n - m)
+    assert str(span(minimum(n, m), n)) == "max(-m + n, 0)"
 
 
 # -- solving ---------------------------------------------------------------------------------------------------------------

@@ -269,6 +269,11 @@ KEPT = {
         "%l: f32[b, 2] = slice(%x) {starts=(0, 0), stops=(b, 2)}", "%r: f32[b, 1] = slice(%x) {starts=(0, 2), stops=(b, 3)}",
         "%z: f32[b, 3] = concat(%l, %r) {axis=1}",
     ],
+    "slices along the axis, of a part of another": [
+        "%s: f32[b, 2, 2] = reshape(%x) {shape=(b, 2, 2)}",
+        "%l: f32[b, 1, 1] = slice(%s) {starts=(0, 0, 0), stops=(b, 1, 1)}",
+        "%r: f32[b, 1, 1] = slice(%s) {starts=(0, 0, 1), stops=(b, 1, 2)}", "%z: f32[b, 1, 2] = concat(%l, %r) {axis=2}",
+    ],
     "every second element": ["%z: f32[b, 2] = slice(%x) {starts=(0, 0), stops=(b, 4), steps=(1, 2)}"],
     "rotation by padding": ["%z: f32[b, 5] = pad(%x) {low=(0, 1), high=(0, 0)}"],
     "product with a transposed value": [

@@ -198,13 +198,16 @@ def test_weights_that_a_loop_reads_stay_and_are_named() -> None:
     assert str(remark) == "missed: %w stays f32[32, 32]: the body of a loop reads it (@g)\n    at <text>:4"
 
 
-@pytest.mark.parametrize(("size", "stays"), [(1e-7, True), (1e7, True), (0.0, False), (1.0, False)])
-@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize(("size", "scheme", "stays"), [
+    *((size, scheme, stays) for scheme in ("int8", "int4") for size, stays in ((1e-7, True), (1e7, True), (0, False), (1, False))),
+    (1e-5, "int8", True), (1e-5, "int4", False), (1e6, "int8", False), (1e6, "int4", True),  # largest / 127, largest / 8
+])  # fmt: skip
 @pytest.mark.parametrize("body", ["", "%t: f32[8, 64] = mul(%w, 1.0:f32)\n  "])
-def test_weights_whose_scales_f16_does_not_hold_stay_and_are_named(size: float, stays: bool, scheme: str, body: str) -> None:
-    """One row is enough; a row of zeros is no obstacle."""
+def test_weights_whose_scales_f16_does_not_hold_stay_and_are_named(size: float, scheme: str, stays: bool, body: str) -> None:
+    """One row is enough; a row of zeros, or what is small within a block, is no obstacle."""
     x = np.random.default_rng(0).standard_normal((8, 64)).astype(np.float32)
     x[3] *= np.float32(size)
+    x[:, 8:16] *= np.float32(1e-9)
     read = "%t" if body else "%w"
     program = parse_program(
         f"graph @g(%x: f32[n, 64]) {{\n  param %w: f32[8, 64]\n  {body}%y: f32[n, 8] = linear(%x, {read})\n  return %y\n}}\n"
@@ -254,11 +257,13 @@ def test_what_no_linear_reads_and_what_is_quantized_already_are_named() -> None:
     program = random_program("""graph @g(%x: f32[2, 64]) {
   param %w: f32[64, 64]
   param %small: f32[64, 2]
+  param %bias: f32[4096]
   param %q: int8b32f16[64, 64]
   %y: f32[2, 64] = matmul(%x, %w)
   %z: f32[2, 64] = quantized_linear(%y, %q)
   %u: f32[2, 2] = matmul(%z, %small)
-  return %u
+  %v: f32[4096] = exp(%bias)
+  return %u, %v
 }""")
     report = PassManager([Quantize("int8")]).run(program)
     assert [r.message for r in report.remarks()] == [

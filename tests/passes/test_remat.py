@@ -110,6 +110,15 @@ def test_what_is_made_of_constants_alone_is_made_again() -> None:
     check_same_bits(text)
 
 
+def test_numbers_are_read_as_they_are() -> None:
+    """What is computed again of them and of a value waits for the value."""
+    text = edited(("sin(%p)", "mul(0.5:f32, %p)"))
+    again = str(rematerialized(text)[0])
+    assert again.count("barrier(") == 1
+    assert "%s_1: f32[n, 8] = mul(0.5:f32, %barrier)" in again
+    check_same_bits(text)
+
+
 def test_of_equal_cuts_the_one_that_recomputes_least() -> None:
     text = edited(("%s: f32[n, 8] = sin(%p)", "%t: f32[n, 8] = tanh(%p)\n %s: f32[n, 8] = sin(%t)"), ("cos(%p)", "cos(%t)"))
     g = check_same_bits(text)["gradients"]
