@@ -45,7 +45,9 @@ def unit(dtype: DType) -> float:
     return {DType.F64: 2.0**-53, DType.F32: 2.0**-24, DType.F16: 2.0**-11, DType.BF16: 2.0**-8}[dtype]
 
 
-def _run(node: Node, operands: list[Array], want: Sequence[Array], dims: Mapping[str, int], rng: np.random.Generator) -> list[Array]:
+def _run(
+    node: Node, operands: list[Array], want: Sequence[Array], dims: Mapping[str, int], rng: np.random.Generator
+) -> list[Array]:
     """A node's results on operands that were moved before, each moved again; what is no float stays ``want``."""
     if node.op.name in STEPWISE:
         return list(want)
@@ -101,5 +103,7 @@ def assert_near(got: Array, want: Array, allowed: NDArray[np.float64], what: str
     wrong = ~(error <= allowed)
     if not wrong.any():
         return
-    at = tuple(int(i) for i in np.unravel_index(int(np.argmax(np.where(wrong, error / np.maximum(allowed, 1e-300), -1))), x.shape))
-    raise AssertionError(f"{what}: {int(wrong.sum())} of {x.size} elements; {list(at)} is {x[at]!r}, and not within {allowed[at]:.1e} of {y[at]!r}")
+    worst = int(np.argmax(np.where(wrong, error / np.maximum(allowed, 1e-300), -1)))
+    at = tuple(int(i) for i in np.unravel_index(worst, x.shape))
+    off = f"{list(at)} is {x[at]!r}, and not within {allowed[at]:.1e} of {y[at]!r}"
+    raise AssertionError(f"{what}: {int(wrong.sum())} of {x.size} elements; {off}")

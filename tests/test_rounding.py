@@ -53,7 +53,7 @@ def test_what_jumps_and_what_is_no_number() -> None:
       return %a, %b, %t, %i
     }""")
     x = np.array([1, -np.inf, np.nan, 2.5, 0, 2.4999998], np.float32)
-    a, b, t, i = spread(g, {"x": x})
+    a, b, _, i = spread(g, {"x": x})
     assert not a.any()
     assert (b > 0).tolist() == [False, False, False, True, False, True]  # whole numbers are exact
     assert not i.any()

@@ -174,7 +174,7 @@ def test_an_unknown_becomes_a_check() -> None:
 
 
 def test_what_is_known_of_bounds() -> None:
-    """The smaller of two is at most what either is, the larger of two what both are; a quotient is no more than its dividend."""
+    """The smaller of two is at most what either is, the larger what both are; a quotient is no more than its dividend."""
     n, m, a = symbol("n"), symbol("m"), symbol("a")
     assert less_equal(minimum(n, m), n) is True
     assert less_equal(minimum(n, m), m + 3) is True
