@@ -8,6 +8,11 @@ from wasat.ir.ops.nn import ACTIVATIONS
 from ..pattern import Match, Mismatch, Pattern, Rewrite, Tracer, Var
 
 
+def _projected(v: Value) -> bool:
+    """Whether ``v`` is a product with a weight, or part of a value."""
+    return v.node is not None and (v.node.op.name == "slice" or (v.node.op.kind == "product" and v.node.op.weight is not None))
+
+
 class FuseGlu(Rewrite):
     """act(y[.. :n]) * y[.. n:] -> glu(y); of a part of y where there is more.
 
@@ -18,9 +23,11 @@ class FuseGlu(Rewrite):
     landmark = ("silu", "gelu", "relu", "sigmoid")
 
     def is_landmark(self, node: Node) -> bool:
-        made = node.inputs[0].node if node.inputs else None
-        parts = made is not None and (made.op.name == "slice" or (made.op.kind == "product" and made.op.weight is not None))
-        return super().is_landmark(node) and parts
+        """Of what is projected, times something projected: a gate on anything else, attention's result say, is no such unit."""
+        if not super().is_landmark(node) or not _projected(node.inputs[0]):
+            return False
+        products = [u for u in node.output.users if u.op.name == "mul"]
+        return any(_projected(v) for n in products for v in n.inputs if v is not node.output)
 
     def pattern(self, p: Tracer, y: Var) -> Pattern:
         gate, up = p.named("gate", p.slice(y)), p.named("up", p.slice(y))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from wasat.ir import Builder, DType, Value
+from wasat.ir import Builder, DType, Node, Value
 
 from ..pattern import Match, Mismatch, Pattern, Rewrite, Rewrites, Tracer, Var, last_axis
 
@@ -52,10 +52,18 @@ class _Mean(Rewrite):
         return b.reduce_mean(m["x"], axes=attrs.axes, keepdims=attrs.keepdims)
 
 
-class _LayerNorm(Rewrite):
-    """(x - mean(x)) / sqrt(mean((x - mean(x))^2) + eps) -> layer_norm(x)"""
+class _Norm(Rewrite):
+    """Normalization by a root. That of what is bounded from below is the length of a vector, of which nothing is missed."""
 
     landmark = ("rsqrt", "sqrt")
+
+    def is_landmark(self, node: Node) -> bool:
+        made = node.inputs[0].node if node.inputs else None
+        return super().is_landmark(node) and (made is None or made.op.name != "maximum")
+
+
+class _LayerNorm(_Norm):
+    """(x - mean(x)) / sqrt(mean((x - mean(x))^2) + eps) -> layer_norm(x)"""
 
     def pattern(self, p: Tracer, x: Var, eps: Var) -> Pattern:
         centered = p.sub(x, _mean(p, x))
@@ -85,10 +93,8 @@ class _LayerNormBias(Rewrite):
         return b.layer_norm(m["x"], m["w"], _per_feature(m, "bias", m["x"]), eps=m["norm"].node.attrs.eps)
 
 
-class _RmsNorm(Rewrite):
+class _RmsNorm(_Norm):
     """x / sqrt(mean(x^2) + eps) -> rms_norm(x), also where a weight went in before the last product"""
-
-    landmark = ("rsqrt", "sqrt")
 
     def pattern(self, p: Tracer, x: Var, eps: Var, w: Var) -> Pattern:
         v = _variance(p, x, eps)
