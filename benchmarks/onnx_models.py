@@ -98,7 +98,7 @@ def fusion_table() -> Iterator[str]:
         program = from_onnx(path)
         report = PassManager(default_pipeline(kv_cache=None)).run(program)
         g = program["forward"]
-        found: list[Any] = [n for n in g.nodes if n.op.name == "attention"]
+        found: list[Any] = [n for n in g.nodes if n.is_a("attention")]
         norms = g.count("rms_norm") + g.count("layer_norm")
         left = [r.message for r in report.remarks("missed") if "softmax" in r.message]
         if len(left) != g.count("softmax"):

@@ -67,6 +67,10 @@ class Value:
             return np.asarray(attrs.value.array)
         return None
 
+    def made_by(self, *ops: str) -> Node | None:
+        """The node that makes it, if that is one of these operations."""
+        return self.node if self.node is not None and self.node.is_a(*ops) else None
+
     @property
     def loc(self) -> Loc | None:
         return self.node.loc if self.node is not None else None
@@ -100,6 +104,10 @@ class Node:
         """The only output."""
         (out,) = self.outputs
         return out
+
+    def is_a(self, *ops: str) -> bool:
+        """Whether its operation is one of these: for patterns, which look for some. What is true of operations they say."""
+        return self.op.name in ops
 
     @property
     def axes(self) -> AxisRule:

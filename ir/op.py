@@ -263,6 +263,8 @@ class Op:
     """The operation with the same operands but for a quantized weight."""
     alias: ClassVar[int | None] = None
     """The operand whose memory the result is."""
+    idle: ClassVar[int | None] = None
+    """The operand that the result is at inference: of what changes something in training alone. The other one is its key."""
     factors: ClassVar[int] = 2
     """Of products: how many of the first operands are multiplied."""
     commutative: ClassVar[bool] = False
@@ -296,6 +298,10 @@ class Op:
         results = made if isinstance(made, Sequence) else [made]
         return AxisRule(tuple(whole(t.shape, does) for t in types), tuple(whole(t.shape) for t in results))
 
+    def picks(self, attrs: Any) -> int | None:
+        """The axis of operand 0 along which slices are picked at the indices in operand 1; None: it picks none so."""
+        return None
+
     def multiply_adds(self, attrs: Any, *types: Any) -> DimLike:
         """Those of matrix products and convolutions, without regard to masks."""
         return 0
@@ -320,6 +326,11 @@ class Op:
     def elementwise(self) -> bool:
         """Output element i depends only on element i of the (broadcast) operands."""
         return self.kind == "elementwise"
+
+    @property
+    def carries(self) -> bool:
+        """Result elements are elements of the operands: moved, repeated or left out, or in another type."""
+        return self.kind == "view"
 
     @property
     def cheap(self) -> bool:

@@ -177,7 +177,7 @@ class Rewrite(GraphPass):
 
     def is_landmark(self, node: Node) -> bool:
         """Whether ``node`` is a ``landmark``; for operations that are common, say what makes one of them worth a remark."""
-        return node.op.name == self.landmark or (isinstance(self.landmark, tuple) and node.op.name in self.landmark)
+        return node.is_a(*(self.landmark if isinstance(self.landmark, tuple) else (self.landmark,)))
 
     def run_graph(self, graph: Graph, remarks: Remarks) -> bool:
         return run_rules((self,), graph, remarks)
@@ -189,7 +189,7 @@ class Rewrite(GraphPass):
         starts = set(_starts(root))
         attempt.is_landmark = self.is_landmark
         for node in graph.nodes:
-            if node.op.name in starts and len(node.outputs) == 1:
+            if node.is_a(*starts) and len(node.outputs) == 1:
                 yield from self._apply(graph, node, root, attempt)
 
     def _apply(self, graph: Graph, node: Node, root: Pattern, attempt: _Attempt) -> Iterator[Value]:
@@ -269,7 +269,7 @@ def replace(graph: Graph, old: Value, new: Value, rename: bool = True) -> None:
     name = old.name
     if old.node is not None:
         erase_dead(graph, old.node)
-        if rename and old.node.erased and new.node is not None and new.node.op.name != "constant":
+        if rename and old.node.erased and new.node is not None and new.const is None:
             graph.rename(new, name)
 
 

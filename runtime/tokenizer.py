@@ -194,10 +194,11 @@ class StopStrings:
         text = self._held + piece
         if hidden:
             self._hidden.update(range(len(self._held), len(text)))
-        views = [(text, range(len(text)))]  # as it is written, and as it is read: each with its places in the whole
+        # as it is written, and as it is read: each with its places in the whole
+        views: list[tuple[str, Sequence[int]]] = [(text, range(len(text)))]
         if self._hidden:
             places = [i for i in range(len(text)) if i not in self._hidden]
-            views.append(("".join(text[i] for i in places), places))  # type: ignore[arg-type]
+            views.append(("".join(text[i] for i in places), places))
         found = [places[at] for view, places in views for s in self.stops if (at := view.find(s)) >= 0]
         if found:
             self._reached = True

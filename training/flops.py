@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from wasat.ir import Graph, Node, TensorType, Value, evaluate_dim
+from wasat.ir.ops.scan import ScanAttrs
 
 
 def step_flops(graph: Graph, train: Container[str] | None = None) -> int:
@@ -27,7 +28,7 @@ def _flops(graph: Graph, learning: set[Value]) -> int:
     for node in graph.nodes:
         reached = [v in learning for v in node.inputs]
         if node.attrs.bodies:
-            count = _loop_flops if node.op.name == "scan" else _choice_flops
+            count = _loop_flops if isinstance(node.attrs, ScanAttrs) else _choice_flops
             total += count(node, reached, learning)
             continue
         factors = reached[: node.op.factors]

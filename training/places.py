@@ -69,17 +69,17 @@ def _numbered(graph: Graph) -> dict[Value, object]:
 
 def _divisor(node: Node, learning: Collection[Value]) -> Value | None:
     """The one number that no parameter is in by which the node divides."""
-    if node.op.name == "div":
+    if node.is_a("div"):
         divisor = node.inputs[1]
-    elif node.op.name == "mul":
+    elif node.is_a("mul"):
         made = next((v.node for v in node.inputs if v.node is not None and v not in learning), None)
-        if made is None or made.op.name != "div" or made.inputs[0].const is None:
+        if made is None or not made.is_a("div") or made.inputs[0].const is None:
             return None
         divisor = made.inputs[1]
     else:
         return None
-    while divisor.node is not None and divisor.node.op.name in ("broadcast_to", "reshape"):
-        divisor = divisor.node.inputs[0]
+    while (spread := divisor.made_by("broadcast_to", "reshape")) is not None:
+        divisor = spread.inputs[0]
     return divisor if divisor not in learning and divisor.tensor.size == 1 else None
 
 
@@ -104,7 +104,7 @@ def _count(divisor: Value) -> Value | None:
 def _compares(condition: Value, count: Value) -> bool:
     """Whether the condition is that the count is no 0."""
     node = condition.node
-    if node is None or node.op.name not in ("greater", "not_equal") or node.inputs[0] is not count:
+    if node is None or not node.is_a("greater", "not_equal") or node.inputs[0] is not count:
         return False
     zero = node.inputs[1].const
     return zero is not None and not zero.any()

@@ -104,9 +104,11 @@ def optimize(
     served, report = attempt(exported, caches)
     if not exported or "decode" in served.graphs or not any(s.name == DeriveKVCache.name for s in report.steps):
         return served, report
-    plain, other = attempt(False, None)
-    other.steps += [s for s in report.steps if s.name in (TokenInputs.name, DeriveKVCache.name)]
-    return plain, other
+    attempts = [s for s in report.steps if s.name in (TokenInputs.name, DeriveKVCache.name)]
+    if any(s.modified for s in attempts):  # its inputs are gone, and there is no cache: from the beginning, with them
+        served, report = attempt(False, None)
+    report.steps = [*(s for s in report.steps if s not in attempts), *attempts]
+    return served, report
 
 
 def _widened(program: Program) -> list[Remark]:

@@ -89,6 +89,6 @@ def _vocabulary(program: Program) -> int | None:
     tables = [
         n.inputs[0].shape[0]
         for g in program.graphs.values() for v in g.inputs if v.name == program.interface.tokens
-        for n in v.users if n.op.name in ("embedding", "quantized_embedding") and n.inputs[1] is v
+        for n in v.users if n.op.weight == 0 and n.op.picks(n.attrs) == 0 and n.inputs[1] is v
     ]  # fmt: skip
     return min(tables, default=None)

@@ -140,7 +140,7 @@ def dense(program: Program) -> Program:
     out = program.copy()
     graph = out["forward"]
     for node in list(graph.nodes):
-        w = node.inputs[0] if node.op.name == "dequantize" else None
+        w = node.inputs[0] if node.is_a("dequantize") else None
         if w is not None and w.param is not None:
             name, t = f"{w.param}|dense", TensorType(DType.F32, w.type.shape)
             out.params[name] = Dense(t, out.params[w.param])

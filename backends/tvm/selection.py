@@ -18,11 +18,6 @@ def is_f32(*values: Value | None) -> bool:
     return all(v is None or (isinstance(v.type, TensorType) and v.type.dtype is DType.F32) for v in values)
 
 
-def made_by(v: Value, op: str) -> Node | None:
-    """The node that makes ``v``, if it is one of the operation."""
-    return v.node if v.node is not None and v.node.op.name == op else None
-
-
 class KernelSelection:
     """Replaces operations of one graph by kernel calls."""
 

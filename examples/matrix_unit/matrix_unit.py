@@ -171,7 +171,7 @@ class Tiles:
 # -- what runs on it -----------------------------------------------------------------------------------------------------------
 def why_not(node: Node) -> str:
     """Why a product is not the unit's; empty where it is."""
-    if node.op.name != "quantized_linear":
+    if not node.is_a("quantized_linear"):
         return f"it multiplies for quantized_linear, not for {node.op.name}"
     x, w = node.inputs[:2]
     assert isinstance(w.type, QTensorType)

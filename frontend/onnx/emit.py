@@ -34,6 +34,7 @@ from wasat.ir import (
     symbols_of,
 )
 from wasat.ir.dims import collect_checks, floordiv, mod
+from wasat.ir.ops.scan import ScanAttrs
 
 from .errors import FromData, OnnxError
 
@@ -327,8 +328,8 @@ def _work(node: Node) -> int:
     attrs: Any = node.attrs
     total = NODE_WORK + sum(n for n in (node.multiply_adds, *(v.tensor.size for v in node.outputs)) if isinstance(n, int))
     for body in attrs.bodies:
-        turns = 1
-        if node.op.name == "scan":
+        turns: DimLike = 1
+        if isinstance(attrs, ScanAttrs):
             turns = attrs.length if attrs.length is not None else node.inputs[attrs.carries].shape[0]
         total += turns * sum(map(_work, body.graph.nodes)) if isinstance(turns, int) else 0
     return total

@@ -334,7 +334,7 @@ class Importer:
             fresh.add(n)
             n = n.prev
         for v, name in zip(results, names):
-            if name and isinstance(v, Value) and v.node in fresh and v.node.op.name != "constant":
+            if name and isinstance(v, Value) and v.node in fresh and v.const is None:
                 self.graph.rename(v, name)
 
     def _attributes(self, node: onnx.NodeProto, frame: Frame, schema: Any) -> dict[str, Any]:

@@ -119,7 +119,7 @@ def _take_in_order(
         program.params[at] = ArrayParam(numbers, type_of(numbers))
         params[key] = graph.add_param(at, type_of(numbers))
     for node, i in list(graph.params[weight].uses):
-        if node.op.name != "linear" or i != 1:
+        if not node.is_a("linear") or i != 1:
             raise CheckpointError(f"{weight} is in an order of its own (act-order), and {node!r} reads it")
         x = node.inputs[0]
         if (x, params[key]) not in taken:

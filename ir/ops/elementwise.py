@@ -328,6 +328,10 @@ class Cast(Op):
     class Attrs(_op.Attrs):
         dtype: DType
 
+    @property
+    def carries(self) -> bool:
+        return True
+
     def infer(self, attrs: Attrs, x: TensorType) -> TensorType:
         return tensor(x).with_dtype(attrs.dtype)
 

@@ -57,6 +57,9 @@ class Gather(Op):
     kind = "gather"
     Attrs = AxisAttrs
 
+    def picks(self, attrs: AxisAttrs) -> int:
+        return attrs.axis
+
     def infer(self, attrs: AxisAttrs, x: TensorType, ids: TensorType) -> TensorType:
         shape = tensor(x).shape
         return x.with_shape(*shape[: attrs.axis], *indices(ids).shape, *shape[attrs.axis + 1 :])

@@ -66,6 +66,16 @@ class MatMul(Op):
         yield ErrorSample(["f32[2, 3]", "f16[3, 2]"], {}, "element types differ")
 
 
+def rows_type(x: TensorType, w: Type, bias: TensorType | None) -> TensorType:
+    """The type of rows x [.., k] multiplied by a weight [n, k] (and a bias [n] added): [.., n]."""
+    require_equal(x.shape[-1], w.shape[1], "last axis of x and of the weight")
+    if bias is not None:
+        if tensor(bias).rank != 1 or same_dtype(x, bias) is None:
+            raise TypeMismatch(f"the bias must be [{w.shape[0]}], not {bias}")
+        require_equal(bias.shape[0], w.shape[0], "bias and first axis of the weight")
+    return x.with_shape(*x.shape[:-1], w.shape[0])
+
+
 def rows_by_weight(x: Type, w: Type, how: str, bias: bool) -> AxisRule:
     """x [.., k], w [n, k], bias [n] -> [.., n]."""
     lead, n, k = free(x.shape[:-1]), (Factor(w.shape[0]),), (Factor(x.shape[-1], "reduced", how),)
@@ -89,12 +99,7 @@ class Linear(Op):
         floating(x, "x")
         if floating(w, "the weight").rank != 2 or x.rank < 1:
             raise TypeMismatch(f"linear takes x [.., k] and a weight [n, k], not {x} and {w}")
-        require_equal(x.shape[-1], w.shape[1], "last axis of x and of the weight")
-        if bias is not None:
-            if tensor(bias).rank != 1 or same_dtype(x, bias) is None:
-                raise TypeMismatch(f"the bias must be [{w.shape[0]}], not {bias}")
-            require_equal(bias.shape[0], w.shape[0], "bias and first axis of the weight")
-        return x.with_shape(*x.shape[:-1], w.shape[0])
+        return rows_type(x, w, bias)
 
     def axes(self, attrs: Attrs, x: TensorType, w: TensorType, *bias: TensorType) -> AxisRule:
         return rows_by_weight(x, w, "" if bias else "sum", bool(bias))

@@ -10,14 +10,14 @@ import numpy as np
 
 from .. import op as _op
 from ..axes import AxisRule, Factor, along, free
-from ..dims import DimLike, require_equal
+from ..dims import DimLike
 from ..errors import TypeMismatch
-from ..op import Bounds, ErrorSample, Op, Sample, floating, quantized, register, same_dtype, tensor
+from ..op import Bounds, ErrorSample, Op, Sample, floating, quantized, register
 from ..schemes import SCHEMES
 from ..types import BlockArray, DType, QArray, QTensorType, TensorType
 from .elementwise import grid, wide
 from .index import _checked, indices
-from .linalg import rows_by_weight
+from .linalg import rows_by_weight, rows_type
 
 if TYPE_CHECKING:
     from ..builder import Builder
@@ -235,12 +235,7 @@ class QuantizedLinear(Op):
             raise TypeMismatch(f"activation={attrs.activation!r} is not one of int8, none")
         if quantized(w, "the weight").rank != 2 or floating(x, "x").rank < 1:
             raise TypeMismatch(f"quantized_linear takes x [.., k] and a weight [n, k], not {x} and {w}")
-        require_equal(x.shape[-1], w.shape[1], "last axis of x and of the weight")
-        if bias is not None:
-            if tensor(bias).rank != 1 or same_dtype(x, bias) is None:
-                raise TypeMismatch(f"the bias must be [{w.shape[0]}], not {bias}")
-            require_equal(bias.shape[0], w.shape[0], "bias and first axis of the weight")
-        return x.with_shape(*x.shape[:-1], w.shape[0])
+        return rows_type(x, w, bias)
 
     def axes(self, attrs: Attrs, x: TensorType, w: QTensorType, *bias: TensorType) -> AxisRule:
         return rows_by_weight(x, w, "", bool(bias))
@@ -298,6 +293,9 @@ class Embedding(Op):
     quantized = "quantized_embedding"
     Attrs = DTypeAttrs
 
+    def picks(self, attrs: DTypeAttrs) -> int:
+        return 0
+
     def infer(self, attrs: DTypeAttrs, w: TensorType, ids: TensorType) -> TensorType:
         if floating(w, "the table").rank != 2 or not attrs.dtype.is_float:
             raise TypeMismatch(f"the table must be [v, d] of floats, not {w}")
@@ -335,6 +333,9 @@ class QuantizedEmbedding(Op):
     weight = 0
     Attrs = DTypeAttrs
     differentiable = False
+
+    def picks(self, attrs: DTypeAttrs) -> int:
+        return 0
 
     def infer(self, attrs: DTypeAttrs, w: QTensorType, ids: TensorType) -> TensorType:
         if quantized(w, "the table").rank != 2:

@@ -184,6 +184,7 @@ class Dropout(Op):
 
     name = "dropout"
     kind = "random"
+    idle = 0
 
     @dataclass(frozen=True)
     class Attrs(_op.Attrs):

@@ -131,11 +131,10 @@ def _given_sizes(node: Node, symbol: str, at: Indexing) -> Label:
 
 def _takes_last(node: Node, given: Sequence[Label], symbol: str) -> bool:
     """Whether the node takes the last token's part of what runs along the sequence, as an axis of size 1."""
-    x = given[0]
-    if node.op.name != "slice" or x.kind != "token" or x.extra:
+    x, cut = given[0], node.attrs
+    if not isinstance(cut, Slice.Attrs) or x.kind != "token" or x.extra:
         return False
-    cut, old = Slice.Attrs.of(node), node.inputs[0].shape[x.axis]
-    return equal(cut.starts[x.axis], old - 1) is True and not axes_of(node.output.shape, symbol)
+    return equal(cut.starts[x.axis], node.inputs[0].shape[x.axis] - 1) is True and not axes_of(node.output.shape, symbol)
 
 
 def _after_last(node: Node, given: Sequence[Label], symbol: str) -> Label:

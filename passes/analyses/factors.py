@@ -58,7 +58,7 @@ def view_of(value: Value, scales: bool = False) -> View:
     while base.node is not None:
         node = base.node
         step = scaling(node) if scales else None
-        if node.op.name in ("reshape", "transpose", "broadcast_to"):
+        if node.is_a("reshape", "transpose", "broadcast_to"):
             base = node.inputs[0]
         elif step is not None:
             base, factor = step[0], factor * step[1]
@@ -83,22 +83,22 @@ def view_of(value: Value, scales: bool = False) -> View:
 
 def scaling(node: Node) -> tuple[Value, float] | None:
     """``(x, c)`` if the node is x * c or x / c of the same shape for a number c."""
-    if node.op.name not in ("mul", "div"):
+    if not node.is_a("mul", "div"):
         return None
     x, y = node.inputs
     c = number_of(y)
-    if c is None and node.op.name == "mul":
+    if c is None and node.is_a("mul"):
         x, c = y, number_of(x)
-    if c is None or x.type != node.output.type or (node.op.name == "div" and c == 0):
+    if c is None or x.type != node.output.type or (node.is_a("div") and c == 0):
         return None
-    return x, (c if node.op.name == "mul" else 1 / c)
+    return x, (c if node.is_a("mul") else 1 / c)
 
 
 def _apply(view: View, node: Node) -> bool:
-    if node.op.name == "transpose":
-        view.axes = [view.axes[i] for i in Transpose.Attrs.of(node).perm]
+    if isinstance(node.attrs, Transpose.Attrs):
+        view.axes = [view.axes[i] for i in node.attrs.perm]
         return True
-    if node.op.name == "broadcast_to":
+    if node.is_a("broadcast_to"):
         old, shape = node.inputs[0].shape, node.output.shape
         extra = len(shape) - len(old)
         axes: list[list[Atom]] = []
@@ -109,7 +109,7 @@ def _apply(view: View, node: Node) -> bool:
                 axes.append([Atom(d, broadcast=True)] if d != 1 else [])
         view.axes = axes
         return True
-    return _reshape(view, node.output.shape) if node.op.name == "reshape" else True
+    return _reshape(view, node.output.shape) if node.is_a("reshape") else True
 
 
 def _reshape(view: View, shape: Sequence[DimLike]) -> bool:

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from wasat.ir import DimLike, DType, Node, Value, equal, less_equal, substitute, symbol
 from wasat.ir.ops.constant import DimSize
-from wasat.ir.ops.index import AxisAttrs
 from wasat.ir.ops.reduce import CumSum
 from wasat.ir.ops.shape import Concat, Pad, Reverse, Slice, Transpose
 
@@ -65,7 +64,7 @@ class Indexing:
     def _read(self, v: Value) -> Sequence[Value]:
         """What the pieces of ``v`` follow from."""
         node = v.node
-        return node.inputs if node is not None and (node.op.elementwise or node.op.name in _RULES) else ()
+        return node.inputs if node is not None and (node.op.elementwise or node.is_a(*_RULES)) else ()
 
     def _found(self, v: Value) -> Sequence[Piece] | None:
         array, node = v.const, v.node
@@ -199,7 +198,7 @@ def _compare(node: Node, x: Affine, y: Affine) -> list[Piece]:
 
 def _extreme(node: Node, x: Affine, y: Affine) -> list[Piece]:
     d = x.minus(y)
-    more, less = (x, y) if node.op.name == "maximum" else (y, x)
+    more, less = (x, y) if node.is_a("maximum") else (y, x)
     return [Piece((d,), more), Piece((negated(d),), less)]
 
 
@@ -220,7 +219,7 @@ def _quotient(node: Node, x: Affine, y: Affine) -> Affine | None:
     k, c = y.number, x.const
     if not isinstance(k, int) or k <= 0 or not isinstance(c, int) or any(not isinstance(t, int) or t % k for t in x.terms):
         return None
-    if node.op.name == "mod":
+    if node.is_a("mod"):
         return Affine((0,) * len(x.terms), c % k)
     return Affine(tuple(t // k for t in x.terms if isinstance(t, int)), c // k)
 
@@ -270,18 +269,18 @@ def _moved(at: Indexing, node: Node) -> Pieces | None:
     """The operand's elements, at other places: those of ``places``, one for each of its axes."""
     old, units = node.inputs[0].shape, _units(len(node.output.shape))
     places = units
-    if node.op.name == "transpose":
-        places = [units[Transpose.Attrs.of(node).perm.index(a)] for a in range(len(old))]
-    elif node.op.name == "broadcast_to":
+    attrs = node.attrs
+    if isinstance(attrs, Transpose.Attrs):
+        places = [units[attrs.perm.index(a)] for a in range(len(old))]
+    elif node.is_a("broadcast_to"):
         if node.checks:  # an axis that may be 1 when it runs
             return None
         places = units[len(units) - len(old) :]
-    elif node.op.name == "slice":
-        cut = Slice.Attrs.of(node)
-        places = [u.scaled(step).plus(Affine((), at.dim(lo))) for u, lo, step in zip(units, cut.starts, cut.steps)]
-    elif node.op.name == "reverse":
-        sizes, axes = at.shape(node.output), Reverse.Attrs.of(node).axes
-        places = [Affine((), sizes[a] - 1).minus(u) if a in axes else u for a, u in enumerate(units)]
+    elif isinstance(attrs, Slice.Attrs):
+        places = [u.scaled(step).plus(Affine((), at.dim(lo))) for u, lo, step in zip(units, attrs.starts, attrs.steps)]
+    elif isinstance(attrs, Reverse.Attrs):
+        sizes = at.shape(node.output)
+        places = [Affine((), sizes[a] - 1).minus(u) if a in attrs.axes else u for a, u in enumerate(units)]
     return tuple(p.at(places) for p in at.pieces(node.inputs[0]))
 
 
@@ -343,8 +342,8 @@ def _cumsum(at: Indexing, node: Node) -> Pieces | None:
 @_rule("gather", "embedding")
 def _gather(at: Indexing, node: Node) -> list[Piece] | None:
     """What is picked, at the index that picks it; of a flattened source, at the indices that the flat one stands for."""
-    source, ids = node.inputs
-    axis = AxisAttrs.of(node).axis if node.op.name == "gather" else 0
+    (source, ids), axis = node.inputs, node.op.picks(node.attrs)
+    assert axis is not None
     rank, inner = len(node.output.shape), len(ids.shape)
     if (x := at.of(source)) is not None and x.number is not None:
         return [Piece((), Affine((0,) * rank, x.number))]
@@ -367,8 +366,8 @@ def _gather(at: Indexing, node: Node) -> list[Piece] | None:
 
 def _unflattened(at: Indexing, source: Value, index: Affine, shape: Sequence[DimLike]) -> tuple[Pieces, list[Affine]]:
     """The pieces of what a reshape to one axis flattened, and a row-major index into it as one index per axis."""
-    flat = source.node
-    if flat is None or flat.op.name != "reshape":
+    flat = source.made_by("reshape")
+    if flat is None:
         return UNKNOWN, [index]
     places = _places(at, index, shape, at.shape(flat.inputs[0]))
     return (at.pieces(flat.inputs[0]), places) if places is not None else (UNKNOWN, [index])

@@ -175,10 +175,9 @@ def _block(node: Node, shape: Sequence[DimLike], at: Indexing) -> int | None:
 
 def _divided(v: Value, at: Indexing) -> tuple[Affine, int] | None:
     """A function of positions divided by a number, the rest dropped: what is divided, and by what."""
-    node = v.node
-    while node is not None and (node.op.kind == "view" or node.op.name == "cast"):
-        node = node.inputs[0].node
-    if node is None or node.op.name != "floor_div":
+    while v.node is not None and v.node.op.carries:
+        v = v.node.inputs[0]
+    if (node := v.made_by("floor_div")) is None:
         return None
     by, inner = number_of(node.inputs[1]), Indexing(())
     inner.know(node.output, at.pieces(node.inputs[0]))
@@ -188,8 +187,8 @@ def _divided(v: Value, at: Indexing) -> tuple[Affine, int] | None:
 
 def _truth(node: Node) -> Value | None:
     """The boolean that was cast to numbers and is cast back."""
-    inner = node.inputs[0].node
-    if node.output.tensor.dtype is not DType.BOOL or inner is None or inner.op.name != "cast":
+    inner = node.inputs[0].made_by("cast")
+    if node.output.tensor.dtype is not DType.BOOL or inner is None:
         return None
     return inner.inputs[0] if inner.inputs[0].tensor.dtype is DType.BOOL else None
 

@@ -44,10 +44,6 @@ def _keep(node: Node, i: int) -> Value | None:
     return v if v.type == node.output.type else None
 
 
-def _producer(v: Value, op: str) -> Node | None:
-    return v.node if v.node is not None and v.node.op.name == op else None
-
-
 def _neutral(value: float, *, right_only: bool = False, integers_only: bool = False) -> Rule:
     """``x op value -> x`` (and ``value op x -> x``)."""
 
@@ -64,7 +60,7 @@ def _neutral(value: float, *, right_only: bool = False, integers_only: bool = Fa
 
 def _involution(b: Builder, node: Node) -> Value | None:
     """f(f(x)) -> x."""
-    inner = _producer(node.inputs[0], node.op.name)
+    inner = node.inputs[0].made_by(node.op.name)
     return inner.inputs[0] if inner is not None else None
 
 
@@ -94,7 +90,7 @@ _WIDER = {
 
 def _cast(b: Builder, node: Node) -> Value | None:
     """cast(cast(x)) -> cast(x), or x, where the inner cast loses nothing."""
-    inner = _producer(node.inputs[0], "cast")
+    inner = node.inputs[0].made_by("cast")
     if inner is None:
         return None
     x = inner.inputs[0]
@@ -105,7 +101,7 @@ def _cast(b: Builder, node: Node) -> Value | None:
 
 def _reshape(b: Builder, node: Node) -> Value | None:
     """reshape(reshape(x)) -> reshape(x)."""
-    inner = _producer(node.inputs[0], "reshape")
+    inner = node.inputs[0].made_by("reshape")
     return b.reshape(inner.inputs[0], shape=node.output.shape) if inner is not None else None
 
 
@@ -114,7 +110,7 @@ def _transpose(b: Builder, node: Node) -> Value | None:
     perm, x = Transpose.Attrs.of(node).perm, node.inputs[0]
     if perm == tuple(range(len(perm))):
         return x
-    inner = _producer(x, "transpose")
+    inner = x.made_by("transpose")
     if inner is not None:
         first = Transpose.Attrs.of(inner).perm
         return b.transpose(inner.inputs[0], perm=tuple(first[i] for i in perm))
@@ -126,7 +122,7 @@ def _matmul(b: Builder, node: Node) -> Value | None:
     """x @ transpose(w) -> linear(x, w) for a parameter w, and x @ w -> linear(x, transpose(w)): rows of weights are what
     kernels read and quantization rounds, and transposing a parameter is done when it is loaded."""
     x, w = node.inputs
-    inner = _producer(w, "transpose")
+    inner = w.made_by("transpose")
     if len(w.shape) != 2 or len(x.shape) < 2 or w.type.symbols or not x.tensor.dtype.is_float:
         return None
     if inner is not None and _from_param(inner.inputs[0]):
@@ -144,7 +140,7 @@ def _gather(b: Builder, node: Node) -> Value | None:
 def _rope(b: Builder, node: Node) -> Value | None:
     """Rotation at positions that were repeated for every row of the batch: at the positions."""
     x, at, freq = node.inputs
-    repeat = _producer(at, "broadcast_to")
+    repeat = at.made_by("broadcast_to")
     if repeat is None or any(d != 1 for d in repeat.inputs[0].shape[:-1]) or repeat.inputs[0].shape[-1:] != at.shape[-1:]:
         return None
     attrs: Any = node.attrs
@@ -154,7 +150,7 @@ def _rope(b: Builder, node: Node) -> Value | None:
 
 def _merged_rows(b: Builder, v: Value) -> Value | None:
     """``v`` [m, k] as [.., k], its m rows not yet merged; None if they are no merged axes."""
-    inner = _producer(v, "reshape")
+    inner = v.made_by("reshape")
     if inner is None or len(v.shape) != 2:
         return None
     x = inner.inputs[0]
@@ -178,7 +174,7 @@ def _rows_apart(b: Builder, node: Node) -> Value | None:
 def _broadcast(b: Builder, node: Node) -> Value | None:
     """f(x, broadcast_to(y)) -> f(x, y) where x alone has the shape of the result."""
     for i, v in enumerate(node.inputs):
-        inner, other = _producer(v, "broadcast_to"), node.inputs[1 - i]
+        inner, other = v.made_by("broadcast_to"), node.inputs[1 - i]
         if inner is not None and not inner.checks and other.shape == node.output.shape:
             operands = (inner.inputs[0], other) if i == 0 else (other, inner.inputs[0])
             return b.emit(node.op, *operands)
@@ -187,7 +183,7 @@ def _broadcast(b: Builder, node: Node) -> Value | None:
 
 def _units_of_repeated(b: Builder, node: Node) -> Value | None:
     """A reshape that puts axes of size 1 into what is repeated, or takes them out, before the repetition."""
-    inner = _producer(node.inputs[0], "broadcast_to")
+    inner = node.inputs[0].made_by("broadcast_to")
     if inner is None or inner.checks or node.checks:
         return None
     old, new, x = inner.output.shape, node.output.shape, inner.inputs[0]
@@ -216,14 +212,14 @@ def _whole(b: Builder, node: Node) -> Value | None:
 
 
 def _from_param(v: Value) -> bool:
-    while v.node is not None and v.node.op.name == "cast":
-        v = v.node.inputs[0]
+    while (widened := v.made_by("cast")) is not None:
+        v = widened.inputs[0]
     return v.param is not None
 
 
 def _slice(b: Builder, node: Node) -> Value | None:
     """slice(slice(x)) -> slice(x), for steps of 1."""
-    inner = _producer(node.inputs[0], "slice")
+    inner = node.inputs[0].made_by("slice")
     if inner is None:
         return None
     a, c = Slice.Attrs.of(inner), Slice.Attrs.of(node)
@@ -236,7 +232,7 @@ def _slice(b: Builder, node: Node) -> Value | None:
 
 def _slice_of_concat(b: Builder, node: Node) -> Value | None:
     """A slice that lies within one part of a concatenation: of that part."""
-    inner = _producer(node.inputs[0], "concat")
+    inner = node.inputs[0].made_by("concat")
     if inner is None:
         return None
     a, axis = Slice.Attrs.of(node), Concat.Attrs.of(inner).axis
@@ -262,7 +258,7 @@ def _concat(b: Builder, node: Node) -> Value | None:
     if len(parts) < len(node.inputs):
         return b.concat(*(parts or node.inputs[:1]), axis=axis)
     for v in node.inputs:
-        part = _producer(v, "slice")
+        part = v.made_by("slice")
         if part is None or (source is not None and part.inputs[0] is not source):
             return None
         source = part.inputs[0]
@@ -291,13 +287,13 @@ def _select(b: Builder, node: Node) -> Value | None:
 
 def _select_not(b: Builder, node: Node) -> Value | None:
     """select(not c, x, y) -> select(c, y, x)."""
-    inner = _producer(node.inputs[0], "logical_not")
+    inner = node.inputs[0].made_by("logical_not")
     return b.select(inner.inputs[0], node.inputs[2], node.inputs[1]) if inner is not None else None
 
 
 def _stop_gradient(b: Builder, node: Node) -> Value | None:
     """stop_gradient(stop_gradient(x)) -> stop_gradient(x)."""
-    return node.inputs[0] if _producer(node.inputs[0], "stop_gradient") is not None else None
+    return node.inputs[0] if node.inputs[0].made_by("stop_gradient") is not None else None
 
 
 RULES: dict[str, tuple[Rule, ...]] = {
@@ -336,9 +332,9 @@ _FOLD_LIMIT = 1024
 
 def _fold(b: Builder, node: Node, positions: bool) -> list[Value] | None:
     """A node over constants becomes constants, by its reference; without ``positions``, unless integers become floats in it."""
-    if not positions and node.op.name == "cast" and _counts(node.inputs[0]) and node.outputs[0].tensor.dtype.is_float:
+    if not positions and node.is_a("cast") and _counts(node.inputs[0]) and node.outputs[0].tensor.dtype.is_float:
         return None
-    if node.op.name == "constant" or not all(v.const is not None for v in node.inputs) or node.checks or node.attrs.symbols:
+    if node.outputs[0].const is not None or any(v.const is None for v in node.inputs) or node.checks or node.attrs.symbols:
         return None
     types = [v.type for v in node.outputs if isinstance(v.type, TensorType) and not v.type.symbols]
     if len(types) != len(node.outputs):

@@ -19,7 +19,7 @@ def clean_loops(graph: Graph, clean: Callable[[Graph], bool]) -> dict[str, int]:
         attrs: Any = node.attrs.with_bodies(clean)
         counts["simplified"] += attrs is not node.attrs
         node.attrs = attrs
-        if node.op.name != "scan" or any(v.const is not None for v in attrs.body.graph.outputs):
+        if not isinstance(attrs, ScanAttrs) or any(v.const is not None for v in attrs.body.graph.outputs):
             continue  # numbers stand in the text without their names
         key = _key(node)
         if key in seen:
@@ -27,12 +27,12 @@ def clean_loops(graph: Graph, clean: Callable[[Graph], bool]) -> dict[str, int]:
             counts["merged"] += 1
         seen[key] = node
     for node in [n for n in graph.nodes if n.attrs.bodies]:
-        carries = ScanAttrs.of(node).carries if node.op.name == "scan" else 0
+        carries = node.attrs.carries if isinstance(node.attrs, ScanAttrs) else 0
         kept = [i for i, v in enumerate(node.outputs) if i < carries or v.uses or graph.is_output(v)]
         if len(kept) < len(node.outputs) and kept:
             counts["dead"] += len(node.outputs) - len(kept)
             node = _keep(graph, node, kept)
-        if node.op.name == "cond" and (unread := unread_operands(node)):
+        if isinstance(node.attrs, CondAttrs) and (unread := unread_operands(node)):
             counts["dead"] += len(unread)
             without_operands(graph, node, unread)
     return counts
@@ -40,7 +40,7 @@ def clean_loops(graph: Graph, clean: Callable[[Graph], bool]) -> dict[str, int]:
 
 def taken(b: Builder, node: Node) -> list[Value] | None:
     """The results of the branch that a cond takes, where that is known."""
-    condition = node.inputs[0].const if node.op.name == "cond" else None
+    condition = node.inputs[0].const if isinstance(node.attrs, CondAttrs) else None
     if condition is None:
         return None
     attrs = CondAttrs.of(node)

@@ -8,6 +8,7 @@ from itertools import takewhile
 from math import prod
 
 from wasat.ir import DerivedParam, Graph, Node, ParamSource, Program, TensorType, Type, Value, copy_node
+from wasat.ir.op import concrete
 
 from ..core import Pass, Remarks, attrs_key
 from ..pattern import erase_dead
@@ -20,7 +21,7 @@ def param_only(graph: Graph) -> set[Value]:
     for node in graph.nodes:
         if len(node.outputs) != 1 or node.attrs.symbols:
             continue
-        if node.op.name == "constant":
+        if node.output.const is not None:
             constant.add(node.output)
         elif any(v in found for v in node.inputs) and all(v in found or v in constant for v in node.inputs):
             found.add(node.output)
@@ -29,10 +30,10 @@ def param_only(graph: Graph) -> set[Value]:
 
 def size_in_bytes(type: Type) -> float:
     """Memory that a value takes whose shape holds no symbol."""
-    shape = [int(d) for d in type.shape]  # type: ignore[arg-type]
+    shape = [concrete(d) for d in type.shape]
     if isinstance(type, TensorType):
         return prod(shape) * type.dtype.bits / 8
-    return prod(shape[:-1]) * int(type.row_bits) / 8  # type: ignore[arg-type]
+    return prod(shape[:-1]) * concrete(type.row_bits) / 8
 
 
 @dataclass(frozen=True)

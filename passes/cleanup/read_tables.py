@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import prod
 
 from wasat.ir import Array, Builder, DimLike, Graph, Node, Program, QArray, TensorType, Value
+from wasat.ir.op import concrete
 from wasat.ir.ops.shape import Slice
 
 from ..analyses.affine import Affine, Piece, of_array
@@ -15,7 +16,6 @@ from ..pattern import erase_dead, replace
 
 _LARGEST = 2**26
 """Elements of a table that is looked at."""
-_VIEWS = ("slice", "reshape", "broadcast_to", "cast")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class ReadTables(Pass):
                 if _is_square(v) and _masks(v):
                     changed |= self._compute(graph, v, program.params[name].load(), remarks)
             for node in graph.nodes:
-                changed |= node.op.name == "slice" and self._look_up(graph, node, remarks)
+                changed |= node.is_a("slice") and self._look_up(graph, node, remarks)
         read = {name for graph in program.graphs.values() for name in graph.params}
         gone = {name for graph in program.graphs.values() for name in graph.prune_params()} if changed else set()
         for name in gone & read - {name for graph in program.graphs.values() for name in graph.params}:
@@ -99,13 +99,13 @@ def _is_square(v: Value) -> bool:
     shape = v.type.shape
     if not isinstance(v.type, TensorType) or len(shape) < 2 or not all(isinstance(d, int) for d in shape):
         return False
-    return shape[-1] != 1 and shape[-2] != 1 and all(d == 1 for d in shape[:-2]) and prod(map(int, shape)) <= _LARGEST  # type: ignore[arg-type]
+    return shape[-1] != 1 and shape[-2] != 1 and all(d == 1 for d in shape[:-2]) and prod(map(concrete, shape)) <= _LARGEST
 
 
 def _masks(v: Value) -> bool:
     """Whether it goes into elementwise operations with other values alone: no weight of a product does, scaled or not."""
     return bool(v.users) and all(
-        _masks(n.output) if n.op.name in _VIEWS or (n.op.elementwise and all(map(_fixed, n.inputs))) else n.op.elementwise
+        _masks(n.output) if n.op.carries or (n.op.elementwise and all(map(_fixed, n.inputs))) else n.op.elementwise
         for n in v.users
     )
 

@@ -21,7 +21,7 @@ def rows_apart(graph: Graph) -> bool:
     changed = False
     for node in list(graph.nodes):
         b = Builder(graph, before=node, loc=node.loc)
-        if node.op.name == "reshape":
+        if node.is_a("reshape"):
             source, _ = apart.get(node.inputs[0], (node.inputs[0], 0))
             if source is not node.inputs[0]:
                 graph.set_inputs(node, [source])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from wasat.ir import Builder, Graph, Node, equal
-from wasat.ir.ops.index import AxisAttrs
 
 from ..analyses.indexing import Indexing
 from ..core import GraphPass, Remarks
@@ -25,11 +24,12 @@ class SimplifyIndices(GraphPass):
     def run_graph(self, graph: Graph, remarks: Remarks) -> bool:
         changed = False
         for node in graph.nodes:
-            if node.op.name == "gather" and _takes_last(node):
-                self._slice(graph, node, remarks)
+            axis = node.op.picks(node.attrs)
+            if axis is not None and node.op.weight is None and _takes_last(node, axis):
+                self._slice(graph, node, axis, remarks)
                 changed = True
                 continue
-            if node.op.name not in ("gather", "embedding") or len(node.inputs[1].shape) < 2:
+            if axis is None or len(node.inputs[1].shape) < 2:
                 continue
             ids = node.inputs[1]
             index = Indexing(ids.shape).of(ids)
@@ -38,7 +38,6 @@ class SimplifyIndices(GraphPass):
                 continue
             if not isinstance(index.const, int) or index.const < 0:
                 continue  # an index below 0 counts from the end
-            axis = getattr(node.attrs, "axis", 0)
             b = Builder(graph, before=node, loc=node.loc)
             row = b.iota(size=ids.shape[runs[0]] if runs else 1, dtype=ids.tensor.dtype)
             row = b.add(row, index.const) if index.const else row
@@ -51,18 +50,18 @@ class SimplifyIndices(GraphPass):
             changed = True
         return changed
 
-    def _slice(self, graph: Graph, node: Node, remarks: Remarks) -> None:
-        x, axis = node.inputs[0], AxisAttrs.of(node).axis
+    def _slice(self, graph: Graph, node: Node, axis: int, remarks: Remarks) -> None:
+        x = node.inputs[0]
         b = Builder(graph, before=node, loc=node.loc)
         y = b.slice(x, starts=tuple(d - 1 if i == axis else 0 for i, d in enumerate(x.shape)), stops=x.shape)
         remarks.applied(f"%{node.output.name} takes the last element of axis {axis}", node)
         replace(graph, node.output, b.reshape(y, shape=node.output.shape))
 
 
-def _takes_last(node: Node) -> bool:
+def _takes_last(node: Node, axis: int) -> bool:
     """Whether the one element that is picked is the last, on an axis whose size is not known."""
     x, ids = node.inputs
-    size = x.shape[AxisAttrs.of(node).axis]
+    size = x.shape[axis]
     if isinstance(size, int) or any(d != 1 for d in ids.shape):
         return False
     index = Indexing(()).of(ids)

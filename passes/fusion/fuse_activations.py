@@ -20,7 +20,7 @@ def _times_half(p: Tracer, x: Pattern, y: Pattern) -> Pattern:
 
 
 def _read_by(node: Node, op: str) -> bool:
-    return any(user.op.name == op for v in node.outputs for user, _ in v.uses)
+    return any(user.is_a(op) for v in node.outputs for user, _ in v.uses)
 
 
 class _Sigmoid(Rewrite):

@@ -51,7 +51,7 @@ class FuseAttention(GraphPass):
     def run_graph(self, graph: Graph, remarks: Remarks) -> bool:
         changed = False
         for node in graph.nodes:
-            if node.op.name == "attention" and _read_mask(graph, node, remarks):
+            if node.is_a("attention") and _read_mask(graph, node, remarks):
                 changed = True
             w = weights(node)
             if w is None:
@@ -69,7 +69,7 @@ class FuseAttention(GraphPass):
 
 
 def _called(w: Weights) -> str:
-    return "softmax" if w.node.op.name == "softmax" else "a softmax with a sink"
+    return "softmax" if w.node.is_a("softmax") else "a softmax with a sink"
 
 
 def _describe(v: Value) -> str:
@@ -96,9 +96,9 @@ def _only_use(graph: Graph, v: Value) -> Node:
 
 def _passes(node: Node) -> bool:
     """Whether scores stay scores: a cast between floats, or a reshape that only regroups heads."""
-    if node.op.name == "cast":
+    if node.is_a("cast"):
         return node.inputs[0].tensor.dtype.is_float and node.output.tensor.dtype.is_float
-    if node.op.name != "reshape":
+    if not node.is_a("reshape"):
         return False
     a, b = node.inputs[0].shape, node.output.shape
     if len(a) < 2 or len(b) < 2 or any(equal(x, y) is not True for x, y in zip(a[-2:], b[-2:])):
@@ -111,7 +111,7 @@ def _reaches_product(v: Value, depth: int = 12) -> bool:
     n = v.node
     if n is None or depth == 0:
         return False
-    if n.op.name == "matmul":
+    if n.is_a("matmul"):
         return True
     through = {
         "cast": (0,), "reshape": (0,), "tanh": (0,), "div": (0,), "mul": (0, 1), "add": (0, 1), "sub": (0,), "select": (1, 2),
@@ -125,12 +125,12 @@ def _attends(w: Weights) -> bool:
     if _reaches_product(x):
         return True
     while x.node is not None:
-        if x.node.op.name == "matmul":
+        if x.node.is_a("matmul"):
             return True
-        if not x.node.op.elementwise and x.node.op.name not in ("cast", "reshape"):
+        if not x.node.op.elementwise and not x.node.is_a("cast", "reshape"):
             return False
-        x = x.node.inputs[1 if x.node.op.name == "select" else 0]
-    return any(user.op.name == "matmul" for user in w.node.output.users)
+        x = x.node.inputs[1 if x.node.is_a("select") else 0]
+    return any(user.is_a("matmul") for user in w.node.output.users)
 
 
 def _scores(graph: Graph, w: Weights) -> _Scores:
@@ -166,7 +166,7 @@ def _scores(graph: Graph, w: Weights) -> _Scores:
         elif (step := scaling(node)) is not None:
             x, c = step
             inner = x.node
-            if name == "mul" and inner is not None and inner.op.name == "tanh" and softcap is None:
+            if name == "mul" and inner is not None and inner.is_a("tanh") and softcap is None:
                 if factor != 1.0 or c <= 0 or per_head:
                     raise Miss(f"{node!r}: a factor is applied after the softcap")
                 _only_use(graph, x)
@@ -249,7 +249,7 @@ def _added(
     if scores.shape != node.output.shape:
         raise Miss(f"{node!r}: the scores are broadcast by the mask")
     _before_softcap(node, softcap)
-    if node.op.name == "sub":
+    if node.is_a("sub"):
         if scores is b:
             raise Miss(f"{node!r}: the scores are subtracted")
         factor = -factor
@@ -274,7 +274,7 @@ def _add(addend: Value, shape: Sequence[DimLike], mask: Mask, additive: list[tup
             mask.meet(found)
             return
     node = addend.node
-    if node is not None and node.op.name == "add" and any(hidden_by(v, shape, factor) is not None for v in node.inputs):
+    if node is not None and node.is_a("add") and any(hidden_by(v, shape, factor) is not None for v in node.inputs):
         for v in node.inputs:
             _add(v, shape, mask, additive, factor)
         return
@@ -305,7 +305,7 @@ def _may_hide(v: Value) -> bool:
         node = x.node
         if node is None or not (node.op.elementwise or node.op.kind in ("view", "gather")):
             continue
-        if node.op.name == "pad" and abs(Pad.Attrs.of(node).value) >= -FINITE_FILL:
+        if node.is_a("pad") and abs(Pad.Attrs.of(node).value) >= -FINITE_FILL:
             return True
         stack += [u for u in node.inputs if u not in seen]
         seen.update(node.inputs)
@@ -323,7 +323,7 @@ def _choice(v: Value) -> tuple[Value, bool, float] | None:
         n = n.inputs[0].node
     if n is None:
         return None
-    if n.op.name == "select":
+    if n.is_a("select"):
         condition, yes, no = n.inputs
         for zero, fill, keep in ((yes, no, True), (no, yes, False)):
             x = is_fill(fill)
@@ -337,9 +337,9 @@ def _choice(v: Value) -> tuple[Value, bool, float] | None:
 
 def _aligned(node: Node) -> bool:
     """Whether the operand, its axes aligned from the right, stands for the result (a reshape may move a batch onto heads)."""
-    if node.op.name == "reshape":
+    if node.is_a("reshape"):
         return _core(node.inputs[0].shape) == _core(node.output.shape)
-    return node.op.name in ("cast", "broadcast_to")
+    return node.is_a("cast", "broadcast_to")
 
 
 def _core(shape: Sequence[DimLike]) -> tuple[DimLike, ...]:
@@ -350,11 +350,11 @@ def _core(shape: Sequence[DimLike]) -> tuple[DimLike, ...]:
 
 def _guarded(graph: Graph, y: Value) -> Node | None:
     """The node of select(isnan(y), 0, y), where nothing else uses y: a query that sees nothing gives 0, as in the operation."""
-    choice = next((n for n in y.users if n.op.name == "select" and n.inputs[2] is y), None)
+    choice = next((n for n in y.users if n.is_a("select") and n.inputs[2] is y), None)
     if choice is None or graph.is_output(y) or len(y.uses) != 2 or number_of(choice.inputs[1]) != 0:
         return None
     test = choice.inputs[0].node
-    is_test = test is not None and test.op.name == "isnan" and test.inputs[0] is y
+    is_test = test is not None and test.is_a("isnan") and test.inputs[0] is y
     return choice if is_test and len(choice.inputs[0].uses) == 1 and not graph.is_output(choice.inputs[0]) else None
 
 
@@ -370,7 +370,7 @@ def _values(graph: Graph, w: Weights) -> Node:
         if joined and drops(w, node):
             y, joined = node.output, False
             continue
-        if node.op.name == "matmul" and node.inputs[0] is y:
+        if node.is_a("matmul") and node.inputs[0] is y:
             if joined:
                 raise Miss(f"%{y.name} weighs more than the keys")
             return node

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from wasat.ir import Builder, DimLike, Graph, Node, TypeMismatch, Value
 from wasat.ir.axes import product
+from wasat.ir.op import concrete
 from wasat.ir.ops.index import AxisAttrs, ScatterAttrs, TopK
 
 from ..analyses.labels import Atom, Label, Labels, arrange, every, flat, fresh, is_view, operand_labels, peel
@@ -101,7 +102,7 @@ class _Run:
 
     def _chosen_from(self) -> set[DimLike]:
         """How many there are to choose from, where there is a choice."""
-        return {n.inputs[0].shape[TopK.Attrs.of(n).axis] for n in self.graph.nodes if n.op.name == "top_k"}
+        return {n.inputs[0].shape[TopK.Attrs.of(n).axis] for n in self.graph.nodes if n.is_a("top_k")}
 
     def _experts_left(self) -> None:
         """Names products of all experts beside a choice of some."""
@@ -122,23 +123,24 @@ class _Run:
         parts = _factors(node, operand_labels(node, out)[0]) if node.op.kind in ("product", "reduction") else []
         for i, (v, labels) in enumerate(parts if len(parts) == 2 else []):
             w, w_labels = peel(v, labels) if v not in self.only else (v, labels)
-            if w.node is None or w.node.op.name != "gather" or w in self.only or w.node.inputs[0] not in self.only:
+            taken = w.made_by("gather")
+            if taken is None or w in self.only or taken.inputs[0] not in self.only:
                 continue
-            (stack, places), _ = operand_labels(w.node, w_labels)
-            experts = stack[AxisAttrs.of(w.node).axis]
+            (stack, places), _ = operand_labels(taken, w_labels)
+            experts = stack[AxisAttrs.of(taken).axis]
             if len(experts) != 1 or not every(places):
                 continue
             if not set(every(w_labels)) - set(every(out)):
                 continue  # nothing is summed over: no product
-            which = self.counted(w.node.inputs[1], int(experts[0].size))  # type: ignore[arg-type]
+            which = self.counted(taken.inputs[1], concrete(experts[0].size))
             choice = _Choice(*peel(which, places), experts[0])
-            return self.grouped(*peel(*parts[1 - i]), w.node.inputs[0], stack, choice, out)
+            return self.grouped(*peel(*parts[1 - i]), taken.inputs[0], stack, choice, out)
         return None
 
     def counted(self, places: Value, size: int) -> Value:
         """Places of a gather, of which negative ones count from the end, counted from the front."""
         node = places.node
-        turned = node is not None and node.op.name == "add" and _is_turn(node.inputs[1].node, node.inputs[0])
+        turned = node is not None and node.is_a("add") and _is_turn(node.inputs[1].node, node.inputs[0])
         front = node.inputs[0] if node is not None and turned else places  # exporters write it
         if _is_choice(_base(front)):
             return front
@@ -295,7 +297,7 @@ class _Substitution:
         """Of the places: which of a token's experts."""
         node = choice.places.node
         assert node is not None
-        chosen = flat(choice.labels[TopK.Attrs.of(node).axis]) if node.op.name == "top_k" else []
+        chosen = flat(choice.labels[TopK.Attrs.of(node).axis]) if node.is_a("top_k") else []
         if self.each and self.each != chosen:
             raise Mismatch("it is summed over tokens, too")
         self.tokens = [a for a in every(choice.labels) if a not in self.each]
@@ -363,13 +365,14 @@ class _Substitution:
         if v.node is None or len(v.node.outputs) != 1:
             return None
         operands, _ = operand_labels(v.node, labels)
-        if v.node.op.name == "scatter_along" and ScatterAttrs.of(v.node).reduce in ("none", "add"):
+        if v.node.is_a("scatter_along") and ScatterAttrs.of(v.node).reduce in ("none", "add"):
             parts = [(v.node.inputs[1], operands[1]), (v.node.inputs[2], operands[2])]
         else:
             parts = [peel(*part) for part in _factors(v.node, operands)]
             for i, (hot, own) in enumerate(parts):
-                if hot.node is not None and hot.node.op.name == "one_hot" and own[-1] and flat(own[-1]) == [self.e]:
-                    parts = [(hot.node.inputs[0], own[:-1]), *parts[:i], *parts[i + 1 :]]
+                made = hot.made_by("one_hot")
+                if made is not None and own[-1] and flat(own[-1]) == [self.e]:
+                    parts = [(made.inputs[0], own[:-1]), *parts[:i], *parts[i + 1 :]]
         if len(parts) != 2 or peel(*parts[0])[0] is not self.choice.places:
             return None
         which = [a for a in every(parts[0][1]) if a not in every(labels)]
@@ -418,9 +421,9 @@ def _factors(node: Node, operands: list[Labels]) -> list[tuple[Value, Labels]]:
     """What a product, or a sum of products, multiplies."""
     if node.op.kind == "product" and node.op.factors == 2 and len(node.inputs) == 2:
         return list(zip(node.inputs, operands))
-    if node.op.name == "reduce_sum":
+    if node.is_a("reduce_sum"):
         made = node.inputs[0].node
-        if made is not None and made.op.name == "mul":
+        if made is not None and made.is_a("mul"):
             return list(zip(made.inputs, operand_labels(made, operands[0])[0]))
         return [(node.inputs[0], operands[0])]
     return []
@@ -439,14 +442,14 @@ def _is_number(v: Value, number: float) -> bool:
 
 def _is_iota(v: Value) -> bool:
     c = v.const
-    return (v.node is not None and v.node.op.name == "iota") or (
+    return (v.made_by("iota") is not None) or (
         c is not None and c.ndim == 1 and np.array_equal(c, np.arange(len(c)))
     )
 
 
 def _is_choice(v: Value) -> bool:
     """Whether these are places of different elements, for each token."""
-    return v.node is not None and (v.node.op.name in ("arg_max", "arg_min") or (v.node.op.name == "top_k" and v.index == 1))
+    return v.node is not None and (v.node.is_a("arg_max", "arg_min") or (v.node.is_a("top_k") and v.index == 1))
 
 
 def _experts_free(choice: _Choice | None, labels: Labels) -> bool:
@@ -455,10 +458,10 @@ def _experts_free(choice: _Choice | None, labels: Labels) -> bool:
 
 def _is_turn(node: Node | None, x: Value) -> bool:
     """Whether it is a number where x is below zero, and zero elsewhere."""
-    if node is None or node.op.name != "select" or not _is_number(node.inputs[2], 0.0):
+    if node is None or not node.is_a("select") or not _is_number(node.inputs[2], 0.0):
         return False
     below = node.inputs[0].node
-    return below is not None and below.op.name == "less" and below.inputs[0] is x and _is_number(below.inputs[1], 0.0)
+    return below is not None and below.is_a("less") and below.inputs[0] is x and _is_number(below.inputs[1], 0.0)
 
 
 def _base(v: Value) -> Value:

@@ -10,7 +10,8 @@ from ..pattern import Match, Mismatch, Pattern, Rewrite, Tracer, Var
 
 def _projected(v: Value) -> bool:
     """Whether ``v`` is a product with a weight, or part of a value."""
-    return v.node is not None and (v.node.op.name == "slice" or (v.node.op.kind == "product" and v.node.op.weight is not None))
+    op = v.node.op if v.node is not None else None
+    return v.made_by("slice") is not None or (op is not None and op.kind == "product" and op.weight is not None)
 
 
 class FuseGlu(Rewrite):
@@ -26,7 +27,7 @@ class FuseGlu(Rewrite):
         """Of what is projected, times something projected: a gate on anything else, attention's result say, is no such unit."""
         if not super().is_landmark(node) or not _projected(node.inputs[0]):
             return False
-        products = [u for u in node.output.users if u.op.name == "mul"]
+        products = [u for u in node.output.users if u.is_a("mul")]
         return any(_projected(v) for n in products for v in n.inputs if v is not node.output)
 
     def pattern(self, p: Tracer, y: Var) -> Pattern:

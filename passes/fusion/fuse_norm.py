@@ -59,7 +59,7 @@ class _Norm(Rewrite):
 
     def is_landmark(self, node: Node) -> bool:
         made = node.inputs[0].node if node.inputs else None
-        return super().is_landmark(node) and (made is None or made.op.name != "maximum")
+        return super().is_landmark(node) and (made is None or not made.is_a("maximum"))
 
 
 class _LayerNorm(_Norm):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from wasat.ir import Builder, DimLike, DType, Node, Value
@@ -41,27 +41,27 @@ def _table(v: Value) -> _Table:
         if (once := _each_twice(v)) is not None:
             pairs, v = True, once
             continue
-        if node.op.name in ("cos", "sin"):
+        if node.is_a("cos", "sin"):
             fn = node.op.name
-        elif node.op.name == "mul" and (number := number_of(node.inputs[1])) is not None:  # clean-up puts constants second
+        elif node.is_a("mul") and (number := number_of(node.inputs[1])) is not None:  # clean-up puts constants second
             factor *= number
-        elif not (_moves_units(v) or (node.op.name == "cast" and v.tensor.dtype.is_float)):
+        elif not (_moves_units(v) or (node.is_a("cast") and v.tensor.dtype.is_float)):
             raise Mismatch(f"%{table.name} is {node.op.name} of something, no table of cosines or sines")
         v = node.inputs[0]
     repeats = 1
     v = _past_units(v)
     if (once := _each_twice(v)) is not None:
         pairs, v = True, _past_units(once)
-    if v.node is not None and v.node.op.name == "concat":  # along another axis than the last, the width would not fit
-        if len(set(v.node.inputs)) > 1:
+    if (joined := v.made_by("concat")) is not None:  # along another axis than the last, the width would not fit
+        if len(set(joined.inputs)) > 1:
             raise Mismatch(f"%{v.name} does not repeat the same angles")
-        repeats = len(v.node.inputs)
-        v = _past_units(v.node.inputs[0])
-    if v.node is None or v.node.op.name != "mul":
+        repeats = len(joined.inputs)
+        v = _past_units(joined.inputs[0])
+    if (angles := v.made_by("mul")) is None:
         raise Mismatch(f"%{v.name} is no product of positions and frequencies")
     if v.tensor.dtype.bits < 32:
         raise Mismatch(f"the angles are {v.tensor.dtype}, too narrow for far positions")
-    for position, frequency in (v.node.inputs, v.node.inputs[::-1]):
+    for position, frequency in (angles.inputs, angles.inputs[::-1]):
         source, at = _past_units(frequency), _positions(position)
         size = source.tensor.size
         if (source.const is None and source.param is None) or at is None or position.shape[-1:] != (1,):
@@ -80,18 +80,18 @@ def _check_width(table: Value, width: int) -> tuple[DimLike, ...]:
 
 def _moves_units(v: Value) -> bool:
     """Whether ``v`` is its operand with axes of size 1 put in or taken out."""
-    if v.node is None or v.node.op.name not in _SHAPING:
-        return False
-    return _sizes(v) == _sizes(v.node.inputs[0])
+    shaped = v.made_by(*_SHAPING)
+    return shaped is not None and _sizes(v) == _sizes(shaped.inputs[0])
 
 
 def _each_twice(v: Value) -> Value | None:
     """What ``v`` [.., 2n] holds each element of twice, side by side, as [.., n, 1]."""
-    if v.node is None or v.node.op.name != "reshape" or (both := v.node.inputs[0]).node is None:
+    shaped = v.made_by("reshape")
+    repeat = shaped.inputs[0].made_by("broadcast_to", "concat") if shaped is not None else None
+    if repeat is None or len(set(repeat.inputs)) > 1:
         return None
-    if both.node.op.name not in ("broadcast_to", "concat") or len(set(both.node.inputs)) > 1:
-        return None
-    once, n = both.node.inputs[0], both.shape[-2] if len(both.shape) > 1 else 0
+    both, once = repeat.output, repeat.inputs[0]
+    n = both.shape[-2] if len(both.shape) > 1 else 0
     twice = both.shape[-1] == 2 and once.shape[-1:] == (1,) and _sizes(once) == [d for d in both.shape[:-1] if d != 1]
     same = v.shape[-1:] == (2 * n,) and [d for d in v.shape[:-1] if d != 1] == [d for d in both.shape[:-2] if d != 1]
     return once if twice and same else None
@@ -111,9 +111,9 @@ def _past_units(v: Value) -> Value:
 def _positions(v: Value) -> Value | None:
     """The integers that ``v`` is a cast of."""
     v = _past_units(v)
-    if v.node is None or v.node.op.name != "cast":
+    if (cast := v.made_by("cast")) is None:
         return None
-    x = v.node.inputs[0]
+    x = cast.inputs[0]
     return _past_units(x) if x.tensor.dtype.is_int else None
 
 
@@ -128,8 +128,11 @@ def _rope(
     if (c.fn, s.fn) != ("cos", "sin"):
         raise Mismatch(f"%{cos.name} and %{sin.name} are not cosine and sine in this order")
     same = c.positions is s.positions and (c.factor, c.shape, c.pairs) == (s.factor, s.shape, s.pairs)
-    numbers = isinstance(c.inv_freq, np.ndarray) and isinstance(s.inv_freq, np.ndarray)
-    if not same or not (np.array_equal(c.inv_freq, s.inv_freq) if numbers else c.inv_freq is s.inv_freq):  # type: ignore[arg-type]
+    if isinstance(c.inv_freq, np.ndarray) and isinstance(s.inv_freq, np.ndarray):
+        same = same and np.array_equal(c.inv_freq, s.inv_freq)
+    else:
+        same = same and c.inv_freq is s.inv_freq
+    if not same:
         raise Mismatch(f"%{cos.name} and %{sin.name} are not of the same angles")
     if len(x.shape) != 4:
         raise Mismatch(f"{x!r} has not the four axes batch, position, head, feature")
@@ -162,8 +165,8 @@ def _rope(
 
 def _part(v: Value) -> tuple[DimLike, DimLike]:
     """Start and stop along the last axis of a slice that takes everything else."""
-    attrs: Any = v.node.attrs  # type: ignore[union-attr]
-    x = v.node.inputs[0]  # type: ignore[union-attr]
+    assert v.node is not None
+    attrs, x = Slice.Attrs.of(v.node), v.node.inputs[0]
     whole = all(lo == 0 and hi == d for lo, hi, d in zip(attrs.starts[:-1], attrs.stops[:-1], x.shape))
     if not whole or any(s != 1 for s in attrs.steps):
         raise Mismatch(f"%{v.name} is not a part of the features of %{x.name}")
@@ -196,7 +199,7 @@ class _RotateHalf(Rewrite):
         start, half = _halves(m["low"], m["high"])
         if x is source:
             mine: tuple[DimLike, DimLike] = (0, x.shape[-1])
-        elif x.node is not None and x.node.op.name == "slice" and x.node.inputs[0] is source:
+        elif x.made_by("slice") is not None and x.node.inputs[0] is source:
             mine = _part(x)
         else:
             raise Mismatch(f"%{x.name} is not what %{m['low'].name} and %{m['high'].name} are the halves of")
@@ -207,7 +210,7 @@ class _RotateHalf(Rewrite):
 
 def _of(name: str, node: Node) -> bool:
     """Whether the operands of ``node`` are all results of the operation ``name``."""
-    return all(v.node is not None and v.node.op.name == name for v in node.inputs)
+    return all(v.made_by(name) is not None for v in node.inputs)
 
 
 def _rotated(p: Tracer, x1: Pattern, x2: Pattern, cos: Var, sin: Var) -> tuple[Pattern, Pattern]:

@@ -76,8 +76,8 @@ class MergeLinears(GraphPass):
         """``node`` as a part of a merged linear, or with why it cannot be one."""
         stored, how = node.inputs[1], None
         weight = stored
-        if stored.node is not None and stored.node.op.name in _STORED:
-            weight, how = stored.node.inputs[0], (stored.node.op, stored.node.attrs)
+        if (made := stored.made_by(*_STORED)) is not None:
+            weight, how = made.inputs[0], (made.op, made.attrs)
         if weight not in only:
             return node, f"its weight %{weight.name} is not computed from parameters alone"
         if any(len(v.uses) > 1 or graph.is_output(v) for v in (stored, weight)):
@@ -114,10 +114,10 @@ def _gates_first(parts: list[_Part]) -> list[_Part]:
     up_of: dict[Value, Value] = {}
     for gate in of:
         user = gate.users[0] if len(gate.uses) == 1 else None
-        if user is None or user.op.name not in {op for op, _ in ACTIVATIONS.values()} or len(user.output.uses) != 1:
+        if user is None or not user.is_a(*(op for op, _ in ACTIVATIONS.values())) or len(user.output.uses) != 1:
             continue
         product = user.output.users[0]
-        if product.op.name == "mul":
+        if product.is_a("mul"):
             (other,) = (v for v in product.inputs if v is not user.output)
             if other in of and other not in up_of.values():  # two gates may share one up: it stands once
                 up_of[gate] = other

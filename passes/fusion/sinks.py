@@ -40,9 +40,9 @@ class Weights:
 
 def weights(node: Node) -> Weights | None:
     """The weights that a node makes of scores; None for another node."""
-    if node.op.name == "softmax":
+    if node.is_a("softmax"):
         return _joined(node)
-    return _written_out(node) if node.op.name == "div" else None
+    return _written_out(node) if node.is_a("div") else None
 
 
 def _joined(softmax: Node) -> Weights:
@@ -52,7 +52,7 @@ def _joined(softmax: Node) -> Weights:
     own = {softmax}
     while (n := x.node) is not None and len(x.uses) == 1:
         attrs = n.attrs
-        if n.op.name == "cast" and n.inputs[0].tensor.dtype.is_float:
+        if n.is_a("cast") and n.inputs[0].tensor.dtype.is_float:
             x = n.inputs[0]
         elif isinstance(attrs, Concat.Attrs) and attrs.axis == axis:
             at = [i for i, v in enumerate(n.inputs) if not isinstance(v.shape[axis], int)]
@@ -83,15 +83,15 @@ def _written_out(div: Node) -> Weights | None:
     """exp(u) / (sum(exp(u)) + z): z = exp(w) is a sink, of logit w; of u = scores - m and w = sink - m, m is neither here nor
     there."""
     top, below = div.inputs
-    if top.node is None or top.node.op.name != "exp" or top.type != div.output.type:
+    if (raised := top.made_by("exp")) is None or top.type != div.output.type:
         return None
     terms = list(_terms(below))
     total = next((t for t in terms if _is_sum(t, top)), None)
     others = [t for t in terms if t is not total]
     if total is None or not others:
         return None
-    u, sinks = top.node.inputs[0], [_logarithm(t) for t in others]
-    shift = u.node.inputs[1] if u.node is not None and u.node.op.name == "sub" else None
+    u, sinks = raised.inputs[0], [_logarithm(t) for t in others]
+    shift = less.inputs[1] if (less := u.made_by("sub")) is not None else None
     whole = [s for s in sinks if s is not None]
     if len(whole) != len(sinks):
         return None
@@ -130,8 +130,8 @@ def _behind(v: Value, scores: Value) -> bool:
 
 
 def _terms(v: Value) -> Iterator[Value]:
-    if v.node is not None and v.node.op.name == "add":
-        for x in v.node.inputs:
+    if (total := v.made_by("add")) is not None:
+        for x in total.inputs:
             yield from _terms(x)
     else:
         yield v
@@ -139,11 +139,11 @@ def _terms(v: Value) -> Iterator[Value]:
 
 def _is_sum(v: Value, of: Value) -> bool:
     node, last = v.node, len(of.shape) - 1
-    if node is not None and node.op.name == "reshape" and tuple(v.shape) == (*node.inputs[0].shape, 1):
+    if node is not None and node.is_a("reshape") and tuple(v.shape) == (*node.inputs[0].shape, 1):
         node = node.inputs[0].node
     elif v.shape[-1:] != (1,):
         return False
-    return node is not None and node.op.name == "reduce_sum" and node.inputs[0] is of and (
+    return node is not None and node.is_a("reduce_sum") and node.inputs[0] is of and (
         ReduceAttrs.of(node).axes == (last,)
     )  # fmt: skip
 
@@ -152,17 +152,18 @@ def _logarithm(v: Value) -> Sink | None:
     x = number_of(v)
     if x is not None:
         return math.log(x) if x > 0 else None
-    if v.node is None or v.node.op.name != "exp" or v.shape[-1:] not in ((), (1,)):  # another one for each key
+    raised = v.made_by("exp")
+    if raised is None or v.shape[-1:] not in ((), (1,)):  # another one for each key
         return None
-    return v.node.inputs[0]
+    return raised.inputs[0]
 
 
 def _unshifted(sink: Sink, shift: Value) -> Sink | None:
     """``sink`` + ``shift``, where the sink was made by taking it away."""
     n = sink.node if isinstance(sink, Value) else None
-    if n is not None and n.op.name == "neg" and n.inputs[0] is shift:
+    if n is not None and n.is_a("neg") and n.inputs[0] is shift:
         return 0.0
-    if n is not None and n.op.name == "sub" and n.inputs[1] is shift:
+    if n is not None and n.is_a("sub") and n.inputs[1] is shift:
         x = number_of(n.inputs[0])
         return n.inputs[0] if x is None else x
     return None

@@ -16,15 +16,15 @@ from ..pattern import Mismatch
 
 def terms_of(node: Node) -> list[Value]:
     """What a chain of additions adds, if ``node`` is the last of it."""
-    if node.op.name != "add" or (len(node.output.uses) == 1 and node.output.users[0].op.name == "add"):
+    if not node.is_a("add") or (len(node.output.uses) == 1 and node.output.users[0].is_a("add")):
         return []
     found: list[Value] = []
     todo = [node.output]
     while todo:
         v = todo.pop()
         inner = v is node.output or (len(v.uses) == 1 and v.type == node.output.type)
-        if inner and v.node is not None and v.node.op.name == "add":
-            todo += v.node.inputs[::-1]
+        if inner and (more := v.made_by("add")) is not None:
+            todo += more.inputs[::-1]
         else:
             found.append(v)
     return found
@@ -33,14 +33,14 @@ def terms_of(node: Node) -> list[Value]:
 def share_of(term: Value) -> tuple[Value, int, int] | None:
     """Of a term that is multiplied by one element of an axis: what it is an element of, the axis, and which."""
     node = term.node
-    for v in node.inputs if node is not None and node.op.name == "mul" else ():
-        while v.node is not None and v.node.op.name != "slice" and is_view(v.node):
+    for v in node.inputs if node is not None and node.is_a("mul") else ():
+        while v.node is not None and not v.node.is_a("slice") and is_view(v.node):
             v = v.node.inputs[0]
-        if v.node is not None and v.node.op.name == "slice":
-            a, shape = Slice.Attrs.of(v.node), v.node.inputs[0].shape
+        if (part := v.made_by("slice")) is not None:
+            a, shape = Slice.Attrs.of(part), part.inputs[0].shape
             cut = [i for i, (lo, hi, d) in enumerate(zip(a.starts, a.stops, shape)) if (lo, hi) != (0, d)]
             if len(cut) == 1 and v.shape[cut[0]] == 1 and isinstance(a.starts[cut[0]], int):
-                return v.node.inputs[0], cut[0], concrete(a.starts[cut[0]])
+                return part.inputs[0], cut[0], concrete(a.starts[cut[0]])
     return None
 
 
@@ -74,12 +74,12 @@ class Stack:
         head = nodes[0]
         if head is None or any(n is None or n.op is not head.op or len(n.inputs) != len(head.inputs) for n in nodes):
             raise Mismatch(f"%{first.name} is not computed as the same of another expert is")
-        if head.op.name == "slice" and all(n.inputs[0] is head.inputs[0] for n in nodes if n is not None):
+        if head.is_a("slice") and all(n.inputs[0] is head.inputs[0] for n in nodes if n is not None):
             return self._slices([n for n in nodes if n is not None]), True
         if any(n.attrs != head.attrs or len(n.outputs) != 1 for n in nodes if n is not None):
             raise Mismatch(f"%{first.name} is not computed as the same of another expert is")
         operands = [self.of([n.inputs[i] for n in nodes if n is not None]) for i in range(len(head.inputs))]
-        return (self._linear(operands) if head.op.name == "linear" else self._lifted(head, operands)), True
+        return (self._linear(operands) if head.is_a("linear") else self._lifted(head, operands)), True
 
     def _in_front(self, v: Value, size: DimLike) -> Value:
         return self._parameter(self.b.reshape(v, shape=(size, *v.shape)))

@@ -115,9 +115,9 @@ def _parts(v: Value) -> list[_Part] | None:
     if isinstance(attrs, Slice.Attrs) and _cuts_last(node):
         parts, lo, hi = _parts(node.inputs[0]), attrs.starts[3], attrs.stops[3]
         return None if parts is None or not isinstance(lo, int) or not isinstance(hi, int) else _within(parts, lo, hi)
-    if node.op.name == "broadcast_to" and tuple(node.inputs[0].shape) == (*v.shape[:2], 1, size):
+    if node.is_a("broadcast_to") and tuple(node.inputs[0].shape) == (*v.shape[:2], 1, size):
         return [_Part(node.inputs[0], None, 0, 0, 0, size)]
-    if node.op.name == "reshape" and tuple(node.inputs[0].shape[:-1]) == tuple(v.shape[:2]):
+    if node.is_a("reshape") and tuple(node.inputs[0].shape[:-1]) == tuple(v.shape[:2]):
         return _made(node.inputs[0], size)
     return None
 
@@ -128,7 +128,7 @@ def _made(x: Value, size: int) -> list[_Part] | None:
     if x.node is not None and isinstance(x.node.attrs, Slice.Attrs) and _cuts_last(x.node):
         base, x = x.node.attrs.starts[2], x.node.inputs[0]
     node = x.node
-    if node is None or node.op.name != "linear" or len(node.inputs) != 2 or not isinstance(base, int):
+    if node is None or not node.is_a("linear") or len(node.inputs) != 2 or not isinstance(base, int):
         return None
     source, weight = node.inputs
     plain = isinstance(weight.type, TensorType) and weight.tensor.dtype is source.tensor.dtype

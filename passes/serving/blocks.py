@@ -26,8 +26,8 @@ def without_padding(d: Derivation, mask: Value) -> Value:
 
 def note_cut(d: Derivation, mask: Value, cache: Cache) -> None:
     """Notes in which rows a token of the past sees a new one: then what was computed of it is not what it would be now."""
-    while mask.node is not None and mask.node.op.name == "broadcast_to" and len(mask.node.inputs[0].shape) > 1:
-        mask = mask.node.inputs[0]
+    while (spread := mask.made_by("broadcast_to")) is not None and len(spread.inputs[0].shape) > 1:
+        mask = spread.inputs[0]
     if mask in d.seen:
         return
     b, queries = d.b, len(mask.shape) - 2

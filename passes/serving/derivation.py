@@ -157,14 +157,14 @@ class Derivation:
         """The node over the new tokens. Positions differ between rows: values made of them gain a batch axis in front."""
         label = self.labels[node.outputs[0]]
         names = [v.name for v in node.outputs]
-        if node.op.name == "iota":
+        if node.is_a("iota"):
             at = self.b.iota(size=substitute(Iota.Attrs.of(node).size, sizes))
             at = self.b.add(self.b.reshape(self.past, shape=(self.batch, 1)), at, name=names[0])
             dtype = Iota.Attrs.of(node).dtype
             env[node.output] = at if dtype is DType.I64 else self.b.cast(at, dtype=dtype)
             return
         lifted = [self.labels[v].lifted for v in node.inputs]
-        if node.op.name == "rope" and lifted[1] and (at := self.plan.places.get(node.inputs[0])) is not None and at.axis == 2:
+        if node.is_a("rope") and lifted[1] and (at := self.plan.places.get(node.inputs[0])) is not None and at.axis == 2:
             env[node.output] = self._turned(node, inputs, at)
             return
         env.update(zip(node.outputs, self.node(node, inputs, node.attrs.bind(sizes), lifted, label.lifted)))
@@ -206,7 +206,7 @@ class Derivation:
 
     def node(self, node: Node, inputs: list[Value], attrs: Any, lifted: list[bool], own: bool) -> tuple[Value, ...]:
         """The node of operands of which some are lifted, as is (``own``) its result."""
-        if node.op.name == "gather" and lifted[1] and (lifted[0] or AxisAttrs.of(node).axis > 0):
+        if node.is_a("gather") and lifted[1] and (lifted[0] or AxisAttrs.of(node).axis > 0):
             return (self._looked_up(node, inputs[0], inputs[1], lifted[0]),)
         operands, attrs = self.offset(node, inputs, attrs, lifted, own)
         return self.g.add_node(node.op, operands, attrs, loc=node.loc, names=[v.name for v in node.outputs]).outputs
@@ -273,8 +273,8 @@ class Derivation:
     # -- masks, whose keys are what the cache holds --------------------------------------------------------------------
     def mask(self, v: Value, cache: Cache | None = None) -> Value:
         """A mask [b, h, new tokens, slots of the cache] (or broadcastable to it)."""
-        while v.node is not None and v.node.op.name == "broadcast_to":  # as attention does by itself
-            v = v.node.inputs[0]
+        while (spread := v.made_by("broadcast_to")) is not None:  # as attention does by itself
+            v = spread.inputs[0]
         keys = len(v.shape) - 1
         x = self.over_slots(v, keys, cache) if keys in self.labels[v].axes else self.env[v]
         return self.spread(v, x, 4) if len(x.shape) > len(v.shape) else x
@@ -287,8 +287,8 @@ class Derivation:
             kept = self.plan.kept.get(v)
             if kept is not None and kept.kind == "full":
                 self.keyed[key] = all_positions(self, v)
-            elif v.node is not None and v.node.op.name == "iota":
-                self.keyed[key] = self._key_positions(v.node, cache)
+            elif (counted := v.made_by("iota")) is not None:
+                self.keyed[key] = self._key_positions(counted, cache)
             else:
                 self.keyed[key] = over_slots(self, v, axis, cache)
         return self.keyed[key]

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from wasat.ir import Body, DType, Graph, Node, TensorType, Value
+from wasat.ir.ops.cond import CondAttrs
+from wasat.ir.ops.scan import ScanAttrs
 
 from ..cleanup.clean_loops import unread_operands, without_operands
 from ..core import GraphPass, Remarks
@@ -42,12 +44,12 @@ class Inference(GraphPass):
         """Takes the dropouts out; returns what were their keys, and those of loops."""
         keys: list[Value] = []
         for node in graph.nodes:
-            if node.op.name == "scan":
+            if isinstance(node.attrs, ScanAttrs):
                 keys += self._loop(graph, node, remarks)
-            elif node.op.name == "cond":
+            elif isinstance(node.attrs, CondAttrs):
                 keys += self._choice(graph, node, remarks)
-            elif node.op.name == "dropout":
-                x, key = node.inputs
+            elif (at := node.op.idle) is not None:
+                x, key = node.inputs[at], node.inputs[1 - at]
                 remarks.applied(f"%{node.output.name} is %{x.name}", node)
                 graph.replace_uses(node.output, x)
                 erase_dead(graph, node)

@@ -101,7 +101,7 @@ def _wanted(plan: Plan) -> Iterator[Value]:
 def _moves(plan: Plan, v: Value) -> bool:
     """Whether a value is no more than its operands' elements, moved, repeated or cast."""
     node = v.node
-    if node is None or plan.labels[v].mixes or not (node.op.kind == "view" or node.op.name == "cast"):
+    if node is None or plan.labels[v].mixes or not node.op.carries:
         return False
     return any(plan.labels[u].kind == "token" for u in node.inputs) and all(
         plan.labels[u].kind in ("token", "fixed") and not plan.labels[u].extra for u in node.inputs
@@ -463,7 +463,7 @@ def over_slots(d: Derivation, v: Value, axis: int, cache: Cache | None) -> Value
         cut = [(attrs.starts[i], attrs.starts[i] + n) if i in label.axes else (bound.starts[i], bound.stops[i])
                for i, n in enumerate(shape)]  # fmt: skip
         attrs = Slice.Attrs(tuple(lo for lo, _ in cut), tuple(hi for _, hi in cut), attrs.steps)
-    elif node.op.name in ("reshape", "broadcast_to"):
+    elif node.is_a("reshape", "broadcast_to"):
         attrs = type(attrs)(tuple(shape))
     elif d.plan.seq in attrs.symbols:
         raise IRError(f"{node!r}: it cannot go over the slots of a cache", node.loc)

@@ -17,7 +17,6 @@ from wasat.ir import (
     symbols_of,
 )
 from wasat.ir.graph import copy_node
-from wasat.ir.ops.index import AxisAttrs
 
 from ..analyses.affine import Affine, empty
 from ..analyses.axis import analyze, refuse, uncut
@@ -118,10 +117,10 @@ def _positions_known(graph: Graph, labels: dict[Value, Label]) -> int | None:
     """For how many positions there are rows in the tables that positions (or pairs of them) index; None: for any number."""
     at, most = Indexing(()), []
     for node in graph.nodes:
-        if node.op.name not in ("embedding", "gather"):
+        if (axis := node.op.picks(node.attrs)) is None:
             continue
         table, index = node.inputs
-        size = table.shape[AxisAttrs.of(node).axis if node.op.name == "gather" else 0]
+        size = table.shape[axis]
         if labels[index].kind not in ("position", "pair") or not isinstance(size, int):
             continue
         for p in at.pieces(index):

@@ -82,8 +82,8 @@ class KeepQuantized(GraphPass):
         count: Counter[str] = Counter()
         for made in graph.nodes:
             w = made.inputs[0] if made.inputs else None
-            narrow = made.op.name == "cast" and w is not None and w.param is not None and _widened(w, made.output)
-            if w is None or not (narrow or made.op.name == "dequantize"):
+            narrow = made.is_a("cast") and w is not None and w.param is not None and _widened(w, made.output)
+            if w is None or not (narrow or made.is_a("dequantize")):
                 continue
             for node in list(made.output.users):
                 if node.op.quantized is None or node.op.weight is None or made.output is not node.inputs[node.op.weight]:
@@ -155,7 +155,7 @@ class _Run:
             readers = {u.op.name for u in v.users}
             if not wide or not readers or self.options.scheme_of([v.param or v.name]) == "f32":
                 continue
-            if not any(x.op.quantized or x.op.name == "quantize" or x.attrs.bodies for x in _reached(v, self.only)):
+            if not any(x.op.quantized or x.is_a("quantize") or x.attrs.bodies for x in _reached(v, self.only)):
                 reads = ", ".join(sorted(readers))
                 self.remarks.missed(f"%{v.name} stays {v.type}: {reads} reads it, and no linear or embedding", v)
 
@@ -164,7 +164,7 @@ class _Run:
         if w not in self.small and not self._quantize(node, w):
             return
         operands = (*node.inputs[:at], self.small[w], *node.inputs[at + 1 :])
-        if self.small[w].node.op.name != "quantize":  # type: ignore[union-attr]
+        if self.small[w].made_by("quantize") is None:
             self.graph.set_inputs(node, operands)
             return
         _replace_by_quantized(self.graph, node, operands, self.options.activation)

@@ -56,9 +56,9 @@ def token_inputs(graph: Graph) -> list[str]:
 def _picks_rows(v: Value) -> bool:
     """Whether ``v`` indexes a table as it is, or cast."""
     for n in v.users:
-        if n.op.name in ("embedding", "gather") and n.inputs[1] is v and n.inputs[0].param is not None:
+        if n.op.picks(n.attrs) is not None and n.inputs[1] is v and n.inputs[0].param is not None:
             return True
-        if n.op.name == "cast" and n.output.tensor.dtype.is_int and _picks_rows(n.output):
+        if n.is_a("cast") and n.output.tensor.dtype.is_int and _picks_rows(n.output):
             return True
     return False
 

@@ -95,7 +95,7 @@ class Rematerialize(Pass):
         return {v for v, end in (x for x in behind if x != "backward") if end == "out" and (v, "in") not in behind}
 
     def _cheap(self, node: Node) -> bool:
-        return node.op.name in self.again or (bool(node.inputs) and node.op.cheap)
+        return node.is_a(*self.again) or (bool(node.inputs) and node.op.cheap)
 
 
 class _Recomputation:

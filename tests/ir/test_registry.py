@@ -336,8 +336,8 @@ def test_multiply_adds_of_primitives() -> None:
     assert count("scan", "f32[2, 2]", body=body, carries=1, slices=0, length=5) == 5 * 8
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if OPS[n].kind == "view"])
-def test_a_view_holds_elements_of_its_operands(name: str) -> None:
+@pytest.mark.parametrize("name", [n for n in NAMES if OPS[n].carries])
+def test_what_carries_holds_elements_of_its_operands(name: str) -> None:
     """Where every element of the operands is another, each of the result is one of them (or what it is padded with)."""
     op = OPS[name]
     for sample in op.samples():
@@ -350,7 +350,53 @@ def test_a_view_holds_elements_of_its_operands(name: str) -> None:
         g, feed = graph_of(op, arrays, sample.attrs)
         known = {v for x in arrays for v in x.ravel().tolist()} | {getattr(next(g.nodes).attrs, "value", None)}
         for out in evaluate(g, feed):
-            assert set(np.asarray(out).ravel().tolist()) <= known
+            dtype = np.asarray(out).dtype
+            assert set(np.asarray(out).ravel().tolist()) <= {np.asarray(x).astype(dtype).item() for x in known if x is not None}
+
+
+def test_views_and_casts_carry() -> None:
+    assert {n for n in NAMES if OPS[n].carries} == {"cast", *(n for n in NAMES if OPS[n].kind == "view")}
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if OPS[n].kind == "gather"])
+def test_what_picks_slices_says_along_which_axis(name: str) -> None:
+    """``numpy.take`` of operand 0 at operand 1; where it says None, it is not that."""
+    op = OPS[name]
+    for sample in op.samples():
+        arrays = arrays_of(sample)
+        axis = op.picks(op.Attrs(**sample.attrs).canonical(*map(type_of, arrays)))
+        g, feed = graph_of(op, arrays, sample.attrs)
+        (got,) = evaluate(g, feed)
+        table, *more = (x.dense() if isinstance(x, QArray) else x for x in arrays)
+        if axis is None:
+            taken = np.take(table, more[0], 0, mode="wrap") if more else None
+            assert taken is None or taken.shape != np.shape(got) or not np.array_equal(taken, got)
+        else:
+            assert_same(got, np.take(table, more[0], axis).astype(np.asarray(got).dtype))
+
+
+def test_only_gathers_pick() -> None:
+    for name in NAMES:
+        sample = next(iter(OPS[name].samples()))
+        attrs = OPS[name].Attrs(**sample.attrs)
+        assert OPS[name].picks(attrs) is None or OPS[name].kind == "gather"
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if OPS[n].idle is not None])
+def test_what_is_idle_at_inference_is_its_operand_in_the_mean(name: str) -> None:
+    op = OPS[name]
+    sample = next(iter(op.samples()))
+    assert op.idle is not None
+    assert len(sample.inputs) == 2
+    arrays = arrays_of(sample)
+    x, key = np.asarray(arrays[op.idle]), 1 - op.idle
+    draws = []
+    for i in range(500):
+        arrays[key] = np.array([i, 7], np.uint32)
+        g, feed = graph_of(op, arrays, sample.attrs)
+        draws.append(np.asarray(evaluate(g, feed)[0]))
+    spread = np.std(draws, 0) / np.sqrt(len(draws))
+    assert (np.abs(np.mean(draws, 0) - x) <= 5 * spread + 1e-6).all()
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if OPS[n].alias is not None])

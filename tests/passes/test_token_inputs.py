@@ -7,6 +7,7 @@ import pytest
 from wasat.ir import IRError, evaluate
 from wasat.passes import PassError, PassManager, TokenInputs
 
+import wasat as ws
 from wasat.testing import random_program
 
 BEFORE = """graph @forward(%input_ids: i32[b, s], %attention_mask: f32[n, p + s], %position_ids: i64[1, m], \
@@ -99,3 +100,29 @@ def test_tokens_of_another_type_are_i64() -> None:
     PassManager([TokenInputs()]).run(program)
     assert [str(v.type) for v in program["forward"].inputs] == ["i64[b, s]"]
     assert not PassManager([TokenInputs(required=False)]).run(random_program(text.replace("i32", "i64"))).steps[0].modified
+
+
+@pytest.mark.parametrize("segments, runs", [("", 2), (", %segments: i64[b, s]", 1)], ids=["looks ahead", "another input"])
+def test_the_pipeline_runs_again_only_for_inputs_that_went(
+    segments: str, runs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """Where no cache can be derived the inputs are as they were, and it is said why."""
+    text = f"""graph @forward(%input_ids: i64[b, s], %attention_mask: i64[b, s]{segments}) {{
+  param %table: f32[9, 4]
+  %x: f32[b, s, 4] = embedding(%table, %input_ids)
+  %m: f32[b, s] = cast(%attention_mask) {{dtype=f32}}
+  %c: f32[b, s, 1] = reshape(%m) {{shape=(b, s, 1)}}
+  %y: f32[b, s, 4] = mul(%x, %c)
+  %z: f32[b, 4] = reduce_sum(%y) {{axes=(1,)}}
+  return %z
+}}"""
+    program, run, seen = random_program(text), PassManager.run, list[str]()
+    monkeypatch.setattr(PassManager, "run", lambda self, p: seen.append("") or run(self, p))
+    served, report = ws.optimize(program)
+    assert len(seen) == runs
+    plain, other = ws.optimize(program, kv_cache=False)
+    assert str(served) == str(plain)
+    assert [s.name for s in report.steps[-2:]] == ["token-inputs", "derive-kv-cache"]
+    said = [str(r) for s in report.steps[:-2] for r in s.remarks]
+    assert said == [str(r) for s in other.steps for r in s.remarks]
+    assert any("missed" in str(r.kind) for r in report.steps[-1].remarks)

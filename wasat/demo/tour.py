@@ -234,7 +234,7 @@ def _or_none(scheme: str) -> str | None:
 # -- excerpts of graphs ----------------------------------------------------------------------------------------------------
 def _around(graph: Graph, op: str, before: int, after: int) -> list[Node]:
     """The first ``op`` with what feeds it and what it feeds, so many steps away; constants aside."""
-    first = next((n for n in graph.nodes if n.op.name == op), None)
+    first = next((n for n in graph.nodes if n.is_a(op)), None)
     if first is None:
         return []
     near, fed, feeding = {first}, [first], [first]
@@ -244,7 +244,7 @@ def _around(graph: Graph, op: str, before: int, after: int) -> list[Node]:
     for _ in range(after):
         fed = [user for n in fed for v in n.outputs for user in v.users]
         near.update(fed)
-    return [n for n in graph.nodes if n in near and n.op.name != "constant"]
+    return [n for n in graph.nodes if n in near and n.outputs[0].const is None]
 
 
 def _panel(out: Console, nodes: Iterable[Node], title: str) -> str:

@@ -7,14 +7,13 @@ from typing import Any, cast
 from wasat.ir import Node, Value, equal
 
 from ..selection import Shape
-from ..selection import made_by as _made_by
 from .kernels.rope import Rotary
 from .panels import known
 
 
 def state_of(v: Value) -> Value:
     """The state that ``v`` is, before what stands first was put into it."""
-    start = _made_by(v, "cache_start")
+    start = v.made_by("cache_start")
     return start.inputs[2 + start.outputs.index(v)] if start is not None else v
 
 
@@ -26,8 +25,8 @@ def rotary_of(node: Node, head_dim: int) -> Rotary:
 
 def part_of(x: Value) -> tuple[Value, int] | None:
     """The value of which ``x`` [b, s, h, d] is a run of last-axis elements, in heads; and where the run begins."""
-    heads = _made_by(x, "reshape")
-    cut = _made_by(heads.inputs[0], "slice") if heads is not None else None
+    heads = x.made_by("reshape")
+    cut = heads.inputs[0].made_by("slice") if heads is not None else None
     if cut is None or heads is None:
         return None
     whole, a = cut.inputs[0], cast(Any, cut.attrs)
@@ -44,16 +43,16 @@ def is_past_plus_iota(positions: Value, past: Value) -> bool:
     def column(v: Value) -> bool:
         return reshaped(v, (past.shape[0], 1)) is past
 
-    total = _made_by(positions, "add")
+    total = positions.made_by("add")
     if total is None:
         return column(positions)
     return any(
-        column(start) and _made_by(reshaped(steps, (1, positions.shape[1])), "iota") is not None
+        column(start) and reshaped(steps, (1, positions.shape[1])).made_by("iota") is not None
         for start, steps in (total.inputs, total.inputs[::-1])
     )
 
 
 def reshaped(v: Value, shape: Shape) -> Value:
     """What ``v`` was before it was given ``shape``; ``v`` itself if no reshape did that."""
-    node = _made_by(v, "reshape")
+    node = v.made_by("reshape")
     return node.inputs[0] if node is not None and v.shape == shape else v

@@ -39,7 +39,6 @@ from ..layouts import Layout
 from ..lower import KernelCall, Result
 from ..selection import KernelSelection, Shape
 from ..selection import is_f32 as _f32
-from ..selection import made_by as _made_by
 from .convolution import convolution
 from .grouped import readers, rows_in, same_rows, select_grouped
 from .kernels.attention import Attention, CachedAttention, MaskShape, attention, cached_attention
@@ -131,7 +130,7 @@ class Selection(KernelSelection):
     # -- matrices -----------------------------------------------------------------------------------------------------------
     def weight(self, w: Value) -> tuple[Value, Panels] | None:
         """The parameter behind a matrix operand and the layout that reads it; None if no kernel does."""
-        cast_ = _made_by(w, "cast")
+        cast_ = w.made_by("cast")
         if cast_ is not None and _f32(w):  # a narrow parameter widened where it is used
             w = cast_.inputs[0]
         if w.param is None or not known(*w.shape):
@@ -285,11 +284,11 @@ class Selection(KernelSelection):
             return
         out, eps = node.output, NormAttrs.of(node).eps
         operands, branch_weight = [x], None
-        total = _made_by(x, "add")
+        total = x.made_by("add")
         if total is not None and _f32(*total.inputs) and self.can_sum_at(total, node):
             a, b = total.inputs
             for stem, other in ((a, b), (b, a)):
-                inner = _made_by(other, "rms_norm")
+                inner = other.made_by("rms_norm")
                 if kind == "rms" and inner is not None and len(inner.inputs) == 2 and NormAttrs.of(inner).eps == eps:
                     a, b, branch_weight = stem, inner.inputs[0], inner.inputs[1]
                     break
@@ -332,7 +331,7 @@ class Selection(KernelSelection):
     # -- positions ----------------------------------------------------------------------------------------------------------
     def _head_norm(self, x: Value) -> tuple[Value, Value | None, float]:
         """x as it was before an RMS norm of its heads, that norm's weight, and its eps."""
-        inner = _made_by(x, "rms_norm")
+        inner = x.made_by("rms_norm")
         if inner is None or len(inner.inputs) != 2 or not _f32(*inner.inputs):
             return x, None, 0.0
         return inner.inputs[0], inner.inputs[1], NormAttrs.of(inner).eps
@@ -441,7 +440,7 @@ class Selection(KernelSelection):
         q, k, v, keys, values = node.inputs[:5]
         b, s, h, d = q.shape
         rotary, inv_freq = Rotary(d, 0), None
-        first, second = _made_by(q, "rope"), _made_by(k, "rope")
+        first, second = q.made_by("rope"), k.made_by("rope")
         if first is not None and second is not None:
             if first.inputs[1:] != second.inputs[1:] or first.attrs != second.attrs:
                 return None

@@ -15,7 +15,7 @@ from wasat.ir.ops.attention import mask_and_sink
 from wasat.ir.ops.nn import NormAttrs
 
 from ..lower import Left, Result
-from ..selection import KernelSelection, Shape, made_by
+from ..selection import KernelSelection, Shape
 from .kernels.attention import Attention, attention
 from .kernels.elementwise import CacheWrite, Embedding, Glu, Rope, cache_write, embedding, glu, rope
 from .kernels.formats import Format, format_of
@@ -90,7 +90,7 @@ class Selection(KernelSelection):
 
     def _weight(self, w: Value) -> tuple[Value, Format]:
         """The parameter behind an operand, and how it is packed."""
-        widened = made_by(w, "cast")
+        widened = w.made_by("cast")
         if widened is not None and widened.inputs[0].param is not None:  # a narrow parameter widened where it is used
             w = widened.inputs[0]
         if w.param is None:
@@ -192,7 +192,7 @@ class Selection(KernelSelection):
         if n == 0:
             raise Refused("its rows have no elements")
         kind: Literal["rms", "layer"] = "rms" if node.op.name == "rms_norm" else "layer"
-        total = made_by(x, "add")
+        total = x.made_by("add")
         if total is not None and not self.can_sum_at(total, node):
             total = None
         operands = [*(total.inputs if total is not None else [x]), *scales]

@@ -80,7 +80,7 @@ def _chosen(c: Emitter, taken: Value, yes: list[Value], no: list[Value], inside:
         bodies.append(Body(body))
     made = c.cond(taken, *operands, then=bodies[0], otherwise=bodies[1])
     for node in reversed(inside):  # but for constants, which what follows may read
-        if node in own and node.op.name != "constant" and not any(v.uses for v in node.outputs):
+        if node in own and node.outputs[0].const is None and not any(v.uses for v in node.outputs):
             c.graph.erase(node)
     return made if isinstance(made, tuple) else (made,)
 
@@ -91,7 +91,7 @@ def _needed(results: Sequence[Value], own: Container[Node]) -> list[Node]:
     todo = list(results)
     while todo:
         node = todo.pop().node
-        if node is not None and node not in found and (node in own or node.op.name == "constant"):
+        if node is not None and node not in found and (node in own or node.outputs[0].const is not None):
             found.add(node)
             todo += node.inputs
     return [node for node in results[0].graph.nodes if node in found]

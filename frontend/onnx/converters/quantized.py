@@ -145,7 +145,7 @@ class Weights:
         self._fold(importer, self.records)
         self._fold(importer, [r for node in importer.graph.nodes if (r := _scaled(importer, node)) is not None])
         for node in importer.graph.nodes:
-            for x in node.inputs if node.op.name == "mul" and all(_numbers(importer, v) for v in node.inputs) else ():
+            for x in node.inputs if node.is_a("mul") and all(_numbers(importer, v) for v in node.inputs) else ():
                 while x.node is not None and x.node.inputs:
                     x = x.node.inputs[0]
                 if x.param is not None and _narrow(x) and len(x.shape) > 1:
@@ -203,7 +203,7 @@ class _Dequantized:
     def readers(self) -> Iterator[tuple[Node, int, int]]:
         """(node, which operand, axis of the weight that is contracted, or of a row) of what a quantized weight can serve."""
         for node, i in list(self.value.uses):
-            if node.op.name == "transpose" and Transpose.Attrs.of(node).perm == (1, 0):
+            if node.is_a("transpose") and Transpose.Attrs.of(node).perm == (1, 0):
                 for user, j in list(node.output.uses):
                     if j == 1 and (axis := _contracted(user, j)) is not None:
                         yield user, j, 1 - axis
@@ -248,7 +248,7 @@ def _contracted(node: Node, i: int) -> int | None:
 def _erase_unused(v: Value) -> None:
     """Removes what makes and moves ``v`` where nothing reads it any more."""
     for user in v.users:
-        if user.op.name == "transpose" and not user.output.uses and not v.graph.is_output(user.output):
+        if user.is_a("transpose") and not user.output.uses and not v.graph.is_output(user.output):
             v.graph.erase(user)
     todo = [v.node] if v.node is not None else []
     while todo:
@@ -295,12 +295,11 @@ def _numbers(importer: Importer, v: Value) -> tuple[Load, Any] | None:
     if v.param is not None and isinstance(v.type, TensorType):
         source = importer.params[v.param]
         return lambda: np.asarray(source.load()), v.param
-    if v.node is None or v.node.op.name not in _READ or v.type.symbols:
+    node = v.made_by(*_READ)
+    inner = _numbers(importer, node.inputs[0]) if node is not None and not v.type.symbols else None
+    if node is None or inner is None:
         return None
-    inner = _numbers(importer, v.node.inputs[0])
-    if inner is None:
-        return None
-    load, node = inner[0], v.node
+    load = inner[0]
     return lambda: np.asarray(run_node(node, [load()], {})[0]), (inner[1], node.op.name, node.attrs)
 
 
@@ -312,9 +311,9 @@ def _scaled(importer: Importer, node: Node) -> _Dequantized | None:
     if len(node.outputs) != 1 or not isinstance(node.output.type, TensorType) or len(node.output.shape) != 2:
         return None
     value, scale = node.output, None
-    if not value.tensor.dtype.is_float or node.op.name not in ("mul", "sub", "cast"):
+    if not value.tensor.dtype.is_float or not node.is_a("mul", "sub", "cast"):
         return None
-    if node.op.name == "mul":
+    if node.is_a("mul"):
         for v, other in (node.inputs, node.inputs[::-1]):
             if v.shape == value.shape and _chain(v) is not None and (scale := _numbers(importer, other)) is not None:
                 chain, scaled_by = _chain(v), other.shape
