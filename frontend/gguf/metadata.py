@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from wasat.frontend.weights.gguf import Gguf
 
-from ..models import ConfigError
+from ..models.config import Fields, brief
 
 _WITHOUT_EFFECT = frozenset({
     "name", "vocab_size", "rope.dimension_count", "rope.dimension_count_swa", "tensor_data_layout",
@@ -19,14 +19,15 @@ _WITHOUT_EFFECT = frozenset({
 """Keys that are checked where they stand for more than they say, or say nothing about the numbers."""
 
 
-class Keys:
+class Keys(Fields):
     """The keys ``ARCH.*`` of a file, each taken once; what is left over at the end is refused."""
 
     def __init__(self, g: Gguf) -> None:
         self.where, self.tensors = str(g.path), g.tensors
         self.arch = self._arch(g.metadata)
-        self.given = {k.removeprefix(f"{self.arch}."): v for k, v in g.metadata.items() if k.startswith(f"{self.arch}.")}
-        self._taken: set[str] = set()
+        start = f"{self.arch}."
+        given = {k.removeprefix(start): v for k, v in g.metadata.items() if k.startswith(start)}
+        super().__init__(given, self.where, _WITHOUT_EFFECT, start)
 
     def _arch(self, metadata: Mapping[str, Any]) -> str:
         arch = metadata.get("general.architecture")
@@ -39,57 +40,23 @@ class Keys:
             raise self.fail(f"general.type is {kind!r}; only whole models are read")
         return arch
 
-    def fail(self, message: str) -> ConfigError:
-        return ConfigError(f"{self.where}: {message}")
-
     def whole(self, key: str, default: int | None = None) -> int:
         """A positive integer, or an array of one for each layer that are all the same."""
-        value = self._take(key, default)
+        value = self.take(key, (object, bool), *(() if default is None else (default,)))
         if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and value.size and (value == value[0]).all():
             value = int(value[0])
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise self.fail(f"{self.arch}.{key} is {_brief(value)}; expected one positive integer")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        """A positive finite number."""
-        value = self._take(key, default)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
-            raise self.fail(f"{self.arch}.{key} is {_brief(value)}; expected a positive number")
-        return float(value)
-
-    def word(self, key: str, default: str) -> str:
-        value = self._take(key, default)
-        if not isinstance(value, str):
-            raise self.fail(f"{self.arch}.{key} is {_brief(value)}; expected a word")
+            raise self.fail(f"{self.prefix}{key} is {brief(value)}; expected one positive integer")
         return value
 
     def has(self, key: str) -> bool:
-        return key in self.given
+        return key in self.config
 
-    def _take(self, key: str, default: object) -> Any:
-        self._taken.add(key)
-        if key not in self.given and default is None:
-            raise self.fail(f"{self.arch}.{key} is missing; the model cannot be built without it")
-        return self.given.get(key, default)
-
-    def must(self, key: str, wanted: object, why: str) -> None:
-        """Refuses a key of any value but ``wanted``."""
-        self._taken.add(key)
-        value = self.given.get(key, wanted)
-        if isinstance(value, np.ndarray) or value != wanted:
-            raise self.fail(f"{self.arch}.{key} is {_brief(value)}: {why}")
-
-    def finish(self) -> None:
-        left = {k: v for k, v in self.given.items() if k not in self._taken and k not in _WITHOUT_EFFECT}
+    def finish(self, what: str = "") -> None:
+        left = {k: v for k, v in self.config.items() if k not in self._taken}
         if left:
-            fields = "; ".join(f"{self.arch}.{k} = {_brief(v)}" for k, v in left.items())
+            fields = "; ".join(f"{self.prefix}{k} = {brief(v)}" for k, v in left.items())
             raise self.fail(f"{fields}: what that changes in the computation is not known, so it is not ignored")
-
-
-def _brief(value: object) -> str:
-    text = f"{value.dtype}{list(value.shape)}" if isinstance(value, np.ndarray) else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def config_of(g: Gguf) -> dict[str, Any]:
@@ -107,10 +74,10 @@ def config_of(g: Gguf) -> dict[str, Any]:
     head_dim = keys.whole("attention.key_length", dim // heads)
     for key in ("attention.value_length", "rope.dimension_count", "attention.key_length_swa", "attention.value_length_swa",
                 "rope.dimension_count_swa"):  # fmt: skip
-        keys.must(key, head_dim, f"heads have {head_dim} elements, and all of them are rotated")
-    keys.must("attention.causal", True, "only models that look back are read")
+        keys.refuse(key, head_dim, f"heads have {head_dim} elements, and all of them are rotated")
+    keys.refuse("attention.causal", True, "only models that look back are read")
     for key in ("expert_count", "expert_used_count", "attention.shared_kv_layers"):
-        keys.must(key, 0, "mixtures of experts and shared layers are not read")
+        keys.refuse(key, 0, "mixtures of experts and shared layers are not read")
     config: dict[str, Any] = {
         "hidden_size": dim, "num_hidden_layers": layers, "num_attention_heads": heads, "head_dim": head_dim,
         "num_key_value_heads": keys.whole("attention.head_count_kv", heads),
@@ -119,7 +86,7 @@ def config_of(g: Gguf) -> dict[str, Any]:
         "vocab_size": g.tensors["token_embd.weight"].shape[0],
         "tie_word_embeddings": "output.weight" not in g.tensors,
     }  # fmt: skip
-    keys.must("vocab_size", config["vocab_size"], f"token_embd.weight has {config['vocab_size']} rows")
+    keys.refuse("vocab_size", config["vocab_size"], f"token_embd.weight has {config['vocab_size']} rows")
     config |= ARCHITECTURES[keys.arch](keys, config)
     keys.finish()
     return config
@@ -127,13 +94,13 @@ def config_of(g: Gguf) -> dict[str, Any]:
 
 def _scaling(keys: Keys) -> dict[str, Any]:
     """``rope_parameters`` without the base."""
-    kind = keys.word("rope.scaling.type", "linear" if keys.has("rope.scale_linear") else "none")
+    kind = keys.take("rope.scaling.type", str, "linear" if keys.has("rope.scale_linear") else "none")
     factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 1.0))
     trained = keys.whole("rope.scaling.original_context_length", keys.whole("context_length"))
-    keys.must("rope.scaling.attn_factor", 1.0, "cos and sin with a factor of their own are not implemented")
+    keys.refuse("rope.scaling.attn_factor", 1.0, "cos and sin with a factor of their own are not implemented")
     if kind == "yarn":
         for key in ("ext", "attn"):
-            keys.must(f"rope.scaling.yarn_{key}_factor", 1.0, "only YaRN as published is implemented")
+            keys.refuse(f"rope.scaling.yarn_{key}_factor", 1.0, "only YaRN as published is implemented")
         given = (k for k in ("beta_fast", "beta_slow") if keys.has(f"rope.scaling.yarn_{k}"))
         betas = {k: keys.number(f"rope.scaling.yarn_{k}") for k in given}
         return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": trained, **betas}
@@ -163,22 +130,22 @@ def _qwen(family: str) -> Callable[[Keys, dict[str, Any]], dict[str, Any]]:
 
 def _gemma3(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
     layers, period = config["num_hidden_layers"], 6
-    pattern = keys.given.get("attention.sliding_window_pattern", period)
+    pattern = keys.config.get("attention.sliding_window_pattern", period)
     if isinstance(pattern, np.ndarray) and pattern.dtype == np.bool_ and len(pattern) == layers:
         sliding = pattern.tolist()
     elif isinstance(pattern, int) and pattern > 0:
         sliding = [(i + 1) % pattern != 0 for i in range(layers)]
     else:
-        raise keys.fail(f"gemma3.attention.sliding_window_pattern is {_brief(pattern)}; a period, or one entry for each layer")
+        raise keys.fail(f"gemma3.attention.sliding_window_pattern is {brief(pattern)}; a period, or one entry for each layer")
     window = keys.whole("attention.sliding_window") if keys.has("attention.sliding_window") else None
     # the 27B model scales by its width over its heads; the file does not say so
     scale = config["hidden_size"] / config["num_attention_heads"] if layers == 62 else config["head_dim"]
-    keys.must("attn_logit_softcapping", 0.0, "Gemma 3 has no softcap of scores")
+    keys.refuse("attn_logit_softcapping", 0.0, "Gemma 3 has no softcap of scores")
     cap = None
-    if keys.given.get(name := "final_logit_softcapping"):
+    if keys.config.get(name := "final_logit_softcapping"):
         cap = keys.number(name)
     else:
-        keys.must(name, 0.0, "expected a number")
+        keys.refuse(name, 0.0, "expected a number")
     return {
         "model_type": "gemma3_text", "query_pre_attn_scalar": scale, "sliding_window": window,
         "layer_types": ["sliding_attention" if s and window else "full_attention" for s in sliding],

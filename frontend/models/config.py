@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from wasat.frontend import nn
 from wasat.ir import WasatError
 
@@ -57,11 +58,15 @@ class ConfigError(WasatError):
 
 
 class Fields:
-    """The fields of one object of a ``config.json``, each to be taken once; ``finish`` refuses what is left."""
+    """The fields of one object of a ``config.json``, each to be taken once; ``finish`` refuses what is left.
 
-    def __init__(self, config: Mapping[str, Any], where: str, harmless: frozenset[str] = WITHOUT_EFFECT) -> None:
-        self.config = dict(config)
-        self.where = where
+    ``prefix``: what all names begin with in the file, where it is left out here.
+    """
+
+    def __init__(
+        self, config: Mapping[str, Any], where: str, harmless: frozenset[str] = WITHOUT_EFFECT, prefix: str = ""
+    ) -> None:
+        self.config, self.where, self.prefix = dict(config), where, prefix
         self._taken: set[str] = set(harmless)
 
     def fail(self, message: str) -> ConfigError:
@@ -73,12 +78,12 @@ class Fields:
         self._taken.add(name)
         value = self.config.get(name, default)
         if value is _MISSING:
-            raise self.fail(f"{name} is missing; the model cannot be built without it")
+            raise self.fail(f"{self.prefix}{name} is missing; the model cannot be built without it")
         if value is None and default is None:
             return None
         kinds = kind if isinstance(kind, tuple) else (kind,)
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise self.fail(f"{name} is {brief(value)}; expected {' or '.join(k.__name__ for k in kinds)}")
+            raise self.fail(f"{self.prefix}{name} is {brief(value)}; expected {' or '.join(k.__name__ for k in kinds)}")
         return value
 
     def size(self, name: str, default: Any = _MISSING, most: int = MOST_SIZE) -> Any:
@@ -94,7 +99,7 @@ class Fields:
         """A positive finite f32; None where ``default`` is None and the field absent or null."""
         value = self.take(name, (int, float), default)
         if value is not None and not (0 < value < 2**128):
-            raise self.fail(f"{name} is {brief(value)}; expected a positive number")
+            raise self.fail(f"{self.prefix}{name} is {brief(value)}; expected a positive number")
         return None if value is None else float(value)
 
     def window(self, default: int) -> int | None:
@@ -119,8 +124,8 @@ class Fields:
         """Refuses ``name`` unless it is absent, null or ``neutral``."""
         self._taken.add(name)
         value = self.config.get(name)
-        if value is not None and value != neutral:
-            raise self.fail(f"{name} is {brief(value)}: {why}")
+        if value is not None and (isinstance(value, np.ndarray) or value != neutral):
+            raise self.fail(f"{self.prefix}{name} is {brief(value)}: {why}")
 
     def ignore(self, *names: str) -> None:
         """Takes fields that have no effect here."""
@@ -141,7 +146,7 @@ class Fields:
 def brief(value: Any) -> str:
     """A value in a message: not all of a long one."""
     try:
-        text = repr(value)
+        text = f"{value.dtype}{list(value.shape)}" if isinstance(value, np.ndarray) else repr(value)
     except ValueError:  # Python writes no number of thousands of digits
         text = "a number of thousands of digits"
     return text if len(text) <= 60 else text[:57] + "..."
