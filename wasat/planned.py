@@ -24,7 +24,7 @@ class PlanRunner:
         self.program, self.states = program, program.interface.state_names
         self.layouts = target.state_layouts(program)
         made = plan(program, target)
-        read = Plan(made.launches.json, made.launches.source)
+        read = Plan(made.launches.json, made.code)
         self.host = Host(read, open_machine(str(target.config["kind"]), read.needs))
         packed: dict[str, Any] = {}
         for (name, layout), arrays in made.plan.layouts.items():

@@ -60,12 +60,17 @@ class Planned:
     left: list[Left] = field(default_factory=list)
     """What the target's kernels left to others."""
 
+    @functools.cached_property
+    def code(self) -> bytes:
+        """The kernels, as a host gives them to a driver."""
+        return self.target.compiled(self.launches.source)
+
     def files(self) -> dict[str, Callable[[Path], Any]]:
         """What stands for the library in an artifact: a name, and what writes the file."""
-        sources = {"wgsl": "kernels.wgsl", "opencl": "kernels.cl"}
+        names = {"wgsl": "kernels.wgsl", "opencl": "kernels.cl", "cuda": "kernels.fatbin"}
         assert self.target.device is not None
-        texts = {"plan.json": self.launches.text(), sources[self.target.device.language]: self.launches.source}
-        return {name: functools.partial(Path.write_text, data=text, encoding="ascii") for name, text in texts.items()}
+        held = {"plan.json": self.launches.text().encode("ascii"), names[self.target.device.language]: self.code}
+        return {name: functools.partial(Path.write_bytes, data=data) for name, data in held.items()}
 
 
 def plan(program: Program, target: Target, on_progress: Callable[[str], None] = lambda what: None) -> Planned:

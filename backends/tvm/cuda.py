@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import importlib.util
 import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
-from functools import cache
+from collections.abc import Sequence
 from pathlib import Path
 
-import tvm
-import tvm_ffi
 from wasat.ir import IRError, WasatError
-
-_CALLBACK = "tvm_callback_cuda_compile"
-_RUNTIME = Path(tvm.__file__).parent / "lib" / "libtvm_runtime_cuda.so"
-_CUDART = "libcudart.so.13"
-_STUB = """
-#define NONE(name) int name(void) { return 100; }  /* CUDA_ERROR_NO_DEVICE */
-NONE(cuInit) NONE(cuDeviceGetCount) NONE(cuDeviceGetAttribute) NONE(cuDeviceGetName) NONE(cuFuncSetAttribute)
-NONE(cuLaunchKernelEx) NONE(cuModuleGetFunction) NONE(cuModuleLoadData) NONE(cuModuleUnload) NONE(cuTensorMapEncodeTiled)
-int cuGetErrorName(int e, const char** text) { *text = "CUDA_ERROR_NO_DEVICE"; return 0; }
-int cuGetErrorString(int e, const char** text) { *text = "there is no driver on this machine"; return 0; }
-"""
-"""What TVM's CUDA runtime calls of the driver. Without the runtime TVM would keep source code, to be compiled later."""
 
 
 class CudaError(WasatError):
@@ -61,47 +44,11 @@ def missing_tools() -> list[str]:
     return ["CUDA's compiler nvcc: pip install 'wasat[cuda]', or set CUDA_HOME to the folder of a CUDA 13"]
 
 
-def libraries() -> tuple[Path, ...]:
-    """CUDA's and TVM's runtime, in the order in which they are loaded."""
-    root = toolkit()
-    if root is None:
-        return ()
-    return next((root / lib / _CUDART for lib in ("lib", "lib64") if (root / lib / _CUDART).exists()), Path(_CUDART)), _RUNTIME
-
-
-@contextlib.contextmanager
-def machine_code(archs: Sequence[str]) -> Iterator[None]:
-    """Inside, TVM compiles what it generates for CUDA into machine code for ``archs``; where there is no compiler, it keeps
-    source code."""
-    if toolkit() is None:
-        yield
-        return
-    _load_runtime()
-    before, refused = tvm_ffi.get_global_func(_CALLBACK, allow_missing=True), list[CudaError]()
-
-    def compiled(code: str) -> bytes:
-        try:
-            return fat_binary(code, archs)
-        except CudaError as e:  # on its way through TVM it would lose its kind
-            refused.append(e)
-            raise
-
-    tvm_ffi.register_global_func(_CALLBACK, compiled, override=True)
-    try:
-        yield
-    except Exception:
-        if refused:
-            raise refused[0] from None
-        raise
-    finally:
-        if before is not None:
-            tvm_ffi.register_global_func(_CALLBACK, before, override=True)
-
-
 def fat_binary(code: str, archs: Sequence[str]) -> bytes:
     """CUDA C++ as machine code for each of ``archs``, and nothing that a driver would have to compile."""
     root = toolkit()
-    assert root is not None
+    if root is None:
+        raise CudaError(f"compiling for {', '.join(archs)} needs {missing_tools()[0]}")
     with tempfile.TemporaryDirectory() as tmp:
         source, out = Path(tmp) / "kernels.cu", Path(tmp) / "kernels.fatbin"
         source.write_text(code, encoding="utf-8")
@@ -115,20 +62,3 @@ def fat_binary(code: str, archs: Sequence[str]) -> bytes:
         if done.returncode:
             raise CudaError(f"{root / 'bin' / 'nvcc'} refuses the code for {', '.join(archs)}: {done.stderr.strip()[-2000:]}")
         return out.read_bytes()
-
-
-@cache
-def _load_runtime() -> None:
-    """TVM's CUDA runtime, which is linked to the driver: where there is none, to something that has its functions."""
-    try:
-        ctypes.CDLL("libcuda.so.1", ctypes.RTLD_GLOBAL)
-    except OSError:
-        with tempfile.TemporaryDirectory() as tmp:
-            source, stub = Path(tmp) / "stub.c", Path(tmp) / "libcuda.so.1"
-            source.write_text(_STUB)
-            compiler = next((c for c in ("gcc", "clang", "cc", "g++") if shutil.which(c)), "cc")
-            how = [compiler, "-x", "c", "-shared", "-fPIC", f"-Wl,-soname,{stub.name}", "-o", str(stub), str(source)]
-            subprocess.run(how, check=True)
-            ctypes.CDLL(str(stub), ctypes.RTLD_GLOBAL)
-    for path in libraries():
-        ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)

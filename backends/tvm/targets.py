@@ -8,7 +8,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
@@ -26,12 +26,12 @@ from .cpu import states, tir_pipeline
 from .cpu.arch import ARCHES, Arch, arch_here, arch_of
 from .cpu.kernels.cache import GROUP, CacheType
 from .gpu import select as gpu_kernels
-from .gpu.limits import CUDA, Limits
+from .gpu.limits import Limits
 from .layouts import StateLayout
 from .lower import Select, Table
 from .ops.devices import DEVICES
 from .ops.primitives import PRIMITIVES
-from .plan.device import OPENCL, WEBGPU, WEBGPU_F16, Device
+from .plan.device import CUDA, OPENCL, WEBGPU, WEBGPU_F16, Device
 
 
 def host_cpu() -> dict[str, Any]:
@@ -137,6 +137,10 @@ class Target:
             "libraries": [p.name for p in self.libraries],
         }  # fmt: skip
 
+    def compiled(self, source: str) -> bytes:
+        """What an artifact holds of the kernels of a launch plan: their text, for a driver to compile."""
+        return source.encode("ascii")
+
     def missing_tools(self) -> list[str]:
         """What compiling for it lacks on this machine, each with the way to get it."""
         found = [f"the library {p.name}: {p} does not exist" for p in self.libraries if not p.exists()]
@@ -192,38 +196,22 @@ def cpu_features(target: Target) -> list[str]:
     return target.arch.features(target.tvm)
 
 
+@dataclass(frozen=True)
 class Cuda(Target):
-    """NVIDIA's compiler makes machine code of what TVM generates, for each of the architectures in ``config["arch"]``."""
+    """NVIDIA's compiler makes machine code of what TVM generates, for each of ``archs``, oldest first: TVM generates what that
+    one has."""
 
-    @property
-    def archs(self) -> list[str]:
-        """Oldest first: TVM generates what that one has."""
-        return str(self.config["arch"]).split(",")
+    archs: tuple[str, ...] = ()
 
-    @cached_property
-    def tvm(self) -> tvm.target.Target:
-        device = tvm.target.Target({"kind": "cuda", "arch": self.archs[0]})
-        return tvm.target.Target(device, host=tvm.target.Target(dict(self.host or {})))
-
-    @contextlib.contextmanager
-    def scope(self) -> Iterator[None]:
-        # of vectors of i64 TVM makes code that is no C++
-        scalar = tvm.transform.PassContext(opt_level=3, config={"tirx.disable_vectorize": True})
-        with toolkit.machine_code(self.archs), super().scope(), scalar:
-            yield
+    def compiled(self, source: str) -> bytes:
+        """Machine code of the kernels, and nothing that a driver would have to compile."""
+        return toolkit.fat_binary(source, self.archs)
 
     def missing_tools(self) -> list[str]:
         return [*super().missing_tools(), *toolkit.missing_tools()]
 
-
-def cuda(arch: str = "sm_80") -> Target:
-    """NVIDIA GPUs of one or more architectures (sm_80,sm_90a); compiling needs no GPU."""
-    host = {"kind": "llvm", "mcpu": "x86-64-v3"} if arch_here().name == "x86_64" else {"kind": "llvm"}
-    return Cuda(
-        "cuda", {"kind": "cuda", "arch": ",".join(toolkit.architectures(arch))}, host=host, libraries=toolkit.libraries(),
-        features=lambda target: target.arch.features(tvm.target.Target(host)),
-        kernels=lambda target, program: gpu_kernels.selection(CUDA),
-    )  # fmt: skip
+    def requirements(self) -> dict[str, Any]:
+        return {**super().requirements(), "mcpu": ",".join(self.archs)}
 
 
 def webgpu(feature: str = "") -> Target:
@@ -238,10 +226,16 @@ def opencl() -> Target:
     return _planned("opencl", OPENCL)
 
 
-def _planned(kind: str, device: Device) -> Target:
-    config = {"kind": kind, "max_num_threads": device.threads, "max_shared_memory_per_block": device.shared}
+def cuda(arch: str = "sm_80") -> Target:
+    """NVIDIA GPUs of one or more architectures (sm_80,sm_90a); compiling needs no GPU."""
+    archs = tuple(toolkit.architectures(arch))
+    return replace(_planned("cuda", CUDA, Cuda, arch=archs[0]), archs=archs)
+
+
+def _planned(kind: str, device: Device, make: Callable[..., Target] = Target, **config: Any) -> Any:
+    config |= {"kind": kind, "max_num_threads": device.threads, "max_shared_memory_per_block": device.shared}
     limits = Limits(device.threads, device.shared, device.f16)
-    return Target(
+    return make(
         kind, config, host={"kind": "llvm"}, device=device, needs_compiler=False,
         kernels=lambda target, program: gpu_kernels.selection(limits),
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,7 @@ class Host:
         self._scratch: list[Piece] = []
         """Shared by all entries, of which one runs at a time."""
         self._recorded: dict[str, dict[Any, _Recording]] = {}
+        self._lock = threading.Lock()
 
     def upload(self, weights: Mapping[str, tuple[str, np.ndarray]]) -> dict[str, DeviceBuffer]:
         """Weights, on the device. Raises ArtifactError where it has no room for one."""
@@ -52,14 +54,15 @@ class Host:
 
         def call(*args: DeviceBuffer) -> list[np.ndarray]:
             key = tuple((id(a.piece.memory), a.piece.at, a.shape) for a in args)
-            if key not in recorded:
-                while len(recorded) >= _RECORDINGS:
-                    recorded.pop(next(iter(recorded)))
-                recorded[key] = self._record(entry, args)
-            else:
-                recorded[key] = recorded.pop(key)  # the last one used is the last to go
-            r = recorded[key]
-            found = self.machine.run(r.commands, [piece for piece, _, _ in r.outputs])
+            with self._lock:
+                if key not in recorded:
+                    while len(recorded) >= _RECORDINGS:
+                        recorded.pop(next(iter(recorded)))
+                    recorded[key] = self._record(entry, args)
+                else:
+                    recorded[key] = recorded.pop(key)  # the last one used is the last to go
+                r = recorded[key]
+                found = self.machine.run(r.commands, [piece for piece, _, _ in r.outputs])
             return [loaded(x, dtype, shape, self.plan.storage) for x, (_, dtype, shape) in zip(found, r.outputs)]
 
         return call

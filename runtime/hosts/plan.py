@@ -12,7 +12,7 @@ from ..errors import AGAIN, ArtifactError
 
 FORMAT = 1
 PLAN = "plan.json"
-SOURCES = {"webgpu": "kernels.wgsl", "opencl": "kernels.cl"}
+SOURCES = {"webgpu": "kernels.wgsl", "opencl": "kernels.cl", "cuda": "kernels.fatbin"}
 """The file of the kernels, by the target's kind."""
 
 _OPERATORS: dict[str, Callable[[int, int], int]] = {
@@ -35,18 +35,25 @@ class KernelSpec:
     """One kernel of a plan."""
 
     name: str
-    source: str
+    code: bytes
+    """Its source; for cuda, the machine code of all kernels of the plan."""
     threads: tuple[int, int, int]
     writes: tuple[bool, ...]
     scalars: tuple[str, ...]
 
+    @property
+    def source(self) -> str:
+        return self.code.decode("ascii")
+
 
 class Plan:
-    """What a plan's JSON and its kernels' sources say."""
+    """What a plan's JSON and its file of kernels say."""
 
-    def __init__(self, data: dict[str, Any], source: str) -> None:
+    def __init__(self, data: dict[str, Any], code: bytes) -> None:
         self.kernels = {
-            name: KernelSpec(name, source[slice(*k["at"])], tuple(k["threads"]), tuple(k["writes"]), tuple(k["scalars"]))
+            name: KernelSpec(
+                name, code[slice(*k["at"])] if "at" in k else code, tuple(k["threads"]), tuple(k["writes"]), tuple(k["scalars"])
+            )
             for name, k in data["kernels"].items()
         }
         self.entries: dict[str, dict[str, Any]] = data["entries"]
@@ -62,6 +69,6 @@ def read_plan(folder: Path, kind: str) -> Plan:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data["format"] != FORMAT:
             raise ArtifactError(f"{path} has format {data['format']}, this runtime reads {FORMAT}: {AGAIN}")
-        return Plan(data, (folder / SOURCES[kind]).read_text(encoding="ascii"))
+        return Plan(data, (folder / SOURCES[kind]).read_bytes())
     except (ValueError, LookupError, TypeError, AttributeError) as e:
         raise ArtifactError(f"{path} is damaged ({type(e).__name__}: {e}); copy it again, or {AGAIN}") from None

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("tvm")
 
-from wasat.backends.tvm.build import Runner, build
+from wasat.backends.tvm.build import Runner, plan
 from wasat.backends.tvm.ops.narrow import NARROW
 from wasat.backends.tvm.targets import cpu, target_named
 from wasat.ir import ArrayParam, Builder, DType, Graph, IRError, Program, QArray, QTensorType, evaluate, parse_program, type_of
@@ -185,7 +185,7 @@ def test_an_artifact_takes_and_gives_codes(tmp_path: Path) -> None:
 
 def test_casts_and_extremes_compile_for_a_gpu() -> None:
     """Compiled, not run."""
-    build(parse_program("""graph @f(%x: f32[b, n], %c: f8e4m3[n]) {
+    plan(parse_program("""graph @f(%x: f32[b, n], %c: f8e4m3[n]) {
   %e: f8e5m2[b, n] = cast(%x) {dtype=f8e5m2}
   %i: i4[b, n] = cast(%x) {dtype=i4}
   %d: f32[n] = cast(%c) {dtype=f32}

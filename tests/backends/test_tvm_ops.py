@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("tvm")
 
-from wasat.backends.tvm.build import Runner, build
+from wasat.backends.tvm.build import Runner, plan
 from wasat.backends.tvm.targets import cpu, target_named
 from wasat.ir import OPS, Builder, Graph, IRError, Op, Program, QArray, Sample, evaluate, parse, type_of
 
@@ -125,7 +125,7 @@ def test_symbolic_sizes() -> None:
 
 def test_symbolic_sizes_compile_for_a_gpu() -> None:
     """Compiled, not run: kernels without a schedule of their own take TVM's."""
-    build(Program({name: parse(text) for name, text in SYMBOLIC.items()}), target_named("cuda"))
+    plan(Program({name: parse(text) for name, text in SYMBOLIC.items()}), target_named("cuda"))
 
 
 def test_sorting_a_long_row_is_stable() -> None:

@@ -18,7 +18,9 @@ from wasat.backends.tvm import targets
 from wasat.backends.tvm.targets import Target
 from wasat.runtime import ArtifactError, module
 from wasat.runtime import machine as here
-from wasat.runtime.machine import missing, runs_on
+from wasat.runtime.hosts import cuda_driver
+from wasat.runtime.hosts.cuda import runs_on
+from wasat.runtime.machine import missing
 from wasat.runtime.manifest import Needs
 
 from wasat.cli import console
@@ -88,22 +90,20 @@ def needs(**fields: object) -> Needs:
 
 
 class Driver:
-    """libcuda.so.1 of a machine with GPUs of one capability."""
+    """libcuda.so.1 of a machine with GPUs of one capability; what it has are functions, to which ctypes gives types."""
 
     def __init__(self, devices: int, major: int = 0, minor: int = 0, initialized: int = 0) -> None:
-        self.found, self.status = {75: major, 76: minor}, initialized
-        self.devices = devices
+        found = {75: major, 76: minor}
 
-    def cuInit(self, flags: int) -> int:
-        return self.status
+        def put(to: object, value: object) -> int:
+            to._obj.value = value  # type: ignore[attr-defined]
+            return 0
 
-    def cuDeviceGetCount(self, count: object) -> int:
-        count._obj.value = self.devices  # type: ignore[attr-defined]
-        return 0
-
-    def cuDeviceGetAttribute(self, value: object, attribute: int, device: int) -> int:
-        value._obj.value = self.found[attribute]  # type: ignore[attr-defined]
-        return 0
+        self.cuInit = lambda flags: initialized
+        self.cuDeviceGetCount = lambda count: put(count, devices)
+        self.cuDeviceGetAttribute = lambda value, attribute, device: put(value, found[attribute])
+        self.cuGetErrorName = lambda code, text: put(text, b"NO_DEVICE")
+        self.cuGetErrorString = lambda code, text: put(text, b"no device")
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ class Driver:
     [
         (None, "sm_90", r"an NVIDIA GPU of the architecture sm_90: its driver \(libcuda.so.1\) is not installed here"),
         (Driver(0), "sm_90", "sm_90: the driver here finds none"),
-        (Driver(1, 9, 0, initialized=100), "sm_90", "the driver here finds none"),
+        (Driver(1, 9, 0, initialized=100), "sm_90", r"here finds none \(cuInit failed: no device \(NO_DEVICE, 100\)\)"),
         (Driver(1, 7, 5), "sm_80,sm_90a", "of the architecture sm_80 or sm_90a: the one here is sm_75"),
         (Driver(1, 9, 0), "sm_80,sm_90a", None),
         (Driver(2, 8, 6), "sm_80,sm_90a", None),
@@ -123,8 +123,10 @@ def test_gpus(driver: Driver | None, arch: str, message: str | None, monkeypatch
             raise OSError
         return driver
 
-    monkeypatch.setattr(here.ctypes, "CDLL", load)
+    monkeypatch.setattr(cuda_driver.ctypes, "CDLL", load)
+    cuda_driver.driver.cache_clear()
     found = missing(needs(kind="cuda", mcpu=arch))
+    cuda_driver.driver.cache_clear()
     assert found is None if message is None else re.search(message, found or "")
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("XDG_RUNTIME_DIR", tempfile.gettempdir())  # a warning of Vulkan's loader
 
 import pytest
+from soft_cuda import soft_gpu
 from wasat.backends.tvm.build import plan
 from wasat.backends.tvm.targets import target_named
 from wasat.backends.tvm.weights import write_weights
@@ -21,6 +24,17 @@ from wasat.runtime.manifest import Needs
 from wasat.manifest import manifest_of
 
 TARGETS = ("webgpu", "webgpu:f16", "opencl")
+
+
+@contextmanager
+def device(target: str) -> Iterator[None]:
+    """Inside, code for ``target`` runs: for cuda, on a GPU in software."""
+    if target.startswith("cuda"):
+        with soft_gpu():
+            yield
+    else:
+        need(target)
+        yield
 
 
 def need(target: str) -> None:

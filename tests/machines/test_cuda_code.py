@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import math
+import re
 import struct
+import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "backends"))
@@ -17,6 +22,7 @@ from wasat.backends.tvm.build import BuildError, check_tools
 from wasat.backends.tvm.targets import target_named
 from wasat.ir import IRError, Program, parse
 from wasat.runtime import ArtifactError, load
+from wasat.runtime.hosts import cuda_driver
 
 import wasat as ws
 
@@ -56,7 +62,7 @@ def fat_binaries(library: Path) -> list[list[Entry]]:
 def test_machine_code_and_nothing_to_compile(archs: str, tmp_path: Path) -> None:
     out = tmp_path / "small.wasat"
     ws.compile(SMALL, out, target=f"cuda:{archs}")
-    binaries = fat_binaries(out / "model.so")
+    binaries = fat_binaries(out / "kernels.fatbin")
     wanted = sorted(int(a[3:5]) for a in archs.split(","))
     assert binaries
     for entries in binaries:
@@ -66,11 +72,10 @@ def test_machine_code_and_nothing_to_compile(archs: str, tmp_path: Path) -> None
             assert e.data[:4] == b"\x7fELF"
             assert struct.unpack_from("<H", e.data, 18) == (EM_CUDA,)
             assert struct.unpack_from("<I", e.data, 48)[0] >> 8 & 0xFF == e.arch
-    assert b"__global__" not in (out / "model.so").read_bytes()  # no source either
+    assert b"__global__" not in (out / "kernels.fatbin").read_bytes()  # no source either
     m = json.loads((out / "manifest.json").read_text())
     assert m["target"]["mcpu"] == ",".join(sorted(archs.split(",")))
-    assert m["target"]["libraries"] == ["libcudart.so.13", "libtvm_runtime_cuda.so"]
-    assert {"libcudart.so.13", "libtvm_runtime_cuda.so"} <= m["files"].keys()
+    assert m["files"].keys() == {"plan.json", "kernels.fatbin", "weights.safetensors"}
     if cuda_is_here():
         load(out)
     else:
@@ -85,13 +90,79 @@ def cuda_is_here() -> bool:
 
 
 @needs_nvcc
-def test_a_decoder(tmp_path: Path) -> None:
-    """Its kernels are ours; what the compiler refuses would be said."""
+def test_kernels_take_what_the_plan_gives_them(tmp_path: Path) -> None:
+    """A decoder's kernels are ours. In their machine code stand the sizes of parameters and the most threads."""
     ws.compile(Decoder(weights="int8", windows=(None, 5)).program(), tmp_path / "d.wasat", target="cuda:sm_80")
-    [entries] = fat_binaries(tmp_path / "d.wasat" / "model.so")
-    names = entries[0].data
-    assert b".text." in names
-    assert names.count(b".text.") > 5
+    [entries] = fat_binaries(tmp_path / "d.wasat" / "kernels.fatbin")
+    kernels = json.loads((tmp_path / "d.wasat" / "plan.json").read_text())["kernels"]
+    found = kernels_in(entries[0].data)
+    assert found.keys() == kernels.keys()
+    assert sum("attention" in name or "gemm" in name or "gemv" in name for name in kernels) > 5
+    for name, k in kernels.items():
+        places, end = [], 0
+        for size in [8] * len(k["writes"]) + [np.dtype(d).itemsize for d in k["scalars"]]:
+            start = -(-end // size) * size
+            places.append((start, size))
+            end = start + size
+        assert found[name] == (math.prod(k["threads"]), places), name
+
+
+def kernels_in(elf: bytes) -> dict[str, tuple[int, list[tuple[int, int]]]]:
+    """Of each kernel of a cubin: the most threads of a workgroup, and offset and size of each parameter, as the section
+    ``.nv.info.NAME`` has them: records of a form, a kind, and a value or a size with data."""
+    shoff, shentsize, shnum, shstrndx = *struct.unpack_from("<Q", elf, 40), *struct.unpack_from("<HHH", elf, 58)
+    heads = [struct.unpack_from("<IIQQQQ", elf, shoff + i * shentsize) for i in range(shnum)]
+    found = {}
+    for name_at, _, _, _, offset, size in heads:
+        at = heads[shstrndx][4] + name_at
+        name = elf[at : elf.index(0, at)].decode()
+        if not name.startswith(".nv.info."):
+            continue
+        threads, parameters, i = 0, {}, offset
+        while i < offset + size:
+            form, kind, length = struct.unpack_from("<BBH", elf, i)
+            data, i = elf[i + 4 : i + 4 + length], i + 4 + (length if form == 4 else 0)
+            if (form, kind) == (4, 0x05):  # EIATTR_MAX_THREADS
+                threads = math.prod(struct.unpack("<III", data))
+            elif (form, kind) == (4, 0x17):  # EIATTR_KPARAM_INFO
+                _, number, place, what = struct.unpack("<IHHI", data)
+                parameters[number] = place, what >> 18
+        found[name.removeprefix(".nv.info.")] = threads, [parameters[n] for n in sorted(parameters)]
+    return found
+
+
+@needs_nvcc
+def test_the_driver_is_called_as_its_header_says(tmp_path: Path) -> None:
+    """Names, order and sizes of arguments, for every function that the host calls: those of cuda.h."""
+    root = cuda.toolkit()
+    assert root is not None
+    (tmp_path / "a.cu").write_text("#include <cuda.h>\n")
+    header = subprocess.run([root / "bin" / "nvcc", "-E", tmp_path / "a.cu"], capture_output=True, text=True, check=True).stdout
+    declared = {}
+    for name, given in re.findall(r"CUresult (cu\w+)\(([^;]*)\);", header):
+        declared[name] = [" ".join(p.split()) for p in given.split(",")]
+    for name, kinds in cuda_driver._FUNCTIONS.items():
+        assert [_kind(p) for p in declared[name]] == [_of(k) for k in kinds], name
+
+
+_SIZES = {
+    "unsigned int": 4, "int": 4, "size_t": 8, "CUdeviceptr": 8, "CUdevice": 4, "CUdevice_attribute": 4, "CUresult": 4,
+    "cuuint64_t": 8, "CUstreamCaptureMode": 4, "unsigned long long": 8,
+}  # fmt: skip
+
+
+def _kind(parameter: str) -> object:
+    """The size of a number; ``pointer`` for those and for handles, which are such."""
+    words = parameter.replace("const ", "")
+    type = words if words in _SIZES else words.rpartition(" ")[0].strip()
+    if "*" in parameter or type in ("CUcontext", "CUstream", "CUmodule", "CUfunction", "CUgraph", "CUgraphExec"):
+        return "pointer"
+    return _SIZES[type]
+
+
+def _of(kind: type) -> object:
+    pointer = kind in (ctypes.c_void_p, ctypes.c_char_p) or hasattr(kind, "contents")
+    return "pointer" if pointer else ctypes.sizeof(kind)
 
 
 @needs_nvcc

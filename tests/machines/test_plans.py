@@ -11,10 +11,10 @@ import pytest
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "backends"), str(HERE.parent / "runtime")]
-from plan_help import loaded, need
+from plan_help import device, loaded, need
 from test_tvm_ops import NOT_COMPILED, _graph
 from tiny_model import CONTEXT, Reference, tiny_program
-from wasat.backends.tvm.targets import target_named
+from wasat.backends.tvm.targets import Target, target_named
 from wasat.ir import OPS, ArrayParam, Graph, IRError, Program, evaluate, parse, parse_program, type_of
 from wasat.runtime import ArtifactError, InputError, Model
 
@@ -23,7 +23,7 @@ from wasat.planned import PlanRunner
 from wasat.testing import random_program
 
 pytestmark = pytest.mark.machines
-SWEPT = ("webgpu:f16", "opencl")
+SWEPT = ("webgpu:f16", "opencl", "cuda:sm_90")
 """What the sweep runs on: between them, they take all of the ways in which elements are stored."""
 
 
@@ -31,10 +31,13 @@ SWEPT = ("webgpu:f16", "opencl")
 @pytest.mark.parametrize("target", SWEPT)
 def test_an_operation_is_what_its_reference_says(target: str, name: str) -> None:
     """All samples of an operation. Element types that a device lacks are refused by name."""
-    need(target)
     if name in NOT_COMPILED:
         return
-    machine = target_named(target)
+    with device(target):
+        _sweep(target_named(target), name)
+
+
+def _sweep(machine: Target, name: str) -> None:
     assert machine.device is not None
     cases = [_graph(f"{name}_{i}", OPS[name], s) for i, s in enumerate(OPS[name].samples())]
     taken = []

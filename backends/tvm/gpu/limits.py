@@ -16,6 +16,3 @@ class Limits:
     f16: bool = False
     """Whether arrays of f16 can be read; else weights of f16 are pairs in words of 32 bits."""
 
-
-CUDA = Limits(f16=True, shared=49152)
-"""Every NVIDIA GPU, without asking for more than what kernels get by themselves."""

@@ -11,7 +11,7 @@ from typing import Literal
 class Device:
     """A machine whose kernels a host of ours launches."""
 
-    language: Literal["wgsl", "opencl"]
+    language: Literal["wgsl", "opencl", "cuda"]
     storage: Mapping[str, str] = field(default_factory=dict)
     """Element types that lie in its memory as elements of another one: a number each."""
     lacks: frozenset[str] = frozenset()
@@ -28,6 +28,8 @@ class Device:
     """Most that a kernel of several operations takes: larger ones compute more than once what they share."""
     f16: bool = False
     """Whether it computes with numbers of 16 bits; else in f32, rounded after each step."""
+    vectors: bool = False
+    """Whether TVM may put elements that lie side by side into vectors of the language."""
 
     def stored(self, dtype: str) -> str:
         """The element type that lies in memory for ``dtype``."""
@@ -41,7 +43,9 @@ _WORDS = {
 
 WEBGPU = Device("wgsl", _WORDS, frozenset({"float64", "uint64"}), integers=32)
 """What every browser's WebGPU can: the limits that the standard promises. WGSL has numbers of 32 bits alone."""
-WEBGPU_F16 = replace(WEBGPU, storage={k: v for k, v in _WORDS.items() if k != "float16"}, f16=True)
+WEBGPU_F16 = replace(WEBGPU, storage={k: v for k, v in _WORDS.items() if k != "float16"}, f16=True, vectors=True)
 """The same with the feature ``shader-f16``."""
 OPENCL = Device("opencl", {"bool": "int8", "bfloat16": "uint16", "float16": "uint16"}, buffers=64)
 """OpenCL 1.2 with f64, as processors have it; without ``cl_khr_fp16``, which few do."""
+CUDA = Device("cuda", {"bool": "int8", "bfloat16": "uint16"}, shared=49152, buffers=64, f16=True)
+"""Every NVIDIA GPU, without asking for more than what kernels get by themselves. Vectors of i64, TVM writes as no C++."""

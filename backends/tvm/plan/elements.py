@@ -23,6 +23,8 @@ _BINARY = (
 )  # fmt: skip
 _WRAPS = ("Add", "Sub", "Mul", "LShift")
 _SHIFTS = ("LShift", "RShift")
+_KEEPS = ("tirx.if_then_else", "tirx.reinterpret", "tirx.call_pure_extern")
+"""Calls that are no functions of numbers."""
 _FLOORED = {"FloorDiv": "Div", "FloorMod": "Mod"}
 """What rounds down, and what is the same of numbers that are not negative, and shorter."""
 
@@ -310,6 +312,10 @@ class _Kernel:
         to = self.scalar(dtype) if dtype not in ("void", "handle") else dtype
         if name == "tirx.reinterpret":
             return self.reinterpreted(args[0], str(e.args[0].ty), dtype)
+        halves = dtype == "float16" and all(str(a.ty) == dtype for a in args)
+        if halves and self.device.language == "cuda" and name not in _KEEPS:  # CUDA lacks some, and rounds others twice
+            wide = [tirx.Cast("float32", a) for a in args]
+            return tirx.Cast(dtype, ir.Call(e.op, wide, e.attrs, e.ty_args, ret_ty=ir.PrimType("float32")))
         made = ir.Call(e.op, args, e.attrs, e.ty_args, ret_ty=ir.PrimType(to) if to not in ("void", "handle") else e.ty)
         return made if name == "tirx.if_then_else" else self.wrapped(made, dtype)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,9 +23,11 @@ from .wgsl import helpers
 _build = importlib.import_module("tvm.tirx.build")  # tvm.tirx.build is a function, too
 _GRID = ("blockIdx.x", "blockIdx.y", "blockIdx.z")
 _NAME = 40
+_COMPILE = "tvm_callback_cuda_compile"
 _OPENCL_F16 = """static inline float wasat_f16(uint bits) { ushort b = (ushort)bits; return vload_half(0, (const half*)&b); }
 static inline uint wasat_f16_bits(float x) { ushort b; vstore_half_rte(x, 0, (half*)&b); return b; }
 """
+_PLAIN = tvm.target.Target({"kind": "opencl"})
 _BLOCK = ("threadIdx.x", "threadIdx.y", "threadIdx.z")
 
 
@@ -37,6 +40,8 @@ class Kernel:
     threads: tuple[int, int, int]
     writes: tuple[bool, ...]
     scalars: tuple[str, ...]
+    code: Any = field(default=None, compare=False, repr=False)
+    """What the source was made of, where the sources of all kernels are made at once."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +72,25 @@ def _split(device: Device) -> Any:
         s.CanonicalizeLoop(), s.LowerCrossThreadReduction(), s.LowerInitBlock(), s.PlanAndUpdateBufferAllocationLocation(),
         s.ConvertBlocksToOpaque(), s.LiftThreadBinding(), s.ManifestSharedMemoryLocalStage(), s.CompactBufferAllocation(),
         s.LowerAutoCopy(), s.UnifyThreadBinding(), s.LowerMatchBuffer(), s.StmtSimplify(), s.LowerOpaqueBlock(),
-        t.FlattenBuffer(), t.BF16ComputeLegalize(), t.NarrowDataType(32), s.LoopPartition(), t.VectorizeLoop(device.f16),
-        s.InjectVirtualThread(), s.InjectDoubleBuffer(), t.StorageRewrite(), s.HoistIfThenElse(), t.UnrollLoop(),
+        t.FlattenBuffer(), _without_bf16(t.BF16ComputeLegalize()), t.NarrowDataType(32), s.LoopPartition(),
+        t.VectorizeLoop(device.vectors), s.InjectVirtualThread(), s.InjectDoubleBuffer(), t.StorageRewrite(),
+        s.HoistIfThenElse(), t.UnrollLoop(),
         s.RenormalizeSplitPattern(), t.StmtSimplify(), t.RemoveNoOp(), s.RewriteUnsafeSelect(), t.CommonSubexprElim(),
         t.VerifyMemory(), t.AnnotateEntryFunc(), s.ThreadSync("shared"), s.ThreadSync("shared.dyn"),
         s.LowerThreadAllreduce(), s.MergeSharedMemoryAllocations(), t.SplitHostDevice(),
     ])  # fmt: skip
+
+
+def _without_bf16(step: Any) -> Any:
+    """The pass, as for devices without bf16: where CUDA has such numbers, TVM would leave them as they are, and they lie in
+    memory as whole numbers of 16 bits here."""
+
+    def through(module: tvm.IRModule, context: Any) -> tvm.IRModule:
+        targets = {gv: f.attrs["target"] for gv, f in module.functions.items()}
+        module = step(tvm.IRModule({gv: f.with_attr("target", _PLAIN) for gv, f in module.functions.items()}))
+        return tvm.IRModule({gv: f.with_attr("target", targets[gv]) for gv, f in module.functions.items()})
+
+    return tvm.transform.module_pass(through, opt_level=0)
 
 
 class Functions:
@@ -209,7 +227,7 @@ def _kernel(name: str, f: tirx.PrimFunc, target: tvm.target.Target, device: Devi
     if sum(pointers) > device.buffers:
         raise IRError(f"a kernel takes {sum(pointers)} arrays; this target's kernels may take {device.buffers}")
     threads = {t: 1 for t in _BLOCK}
-    own = as_stored(tirx.transform.BF16StorageLegalize()(tvm.IRModule({name: f}))[name], device)
+    own = as_stored(_without_bf16(tirx.transform.BF16StorageLegalize())(tvm.IRModule({name: f}))[name], device)
 
     def visit(s: Any) -> None:
         if s.attr_key == "thread_extent" and s.node.thread_tag in threads:
@@ -219,11 +237,7 @@ def _kernel(name: str, f: tirx.PrimFunc, target: tvm.target.Target, device: Devi
     if math.prod(threads.values()) > device.threads:
         raise IRError(f"a kernel has {math.prod(threads.values())} threads; this target has {device.threads}")
     module = tirx.compilation_pipeline.finalize_device_passes()(tvm.IRModule({name: own}))
-    try:
-        with target:
-            source = with_literals(str(_build.codegen_build(module, target).inspect_source("")))
-    except (tvm.error.InternalError, RuntimeError, ValueError) as e:
-        raise IRError(f"TVM makes no code of it for this target: {str(e).strip().splitlines()[-1]}") from None
+    source = _source(module, target)
     writes = _writes(own, sum(pointers))
     if device.language == "opencl" and "wasat_f16" in source:
         source = _OPENCL_F16 + source
@@ -234,4 +248,31 @@ def _kernel(name: str, f: tirx.PrimFunc, target: tvm.target.Target, device: Devi
         access = dict(re.findall(r"@binding\((\d+)\) var<storage, (read|read_write)>", source))
         writes = [access[str(i)] == "read_write" for i in range(sum(pointers))]
     scalars = tuple(str(p.ty) for p, pointer in zip(own.params, pointers) if not pointer)
-    return Kernel(name, source, (threads[_BLOCK[0]], threads[_BLOCK[1]], threads[_BLOCK[2]]), tuple(writes), scalars)
+    workgroup = threads[_BLOCK[0]], threads[_BLOCK[1]], threads[_BLOCK[2]]
+    return Kernel(name, source, workgroup, tuple(writes), scalars, module[name])
+
+
+def all_sources(kernels: Iterable[Kernel], target: tvm.target.Target) -> str:
+    """The kernels in one text, with one preamble."""
+    module = tvm.IRModule({k.name: k.code for k in kernels})
+    return _source(module, target) if module.functions else ""
+
+
+def _source(module: tvm.IRModule, target: tvm.target.Target) -> str:
+    try:
+        with target, _no_compiler():
+            return with_literals(str(_build.codegen_build(module, target).inspect_source("")))
+    except (tvm.error.InternalError, RuntimeError, ValueError) as e:
+        raise IRError(f"TVM makes no code of it for this target: {str(e).strip().splitlines()[-1]}") from None
+
+
+@contextlib.contextmanager
+def _no_compiler() -> Iterator[None]:
+    """Inside, TVM leaves CUDA's sources as they are, which it compiles where it finds a driver and a compiler."""
+    before = tvm_ffi.get_global_func(_COMPILE, allow_missing=True)
+    tvm_ffi.register_global_func(_COMPILE, lambda code: code.encode(), override=True)
+    try:
+        yield
+    finally:
+        if before is not None:
+            tvm_ffi.register_global_func(_COMPILE, before, override=True)

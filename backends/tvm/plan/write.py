@@ -18,7 +18,7 @@ from wasat.ir import DimLike, IRError, Node
 from wasat.ir.dims import floordiv
 
 from .device import Device
-from .kernels import Functions, Kernel
+from .kernels import Functions, Kernel, all_sources
 from .labels import Labels
 from .layout import Layout
 from .relaxed import Reader
@@ -73,7 +73,8 @@ def make_plan(
         written = _Writer(entry, device)
         entries[name] = written.json
         used |= written.kernels
-    return _plan(entries, used, reader.constants.arrays, device)
+    plan = _plan(entries, used, reader.constants.arrays, device)
+    return dataclasses.replace(plan, source=all_sources(used.values(), target)) if device.language == "cuda" else plan
 
 
 def _scheduled(module: tvm.IRModule, device: Device) -> tvm.IRModule:
@@ -135,7 +136,8 @@ def _plan(
         start = len(text)
         text += k.source.strip() + "\n"
         more = {"threads": list(k.threads), "writes": list(k.writes), "scalars": list(k.scalars)}
-        table[name] = {"at": [start, len(text)], **more}
+        # machine code says itself where a kernel is
+        table[name] = more if device.language == "cuda" else {"at": [start, len(text)], **more}
     for d, x in constants:
         if device.stored(d) == "int32" and x.size and not -(2**31) <= int(x.min()) <= int(x.max()) < 2**31:
             held = f"{int(x.min())} .. {int(x.max())}"
@@ -197,7 +199,7 @@ class _Writer:
                 self.kernels[s.kernel.name] = s.kernel
                 arrays = [self.place(a) for a in s.arrays]
                 for i, writes in zip(arrays, s.kernel.writes):
-                    if writes and arrays.count(i) > 1 and self.device.language == "wgsl":
+                    if writes and arrays.count(i) > 1 and self.device.language != "opencl":
                         raise IRError(f"{s.kernel.name} would read and write one array under two names")
                 return {
                     "op": "launch", "kernel": s.kernel.name, "grid": [tree(d) for d in s.grid], "arrays": arrays,
