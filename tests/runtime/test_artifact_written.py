@@ -41,6 +41,12 @@ def test_an_artifact_is_replaced(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["m"]
 
 
+def test_an_artifact_with_an_empty_file_is_one(tmp_path: Path) -> None:
+    _write(tmp_path / "m", "")
+    _write(tmp_path / "m", "new")
+    assert (tmp_path / "m" / "a.bin").read_text() == "new"
+
+
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 def test_a_failure_leaves_nothing_and_keeps_the_old(tmp_path: Path, error: type[BaseException]) -> None:
     def fail(path: Path) -> None:
@@ -119,7 +125,9 @@ def test_a_link_to_an_artifact_stays_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("manifest", [
     '{"name": "A web app", "start_url": "."}', "{}", "[]", "null", "{", '{"files": []}', '{"files": {"a": 1}}',
-    '{"files": {"a": {"sha256": 1, "bytes": 1}}}', '{"files": ["index.html"], "format": 3, "wasat": "1"}', "[" * 100_000,
+    '{"files": {"a": {"sha256": 1, "bytes": 1}}}', '{"files": {"index.html": {"sha256": "", "bytes": -1}}}',
+    '{"files": {"index.html": {"sha256": "", "bytes": 8}, "a": {"sha256": 1, "bytes": 1}}}',
+    '{"files": ["index.html"], "format": 3, "wasat": "1"}', "[" * 100_000,
 ])  # fmt: skip
 def test_another_kind_of_manifest_is_not_replaced(tmp_path: Path, manifest: str) -> None:
     (tmp_path / "app").mkdir()

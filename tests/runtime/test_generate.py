@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,9 @@ def _greedy(program: Program, model: Model, prompt: str, count: int) -> list[int
 @pytest.mark.parametrize("prompt", ["x", PROMPT, LONG])
 def test_greedy_equals_the_interpreter(model: Model, program: Program, prompt: str) -> None:
     want = _greedy(program, model, prompt, 40)
+    began = time.perf_counter()
     (got,) = model.generate(prompt, max_tokens=40)
+    took = time.perf_counter() - began
     assert got.tokens == want
     assert got.text == model.tokenizer.decode(want)
     assert got.finish == "length"
@@ -31,6 +34,7 @@ def test_greedy_equals_the_interpreter(model: Model, program: Program, prompt: s
     assert got.steps == 39
     assert got.prefill_seconds > 0
     assert got.decode_seconds > 0
+    assert got.prefill_seconds + got.decode_seconds < took
     assert "40 tokens in" in got.summary()
     assert got.summary().endswith("finished by length")
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from wasat.backends.tvm.targets import Target, cpu
 from wasat.ir import Embedder, Encoder, Generation, Head, Interface, Media, Program, State, parse_program
+from wasat.runtime import ArtifactError, manifest
 from wasat.runtime import interface as reader
 from wasat.runtime.fields import Fields
 
@@ -88,3 +89,69 @@ def test_how_far_back_states_go() -> None:
         assert lost["ring"] == (to > 0 and not needed <= set(slots.tolist()))
         assert not lost["full"]
         assert lost["carry"] == lost["tail"] == (0 < to < past)
+
+
+@pytest.mark.parametrize("module", [reader, manifest], ids=lambda m: m.__name__)
+def test_what_was_read_stays_as_it_is(module: Any) -> None:
+    made = [c for c in vars(module).values() if dataclasses.is_dataclass(c) and c.__module__ == module.__name__]
+    assert len(made) > 5
+    assert all(c.__dataclass_params__.frozen for c in made)  # type: ignore[attr-defined]
+
+
+ENTRIES = {
+    "see": ["image"], "hear": ["audio"], "prefill": ["tokens", "past", "last", "media", "seen"],
+    "step": ["tokens", "lengths", "types", "skip"], "classify": ["tokens", "last", "media"],
+}  # fmt: skip
+READ = reader.read_interface(Fields(json.loads(json.dumps(interface_json(program(), cpu()))), ""))
+WHOLE = dataclasses.replace(
+    READ, states=READ.states[:3],  # rows of the fourth lie along its second axis, which a session cannot keep
+    heads=(reader.Head("topic", "classify", "text"), reader.Head("animal", "see", "image")),
+)
+
+
+def test_encoders_and_heads_are_found_by_name() -> None:
+    assert WHOLE.media is not None
+    assert [e.entry for k in ("image", "audio") if (e := WHOLE.media.encoder(k))] == ["see", "hear"]
+    assert WHOLE.media.encoder("video") is None
+    assert [h.entry for n in ("topic", "animal") if (h := WHOLE.head(n))] == ["classify", "see"]
+    assert WHOLE.head("mood") is None
+
+
+@pytest.mark.parametrize("entry, takes, message", [
+    ("see", ["image"], None), ("see", ["image", "size"], "image encoder see takes image, size, not image"),
+    ("see", None, "image encoder see is no entry"),
+    ("prefill", None, None), ("prefill", ["tokens"], "entry prefill takes none"),
+    ("step", ["tokens", "lengths"], None), ("step", ["tokens"], "entry step takes tokens, not tokens and lengths"),
+    ("step", ["lengths"], "takes lengths, not tokens and lengths"), ("step", None, "takes nothing, not tokens"),
+    ("step", ["tokens", "lengths", "skip", "noise"], "not tokens and lengths"),
+    ("classify", ["tokens", "last"], None),
+    ("classify", ["tokens"], "head topic is of text, which entry classify does not take"),
+    ("classify", ["last"], "head topic is of text"), ("classify", ["tokens", "last", "image"], "head topic is of text"),
+    ("classify", None, "head topic is of text"),
+])  # fmt: skip
+def test_entries_that_an_interface_cannot_run_by(entry: str, takes: list[str] | None, message: str | None) -> None:
+    entries = {k: v for k, v in {**ENTRIES, entry: takes}.items() if v is not None}
+    if message is None:
+        reader.check_interface(WHOLE, entries)
+        return
+    with pytest.raises(ArtifactError, match=message):
+        reader.check_interface(WHOLE, entries)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"context": None}, None), ({"context": 2**62 - 1}, None), ({"context": 2**62}, r"limits\.context is"),
+    ({"granule": 0}, r"limits\.granule is 0"), ({"vocab": 0}, r"interface\.vocab is 0"), ({"chunk": 0}, r"limits\.chunk is 0"),
+    ({"heads": (reader.Head("animal", "hear", "image"),)}, "head animal is of image, which entry hear does not take"),
+    ({"heads": (reader.Head("animal", "see", "smell"),)}, "head animal is of smell"),
+    ({"embedder": reader.Embedder("step", False, 1, 0)}, None),
+    ({"embedder": reader.Embedder("step", False, 0, 0)}, r"embedder\.limit is 0"),
+    ({"states": READ.states}, r"state t of shape .* has rows along 1, and not first"),
+    ({"chunk": 29}, None), ({"chunk": 30}, r"ring cache ring\.v has capacity 32; window 4 and chunk 30 need more"),
+])  # fmt: skip
+def test_interfaces_that_cannot_be(change: dict[str, Any], message: str | None) -> None:
+    made = dataclasses.replace(WHOLE, **change)
+    if message is None:
+        reader.check_interface(made, ENTRIES)
+        return
+    with pytest.raises(ArtifactError, match=message):
+        reader.check_interface(made, ENTRIES)

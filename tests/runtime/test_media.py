@@ -28,6 +28,7 @@ from wasat.runtime import ArtifactError, Audio, Image, InputError, MediaError, M
 from wasat.runtime.interface import Encoder, Generation, Head, Interface, check_interface
 from wasat.runtime.interface import Media as MediaSpec
 from wasat.runtime.media import KINDS, Media, open_media
+from wasat.runtime.media.base import PICTURES
 
 from wasat import driver
 
@@ -82,6 +83,26 @@ def test_files_are_told_by_content(seeing: Model, tmp_path: Path) -> None:
     files = seeing.generate([[tmp_path / "a", "?", tmp_path / "b"]], max_tokens=4)
     arrays = seeing.generate([[Image(PICTURE), "?", Audio(tmp_path / "b")]], max_tokens=4)
     assert files[0].tokens == arrays[0].tokens
+
+
+@pytest.mark.parametrize("format", PICTURES)
+def test_pictures_are_told_by_content(format: str, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(saved(Pillow.fromarray(PICTURE), format))
+    assert type(open_media(tmp_path / "a")) is Image
+    (tmp_path / "b").write_bytes(b"P9 is a text" if format == "PPM" else b"1" + (tmp_path / "a").read_bytes())
+    with pytest.raises(MediaError, match=r"b is none of PNG, "):
+        open_media(tmp_path / "b")
+
+
+def test_a_record_with_its_cover_is_a_sound(tmp_path: Path) -> None:
+    flac, cover = sound(TONE, RATE, "flac", "flac"), png(PICTURE)
+    body = struct.pack(">II9sIIIIII", 3, 9, b"image/png", 0, 30, 20, 24, 0, len(cover)) + cover
+    (tmp_path / "a").write_bytes(flac[:42] + b"\x06" + len(body).to_bytes(3, "big") + body + flac[42:])
+    with av.open(str(tmp_path / "a")) as container:
+        assert len(container.streams.video) == 1
+    found = open_media(tmp_path / "a")
+    assert isinstance(found, Audio)
+    assert np.abs(found.samples(RATE) - TONE).max() < 1e-4
 
 
 def test_session_takes_rows_of_media_as_tokens(seeing: Model) -> None:
@@ -242,6 +263,10 @@ def test_videos_gifs_and_animated_webps() -> None:
         assert frames.shape == CLIP.shape
         assert np.abs(frames.astype(int) - CLIP).max() <= 8
         assert np.allclose(times, np.arange(6) / 4, atol=1e-3)
+    for array in (Video(CLIP, fps=4), Video(CLIP, times=[7, 7.25, 7.5, 7.75, 8, 8.25])):
+        frames, times = array.frames()
+        assert np.array_equal(frames, CLIP)
+        assert np.array_equal(times, np.arange(6) / 4)
 
 
 @pytest.mark.parametrize("make", [gif, webp])
@@ -250,6 +275,7 @@ def test_one_picture_is_an_image_and_several_are_a_video(make: Callable[..., byt
         path = tmp_path / str(count)
         path.write_bytes(make(CLIP[:count], 100))
         assert type(open_media(path)) is kind
+        assert (Video.of_head(path, path.read_bytes()[:16]) is None) == (count == 1)
         assert np.array_equal(Image(path).pixels(), CLIP[0])  # of several, the first
         assert np.array_equal(Video(path).frames()[0], CLIP[:count])
 

@@ -36,6 +36,10 @@ def _no_rate() -> bytes:
     return bytes(data)
 
 
+def _without_rate(format: str) -> bytes:
+    return sound(TONE, RATE, format, "pcm_s16le").replace(struct.pack(">d", RATE), bytes(8))
+
+
 def _not_numbers() -> bytes:
     header = b"WAVEfmt " + struct.pack("<IHHIIHH", 16, 3, 1, RATE, RATE * 4, 4, 32)
     data = np.array([0.1, np.nan] * 50, np.float32).tobytes()
@@ -68,6 +72,8 @@ HOSTILE: dict[str, tuple[Callable[[], Any], str]] = {
     "a rate that is no number": (lambda: Audio(TONE, "8000"), "a rate of '8000' Hz: give .* whole number"),
     "half a sample per second": (lambda: Audio(TONE, 0.5), "a rate of 0.5 Hz"),
     "0 Hz": (lambda: Audio(_no_rate()), "states a rate of 0 Hz: write it again"),
+    "0 Hz in a container": (lambda: Audio(_without_rate("matroska")), "states a rate of 0 Hz: write it again"),
+    "a text that speaks of formats": (lambda: Audio(b"a text about fmt " + bytes(30)), "is none of WAV"),
     "one sample": (lambda: Audio(TONE[:1], 48000), "too short to be heard at 8000 Hz"),
     "a millionth of a second": (lambda: Audio(TONE[:10], 10**6), "too short to be heard at 8000 Hz"),
     "not a number": (lambda: Audio(np.array([0, np.nan]), RATE), "infinite or no numbers"),
@@ -155,9 +161,22 @@ def test_what_states_no_length_or_is_followed_by_something_is_whole() -> None:
     speech[4:8] = speech[40:44] = b"\xff" * 4  # as a program writes it into a pipe
     for data in (flac, speech):
         assert len(Audio(bytes(data)).samples(RATE)) == len(TONE)
-    more = [video(CLIP, 4) + tail for tail in (b"SEFT", bytes(100), b"\x7f\xff\xff\xff\0\1\2\3 from a telephone")]
+    tails = (b"SEFT", bytes(100), b"\0\0\0\x20abc", b"\x7f\xff\xff\xff\0\1\2\3 from a telephone")
+    more = [video(CLIP, 4) + tail for tail in tails]
     for data in (bytes(clip), *more):
         assert len(Video(data).frames()[0]) == len(CLIP)
+
+
+def test_a_sound_may_lack_a_thousandth_of_a_second() -> None:
+    """Of what its header says: rounded, in some programs' files."""
+    for stated, whole in ((4000, True), (4008, True), (4009, False)):
+        flac = bytearray(sound(TONE, RATE, "flac", "flac"))
+        flac[22:26] = stated.to_bytes(4, "big")
+        if whole:
+            assert len(Audio(bytes(flac)).samples(RATE)) == len(TONE)
+        else:
+            with pytest.raises(MediaError, match="cut off"):
+                Audio(bytes(flac)).samples(RATE)
 
 
 def test_no_bomb_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,6 +66,11 @@ def test_the_orientations_of_videos(orientation: int) -> None:
     assert np.abs(got.astype(int) - want).mean() < 8
 
 
+def test_a_video_shown_smaller_is_upright() -> None:
+    assert np.abs(_shown((0.5, 0, 0, 0.5)).astype(int) - CORNERS).mean() < 8
+    assert np.abs(_shown((0.5, 0, 0, -0.25)).astype(int) - CORNERS[::-1]).mean() < 8
+
+
 def test_a_video_turned_by_another_angle_is_refused() -> None:
     with pytest.raises(MediaError, match="turned by no multiple of 90 degrees"):
         _shown((0.7, 0.7, -0.7, 0.7))
@@ -200,6 +205,21 @@ def test_sizes_have_bounds(make: Any, message: str) -> None:
 
 def test_the_largest_sides_are_read() -> None:
     assert Image(np.zeros((1, 65_535), np.uint8)).pixels().shape == (1, 65_535, 3)
+    assert len(Audio(np.zeros(20_000, np.float32), 10_000_000).samples(10_000_000)) == 20_000
+
+
+def test_one_sample_per_second() -> None:
+    x = np.linspace(-0.5, 0.5, 50).astype(np.float32)
+    for source in (Audio(x, 1), Audio(wav(x, 1))):
+        assert np.abs(source.samples(1) - x).max() < 1e-4
+
+
+@pytest.mark.parametrize("part, name", [
+    (Image(PIXELS), "image array uint8[6, 8, 3]"), (Audio(np.zeros(9, np.float32), 8000), "audio array float32[9]"),
+    (Video(b"abc"), "video of 3 bytes"), (Image("a.png"), "a.png"),
+])  # fmt: skip
+def test_what_errors_call_a_medium(part: Any, name: str) -> None:
+    assert (part.name, repr(part)) == (name, f"{type(part).__name__}({name})")
 
 
 NO_SOURCES = [0, 3, None, True, 1.5, [1], bytearray(b"x"), memoryview(b"x"), object()]
