@@ -1,4 +1,4 @@
-"""The passes that a compilation runs, in order; and pipelines as text: ``"default"``, ``"my-pass, default"``,
+"""Pipelines as text: ``"default"``, ``"my-pass, default"``,
 ``"cleanup, fuse-attention, quantize{scheme=int4, activation=none}"``.
 """
 
@@ -15,46 +15,9 @@ from dataclasses import Field, fields, is_dataclass
 from importlib.metadata import entry_points
 from typing import Any, Literal
 
-from wasat.ir import Interface, WasatError
+from wasat.ir import WasatError
 
-from .cleanup.algebra import Cleanup
-from .cleanup.hoist_params import HoistParams
-from .cleanup.read_tables import ReadTables
-from .cleanup.simplify_indices import SimplifyIndices
 from .core import Pass
-from .fusion.fuse_activations import FuseActivations
-from .fusion.fuse_attention import FuseAttention
-from .fusion.fuse_experts import FuseExperts
-from .fusion.fuse_glu import FuseGlu
-from .fusion.fuse_norm import FuseNorm
-from .fusion.fuse_rope import FuseRope
-from .fusion.merge_linears import MergeLinears
-from .serving.kv_cache import DeriveKVCache
-from .serving.quantize import KeepQuantized, Quantize
-
-
-def default_pipeline(
-    *, quantize: str | None = None, activation: str | None = "int8", overrides: Mapping[str, str] | None = None,
-    kv_cache: Literal["required", "tried"] | None = "required", chunk: int = 512,
-    granule: int = Interface.granule, keep_forward: bool = False,
-) -> list[Pass]:  # fmt: skip
-    """The passes of :func:`wasat.compile`, with its options.
-
-    ``kv_cache``: whether ``forward`` becomes ``prefill`` and ``decode``; ``"tried"``: where that can be proved, else not.
-    ``keep_forward``: it stays beside them.
-    """
-    passes: list[Pass] = [
-        Cleanup(fold_positions=False), ReadTables(), SimplifyIndices(), FuseNorm(), FuseRope(), FuseActivations(),
-        FuseAttention(), Cleanup(), FuseExperts(), KeepQuantized(activation),
-    ]  # fmt: skip
-    if quantize is not None or overrides:
-        passes.append(Quantize(quantize or "f32", activation, tuple((overrides or {}).items())))
-    passes += [MergeLinears(), FuseGlu(), HoistParams()]
-    if kv_cache is not None:
-        derive = DeriveKVCache(chunk=chunk, required=kv_cache == "required", granule=granule, keep=keep_forward)
-        passes += [derive, HoistParams()]
-    return [*passes, Cleanup()]
-
 
 DEFAULT = "default"
 """In a pipeline: the passes that run where none is given."""

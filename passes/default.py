@@ -1,0 +1,51 @@
+"""The passes that a compilation runs, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from wasat.ir import Interface
+
+from .cleanup.algebra import Cleanup
+from .cleanup.hoist_params import HoistParams
+from .cleanup.read_tables import ReadTables
+from .cleanup.simplify_indices import SimplifyIndices
+from .core import Pass
+from .fusion.fuse_activations import FuseActivations
+from .fusion.fuse_attention import FuseAttention
+from .fusion.fuse_experts import FuseExperts
+from .fusion.fuse_glu import FuseGlu
+from .fusion.fuse_norm import FuseNorm
+from .fusion.fuse_rope import FuseRope
+from .fusion.merge_linears import MergeLinears
+from .serving.kv_cache import DeriveKVCache
+from .serving.quantize import KeepQuantized, Quantize
+
+__all__ = [
+    "Cleanup", "DeriveKVCache", "FuseActivations", "FuseAttention", "FuseExperts", "FuseGlu", "FuseNorm", "FuseRope",
+    "HoistParams", "KeepQuantized", "MergeLinears", "Quantize", "ReadTables", "SimplifyIndices", "default_pipeline",
+]  # fmt: skip
+
+
+def default_pipeline(
+    *, quantize: str | None = None, activation: str | None = "int8", overrides: Mapping[str, str] | None = None,
+    kv_cache: Literal["required", "tried"] | None = "required", chunk: int = 512,
+    granule: int = Interface.granule, keep_forward: bool = False,
+) -> list[Pass]:  # fmt: skip
+    """The passes of :func:`wasat.compile`, with its options.
+
+    ``kv_cache``: whether ``forward`` becomes ``prefill`` and ``decode``; ``"tried"``: where that can be proved, else not.
+    ``keep_forward``: it stays beside them.
+    """
+    passes: list[Pass] = [
+        Cleanup(fold_positions=False), ReadTables(), SimplifyIndices(), FuseNorm(), FuseRope(), FuseActivations(),
+        FuseAttention(), Cleanup(), FuseExperts(), KeepQuantized(activation),
+    ]  # fmt: skip
+    if quantize is not None or overrides:
+        passes.append(Quantize(quantize or "f32", activation, tuple((overrides or {}).items())))
+    passes += [MergeLinears(), FuseGlu(), HoistParams()]
+    if kv_cache is not None:
+        derive = DeriveKVCache(chunk=chunk, required=kv_cache == "required", granule=granule, keep=keep_forward)
+        passes += [derive, HoistParams()]
+    return [*passes, Cleanup()]
