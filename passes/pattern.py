@@ -189,7 +189,7 @@ class Rewrite(GraphPass):
         starts = set(_starts(root))
         attempt.is_landmark = self.is_landmark
         for node in graph.nodes:
-            if node.is_a(*starts) and len(node.outputs) == 1:
+            if node.op in starts and len(node.outputs) == 1:
                 yield from self._apply(graph, node, root, attempt)
 
     def _apply(self, graph: Graph, node: Node, root: Pattern, attempt: _Attempt) -> Iterator[Value]:
@@ -242,10 +242,10 @@ def run_rules(rules: Iterable[Rewrite], graph: Graph, remarks: Remarks) -> bool:
     return bool(made)
 
 
-def _starts(pattern: Pattern) -> Iterator[str]:
-    """Names of the operations that the pattern's root may be."""
+def _starts(pattern: Pattern) -> Iterator[Op]:
+    """The operations that the pattern's root may be."""
     if isinstance(pattern, Apply):
-        yield pattern.op.name
+        yield pattern.op
     elif isinstance(pattern, Either):
         for option in pattern.options:
             yield from _starts(option)

@@ -64,7 +64,7 @@ class Indexing:
     def _read(self, v: Value) -> Sequence[Value]:
         """What the pieces of ``v`` follow from."""
         node = v.node
-        return node.inputs if node is not None and (node.op.elementwise or node.is_a(*_RULES)) else ()
+        return node.inputs if node is not None and (node.op.elementwise or _RULES.get(node.op.name)) else ()
 
     def _found(self, v: Value) -> Sequence[Piece] | None:
         array, node = v.const, v.node

@@ -149,8 +149,13 @@ AFTER = """graph @f(%table: f32[4, 5], %tokens: i64[b, s]) {
 }"""
 
 
-def test_repeated_positions() -> None:
-    check_pass(SimplifyIndices(), BEFORE, AFTER, dims=[{"b": 2, "s": 3}, {"b": 1, "s": 1}])
+@pytest.mark.parametrize("op", ["gather", "embedding", "quantized_embedding"])
+def test_repeated_positions(op: str) -> None:
+    def text(graph: str) -> str:
+        graph = graph.replace("gather", op)
+        return graph.replace("f32[4, 5]", "int8b4f16[4, 5]") if op == "quantized_embedding" else graph
+
+    check_pass(SimplifyIndices(), text(BEFORE), text(AFTER), dims=[{"b": 2, "s": 3}, {"b": 1, "s": 1}])
 
 
 @pytest.mark.parametrize(
