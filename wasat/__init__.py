@@ -8,7 +8,8 @@
 
 Models in     from_pretrained, from_onnx, from_gguf; nn and trace for one's own; parse for a graph's text; load_program
 Weights       load_weights: arrays or a folder into a program of one's own
-Looking       run (any graph, interpreter or compiled), evaluate (the interpreter), explain (what the passes did)
+Looking       run (any graph, interpreter or compiled), evaluate (the interpreter), explain (what the passes did),
+              compare (two ways to compute a model: the first value that differs)
 Programs out  optimize, compile, to_onnx, save_program; train
 Artifacts     load, Model, SamplingOptions
 Classes       Program, Graph, Executable, WasatError (the root of all errors)
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # what _HOME says, for type checkers and editors
     from wasat.backends.onnx import to_onnx as to_onnx
+    from wasat.comparison import compare as compare
     from wasat.driver import Executable as Executable
     from wasat.driver import compile as compile
     from wasat.driver import explain as explain
@@ -54,7 +56,7 @@ _HOME = {
     "from_pretrained": "wasat.driver", "from_gguf": "wasat.driver", "from_onnx": "wasat.frontend.onnx",
     "trace": "wasat.frontend.nn", "nn": "wasat.frontend", "load_weights": "wasat.frontend", "to_onnx": "wasat.backends.onnx",
     "compile": "wasat.driver", "optimize": "wasat.driver", "run": "wasat.driver", "explain": "wasat.driver",
-    "Executable": "wasat.driver", "load_program": "wasat.driver", "save_program": "wasat.saved",
+    "compare": "wasat.comparison", "Executable": "wasat.driver", "load_program": "wasat.driver", "save_program": "wasat.saved",
     "train": "wasat.training.loop",
     "load": "wasat.runtime", "Model": "wasat.runtime", "SamplingOptions": "wasat.runtime",
     "parse": "wasat.ir", "Graph": "wasat.ir", "Program": "wasat.ir", "evaluate": "wasat.ir",

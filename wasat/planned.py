@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from wasat.backends.tvm.build import fitting, plan
+from wasat.backends.tvm.layouts import Layout
 from wasat.backends.tvm.ops.indices import given
 from wasat.backends.tvm.ops.narrow import carried, uncarried
 from wasat.backends.tvm.targets import Target
-from wasat.ir import Graph, Program
+from wasat.ir import Array, Graph, Program
 from wasat.runtime.hosts.host import Host
 from wasat.runtime.hosts.open import open_machine
 from wasat.runtime.hosts.plan import Plan
@@ -26,12 +27,19 @@ class PlanRunner:
         made = plan(program, target)
         read = Plan(made.launches.json, made.code)
         self.host = Host(read, open_machine(str(target.config["kind"]), read.needs))
-        packed: dict[str, Any] = {}
-        for (name, layout), arrays in made.plan.layouts.items():
-            for a, x in zip(arrays, layout.pack(program.load(name)), strict=True):
-                packed[a.name] = self.host.memory.buffer_of(np.asarray(x), a.dtype, f"weight {a.name}")
-        self.weights = {g: [packed[a.name] for a in made.plan.of(g)] for g in program.graphs}
+        self._plan = made.plan
+        packed = {key: self._packed(key, program.load) for key in made.plan.layouts}
+        self.weights = {g: [x for key in made.plan.reads.get(g, ()) for x in packed[key]] for g in program.graphs}
         self._given_indices = {name: given(g) for name, g in program.graphs.items()}
+
+    def _packed(self, key: tuple[str, Layout], load: Callable[[str], Array]) -> list[Any]:
+        """The buffers that a parameter becomes in one layout."""
+        pairs = zip(self._plan.layouts[key], key[1].pack(load(key[0])), strict=True)
+        return [self.host.memory.buffer_of(np.asarray(x), a.dtype, f"weight {a.name}") for a, x in pairs]
+
+    def set_weights(self, graph: str, load: Callable[[str], Array]) -> None:
+        """Other numbers, of the same types, for all parameters that ``graph`` reads: ``load`` gives them by name."""
+        self.weights[graph] = [x for key in self._plan.reads.get(graph, ()) for x in self._packed(key, load)]
 
     def __call__(self, graph: str, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Outputs of ``graph`` by name, states among them."""

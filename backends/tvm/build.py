@@ -16,11 +16,11 @@ import numpy as np
 import tvm
 import tvm_ffi
 from tvm import relax
-from wasat.ir import Dim, DType, Graph, IRError, Program, WasatError, evaluate_dim
+from wasat.ir import Array, Dim, DType, Graph, IRError, Program, WasatError, evaluate_dim
 from wasat.ir.dims import Func
 from wasat.ir.evaluate import bind_symbols, hold_checks
 
-from .layouts import Begin
+from .layouts import Begin, Layout
 from .lower import Kernels, Left, WeightPlan, lower_program
 from .ops.cond import EQUAL, hold_equal
 from .ops.indices import OUTSIDE, Given, given, outside
@@ -211,18 +211,19 @@ class Runner:
         tvm_ffi.register_global_func(OUTSIDE, outside, override=True)
         tvm_ffi.register_global_func(EQUAL, hold_equal, override=True)
         self.vm = relax.VirtualMachine(_linked(library) if donate else library.executable, tvm.cpu())
-        packed = {
-            key: [tvm.runtime.tensor(array) for array in key[1].pack(program.load(key[0]))] for key in library.plan.layouts
-        }
-        self.weights = {
-            graph: [x for key in library.plan.reads.get(graph, ()) for x in packed[key]] for graph in program.graphs
-        }
+        self._reads = library.plan.reads
+        packed = {key: _packed(key, program.load) for key in library.plan.layouts}
+        self.weights = {graph: [x for key in self._reads.get(graph, ()) for x in packed[key]] for graph in program.graphs}
         self._given_indices = {name: given(g) for name, g in program.graphs.items()}
         self._given: dict[int, tuple[np.ndarray, Any]] = {}
         """Arrays of states that the last call returned, by id, and the tensors whose memory they are."""
         if donate:
             del library
             _give_back_memory()
+
+    def set_weights(self, graph: str, load: Callable[[str], Array]) -> None:
+        """Other numbers, of the same types, for all parameters that ``graph`` reads: ``load`` gives them by name."""
+        self.weights[graph] = [x for key in self._reads.get(graph, ()) for x in _packed(key, load)]
 
     def __call__(self, graph: str, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Outputs of ``graph`` by name, states among them."""
@@ -256,6 +257,11 @@ class Runner:
             return x
         x = uncarried(tensor.numpy(), dtype)
         return self.layouts[name].unpack(x) if name in self.layouts else x
+
+
+def _packed(key: tuple[str, Layout], load: Callable[[str], Array]) -> list[Any]:
+    """The tensors that a parameter becomes in one layout."""
+    return [tvm.runtime.tensor(array) for array in key[1].pack(load(key[0]))]
 
 
 def _linked(library: Library) -> Any:

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from wasat import __version__
 from wasat.cli import chat as cli_chat
+from wasat.cli import compare as cli_compare
 from wasat.cli import embed as cli_embed
 from wasat.cli import export as cli_export
 from wasat.cli import run as cli_run
@@ -61,6 +62,7 @@ A first round, from a clone of the repository:
 - `wasat show examples/pygemma --after fuse-attention` prints the graph as any pass leaves it
 - `wasat plan examples/pygemma` says what it will take, in each scheme, before anything is allocated
 - `wasat explain examples/pygemma` says what each pass did, and for every lost optimization why and where
+- `wasat compare examples/pygemma cpu` says whether the compiled code is right, and if not, which node is wrong
 - `wasat train examples/train_tiny.toml` trains a tiny language model in under a minute
 - `wasat train examples/gemini.toml --artifact gemini.wasat`, in under an hour, one of text, pictures, sounds and clips
 - `wasat evaluate gemini.wasat examples/gemini.toml` asks it what it has not been trained on
@@ -468,6 +470,7 @@ app.command("export")(cli_export.export)
 app.command("run")(cli_run.run)
 app.command("chat")(cli_chat.chat)
 app.command("embed")(cli_embed.embed)
+app.command("compare")(cli_compare.compare)
 
 
 def main() -> None:

@@ -1,0 +1,181 @@
+"""Two ways to compute one model, side by side: the first value that differs, both fed the same; what that does to a text.
+
+    found = ws.compare("model.onnx", "onnxruntime")          # sides as words, see docs/compare.md
+    found = ws.compare(before, after, inputs={"x": x})       # or programs
+    print(found)                                             # found.ok, found.first, found.outputs, found.to_json()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from wasat.ir import Array, DType, Program, TensorType, WasatError
+from wasat.passes.serving.token_inputs import token_inputs
+from wasat.quality import quality, text_ids, windows_of
+from wasat.testing import feed
+
+from .across import MEANT, compare_programs, fewer_bits, outputs_of, unit_of
+from .bounds import bounds_of
+from .engines import Engine
+from .found import Alarm, Comparison, Difference, Stage
+from .modules import compare_modules
+from .nodes import Run, compare_nodes, interpret
+from .onnx_file import compare_file
+from .sides import Side, side
+from .watch import watch
+
+__all__ = ["Alarm", "Comparison", "Difference", "Engine", "Side", "Stage", "compare", "side"]
+
+Progress = Callable[..., None]
+
+
+def _quiet(stage: str, done: int = 0, total: int = 0) -> None:
+    pass
+
+
+def compare(
+    a: str | Path | Program | Side, b: str | Path | Program | Side, *, inputs: Mapping[str, Any] | None = None,
+    text: str | None = None, sizes: Mapping[str, int] | None = None, tokens: int = 16, window: int = 256,
+    max_kl: float | None = None, seed: int = 0, progress: Progress = _quiet, **options: Any,
+) -> Comparison:  # fmt: skip
+    """Compares two sides of a model on the same inputs, value by value.
+
+    ``a``, ``b``: a program, or a model's path, ``PATH@WORDS``, or (of ``b``) words for what is done to ``a``'s model, joined by
+    ``+``: ``"int4+cpu"``. Words are a target (``"cpu"``: after the passes, compiled), ``"after:PASSES"``, ``"before:PASS"``, a
+    scheme for weights (``"int4"``, ``"int4,*embed*=int8"``), ``"onnxruntime"`` (on the ONNX file, else on our export),
+    ``"transformers"`` (of a folder), and, over a text, ``"llama.cpp"``. Over a text, paths of artifacts and of logits
+    (``.npy``) are sides too.
+
+    ``inputs``: arrays for ``forward`` by name; without, random ones (seed ``seed``; ``sizes`` gives symbols, ``tokens`` the
+    length of token ids). ``text``: KL divergence, same top token and perplexity over it, in windows of ``window`` tokens;
+    ``max_kl``: above it, the sides differ. ``options``: those of :func:`wasat.optimize` for the passes.
+
+    Each element of a value is held to what its own roundings may make of it (:mod:`wasat.comparison.bounds`). Raises WasatError
+    for sides that there are not, cannot be compared, or need a package that is not installed.
+    """
+    left = side(a, **options)
+    right = side(b, left, **options)
+    found = Comparison(left.name, right.name, max_kl=max_kl)
+    if left.program is not None and right.program is not None:
+        _values(found, left, right, inputs, sizes or {}, tokens, seed, progress)
+    elif left.program is not None and right.peer == "transformers" and right.path is not None:
+        given = _inputs(left.program, inputs, sizes or {}, tokens, seed)
+        run = interpret(left.program, "forward", given, sizes)
+        found.alarms = watch(run, "interpreter")
+        stage, logits = compare_modules(run, left.program, right.path, progress)
+        found.stages.append(stage)
+        bounds = bounds_of(run.graph, given, run.params, run.sizes)
+        found.outputs = outputs_of(run, logits, bounds)
+    elif text is None:
+        without = next(s for s in (left, right) if s.program is None)
+        raise WasatError(f"{without.name} has no graph of ours, and only what it says of a text can be compared: give a text")
+    if text is not None:
+        _text(found, left, right, text, window, progress)
+    return found
+
+
+def _values(
+    found: Comparison, a: Side, b: Side, inputs: Mapping[str, Any] | None, sizes: Mapping[str, int], tokens: int, seed: int,
+    progress: Progress,
+) -> None:  # fmt: skip
+    assert a.program is not None
+    assert b.program is not None
+    given = _inputs(a.program, inputs, sizes, tokens, seed)
+    progress("interpreting")
+    runs = [interpret(a.program, "forward", given, sizes)] * 2
+    if b.program is a.program:
+        found.alarms = watch(runs[0], "interpreter")
+    else:
+        runs[1] = interpret(b.program, "forward", given, sizes)
+        found.alarms = [alarm for letter, run in zip("ab", runs) for alarm in watch(run, letter)]
+        stage = compare_programs(runs[0], runs[1], progress)
+        if stage.differences:
+            stage.name += _culprit(b, given, sizes, progress)
+        found.stages.append(stage)
+    results: list[Mapping[str, Array]] = []
+    for s, run in zip((a, b), runs):
+        own = dict(zip(run.graph.output_names, (run.values[v] for v in run.graph.outputs)))
+        if s.peer == "onnxruntime" and s.path is not None:
+            stage, own = compare_file(run, s.path, progress)
+            found.stages.append(stage)
+        elif s.engine is not None:
+            found.stages.append(compare_nodes(run, s.engine, progress))
+            progress(f"running {s.name}")
+            own = s.outputs(given)
+        results.append(own)
+    progress("bounds of the whole")
+    found.outputs = _outputs(runs, results)
+
+
+def _outputs(runs: list[Run], results: list[Mapping[str, Array]]) -> list[Difference]:
+    """Outputs of the sides, held to what roundings of the whole make of them; where weights lose bits, to nothing."""
+    a, b = runs
+    bounds = bounds_of(a.graph, a.given(a.graph.inputs), a.params, a.sizes)
+    unit = [max(map(unit_of, r.graph.nodes), default=1.0) for r in runs]
+    wider = [x * max(1.0, unit[1] / unit[0]) for x in bounds]
+    plain = dict(zip(a.graph.output_names, a.graph.outputs))
+    first = Run(a.graph, a.params, a.sizes, {**a.values, **{v: results[0][n] for n, v in plain.items() if n in results[0]}})
+    found = outputs_of(first, results[1], wider)
+    if fewer_bits(list(b.graph.nodes)) - fewer_bits(list(a.graph.nodes)):
+        return [replace(d, note=MEANT, bound=np.inf, ratio=0.0) for d in found]
+    return found
+
+
+def _culprit(b: Side, given: Mapping[str, Array], sizes: Mapping[str, int], progress: Progress) -> str:
+    """Which of the passes that made a side changes numbers, where one does."""
+    for (_, before), (name, after) in zip(b.steps, b.steps[1:]):
+        progress(f"looking at pass {name}")
+        one, two = (interpret(p, "forward", given, sizes) for p in (before, after))
+        if compare_programs(one, two).differences:
+            return f"; by the pass {name}"
+    return ""
+
+
+def _inputs(
+    program: Program, inputs: Mapping[str, Any] | None, sizes: Mapping[str, int], tokens: int, seed: int
+) -> dict[str, Array]:  # fmt: skip
+    """Arrays for ``forward``: those given, else random ones; token ids over the whole vocabulary."""
+    g = program["forward"]
+    if inputs is not None and len(inputs) == len(g.inputs):
+        if unknown := sorted(set(inputs) - {v.name for v in g.inputs}):
+            raise WasatError(f"@forward has no input {unknown[0]}; it has {', '.join(v.name for v in g.inputs)}")
+        return {v.name: np.asarray(inputs[v.name]) for v in g.inputs}
+    texts = token_inputs(g)
+    long = {str(v.shape[1]) for v in g.inputs if v.name in texts}
+    known = {s: sizes.get(s, tokens if s in long else 1 if i == 0 else 3 + i) for i, s in enumerate(g.symbols)}
+    made: dict[str, Array] = dict(feed(g, known, seed))
+    rng = np.random.default_rng(seed)
+    for v in g.inputs:
+        tables = [n.inputs[0] for n in v.users if n.op.kind == "gather" and n.inputs[0] is not v]
+        rows = [t.type.shape[0] for t in tables if isinstance(t.type.shape[0], int)]
+        if v.name in texts and rows and isinstance(v.type, TensorType):
+            made[v.name] = rng.integers(0, min(rows), v.type.concrete(known)).astype(v.type.dtype.np)
+        elif "mask" in v.name and isinstance(v.type, TensorType) and v.type.dtype in (DType.I64, DType.I32):
+            made[v.name] = np.ones(v.type.concrete(known), v.type.dtype.np)
+    for name, x in (inputs or {}).items():
+        if name not in made:
+            raise WasatError(f"@forward has no input {name}; it has {', '.join(made)}")
+        made[name] = np.asarray(x)
+    return made
+
+
+def _text(found: Comparison, a: Side, b: Side, text: str, window: int, progress: Progress) -> None:
+    program = a.program or b.program
+    if program is None:
+        raise WasatError("one of the sides must be a model with its tokenizer: it says what the text's tokens are")
+    windows = windows_of(text_ids(program, text), window)
+    if not windows:
+        raise WasatError("the text has fewer than two tokens: nothing is predicted")
+    progress("reading the text", 0, len(windows))
+    try:
+        found.text = quality(
+            a.log_probabilities(windows), b.log_probabilities(windows), windows,
+            lambda done: progress("reading the text", done, len(windows)),
+        )  # fmt: skip
+    except ValueError as e:
+        raise WasatError(f"{a.name} and {b.name} say nothing of the same tokens: {e}") from None
