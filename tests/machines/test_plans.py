@@ -209,3 +209,29 @@ def test_run_in_this_process(target: str) -> None:
     for n in (1, 5):
         x = np.random.default_rng(n).standard_normal((n, 8)).astype(np.float32)
         np.testing.assert_allclose(ws.run(program, backend=target, x=x)["y"], np.tanh(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("target", ["webgpu", "opencl"])
+@pytest.mark.parametrize("body", [
+    # one size that is a difference: an input's axis less 3
+    """%z: f32[b, s, t + 2, 4] = slice(%x) {starts=(0, 3, 0, 0), stops=(b, s + 3, t + 2, 4)}
+  %y: f32[b, 4, s, t + 2] = transpose(%z) {perm=(0, 3, 1, 2)}""",
+    # two, the second of them within a thread; a sum in each
+    """%z: f32[b, s, t, 4] = slice(%x) {starts=(0, 3, 2, 0), stops=(b, s + 3, t + 2, 4)}
+  %w: f32[b, t, s, 4] = transpose(%z) {perm=(0, 2, 1, 3)}
+  %y: f32[b, t, s] = reduce_sum(%w) {axes=(3,)}""",
+    """%z: f32[b, s, t, 4] = slice(%x) {starts=(0, 0, 1, 0), stops=(b, s, t + 1, 4)}
+  %w: f32[b, 4, t, s] = transpose(%z) {perm=(0, 3, 2, 1)}
+  %y: f32[b, 4, t] = reduce_max(%w) {axes=(3,)}""",
+], ids=["one", "two and a sum", "largest of one"])  # fmt: skip
+def test_sizes_that_are_differences(target: str, body: str) -> None:
+    """Loops over them do not become one with others."""
+    need(target)
+    program = random_program(f"graph @f(%x: f32[b, s + 3, t + 2, 4]) {{\n  {body}\n  return %y\n}}")
+    runner = PlanRunner(program.copy(), target_named(target))
+    for b, s, t in ((1, 1, 1), (2, 5, 3), (3, 0, 4), (2, 300, 1)):
+        x = np.random.default_rng(s).standard_normal((b, s + 3, t + 2, 4)).astype(np.float32)
+        if "reduce_max" in body and s == 0:
+            continue
+        want = ws.run(program, "f", x=x)["y"]
+        np.testing.assert_allclose(runner("f", {"x": x})["y"], want, atol=1e-5)

@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 import tvm
-from tvm import relax
+import tvm_ffi
+from tvm import relax, tirx
+from tvm.ir import TensorLoad
 from tvm.s_tir import dlight as dl
 from wasat.ir import DimLike, IRError, Node
 from wasat.ir.dims import floordiv
@@ -56,7 +58,7 @@ def make_plan(
     labels = Labels(nodes)
     with target, tvm.transform.PassContext(opt_level=3):
         module = relax.transform.LegalizeOps()(module)
-        module = relax.transform.FoldConstant()(relax.transform.AnnotateTIROpPattern()(module))
+        module = relax.transform.FoldConstant()(_annotated(module))
         labels.before(module)
         module = _fused(module, min(device.fused, device.buffers))
         labels.after(module)
@@ -81,7 +83,7 @@ def _scheduled(module: tvm.IRModule, device: Device) -> tvm.IRModule:
     """The module with every kernel's loops bound to threads, by TVM's rules: those that it has for opencl are for phones."""
     config = {"kind": "webgpu", "max_num_threads": device.threads, "max_shared_memory_per_block": device.shared}
     with tvm.target.Target(config, host={"kind": "llvm"}), tvm.transform.PassContext(opt_level=3):
-        rules = (_Matmul(), dl.gpu.GEMV(), dl.gpu.Reduction(), dl.gpu.GeneralReduction(), dl.gpu.Fallback())
+        rules = (_Matmul(), dl.gpu.GEMV(), dl.gpu.Reduction(), dl.gpu.GeneralReduction(), dl.gpu.Fallback(), _Apart())
         return dl.ApplyDefaultSchedule(*map(_Tried, rules))(module)
 
 
@@ -91,6 +93,38 @@ class _Matmul(dl.gpu.Matmul):
 
     def get_configs(self, target: Any) -> Any:
         return dataclasses.replace(super().get_configs(target), unroll=0)
+
+
+class _Apart(dl.ScheduleRule):
+    """Loops over sizes that are differences, ``s - 3``, bound by themselves: TVM cannot make one loop of them and others.
+
+    The others go over workgroups in x and their threads, the first difference over those in y, and each thread
+    turns in the rest.
+    """
+
+    def apply(self, func: Any, target: Any, tunable: bool) -> Any:
+        schedule = tvm.s_tir.Schedule(func)
+        blocks = dl.normalize_prim_func(schedule)
+        if blocks is None:
+            return None
+        reductions = []
+        for info in dl.try_inline(schedule, blocks):
+            loops = list(zip(schedule.get_loops(info.block_rv), info.dom_kind()))
+            own = [loop for loop, kind in loops if kind == "S"]
+            rest = [loop for loop, kind in loops if kind != "S"]
+            simple = [x for x in own if isinstance(schedule.get(x).extent, (tirx.IntImm, tirx.Var))]
+            apart = [x for x in own if x not in simple]
+            if not simple:
+                simple = [apart.pop() if apart else schedule.add_unit_loop(info.block_rv)]
+            schedule.reorder(*apart[:1], *simple, *apart[1:], *rest)
+            grid, threads = schedule.split(schedule.fuse(*simple), factors=[None, int(target.attrs["max_num_threads"])])
+            for loop, tag in zip((grid, threads, *apart[:1]), ("blockIdx.x", "threadIdx.x", "blockIdx.y")):
+                schedule.bind(loop, tag)
+            if any(kind == "R" for _, kind in loops):
+                reductions.append((info.block_rv, (*apart[1:], *rest)[0]))
+        for block, loop in reductions:
+            schedule.decompose_reduction(block, loop)
+        return schedule
 
 
 class _Tried(dl.ScheduleRule):
@@ -104,6 +138,35 @@ class _Tried(dl.ScheduleRule):
             return self.rule.apply(func, target, tunable)
         except (tvm.s_tir.ScheduleError, tvm.error.InternalError, AssertionError, IndexError, ValueError):
             return None
+
+
+def _annotated(module: tvm.IRModule) -> tvm.IRModule:
+    """The module with the kind of each operation, by which they are grouped. TVM calls the first elements of an array (a slice)
+    elementwise, and its rules would then compute sums at a part of their places as if at all.
+    """
+    module = relax.transform.AnnotateTIROpPattern()(module)
+    for gv, f in module.functions.items():
+        if isinstance(f, tirx.PrimFunc) and int(f.attrs.get("op_pattern", 8)) <= _BROADCAST and _reads_a_part(f):
+            module.update_func(gv, f.with_attr("op_pattern", _INJECTIVE))
+    return module
+
+
+_BROADCAST, _INJECTIVE = 1, 2
+"""TVM's OpPatternKind."""
+
+
+def _reads_a_part(f: tirx.PrimFunc) -> bool:
+    """Whether an elementwise function or one that broadcasts may leave elements of an array unread: an axis of another size
+    than the loop over it, or one of which it takes one element."""
+    given, loads, extents = set(f.params), list[Any](), dict[Any, Any]()
+
+    def store(s: Any) -> None:
+        extents.update(zip(s.indices, s.buffer.shape))
+
+    tvm_ffi.structural_walk(f.body, [(TensorLoad, loads.append), (tirx.BufferStore, store)])
+    equal = tvm.sym.Analyzer().can_prove_equal
+    axes = [(i, d) for x in loads if x.source in given for i, d in zip(x.indices, x.source.shape)]
+    return any(not (equal(d, 1) or (i in extents and equal(d, extents[i]))) for i, d in axes)
 
 
 def _fused(module: tvm.IRModule, most: int) -> tvm.IRModule:
