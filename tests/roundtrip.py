@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import numpy as np
 import pytest
 import wasat.ir
 from numpy.typing import NDArray
-from rounding import assert_near, bound, spread, unit
+from rounding import DRAWS, assert_near, bound, spread, unit
 from wasat.ir import (
     Array,
     ArrayParam,
@@ -29,6 +30,7 @@ from wasat.ir import (
     Graph,
     Program,
     QArray,
+    TensorType,
     WasatError,
     evaluate,
     symbols_of,
@@ -82,10 +84,31 @@ def roundtrip(
         got = evaluate(again, inputs, {name: p.load() for name, p in back.params.items()})
     assert len(got) == len(want)
     params = {name: program.params[name].load() for name in g.params}
-    far = cache(lambda: spread(g, inputs, params))
+    allowed = cache(lambda runs: what_may_differ(g, inputs, params, want, runs))
     for i, (name, x, y) in enumerate(zip(g.output_names, got, want)):
-        agree(x, y, f"output {name} of @{g.name} at operator set {opset}", lambda i=i, y=y: bound(y, far()[i]))
+        what = f"output {name} of @{g.name} at operator set {opset}"
+        try:
+            agree(x, y, what, lambda i=i: allowed(DRAWS)[i])
+        except AssertionError:  # what happens in one run of twenty
+            agree(x, y, what, lambda i=i: allowed(8 * DRAWS)[i])
     return back
+
+
+def what_may_differ(
+    g: Graph, inputs: Mapping[str, Any], params: Mapping[str, Array], want: Sequence[Array], runs: int
+) -> list[NDArray[np.float64]]:
+    """Of each element of the results ``want``, in order: what rounding may move it by, and what it changes by as the numbers
+    among attributes are those that ONNX has, f32."""
+    limits = [bound(y, far) for y, far in zip(want, spread(g, inputs, params, runs))]
+    kept = g.clone()
+    for node in kept.nodes:
+        numbers = {f.name: x for f in fields(node.attrs) if isinstance(x := getattr(node.attrs, f.name), float)}
+        node.attrs = replace(node.attrs, **{k: float(np.float32(x)) for k, x in numbers.items()})
+    if str(kept) != str(g) and any(v.type.dtype is DType.F64 for v in g.values() if isinstance(v.type, TensorType)):
+        for i, (x, y) in enumerate(zip(evaluate(kept, inputs, params), want)):
+            if np.asarray(y).dtype == np.float64:
+                limits[i] = limits[i] + 2 * np.nan_to_num(np.abs(np.asarray(x) - np.asarray(y)))
+    return limits
 
 
 # -- the plugin --------------------------------------------------------------------------------------------------------------

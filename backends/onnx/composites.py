@@ -79,9 +79,12 @@ def _rope(e: Emitter, node: Node, x: str, positions: str, inv_freq: str) -> str:
 
 # -- attention --------------------------------------------------------------------------------------------------------------
 def _direct(node: Node, options: Options) -> bool:
-    """Whether the operator's own causal rule is the IR's (it aligns queries and keys at the start): see masks.py."""
+    """Whether the operator's own causal rule is the IR's (it aligns queries and keys at the start): see masks.py. Its scale is
+    f32, and so is the root of it that its definition multiplies by: of f64 that would leave half of the digits."""
     a = _attrs(node)
     q, k = node.inputs[:2]
+    if q.tensor.dtype is DType.F64:
+        return False
     aligned = not a.causal or equal(q.shape[1], k.shape[1]) is True
     return a.window is None and not a.sink and aligned and isinstance(q.shape[2], int) and isinstance(k.shape[2], int)
 

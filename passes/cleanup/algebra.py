@@ -249,7 +249,9 @@ def _slice_of_concat(b: Builder, node: Node) -> Value | None:
 
 
 def _concat(b: Builder, node: Node) -> Value | None:
-    """A concatenation of one, of parts some of which are empty, or of the adjacent slices that make up a whole axis."""
+    """A concatenation of one, of parts some of which are empty, or of the adjacent slices that make up a whole axis.
+
+    That they are whole along the other axes follows from the type, which every rule must keep."""
     if len(node.inputs) == 1:
         return node.inputs[0]
     axis, source = Concat.Attrs.of(node).axis, None
@@ -262,16 +264,10 @@ def _concat(b: Builder, node: Node) -> Value | None:
         if part is None or (source is not None and part.inputs[0] is not source):
             return None
         source = part.inputs[0]
-        whole = all(s == 0 and equal(e, d) for i, (s, e, d) in enumerate(_bounds(part)) if i != axis)
-        if not whole or not _unit_steps(part) or equal(Slice.Attrs.of(part).starts[axis], at) is not True:
+        if not _unit_steps(part) or equal(Slice.Attrs.of(part).starts[axis], at) is not True:
             return None
         at = Slice.Attrs.of(part).stops[axis]
     return source if source is not None and equal(at, source.shape[axis]) is True else None
-
-
-def _bounds(part: Node) -> list[tuple[DimLike, DimLike, DimLike]]:
-    a = Slice.Attrs.of(part)
-    return list(zip(a.starts, a.stops, part.inputs[0].shape))
 
 
 def _select(b: Builder, node: Node) -> Value | None:

@@ -55,6 +55,10 @@ TEXTS = {
       %y: f32[b, 3, 5] = conv(%x, %w) {strides=(1,), low=(0,), high=(0,)}
       return %y
     }""",
+    "attention in f64": """graph @f(%q: f64[b, s, 2, 4], %k: f64[b, s, 1, 4]) {
+      %y: f64[b, s, 2, 4] = attention(%q, %k, %k) {scale=0.5, causal=true}
+      return %y
+    }""",
     "rotary positions in f64": """graph @f(%x: f64[b, s, 2, 4], %at: i64[b, s], %freq: f64[2]) {
       %y: f64[b, s, 2, 4] = rope(%x, %at, %freq)
       return %y
