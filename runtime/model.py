@@ -18,6 +18,7 @@ from .generate import Generation, generate
 from .manifest import Entry
 from .media import Media, open_media
 from .prompts import Prompt, text_inputs
+from .rerank import QWEN3, Form, rerank
 from .sampling import SamplingOptions
 from .session import Session
 from .tokenizer import Tokenizer
@@ -134,6 +135,23 @@ class Model:
         for a model that scores none.
         """
         return self.texts.score(pairs, batch)
+
+    def rerank(
+        self, query: str, documents: Sequence[str], *, instruct: str | None = None, form: Form = QWEN3, batch: int = 8
+    ) -> np.ndarray:  # fmt: skip
+        """How well each of ``documents`` answers ``query``: f32[n], in their order, the larger the better.
+
+        Of a model that scores pairs, :meth:`score`'s scores. Of a language model, the probability that it says yes rather than
+        no when it is asked in the form ``form``, by default Qwen3-Reranker's; ``instruct`` says what is looked for. A document
+        that is too long is cut at its end. ``batch``: most documents of one call. Raises InputError for what is no text, and
+        for a model that was not made for the form.
+        """
+        spec = self.manifest.interface.embedder
+        if spec is None:
+            return rerank(self, query, documents, instruct, form, batch)
+        if instruct is not None:
+            raise InputError("the model scores pairs as they are: instruct is for language models that answer yes or no")
+        return self.texts.score([(query, d) for d in listed("documents", documents)], batch)
 
     @cached_property
     def texts(self) -> Texts:

@@ -117,11 +117,14 @@ def test_scores_of_pairs(reranker: Model) -> None:
     for score, pair in zip(got, pairs):
         np.testing.assert_allclose(score, expected(reranker, "", *pair), rtol=1e-4)
     np.testing.assert_allclose(reranker.score(pairs[::-1], batch=1), got[::-1], rtol=1e-4)
+    np.testing.assert_allclose(reranker.rerank(TEXTS[0], TEXTS), got[:-1], rtol=1e-4)
 
 
 @pytest.mark.parametrize("call, said", [
     (lambda e, r: e.score([("a", "b")]), "the model embeds texts: embed"),
     (lambda e, r: r.embed(["a"]), "the model scores pairs of texts: score"),
+    (lambda e, r: e.rerank("a", ["b"]), "the model embeds texts: embed"),
+    (lambda e, r: r.rerank("a", ["b"], instruct="c"), "instruct is for language models"),
     (lambda e, r: e.embed(3), "texts must be a list"),
     (lambda e, r: e.embed([3]), "a text must be text, not int"),
     (lambda e, r: e.embed(["\ud800"]), "half a character"),

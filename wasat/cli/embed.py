@@ -39,6 +39,12 @@ def embed(
     prompt: Annotated[
         str | None, typer.Option(help="What comes before each text: a prompt's name, or itself.", show_default=False)
     ] = None,
+    rerank: Annotated[
+        bool, typer.Option("--rerank", help="Score documents by a language model that answers yes or no (Qwen3-Reranker).")
+    ] = False,
+    instruct: Annotated[
+        str | None, typer.Option(help="With `--rerank`: what is looked for.", show_default=False)
+    ] = None,
     batch: Annotated[int, typer.Option(help="Most texts of one call.", min=1)] = 32,
 ) -> None:
     """Embed texts, or score documents for a query, with a model that was made for that.
@@ -50,6 +56,7 @@ def embed(
     - `wasat embed minilm.wasat "a text" "another" -o embeddings.npy`
     - `wasat embed qwen3-embedding.wasat --file questions.txt --prompt query -o questions.jsonl`
     - `wasat embed reranker.wasat "where do cats sleep?" --file passages.txt -o scores.jsonl`
+    - `wasat embed qwen3-reranker.wasat --rerank "where do cats sleep?" --file passages.txt`
     """
     from wasat import runtime
 
@@ -59,15 +66,18 @@ def embed(
     given += _texts(file) if file is not None else []
     model = runtime.load(artifact)
     spec = model.manifest.interface.embedder
-    if spec is not None and spec.pairs:
+    pairs = rerank or (spec is not None and spec.pairs)
+    if instruct is not None and not rerank:
+        raise Refusal("--instruct goes with --rerank")
+    if pairs:
         if prompt is not None:
             raise Refusal("--prompt: a reranker has none")
         query, given = given[:1], given[1:]
-        found, what = model.score([(q, d) for q in query for d in given], batch=batch), "score"
+        found, what = model.rerank(query[0] if query else "", given, instruct=instruct, batch=batch), "score"
     else:
         found, what = model.embed(given, prompt=prompt, batch=batch), "embedding"
     if not given:
-        raise Refusal(f"give texts, or --file{': a query, and documents' if spec is not None and spec.pairs else ''}")
+        raise Refusal(f"give texts, or --file{': a query, and documents' if pairs else ''}")
     if output is None:
         for line in _lines(given, found, what):
             print(line)

@@ -26,7 +26,7 @@ def fragment(name: str, nodes: Sequence[Node], outputs: Sequence[Value], sizes: 
     """
     inside = set(nodes)
     read = dict.fromkeys(v for n in nodes for v in n.inputs if v.node not in inside)
-    constants = [v.node for v in read if v.node is not None and v.node.op.name == "constant"]
+    constants = [v.node for v in read if v.node is not None and v.const is not None]
     inputs = [v for v in read if v.param is None and v.node not in constants]
     types = [d for v in [*inputs, *(v for n in nodes for v in n.outputs), *read] for d in v.type.shape]
     told = {str(d) for v in inputs for d in v.shape}
