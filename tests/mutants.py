@@ -86,16 +86,16 @@ TESTS = {  # what covers a file; for others it is the file of the same name, or 
     ))],
     "ir/ops/quant.py": ["tests/ir/test_registry.py", "tests/passes/test_quantize.py"],
     **{f"ir/ops/{x}.py": ["tests/ir/test_registry.py", "tests/ir/test_axes.py", "tests/ir/test_vjp.py"] for x in OPS},
-    "runtime/artifact.py": ["tests/runtime/test_artifact.py", "tests/runtime/test_artifact_written.py"],
-    "runtime/manifest.py": ["tests/runtime/test_artifact.py", "tests/runtime/test_manifest.py"],
-    "runtime/interface.py": ["tests/runtime/test_artifact.py", "tests/runtime/test_manifest.py"],
+    "runtime/artifact.py": ["tests/runtime/test_artifact_written.py", "tests/runtime/test_artifact.py"],
+    "runtime/manifest.py": ["tests/runtime/test_manifest.py", "tests/runtime/test_artifact.py"],
+    "runtime/interface.py": ["tests/runtime/test_manifest.py", "tests/runtime/test_artifact.py"],
     "runtime/session.py": ["tests/runtime/test_session.py", "tests/runtime/test_session_rows.py"],
     "runtime/slots.py": ["tests/runtime/test_session_rows.py"],
     "ir/interface.py": ["tests/ir/test_interface.py", "tests/runtime/test_manifest.py"],
     "runtime/generate.py": [
         "tests/runtime/test_generate.py", "tests/runtime/test_text_stream.py", "tests/face/test_along.py",
     ],
-    **{f"runtime/media/{x}.py": [f"tests/runtime/test_media{y}.py" for y in ("_kinds", "", "_damage")]
+    **{f"runtime/media/{x}.py": [f"tests/runtime/test_media{y}.py" for y in ("_kinds", "_damage", "")]
        for x in ("audio", "base", "files", "image", "video")},
     "training/step.py": ["tests/training/test_step.py", "tests/training/test_precision.py"],
     "training/places.py": ["tests/training/test_own_loss.py", "tests/training/test_step.py"],

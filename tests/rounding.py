@@ -1,8 +1,8 @@
 """How far rounding may move each element of a graph's results: for tests that compare two orders of the same arithmetic.
 
-Monte Carlo arithmetic (D. S. Parker, 1997): the graph runs a few times more, every float that a node reads moved by some of its
-type's roundings, at random and anew for each reader. An element is given what that moves it by, and no part of the largest of
-its tensor: one that is small because its terms are gets little, one whose terms cancel gets what they lose.
+Monte Carlo arithmetic (D. S. Parker, 1997): the graph runs a few times more, every float that a node reads or makes moved by
+some of its type's roundings, at random and anew for each reader. An element is given what that moves it by, and no part of the
+largest of its tensor: one that is small because its terms are gets little, one whose terms cancel gets what they lose.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ STEPWISE = {"floor", "ceil", "round", "sign", "isnan"}
 """Operations whose results jump: they stay as they are, as booleans and integers do."""
 
 
-def _moved(x: Any, rng: np.random.Generator, level: float) -> Any:
+def _moved(x: Any, rng: np.random.Generator, share: float = 1, level: float = 0) -> Any:
+    """x moved by up to so many steps times ``share``, and ``level`` times the largest of its row."""
     dtype = None if isinstance(x, QArray) else DType.of(np.asarray(x).dtype)
     if dtype not in STEPS:
         return x
     wide = np.asarray(x, np.float64)
-    by = STEPS[dtype] * unit(dtype) * np.where(wide == np.round(wide), 0, np.abs(wide))  # whole numbers are exact
+    by = share * STEPS[dtype] * unit(dtype) * np.where(wide == np.round(wide), 0, np.abs(wide))  # whole numbers are exact
     if level and wide.ndim:
         by = by + level * np.abs(wide).max(axis=-1, keepdims=True, initial=0)
     with np.errstate(all="ignore"):
@@ -55,12 +56,14 @@ def _run(
         return list(want)
     if node.op.kind not in MOVES:
         level = LEVEL if getattr(node.attrs, "activation", None) == "int8" else 0
-        operands = [_moved(x, rng, level if i == 0 else 0) for i, x in enumerate(operands)]
+        operands = [_moved(x, rng, level=level if i == 0 else 0) for i, x in enumerate(operands)]
     results = run_node(node, operands, dims)
     if node.op.name == "dft":  # terms of equal size in every result, of which a fast algorithm cancels some exactly
         [x], dtype = results, DType.of(np.asarray(want[0]).dtype)
         size = STEPS[dtype] * unit(dtype) * np.abs(np.asarray(operands[0], np.float64)).sum(axis=(-2, -1), keepdims=True)
         results = ((x + size * rng.uniform(-1, 1, np.shape(x))).astype(dtype.np),)
+    if node.op.kind not in MOVES:
+        results = tuple(_moved(x, rng, share=0.25) for x in results)
     floats = [not isinstance(w, QArray) and DType.of(np.asarray(w).dtype) in STEPS for w in want]
     return [x if f else w for x, w, f in zip(results, want, floats)]
 

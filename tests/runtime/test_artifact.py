@@ -137,15 +137,6 @@ def test_fields_from_the_future_are_left_alone(copy: Path) -> None:
     load(copy)
 
 
-def test_what_a_manifest_may_leave_out(artifact: Path) -> None:
-    data = json.loads((artifact / "manifest.json").read_text())
-    for name in ("device", "mcpu", "libraries"):
-        del data["target"][name]
-    manifest = parse_manifest(data)
-    assert (manifest.target.device, manifest.target.mcpu, manifest.target.libraries, manifest.no_cache) == ("cpu", "", (), "")
-    assert parse_manifest({**data, "no_cache": "it looks ahead"}).no_cache == "it looks ahead"
-
-
 def test_any_change_of_the_manifest_is_noticed(copy: Path) -> None:
     """Not of its layout: people may print it for themselves."""
     path = copy / "manifest.json"
@@ -190,10 +181,7 @@ def test_a_library_that_is_no_program(copy: Path) -> None:
     ("entries.sum.inputs.0.shape", ["m*m", 3], r"input of size m\*m, which no array tells"),
     ("entries.sum.inputs.0.shape", ["m + k", 3], "which no array tells"),
     ("entries.sum.inputs.0.shape", ["2*m", 3], None),
-    ("entries.sum.inputs.0.shape", ["n", 2**62], "which no array tells"),
-    ("entries.sum.inputs.0.shape", ["n", 2**62 - 1], None),
-    ("entries.sum.inputs.0.shape", ["m // (n - 1)", 3], "which no array tells"),
-    ("limits.context", 2**62, r"limits\.context is 4611686018427387904"),
+    ("entries.sum.inputs.0.shape", ["n", 2**63], "which no array tells"),
     ("limits.context", 0, r"limits\.context is 0; it must be at least 1"),
     ("limits.chunk", 0, r"limits\.chunk is 0"),
     ("interface.vocab", 0, r"interface\.vocab is 0"),

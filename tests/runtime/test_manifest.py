@@ -155,3 +155,79 @@ def test_interfaces_that_cannot_be(change: dict[str, Any], message: str | None) 
         return
     with pytest.raises(ArtifactError, match=message):
         reader.check_interface(made, ENTRIES)
+
+
+def whole() -> dict[str, Any]:
+    """A manifest as its JSON says it, of a program that adds two arrays."""
+    made = parse_program("graph @sum(%x: f32[n, 3], %y: f32[n, 3]) {\n  %z: f32[n, 3] = add(%x, %y)\n  return %z\n}\n")
+    arrays = [{"name": k, "dtype": "float32", "shape": ["n", 3]} for k in "xyz"]
+    entry = {"inputs": arrays[:2], "outputs": arrays[2:], "states": [], "weights": ["w"], "checks": [], "indices": []}
+    data = {
+        "format": 3, "wasat": "1", "tvm": "2", "tvm_ffi": "3", "target": cpu().requirements(), "entries": {"sum": entry},
+        **interface_json(made, cpu()), "weights": [{"name": "w", "dtype": "float32", "shape": [3]}],
+        "files": {"model.so": {"sha256": "00", "bytes": 8}},
+    }  # fmt: skip
+    return json.loads(json.dumps(data))  # type: ignore[no-any-return]
+
+
+def changed(path: str, value: Any) -> dict[str, Any]:
+    """With another value at a place, or none (...)."""
+    data = whole()
+    *outer, last = [int(k) if k.isdigit() else k for k in path.split("/")]
+    at: Any = data
+    for k in outer:
+        at = at[k]
+    if value is ...:
+        del at[last]
+    else:
+        at[last] = value
+    return data
+
+
+def test_a_manifest_is_read_field_by_field() -> None:
+    read = manifest.parse_manifest(changed("no_cache", "it looks ahead"))
+    assert (read.wasat, read.tvm, read.tvm_ffi, read.no_cache) == ("1", "2", "3", "it looks ahead")
+    assert read.files == {"model.so": manifest.FileSpec("00", 8)}
+    assert [w.shape for w in read.weights] == [(3,)]
+    e = read.entries["sum"]
+    assert ([x.name for x in e.inputs], [x.name for x in e.outputs], e.weights) == (["x", "y"], ["z"], ("w",))
+    assert read.target.mcpu == cpu().requirements()["mcpu"]
+
+
+def test_what_a_manifest_may_leave_out() -> None:
+    data = whole()
+    for name in ("device", "mcpu", "libraries"):
+        del data["target"][name]
+    read = manifest.parse_manifest(data)
+    assert (read.target.device, read.target.mcpu, read.target.libraries, read.no_cache) == ("cpu", "", (), "")
+
+
+SHAPE = "entries/sum/inputs/0/shape"
+INDICES = [{"input": "x", "low": "0", "high": "n", "where": "%y"}]
+
+
+@pytest.mark.parametrize("path, value, message", [
+    ("format", 4, "and this runtime reads format 3: update wasat"), ("format", 2, "has format 2; this runtime reads format 3"),
+    ("entries/sum/outputs", [], "entry sum has the outputs none"), ("entries/sum/inputs", [], None),
+    ("entries/sum/inputs/0/name", "y", "entry sum has the inputs y, y"),
+    ("entries/sum/indices", INDICES, None), ("entries/sum/inputs/0/name", "v", None),
+    ("entries/sum/indices", [{**INDICES[0], "input": "z"}], "entry sum takes no input z to hold indices"),
+    ("entries/sum/indices", [{**INDICES[0], "high": "n("}], "is no dimension"),
+    ("entries/sum/checks", [{"left": "n", "right": "n(", "needs": "", "where": ""}], "is no dimension"),
+    ("entries/sum/states", ["s"], "entry sum has a state s that is not described"),
+    ("entries/sum/weights", ["w", "u"], "reads a weight u that is not described"),
+    ("weights/0/shape", ["n"], "weight w has the shape .*, not whole numbers"),
+    ("target/libraries", ["model.so"], None), ("target/libraries", ["a.so"], "names 'a.so', which is no file of the artifact"),
+    ("files/..", {"sha256": "", "bytes": 0}, r"'\.\.' is no name"), ("files/a b", {"sha256": "", "bytes": 0}, "is no name"),
+    (SHAPE, ["n*n", 3], None), (SHAPE, ["m*m", 3], r"has an input of size m\*m, which no array tells"),
+    (SHAPE, ["2*m", 3], None), (SHAPE, ["m + k", 3], "which no array tells"),
+    (SHAPE, ["max(n, 4)", 3], None), (SHAPE, ["max(m, 4)", 3], "which no array"),
+    (SHAPE, ["m // (n - 1)", 3], "which no array tells"), (SHAPE, ["n", 2**62], "which no array tells"),
+    (SHAPE, ["n", 2**62 - 1], None),
+], ids=str)  # fmt: skip
+def test_manifests_that_cannot_be(path: str, value: Any, message: str | None) -> None:
+    if message is None:
+        manifest.parse_manifest(changed(path, value))
+        return
+    with pytest.raises(ArtifactError, match=message):
+        manifest.parse_manifest(changed(path, value))
