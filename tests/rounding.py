@@ -102,7 +102,10 @@ def spread(
 
 
 def bound(want: Array, far: NDArray[np.float64]) -> NDArray[np.float64]:
-    """What an element may differ by: four times its spread, and four roundings of its own, or of the least numbers."""
+    """What an element may differ by: four times its spread, and four roundings of its own, or of the least numbers; what is no
+    float, by nothing."""
+    if isinstance(want, QArray) or DType.of(np.asarray(want).dtype) not in STEPS:
+        return np.zeros(want.shape)
     wide, dtype = np.asarray(want, np.float64), DType.of(np.asarray(want).dtype)
     own = 4 * unit(dtype) * np.where(np.isfinite(wide), np.abs(wide), 0)
     return 4 * np.nan_to_num(far, nan=0.0, posinf=0.0) + np.maximum(own, 4 * LEAST[dtype])

@@ -57,6 +57,7 @@ def test_what_jumps_and_what_is_no_number() -> None:
     assert not a.any()
     assert (b > 0).tolist() == [False, False, False, True, False, True]  # whole numbers are exact
     assert not i.any()
+    assert not bound(np.array([3, 4]), i).any()
     want = x * 2
     allowed = bound(want, b)
     assert_near(want, want, allowed)
