@@ -22,6 +22,7 @@ from .weights.safetensors import CheckpointError, FileParam, Stored, match, read
 _BUFFERS = re.compile(r"(.*\.)?rotary_emb\.inv_freq\Z")
 """Tensors that old checkpoints store although they follow from the configuration; transformers ignores them too."""
 _IDS = {
+    "gemma2": {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0},
     "gemma3_text": {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0},
     "llama": {"bos_token_id": 1, "eos_token_id": 2},
     "mistral": {"bos_token_id": 1, "eos_token_id": 2},

@@ -44,7 +44,7 @@ def sentencepiece_vocabulary() -> tuple[list[str], list[float], list[int]]:
 def shapes(arch: str, vocab: int, bias: bool = False, tied: bool = False) -> dict[str, tuple[int, ...]]:
     """The tensors of a model, by GGUF's names."""
     found: dict[str, tuple[int, ...]] = {"token_embd.weight": (vocab, DIM), "output_norm.weight": (DIM,)}
-    if not tied and arch != "gemma3":
+    if not tied and not arch.startswith("gemma"):
         found["output.weight"] = (vocab, DIM)
     for i in range(LAYERS):
         layer: dict[str, tuple[int, ...]] = {
@@ -54,7 +54,7 @@ def shapes(arch: str, vocab: int, bias: bool = False, tied: bool = False) -> dic
         }  # fmt: skip
         if arch in ("qwen3", "gemma3"):
             layer |= {"attn_q_norm.weight": (HEAD,), "attn_k_norm.weight": (HEAD,)}
-        if arch == "gemma3":
+        if arch in ("gemma2", "gemma3"):
             layer |= {"post_attention_norm.weight": (DIM,), "post_ffw_norm.weight": (DIM,)}
         if arch == "qwen2" or bias:
             layer |= {f"attn_{x}.bias": layer[f"attn_{x}.weight"][:1] for x in "qkv"}
@@ -90,8 +90,10 @@ def write(
         "attention.head_count": HEADS, "attention.head_count_kv": KV, "attention.layer_norm_rms_epsilon": 1e-5,
         "attention.key_length": HEAD, "attention.value_length": HEAD,
     }  # fmt: skip
-    if arch == "gemma3":
+    if arch in ("gemma2", "gemma3"):
         given["attention.sliding_window"] = 8
+    if arch == "gemma2":
+        given["attn_logit_softcapping"] = 1.5
     for k, v in {**given, **(keys or {})}.items():
         if k not in without:
             _add(w, f"{arch}.{k}" if not k.startswith(("general.", "tokenizer.", "split.")) else k, v)

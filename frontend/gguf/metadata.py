@@ -157,7 +157,22 @@ def _gemma3(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _gemma2(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
+    layers = config["num_hidden_layers"]
+    keys.refuse("attention.sliding_window_pattern", 2, "of Gemma 2, every other layer slides")
+    # the 27B model scales by its width over its heads; the file does not say so
+    scale = config["hidden_size"] / config["num_attention_heads"] if layers == 46 else config["head_dim"]
+    return {
+        "model_type": "gemma2", "query_pre_attn_scalar": scale,
+        "sliding_window": keys.whole("attention.sliding_window", 4096),
+        "attn_logit_softcapping": keys.number("attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": keys.number("final_logit_softcapping", 30.0),
+        "rope_parameters": {**_scaling(keys), "rope_theta": keys.number("rope.freq_base", 10000.0)},
+    }  # fmt: skip
+
+
 ARCHITECTURES: dict[str, Callable[[Keys, dict[str, Any]], dict[str, Any]]] = {
-    "llama": _llama, "qwen2": _qwen("qwen2"), "qwen3": _qwen("qwen3"), "gemma3": _gemma3,
+    "llama": _llama, "qwen2": _qwen("qwen2"), "qwen3": _qwen("qwen3"), "gemma2": _gemma2,
+    "gemma3": _gemma3,
 }  # fmt: skip
 """GGUF's ``general.architecture`` -> what more the configuration says, ``model_type`` first of all."""

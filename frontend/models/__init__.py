@@ -7,10 +7,12 @@ from collections.abc import Callable
 from wasat.frontend.nn import Module
 
 from .config import ConfigError, Fields
+from .gemma2 import gemma2
 from .gemma3 import gemma3_text
 from .llama import llama, mistral, qwen2, qwen3
 
 FAMILIES: dict[str, tuple[str, Callable[[Fields], Module]]] = {
+    "gemma2": ("Gemma2ForCausalLM", gemma2),
     "gemma3_text": ("Gemma3ForCausalLM", gemma3_text),
     "llama": ("LlamaForCausalLM", llama),
     "mistral": ("MistralForCausalLM", mistral),

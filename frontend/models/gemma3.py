@@ -13,7 +13,7 @@ from .encoders import near, seen
 
 @dataclass(frozen=True)
 class Options:
-    """Sizes and switches of a Gemma 3 decoder."""
+    """Sizes and switches of a Gemma 2 or 3 decoder."""
 
     vocab: int
     dim: int
@@ -31,6 +31,9 @@ class Options:
     types: Sequence[str]
     causal: bool = True
     """Else every token sees the whole text, in sliding layers as far as the window reaches on both sides."""
+    qk_norm: bool = True
+    softcap: float | None = None
+    """Of scores."""
 
 
 class DecoderLayer(nn.Module):
@@ -38,8 +41,8 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, o: Options, window: int | None, rope: nn.RoPE) -> None:
         self.self_attn = nn.Attention(
-            o.dim, o.heads, o.kv_heads, o.head_dim, window=window, scale=o.scale, qk_norm=o.eps,
-            norm_offset=1.0, bias=o.bias, out_bias=o.bias, rope=rope, causal=o.causal,
+            o.dim, o.heads, o.kv_heads, o.head_dim, window=window, scale=o.scale, softcap=o.softcap,
+            qk_norm=o.eps if o.qk_norm else None, norm_offset=1.0, bias=o.bias, out_bias=o.bias, rope=rope, causal=o.causal,
         )  # fmt: skip
         self.mlp = nn.GLU(o.dim, o.hidden, o.act)
         self.input_layernorm = nn.RMSNorm(o.dim, o.eps, offset=1.0)

@@ -48,7 +48,7 @@ def checkpoint(folder: Path, dense: dict[str, np.ndarray], arch: str, config: di
         "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
         "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
         "attn_norm": "input_layernorm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-        "ffn_norm": "pre_feedforward_layernorm" if arch == "gemma3" else "post_attention_layernorm",
+        "ffn_norm": "pre_feedforward_layernorm" if arch.startswith("gemma") else "post_attention_layernorm",
         "post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm",
     }  # fmt: skip
     out = {}
@@ -59,7 +59,7 @@ def checkpoint(folder: Path, dense: dict[str, np.ndarray], arch: str, config: di
         to = f"model.layers.{words[1]}.{parts[words[2]]}" if words[0] == "blk" else names[words[0]]
         if arch == "llama" and words[-2] in ("attn_q", "attn_k"):
             x = restored(x, HEADS if words[-2] == "attn_q" else KV)
-        out[f"{to}.{words[-1]}"] = np.ascontiguousarray(x - 1 if arch == "gemma3" and "norm" in to else x)
+        out[f"{to}.{words[-1]}"] = np.ascontiguousarray(x - 1 if arch.startswith("gemma") and "norm" in to else x)
     folder.mkdir(exist_ok=True)
     save_file(out, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
@@ -69,7 +69,7 @@ def checkpoint(folder: Path, dense: dict[str, np.ndarray], arch: str, config: di
 @pytest.mark.parametrize("arch, model_type, kind, options", [
     ("llama", "llama", "F32", {}), ("llama", "llama", "Q4_1", {"tied": True}), ("llama", "llama", "Q5_0", {"bias": True}),
     ("qwen2", "qwen2", "Q8_0", {}), ("qwen3", "qwen3", "Q4_0", {}), ("qwen3", "qwen3", "F16", {}),
-    ("gemma3", "gemma3_text", "Q5_1", {}), ("llama", "llama", "BF16", {}),
+    ("gemma3", "gemma3_text", "Q5_1", {}), ("gemma2", "gemma2", "Q8_0", {}), ("llama", "llama", "BF16", {}),
 ])  # fmt: skip
 def test_a_file_is_the_checkpoint_of_its_dequantized_tensors(
     arch: str, model_type: str, kind: str, options: dict[str, bool], tmp_path: Path
@@ -80,10 +80,12 @@ def test_a_file_is_the_checkpoint_of_its_dequantized_tensors(
         "model_type": model_type, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 96, "max_position_embeddings": 128,
         "rms_norm_eps": float(np.float32(1e-5)), "vocab_size": len(dense["token_embd.weight"]),
-        "tie_word_embeddings": arch == "gemma3" or "tied" in options,
+        "tie_word_embeddings": arch.startswith("gemma") or "tied" in options,
     }  # fmt: skip
     if arch == "gemma3":
         config |= {"query_pre_attn_scalar": 16, "sliding_window": 8}
+    if arch == "gemma2":
+        config |= {"query_pre_attn_scalar": 16, "sliding_window": 8, "attn_logit_softcapping": 1.5}
     if "bias" in options:
         config["attention_bias"] = True
     want = logits(checkpoint(tmp_path / "hf", dense, arch, config))
@@ -158,7 +160,7 @@ def test_windows_and_caps(tmp_path: Path) -> None:
 
 
 REFUSED: list[tuple[str, Callable[[Path], object], str]] = [
-    ("architecture", lambda p: write(p, "mamba"), "the architecture is 'mamba'; supported are llama, qwen2, qwen3, gemma3"),
+    ("architecture", lambda p: write(p, "mamba"), "the architecture is 'mamba'; supported are llama, qwen2, qwen3, gemma2, "),
     ("projector", lambda p: write(p, "clip"), r"projector of pictures or sounds \(mmproj\)"),
     ("projector by type", lambda p: write(p, "llama", keys={"general.type": "mmproj"}), r"\(mmproj\)"),
     ("adapter", lambda p: write(p, "llama", keys={"general.type": "adapter"}), "general.type is 'adapter'"),

@@ -142,6 +142,10 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
     "gemma3": [
         {"sliding_window": 8}, {"query_pre_attn_scalar": 16}, {"hidden_activation": "gelu"},
         {"rope_parameters": {"full_attention": {"rope_theta": 5000.0}, "sliding_attention": {"rope_theta": 100.0}}}],
+    "gemma2": [
+        {"attn_logit_softcapping": None}, {"final_logit_softcapping": 30.0}, {"sliding_window": 8},
+        {"query_pre_attn_scalar": 16}, {"rope_parameters": {"rope_theta": 5000.0}},
+        {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}],
     "gemma3_softcap_untied": [{"final_logit_softcapping": None}, {"layer_types": ["sliding_attention"] * 3}],
 }  # fmt: skip
 
@@ -159,6 +163,17 @@ def _copy(source: Path, folder: Path, config: dict[str, Any]) -> Path:
     shutil.copytree(source, folder)
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def test_older_config_files_of_gemma2_mean_the_same(tmp_path: Path) -> None:
+    """As its checkpoints have them: the base of RoPE by itself, no kinds of layers, an activation that nobody reads."""
+    config = json.loads((GOLDEN / "gemma2" / "config.json").read_text())
+    theta = config.pop("rope_parameters")["rope_theta"]
+    del config["layer_types"]
+    older = {**config, "rope_theta": theta, "cache_implementation": "hybrid", "hidden_act": "relu"}
+    golden = np.load(GOLDEN / "gemma2" / "golden.npz")
+    program = from_pretrained(_copy(GOLDEN / "gemma2", tmp_path / "m", older))
+    np.testing.assert_allclose(logits(program, golden["ids"]), golden["logits"], atol=1e-4)
 
 
 def test_older_config_files_of_gemma3_mean_the_same(tmp_path: Path) -> None:
@@ -224,7 +239,7 @@ GEMMA3 = {
     "config, messages",
     [
         (_config({"model_type": "lama"}),
-         ["model_type 'lama' is not supported", "gemma3_text, llama", "nearest: llama"]),
+         ["model_type 'lama' is not supported", "gemma2, gemma3_text, llama", "nearest: llama"]),
         (_config({"model_type": "absent"}), ["model_type is missing"]),
         (_config({"architectures": ["LlamaForSequenceClassification"]}),
          ["LlamaForSequenceClassification", "only LlamaForCausalLM"]),

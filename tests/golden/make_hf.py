@@ -63,6 +63,11 @@ CASES: dict[str, dict] = {
         "layer_types": [FULL, SLIDING, SLIDING], "tie_word_embeddings": False, "final_logit_softcapping": 3.0,
         "attention_bias": True, "rope_parameters": THETAS,
     },
+    "gemma2": {
+        "model_type": "gemma2", "num_hidden_layers": 3, "num_key_value_heads": 2, "head_dim": 16,
+        "query_pre_attn_scalar": 24, "sliding_window": 7, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0},
+    },
 }  # fmt: skip
 
 
@@ -73,7 +78,7 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
         if p.ndim == 2:
             mean, std = 0.0, (0.5 if "embed_tokens" in name else 1.2 * p.shape[1] ** -0.5)
         else:
-            mean, std = float("norm" in name and "gemma3" not in model.config.model_type), 0.3
+            mean, std = float("norm" in name and "gemma" not in model.config.model_type), 0.3
         p.data = mean + std * torch.randn(p.shape, generator=noise)
 
 

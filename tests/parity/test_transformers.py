@@ -58,6 +58,13 @@ def random_config(family: str, rng: np.random.Generator) -> dict[str, Any]:
             "final_logit_softcapping": 4.0 if coin() else None,
         }  # fmt: skip
         return config
+    if family == "gemma2":
+        config |= {
+            "query_pre_attn_scalar": one_of(4, 10, 24), "sliding_window": one_of(1, 5, 9), "rope_parameters": _rope(rng),
+            "attention_bias": coin(), "final_logit_softcapping": 4.0 if coin() else None,
+            "attn_logit_softcapping": 2.0 if coin() else None,
+        }  # fmt: skip
+        return config
     config |= {"rope_parameters": _rope(rng), "hidden_act": str(rng.choice(["silu", "gelu", "gelu_pytorch_tanh", "relu"]))}
     if family in ("llama", "qwen3"):
         config["attention_bias"] = coin()
@@ -79,7 +86,7 @@ def test_logits(tmp_path: Path, family: str, seed: int) -> None:
     noise = torch.Generator().manual_seed(seed)
     for p in model.parameters():
         spread = p.shape[-1] ** -0.5 if p.ndim == 2 else 0.3
-        p.data = spread * torch.randn(p.shape, generator=noise) + float(p.ndim == 1 and family != "gemma3_text")
+        p.data = spread * torch.randn(p.shape, generator=noise) + float(p.ndim == 1 and not family.startswith("gemma"))
     model.save_pretrained(tmp_path, max_shard_size=["1GB", "20KB"][seed % 2])
     ids = rng.integers(0, config.vocab_size, (2, 40))
     with torch.no_grad():
