@@ -20,7 +20,7 @@ from .interface import Embedder, Encoder, Generation, Head, Interface, Media, St
 from .op import Body, Literal, op_named
 from .printer import SUBSECTIONS
 from .program import Program
-from .schemes import SCHEMES
+from .schemes import scheme_named
 from .tokens import Tokens
 from .types import DType, QTensorType, TensorType, Type
 
@@ -83,7 +83,7 @@ class _Parser(Tokens):
         at = self.tokens[self.i][2]
         word = self.take("word", "a type such as f32[2, n]")
         q = _QTYPE.match(word)
-        stored = word in SCHEMES
+        stored = scheme_named(word) is not None
         if not stored and (q[4] if q else word) not in _DTYPES:
             self.fail(f"{word!r} is no element type", at)
         self.expect("[")

@@ -13,7 +13,7 @@ import numpy as np
 
 from .dims import Dim, DimLike, evaluate_dim, substitute, symbols_of
 from .errors import TypeMismatch
-from .schemes import SCHEMES, Parts, Scheme
+from .schemes import SCHEMES, Parts, Scheme, scheme_named
 
 _NumpyType = np.dtype  # inside DType, np is a property
 
@@ -165,8 +165,8 @@ class QTensorType:
     element is ``value * scale``. With ``zeros`` each block has a zero point, an integer of eight bits, too, and an element is
     ``(value - zero) * scale``. Its text is e.g. ``int4b32f16[2048, 640]``, with zero points ``int4zb128f16[2048, 640]``.
 
-    Or it is one of :data:`.schemes.SCHEMES`, ``q4_k[2048, 640]``: a format of whole blocks, stored as it is. ``block`` is then
-    how many elements share a scale, and an element is ``value * scale + offset``, with scales and offsets in f32.
+    Or it is one of :func:`.schemes.scheme_named`, ``q4_k[2048, 512]``: a format of whole blocks, stored as it is. ``block`` is
+    then how many elements share a scale, and an element is ``value * scale + offset``, with scales and offsets in f32.
     """
 
     scheme: str
@@ -178,8 +178,8 @@ class QTensorType:
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", _shape(self.shape))
         object.__setattr__(self, "scale", DType.of(self.scale))
-        if self.scheme not in ("int8", "int4", *SCHEMES):
-            raise TypeMismatch(f"quantization scheme {self.scheme!r} is not one of int8, int4, {', '.join(SCHEMES)}")
+        if self.scheme not in ("int8", "int4") and scheme_named(self.scheme) is None:
+            raise TypeMismatch(f"quantization scheme {self.scheme!r} is not one of int8, int4, {', '.join(SCHEMES)}, s4b256")
         if self.block < 1 or not self.scale.is_float or not self.shape:
             raise TypeMismatch(f"{self}: a quantized tensor needs a block >= 1, a float scale and at least one axis")
         if self.stored is not None:
@@ -203,7 +203,7 @@ class QTensorType:
     @property
     def stored(self) -> Scheme | None:
         """The format of blocks; None for int8 and int4, which have no one layout."""
-        return SCHEMES.get(self.scheme)
+        return scheme_named(self.scheme)
 
     @property
     def offset(self) -> bool:

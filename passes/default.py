@@ -21,6 +21,7 @@ from .fusion.fuse_rope import FuseRope
 from .fusion.merge_linears import MergeLinears
 from .serving.kv_cache import DeriveKVCache
 from .serving.quantize import KeepQuantized, Quantize
+from .serving.recipes import ALL, Formats
 
 __all__ = [
     "Cleanup", "DeriveKVCache", "FuseActivations", "FuseAttention", "FuseExperts", "FuseGlu", "FuseNorm", "FuseRope",
@@ -31,19 +32,19 @@ __all__ = [
 def default_pipeline(
     *, quantize: str | None = None, activation: str | None = "int8", overrides: Mapping[str, str] | None = None,
     kv_cache: Literal["required", "tried"] | None = "required", chunk: int = 512,
-    granule: int = Interface.granule, keep_forward: bool = False,
+    granule: int = Interface.granule, keep_forward: bool = False, formats: Formats = ALL,
 ) -> list[Pass]:  # fmt: skip
     """The passes of :func:`wasat.compile`, with its options.
 
     ``kv_cache``: whether ``forward`` becomes ``prefill`` and ``decode``; ``"tried"``: where that can be proved, else not.
-    ``keep_forward``: it stays beside them.
+    ``keep_forward``: it stays beside them. ``formats``: which a recipe for ``quantize`` may choose.
     """
     passes: list[Pass] = [
         Cleanup(fold_positions=False), ReadTables(), SimplifyIndices(), FuseNorm(), FuseRope(), FuseActivations(),
         FuseAttention(), Cleanup(), FuseExperts(), KeepQuantized(activation),
     ]  # fmt: skip
     if quantize is not None or overrides:
-        passes.append(Quantize(quantize or "f32", activation, tuple((overrides or {}).items())))
+        passes.append(Quantize(quantize or "f32", activation, tuple((overrides or {}).items()), formats=formats))
     passes += [MergeLinears(), FuseGlu(), HoistParams()]
     if kv_cache is not None:
         derive = DeriveKVCache(chunk=chunk, required=kv_cache == "required", granule=granule, keep=keep_forward)

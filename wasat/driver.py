@@ -22,6 +22,7 @@ from wasat.ir import (
 from wasat.passes import DeriveKVCache, Pass, PassManager, Remark, Report, Step, TokenInputs, default_pipeline, pipeline
 from wasat.passes.core import Dump
 from wasat.passes.serving.plan import capacity_name
+from wasat.passes.serving.recipes import ALL, Formats
 from wasat.passes.serving.token_inputs import is_exported, token_inputs
 
 
@@ -43,18 +44,20 @@ def optimize(
     program: Program, *, quantize: str | None = None, activation: str | None = "int8",
     overrides: Mapping[str, str] | None = None, kv_cache: bool | None = None, chunk: int = 512,
     granule: int = Interface.granule, passes: Pipeline = "default", verify: bool = True, check: bool = False,
-    dump: Dump | None = None, progress: Progress = _quiet, keep_forward: bool = False,
+    dump: Dump | None = None, progress: Progress = _quiet, keep_forward: bool = False, formats: Formats = ALL,
 ) -> tuple[Program, Report]:  # fmt: skip
     """Runs the passes over a copy of ``program``; returns it with the report of what each pass did and missed.
 
     A forward pass as exporters leave it (``input_ids`` beside a padding mask, positions, a cache) becomes one over tokens alone
     (see :class:`wasat.passes.TokenInputs`), if a cache can then be derived; else it keeps its inputs.
 
-    ``quantize``: ``"int8"``, ``"int4"``, ``"f16"``, ``"bf16"`` or None (weights as f32). ``activation``: ``"int8"`` for
+    ``quantize``: ``"int4"`` (a recipe: a scheme for each weight), ``"int8"``, ``"f16"``, ``"bf16"``, any other scheme of
+    :class:`wasat.passes.Quantize`, or None (weights as f32). ``activation``: ``"int8"`` for
     integer dot products where weights are integers, None to compute in f32. ``overrides``: parameter glob to scheme.
     ``kv_cache``: derive ``prefill`` and ``decode`` from ``forward``; None: if it takes tokens, and for a model that came
     without generation metadata only if that can be proved (else a remark says why not). ``chunk``: most tokens per prefill
-    call. ``granule``: capacities of caches are multiples of it (that of the target). ``keep_forward``: ``forward`` stays
+    call. ``granule``: capacities of caches are multiples of it; ``formats``: for which weights there are kernels, of
+    which a recipe chooses (both those of the target). ``keep_forward``: ``forward`` stays
     beside what is derived, for all positions at once.
     ``passes``: text or a list of passes and text, in which ``"default"`` stands for those that all of the above describes:
     ``"my-pass, default"``, ``[MyPass(), "default"]`` (see :func:`wasat.passes.pipeline`). ``verify``: around every pass.
@@ -75,7 +78,7 @@ def optimize(
         copy = program.copy()
         default = default_pipeline(
             quantize=quantize, activation=activation, overrides=dict(overrides or {}), kv_cache=caches, chunk=chunk,
-            granule=granule, keep_forward=keep_forward,
+            granule=granule, keep_forward=keep_forward, formats=formats,
         )  # fmt: skip
         if exported:
             default.insert(0, TokenInputs(required=caches == "required"))
@@ -177,6 +180,7 @@ def compile(
     optimized, report = optimize(
         program, quantize=quantize, activation=activation, overrides=overrides, kv_cache=kv_cache, chunk=chunk,
         granule=machine.granule, passes=passes, check=check, progress=progress, keep_forward=keep_forward,
+        formats=machine.formats,
     )  # fmt: skip
     library = (build if machine.device is None else plan)(optimized, machine, on_progress=progress)
     if library.left:

@@ -3,4 +3,7 @@
 from .errors import ExportError
 from .export import DEFAULT, NEWEST, OLDEST, to_onnx
 
-__all__ = ["DEFAULT", "NEWEST", "OLDEST", "ExportError", "to_onnx"]
+FORMATS = (("*", "int?b*"),)
+"""Types of quantized weights that ONNX has room for: integers of 4 and 8 bits, with scales. In others, a value takes a byte."""
+
+__all__ = ["DEFAULT", "FORMATS", "NEWEST", "OLDEST", "ExportError", "to_onnx"]

@@ -167,7 +167,13 @@ def _concat(e: Emitter, node: Node, *ws: str) -> str:
     return str(e.op("Concat", *(e.cast(w, DType.I8) for w in ws), axis=axis))
 
 
-@emits("quantize")
+def _nearest(node: Node) -> bool:
+    """Whether it divides and rounds, and searches nothing: that belongs to weights, before they are exported."""
+    t = node.output.type
+    return isinstance(t, QTensorType) and t.stored is None and not (t.zeros or _attrs(node).search)
+
+
+@emits("quantize", when=lambda node, options: _nearest(node))
 def _quantize(e: Emitter, node: Node, x: str) -> str:
     """As ir.ops.quant.quantize_array: a scale a block, rounded before the values are divided by it."""
     t = node.output.type

@@ -67,6 +67,8 @@ class Target:
     """Name of the TensorIR pass pipeline; None: TVM's own for the target."""
     state_layout: Callable[[State, TensorType], StateLayout] = field(default=lambda state, type: StateLayout(type))
     """How a state lies in memory, from its description and its type in the graph: kernels may choose."""
+    formats: tuple[tuple[str, str], ...] = (("*", "*"),)
+    """Pairs of globs: operations, and types of quantized weights that its kernels of them read; recipes choose of these."""
     granule: int = 1
     """Capacities of growing states and rings are multiples of it, as its kernels read positions."""
     features: Callable[[Target], list[str]] = field(default=lambda target: [])
@@ -187,7 +189,7 @@ def _cpu(name: str, arch: Arch, config: Mapping[str, Any], threads: int | None, 
         name, {**config, "num-cores": n}, arch=arch, threads=n, features=cpu_features,
         kernels=lambda target, program: cpu_kernels.selection(target.tvm, n, cache, program.interface.states),
         state_layout=lambda state, type: states.state_layout(state, type, cache), tir_pipeline=tir_pipeline.register(),
-        granule=GROUP,
+        granule=GROUP, formats=(("linear", "*"), ("embedding", "*"), ("grouped_linear", "int?b32f16")),
     )  # fmt: skip
 
 
@@ -214,6 +216,10 @@ class Cuda(Target):
         return {**super().requirements(), "mcpu": ",".join(self.archs)}
 
 
+_ON_GPUS = tuple(("*", kind) for kind in ("s[456]b*", "q*", "iq*", "mxfp4", "int?b*"))
+"""All but zero points."""
+
+
 def webgpu(feature: str = "") -> Target:
     """GPUs through WebGPU, in a browser or outside. ``feature``: ``f16``, for those that compute with it."""
     if feature not in ("", "f16"):
@@ -237,7 +243,7 @@ def _planned(kind: str, device: Device, make: Callable[..., Target] = Target, **
     limits = Limits(device.threads, device.shared, device.f16)
     return make(
         kind, config, host={"kind": "llvm"}, device=device, needs_compiler=False,
-        kernels=lambda target, program: gpu_kernels.selection(limits),
+        kernels=lambda target, program: gpu_kernels.selection(limits), formats=_ON_GPUS,
     )  # fmt: skip
 
 

@@ -242,4 +242,5 @@ def matrix_unit(threads: int | None = None) -> Target:
 
         return select
 
-    return replace(host, name="matrix-unit", kernels=kernels, libraries=(DRIVER,))
+    formats = (("linear", "int?b*"), *host.formats[1:])
+    return replace(host, name="matrix-unit", kernels=kernels, libraries=(DRIVER,), formats=formats)

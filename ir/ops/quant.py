@@ -13,7 +13,8 @@ from ..axes import AxisRule, Factor, along, free
 from ..dims import DimLike
 from ..errors import TypeMismatch
 from ..op import Bounds, ErrorSample, Op, Sample, floating, quantized, register
-from ..schemes import SCHEMES
+from ..quantizers import in_format, searched
+from ..schemes import SCHEMES, Scheme, scheme_named
 from ..types import BlockArray, DType, QArray, QTensorType, TensorType
 from .elementwise import grid, wide
 from .index import _checked, indices
@@ -24,18 +25,30 @@ if TYPE_CHECKING:
     from ..graph import Node, Value
 
 
-def quantize_array(x: np.ndarray, type: QTensorType) -> QArray:
-    """``x`` quantized in blocks along its last axis; see :class:`Quantize`. Works through x in slabs: memory matters here."""
+QUANTIZERS = ("int8", "int4", *(s.name for s in SCHEMES.values() if s.write is not None))
+"""Schemes that weights can be brought into, beside the family of :func:`~wasat.ir.schemes.scheme_named`."""
+_OWN = ("s4b64", "s5b96", "s6b160")
+
+
+def quantize_array(
+    x: np.ndarray, type: QTensorType, search: bool = False, importance: np.ndarray | None = None
+) -> QArray:  # fmt: skip
+    """``x`` quantized in blocks along its last axis; see :class:`Quantize`. Works through x in slabs: memory matters here.
+
+    ``importance`` [k] weights the errors of features where scales are searched.
+    """
     if type.stored is not None:
-        raise TypeMismatch(f"{type.scheme} is not one of int8, int4: its blocks come from files")
-    if type.zeros:
-        raise TypeMismatch(f"{type}: quantization is symmetric; zero points come from files")
+        if type.stored.write is None:
+            raise TypeMismatch(f"{type.scheme} is not one of {', '.join(QUANTIZERS)}, s4b256: its blocks come from files")
+        return BlockArray(type, in_format(x, type.stored, importance))
+    low, high = (-127, 127) if type.scheme == "int8" else (-8, 7)
+    if search or type.zeros:
+        return QArray(type, *searched(x, low, high, type.block, type.scale.np, type.zeros, importance))
     *lead, k = x.shape
     blocks = -(-k // type.block)
     rows = x.reshape(-1, k)
     values = np.empty((len(rows), k), np.int8)
     scales = np.empty((len(rows), blocks), type.scale.np)
-    low, high = (-127, 127) if type.scheme == "int8" else (-8, 7)
     step = max(1, (1 << 20) // max(k, 1))
     for i in range(0, len(rows), step):
         w = np.zeros((len(rows[i : i + step]), blocks * type.block), np.float32)
@@ -76,10 +89,12 @@ def quantize_rows(x: np.ndarray, block: int = 32) -> tuple[np.ndarray, np.ndarra
 
 @register
 class Quantize(Op):
-    """Symmetric quantization in blocks of ``block`` along the last axis: value = clip(round_half_even(x / scale)).
+    """Quantization in blocks of ``block`` along the last axis: value = clip(round_half_even(x / scale)).
 
     int8: scale = max|block| / 127, values -127..127. int4: scale = -(element of largest magnitude) / 8, values -8..7.
-    Scales are rounded to ``scale`` before the values are computed.
+    Scales are rounded to ``scale`` before the values are computed. With ``search`` scales are those whose squared error is
+    least, of some that are tried (:mod:`wasat.ir.quantizers`); with ``zeros``, too, and blocks have zero points. Formats of
+    blocks (``q4_k``) have what they have; their numbers are searched.
     """
 
     name = "quantize"
@@ -91,28 +106,38 @@ class Quantize(Op):
         scheme: str
         block: int = 32
         scale: DType = DType.F16
+        zeros: bool = False
+        search: bool = False
 
     def infer(self, attrs: Attrs, x: TensorType) -> QTensorType:
         if floating(x).rank < 1:
             raise TypeMismatch("a scalar cannot be quantized in blocks")
-        if attrs.scheme not in ("int8", "int4"):
-            raise TypeMismatch(f"scheme={attrs.scheme!r} is not one of int8, int4")
-        return QTensorType(attrs.scheme, x.shape, attrs.block, attrs.scale)
+        stored = scheme_named(attrs.scheme)
+        if attrs.scheme not in QUANTIZERS and (stored is None or stored.write is None):
+            raise TypeMismatch(f"scheme={attrs.scheme!r} is not one of {', '.join(QUANTIZERS)}, s4b256")
+        return QTensorType(attrs.scheme, x.shape, attrs.block, attrs.scale, attrs.zeros)
 
     def axes(self, attrs: Attrs, x: TensorType) -> AxisRule:
         return along(x.shape, (x.rank - 1,), lambda d: Factor(d, "normalized"))
 
     def reference(self, attrs: Attrs, x: np.ndarray) -> QArray:
-        return quantize_array(x, QTensorType(attrs.scheme, x.shape, attrs.block, attrs.scale))
+        return quantize_array(x, QTensorType(attrs.scheme, x.shape, attrs.block, attrs.scale, attrs.zeros), attrs.search)
 
     def samples(self) -> Iterable[Sample]:
         yield Sample([grid(3, 70)], {"scheme": "int8"})
         yield Sample([grid(3, 64)], {"scheme": "int4"})
         yield Sample([grid(2, 9)], {"scheme": "int4", "block": 4, "scale": "f32"})
         yield Sample([np.zeros((2, 32), np.float32)], {"scheme": "int8"})
+        yield Sample([grid(3, 70)], {"scheme": "int4", "search": True})
+        yield Sample([grid(3, 70)], {"scheme": "int4", "zeros": True})
+        for name in (*QUANTIZERS[2:], *_OWN):
+            yield Sample([grid(3, 2 * _scheme(name).block)], {"scheme": name})
 
     def errors(self) -> Iterable[ErrorSample]:
-        yield ErrorSample(["f32[4]"], {"scheme": "int3"}, "is not one of int8, int4")
+        yield ErrorSample(["f32[4]"], {"scheme": "int3"}, "is not one of int8, int4, q4_1")
+        yield ErrorSample(["f32[256]"], {"scheme": "q2_k"}, "is not one of int8, int4, q4_1")
+        yield ErrorSample(["f32[4, 40]"], {"scheme": "q4_1"}, "whole blocks of 32")
+        yield ErrorSample(["f32[4, 256]"], {"scheme": "q4_k", "zeros": True}, "no zero points")
         yield ErrorSample(["i32[4]"], {"scheme": "int4"}, "must be float")
         yield ErrorSample(["f32[4]"], {"scheme": "int4", "block": 0}, "block >= 1")
 
@@ -146,8 +171,8 @@ class Dequantize(Op):
         yield Sample([_q("int4", 3, 70)])
         yield Sample([_q("int8", 3, 64)], {"dtype": "f16"})
         yield Sample([_z("int4", 64, 3, 128)])
-        for name, scheme in SCHEMES.items():
-            yield Sample([_q(name, 3, 2 * scheme.block)])
+        for name in (*SCHEMES, *_OWN):
+            yield Sample([_q(name, 3, 2 * _scheme(name).block)])
 
     def errors(self) -> Iterable[ErrorSample]:
         yield ErrorSample(["f32[4]"], {}, "must be quantized")
@@ -162,13 +187,20 @@ def random_zeros(type: QTensorType, seed: int = 0) -> QArray:
     return QArray(type, values, (rng.standard_normal(blocks) / high).astype(type.scale.np), zeros if type.zeros else None)
 
 
+def _scheme(name: str) -> Scheme:
+    found = scheme_named(name)
+    assert found is not None
+    return found
+
+
 def _z(scheme: str, block: int, *shape: int) -> QArray:
     return random_zeros(QTensorType(scheme, shape, block, DType.F16, True))
 
 
 def _q(scheme: str, *shape: int) -> QArray:
-    if scheme in SCHEMES:
-        return BlockArray(QTensorType(scheme, shape), SCHEMES[scheme].random(np.random.default_rng(0), shape))
+    stored = scheme_named(scheme)
+    if stored is not None:
+        return BlockArray(QTensorType(scheme, shape), stored.random(np.random.default_rng(0), shape))
     x = np.sin(np.arange(int(np.prod(shape)))).astype(np.float32).reshape(shape)
     return quantize_array(x, QTensorType(scheme, shape))
 
@@ -273,7 +305,8 @@ class QuantizedLinear(Op):
         yield Sample([grid(2, 128), _z("int4", 64, 5, 128)], grad=(0,))
         yield Sample([grid(2, 128), _z("int4", 64, 5, 128), grid(5)], {"activation": "int8"}, grad=())
         yield Sample([grid(2, 96), _z("int8", 96, 5, 96)], {"activation": "int8"}, grad=())
-        for name, scheme in SCHEMES.items():
+        for name in (*SCHEMES, *_OWN):
+            scheme = _scheme(name)
             yield Sample([grid(2, scheme.block), _q(name, 5, scheme.block)], grad=(0,))
             yield Sample([grid(2, scheme.block), _q(name, 5, scheme.block), grid(5)], {"activation": "int8"}, grad=())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -10,15 +11,13 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
-from wasat.ir import Builder, DType, Graph, Node, ParamSource, Program, TensorType, Value, op_named
+from wasat.ir import Builder, DType, Graph, Node, ParamSource, Program, QTensorType, TensorType, Value, op_named
 
 from ..cleanup.hoist_params import derive, param_only, size_in_bytes
 from ..core import GraphPass, Pass, PassError, Remarks
 from ..pattern import erase_dead
+from .recipes import ALL, FLOATS, SCHEMES, Formats, Storage, is_scheme, role_of, storage
 
-_INTEGERS = ("int8", "int4")
-_FLOATS = {"f16": DType.F16, "bf16": DType.BF16}
-SCHEMES = (*_INTEGERS, *_FLOATS, "f32")
 _LARGE = 16384
 """Bytes of a parameter below which nobody asks why it stays."""
 _F16 = np.finfo(np.float16)
@@ -28,11 +27,14 @@ _F16 = np.finfo(np.float16)
 class Quantize(Pass):
     """Weights of ``linear`` and ``embedding`` in fewer bits; norms, biases, what loops read and everything else stay.
 
-    ``int8``, ``int4``: ``quantized_linear`` and ``quantized_embedding`` of ``quantize(weight)``, in blocks of ``block`` along
-    the last axis that share an f16 scale; a weight with a block whose scale f16 does not hold stays.
-    ``activation="int8"``: products are of integers, x being quantized row by row.
+    ``int4`` is a recipe (:mod:`.recipes`): it chooses a scheme for each weight. Schemes: ``int8`` and ``int4-plain`` have
+    symmetric blocks of ``block`` along the last axis that share an f16 scale; ``s4``, ``s5`` and ``s6`` searched ones with
+    factors (:func:`wasat.ir.schemes.scheme_named`); a type as text, ``int4zb64f16`` or ``q4_k``, is searched, too. Such weights
+    become ``quantized_linear`` and ``quantized_embedding`` of ``quantize(weight)``; one with a block whose scale f16 does not
+    hold stays. ``activation="int8"``: products are of integers, x being quantized row by row.
     ``f16``, ``bf16``: the weight is cast, and widened as it is read. ``f32``: it is left as it is. ``overrides``: pairs of a
-    glob over parameter names and the scheme of the weights that match; the first that matches decides.
+    glob over parameter names and the scheme of the weights that match; the first that matches decides. ``formats``: pairs
+    of globs, operations and the types of weights that the target has kernels of them for; recipes choose among these.
 
     Raises PassError for an unknown scheme and for a glob that matches no parameter.
     """
@@ -41,12 +43,13 @@ class Quantize(Pass):
     activation: str | None = "int8"
     overrides: tuple[tuple[str, str], ...] = ()
     block: int = 32
+    formats: Formats = ALL
     name = "quantize"
     exact = False
 
     def requires(self, program: Program) -> None:
         for scheme in (self.scheme, *(s for _, s in self.overrides)):
-            if scheme not in SCHEMES:
+            if not is_scheme(scheme):
                 raise PassError(f"there is no quantization scheme {scheme!r}; there are {', '.join(SCHEMES)}")
         if self.activation not in (None, "int8"):
             raise PassError(f"activations can be int8 or None, not {self.activation!r}")
@@ -105,7 +108,7 @@ class KeepQuantized(GraphPass):
 
 def _widened(w: Value, wide: Value) -> bool:
     """Whether ``wide`` is all that ``w``, of 16 bits, holds."""
-    return isinstance(w.type, TensorType) and w.type.dtype in _FLOATS.values() and wide.tensor.dtype is DType.F32
+    return isinstance(w.type, TensorType) and w.type.dtype in FLOATS.values() and wide.tensor.dtype is DType.F32
 
 
 def _replace_by_quantized(graph: Graph, node: Node, operands: tuple[Value, ...], activation: str | None) -> None:
@@ -128,6 +131,7 @@ class _Run:
         self.count: Counter[str] = Counter()
         self.before: Counter[str] = Counter()
         self.after: Counter[str] = Counter()
+        self.elements: Counter[str] = Counter()
 
     def run(self) -> bool:
         self._others()
@@ -139,6 +143,12 @@ class _Run:
         for scheme, n in self.count.items():
             sizes = f"{_size(self.before[scheme])} -> {_size(self.after[scheme])}"
             self.remarks.applied(f"{n} weight{'s' if n > 1 else ''} to {scheme}: {sizes}", self.graph)
+        if len(self.count) > 1:
+            each = 8 * self.after.total() / self.elements.total()
+            parts = ", ".join(f"{s} {8 * self.after[s] / n:.2f}" for s, n in self.elements.items())
+            sizes = f"{_size(self.before.total())} -> {_size(self.after.total())}"
+            total = f"{self.count.total()} weights in all: {sizes}, {each:.2f} bits a weight ({parts})"
+            self.remarks.applied(total, self.graph)
         for w, small in self.small.items():
             for user in w.users:
                 if user is not small.node:
@@ -180,32 +190,38 @@ class _Run:
             return False
         names = _sources(w) if w in self.only else []
         scheme = self.options.scheme_of(names)
-        reason = self._obstacle(w, scheme)
-        if reason is not None or scheme == "f32" or (scheme in _FLOATS and w.tensor.dtype.bits <= 16):
+        found: Storage | str | None = None
+        if w not in self.only:
+            found = "it is not computed from parameters alone"
+        elif scheme != "f32":
+            readers = list(dict.fromkeys(u.op.name for u in w.users))
+            found = storage(scheme, role_of(w, self.only), int(w.shape[-1]), self.options.block, self.options.formats, readers)
+            if isinstance(found, Storage):
+                found = self._obstacle(w, found) or found
+        if not isinstance(found, Storage) or (isinstance(found.type, DType) and w.tensor.dtype.bits <= 16):
             self.left.add(w)
-            if reason is not None:
-                self.remarks.missed(f"%{w.name} stays {w.type}: {reason}", node)
+            if isinstance(found, str):
+                self.remarks.missed(f"%{w.name} stays {w.type}: {found}", node)
             return False
         b = Builder(self.graph, before=node, loc=node.loc)
-        new = b.cast(w, dtype=_FLOATS[scheme]) if scheme in _FLOATS else b.quantize(w, scheme=scheme, block=self.options.block)
+        new = b.cast(w, dtype=found.type) if isinstance(found.type, DType) else b.quantize(w, **found.options)
         self.small[w] = new
-        self.count[scheme] += 1
-        self.before[scheme] += round(size_in_bytes(w.type))
-        self.after[scheme] += round(size_in_bytes(new.type))
+        self.count[found.name] += 1
+        self.before[found.name] += round(size_in_bytes(w.type))
+        self.after[found.name] += round(size_in_bytes(new.type))
+        self.elements[found.name] += math.prod(int(d) for d in w.shape)
         return True
 
-    def _obstacle(self, w: Value, scheme: str) -> str | None:
-        if w not in self.only:
-            return "it is not computed from parameters alone"
-        if scheme in _INTEGERS and w.shape[-1] < self.options.block:
-            return f"its rows are shorter than a block of {self.options.block}"
-        if scheme in _INTEGERS and all(getattr(self.params.get(name), "is_data", False) for name in _sources(w)):
-            levels = 127 if scheme == "int8" else 8
-            source = self.params[w.param] if w.param is not None else derive(w.name, w, self.params)
-            if not _f16_holds_scales(np.asarray(source.load()), self.options.block, levels):
-                names = ", ".join(_sources(w))
-                return f"{names} has a block whose scale is outside f16 (about 1e-6 to 65504)"
-        return None
+    def _obstacle(self, w: Value, found: Storage) -> str | None:
+        """Why the numbers of ``w`` cannot be stored so."""
+        t = found.type
+        if isinstance(t, DType) or not all(getattr(self.params.get(name), "is_data", False) for name in _sources(w)):
+            return None
+        source = self.params[w.param] if w.param is not None else derive(w.name, w, self.params)
+        if _f16_holds_scales(np.asarray(source.load()), t):
+            return None
+        names = ", ".join(_sources(w))
+        return f"{names} has a block whose scale is outside f16 (about 1e-6 to 65504)"
 
 
 def _reached(v: Value, only: set[Value]) -> list[Node]:
@@ -231,14 +247,21 @@ def _sources(w: Value) -> list[str]:
     return [v.param for v in seen if v.param is not None]
 
 
-def _f16_holds_scales(w: np.ndarray, block: int, levels: int) -> bool:
-    """Whether the scale of every block is 0 or an f16 that is right to 3%. Works through w in slabs: memory matters here."""
+def _f16_holds_scales(w: np.ndarray, type: QTensorType) -> bool:
+    """Whether the scale of every block is 0 or an f16 that is right to 3%; integer factors make up for what one of a
+    super-block is rounded by. Works through w in slabs: memory matters here."""
+    block, least = type.block, 2.0**-20
+    levels = 127 if type.scheme == "int8" else 8
+    if type.stored is not None:
+        levels = max(type.stored.high, -type.stored.low)
+        if type.stored.factors:
+            block, levels, least = type.stored.block, levels * max(map(abs, type.stored.factors)), 2.0**-23
     rows = w.reshape(-1, w.shape[-1])
     step = max(1, (1 << 20) // rows.shape[1])
     for i in range(0, len(rows), step):
         part = np.abs(rows[i : i + step].astype(np.float32))
         scales = np.maximum.reduceat(part, np.arange(0, part.shape[1], block), axis=1) / np.float32(levels)
-        if not ((scales == 0) | ((scales >= 2.0**-20) & (scales <= _F16.max))).all():
+        if not ((scales == 0) | ((scales >= least) & (scales <= _F16.max))).all():
             return False
     return True
 

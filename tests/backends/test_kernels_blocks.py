@@ -15,7 +15,8 @@ from wasat.backends.tvm.cpu.kernels.pack import pack_bias
 from wasat.backends.tvm.cpu.kernels.quantize import quantize_rows_reference
 from wasat.ir import BlockArray, DType, QArray, QTensorType
 from wasat.ir.ops.quant import random_zeros
-from wasat.ir.schemes import SCHEMES
+from wasat.ir.schemes import SCHEMES as OF_GGUF
+from wasat.ir.schemes import scheme_named
 
 INTEGERS = {
     t.how: t
@@ -24,6 +25,7 @@ INTEGERS = {
         QTensorType("int8", (1, 1), 192, DType.F32),
     )
 }  # fmt: skip
+SCHEMES = {s.name: s for name in (*OF_GGUF, "s4b160", "s5b64", "s6b96") if (s := scheme_named(name))}
 NAMES = [*SCHEMES, *INTEGERS]
 
 
@@ -66,7 +68,7 @@ def test_packing_takes_the_room_of_the_format(name: str) -> None:
     bits = 8 * SCHEMES[name].size / f.block if name in SCHEMES else int(x.type.row_bits) / x.shape[1]
     assert packed.shape == f.shape(*x.shape)
     # tables are spelt out in bytes, factors take whole ones
-    spent = {"iq4_nl": 4, "iq4_xs": 4.0625, "mxfp4": 1.75, "q2_k": 0.5}.get(name, 0.126)
+    spent = {"iq4_nl": 4, "iq4_xs": 4.0625, "mxfp4": 1.75, "q2_k": 0.5}.get(name, 0 if name[0] == "s" else 0.126)
     assert 0 <= packed.nbytes * 8 / np.prod(x.shape) - bits <= spent
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from wasat.ir import BlockArray, Builder, Graph, QArray, QTensorType, TypeMismatch, parse_type
 from wasat.ir.ops.quant import quantize_array
-from wasat.ir.schemes import SCHEMES, Scheme, read_q4_0, read_q8_0
+from wasat.ir.schemes import SCHEMES, Scheme, own_scheme, read_q4_0, read_q8_0
 
 gguf = pytest.importorskip("gguf")
 
@@ -55,13 +55,36 @@ def test_types_of_blocks() -> None:
         QTensorType("q4_k", (2, 640))
     with pytest.raises(TypeMismatch, match=r"q4_1\[2, 64\] is u8\[2, 2, 20\], not u8\[2, 2, 18\]"):
         BlockArray(QTensorType("q4_1", (2, 64)), np.zeros((2, 2, 18), np.uint8))
-    with pytest.raises(TypeMismatch, match="is not one of int8, int4, q4_1"):
-        QTensorType("q9", (2, 64))
+    for name in ("q9", "s4b48", "s3b64", "s4b0", "s4b064", "s4b2048", "s4b64 "):
+        with pytest.raises(TypeMismatch, match="is not one of int8, int4, q4_1"):
+            QTensorType(name, (2, 64))
 
 
-def test_only_plain_integers_are_made_by_quantizing() -> None:
-    with pytest.raises(TypeMismatch, match="is not one of int8, int4"):
-        quantize_array(np.zeros((2, 256), np.float32), QTensorType("q4_k", (2, 256)))
+@pytest.mark.parametrize("bits", [4, 5, 6])
+def test_our_own_blocks(bits: int) -> None:
+    """Byte by byte: a scale, a factor for each 32, codes from the lowest bits on."""
+    q = QTensorType(f"s{bits}b64", (1, 64))
+    codes = np.arange(64) * 7 % (1 << bits)
+    block = np.zeros(q.stored.size if q.stored else 0, np.uint8)
+    block[:2] = np.frombuffer(np.float16(0.5).tobytes(), np.uint8)
+    block[2:4] = 3, 256 - 5
+    for i, c in enumerate(codes):
+        group, at = divmod(i, 32)
+        block[4 + group * 16 + at % 16] |= (c & 15) << (4 * (at // 16))
+        if bits > 4:
+            wide = bits - 4  # bytes of a group's high bits: 4 or 8, each lowest field of all of them first
+            run = 4 * wide
+            block[36 + group * run + at % run] |= (c >> 4) << (wide * (at // run))
+    x = BlockArray(q, block.reshape(1, 1, -1))
+    want = (codes - (1 << (bits - 1))) * np.repeat([1.5, -2.5], 32)
+    np.testing.assert_array_equal(x.dense()[0], want)
+    assert (q.row_bits, parse_type(str(q)), own_scheme(bits, 640)) == (64 * bits + 16 + 16, q, f"s{bits}b160")
+    assert (own_scheme(4, 576), own_scheme(4, 2048), own_scheme(4, 40)) == ("s4b192", "s4b256", None)
+
+
+def test_formats_that_come_from_files_alone() -> None:
+    with pytest.raises(TypeMismatch, match=r"iq4_xs is not one of int8, int4, q4_1, .*: its blocks come from files"):
+        quantize_array(np.zeros((2, 256), np.float32), QTensorType("iq4_xs", (2, 256)))
 
 
 @pytest.mark.parametrize("types, axis", [

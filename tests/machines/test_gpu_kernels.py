@@ -21,7 +21,8 @@ from wasat.backends.tvm.gpu.kernels.rows import Norm, RoundRows, Softmax, norm, 
 from wasat.ir import BlockArray, DType, QArray, QTensorType, TensorType
 from wasat.ir.op import OPS
 from wasat.ir.ops.quant import quantize_array, quantize_rows
-from wasat.ir.schemes import SCHEMES
+from wasat.ir.schemes import SCHEMES as OF_GGUF
+from wasat.ir.schemes import scheme_named
 
 pytestmark = pytest.mark.machines
 RNG = np.random.default_rng(5)
@@ -53,6 +54,7 @@ def packed(w: Any) -> tuple[Format, NDArray[Any]]:
     return f, f.pack(w)
 
 
+SCHEMES = {s.name: s for name in (*OF_GGUF, "s4b160", "s5b64", "s6b96") if (s := scheme_named(name))}
 KINDS = [*FLOATS, "int8", "int4", "int4b16f32", "int8b64", *SCHEMES]
 
 

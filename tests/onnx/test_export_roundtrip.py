@@ -16,6 +16,7 @@ pytest.importorskip("onnx")
 from attention_zoo import CASES, MORE, Case
 from onnx_graphs import HF, ONNX, training_step
 from roundtrip import OPSETS, Sweep, roundtrip
+from wasat.backends.onnx import FORMATS
 from wasat.backends.onnx.errors import ExportError
 from wasat.backends.onnx.table import TABLE, Emission
 from wasat.frontend import from_pretrained
@@ -176,7 +177,7 @@ def test_a_quantized_input_is_refused(opset: int) -> None:
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 def test_weights_come_back_quantized(scheme: str, matmul_nbits: bool) -> None:
     """The same integers and scales, bit for bit, in the standard's operators and in onnxruntime's."""
-    program = optimize(from_pretrained(HF[0]), quantize=scheme, activation=None, chunk=8)[0]
+    program = optimize(from_pretrained(HF[0]), quantize=scheme, activation=None, chunk=8, formats=FORMATS)[0]
     g = program["decode"]
     back = roundtrip(program, "decode", feed(g, {n: SIZES[n] for n in g.symbols}), OPSETS[-1], matmul_nbits=matmul_nbits)
     assert back["forward"].count("quantized_linear") == g.count("quantized_linear") > 0

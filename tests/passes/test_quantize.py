@@ -40,10 +40,11 @@ def outputs(program: Program, n: int) -> list[np.ndarray]:
     return [np.asarray(x) for x in evaluate(g, feed(g, {"n": n}), params)]
 
 
-@pytest.mark.parametrize("scheme, small", [("int8", "2.72 kB"), ("int4", "1.44 kB")])
+@pytest.mark.parametrize("scheme, small", [("int8", "2.72 kB"), ("int4-plain", "1.44 kB")])
 @pytest.mark.parametrize("activation", ["int8", None])
 def test_integers(scheme: str, small: str, activation: str | None) -> None:
     act = ' {activation="int8"}' if activation else ""
+    asked, scheme = scheme, scheme.removesuffix("-plain")
     after = HEAD + f"""
   %quantize: {scheme}b32f16[8, 64] = quantize(%embed) {{scheme="{scheme}"}}
   %e: f32[n, 64] = quantized_embedding(%quantize, %ids)
@@ -54,8 +55,8 @@ def test_integers(scheme: str, small: str, activation: str | None) -> None:
   return %q, %logits
 }}
 """
-    remarks = check_pass(Quantize(scheme, activation), BEFORE, after, [{"n": 2}])
-    assert [str(r) for r in remarks] == [f"applied: 2 weights to {scheme}: 10.24 kB -> {small} (@f)"]
+    remarks = check_pass(Quantize(asked, activation), BEFORE, after, [{"n": 2}])
+    assert [str(r) for r in remarks] == [f"applied: 2 weights to {asked}: 10.24 kB -> {small} (@f)"]
 
 
 @pytest.mark.parametrize("scheme", ["f16", "bf16"])
@@ -85,7 +86,10 @@ def test_clean_up_keeps_the_loss_of_bits(scheme: str) -> None:
 
 
 @pytest.mark.parametrize("n", [1, 5])
-@pytest.mark.parametrize("scheme, error", [("int8", 0.02), ("int4", 0.2), ("f16", 1e-3), ("bf16", 8e-3)])
+@pytest.mark.parametrize("scheme, error", [
+    ("int8", 0.02), ("int4-plain", 0.2), ("int4", 0.06), ("s4", 0.18), ("s5b64", 0.08), ("int4zb32f16", 0.16), ("q5_1", 0.07),
+    ("f16", 1e-3), ("bf16", 8e-3),
+])  # fmt: skip
 def test_results_are_near(n: int, scheme: str, error: float) -> None:
     exact = outputs(random_program(BEFORE), n)
     program, _ = run(BEFORE, Quantize(scheme))
@@ -105,12 +109,14 @@ def test_results_are_near(n: int, scheme: str, error: float) -> None:
     ],
 )
 def test_overrides(overrides: Sequence[tuple[str, str]], want: list[str]) -> None:
-    program, report = run(BEFORE, Quantize("int4", overrides=tuple(overrides)))
+    program, report = run(BEFORE, Quantize("int4-plain", overrides=tuple(overrides)))
     g = program["f"]
     assert [n.op.name for n in g.nodes if "linear" in n.op.name or "embedding" in n.op.name] == want
     if overrides == [("q.*", "int8")]:
         assert [n.attrs.scheme for n in g.nodes if n.op.name == "quantize"] == ["int4", "int8"]  # type: ignore[attr-defined]
-        assert [r.message.split(":")[0] for r in report.remarks()] == ["1 weight to int4", "1 weight to int8"]
+        assert [r.message.split(":")[0] for r in report.remarks()] == [
+            "1 weight to int4-plain", "1 weight to int8", "2 weights in all",
+        ]  # fmt: skip
     assert not report.remarks("missed")
 
 
@@ -123,7 +129,10 @@ def test_overrides_alone() -> None:
 @pytest.mark.parametrize(
     "options, message",
     [
-        (Quantize("int3"), "no quantization scheme 'int3'; there are int8, int4, f16, bf16, f32"),
+        (Quantize("int3"), "no quantization scheme 'int3'; there are int8, int4, int4-plain, s4, s5, .*f16, bf16, f32"),
+        (Quantize("iq4_nl"), "no quantization scheme 'iq4_nl'"),
+        (Quantize("f32[2]"), "no quantization scheme"),
+        (Quantize("s4b40"), "no quantization scheme 's4b40'"),
         (Quantize("int8", overrides=(("q.*", "int5"),)), "no quantization scheme 'int5'"),
         (Quantize("int8", "int4"), "activations can be int8 or None, not 'int4'"),
         (Quantize("int8", overrides=(("q.wieght", "f32"),)), r"'q.wieght' matches no parameter; near it are q.weight"),
@@ -154,6 +163,10 @@ def test_near_misses() -> None:
     check_untouched(Quantize("int8"), one("%v: f32[8, 64]"), "%v stays f32[8, 64]: it is not computed from parameters alone")
     short = one("%w: f32[8, 31]", "", "param %w: f32[8, 31]", "f32[n, 31]")
     check_untouched(Quantize("int4"), short, "%w stays f32[8, 31]: its rows are shorter than a block of 32")
+    for scheme, reason in (("s5", "31 are not of whole blocks of 32"), ("q4_1", "31 are not of whole blocks of 32"),
+                           ("int4zb64f16", "shorter than a block of 64")):  # fmt: skip
+        check_untouched(Quantize(scheme), short, f"%w stays f32[8, 31]: its rows {'are ' * (scheme == 'int4zb64f16')}"
+                        f"{'of ' * (scheme != 'int4zb64f16')}{reason}")  # fmt: skip
     program, _ = run(short, Quantize("f16"))
     assert program["f"].count("cast") == 1
     twice = short.replace("return %y", "%z: f32[n, 8] = linear(%x, %w)\n return %y, %z")
@@ -199,8 +212,9 @@ def test_weights_that_a_loop_reads_stay_and_are_named() -> None:
 
 
 @pytest.mark.parametrize(("size", "scheme", "stays"), [
-    *((size, scheme, size > 1 or 0 < size < 1) for scheme in ("int8", "int4") for size in (1e-7, 1e7, 0, 1)),
-    (1e-5, "int8", True), (1e-5, "int4", False), (1e6, "int8", False), (1e6, "int4", True),  # largest / 127, largest / 8
+    *((size, s, size > 1 or 0 < size < 1) for s in ("int8", "int4-plain", "q5_0") for size in (1e-7, 1e7, 0, 1)),
+    (1e-5, "int8", True), (1e-5, "int4-plain", False), (1e6, "int8", False), (1e6, "int4-plain", True),  # largest / 127, / 8
+    (1e-4, "int4", False), (1e-5, "int4", True), (1e7, "int4", False), (1e9, "int4", True), (0, "int4", False),  # / (8 * 128)
 ])  # fmt: skip
 @pytest.mark.parametrize("body", ["", "%t: f32[8, 64] = mul(%w, 1.0:f32)\n  "])
 def test_weights_whose_scales_f16_does_not_hold_stay_and_are_named(size: float, scheme: str, stays: bool, body: str) -> None:

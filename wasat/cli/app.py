@@ -27,7 +27,6 @@ from wasat.cli.console import (
     Passes,
     Quantize,
     Refusal,
-    Scheme,
     Sizes,
     Source,
     array_file,
@@ -37,6 +36,7 @@ from wasat.cli.console import (
     out,
     overrides_of,
     say,
+    scheme_name,
     sizes_of,
     warn_of_weights,
 )
@@ -124,6 +124,9 @@ def compile(
     if verbose:
         print(report.explain())
     warn_of_weights(report, quantize)
+    for r in report.remarks("applied"):
+        if "weights in all: " in r.message:
+            say(f"{r.message} (@{r.graph})")
     written = sum(f.stat().st_size for f in output.iterdir())
     say(f"{output}: {written / 1e6:.1f} MB in {time.perf_counter() - started:.1f} s")
     missed = len(report.remarks("missed"))
@@ -426,8 +429,11 @@ def evaluate(
 @app.command()
 def demo(
     quantize: Annotated[
-        Scheme | None,
-        typer.Option(help="Of all weights; default: `int8` where a model sees or hears, else `int4`.", show_default=False),
+        str | None,
+        typer.Option(
+            metavar="SCHEME", callback=scheme_name, show_default=False,
+            help="Of all weights; default: `int8` where a model sees or hears, else `int4`.",
+        ),
     ] = None,
     folder: Annotated[Path | None, typer.Option(help="A model folder to show instead of the examples'.")] = None,
     page: Annotated[Path, typer.Option(help="The HTML page to write.")] = Path("out/demo.html"),

@@ -17,8 +17,26 @@ if TYPE_CHECKING:
 
 out, err = Console(), Console(stderr=True)
 
-Scheme = Literal["int4", "int8", "f16", "bf16", "f32"]
-Quantize = Annotated[Scheme, typer.Option(help="Weights in fewer bits; `int4` and `int8` share f16 scales in blocks of 32.")]
+
+
+def scheme_name(name: str | None) -> str | None:
+    """A ``--quantize``, before any long work."""
+    if name not in (None, "int4", "int8", "f32"):
+        from wasat.passes.serving.recipes import SCHEMES, is_scheme
+
+        if not is_scheme(name):
+            raise typer.BadParameter(f"{name!r} is not one of {', '.join(SCHEMES)}")
+    return name
+
+
+Quantize = Annotated[
+    str,
+    typer.Option(
+        metavar="SCHEME", callback=scheme_name,
+        help="Weights in fewer bits: `int4` chooses 4 or 5 for each by what it is for; `int8`, `f16`, `bf16`, `f32`; or a "
+        "scheme for all, such as `s5` or `int4-plain` (docs/quantization.md).",
+    ),
+]
 Override = Annotated[
     list[str] | None,
     typer.Option("--override", help="`GLOB=SCHEME` for the parameters that match, e.g. `'*embed*=int8'`; repeatable."),

@@ -76,7 +76,7 @@ def export(
         return say(f"{c}: an artifact of {size / 1e6:.1f} MB and a host in C; how to build it: {c / 'README.md'}")
     assert onnx is not None
     try:
-        from wasat.backends.onnx import to_onnx
+        from wasat.backends.onnx import FORMATS, to_onnx
     except ModuleNotFoundError as e:
         raise Refusal(f"writing ONNX files needs the package {e.name}; pip install 'wasat[onnx]'") from None
 
@@ -84,7 +84,8 @@ def export(
     if optimized or or_none(quantize) is not None:
         caches = None if graph is not None and graph not in program.graphs else False  # a graph that is there stays
         program, report = driver.optimize(
-            program, quantize=or_none(quantize), overrides=overrides_of(override), activation=None, kv_cache=caches
+            program, quantize=or_none(quantize), overrides=overrides_of(override), activation=None, kv_cache=caches,
+            formats=FORMATS,
         )  # fmt: skip
         warn_of_weights(report, quantize)
     elif override:

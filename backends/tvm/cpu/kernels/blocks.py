@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from wasat.ir import BlockArray, DType, QArray, QTensorType
-from wasat.ir.schemes import SCHEMES, Parts
+from wasat.ir.schemes import Parts, scheme_named
 
 from .emit import Buffer, Expr, Kernel, bits, cast, floor_div, floor_mod, load, splat_int, vector, widen
 from .isa import Isa
@@ -97,7 +97,7 @@ _INTEGERS = re.compile(r"int([48])(z?)b(\d+)(b?f\d+)\Z")
 
 def in_blocks(name: str) -> bool:
     """Whether a storage is one of this module."""
-    return name in SCHEMES or _INTEGERS.match(name) is not None
+    return scheme_named(name) is not None or _INTEGERS.match(name) is not None
 
 
 def fits_blocks(type: QTensorType) -> bool:
@@ -109,9 +109,10 @@ def fits_blocks(type: QTensorType) -> bool:
 @functools.lru_cache
 def format_of(name: str, isa: Isa) -> Format:
     """Of a storage as :attr:`.QTensorType.how` names it."""
-    s = SCHEMES.get(name)
+    s = scheme_named(name)
     if s is not None:
-        return Format(isa, s.block, s.group, s.low, s.high, DType.F16 if s.floats else DType.F32, s.offset, s.factors)
+        scale = DType.F16 if s.floats else DType.F32
+        return Format(isa, s.block, s.group, s.low, s.high, scale, s.offset, s.factors is not None)
     m = _INTEGERS.match(name)
     assert m is not None, name
     high, block = (8 if m[1] == "4" else 128), int(m[3])

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from tvm import tirx
 from wasat.ir import BlockArray, DType, QArray, QTensorType
-from wasat.ir.schemes import SCHEMES, Scheme
+from wasat.ir.schemes import Scheme, scheme_named
 
 from ...cpu.kernels.emit import Buffer, Expr, bits, cast, floor_div, floor_mod, int64, load, splat
 from .emit import Kernel, as_f32
@@ -147,7 +147,7 @@ def format_of(type: Any, f16: bool) -> Format | str:
         if name is None:
             return f"weights of {type.dtype} have no kernel"
         return Floats(name, words=name == "bfloat16" or (name == "float16" and not f16))
-    scheme: Scheme | None = SCHEMES.get(type.scheme)
+    scheme: Scheme | None = scheme_named(type.scheme)
     if scheme is not None:
         groups = scheme.block // scheme.group if scheme.factors else 0
         scale = "float16" if scheme.floats else "float32"
