@@ -7,7 +7,7 @@ import pytest
 from kernel_help import Terms, assert_near, build, each_isa, products, run, uneven
 from numpy.lib.stride_tricks import as_strided
 from wasat.backends.tvm.cpu.kernels.gemm import Axes, Gemm, Matrix, Windows, gemm
-from wasat.backends.tvm.cpu.kernels.isa import Isa
+from wasat.backends.tvm.cpu.kernels.isa import AVX2, Isa
 
 
 def matrix(x: np.ndarray, whole: np.ndarray) -> Matrix:
@@ -80,3 +80,16 @@ def test_windows(isa: Isa, column: Axes) -> None:
     )  # fmt: skip
     [y] = run(build(gemm(desc), isa), [a.reshape(-1), x], ((2 * 29 * n,), "float32"))
     assert_near(y.reshape(2, 29, n), products(a, b))
+
+
+@pytest.mark.parametrize("tiles, panels, threads, chunk", [
+    (40, 4, 4, 40), (40, 1, 1, 40),  # every thread has its panels
+    (40, 1, 4, 10), (40, 2, 4, 20), (40, 6, 4, 20), (41, 1, 4, 11), (24, 3, 8, 4),
+    (7, 1, 4, 7), (8, 1, 4, 4), (11, 1, 4, 6), (12, 1, 4, 4),  # no fewer than four tiles for a copied panel
+    (40, 31, 4, 20), (40, 33, 4, 40),  # of many, the last one is no loss
+])  # fmt: skip
+def test_every_thread_has_its_share(tiles: int, panels: int, threads: int, chunk: int) -> None:
+    """How many tiles a copied panel is applied to."""
+    m, n, k = tiles * AVX2.rows, panels * AVX2.columns, 8
+    desc = Gemm(AVX2, m, n, k, Matrix(m * k, k, 1), Matrix(k * n, n, 1), Matrix(m * n, n, 1), threads=threads)
+    assert desc.chunk == chunk
