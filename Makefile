@@ -1,11 +1,11 @@
-# make demo | demo-web | test | test-all | test-machines | check | mutants | bench | parity | real: each sets up what it needs in .venv (Python 3.11+, a C++ compiler)
+# make demo | demo-web | test | test-all | test-machines | check | mutants | bench | gpu-bundle | parity | real: each sets up what it needs in .venv (Python 3.11+, a C++ compiler)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := ir passes backends frontend runtime training wasat
 
-.PHONY: demo demo-web test test-all test-slow test-machines check lint types mutants bench parity real clean
+.PHONY: demo demo-web test test-all test-slow test-machines check lint types mutants bench gpu-bundle parity real clean
 
 demo: $(READY)
 	$(BIN)/wasat demo
@@ -48,6 +48,11 @@ types: $(READY)
 # small faults in the sources that the tests should notice; FILES=passes/analyses/rows.py for some files only
 mutants: $(READY)
 	$(BIN)/python tests/mutants.py $(FILES) --seed 0 --count 40
+
+# what a machine with a GPU needs to check and time what is compiled here: unpack it there, and run its gpu_check.py
+gpu-bundle: $(READY)
+	$(BIN)/pip install -q -e '.[cuda]'
+	$(BIN)/python benchmarks/gpu_bundle.py out/gpu-bundle
 
 bench: $(READY)
 	$(BIN)/python benchmarks/kernels.py

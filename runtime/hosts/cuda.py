@@ -14,7 +14,7 @@ import numpy as np
 
 from ..errors import AGAIN, ArtifactError, InputError, RuntimeErrorBase
 from .cuda_driver import MAJOR, MAX_SHARED, MAX_THREADS, MINOR, NO_BINARY, NOT_FOUND, OUT_OF_MEMORY, CudaError, Driver, driver
-from .machine import Choice, Command, Dispatch, Move, Piece
+from .machine import SMALLER, Choice, Command, Dispatch, Move, Piece
 from .plan import KernelSpec
 
 _MOST = (2**31 - 1, 65535, 65535)
@@ -148,8 +148,8 @@ class Cuda:
             free, total = ctypes.c_size_t(), ctypes.c_size_t()
             self._call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
             raise MemoryError(
-                f"{self.name} has {free.value} of its {total.value} bytes free, and {nbytes} are asked for: use fewer or "
-                "shorter sessions, smaller weights, or end what else uses it"
+                f"{self.name} has {free.value} of its {total.value} bytes free, and {nbytes} are asked for: "
+                + SMALLER
             ) from None
         held = _Held(self, memory, "cuMemFree_v2")
         with self._lock:

@@ -58,7 +58,10 @@ class Host:
                 if key not in recorded:
                     while len(recorded) >= _RECORDINGS:
                         recorded.pop(next(iter(recorded)))
-                    recorded[key] = self._record(entry, args)
+                    try:
+                        recorded[key] = self._record(entry, args)
+                    except MemoryError as e:
+                        raise InputError(f"{entry}: there is no memory for what it computes: {e}") from None
                 else:
                     recorded[key] = recorded.pop(key)  # the last one used is the last to go
                 r = recorded[key]

@@ -10,6 +10,9 @@ import numpy as np
 
 from .plan import KernelSpec
 
+SMALLER = "use fewer or shorter sessions, smaller weights, or end what else uses it"
+"""What to do where memory ends."""
+
 
 @dataclass(frozen=True)
 class Piece:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ArtifactError
-from .machine import Choice, Command, Move, Piece
+from .machine import SMALLER, Choice, Command, Move, Piece
 from .plan import KernelSpec
 
 
@@ -63,8 +63,12 @@ class OpenCL:
     def allocate(self, nbytes: int) -> Piece:
         if nbytes > self._largest:
             raise MemoryError(f"{self.name} has at most {self._largest} bytes in one array, and one of {nbytes} is asked for")
-        memory = self._cl.Buffer(self._context, self._cl.mem_flags.READ_WRITE, nbytes)
-        self._cl.enqueue_fill_buffer(self._queue, memory, np.zeros(1, np.uint32), 0, nbytes)
+        try:
+            memory = self._cl.Buffer(self._context, self._cl.mem_flags.READ_WRITE, nbytes)
+            # drivers take memory when it is first used
+            self._cl.enqueue_fill_buffer(self._queue, memory, np.zeros(1, np.uint32), 0, nbytes)
+        except self._cl.MemoryError as e:
+            raise MemoryError(f"{self.name} has no {nbytes} bytes free ({e}): {SMALLER}") from None
         return Piece(memory, 0, nbytes)
 
     def write(self, to: Piece, data: np.ndarray) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ArtifactError, InputError
-from .machine import Choice, Command, Dispatch, Move, Piece
+from .machine import SMALLER, Choice, Command, Dispatch, Move, Piece
 from .plan import KernelSpec
 
 _SPREAD = 65535
@@ -89,8 +89,13 @@ class WebGPU:
     def allocate(self, nbytes: int) -> Piece:
         if nbytes > self._largest:
             raise MemoryError(f"{self.name} has at most {self._largest} bytes in one array, and one of {nbytes} is asked for")
+        import wgpu
+
         u = self._usage
-        return Piece(self.device.create_buffer(size=nbytes, usage=u.STORAGE | u.COPY_SRC | u.COPY_DST), 0, nbytes)
+        try:
+            return Piece(self.device.create_buffer(size=nbytes, usage=u.STORAGE | u.COPY_SRC | u.COPY_DST), 0, nbytes)
+        except wgpu.GPUOutOfMemoryError as e:
+            raise MemoryError(f"{self.name} has no {nbytes} bytes free ({e}): {SMALLER}") from None
 
     def write(self, to: Piece, data: np.ndarray) -> None:
         self.device.queue.write_buffer(to.memory, to.at, data)

@@ -1,4 +1,5 @@
-"""Compile a PrimFunc for a GPU's language and run it on NumPy arrays: WGSL through wgpu, OpenCL C through PoCL."""
+"""Compile a PrimFunc for a GPU's language and run it on NumPy arrays: WGSL through wgpu, OpenCL C through PoCL, CUDA C++
+on a GPU in software."""
 
 from __future__ import annotations
 
@@ -11,10 +12,14 @@ import numpy as np
 import pytest
 import tvm
 from numpy.typing import NDArray
+from soft_cuda import soft_gpu
 from wasat.backends.tvm.gpu.limits import Limits
-from wasat.backends.tvm.plan.device import OPENCL, WEBGPU, WEBGPU_F16, Device
-from wasat.backends.tvm.plan.kernels import Kernel, functions
+from wasat.backends.tvm.plan.device import CUDA, OPENCL, WEBGPU, WEBGPU_F16, Device
+from wasat.backends.tvm.plan.kernels import Kernel, all_sources, functions
 from wasat.ir import evaluate_dim
+from wasat.runtime.hosts.machine import Command, Dispatch
+from wasat.runtime.hosts.open import open_machine
+from wasat.runtime.hosts.plan import KernelSpec
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class Machine:
 MACHINES = [
     Machine("webgpu", (("kind", "webgpu"), ("max_num_threads", 256)), WEBGPU, Limits()),
     Machine("opencl", (("kind", "opencl"),), OPENCL, Limits()),
+    Machine("cuda", (("kind", "cuda"), ("arch", "sm_90")), CUDA, Limits(CUDA.threads, CUDA.shared, CUDA.f16)),
 ]
 
 F16 = Machine("webgpu-f16", (("kind", "webgpu"), ("max_num_threads", 256)), WEBGPU_F16, Limits(f16=True))
@@ -41,6 +47,11 @@ F16 = Machine("webgpu-f16", (("kind", "webgpu"), ("max_num_threads", 256)), WEBG
 
 def each_machine() -> pytest.MarkDecorator:
     return pytest.mark.parametrize("machine", [pytest.param(m, id=m.name) for m in MACHINES])
+
+
+def on_halves() -> pytest.MarkDecorator:
+    """Machines that compute with f16."""
+    return pytest.mark.parametrize("machine", [pytest.param(m, id=m.name) for m in (F16, MACHINES[-1])])
 
 
 @cache
@@ -85,9 +96,14 @@ def run(machine: Machine, func: tvm.tirx.PrimFunc, arrays: Sequence[NDArray[Any]
         grid = tuple(evaluate_dim(d, env) for d in launch.grid)
         if all(grid):
             steps.append((launch.kernel, grid, launch.buffers, [evaluate_dim(d, env) for d in launch.scalars]))
-    if machine.device.f16 and "shader-f16" not in _webgpu().features:
+    if machine.device.language == "wgsl" and machine.device.f16 and "shader-f16" not in _webgpu().features:
         pytest.skip("the adapter has no shader-f16")
-    out = (_on_webgpu if machine.device.language == "wgsl" else _on_opencl)(memory, steps)
+    if machine.device.language == "cuda":
+        source = all_sources({kernel.name: kernel for kernel, *_ in steps}.values(), machine.target)
+        with soft_gpu() as gpu:
+            out = _on_cuda(memory, steps, gpu.compiled(source))
+    else:
+        out = (_on_webgpu if machine.device.language == "wgsl" else _on_opencl)(memory, steps)
     return [y[: x.size].reshape(x.shape).astype(x.dtype, copy=False) for x, y in zip(arrays, out)]
 
 
@@ -127,6 +143,20 @@ def _on_webgpu(memory: list[NDArray[Any]], steps: Steps) -> list[NDArray[Any]]:
         step.end()
         device.queue.submit([encoder.finish()])
     return [np.frombuffer(device.queue.read_buffer(b), x.dtype)[: x.size] for b, x in zip(buffers, memory)]
+
+
+def _on_cuda(memory: list[NDArray[Any]], steps: Steps, code: bytes) -> list[NDArray[Any]]:
+    machine: Any = open_machine("cuda", {"threads": 256, "shared": 49152})
+    buffers = [machine.allocate(x.nbytes) for x in memory]
+    for b, x in zip(buffers, memory):
+        machine.write(b, x.reshape(-1).view(np.uint8))
+    commands: list[Command] = []
+    for k, grid, places, numbers in steps:
+        spec = KernelSpec(k.name, code, k.threads, k.writes, k.scalars)
+        x, y, z = grid
+        commands.append(Dispatch(machine.kernel(spec), spec, (x, y, z), tuple(buffers[i] for i in places), tuple(numbers)))
+    found = machine.run(machine.record(commands), buffers)
+    return [y.view(x.dtype) for x, y in zip(memory, found)]
 
 
 @cache

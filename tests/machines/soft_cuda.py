@@ -22,7 +22,7 @@ from wasat.runtime.hosts import open as opened
 
 HERE = Path(__file__).parent
 FATBIN = 0xBA55ED50
-_KERNEL = r'extern "C" __global__ void __launch_bounds__\(\d+\) (\w+)\(([^)]*)\) \{'
+_KERNEL = r'extern "C" __global__ void (?:__launch_bounds__\(\d+\) )?(\w+)\(([^)]*)\) \{'
 AS_NEW = {
     "devices": 1, "major": 9, "minor": 0, "memory": 1 << 40, "threads": 1024, "shared": 49152, "backwards": 0, "status": 0,
     "refused": 0,
@@ -60,6 +60,12 @@ class SoftGPU:
 
     def count(self, name: str) -> int:
         return int(self.library.soft_get(name.encode()))
+
+    def compiled(self, source: str) -> bytes:
+        """Code that runs here."""
+        code = no_machine_code(source, ["sm_90"])
+        self.register(source, code)
+        return code
 
     def register(self, source: str, code: bytes) -> None:
         """Code, and the source that it was made of: modules of it run."""

@@ -189,6 +189,24 @@ def test_a_session_that_does_not_fit(model: Model, again: SoftGPU) -> None:
     assert session.step([[1]]).shape[0] == 1
 
 
+def test_what_is_computed_does_not_fit(again: SoftGPU) -> None:
+    runner = PlanRunner(parse_program("""graph @f(%x: f32[n, 4]) {
+  %y: f32[n, 4] = exp(%x)
+  %z: f32[4, n] = transpose(%y) {perm=(1, 0)}
+  %w: f32[n, n] = matmul(%y, %z)
+  %t: f32[n] = reduce_sum(%w) {axes=(1,)}
+  return %t
+}"""), target_named("cuda:sm_90"))
+    x = runner.host.memory.buffer_of(np.ones((100, 4), np.float32))
+    gc.collect()
+    again.set(memory=again.count("bytes") + 30000)
+    message = r"f: there is no memory for what it computes: Soft GPU has \d+ .* 40000 are asked for"
+    with pytest.raises(InputError, match=message):
+        runner.host.function("f")(x)
+    again.set(memory=1 << 40)
+    assert runner.host.function("f")(x)[0].shape == (100,)
+
+
 def test_a_damaged_file_of_kernels(again: SoftGPU, tmp_path: Path) -> None:
     loaded(parse_program(ADD), "cuda:sm_90", tmp_path / "add.wasat")
     path = tmp_path / "add.wasat" / "kernels.fatbin"

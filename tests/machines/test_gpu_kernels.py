@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).parent))
 pytest.importorskip("wasat.backends.tvm.plan")  # the language of a device, out of TensorIR
-from gpu_help import F16, Machine, each_machine, run
+from gpu_help import Machine, each_machine, on_halves, run
 from wasat.backends.tvm.gpu.kernels.attention import Attention, attention
 from wasat.backends.tvm.gpu.kernels.elementwise import CacheWrite, Embedding, Glu, Rope, cache_write, embedding, glu, rope
 from wasat.backends.tvm.gpu.kernels.formats import Format, format_of
@@ -274,36 +274,39 @@ def test_cached_attention(
     close(y, want)
 
 
+@on_halves()
 @pytest.mark.parametrize("kind, m, rows", [("float16", 1, 1), ("int4", 3, 4), ("float16", 70, 32)])
-def test_linear_f16(kind: str, m: int, rows: int) -> None:
+def test_linear_f16(machine: Machine, kind: str, m: int, rows: int) -> None:
     """Activations, and arrays of weights, in f16; sums in f32."""
     n, k = 35, 77
     w, dense = made(kind, n, k)
     f = format_of(w.type if isinstance(w, QArray) else TensorType(DType.F16, w.shape), True)
     assert not isinstance(f, str)
     x, bias = normal(m, k).astype(np.float16), normal(n).astype(np.float16)
-    desc = Linear(F16.limits, n, k, f, rows, bias=True, dtype="float16")
-    got = run(F16, linear(desc), [x, f.pack(w), bias, np.full((m, n), 9, np.float16)])[-1]
+    desc = Linear(machine.limits, n, k, f, rows, bias=True, dtype="float16")
+    got = run(machine, linear(desc), [x, f.pack(w), bias, np.full((m, n), 9, np.float16)])[-1]
     close(got.astype(np.float32), x.astype(np.float32) @ dense.T + bias, 1e-3)
 
 
-def test_rows_f16() -> None:
+@on_halves()
+def test_rows_f16(machine: Machine) -> None:
     x, w = normal(3, 70).astype(np.float16), normal(70).astype(np.float16)
-    y = run(F16, norm(Norm(F16.limits, 70, dtype="float16")), [x, w, np.full((3, 70), 9, np.float16)])[-1]
+    y = run(machine, norm(Norm(machine.limits, 70, dtype="float16")), [x, w, np.full((3, 70), 9, np.float16)])[-1]
     op = OPS["rms_norm"]
     close(y.astype(np.float32), op.reference(op.Attrs(), x, w).astype(np.float32), 2e-3)
-    y = run(F16, glu(Glu(F16.limits, 35, dtype="float16")), [x, np.full((3, 35), 9, np.float16)])[-1]
+    y = run(machine, glu(Glu(machine.limits, 35, dtype="float16")), [x, np.full((3, 35), 9, np.float16)])[-1]
     op = OPS["glu"]
     close(y.astype(np.float32), op.reference(op.Attrs(), x).astype(np.float32), 2e-3)
 
 
+@on_halves()
 @pytest.mark.parametrize("s", [1, 19])
-def test_attention_f16(s: int) -> None:
+def test_attention_f16(machine: Machine, s: int) -> None:
     q, k, v = normal(2, s, 4, 40), normal(2, 300, 2, 40), normal(2, 300, 2, 24)
     q, k, v = (x.astype(np.float16) for x in (q, k, v))
     past = np.array([300 - s, 20], np.int64)
-    desc = Attention(F16.limits, 4, 2, 40, 24, 0.3, cached=True, decode=s == 1, dtype="float16", stored="float16")
-    y = run(F16, attention(desc), [q, past, k, v, np.full((2, s, 4, 24), 9, np.float16)])[-1]
+    desc = Attention(machine.limits, 4, 2, 40, 24, 0.3, cached=True, decode=s == 1, dtype="float16", stored="float16")
+    y = run(machine, attention(desc), [q, past, k, v, np.full((2, s, 4, 24), 9, np.float16)])[-1]
     op = OPS["cached_attention"]
     new = [np.stack([x[r, p : p + s] for r, p in enumerate(past)]) for x in (k, v)]
     want, _, _ = op.reference(op.Attrs(scale=0.3), q, *new, k, v, past)

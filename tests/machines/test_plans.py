@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from tiny_model import CONTEXT, Reference, tiny_program
 from wasat.backends.tvm.targets import Target, target_named
 from wasat.ir import OPS, ArrayParam, Graph, IRError, Program, evaluate, parse, parse_program, type_of
 from wasat.runtime import ArtifactError, InputError, Model
+from wasat.runtime.hosts.open import open_machine
 
 import wasat as ws
 from wasat.planned import PlanRunner
@@ -161,6 +163,27 @@ def test_integers_that_do_not_fit(target: str) -> None:
     else:
         with pytest.raises(InputError, match=r"input x holds 1099511627776; this device keeps int64 in int32"):
             runner("f", {"x": big})
+
+
+@pytest.mark.parametrize("target", ["webgpu", "opencl"])
+def test_memory_that_ends(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the package raises where a device has no more is told as a sentence, for weights, sessions and what is computed."""
+    need(target)
+    machine: Any = open_machine(target, {"threads": 1, "shared": 1, "buffers": 1, "f16": False})
+
+    class Full(Exception):
+        pass
+
+    def full(*args: Any, **options: Any) -> None:
+        raise Full("none left")
+
+    if target == "webgpu":
+        monkeypatch.setattr("wgpu.GPUOutOfMemoryError", Full)
+        monkeypatch.setattr(machine, "device", SimpleNamespace(create_buffer=full))
+    else:
+        monkeypatch.setattr(machine, "_cl", SimpleNamespace(Buffer=full, MemoryError=Full, mem_flags=machine._cl.mem_flags))
+    with pytest.raises(MemoryError, match=r"has no 64 bytes free \(none left\): use fewer or shorter sessions"):
+        machine.allocate(64)
 
 
 @pytest.mark.parametrize("target", ["webgpu", "opencl"])
