@@ -170,7 +170,7 @@ def _reads_products(node: Node) -> bool:
     for at in todo:
         if at is None or (at.op.kind == "product" and at.op.weight is None):
             return False
-        if at in seen or at.op.name == "constant":
+        if at in seen or at.op.kind == "source":
             continue
         seen.add(at)
         if at.op.kind == "product":
