@@ -98,11 +98,11 @@ def quality(
     progress: Callable[[int], None] = lambda done: None,
 ) -> Quality:
     """Compares log-probabilities [positions, vocabulary] of each window, read one window at a time; ``progress`` is told how
-    many windows are done. Raises ValueError where the vocabularies differ, or one side has fewer windows."""
+    many windows are done. Raises WasatError where the vocabularies differ."""
     kl, same, loss, base_loss = [], [], [], []
     for i, (ids, b, x) in enumerate(zip(windows, base, other, strict=True), 1):
         if b.shape != x.shape:
-            raise ValueError(f"window {i}: log-probabilities are {list(b.shape)} and {list(x.shape)}")
+            raise WasatError(f"window {i}: the sides give log-probabilities {list(b.shape)} and {list(x.shape)}")
         for first in range(0, len(b), _ROWS):
             wide, narrow = (y[first : first + _ROWS].astype(np.float64) for y in (b, x))
             p = np.exp(wide)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,8 +17,9 @@ from wasat.backends.tvm.ops import primitives
 from wasat.ir import ArrayParam, Builder, Graph, Program, WasatError
 from wasat.passes.core import GraphPass, Remarks
 
+import wasat as ws
 from wasat.cli.app import app
-from wasat.comparison import bounds, compare, engines
+from wasat.comparison import Side, bounds, compare, engines
 from wasat.comparison.nodes import compare_nodes, interpret
 from wasat.testing import random_program
 
@@ -305,7 +307,7 @@ def test_logits_of_another_text(model, tmp_path):
     with pytest.raises(WasatError, match=r"holds float32\[9, 6\]; of this text it must be logits, floats \[10, vocabulary\]"):
         compare(model, tmp_path / "short.npy", text=TEXT)
     np.save(tmp_path / "narrow.npy", np.zeros((10, 5), np.float32))
-    with pytest.raises(WasatError, match="say nothing of the same tokens"):
+    with pytest.raises(WasatError, match=r"window 1: the sides give log-probabilities \[10, 6\] and \[10, 5\]"):
         compare(model, tmp_path / "narrow.npy", text=TEXT)
     with pytest.raises(WasatError, match="only what it says of a text can be compared: give a text"):
         compare(model, tmp_path / "narrow.npy")
@@ -351,3 +353,66 @@ def test_the_command(tmp_path):
     assert (found["ok"], found["first"]["value"]) == (False, "y")
     np.save(tmp_path / "x.npy", np.zeros((2, 4), np.float32))
     assert run(app, ["compare", a, b, "--input", f"x={tmp_path}/x.npy"]).exit_code == 0, "zeros are the same"
+
+
+def test_an_artifact_is_read_token_by_token(model, tmp_path):
+    deep = random_program("""
+graph @forward(%tokens: i64[b, s]) {
+  param %embed.weight: f32[6, 8]
+  %e: f32[b, s, 8] = embedding(%embed.weight, %tokens)
+  %c: f32[b, s, 8] = cumsum(%e) {axis=1}
+  %t: f32[b, s, 8] = tanh(%c)
+  %logits: f32[b, s, 6] = linear(%t, %embed.weight)
+  return %logits
+}
+""")
+    deep.origin = model.origin
+    ws.compile(deep, tmp_path / "m.wasat", kv_cache=True)
+    found = compare(deep, tmp_path / "m.wasat", text=TEXT, window=4, max_kl=1e-9)
+    assert found.ok, str(found)
+    assert found.text is not None
+    assert (found.text.tokens, found.text.same_top) == (10, 1.0)
+    deep.params["embed.weight"] = ArrayParam(deep.load("embed.weight") * np.float32(1.1), deep.params["embed.weight"].type)
+    assert not compare(deep, tmp_path / "m.wasat", text=TEXT, window=4, max_kl=1e-9).ok
+
+
+def test_llama_cpp_is_asked_for_every_position(model, tmp_path, monkeypatch):
+    """Of its package only what is called: windows one by one, from an empty context."""
+    embed, head = model.load("embed.weight"), model.load("head.weight")
+
+    class Llama:
+        def __init__(self, path, n_ctx, n_batch, logits_all, verbose):
+            assert (path, n_ctx, n_batch, logits_all) == (str(tmp_path / "m.gguf"), 4, 4, True)
+            self.scores, self.n_tokens = np.zeros((n_ctx, 6), np.float32), 0
+
+        def reset(self):
+            self.n_tokens = 0
+
+        def eval(self, tokens):
+            self.scores[self.n_tokens : self.n_tokens + len(tokens)] = embed[tokens] @ head.T
+            self.n_tokens += len(tokens)
+
+    monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(Llama=Llama))
+    peer = Side("theirs", path=tmp_path / "m.gguf", peer="llama.cpp")
+    found = compare(model, peer, text=TEXT, window=4)
+    assert found.text is not None
+    assert found.text.tokens == 10
+    assert abs(found.text.kl) < 1e-6
+
+
+def test_layers_share_code_and_not_weights():
+    found = compare(random_program(BLOCK), "cpu")
+    assert found.ok, str(found)
+    assert found.stages[1].values == 7
+    assert not found.stages[1].skipped
+
+
+def test_an_infinity_on_one_side_is_a_difference_though_results_are_equal():
+    a = "graph @forward(%x: f32[b]) {\n  %y: f32[b] = minimum(%x, 1.0:f32)\n  return %y\n}"
+    far = "  %far: f32[b] = mul(%x, 3e38:f32)\n  %y: f32[b] = minimum(%far, 1.0:f32)\n"
+    b = f"graph @forward(%x: f32[b]) {{\n{far}  return %y\n}}"
+    found = compare(random_program(a), random_program(b), inputs={"x": np.array([2.0], np.float32)})
+    assert found.first is None
+    assert not found.outputs[0].differs
+    assert [(x.what, x.value, x.side) for x in found.alarms] == [("inf", "far", "b")]
+    assert not found.ok

@@ -51,7 +51,7 @@ def test_a_token_that_one_side_holds_impossible():
 
 
 def test_sides_of_other_sizes_are_refused():
-    with pytest.raises(ValueError, match=r"window 1: log-probabilities are \[3, 3\] and \[3, 2\]"):
+    with pytest.raises(WasatError, match=r"window 1: the sides give log-probabilities \[3, 3\] and \[3, 2\]"):
         quality([BASE], [OTHER[:, :2]], [np.arange(3)])
     with pytest.raises(ValueError):
         quality([BASE], [OTHER], [np.arange(3)] * 2)

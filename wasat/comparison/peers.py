@@ -63,6 +63,8 @@ def _artifact(path: Path, windows: Windows) -> Iterator[NDArray[np.float64]]:
     from wasat.runtime import load
 
     model = load(path)
+    longest = max(map(len, windows))
+    limit = model.manifest.interface.context
     for ids in windows:
-        session = model.session(batch=1)
+        session = model.session(1, longest if limit is None else min(longest, limit))
         yield log_softmax(np.stack([np.asarray(session.step([[int(i)]]))[0] for i in ids]))
