@@ -64,6 +64,7 @@ TESTS = {  # what covers a file; for others it is the file of the same name, or 
     "passes/cleanup/hoist_params.py": ["tests/passes/test_hoist_params.py"],
     "passes/fusion/merge_linears.py": ["tests/passes/test_merge_linears.py"],
     "passes/training/precision.py": ["tests/passes/test_mixed_precision.py", "tests/training/test_precision.py"],
+    "passes/training/autodiff.py": ["tests/passes/test_autodiff.py", "tests/passes/test_core.py"],
     "passes/training/remat.py": ["tests/passes/test_remat.py"],
     "backends/tvm/ops/indices.py": ["tests/face/test_edges.py"],
     "backends/tvm/ops/cond.py": ["tests/backends/test_compiled_cond.py"],

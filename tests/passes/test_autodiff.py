@@ -27,6 +27,7 @@ SQUARE = """graph @loss(%x: f64[n], %w: f64[n]) {
 def differentiated(program: str | Graph | Program, *passes: Differentiate) -> tuple[Program, list[str]]:
     program = program if isinstance(program, Program) else random_program(program)
     report = PassManager(passes).run(program)
+    assert all(step.modified for step in report.steps)
     for g in program.graphs.values():
         assert str(parse(str(g))) == str(g)
     return program, [str(r).splitlines()[0] for r in report.remarks()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from wasat.ir import Builder, Graph, IRError, Loc, Program, VerifyError, evaluat
 from wasat.passes import FuseActivations
 from wasat.passes.core import GraphPass, Pass, PassError, PassManager, Remark, Remarks, Report, Step
 
+from wasat import passes
 from wasat.testing import InterpreterCheck, check_pass, feed, random_program
 
 TEXT = """
@@ -243,3 +245,10 @@ def test_explain_groups_equal_layers() -> None:
         "applied: %q_0 = 2 linears (@f) × 3", "applied: %q_5 = 2 linears (@f) × 2",
         "applied: %q_3 = 2 linears (@f)", "applied: %q_4 = 3 linears (@f)",
     ]
+
+
+def test_passes_are_values() -> None:
+    """Their options are all that they hold, and stay as they are while they run: one may serve many programs."""
+    made = [c for c in vars(passes).values() if isinstance(c, type) and issubclass(c, Pass) and dataclasses.is_dataclass(c)]
+    assert len(made) > 10
+    assert all(c.__dataclass_params__.frozen for c in made)  # type: ignore[attr-defined]

@@ -222,6 +222,16 @@ def test_what_errors_call_a_medium(part: Any, name: str) -> None:
     assert (part.name, repr(part)) == (name, f"{type(part).__name__}({name})")
 
 
+@pytest.mark.parametrize("make", [
+    lambda: Image(PIXELS), lambda: Audio(PIXELS[0, :, 0], 8000), lambda: Video(PIXELS[None], fps=1),
+])  # fmt: skip
+def test_one_medium_is_itself(make: Any) -> None:
+    """What is encoded once is told by what it is, and arrays are not compared."""
+    one, other = make(), make()
+    assert one != other
+    assert len({*(one, other, one)}) == 2
+
+
 NO_SOURCES = [0, 3, None, True, 1.5, [1], bytearray(b"x"), memoryview(b"x"), object()]
 
 
