@@ -16,6 +16,7 @@ from wasat.backends.tvm.targets import cpu
 from wasat.frontend import nn
 from wasat.ir import IRError
 from wasat.ir.ops.attention import AttentionAttrs, mask_and_sink
+from wasat.ir.ops.linear_attention import LinearAttentionAttrs
 
 import wasat as ws
 
@@ -53,6 +54,10 @@ def _words(of: Callable[..., Any] | type) -> str:
 def _understood(program: ws.Program) -> str:
     fused, _ = ws.optimize(program, kv_cache=False)
     found = [n for n in fused["forward"].nodes if isinstance(n.attrs, AttentionAttrs)]
+    linear = [n.attrs for n in fused["forward"].nodes if isinstance(n.attrs, LinearAttentionAttrs)]
+    if linear:
+        rules = dict.fromkeys(a.rule.replace("_", " ") + (", read before" if a.before else "") for a in linear)
+        return f"`linear_attention`: {'; '.join(rules)}"
     if not found:
         return "its formula"
     a, more = AttentionAttrs.of(found[0]), found[0].inputs[3:]

@@ -90,9 +90,9 @@ class State(_Section):
         return cls(name, "ring", positions=1, capacity=capacity, window=window, cut="window", role=role)
 
     @classmethod
-    def carry(cls, name: str, rows: int | None = 0, empty: float | str = 0.0) -> State:
+    def carry(cls, name: str, rows: int | None = 0, empty: float | str = 0.0, donated: bool = False) -> State:
         """What a recurrence hands from one position to the next."""
-        return cls(name, "carry", rows, empty=empty)
+        return cls(name, "carry", rows, empty=empty, donated=donated)
 
     @classmethod
     def tail(cls, name: str, count: int, rows: int = 0, positions: int = 1, empty: float | str = 0.0) -> State:

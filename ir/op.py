@@ -265,6 +265,8 @@ class Op:
     """The operand whose memory the result is."""
     idle: ClassVar[int | None] = None
     """The operand that the result is at inference: of what changes something in training alone. The other one is its key."""
+    recurrence: ClassVar[Mapping[int, int]] = {}
+    """Of what runs forward along an axis: the results that an incremental run keeps, each by the operand it goes on from."""
     factors: ClassVar[int] = 2
     """Of products: how many of the first operands are multiplied."""
     commutative: ClassVar[bool] = False
@@ -301,6 +303,11 @@ class Op:
     def picks(self, attrs: Any) -> int | None:
         """The axis of operand 0 along which slices are picked at the indices in operand 1; None: it picks none so."""
         return None
+
+    def pause(self, b: Builder, attrs: Any, operands: Sequence[Value], real: Value) -> list[Value]:
+        """Of a ``recurrence``: operands with which what is kept stays as it is in the turns that are not ``real``, which is
+        bool [rows | 1, turns, heads | 1]."""
+        raise NotImplementedError(self.name)
 
     def multiply_adds(self, attrs: Any, *types: Any) -> DimLike:
         """Those of matrix products and convolutions, without regard to masks."""

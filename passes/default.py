@@ -17,6 +17,7 @@ from .fusion.fuse_attention import FuseAttention
 from .fusion.fuse_experts import FuseExperts
 from .fusion.fuse_glu import FuseGlu
 from .fusion.fuse_norm import FuseNorm
+from .fusion.fuse_recurrence import FuseRecurrence
 from .fusion.fuse_rope import FuseRope
 from .fusion.merge_linears import MergeLinears
 from .serving.kv_cache import DeriveKVCache
@@ -24,8 +25,8 @@ from .serving.quantize import KeepQuantized, Quantize
 from .serving.recipes import ALL, Formats
 
 __all__ = [
-    "Cleanup", "DeriveKVCache", "FuseActivations", "FuseAttention", "FuseExperts", "FuseGlu", "FuseNorm", "FuseRope",
-    "HoistParams", "KeepQuantized", "MergeLinears", "Quantize", "ReadTables", "SimplifyIndices", "default_pipeline",
+    "Cleanup", "DeriveKVCache", "FuseActivations", "FuseAttention", "FuseExperts", "FuseGlu", "FuseNorm", "FuseRecurrence",
+    "FuseRope", "HoistParams", "KeepQuantized", "MergeLinears", "Quantize", "ReadTables", "SimplifyIndices", "default_pipeline",
 ]  # fmt: skip
 
 
@@ -41,7 +42,7 @@ def default_pipeline(
     """
     passes: list[Pass] = [
         Cleanup(fold_positions=False), ReadTables(), SimplifyIndices(), FuseNorm(), FuseRope(), FuseActivations(),
-        FuseAttention(), Cleanup(), FuseExperts(), KeepQuantized(activation),
+        FuseAttention(), Cleanup(), FuseExperts(), FuseRecurrence(), Cleanup(), KeepQuantized(activation),
     ]  # fmt: skip
     if quantize is not None or overrides:
         passes.append(Quantize(quantize or "f32", activation, tuple((overrides or {}).items()), formats=formats))

@@ -302,7 +302,10 @@ class Session:
             args = self._args(name, {**w.given, "past": w.past.tensor, **own}, w.kept)
         if self._checks[name] or self._late[name] or self._each[name]:
             self._check(name, {**w.others, **along, self._fed: tokens, "past": counts, "last": counts})
-        out = self._functions[name](*args)
+        try:
+            out = self._functions[name](*args)
+        except Exception as e:
+            raise self._lost(w, e) from e
         self._written[w.rows] = np.maximum(self._written[w.rows], before + s)
         if self._cut is not None:
             self._check_cut(self._memory.array_of(out[self._cut]) & (counts > 0), w)
@@ -316,6 +319,17 @@ class Session:
                 self._whole[row] += [(first, first + n)] if n > 1 else []
         self._past[w.rows] += counts
         return w, found
+
+    def _lost(self, w: _Window, e: Exception) -> Exception:
+        """The error of a call that failed on its way: what it writes in place is neither the old nor the new any more."""
+        if not any(s.donated for s in self._slots.states):
+            return e
+        rows = self._every[w.rows]
+        self._slots.clear(np.flatnonzero(np.isin(self._row, rows)))
+        self._past[rows] = self._written[rows] = 0
+        for row in rows.tolist():
+            self._whole[row] = []
+        return InputError(f"{e}; rows {rows.tolist()} are empty now, their states having been written over: feed them again")
 
     def _check_cut(self, cut: np.ndarray, w: _Window) -> None:
         """Raises InputError for rows in which what sees each other was cut: they hold what they held before."""

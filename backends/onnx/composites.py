@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from wasat.ir import DType, Node, QTensorType, equal
+from wasat.ir.axes import product
 
 from .emitter import Emitter, Options
 from .primitives import reduced
@@ -109,6 +110,31 @@ def _attention(e: Emitter, node: Node, q: str, k: str, v: str, mask: str = "") -
         softcap=a.softcap, softmax_precision=1 if own.bits < 32 else None,
     )  # fmt: skip
     return e.reshape(y, node.output.shape)
+
+
+def _recurrent(node: Node, options: Options) -> bool:
+    """Whether the operator has the rule: decays by their logarithms, reads after the write, all of one type."""
+    a = _attrs(node)
+    q, k, _, state, *more = node.inputs
+    known = isinstance(q.shape[2], int) and isinstance(k.shape[2], int)
+    types = {x.tensor.dtype for x in (q, *more)}
+    half = DType.F64 not in (*types, state.tensor.dtype)
+    return known and half and len(types) == 1 and (a.log or not a.gated) and not a.before and a.scale != 0
+
+
+@emits("linear_attention", since=27, when=_recurrent)
+def _linear_attention(e: Emitter, node: Node, q: str, k: str, v: str, state: str, *more: str) -> Sequence[str]:
+    """Heads stay the third axis: [b, s, h*d]."""
+    a = _attrs(node)
+    flat = [e.reshape(x, (*y.shape[:2], product(*y.shape[2:]))) for x, y in zip((q, k, v), node.inputs)]
+    packed = [e.reshape(x, (*y.shape[:2], product(*y.shape[2:]))) for x, y in zip(more, node.inputs[4:])]
+    decay, beta = packed[0] if a.gated else "", packed[-1] if a.delta else ""
+    y, last = e.op(
+        "LinearAttention", *flat, state, decay, beta, outputs=2, q_num_heads=node.inputs[0].shape[2],
+        kv_num_heads=node.inputs[1].shape[2], scale=a.scale, update_rule=a.rule,
+    )  # fmt: skip
+    e.dtype[last] = node.inputs[3].tensor.dtype
+    return [e.reshape(y, node.outputs[0].shape), last]
 
 
 @emits("cache_update", since=24)

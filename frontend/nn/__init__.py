@@ -42,7 +42,7 @@ from .arrays import (
     zeros,
     zeros_like,
 )
-from .attention import Attention, CrossAttention, attention
+from .attention import Attention, CrossAttention, attention, linear_attention
 from .audio import frame, log_mel, mel_filters, power_spectrum, reflect
 from .blocks import (
     ELU,
@@ -174,14 +174,15 @@ __all__ = [
     "adaptive_max_pool2d", "add_loss", "arange", "argmax", "argmin", "argsort", "attention", "avg_pool1d", "avg_pool2d",
     "batch_norm", "bce_with_logits", "causal", "ceil", "clip", "concat", "constant", "conv", "conv_transpose1d",
     "conv_transpose2d", "cos", "cosine_similarity", "cross_entropy", "cumprod", "cumsum", "dropout", "einsum", "elu",
-    "embedding", "emit", "erf", "exp", "eye", "flatten", "flip", "floor", "frame", "frequencies", "full", "full_like", "gather",
-    "gelu", "group_norm", "grouped_linear", "heads", "huber", "init", "interpolate", "is_training", "kl_div", "l1",
-    "layer_norm", "leaky_relu", "linear", "linspace", "log", "log_mel", "log_softmax", "logsumexp", "masked_fill", "max_pool1d",
-    "max_pool2d", "maximum", "mel_filters", "merge", "minimum", "mish", "mse", "normalize", "one_hot", "ones", "ones_like",
-    "outer", "pad", "patches", "positions", "power_spectrum", "random_normal", "random_uniform", "reflect", "relu", "repeat",
-    "resize", "rms_norm", "roll", "rope", "rsqrt", "sample_frames", "scan", "sigmoid", "sign", "silu", "sin", "sinusoid",
-    "softmax", "softplus", "sort", "sqrt", "squeeze", "stack", "std", "stop_gradient", "take_along", "tanh", "tile", "top_k",
-    "trace", "tril", "triu", "unsqueeze", "var", "where", "within", "zeros", "zeros_like",
+    "embedding", "emit", "erf", "exp", "eye", "flatten", "flip", "floor", "frame", "frequencies", "full", "full_like",
+    "gather", "gelu", "group_norm", "grouped_linear", "heads", "huber", "init", "interpolate", "is_training", "kl_div", "l1",
+    "layer_norm", "leaky_relu", "linear", "linear_attention", "linspace", "log", "log_mel", "log_softmax", "logsumexp",
+    "masked_fill", "max_pool1d", "max_pool2d", "maximum", "mel_filters", "merge", "minimum", "mish", "mse", "normalize",
+    "one_hot", "ones", "ones_like", "outer", "pad", "patches", "positions", "power_spectrum", "random_normal",
+    "random_uniform", "reflect", "relu", "repeat", "resize", "rms_norm", "roll", "rope", "rsqrt", "sample_frames", "scan",
+    "sigmoid", "sign", "silu", "sin", "sinusoid", "softmax", "softplus", "sort", "sqrt", "squeeze", "stack", "std",
+    "stop_gradient", "take_along", "tanh", "tile", "top_k", "trace", "tril", "triu", "unsqueeze", "var", "where", "within",
+    "zeros", "zeros_like",
 ]  # fmt: skip
 
 

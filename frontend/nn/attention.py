@@ -7,11 +7,11 @@ import math
 from wasat.ir import DType, TypeMismatch
 
 from .einsum import einsum
-from .functions import Mask, causal, softmax, tanh, where, within
+from .functions import Mask, causal, full, softmax, tanh, where, within
 from .layers import Linear, RMSNorm
 from .module import Module
 from .rope import RoPE, RoPE2D
-from .tensor import Tensor, fail
+from .tensor import Tensor, emit, fail
 
 
 def attention(
@@ -45,6 +45,35 @@ def attention(
     if heads == groups:
         return einsum("b h s t, b t h e -> b s h e", probs, v)
     return einsum("b (g r) s t, b t g e -> b s (g r) e", probs, v)
+
+
+def linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, decay: Tensor | None = None, beta: Tensor | None = None, state: Tensor | None = None,
+    scale: float | None = None, log: bool = True, before: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``q[b, s, h, d]``, ``k[b, s, g, d]``, ``v[b, s, g, e]`` -> ``y[b, s, h, e]`` and the state ``[b, g, d, e]`` after the
+    last token, which starts as ``state`` (f32; default: zeros). Query head i reads the state of head ``i // (h/g)``.
+
+    Token after token ``S = exp(decay) * S + k vᵀ``, ``y = scale * Sᵀ q`` (GLA, Mamba2, RetNet); with ``beta``, the delta rule:
+    ``S = exp(decay) * S``, then ``S + beta * k (v - Sᵀ k)ᵀ`` (DeltaNet, gated DeltaNet). ``decay`` is ``[b, s, g]``, or
+    ``[b, s, g, d]`` for each feature of the keys; not ``log``: the factor itself. ``beta`` is ``[b, s, g]``. ``scale`` defaults
+    to ``d ** -0.5``. ``before``: y is read before the token's own decay and write (RWKV-6). The state is computed in f32.
+
+    Raises TypeMismatch at the user's line.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.rank != 4:
+            fail(f"nn.linear_attention: {name} is [b, s, heads, d], not {x.value!r}; x.heads(n) makes heads")
+    b, _, g, d = k.shape
+    if scale is None:
+        scale = d**-0.5 if isinstance(d, int) else fail(f"nn.linear_attention: give scale=, the key size {d} is symbolic")
+    if state is None:
+        state = full((b, g, d, v.shape[3]), 0.0, DType.F64 if q.dtype is DType.F64 else DType.F32)
+    rule = {(False, False): "linear", (True, False): "gated", (False, True): "delta", (True, True): "gated_delta"}
+    more = [x for x in (decay, beta) if x is not None]
+    named = rule[decay is not None, beta is not None]
+    y, last = emit("linear_attention", q, k, v, state, *more, rule=named, scale=scale, log=log, before=before)
+    return y, last
 
 
 def _head_sizes(who: str, dim: int, heads: int, kv_heads: int | None, head_dim: int | None) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from . import (
     grouped,
     index,
     linalg,
+    linear_attention,
     logic,
     nn,
     pool,
@@ -25,6 +26,6 @@ from . import (
 )
 
 __all__ = [
-    "attention", "bits", "cache", "cond", "constant", "conv", "elementwise", "grouped", "index", "linalg", "logic", "nn",
-    "pool", "quant", "random", "reduce", "rope", "scan", "shape", "signal", "unary",
+    "attention", "bits", "cache", "cond", "constant", "conv", "elementwise", "grouped", "index", "linalg",
+    "linear_attention", "logic", "nn", "pool", "quant", "random", "reduce", "rope", "scan", "shape", "signal", "unary",
 ]  # fmt: skip

@@ -108,6 +108,8 @@ def _own(
         return _attention(node, node.attrs, given, at, labels)
     if isinstance(node.attrs, ScanAttrs):
         return _scan(node, node.attrs, given, symbol)
+    if node.op.recurrence:
+        return _carried(node, given)
     if (shifted := part(node, given, symbol)) is not None:
         return shifted
     return _general(node, given, symbol, at)
@@ -384,6 +386,24 @@ def _scan(node: Node, attrs: ScanAttrs, given: Sequence[Label], symbol: str) -> 
     if kind == "position" or any(x.kind == "position" for x in sliced):
         raise LooksAhead(f"{does} that reads positions")
     return [*[replace(LAST, mixes=True)] * c, *[Label(kind, 0, mixes=True)] * (len(node.outputs) - c)]
+
+
+def _carried(node: Node, given: Sequence[Label]) -> list[Label]:
+    """What runs forward along the sequence keeps what it carries."""
+    rule, starts = node.axes, node.op.recurrence.values()
+    if any(given[i].along for i in starts):
+        raise LooksAhead("what it starts from runs along the sequence")
+    if (longer := next((x for x in given if x.extra), None)) is not None:
+        raise LooksAhead(longer.reason)
+    moving = [(i, x) for i, x in enumerate(given) if i not in starts]
+    turns = {f for i, x in moving for axis in x.axes for f in rule.operands[i][axis]}
+    if not all(x.along for _, x in moving) or len(turns) != 1 or (turn := turns.pop()).how != "forward":
+        raise LooksAhead("it runs over another axis than the sequence")
+    if any(x.kind == "position" for x in given):
+        raise LooksAhead("it reads positions")
+    kind: Kind = "token" if _tokens_in(given) else "uniform"
+    made = [next((i for i, axis in enumerate(axes) if turn in axis), None) for axes in rule.results]
+    return [replace(LAST, mixes=True) if i is None else Label(kind, i, mixes=True) for i in made]
 
 
 def refuse(label: Label, output: str, symbol: str) -> IRError:

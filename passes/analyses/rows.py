@@ -98,7 +98,7 @@ def _counts(node: Node, found: Mapping[Value, Place], batch: DimLike) -> bool:
 def _outputs(node: Node, given: Sequence[Place | None], batch: DimLike) -> list[Place | None]:
     if isinstance(node.attrs, ScanAttrs):
         return _scan(node.attrs, given, batch)
-    return [_place(node, given, batch)] * len(node.outputs)
+    return [_place(node, given, batch, i) for i in range(len(node.outputs))]
 
 
 def _scan(attrs: ScanAttrs, given: Sequence[Place | None], batch: DimLike) -> list[Place | None]:
@@ -130,16 +130,16 @@ def _scan(attrs: ScanAttrs, given: Sequence[Place | None], batch: DimLike) -> li
     return [*(start.get(v) for v in body.inputs[:c]), *(None if p is None else replace(p, axis=p.axis + 1) for p in rows)]
 
 
-def _place(node: Node, given: Sequence[Place | None], batch: DimLike) -> Place:
+def _place(node: Node, given: Sequence[Place | None], batch: DimLike, result: int) -> Place:
     rule = node.axes
-    ends = {_image(rule, i, p, batch) for i, p in enumerate(given) if p is not None}
+    ends = {_image(rule, i, p, batch, result) for i, p in enumerate(given) if p is not None}
     if len(ends) != 1:
         raise LooksAhead("its operands keep the rows on different axes")
     return ends.pop()
 
 
-def _image(rule: AxisRule, i: int, place: Place, batch: DimLike) -> Place:
-    """Where the result has what operand i holds at ``place``: the factor of the rows goes on, with what it is merged with."""
+def _image(rule: AxisRule, i: int, place: Place, batch: DimLike, result: int) -> Place:
+    """Where a result has what operand i holds at ``place``: the factor of the rows goes on, with what it is merged with."""
     before: DimLike = 1
     for f in rule.operands[i][place.axis]:
         outer = quotient(place.outer, before)
@@ -147,9 +147,9 @@ def _image(rule: AxisRule, i: int, place: Place, batch: DimLike) -> Place:
         if outer is None or inner is None:
             before = before * f.size
             continue
-        if f.role != "free" or (j := rule.place(f)) is None:
+        if f.role != "free" or (j := rule.place(f, result)) is None:
             break
-        axis = rule.results[0][j]
+        axis = rule.results[result][j]
         at = axis.index(f)
         return Place(j, product(*(g.size for g in axis[:at]), outer), product(inner, *(g.size for g in axis[at + 1 :])))
     raise LooksAhead("rows meet here, or change their order")

@@ -30,18 +30,8 @@ from ..analyses.axis import sees_ahead
 from ..analyses.rows import FIRST, Place
 from ..analyses.sequence import Label
 from .blocks import note_cut, without_padding
-from .kept import (
-    all_positions,
-    attend,
-    in_place,
-    meet,
-    meets,
-    over_slots,
-    rows_first,
-    run_scan,
-    run_sum,
-    run_window,
-)
+from .carry import run_carry, run_scan, run_sum
+from .kept import all_positions, attend, in_place, meet, meets, over_slots, rows_first, run_window
 from .plan import Cache, Plan
 
 
@@ -131,6 +121,8 @@ class Derivation:
             return partial(meet, self)
         if isinstance(node.attrs, ScanAttrs):
             return partial(run_scan, self)
+        if node.op.recurrence:
+            return partial(run_carry, self)
         kept = self.plan.kept.get(node.output)
         if kept is None or kept.kind == "full":
             return None

@@ -13,10 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import networkx as nx
-from wasat.ir import Builder, DimLike, DType, Graph, IRError, Node, State, TensorType, Value, substitute
+from wasat.ir import DimLike, DType, IRError, Node, State, TensorType, Value, substitute
 from wasat.ir.axes import Factor, product
-from wasat.ir.graph import copy_node
-from wasat.ir.op import Body
 from wasat.ir.ops.attention import AttentionAttrs, mask_and_sink
 from wasat.ir.ops.conv import Conv
 from wasat.ir.ops.reduce import CumSum
@@ -45,11 +43,12 @@ class Kept:
     count: int = 0
     """Of a tail: how many inputs."""
 
-    def state(self) -> State:
-        """How a session keeps it. What rows start from is in the entries: a row that holds nothing reads no state."""
+    def state(self, donated: bool) -> State:
+        """How a session keeps it; ``donated``: it runs for rows that have tokens, and for no others. What rows start from is in
+        the entries: a row that holds nothing reads no state."""
         if self.kind == "full":
             return State.full(self.name)
-        return State.tail(self.name, self.count) if self.kind == "tail" else State.carry(self.name)
+        return State.tail(self.name, self.count) if self.kind == "tail" else State.carry(self.name, donated=donated)
 
     def describe(self) -> str:
         what = {"full": "all positions", "carry": "the carry", "tail": f"the last {self.count} inputs"}[self.kind]
@@ -158,6 +157,8 @@ def keep(plan: Plan) -> None:
             continue
         if isinstance(node.attrs, ScanAttrs):
             found += [("carry", v, 0) for v in node.outputs[: node.attrs.carries]]
+        elif node.op.recurrence:
+            found += [("carry", node.outputs[i], 0) for i in node.op.recurrence]
         elif isinstance(node.attrs, CumSum.Attrs) and not plan.labels[node.inputs[0]].relates:
             found.append(("carry", node.output, 0))
         elif count := _in_front(node, label):
@@ -169,7 +170,7 @@ def keep(plan: Plan) -> None:
         at = plan.places.get(source)
         if at is None:
             raise IRError(f"%{v.name}: what is kept of it is the same for all rows, which cannot be served apart", v.loc)
-        axis = None if v.node is not None and isinstance(v.node.attrs, ScanAttrs) and kind == "carry" else label.axis
+        axis = label.axis if label.along else None
         rest = _apart(source.shape, at, batch, axis)
         front: list[DimLike] = [plan.capacity] if kind == "full" else [count] if kind == "tail" else []
         if kind == "full":  # caches of rank 4 are written in place
@@ -253,68 +254,6 @@ def all_positions(d: Derivation, v: Value) -> Value:
     d.states[kept.name] = written
     every = d.b.reshape(written, shape=(d.batch, kept.type.shape[1], *new.shape[2:]))
     return in_place(d, every, at, label.axis, v.shape)
-
-
-def run_scan(d: Derivation, node: Node) -> None:
-    """A scan from what is carried; rows that have fewer tokens keep what they had after their last."""
-    attrs = ScanAttrs.of(node)
-    c, s, b = attrs.carries, attrs.slices, d.b
-    carried = []
-    for v, start in zip(node.outputs, node.inputs[:c]):
-        at = d.plan.places[v]
-        begin = rows_first(d, d.env[start], at, None)
-        carried.append(in_place(d, begun(d, d.states[d.plan.kept[v].name], begin), at, None, v.shape))
-    others = [d.env[v] for v in node.inputs[c + s :]]
-    sliced = [d.env[v] for v in node.inputs[c : c + s]]
-    body = attrs.body.substitute(d.sizes).graph
-    if d.one:
-        first = [b.reshape(x, shape=x.shape[1:]) for x in sliced]
-        made = b.inline(body, [*carried, *first, *others])
-        results = [*made[:c], *(b.reshape(x, shape=(1, *x.shape)) for x in made[c:])]
-    else:
-        assert d.last is not None
-        n = sliced[0].shape[0]
-        real = b.less_equal(b.reshape(b.iota(size=n), shape=(n, 1)), b.reshape(d.last, shape=(1, d.batch)))
-        guarded = _guarded(body, c, s, [d.plan.places[v] for v in node.outputs[:c]], real.tensor.with_shape(d.batch))
-        out = b.scan(*carried, real, *sliced, *others, body=Body(guarded), carries=c, slices=s + 1)
-        results = list(out) if isinstance(out, tuple) else [out]
-    for v, x in zip(node.outputs, results[:c]):
-        d.states[d.plan.kept[v].name] = rows_first(d, x, d.plan.places[v], None)
-    d.env.update(zip(node.outputs, results))
-
-
-def _guarded(body: Graph, c: int, s: int, places: Sequence[Place], real: TensorType) -> Graph:
-    """A turn that leaves the carry of rows as it was, where ``real``, its first sliced operand, is false."""
-    g = Graph(body.name)
-    b = Builder(g)
-    carried = [g.add_input(v.name, v.type) for v in body.inputs[:c]]
-    keep = g.add_input("real", real, unique=True)
-    env = dict(zip(body.inputs, [*carried, *(g.add_input(v.name, v.type, unique=True) for v in body.inputs[c:])]))
-    for node in body.nodes:
-        copy_node(g, node, env)
-    results = [env[v] for v in body.outputs]
-    for i, (old, at) in enumerate(zip(carried, places)):
-        shape = old.shape
-        rows = b.reshape(keep, shape=(1, real.shape[0], 1))
-        rows = rows if at.alone else b.broadcast_to(rows, shape=(at.outer, real.shape[0], at.inner))
-        rows = b.reshape(rows, shape=tuple(shape[at.axis] if i == at.axis else 1 for i in range(len(shape))))
-        results[i] = b.select(rows, results[i], old)
-    g.set_outputs(results, list(body.output_names))
-    return g
-
-
-def run_sum(d: Derivation, node: Node) -> None:
-    """A running sum from what came before."""
-    v, x, attrs, b = node.output, node.inputs[0], CumSum.Attrs.of(node), d.b
-    at, name = d.plan.places[v], d.plan.kept[v].name
-    state = d.states[name]
-    before = begun(d, state, b.broadcast_to(b.constant(0, state.tensor.dtype), shape=state.shape))
-    before = b.reshape(before, shape=(d.batch, 1, *state.shape[1:]))
-    total = b.add(d.g.add_node(node.op, [d.env[x]], attrs, loc=node.loc).output, in_place(d, before, at, attrs.axis, v.shape))
-    d.env[v] = total
-    after = b.add(total, d.env[x]) if attrs.exclusive else total
-    last = after_last(d, rows_first(d, after, at, attrs.axis), 0, 1)
-    d.states[name] = b.reshape(last, shape=state.shape)
 
 
 def after_last(d: Derivation, x: Value, first: int, count: int) -> Value:

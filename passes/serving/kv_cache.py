@@ -96,7 +96,9 @@ class DeriveKVCache(Pass):
         if clash:
             raise PassError(f"the program already has a graph @{clash[0]}")
         program.graphs = {**graphs, **{g.name: g for g in made}}
-        states = [*(s for c in plan.of.values() for s in c.states()), *(k.state() for k in plan.kept.values())]
+        donated = tokens.shape[0] == 1 or not isinstance(tokens.shape[0], int)
+        donated = donated and not plan.cut  # a call that turns out to have cut what sees each other leaves all as it was
+        states = [*(s for c in plan.of.values() for s in c.states()), *(k.state(donated) for k in plan.kept.values())]
         program.declare(
             states=tuple(states), chunk=self.chunk, context=context, granule=self.granule, tokens=tokens.name,
             cut=plan.cut,

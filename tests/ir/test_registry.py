@@ -101,6 +101,7 @@ NEEDS_KNOWN_SIZES = {
     "dft": "dft takes x",
     "attention": "do not divide among",
     "cached_attention": "do not divide among",
+    "linear_attention": "do not divide among",
     **dict.fromkeys(("random_bits", "random_uniform", "random_normal", "dropout"), "the key must be u32[2]"),
 }
 """Operations that refuse some symbolic sizes, and how they say so."""

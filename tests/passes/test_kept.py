@@ -256,6 +256,25 @@ class Convolution(nn.Module):
         return self.conv(x.swap(1, 2))[:, :, : x.shape[1]].swap(1, 2)
 
 
+def linear(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """Two query heads over one state, which does not start empty, and is read before it is written."""
+    q, k, v = x.heads(2), nn.sin(x[..., :4]).heads(1), nn.tanh(x).heads(1)
+    start = nn.constant(np.linspace(-1, 1, 32, dtype=np.float32).reshape(1, 1, 4, 8)).broadcast_to(x.shape[0], 1, 4, 8)
+    each = -nn.softplus(x[..., 4:]).heads(1)
+    return nn.linear_attention(q, k, v, decay=each, state=start, before=True)[0].merge()[..., :DIM]
+
+
+def delta(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """The delta rule with decays, of which one is 0 at times; twice, sequence first and heads in the batch."""
+    q, k, v = x.heads(HEADS), nn.sin(x * 2.0).heads(HEADS), nn.tanh(x).heads(HEADS)
+    decay, beta = nn.relu(x[..., :2]), nn.sigmoid(x[..., 2:4])
+    y = nn.linear_attention(q, k * 0.5, v, decay=nn.minimum(decay, 1.0), beta=beta, log=False)[0]
+    b, s = x.shape[:2]
+    q, k, v = (t.swap(1, 2).reshape(b * HEADS, s, 1, WIDTH) for t in (y, k * 0.5, v))
+    y = nn.linear_attention(q, k, v, beta=beta.swap(1, 2).reshape(b * HEADS, s, 1))[0]
+    return y.reshape(b, HEADS, s, WIDTH).swap(1, 2).merge()
+
+
 def shifted(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
     """By one, twice, in two spellings; a learned row stands in front."""
     before = nn.pad(x, (0, 1, 0), (0, 0, 0))[:, : x.shape[1]]
@@ -280,8 +299,8 @@ MIXES: dict[str, Mix | Callable[[], nn.Module]] = {
     for f in (
         softmax1, sigmoid, squared, divided_after, keys_first, talking, sink, token_sink, decaying, averaged, largest,
         stick_breaking, repeated_heads, by_tokens, fused_by_tokens, fused_by_places, streaming, blocks, heads_apart,
-        state_space, largest_so_far, from_a_table, sequence_first, running_sums, recurrent, folded_scan, shifted, far_back,
-        layers,
+        state_space, largest_so_far, from_a_table, sequence_first, running_sums, recurrent, folded_scan, linear, delta, shifted,
+        far_back, layers,
     )
 }  # fmt: skip
 CONVOLUTIONS: dict[str, Callable[[], nn.Module]] = {

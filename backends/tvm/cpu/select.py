@@ -1,8 +1,8 @@
 """Kernel selection for CPUs: which operations, alone or together, become calls of the kernels in :mod:`.kernels`.
 
 Selected are ``linear``, ``quantized_linear`` and both of groups, ``embedding``, ``quantized_embedding``, ``rms_norm``,
-``layer_norm``, ``glu``, ``rope``, ``attention`` and ``cached_attention``, in f32 and with sizes known but for batch and
-positions; and ``linear``, ``matmul`` of row-major operands, and ``conv``, whose sizes are all known. Together go
+``layer_norm``, ``glu``, ``rope``, ``attention``, ``cached_attention`` and ``linear_attention``, in f32, sizes known but for
+batch and positions; and ``linear``, ``matmul`` of row-major operands, and ``conv``, whose sizes are all known. Together go
 
 - ``a + b`` (``b`` perhaps an ``rms_norm``), the norm of the sum, and its quantization for the integer linears;
 - ``glu`` and that quantization; ``embedding`` and a scale; ``rms_norm`` and ``rope``;
@@ -15,6 +15,7 @@ Whatever is not selected is left as it is, to be decomposed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, cast
 
 import tvm
@@ -58,6 +59,7 @@ from .kernels.quantize import WORDS, QuantizeRows, quantize_rows
 from .kernels.rope import QkvToCache, Rope, Rotary, qkv_to_cache, rope
 from .operands import is_past_plus_iota, part_of, rotary_of, state_of
 from .panels import PaddedBias, Panels, ints, known
+from .recurrent import select_linear_attention
 from .states import CacheLayout, state_layout
 from .strided import View, product, row_major, view_of
 from .updates import fuse_square_sums, fuse_updates
@@ -110,6 +112,7 @@ class Selection(KernelSelection):
             "rms_norm": self._rms_norm, "layer_norm": self._layer_norm, "glu": self._glu, "rope": self._rope,
             "attention": self._attention, "cached_attention": self._cached_attention,
             "cache_start": self._cache_start,
+            "linear_attention": partial(select_linear_attention, self),
         }  # fmt: skip
         matrices: dict[str, Callable[[Node], None]] = {
             "linear": self._linear, "matmul": self._matmul, "conv": self._conv, "quantized_linear": self._quantized_linear,

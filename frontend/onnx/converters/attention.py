@@ -1,4 +1,4 @@
-"""The Attention operator of operator set 23 and later as the IR's attention."""
+"""The operators Attention (operator set 23) and LinearAttention (27) as the IR's."""
 
 from __future__ import annotations
 
@@ -58,3 +58,35 @@ def attention(
     y = c.attention(q, k, v, *more, scale=scale, causal=causal, window=window, softcap=n["softcap"] or None)
     y = c.view(y, b, s, c.shape(y)[2] * c.shape(y)[3]) if flat else c.permute(y, (0, 2, 1, 3))
     return (y, *present, None)
+
+
+@op("LinearAttention")
+def linear_attention(
+    c: Emitter, n: NodeView, q: Operand, k: Operand, v: Operand, state: Operand | None = None, decay: Operand | None = None,
+    beta: Operand | None = None,
+) -> Any:  # fmt: skip
+    """q, k, v [b, s, heads*d], decay [b, s, heads] or [b, s, heads*d], beta [b, s, heads | 1]; the state as the IR's."""
+    dtype, heads, groups = c.dtype(q), n["q_num_heads"], n["kv_num_heads"]
+    rule = n.get("update_rule", "gated_delta")
+    if not isinstance(groups, int) or groups < 1 or heads < 1 or heads % groups:
+        raise n.fail(f"q_num_heads {heads} is not a multiple of kv_num_heads {groups}")
+    if any(c.rank(x) != 3 for x in (q, k, v, decay, beta) if x is not None):
+        raise n.fail("query, key, value, decay and beta have three axes: [batch, position, heads * features]")
+    b, s = c.shape(q)[:2]
+
+    def by_head(x: Operand, count: int) -> Any:
+        return c.view(x, b, s, count, floordiv(c.shape(x)[2], count))
+
+    q, k, v = by_head(q, heads), by_head(k, groups), by_head(v, groups)
+    d, e = c.shape(k)[3], c.shape(v)[3]
+    own = dtype if state is None else c.dtype(state)
+    if state is None:  # what is computed in f32 starts so
+        state = c.full((b, groups, d, e), 0, DType.F64 if dtype is DType.F64 else DType.F32)
+    if decay is not None and c.shape(decay)[2] != groups:
+        decay = by_head(decay, groups)
+    if beta is not None and c.shape(beta)[2] != groups:
+        beta = c.broadcast_to(beta, shape=(b, s, groups))
+    scale = n.get("scale", 0.0) or 1 / math.sqrt(c.static(k, 3, "LinearAttention without a scale"))
+    more = [x for x in (decay, beta) if x is not None]
+    y, last = c.linear_attention(q, k, v, state, *more, rule=rule, scale=scale)
+    return c.view(y, b, s, heads * e), c.to(last, own)
