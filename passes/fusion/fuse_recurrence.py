@@ -29,15 +29,16 @@ class FuseRecurrence(GraphPass):
         changed = False
         for node in [n for n in graph.nodes if isinstance(n.attrs, ScanAttrs)]:
             attrs = ScanAttrs.of(node)
-            state = attrs.body.graph.inputs[0].type if attrs.carries else None
-            if state is None or sum(d != 1 for d in state.shape) < 2:
+            axes = max((sum(d != 1 for d in v.shape) for v in node.inputs[: attrs.carries]), default=0)
+            if axes < 2:
                 continue
             try:
                 rule = _fused(graph, node)
             except NotLinear:
                 continue  # a recurrence of another kind
             except Mismatch as e:
-                remarks.missed(f"{node!r} runs turn by turn: {e}", node)
+                if axes > 2:  # else most often a vector of each row
+                    remarks.missed(f"{node!r} runs turn by turn: {e}", node)
                 continue
             remarks.applied(f"a scan is linear attention: {rule}", graph)
             changed = True
@@ -210,8 +211,6 @@ class _Form:
         heads = {x for x in _labels(self.q)} | set(self.group)
         self.after = [p for p in rest if not _labels([p]) <= heads | {TURN}]
         self.q += [p for p in rest if p not in self.after]
-        if not _having(self.q, key):
-            raise Mismatch("what it reads is summed without a query")
         self.numbers["scale"] = reads[0].number
         self.more = [Term(t.number, tuple(_renamed(t.parts, names))) for t in terms if t is not reads[0]]
         return summed[0]

@@ -414,7 +414,7 @@ def test_masks_that_differ_between_rows() -> None:
         ("blocks", ["f32[b, 16, 2, 4]"] * 2),
         ("running_sums", ["f32[b, 2, 4, 4]", "f32[b, 2, 4]"]),
         ("recurrent", ["f32[b, 8]", "f32[b, 8]"]),
-        ("folded_scan", ["f32[b, 1, 2, 4, 4]"]),
+        ("folded_scan", ["f32[b, 1, 2, 1, 4, 4]"]),
         ("shifted", ["f32[b, 1, 8]", "f32[b, 1, 8]"]),
         ("far_back", ["f32[b, 3, 8]"]),
         ("causal", ["f32[b, 2, 8]"]),
