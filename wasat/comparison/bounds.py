@@ -24,6 +24,8 @@ Noise = NDArray[np.float64] | None
 
 STEPS = 4
 """Roundings of its own that a primitive may be off by."""
+BOUNDED = ("tanh", "erf", "sin", "cos")
+"""Functions that end at 1: their usual approximations are right to a rounding of that, and near zero to fewer digits."""
 DRAWS = 8
 FACTOR = 4.0
 """Of the draws' root mean square."""
@@ -158,7 +160,8 @@ def _noise(node: Node, operands: list[Array], results: tuple[Array, ...], sizes:
         return [None] * len(results)
     terms, count = _terms(node, operands, sizes)
     if terms is None:
-        return _own(node.outputs, results, STEPS)
+        own = _own(node.outputs, results, STEPS)
+        return [n if n is None else n + _unit(node.output)[0] for n in own] if node.is_a(*BOUNDED) else own
     return [(STEPS + np.sqrt(count)) * _unit(node.output)[0] * terms]
 
 
