@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -62,6 +63,11 @@ class Host:
                         recorded[key] = self._record(entry, args)
                     except MemoryError as e:
                         raise InputError(f"{entry}: there is no memory for what it computes: {e}") from None
+                    except InputError:
+                        raise
+                    except (LookupError, TypeError, AttributeError, ValueError, ZeroDivisionError) as e:
+                        what = f"the plan of {entry} is damaged ({type(e).__name__}: {e})"
+                        raise ArtifactError(f"{what}; copy the artifact again, or {AGAIN}") from None
                 else:
                     recorded[key] = recorded.pop(key)  # the last one used is the last to go
                 r = recorded[key]
@@ -91,7 +97,10 @@ class Host:
         outputs = []
         for o in e["outputs"]:
             piece = pieces[o["array"]].part(0, padded(value(o["bytes"], symbols)))
-            outputs.append((piece, o["dtype"], tuple(value(d, symbols) for d in o["shape"])))
+            shape = tuple(value(d, symbols) for d in o["shape"])
+            if self.memory.itemsize(o["dtype"]) * math.prod(shape) > piece.nbytes:
+                raise LookupError(f"{o['name']} of {piece.nbytes} bytes cannot be {o['dtype']}{list(shape)}")
+            outputs.append((piece, o["dtype"], shape))
         return _Recording(self.machine.record(commands), outputs, tuple(args))
 
     def _shared(self, number: int, nbytes: int) -> Piece:
@@ -153,6 +162,8 @@ class _Commands:
             if abs(n) > (most := np.iinfo(dtype).max):
                 raise InputError(f"{self.entry}: a size is {n}; this device counts to {most}: give it less at a time")
         pieces = tuple(self.pieces[i] for i in s["arrays"])
+        if (len(pieces), len(scalars)) != (len(spec.writes), len(spec.scalars)):  # a driver would read on behind them
+            raise LookupError(f"{s['kernel']} is given {len(pieces)} arrays and {len(scalars)} numbers, and takes others")
         found.append(Dispatch(self.host.kernel(s["kernel"]), spec, (x, y, z), pieces, scalars))
 
     def _choice(self, s: Mapping[str, Any], symbols: Mapping[str, int]) -> Choice:

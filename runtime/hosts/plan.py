@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ..errors import AGAIN, ArtifactError
 
@@ -50,16 +53,21 @@ class Plan:
     """What a plan's JSON and its file of kernels say."""
 
     def __init__(self, data: dict[str, Any], code: bytes) -> None:
-        self.kernels = {
-            name: KernelSpec(
-                name, code[slice(*k["at"])] if "at" in k else code, tuple(k["threads"]), tuple(k["writes"]), tuple(k["scalars"])
-            )
-            for name, k in data["kernels"].items()
-        }
-        self.entries: dict[str, dict[str, Any]] = data["entries"]
-        self.storage: dict[str, str] = data["storage"]
-        self.needs: dict[str, Any] = data["needs"]
+        self.kernels = {name: _kernel(name, k, code) for name, k in data["kernels"].items()}
+        self.entries: dict[str, dict[str, Any]] = {**data["entries"]}
+        self.storage: dict[str, str] = {**data["storage"]}
+        self.needs: dict[str, Any] = {k: data["needs"][k] for k in ("threads", "shared", "buffers", "f16")}
+        for dtype in self.storage.values():
+            np.iinfo(dtype)
+        for need in self.needs.values():
+            operator.index(need)
         self.constants: list[dict[str, str]] = data["constants"]
+
+
+def _kernel(name: str, k: Mapping[str, Any], code: bytes) -> KernelSpec:
+    x, y, z = map(operator.index, k["threads"])
+    scalars = tuple(np.iinfo(s).dtype.name for s in k["scalars"])
+    return KernelSpec(name, code[slice(*k["at"])] if "at" in k else code, (x, y, z), (*map(bool, k["writes"]),), scalars)
 
 
 def read_plan(folder: Path, kind: str) -> Plan:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +27,7 @@ from tiny_model import Reference, tiny_program
 from wasat.backends.tvm.targets import target_named
 from wasat.ir import parse_program
 from wasat.runtime import ArtifactError, InputError, Model, load
+from wasat.runtime.artifact import digest
 from wasat.runtime.errors import RuntimeErrorBase
 from wasat.runtime.hosts.cuda import Cuda
 
@@ -225,6 +228,49 @@ def test_a_damaged_file_of_kernels(again: SoftGPU, tmp_path: Path) -> None:
     machine = Cuda(_driver())
     with pytest.raises(ArtifactError, match="holds no machine code for it"):
         machine.kernel(next(iter(_plan(tmp_path / "add.wasat").kernels.values())))
+
+
+def test_a_damaged_plan(again: SoftGPU, tmp_path: Path) -> None:
+    """Whatever is missing or of another kind, where hashes are not looked at: a sentence, or it runs."""
+    text = ADD.replace("  return %y", "  %z: f32[n, 4] = cumsum(%y) {axis=1}\n  return %z")
+    loaded(parse_program(text), "cuda:sm_90", tmp_path / "a.wasat")
+    path = tmp_path / "a.wasat" / "plan.json"
+    whole = path.read_text()
+    x = np.ones((2, 4), np.float32)
+    places = list(_places(json.loads(whole), ()))
+    assert len(places) > 60
+    said, ran = {}, 0
+    for place in places:
+        for change in ("removed", None, "text"):
+            data = json.loads(whole)
+            inner = data
+            for key in place[:-1]:
+                inner = inner[key]
+            if change == "removed":
+                del inner[place[-1]]
+            else:
+                inner[place[-1]] = change
+            path.write_text(json.dumps(data))
+            try:
+                size = path.stat().st_size
+                manifest = json.loads((path.parent / "manifest.json").read_text())
+                manifest["files"]["plan.json"]["bytes"] = size
+                (path.parent / "manifest.json").write_text(json.dumps({**manifest, "digest": digest(manifest)}))
+                load(path.parent, verify=False).run("f", x=x)
+                ran += 1
+            except RuntimeErrorBase as e:
+                said[str(place), change] = str(e)
+    assert ran > 10
+    assert len(said) > 100
+    named = re.compile("damaged|has format|does not know|kernel|shape")
+    assert [(where, text) for where, text in said.items() if not named.search(text)] == []
+
+
+def _places(x: Any, at: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    """Ways to everything in a JSON value."""
+    for key, inner in x.items() if isinstance(x, dict) else enumerate(x) if isinstance(x, list) else ():
+        yield (*at, key)
+        yield from _places(inner, (*at, key))
 
 
 def _driver() -> Any:
