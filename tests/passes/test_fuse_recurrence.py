@@ -87,6 +87,13 @@ def grouped(S: nn.Tensor, q: nn.Tensor, k: nn.Tensor, v: nn.Tensor, g: nn.Tensor
     return S, q @ S
 
 
+def numbers(S: nn.Tensor, q: nn.Tensor, k: nn.Tensor, v: nn.Tensor) -> tuple[nn.Tensor, nn.Tensor]:
+    """Decay and rate are numbers."""
+    S = S * 0.75
+    S = S + columns(k) * rows((v * 3.0 - (S * columns(k)).sum(-2)) * 0.5)
+    return S, (S * columns(q)).sum(-2)
+
+
 def summed(S: nn.Tensor, q: nn.Tensor, k: nn.Tensor, v: nn.Tensor) -> tuple[nn.Tensor, nn.Tensor]:
     """Read without a query, which stands beside: all ones."""
     S = 0.8 * S + columns(k) * rows(v)
@@ -102,6 +109,7 @@ ROWS: dict[str, tuple[Step, Mapping[str, str], str, dict[str, Any]]] = {
     "delta": (delta, {**QKV, "beta": "b s h"}, "b h e d", {"rule": "delta"}),
     "gated delta": (gated_delta, {**QKV, "g": "b s h", "beta": "b s h"}, "b h d e", {"rule": "gated_delta"}),
     "mamba2": (mamba2, {"x": "b s h e", "B": "b s d", "C": "b s d", "dt": "b s h"}, "b h e d", {"rule": "gated"}),
+    "numbers": (numbers, QKV, "b h d e", {"rule": "gated_delta", "log": False}),
     "summed": (summed, QKV, "b h d e", {"rule": "gated", "log": False}),
     "grouped": (grouped, {**QKV, "q": "b s h r d", "g": "b s h"}, "b h d e", {"rule": "gated", "log": False}),
 }
@@ -291,6 +299,19 @@ def test_rates() -> None:
         S = columns(q) * (S - columns(k) * rows((S * columns(k)).sum(-2))) + columns(k) * rows(v)
         return S, (S * columns(q)).sum(-2)
 
+    def written_elsewhere(S: nn.Tensor, q: nn.Tensor, k: nn.Tensor, v: nn.Tensor) -> tuple[nn.Tensor, nn.Tensor]:
+        S = S - columns(k) * rows((S * columns(k)).sum(-2)) + columns(q) * rows(v)
+        return S, (S * columns(q)).sum(-2)
+
+    [missed] = misses(step=written_elsewhere)
+    assert "it erases by another key than it writes" in missed
+
+    def summed_up(S: nn.Tensor, q: nn.Tensor, k: nn.Tensor, v: nn.Tensor) -> tuple[nn.Tensor, nn.Tensor]:
+        S = S + columns(k) * rows(v)
+        return S, (columns((S * columns(q)).sum(-2)) * rows(k)).sum(-1)
+
+    [missed] = misses(step=summed_up)
+    assert "what it reads is summed over something else, too" in missed
     [missed] = misses(step=decayed_after)
     assert "it erases what is not decayed first" in missed
 
