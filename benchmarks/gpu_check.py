@@ -1,4 +1,4 @@
-"""Runs a bundle on the machine at hand, with Python, NumPy and tokenizers alone; torch is compared with if it is there.
+"""Runs a bundle on the machine at hand, with Python, NumPy, tokenizers and Pillow alone; torch is compared with if it is there.
 
     python gpu_check.py                              # everything, results in gpu-check.json
     python gpu_check.py --only operations,decoders   # in parts: also demo, products, models, torch
