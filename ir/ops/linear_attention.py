@@ -125,7 +125,7 @@ class LinearAttention(Op):
     def reference(
         self, attrs: LinearAttentionAttrs, q: np.ndarray, k: np.ndarray, v: np.ndarray, state: np.ndarray, *more: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        b, s, h, _ = q.shape
+        b, s, h, d = q.shape
         g, e = v.shape[2:]
         decay, beta = decay_and_beta(attrs, more)
         x = wide(state).astype(np.result_type(wide(state), wide(q)))
@@ -133,7 +133,7 @@ class LinearAttention(Op):
         scale = np.asarray(attrs.scale, x.dtype)
 
         def read(t: int) -> None:
-            y[:, t] = (q[:, t].astype(x.dtype).reshape(b, g, h // g, -1) @ x) * scale
+            y[:, t] = (q[:, t].astype(x.dtype).reshape(b, g, h // g, d) @ x) * scale
 
         for t in range(s):
             key, value = k[:, t].astype(x.dtype), v[:, t].astype(x.dtype)
@@ -142,7 +142,7 @@ class LinearAttention(Op):
             if decay is not None:
                 a = decay[:, t].astype(x.dtype)
                 a = np.exp(a) if attrs.log else a
-                x = x * a.reshape(b, g, -1, 1)
+                x = x * a.reshape(b, g, d if a.ndim == 3 else 1, 1)
             if beta is not None:
                 value = (value - (key[:, :, None] @ x)[:, :, 0]) * beta[:, t].astype(x.dtype)[..., None]
             x = x + key[..., None] * value[:, :, None]
@@ -211,6 +211,7 @@ class LinearAttention(Op):
         yield Sample([q[:, :1], k[:, :1], v[:, :1], state, decay[:, :1], beta[:, :1]], {"rule": "gated_delta"})
         yield Sample([q, k, v, state, each, beta], {"rule": "gated_delta", "scale": 0.5})
         yield Sample([q[:, :0], k[:, :0], v[:, :0], state], {"rule": "linear"}, grad=(3,))
+        yield Sample([q[:0], k[:0], v[:0], state[:0], each[:0]], {"rule": "gated"}, grad=())
 
     def errors(self) -> Iterable[ErrorSample]:
         ok = ["f32[b, s, 4, 8]", "f32[b, s, 2, 8]", "f32[b, s, 2, 6]", "f32[b, 2, 8, 6]"]

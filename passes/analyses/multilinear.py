@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
-from wasat.ir import DimLike, Graph, Node, Value
+from wasat.ir import DimLike, Graph, Node, TensorType, Value
 from wasat.ir.axes import AxisRule, Factor
 from wasat.ir.ops.scan import ScanAttrs
 
@@ -90,10 +90,13 @@ class Turn:
         contracts = (kind == "product" and node.op.factors == 2 and len(node.inputs) == 2) or kind == "reduction"
         if not (sums or multiplies or moves or contracts):
             return []
+        if any(not isinstance(x.type, TensorType) or x.type.dtype is not self.state.tensor.dtype for x in node.inputs):
+            return []
         given = self._operands(node, labels, depends)
         if given is None:
             return []
         terms = [self.of(x, own, through) for x, own in zip(node.inputs, given)]
+        summed = {x for own in given for x in own if x is not None} - {x for x in labels if x is not None}
         if sums:
             return [*terms[0], *(terms[1] if node.is_a("add") else _times(terms[1], -1.0))]
         if node.is_a("neg"):
@@ -101,11 +104,20 @@ class Turn:
         if node.is_a("div"):
             return _times(terms[0], 1.0 / terms[1][0].number)
         if len(terms) == 1:
-            return terms[0]
+            return [self._counted(t, summed) for t in terms[0]]
         both = [Term(a.number * b.number, (*a.parts, *b.parts)) for a in terms[0] for b in terms[1]]
         if any(sum(v in (self.state, self.next) for v, _ in t.parts) > 1 for t in both):
             raise NotLinear(f"{node!r} multiplies what is carried by itself")
-        return both
+        return [self._counted(t, summed) for t in both]
+
+    def _counted(self, term: Term, summed: set[int]) -> Term:
+        """A term that is the same at each index of some of the variables over which it is summed is so many times itself."""
+        for x in sorted(summed - {y for _, labels in term.parts for y in labels}):
+            size = self.sizes[x]
+            if not isinstance(size, int):
+                raise NotLinear(f"what is the same {size} times is summed")
+            term = Term(term.number * size, term.parts)
+        return term
 
     def _operands(self, node: Node, labels: Labels, depends: bool) -> list[Labels] | None:
         """The variables of each operand, by the axis rule; None where that does not give one for each axis."""
@@ -113,7 +125,7 @@ class Turn:
         known: dict[Factor, int | None] = {}
         for axis, label in zip(rule.results[0], labels):
             factors = [f for f in axis if f.size != 1]
-            if len(factors) > 1 or any(f.role not in ("free", "repeated") for f in factors):
+            if len(factors) > 1 or any(f.role not in ("free", "repeated") for f in axis):  # padded, perhaps, from a size of 1
                 return None
             known.update((f, label) for f in factors)
         found = []

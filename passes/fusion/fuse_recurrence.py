@@ -47,6 +47,8 @@ class FuseRecurrence(GraphPass):
 
 def _fused(graph: Graph, node: Node) -> str:
     attrs = ScanAttrs.of(node)
+    if not all(v.tensor.dtype.is_float for v in node.inputs[: attrs.carries]):
+        raise NotLinear("integers are no states of linear attention")
     if attrs.carries != 1:
         raise Mismatch(f"it carries {attrs.carries} values")
     if attrs.reverse or not attrs.slices:
@@ -330,6 +332,8 @@ class _Emitter:
                 x, every = self.outside(v)
                 own = (TURN, *own) if every else own
             real = [y for y in own if y is not None]
+            if not set(real) <= set(labels):
+                raise Mismatch(f"%{v.name} is summed over an axis that neither the state nor what it is read by has")
             assert len(set(real)) == len(real)  # a term has each axis of the state once
             x = self.b.reshape(x, shape=tuple(self.turn.sizes[y] for y in real))
             x = self.b.transpose(x, perm=tuple(real.index(y) for y in labels if y in real))

@@ -81,6 +81,18 @@ def mamba2(S: nn.Tensor, x: nn.Tensor, B: nn.Tensor, C: nn.Tensor, dt: nn.Tensor
     return S, (S * C[:, None, None]).sum(-1) + nn.constant([[0.5], [1.0], [0.1]]) * x
 
 
+def plus(S: nn.Tensor, q: nn.Tensor, k: nn.Tensor, v: nn.Tensor) -> tuple[nn.Tensor, nn.Tensor]:
+    """What is the same for each feature that is summed counts as often as it is summed: by broadcasts, and by numbers."""
+    S = S + columns(k) * rows(v)
+    return S, (S * columns(q) + rows(v) + 0.5).sum(-2)
+
+
+def one_hot(S: nn.Tensor, q: nn.Tensor, k: nn.Tensor, v: nn.Tensor) -> tuple[nn.Tensor, nn.Tensor]:
+    """An axis of size 1 that is padded is none that is broadcast."""
+    S = S + columns(k) * rows(v)
+    return S, (S * nn.pad(columns(q[..., :1]), (0, 0, 1, 0), (0, 0, 2, 0))).sum(-2)
+
+
 def grouped(S: nn.Tensor, q: nn.Tensor, k: nn.Tensor, v: nn.Tensor, g: nn.Tensor) -> tuple[nn.Tensor, nn.Tensor]:
     """Two queries for each state; subtracted, divided, negated."""
     S = S * g[..., None, None] - (-(columns(k) * rows(v)) / 2.0)
@@ -111,6 +123,8 @@ ROWS: dict[str, tuple[Step, Mapping[str, str], str, dict[str, Any]]] = {
     "mamba2": (mamba2, {"x": "b s h e", "B": "b s d", "C": "b s d", "dt": "b s h"}, "b h e d", {"rule": "gated"}),
     "numbers": (numbers, QKV, "b h d e", {"rule": "gated_delta", "log": False}),
     "summed": (summed, QKV, "b h d e", {"rule": "gated", "log": False}),
+    "plus": (plus, QKV, "b h d e", {"rule": "linear"}),
+    "one hot": (one_hot, QKV, "b h d e", {"rule": "linear"}),
     "grouped": (grouped, {**QKV, "q": "b s h r d", "g": "b s h"}, "b h d e", {"rule": "gated", "log": False}),
 }
 
@@ -326,6 +340,22 @@ def test_what_is_no_recurrence_of_this_kind_leaves_no_remark() -> None:
         return S, (S * columns(q)).sum(-2)
 
     assert [misses(step=bounded), misses(step=squared)] == [[], []]
+
+
+def test_integers_are_left_alone() -> None:
+    assert misses(BEFORE.replace("f32", "i32")) == []
+
+
+def test_what_is_the_same_for_an_unknown_number_of_features_is_not_counted() -> None:
+    text = BEFORE.replace("[b, 4", "[b, d").replace("[s, b, 4", "[s, b, d").replace("1, 4]", "1, d]").replace("1, 4)", "1, d)")
+    text = text.replace("(b, 4,", "(b, d,")
+    old = "%y: f32[b, 1, 5] = matmul(%query, %next)"
+    wide = """%column_1: f32[b, d, 1] = reshape(%q) {shape=(b, d, 1)}
+    %each: f32[b, d, 5] = mul(%column_1, %next)
+    %more: f32[b, d, 5] = add(%each, %value)
+    %y: f32[b, 1, 5] = reduce_sum(%more) {axes=(1,), keepdims=true}"""
+    assert text.count(old) == 1
+    assert misses(text.replace(old, wide)) == []
 
 
 def test_turns_that_cannot_be_taken_at_once() -> None:
