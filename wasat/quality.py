@@ -83,14 +83,19 @@ def tokens_name(program: Program) -> str:
 
 def text_ids(program: Program, text: str) -> list[int]:
     """Token ids of a text, by the tokenizer that came with the model. Raises WasatError where there is none."""
+    if (tokenizer := tokenizer_of(program)) is None:
+        raise WasatError("the model came without a tokenizer (tokenizer.json): a text cannot become tokens")
+    return list(tokenizer.encode(text).ids)
+
+
+def tokenizer_of(program: Program) -> Any:
+    """The tokenizer that came with the model; None where there is none."""
     import tokenizers
 
     written = program.origin.texts.get("tokenizer.json")
     if written is None and program.origin.tokenizer:
         written = Path(program.origin.tokenizer).read_text(encoding="utf-8")
-    if written is None:
-        raise WasatError("the model came without a tokenizer (tokenizer.json): a text cannot become tokens")
-    return list(tokenizers.Tokenizer.from_str(written).encode(text).ids)
+    return None if written is None else tokenizers.Tokenizer.from_str(written)
 
 
 def quality(
@@ -107,7 +112,7 @@ def quality(
             wide, narrow = (y[first : first + _ROWS].astype(np.float64) for y in (b, x))
             p = np.exp(wide)
             with np.errstate(invalid="ignore"):
-                kl.append(np.where(p > 0, p * (wide - narrow), 0.0).sum(-1))
+                kl.append(np.where(p == 0, 0.0, p * (wide - narrow)).sum(-1))  # NaN stays
         same.append(b.argmax(-1) == x.argmax(-1))
         at = np.arange(len(ids) - 1), ids[1:]
         loss.append(-x[at])

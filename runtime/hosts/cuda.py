@@ -254,8 +254,9 @@ class Cuda:
         """What pieces hold, when all that was sent is done, through memory that the device writes by itself."""
         total = sum(p.nbytes for p in pieces)
         if total > self._room:
-            self._room = max(total, _SMALL)
-            self._staging = _Held(self, self._driver.handle("cuMemHostAlloc", self._room, 0), "cuMemFreeHost")
+            room = max(total, _SMALL)
+            self._staging = _Held(self, self._driver.handle("cuMemHostAlloc", room, 0), "cuMemFreeHost")
+            self._room = room  # not before it is there: what was refused once would be written past the end of what is
         at = 0
         for p in pieces:
             if p.nbytes:

@@ -263,6 +263,56 @@ def test_weights_in_fewer_bits_differ_by_design():
     assert "differ by design" in str(found)
 
 
+# -- sides that are no two ways to compute one model ---------------------------------------------------------------------------
+ROWS = """
+graph @forward(%x: f32[b, 4], %z: f32[b, 4]) {
+  %y: f32[b, 4] = add(%x, %z)
+  %t: f32[b, 4] = tanh(%y)
+  return %y, %t
+}
+"""
+TANH = "%t: f32[b, 4] = tanh(%y)"
+
+
+@pytest.mark.parametrize(
+    "edit, said", [
+        (("return %y, %t", "return %y"), ["t: b has none"]),
+        (("return %y, %t", "return %y, %t, %z"), ["z: a has none"]),
+        ((TANH, "%t: f32[4, b] = transpose(%y) {perm=(1, 0)}"), ["t: a has float32[3, 4], b has float32[4, 3]"]),
+        ((TANH, "%t: i32[b, 4] = cast(%y) {dtype=i32}"), ["t: a has float32[3, 4], b has int32[3, 4]"]),
+    ],
+)  # fmt: skip
+def test_outputs_that_one_side_lacks_are_a_difference(edit, said):
+    found = compare(random_program(ROWS), random_program(ROWS.replace(*edit)), sizes={"b": 3})
+    assert (found.unlike, found.ok) == (said, False)
+    assert f"output {said[0]}" in str(found)
+    assert str(found).endswith("they DIFFER")
+    assert found.to_json()["unlike"] == said
+
+
+@pytest.mark.parametrize(
+    "options, message", [
+        ({"sizes": {"rows": 3}}, "@forward has no size rows; it has b"),
+        ({"max_kl": 0.1}, "max_kl limits what two sides say of a text: give a text"),
+        ({"window": 1}, "a window of 1 tokens predicts nothing: give 2 or more"),
+    ],
+)  # fmt: skip
+def test_options_that_say_nothing(options, message):
+    with pytest.raises(WasatError, match=message):
+        compare(random_program(ROWS), "after:default", **options)
+
+
+def test_sides_of_other_inputs():
+    other = random_program(ROWS.replace("%z", "%w"))
+    with pytest.raises(WasatError, match="the sides take other inputs: program x, z; program x, w"):
+        compare(random_program(ROWS), other)
+
+
+def test_sizes_are_those_of_the_inputs_that_are_given():
+    found = compare(random_program(ROWS), "after:default", inputs={"x": np.zeros((3, 4), np.float32)})
+    assert found.ok, str(found)
+
+
 # -- a text ------------------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def model() -> Program:
@@ -312,6 +362,29 @@ def test_logits_of_another_text(model, tmp_path):
         compare(model, tmp_path / "narrow.npy", text=TEXT)
     with pytest.raises(WasatError, match="only what it says of a text can be compared: give a text"):
         compare(model, tmp_path / "narrow.npy")
+
+
+def test_nan_on_the_first_side_is_no_small_divergence(model, tmp_path):
+    logits = np.zeros((10, 6), np.float32)
+    np.save(tmp_path / "fine.npy", logits)
+    logits[4] = np.nan
+    np.save(tmp_path / "nan.npy", logits)
+    for a, b in ((model, "nan.npy"), (tmp_path / "nan.npy", None)):
+        found = compare(a, model if b is None else tmp_path / b, text=TEXT, max_kl=1e3)
+        assert found.text is not None
+        assert np.isnan(found.text.kl)
+        assert not found.ok
+
+
+def test_one_number_is_one_token_on_both_sides(model):
+    other, again = model.copy(), model.copy()
+    written = json.loads(model.origin.texts["tokenizer.json"])
+    words = written["model"]["vocab"]
+    words["says"], words["next"] = words["next"], words["says"]
+    other.origin = dataclasses.replace(other.origin, texts={"tokenizer.json": json.dumps(written)})
+    with pytest.raises(WasatError, match="have different tokens: 2 is 'says' in one, 'next' in the other"):
+        compare(model, other, text=TEXT)
+    assert compare(model, again, text=TEXT).ok
 
 
 # -- sides -------------------------------------------------------------------------------------------------------------------

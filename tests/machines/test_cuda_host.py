@@ -30,6 +30,7 @@ from wasat.runtime import ArtifactError, InputError, Model, load
 from wasat.runtime.artifact import digest
 from wasat.runtime.errors import RuntimeErrorBase
 from wasat.runtime.hosts.cuda import Cuda
+from wasat.runtime.hosts.cuda_driver import OUT_OF_MEMORY, CudaError
 
 import wasat as ws
 from wasat.planned import PlanRunner
@@ -314,3 +315,26 @@ def test_more_workgroups_than_it_counts(again: SoftGPU) -> None:
     entry["steps"][0]["grid"][1] = 65536
     with pytest.raises(InputError, match=r"has \(\d+, 65536, 1\) workgroups, which this device cannot count"):
         runner("f", {"x": np.ones((2, 4), np.float32)})
+
+
+def test_memory_for_results_that_is_refused_once(again: SoftGPU, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next results are not written where that memory would be."""
+    runner = PlanRunner(parse_program(ADD), target_named("cuda:sm_90"))
+    machine = runner.host.machine
+    assert isinstance(machine, Cuda)
+    give = machine._driver.handle
+
+    def refused(name: str, *args: Any) -> Any:
+        if name == "cuMemHostAlloc":
+            raise CudaError(OUT_OF_MEMORY, "cuMemHostAlloc failed: out of memory")
+        return give(name, *args)
+
+    small, large = (np.ones((n, 4), np.float32) for n in (2, 8192))
+    np.testing.assert_array_equal(runner("f", {"x": small})["y"], small + 1)
+    before = machine._room
+    with monkeypatch.context() as patch:
+        patch.setattr(machine._driver, "handle", refused)
+        with pytest.raises(RuntimeErrorBase, match="Soft GPU failed: cuMemHostAlloc failed: out of memory"):
+            runner("f", {"x": large})
+    assert machine._room == before < large.nbytes
+    np.testing.assert_array_equal(runner("f", {"x": large})["y"], large + 1)

@@ -7,19 +7,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from wasat.ir import Array, DType, Program, TensorType, WasatError
+from wasat.ir import Array, DType, Graph, Program, TensorType, WasatError
 from wasat.passes.serving.token_inputs import token_inputs
-from wasat.quality import quality, text_ids, windows_of
+from wasat.quality import quality, text_ids, tokenizer_of, windows_of
 from wasat.testing import feed
 
-from .across import MEANT, compare_programs, fewer_bits, outputs_of, unit_of
+from .across import MEANT, compare_programs, fewer_bits, outputs_of, unit_of, unlike
 from .bounds import bounds_of
 from .engines import Engine
 from .found import Alarm, Comparison, Difference, Stage
@@ -60,6 +61,10 @@ def compare(
     """
     left = side(a, **options)
     right = side(b, left, **options)
+    if text is None and max_kl is not None:
+        raise WasatError("max_kl limits what two sides say of a text: give a text")
+    if window < 2:
+        raise WasatError(f"a window of {window} tokens predicts nothing: give 2 or more")
     found = Comparison(left.name, right.name, max_kl=max_kl)
     if left.program is not None and right.program is not None:
         _values(found, left, right, inputs, sizes or {}, tokens, seed, progress)
@@ -85,6 +90,9 @@ def _values(
 ) -> None:  # fmt: skip
     assert a.program is not None
     assert b.program is not None
+    takes = [[v.name for v in program["forward"].inputs] for program in (a.program, b.program)]
+    if set(takes[1]) - set(takes[0]):
+        raise WasatError(f"the sides take other inputs: {a.name} {', '.join(takes[0])}; {b.name} {', '.join(takes[1])}")
     given = _inputs(a.program, inputs, sizes, tokens, seed)
     progress("interpreting")
     runs = [interpret(a.program, "forward", given, sizes)] * 2
@@ -109,7 +117,7 @@ def _values(
             own = s.outputs(given)
         results.append(own)
     progress("bounds of the whole")
-    found.outputs = _outputs(runs, results)
+    found.outputs, found.unlike = _outputs(runs, results), unlike(results[0], results[1])
 
 
 def _outputs(runs: list[Run], results: list[Mapping[str, Array]]) -> list[Difference]:
@@ -145,6 +153,9 @@ def _inputs(
         if unknown := sorted(set(inputs) - {v.name for v in g.inputs}):
             raise WasatError(f"@forward has no input {unknown[0]}; it has {', '.join(v.name for v in g.inputs)}")
         return {v.name: np.asarray(inputs[v.name]) for v in g.inputs}
+    if unknown := sorted(set(sizes) - set(g.symbols)):
+        raise WasatError(f"@forward has no size {unknown[0]}; it has {', '.join(g.symbols) or 'none'}")
+    sizes = {**_told(g, inputs or {}), **sizes}
     texts = token_inputs(g)
     long = {str(v.shape[1]) for v in g.inputs if v.name in texts}
     known = {s: sizes.get(s, tokens if s in long else 1 if i == 0 else 3 + i) for i, s in enumerate(g.symbols)}
@@ -164,6 +175,12 @@ def _inputs(
     return made
 
 
+def _told(g: Graph, inputs: Mapping[str, Any]) -> dict[str, int]:
+    """Symbols whose numbers the axes of given arrays say."""
+    axes = [(d, n) for v in g.inputs if v.name in inputs for d, n in zip(v.type.shape, np.shape(inputs[v.name]))]
+    return {str(d): n for d, n in axes if str(d) in g.symbols}
+
+
 def _text(found: Comparison, a: Side, b: Side, text: str, window: int, progress: Progress) -> None:
     program = a.program or b.program
     if program is None:
@@ -171,8 +188,20 @@ def _text(found: Comparison, a: Side, b: Side, text: str, window: int, progress:
     windows = windows_of(text_ids(program, text), window)
     if not windows:
         raise WasatError("the text has fewer than two tokens: nothing is predicted")
+    if a.program is not None and b.program is not None and b.program is not a.program:
+        _same_tokens(a, b, windows)
     progress("reading the text", 0, len(windows))
     found.text = quality(
         a.log_probabilities(windows), b.log_probabilities(windows), windows,
         lambda done: progress("reading the text", done, len(windows)),
     )  # fmt: skip
+
+
+def _same_tokens(a: Side, b: Side, windows: Sequence[NDArray[np.int64]]) -> None:
+    """Raises WasatError where the two models call one number of the text by different tokens."""
+    one, two = (None if s.program is None else tokenizer_of(s.program) for s in (a, b))
+    if one is None or two is None:
+        return
+    for i in sorted({int(i) for ids in windows for i in ids}):
+        if (x := one.id_to_token(i)) != (y := two.id_to_token(i)):
+            raise WasatError(f"{a.name} and {b.name} have different tokens: {i} is {x!r} in one, {y!r} in the other")

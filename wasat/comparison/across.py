@@ -178,3 +178,14 @@ def outputs_of(a: Run, results: Mapping[str, Array], bounds: Sequence[NDArray[np
         if name in results and _alike(a.values[v], results[name]):
             found.append(difference(v, name, a.values[v], results[name], bound))
     return found
+
+
+def unlike(a: Mapping[str, Array], b: Mapping[str, Array]) -> list[str]:
+    """Outputs that cannot be held against each other, and why."""
+    found = [f"{n}: {side} has none" for side, own, other in (("b", b, a), ("a", a, b)) for n in other if n not in own]
+    pairs = {n: (a[n], b[n]) for n in a if n in b and not _alike(a[n], b[n])}
+    return found + [f"{n}: a has {_type(x)}, b has {_type(y)}" for n, (x, y) in pairs.items()]
+
+
+def _type(x: Array) -> str:
+    return f"{x.dtype}{list(x.shape)}" if isinstance(x, np.ndarray) else f"{x}"

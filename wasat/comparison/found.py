@@ -92,6 +92,8 @@ class Comparison:
     stages: list[Stage] = field(default_factory=list)
     outputs: list[Difference] = field(default_factory=list)
     """Of the whole: each side on its own."""
+    unlike: list[str] = field(default_factory=list)
+    """Outputs that one side lacks, or that have another shape or kind there."""
     alarms: list[Alarm] = field(default_factory=list)
     text: Quality | None = None
     max_kl: float | None = None
@@ -103,10 +105,11 @@ class Comparison:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing differs beyond its bound, and nothing overflows on one side alone."""
+        """Whether both sides have the same outputs, nothing differs beyond its bound or overflows on one side alone."""
         kinds = [x.what for x in self.alarms if x.what != "f16" and x.side != "interpreter"]
         far = self.max_kl is not None and self.text is not None and not self.text.kl <= self.max_kl
-        return not (self.first or any(d.differs for d in self.outputs) or far or any(kinds.count(k) == 1 for k in kinds))
+        alone = any(kinds.count(k) == 1 for k in kinds)
+        return not (self.first or self.unlike or any(d.differs for d in self.outputs) or far or alone)
 
     def to_json(self) -> dict[str, Any]:
         """All of it as plain values."""

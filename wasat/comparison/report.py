@@ -24,6 +24,10 @@ def _lines(found: Comparison) -> Iterator[str]:
         for d in found.outputs:
             share = d.note or f"{d.ratio:12.3g}x"
             yield f"{d.value:24.24} {d.largest:10.3g} {d.mean:10.3g} {share:>13}" + (" DIFFERS" if d.differs else "")
+    if found.unlike:
+        yield ""
+    for what in found.unlike:
+        yield f"output {what}"
     for alarm in found.alarms:
         beyond = f"reaches {alarm.largest:.6g}: f16 holds 65504"
         what = {"nan": "makes NaN", "inf": "makes an infinity", "f16": beyond}[alarm.what]
