@@ -70,12 +70,14 @@ def test_importance_that_is_none(importance):
 
 @pytest.mark.parametrize("type", SEARCHED, ids=lambda t: t.how)
 def test_rows_that_need_no_search(type):
-    """Zeros stay zeros, one element alone is kept, and what the grid holds comes back."""
-    x = np.zeros((3, 512), np.float32)
+    """Zeros stay zeros, one element alone is kept, and what the grid holds comes back; so do rows of one number."""
+    x = np.zeros((5, 512), np.float32)
     x[1, 7] = 1.0
     x[2] = np.tile(np.arange(32) % 4 * 0.5, 16)
-    dense = quantize_array(x, type.with_shape(3, 512), search=True).dense()
+    x[3:] = [[0.37], [-2.5]]
+    dense = quantize_array(x, type.with_shape(5, 512), search=True).dense()
     assert (dense[0] == 0).all()
     np.testing.assert_allclose(dense[1], x[1], atol=0.02 if type.stored and type.stored.factors else 1e-3)
     assert np.abs(dense[2] - x[2]).max() < 0.1
+    np.testing.assert_allclose(dense[3:], x[3:], rtol=0.01)
     assert not quantize_array(x[:0], type.with_shape(0, 512), search=True).dense().size

@@ -215,6 +215,7 @@ def test_weights_that_a_loop_reads_stay_and_are_named() -> None:
     *((size, s, size > 1 or 0 < size < 1) for s in ("int8", "int4-plain", "q5_0") for size in (1e-7, 1e7, 0, 1)),
     (1e-5, "int8", True), (1e-5, "int4-plain", False), (1e6, "int8", False), (1e6, "int4-plain", True),  # largest / 127, / 8
     (1e-4, "int4", False), (1e-5, "int4", True), (1e7, "int4", False), (1e9, "int4", True), (0, "int4", False),  # / (8 * 128)
+    (2e5, "q5_0", False), (2e5, "q5_1", True), (1e4, "q5_1", False),  # an offset is as large as the largest
 ])  # fmt: skip
 @pytest.mark.parametrize("body", ["", "%t: f32[8, 64] = mul(%w, 1.0:f32)\n  "])
 def test_weights_whose_scales_f16_does_not_hold_stay_and_are_named(size: float, scheme: str, stays: bool, body: str) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from wasat.ir import QTensorType
+from wasat.ir import QTensorType, parse_program, parse_type
+from wasat.ir.graph import ArrayParam
 from wasat.passes import FuseAttention, FuseGlu, HoistParams, MergeLinears, PassManager, Quantize
 from wasat.passes.cleanup.hoist_params import param_only
 from wasat.passes.serving.recipes import ATTENDED, INNER, OTHER, RECIPES, TABLE, is_scheme, role_of, storage
@@ -124,6 +125,21 @@ def test_a_recipe_takes_what_the_target_has_and_what_suits_the_rows():
     assert storage("int4", OTHER, 640, 32, cpu, ["linear", "grouped_linear"]).type.how == "int4b32f16"
     assert storage("int4", OTHER, 70, 32, cpu, ["embedding"]) == "the target has no kernel of embedding for int4b32f16"
     assert storage("s4", OTHER, 640, 32, (("*", "int?b32f16"),), ["linear"]).type.how == "s4b160"  # asked for by name
+
+
+def test_what_reads_a_weight_as_it_was_needs_no_kernel():
+    """A product with the weight itself, or a loop, beside the linear that reads the small copy."""
+    text = """graph @g(%x: f32[n, 64]) {
+  param %w: f32[64, 64]
+  %y: f32[n, 64] = linear(%x, %w)
+  %z: f32[n, 64] = matmul(%y, %w)
+  return %z
+}"""
+    program = parse_program(text)
+    program.params["w"] = ArrayParam(np.ones((64, 64), np.float32), parse_type("f32[64, 64]"))
+    report = PassManager([Quantize("int4", None, formats=(("linear", "*"),))]).run(program)
+    assert program["g"].count("quantized_linear") == 1
+    assert [m.message.partition(",")[0] for m in report.remarks("missed")] == ["%w is also kept as f32[64, 64]"]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

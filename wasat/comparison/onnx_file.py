@@ -79,7 +79,11 @@ def _whole(path: Path, runtime: OnnxRuntime, inputs: Mapping[str, Array]) -> dic
         results = session.run(None, {i.name: np.asarray(inputs[i.name]) for i in session.get_inputs()})
     except Exception as e:
         raise WasatError(f"onnxruntime refuses {path}: {str(e).strip().splitlines()[0]}") from None
-    return {o.name: np.asarray(x) for o, x in zip(session.get_outputs(), results)}
+    found: dict[str, Array] = {}
+    for o, x in zip(session.get_outputs(), results):  # of a sequence, each element; absent ones are none
+        found |= {f"{o.name}.{i}": np.asarray(y) for i, y in enumerate(x)} if isinstance(x, list) else {}
+        found |= {o.name: np.asarray(x)} if isinstance(x, np.ndarray) else {}
+    return found
 
 
 def _alone(
