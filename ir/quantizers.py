@@ -126,7 +126,7 @@ def _with_offset(
     scale, offset = np.zeros_like(bottom), sum_w / np.maximum(total, _TINY)
     if negative:
         offset = np.minimum(offset, 0)
-    gain = np.full_like(bottom, -np.inf)
+    gain = offset * sum_w
     for part in _STEPS:
         s = (top - bottom) * (part / np.float32(high))
         middle = (top + bottom) / 2 - s * np.float32(high / 2)
@@ -141,9 +141,10 @@ def _with_offset(
         s = np.where(found, (total * sum_cw - sum_w * sum_c) / det, 0)
         o = np.where(found, (sum_cc * sum_w - sum_c * sum_cw) / det, 0)
         if negative:
-            above = o > 0
+            above = (o > 0) | ~found  # all codes are the same where all elements are: a scale alone is enough
             s = np.where(above, sum_cw / np.maximum(sum_cc, _TINY), s)
             o = np.where(above, 0, o)
+            found = above | found
         g = s * sum_cw + o * sum_w  # how much less the squared error is than that of zeros
         better = found & (g > gain)
         for kept, new in ((scale, s), (offset, o), (gain, g)):

@@ -181,7 +181,7 @@ class _Run:
 
     def _loop(self, node: Node, body: Graph) -> None:
         for w, v in zip(node.inputs, body.inputs):
-            if w in self.only and any(u.op.quantized is not None and u.inputs[u.op.weight or 0] is v for u in v.users):
+            if w in self.only and any(_reads_as_weight(u, v) for u in v.users):
                 self.remarks.missed(f"%{w.name} stays {w.type}: the body of a loop reads it", node)
 
     def _quantize(self, node: Node, w: Value) -> bool:
@@ -194,7 +194,7 @@ class _Run:
         if w not in self.only:
             found = "it is not computed from parameters alone"
         elif scheme != "f32":
-            readers = list(dict.fromkeys(u.op.name for u in w.users))
+            readers = list(dict.fromkeys(u.op.name for u in w.users if _reads_as_weight(u, w)))
             found = storage(scheme, role_of(w, self.only), int(w.shape[-1]), self.options.block, self.options.formats, readers)
             if isinstance(found, Storage):
                 found = self._obstacle(w, found) or found
@@ -224,6 +224,11 @@ class _Run:
         return f"{names} has a block whose scale is outside f16 (about 1e-6 to 65504)"
 
 
+def _reads_as_weight(node: Node, w: Value) -> bool:
+    """Whether the node would read the small copy."""
+    return node.op.quantized is not None and node.inputs[node.op.weight or 0] is w
+
+
 def _reached(v: Value, only: set[Value]) -> list[Node]:
     """What reads ``v``, or what is computed from parameters alone and from it."""
     nodes = {u: None for u in v.users}
@@ -248,20 +253,22 @@ def _sources(w: Value) -> list[str]:
 
 
 def _f16_holds_scales(w: np.ndarray, type: QTensorType) -> bool:
-    """Whether the scale of every block is 0 or an f16 that is right to 3%; integer factors make up for what one of a
-    super-block is rounded by. Works through w in slabs: memory matters here."""
+    """Whether the scale of every block is 0 or an f16 that is right to 3%, and its offset one, too; integer factors make up for
+    what one of a super-block is rounded by. Works through w in slabs: memory matters here."""
     block, least = type.block, 2.0**-20
-    levels = 127 if type.scheme == "int8" else 8
+    levels, most = 127 if type.scheme == "int8" else 8, float(_F16.max)
     if type.stored is not None:
-        levels = max(type.stored.high, -type.stored.low)
+        levels, factor = max(type.stored.high, -type.stored.low), 1
         if type.stored.factors:
-            block, levels, least = type.stored.block, levels * max(map(abs, type.stored.factors)), 2.0**-23
+            factor = max(map(abs, type.stored.factors))
+            block, levels, least = type.stored.block, levels * factor, 2.0**-23
+        most *= factor / levels if type.stored.offset else 1  # an offset is as large as the elements
     rows = w.reshape(-1, w.shape[-1])
     step = max(1, (1 << 20) // rows.shape[1])
     for i in range(0, len(rows), step):
         part = np.abs(rows[i : i + step].astype(np.float32))
         scales = np.maximum.reduceat(part, np.arange(0, part.shape[1], block), axis=1) / np.float32(levels)
-        if not ((scales == 0) | ((scales >= least) & (scales <= _F16.max))).all():
+        if not ((scales == 0) | ((scales >= least) & (scales <= most))).all():
             return False
     return True
 

@@ -98,3 +98,18 @@ def test_logits_of_transformers_over_a_text(tmp_path: Path) -> None:
     assert abs(found.text.kl) < 1e-9
     assert found.text.same_top == 1
     assert np.isclose(found.text.perplexity, found.text.base_perplexity, rtol=1e-6)
+
+
+def test_the_parts_of_a_sequence_are_outputs_of_their_own(tmp_path: Path) -> None:
+    h = onnx.helper
+    f32 = onnx.TensorProto.FLOAT
+    cut = h.make_node("SplitToSequence", ["x"], ["parts"], axis=0)
+    whole = h.make_node("Neg", ["x"], ["out/0"])
+    outputs = [h.make_tensor_sequence_value_info("parts", f32, None), h.make_tensor_value_info("out/0", f32, [2, 3])]
+    graph = h.make_graph([cut, whole], "g", [h.make_tensor_value_info("x", f32, [2, 3])], outputs)
+    model = h.make_model(graph, opset_imports=[h.make_opsetid("", 17)])
+    model.ir_version = 8
+    onnx.save(model, str(tmp_path / "m.onnx"))
+    found = ws.compare(tmp_path / "m.onnx", "onnxruntime")
+    assert found.ok, str(found)
+    assert [d.value for d in found.outputs] == ["parts.0", "parts.1", "out/0"]

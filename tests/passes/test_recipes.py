@@ -139,7 +139,7 @@ def test_what_reads_a_weight_as_it_was_needs_no_kernel():
     program.params["w"] = ArrayParam(np.ones((64, 64), np.float32), parse_type("f32[64, 64]"))
     report = PassManager([Quantize("int4", None, formats=(("linear", "*"),))]).run(program)
     assert program["g"].count("quantized_linear") == 1
-    assert [m.message.partition(",")[0] for m in report.remarks("missed")] == ["%w is also kept as f32[64, 64]"]
+    assert [m.message[:30] for m in report.remarks("missed")] == ["%w is also kept as f32[64, 64]"]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
