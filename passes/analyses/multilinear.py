@@ -3,13 +3,15 @@
     S * a[..., None, None] + k[..., None] * v[:, :, None]    ->    S[b,h,i,j] a[t,b,h]  +  k[t,b,h,i] v[t,b,h,j]
 
 However it is spelt: sums of products, matrix products, transposes and axes of size 1 all come to the same. What does not
-depend on the carry stands as it is, or (``fine``) as the product that it is.
+depend on the carry stands as it is, or (``fine``) as the product that it is: what the turn computes, or also what is computed
+before.
 """
 
 from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import Literal
 
 from wasat.ir import DimLike, Graph, Node, TensorType, Value
 from wasat.ir.axes import AxisRule, Factor
@@ -22,6 +24,8 @@ TURN = 0
 Labels = tuple[int | None, ...]
 """An index variable for each axis; None for an axis of size 1."""
 Part = tuple[Value, Labels]
+Fine = Literal["no", "turn", "all"]
+"""Which products are taken apart that do not depend on the carry."""
 _MOST = 64  # terms
 
 
@@ -40,7 +44,7 @@ class Term:
 class Turn:
     """The terms of values in the body of a scan that carries one value. Operands stand for the inputs of the body."""
 
-    def __init__(self, node: Node, fine: bool) -> None:
+    def __init__(self, node: Node, fine: Fine) -> None:
         self.attrs, self.fine = ScanAttrs.of(node), fine
         self.body: Graph = self.attrs.body.graph
         self.state, self.next = self.body.inputs[0], self.body.outputs[0]
@@ -52,6 +56,9 @@ class Turn:
         for n in self.body.nodes:
             if any(v in self.depends for v in n.inputs):
                 self.depends.update(n.outputs)
+
+    def _divides(self, node: Node) -> bool:
+        return self.fine == "all" or (self.fine == "turn" and node.outputs[0].graph is self.body)
 
     def fresh(self, size: DimLike) -> int | None:
         """An index over so many elements."""
@@ -71,7 +78,7 @@ class Turn:
         if v in self.operand:
             return self.of(self.operand[v], (TURN, *labels) if v in self.sliced else labels, through)
         node, depends = v.node, v in self.depends
-        if node is not None and (depends or self.fine or node.op.kind == "view") and len(node.outputs) == 1:
+        if node is not None and (depends or self._divides(node) or node.op.kind == "view") and len(node.outputs) == 1:
             found = self._terms(node, labels, depends, through)
             if len(found) > _MOST:
                 raise NotLinear(f"{node!r} is a sum of more than {_MOST} products")

@@ -53,10 +53,7 @@ def _fused(graph: Graph, node: Node) -> str:
         raise Mismatch(f"it carries {attrs.carries} values")
     if attrs.reverse or not attrs.slices:
         raise Mismatch("it runs from the end" if attrs.reverse else "it takes nothing apart turn by turn")
-    try:
-        form = _Form(Turn(node, fine=False))
-    except Mismatch:
-        form = _Form(Turn(node, fine=True))  # what is multiplied outside of the rule's own products
+    form = _form(node)
     b = Builder(graph, before=node, loc=node.loc)
     before = node.prev
     try:
@@ -76,6 +73,16 @@ def _fused(graph: Graph, node: Node) -> str:
         if v.node is not None and v.name != name and not graph.is_output(v):
             graph.rename(v, name)
     return form.rule
+
+
+def _form(node: Node) -> _Form:
+    """With as few products taken apart as it takes: a key that is normalized, too, is to be known again as a whole."""
+    for fine in ("no", "turn"):
+        try:
+            return _Form(Turn(node, fine))
+        except Mismatch:
+            continue
+    return _Form(Turn(node, "all"))
 
 
 def _labels(parts: Iterable[Part]) -> set[int]:

@@ -65,6 +65,11 @@ def delta(S: nn.Tensor, q: nn.Tensor, k: nn.Tensor, v: nn.Tensor, beta: nn.Tenso
     return S, (S @ columns(q))[..., 0]
 
 
+def normalized(S: nn.Tensor, q: nn.Tensor, k: nn.Tensor, v: nn.Tensor) -> tuple[nn.Tensor, nn.Tensor]:
+    """A key that is itself a product, computed before the turns; the rate on all of the write."""
+    return S - columns(k) * rows((S * columns(k)).sum(-2)) * 0.5 + columns(k) * rows(v) * 0.5, (S * columns(q)).sum(-2)
+
+
 def gated_delta(
     S: nn.Tensor, q: nn.Tensor, k: nn.Tensor, v: nn.Tensor, g: nn.Tensor, beta: nn.Tensor
 ) -> tuple[nn.Tensor, nn.Tensor]:  # fmt: skip
@@ -340,6 +345,19 @@ def test_what_is_no_recurrence_of_this_kind_leaves_no_remark() -> None:
         return S, (S * columns(q)).sum(-2)
 
     assert [misses(step=bounded), misses(step=squared)] == [[], []]
+
+
+def test_keys_that_are_normalized_before_the_turns() -> None:
+    class Normalized(Recurrence):
+        def __call__(self, **given: nn.Tensor) -> Any:
+            return super().__call__(**{**given, "k": nn.normalize(given["k"], axis=-1)})
+
+    types = {n: "f32[" + ", ".join(map(str, shape(axes))) + "]" for n, axes in QKV.items()}
+    program = nn.trace(Normalized(normalized, "b h d e"), types)
+    fused, _ = ws.optimize(program, kv_cache=False)
+    found = [n.attrs for n in fused["forward"].nodes if isinstance(n.attrs, LinearAttentionAttrs)]
+    assert found == [LinearAttentionAttrs("delta", before=True)]
+    same(program, fused, QKV)
 
 
 def test_integers_are_left_alone() -> None:
