@@ -69,3 +69,33 @@ def test_what_reads_a_sum(target: str, name: str) -> None:
         feeds = {v.name: arrays[v.name] for v in g.inputs}
         (want,) = evaluate(g, feeds, {})
         np.testing.assert_allclose(runner(g.name, feeds)["y"], want, atol=1e-5, err_msg=reader)
+
+
+ONE_TERM = {
+    "linear": ("%x: f32[b, 1], %w: f32[3, 1]", "f32[b, 3]", "linear(%x, %w)", "[3]"),
+    "matmul": ("%x: f32[b, 4, 1], %w: f32[b, 1, 5]", "f32[b, 4, 5]", "matmul(%x, %w)", "[5]"),
+    "conv": (
+        "%x: f32[b, 3, 6], %w: f32[3, 1, 1]", "f32[b, 3, 6]",
+        "conv(%x, %w) {strides=(1,), low=(0,), high=(0,), dilation=(1,), input_dilation=(1,), groups=3}", "[3, 1]",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("target", ["webgpu", "opencl"])
+@pytest.mark.parametrize("name", ONE_TERM)
+def test_what_follows_a_sum_of_one_term(target: str, name: str) -> None:
+    """It is computed of the sum, not of the zero that the sum begins with, too: a bias is added once."""
+    need(target)
+    inputs, made, op, bias = ONE_TERM[name]
+    g = parse(f"""graph @f({inputs}, %c: f32{bias}) {{
+  %m: {made} = {op}
+  %a: {made} = add(%m, %c)
+  %y: {made} = sigmoid(%a)
+  return %y
+}}""")
+    rng = np.random.default_rng(0)
+    shapes = {v.name: [2 if str(d) == "b" else int(d) for d in v.shape] for v in g.inputs}
+    feeds = {n: rng.standard_normal(shape).astype(np.float32) for n, shape in shapes.items()}
+    (want,) = evaluate(g, feeds, {})
+    runner = PlanRunner(Program({"f": g}), target_named(target))
+    np.testing.assert_allclose(runner("f", feeds)["y"], want, atol=1e-6)

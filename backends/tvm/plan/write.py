@@ -148,11 +148,25 @@ def _annotated(module: tvm.IRModule) -> tvm.IRModule:
     for gv, f in module.functions.items():
         if isinstance(f, tirx.PrimFunc) and int(f.attrs.get("op_pattern", 8)) <= _BROADCAST and _reads_a_part(f):
             module.update_func(gv, f.with_attr("op_pattern", _INJECTIVE))
+        elif isinstance(f, tirx.PrimFunc) and int(f.attrs.get("op_pattern", 8)) == _PRODUCT and _sums_one_term(f):
+            module.update_func(gv, f.with_attr("op_pattern", _REDUCTION))
     return module
 
 
-_BROADCAST, _INJECTIVE = 1, 2
-"""TVM's OpPatternKind."""
+_BROADCAST, _INJECTIVE, _REDUCTION, _PRODUCT = 1, 2, 3, 4
+"""TVM's OpPatternKind: the last is a sum that takes what follows it into its kernel."""
+
+
+def _sums_one_term(f: tirx.PrimFunc) -> bool:
+    """Whether sums are of one term each: TVM would write what follows into the zero that such a sum begins with and into the
+    sum, ``f(f(0) + x)``."""
+    extents = list[Any]()
+
+    def block(s: Any) -> None:
+        extents.extend(v.dom.extent for v in s.iter_vars if int(v.iter_type) == tirx.IterVar.CommReduce)
+
+    tvm_ffi.structural_walk(f.body, [(tvm.s_tir.SBlock, block)])
+    return bool(extents) and all(tvm.sym.Analyzer().can_prove_equal(d, 1) for d in extents)
 
 
 def _reads_a_part(f: tirx.PrimFunc) -> bool:
