@@ -62,10 +62,10 @@ def make_plan(
         labels.before(module)
         module = _fused(module, min(device.fused, device.buffers))
         labels.after(module)
-        for step in (
-            relax.transform.FuseTIR(), relax.transform.RewriteDataflowReshape(), relax.transform.DeadCodeElimination()
-        ):  # fmt: skip
-            module = step(module)
+        module = relax.transform.FuseTIR()(module)
+        if not _holds_nothing(module):
+            module = relax.transform.RewriteDataflowReshape()(module)
+        module = relax.transform.DeadCodeElimination()(module)
     module = _scheduled(module, device)
     reader = Reader(module, Functions(module, target, device), labels)
     entries: dict[str, Any] = {}
@@ -77,6 +77,13 @@ def make_plan(
         used |= written.kernels
     plan = _plan(entries, used, reader.constants.arrays, device)
     return dataclasses.replace(plan, source=all_sources(used.values(), target)) if device.language == "cuda" else plan
+
+
+def _holds_nothing(module: tvm.IRModule) -> bool:
+    """Whether an array has no elements whatever the sizes are: TVM takes a part of it, of another shape, for a view of it."""
+    functions = [f for f in module.functions.values() if isinstance(f, tirx.PrimFunc)]
+    buffers = [p for f in functions for p in f.params if not isinstance(p.ty, tvm.ir.PrimType)]
+    return any(isinstance(d, tirx.IntImm) and int(d) == 0 for x in buffers for d in x.shape)
 
 
 def _scheduled(module: tvm.IRModule, device: Device) -> tvm.IRModule:
