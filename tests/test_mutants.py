@@ -61,4 +61,4 @@ def test_the_tree_is_not_touched(tmp_path):
 def test_what_covers_a_file_exists():
     for file in [*mutants.TESTS, "passes/training/remat.py"]:
         assert (mutants.ROOT / file).exists()
-        assert all((mutants.ROOT / t).exists() for t in mutants.covering(file)), file
+        assert all((mutants.ROOT / t.partition("::")[0]).exists() for t in mutants.covering(file)), file

@@ -308,8 +308,9 @@ class Importer:
 
     def _check_operands(self, node: onnx.NodeProto, scope: str, inputs: Sequence[Any], schema: Any) -> None:
         if schema is None:
+            known = ATTRIBUTES.get((domain_of(node.domain), node.op_type))
             for a in node.attribute:
-                if a.name not in ATTRIBUTES[domain_of(node.domain), node.op_type]:
+                if known is not None and a.name not in known:
                     raise self.fail(f"{node.op_type} node {scope!r} has an attribute {a.name}, which is not understood")
             return
         version = f"{node.op_type} of operator set {schema.since_version}"

@@ -35,7 +35,7 @@ ATTRIBUTES: dict[tuple[str, str], frozenset[str]] = {}
 """(domain, operator) -> the attributes that its converter understands, of operators whose schema onnx does not have."""
 
 
-def op(*names: str, since: int = 1, domain: str = "", attributes: str = "") -> Callable[[Converter], Converter]:
+def op(*names: str, since: int = 1, domain: str = "", attributes: str | None = None) -> Callable[[Converter], Converter]:
     """Registers ``f(c, n, *inputs)`` for operators: ``c`` emits, ``n`` holds the attributes, an absent input is None.
 
     It returns one operand, or a tuple of them (None for an output that does not exist). ``attributes``: the names that it
@@ -44,7 +44,8 @@ def op(*names: str, since: int = 1, domain: str = "", attributes: str = "") -> C
 
     def put(f: Converter) -> Converter:
         for name in names:
-            ATTRIBUTES[domain, name] = frozenset(attributes.split())
+            if attributes is not None:
+                ATTRIBUTES[domain, name] = frozenset(attributes.split())
             entry = CONVERTERS.setdefault((domain, name), [])
             entry.append((since, f))
             entry.sort(key=lambda e: e[0])

@@ -26,6 +26,7 @@ from wasat.ir import (
     symbol,
     type_of,
 )
+from wasat.ir.op import Body
 from wasat.ir.ops.quant import quantize_array
 from wasat.passes import (
     Cleanup,
@@ -36,6 +37,7 @@ from wasat.passes import (
     FuseExperts,
     FuseGlu,
     FuseNorm,
+    FuseRecurrence,
     FuseRope,
     GraphPass,
     HoistParams,
@@ -141,6 +143,25 @@ class Growth:
             keep = self.swapped("logical_and", keep, b.less(b.sub(row, column), 2))
         probs = b.softmax(b.select(keep, scores, self.number(float("-inf"))), axis=3)
         return b.reshape(b.transpose(b.matmul(probs, v), perm=(0, 2, 1, 3)), shape=(B, S, D))
+
+    def recurrent(self, x: Value) -> Value:
+        """A matrix that every token decays, perhaps, and writes to, and reads."""
+        b, body = self.b, Graph("turn")
+        q, k, v = (b.transpose(self.linear(x, n), perm=(1, 0, 2)) for n in (4, 4, D))
+        t = Builder(body)
+        state = body.add_input("state", tensor(self.dtype, (B, 4, D)))
+        query, key, value = (body.add_input(c, tensor(self.dtype, (B, n))) for c, n in (("q", 4), ("k", 4), ("v", D)))
+        kept = t.mul(state, t.constant(0.9, self.dtype)) if self.pick(0, 1) else state
+        write = t.mul(t.reshape(key, shape=(B, 4, 1)), t.reshape(value, shape=(B, 1, D)))
+        new = t.add(*self.pick((kept, write), (write, kept)))
+        if self.pick(0, 1):
+            y = t.reduce_sum(t.mul(new, t.reshape(query, shape=(B, 4, 1))), axes=(1,))
+        else:
+            y = t.reshape(t.matmul(t.reshape(query, shape=(B, 1, 4)), new), shape=(B, D))
+        body.set_outputs([new, y], ["state", "y"])
+        start = b.broadcast_to(self.number(0.0), shape=(B, 4, D))
+        read = b.scan(start, q, k, v, body=Body(body), carries=1, slices=3)[1]
+        return b.transpose(read, perm=(1, 0, 2))
 
     def repeated(self, x: Value) -> Value:
         """Rows at positions that are the same for the whole batch."""
@@ -387,6 +408,7 @@ RUNS: dict[type[Pass], Callable[[int], bool]] = {
     FuseRope: exact(FuseRope(), "turned"),
     FuseActivations: exact(FuseActivations(), "activation"),
     FuseAttention: exact(FuseAttention(), "attended", (Cleanup(),)),
+    FuseRecurrence: exact(FuseRecurrence(), "recurrent"),
     FuseExperts: exact(FuseExperts(), "experts", (Cleanup(),)),
     MergeLinears: exact(MergeLinears(), "siblings"),
     FuseGlu: exact(FuseGlu(), "gated"),

@@ -40,7 +40,7 @@ def test_what_is_there_and_something_else_stays(artifact: Path, tmp_path: Path) 
 
 
 REFUSED: list[tuple[str, Any, str]] = [
-    ("target.kind", "cuda", "is compiled for cpu: the C host runs programs for CPUs"),
+    ("target.kind", "hexagon", "is compiled for cpu: the C host runs programs for CPUs"),
     ("entries.decode", ..., "has no entries prefill and decode: the C host generates text"),
     ("entries.prefill.inputs.0.shape", [2, "s"], "the program is for 2 rows"),
     ("entries.decode.inputs.1.name", "mask", r"the model takes more than tokens \(mask\)"),

@@ -71,17 +71,17 @@ def embed_layer_norm(
     return _layer_norm(c, x, weight, beta, n.get("epsilon", 1e-12)), index, x
 
 
-@op("Gelu", domain=MICROSOFT)
+@op("Gelu", domain=MICROSOFT, attributes="")
 def gelu(c: Emitter, n: NodeView, x: Operand) -> Any:
     return c.gelu(x)
 
 
-@op("BiasGelu", domain=MICROSOFT)
+@op("BiasGelu", domain=MICROSOFT, attributes="")
 def bias_gelu(c: Emitter, n: NodeView, x: Operand, bias: Operand) -> Any:
     return c.gelu(c.add(x, bias))
 
 
-@op("FastGelu", domain=MICROSOFT)
+@op("FastGelu", domain=MICROSOFT, attributes="")
 def fast_gelu(c: Emitter, n: NodeView, x: Operand, bias: Operand | None = None) -> Any:
     return c.gelu(x if bias is None else c.add(x, bias), approximate="tanh")
 
