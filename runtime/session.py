@@ -304,8 +304,9 @@ class Session:
             self._check(name, {**w.others, **along, self._fed: tokens, "past": counts, "last": counts})
         try:
             out = self._functions[name](*args)
-        except Exception as e:
-            raise self._lost(w, e) from e
+        except BaseException as e:
+            self._lost(w, e)
+            raise
         self._written[w.rows] = np.maximum(self._written[w.rows], before + s)
         if self._cut is not None:
             self._check_cut(self._memory.array_of(out[self._cut]) & (counts > 0), w)
@@ -320,16 +321,20 @@ class Session:
         self._past[w.rows] += counts
         return w, found
 
-    def _lost(self, w: _Window, e: Exception) -> Exception:
-        """The error of a call that failed on its way: what it writes in place is neither the old nor the new any more."""
+    def _lost(self, w: _Window, e: BaseException) -> None:
+        """Empties the rows of a call that failed or was interrupted on its way, where states are written in place: they are
+        neither the old nor the new any more. Raises InputError, which says so, for what failed.
+        """
         if not any(s.donated for s in self._slots.states):
-            return e
+            return
         rows = self._every[w.rows]
         self._slots.clear(np.flatnonzero(np.isin(self._row, rows)))
         self._past[rows] = self._written[rows] = 0
         for row in rows.tolist():
             self._whole[row] = []
-        return InputError(f"{e}; rows {rows.tolist()} are empty now, their states having been written over: feed them again")
+        if isinstance(e, Exception):
+            said = f"rows {rows.tolist()} are empty now, their states having been written over: feed them again"
+            raise InputError(f"{e}; {said}") from e
 
     def _check_cut(self, cut: np.ndarray, w: _Window) -> None:
         """Raises InputError for rows in which what sees each other was cut: they hold what they held before."""

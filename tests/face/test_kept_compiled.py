@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rows_help import check_rows, wanted
 from wasat.frontend import nn
 from wasat.runtime import InputError, Model, Session
 
@@ -46,10 +47,6 @@ def model(program: ws.Program, tmp_path_factory: pytest.TempPathFactory) -> Mode
     return ws.load(out)
 
 
-def wanted(program: ws.Program, row: np.ndarray) -> np.ndarray:
-    return np.asarray(ws.run(program, tokens=row[None])["logits"])[0, -1]
-
-
 def test_what_is_kept(model: Model) -> None:
     kinds = {s.name: (s.kind, s.cut, s.shape) for s in model.manifest.interface.states}
     assert kinds == {
@@ -60,15 +57,8 @@ def test_what_is_kept(model: Model) -> None:
 
 
 def test_rows_of_their_own_lengths_some_of_them_idle(program: ws.Program, model: Model) -> None:
-    rng = np.random.default_rng(0)
-    session, rows = model.session(3, context=64), [np.zeros(0, np.int64)] * 3
-    for lengths in ([5, 3, 8], [1, 1, 1], [0, 4, 2], [1, 0, 1], [0, 0, 1], [6, 1, 0], [1, 1, 0], [20, 9, 0], [1, 1, 1]):
-        tokens = rng.integers(0, VOCAB, (3, max(lengths)))
-        got = session.step(tokens, lengths)
-        rows = [np.concatenate([r, t[:n]]) for r, t, n in zip(rows, tokens, lengths)]
-        for r, n in enumerate(lengths):
-            if n:
-                np.testing.assert_allclose(got[r], wanted(program, rows[r]), rtol=1e-4, atol=1e-4)
+    turns = ([5, 3, 8], [1, 1, 1], [0, 4, 2], [1, 0, 1], [0, 0, 1], [6, 1, 0], [1, 1, 0], [20, 9, 0], [1, 1, 1])
+    check_rows(program, model.session(3, context=64), turns, VOCAB, 1e-4)
 
 
 def test_forward_beside_them(program: ws.Program, tmp_path: Path) -> None:

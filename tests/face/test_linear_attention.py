@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rows_help import check_rows, wanted
 from wasat.backends.tvm.cpu.kernels.linear_attention import LinearAttention
 from wasat.backends.tvm.lower import KernelCall, selected
 from wasat.backends.tvm.targets import cpu
@@ -49,20 +50,9 @@ def model(program: ws.Program, tmp_path_factory: pytest.TempPathFactory) -> Mode
     return ws.load(out)
 
 
-def wanted(program: ws.Program, row: np.ndarray) -> np.ndarray:
-    return np.asarray(ws.run(program, tokens=row[None])["logits"])[0, -1]
-
-
 def test_rows_of_their_own_lengths_some_of_them_idle(program: ws.Program, model: Model) -> None:
-    rng = np.random.default_rng(0)
-    session, rows = model.session(3, context=256), [np.zeros(0, np.int64)] * 3
-    for lengths in ([75, 3, 33], [1, 1, 1], [0, 40, 2], [1, 0, 1], [0, 0, 1], [6, 1, 0], [1, 1, 0], [20, 9, 0], [1, 1, 1]):
-        tokens = rng.integers(0, VOCAB, (3, max(lengths)))
-        got = session.step(tokens, lengths)
-        rows = [np.concatenate([r, t[:n]]) for r, t, n in zip(rows, tokens, lengths)]
-        for r, n in enumerate(lengths):
-            if n:
-                np.testing.assert_allclose(got[r], wanted(program, rows[r]), rtol=2e-5, atol=2e-5)
+    turns = ([75, 3, 33], [1, 1, 1], [0, 40, 2], [1, 0, 1], [0, 0, 1], [6, 1, 0], [1, 1, 0], [20, 9, 0], [1, 1, 1])
+    check_rows(program, model.session(3, context=256), turns, VOCAB, 2e-5)
 
 
 def kernels(program: ws.Program, **how: object) -> dict[str, list[LinearAttention]]:
@@ -98,6 +88,24 @@ def test_a_step_that_fails_leaves_no_half_written_state(model: Model, program: w
     got = session.step(tokens[:, :2])
     np.testing.assert_allclose(got[0], wanted(program, np.concatenate([tokens[0], tokens[0, :2]])), rtol=2e-5, atol=2e-5)
     np.testing.assert_allclose(got[1], wanted(program, tokens[1, :2]), rtol=2e-5, atol=2e-5)
+
+
+def test_an_interrupted_step_leaves_no_half_written_state(program: ws.Program, model: Model) -> None:
+    """Control-C while the entry runs: it is done with its states, the session does not know."""
+    session, tokens = model.session(1, context=64), np.arange(5)[None]
+    session.step(tokens)
+    functions = session._functions
+
+    def pressed(*args: object) -> None:
+        functions["decode"](*args)
+        raise KeyboardInterrupt
+
+    session._functions = {**functions, "decode": pressed}
+    with pytest.raises(KeyboardInterrupt):
+        session.step(tokens[:, :1])
+    session._functions = functions
+    assert session.past.tolist() == [0]
+    np.testing.assert_allclose(session.step(tokens[:, :2])[0], wanted(program, tokens[0, :2]), rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.slow
