@@ -36,15 +36,15 @@ Pipeline = str | Pass | Sequence[str | Pass]
 """Passes by name or as they are; see :func:`wasat.passes.pipeline`."""
 
 
-def _quiet(stage: str, done: int = 0, total: int = 0) -> None:
-    pass
+def quiet(stage: str, done: int = 0, total: int = 0) -> None:
+    """Progress that nobody wants to see."""
 
 
 def optimize(
     program: Program, *, quantize: str | None = None, activation: str | None = "int8",
     overrides: Mapping[str, str] | None = None, kv_cache: bool | None = None, chunk: int = 512,
     granule: int = Interface.granule, passes: Pipeline = "default", verify: bool = True, check: bool = False,
-    dump: Dump | None = None, progress: Progress = _quiet, keep_forward: bool = False, formats: Formats = ALL,
+    dump: Dump | None = None, progress: Progress = quiet, keep_forward: bool = False, formats: Formats = ALL,
 ) -> tuple[Program, Report]:  # fmt: skip
     """Runs the passes over a copy of ``program``; returns it with the report of what each pass did and missed.
 
@@ -152,7 +152,7 @@ def _small_sizes(program: Program) -> list[dict[str, int]]:
 def compile(
     program: Program, out: str | Path, *, target: str = "cpu", quantize: str | None = None, activation: str | None = "int8",
     overrides: Mapping[str, str] | None = None, kv_cache: bool | None = None, chunk: int = 512, cache: str = "f32",
-    threads: int | None = None, passes: Pipeline = "default", check: bool = False, progress: Progress = _quiet,
+    threads: int | None = None, passes: Pipeline = "default", check: bool = False, progress: Progress = quiet,
     keep_forward: bool = False,
 ) -> Report:  # fmt: skip
     """Compiles ``program`` into the artifact folder ``out``; see :func:`optimize` for the options.
@@ -216,7 +216,7 @@ def compile(
 
 def export_c(
     source: str | Path, out: str | Path, target: str = "cpu", quantize: str | None = None,
-    overrides: Mapping[str, str] | None = None, progress: Progress = _quiet,
+    overrides: Mapping[str, str] | None = None, progress: Progress = quiet,
 ) -> Report | None:  # fmt: skip
     """Writes at ``out`` a project in C that runs a model without Python: of what :func:`load_program` reads, compiled first,
     or of an artifact as it is (there is no report then).

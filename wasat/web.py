@@ -33,7 +33,7 @@ SHARD = 32 << 20
 
 def export_web(
     program: Program, out: str | Path, *, quantize: str | None = None, overrides: Mapping[str, str] | None = None,
-    target: str = "webgpu", shard: int = SHARD, progress: driver.Progress = driver._quiet,
+    target: str = "webgpu", shard: int = SHARD, progress: driver.Progress = driver.quiet,
 ) -> Report:  # fmt: skip
     """Writes ``program`` as the folder ``out``, to be put on any web server; see :func:`wasat.compile` for the options.
 

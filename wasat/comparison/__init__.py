@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from wasat.driver import Progress, quiet
 from wasat.ir import Array, DType, Graph, Program, TensorType, WasatError
 from wasat.passes.serving.token_inputs import token_inputs
 from wasat.quality import quality, text_ids, tokenizer_of, windows_of
@@ -32,17 +33,10 @@ from .watch import watch
 
 __all__ = ["Alarm", "Comparison", "Difference", "Engine", "Side", "Stage", "compare", "side"]
 
-Progress = Callable[..., None]
-
-
-def _quiet(stage: str, done: int = 0, total: int = 0) -> None:
-    pass
-
-
 def compare(
     a: str | Path | Program | Side, b: str | Path | Program | Side, *, inputs: Mapping[str, Any] | None = None,
     text: str | None = None, sizes: Mapping[str, int] | None = None, tokens: int = 16, window: int = 256,
-    max_kl: float | None = None, seed: int = 0, progress: Progress = _quiet, **options: Any,
+    max_kl: float | None = None, seed: int = 0, progress: Progress = quiet, **options: Any,
 ) -> Comparison:  # fmt: skip
     """Compares two sides of a model on the same inputs, value by value.
 

@@ -8,12 +8,13 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from wasat.driver import Progress, quiet
 from wasat.ir import Array, Node, QTensorType, TensorType, Value
 
 from .bounds import UNITS, bounds_of, numbers, once, walk
 from .found import Difference, Stage, difference
 from .fragments import fragment, slice_to
-from .nodes import CLOSEST, Run, Tell, quiet
+from .nodes import CLOSEST, Run
 
 MEANT = "weights in fewer bits"
 
@@ -41,7 +42,7 @@ class Across:
             if name in outputs and v.node is not None and _alike(a.values[outputs[name]], b.values[v]):
                 self.both[v] = outputs[name]
 
-    def compare(self, tell: Tell = quiet) -> Stage:
+    def compare(self, tell: Progress = quiet) -> Stage:
         a, b = self.a, self.b
         stage = Stage(f"@{b.graph.name}, value by value: {len(self.both)} that both programs have")
         env: dict[Value, Array] = {v: a_value for v, a_value in b.values.items() if v.node is None}
@@ -166,7 +167,7 @@ def unit_of(node: Node) -> float:
     return max([UNITS.get(t.dtype, 2.0**-4) for t in types], default=2.0**-24)
 
 
-def compare_programs(a: Run, b: Run, tell: Tell = quiet) -> Stage:
+def compare_programs(a: Run, b: Run, tell: Progress = quiet) -> Stage:
     """Of two runs of one model on the same inputs, what differs beyond rounding: see :class:`Across`."""
     return Across(a, b).compare(tell)
 

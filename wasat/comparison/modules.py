@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from wasat.driver import Progress, quiet
 from wasat.ir import Array, Graph, Program, Value, WasatError
 from wasat.quality import tokens_name
 
@@ -15,10 +16,10 @@ from .bounds import bounds_of, once
 from .engines import imported
 from .found import Difference, Stage, difference
 from .fragments import fragment, slice_to
-from .nodes import CLOSEST, Run, Tell, quiet
+from .nodes import CLOSEST, Run
 
 
-def compare_modules(run: Run, program: Program, path: Path, tell: Tell = quiet) -> tuple[Stage, dict[str, Array]]:
+def compare_modules(run: Run, program: Program, path: Path, tell: Progress = quiet) -> tuple[Stage, dict[str, Array]]:
     """transformers' model, run once, with what goes into and comes out of each such module held against ours and then replaced
     by it: what lies between two modules is fed what ours was fed. And its logits without any of that.
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from wasat.driver import Progress, quiet
 from wasat.ir import Array, Graph, Node, Program, Value, WasatError
 from wasat.ir.evaluate import bind_symbols
 
@@ -13,12 +14,7 @@ from .engines import Engine
 from .found import Difference, Stage, difference
 from .fragments import fragment
 
-Tell = Callable[[str, int, int], None]
 CLOSEST = 5
-
-
-def quiet(stage: str, done: int = 0, total: int = 0) -> None:
-    pass
 
 
 @dataclass
@@ -51,7 +47,7 @@ def interpret(program: Program, name: str, inputs: Mapping[str, Array], symbols:
     return run
 
 
-def compare_nodes(run: Run, engine: Engine, tell: Tell = quiet) -> Stage:
+def compare_nodes(run: Run, engine: Engine, tell: Progress = quiet) -> Stage:
     """What ``engine`` makes of each node of a run, from the run's own operands; where no node differs by itself, but the whole
     does, the shortest stretch of nodes that differs when it is computed as one."""
     g, stage = run.graph, Stage(f"@{run.graph.name}, node by node: interpreter, {engine.name}")

@@ -8,16 +8,17 @@ from typing import Any
 
 import numpy as np
 
+from wasat.driver import Progress, quiet
 from wasat.ir import Array, Value, WasatError
 
 from .bounds import bounds_of, once
 from .engines import OnnxRuntime
 from .found import Stage, difference
 from .fragments import fragment, slice_to
-from .nodes import CLOSEST, Run, Tell, quiet
+from .nodes import CLOSEST, Run
 
 
-def compare_file(run: Run, path: Path, tell: Tell = quiet) -> tuple[Stage, dict[str, Array]]:
+def compare_file(run: Run, path: Path, tell: Progress = quiet) -> tuple[Stage, dict[str, Array]]:
     """Each node of the file whose results ours has by name, computed by onnxruntime from our values (where an operand has no
     counterpart, together with the nodes that make it); and the outputs of the whole file. Raises WasatError where onnxruntime
     refuses the file."""

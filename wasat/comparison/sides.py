@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from wasat.driver import load_program, optimize
 from wasat.ir import Array, Program, WasatError
+from wasat.passes.serving.recipes import is_scheme
 from wasat.quality import log_softmax, tokens_name
 
 from .engines import Compiled, Engine, OnnxRuntime
 from .nodes import interpret
 
-SCHEMES = ("f16", "bf16", "int8", "int4")
 PEERS = ("onnxruntime", "transformers", "llama.cpp")
 WORDS = "interpreter, after:PASSES, before:PASS, a scheme (int4), a target (cpu, webgpu), " + ", ".join(PEERS)
 
@@ -118,7 +118,7 @@ def _step(base: Side, word: str, options: Mapping[str, Any]) -> Side:
     kind, _, detail = word.partition(":")
     if kind in ("after", "before"):
         return _passed(base, name, kind, detail, options)
-    if word.partition(",")[0] in SCHEMES:
+    if is_scheme(word.partition(",")[0]):
         scheme, *overrides = word.split(",")
         pairs = dict(o.rpartition("=")[::2] for o in overrides)
         return _optimized(base, name, {**options, "quantize": scheme, "overrides": {**options.get("overrides", {}), **pairs}})
