@@ -153,15 +153,16 @@ def _annotated(module: tvm.IRModule) -> tvm.IRModule:
     """
     module = relax.transform.AnnotateTIROpPattern()(module)
     for gv, f in module.functions.items():
-        if isinstance(f, tirx.PrimFunc) and int(f.attrs.get("op_pattern", 8)) <= _BROADCAST and _reads_a_part(f):
+        kind = int(f.attrs.get("op_pattern", _OPAQUE)) if isinstance(f, tirx.PrimFunc) else _OPAQUE
+        if kind <= _BROADCAST and _reads_a_part(f):
             module.update_func(gv, f.with_attr("op_pattern", _INJECTIVE))
-        elif isinstance(f, tirx.PrimFunc) and int(f.attrs.get("op_pattern", 8)) == _PRODUCT and _sums_one_term(f):
+        elif kind == _PRODUCT and _sums_one_term(f):
             module.update_func(gv, f.with_attr("op_pattern", _REDUCTION))
     return module
 
 
-_BROADCAST, _INJECTIVE, _REDUCTION, _PRODUCT = 1, 2, 3, 4
-"""TVM's OpPatternKind: the last is a sum that takes what follows it into its kernel."""
+_BROADCAST, _INJECTIVE, _REDUCTION, _PRODUCT, _OPAQUE = 1, 2, 3, 4, 8
+"""TVM's OpPatternKind: a product is a sum that takes what follows it into its kernel."""
 
 
 def _sums_one_term(f: tirx.PrimFunc) -> bool:
