@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -50,9 +51,10 @@ def test_the_examples_of_help_run(pygemma: Path, tmp_path: Path) -> None:
     docs = [doc for name, doc in DOCS.items() if name not in ("demo", "run", "chat", "embed")]
     found = [e for doc in docs for e in re.findall(r"- `(.+wasat .+|wasat .+)`", doc)]
     examples = [e for e in found if "gemini" not in e and "t5" not in e]
+    if importlib.util.find_spec("onnxruntime") is None:  # which `make parity` installs
+        examples = [e for e in examples if "onnxruntime" not in e]
     assert len(examples) >= 10
     (tmp_path / "examples").symlink_to(pygemma.parent)
-    (tmp_path / "README.md").symlink_to(pygemma.parents[1] / "README.md")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     for example in examples:
         done = subprocess.run(

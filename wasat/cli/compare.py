@@ -55,9 +55,9 @@ def compare(
 
     - `wasat compare examples/pygemma cpu` — is the compiled code right?
     - `wasat compare examples/pygemma after:fuse-attention` — are the passes, up to this one?
-    - `wasat compare examples/pygemma int4 --text README.md --max-kl 0.05` — what do four bits cost?
-    - `wasat compare model.onnx onnxruntime --input x=x.npy`
-    - `wasat compare model.gguf model.wasat --text README.md` — an artifact beside the file it is of
+    - `wasat compare examples/pygemma int4 --text examples/own_model.py --max-kl 0.05` — what do four bits cost?
+    - `wasat compare pygemma.onnx onnxruntime` — the file that `wasat export` wrote, beside its peer
+    - `wasat compare examples/pygemma exact.wasat --text examples/own_model.py` — an artifact beside what it is of
     """
     from wasat.comparison import compare as compared
 
