@@ -137,7 +137,8 @@ def test_the_examples(tmp_path: Path) -> None:
     assert "= softmax(" in written
     assert "5 × ring of 576 positions for a window of 64, 1 × full" in written
     assert "no optimization was missed" in written
-    assert "43 weights in all: 11.60 MB -> 1.75 MB" in written
+    assert "43 weights in all: 11.60 MB -> 1.75 MB" in " ".join(written.split())
+    assert "43 weights in all: 11.60 MB -> 1.75 MB" in page.text
     for prompt in demo.PROMPTS:
         assert prompt in text
         assert " ".join(prompt.split()) in page.text

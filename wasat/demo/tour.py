@@ -208,8 +208,9 @@ def _show_passes(out: Console, optimized: Program, report: Report, c: Chapter) -
     for step in report.steps:
         did = [r.message for r in step.remarks if r.kind == "applied"]
         if did:
+            total = next((m for m in did if "weights in all: " in m), None)
             count = f"{len(did)} × " if len(did) > 1 else ""
-            row = step.name, f"{step.nodes_before} → {step.nodes_after}", count + did[0]
+            row = step.name, f"{step.nodes_before} → {step.nodes_after}", total or count + did[0]
             c.passes.append(row)
             table.add_row(*map(escape, row))
     out.print(table)
