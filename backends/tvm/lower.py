@@ -132,7 +132,7 @@ class KernelCall(Op):
 
 
 def lowering_of(node: Node, table: Table) -> Lowering | None:
-    """How ``node`` is lowered: a kernel call by itself, any other by the table."""
+    """How ``node`` is lowered: as the operation says in ``lowering`` (a kernel call, one from outside), or by the table."""
     own: Lowering | None = getattr(node.op, "lowering", None)
     return own or table.get(node.op.name)
 
@@ -413,7 +413,7 @@ def selected(program: Program, table: Table, select: Select, on_host: bool = Tru
         checked = given(g)
         guard(g, checked, on_host)
         select(g)
-        decompose(g, lambda node: node.op.name in table and table[node.op.name].takes(node))
+        decompose(g, lambda node: (low := lowering_of(node, table)) is not None and low.takes(node))
         guard(g, checked, on_host)  # indices of what composites are made of
         g.prune_params()
     return graphs
