@@ -134,6 +134,31 @@ def test_heads_and_features(case: str, h: int, g: int, d: int, e: int) -> None:
     check(*kernel(AVX2, case, h, g, d, e, in_place=False, begins=True), 2, 45)
 
 
+@avx2
+@pytest.mark.parametrize("which", ["v", "k"])
+@pytest.mark.parametrize("case", ["linear, read before", "gated", "gated delta", "gated by feature", "gated delta by feature"])
+def test_a_later_token_that_is_no_number_changes_no_earlier_one(case: str, which: str) -> None:
+    """Within a block, and two of several query heads of it within a tile of the product."""
+    desc, compiled = kernel(AVX2, case, 4, 2, 8, 12)
+    rng = np.random.default_rng(0)
+    s, shapes = 43, {"q": (4, 8), "k": (2, 8), "v": (2, 12), "decay": (2, 8) if desc.decay == "feature" else (2,), "beta": (2,)}
+    drawn = {n: rng.uniform(-1, 0, (1, s, *x)).astype(np.float32) for n, x in shapes.items()}
+    names = ["q", "k", "v", *["decay"] * (desc.decay != "no"), *["beta"] * desc.delta]
+
+    def y() -> NDArray[np.float32]:
+        operands = [*(drawn[n] for n in names), tensor(np.ones((1, 2, 8, 12), np.float32))]
+        return run(compiled, operands, ((1, s, 4, 12), "float32"))[0]
+
+    want = y()
+    assert np.isfinite(want).all()
+    for at, number in ((37, np.inf), (6, np.nan)):
+        drawn[which][:, at] = number
+        first = at + desc.before
+        got = y()
+        np.testing.assert_array_equal(got[:, :first], want[:, :first])
+        assert not np.isfinite(got[:, first:]).any()
+
+
 def test_a_query_head_has_a_state() -> None:
     with pytest.raises(ValueError, match="3 heads are not a multiple of 2 kv heads"):
         LinearAttention(AVX2, 3, 2, 8, 8)

@@ -12,7 +12,7 @@ decays per feature, the keys themselves are decayed token by token, and so are t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -117,9 +117,13 @@ def linear_attention(desc: LinearAttention) -> tirx.PrimFunc:
 
 def multiply(
     kernel: Kernel, isa: Isa, size: int, tiles: Index, depth: Index, width: int, x: tuple[Buffer, Index, int],
-    m: tuple[Buffer, Expr, int], store: Store,
+    m: tuple[Buffer, Expr, int], store: Store, terms: Callable[[Expr], Expr] | None = None,
 ) -> None:  # fmt: skip
-    """x @ m, of ``tiles`` tiles of ``size`` rows of x; operands are flat buffers, where they start, and from row to row."""
+    """x @ m, of ``tiles`` tiles of ``size`` rows of x; operands are flat buffers, where they start, and from row to row.
+
+    ``terms``: of how many terms a row is the sum, never fewer than the row before. What m holds further on is not looked at:
+    a zero in x would not hide a NaN there.
+    """
 
     def columns(at: Expr, vectors: int, lanes: int) -> None:
         with kernel.loop(tiles) as tile:
@@ -128,14 +132,26 @@ def multiply(
                 kernel.store(acc, i * lanes, splat(0.0, lanes))
             low = kernel.let(tile * size, "low")
             starts = [kernel.let(x[1] + (low + i) * x[2]) for i in range(size)]
-            with kernel.loop(depth) as t:
+
+            def step(t: Expr, own: Sequence[Expr] = ()) -> None:
                 row = kernel.let(m[1] + t * m[2] + at, "row")
                 values = [kernel.let(load(m[0], row + j * lanes, lanes)) for j in range(vectors)]
                 for i in range(size):
                     factor = splat(load(x[0], starts[i] + t), lanes)
                     for j in range(vectors):
                         to = (i * vectors + j) * lanes
-                        kernel.store(acc, to, load(acc, to, lanes) + factor * values[j])
+                        more = load(acc, to, lanes) + factor * values[j]
+                        kernel.store(acc, to, tirx.Select(t < own[i], more, load(acc, to, lanes)) if own else more)
+
+            if terms is None:
+                with kernel.loop(depth) as t:
+                    step(t)
+            else:
+                own = [kernel.let(minimum(terms(low + i), depth)) for i in range(size)]
+                with kernel.loop(own[0]) as t:
+                    step(t)
+                with kernel.range(own[0], own[-1]) as t:
+                    step(t, own)
             for i in range(size):
                 for j in range(vectors):
                     store(low + i, at + j * lanes, lanes, load(acc, (i * vectors + j) * lanes, lanes))
@@ -211,7 +227,8 @@ class _Block:
                 kernel.store(self.y, to, own + value)
 
         multiply(kernel, self.isa, self.rows, ceil_div(parts[0][2], self.rows), count, e,
-                 (self.scores, int64(0), self.tokens), values, put)  # fmt: skip
+                 (self.scores, int64(0), self.tokens), values, put,
+                 lambda i: floor_div(i, group) if desc.before else floor_div(i, group) + 1)  # fmt: skip
 
         def update(first: int) -> Store:
             def add(i: Expr, j: Expr, lanes: int, value: Expr) -> None:
