@@ -7,7 +7,7 @@ largest of its tensor: one that is small because its terms are gets little, one 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,13 +49,13 @@ def unit(dtype: DType) -> float:
 
 
 def _run(
-    node: Node, operands: list[Array], want: Sequence[Array], dims: Mapping[str, int], rng: np.random.Generator
+    node: Node, operands: list[Array], want: Sequence[Array], dims: Mapping[str, int], rng: np.random.Generator, level: float
 ) -> list[Array]:
     """A node's results on operands that were moved before, each moved again; what is no float stays ``want``."""
     if node.op.name in STEPWISE:
         return list(want)
     if node.op.kind not in MOVES:
-        level = LEVEL if getattr(node.attrs, "activation", None) == "int8" else 0
+        level = level if getattr(node.attrs, "activation", None) == "int8" else 0
         operands = [_moved(x, rng, level=level if i == 0 else 0) for i, x in enumerate(operands)]
     results = run_node(node, operands, dims)
     if node.op.name == "dft":  # terms of equal size in every result, of which a fast algorithm cancels some exactly
@@ -68,11 +68,29 @@ def _run(
     return [x if f else w for x, w, f in zip(results, want, floats)]
 
 
+def _far(xs: Sequence[Any]) -> NDArray[np.float64]:
+    """How far the later of ``xs`` are from the first: the root mean square, or half of the most if that is more (of what a few
+    rounded terms decide, as a sign)."""
+    if isinstance(xs[0], QArray):
+        return np.zeros(xs[0].shape)
+    first, *rest = (np.asarray(x, np.float64) for x in xs)
+    with np.errstate(invalid="ignore"):
+        same = [(x == first) | (np.isnan(x) & np.isnan(first)) for x in rest]
+        off = np.array([np.where(s, 0, np.abs(x - first)) for s, x in zip(same, rest)])
+    return np.maximum(np.sqrt(np.mean(off**2, axis=0)), off.max(axis=0) / 2)
+
+
+def spread_of(f: Callable[..., Any], *operands: Any, runs: int = DRAWS) -> NDArray[np.float64]:
+    """How far the elements of ``f(*operands)`` move, all that are floats being moved before."""
+    rngs = [np.random.default_rng(i) for i in range(runs)]
+    return _far([f(*operands), *(f(*(_moved(x, rng) for x in operands)) for rng in rngs)])
+
+
 def spread(
-    graph: Graph, inputs: Mapping[str, Any], params: Mapping[str, Array] | None = None, runs: int = DRAWS
+    graph: Graph, inputs: Mapping[str, Any], params: Mapping[str, Array] | None = None, runs: int = DRAWS, level: float = LEVEL
 ) -> list[NDArray[np.float64]]:
-    """For each output, how far its elements move: the root mean square, or half of the most if that is more (of what a few
-    rounded terms decide, as a sign). inputs, params: arrays, as for ``evaluate``. ``runs``: how often the graph runs."""
+    """For each output, how far its elements move. inputs, params: arrays, as for ``evaluate``. ``runs``: how often the graph
+    runs. ``level``: what an activation that is rounded to int8 moves by, of its row's largest."""
     arrays = {v.name: array_of(inputs[v.name], v.type) for v in graph.inputs}
     dims = bind_symbols(graph, arrays, params)
     rngs = [np.random.default_rng(i) for i in range(runs)]
@@ -81,7 +99,7 @@ def spread(
     left = {v: len(v.uses) + graph.is_output(v) for v in graph.values()}
     for node in graph.nodes:
         want = run_node(node, [env[v][0] for v in node.inputs], dims)
-        draws = [_run(node, [env[v][i] for v in node.inputs], want, dims, rng) for i, rng in enumerate(rngs, 1)]
+        draws = [_run(node, [env[v][i] for v in node.inputs], want, dims, rng, level) for i, rng in enumerate(rngs, 1)]
         for n, v in enumerate(node.outputs):
             env[v] = [want[n], *(d[n] for d in draws)]
         for v in node.inputs:
@@ -89,16 +107,7 @@ def spread(
             if not left[v]:
                 del env[v]
 
-    def far(xs: Sequence[Any]) -> NDArray[np.float64]:
-        if isinstance(xs[0], QArray):
-            return np.zeros(xs[0].shape)
-        first, *rest = (np.asarray(x, np.float64) for x in xs)
-        with np.errstate(invalid="ignore"):
-            same = [(x == first) | (np.isnan(x) & np.isnan(first)) for x in rest]
-            off = np.array([np.where(s, 0, np.abs(x - first)) for s, x in zip(same, rest)])
-        return np.maximum(np.sqrt(np.mean(off**2, axis=0)), off.max(axis=0) / 2)
-
-    return [far(env[v]) for v in graph.outputs]
+    return [_far(env[v]) for v in graph.outputs]
 
 
 def bound(want: Array, far: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from kernel_help import build, lacks, run, softened
 from numpy.typing import NDArray
-from wasat.backends.tvm.cpu.kernels.emit import Kernel, load
+from wasat.backends.tvm.cpu.kernels.emit import Kernel, int64, load
 from wasat.backends.tvm.cpu.kernels.instructions import Instructions
 from wasat.backends.tvm.cpu.kernels.isa import AVX2, AVX512_VNNI, AVX_VNNI, ISAS, NEON_DOTPROD, NEON_I8MM, Isa
 
@@ -75,3 +75,14 @@ def test_meaning(isa: Isa, name: str, soft: bool) -> None:
         kernel.store(y, i * (total // vectors), getattr(isa.instructions, name)(*map(kernel.let, loaded)))
     [got] = run(build(kernel.build(), isa), operands, ((total,), made))
     np.testing.assert_array_equal(got, meant(*operands))
+
+
+@pytest.mark.parametrize("make, what", [
+    (lambda k: k.registers(3, "float32", 0), r"a local buffer of float32 has the shape \(0,\): each extent must be at least 1"),
+    (lambda k: k.registers(0, "int32", 8), r"local buffer of int32 has the shape \(0,\)"),
+    (lambda k: k.scratch((4, int64(-1)), "float32"), r"global buffer of float32 has the shape \(4, .*-1.*\)"),
+])  # fmt: skip
+def test_buffers_of_nothing_are_refused(make: Callable[[Kernel], Any], what: str) -> None:
+    """TVM takes them, and what is written there lies over something else."""
+    with pytest.raises(ValueError, match=what):
+        make(Kernel("k"))

@@ -75,6 +75,9 @@ class Kernel:
         return buffer
 
     def _alloc(self, shape: Sequence[Index], dtype: str, scope: str) -> Buffer:
+        extents = [s.value if isinstance(s, tirx.IntImm) else s for s in shape]
+        if any(isinstance(s, int) and s < 1 for s in extents):
+            raise ValueError(f"a {scope} buffer of {dtype} has the shape {tuple(shape)}: each extent must be at least 1")
         self._names += 1
         buffer = tirx.decl_buffer(tuple(int64(s) for s in shape), dtype, f"{scope}{self._names}", scope=scope)
         self._emit(tirx.AllocBuffer(buffer))
