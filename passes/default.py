@@ -20,13 +20,15 @@ from .fusion.fuse_norm import FuseNorm
 from .fusion.fuse_recurrence import FuseRecurrence
 from .fusion.fuse_rope import FuseRope
 from .fusion.merge_linears import MergeLinears
+from .serving.fold_dequantized import FoldDequantized
 from .serving.kv_cache import DeriveKVCache
 from .serving.quantize import KeepQuantized, Quantize
 from .serving.recipes import ALL, Formats
 
 __all__ = [
-    "Cleanup", "DeriveKVCache", "FuseActivations", "FuseAttention", "FuseExperts", "FuseGlu", "FuseNorm", "FuseRecurrence",
-    "FuseRope", "HoistParams", "KeepQuantized", "MergeLinears", "Quantize", "ReadTables", "SimplifyIndices", "default_pipeline",
+    "Cleanup", "DeriveKVCache", "FoldDequantized", "FuseActivations", "FuseAttention", "FuseExperts", "FuseGlu", "FuseNorm",
+    "FuseRecurrence", "FuseRope", "HoistParams", "KeepQuantized", "MergeLinears", "Quantize", "ReadTables", "SimplifyIndices",
+    "default_pipeline",
 ]  # fmt: skip
 
 
@@ -41,8 +43,8 @@ def default_pipeline(
     ``keep_forward``: it stays beside them. ``formats``: which a recipe for ``quantize`` may choose.
     """
     passes: list[Pass] = [
-        Cleanup(fold_positions=False), ReadTables(), SimplifyIndices(), FuseNorm(), FuseRope(), FuseActivations(),
-        FuseAttention(), Cleanup(), FuseExperts(), FuseRecurrence(), Cleanup(), KeepQuantized(activation),
+        FoldDequantized(), Cleanup(fold_positions=False), ReadTables(), SimplifyIndices(), FuseNorm(), FuseRope(),
+        FuseActivations(), FuseAttention(), Cleanup(), FuseExperts(), FuseRecurrence(), Cleanup(), KeepQuantized(activation),
     ]  # fmt: skip
     if quantize is not None or overrides:
         passes.append(Quantize(quantize or "f32", activation, tuple((overrides or {}).items()), formats=formats))

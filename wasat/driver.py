@@ -19,7 +19,18 @@ from wasat.ir import (
     WasatError,
     evaluate,
 )
-from wasat.passes import DeriveKVCache, Pass, PassManager, Remark, Report, Step, TokenInputs, default_pipeline, pipeline
+from wasat.passes import (
+    DeriveKVCache,
+    FoldDequantized,
+    Pass,
+    PassManager,
+    Remark,
+    Report,
+    Step,
+    TokenInputs,
+    default_pipeline,
+    pipeline,
+)
 from wasat.passes.core import Dump
 from wasat.passes.serving.plan import capacity_name
 from wasat.passes.serving.recipes import ALL, Formats
@@ -274,7 +285,9 @@ class Executable:
         from .planned import PlanRunner
 
         machine = target_named(target, threads)
-        self._runner: Runner | PlanRunner = (Runner if machine.device is None else PlanRunner)(program.copy(), machine)
+        program = program.copy()
+        PassManager([FoldDequantized()]).run(program)  # or its weights of integers are widened in each call
+        self._runner: Runner | PlanRunner = (Runner if machine.device is None else PlanRunner)(program, machine)
 
     def __call__(self, graph: str = "forward", /, **inputs: Any) -> dict[str, Array]:
         """Outputs of ``graph`` by name. Raises WasatError for inputs that do not fit."""

@@ -29,8 +29,8 @@ from wasat.ir import (
     symbol,
     type_of,
 )
+from wasat.ir.repacked import Repacked
 
-from .converters.quantized import Weights
 from .emit import Dims, Emitter
 from .errors import FromData, OnnxError
 from .files import CODE, Source, array, element, parameter
@@ -76,7 +76,9 @@ class Importer:
         self.graph = Graph("forward")
         self.params: dict[str, ParamSource] = {}
         self.c = Emitter(self.graph, self.params)
-        self.weights = Weights()
+        self.repacked = Repacked(self.params)
+        self.dense: dict[str, str] = {}
+        """Weights of integers that the graph dequantizes, and why."""
         self.functions = {(domain_of(f.domain), f.name, f.overload): f for f in source.model.functions}
         self.symbols: dict[str, str] = {}
         self.count = 0
@@ -131,10 +133,9 @@ class Importer:
         self.graph.set_outputs(outputs, names)
         if past:
             leave_off(self.graph)
-        self.weights.fold(self)
         for name in self.graph.prune_params():
             del self.params[name]
-        origin = Origin(outputs=tuple(structure), dequantized=self.weights.dense)
+        origin = Origin(outputs=tuple(structure), dequantized=self.dense)
         return Program({"forward": self.graph}, self.params, Interface(model.graph.name or "model"), origin)
 
     # -- what the model declares -------------------------------------------------------------------------------------------

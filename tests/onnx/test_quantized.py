@@ -15,7 +15,8 @@ import onnx
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 from wasat.frontend.onnx import OnnxError, from_onnx
-from wasat.ir import QTensorType, evaluate
+from wasat.ir import Program, QTensorType, evaluate
+from wasat.passes import FoldDequantized, PassManager
 
 import wasat as ws
 
@@ -61,6 +62,18 @@ def qdq(
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
 
 
+def folded(m: onnx.ModelProto | Path) -> Program:
+    """The imported program whose weights are quantized."""
+    program = from_onnx(m)
+    PassManager([FoldDequantized()]).run(program)
+    return program
+
+
+def reasons(m: onnx.ModelProto) -> list[str]:
+    """Why parameters stay dequantized."""
+    return [r.message for r in ws.optimize(from_onnx(m))[1].remarks("missed") if "stays dequantized" in r.message]
+
+
 def quantized_types(m: Any) -> list[str]:
     return [str(p.type) for p in m.params.values() if isinstance(p.type, QTensorType)]
 
@@ -88,7 +101,7 @@ def test_products_of_dequantized_weights(kind: str, layout: str, node: str) -> N
     zero = np.full(scale.shape, SYMMETRIC[kind]).astype(TYPES[kind][1])
     axis = (1 if rows else 0) if block else (0 if rows else 1)
     m = qdq(integers(kind, *shape), np.asarray(scale), zero, node, axis, block, **({"transB": 1} if rows else {}))
-    program = from_onnx(m)
+    program = folded(m)
     want_block = "16f32" if layout == "blocks16" else "32f16"
     assert quantized_types(program) == [f"int{kind[-1]}b{want_block}[{N}, {K}]"]
     assert [v.op.name for v in program["forward"].nodes] == ["quantized_linear"]
@@ -98,7 +111,7 @@ def test_products_of_dequantized_weights(kind: str, layout: str, node: str) -> N
 
 def test_rows_of_a_dequantized_table() -> None:
     m = qdq(integers("int8", 50, N), halves(50), None, "Gather", axis=0)
-    program = from_onnx(m)
+    program = folded(m)
     assert [v.op.name for v in program["forward"].nodes] == ["quantized_embedding"]
     ids = np.array([0, 49, 7])
     np.testing.assert_array_equal(run(program, ids), ReferenceEvaluator(m).run(None, {"x": ids})[0])
@@ -107,7 +120,7 @@ def test_rows_of_a_dequantized_table() -> None:
 def test_scales_that_f16_does_not_hold_stay() -> None:
     scale = np.full(N, 0.1, np.float32)
     m = qdq(integers("int8", K, N), scale, None)
-    program = from_onnx(m)
+    program = folded(m)
     assert quantized_types(program) == [f"int8b{K}f32[{N}, {K}]"]
     np.testing.assert_allclose(run(program, X), ReferenceEvaluator(m).run(None, {"x": X})[0], rtol=1e-5, atol=1e-4)
 
@@ -115,14 +128,14 @@ def test_scales_that_f16_does_not_hold_stay() -> None:
 def test_zero_points_that_differ_are_kept() -> None:
     zero = RNG.integers(0, 16, N).astype(ml_dtypes.uint4)
     m = qdq(integers("uint4", K, N), halves(N), zero)
-    program = from_onnx(m)
+    program = folded(m)
     assert quantized_types(program) == [f"int4zb{K}f16[{N}, {K}]"]
     np.testing.assert_allclose(run(program, X), ReferenceEvaluator(m).run(None, {"x": X})[0], rtol=1e-5, atol=1e-4)
 
 
 def test_zero_points_of_eight_bits_are_kept() -> None:
     m = qdq(integers("uint8", K, N), halves(N), np.full(N, 3, np.uint8))
-    program = from_onnx(m)
+    program = folded(m)
     assert quantized_types(program) == [f"int8zb{K}f16[{N}, {K}]"]
     np.testing.assert_allclose(run(program, X), ReferenceEvaluator(m).run(None, {"x": X})[0], rtol=1e-5, atol=1e-4)
 
@@ -135,11 +148,9 @@ def test_zero_points_of_eight_bits_are_kept() -> None:
 )  # fmt: skip
 def test_what_has_no_exact_form_stays_dequantized(zero: np.ndarray, axis: int, why: str) -> None:
     m = qdq(integers("uint8", K, N), halves(len(zero)), zero, axis=axis)
-    program = from_onnx(m)
+    program = folded(m)
     assert not quantized_types(program)
-    assert program.origin.dequantized == {"w_q": why}
-    _, report = ws.optimize(program)
-    assert f"parameter w_q stays dequantized: {why}" in [r.message for r in report.remarks("missed")]
+    assert reasons(m) == [f"parameter w_q stays dequantized: {why}"]
     np.testing.assert_allclose(run(program, X), ReferenceEvaluator(m).run(None, {"x": X})[0], rtol=1e-5, atol=1e-4)
 
 
@@ -245,7 +256,7 @@ def test_packed_external_data_are_read_when_loaded(tmp_path: Path) -> None:
     m = qdq(integers("int4", K, N), halves(N), None)
     want = ReferenceEvaluator(m).run(None, {"x": X})[0]
     onnx.save(m, tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
-    program = from_onnx(tmp_path / "m.onnx")
+    program = folded(tmp_path / "m.onnx")
     np.testing.assert_allclose(run(program, X), want, rtol=1e-5, atol=1e-5)
     data = tmp_path / "m.data"
     data.write_bytes(bytes(data.stat().st_size))  # another content: what is loaded now is another weight
@@ -267,6 +278,13 @@ def test_compiled_weights_keep_their_width(kind: str, tmp_path: Path) -> None:
     assert size < 64 * K * (bits / 8 + 4 / 16) + 4096  # rows padded to a panel, scales, the header; f32 would be four bytes
     y = ws.load(tmp_path / "out").run("forward", x=x)
     np.testing.assert_allclose(y["y"], want, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_compiled_to_be_called_here_keeps_them_too() -> None:
+    m = qdq(integers("int8", K, N), halves(N), None)
+    compiled = ws.Executable(from_onnx(m))
+    assert quantized_types(compiled._runner.program) == [f"int8b32f16[{N}, {K}]"]
+    np.testing.assert_allclose(compiled(x=X)["y"], ReferenceEvaluator(m).run(None, {"x": X})[0], rtol=1e-4, atol=1e-4)
 
 
 # -- dequantization spelled as a cast and a product ----------------------------------------------------------------------------
@@ -323,11 +341,10 @@ def test_a_cast_and_a_product_are_a_quantized_weight(spelling: str, kind: str) -
         "zero_f": zero.reshape(1, N).astype(np.float32), "zero_t": zero.reshape(N, 1).astype(np.float32),
     }  # fmt: skip
     read = {name for _, ins, _, _ in nodes for name in ins}
-    m = from_onnx(spelled(
+    m = folded(spelled(
         [*nodes, ("MatMul", ["x", "w"], "y", {})], {k: v for k, v in given.items() if k in read}, ["s", K]
     ))  # fmt: skip
     assert quantized_types(m) == [f"int8b32f16[{N}, {K}]"]
-    assert not m.origin.dequantized
     w = q.astype(np.float32).T if turned else q.astype(np.float32)
     w = (w - zero if "zero" in spelling else w) * (scale.reshape(1, -1) if scale.ndim else scale)
     np.testing.assert_allclose(run(m, X), X @ w, rtol=1e-5, atol=1e-4)
@@ -335,7 +352,7 @@ def test_a_cast_and_a_product_are_a_quantized_weight(spelling: str, kind: str) -
 
 def test_a_scale_behind_the_product_leaves_integers() -> None:
     q, scale = integers("int8", K, N), halves(N)
-    m = from_onnx(spelled(
+    m = folded(spelled(
         [CAST, ("MatMul", ["x", "f"], "p", {}), ("Mul", ["p", "scale"], "y", {})], {"q": q, "scale": scale}, ["s", K]
     ))  # fmt: skip
     assert len(quantized_types(m)) == 1
@@ -345,7 +362,7 @@ def test_a_scale_behind_the_product_leaves_integers() -> None:
 def test_rows_of_a_table_that_is_cast_and_scaled() -> None:
     q, scale = integers("int8", N, K), halves(N, 1)
     nodes = [CAST, ("Mul", ["f", "scale"], "w", {}), ("Gather", ["w", "x"], "y", {})]
-    m = from_onnx(spelled(nodes, {"q": q, "scale": scale}, ["s"], TensorProto.INT64))
+    m = folded(spelled(nodes, {"q": q, "scale": scale}, ["s"], TensorProto.INT64))
     assert len(quantized_types(m)) == 1
     ids = np.array([0, 5, N - 1])
     np.testing.assert_array_equal(run(m, ids), (q * scale)[ids])
@@ -369,16 +386,16 @@ def test_cast_weights_that_no_scheme_holds_are_named(scale: tuple[int, ...], zer
     if zero is not None:
         nodes.insert(1, ("Sub", ["f", "zero"], "d", {}))
         given["zero"] = zero.astype(np.float32)
-    m = from_onnx(spelled(nodes, given, ["s", K]))
-    assert not quantized_types(m)
-    assert why in m.origin.dequantized["q"]
+    m = spelled(nodes, given, ["s", K])
+    assert not quantized_types(folded(m))
+    assert [why in x for x in reasons(m)] == [True]
 
 
 def test_cast_kernels_of_convolutions_are_named() -> None:
     q = integers("int8", 4, 3, 3, 3)
     nodes = [CAST, ("Mul", ["f", "scale"], "w", {}), ("Conv", ["x", "w"], "y", {})]
-    m = from_onnx(spelled(nodes, {"q": q, "scale": halves(4, 1, 1, 1)}, [1, 3, 8, 8]))
-    assert "no product" in m.origin.dequantized["q"]
+    m = spelled(nodes, {"q": q, "scale": halves(4, 1, 1, 1)}, [1, 3, 8, 8])
+    assert ["no product" in x for x in reasons(m)] == [True]
 
 
 def test_a_product_of_constants_that_no_parameter_makes_is_read() -> None:

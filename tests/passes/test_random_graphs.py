@@ -32,6 +32,7 @@ from wasat.passes import (
     Cleanup,
     DeriveKVCache,
     Differentiate,
+    FoldDequantized,
     FuseActivations,
     FuseAttention,
     FuseExperts,
@@ -392,6 +393,32 @@ def kept(seed: int) -> bool:
     return modified
 
 
+def dequantized(seed: int) -> bool:
+    """Weights that are integers, less zero points and times scales: of rows, of all, of blocks."""
+    program, rng = decoder(seed), np.random.default_rng(seed)
+    g = program["forward"]
+    for name, v in [(k, v) for k, v in g.params.items() if len(v.shape) == 2]:
+        n, k = (int(str(d)) for d in v.shape)
+        b, block = Builder(g, before=next(g.nodes)), int(rng.choice([0, 4]))
+        of = int(rng.choice([1, n]))
+        arrays = {
+            f"{name}.q": rng.integers(-9, 9, (n, k)).astype(np.int8),
+            f"{name}.scale": rng.uniform(0.01, 0.1, (n, k // 4) if block else (of, 1)).astype(np.float32),
+        }
+        program.params |= {key: ArrayParam(x, type_of(x)) for key, x in arrays.items()}
+        q, scale = (g.add_param(key, type_of(x)) for key, x in arrays.items())
+        if block:
+            scale = b.broadcast_to(b.reshape(scale, shape=(n, k // 4, 1)), shape=(n, k // 4, 4))
+            scale = b.reshape(scale, shape=(n, k))
+        x = b.cast(q, dtype="f32")
+        x = b.sub(x, float(rng.integers(-5, 5))) if rng.random() < 0.5 else x
+        g.replace_uses(v, b.mul(*((x, scale) if rng.random() < 0.5 else (scale, x))))
+        g.prune_params()
+        del program.params[name]
+    program.verify()
+    return PassManager([FoldDequantized()], check=InterpreterCheck(DIMS)).run(program).steps[0].modified
+
+
 def half(seed: int) -> bool:
     program = grown(seed, ["attended"], inside=False)
     x = feed(program["loss"], DIMS[1])
@@ -420,6 +447,7 @@ RUNS: dict[type[Pass], Callable[[int], bool]] = {
     Inference: served,
     Quantize: quantized,
     KeepQuantized: kept,
+    FoldDequantized: dequantized,
     ReadTables: tables,
     MixedPrecision: half,
 }

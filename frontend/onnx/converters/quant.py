@@ -10,7 +10,6 @@ from ..emit import Emitter, Operand
 from ..registry import NodeView, op
 from .conv import integer_conv
 from .math import convert
-from .quantized import note
 
 
 def _spread(c: Emitter, n: NodeView, scale: Operand, x: Operand) -> Any:
@@ -61,13 +60,10 @@ def dequantize(c: Emitter, n: NodeView, x: Operand, scale: Operand, zero: Operan
     out = n.dtype("output_dtype") if n.get("output_dtype") else c.dtype(scale)
     factor = _spread(c, n, scale, x)
     work = DType.F32 if c.dtype(x).is_float or c.dtype(x).bits <= 16 else c.dtype(scale)
+    wide = x
     if zero is not None and c.dtype(x).is_int:
         wide = c.sub(c.to(x, DType.I32), c.to(_spread(c, n, zero, x), DType.I32))
-        result = c.to(c.mul(c.to(wide, work), c.to(factor, work)), out)
-    else:
-        result = c.to(c.mul(c.to(x, work), c.to(factor, work)), out)
-    note(c, n, x, scale, zero, result)
-    return result
+    return c.to(c.mul(c.to(wide, work), c.to(factor, work)), out)
 
 
 @op("DynamicQuantizeLinear")
