@@ -18,6 +18,23 @@ def is_f32(*values: Value | None) -> bool:
     return all(v is None or (isinstance(v.type, TensorType) and v.type.dtype is DType.F32) for v in values)
 
 
+class Refused(Exception):
+    """Why no kernel takes a node."""
+
+
+def need_f32(*values: Value) -> None:
+    """Raises Refused, where not all are in f32."""
+    for v in values:
+        if not is_f32(v):
+            raise Refused(f"%{v.name} is {v.type}, and it computes with f32")
+
+
+def need_sizes(*dims: DimLike) -> None:
+    """Raises Refused, where not all are numbers."""
+    if not all(isinstance(d, int) for d in dims):
+        raise Refused(f"of the sizes {', '.join(map(str, dims))} not all are known")
+
+
 class KernelSelection:
     """Replaces operations of one graph by kernel calls."""
 

@@ -189,7 +189,7 @@ def _cpu(name: str, arch: Arch, config: Mapping[str, Any], threads: int | None, 
         name, {**config, "num-cores": n}, arch=arch, threads=n, features=cpu_features,
         kernels=lambda target, program: cpu_kernels.selection(target.tvm, n, cache, program.interface.states),
         state_layout=lambda state, type: states.state_layout(state, type, cache), tir_pipeline=tir_pipeline.register(),
-        granule=GROUP, formats=(("linear", "*"), ("embedding", "*"), ("grouped_linear", "int?b32f16")),
+        granule=GROUP, formats=(("linear", "*"), ("embedding", "*"), ("grouped_linear", "*")),
     )  # fmt: skip
 
 

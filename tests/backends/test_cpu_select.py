@@ -51,6 +51,9 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "grouped, as its file has it": (
         "(%x: f32[s, 1, 256], %r: f32[s, 3]) { param %w: q4_k[3, 70, 256]\n %b: f32[s, 2], %g: i64[s, 2] = top_k(%r) {k=2, axis=1}\n"
         " %y: f32[s, 2, 70] = quantized_grouped_linear(%x, %w, %g)", ["top_k", "GroupRows", "Grouped"]),
+    "grouped, in blocks, by integers": (
+        "(%x: f32[s, 1, 160], %r: f32[s, 3]) { param %w: s4b160[3, 70, 160]\n %b: f32[s, 2], %g: i64[s, 2] = top_k(%r) {k=2, axis=1}\n"
+        " %y: f32[s, 2, 70] = quantized_grouped_linear(%x, %w, %g) {activation=\"int8\"}", ["top_k", "GroupRows", "QuantizeRows", "Grouped"]),
     "grouped, one group for many rows": (
         "(%x: f32[s, t, 40], %r: f32[t, 3]) { param %w: f32[3, 70, 40]\n %g: i64[t] = arg_max(%r) {axis=1}\n"
         " %y: f32[s, t, 70] = grouped_linear(%x, %w, %g)", ["arg_max", "broadcast_to", "GroupRows", "Grouped"]),
@@ -338,3 +341,40 @@ def test_embedding_counts_from_the_end() -> None:
     inputs = {"i": np.array([-1, 0, 8, -9])}
     w = program.params["w"].load()
     np.testing.assert_array_equal(Runner(program, cpu())("g", inputs)["y"], w[inputs["i"]])
+
+
+LEFT = {
+    "linear, weight no parameter": (
+        "(%x: f32[s, 40], %w: f32[n, 40]) {\n %y: f32[s, n] = linear(%x, %w)", "linear", "its weight %w is no parameter"),
+    "linear in f16": (
+        "(%x: f16[s, 40]) { param %w: f16[70, 40]\n %y: f16[s, 70] = linear(%x, %w)", "linear",
+        "%x is f16[s, 40], and it computes with f32"),
+    "linear, blocks of 24": (
+        "(%x: f32[s, 48]) { param %w: int8b24f16[70, 48]\n %y: f32[s, 70] = quantized_linear(%x, %w)", "quantized_linear",
+        "its weight %w is int8b24f16[70, 48], and blocks are a multiple of 32 that divides a row"),
+    "grouped, weight no parameter": (
+        "(%x: f32[s, 40], %g: i64[s], %w: f32[3, 70, 40]) {\n %y: f32[s, 70] = grouped_linear(%x, %w, %g)", "grouped_linear",
+        "its weight %w is no parameter"),
+    "product of unknown size": (
+        "(%x: f32[s, 40], %w: f32[40, 7]) {\n %y: f32[s, 7] = matmul(%x, %w)", "matmul", "of the sizes s, 40, 40, 7 not all are known"),
+    "norm of an unknown size": (
+        "(%x: f32[7, s], %w: f32[s]) {\n %y: f32[7, s] = rms_norm(%x, %w)", "rms_norm", "of the sizes s not all are known"),
+    "attention in f16": (
+        "(%q: f16[b, s, 6, 20], %k: f16[b, t, 2, 20], %v: f16[b, t, 2, 12]) {\n"
+        " %y: f16[b, s, 6, 12] = attention(%q, %k, %v) {scale=0.3}", "attention", "%q is f16[b, s, 6, 20], and it computes with f32"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_what_is_left_is_said(name: str) -> None:
+    body, op, why = LEFT[name]
+    program, target = random_program(f"graph @g{_lines(body)}\n return %y\n}}"), cpu()
+    left = target.kernels(target, program)(program["g"])
+    assert left is not None
+    assert [x.why for x in left] == [f"{op} has no kernel here: {why}"]
+
+
+def test_nothing_is_left_of_what_kernels_do() -> None:
+    body, _ = CASES["grouped, quantized once"]
+    program, target = random_program(f"graph @g{_lines(body)}\n return %y\n}}"), cpu()
+    assert target.kernels(target, program)(program["g"]) == []

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from kernel_help import Terms, assert_near, build, each_isa, rounded, run, uneven
 from ml_dtypes import bfloat16
+from test_kernels_blocks import NAMES, weight
+from wasat.backends.tvm.cpu.kernels.blocks import pack_blocks
 from wasat.backends.tvm.cpu.kernels.grouped import Grouped, GroupRows, group_rows, grouped, grouped_shape
 from wasat.backends.tvm.cpu.kernels.isa import GENERIC, Isa
+from wasat.backends.tvm.cpu.kernels.linear_blocks import LinearBlocks, linear_blocks
 from wasat.backends.tvm.cpu.kernels.linear_float import Linear, linear
 from wasat.backends.tvm.cpu.kernels.linear_int import LinearInt, linear_int
 from wasat.backends.tvm.cpu.kernels.pack import pack_bias, pack_float, pack_int
@@ -41,6 +44,9 @@ def test_rows_are_sorted_by_group(counts: tuple[int, ...]) -> None:
 
 def weights(isa: Isa, storage: str, n: int, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The matrices as numbers, and packed."""
+    if storage in NAMES:
+        each = [weight(storage, n, k, seed) for seed in range(E)]
+        return np.stack([w.dense() for w in each]), np.concatenate([pack_blocks(w, isa) for w in each])
     w = uneven(np.random.default_rng(1), E, n, k)
     if storage in ("int8", "int4"):
         q = quantize_array(w, QTensorType(storage, (E, n, k)))
@@ -53,6 +59,7 @@ def weights(isa: Isa, storage: str, n: int, k: int) -> tuple[np.ndarray, np.ndar
 SHAPES = [
     (260, 72, 1, True, "float32"), (33, 45, 2, False, "float32"), (40, 33, 2, True, "float16"), (7, 5, 3, False, "bfloat16"),
     (230, 72, 2, True, "int8"), (24, 45, 1, False, "int4"),
+    (40, 160, 2, True, "s4b160"), (33, 256, 1, False, "q4_k"), (40, 128, 3, True, "int4zb128f16"),
 ]  # fmt: skip
 
 
@@ -60,9 +67,13 @@ SHAPES = [
 @pytest.mark.parametrize("integers", [False, True])
 @pytest.mark.parametrize("n, k, per, bias, storage", SHAPES)
 def test_grouped(isa: Isa, n: int, k: int, per: int, bias: bool, storage: Any, integers: bool) -> None:
-    if integers and not storage.startswith("int"):
+    if integers and storage not in ("int8", "int4", *NAMES):
         pytest.skip("products of integers are those of integer weights")
-    kind, one = (LinearInt, linear_int) if integers else (Linear, linear)
+    if not integers and storage in NAMES and storage != "s4b160":
+        pytest.skip("one format says how floats read all of them")
+    kind, one = (LinearBlocks, linear_blocks) if storage in NAMES else (LinearInt, linear_int)
+    if not integers:
+        kind, one = Linear, linear  # type: ignore[assignment]
     desc = Grouped(kind(isa, n, k, storage, bias=bias, threads=2), E, per)  # type: ignore[arg-type]
     compiled = build(grouped(desc), isa)
     single = build(one(desc.product), isa)  # type: ignore[arg-type]

@@ -11,8 +11,10 @@ from wasat.ir import DimLike, DType, Node, QArray, TensorType, Type, Value
 
 from ..layouts import Layout, Packed
 from ..lower import Result
+from ..selection import Refused, need_f32
 from .kernels.blocks import in_blocks
 from .kernels.grouped import Grouped, GroupRows, group_rows, grouped
+from .kernels.linear_blocks import LinearBlocks
 from .kernels.linear_float import Linear
 from .kernels.linear_int import LinearInt
 
@@ -59,18 +61,14 @@ def rows_in(v: Value) -> Value:
 
 
 def select_grouped(s: Selection, node: Node, integers: bool) -> None:
-    """``node`` becomes a kernel call, if its weight is one that kernels read: of float rows, or of quantized ones."""
+    """``node`` becomes a kernel call: of float rows, or of quantized ones. Raises Refused, where no kernel does it."""
     x, weight, groups = node.inputs[:3]
     bias = node.inputs[3] if len(node.inputs) > 3 else None
-    found, out = s.weight(weight), node.output
-    if found is None or any(v is not None and v.tensor.dtype is not DType.F32 for v in (x, bias)):
-        return
-    w, panels = found
-    if integers and in_blocks(panels.weights):  # weights in blocks have no such kernel
-        return
+    need_f32(x, *([] if bias is None else [bias]))
+    (w, panels), out = s.weight(weight), node.output
     e, n, k = (d for d in w.shape if isinstance(d, int))
     if e == 0:
-        return
+        raise Refused("there are no groups")
     b, lead = s.builder(node), out.shape[:-1]
     if x.shape[:-1] == lead:
         per = 1
@@ -82,8 +80,8 @@ def select_grouped(s: Selection, node: Node, integers: bool) -> None:
     m, _ = s.rows(out)
     rows = s.quantized_rows(node, rows_in(x)) if integers else x
     fused = bias is not None and bias.param is not None  # another one is added afterwards
-    kind = LinearInt if integers else Linear
-    product: Linear | LinearInt = kind(s.isa, n, k, panels.weights, bias=fused, threads=s.threads)  # type: ignore[arg-type]
+    kind = (LinearBlocks if in_blocks(panels.weights) else LinearInt) if integers else Linear
+    product: Linear | LinearInt | LinearBlocks = kind(s.isa, n, k, panels.weights, bias=fused, threads=s.threads)  # type: ignore[arg-type]
     operands, layouts = [rows, w, order, starts], {1: Stacked(panels)}
     if bias is not None and fused:
         operands.append(bias)

@@ -8,9 +8,9 @@ from wasat.ir import DType, Node, Value, equal
 from wasat.ir.ops.linear_attention import LinearAttentionAttrs, decay_and_beta
 
 from ..lower import Result
-from ..selection import is_f32
+from ..selection import need_f32, need_sizes
 from .kernels.linear_attention import LinearAttention, linear_attention
-from .panels import ints, known
+from .panels import ints
 
 if TYPE_CHECKING:
     from .select import Selection
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def select_linear_attention(selection: Selection, node: Node) -> None:
     """In f32, with heads and features of known sizes."""
     (q, k, v, state, *more), a = node.inputs, LinearAttentionAttrs.of(node)
-    if not is_f32(*node.inputs) or not known(q.shape[2], *state.shape[1:]):
-        return
+    need_f32(*node.inputs)
+    need_sizes(q.shape[2], *state.shape[1:])
     heads, kv_heads, key_dim, value_dim = ints((q.shape[2], *state.shape[1:]))
     decay, _ = decay_and_beta(a, more)
     kind: Literal["no", "head", "feature"] = "no" if decay is None else "feature" if len(decay.shape) == 4 else "head"

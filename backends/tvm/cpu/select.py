@@ -9,7 +9,7 @@ batch and positions; and ``linear``, ``matmul`` of row-major operands, and ``con
 - ``matmul`` and what only moves elements before and after it;
 - slices of a merged projection, reshapes, ``rms_norm``, ``rope`` at positions ``past + iota`` and the cache update.
 
-Whatever is not selected is left as it is, to be decomposed.
+Whatever is not selected is left as it is, to be decomposed, and said.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from wasat.ir.ops.nn import NormAttrs
 from wasat.ir.ops.quant import QuantizedLinear
 
 from ..layouts import Layout
-from ..lower import KernelCall, Result
-from ..selection import KernelSelection, Shape
+from ..lower import KernelCall, Left, Result
+from ..selection import KernelSelection, Refused, Shape, need_f32, need_sizes
 from ..selection import is_f32 as _f32
 from .convolution import convolution
 from .grouped import readers, rows_in, same_rows, select_grouped
@@ -66,16 +66,19 @@ from .updates import fuse_square_sums, fuse_updates
 
 
 # -- selection --------------------------------------------------------------------------------------------------------------
-def selection(target: tvm.target.Target, threads: int, cache: CacheType, states: Sequence[State]) -> Callable[[Graph], None]:
-    """The function that puts the kernels for ``target`` into a graph whose inputs named in ``states`` are states."""
+def selection(
+    target: tvm.target.Target, threads: int, cache: CacheType, states: Sequence[State]
+) -> Callable[[Graph], list[Left]]:
+    """Puts the kernels for ``target`` into a graph whose inputs named in ``states`` are states, and says what it left."""
     isa = isa_of(target)
     by_name = {s.name: s for s in states}
     donated = [s.name for s in states if s.donated]
 
-    def select(graph: Graph) -> None:
-        Selection(graph, isa, threads, cache, by_name).run()
+    def select(graph: Graph) -> list[Left]:
+        left = Selection(graph, isa, threads, cache, by_name).run()
         fuse_square_sums(graph, isa.lanes, threads)
         fuse_updates(graph, donated, threads)
+        return left
 
     return select
 
@@ -107,7 +110,7 @@ class Selection(KernelSelection):
         """Rows sorted by group, for grouped products."""
         self.bias_layout = PaddedBias(isa)
 
-    def run(self) -> None:
+    def run(self) -> list[Left]:
         rows: dict[str, Callable[[Node], None]] = {
             "rms_norm": self._rms_norm, "layer_norm": self._layer_norm, "glu": self._glu, "rope": self._rope,
             "attention": self._attention, "cached_attention": self._cached_attention,
@@ -119,38 +122,59 @@ class Selection(KernelSelection):
             "embedding": self._embedding, "quantized_embedding": self._embedding,
             **dict.fromkeys(("grouped_linear", "quantized_grouped_linear"), self._grouped),
         }  # fmt: skip
+        left: list[Left] = []
+
+        def take(node: Node, how: Callable[[Node], None]) -> None:
+            try:
+                how(node)
+            except Refused as e:
+                left.append(Left(self.graph.name, f"{node.op.name} has no kernel here: {e}", node.loc))
+
         for node in self.graph.nodes_reversed:
             if not self.erased(node) and node.op.name in rows:
-                rows[node.op.name](node)
+                take(node, rows[node.op.name])
+        left.reverse()
         for node in self.graph.nodes:
             if node.op.name in matrices:
-                matrices[node.op.name](node)
+                take(node, matrices[node.op.name])
         for node in self.graph.nodes_reversed:
             self.erased(node)
         for v in self.graph.inputs:
             self._check_state(v)
+        return left
 
     # -- matrices -----------------------------------------------------------------------------------------------------------
-    def weight(self, w: Value) -> tuple[Value, Panels] | None:
-        """The parameter behind a matrix operand and the layout that reads it; None if no kernel does."""
+    def weight(self, w: Value) -> tuple[Value, Panels]:
+        """The parameter behind a matrix operand and the layout that reads it. Raises Refused if no kernel does."""
         cast_ = w.made_by("cast")
         if cast_ is not None and _f32(w):  # a narrow parameter widened where it is used
             w = cast_.inputs[0]
-        if w.param is None or not known(*w.shape):
-            return None
+        if w.param is None:
+            raise Refused(f"its weight %{w.name} is no parameter")
+        need_sizes(*w.shape)
         if isinstance(w.type, QTensorType):
             t = w.type
             if t.stored is None and t.block == BLOCK and t.scale is DType.F16 and not t.zeros:
                 return w, Panels(self.isa, t.scheme)
-            return (w, Panels(self.isa, t.how)) if fits_blocks(t) else None
+            if not fits_blocks(t):
+                raise Refused(f"its weight %{w.name} is {t}, and blocks are a multiple of 32 that divides a row")
+            return w, Panels(self.isa, t.how)
         storage = {DType.F32: "float32", DType.F16: "float16", DType.BF16: "bfloat16"}.get(w.type.dtype)
-        return (w, Panels(self.isa, storage)) if storage else None
+        if storage is None:
+            raise Refused(f"its weight %{w.name} is {w.type}")
+        return w, Panels(self.isa, storage)
+
+    def packs(self, w: Value) -> bool:
+        """Whether kernels read ``w`` as a weight."""
+        try:
+            self.weight(w)
+        except Refused:
+            return False
+        return True
 
     def _matrix(self, node: Node, kernel: Callable[..., Any], build: Callable[[Any], Any], x: Value, rows: Shape) -> None:
         """x @ w^T (+ bias) by ``kernel``; x is passed as ``rows``."""
-        found = self.weight(node.inputs[1])
-        assert found is not None
-        w, panels = found
+        w, panels = self.weight(node.inputs[1])
         bias = node.inputs[2] if len(node.inputs) > 2 else None
         fused = bias is not None and bias.param is not None  # another one is added afterwards
         out = node.output
@@ -167,11 +191,10 @@ class Selection(KernelSelection):
 
     def _linear(self, node: Node) -> None:
         x, w = node.inputs[:2]
-        if not _f32(x, *node.inputs[2:]):
-            return
-        if self.weight(w) is not None:
+        need_f32(x, *node.inputs[2:])
+        if not _f32(w) or not _sized(x, w) or self.packs(w):
             self._matrix(node, Linear, linear, x, self.rows(x))
-        elif _sized(x, w):
+        else:
             m, k = ints(self.rows(x))
             rows = view_of(x).reshaped((m, k)) or row_major(x, (m, k))
             y = self._product(node, rows, view_of(w).permuted((1, 0)), row_major(node.output, (m, w.shape[0])))
@@ -180,8 +203,8 @@ class Selection(KernelSelection):
 
     def _matmul(self, node: Node) -> None:
         """Products of matrices, read where they were before they were transposed, and written as they will be."""
-        if not (_f32(*node.inputs) and _sized(*node.inputs)):
-            return
+        need_f32(*node.inputs)
+        need_sizes(*(d for v in node.inputs for d in v.shape))
         out = node.output
         y = row_major(out, out.shape)
         [user] = out.users if len(out.uses) == 1 and not self.graph.is_output(out) else [None]
@@ -204,11 +227,11 @@ class Selection(KernelSelection):
         return made
 
     def _conv(self, node: Node) -> None:
-        if not (_f32(*node.inputs) and _sized(*node.inputs)):
-            return
+        need_f32(*node.inputs)
+        need_sizes(*(d for v in node.inputs for d in v.shape))
         found = convolution(self.builder(node), node, self.isa, self.threads)
         if found is None:
-            return
+            return  # one of each channel by itself: loops do that as well
         desc, operands, swapped = found
         out, order = node.output, (1, 0, *range(2, node.output.tensor.rank))
         [user] = out.users if swapped and len(out.uses) == 1 and not self.graph.is_output(out) else [None]
@@ -221,14 +244,13 @@ class Selection(KernelSelection):
 
     def _quantized_linear(self, node: Node) -> None:
         x = node.inputs[0]
-        found = self.weight(node.inputs[1])
-        if not _f32(x, *node.inputs[2:]) or found is None:
-            return
+        need_f32(x, *node.inputs[2:])
+        _, panels = self.weight(node.inputs[1])
         if not _of_integers(node):
             self._matrix(node, Linear, linear, x, self.rows(x))
             return
         xq = self.quantized_rows(node, rows_in(x))
-        if in_blocks(found[1].weights):
+        if in_blocks(panels.weights):
             self._matrix(node, LinearBlocks, linear_blocks, xq, xq.shape)
         else:
             self._matrix(node, LinearInt, linear_int, xq, xq.shape)
@@ -251,15 +273,13 @@ class Selection(KernelSelection):
     def _wants(self, x: Value) -> Literal["no", "yes", "both"]:
         """Whether x is read quantized: by integer linears alone (yes), by them among others (both), or not."""
         found = readers(x)
-        count = sum(i == 0 and _of_integers(node) and self.weight(node.inputs[1]) is not None for node, i in found)
+        count = sum(i == 0 and _of_integers(node) and self.packs(node.inputs[1]) for node, i in found)
         kept = any(self.graph.is_output(v) for v in same_rows(x))
         return "no" if not count else "yes" if count == len(found) and not kept else "both"
 
     def _embedding(self, node: Node) -> None:
-        found = self.weight(node.inputs[0])
-        if found is None or not _f32(node.output):
-            return
-        w, panels = found
+        need_f32(node.output)
+        w, panels = self.weight(node.inputs[0])
         ids, out, scale = node.inputs[1], node.output, 1.0
         if ids.tensor.dtype is not DType.I64:
             ids = self.builder(node).cast(ids, dtype=DType.I64)
@@ -283,8 +303,8 @@ class Selection(KernelSelection):
 
     def _norm(self, node: Node, kind: Literal["rms", "layer"]) -> None:
         x, *scales = node.inputs
-        if not _f32(x, *scales) or not known(x.shape[-1]):
-            return
+        need_f32(x, *scales)
+        need_sizes(x.shape[-1])
         out, eps = node.output, NormAttrs.of(node).eps
         operands, branch_weight = [x], None
         total = x.made_by("add")
@@ -319,8 +339,8 @@ class Selection(KernelSelection):
 
     def _glu(self, node: Node) -> None:
         x, out = node.inputs[0], node.output
-        if not _f32(x) or not known(x.shape[-1]):
-            return
+        need_f32(x)
+        need_sizes(x.shape[-1])
         quantize = self._wants(out) == "yes"
         m, n = self.rows(out)
         desc = Glu(self.isa, n, cast(Any, node.attrs).activation, quantize, self.threads)
@@ -342,8 +362,8 @@ class Selection(KernelSelection):
     def _rope(self, node: Node) -> None:
         x, positions, inv_freq = node.inputs
         b, s, h, d = x.shape
-        if not _f32(x) or not known(h, d):
-            return
+        need_f32(x)
+        need_sizes(h, d)
         builder = self.builder(node)
         if positions.shape != (b, s):
             positions = builder.broadcast_to(positions, shape=(b, s))
@@ -359,8 +379,8 @@ class Selection(KernelSelection):
     def _attention(self, node: Node) -> None:
         (q, k, v, *more), a = node.inputs, AttentionAttrs.of(node)
         (n, s, h, d), (t, g, e) = q.shape, v.shape[1:]
-        if not _f32(q, k, v) or not known(h, d, g, e):
-            return
+        need_f32(q, k, v)
+        need_sizes(h, d, g, e)
         operands, kind = self._more(node, a, more, (n, h, s, t))
         operands = [q, k, v, *operands]
         scores = Scores(a.scale, a.softcap, a.window, a.causal)
@@ -389,8 +409,9 @@ class Selection(KernelSelection):
     def _cached_attention(self, node: Node) -> None:
         (q, k, v, keys, values, past, *more), a = node.inputs, CachedAttrs.of(node)
         s, h = q.shape[1:3]
-        if not (_f32(q, k, v) and known(h) and self._is_cache(keys) and self._is_cache(values)):
-            return
+        need_f32(q, k, v)
+        need_sizes(h)
+        self._need_caches(keys, values)
         capacity, g, d = keys.shape[1:]
         for state in (self.states[state_of(v).name] for v in (keys, values)):
             if state.grows == a.ring:
@@ -415,8 +436,8 @@ class Selection(KernelSelection):
 
     def _cache_start(self, node: Node) -> None:
         k, v, keys, values, past = node.inputs
-        if not (_f32(k, v) and self._is_cache(keys) and self._is_cache(values)):
-            return
+        need_f32(k, v)
+        self._need_caches(keys, values)
         heads, width, value = ints((keys.shape[2], k.shape[3], v.shape[3]))
         cache = Cache(heads, width, value, None, self.cache)
         if past.tensor.dtype is not DType.I64:
@@ -430,6 +451,11 @@ class Selection(KernelSelection):
         v = state_of(v)
         state = self.states.get(v.name) if v.node is None and v.param is None else None
         return state is not None and isinstance(state_layout(state, v.tensor, self.cache), CacheLayout)
+
+    def _need_caches(self, *caches: Value) -> None:
+        for v in caches:
+            if not self._is_cache(v):
+                raise Refused(f"%{v.name} is no state in the kernels' layout")
 
     def _check_state(self, v: Value) -> None:
         """A cache in the kernels' layout means nothing to any other operation."""

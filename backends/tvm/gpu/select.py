@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
-from wasat.ir import DimLike, DType, Graph, Node, QTensorType, Value, equal
+from wasat.ir import DType, Graph, Node, QTensorType, Value, equal
 from wasat.ir.ops.attention import mask_and_sink
 from wasat.ir.ops.nn import NormAttrs
 
 from ..lower import Left, Result
-from ..selection import KernelSelection, Shape
+from ..selection import KernelSelection, Refused, Shape, need_sizes
 from .kernels.attention import Attention, attention
 from .kernels.elementwise import CacheWrite, Embedding, Glu, Rope, cache_write, embedding, glu, rope
 from .kernels.formats import Format, format_of
@@ -30,15 +30,6 @@ _TVM = {DType.F32: "float32", DType.F16: "float16", DType.BF16: "bfloat16", DTyp
 def selection(limits: Limits) -> Callable[[Graph], list[Left]]:
     """The function that puts the kernels into a graph, and says what it left."""
     return lambda graph: Selection(graph, limits).run()
-
-
-class Refused(Exception):
-    """Why no kernel takes a node."""
-
-
-def _known(*dims: DimLike) -> None:
-    if not all(isinstance(d, int) for d in dims):
-        raise Refused(f"of the sizes {', '.join(map(str, dims))} not all are known")
 
 
 class Selection(KernelSelection):
@@ -95,7 +86,7 @@ class Selection(KernelSelection):
             w = widened.inputs[0]
         if w.param is None:
             raise Refused("its weight is no parameter")
-        _known(*w.shape)
+        need_sizes(*w.shape)
         if 0 in w.shape:
             raise Refused("its weight has no elements")
         f = format_of(w.type, self.limits.f16)
@@ -188,7 +179,7 @@ class Selection(KernelSelection):
         x, *scales = node.inputs
         dtype, out = self._float(x, *scales), node.output
         m, n = self.rows(x)
-        _known(n)
+        need_sizes(n)
         if n == 0:
             raise Refused("its rows have no elements")
         kind: Literal["rms", "layer"] = "rms" if node.op.name == "rms_norm" else "layer"
@@ -216,7 +207,7 @@ class Selection(KernelSelection):
     def _glu(self, node: Node) -> None:
         x, out = node.inputs[0], node.output
         dtype, (m, n) = self._float(x), self.rows(out)
-        _known(n)
+        need_sizes(n)
         if n == 0:
             raise Refused("its rows have no elements")
         desc = Glu(self.limits, n, cast(Any, node.attrs).activation, dtype)
@@ -228,7 +219,7 @@ class Selection(KernelSelection):
         x, positions, inv_freq = node.inputs
         dtype, a = self._float(x), cast(Any, node.attrs)
         _, s, h, d = x.shape
-        _known(h, d)
+        need_sizes(h, d)
         if 0 in (h, d):
             raise Refused("its heads have no elements")
         rows = positions.tensor.rank == 2 and positions.shape[0] != 1
@@ -254,7 +245,7 @@ class Selection(KernelSelection):
     @staticmethod
     def _heads(q: Value, k: Value, v: Value) -> None:
         sizes = (q.shape[2], *k.shape[2:], v.shape[3])
-        _known(*sizes)
+        need_sizes(*sizes)
         if 0 in sizes:
             raise Refused("its heads have no elements")
         if max(k.shape[3], v.shape[3]) > 1024:
@@ -295,7 +286,7 @@ class Selection(KernelSelection):
         k, v, keys, values, past = node.inputs
         dtype, index = self._float(k, v, keys, values), self._index(past)
         g, d, e = keys.shape[2], k.shape[3], v.shape[3]
-        _known(g, d, e)
+        need_sizes(g, d, e)
         shared = k.shape[0] == 1
         desc = CacheWrite(
             self.limits, g, d, e, start=True, shared=shared, past=index, dtype=dtype, stored=dtype

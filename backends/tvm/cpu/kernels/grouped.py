@@ -3,7 +3,7 @@
 Rows are sorted by their group first (:func:`group_rows`), for every product of the same groups alike. Every thread takes its
 panels of all matrices that have rows: however many rows a group has, the threads' shares are equal, and the weights of a group
 without rows are not read. A group of one row is a matrix-vector product; the rows of a larger one are gathered, and go through
-the register tiles of :mod:`.linear_float` or :mod:`.linear_int`: a row gives the same bits as there.
+the register tiles of :mod:`.linear_float`, :mod:`.linear_int` or :mod:`.linear_blocks`: a row gives the same bits as there.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from dataclasses import dataclass
 
 from tvm import tirx
 
+from . import linear_blocks as blocks
 from .emit import Buffer, Expr, Kernel, ceil_div, floor_div, int64, load, symbol
+from .linear_blocks import LinearBlocks
 from .linear_float import (
     Linear,
     for_tiles,
@@ -79,13 +81,40 @@ def group_rows(desc: GroupRows) -> tirx.PrimFunc:
 class Grouped:
     """y[i] = x[i // per] @ w[group of i]^T (+ bias[group of i]); ``product`` is that of one of ``groups`` matrices."""
 
-    product: Linear | LinearInt
+    product: Linear | LinearInt | LinearBlocks
     groups: int
     per: int = 1
 
     @property
     def name(self) -> str:
         return f"grouped_{self.groups}_{self.product.name}_{self.per}"
+
+
+Memory = Buffer | tuple[Buffer, Buffer] | None
+
+
+def _memory(kernel: Kernel, p: Linear | LinearInt | LinearBlocks) -> Memory:
+    """What a panel is unpacked into."""
+    if isinstance(p, LinearBlocks):
+        return blocks.panel_buffers(kernel, p)
+    return panel_buffer(kernel, p) if isinstance(p, Linear) else int_buffer(kernel, p)
+
+
+def _unpacked(
+    kernel: Kernel, p: Linear | LinearInt | LinearBlocks, x: Buffer, w: Buffer, bias: Buffer | None, panel: Expr, copy: Memory
+) -> Callable[[int, Expr], Buffer]:
+    """Unpacks a panel; (how many rows of x, from which on) -> their accumulators."""
+    if isinstance(p, LinearBlocks):
+        assert isinstance(copy, tuple)
+        parts = blocks.panel_source(kernel, p, w, panel, copy)
+        return lambda count, row: blocks.register_tile(kernel, p, x, bias, count, row, panel, parts)
+    assert not isinstance(copy, tuple)
+    if isinstance(p, Linear):
+        source = panel_source(kernel, p, w, panel, copy)
+        return lambda count, row: register_tile(kernel, p, x, bias, count, row, panel, source)
+    if copy is not None:
+        unpack_int(kernel, p, w, panel, copy)
+    return lambda count, row: int_tile(kernel, p, x, w, bias, count, row, panel, copy)
 
 
 def grouped_shape(desc: Grouped) -> tuple[int, int, int]:
@@ -101,7 +130,7 @@ def grouped(desc: Grouped) -> tirx.PrimFunc:
     n, k, lanes = p.n, p.k, isa.lanes
     kernel = Kernel(desc.name)
     m, r = symbol("m"), symbol("r")
-    integers = isinstance(p, LinearInt)
+    integers = not isinstance(p, Linear)
     x = quantized_param(kernel, "x", r, k) if integers else kernel.param("x", (r, k), "float32")
     w = kernel.param("w", grouped_shape(desc), packed_param(p.weights, n, k, isa)[1])
     order = kernel.param("order", (m,), "int64")
@@ -128,9 +157,13 @@ def grouped(desc: Grouped) -> tirx.PrimFunc:
             vector_panels(kernel, p, x, source, w, bias, base + first, base + last, store)
             return
         with kernel.range(base + first, base + last) as panel:
-            store(int_tile(kernel, p, x, w, bias, 1, source, panel, None), panel)
+            if isinstance(p, LinearInt):
+                acc = int_tile(kernel, p, x, w, bias, 1, source, panel, None)
+            else:
+                acc = blocks.register_tile(kernel, p, x, bias, 1, source, panel, blocks.panel_source(kernel, p, w, panel, None))
+            store(acc, panel)
 
-    def several(low: Expr, count: Expr, base: Expr, first: Expr, last: Expr, rows: Buffer, copy: Buffer | None) -> None:
+    def several(low: Expr, count: Expr, base: Expr, first: Expr, last: Expr, rows: Buffer, copy: Memory) -> None:
         chunks = kernel.let(ceil_div(count, _CHUNK))
         with kernel.loop(chunks) as c:  # of about one size: each has two rows at least
             start = kernel.let(low + floor_div(c * count, chunks), "start")
@@ -139,16 +172,9 @@ def grouped(desc: Grouped) -> tirx.PrimFunc:
             with kernel.range(first, last) as panel:
                 tiles(start, size, base, panel, rows, copy)
 
-    def tiles(start: Expr, size: Expr, base: Expr, panel: Expr, rows: Buffer, copy: Buffer | None) -> None:
+    def tiles(start: Expr, size: Expr, base: Expr, panel: Expr, rows: Buffer, copy: Memory) -> None:
         at = kernel.let(base + panel)
-        make: Callable[[int, Expr], Buffer]
-        if isinstance(p, Linear):
-            source = panel_source(kernel, p, w, at, copy)
-            make = lambda count, row: register_tile(kernel, p, rows, bias, count, row, at, source)
-        else:
-            if copy is not None:
-                unpack_int(kernel, p, w, at, copy)
-            make = lambda count, row: int_tile(kernel, p, rows, w, bias, count, row, at, copy)
+        make = _unpacked(kernel, p, rows, w, bias, at, copy)
 
         def tile(count: int, row: Expr) -> None:
             acc = make(count, row)
@@ -160,7 +186,7 @@ def grouped(desc: Grouped) -> tirx.PrimFunc:
     def part(first: Expr, last: Expr) -> None:
         shape = (_CHUNK, words // WORDS, WORDS) if integers else (_CHUNK, k)
         rows = kernel.scratch(shape, "int32" if integers else "float32")
-        copy = panel_buffer(kernel, p) if isinstance(p, Linear) else int_buffer(kernel, p)
+        copy = _memory(kernel, p)
         with kernel.loop(desc.groups) as e:
             low = kernel.let(load(starts, e), "low")
             count = kernel.let(load(starts, e + 1) - low, "count")

@@ -62,70 +62,31 @@ class LinearBlocks:
 def linear_blocks(desc: LinearBlocks) -> tirx.PrimFunc:
     """PrimFunc(xq int32[m, pieces, 10], w u8[panels, blocks, bytes], [bias f32[padded n]], y f32[m, n])."""
     isa, n, lanes = desc.isa, desc.n, desc.isa.lanes
-    f = format_of(desc.weights, isa)
-    pieces, columns = desc.k // BLOCK, isa.columns
-    panels = padded(n, columns) // columns
+    panels = padded(n, isa.columns) // isa.columns
     kernel = Kernel(desc.name)
     m = symbol("m")
     x = quantized_param(kernel, "x", m, desc.k)
-    w = kernel.param("w", f.shape(n, desc.k), "uint8")
-    bias = kernel.param("bias", (panels * columns,), "float32") if desc.bias else None
+    w = kernel.param("w", format_of(desc.weights, isa).shape(n, desc.k), "uint8")
+    bias = kernel.param("bias", (panels * isa.columns,), "float32") if desc.bias else None
     y = kernel.param("y", (m, n), "float32")
-    dot = {"vnni": _dot_vnni, "maddubs": _dot_maddubs, "float": _dot_float}[isa.dot]
 
     def tile(rows: int, row: Expr, panel: Expr, source: Callable[[Expr], Source]) -> None:
-        acc = kernel.registers(rows * 2, "float32", lanes)
-        for v in range(2):
-            first = splat(0.0, lanes) if bias is None else kernel.let(load(bias, panel * columns + v * lanes, lanes))
-            for i in range(rows):
-                kernel.store(acc, (i * 2 + v) * lanes, first)
-        with kernel.loop(pieces) as at:
-            codes, scales, offsets, zeros = source(at)
-            dots, totals = dot(kernel, f, x, codes, rows, row, at)
-            for i in range(rows):
-                d = splat(bits("float32", load(x, (row + i, at, SCALE))), lanes)
-                for v in range(2):
-                    place = (i * 2 + v) * lanes
-                    for h in range(f.scales):
-                        sums = dots(i, v, h) if zeros is None else dots(i, v, h) - totals(i, v, h) * zeros[h][v]
-                        kernel.store(acc, place, load(acc, place, lanes) + sums * (scales[h][v] * d))
-                        if offsets is not None:
-                            kernel.store(acc, place, load(acc, place, lanes) + totals(i, v, h) * (offsets[h][v] * d))
+        acc = register_tile(kernel, desc, x, bias, rows, row, panel, source)
         store_panel(kernel, acc, [row + i for i in range(rows)], y, panel, n, lanes)
-
-    def packed(panel: Expr) -> Callable[[Expr], Source]:
-        def source(at: Expr) -> Source:
-            piece = Piece(kernel, f, w, panel, at)
-            return piece.codes, piece.scales(), piece.offsets(), piece.zeros()
-
-        return source
 
     def vector_path(first: Expr, last: Expr) -> None:
         with kernel.range(first, last) as panel:
-            tile(1, int64(0), panel, packed(panel))
+            tile(1, int64(0), panel, panel_source(kernel, desc, w, panel, None))
 
     def matrix_path(first: Expr, last: Expr) -> None:
         chunk = minimum(maximum(m, 1), _CHUNK)
-        numbers = f.numbers * columns
-        codes = kernel.scratch(pieces * BLOCK * columns, "uint8")
-        floats = kernel.scratch(pieces * numbers, "float32")
-
-        def unpacked(at: Expr) -> Source:
-            def number(which: int, h: int, v: int) -> Expr:
-                return kernel.let(load(floats, at * numbers + (which * f.scales + h) * columns + v * lanes, lanes))
-
-            def code(group: int, v: int) -> Expr:
-                return load(codes, (at * 16 + (group * 2 + v)) * (lanes * 4), lanes * 4)
-
-            scales, more = ([[number(which, h, v) for v in range(2)] for h in range(f.scales)] for which in range(2))
-            return code, scales, more if f.offset else None, more if f.zeros else None
-
+        memory = panel_buffers(kernel, desc)
         with kernel.range(first, last) as unit:
             panel = kernel.let(floor_mod(unit, panels), "panel")
             low = kernel.let(floor_div(unit, panels) * chunk, "low")
             high = kernel.let(minimum(low + chunk, m), "high")
-            _unpack(kernel, f, w, panel, pieces, codes, floats, numbers)
-            for_tiles(kernel, isa.int_tiles[1:], low, high, lambda rows, row: tile(rows, row, panel, unpacked))
+            source = panel_source(kernel, desc, w, panel, memory)
+            for_tiles(kernel, isa.int_tiles[1:], low, high, lambda rows, row: tile(rows, row, panel, source))
 
     serial = desc.threads == 1 or n * desc.k < 65536
     kernel.either(tirx.EQ(m, int64(1)),
@@ -134,12 +95,58 @@ def linear_blocks(desc: LinearBlocks) -> tirx.PrimFunc:
     return kernel.build()
 
 
-def _unpack(
-    kernel: Kernel, f: Format, w: Buffer, panel: Expr, pieces: int, codes: Buffer, floats: Buffer, numbers: int
-) -> None:  # fmt: skip
-    """A panel's codes, a byte each [pieces, 8 groups, 2 halves, 4 * lanes], and its scales and offsets or zeros in f32."""
-    lanes, columns = f.isa.lanes, f.isa.columns
-    with kernel.loop(pieces) as at:
+def register_tile(
+    kernel: Kernel, desc: LinearBlocks, x: Buffer, bias: Buffer | None, rows: int, row: Expr, panel: Expr,
+    source: Callable[[Expr], Source],
+) -> Buffer:  # fmt: skip
+    """``rows`` rows of x from ``row`` on by a panel: accumulators [rows, 2 vectors]."""
+    isa, lanes = desc.isa, desc.isa.lanes
+    f = format_of(desc.weights, isa)
+    dot = {"vnni": _dot_vnni, "maddubs": _dot_maddubs, "float": _dot_float}[isa.dot]
+    acc = kernel.registers(rows * 2, "float32", lanes)
+    for v in range(2):
+        first = splat(0.0, lanes) if bias is None else kernel.let(load(bias, panel * isa.columns + v * lanes, lanes))
+        for i in range(rows):
+            kernel.store(acc, (i * 2 + v) * lanes, first)
+    with kernel.loop(desc.k // BLOCK) as at:
+        codes, scales, offsets, zeros = source(at)
+        dots, totals = dot(kernel, f, x, codes, rows, row, at)
+        for i in range(rows):
+            d = splat(bits("float32", load(x, (row + i, at, SCALE))), lanes)
+            for v in range(2):
+                place = (i * 2 + v) * lanes
+                for h in range(f.scales):
+                    sums = dots(i, v, h) if zeros is None else dots(i, v, h) - totals(i, v, h) * zeros[h][v]
+                    kernel.store(acc, place, load(acc, place, lanes) + sums * (scales[h][v] * d))
+                    if offsets is not None:
+                        kernel.store(acc, place, load(acc, place, lanes) + totals(i, v, h) * (offsets[h][v] * d))
+    return acc
+
+
+def panel_buffers(kernel: Kernel, desc: LinearBlocks) -> tuple[Buffer, Buffer]:
+    """Memory for an unpacked panel: its codes, a byte each [pieces, 8 groups, 2 halves, 4 * lanes], and its scales and offsets
+    or zeros in f32."""
+    pieces, columns = desc.k // BLOCK, desc.isa.columns
+    codes = kernel.scratch(pieces * BLOCK * columns, "uint8")
+    return codes, kernel.scratch(pieces * format_of(desc.weights, desc.isa).numbers * columns, "float32")
+
+
+def panel_source(
+    kernel: Kernel, desc: LinearBlocks, w: Buffer, panel: Expr, memory: tuple[Buffer, Buffer] | None
+) -> Callable[[Expr], Source]:
+    """What a panel has for 32 steps; unpacked into ``memory``, if there is any, else as it is read."""
+    isa, lanes = desc.isa, desc.isa.lanes
+    f = format_of(desc.weights, isa)
+    if memory is None:
+
+        def packed(at: Expr) -> Source:
+            piece = Piece(kernel, f, w, panel, at)
+            return piece.codes, piece.scales(), piece.offsets(), piece.zeros()
+
+        return packed
+    codes, floats = memory
+    columns, numbers = isa.columns, f.numbers * isa.columns
+    with kernel.loop(desc.k // BLOCK) as at:
         piece = Piece(kernel, f, w, panel, at)
         for group in range(8):
             for v in range(2):
@@ -148,6 +155,18 @@ def _unpack(
             for h, halves in enumerate(found or ()):
                 for v, x in enumerate(halves):
                     kernel.store(floats, at * numbers + (which * f.scales + h) * columns + v * lanes, x)
+
+    def unpacked(at: Expr) -> Source:
+        def number(which: int, h: int, v: int) -> Expr:
+            return kernel.let(load(floats, at * numbers + (which * f.scales + h) * columns + v * lanes, lanes))
+
+        def code(group: int, v: int) -> Expr:
+            return load(codes, (at * 16 + (group * 2 + v)) * (lanes * 4), lanes * 4)
+
+        scales, more = ([[number(which, h, v) for v in range(2)] for h in range(f.scales)] for which in range(2))
+        return code, scales, more if f.offset else None, more if f.zeros else None
+
+    return unpacked
 
 
 def _groups(f: Format, h: int) -> range:
