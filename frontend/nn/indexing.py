@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from wasat.ir import Dim, DimLike
+from wasat.ir.dims import span
 
 from wasat import ir
 
@@ -10,7 +11,11 @@ from .tensor import Index, Tensor, emit, fail
 
 
 def take(x: Tensor, index: tuple[Index, ...]) -> Tensor:
-    """NumPy's basic indexing with the same clamping of slices; sizes and bounds may be symbolic."""
+    """NumPy's basic indexing with the same clamping of slices; sizes and bounds may be symbolic.
+
+    A symbolic bound that cannot be above 0 counts from the end: ``x[-s:]`` are the last s (of s = 0, none) and ``x[:-s]`` what
+    stands before them. One that may be both, ``s - t``, counts from the beginning.
+    """
     items = _expand(x, index)
     starts: list[DimLike] = []
     stops: list[DimLike] = []
@@ -39,9 +44,9 @@ def take(x: Tensor, index: tuple[Index, ...]) -> Tensor:
             starts.append(start)
             stops.append(stop)
             steps.append(step)
-            shape.append((stop - start + (step - 1)) // step)
+            shape.append((span(start, stop) + (step - 1)) // step)
         else:
-            at = item + size if isinstance(item, int) and item < 0 else item
+            at = item + size if _from_end(item) else item
             if ir.less_equal(size, at) is True or (isinstance(at, int) and at < 0):
                 fail(f"{x.value!r}: index {item} is outside axis {axis} of size {size}")
             starts.append(at)
@@ -78,6 +83,11 @@ def _bound(x: Tensor, axis: int, bound: object, default: DimLike) -> DimLike:
         return default
     if isinstance(bound, bool) or not isinstance(bound, (int, Dim)):
         fail(f"{x.value!r}: the bounds of a slice are ints or dimensions, not {bound!r}")
-    if isinstance(bound, int) and bound < 0:
+    if _from_end(bound):
         return ir.maximum(0, size + bound)
     return ir.minimum(bound, size)
+
+
+def _from_end(bound: DimLike) -> bool:
+    """Whether a bound counts from the end: it is below 0 whatever the sizes are, as ``-s`` is (``x[-s:]``: the last s)."""
+    return bound < 0 if isinstance(bound, int) else ir.less_equal(bound, 0) is True
