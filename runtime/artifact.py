@@ -67,8 +67,10 @@ def write_artifact(out: Path, manifest: Mapping[str, Any], files: Mapping[str, P
 
 
 def check_destination(out: Path) -> None:
-    """Raises ArtifactError unless ``out`` is free or an artifact, and nothing else: for asking before the long work."""
+    """Raises ArtifactError unless ``out`` is free or an artifact, and nothing else, in a folder that can be written to: for
+    asking before the long work."""
     out = Path(os.path.realpath(out))
+    check_above(out)
     if not os.path.lexists(out):
         return
     try:
@@ -85,6 +87,15 @@ def check_destination(out: Path) -> None:
         raise ArtifactError(
             f"{out} holds {foreign[0]}, which is no file of the artifact there; move it away or choose another place"
         )
+
+
+def check_above(out: Path) -> None:
+    """Raises ArtifactError where ``out`` cannot be put into what it would stand in: that is a file, or not to be written to."""
+    above = next(p for p in out.absolute().parents if os.path.lexists(p))
+    if not above.is_dir():
+        raise ArtifactError(f"{out} cannot be written: {above} is no folder; choose another place")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ArtifactError(f"{out} cannot be written: there is no permission to write into {above}; choose another place")
 
 
 def digest(manifest: Mapping[str, Any]) -> str:

@@ -283,7 +283,9 @@ def maker(name: str) -> Callable[..., Target]:
 
 def target_named(name: str, threads: int | None = None, cache: str = "f32") -> Target:
     """``cpu``, ``cpu:znver3``, ``cuda``, ``cuda:sm_90``, or one that an installed package announces, keys and values stored as
-    ``cache``. Raises IRError for a target, a detail or a cache that there is none of."""
+    ``cache``. Raises IRError for a target, a detail or a cache that there is none of, and for no thread."""
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise IRError(f"threads is a whole number, 1 or more, not {threads!r}; leave it out for as many as this machine has")
     kind, _, detail = name.partition(":")
     make = maker(kind)
     if cache not in CACHES:

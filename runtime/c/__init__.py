@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..artifact import MANIFEST, TOKENIZER, read_manifest
+from ..artifact import MANIFEST, TOKENIZER, check_above, read_manifest
 from ..errors import ArtifactError, InputError
 from ..manifest import Manifest
 
@@ -24,7 +24,8 @@ PROJECT = ("CMakeLists.txt", "README.md", ARTIFACT, SOURCES, HEADERS)
 
 
 def check_place(out: Path) -> None:
-    """Raises ArtifactError unless ``out`` is free, empty, or an exported folder."""
+    """Raises ArtifactError unless ``out`` is free, empty, or an exported folder, where it can be written."""
+    check_above(out)
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (out / SOURCES / "wasat.h").is_file() or not (out / ARTIFACT / MANIFEST).is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -97,6 +98,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "activation": ({"quantize": "int8", "activation": "int4"}, "activations can be int8 or None"),
     "override": ({"overrides": {"*embedding*": "int8"}}, r"override '\*embedding\*' matches no parameter"),
     "chunk": ({"chunk": 0}, "a chunk holds at least one token"),
+    "no threads": ({"threads": 0}, "threads is a whole number, 1 or more, not 0"),
+    "fewer threads": ({"threads": -3}, "threads is a whole number, 1 or more, not -3"),
 }
 
 
@@ -117,6 +120,25 @@ def test_a_place_that_is_no_artifact_is_refused_before_the_long_work(pygemma: Pa
     stages: list[str] = []
     with pytest.raises(ArtifactError, match="exists and is no artifact"):
         ws.compile(ws.from_pretrained(pygemma), tmp_path, progress=lambda stage, done=0, total=0: stages.append(stage))
+    assert stages == []
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_long_work(
+    pygemma: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    program = ws.from_pretrained(pygemma)
+    stages: list[str] = []
+
+    def place(out: Path, message: str) -> None:
+        for write in (ws.compile, driver.export_c):
+            with pytest.raises(ArtifactError, match=message):
+                write(program if write is ws.compile else pygemma, out, progress=lambda stage, *_: stages.append(stage))
+
+    place(tmp_path / "notes.txt" / "deep" / "out", "notes.txt is no folder; choose another place")
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # who runs the tests may be allowed to do all
+    place(tmp_path / "new" / "out", "there is no permission to write into")
     assert stages == []
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
