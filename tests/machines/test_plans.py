@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -56,10 +57,19 @@ def _sweep(machine: Target, name: str) -> None:
     params = {k: ArrayParam(x, type_of(x)) for _, _, ps in taken for k, x in ps.items()}
     runner = PlanRunner(Program({g.name: g for g, _, _ in taken}, dict(params)), machine)
     for g, feeds, ps in taken:
+        assert all(s["from"] != s["to"] for s in _steps(runner.host.plan.entries[g.name]["steps"]) if s["op"] == "copy"), str(g)
         got = runner(g.name, feeds)
         for n, w in zip(g.output_names, evaluate(g, feeds, ps)):
             assert isinstance(w, np.ndarray)
             _same(got[n], w, str(g))
+
+
+def _steps(steps: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The steps of a plan, with those in loops and choices."""
+    for s in steps:
+        yield s
+        for inner in ("steps", "then", "otherwise"):
+            yield from _steps(s.get(inner, []))
 
 
 def _types(g: Graph) -> set[str]:

@@ -43,6 +43,7 @@ class Layout:
         self._lives: dict[Array, _Life] = {}
         self._ends: list[tuple[int, int]] = []
         self._turns: dict[Array, int] = {}
+        self._idle: set[int] = set()
         copies = self._number()
         for place, loops, copy in copies:
             if copy.to.of is copy.source and self._may(copy.source, place, loops):
@@ -90,8 +91,11 @@ class Layout:
                     for a, writes in zip(s.arrays, s.kernel.writes):
                         (write if writes else read)(a, loops)
                 elif isinstance(s, Copy):
-                    copies.append((count, loops, s))
-                    read(s.source, loops)
+                    if s.source.kind == "scratch" and self._life(s.source).first == math.inf:
+                        self._idle.add(id(s))  # of memory that nothing wrote: a kernel will write all of ``to``
+                    else:
+                        copies.append((count, loops, s))
+                        read(s.source, loops)
                     write(s.to, loops)
                 elif isinstance(s, Loop):
                     number = len(self._ends)
@@ -147,9 +151,9 @@ class Layout:
         return self._last_read(a)
 
     def _left(self, steps: list[Step]) -> Iterator[Step]:
-        """The steps without copies onto themselves."""
+        """The steps without copies onto themselves, and of what was never written."""
         for s in steps:
-            if isinstance(s, Copy) and self.place(s.source) is self.place(s.to):
+            if isinstance(s, Copy) and (id(s) in self._idle or self.place(s.source) is self.place(s.to)):
                 continue
             if isinstance(s, Loop):
                 s.steps = list(self._left(s.steps))
@@ -162,7 +166,7 @@ class Layout:
         spans: dict[Array, tuple[float, float]] = {}
         for a, life in self._lives.items():
             place = self.place(a)
-            if place.kind != "scratch":
+            if place.kind != "scratch" or (life.first == math.inf and not life.reads):
                 continue
             first, last = life.first, max(self._last_read(a), *life.writes, -1)
             if (n := self._turns.get(a)) is not None:  # from turn to turn
