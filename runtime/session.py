@@ -380,11 +380,7 @@ class Session:
         return self._window
 
     def _opened(self, rows: np.ndarray, key: bytes) -> _Window:
-        n, slots = len(rows), np.flatnonzero(np.isin(self._row, rows))
-        first = int(slots[0])
-        if slots[-1] - first >= n or not self._slots.may_start(first):
-            self._to_front(rows)
-            first = 0
+        n, first = len(rows), self._side_by_side(rows)
         order = self._row[first : first + n].copy()
         others = {k: self._of(order, self._others[k], x) for k, x in self._given.items()}
         given = {k: self._memory.tensor_of(x) for k, x in others.items()}
@@ -395,12 +391,17 @@ class Session:
         whole_ = n == self.batch and bool((order == self._every).all())
         return _Window(key, first, slice(None) if whole_ else order, past, token, others, given, kept, decode)
 
-    def _to_front(self, rows: np.ndarray) -> None:
-        """Brings rows into the first slots: each that is not there changes places with one that is and need not be."""
-        slots, n = np.flatnonzero(np.isin(self._row, rows)), len(rows)
-        for a, b in zip(np.setdiff1d(np.arange(n), slots).tolist(), slots[slots >= n].tolist()):
+    def _side_by_side(self, rows: np.ndarray) -> int:
+        """Brings rows into slots side by side, where most of them are already; returns the first slot. Each that is not there
+        changes places with one that is and need not be."""
+        n, live, slots = len(rows), np.isin(self._row, rows), np.arange(self.batch)
+        there = np.convolve(live, np.ones(n, np.int64), "valid")
+        first = max((i for i in range(len(there)) if not i or self._slots.may_start(i)), key=lambda i: int(there[i]))
+        inside = (slots >= first) & (slots < first + n)
+        for a, b in zip(np.flatnonzero(inside & ~live).tolist(), np.flatnonzero(live & ~inside).tolist()):
             self._slots.swap(a, b, int(self._written[self._row[[a, b]]].max()))
             self._row[[a, b]] = self._row[[b, a]]
+        return first
 
     def _of(self, rows: np.ndarray, spec: TensorSpec, x: np.ndarray) -> np.ndarray:
         """What an array that is given for all rows holds for some."""

@@ -76,6 +76,26 @@ def test_one_live_row_of_many_is_one_call_of_one_row(model: Model, monkeypatch: 
     assert called == [(1, 1)] * 4 + [(3, 1), (8, 1)]
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_row_that_joins_or_leaves_moves_at_most_one(model: Model, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Whoever is live: one exchange of two slots, of which one is idle; nobody else's states are copied."""
+    rng, session = np.random.default_rng(seed), model.session(8, 64)
+    session.step(rng.integers(0, VOCAB, (8, 3)))
+    moved: list[tuple[int, int]] = []
+    swap, live = session._slots.swap, np.ones(8, np.int64)
+    monkeypatch.setattr(session._slots, "swap", lambda a, b, n: moved.append((a, b)) or swap(a, b, n))
+    for _ in range(48):
+        changed = rng.choice(np.flatnonzero(live) if live.sum() > 1 and rng.random() < 0.55 else np.arange(8))
+        live[changed] ^= 1
+        if not live.any():
+            live[changed] = 1
+        before, moved[:] = session._row.copy(), []
+        session.step(rng.integers(0, VOCAB, (8, 1)), live)
+        assert len(moved) <= 1
+        assert all(0 in live[before[[a, b]]] for a, b in moved)
+    assert session._row.tolist() != list(range(8))
+
+
 def test_padding_beyond_the_context_is_fed_to_no_row(model: Model) -> None:
     """Near the end of the context, rows of different lengths are fed one by one; idle ones stay."""
     rng = np.random.default_rng(3)
