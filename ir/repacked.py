@@ -27,6 +27,7 @@ class Weight:
     """(integers - zeros) * scales, a matrix [n, k] whose rows share a zero point and a scale in blocks along k.
 
     ``integers`` loads [n, k] of the range of ``dtype``; ``zeros`` and ``scales`` what broadcasts to [n, ceil(k / block)].
+    ``stack``: the rows are those of so many matrices, one after the other: the parameter is [stack, n / stack, k].
     """
 
     dtype: DType
@@ -35,6 +36,7 @@ class Weight:
     integers: Load
     zeros: Load
     scales: Load
+    stack: int | None = None
 
     @property
     def middle(self) -> int:
@@ -93,7 +95,9 @@ class RepackedParam:
             values[rows] = integers[rows].astype(np.int16) - shift
         scales = np.broadcast_to(w.scales().astype(self.type.scale.np), (n, theirs))
         starts = np.arange(-(-k // self.type.block)) * self.type.block
-        return QArray(self.type, values, np.ascontiguousarray(scales[:, starts // w.block]), kept)
+        scales = np.ascontiguousarray(scales[:, starts // w.block])
+        lead = self.type.shape[:-1]
+        return QArray(self.type, *(x if x is None else x.reshape(*lead, -1) for x in (values, scales, kept)))
 
 
 @dataclass
@@ -109,6 +113,8 @@ class Repacked:
         type = w.exact_type()
         if isinstance(type, str):
             return type
+        if w.stack is not None:
+            type = type.with_shape(w.stack, w.shape[0] // w.stack, w.shape[1])
         if key not in self.names:
             name = base = f"{stem}|{type.scheme}"
             for i in range(1, len(self.params) + 1):

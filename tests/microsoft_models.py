@@ -62,6 +62,35 @@ def grouped(rows: list[int] | None = None, rotary: list[np.ndarray] | None = Non
                do_rotary=int(rotary is not None), **attrs)  # fmt: skip
 
 
+def packed(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Integers as bytes, two of 4 bits in one, along the last axis."""
+    if bits == 8:
+        return codes.astype(np.uint8)
+    codes = np.concatenate([codes, codes[..., : codes.shape[-1] % 2]], axis=-1)
+    return (codes[..., ::2] | codes[..., 1::2] << 4).astype(np.uint8)
+
+
+def quantized_experts(bits: int, block: int = 0, zeros: bool = False, weights: bool = False, biases: bool = False,
+                      **attrs: Any) -> Case:  # fmt: skip
+    """Three of four experts of 64 -> 96 -> 64 for each of six tokens."""
+    rng = np.random.default_rng(bits + block)
+    wide = 2 if attrs.get("activation_type") == "swiglu" else 1
+    inputs: list[np.ndarray | None] = [waves(6, 64), waves(6, 4, step=1.7, scale=2.0)]
+    behind: list[np.ndarray | None] = []
+    for n, k in ((96 * wide, 64), (64, 96)):
+        blocks = k // block if block else 1
+        scales = (rng.random((4, n, blocks)) * 0.02 + 0.01).astype(np.float32)
+        zero = rng.integers(0, 1 << bits, (4, n, blocks))
+        bias = waves(4, n, step=0.7) if biases else None
+        inputs += [packed(rng.integers(0, 1 << bits, (4, n, k)), bits), scales if block else scales[..., 0], bias]
+        behind.append(packed(zero if block else zero[..., 0], bits) if zeros else None)
+    inputs += [None, None, None, *behind, None, waves(6, 4, step=0.9) + 1.5 if weights else None]
+    while inputs[-1] is None:
+        inputs.pop()
+    kept = tuple(i for i in range(2, 14))
+    return one("QMoE", inputs, weights=kept, k=3, expert_weight_bits=bits, **({"block_size": block} if block else {}), **attrs)
+
+
 def _cases() -> dict[str, Case]:
     x, w, c = waves(B, S, H * D), waves(H * D, step=0.2), waves(H * D, step=0.5)
     qkv = [waves(B, S, H * D, step=t) for t in (0.37, 0.61, 0.83)]
@@ -120,6 +149,14 @@ def _cases() -> dict[str, Case]:
                                       normalize_routing_weights=1),
         "experts, swiglu": one("MoE", gated, weights=(2, 3, 4, 5), k=2, activation_type="swiglu", swiglu_fusion=1,
                                normalize_routing_weights=1, activation_alpha=1.702, activation_beta=1.0, swiglu_limit=0.8),
+        "experts of 4 bits": quantized_experts(4),
+        "experts of 8 bits": quantized_experts(8, biases=True, activation_type="gelu"),
+        "experts of 4 bits, blocks": quantized_experts(4, 32, biases=True, activation_type="silu", normalize_routing_weights=1),
+        "experts of 4 bits, zeros": quantized_experts(4, zeros=True, weights=True, activation_type="identity"),
+        "experts of 8 bits, zeros": quantized_experts(8, zeros=True, weights=True, normalize_routing_weights=1),
+        "experts of 4 bits, blocks, zeros": quantized_experts(4, 32, zeros=True, activation_type="swiglu", swiglu_fusion=1,
+                                                              activation_alpha=1.702, activation_beta=1.0, swiglu_limit=0.8),
+        "experts of 4 bits, short blocks, zeros": quantized_experts(4, 16, zeros=True),
     }  # fmt: skip
 
 
@@ -130,10 +167,11 @@ CASES = _cases()
 VOCAB, WIDE, LAYERS = 13, 32, 2
 
 
-def decoder(positions: bool = False, window: int = -1) -> onnx.ModelProto:
+def decoder(positions: bool = False, window: int = -1, experts: bool = False) -> onnx.ModelProto:
     """Two layers over packed projections, tables of angles, a past and a present of each, lengths from the attention mask.
 
     ``positions``: angles by an operator of its own at the positions that are an input, and MultiHeadAttention.
+    ``experts``: each token goes through two of four layers of 4 bits.
     """
     rng = np.random.default_rng(0)
     cos, sin = tables()
@@ -146,6 +184,16 @@ def decoder(positions: bool = False, window: int = -1) -> onnx.ModelProto:
     def weight(name: str, *shape: int) -> str:
         stored[name] = (rng.standard_normal(shape) * 0.3 + (len(shape) == 1)).astype(np.float32)
         return name
+
+    def mixture(x: str, i: int) -> None:
+        add("MatMul", [x, weight(f"router{i}.w", WIDE, 4)], [f"r{i}"], "")
+        stored["rows"] = np.array([-1, 4])
+        add("Reshape", [f"r{i}", "rows"], [f"scores{i}"], "")
+        for n in ("up", "down"):
+            stored[f"{n}{i}.q"] = rng.integers(0, 256, (4, WIDE, WIDE // 2)).astype(np.uint8)
+            stored[f"{n}{i}.s"] = (rng.random((4, WIDE)) * 0.1).astype(np.float32)
+        operands = [f"up{i}.q", f"up{i}.s", "", f"down{i}.q", f"down{i}.s"]
+        add("QMoE", [x, f"scores{i}", *operands], [f"d{i}"], k=2, activation_type="silu", expert_weight_bits=4)
 
     add("ReduceSum", ["attention_mask", "axis"], ["many"], "", keepdims=0)
     add("Sub", ["many", "one"], ["before"], "")
@@ -172,9 +220,12 @@ def decoder(positions: bool = False, window: int = -1) -> onnx.ModelProto:
                 num_heads=H, kv_num_heads=G, do_rotary=1, local_window_size=window)  # fmt: skip
         add("MatMul", [f"a{i}", weight(f"o{i}.w", H * D, WIDE)], [f"o{i}"], "")
         add("SkipSimplifiedLayerNormalization", [last, f"o{i}", weight(f"n{i}", WIDE)], [f"y{2 * i + 1}", "", "", f"m{i}"])
-        add("MatMul", [f"y{2 * i + 1}", weight(f"up{i}.w", WIDE, WIDE)], [f"u{i}"], "")
-        add("FastGelu", [f"u{i}"], [f"g{i}"])
-        add("MatMul", [f"g{i}", weight(f"down{i}.w", WIDE, WIDE)], [f"d{i}"], "")
+        if experts:
+            mixture(f"y{2 * i + 1}", i)
+        else:
+            add("MatMul", [f"y{2 * i + 1}", weight(f"up{i}.w", WIDE, WIDE)], [f"u{i}"], "")
+            add("FastGelu", [f"u{i}"], [f"g{i}"])
+            add("MatMul", [f"g{i}", weight(f"down{i}.w", WIDE, WIDE)], [f"d{i}"], "")
         last = f"x{i + 1}"
         add("SkipSimplifiedLayerNormalization", [f"m{i}", f"d{i}", weight(f"p{i}", WIDE)], [f"y{2 * i + 2}", "", "", last])
     add("MatMul", [f"y{2 * LAYERS}", weight("head", WIDE, VOCAB)], ["logits"], "")
@@ -194,5 +245,6 @@ def decoder(positions: bool = False, window: int = -1) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=sets, ir_version=9)
 
 
-DECODERS = {"grouped": decoder(), "grouped, a window": decoder(window=3), "heads, positions": decoder(positions=True)}
+DECODERS = {"grouped": decoder(), "grouped, a window": decoder(window=3), "heads, positions": decoder(positions=True),
+            "grouped, experts": decoder(experts=True)}
 TOKENS = np.random.default_rng(1).integers(0, VOCAB, (2, 12))

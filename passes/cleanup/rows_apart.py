@@ -57,10 +57,10 @@ def _over(b: Builder, node: Node, apart: dict[Value, tuple[Value, int]]) -> list
     """Results of ``node`` over operands whose rows are apart; None where it is no function of rows."""
     which = [v in apart for v in node.inputs]
     leads = {apart[v][0].shape[: apart[v][1]] for v in node.inputs if v in apart}
-    if len(leads) != 1 or any(not isinstance(v.type, TensorType) for v in node.inputs):
+    if len(leads) != 1:
         return None
     (lead,) = leads
-    types = [v.tensor.with_shape(lead[-1], *v.shape[1:]) if up else v.tensor for v, up in zip(node.inputs, which)]
+    types = [v.tensor.with_shape(lead[-1], *v.shape[1:]) if up else v.type for v, up in zip(node.inputs, which)]
     attrs: Attrs | None = _of_part(node.attrs, product(*lead), lead[-1])
     assert attrs is not None
     try:
@@ -80,7 +80,7 @@ def _over(b: Builder, node: Node, apart: dict[Value, tuple[Value, int]]) -> list
         attrs = lift(node.op, attrs, types, which, d)
         if attrs is None:
             return None
-        types = [t.with_shape(d, *t.shape) if up else t for t, up in zip(types, which)]
+        types = [t.with_shape(d, *t.shape) if isinstance(t, TensorType) and up else t for t, up in zip(types, which)]
     operands = [apart[v][0] if up else v for v, up in zip(node.inputs, which)]
     new = b.graph.add_node(node.op, operands, attrs, before=node, loc=node.loc, names=[v.name for v in node.outputs])
     return [(v, len(lead)) for v in new.outputs]

@@ -42,8 +42,8 @@ class FuseExperts(GraphPass):
 
     def run_graph(self, graph: Graph, remarks: Remarks) -> bool:
         found = _Run(graph, remarks).run()
-        if found:
-            rows_apart(graph)  # exporters merge batch and sequence before the router
+        if any(node.is_a("grouped_linear", "quantized_grouped_linear") for node in graph.nodes):
+            found |= rows_apart(graph)  # exporters merge batch and sequence before the router
         return found
 
 

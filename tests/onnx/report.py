@@ -47,7 +47,7 @@ Arithmetic on shapes stays symbolic. What cannot be imported is listed at once, 
 Of a merged decoder of optimum (`use_cache_branch`) the branch without a past is imported, and a cache derived.
 Of onnxruntime's own operators, those of language models are read (`GroupQueryAttention`, `MultiHeadAttention`, `Attention`,
 `RotaryEmbedding`, the `(Skip)(Simplified)LayerNormalization`s, `EmbedLayerNormalization`, the `Gelu`s, `FusedMatMul`,
-`MatMulNBits`, `GatherBlockQuantized`, `MoE`): a past that is an input goes, as do its outputs, and a cache is derived.
+`MatMulNBits`, `GatherBlockQuantized`, `MoE`, `QMoE`): a past that is an input goes, as do its outputs, and a cache is derived.
 
 `wasat.onnx_backend` is the standard `onnx.backend` interface. It imports a model for the inputs at hand: an input whose numbers
 decide a shape (the second one of `Reshape`) is a constant of that import.

@@ -4,6 +4,7 @@ from . import (
     attention,
     control,
     conv,
+    experts,
     image,
     index,
     math,
@@ -21,6 +22,6 @@ from . import (
 )
 
 __all__ = [
-    "attention", "control", "conv", "image", "index", "math", "microsoft", "nn", "optional", "quant", "quantized", "recurrent",
-    "reduce", "shape", "signal", "tables", "training",
+    "attention", "control", "conv", "experts", "image", "index", "math", "microsoft", "nn", "optional", "quant", "quantized",
+    "recurrent", "reduce", "shape", "signal", "tables", "training",
 ]  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any
 from wasat.ir import DimLike, DType, equal
 from wasat.ir.dims import floordiv
 
-from ..emit import Emitter, Operand, size_of
+from ..emit import Emitter, Operand
 from ..registry import NodeView, op
 from .quantized import MICROSOFT
 
@@ -296,59 +296,3 @@ def attention(
     q, k, v = (_heads(c, c.cut(y, 2, lo, hi), heads) for lo, hi in pairwise(ends))
     more = _both(c, None if mask is None else _padding(c, n, mask, k), added)
     return _attended(c, n, q, k, v, more, causal=bool(n.get("unidirectional", 0))), None
-
-
-# -- experts ---------------------------------------------------------------------------------------------------------------
-_ACTIVATIONS = ("relu", "gelu", "silu", "identity", "swiglu")
-
-
-@op(
-    "MoE", domain=MICROSOFT,
-    attributes="activation_alpha activation_beta activation_type k normalize_routing_weights swiglu_fusion swiglu_limit "
-    "use_sparse_mixer",
-)  # fmt: skip
-def mixture(
-    c: Emitter, n: NodeView, x: Operand, router: Operand, w1: Operand, b1: Operand | None, w2: Operand,
-    b2: Operand | None = None, w3: Operand | None = None, b3: Operand | None = None,
-) -> Any:  # fmt: skip
-    """The k experts that the router likes best, weighed by its softmax; weights are [experts, out, in]. Its gelu is the one by
-    tanh."""
-    activation, fused = n.get("activation_type", "relu"), n.get("swiglu_fusion", 0)
-    if n.get("use_sparse_mixer", 0) or activation not in _ACTIVATIONS:
-        raise n.fail(f"activation {activation}, or a sparse mixer, is not supported")
-    experts, width, shape = c.static(w1, 0, "MoE"), c.shape(x)[-1], c.shape(x)
-    rows = c.view(x, size_of(shape[:-1]), width)
-    probs = c.softmax(c.view(router, size_of(shape[:-1]), experts), axis=1)
-    best, which = c.top_k(probs, k=n.get("k", 1), axis=1)
-    if n.get("normalize_routing_weights", 0):
-        best = c.div(best, c.reduce_sum(best, axes=(1,), keepdims=True))
-    chosen = c.equal(c.add_axes(which, 2), c.iota(size=experts))
-    share = c.reduce_sum(c.mul(c.to(chosen, c.dtype(x)), c.add_axes(best, 2)), axes=(1,))
-
-    def linear(v: Any, w: Operand, bias: Operand | None) -> Any:
-        y = c.matmul(v, c.permute(w, (0, 2, 1)))
-        return y if bias is None else c.add(y, c.add_axes(bias, 1))
-
-    h = linear(c.add_axes(rows, 0), w1, b1)
-    if activation == "swiglu":
-        size = floordiv(c.shape(h)[2], 2)
-        if fused == 1:
-            gate, up = c.cut(h, 2, 0, 2 * size, 2), c.cut(h, 2, 1, 2 * size, 2)
-        elif fused == 2:
-            gate, up = c.cut(h, 2, 0, size), c.cut(h, 2, size, 2 * size)
-        else:
-            if w3 is None:
-                raise n.fail("swiglu without fc3 or swiglu_fusion")
-            gate, up = h, linear(c.add_axes(rows, 0), w3, b3)
-        alpha, beta = n.get("activation_alpha", 1.0), n.get("activation_beta", 0.0)
-        if (limit := n.get("swiglu_limit", math.inf)) != math.inf:
-            gate, up = c.minimum(gate, limit), c.maximum(c.minimum(up, limit), -limit)
-        up = up if beta == 0 else c.add(up, beta)
-        h = c.mul(c.mul(gate, c.sigmoid(c.mul(gate, alpha))), up)
-    else:
-        h = c.gelu(h, approximate="tanh") if activation == "gelu" else h
-        h = getattr(c, activation)(h) if activation in ("relu", "silu") else h
-        h = h if w3 is None else c.mul(h, linear(c.add_axes(rows, 0), w3, b3))
-    y = linear(h, w2, b2)
-    share = c.add_axes(c.permute(share, (1, 0)), 2)
-    return c.view(c.reduce_sum(c.mul(y, share), axes=(0,)), *shape)

@@ -27,7 +27,7 @@ def _loader(c: Emitter, x: Operand | None) -> Load | None:
     return None
 
 
-def _unpacked(load: Load, rows: int, columns: int, bits: int) -> Load:
+def unpacked(load: Load, rows: int, columns: int, bits: int) -> Load:
     """Unsigned integers packed row by row into bytes, the lowest bits first, as [rows, columns]."""
 
     def unpack() -> np.ndarray:
@@ -42,7 +42,7 @@ def _unpacked(load: Load, rows: int, columns: int, bits: int) -> Load:
     return unpack
 
 
-def _initializer(c: Emitter, n: NodeView, x: Operand | None, what: str, size: int) -> Load:
+def initializer(c: Emitter, n: NodeView, x: Operand | None, what: str, size: int) -> Load:
     """Reads operand ``what``, which must be an initializer of ``size`` elements."""
     load = _loader(c, x)
     if load is None or x is None:
@@ -52,7 +52,7 @@ def _initializer(c: Emitter, n: NodeView, x: Operand | None, what: str, size: in
     return load
 
 
-def _key(*operands: Operand | None) -> tuple[Any, ...]:
+def key_of(*operands: Operand | None) -> tuple[Any, ...]:
     """What tells weights apart: the names of parameters, the bytes of constants."""
     return tuple(x.param if isinstance(x, Value) else x.tobytes() if isinstance(x, np.ndarray) else None for x in operands)
 
@@ -71,21 +71,21 @@ def matmul_nbits(
     if k < 1 or rows < 1 or block < 16 or block & (block - 1):
         raise n.fail(f"K={k}, N={rows}, block_size={block}: blocks are powers of two, at least 16")
     blocks = -(-k // block)
-    load = _initializer(c, n, w, "B", rows * blocks * block * bits // 8)
-    scales = _initializer(c, n, scale, "scales", rows * blocks)
+    load = initializer(c, n, w, "B", rows * blocks * block * bits // 8)
+    scales = initializer(c, n, scale, "scales", rows * blocks)
     zeros: Load = lambda: np.full((1, 1), 1 << (bits - 1), np.uint8)
     if zero is not None and c.dtype(zero).is_float:
-        given = _initializer(c, n, zero, "zero_points", rows * blocks)
+        given = initializer(c, n, zero, "zero_points", rows * blocks)
         zeros = lambda: given().reshape(rows, blocks)
     elif zero is not None:
         width = -(-blocks * bits // 8)
-        zeros = _unpacked(_initializer(c, n, zero, "zero_points", rows * width), rows, blocks, bits)
+        zeros = unpacked(initializer(c, n, zero, "zero_points", rows * width), rows, blocks, bits)
     weight = Weight(
-        DType.U4 if bits == 4 else DType.U8, (rows, k), block, _unpacked(load, rows, k, bits), zeros,
+        DType.U4 if bits == 4 else DType.U8, (rows, k), block, unpacked(load, rows, k, bits), zeros,
         lambda: scales().reshape(rows, blocks),
     )  # fmt: skip
     stem = w.param if isinstance(w, Value) and w.param else n.name
-    found = n.importer.repacked.param(n.importer.graph, _key(w, scale, zero), stem, weight)
+    found = n.importer.repacked.param(n.importer.graph, key_of(w, scale, zero), stem, weight)
     extra = () if bias is None else (bias,)
     if isinstance(found, Value):
         operands = c.value(x), found, *map(c.value, extra)
@@ -115,19 +115,19 @@ def gather_block_quantized(
     packed = dtype is DType.U8
     d = stored * (8 // bits) if packed else stored
     blocks = -(-d // block)
-    load = _initializer(c, n, w, "data", rows * stored)
-    scales = _initializer(c, n, scale, "scales", rows * blocks)
+    load = initializer(c, n, w, "data", rows * stored)
+    scales = initializer(c, n, scale, "scales", rows * blocks)
     zeros: Load = lambda: np.full((1, 1), 1 << (bits - 1) if packed else 0, np.uint8)
     if zero is not None:
         width = -(-blocks * bits // 8) if packed else blocks
-        given = _initializer(c, n, zero, "zero_points", rows * width)
-        zeros = _unpacked(given, rows, blocks, bits) if packed else lambda: given().astype(np.int8).reshape(rows, blocks)
-    integers = _unpacked(load, rows, d, bits) if packed else load
+        given = initializer(c, n, zero, "zero_points", rows * width)
+        zeros = unpacked(given, rows, blocks, bits) if packed else lambda: given().astype(np.int8).reshape(rows, blocks)
+    integers = unpacked(load, rows, d, bits) if packed else load
     if packed and bits == 4:
         dtype = DType.U4
     weight = Weight(dtype, (rows, d), block, integers, zeros, lambda: scales().reshape(rows, blocks))
     stem = w.param if isinstance(w, Value) and w.param else n.name
-    found = n.importer.repacked.param(n.importer.graph, _key(w, scale, zero), stem, weight)
+    found = n.importer.repacked.param(n.importer.graph, key_of(w, scale, zero), stem, weight)
     if isinstance(found, str):
         raise n.fail(f"data cannot be read: {found}")
     return c.b.quantized_embedding(found, c.value(ids), dtype=c.dtype(scale))
