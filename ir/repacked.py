@@ -96,8 +96,12 @@ class RepackedParam:
         scales = np.broadcast_to(w.scales().astype(self.type.scale.np), (n, theirs))
         starts = np.arange(-(-k // self.type.block)) * self.type.block
         scales = np.ascontiguousarray(scales[:, starts // w.block])
-        lead = self.type.shape[:-1]
-        return QArray(self.type, *(x if x is None else x.reshape(*lead, -1) for x in (values, scales, kept)))
+        lead = () if w.stack is None else (w.stack,)
+
+        def stacked(x: np.ndarray) -> np.ndarray:
+            return x.reshape(*lead, -1, x.shape[1])
+
+        return QArray(self.type, stacked(values), stacked(scales), None if kept is None else stacked(kept))
 
 
 @dataclass
