@@ -22,6 +22,8 @@ from wasat.passes.serving.token_inputs import token_inputs
 
 Floats = NDArray[np.floating[Any]]
 
+DENSE = "|dense"
+"""What is added to the name of a quantized parameter that :func:`dense` makes f32."""
 _ROWS = 32
 """Positions at a time, where a vocabulary of 262,144 times a window in f64 would be gigabytes."""
 
@@ -143,23 +145,25 @@ class Dense:
 def dense(program: Program) -> Program:
     """A copy whose quantized parameters are f32: what others are measured against."""
     out = program.copy()
-    graph = out["forward"]
-    for node in list(graph.nodes):
-        w = node.inputs[0] if node.is_a("dequantize") else None
-        if w is not None and w.param is not None:
-            name, t = f"{w.param}|dense", TensorType(DType.F32, w.type.shape)
-            out.params[name] = Dense(t, out.params[w.param])
-            graph.replace_uses(node.output, graph.add_param(name, t))
-            graph.erase(node)
-            del graph.params[w.param], out.params[w.param]
+    for graph in out.graphs.values():
+        for node in list(graph.nodes):
+            w = node.inputs[0] if node.is_a("dequantize") else None
+            if w is not None and w.param is not None:
+                name, t = f"{w.param}{DENSE}", TensorType(DType.F32, w.type.shape)
+                out.params[name] = Dense(t, program.params[w.param])
+                graph.replace_uses(node.output, graph.add_param(name, t))
+                graph.erase(node)
+        for name in graph.prune_params():
+            if not any(name in g.params for g in out.graphs.values()):
+                del out.params[name]
     return out
 
 
 def bits(program: Program) -> int:
-    """Of all parameters that ``forward`` reads, scales and zero points included; divided by the base's number of weights: bits
+    """Of all parameters that its graphs read, scales and zero points included; divided by the base's number of weights: bits
     per weight."""
     total = 0
-    for name in program["forward"].params:
+    for name in dict.fromkeys(name for g in program.graphs.values() for name in g.params):
         t = program.params[name].type
         *rows, columns = (evaluate_dim(d, {}) for d in t.shape or (1,))
         width = evaluate_dim(t.row_bits, {}) if isinstance(t, QTensorType) else columns * t.dtype.bits

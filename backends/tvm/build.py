@@ -212,8 +212,8 @@ class Runner:
         tvm_ffi.register_global_func(EQUAL, hold_equal, override=True)
         self.vm = relax.VirtualMachine(_linked(library) if donate else library.executable, tvm.cpu())
         self._reads = library.plan.reads
-        packed = {key: _packed(key, program.load) for key in library.plan.layouts}
-        self.weights = {graph: [x for key in self._reads.get(graph, ()) for x in packed[key]] for graph in program.graphs}
+        self._packed = {key: _packed(key, program.load) for key in library.plan.layouts}
+        self.weights = self._ordered()
         self._given_indices = {name: given(g) for name, g in program.graphs.items()}
         self._given: dict[int, tuple[np.ndarray, Any]] = {}
         """Arrays of states that the last call returned, by id, and the tensors whose memory they are."""
@@ -224,6 +224,17 @@ class Runner:
     def set_weights(self, graph: str, load: Callable[[str], Array]) -> None:
         """Other numbers, of the same types, for all parameters that ``graph`` reads: ``load`` gives them by name."""
         self.weights[graph] = [x for key in self._reads.get(graph, ()) for x in _packed(key, load)]
+
+    def set_parameter(self, name: str, x: Array) -> None:
+        """Other numbers, of the same type, for one parameter in all graphs that read it."""
+        for key in self._packed:
+            if key[0] == name:
+                self._packed[key] = _packed(key, lambda _: x)
+        self.weights = self._ordered()
+
+    def _ordered(self) -> dict[str, list[Any]]:
+        """For each graph the tensors that it reads."""
+        return {g: [x for key in self._reads.get(g, ()) for x in self._packed[key]] for g in self.program.graphs}
 
     def __call__(self, graph: str, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Outputs of ``graph`` by name, states among them."""

@@ -218,7 +218,7 @@ class _Run:
         if isinstance(t, DType) or not all(getattr(self.params.get(name), "is_data", False) for name in _sources(w)):
             return None
         source = self.params[w.param] if w.param is not None else derive(w.name, w, self.params)
-        if _f16_holds_scales(np.asarray(source.load()), t):
+        if f16_holds_scales(np.asarray(source.load()), t):
             return None
         names = ", ".join(_sources(w))
         return f"{names} has a block whose scale is outside f16 (about 1e-6 to 65504)"
@@ -252,7 +252,7 @@ def _sources(w: Value) -> list[str]:
     return [v.param for v in seen if v.param is not None]
 
 
-def _f16_holds_scales(w: np.ndarray, type: QTensorType) -> bool:
+def f16_holds_scales(w: np.ndarray, type: QTensorType) -> bool:
     """Whether the scale of every block is 0 or an f16 that is right to 3%, and its offset one, too; integer factors make up for
     what one of a super-block is rounded by. Works through w in slabs: memory matters here."""
     block, least = type.block, 2.0**-20

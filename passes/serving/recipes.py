@@ -90,14 +90,15 @@ def storage(
         found = _stored(candidate, row, block)
         if isinstance(found, str):
             reasons.append(found)
-        elif lacking := [op for op in operations if not _reads(formats, op, found.type)]:
+        elif lacking := [op for op in operations if not kernels_read(formats, op, found.type)]:
             reasons.append(f"the target has no kernel of {lacking[0]} for {found.type.how}")  # type: ignore[union-attr]
         else:
             return found
     return reasons[-1]
 
 
-def _reads(formats: Formats, operation: str, type: QTensorType | DType) -> bool:
+def kernels_read(formats: Formats, operation: str, type: QTensorType | DType) -> bool:
+    """Whether there are kernels of ``operation`` for weights of a type."""
     how = type.how if isinstance(type, QTensorType) else str(type)
     return any(fnmatchcase(operation, o) and fnmatchcase(how, t) for o, t in formats)
 

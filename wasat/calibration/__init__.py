@@ -1,0 +1,223 @@
+"""Weights in fewer bits, chosen and scaled by what a text shows: which features of a layer's input are large, and what its
+errors do to the next token's distribution.
+
+    small, report = ws.quantize(ws.from_pretrained("folder"), text, bits=5)
+    print(report)
+    ws.compile(small, "model.wasat")
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wasat.driver import Progress, quiet
+from wasat.ir import Program, QArray, TensorType, WasatError, evaluate_dim
+from wasat.passes.serving.recipes import SCHEMES, Formats, Storage, is_scheme
+from wasat.quality import bits as bits_of_program
+from wasat.quality import quality, text_ids, windows_of
+
+from . import budget
+from .bench import Bench, Windows
+from .budget import Choice
+from .report import Report, Stored
+from .weights import DENSE, Weight, prepared, stored, weights_of
+
+__all__ = ["AUTO", "Report", "quantize"]
+
+AUTO = "auto"
+LEAST_TOKENS, LEAST_HELD_OUT = 128, 32
+"""What a text must have, to calibrate with and to judge by."""
+_PROBED = 256
+"""Positions over which it is measured what each weight's errors do."""
+
+
+@dataclass(frozen=True)
+class _Texts:
+    calibration: Windows
+    held_out: Windows
+
+
+def quantize(
+    program: Program, text: str, *, bits: float | None = None, recipe: str = AUTO, held_out: str | None = None,
+    tokens: int = 4096, window: int = 256, target: str = "cpu", threads: int | None = None, progress: Progress = quiet,
+) -> tuple[Program, Report]:  # fmt: skip
+    """A copy of ``program`` whose weights are stored in fewer bits, calibrated on ``text``; and what that costs.
+
+    Scales are searched with each feature's error weighted by its mean square over the text, in windows of ``window`` tokens that
+    do not see each other, at most ``tokens`` of them. ``recipe``: ``"auto"`` gives each weight the scheme (``s4``, ``s5``,
+    ``s6``, ``int8``) that its measured effect on the next token's distribution deserves, all parameters together having at most
+    ``bits`` (default 5) a weight, scales and what stays f32 included; or any other scheme of ``compile``, for all weights.
+    The report compares with the program in f32 on ``held_out``, by default the last quarter of ``text``. ``target``: whose
+    kernels must read the weights. A model that sees or hears is calibrated on text: what no text passes is stored as int8.
+
+    The result is compiled without ``quantize``. The same arguments give the same bits. Weights that are quantized already are
+    taken as the numbers that they stand for.
+    Raises WasatError for a program that takes no text or gives no logits, one without a tokenizer or without weights to store,
+    a text that is too short, an unknown recipe, and ``bits`` that are out of reach (naming the least).
+    """
+    from wasat.backends.tvm.targets import target_named
+
+    if recipe != AUTO and (not is_scheme(recipe) or recipe in ("f16", "bf16", "f32")):
+        known = ", ".join(s for s in SCHEMES if s not in ("f16", "bf16", "f32"))
+        raise WasatError(f"there is no recipe {recipe!r} to calibrate; there are {AUTO}, {known}")
+    if recipe != AUTO and bits is not None:
+        raise WasatError(f"bits are for the recipe {AUTO}: {recipe} says itself what a weight takes")
+    if bits is not None and not (0 < bits <= 32):
+        raise WasatError(f"{bits} bits a weight is not between 0 and 32")
+    if window < 2 or tokens < LEAST_TOKENS:
+        raise WasatError(f"windows have at least 2 tokens, and calibration {LEAST_TOKENS}; not {window} and {tokens}")
+    texts = _split(program, text, held_out, tokens, window)
+    formats = target_named(target).formats
+    base = prepared(program)
+    weights, left = weights_of(base)
+    if not any(w.in_forward for w in weights):
+        raise WasatError("the program has no weights to store in fewer bits: parameters that linear layers and embeddings read")
+    work = _Work(base, weights, formats, texts, threads, progress)
+    if recipe == AUTO:
+        taken, shares = work.automatic(5.0 if bits is None else bits)
+    else:
+        taken, shares = work.fixed(recipe, left), {}
+    return work.finish(taken, shares, left, recipe, bits)
+
+
+def _split(program: Program, text: str, held_out: str | None, tokens: int, window: int) -> _Texts:
+    ids = text_ids(program, text)
+    if held_out is None:
+        first = len(ids) - max(len(ids) // 4, LEAST_HELD_OUT)
+        ids, rest = ids[: max(first, 0)], ids[max(first, 0) :]
+    else:
+        rest = text_ids(program, held_out)
+        if len(rest) < LEAST_HELD_OUT:
+            raise WasatError(f"the held-out text is {len(rest)} tokens; at least {LEAST_HELD_OUT} are needed")
+    if len(ids) < LEAST_TOKENS:
+        kept = "" if held_out is not None else f", {len(rest)} of them being held out"
+        raise WasatError(f"the text is {len(ids) + len(rest) * (held_out is None)} tokens{kept}: {LEAST_TOKENS} are needed")
+    return _Texts(windows_of(ids[:tokens], window), windows_of(rest[: max(tokens // 4, LEAST_HELD_OUT)], window))
+
+
+class _Work:
+    """One calibration, step by step."""
+
+    def __init__(
+        self, base: Program, weights: Sequence[Weight], formats: Formats, texts: _Texts, threads: int | None, progress: Progress
+    ) -> None:
+        self.base, self.weights, self.formats, self.texts, self.progress = base, weights, formats, texts, progress
+        sources = [p.type for p in base.params.values() if isinstance(p.type, TensorType)]
+        self.count = sum(math.prod(evaluate_dim(d, {}) for d in t.shape) for t in sources)
+        """Numbers in all parameters."""
+        progress("compiling")
+        self.bench = Bench(base, weights, threads)
+        self.importance = self.bench.importance(texts.calibration, self._tell("reading the text"))
+
+    def automatic(self, bits: float) -> tuple[dict[str, Storage], dict[str, float]]:
+        """A scheme for each weight, and what each is expected to cost."""
+        options = {w.name: budget.storages(w, self.formats) for w in self.weights}
+        fixed = bits_of_program(self.base) - sum(32 * w.size for w in self.weights if options[w.name])
+        errors = {w.name: self._errors(w, options[w.name]) for w in self.weights if options[w.name]}
+        choices = {}
+        for w in self.weights:
+            found = [(s, e) for s, e in zip(options[w.name], errors.get(w.name, ())) if math.isfinite(e)]
+            if not w.in_forward:
+                found = found[-1:]  # the best: nobody knows what its errors do
+            if found:
+                choices[w.name] = [Choice(s, self._bits(w, s), e) for s, e in found]
+            else:
+                fixed += 32 * w.size * bool(options[w.name])
+        limit = math.floor(bits * self.count)
+        least = fixed + sum(min(c.bits for c in found) for found in choices.values())
+        if least > limit:
+            up = math.ceil(1000 * least / self.count) / 1000
+            raise WasatError(f"{bits:g} bits a weight is out of reach for this model: the least is {up:g}, norms and scales included")
+        costs = self._measured({name: found for name, found in choices.items()})
+        taken = budget.chosen(costs, limit - fixed)
+        return {name: c.storage for name, c in taken.items()}, {name: c.cost for name, c in taken.items()}
+
+    def fixed(self, recipe: str, left: dict[str, str]) -> dict[str, Storage]:
+        """What a recipe or a scheme says about each weight; ``left`` receives why one stays."""
+        from wasat.passes.serving.recipes import storage
+
+        found = {}
+        for w in self.weights:
+            s = storage(recipe, w.role, w.shape[-1], 32, self.formats, w.operations)
+            if isinstance(s, str):
+                left[w.name] = s
+            elif math.isinf(budget.errors(self._load(w.name), [s], None)[0]):
+                left[w.name] = "f16 does not hold the scale of a block"
+            else:
+                found[w.name] = s
+        return found
+
+    def _measured(self, choices: Mapping[str, Sequence[Choice]]) -> dict[str, list[Choice]]:
+        """The choices with what each does to the next token's distribution.
+
+        It is measured for the smallest one, everything else in f32; the others are in proportion to their squared errors.
+        """
+        every = self.texts.calibration
+        count = min(len(every), max(1, _PROBED // len(every[0])))
+        windows = [every[i * len(every) // count] for i in range(count)]
+        base = list(self.bench.log_probabilities(windows))
+        tell, found = self._tell("measuring weights"), {}
+        for i, w in enumerate(w for w in self.weights if w.name in choices):
+            tell(i, len(choices))
+            first = choices[w.name][0]
+            if not w.in_forward or first.cost == 0:
+                found[w.name] = [Choice(c.storage, c.bits, 0.0) for c in choices[w.name]]
+                continue
+            x = self._load(w.name)
+            q = budget.coded(x, first.storage, self.importance.get(w.name)).dense()
+            self.bench.set(w.name, q)
+            kl = max(self.bench.kl(base, windows), 0.0)
+            self.bench.set(w.name, x)
+            scale = kl / budget.error(x, q, self.importance.get(w.name))
+            found[w.name] = [Choice(c.storage, c.bits, c.cost * scale) for c in choices[w.name]]
+        return found
+
+    def finish(
+        self, taken: Mapping[str, Storage], shares: Mapping[str, float], left: Mapping[str, str], recipe: str, bits: float | None
+    ) -> tuple[Program, Report]:
+        """The program with these schemes, and the report on it."""
+        base = list(self.bench.log_probabilities(self.texts.held_out))
+        arrays: dict[str, QArray] = {}
+        rows, total = [], sum(shares.values())
+        tell = self._tell("quantizing")
+        for i, w in enumerate(w for w in self.weights if w.name in taken):
+            tell(i, len(taken))
+            x, importance = self._load(w.name), self.importance.get(w.name)
+            q = arrays[w.name] = budget.coded(x, taken[w.name], importance)
+            y = q.dense()
+            size = budget.error(np.zeros_like(x), x, importance)
+            off = math.sqrt(budget.error(x, y, importance) / size) if size else 0.0
+            share = shares[w.name] / total if total and w.in_forward else None
+            each = self._bits(w, taken[w.name]) / w.size
+            rows.append(Stored(w.name.removesuffix(DENSE), str(q.type), w.size, each, w.in_forward, off, share))
+            if w.in_forward:
+                self.bench.set(w.name, y)
+        tell = self._tell("reading the held-out text")
+        found = quality(
+            base, self.bench.log_probabilities(self.texts.held_out), self.texts.held_out,
+            lambda done: tell(done, len(self.texts.held_out)),
+        )  # fmt: skip
+        small = stored(self.base, arrays)
+        reasons = {name.removesuffix(DENSE): why for name, why in left.items()}
+        read = sum(map(len, self.texts.calibration))
+        return small, Report(recipe, bits, bits_of_program(small) / self.count, self.count, read, found, tuple(rows), reasons)
+
+    def _errors(self, w: Weight, options: Sequence[Storage]) -> list[float]:
+        return budget.errors(self._load(w.name), options, self.importance.get(w.name))
+
+    def _bits(self, w: Weight, s: Storage) -> int:
+        return budget.bits_of(budget.type_of(s, w.shape))
+
+    def _load(self, name: str) -> NDArray[Any]:
+        x = self.base.load(name)
+        assert isinstance(x, np.ndarray)
+        return x
+
+    def _tell(self, stage: str) -> Any:
+        return lambda done, total: self.progress(stage, done, total)

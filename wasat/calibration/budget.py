@@ -1,0 +1,113 @@
+"""Which scheme each weight gets, where all have to fit into so many bits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wasat.ir import QArray, QTensorType, WasatError, evaluate_dim
+from wasat.ir.ops.quant import quantize_array
+from wasat.passes.serving.quantize import f16_holds_scales
+from wasat.passes.serving.recipes import Formats, Storage, kernels_read, storage
+
+from .weights import Weight
+
+SCHEMES = ("s4", "int4b32f16", "s5", "s6", "int8")
+"""What is chosen from; each where rows are of its blocks and the target has kernels that read it."""
+_SAMPLED = 1 << 18
+"""Elements of a weight, in whole rows at even distances, from which its error in a scheme is estimated."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A weight in one scheme: how many bits it takes, scales included, and what that costs (a divergence)."""
+
+    storage: Storage
+    bits: int
+    cost: float
+
+
+def storages(weight: Weight, formats: Formats, schemes: Sequence[str] = SCHEMES) -> list[Storage]:
+    """The schemes in which a weight can be stored for kernels that read ``formats``."""
+    found = [storage(s, weight.role, weight.shape[-1], 32, formats, weight.operations) for s in schemes]
+    return [s for s in found if isinstance(s, Storage) and all(kernels_read(formats, o, s.type) for o in weight.operations)]
+
+
+def type_of(s: Storage, shape: Sequence[int]) -> QTensorType:
+    assert isinstance(s.type, QTensorType)
+    return s.type.with_shape(*shape)
+
+
+def bits_of(t: QTensorType) -> int:
+    """Of a weight, scales included."""
+    *rows, _ = (evaluate_dim(d, {}) for d in t.shape)
+    return math.prod(rows) * evaluate_dim(t.row_bits, {})
+
+
+def coded(x: np.ndarray, s: Storage, importance: NDArray[np.float32] | None) -> QArray:
+    """x in a scheme, its scales searched with errors weighted by ``importance`` [k]."""
+    return quantize_array(x, type_of(s, x.shape), search=True, importance=importance)
+
+
+def error(x: np.ndarray, q: np.ndarray, importance: NDArray[np.float32] | None) -> float:
+    """The squared error of q, each feature weighted: what it does to a row of the layer's results, on average."""
+    d = (q - x).astype(np.float64) ** 2
+    return float(d.sum() if importance is None else (d * importance).sum())
+
+
+def errors(x: np.ndarray, options: Sequence[Storage], importance: NDArray[np.float32] | None) -> list[float]:
+    """The squared error of x in each scheme, estimated from some of its rows; infinite where f16 does not hold its scales."""
+    rows = x.reshape(-1, x.shape[-1])
+    step = max(1, len(rows) * rows.shape[1] // _SAMPLED)
+    some = np.ascontiguousarray(rows[::step])
+    found = []
+    for s in options:
+        if f16_holds_scales(x, type_of(s, x.shape)):
+            found.append(error(some, coded(some, s, importance).dense(), importance) * len(rows) / len(some))
+        else:
+            found.append(math.inf)
+    return found
+
+
+def chosen(options: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, Choice]:
+    """One choice for each weight, so that costs are least in sum and bits at most ``budget``.
+
+    Of each weight the smallest first; then, again and again, whatever saves most for a bit: as far as the budget goes, that is
+    the optimum. Raises WasatError where the smallest are too large.
+    """
+    hulls = {name: _hull(choices) for name, choices in options.items()}
+    taken = {name: hull[0] for name, hull in hulls.items()}
+    left = budget - sum(c.bits for c in taken.values())
+    if left < 0:
+        raise WasatError(f"no choice fits into {budget} bits: the least is {budget - left}")
+    steps = [(_slope(a, b), i, name, b) for i, (name, hull) in enumerate(hulls.items()) for a, b in pairwise(hull)]
+    full: set[str] = set()
+    for _, _, name, new in sorted(steps, key=lambda s: (-s[0], s[1], s[3].bits)):
+        more = new.bits - taken[name].bits
+        if name in full or more > left:
+            full.add(name)  # later steps of this weight are from here
+            continue
+        taken[name], left = new, left - more
+    return taken
+
+
+def _hull(choices: Sequence[Choice]) -> list[Choice]:
+    """Those that are best at some price of a bit, smallest first: the lower convex hull of costs over bits."""
+    hull: list[Choice] = []
+    for c in sorted(choices, key=lambda c: (c.bits, c.cost)):
+        if hull and c.cost >= hull[-1].cost:
+            continue
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) <= _slope(hull[-1], c):
+            hull.pop()
+        hull.append(c)
+    return hull
+
+
+def _slope(a: Choice, b: Choice) -> float:
+    """What a bit saves, from one choice to the next."""
+    return (a.cost - b.cost) / (b.bits - a.bits)
