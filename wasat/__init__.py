@@ -10,7 +10,7 @@ Models in     from_pretrained, from_onnx, from_gguf; nn and trace for one's own;
 Weights       load_weights: arrays or a folder into a program of one's own
 Looking       run (any graph, interpreter or compiled), evaluate (the interpreter), explain (what the passes did),
               compare (two ways to compute a model: the first value that differs)
-Programs out  optimize, compile, to_onnx, save_program; train
+Programs out  optimize, compile, to_onnx, save_program; train; quantize (weights in fewer bits, calibrated on a text)
 Artifacts     load, Model, SamplingOptions
 Classes       Program, Graph, Executable, WasatError (the root of all errors)
 
@@ -28,6 +28,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # what _HOME says, for type checkers and editors
     from wasat.backends.onnx import to_onnx as to_onnx
+    from wasat.calibration import quantize as quantize
     from wasat.comparison import compare as compare
     from wasat.driver import Executable as Executable
     from wasat.driver import compile as compile
@@ -57,7 +58,7 @@ _HOME = {
     "trace": "wasat.frontend.nn", "nn": "wasat.frontend", "load_weights": "wasat.frontend", "to_onnx": "wasat.backends.onnx",
     "compile": "wasat.driver", "optimize": "wasat.driver", "run": "wasat.driver", "explain": "wasat.driver",
     "compare": "wasat.comparison", "Executable": "wasat.driver", "load_program": "wasat.driver", "save_program": "wasat.saved",
-    "train": "wasat.training.loop",
+    "train": "wasat.training.loop", "quantize": "wasat.calibration",
     "load": "wasat.runtime", "Model": "wasat.runtime", "SamplingOptions": "wasat.runtime",
     "parse": "wasat.ir", "Graph": "wasat.ir", "Program": "wasat.ir", "evaluate": "wasat.ir",
     "WasatError": "wasat.ir",

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from wasat.driver import Progress, quiet
 from wasat.ir import Program, QArray, TensorType, WasatError, evaluate_dim
-from wasat.passes.serving.recipes import SCHEMES, Formats, Storage, is_scheme
+from wasat.passes.serving.quantize import f16_holds_scales
+from wasat.passes.serving.recipes import SCHEMES, Formats, Storage, is_scheme, storage
 from wasat.quality import bits as bits_of_program
 from wasat.quality import quality, text_ids, windows_of
 
@@ -49,8 +50,8 @@ def quantize(
 ) -> tuple[Program, Report]:  # fmt: skip
     """A copy of ``program`` whose weights are stored in fewer bits, calibrated on ``text``; and what that costs.
 
-    Scales are searched with each feature's error weighted by its mean square over the text, in windows of ``window`` tokens that
-    do not see each other, at most ``tokens`` of them. ``recipe``: ``"auto"`` gives each weight the scheme (``s4``, ``s5``,
+    Scales are searched with each feature's error weighted by its mean square over the text, at most ``tokens`` of it, read in
+    windows of ``window`` that do not see each other. ``recipe``: ``"auto"`` gives each weight the scheme (``s4``, ``s5``,
     ``s6``, ``int8``) that its measured effect on the next token's distribution deserves, all parameters together having at most
     ``bits`` (default 5) a weight, scales and what stays f32 included; or any other scheme of ``compile``, for all weights.
     The report compares with the program in f32 on ``held_out``, by default the last quarter of ``text``. ``target``: whose
@@ -78,12 +79,11 @@ def quantize(
     weights, left = weights_of(base)
     if not any(w.in_forward for w in weights):
         raise WasatError("the program has no weights to store in fewer bits: parameters that linear layers and embeddings read")
-    work = _Work(base, weights, formats, texts, threads, progress)
-    if recipe == AUTO:
-        taken, shares = work.automatic(5.0 if bits is None else bits)
-    else:
-        taken, shares = work.fixed(recipe, left), {}
-    return work.finish(taken, shares, left, recipe, bits)
+    work = _Work(base, weights, formats, texts, left, progress)
+    limit = work.limit(5.0 if bits is None else bits) if recipe == AUTO else 0  # before the long work
+    work.observe(threads)
+    taken, shares = work.automatic(limit) if recipe == AUTO else (work.fixed(recipe), {})
+    return work.finish(taken, shares, recipe, bits)
 
 
 def _split(program: Program, text: str, held_out: str | None, tokens: int, window: int) -> _Texts:
@@ -101,54 +101,91 @@ def _split(program: Program, text: str, held_out: str | None, tokens: int, windo
     return _Texts(windows_of(ids[:tokens], window), windows_of(rest[: max(tokens // 4, LEAST_HELD_OUT)], window))
 
 
+def _groups(weights: Sequence[Weight]) -> dict[tuple[str, str], list[str]]:
+    """Weights whose errors are measured together: by layer and by kind; or each for itself, where that is less work."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for w in weights:
+        if w.layer == w.name:
+            found.setdefault(("weight", w.name), []).append(w.name)
+        else:
+            found.setdefault(("layer", w.layer), []).append(w.name)
+            found.setdefault(("kind", w.kind), []).append(w.name)
+    return found if len(found) < len(weights) else {("weight", w.name): [w.name] for w in weights}
+
+
+def _parts(weights: Sequence[Weight], measured: Mapping[tuple[str, str], float]) -> dict[str, float]:
+    """What each weight does, so that those of a kind do together what was measured, shared out as their layers'."""
+    found = {}
+    for w in weights:
+        alone = measured.get(("weight", w.name))
+        if alone is None:
+            same = sum(measured["layer", o.layer] for o in weights if o.kind == w.kind)
+            alone = measured["kind", w.kind] * measured["layer", w.layer] / same if same else 0.0
+        found[w.name] = alone
+    return found
+
+
 class _Work:
     """One calibration, step by step."""
 
     def __init__(
-        self, base: Program, weights: Sequence[Weight], formats: Formats, texts: _Texts, threads: int | None, progress: Progress
-    ) -> None:
+        self, base: Program, weights: Sequence[Weight], formats: Formats, texts: _Texts, left: dict[str, str],
+        progress: Progress,
+    ) -> None:  # fmt: skip
         self.base, self.weights, self.formats, self.texts, self.progress = base, weights, formats, texts, progress
+        self.left = dict(left)
+        self.importance: dict[str, NDArray[np.float32]] = {}
         sources = [p.type for p in base.params.values() if isinstance(p.type, TensorType)]
         self.count = sum(math.prod(evaluate_dim(d, {}) for d in t.shape) for t in sources)
         """Numbers in all parameters."""
-        progress("compiling")
-        self.bench = Bench(base, weights, threads)
-        self.importance = self.bench.importance(texts.calibration, self._tell("reading the text"))
+        self.options: dict[str, list[Storage]] = {}
+        """The schemes that suit each weight."""
 
-    def automatic(self, bits: float) -> tuple[dict[str, Storage], dict[str, float]]:
-        """A scheme for each weight, and what each is expected to cost."""
-        options = {w.name: budget.storages(w, self.formats) for w in self.weights}
-        fixed = bits_of_program(self.base) - sum(32 * w.size for w in self.weights if options[w.name])
-        errors = {w.name: self._errors(w, options[w.name]) for w in self.weights if options[w.name]}
-        choices = {}
-        for w in self.weights:
-            found = [(s, e) for s, e in zip(options[w.name], errors.get(w.name, ())) if math.isfinite(e)]
-            if not w.in_forward:
-                found = found[-1:]  # the best: nobody knows what its errors do
+    def limit(self, bits: float) -> int:
+        """How many bits all weights may take, of so many for each number of the program. Raises WasatError for too few."""
+        for i, w in enumerate(self.weights):
+            self.progress("looking at weights", i, len(self.weights))
+            found = [s for s in budget.storages(w, self.formats) if self._held(w, s)]
             if found:
-                choices[w.name] = [Choice(s, self._bits(w, s), e) for s, e in found]
-            else:
-                fixed += 32 * w.size * bool(options[w.name])
-        limit = math.floor(bits * self.count)
-        least = fixed + sum(min(c.bits for c in found) for found in choices.values())
-        if least > limit:
+                self.options[w.name] = found if w.in_forward else found[-1:]  # the best: nobody knows what its errors do
+        rest = bits_of_program(self.base) - sum(32 * w.size for w in self.weights if w.name in self.options)
+        least = rest + sum(self._bits(w, self.options[w.name][0]) for w in self.weights if w.name in self.options)
+        if least > math.floor(bits * self.count):
             up = math.ceil(1000 * least / self.count) / 1000
-            raise WasatError(f"{bits:g} bits a weight is out of reach for this model: the least is {up:g}, norms and scales included")
-        costs = self._measured({name: found for name, found in choices.items()})
-        taken = budget.chosen(costs, limit - fixed)
+            raise WasatError(
+                f"{bits:g} bits a weight is out of reach for this model: the least, scales and norms included, is {up:g}"
+            )
+        return math.floor(bits * self.count) - rest
+
+    def observe(self, threads: int | None) -> None:
+        """Compiles the model, and reads the text with it."""
+        self.progress("compiling")
+        self.bench = Bench(self.base, self.weights, threads)
+        self.importance = self.bench.importance(self.texts.calibration, self._tell("reading the text"))
+
+    def automatic(self, limit: int) -> tuple[dict[str, Storage], dict[str, float]]:
+        """A scheme for each weight, together of at most ``limit`` bits, and what each is expected to cost."""
+        taken = budget.chosen(self.costs(), limit)
         return {name: c.storage for name, c in taken.items()}, {name: c.cost for name, c in taken.items()}
 
-    def fixed(self, recipe: str, left: dict[str, str]) -> dict[str, Storage]:
-        """What a recipe or a scheme says about each weight; ``left`` receives why one stays."""
-        from wasat.passes.serving.recipes import storage
+    def costs(self) -> dict[str, list[Choice]]:
+        """For each weight the schemes that suit it, with what each does to the next token's distribution."""
+        found = {}
+        for i, w in enumerate(w for w in self.weights if w.name in self.options):
+            self.progress("trying schemes", i, len(self.options))
+            errors = budget.errors(self._load(w.name), self.options[w.name], self.importance.get(w.name))
+            found[w.name] = [Choice(s, self._bits(w, s), e) for s, e in zip(self.options[w.name], errors)]
+        return self._measured(found)
 
+    def fixed(self, recipe: str) -> dict[str, Storage]:
+        """What a recipe or a scheme says about each weight."""
         found = {}
         for w in self.weights:
             s = storage(recipe, w.role, w.shape[-1], 32, self.formats, w.operations)
             if isinstance(s, str):
-                left[w.name] = s
-            elif math.isinf(budget.errors(self._load(w.name), [s], None)[0]):
-                left[w.name] = "f16 does not hold the scale of a block"
+                self.left[w.name] = s
+            elif not self._held(w, s):
+                self.left[w.name] = "f16 does not hold the scale of a block"
             else:
                 found[w.name] = s
         return found
@@ -156,30 +193,36 @@ class _Work:
     def _measured(self, choices: Mapping[str, Sequence[Choice]]) -> dict[str, list[Choice]]:
         """The choices with what each does to the next token's distribution.
 
-        It is measured for the smallest one, everything else in f32; the others are in proportion to their squared errors.
+        It is measured for the smallest scheme of the weights of each layer, and of each kind (all layers' ``q_proj``),
+        together: a weight's part is the product of its layer's and its kind's. Where these are no fewer than weights, for each
+        weight. In other schemes it is in proportion to the squared error: divergence is quadratic in small errors.
         """
         every = self.texts.calibration
         count = min(len(every), max(1, _PROBED // len(every[0])))
         windows = [every[i * len(every) // count] for i in range(count)]
         base = list(self.bench.log_probabilities(windows))
-        tell, found = self._tell("measuring weights"), {}
-        for i, w in enumerate(w for w in self.weights if w.name in choices):
-            tell(i, len(choices))
-            first = choices[w.name][0]
-            if not w.in_forward or first.cost == 0:
-                found[w.name] = [Choice(c.storage, c.bits, 0.0) for c in choices[w.name]]
-                continue
-            x = self._load(w.name)
-            q = budget.coded(x, first.storage, self.importance.get(w.name)).dense()
-            self.bench.set(w.name, q)
-            kl = max(self.bench.kl(base, windows), 0.0)
-            self.bench.set(w.name, x)
-            scale = kl / budget.error(x, q, self.importance.get(w.name))
-            found[w.name] = [Choice(c.storage, c.bits, c.cost * scale) for c in choices[w.name]]
+        read = [w for w in self.weights if w.name in choices and w.in_forward]
+        least = {name: options[0].storage for name, options in choices.items()}
+        small = {w.name: budget.coded(self._load(w.name), least[w.name], self.importance.get(w.name)) for w in read}
+        groups = _groups(read)
+        measured: dict[tuple[str, str], float] = {}
+        tell = self._tell("measuring")
+        for i, (group, names) in enumerate(groups.items()):
+            tell(i, len(groups))
+            for name in names:
+                self.bench.set(name, small[name].dense())
+            measured[group] = max(self.bench.kl(base, windows), 0.0)
+            for name in names:
+                self.bench.set(name, self._load(name))
+        part = _parts(read, measured)
+        found = {}
+        for name, options in choices.items():
+            scale = part.get(name, 0.0) / options[0].cost if options[0].cost else 0.0
+            found[name] = [Choice(c.storage, c.bits, c.cost * scale) for c in options]
         return found
 
     def finish(
-        self, taken: Mapping[str, Storage], shares: Mapping[str, float], left: Mapping[str, str], recipe: str, bits: float | None
+        self, taken: Mapping[str, Storage], shares: Mapping[str, float], recipe: str, bits: float | None
     ) -> tuple[Program, Report]:
         """The program with these schemes, and the report on it."""
         base = list(self.bench.log_probabilities(self.texts.held_out))
@@ -195,7 +238,8 @@ class _Work:
             off = math.sqrt(budget.error(x, y, importance) / size) if size else 0.0
             share = shares[w.name] / total if total and w.in_forward else None
             each = self._bits(w, taken[w.name]) / w.size
-            rows.append(Stored(w.name.removesuffix(DENSE), str(q.type), w.size, each, w.in_forward, off, share))
+            name, layer = w.name.removesuffix(DENSE), w.layer.removesuffix(DENSE)
+            rows.append(Stored(name, layer, str(q.type), w.size, each, w.in_forward, off, share))
             if w.in_forward:
                 self.bench.set(w.name, y)
         tell = self._tell("reading the held-out text")
@@ -204,15 +248,16 @@ class _Work:
             lambda done: tell(done, len(self.texts.held_out)),
         )  # fmt: skip
         small = stored(self.base, arrays)
-        reasons = {name.removesuffix(DENSE): why for name, why in left.items()}
+        reasons = {name.removesuffix(DENSE): why for name, why in self.left.items()}
         read = sum(map(len, self.texts.calibration))
         return small, Report(recipe, bits, bits_of_program(small) / self.count, self.count, read, found, tuple(rows), reasons)
 
-    def _errors(self, w: Weight, options: Sequence[Storage]) -> list[float]:
-        return budget.errors(self._load(w.name), options, self.importance.get(w.name))
-
     def _bits(self, w: Weight, s: Storage) -> int:
         return budget.bits_of(budget.type_of(s, w.shape))
+
+    def _held(self, w: Weight, s: Storage) -> bool:
+        """Whether f16 holds the scales of a weight in a scheme."""
+        return f16_holds_scales(self._load(w.name), budget.type_of(s, w.shape))
 
     def _load(self, name: str) -> NDArray[Any]:
         x = self.base.load(name)

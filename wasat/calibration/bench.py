@@ -85,7 +85,7 @@ class Bench:
 
 
 def _fed(program: Program) -> tuple[str, Mapping[str, np.ndarray]]:
-    """The input that takes a text's tokens, and what the others are given: of pictures and sounds, none.
+    """The input that takes a text's tokens, and what the others are given: of media one row, which no token names.
 
     Raises WasatError for a model that takes anything else, or gives no logits.
     """
@@ -96,7 +96,7 @@ def _fed(program: Program) -> tuple[str, Mapping[str, np.ndarray]]:
     others = [v for v in g.inputs if v.name != program.interface.tokens]
     if "logits" not in g.output_names or any(len(v.shape) != 2 or v.shape[1] != media.dim for v in others):
         raise WasatError(f"a text is for a forward that takes tokens and media rows and gives logits, not for @{g.name}")
-    return program.interface.tokens, {v.name: np.zeros((0, media.dim), v.tensor.dtype.np) for v in others}
+    return program.interface.tokens, {v.name: np.zeros((1, media.dim), v.tensor.dtype.np) for v in others}
 
 
 def _observing(forward: Graph, weights: Sequence[Weight]) -> tuple[Graph, dict[str, list[str]]]:

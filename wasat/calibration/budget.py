@@ -12,14 +12,13 @@ from numpy.typing import NDArray
 
 from wasat.ir import QArray, QTensorType, WasatError, evaluate_dim
 from wasat.ir.ops.quant import quantize_array
-from wasat.passes.serving.quantize import f16_holds_scales
 from wasat.passes.serving.recipes import Formats, Storage, kernels_read, storage
 
 from .weights import Weight
 
 SCHEMES = ("s4", "int4b32f16", "s5", "s6", "int8")
 """What is chosen from; each where rows are of its blocks and the target has kernels that read it."""
-_SAMPLED = 1 << 18
+_SAMPLED = 1 << 16
 """Elements of a weight, in whole rows at even distances, from which its error in a scheme is estimated."""
 
 
@@ -33,9 +32,10 @@ class Choice:
 
 
 def storages(weight: Weight, formats: Formats, schemes: Sequence[str] = SCHEMES) -> list[Storage]:
-    """The schemes in which a weight can be stored for kernels that read ``formats``."""
+    """The schemes in which a weight can be stored for kernels that read ``formats``, the smallest first."""
     found = [storage(s, weight.role, weight.shape[-1], 32, formats, weight.operations) for s in schemes]
-    return [s for s in found if isinstance(s, Storage) and all(kernels_read(formats, o, s.type) for o in weight.operations)]
+    read = [s for s in found if isinstance(s, Storage) and all(kernels_read(formats, o, s.type) for o in weight.operations)]
+    return sorted(read, key=lambda s: bits_of(type_of(s, weight.shape)))
 
 
 def type_of(s: Storage, shape: Sequence[int]) -> QTensorType:
@@ -61,17 +61,12 @@ def error(x: np.ndarray, q: np.ndarray, importance: NDArray[np.float32] | None) 
 
 
 def errors(x: np.ndarray, options: Sequence[Storage], importance: NDArray[np.float32] | None) -> list[float]:
-    """The squared error of x in each scheme, estimated from some of its rows; infinite where f16 does not hold its scales."""
+    """The squared error of x in each scheme, estimated from some of its rows."""
     rows = x.reshape(-1, x.shape[-1])
     step = max(1, len(rows) * rows.shape[1] // _SAMPLED)
     some = np.ascontiguousarray(rows[::step])
-    found = []
-    for s in options:
-        if f16_holds_scales(x, type_of(s, x.shape)):
-            found.append(error(some, coded(some, s, importance).dense(), importance) * len(rows) / len(some))
-        else:
-            found.append(math.inf)
-    return found
+    share = len(some) / len(rows)
+    return [error(some, coded(some, s, importance).dense(), importance) / share for s in options]
 
 
 def chosen(options: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, Choice]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,8 @@ class Stored:
     """One weight in fewer bits."""
 
     name: str
+    layer: str
+    """What its name shares with the weights of its layer; or its name."""
     type: str
     """Scheme and shape: ``s5b192[2048, 192]``."""
     size: int
@@ -62,7 +63,7 @@ class Report:
         lines = [f"{'layer':40} {'weights':>10} {'bits':>6} {'error':>7} {'share':>6}  schemes"]
         layers: dict[str, list[Stored]] = {}
         for w in self.weights:
-            layers.setdefault(_layer(w.name), []).append(w)
+            layers.setdefault(w.layer, []).append(w)
         for layer, found in layers.items():
             size = sum(w.size for w in found)
             bits = sum(w.bits * w.size for w in found) / size
@@ -84,8 +85,3 @@ class Report:
         ]
         return "\n".join(lines)
 
-
-def _layer(name: str) -> str:
-    """The part of a parameter's name up to its first number: what a layer's weights share; else the name."""
-    found = re.match(r"(.*?\b\d+)\.", name)
-    return found[1] if found else name

@@ -1,12 +1,13 @@
-"""The weights of a program that can be stored in fewer bits, each a parameter of its own; and the program that reads them so."""
+"""The weights of a program that can be stored in few bits, each a parameter of its own, and the program that reads them so."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from wasat.ir import Builder, Graph, Program, QArray, TensorType, Value
+from wasat.ir import Builder, Graph, Node, Program, QArray, TensorType, Value
 from wasat.ir.graph import ArrayParam
 from wasat.passes import FuseGlu, MergeLinears, PassManager, TokenInputs, default_pipeline
 from wasat.passes.cleanup.hoist_params import param_only
@@ -15,6 +16,7 @@ from wasat.passes.serving.token_inputs import is_exported
 from wasat.quality import DENSE, dense
 
 FORWARD = "forward"
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,17 @@ class Weight:
     """What reads it."""
     in_forward: bool
     """Whether a text passes it."""
+
+    @property
+    def layer(self) -> str:
+        """Its name up to the first number, which the weights of a layer share; without a number its whole name."""
+        found = _NUMBER.search(self.name)
+        return self.name[: found.end()] if found else self.name
+
+    @property
+    def kind(self) -> str:
+        """Its name without numbers, which it shares with those of other layers."""
+        return _NUMBER.sub("*", self.name)
 
     @property
     def size(self) -> int:
@@ -68,7 +81,7 @@ def weights_of(program: Program) -> tuple[list[Weight], dict[str, str]]:
     return list(found.values()), left
 
 
-def _reading(w: Value) -> list[object]:
+def _reading(w: Value) -> list[Node]:
     """The nodes that would read ``w`` in fewer bits."""
     return [u for u in w.users if u.op.quantized is not None and u.op.weight is not None and u.inputs[u.op.weight] is w]
 

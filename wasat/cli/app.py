@@ -18,6 +18,7 @@ from wasat.cli import chat as cli_chat
 from wasat.cli import compare as cli_compare
 from wasat.cli import embed as cli_embed
 from wasat.cli import export as cli_export
+from wasat.cli import quantize as cli_quantize
 from wasat.cli import run as cli_run
 from wasat.cli.console import (
     Activation,
@@ -63,6 +64,7 @@ A first round, from a clone of the repository:
 - `wasat plan examples/pygemma` says what it will take, in each scheme, before anything is allocated
 - `wasat explain examples/pygemma` says what each pass did, and for every lost optimization why and where
 - `wasat compare examples/pygemma cpu` says whether the compiled code is right, and if not, which node is wrong
+- `wasat quantize examples/pygemma --data text.txt --bits 5 -o small` stores it in 5 bits a weight, chosen by what a text shows
 - `wasat train examples/train_tiny.toml` trains a tiny language model in under a minute
 - `wasat train examples/gemini.toml --artifact gemini.wasat`, in under an hour, one of text, pictures, sounds and clips
 - `wasat evaluate gemini.wasat examples/gemini.toml` asks it what it has not been trained on
@@ -477,6 +479,7 @@ app.command("run")(cli_run.run)
 app.command("chat")(cli_chat.chat)
 app.command("embed")(cli_embed.embed)
 app.command("compare")(cli_compare.compare)
+app.command("quantize")(cli_quantize.quantize)
 
 
 def main() -> None:

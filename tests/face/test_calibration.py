@@ -1,0 +1,356 @@
+"""Calibration: what layers read, weighted scales, bits under a budget, the report, and how it is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from conftest import Run
+from wasat.ir import ArrayParam, Program, QTensorType, TensorType, WasatError, evaluate, parse_type
+from wasat.ir.ops.quant import quantize_array
+from wasat.passes.serving.recipes import Storage, storage
+
+import wasat as ws
+from wasat import calibration
+from wasat.calibration import budget
+from wasat.calibration.bench import Bench
+from wasat.calibration.budget import Choice
+from wasat.calibration.weights import Weight, prepared, stored, weights_of
+from wasat.quality import dense, log_probabilities, quality, text_ids, windows_of
+from wasat.testing import random_program
+
+MODEL = """
+graph @forward(%tokens: i64[b, s]) {
+  param %embed.weight: f32[6, 64]
+  param %up.weight: f32[96, 64]
+  param %down.weight: f32[64, 96]
+  param %head.weight: f32[6, 64]
+  %e: f32[b, s, 64] = embedding(%embed.weight, %tokens)
+  %u: f32[b, s, 96] = linear(%e, %up.weight)
+  %g: f32[b, s, 96] = relu(%u)
+  %d: f32[b, s, 64] = linear(%g, %down.weight)
+  %logits: f32[b, s, 6] = linear(%d, %head.weight)
+  return %logits
+}
+"""
+WORDS = ["a", "model", "says", "what", "comes", "next"]
+
+
+def with_tokenizer(program: Program) -> Program:
+    t = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="a"))
+    t.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    program.origin = dataclasses.replace(program.origin, texts={"tokenizer.json": t.to_str()})
+    return program
+
+
+@pytest.fixture
+def model() -> Program:
+    program = with_tokenizer(random_program(MODEL))
+    for name, source in program.params.items():
+        program.params[name] = ArrayParam(source.load() / np.float32(8), source.type)
+    return program
+
+
+TEXT = " ".join(WORDS[(i * i + i // 7) % 6] for i in range(400))
+
+
+# -- what layers read --------------------------------------------------------------------------------------------------------
+def test_importance_is_the_mean_square_of_what_each_layer_reads(model: Program) -> None:
+    rng = np.random.default_rng(0)
+    windows = [rng.integers(0, 6, n) for n in (7, 5)]
+    base = prepared(model)
+    found = Bench(base, weights_of(base)[0]).importance(windows, lambda done, total: None)
+    g = model["forward"]
+    wanted = {"up.weight": "e", "down.weight": "g", "head.weight": "d"}
+    g.set_outputs([v for v in g.values() if v.name in wanted.values()])
+    assert found.keys() == wanted.keys()
+    sums = {name: np.zeros(1) for name in wanted}
+    for ids in windows:
+        got = dict(zip(g.output_names, evaluate(g, {"tokens": ids[None]}, {n: model.load(n) for n in g.params})))
+        sums = {name: sums[name] + (np.asarray(got[v], np.float64) ** 2).sum((0, 1)) for name, v in wanted.items()}
+    for name, total in sums.items():
+        np.testing.assert_allclose(found[name], total / 12, rtol=1e-5)
+
+
+def test_a_weight_that_is_exchanged_changes_what_the_model_says(model: Program) -> None:
+    base = prepared(model)
+    bench, ids = Bench(base, weights_of(base)[0]), np.array([1, 4, 2])
+    before = bench.logits(ids)
+    bench.set("down.weight", 2 * model.load("down.weight"))
+    np.testing.assert_allclose(bench.logits(ids), 2 * before, rtol=1e-4, atol=1e-6)
+    bench.set("down.weight", model.load("down.weight"))
+    np.testing.assert_array_equal(bench.logits(ids), before)
+
+
+@pytest.mark.parametrize("how", ["s4b64", "s5b192", "s6b96", "int4b32f16", "int8b32f16", "int4zb64f16", "q4_1", "q5_1"])
+def test_weighted_errors_are_smaller_with_their_weights(how: str) -> None:
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((64, 192)).astype(np.float32)
+    importance = np.exp(2 * rng.standard_normal(192)).astype(np.float32)
+    t = parse_type(f"{how}[64, 192]")
+    assert isinstance(t, QTensorType)
+    with_, without = (
+        budget.error(x, quantize_array(x, t, search=True, importance=i).dense(), importance) for i in (importance, None)
+    )
+    assert with_ < 0.97 * without
+
+
+# -- bits --------------------------------------------------------------------------------------------------------------------
+def choices(rng: np.random.Generator) -> dict[str, list[Choice]]:
+    def some(name: str) -> list[Choice]:
+        bits, costs = np.sort(rng.integers(1, 100, 4)), np.sort(rng.random(4))[::-1]
+        t = QTensorType("s4b32", (1, 32))
+        return [Choice(Storage(f"{name}{i}", t), int(b), float(c)) for i, (b, c) in enumerate(zip(bits, costs))]
+
+    return {name: some(name) for name in "wxyz"}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_other_choice_of_as_many_bits_costs_less(seed: int) -> None:
+    options = choices(np.random.default_rng(seed))
+    every = [(sum(c.bits for c in pick), sum(c.cost for c in pick)) for pick in itertools.product(*options.values())]
+    seen = set()
+    for limit in range(min(b for b, _ in every), 400, 3):
+        taken = budget.chosen(options, limit)
+        bits, cost = sum(c.bits for c in taken.values()), sum(c.cost for c in taken.values())
+        assert bits <= limit
+        seen.add(cost)
+        # the next step on the hulls did not fit: what it would have saved bounds what the optimum may be better by
+        best = min(c for b, c in every if b <= limit)
+        larger = min((c for b, c in every if b <= limit + 99), default=best)
+        assert larger <= best <= cost
+        if best < cost:
+            assert any(b > bits for b, c in every if c < cost)
+    assert len(seen) > 4
+    assert min(seen) == pytest.approx(min(c for _, c in every))
+
+
+def test_at_a_price_of_bits_the_choice_is_the_cheapest() -> None:
+    """For each price: the choice that is cheapest at it is what its own number of bits buys."""
+    options = choices(np.random.default_rng(9))
+    for price in np.geomspace(1e-4, 1, 40):
+        best = {n: min(found, key=lambda c: c.cost + price * c.bits) for n, found in options.items()}
+        taken = budget.chosen(options, sum(c.bits for c in best.values()))
+        assert sum(c.cost for c in taken.values()) == pytest.approx(sum(c.cost for c in best.values()))
+
+
+def test_too_few_bits_for_the_smallest_choices() -> None:
+    options = choices(np.random.default_rng(0))
+    least = sum(found[0].bits for found in options.values())
+    assert sum(c.bits for c in budget.chosen(options, least).values()) == least
+    with pytest.raises(WasatError, match=f"the least is {least}"):
+        budget.chosen(options, least - 1)
+
+
+def test_a_budget_is_kept_and_used(model: Program) -> None:
+    sizes = {}
+    for bits in (4.8, 9.0):
+        small, report = ws.quantize(model, TEXT, bits=bits, tokens=256, window=64)
+        assert report.bits <= bits
+        sizes[bits] = report.bits, report.quality.kl
+        used = {w.name: small.params[w.name].type for w in report.weights}
+        assert all(isinstance(t, QTensorType) for t in used.values())
+        assert report.bits == pytest.approx(sum(budget.bits_of(t) for t in used.values()) / report.count)
+        assert sum(w.share for w in report.weights) == pytest.approx(1)
+    assert sizes[4.8][0] > 4.4
+    assert sizes[9.0][0] > 8
+    assert sizes[4.8][1] > 8 * sizes[9.0][1] > 0
+
+
+def test_the_same_arguments_give_the_same_bits(model: Program, tmp_path: Path) -> None:
+    for name in "ab":
+        small, report = ws.quantize(model, TEXT, bits=5.5, tokens=256, window=64)
+        ws.save_program(small, tmp_path / name)
+        (tmp_path / f"{name}.json").write_text(json.dumps(report.to_json()))
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+
+
+# -- a trained model ---------------------------------------------------------------------------------------------------------
+def test_a_trained_model_loses_less(run: Run, pygemma: Path, tmp_path: Path) -> None:
+    """On a text that it was not calibrated on, beside the recipe that knows none; and the command, whose file is compiled."""
+    data, judged, out = pygemma.parent / "make_media.py", Path(__file__).parent / "held_out.txt", tmp_path / "small.wasat"
+    code, said, err = run(
+        "quantize", pygemma, "--data", data, "--held-out", judged, "--bits", 4.8, "--tokens", 1024, "--window", 128, "-o", out
+    )
+    assert (code, err) == (0, "")
+    found = json.loads((tmp_path / "small.wasat.json").read_text())
+    assert found["bits"] <= 4.8
+    assert found["quality"]["tokens"] == 256
+    assert f"KL {found['quality']['kl']:.5f}" in said
+    assert "\nmodel.layers.3 " in said
+    assert f"wasat compile {out} -o small.compiled" in said
+
+    program = ws.load_program(pygemma)
+    held_out = windows_of(text_ids(program, judged.read_text())[:256], 128)
+    made = prepared(program)
+    weights, left = weights_of(made)
+    assert not left
+    bench = Bench(made, weights)
+    base, bits = list(bench.log_probabilities(held_out)), 0
+    for w in weights:
+        s = storage("int4", w.role, w.shape[-1], 32)
+        assert isinstance(s, Storage)
+        q = budget.coded(made.load(w.name), s, None)
+        bench.set(w.name, q.dense())
+        bits += budget.bits_of(q.type)
+    assert bits > 4.8 * sum(w.size for w in weights)
+    assert found["quality"]["kl"] < 0.8 * bench.kl(base, held_out)
+
+    assert out.stat().st_size < 1.2 * found["bits"] / 8 * found["count"]  # and a tokenizer
+    back = ws.load_program(out)
+    again = quality(base, log_probabilities(ws.optimize(back, activation=None, kv_cache=False)[0], held_out), held_out)
+    assert again.kl == pytest.approx(found["quality"]["kl"], rel=1e-3)
+    assert again.perplexity == pytest.approx(found["quality"]["perplexity"], rel=1e-5)
+    served, _ = ws.optimize(back)
+    assert {"prefill", "decode"} == served.graphs.keys()
+    assert all(isinstance(p.type, QTensorType) for n, p in served.params.items() if "proj" in n or "embed" in n)
+
+
+def test_layers_and_kinds_share_what_was_measured_together() -> None:
+    t = TensorType("f32", (8, 32))
+    names = ["embed", "layers.0.q", "layers.0.k", "layers.1.q", "layers.1.k", "layers.2.q", "layers.2.k", "layers.2.k2.3"]
+    weights = [Weight(n, t, "", (), True) for n in names]
+    assert [(w.layer, w.kind) for w in weights[-2:]] == [("layers.2", "layers.*.k"), ("layers.2", "layers.*.k2.*")]
+    groups = calibration._groups(weights)
+    assert groups["layer", "layers.2"] == names[5:]
+    assert groups["kind", "layers.*.q"] == ["layers.0.q", "layers.1.q", "layers.2.q"]
+    assert groups["weight", "embed"] == ["embed"]
+    assert len(groups) == 1 + 3 + 3
+    measured = {g: float(i + 1) for i, g in enumerate(groups)}
+    parts = calibration._parts(weights, measured)
+    for kind in ("layers.*.q", "layers.*.k", "layers.*.k2.*"):
+        assert sum(parts[w.name] for w in weights if w.kind == kind) == pytest.approx(measured["kind", kind])
+    assert parts["layers.2.q"] / parts["layers.0.q"] == pytest.approx(
+        measured["layer", "layers.2"] / measured["layer", "layers.0"]
+    )
+    assert parts["embed"] == measured["weight", "embed"]
+    few = calibration._groups(weights[:5])
+    assert few == {("weight", n): [n] for n in names[:5]}
+
+
+# -- models of other kinds ---------------------------------------------------------------------------------------------------
+@pytest.mark.slow
+def test_what_no_text_passes_is_stored_without_calibration(pygemma: Path) -> None:
+    program = ws.load_program(pygemma.parent / "gemini")
+    small, report = ws.quantize(program, TEXT, bits=7.5, tokens=128, window=64)
+    assert report.bits <= 7.5
+    unread = [w for w in report.weights if not w.read]
+    assert unread
+    assert all(w.scheme == "int8b32f16" and w.share is None for w in unread)
+    assert {n for g in ("encode_image", "encode_audio", "encode_video") for n in small[g].params} >= {w.name for w in unread}
+    assert f"{len(unread)} weights belong to what no text passes" in str(report)
+    ws.optimize(small)[0].verify()
+
+
+def test_quantized_weights_are_taken_as_the_numbers_that_they_stand_for(model: Program) -> None:
+    first, _ = ws.quantize(model, TEXT, recipe="int8", tokens=256, window=64)
+    second, report = ws.quantize(first, TEXT, recipe="s6", tokens=256, window=64)
+    assert list(second.params) == [w.name for w in report.weights] or set(second.params) == {w.name for w in report.weights}
+    assert {w.scheme[:2] for w in report.weights} == {"s6"}
+    wide = dense(first)
+    np.testing.assert_allclose(second.load("up.weight").dense(), wide.load("up.weight|dense"), atol=0.1)
+
+
+def test_a_weight_that_others_read_stays() -> None:
+    text = MODEL.replace("%logits: f32[b, s, 6] = linear(%d, %head.weight)", """%t: f32[] = reduce_max(%d) {axes=(0, 1, 2)}
+  %p: f32[6, 64] = mul(%head.weight, %t)
+  %n: f32[6] = reduce_sum(%p) {axes=(1,)}
+  %h: f32[b, s, 6] = linear(%d, %head.weight)
+  %logits: f32[b, s, 6] = add(%h, %n)""")
+    program = with_tokenizer(random_program(text))
+    small, report = ws.quantize(program, TEXT, bits=12, tokens=256, window=64)
+    assert report.left == {"head.weight": "mul reads it, too"}
+    assert "head.weight stays as it is: mul reads it, too" in str(report)
+    assert str(small.params["head.weight"].type) == "f32[6, 64]"
+
+
+def test_two_graphs_that_share_a_weight_read_the_same_small_one(model: Program) -> None:
+    other = model["forward"].clone("other")
+    program = Program({**model.graphs, "other": other}, model.params, model.interface, model.origin)
+    x = quantize_array(model.load("up.weight"), QTensorType("s4b64", (96, 64)))
+    small = stored(prepared(program), {"up.weight": x})
+    assert all(str(g.params["up.weight"].type) == "s4b64[96, 64]" for g in small.graphs.values())
+    wide = dense(small)
+    assert "up.weight" not in wide.params
+    np.testing.assert_array_equal(wide.load("up.weight|dense"), x.dense())
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------------
+REFUSED = {
+    "no text": (dict(text=""), r"the text is 0 tokens, .*: 128 are needed"),
+    "short": (dict(text=TEXT[:600]), r"the text is \d+ tokens, \d+ of them being held out: 128 are needed"),
+    "short for itself": (dict(text=TEXT[:400], held_out=TEXT), r"the text is \d+ tokens: 128 are needed"),
+    "short held-out text": (dict(held_out="a model"), "the held-out text is 2 tokens; at least 32"),
+    "unknown recipe": (dict(recipe="best"), "there is no recipe 'best' to calibrate; there are auto, int8, int4"),
+    "floats": (dict(recipe="f16"), "there is no recipe 'f16'"),
+    "bits of a scheme": (dict(recipe="s5", bits=5), "bits are for the recipe auto"),
+    "out of reach": (dict(bits=3.5), r"3.5 bits a weight is out of reach for this model: the least, .*, is 4\.\d+"),
+    "no bits": (dict(bits=0), "0 bits a weight is not between"),
+    "windows of one": (dict(window=1), "windows have at least 2 tokens"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(model: Program, name: str) -> None:
+    options, said = REFUSED[name]
+    with pytest.raises(WasatError, match=said):
+        ws.quantize(model, **{"text": TEXT, **options})
+
+
+def test_the_least_that_is_named_is_in_reach(model: Program) -> None:
+    with pytest.raises(WasatError) as e:
+        ws.quantize(model, TEXT, bits=4, tokens=128)
+    least = float(str(e.value).rpartition(" ")[2])
+    assert ws.quantize(model, TEXT, bits=least, tokens=128)[1].bits <= least
+    with pytest.raises(WasatError, match="out of reach"):
+        ws.quantize(model, TEXT, bits=least - 0.002, tokens=128)
+
+
+def test_models_that_cannot_be_calibrated(model: Program) -> None:
+    silent = random_program(MODEL)
+    with pytest.raises(WasatError, match="without a tokenizer"):
+        ws.quantize(silent, TEXT)
+    plain = with_tokenizer(random_program("""
+graph @forward(%tokens: i64[b, s]) {
+  param %bias: f32[6]
+  %x: f32[b, s] = cast(%tokens) {dtype=f32}
+  %y: f32[b, s, 1] = reshape(%x) {shape=(b, s, 1)}
+  %logits: f32[b, s, 6] = add(%y, %bias)
+  return %logits
+}
+"""))
+    with pytest.raises(WasatError, match="no weights to store in fewer bits"):
+        ws.quantize(plain, TEXT)
+    vision = with_tokenizer(random_program("""
+graph @forward(%x: f32[b, 64]) {
+  param %w: f32[64, 64]
+  %y: f32[b, 64] = linear(%x, %w)
+  return %y
+}
+"""))
+    with pytest.raises(WasatError, match="a text is for a forward that takes tokens"):
+        ws.quantize(vision, TEXT)
+    broken = with_tokenizer(random_program(MODEL))
+    broken.params["embed.weight"] = ArrayParam(np.full((6, 64), 2e38, np.float32), broken.params["embed.weight"].type)
+    with pytest.raises(WasatError, match=r"reads up\.weight is not finite"):
+        ws.quantize(broken, TEXT, bits=30)
+
+
+def test_what_the_command_refuses(run: Run, pygemma: Path, tmp_path: Path) -> None:
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
+    code, _, err = run("quantize", pygemma, "--data", tmp_path / "bytes", "-o", tmp_path / "out")
+    assert code == 1
+    assert f"{tmp_path / 'bytes'} is not text" in err
+    code, _, err = run("quantize", pygemma, "--data", tmp_path / "bytes", "-o", tmp_path / "nowhere" / "out")
+    assert code == 1
+    assert "nowhere" in err
+    code, _, err = run("quantize", pygemma, "--data", tmp_path / "none", "-o", tmp_path / "out")
+    assert code == 1
+    assert "none" in err
+    assert not (tmp_path / "out").exists()
