@@ -36,7 +36,7 @@ def searched(
     values = np.empty((len(rows), k), np.int8)
     scales = np.empty((len(rows), blocks), scale)
     points = np.empty((len(rows), blocks), np.int8) if zeros else None
-    known = _weights(importance, k)
+    known = normalized(importance, k)
     weights = None if known is None else _padded(known[None], blocks, block)
     step = max(1, _SLAB // max(k, 1))
     for i in range(0, len(rows), step):
@@ -45,10 +45,10 @@ def searched(
             s, z = _with_zeros(w, weights, low, high)
             points[i : i + step] = z
         else:
-            s, z = _symmetric(w, weights, low, high), np.zeros(1, np.float32)
+            s, z = symmetric(w, weights, low, high), np.zeros(1, np.float32)
         stored = s.astype(scale)
         scales[i : i + step] = stored
-        codes = np.rint(w * _inverse(stored.astype(np.float32))[..., None])
+        codes = np.rint(w * inverse(stored.astype(np.float32))[..., None])
         codes += z[..., None]
         np.clip(codes, low, high, out=codes)
         values[i : i + step] = codes.reshape(len(w), -1)[:, :k]
@@ -63,7 +63,7 @@ def in_format(x: np.ndarray, scheme: Scheme, importance: np.ndarray | None = Non
     rows = x.reshape(-1, k)
     blocks, groups = k // scheme.block, scheme.block // scheme.group
     out = np.empty((len(rows), blocks, scheme.size), np.uint8)
-    weights = _weights(importance, k)
+    weights = normalized(importance, k)
     if weights is not None:
         weights = weights.reshape(1, blocks, groups, scheme.group)
     step = max(1, _SLAB // max(k, 1))
@@ -78,23 +78,23 @@ def _parts(w: np.ndarray, weights: np.ndarray | None, scheme: Scheme) -> Parts:
     if scheme.offset:
         s, o = _with_offset(w, weights, scheme.high, negative=scheme.factors is not None)
     else:
-        s, o = _symmetric(w, weights, scheme.low, scheme.high), None
-    scale, factors = _factored(s, scheme)
-    offset, offset_factors = (None, None) if o is None else _factored(o, scheme)
+        s, o = symmetric(w, weights, scheme.low, scheme.high), None
+    scale, factors = factored(s, scheme.factors)
+    offset, offset_factors = (None, None) if o is None else factored(o, scheme.factors)
     parts = Parts(np.empty(0, np.int8), scale, factors, offset, offset_factors)
     base = w if parts.offsets is None else w - parts.offsets[..., None]
-    codes = np.rint(base * _inverse(parts.scales)[..., None])
+    codes = np.rint(base * inverse(parts.scales)[..., None])
     np.clip(codes, scheme.low, scheme.high, out=codes)
     return replace(parts, codes=codes.astype(np.int8).reshape(*w.shape[:2], -1))
 
 
-def _symmetric(w: np.ndarray, weights: np.ndarray | None, low: int, high: int) -> np.ndarray:
+def symmetric(w: np.ndarray, weights: np.ndarray | None, low: int, high: int) -> np.ndarray:
     """Scales of ``code * scale`` for w [.., group]: f32 [..]. The largest element takes the side that has one level more."""
     peak = np.take_along_axis(w, np.abs(w).argmax(-1)[..., None], -1)[..., 0]
     best = _Best(w, weights)
     whole = peak / np.float32(low)
     for part in _STEPS:
-        codes = np.clip(np.rint(w * _inverse(whole * part)[..., None]), low, high)
+        codes = np.clip(np.rint(w * inverse(whole * part)[..., None]), low, high)
         best.offer(codes)
     return best.scale
 
@@ -105,9 +105,9 @@ def _with_zeros(w: np.ndarray, weights: np.ndarray | None, low: int, high: int) 
     best = _Best(w, weights)
     zero = np.zeros_like(bottom)
     for part in _STEPS:
-        inverse = _inverse((top - bottom) * (part / np.float32(high - low)))
-        z = np.clip(np.rint(np.float32((low + high) / 2) - (top + bottom) / 2 * inverse), low, high)
-        codes = np.rint(w * inverse[..., None])
+        back = inverse((top - bottom) * (part / np.float32(high - low)))
+        z = np.clip(np.rint(np.float32((low + high) / 2) - (top + bottom) / 2 * back), low, high)
+        codes = np.rint(w * back[..., None])
         np.clip(codes, (low - z)[..., None], (high - z)[..., None], out=codes)
         np.copyto(zero, z, where=best.offer(codes))
     return best.scale, zero
@@ -132,7 +132,7 @@ def _with_offset(
         middle = (top + bottom) / 2 - s * np.float32(high / 2)
         if negative:
             middle = np.minimum(middle, 0)
-        codes = np.clip(np.rint((w - middle[..., None]) * _inverse(s)[..., None]), 0, high)
+        codes = np.clip(np.rint((w - middle[..., None]) * inverse(s)[..., None]), 0, high)
         of_codes = codes if weights is None else codes * weights
         sum_c, sum_cc, sum_cw = of_codes.sum(-1), _dot(of_codes, codes), _dot(weighted, codes)
         det = total * sum_cc - sum_c * sum_c
@@ -171,24 +171,24 @@ class _Best:
         return better
 
 
-def _factored(x: np.ndarray, scheme: Scheme) -> tuple[np.ndarray, np.ndarray | None]:
-    """Numbers of groups [.., groups] as one f16 [.., 1] and, if the format has such, integer factors i8 [.., groups]."""
-    if not scheme.factors:
+def factored(x: np.ndarray, limits: tuple[int, int] | None) -> tuple[np.ndarray, np.ndarray | None]:
+    """Numbers of groups [.., groups] as one f16 [.., 1] and, if there are ``limits``, integer factors i8 [.., groups]."""
+    if limits is None:
         return _f16(x), None
-    low, high = scheme.factors
+    low, high = limits
     limit = np.float32(high if low == 0 else low)
     peak = np.take_along_axis(x, np.abs(x).argmax(-1)[..., None], -1)
     whole = _f16(peak / limit)
     short = np.abs(peak) > np.abs(whole.astype(np.float32) * limit) * np.float32(1 + 1 / 256)  # of small numbers f16 has few
     whole = np.where(short, np.nextafter(whole, np.copysign(_INFINITE, whole)), whole)
-    return whole, np.clip(np.rint(x * _inverse(whole.astype(np.float32))), low, high).astype(np.int8)
+    return whole, np.clip(np.rint(x * inverse(whole.astype(np.float32))), low, high).astype(np.int8)
 
 
 def _f16(x: np.ndarray) -> np.ndarray:
     return np.clip(x, -_LARGEST, _LARGEST).astype(np.float16)
 
 
-def _inverse(x: np.ndarray) -> np.ndarray:
+def inverse(x: np.ndarray) -> np.ndarray:
     """1 / x, and 0 where that is no number."""
     with np.errstate(over="ignore"):
         y = np.divide(np.float32(1), x, where=x != 0, out=np.zeros_like(x))
@@ -199,7 +199,7 @@ def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.asarray(np.einsum("...g,...g->...", a, b))
 
 
-def _weights(importance: np.ndarray | None, k: int) -> np.ndarray | None:
+def normalized(importance: np.ndarray | None, k: int) -> np.ndarray | None:
     """f32 [k], about 1 on average; None where all are alike."""
     if importance is None:
         return None

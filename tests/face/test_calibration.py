@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tokenizers
 from conftest import Run
-from wasat.ir import ArrayParam, Program, QTensorType, TensorType, WasatError, evaluate, parse_type
+from wasat.ir import ArrayParam, Program, QArray, QTensorType, TensorType, WasatError, evaluate, parse_type
 from wasat.ir.ops.quant import quantize_array
 from wasat.passes.serving.recipes import Storage, storage
 
@@ -20,6 +20,7 @@ from wasat import calibration
 from wasat.calibration import budget
 from wasat.calibration.bench import Bench
 from wasat.calibration.budget import Choice
+from wasat.calibration.compensate import Compensation, compensates
 from wasat.calibration.weights import Weight, prepared, stored, weights_of
 from wasat.quality import dense, log_probabilities, quality, text_ids, windows_of
 from wasat.testing import random_program
@@ -64,17 +65,24 @@ def test_importance_is_the_mean_square_of_what_each_layer_reads(model: Program) 
     rng = np.random.default_rng(0)
     windows = [rng.integers(0, 6, n) for n in (7, 5)]
     base = prepared(model)
-    found = Bench(base, weights_of(base)[0]).importance(windows, lambda done, total: None)
+    bench = Bench(base, weights_of(base)[0])
+    found = bench.importance(windows, lambda done, total: None)
+    moments = bench.moments(["up.weight", "head.weight"], windows, lambda done, total: None)
     g = model["forward"]
     wanted = {"up.weight": "e", "down.weight": "g", "head.weight": "d"}
     g.set_outputs([v for v in g.values() if v.name in wanted.values()])
     assert found.keys() == wanted.keys()
-    sums = {name: np.zeros(1) for name in wanted}
+    read: dict[str, list[np.ndarray]] = {name: [] for name in wanted}
     for ids in windows:
         got = dict(zip(g.output_names, evaluate(g, {"tokens": ids[None]}, {n: model.load(n) for n in g.params})))
-        sums = {name: sums[name] + (np.asarray(got[v], np.float64) ** 2).sum((0, 1)) for name, v in wanted.items()}
-    for name, total in sums.items():
-        np.testing.assert_allclose(found[name], total / 12, rtol=1e-5)
+        for name, v in wanted.items():
+            read[name].append(np.asarray(got[v][0], np.float64))
+    for name, parts in read.items():
+        x = np.concatenate(parts)
+        np.testing.assert_allclose(found[name], (x**2).mean(0), rtol=1e-5)
+        if name in moments:
+            np.testing.assert_allclose(moments[name], x.T @ x / 12, rtol=1e-4, atol=1e-6)
+    assert moments.keys() == {"up.weight", "head.weight"}
 
 
 def test_a_weight_that_is_exchanged_changes_what_the_model_says(model: Program) -> None:
@@ -98,6 +106,61 @@ def test_weighted_errors_are_smaller_with_their_weights(how: str) -> None:
         budget.error(x, quantize_array(x, t, search=True, importance=i).dense(), importance) for i in (importance, None)
     )
     assert with_ < 0.97 * without
+
+
+# -- codes that make up for each other's errors ------------------------------------------------------------------------------
+TYPES = ["s4b192", "s5b64", "s6b96", "int4b32f16", "int8b32f16", "int8b64f32"]
+
+
+def correlated(k: int) -> np.ndarray:
+    """Moments of features that go along with each other."""
+    rng = np.random.default_rng(2)
+    x = rng.standard_normal((4 * k, k // 4)) @ rng.standard_normal((k // 4, k)) + 0.3 * rng.standard_normal((4 * k, k))
+    return np.asarray(x.T @ x / len(x))
+
+
+@pytest.mark.parametrize("how", TYPES)
+def test_what_a_layer_says_is_off_by_less(how: str) -> None:
+    x = np.random.default_rng(3).standard_normal((40, 192)).astype(np.float32)
+    t, moments = parse_type(f"{how}[40, 192]"), correlated(192)
+    assert isinstance(t, QTensorType)
+    assert compensates(t)
+
+    def off(q: QArray) -> float:
+        d = q.dense().astype(np.float64) - x
+        return float(np.einsum("nk,kl,nl->", d, moments, d))
+
+    made = Compensation(moments)(x, t)
+    assert made.type == t
+    assert off(made) < 0.5 * off(quantize_array(x, t, search=True, importance=np.diagonal(moments).astype(np.float32)))
+
+
+@pytest.mark.parametrize("how", TYPES)
+def test_features_on_their_own_are_rounded_as_they_are(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wasat.calibration.compensate._SLAB", 7 * 192)  # rows in pieces
+    rng = np.random.default_rng(4)
+    x = rng.standard_normal((50, 192)).astype(np.float32)
+    t, importance = parse_type(f"{how}[50, 192]"), np.exp(rng.standard_normal(192)).astype(np.float32)
+    assert isinstance(t, QTensorType)
+    made = Compensation(np.diag(importance.astype(np.float64)))(x, t)
+    np.testing.assert_array_equal(made.dense(), quantize_array(x, t, search=True, importance=importance).dense())
+
+
+def test_features_that_are_never_there() -> None:
+    x = np.random.default_rng(5).standard_normal((8, 70)).astype(np.float32)
+    t = parse_type("int8b32f16[8, 70]")  # the last block is short
+    assert isinstance(t, QTensorType)
+    moments = np.zeros((70, 70))
+    np.testing.assert_allclose(Compensation(moments)(x, t).dense(), x, atol=0.02)
+    moments[:60, :60] = correlated(60)
+    np.testing.assert_allclose(Compensation(moments)(x, t).dense()[:, 60:], x[:, 60:], atol=0.02)
+
+
+@pytest.mark.parametrize("how", ["q4_1[8, 64]", "int4zb32f16[8, 64]", "s4b32[2, 8, 32]", "q4_k[8, 256]"])
+def test_types_whose_codes_are_searched_only(how: str) -> None:
+    t = parse_type(how)
+    assert isinstance(t, QTensorType)
+    assert not compensates(t)
 
 
 # -- bits --------------------------------------------------------------------------------------------------------------------
@@ -162,8 +225,9 @@ def test_a_budget_is_kept_and_used(model: Program) -> None:
     assert sizes[4.8][1] > 8 * sizes[9.0][1] > 0
 
 
-def test_the_same_arguments_give_the_same_bits(model: Program, tmp_path: Path) -> None:
-    for name in "ab":
+def test_the_same_arguments_give_the_same_bits(model: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, held in (("a", 1 << 30), ("b", 1)):  # all at once, and one after the other
+        monkeypatch.setattr(calibration, "_MOMENTS", held)
         small, report = ws.quantize(model, TEXT, bits=5.5, tokens=256, window=64)
         ws.save_program(small, tmp_path / name)
         (tmp_path / f"{name}.json").write_text(json.dumps(report.to_json()))
@@ -200,7 +264,7 @@ def test_a_trained_model_loses_less(run: Run, pygemma: Path, tmp_path: Path) -> 
         bench.set(w.name, q.dense())
         bits += budget.bits_of(q.type)
     assert bits > 4.8 * sum(w.size for w in weights)
-    assert found["quality"]["kl"] < 0.8 * bench.kl(base, held_out)
+    assert found["quality"]["kl"] < 0.6 * bench.kl(base, held_out)
 
     assert out.stat().st_size < 1.2 * found["bits"] / 8 * found["count"]  # and a tokenizer
     back = ws.load_program(out)

@@ -9,7 +9,7 @@ errors do to the next token's distribution.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from wasat.quality import quality, text_ids, windows_of
 from . import budget
 from .bench import Bench, Windows
 from .budget import Choice
+from .compensate import Compensation, compensates
 from .report import Report, Stored
 from .weights import DENSE, Weight, prepared, stored, weights_of
 
@@ -34,6 +35,8 @@ __all__ = ["AUTO", "Report", "quantize"]
 AUTO = "auto"
 LEAST_TOKENS, LEAST_HELD_OUT = 128, 32
 """What a text must have, to calibrate with and to judge by."""
+_MOMENTS = 1 << 30
+"""Bytes of products of features that are held at once; where that is not enough, the text is read again."""
 _PROBED = 256
 """Positions over which it is measured what each weight's errors do."""
 
@@ -50,10 +53,11 @@ def quantize(
 ) -> tuple[Program, Report]:  # fmt: skip
     """A copy of ``program`` whose weights are stored in fewer bits, calibrated on ``text``; and what that costs.
 
-    Scales are searched with each feature's error weighted by its mean square over the text, at most ``tokens`` of it, read in
-    windows of ``window`` that do not see each other. ``recipe``: ``"auto"`` gives each weight the scheme (``s4``, ``s5``,
-    ``s6``, ``int8``) that its measured effect on the next token's distribution deserves, all parameters together having at most
-    ``bits`` (default 5) a weight, scales and what stays f32 included; or any other scheme of ``compile``, for all weights.
+    Codes of what linear layers read make up for each other's errors (:mod:`.compensate`), and errors are weighted by what each
+    feature is over the text, at most ``tokens`` of it, read in windows of ``window`` that do not see each other.
+    ``recipe``: ``"auto"`` gives each weight the scheme (``s4``, ``s5``, ``s6``, ``int8``) that its measured effect on the next
+    token's distribution deserves, all parameters together having at most ``bits`` (default 5) a weight, scales and what stays
+    f32 included; or any other scheme of ``compile``, for all weights.
     The report compares with the program in f32 on ``held_out``, by default the last quarter of ``text``. ``target``: whose
     kernels must read the weights. A model that sees or hears is calibrated on text: what no text passes is stored as int8.
 
@@ -226,13 +230,10 @@ class _Work:
     ) -> tuple[Program, Report]:
         """The program with these schemes, and the report on it."""
         base = list(self.bench.log_probabilities(self.texts.held_out))
-        arrays: dict[str, QArray] = {}
+        arrays = self._coded(taken)
         rows, total = [], sum(shares.values())
-        tell = self._tell("quantizing")
-        for i, w in enumerate(w for w in self.weights if w.name in taken):
-            tell(i, len(taken))
-            x, importance = self._load(w.name), self.importance.get(w.name)
-            q = arrays[w.name] = budget.coded(x, taken[w.name], importance)
+        for w in (w for w in self.weights if w.name in taken):
+            x, q, importance = self._load(w.name), arrays[w.name], self.importance.get(w.name)
             y = q.dense()
             size = budget.error(np.zeros_like(x), x, importance)
             off = math.sqrt(budget.error(x, y, importance) / size) if size else 0.0
@@ -251,6 +252,39 @@ class _Work:
         reasons = {name.removesuffix(DENSE): why for name, why in self.left.items()}
         read = sum(map(len, self.texts.calibration))
         return small, Report(recipe, bits, bits_of_program(small) / self.count, self.count, read, found, tuple(rows), reasons)
+
+    def _coded(self, taken: Mapping[str, Storage]) -> dict[str, QArray]:
+        """The weights in these schemes: what linear layers read compensated, the rest with searched scales."""
+        arrays: dict[str, QArray] = {}
+        for batch in self._batches([w for w in self.weights if w.name in taken]):
+            types = {w.name: budget.type_of(taken[w.name], w.shape) for w in batch}
+            fit = {name for name, t in types.items() if self.bench.reads(name) and compensates(t)}
+            moments = self.bench.moments(fit, self.texts.calibration, self._tell("reading the text"))
+            made: dict[tuple[str, ...], Compensation] = {}
+            for w in batch:
+                self.progress("quantizing", len(arrays), len(taken))
+                x, key = self._load(w.name), self.bench.reads(w.name)
+                if w.name in fit and key not in made:
+                    made = {key: Compensation(moments[w.name])}  # those that read the same follow each other
+                if w.name in fit:
+                    arrays[w.name] = made[key](x, types[w.name])
+                else:
+                    arrays[w.name] = budget.coded(x, taken[w.name], self.importance.get(w.name))
+        return arrays
+
+    def _batches(self, weights: Sequence[Weight]) -> Iterator[list[Weight]]:
+        """Weights whose moments are held together: those that read the same, and as many as fit into :data:`_MOMENTS`."""
+        batch: list[Weight] = []
+        held: dict[tuple[str, ...], int] = {}
+        for w in weights:
+            key = self.bench.reads(w.name)
+            if key and key not in held and sum(held.values()) + 8 * w.shape[-1] ** 2 > _MOMENTS:
+                yield batch
+                batch, held = [], {}
+            if key:
+                held[key] = 8 * w.shape[-1] ** 2
+            batch.append(w)
+        yield batch
 
     def _bits(self, w: Weight, s: Storage) -> int:
         return budget.bits_of(budget.type_of(s, w.shape))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wasat.ir import Array, Builder, Graph, Program, TensorType, Value, WasatError
+from wasat.ir import Array, Graph, Program, Value, WasatError
 from wasat.quality import log_softmax, tokens_name
 
 from .weights import FORWARD, Weight, inputs_of
@@ -37,21 +37,42 @@ class Bench:
     def importance(self, windows: Windows, tell: Tell) -> dict[str, NDArray[np.float32]]:
         """For each weight that linear layers read, the mean square of each feature of what they multiply it with: f32[k].
 
-        Only sums are kept, whatever the length of the text. Raises WasatError where one is not finite.
+        Of the text nothing else is kept, whatever its length. Raises WasatError where one is not finite.
         """
-        sums: dict[str, NDArray[np.float64]] = {}
-        count = sum(map(len, windows))
-        for i, ids in enumerate(windows if self._of else ()):
-            tell(i, len(windows))
-            for name, x in self._runner(_OBSERVED, self._inputs(ids)).items():
-                sums[name] = sums.get(name, 0) + x.astype(np.float64)
+        sums = self._summed(set(self._of), windows, lambda x: np.einsum("tk,tk->k", x, x), tell)
         found = {}
-        for name, outputs in self._of.items():
-            total = np.sum([sums[o] for o in outputs], axis=0)
+        for name, total in sums.items():
             if not np.isfinite(total).all():
                 raise WasatError(f"the input of the layer that reads {name} is not finite over this text")
-            found[name] = (total / count).astype(np.float32)
+            found[name] = total.astype(np.float32)
         return found
+
+    def reads(self, name: str) -> tuple[str, ...]:
+        """A key for what a weight is multiplied with; of one that is only looked up none."""
+        return self._of.get(name, ())
+
+    def moments(self, names: Collection[str], windows: Windows, tell: Tell) -> dict[str, NDArray[np.float64]]:
+        """For each weight the mean products of all pairs of features, f64[k, k]: one array for all that read the same."""
+        return self._summed(names, windows, lambda x: x.T @ x, tell)
+
+    def _summed(
+        self, names: Collection[str], windows: Windows, sums_of: Callable[[np.ndarray], np.ndarray], tell: Tell
+    ) -> dict[str, NDArray[np.float64]]:
+        """Of what each weight is multiplied with, x f32[positions, k], a sum, divided by the text's length."""
+        sums: dict[tuple[str, ...], NDArray[np.float64]] = {}
+        count = sum(map(len, windows))
+        wanted = {self._of[name]: None for name in self._of if name in names}
+        for i, ids in enumerate(windows if wanted else ()):
+            tell(i, len(windows))
+            found = self._runner(_OBSERVED, self._inputs(ids))
+            for outputs in wanted:
+                for x in (found[o] for o in outputs):
+                    total = sums_of(x.reshape(-1, x.shape[-1]).astype(np.float32, copy=False)).astype(np.float64) / count
+                    if outputs in sums:
+                        sums[outputs] += total
+                    else:
+                        sums[outputs] = total
+        return {name: sums[outputs] for name, outputs in self._of.items() if outputs in sums}
 
     def set(self, name: str, x: Array) -> None:
         """Other numbers for one weight."""
@@ -99,28 +120,20 @@ def _fed(program: Program) -> tuple[str, Mapping[str, np.ndarray]]:
     return program.interface.tokens, {v.name: np.zeros((1, media.dim), v.tensor.dtype.np) for v in others}
 
 
-def _observing(forward: Graph, weights: Sequence[Weight]) -> tuple[Graph, dict[str, list[str]]]:
-    """A graph that gives the sums over positions of squares of what weights are multiplied with; for each weight, which."""
+def _observing(forward: Graph, weights: Sequence[Weight]) -> tuple[Graph, dict[str, tuple[str, ...]]]:
+    """A graph that gives what weights are multiplied with; for each weight the names of its outputs."""
     g = forward.clone(_OBSERVED)
-    squares: dict[Value, str] = {}
-    of: dict[str, list[str]] = {}
-    outputs: list[Value] = []
+    names: dict[Value, str] = {}
+    of = {}
     for w in weights:
-        for x in inputs_of(g, w.name):
-            if x not in squares:
-                squares[x] = f"sum{len(squares)}"
-                outputs.append(_sum_of_squares(Builder(g), x))
-            of.setdefault(w.name, []).append(squares[x])
-    g.set_outputs(outputs, list(squares.values()))
+        found = inputs_of(g, w.name)
+        for x in found:
+            names.setdefault(x, f"x{len(names)}")
+        if found:
+            of[w.name] = tuple(names[x] for x in found)
+    g.set_outputs(list(names), list(names.values()))
     for node in list(g.nodes_reversed):
         if not any(v.uses or g.is_output(v) for v in node.outputs):
             g.erase(node)
     g.prune_params()
     return g, of
-
-
-def _sum_of_squares(b: Builder, x: Value) -> Value:
-    assert isinstance(x.type, TensorType)
-    lead = tuple(range(len(x.shape) - 1))
-    square = b.mul(x, x)
-    return b.reduce_sum(square, axes=lead) if lead else square

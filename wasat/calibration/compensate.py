@@ -1,0 +1,89 @@
+"""Codes that make up for each other's errors: what rounding a feature does to a layer's results, the features that are not yet
+rounded take back, as far as they go along with it in a text (GPTQ, arXiv:2210.17323)."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wasat.ir import QArray, QTensorType
+from wasat.ir.quantizers import factored, inverse, normalized, symmetric
+from wasat.ir.schemes import Parts
+from wasat.ir.types import BlockArray
+
+DAMPING = 0.01
+"""Of the mean square of a feature, added to each one's: features that never differ from zero, and texts that are short."""
+_SLAB = 1 << 22
+"""Elements that are worked on at once."""
+
+
+def compensates(t: QTensorType) -> bool:
+    """Whether weights of a type can be found so: matrices whose blocks have scales and nothing else."""
+    return t.rank == 2 and not t.zeros and not t.offset and t.block <= 256
+
+
+class Compensation:
+    """For weights that read the same features, of which ``moments`` [k, k] holds the mean products."""
+
+    def __init__(self, moments: NDArray[np.float64]) -> None:
+        k = len(moments)
+        mean = float(np.trace(moments)) / k or 1.0
+        whole = moments + np.eye(k) * (DAMPING * mean)
+        self._take = np.linalg.cholesky(np.linalg.inv(whole)).T.astype(np.float32)
+        """Upper triangular: by how much the features right of the diagonal move for an error on it."""
+        importance = normalized(np.diagonal(moments).astype(np.float32), k)
+        self._importance = np.ones(k, np.float32) if importance is None else importance
+
+    def __call__(self, x: np.ndarray, t: QTensorType) -> QArray:
+        """x [n, k] in a type that :func:`compensates`."""
+        n, k = x.shape
+        step = max(1, _SLAB // k)
+        parts = [self._rows(x[i : i + step], t) for i in range(0, n, step)]
+        codes, scales, factors = (None if p[0] is None else np.concatenate(p) for p in zip(*parts))
+        assert codes is not None
+        assert scales is not None
+        if t.stored is None:
+            return QArray(t, codes, scales[..., 0])
+        assert t.stored.write is not None
+        blocks = codes.reshape(n, -1, t.stored.block)
+        return BlockArray(t, t.stored.write(Parts(blocks, scales, factors)))
+
+    def _rows(self, x: np.ndarray, t: QTensorType) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Codes i8 [n, k], scales [n, blocks, 1], and factors i8 [n, blocks, groups] where the type has them."""
+        n, k = x.shape
+        s, group = t.stored, t.block
+        block = group if s is None else s.block
+        low, high = (s.low, s.high) if s is not None else (-127, 127) if t.scheme == "int8" else (-8, 7)
+        limits = None if s is None else s.factors
+        w = np.ascontiguousarray(x.T, np.float32)
+        codes = np.empty((k, n), np.int8)
+        scales = np.empty((n, -(-k // block), 1), np.float16 if s is not None else t.scale.np)
+        factors = None if limits is None else np.empty((n, k // block, block // group), np.int8)
+        for at in range(0, k, group):
+            i, j = at // block, at % block // group
+            end = min(at + group, k)
+            if j == 0:
+                found = self._scales(w, at, min(at + block, k), group, low, high)
+                scales[:, i] = found if s is None else factored(found, limits)[0]
+            each = self._scales(w, at, end, group, low, high)[:, 0]
+            wide = scales[:, i, 0].astype(np.float32)
+            if factors is not None and limits is not None:
+                factors[:, i, j] = np.clip(np.rint(each * inverse(wide)), *limits)
+                wide = wide * factors[:, i, j].astype(np.float32)
+            errors = np.empty((end - at, n), np.float32)
+            back = inverse(wide)
+            for c in range(at, end):
+                code = np.clip(np.rint(w[c] * back), low, high)
+                codes[c] = code
+                errors[c - at] = (w[c] - code * wide) / self._take[c, c]
+                w[c + 1 : end] -= self._take[c, c + 1 : end, None] * errors[c - at]
+            w[end:] -= self._take[at:end, end:].T @ errors
+        return np.ascontiguousarray(codes.T), scales, factors
+
+    def _scales(self, w: np.ndarray, at: int, end: int, group: int, low: int, high: int) -> np.ndarray:
+        """Searched scales [n, groups] of the features ``at`` to ``end``, as they stand now."""
+        part = np.zeros((w.shape[1], -(-(end - at) // group), group), np.float32)
+        weights = np.ones((1, *part.shape[1:]), np.float32)
+        part.reshape(len(part), -1)[:, : end - at] = w[at:end].T
+        weights.reshape(-1)[: end - at] = self._importance[at:end]
+        return symmetric(part, weights, low, high)
