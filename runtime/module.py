@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .artifact import LIBRARY, RUNTIME_LIBRARY
+from .artifact import LIBRARY, MANIFEST, RUNTIME_LIBRARY
 from .errors import AGAIN, ArtifactError, InputError, RuntimeErrorBase
 from .manifest import Manifest
 from .values import whole
@@ -77,8 +77,16 @@ class Library:
                     return call(*args)
                 except IndexError as e:
                     raise InputError(str(e)) from None
+                except (RuntimeError, ValueError, TypeError) as e:  # what callers give was held against the manifest
+                    if not any(mark in str(e) for mark in _SIGNATURE):
+                        raise
+                    raise ArtifactError(f"{LIBRARY} does not take what {MANIFEST} says of {entry}: {e}; {AGAIN}") from None
 
         return locked
+
+
+_SIGNATURE = ("Invoking function", "ErrorContext(fn=")
+"""How TVM says that arguments are not those of the function: their number, a rank, a size, an element type."""
 
 
 def _outside(where: str, index: int, low: int, high: int) -> None:

@@ -174,6 +174,19 @@ def test_a_library_that_is_no_program(copy: Path) -> None:
         _refused(copy, "is no compiled program")
 
 
+def test_a_library_that_takes_something_else(copy: Path) -> None:
+    """A signature that is none of the library's, whose digest is right: said when the library says so."""
+    weights = json.loads((copy / "manifest.json").read_text())["entries"]["prefill"]["weights"]
+    edit_manifest(copy, "entries.prefill.weights", weights[:-1])
+    edit_manifest(copy, "entries.sum.inputs.0.shape", ["n", 4])
+    edit_manifest(copy, "entries.sum.inputs.1.shape", ["n", 4])
+    model = load(copy)
+    with pytest.raises(ArtifactError, match=r"model\.so does not take what manifest\.json says of prefill: "):
+        model.session(1).step([[1, 2, 3]])
+    with pytest.raises(ArtifactError, match=r"model\.so does not take what manifest\.json says of sum: "):
+        model.run("sum", **{i.name: np.zeros((2, 4), i.dtype) for i in model.manifest.entries["sum"].inputs})
+
+
 @pytest.mark.parametrize("field, value, message", [
     ("entries.sum.outputs", [], "entry sum has the outputs none"),
     ("entries.sum.inputs.0.name", "y", "entry sum has the inputs y, y"),
