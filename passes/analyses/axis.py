@@ -350,8 +350,12 @@ def _attention(
         raise LooksAhead("its mask runs along the sequence on an axis that is neither that of queries nor that of keys")
     back = attrs.causal or (mask.relates and hides(node.inputs[3], mask.later(rank - 1)))
     if not back and not (mask.relates and sight(node.inputs[3], labels, at) == "within"):
-        raise LooksAhead("it is bidirectional: a token attends to later ones")
+        unread = mask.relates and mask.later(rank - 1) is None
+        raise LooksAhead("it is bidirectional: a token attends to later ones" + (_UNREAD if unread else ""))
     return Label("token", 1, mixes=True)
+
+
+_UNREAD = ", as far as its mask is understood; if that looks back only, join it with a causal one (nn.causal(at) & mask)"
 
 
 def sees_ahead(node: Node, labels: Mapping[Value, Label]) -> bool:

@@ -28,6 +28,18 @@ class Bidirectional(_Model):
         return nn.attention(x, x, x).merge()  # here
 
 
+class MaskNotUnderstood(_Model):
+    """Blocks before, and the token itself: no later one, but that is not seen."""
+
+    joined = False
+
+    def __call__(self, tokens: nn.Tensor) -> nn.Tensor:
+        x, at = self.heads(tokens).swap(1, 2), nn.positions(tokens)
+        keep = (at[None, :] // 4 < at[:, None] // 4) | (at[None, :] == at[:, None])
+        keep = nn.causal(at) & keep if self.joined else keep
+        return (nn.softmax(nn.where(keep, x @ x.T, -math.inf)) @ x).swap(1, 2).merge()  # here
+
+
 class MeanOverSequence(_Model):
     def __call__(self, tokens: nn.Tensor) -> nn.Tensor:
         x = self.embed(tokens)
@@ -60,6 +72,7 @@ class Unfused(_Model):
 
 REFUSED = [
     (Bidirectional, "it is bidirectional: a token attends to later ones"),
+    (MaskNotUnderstood, "it is bidirectional: a token attends to later ones, as far as its mask is understood; if that looks"),
     (MeanOverSequence, "it reduces over the sequence"),
     (Convolution, "it is a convolution over the sequence"),
     (LookAtNext, "it takes a part of the sequence"),
@@ -79,6 +92,17 @@ def test_what_looks_ahead_is_refused(model: type[nn.Module], reason: str) -> Non
     assert reason in str(e.value)
     assert f"in {model.__name__}.__call__" in str(e.value)
     assert str(program) == before
+
+
+class MaskJoined(MaskNotUnderstood):
+    joined = True
+
+
+def test_a_mask_that_is_not_understood_joined_with_a_causal_one() -> None:
+    """What the refusal says to do."""
+    program = nn.trace(MaskJoined(), {"tokens": "i64[b, s]"}, outputs=["y"])
+    PassManager([*PASSES, DeriveKVCache()]).run(program)
+    assert set(program.graphs) == {"prefill", "decode"}
 
 
 BASE = """graph @forward(%tokens: i64[b, s], %x: f32[b, s, 2, 8], %m: bool[b, 1, 1, n], %memory: f32[b, n, 2, 8]) {
