@@ -198,6 +198,14 @@ def attentions() -> Iterator[Case]:
     q, k, v = f32(1, 512, h, d), f32(1, 512, g, d), f32(1, 512, g, d)
     args = [*(tensor_of(x) for x in (q, k, v)), zeros("float32", q.shape).tensor]
     yield Case("attention 512 causal", "GFLOP/s", 2.0 * 512 * 513 * h * d, lambda: full(*args))
+    masked = compiled(attention(Attention(ISA, h, g, d, d, Scores(1 / 16, causal=False), "11", THREADS)))
+    i, j = np.arange(512)[:, None], np.arange(512)
+    for prefix in (64, 512):
+        seen = (j <= i) | ((i < prefix) & (j < prefix))
+        mask = tensor_of(np.where(seen, np.float32(0), np.float32(-np.inf))[None, None])
+        amount = 4.0 * seen.sum() * h * d
+        given = [*args[:3], mask, args[3]]
+        yield Case(f"attention 512, a prefix of {prefix}", "GFLOP/s", amount, lambda given=given: masked(*given))
     for dtype in ("float32", "float16"):
         cache = Cache(g, d, d, dtype=dtype)  # type: ignore[arg-type]
         shapes = [cache_shape(kind, 1, g, 4096, d) for kind in ("k", "v")]  # type: ignore[arg-type]

@@ -143,3 +143,50 @@ def test_attention(isa: Isa, case: str) -> None:
         wide = [x.astype(np.float64) for x in (q, k, v)]
         want = reference(*wide, scores, np.full(b, t - s), None if add is None else add.astype(np.float64), *sink)
         assert_near(y, want, 0)
+
+
+@each_isa()
+@pytest.mark.parametrize("cached", [False, True], ids=["plain", "cached"])
+def test_what_a_mask_hides_is_not_read(isa: Isa, cached: bool) -> None:
+    """A prefix whose tokens see each other, a picture whose tokens do, and what is causal elsewhere. Keys that are hidden may
+    be NaN, and so may values in blocks that no row of a tile sees."""
+    h, g, d, e, s, c = 4, 2, 24, 40, 300, 432
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, s, n, m)).astype(np.float32) for n, m in ((h, d), (g, d), (g, e)))
+    i, j = np.arange(s)[:, None], np.arange(s)
+    seen = (j <= i) | ((j < 70) & (i < 70)) | ((abs(j - 140) < 20) & (abs(i - 140) < 20))
+    scores, full = Scores(0.2, causal=False), np.full((1, 1, s, c), -np.inf, np.float32)
+    full[..., :s] = np.where(seen, np.float32(0), np.float32(-np.inf))
+    cache = Cache(g, d, e)
+    if cached:
+        compiled = build(cached_attention(CachedAttention(isa, h, cache, scores, False, "11", 2)), isa)
+    else:
+        compiled = build(attention(Attention(isa, h, g, d, e, scores, "11", 2)), isa)
+
+    def made(k: NDArray[np.float32], v: NDArray[np.float32]) -> NDArray[np.float32]:
+        held = filled(rng, cache, k, v, c, np.array([s]))
+        given = [q, np.array([0]), *held, full] if cached else [q, k, v, np.ascontiguousarray(full[..., :s])]
+        return run(compiled, given, ((1, s, h, e), "float32"))[0]
+
+    y = made(k, v)
+    wide = [x.astype(np.float64) for x in (q, k, v)]
+    assert_near(y, reference(*wide, scores, np.zeros(1, np.int64), full[..., :s].astype(np.float64)), 0)
+    k[:, 200:] = np.nan
+    np.testing.assert_array_equal(made(k, v)[:, :200], y[:, :200])
+    v[:, 256:] = np.nan
+    np.testing.assert_array_equal(made(k, v)[:, :200], y[:, :200])
+
+
+@each_isa()
+def test_blocks_of_the_cache_that_a_mask_hides_are_not_read(isa: Isa) -> None:
+    h, g, d, e, t, c = 4, 2, 24, 40, 300, 432
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, n, m, w)).astype(np.float32) for n, m, w in ((1, h, d), (t, g, d), (t, g, e)))
+    mask = np.where(np.arange(c) < 130, np.float32(-np.inf), np.float32(0))[None, None, None]
+    compiled = build(cached_attention(CachedAttention(isa, h, Cache(g, d, e), Scores(0.2), True, "11", 2)), isa)
+    wide = [x.astype(np.float64) for x in (q, k, v)]
+    want = reference(*wide, Scores(0.2), np.array([t - 1]), mask[..., :t].astype(np.float64))
+    k[:, :130] = v[:, :128] = np.nan
+    held = filled(rng, Cache(g, d, e), k, v, c, np.array([t]))
+    [y] = run(compiled, [q, np.array([t - 1]), *held, mask], ((1, 1, h, e), "float32"))
+    assert_near(y, want, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -20,6 +21,7 @@ from .emit import (
     load,
     maximum,
     minimum,
+    reduce_max,
     splat,
     symbol,
     widen,
@@ -170,7 +172,8 @@ def _prefill(desc: CachedAttention) -> tirx.PrimFunc:
                     count = kernel.let(minimum(seen - block, _BLOCK), "count")
                     first = _first(kernel, desc.scores, position(tile * isa.rows), block)
                     with kernel.when(count > first):
-                        flash.advance(tile, block, first, count, source, add if addend is not None else None)
+                        given = add if addend is not None else None
+                        _advance(flash, tile, block, (first, count), source, given, not cache.ring)
             flash.finish(rows, lambda row: (y, place(row) * e), logit if sink is not None else None)
 
     _cyclic(kernel, desc.threads, thread)
@@ -189,6 +192,39 @@ def _first(kernel: Kernel, scores: Scores, position: Expr, block: Expr) -> Expr:
     if scores.window is None:
         return int64(0)
     return kernel.let(maximum(_begin(kernel, scores, position) - block, 0), "first")
+
+
+Added = Callable[[Expr, Expr, int], Expr]
+"""(row of all tiles, key, how many keys) -> addends."""
+
+
+def _advance(
+    flash: Flash, tile: Index, block: Expr, keys: tuple[Expr, Expr], source: Source, add: Added | None, skips: bool
+) -> None:
+    """Lets a tile see ``keys``, from which to which of a block; ``skips``: not where its mask hides them all from all its rows,
+    which changes no bit of any."""
+    kernel, lanes = flash.kernel, flash.isa.lanes
+    first, count = keys
+    if add is None or not skips:
+        flash.advance(tile, block, first, count, source, add)
+        return
+    kept = kernel.registers(1, "float32", lanes)
+    kernel.store(kept, 0, splat(0.0, lanes))
+
+    def look(row: Expr, key: Expr, width: int) -> None:
+        hidden = tirx.EQ(add(row, key, width), minus_infinity(width))
+        found = tirx.Select(hidden, splat(0.0, width), splat(1.0, width))
+        kernel.store(kept, 0, tirx.max(load(kept, 0, width), found))
+
+    with kernel.loop(flash.rows) as i:
+        row = kernel.let(int64(tile) * flash.rows + i)
+        whole = kernel.let(floor_div(count - first, lanes))
+        with kernel.loop(whole) as j:
+            look(row, block + first + j * lanes, lanes)
+        with kernel.range(first + whole * lanes, count) as key:
+            look(row, block + key, 1)
+    with kernel.when(reduce_max(kernel.let(load(kept, 0, lanes))) > 0.0):
+        flash.advance(tile, block, first, count, source, add)
 
 
 def _cyclic(kernel: Kernel, threads: int, body: object) -> None:
@@ -289,8 +325,8 @@ def _decode(desc: CachedAttention) -> tirx.PrimFunc:
                 first = _first(kernel, desc.scores, position, block)
                 source = _cached_source(view, batch, head, block)
                 for tile in range(tiles):
-                    flash.advance(tile, block, first, kernel.let(minimum(position + 1 - block, _BLOCK), "count"), source,
-                                  add if addend is not None else None)
+                    part = first, kernel.let(minimum(position + 1 - block, _BLOCK), "count")
+                    _advance(flash, tile, block, part, source, add if addend is not None else None, not cache.ring)
                 with kernel.when(split):
                     keep(at)
                     flash.clear(group)
@@ -435,7 +471,7 @@ def attention(desc: Attention) -> tirx.PrimFunc:
                         last = position(minimum(tile * isa.rows + (isa.rows - 1), rows - 1))
                         count = kernel.let(minimum(last + 1 - block, size), "count")
                     with kernel.when(count > first):
-                        flash.advance(tile, block, first, count, source, add if addend is not None else None)
+                        _advance(flash, tile, block, (first, count), source, add if addend is not None else None, True)
             flash.finish(rows, lambda row: (y, place(row) * e), logit if sink is not None else None)
 
     _cyclic(kernel, desc.threads, thread)

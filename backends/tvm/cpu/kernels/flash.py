@@ -147,7 +147,7 @@ class Flash:
         """Let a tile see the keys start + first..start + count (count <= block).
 
         ``start``: a multiple of the block's size. ``first``: a multiple of 32 below the count, before which no row sees a key.
-        ``mask(row of all tiles, key, width)`` gives addends for keys below the count.
+        ``mask(row of all tiles, key, width)`` gives addends for keys below the count; minus infinity hides whatever the score.
         """
         kernel = self.kernel
         steps = floor_div(first, 2 * self.isa.lanes), kernel.let(ceil_div(count, 2 * self.isa.lanes), "steps")
@@ -187,7 +187,9 @@ class Flash:
         strip = kernel.let(i * self.block)
         if mask is not None:
             with kernel.range(*keys) as j:
-                kernel.store(self.strip, strip + j, self._capped(load(self.strip, strip + j)) + mask(row, start + j, 1))
+                added = kernel.let(mask(row, start + j, 1))
+                score = self._capped(load(self.strip, strip + j)) + added  # what is hidden may be NaN
+                kernel.store(self.strip, strip + j, tirx.Select(added > minus_infinity(1), score, added))
         position = load(self.positions, row)
         # keys seen, counted from the block's start: first..last
         last = tirx.Cast("int32", keys[1]) - splat_int(1, 1)
