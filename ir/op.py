@@ -270,6 +270,12 @@ class Op:
     factors: ClassVar[int] = 2
     """Of products: how many of the first operands are multiplied."""
     commutative: ClassVar[bool] = False
+    idempotent: ClassVar[bool] = False
+    """f(x, x) is x."""
+    involution: ClassVar[bool] = False
+    """f(f(x)) is x."""
+    absorbing: ClassVar[float | None] = None
+    """The number that is the result beside whatever finite number."""
     differentiable: ClassVar[bool] = True
     """False for operations whose gradient is zero or meaningless (comparisons, casts to int, indices)."""
 
@@ -299,6 +305,10 @@ class Op:
         does = "draws numbers for all of {}" if self.kind == "random" else unknown
         results = made if isinstance(made, Sequence) else [made]
         return AxisRule(tuple(whole(t.shape, does) for t in types), tuple(whole(t.shape) for t in results))
+
+    def neutral(self, dtype: DType) -> float | None:
+        """The number that as second operand (as either, if the operation commutes) leaves the other as it is, to the bit."""
+        return None
 
     def picks(self, attrs: Any) -> int | None:
         """The axis of operand 0 along which slices are picked at the indices in operand 1; None: it picks none so."""

@@ -181,7 +181,22 @@ def test_rooms_compare_no_names_of_operations() -> None:
     assert len(lines) <= 1, f"a fact of the operation, or is_a and made_by, instead of its name: {lines}"
 
 
+def reads_name(source: str) -> list[int]:
+    """Lines that read ``x.op.name``, but for text."""
+    tree = ast.parse(source)
+    texts = {id(x) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for x in ast.walk(node)}
+    read = (x for x in ast.walk(tree) if id(x) not in texts and isinstance(x, ast.Attribute))
+    return [x.lineno for x in read if ast.unparse(x).endswith("op.name")]
+
+
+def test_passes_branch_by_name_in_their_own_patterns_alone() -> None:
+    """What an operation is stands on its class. What stays by name is what a pass looks for or makes (docs/architecture.md)."""
+    lines = [f"{p.relative_to(ROOT)}:{n}" for p in files("passes") for n in reads_name(p.read_text())]
+    assert len(lines) <= 20, lines
+
+
 def test_a_comparison_of_names_is_seen() -> None:
+    assert reads_name('name = node.op.name\nf"{node.op.name}"\nRULES.get(x.op.name)') == [1, 3]
     assert by_name('if node.op.name == "add" or x.op.name not in NAMES:\n    pass') == [1, 1]
     assert list(asked_for('v.made_by("add", name)\nnode.is_a("mul")')) == [(1, "add"), (2, "mul")]
 

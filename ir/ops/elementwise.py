@@ -89,6 +89,9 @@ class Add(Binary):
     name = "add"
     commutative = True
 
+    def neutral(self, dtype: DType) -> float | None:
+        return -0.0
+
     def reference(self, attrs: Attrs, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return x + y
 
@@ -104,6 +107,9 @@ class Sub(Binary):
     """x - y."""
 
     name = "sub"
+
+    def neutral(self, dtype: DType) -> float | None:
+        return 0.0
 
     def reference(self, attrs: Attrs, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return x - y
@@ -121,6 +127,10 @@ class Mul(Binary):
 
     name = "mul"
     commutative = True
+    absorbing = 0.0
+
+    def neutral(self, dtype: DType) -> float | None:
+        return 1.0
 
     def reference(self, attrs: Attrs, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return x * y
@@ -138,6 +148,9 @@ class Div(Binary):
     """x / y; of integers, truncated toward zero (as in C and ONNX). By 0 an integer is 0; the least one by -1 wraps."""
 
     name = "div"
+
+    def neutral(self, dtype: DType) -> float | None:
+        return 1.0
 
     def reference(self, attrs: Attrs, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         if DType.of(x.dtype).is_float:
@@ -159,6 +172,9 @@ class FloorDiv(Binary):
 
     name = "floor_div"
     differentiable = False
+
+    def neutral(self, dtype: DType) -> float | None:
+        return 1.0 if dtype.is_int else None
 
     def reference(self, attrs: Attrs, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return np.floor_divide(wide(x), wide(y)).astype(x.dtype)
@@ -195,6 +211,9 @@ class Pow(Binary):
     name = "pow"
     precision = "wide"
 
+    def neutral(self, dtype: DType) -> float | None:
+        return 1.0
+
     def reference(self, attrs: Attrs, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         if DType.of(x.dtype).is_float:
             return np.power(wide(x), wide(y)).astype(x.dtype)
@@ -221,6 +240,7 @@ class Pow(Binary):
 
 class _Extreme(Binary):
     commutative = True
+    idempotent = True
     first: ClassVar[str]
 
     def vjp(self, b: Builder, node: Node, g: Value) -> Grads:

@@ -56,6 +56,7 @@ class LogicalNot(Op):
 
     name = "logical_not"
     kind = "elementwise"
+    involution = True
     differentiable = False
 
     def infer(self, attrs: Attrs, x: TensorType) -> TensorType:
@@ -83,6 +84,7 @@ class BitNot(Op):
 
     name = "bit_not"
     kind = "elementwise"
+    involution = True
     differentiable = False
 
     def infer(self, attrs: Attrs, x: TensorType) -> TensorType:
@@ -141,6 +143,11 @@ class _Logic(Binary):
     differentiable = False
     commutative = True
     f: ClassVar[Callable[..., Any]]
+    keeps: ClassVar[float]
+    """The operand beside which the other is the result."""
+
+    def neutral(self, dtype: DType) -> float | None:
+        return self.keeps
 
     def accept(self, dtype: DType) -> None:
         if dtype is not DType.BOOL:
@@ -156,9 +163,9 @@ class _Logic(Binary):
         yield ErrorSample(["f32[2]", "f32[2]"], {}, "must be booleans")
 
 
-_binary(_Logic, "logical_and", np.logical_and, "x and y.")
-_binary(_Logic, "logical_or", np.logical_or, "x or y.")
-_binary(_Logic, "logical_xor", np.logical_xor, "Exactly one of x and y.")
+_binary(_Logic, "logical_and", np.logical_and, "x and y.", keeps=1, absorbing=0, idempotent=True)
+_binary(_Logic, "logical_or", np.logical_or, "x or y.", keeps=0, absorbing=1, idempotent=True)
+_binary(_Logic, "logical_xor", np.logical_xor, "Exactly one of x and y.", keeps=0)
 
 
 class _Bits(Binary):
@@ -180,8 +187,8 @@ class _Bits(Binary):
         yield ErrorSample(["f32[2]", "f32[2]"], {}, "must be integers")
 
 
-_binary(_Bits, "bit_and", np.bitwise_and, "Bits set in both.", commutative=True)
-_binary(_Bits, "bit_or", np.bitwise_or, "Bits set in either.", commutative=True)
+_binary(_Bits, "bit_and", np.bitwise_and, "Bits set in both.", commutative=True, idempotent=True)
+_binary(_Bits, "bit_or", np.bitwise_or, "Bits set in either.", commutative=True, idempotent=True)
 _binary(_Bits, "bit_xor", np.bitwise_xor, "Bits set in exactly one.", commutative=True)
 _binary(_Bits, "shift_left", np.left_shift, "x * 2**y, wrapped: 0 unless 0 <= y < bits.")
 _binary(_Bits, "shift_right", np.right_shift, "x / 2**y rounded down, the sign kept: 0 or -1 unless 0 <= y < bits.")

@@ -92,6 +92,7 @@ class Neg(Op):
 
     name = "neg"
     kind = "elementwise"
+    involution = True
 
     def infer(self, attrs: Attrs, x: TensorType) -> TensorType:
         return _number(x)
@@ -121,6 +122,7 @@ class Abs(Neg):
     """Magnitude; the gradient at 0 is 0."""
 
     name = "abs"
+    involution = False
 
     def reference(self, attrs: Attrs, x: np.ndarray) -> np.ndarray:
         return np.abs(x)
@@ -138,6 +140,7 @@ class Sign(Neg):
     """-1, 0 or 1; NaN stays NaN."""
 
     name = "sign"
+    involution = False
     differentiable = False
 
     def reference(self, attrs: Attrs, x: np.ndarray) -> np.ndarray:

@@ -162,9 +162,9 @@ def _applied(node: Node, xs: Sequence[Operand]) -> list[Piece]:
     if name == "select":
         same = numbers[1] is not None and numbers[1] == numbers[2]
         return [Piece((), xs[1] if numbers[0] == 1 or same else xs[2] if numbers[0] == 0 else None)]
-    decisive = {"logical_and": 0, "logical_or": 1}.get(name, 0 if name == "mul" and node.output.tensor.dtype.is_int else None)
+    decisive = node.op.absorbing if not node.output.tensor.dtype.is_float else None
     if decisive is not None and decisive in numbers:
-        return [Piece((), Affine((0,) * rank, decisive))]
+        return [Piece((), Affine((0,) * rank, int(decisive)))]
     if not all(isinstance(x, Affine) for x in xs):
         if None in xs or name not in _BESIDE_INFINITY or not all(isinstance(x, Affine) or np.isinf(x) for x in xs):  # type: ignore[arg-type]
             return [Piece((), None)]

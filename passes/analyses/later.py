@@ -55,9 +55,8 @@ def beside(node: Node, numbers: Sequence[float | None]) -> float | None:
         if numbers[0] is None:
             return numbers[1] if numbers[1] == numbers[2] else None
         return numbers[1] if numbers[0] else numbers[2]
-    decisive = {"logical_and": 0.0, "logical_or": 1.0, "mul": 0.0}.get(name)
-    if decisive is not None and decisive in numbers:
-        return decisive
+    if (decisive := node.op.absorbing) is not None and decisive in numbers:
+        return float(decisive)
     if name == "div" and numbers[0] == 0:
         return 0.0
     if name not in _BESIDE_INFINITY or all(x is None for x in numbers):

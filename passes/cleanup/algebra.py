@@ -34,45 +34,31 @@ def _is(v: Value, number: float) -> bool:
     return number != 0 or v.tensor.dtype.is_int or bool(np.all(np.signbit(array) == np.signbit(number)))
 
 
-def _integer(v: Value) -> bool:
-    return v.tensor.dtype.is_int
-
-
 def _keep(node: Node, i: int) -> Value | None:
     """Operand ``i``, if it already has the type of the result (it was not broadcast)."""
     v = node.inputs[i]
     return v if v.type == node.output.type else None
 
 
-def _neutral(value: float, *, right_only: bool = False, integers_only: bool = False) -> Rule:
-    """``x op value -> x`` (and ``value op x -> x``)."""
-
-    def rule(b: Builder, node: Node) -> Value | None:
-        x, y = node.inputs
-        if integers_only and not _integer(node.output):
-            return None
-        if _is(y, value):
-            return _keep(node, 0)
-        return _keep(node, 1) if not right_only and _is(x, value) else None
-
-    return rule
-
-
-def _involution(b: Builder, node: Node) -> Value | None:
-    """f(f(x)) -> x."""
-    inner = node.inputs[0].made_by(node.op.name)
-    return inner.inputs[0] if inner is not None else None
-
-
-def _idempotent(b: Builder, node: Node) -> Value | None:
-    """f(x, x) -> x."""
-    return _keep(node, 0) if node.inputs[0] is node.inputs[1] else None
-
-
-def _constant_last(b: Builder, node: Node) -> Value | None:
-    """Constants second, so that rules and patterns meet one order."""
+def _algebra(b: Builder, node: Node) -> Value | None:
+    """What the operation says of itself: f(f(x)), f(x, x) and f(x, neutral) -> x; constants second, so that rules and patterns
+    meet one order.
+    """
+    op = node.op
+    if op.involution:
+        inner = node.inputs[0].made_by(op.name)
+        return inner.inputs[0] if inner is not None else None
+    if not op.elementwise or len(node.inputs) != 2:
+        return None
     x, y = node.inputs
-    return b.emit(node.op, y, x) if x.const is not None and y.const is None else None
+    if op.commutative and x.const is not None and y.const is None:
+        return b.emit(op, y, x)
+    if (number := op.neutral(x.tensor.dtype)) is not None:
+        if _is(y, number):
+            return _keep(node, 0)
+        if op.commutative and _is(x, number):
+            return _keep(node, 1)
+    return _keep(node, 0) if op.idempotent and x is y else None
 
 
 def _same_type(b: Builder, node: Node) -> Value | None:
@@ -293,19 +279,10 @@ def _stop_gradient(b: Builder, node: Node) -> Value | None:
 
 
 RULES: dict[str, tuple[Rule, ...]] = {
-    "add": (_constant_last, _neutral(-0.0), _neutral(0, integers_only=True), _broadcast, _rows_apart),
-    "sub": (_neutral(0.0, right_only=True), _broadcast),
-    "mul": (_constant_last, _neutral(1), _broadcast),
-    "div": (_neutral(1, right_only=True), _broadcast),
-    "floor_div": (_neutral(1, right_only=True, integers_only=True),),
-    "pow": (_neutral(1, right_only=True),),
-    "maximum": (_constant_last, _idempotent),
-    "minimum": (_constant_last, _idempotent),
-    "logical_and": (_constant_last, _neutral(1), _idempotent),
-    "logical_or": (_constant_last, _neutral(0), _idempotent),
-    "neg": (_involution,),
-    "logical_not": (_involution,),
-    "bit_not": (_involution,),
+    "add": (_broadcast, _rows_apart),
+    "sub": (_broadcast,),
+    "mul": (_broadcast,),
+    "div": (_broadcast,),
     "cast": (_same_type, _cast),
     "reshape": (_same_type, _reshape, _units_of_repeated),
     "broadcast_to": (_same_type,),
@@ -320,7 +297,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "select": (_select, _select_not),
     "stop_gradient": (_stop_gradient,),
 }
-"""Operation to rules, tried in order; the first that answers wins, and its result is visited in turn."""
+"""Operation to rules, tried in order after :func:`_algebra`; the first that answers wins, its result is visited in turn."""
 
 _FOLD_LIMIT = 1024
 """Elements up to which a folded constant may be larger than what it was made of."""
@@ -368,7 +345,7 @@ class Cleanup(GraphPass):
                 continue
             before, b = node.prev, Builder(graph, before=node, loc=node.loc)
             new: list[Value] | None = None
-            for rule in RULES.get(node.op.name, ()):
+            for rule in (_algebra, *RULES.get(node.op.name, ())):
                 value = rule(b, node)
                 if value is not None and value.type == node.output.type:
                     new, kind = [value], "simplified"
