@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -81,8 +83,8 @@ class Fields:
             raise self.fail(f"{self.prefix}{name} is missing; the model cannot be built without it")
         if value is None and default is None:
             return None
-        kinds = kind if isinstance(kind, tuple) else (kind,)
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        if not is_of(value, kind):
+            kinds = kind if isinstance(kind, tuple) else (kind,)
             raise self.fail(f"{self.prefix}{name} is {brief(value)}; expected {' or '.join(k.__name__ for k in kinds)}")
         return value
 
@@ -136,11 +138,31 @@ class Fields:
         left = {k: v for k, v in self.config.items() if k not in self._taken}
         left = {k: v for k, v in left.items() if (v != NEUTRAL[k] if k in NEUTRAL else v is not None)}
         if left:
-            fields = "; ".join(f"{k} = {brief(v)}" for k, v in left.items())
+            absent = self._taken - self.config.keys()
+            fields = "; ".join(f"{k} = {brief(v)}{meant(k, absent, '', ' ({})', 0.85)}" for k, v in left.items())
             raise self.fail(
                 f"{what} has no meaning for {fields}. A field that may change the computation is not ignored; "
                 "remove it from config.json if you know that it has no effect"
             )
+
+
+def is_of(value: object, kind: type | tuple[type, ...]) -> bool:
+    """Whether a value that a file gives is of Python type ``kind``; a bool is no number."""
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    return isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+
+
+def as_float(value: Any) -> Any:
+    """A whole number where a float is meant as one, an infinity beyond f32; anything else as it is."""
+    if not is_of(value, int):
+        return value
+    return float(value) if abs(value) < 2**128 else math.inf if value > 0 else -math.inf
+
+
+def meant(name: str, known: Iterable[str], otherwise: str, form: str = "{}", alike: float = 0.6) -> str:
+    """For an error about a name that nobody knows: the known one nearest to it, if it is ``alike``."""
+    near = difflib.get_close_matches(name, sorted(known), 1, alike)
+    return form.format(f"did you mean {near[0]}?") if near else otherwise
 
 
 def brief(value: Any) -> str:

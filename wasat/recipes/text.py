@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from wasat import nn
 from wasat.backends.tvm.targets import target_named
 from wasat.frontend import from_pretrained
-from wasat.frontend.models.config import MOST_LAYERS, MOST_SIZE, brief
+from wasat.frontend.models.config import MOST_LAYERS, MOST_SIZE, as_float, brief, is_of, meant
 from wasat.ir import Generation, IRError, Program, WasatError
 from wasat.recipes.mixture import END
 from wasat.runtime.tokenizer import refusals
@@ -293,10 +293,9 @@ class Table:
                 raise RecipeError(f"{self.where}: {key} is missing" + (f"; is {near[0]} meant to be it?" if near else ""))
             return default[0]
         value = self.items.pop(key)
-        if type is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value) if abs(value) <= _MOST[float] else math.inf if value > 0 else -math.inf
+        value = as_float(value) if type is float else value
         shown = brief(value)
-        if not isinstance(value, type) or (isinstance(value, bool) and type is not bool):
+        if not is_of(value, type):
             raise RecipeError(f"{self.at(key)}: {key} = {shown} must be {_KINDS[type]}")
         if isinstance(value, float) and not math.isfinite(value):
             raise RecipeError(f"{self.at(key)}: {key} = {shown} must be finite")
@@ -331,8 +330,7 @@ class Table:
 
     def close(self) -> None:
         for key in self.items:
-            near = difflib.get_close_matches(key, self._known, 1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(self._known)}"
+            hint = meant(key, self._known, f"there are {', '.join(self._known)}")
             raise RecipeError(f"{self.at(key)}: {key} is unknown; {hint}")
 
 

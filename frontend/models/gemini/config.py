@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import types
 import typing
@@ -11,7 +10,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from wasat.frontend.models.config import MOST_LAYERS, MOST_POSITIONS, MOST_SIZE, ConfigError, brief
+from wasat.frontend.models.config import (
+    MOST_LAYERS,
+    MOST_POSITIONS,
+    MOST_SIZE,
+    ConfigError,
+    as_float,
+    brief,
+    is_of,
+    meant,
+)
 from wasat.frontend.nn import ACTIVATIONS
 
 MODEL_TYPE = "wasat_gemini"
@@ -329,8 +337,7 @@ def _object(cls: Any, data: Any, where: str) -> Any:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in data:
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, 1)
-            raise ConfigError(f"{where}: there is no field {key}; " + (f"did you mean {near[0]}?" if near else "remove it"))
+            raise ConfigError(f"{where}: there is no field {key}; {meant(str(key), fields, 'remove it')}")
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
     for name, f in fields.items():
@@ -361,9 +368,7 @@ def _value(hint: Any, x: Any, where: str) -> Any:
         return tuple(_value(args[0], item, f"{where}.{i}") for i, item in enumerate(x))
     if origin is Literal and x in args:
         return x
-    if hint is float and isinstance(x, int) and not isinstance(x, bool):
-        return float(x) if abs(x) < 2**128 else math.inf if x > 0 else -math.inf
-    if origin is None and isinstance(x, hint) and (hint is bool or not isinstance(x, bool)):
-        return x
+    if origin is None and is_of(made := as_float(x) if hint is float else x, hint):
+        return made
     expected = " or ".join(map(repr, args)) if origin is Literal else "a list" if origin is tuple else hint.__name__
     raise ConfigError(f"{where} is {brief(x)}; expected {expected}")
