@@ -44,7 +44,7 @@ def default_pipeline(
     """
     passes: list[Pass] = [
         FoldDequantized(), Cleanup(fold_positions=False), ReadTables(), SimplifyIndices(), FuseNorm(), FuseRope(),
-        FuseActivations(), FuseAttention(), Cleanup(), FuseExperts(), FuseRecurrence(), Cleanup(), KeepQuantized(activation),
+        FuseActivations(), FuseAttention(), Cleanup(), FuseRecurrence(), FuseExperts(), Cleanup(), KeepQuantized(activation),
     ]  # fmt: skip
     if quantize is not None or overrides:
         passes.append(Quantize(quantize or "f32", activation, tuple((overrides or {}).items()), formats=formats))

@@ -13,11 +13,13 @@ from wasat.ir.ops.scan import ScanAttrs
 from ..analyses.multilinear import TURN, Labels, NotLinear, Part, Term, Turn
 from ..core import GraphPass, Remarks
 from ..pattern import Mismatch
+from . import chunked
 
 
 @dataclass(frozen=True)
 class FuseRecurrence(GraphPass):
-    """A scan whose turn decays a matrix, writes an outer product to it and reads it -> ``linear_attention``.
+    """A scan whose turn decays a matrix, writes an outer product to it and reads it -> ``linear_attention``; and what computes
+    the same by chunks of the sequence (:mod:`.chunked`).
 
     Found are decays for each head or each feature of the keys, the delta rule, states in either order of keys and values,
     reads before or after the write; what else a turn adds to what it reads, or multiplies it by, is done for all turns at once.
@@ -26,7 +28,7 @@ class FuseRecurrence(GraphPass):
     name = "fuse-recurrence"
 
     def run_graph(self, graph: Graph, remarks: Remarks) -> bool:
-        changed = False
+        changed = self._chunks(graph, remarks)
         for node in [n for n in graph.nodes if isinstance(n.attrs, ScanAttrs)]:
             attrs = ScanAttrs.of(node)
             axes = max((sum(d != 1 for d in v.shape) for v in node.inputs[: attrs.carries]), default=0)
@@ -42,6 +44,26 @@ class FuseRecurrence(GraphPass):
                 continue
             remarks.applied(f"a scan is linear attention: {rule}", graph)
             changed = True
+        return changed
+
+    def _chunks(self, graph: Graph, remarks: Remarks) -> bool:
+        changed = False
+        known: dict[str, chunked.Role | str] = {}
+        for node in list(graph.nodes):
+            at = chunked.chunk_of(node)
+            if at is None:
+                continue
+            axis, chunk = at
+            try:
+                rule = chunked.fused(graph, node, axis, chunk, known)
+            except Mismatch as e:
+                remarks.missed(
+                    f"{node!r}, computed by chunks of {chunk} tokens, is not fused: {e}; what is meant can be written with "
+                    "nn.linear_attention, ONNX LinearAttention or a scan over tokens", node)  # fmt: skip
+                continue
+            if rule is not None:
+                remarks.applied(f"chunks of {chunk} tokens are linear attention: {rule}", graph)
+                changed = True
         return changed
 
 

@@ -102,6 +102,17 @@ def test_the_last_element_by_computed_bounds_has_size_1() -> None:
     assert str(from_onnx(file)["forward"].outputs[0].type) == "f32[b, 1]"
 
 
+def test_the_last_of_as_many_as_there_are() -> None:
+    """``x[-s:]``, as masks of padding are cut by exports of Mamba2's kin: all, of none, too."""
+    file = model([_width("x", "w"), helper.make_node("Neg", ["w"], ["from"]),
+                  helper.make_node("Slice", ["x", "from", "end", "one"], ["y"])],
+                 {"x": ["b", "s"]}, one=ONE, end=np.array([2**63 - 1]))  # fmt: skip
+    program = from_onnx(file)
+    assert str(program["forward"].outputs[0].type) == "f32[b, s]"
+    for s in (3, 0):
+        np.testing.assert_array_equal(ws.run(program, x=count(2, s))["y"], count(2, s))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_interpreted(name: str) -> None:
     file, runs = CASES[name]

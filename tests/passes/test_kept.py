@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_fuse_chunks import gated_delta, ssd
 from wasat.frontend import nn
 from wasat.ir import Program, evaluate
 
@@ -275,6 +276,19 @@ def delta(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
     return y.reshape(b, HEADS, s, WIDTH).swap(1, 2).merge()
 
 
+def state_space_by_chunks(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """Mamba2 by chunks of the sequence, padded to whole ones, as transformers exports it."""
+    k, q = nn.sin(x).heads(HEADS), nn.tanh(x).heads(HEADS)
+    return ssd(x.heads(HEADS), nn.softplus(x[..., :2]), k, q, rates=(-0.5, -0.1), also=lambda y, x: y + x * 0.5).merge()
+
+
+def delta_by_chunks(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """The gated delta rule by chunks: a triangular system in each, then a scan over them."""
+    q, k, v = x.heads(HEADS).swap(1, 2), nn.sin(x * 2.0).heads(HEADS).swap(1, 2) * 0.5, nn.tanh(x).heads(HEADS).swap(1, 2)
+    g, beta = -nn.softplus(x[..., :2]).swap(1, 2), nn.sigmoid(x[..., 2:4]).swap(1, 2)
+    return merged(gated_delta(q, k, v, g, beta))
+
+
 def shifted(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
     """By one, twice, in two spellings; a learned row stands in front."""
     before = nn.pad(x, (0, 1, 0), (0, 0, 0))[:, : x.shape[1]]
@@ -299,8 +313,8 @@ MIXES: dict[str, Mix | Callable[[], nn.Module]] = {
     for f in (
         softmax1, sigmoid, squared, divided_after, keys_first, talking, sink, token_sink, decaying, averaged, largest,
         stick_breaking, repeated_heads, by_tokens, fused_by_tokens, fused_by_places, streaming, blocks, heads_apart,
-        state_space, largest_so_far, from_a_table, sequence_first, running_sums, recurrent, folded_scan, linear, delta, shifted,
-        far_back, layers,
+        state_space, largest_so_far, from_a_table, sequence_first, running_sums, recurrent, folded_scan, linear, delta,
+        state_space_by_chunks, delta_by_chunks, shifted, far_back, layers,
     )
 }  # fmt: skip
 CONVOLUTIONS: dict[str, Callable[[], nn.Module]] = {

@@ -161,6 +161,8 @@ def _place(at: DimLike, size: DimLike) -> DimLike:
         return size if at >= END else at + size if at < 0 else at
     if equal(at, size - 1):  # of an axis of size 0 it is -1, and the last of nothing again
         return at
+    if equal(at + size, 0):  # the last s of s, where s may be 0
+        return 0
     if less_equal(0, at) is None:  # the sign shows when it runs: the quotient is -1 or 0
         return at - size * (at // END)
     return at + size if less_equal(0, at) is False else at
