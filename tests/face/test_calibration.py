@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import tokenizers
 from conftest import Run
 from wasat.ir import ArrayParam, Program, QArray, QTensorType, TensorType, WasatError, evaluate, parse_type
 from wasat.ir.ops.quant import quantize_array
-from wasat.passes.serving.recipes import Storage, storage
+from wasat.passes.serving.recipes import ALL, OTHER, Formats, Storage, storage
 
 import wasat as ws
 from wasat import calibration
@@ -332,6 +333,29 @@ def test_a_weight_that_others_read_stays() -> None:
     assert report.left == {"head.weight": "mul reads it, too"}
     assert "head.weight stays as it is: mul reads it, too" in str(report)
     assert str(small.params["head.weight"].type) == "f32[6, 64]"
+
+
+@pytest.mark.parametrize("options", [dict(bits=30), dict(recipe="s5")], ids=["auto", "s5"])
+def test_a_weight_whose_scales_f16_does_not_hold_stays(model: Program, options: dict[str, Any]) -> None:
+    source = model.params["up.weight"]
+    model.params["up.weight"] = ArrayParam(source.load() * np.float32(1e-9), source.type)
+    small, report = ws.quantize(model, TEXT, tokens=128, window=64, **options)
+    assert report.left == {"up.weight": "f16 does not hold the scale of a block"}
+    assert str(small.params["up.weight"].type) == "f32[96, 64]"
+
+
+@pytest.mark.parametrize(
+    ("operation", "row", "formats", "schemes"), [
+        ("linear", 64, ALL, ["s4b64", "int4b32f16", "s5b64", "s6b64", "int8b32f16"]),
+        ("linear", 70, ALL, ["int4b32f16", "int8b32f16"]),
+        ("linear", 30, ALL, []),
+        ("grouped_linear", 64, (("linear", "*"), ("grouped_linear", "int*")), ["int4b32f16", "int8b32f16"]),
+        ("linear", 64, (("*", "int8*"),), ["int8b32f16"]),
+    ],
+)  # fmt: skip
+def test_schemes_that_suit_a_weight(operation: str, row: int, formats: Formats, schemes: list[str]) -> None:
+    w = Weight("w", TensorType("f32", (8, row)), OTHER, (operation,), True)
+    assert [budget.type_of(s, w.shape).how for s in budget.storages(w, formats)] == schemes
 
 
 def test_two_graphs_that_share_a_weight_read_the_same_small_one(model: Program) -> None:

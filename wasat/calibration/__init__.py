@@ -35,6 +35,7 @@ __all__ = ["AUTO", "Report", "quantize"]
 AUTO = "auto"
 LEAST_TOKENS, LEAST_HELD_OUT = 128, 32
 """What a text must have, to calibrate with and to judge by."""
+_OUTSIDE = "f16 does not hold the scale of a block"
 _MOMENTS = 1 << 30
 """Bytes of products of features that are held at once; where that is not enough, the text is read again."""
 _PROBED = 256
@@ -149,9 +150,12 @@ class _Work:
         """How many bits all weights may take, of so many for each number of the program. Raises WasatError for too few."""
         for i, w in enumerate(self.weights):
             self.progress("looking at weights", i, len(self.weights))
-            found = [s for s in budget.storages(w, self.formats) if self._held(w, s)]
+            suited = budget.storages(w, self.formats)
+            found = [s for s in suited if self._held(w, s)]
             if found:
                 self.options[w.name] = found if w.in_forward else found[-1:]  # the best: nobody knows what its errors do
+            else:
+                self.left[w.name] = _OUTSIDE if suited else f"no scheme with kernels suits rows of {w.shape[-1]}"
         rest = bits_of_program(self.base) - sum(32 * w.size for w in self.weights if w.name in self.options)
         least = rest + sum(self._bits(w, self.options[w.name][0]) for w in self.weights if w.name in self.options)
         if least > math.floor(bits * self.count):
@@ -189,7 +193,7 @@ class _Work:
             if isinstance(s, str):
                 self.left[w.name] = s
             elif not self._held(w, s):
-                self.left[w.name] = "f16 does not hold the scale of a block"
+                self.left[w.name] = _OUTSIDE
             else:
                 found[w.name] = s
         return found
