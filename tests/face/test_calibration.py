@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +132,11 @@ def test_what_a_layer_says_is_off_by_less(how: str) -> None:
         d = q.dense().astype(np.float64) - x
         return float(np.einsum("nk,kl,nl->", d, moments, d))
 
-    made = Compensation(moments)(x, t)
+    c = Compensation(moments)
+    made = c(x, t)
     assert made.type == t
+    whole = float(np.einsum("nk,kl,nl->", *(x.astype(np.float64), moments, x.astype(np.float64))))
+    assert c.off(x, made.dense()) == pytest.approx(math.sqrt(off(made) / whole), rel=1e-4)
     assert off(made) < 0.5 * off(quantize_array(x, t, search=True, importance=np.diagonal(moments).astype(np.float32)))
 
 

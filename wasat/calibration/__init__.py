@@ -234,19 +234,16 @@ class _Work:
     ) -> tuple[Program, Report]:
         """The program with these schemes, and the report on it."""
         base = list(self.bench.log_probabilities(self.texts.held_out))
-        arrays = self._coded(taken)
+        arrays, off = self._coded(taken)
         rows, total = [], sum(shares.values())
         for w in (w for w in self.weights if w.name in taken):
-            x, q, importance = self._load(w.name), arrays[w.name], self.importance.get(w.name)
-            y = q.dense()
-            size = budget.error(np.zeros_like(x), x, importance)
-            off = math.sqrt(budget.error(x, y, importance) / size) if size else 0.0
+            q = arrays[w.name]
             share = shares[w.name] / total if total and w.in_forward else None
             each = self._bits(w, taken[w.name]) / w.size
             name, layer = w.name.removesuffix(DENSE), w.layer.removesuffix(DENSE)
-            rows.append(Stored(name, layer, str(q.type), w.size, each, w.in_forward, off, share))
+            rows.append(Stored(name, layer, str(q.type), w.size, each, w.in_forward, off[w.name], share))
             if w.in_forward:
-                self.bench.set(w.name, y)
+                self.bench.set(w.name, q.dense())
         tell = self._tell("reading the held-out text")
         found = quality(
             base, self.bench.log_probabilities(self.texts.held_out), self.texts.held_out,
@@ -257,9 +254,11 @@ class _Work:
         read = sum(map(len, self.texts.calibration))
         return small, Report(recipe, bits, bits_of_program(small) / self.count, self.count, read, found, tuple(rows), reasons)
 
-    def _coded(self, taken: Mapping[str, Storage]) -> dict[str, QArray]:
-        """The weights in these schemes: what linear layers read compensated, the rest with searched scales."""
+    def _coded(self, taken: Mapping[str, Storage]) -> tuple[dict[str, QArray], dict[str, float]]:
+        """The weights in these schemes, what linear layers read compensated, the rest with searched scales; and how much the
+        results of each are off."""
         arrays: dict[str, QArray] = {}
+        off: dict[str, float] = {}
         for batch in self._batches([w for w in self.weights if w.name in taken]):
             types = {w.name: budget.type_of(taken[w.name], w.shape) for w in batch}
             fit = {name for name, t in types.items() if self.bench.reads(name) and compensates(t)}
@@ -272,9 +271,13 @@ class _Work:
                     made = {key: Compensation(moments[w.name])}  # those that read the same follow each other
                 if w.name in fit:
                     arrays[w.name] = made[key](x, types[w.name])
+                    off[w.name] = made[key].off(x, arrays[w.name].dense())
                 else:
-                    arrays[w.name] = budget.coded(x, taken[w.name], self.importance.get(w.name))
-        return arrays
+                    importance = self.importance.get(w.name)
+                    arrays[w.name] = budget.coded(x, taken[w.name], importance)
+                    size = budget.error(np.zeros_like(x), x, importance)
+                    off[w.name] = math.sqrt(budget.error(x, arrays[w.name].dense(), importance) / size) if size else 0.0
+        return arrays, off
 
     def _batches(self, weights: Sequence[Weight]) -> Iterator[list[Weight]]:
         """Weights whose moments are held together: those that read the same, and as many as fit into :data:`_MOMENTS`."""

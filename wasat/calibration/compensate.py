@@ -13,6 +13,8 @@ from wasat.ir.types import BlockArray
 
 DAMPING = 0.01
 """Of the mean square of a feature, added to each one's: features that never differ from zero, and texts that are short."""
+_STEP = 4096
+"""Rows that are multiplied at once."""
 _SLAB = 1 << 22
 """Elements that are worked on at once."""
 
@@ -31,6 +33,7 @@ class Compensation:
         whole = moments + np.eye(k) * (DAMPING * mean)
         self._take = np.linalg.cholesky(np.linalg.inv(whole)).T.astype(np.float32)
         """Upper triangular: by how much the features right of the diagonal move for an error on it."""
+        self._moments = moments.astype(np.float32)
         importance = normalized(np.diagonal(moments).astype(np.float32), k)
         self._importance = np.ones(k, np.float32) if importance is None else importance
 
@@ -47,6 +50,14 @@ class Compensation:
         assert t.stored.write is not None
         blocks = codes.reshape(n, -1, t.stored.block)
         return BlockArray(t, t.stored.write(Parts(blocks, scales, factors)))
+
+    def off(self, x: np.ndarray, y: np.ndarray) -> float:
+        """What y instead of x changes in the layer's results, as a part of these: root mean squares over the text."""
+        wrong, whole = (sum(self._energy(z[i : i + _STEP]) for i in range(0, len(z), _STEP)) for z in (y - x, x))
+        return float(np.sqrt(max(wrong, 0.0) / whole)) if whole > 0 else 0.0
+
+    def _energy(self, w: np.ndarray) -> float:
+        return float(np.einsum("nk,nk->", w @ self._moments, w, dtype=np.float64))
 
     def _rows(self, x: np.ndarray, t: QTensorType) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """Codes i8 [n, k], scales [n, blocks, 1], and factors i8 [n, blocks, groups] where the type has them."""
