@@ -235,13 +235,15 @@ def _slice_of_concat(b: Builder, node: Node) -> Value | None:
 
 
 def _concat(b: Builder, node: Node) -> Value | None:
-    """A concatenation of one, of parts some of which are empty, or of the adjacent slices that make up a whole axis.
+    """A concatenation of one, of one repeated, of parts some of which are empty, or of the adjacent slices of a whole axis.
 
     That they are whole along the other axes follows from the type, which every rule must keep."""
     if len(node.inputs) == 1:
         return node.inputs[0]
     axis, source = Concat.Attrs.of(node).axis, None
     at: DimLike = 0
+    if len(set(node.inputs)) == 1 and node.inputs[0].shape[axis] == 1:
+        return b.broadcast_to(node.inputs[0], shape=node.output.shape)
     parts = [v for v in node.inputs if v.shape[axis] != 0]
     if len(parts) < len(node.inputs):
         return b.concat(*(parts or node.inputs[:1]), axis=axis)

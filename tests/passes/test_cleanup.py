@@ -110,6 +110,10 @@ REWRITTEN = {
          "%z: f32[b, 4] = sub(%n, %y)"],
         ["%r: f32[4] = reduce_sum(%x) {axes=(0,)}", "%z: f32[b, 4] = sub(%r, %y)"],
     ),
+    "one joined with itself": (
+        ["%r: f32[b, 1] = reduce_sum(%x) {axes=(1,), keepdims=true}", "%z: f32[b, 3] = concat(%r, %r, %r) {axis=1}"],
+        ["%r: f32[b, 1] = reduce_sum(%x) {axes=(1,), keepdims=true}", "%z: f32[b, 3] = broadcast_to(%r) {shape=(b, 3)}"],
+    ),
 }  # fmt: skip
 
 ROWS = """graph @f(%x: f32[b, s, 2, 3], %w: f32[6, 5], %bias: f32[5]) {
@@ -273,6 +277,11 @@ KEPT = {
         "%s: f32[b, 2, 2] = reshape(%x) {shape=(b, 2, 2)}",
         "%l: f32[b, 1, 1] = slice(%s) {starts=(0, 0, 0), stops=(b, 1, 1)}",
         "%r: f32[b, 1, 1] = slice(%s) {starts=(0, 0, 1), stops=(b, 1, 2)}", "%z: f32[b, 1, 2] = concat(%l, %r) {axis=2}",
+    ],
+    "several joined with themselves": ["%z: f32[b, 8] = concat(%x, %x) {axis=1}"],
+    "two joined, each one": [
+        "%l: f32[b, 1] = reduce_sum(%x) {axes=(1,), keepdims=true}",
+        "%r: f32[b, 1] = reduce_max(%x) {axes=(1,), keepdims=true}", "%z: f32[b, 3] = concat(%l, %r, %l) {axis=1}",
     ],
     "every second element": ["%z: f32[b, 2] = slice(%x) {starts=(0, 0), stops=(b, 4), steps=(1, 2)}"],
     "rotation by padding": ["%z: f32[b, 5] = pad(%x) {low=(0, 1), high=(0, 0)}"],

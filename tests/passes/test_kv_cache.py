@@ -337,3 +337,26 @@ def test_layers_that_share_keys_and_values_keep_a_cache_each() -> None:
     program = random_program(text)
     PassManager([DeriveKVCache()]).run(program)
     assert program.interface.state_names == ["cache.0.k", "cache.0.v", "cache.1.k", "cache.1.v"]
+
+
+class Repeated(nn.Module):
+    """One head of keys and values, which are copied for four of queries."""
+
+    def __init__(self) -> None:
+        self.embed, self.qkv, self.out = nn.Embedding(VOCAB, DIM), nn.Linear(DIM, 48), nn.Linear(32, VOCAB)
+
+    def __call__(self, tokens: nn.Tensor) -> nn.Tensor:
+        b, s = tokens.shape
+        x = self.qkv(self.embed(tokens))
+        q = x[..., :32].reshape(b, s, 4, 8).transpose(0, 2, 1, 3)
+        k, v = (nn.concat([x[..., i : i + 8].reshape(b, 1, s, 8)] * 4, axis=1) for i in (32, 40))
+        at = nn.arange(s)
+        scores = nn.where(at[None, :] <= at[:, None], q @ k.transpose(0, 1, 3, 2) * 8**-0.5, -math.inf)
+        return self.out((nn.softmax(scores) @ v).transpose(0, 2, 1, 3).reshape(b, s, 32))
+
+
+def test_keys_that_are_copied_for_each_head_are_kept_once() -> None:
+    program = nn.trace(Repeated(), {"tokens": "i64[b, s]"}, outputs=["logits"])
+    PassManager([Cleanup(), FuseAttention(), Cleanup(), DeriveKVCache()]).run(program)
+    kept = [str(v.type) for v in program["decode"].inputs if v.name in program.interface.state_names]
+    assert kept == ["f32[b, c, 1, 8]"] * 2
