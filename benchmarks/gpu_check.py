@@ -131,7 +131,9 @@ def _decoder(folder: Path) -> None:
     session = runtime.load(folder).session(1)
     got = [session.step(tokens[:, :5])[0]]
     got += [session.step(tokens[:, i : i + 1])[0] for i in range(5, tokens.shape[1])]
-    np.testing.assert_allclose(np.stack(got), want[0, 4:], rtol=2e-4, atol=2e-4 * np.abs(want).max())
+    off = np.abs(np.stack(got).astype(np.float64) - want[0, 4:])
+    wrong = ~(off <= held["allowed"][0, 4:])
+    assert not wrong.any(), f"{wrong.sum()} of {wrong.size} logits are wrong, by {off[wrong].max():.2g} at most"
 
 
 def demo(bundle: Path, match: str) -> dict[str, Any]:

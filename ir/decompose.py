@@ -8,15 +8,16 @@ from .builder import Builder
 from .graph import Graph, Node, Value
 
 
-def decompose(graph: Graph, keep: Callable[[Node], bool]) -> int:
-    """Replaces every composite that ``keep`` does not want by its decomposition, and those in it and in bodies likewise.
+def decompose(graph: Graph, keep: Callable[[Node], bool], bodies: bool = True) -> int:
+    """Replaces every composite that ``keep`` does not want by its decomposition, and those in it and (``bodies``) in bodies
+    likewise.
 
     Names of results and locations stay. Returns how many nodes were replaced.
     """
     count = 0
     node = graph.first
     while node is not None:
-        if node.attrs.bodies:
+        if bodies and node.attrs.bodies:
             attrs = node.attrs.with_bodies(lambda body: decompose(body, keep))
             count += attrs is not node.attrs
             node.attrs = attrs

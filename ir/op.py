@@ -164,6 +164,11 @@ class Attrs:
         values = (getattr(self, f.name) for f in dataclasses.fields(self))
         return tuple(v for v in values if isinstance(v, Body))
 
+    @property
+    def shared(self) -> int:
+        """The first of the operands that bodies are given as they are: all that follow are, too."""
+        return 0
+
     def with_bodies(self: A, change: Callable[[Graph], object]) -> A:
         """With copies of its bodies on which ``change`` was called; itself, if that answered for each that nothing changed."""
         changes = {}

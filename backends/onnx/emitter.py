@@ -84,6 +84,8 @@ class Emitter:
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     dtype: dict[str, DType] = field(default_factory=dict)
     names: dict[Value, str] = field(default_factory=dict)
+    origins: dict[Value, Value] = field(default_factory=dict)
+    """What inputs of bodies stand for."""
     scale_names: dict[Value, str] = field(default_factory=dict)
     """The scales of quantized values that nodes make."""
     zero_names: dict[Value, str] = field(default_factory=dict)
@@ -336,11 +338,18 @@ class Emitter:
         name = self._stored(v)
         return self.weight(f"{name}.zeros", DType.I8, (*t.shape[:-1], t.blocks), lambda: np.asarray(self.load(name).zeros))
 
-    @staticmethod
-    def _stored(v: Value) -> str:
-        if v.param is None:
+    def _stored(self, v: Value) -> str:
+        name = self.origins.get(v, v).param
+        if name is None:
             raise Unsupported(f"of %{v.name}, which is no parameter, the scales have no form")
-        return v.param
+        return name
+
+    def stand_for(self, inner: Value, outer: Value, name: str) -> None:
+        """The input ``inner`` of a body is ``outer``, which has that name around it."""
+        self.names[inner], self.origins[inner] = name, self.origins.get(outer, outer)
+        for names in (self.scale_names, self.offset_names, self.zero_names):
+            if outer in names:
+                names[inner] = names[outer]
 
     # -- results -----------------------------------------------------------------------------------------------------
     def bind(self, node: Node, results: Sequence[str], since: int, wanted: Sequence[str]) -> None:

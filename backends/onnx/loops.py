@@ -22,7 +22,8 @@ def _scan(e: Emitter, node: Node, *operands: str) -> list[str]:
     inputs = [(e.fresh(v.name), v.type) for v in body.inputs[: c + s]]
     for v, (name, t) in zip(body.inputs, inputs):
         e.names[v], e.dtype[name] = name, t.dtype
-    e.names.update(zip(body.inputs[c + s :], operands[c + s :]))
+    for v, outer, name in list(zip(body.inputs, node.inputs, operands))[c + s :]:
+        e.stand_for(v, outer, name)
     given = list(operands[: c + s])
     infos = [value_info(name, t) for name, t in inputs]
     if not s:
@@ -44,7 +45,8 @@ def _cond(e: Emitter, node: Node, condition: str, *operands: str) -> list[str]:
     attrs = CondAttrs.of(node)
     graphs = []
     for body in (attrs.then.graph, attrs.otherwise.graph):
-        e.names.update(zip(body.inputs, operands))
+        for v, outer, name in zip(body.inputs, node.inputs[1:], operands):
+            e.stand_for(v, outer, name)
         graphs.append(_graph(e, node, body, []))
     first, count = node.outputs[0].tensor.dtype, len(node.outputs)
     made = e.op("If", condition, outputs=count, dtype=first, then_branch=graphs[0], else_branch=graphs[1])

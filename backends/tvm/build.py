@@ -7,7 +7,7 @@ import functools
 import gc
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 import tvm
 import tvm_ffi
 from tvm import relax
-from wasat.ir import Array, Dim, DType, Graph, IRError, Program, WasatError, evaluate_dim
+from wasat.ir import Array, Dim, DType, Graph, IRError, Node, Program, WasatError, evaluate_dim
 from wasat.ir.dims import Func
 from wasat.ir.evaluate import bind_symbols, hold_checks
 
@@ -99,11 +99,13 @@ def plan(program: Program, target: Target, on_progress: Callable[[str], None] = 
 def _lowered(program: Program, target: Target, left: list[Left], kernels: Kernels | None = None) -> tuple[Any, WeightPlan]:
     """The lowered module and the weights that it reads; ``left`` receives what the target's kernels left to others."""
     select = target.kernels(target, program)
-    module, plan = lower_program(
-        program, target.table(), target.state_types(program), lambda g: left.extend(select(g) or ()), target.on_host, kernels
-    )
-    for g in program.graphs.values():
-        left += _in_bodies(g)
+
+    def put(graph: Graph, inner: bool) -> None:
+        found = list(select(graph, inner) or ())
+        said = {(x.loc, x.why.partition(" ")[0]) for x in found}
+        left.extend([*found, *_not_packed(graph, inner, said)])
+
+    module, plan = lower_program(program, target.table(), target.state_types(program), put, target.on_host, kernels)
     layouts = target.state_layouts(program)
     for s in program.interface.states:
         if isinstance(s.empty, str):
@@ -112,13 +114,23 @@ def _lowered(program: Program, target: Target, left: list[Left], kernels: Kernel
     return module, plan
 
 
-def _in_bodies(graph: Graph) -> Iterator[Left]:
-    """Products of weights in the bodies of nodes: kernels, and the packing of what they read, are for a graph's own nodes."""
+def _not_packed(graph: Graph, inner: bool, said: Collection[tuple[Any, str]]) -> Iterator[Left]:
+    """Products of weights in bodies that are left to no kernel: those that read a parameter turn by turn, and (of a graph that
+    is a body: ``inner``) what no kernel took, if that is not ``said`` of its place and operation."""
     for node in graph.nodes:
+        bodies = [body.graph for body in node.attrs.bodies]
+        shift = len(node.inputs) - len(bodies[0].inputs) if bodies else 0
+        for i, v in list(enumerate(node.inputs))[shift : node.attrs.shared]:
+            readers = [n for body in bodies for n in body.inputs[i - shift].users if n.op.precision == "half"]
+            if v.param is not None and len(v.shape) > 2 and readers:
+                yield _left(graph, node, f"products in its bodies read {v.param} turn by turn, without packing or kernels")
         names = [v.param for v in node.inputs if v.param is not None and len(v.shape) > 1]
-        if names and any(n.op.precision == "half" for body in node.attrs.bodies for n in body.graph.nodes):
-            why = f"products in its bodies read {', '.join(names)} without packing or kernels"
-            yield Left(graph.name, f"%{node.outputs[0].name} = {node.op.name}: {why}", node.loc)
+        if inner and names and node.op.precision == "half" and (node.loc, node.op.name) not in said:
+            yield _left(graph, node, f"it reads {', '.join(names)} without packing or a kernel")
+
+
+def _left(graph: Graph, node: Node, why: str) -> Left:
+    return Left(graph.name, f"%{node.outputs[0].name} = {node.op.name}: {why}", node.loc)
 
 
 def check_tools(target: Target) -> None:

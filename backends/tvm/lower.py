@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import tvm
 from tvm import relax, te, tirx
@@ -71,8 +71,9 @@ class Left:
     loc: Loc | None = None
 
 
-Select = Callable[[Graph], Iterable[Left] | None]
-"""Puts a target's kernels into a graph; says what it left, if it keeps count of that."""
+Select = Callable[..., Iterable[Left] | None]
+"""``select(graph, inner=False)`` puts a target's kernels into a graph, or (``inner``) into the body of a node, which has no
+states; says what it left, if it keeps count of that."""
 
 
 @dataclass(frozen=True)
@@ -145,9 +146,9 @@ class WeightPlan:
     reads: dict[str, dict[tuple[str, Layout], None]] = field(default_factory=dict)
     """Which of them each graph reads."""
 
-    def add(self, graph: str, name: str, layout: Layout, type: Type) -> None:
-        if (name, layout) not in self.layouts:
-            self.layouts[name, layout] = layout.arrays(name, type)
+    def add(self, graph: str, name: str, layout: Layout, arrays: list[Packed]) -> None:
+        """``graph`` reads parameter ``name`` in that layout, as ``arrays``."""
+        self.layouts.setdefault((name, layout), arrays)
         self.reads.setdefault(graph, {})[name, layout] = None
 
     @property
@@ -159,23 +160,35 @@ class WeightPlan:
         return [a for key in self.reads.get(graph, ()) for a in self.layouts[key]]
 
 
+Read = tuple[str, Layout]
+"""A parameter, and how it is read."""
+
+
+def reads(graph: Graph, table: Table) -> dict[Read, list[Packed]]:
+    """What the graph's operations read of parameters, and then what those in the bodies of its nodes do."""
+    wanted: dict[Value, dict[Layout, None]] = {v: {} for v in graph.params.values()}
+    inner: dict[Read, list[Packed]] = {}
+    for node in graph.nodes:
+        low = lowering_of(node, table)
+        layouts_of = low.layouts(node) if low is not None else {}
+        for i, v in enumerate(node.inputs):
+            if v in wanted:
+                wanted[v][layouts_of.get(i, Plain())] = None
+        for body in node.attrs.bodies:
+            inner |= reads(body.graph, table)
+    for v, layouts in wanted.items():
+        if graph.is_output(v):
+            layouts[Plain()] = None
+    own = ((v, layout) for v, layouts in wanted.items() for layout in layouts)
+    return {(v.param or "", layout): layout.arrays(v.param or "", v.type) for v, layout in own} | inner
+
+
 def plan_weights(graphs: Sequence[Graph], table: Table) -> WeightPlan:
     """The union of what the graphs' operations read."""
     plan = WeightPlan()
     for graph in graphs:
-        names = {v: k for k, v in graph.params.items()}
-        wanted: dict[Value, list[Layout]] = {v: [] for v in names}
-        for node in graph.nodes:
-            low = lowering_of(node, table)
-            layouts_of = low.layouts(node) if low is not None else {}
-            for i, v in enumerate(node.inputs):
-                if v in wanted:
-                    wanted[v].append(layouts_of.get(i, Plain()))
-        for v, layouts in wanted.items():
-            if graph.is_output(v):
-                layouts.append(Plain())
-            for layout in layouts:
-                plan.add(graph.name, names[v], layout, v.type)
+        for (name, layout), arrays in reads(graph, table).items():
+            plan.add(graph.name, name, layout, arrays)
     return plan
 
 
@@ -206,11 +219,11 @@ class Context:
         self.found = False
         """Whether there are functions among them."""
         self.env: dict[Value, Any] = {}
-        self.packed: dict[tuple[Value, Layout], list[relax.Var]] = {}
+        self.weights: dict[Read, list[relax.Var]] = {}
         self.kernels = kernels
         self.label = ""
         """How variables are called: by the node that is emitted, for who reads the module."""
-        self.functions: dict[Node, Any] = {}
+        self.functions: dict[Node, Called] = {}
         """The Relax functions that nodes call."""
         self.views: dict[Any, tuple[Any, dict[tuple[DimLike, ...], Any]]] = {}
         """Of a variable: the one that it is a view of, and that one's views by their shape."""
@@ -238,6 +251,18 @@ class Context:
             declared.append(relax.Var(_identifier(v.name), relax.TensorType(shape, tvm_dtype(t.dtype))))
         self.found = bool(sizes)
         return declared
+
+    def declare_weights(self, found: Mapping[Read, Sequence[Packed]]) -> list[relax.Var]:
+        """Parameters of the function for what it, and what it calls, reads of weights."""
+        for key, arrays in found.items():
+            self.weights[key] = [relax.Var(_identifier(a.name), relax.TensorType(list(a.shape), a.dtype)) for a in arrays]
+        for name, v in self.graph.params.items():
+            if (name, Plain()) in self.weights:
+                [self.env[v]] = self.weights[name, Plain()]
+        return self.passed(found)
+
+    def passed(self, keys: Iterable[Read]) -> list[relax.Var]:
+        return [x for key in keys for x in self.weights[key]]
 
     def dim(self, d: DimLike) -> Any:
         """A dimension as a TIR expression (int64)."""
@@ -305,6 +330,12 @@ class Context:
             self.kernels[key] = self.bb.add_func(func, unique)
         return self.kernels[key]
 
+    def run(self, node: Node, args: Sequence[Any]) -> list[Any]:
+        """The results of the function that stands for ``node``, of ``args`` and the weights that it reads."""
+        called = self.functions[node]
+        result = self.emit(relax.Call(called.function, [*args, *self.passed(called.weights)]))
+        return [self.emit(relax.TupleGetItem(result, i)) for i in range(len(node.outputs))]
+
     def call(self, gv: Any, args: Sequence[Any], out: Any) -> Any:
         """``call_tir``: ``out`` is one tensor type or a list of them."""
         return self.emit(relax.op.call_tir(gv, list(args), out))
@@ -330,14 +361,7 @@ def emit_graph(
     params = ctx.declare(ordered, types)
     ctx.env.update(zip(ordered, params))
     inputs = len(params)
-    for name, layout in plan.reads.get(graph.name, ()):
-        arrays = plan.layouts[name, layout]
-        vars_ = [relax.Var(_identifier(a.name), relax.TensorType(list(a.shape), a.dtype)) for a in arrays]
-        params += vars_
-        v = graph.params[name]
-        ctx.packed[v, layout] = vars_
-        if isinstance(layout, Plain):
-            ctx.env[v] = vars_[0]
+    params += ctx.declare_weights({key: plan.layouts[key] for key in plan.reads.get(graph.name, ())})
     with bb.function(_identifier(graph.name), params, attrs={"num_input": inputs, "relax.force_pure": True}):
         with bb.dataflow():
             for v, t, x in zip(ordered, types, params):
@@ -361,10 +385,27 @@ def _linear(d: DimLike, known: Collection[str]) -> tuple[str, DimLike, int, Any]
     return unknown[0], d, steps[0][1], sum(c for m, c in d.terms if not m)
 
 
-def called_functions(bb: relax.BlockBuilder, graph: Graph, table: Table, kernels: dict[Any, Any]) -> dict[Node, Any]:
+class Called(NamedTuple):
+    """A Relax function that stands for a node, and what it takes of weights after its operands."""
+
+    function: Any
+    weights: tuple[Read, ...]
+
+
+def called_functions(bb: relax.BlockBuilder, graph: Graph, table: Table, kernels: dict[Any, Any]) -> dict[Node, Called]:
     """Adds the functions that nodes of ``graph`` call."""
-    lowerings = ((node, lowering_of(node, table)) for node in graph.nodes)
-    return {node: low.functions(bb, node, table, kernels) for node, low in lowerings if low is not None and low.functions}
+    made = {}
+    for node in graph.nodes:
+        low = lowering_of(node, table)
+        if low is not None and low.functions is not None:
+            found = weights_of(node, table)
+            made[node] = Called(low.functions(bb, node, table, kernels), tuple(found))
+    return made
+
+
+def weights_of(node: Node, table: Table) -> dict[Read, list[Packed]]:
+    """What the bodies of ``node`` read of parameters."""
+    return {key: arrays for body in node.attrs.bodies for key, arrays in reads(body.graph, table).items()}
 
 
 def emit_nodes(ctx: Context, graph: Graph, table: Table) -> None:
@@ -385,7 +426,7 @@ def _emit_node(ctx: Context, node: Node, table: Table) -> None:
     if isinstance(ctx.kernels, Kernels):
         ctx.label = ctx.kernels.label(node)
     layouts = low.layouts(node)
-    operands = [ctx.packed[v, layouts[i]] if i in layouts else ctx.env[v] for i, v in enumerate(node.inputs)]
+    operands = [ctx.weights[v.param or "", layouts[i]] if i in layouts else ctx.env[v] for i, v in enumerate(node.inputs)]
     try:
         out = low.lower(ctx, node, *operands)
     except IRError:
@@ -403,25 +444,33 @@ def _identifier(name: str) -> str:
 
 def selected(program: Program, table: Table, select: Select, on_host: bool = True) -> list[Graph]:
     """Copies of the graphs as they are lowered: ``select`` puts a target's kernels in, what has none is decomposed, indices
-    are checked (or clamped, where code does not run ``on_host``)."""
+    are checked (or clamped, where code does not run ``on_host``). The bodies of nodes likewise: what they are given of
+    parameters is then theirs, and no operand."""
     from wasat.ir.decompose import decompose
 
+    from .bodies import adopt
     from .ops.indices import given, guard
+
+    def settle(g: Graph, inner: bool) -> None:
+        checked = () if inner else given(g)
+        guard(g, checked, on_host)
+        select(g, inner)
+        decompose(g, lambda node: (low := lowering_of(node, table)) is not None and low.takes(node), bodies=False)
+        guard(g, checked, on_host)  # indices of what composites are made of
+        for node in g.nodes:
+            for body in adopt(node):
+                settle(body, True)
+        g.prune_params()
 
     graphs = [g.clone() for g in program.graphs.values()]
     for g in graphs:
-        checked = given(g)
-        guard(g, checked, on_host)
-        select(g)
-        decompose(g, lambda node: (low := lowering_of(node, table)) is not None and low.takes(node))
-        guard(g, checked, on_host)  # indices of what composites are made of
-        g.prune_params()
+        settle(g, False)
     return graphs
 
 
 def lower_program(
     program: Program, table: Table, state_types: Mapping[str, TensorType] | None = None,
-    select: Select = lambda graph: None, on_host: bool = True, kernels: Kernels | None = None,
+    select: Select = lambda graph, inner: None, on_host: bool = True, kernels: Kernels | None = None,
 ) -> tuple[tvm.IRModule, WeightPlan]:  # fmt: skip
     """A Relax module with one function per graph, and the weights that each of them takes after its inputs and states.
 

@@ -28,6 +28,10 @@ class CondAttrs(_op.Attrs):
     then: Body
     otherwise: Body
 
+    @property
+    def shared(self) -> int:
+        return 1
+
 
 @register
 class Cond(Op):

@@ -35,6 +35,10 @@ class ScanAttrs(_op.Attrs):
     reverse: bool = False
     """Turns go from the last element to the first."""
 
+    @property
+    def shared(self) -> int:
+        return self.carries + self.slices
+
 
 @register
 class Scan(Op):

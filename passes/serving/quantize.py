@@ -25,7 +25,8 @@ _F16 = np.finfo(np.float16)
 
 @dataclass(frozen=True)
 class Quantize(Pass):
-    """Weights of ``linear`` and ``embedding`` in fewer bits; norms, biases, what loops read and everything else stay.
+    """Weights of ``linear`` and ``embedding`` in fewer bits, those in bodies of loops and branches too; norms, biases and
+    everything else stay.
 
     ``int4`` is a recipe (:mod:`.recipes`): it chooses a scheme for each weight. Schemes: ``int8`` and ``int4-plain`` have
     symmetric blocks of ``block`` along the last axis that share an f16 scale; ``s4``, ``s5`` and ``s6`` searched ones with
@@ -88,7 +89,9 @@ class KeepQuantized(GraphPass):
             narrow = made.is_a("cast") and w is not None and w.param is not None and _widened(w, made.output)
             if w is None or not (narrow or made.is_a("dequantize")):
                 continue
-            for node in list(made.output.users):
+            for node in [_feed(graph, n, made.output, w, self.activation, count) for n in made.output.users]:
+                if made.output not in node.inputs:
+                    continue
                 if node.op.quantized is None or node.op.weight is None or made.output is not node.inputs[node.op.weight]:
                     if narrow:
                         continue
@@ -109,6 +112,64 @@ class KeepQuantized(GraphPass):
 def _widened(w: Value, wide: Value) -> bool:
     """Whether ``wide`` is all that ``w``, of 16 bits, holds."""
     return isinstance(w.type, TensorType) and w.type.dtype in FLOATS.values() and wide.tensor.dtype is DType.F32
+
+
+def _read_small(graph: Graph, node: Node, small: Value, activation: str | None) -> None:
+    """The node reads ``small`` as its weight."""
+    at = node.op.weight or 0
+    operands = (*node.inputs[:at], small, *node.inputs[at + 1 :])
+    if isinstance(small.type, TensorType):
+        graph.set_inputs(node, operands)
+    else:
+        _replace_by_quantized(graph, node, operands, activation)
+
+
+def _inner(node: Node, v: Value) -> list[Value]:
+    """What stands for the operand ``v`` in the bodies of ``node``, which get it as it is."""
+    bodies = [body.graph for body in node.attrs.bodies]
+    shift = len(node.inputs) - len(bodies[0].inputs) if bodies else 0
+    found = [i for i, x in enumerate(node.inputs) if x is v and i >= node.attrs.shared]
+    return [body.inputs[i - shift] for body in bodies for i in found]
+
+
+def _readers(w: Value) -> list[Node]:
+    """The nodes that would read a small copy of ``w``, in bodies too."""
+    found = [u for u in w.users if _reads_as_weight(u, w)]
+    return found + [u for node in w.users for v in _inner(node, w) for u in _readers(v)]
+
+
+def _feed(graph: Graph, node: Node, w: Value, small: Value, activation: str | None, count: Counter[str] | None = None) -> Node:
+    """The node, or one in its place whose bodies read ``small`` where they read ``w`` as a weight; ``w`` is an operand only if
+    something else reads it there."""
+    if not any(_readers(v) for v in _inner(node, w)):
+        return node
+    shift = len(node.inputs) - len(node.attrs.bodies[0].graph.inputs)
+    places = [i for i, x in enumerate(node.inputs) if x is w and i >= node.attrs.shared]
+
+    def change(body: Graph) -> bool:
+        own = body.add_input(small.name, small.type, unique=True)
+        for v in [body.inputs[i - shift] for i in places]:
+            for u in v.users:
+                u = _feed(body, u, v, own, activation)
+                if _reads_as_weight(u, v):
+                    _read_small(body, u, own, activation)
+        return True
+
+    attrs = node.attrs.with_bodies(change)
+    bodies = [body.graph for body in attrs.bodies]
+    unread = [i for i in places if not any(b.inputs[i - shift].uses or b.is_output(b.inputs[i - shift]) for b in bodies)]
+
+    def drop(body: Graph) -> bool:
+        for v in [body.inputs[i - shift] for i in unread]:
+            body.remove_input(v)
+        return True
+
+    operands = [v for i, v in enumerate((*node.inputs, small)) if i not in unread]
+    new = graph.add_node(node.op, operands, attrs.with_bodies(drop), before=node, loc=node.loc)
+    graph.replace(node, new.outputs)
+    if count is not None:
+        count[str(small.type).partition("[")[0]] += 1
+    return new
 
 
 def _replace_by_quantized(graph: Graph, node: Node, operands: tuple[Value, ...], activation: str | None) -> None:
@@ -138,8 +199,9 @@ class _Run:
         for node in self.graph.nodes:
             if node.op.quantized is not None and node.op.weight is not None:
                 self._node(node, node.op.weight)
-            for body in node.attrs.bodies:
-                self._loop(node, body.graph)
+            for w in dict.fromkeys(node.inputs):
+                if any(_readers(v) for v in _inner(node, w)) and (w in self.small or self._quantize(node, w)):
+                    node = _feed(self.graph, node, w, self.small[w], self.options.activation)
         for scheme, n in self.count.items():
             sizes = f"{_size(self.before[scheme])} -> {_size(self.after[scheme])}"
             self.remarks.applied(f"{n} weight{'s' if n > 1 else ''} to {scheme}: {sizes}", self.graph)
@@ -156,7 +218,7 @@ class _Run:
         return bool(self.small)
 
     def _others(self) -> None:
-        """Names large parameters that no ``linear``, ``embedding`` or loop reads, and what is quantized already."""
+        """Names large parameters that no ``linear`` or ``embedding`` reads, and what is quantized already."""
         for v in self.graph.params.values():
             if not isinstance(v.type, TensorType):
                 self.remarks.missed(f"%{v.name} stays {v.type}: it is quantized already", v)
@@ -165,7 +227,7 @@ class _Run:
             readers = {u.op.name for u in v.users}
             if not wide or not readers or self.options.scheme_of([v.param or v.name]) == "f32":
                 continue
-            if not any(x.op.quantized or x.is_a("quantize") or x.attrs.bodies for x in _reached(v, self.only)):
+            if not any(x.op.quantized or x.is_a("quantize") for x in _reached(v, self.only)):
                 reads = ", ".join(sorted(readers))
                 self.remarks.missed(f"%{v.name} stays {v.type}: {reads} reads it, and no linear or embedding", v)
 
@@ -173,16 +235,7 @@ class _Run:
         w = node.inputs[at]
         if w not in self.small and not self._quantize(node, w):
             return
-        operands = (*node.inputs[:at], self.small[w], *node.inputs[at + 1 :])
-        if self.small[w].made_by("quantize") is None:
-            self.graph.set_inputs(node, operands)
-            return
-        _replace_by_quantized(self.graph, node, operands, self.options.activation)
-
-    def _loop(self, node: Node, body: Graph) -> None:
-        for w, v in zip(node.inputs, body.inputs):
-            if w in self.only and any(_reads_as_weight(u, v) for u in v.users):
-                self.remarks.missed(f"%{w.name} stays {w.type}: the body of a loop reads it", node)
+        _read_small(self.graph, node, self.small[w], self.options.activation)
 
     def _quantize(self, node: Node, w: Value) -> bool:
         """Makes the small copy of ``w`` before its first reader, or says why not."""
@@ -194,7 +247,7 @@ class _Run:
         if w not in self.only:
             found = "it is not computed from parameters alone"
         elif scheme != "f32":
-            readers = list(dict.fromkeys(u.op.name for u in w.users if _reads_as_weight(u, w)))
+            readers = list(dict.fromkeys(u.op.name for u in _readers(w)))
             found = storage(scheme, role_of(w, self.only), int(w.shape[-1]), self.options.block, self.options.formats, readers)
             if isinstance(found, Storage):
                 found = self._obstacle(w, found) or found
@@ -230,11 +283,11 @@ def _reads_as_weight(node: Node, w: Value) -> bool:
 
 
 def _reached(v: Value, only: set[Value]) -> list[Node]:
-    """What reads ``v``, or what is computed from parameters alone and from it."""
-    nodes = {u: None for u in v.users}
+    """What reads ``v``, or what is computed from parameters alone and from it; in bodies, as a weight."""
+    nodes = dict.fromkeys([*v.users, *_readers(v)])
     for node in (todo := list(nodes)):
         for out in node.outputs:
-            for u in out.users if out in only else ():
+            for u in (*out.users, *_readers(out)) if out in only else ():
                 if u not in nodes:
                     nodes[u] = None
                     todo.append(u)

@@ -142,6 +142,8 @@ def assert_within(got: NDArray[Any], want: NDArray[Any], bound: NDArray[Any]) ->
     assert got.shape == want.shape
     assert np.isfinite(got).all()
     error = np.abs(got.astype(np.float64) - want) - bound
+    if not error.size:
+        return
     at = np.unravel_index(int(error.argmax()), error.shape)
     assert error[at] <= 0, f"{at}: {got[at]!r} is not within {bound[at]:.1e} of {want[at]!r}"
 

@@ -45,7 +45,7 @@ CASES: list[tuple[Layout, Array]] = [
 def test_pieces_make_the_whole(layout: Layout, weight: Array, piece: int, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(weights, "_PIECE", piece)
     plan = WeightPlan()
-    plan.add("g", "w", layout, type_of(weight))
+    plan.add("g", "w", layout, layout.arrays("w", type_of(weight)))
     seen: list[tuple[int, int]] = []
     weights.write_weights(tmp_path / "w", plan, {"w": weight}.__getitem__, lambda *done: seen.append(done))
     found = load_file(tmp_path / "w")
@@ -74,6 +74,7 @@ class Wrong(Plain):
 def test_layouts_that_lie_are_caught(how: str, tmp_path: Path) -> None:
     plan = WeightPlan()
     w = np.ones((4, 3), np.float32)
-    plan.add("g", "w", Wrong(how), TensorType("f32", (4, 3)))  # type: ignore[arg-type]
+    wrong: Any = Wrong(how)
+    plan.add("g", "w", wrong, wrong.arrays("w", TensorType("f32", (4, 3))))
     with pytest.raises(IRError, match="packing w made"):
         weights.write_weights(tmp_path / "w", plan, {"w": w}.__getitem__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -29,7 +30,7 @@ BEFORE = HEAD + """
 """
 
 
-def run(text: str, *passes: Quantize) -> tuple[Program, Report]:
+def run(text: str, *passes: Quantize | KeepQuantized) -> tuple[Program, Report]:
     program = random_program(text)
     return program, PassManager(passes).run(program)
 
@@ -197,18 +198,91 @@ def test_every_graph_of_a_program() -> None:
     assert [r.graph for r in report.remarks()] == ["f", "g"]
 
 
-def test_weights_that_a_loop_reads_stay_and_are_named() -> None:
-    program = random_program("""graph @g(%x: f32[2, 32]) {
-  param %w: f32[32, 32]
-  param %u: f32[32]
-  %y: f32[2, 32] = scan(%x, %w, %u) {body=graph @turn(%h: f32[2, 32], %w: f32[32, 32], %u: f32[32]) {
-    %l: f32[2, 32] = linear(%h, %w, %u)
-    return %l
+LOOP = """graph @f(%x: f32[n, 64]) {
+  param %w: f32[64, 64]
+  param %u: f32[64]
+  %y: f32[n, 64] = scan(%x, %w, %u) {body=graph @turn(%h: f32[n, 64], %w: f32[64, 64], %u: f32[64]) {
+    %l: f32[n, 64] = linear(%h, %w, %u)
+    %t: f32[n, 64] = tanh(%l)
+    return %t
   }, carries=1, slices=0, length=3}
+  %z: f32[n, 64] = linear(%y, %w)
+  return %z
+}
+"""
+QUANTIZED = """graph @f(%x: f32[n, 64]) {
+  param %w: f32[64, 64]
+  param %u: f32[64]
+  %quantize: int8b32f16[64, 64] = quantize(%w) {scheme="int8"}
+  %y: f32[n, 64] = scan(%x, %u, %quantize) {body=graph @turn(%h: f32[n, 64], %u: f32[64], %quantize: int8b32f16[64, 64]) {
+    %l: f32[n, 64] = quantized_linear(%h, %quantize, %u)
+    %t: f32[n, 64] = tanh(%l)
+    return %t
+  }, carries=1, slices=0, length=3}
+  %z: f32[n, 64] = quantized_linear(%y, %quantize)
+  return %z
+}
+"""
+
+
+def test_weights_that_a_body_reads() -> None:
+    """One copy, inside and outside; the loop is given it as it is."""
+    remarks = check_pass(Quantize("int8", None), LOOP, QUANTIZED, [{"n": 2}])
+    assert [str(r) for r in remarks] == ["applied: 1 weight to int8: 16.38 kB -> 4.35 kB (@f)"]
+
+
+def test_a_body_that_reads_its_weight_otherwise_too() -> None:
+    text = LOOP.replace("%l: ", "%m: f32[64] = reduce_sum(%w) {axes=(0,)}\n    %l: ").replace("(%h, %w, %u)", "(%h, %w, %m)")
+    program, report = run(text, Quantize("int8", None))
+    [loop] = [n for n in program["f"].nodes if n.is_a("scan")]
+    assert [str(v.type) for v in loop.inputs] == ["f32[n, 64]", "f32[64, 64]", "f32[64]", "int8b32f16[64, 64]"]
+    assert any("%w is also kept as f32[64, 64], because %y" in str(r) for r in report.remarks())
+
+
+def test_stacked_weights_that_turns_slice_stay_and_are_named() -> None:
+    text = """graph @f(%x: f32[n, 64]) {
+  param %w: f32[3, 64, 64]
+  %y: f32[n, 64] = scan(%x, %w) {body=graph @turn(%h: f32[n, 64], %w: f32[64, 64]) {
+    %l: f32[n, 64] = linear(%h, %w)
+    return %l
+  }, carries=1, slices=1}
   return %y
-}""")
-    [remark] = PassManager([Quantize("int8")]).run(program).remarks()
-    assert str(remark) == "missed: %w stays f32[32, 32]: the body of a loop reads it (@g)\n    at <text>:4"
+}
+"""
+    [remark] = run(text, Quantize("int8"))[1].remarks()
+    assert "%w stays f32[3, 64, 64]: scan reads it, and no linear or embedding" in str(remark)
+
+
+NESTED = """graph @f(%x: f32[n, 64], %c: bool[]) {
+  param %w: W[64, 64]
+MADE  %y: f32[n, 64] = cond(%c, %x, READ) {then=graph @yes(%x: f32[n, 64], %v: READ_TYPE) {
+    %y: f32[n, 64] = scan(%x, %v) {body=graph @turn(%h: f32[n, 64], %v: READ_TYPE) {
+      %l: f32[n, 64] = OP
+      return %l
+    }, carries=1, slices=0, length=2}
+    return %y
+  }, otherwise=graph @no(%x: f32[n, 64], %v: READ_TYPE) {
+    %y: f32[n, 64] = neg(%x)
+    return %y
+  }}
+  return %y
+}
+"""
+
+
+@pytest.mark.parametrize("kind, make", [
+    ("int8b32f16", "dequantize(%w)"), ("s4b64", "dequantize(%w)"), ("f16", "cast(%w) {dtype=f32}"),
+])  # fmt: skip
+def test_weights_that_inner_bodies_read_stay_as_they_are_stored(kind: str, make: str) -> None:
+    made = f"  %wide: f32[64, 64] = {make}\n"
+    edits = {"W[": f"{kind}[", "MADE": made, "READ_TYPE": "f32[64, 64]", "READ": "%wide", "OP": "linear(%h, %v)"}
+    program, report = run(functools.reduce(lambda text, edit: text.replace(*edit), edits.items(), NESTED), KeepQuantized(None))
+    text = str(program["f"])
+    read = "linear(%h, %w" if kind == "f16" else "quantized_linear(%h, %w"
+    assert (read in text, "dequantize" in text, "cast" in text) == (True, False, False), text
+    assert text.count(f"%w: {kind}[64, 64]") == 4
+    assert not [r for r in report.remarks() if str(r).startswith("missed")]
+    program.verify()
 
 
 @pytest.mark.parametrize(("size", "scheme", "stays"), [

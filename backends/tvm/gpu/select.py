@@ -27,9 +27,9 @@ from .weights import layout_of
 _TVM = {DType.F32: "float32", DType.F16: "float16", DType.BF16: "bfloat16", DType.I64: "int64", DType.I32: "int32"}
 
 
-def selection(limits: Limits) -> Callable[[Graph], list[Left]]:
-    """The function that puts the kernels into a graph, and says what it left."""
-    return lambda graph: Selection(graph, limits).run()
+def selection(limits: Limits) -> Callable[..., list[Left]]:
+    """The function that puts the kernels into a graph, or into the body of a node, and says what it left."""
+    return lambda graph, inner=False: Selection(graph, limits).run()
 
 
 class Selection(KernelSelection):

@@ -10,7 +10,7 @@ from tvm.ir import StringImm
 from wasat.ir import DimLike, Graph, Node, check_text, symbols_of
 from wasat.ir.ops.cond import CondAttrs
 
-from ..lower import Context, Lowering, Table, called_functions, emit_nodes
+from ..lower import Context, Lowering, Table, called_functions, emit_nodes, weights_of
 from .indices import place
 
 EQUAL = "wasat.equal"
@@ -26,13 +26,14 @@ def hold_equal(where: str, needs: str, left: int, right: int) -> None:
 
 def _functions(bb: relax.BlockBuilder, node: Node, table: Table, kernels: dict[Any, Any]) -> Any:
     attrs = CondAttrs.of(node)
-    symbols = _symbols(node)
+    symbols, weights = _symbols(node), weights_of(node, table)
 
     def function(graph: Graph, condition: bool, build: Callable[[Context, Any, list[Any]], Any]) -> Any:
-        """Adds one of the values of symbols, and the operands; ``condition``: the first of which it is, too."""
+        """Adds one of the values of symbols, the operands and the branches' weights; ``condition``: the first operand is it."""
         ctx = Context(bb, graph, kernels)
         sizes = relax.Var("sizes", relax.ShapeType([ctx.symbol(s) for s in symbols]))
         operands = [relax.Var(f"x{i}", ctx.type(v.type)) for i, v in enumerate(node.inputs) if condition or i]
+        operands += ctx.declare_weights(weights)
         name = bb.get_unique_name(f"cond.{graph.name}")  # no graph's function has a dot in its name
         with bb.function(name, [sizes, *operands], {"relax.force_pure": True}, private=True):
             return bb.emit_func_output(build(ctx, sizes, operands))
@@ -73,8 +74,7 @@ def _symbols(node: Node) -> tuple[str, ...]:
 
 def _lower(ctx: Context, node: Node, *operands: Any) -> list[Any]:
     sizes = relax.ShapeExpr([ctx.symbol(s) for s in _symbols(node)])
-    result = ctx.emit(relax.Call(ctx.functions[node], [sizes, *operands]))
-    return [ctx.emit(relax.TupleGetItem(result, i)) for i in range(len(node.outputs))]
+    return ctx.run(node, [sizes, *operands])
 
 
 COND = Lowering(_lower, functions=_functions)

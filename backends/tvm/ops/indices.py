@@ -52,9 +52,9 @@ def outside(where: str, index: int, low: int, high: int) -> None:
     raise IndexError(f"{where}: index {index} is outside {low} .. {high - 1}")
 
 
-def guard(graph: Graph, checked: Collection[Given], on_host: bool) -> bool:
+def guard(graph: Graph, checked: Collection[Given], on_host: bool) -> None:
     """Puts a check, or a clamp, before every operand that is an index: but for inputs that the caller has ``checked``, and
-    where it is plain that all are inside. Returns whether there are any."""
+    where it is plain that all are inside."""
     made: dict[tuple[Value, DimLike, DimLike], Value] = {}
     known = {(c.input, c.low, c.high) for c in checked}
     for node, i, low, high in list(_indices(graph)):
@@ -70,12 +70,6 @@ def guard(graph: Graph, checked: Collection[Given], on_host: bool) -> bool:
         inputs = list(node.inputs)
         inputs[i] = made[v, low, high]
         graph.set_inputs(node, inputs)
-    changed = bool(made)
-    for node in graph.nodes:
-        attrs = node.attrs.with_bodies(lambda body: guard(body, (), on_host))
-        changed |= attrs is not node.attrs
-        node.attrs = attrs
-    return changed
 
 
 def _indices(graph: Graph) -> Iterator[tuple[Node, int, DimLike, DimLike]]:

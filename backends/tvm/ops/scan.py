@@ -15,7 +15,7 @@ from tvm.script import tirx as T
 from wasat.ir import DimLike, Graph, Node, Value, symbols_of
 
 from ..layouts import tvm_dtype
-from ..lower import Context, Lowering, Table, called_functions, emit_nodes
+from ..lower import Context, Lowering, Table, called_functions, emit_nodes, weights_of
 
 R = relax.op
 _LO, _HI = "(lo)", "(hi)"
@@ -24,7 +24,7 @@ _LO, _HI = "(lo)", "(hi)"
 
 class _Scan:
     """The functions of one scan in the making. All take the range of turns, the symbols' values, and the operands: the carried
-    ones, the stacked results so far (as matrices of one row per turn), the sliced ones, the others."""
+    ones, the stacked results so far (as matrices of one row per turn), the sliced ones, the others, the body's weights."""
 
     def __init__(self, bb: relax.BlockBuilder, node: Node, table: Table, kernels: dict[Any, Any]) -> None:
         self.bb, self.node, self.table, self.kernels = bb, node, table, kernels
@@ -36,6 +36,7 @@ class _Scan:
         self.rows = node.outputs[c:]
         shapes = [d for v in (*node.inputs, *node.outputs) for d in v.shape]
         self.inner = called_functions(bb, self.body, table, kernels)
+        self.weights = weights_of(node, table)
         self.symbols = tuple(dict.fromkeys([*symbols_of(shapes), *node.attrs.symbols]))
 
     def build(self) -> Any:
@@ -63,7 +64,7 @@ class _Scan:
         types = [ctx.type(v.type) for v in self.node.inputs]
         if not fresh:
             types[c:c] = [self.matrix(ctx, v) for v in self.rows]
-        operands = [relax.Var(f"x{i}", t) for i, t in enumerate(types)]
+        operands = [*(relax.Var(f"x{i}", t) for i, t in enumerate(types)), *ctx.declare_weights(self.weights)]
         unique = self.bb.get_unique_name(f"loop.{name}")  # no graph's function has a dot in its name
         with self.bb.function(unique, [turns, *operands], {"relax.force_pure": True}, private=True):
             if dataflow:
@@ -119,7 +120,7 @@ class _Scan:
         carried, rows, rest = operands[:c], operands[c : len(self.node.outputs)], operands[len(self.node.outputs) :]
         sliced = [ctx.te(lambda x: te.compute(x.shape[1:], lambda *i: x[(lo, *i)], "row"), x, name="row") for x in rest[:s]]
         ctx.functions = self.inner
-        ctx.env.update(zip(self.body.inputs, [*carried, *sliced, *rest[s:]]))
+        ctx.env.update(zip(self.body.inputs, [*carried, *sliced, *rest[s:]]))  # and then the weights
         emit_nodes(ctx, self.body, self.table)
         results = [ctx.env[v] for v in self.body.outputs]
         written = []
@@ -160,8 +161,7 @@ def _lower(ctx: Context, node: Node, *operands: Any) -> list[Any]:
     shapes = [d for v in (*node.inputs, *node.outputs) for d in v.shape]
     symbols = dict.fromkeys([*symbols_of(shapes), *attrs.symbols])
     turns = relax.ShapeExpr([tirx.IntImm("int64", 0), ctx.dim(length), *(ctx.symbol(s) for s in symbols)])
-    result = ctx.emit(relax.Call(ctx.functions[node], [turns, *operands]))
-    parts = [ctx.emit(relax.TupleGetItem(result, i)) for i in range(len(node.outputs))]
+    parts = ctx.run(node, [turns, *operands])
     flat = [(v.shape[0], math.prod(v.shape[1:])) for v in node.outputs[c:]]
     return [*parts[:c], *(ctx.view(x, f, v.shape) for x, f, v in zip(parts[c:], flat, node.outputs[c:]))]
 
@@ -192,8 +192,7 @@ def _lower_counted(ctx: Context, node: Node, *operands: Any) -> list[Any]:
         ctx.emit(R.builtin.alloc_tensor(ctx.shape(f), tvm_dtype(v.tensor.dtype), 0)) for v, f in zip(node.outputs[c:], flat)
     ]
     turns = relax.ShapeExpr([tirx.IntImm("int64", 0), ctx.dim(length), *(ctx.symbol(s) for s in symbols)])
-    result = ctx.emit(relax.Call(ctx.functions[node], [turns, *operands[:c], *rows, *operands[c:]]))
-    parts = [ctx.emit(relax.TupleGetItem(result, i)) for i in range(len(node.outputs))]
+    parts = ctx.run(node, [turns, *operands[:c], *rows, *operands[c:]])
     return [*parts[:c], *(ctx.view(x, f, v.shape) for x, f, v in zip(parts[c:], flat, node.outputs[c:]))]
 
 
