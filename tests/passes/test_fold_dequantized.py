@@ -133,3 +133,14 @@ def test_zero_points_that_are_written_out(differ: bool, width: int) -> None:
     assert [r.message for r in report.remarks("missed")] == [
         "parameter w stays dequantized: its scales or zero points differ along both axes"
     ] * differ
+
+
+def test_blocks_that_are_no_blocks() -> None:
+    """Scales in another order than the blocks'; zero points in blocks of another length than the scales'."""
+    check_untouched(FoldDequantized(), BLOCKS.replace("%few: f32[8, 4]", "%few: f32[4, 8]"))
+    longer = """  %zf: f32[8, 2] = cast(%zero) {dtype=f32}
+  %z1: f32[8, 2, 1] = reshape(%zf) {shape=(8, 2, 1)}
+  %z2: f32[8, 2, 32] = broadcast_to(%z1) {shape=(8, 2, 32)}
+  %z: f32[8, 64] = reshape(%z2) {shape=(8, 64)}"""
+    text = ZEROS.replace("i8[8, 64]", "i8[8, 2]").replace("  %z: f32[8, 64] = cast(%zero) {dtype=f32}", longer)
+    check_untouched(FoldDequantized(), text, "its scales or zero points differ along both axes")
