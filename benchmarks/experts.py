@@ -39,13 +39,13 @@ class Tilted(nn.MoE):
         return nn.softmax(best), which
 
 
-def runner(layer: nn.Module, inputs: dict[str, str], scheme: str) -> Runner:
+def runner(layer: nn.Module, inputs: dict[str, str], scheme: str, threads: int | None) -> Runner:
     program = nn.trace(layer, inputs, outputs=["y"])
     program, _ = ws.optimize(program, quantize=None if scheme == "f32" else scheme, kv_cache=False)
-    return Runner(program, cpu())
+    return Runner(program, cpu(threads=threads))
 
 
-def paired(runs: list[Callable[[int], object]], seconds: float) -> list[float]:
+def paired(runs: list[Callable[[int], object]], seconds: float, clock: Callable[[], float]) -> list[float]:
     """The median time of a call of each, in turns, so that whatever else the machine does is shared by all."""
     times: list[list[float]] = [[] for _ in runs]
     for run in runs:
@@ -53,9 +53,9 @@ def paired(runs: list[Callable[[int], object]], seconds: float) -> list[float]:
     end = time.perf_counter() + seconds * len(runs)
     while time.perf_counter() < end or len(times[0]) < 5:
         for run, own in zip(runs, times):
-            start = time.perf_counter()
+            start = clock()
             run(len(own))
-            own.append(time.perf_counter() - start)
+            own.append(clock() - start)
     return [statistics.median(own) for own in times]
 
 
@@ -66,7 +66,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
     parser.add_argument("--schemes", nargs="+", default=["f32", "int8", "int4"], choices=SCHEMES)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--own-time", action="store_true", help="one thread, and its own time: for a machine that others use")
     a = parser.parse_args()
+    clock, threads = (time.thread_time, 1) if a.own_time else (time.perf_counter, None)
     rows = {"x": f"f32[s, {a.dim}]"}
     tokens = np.random.default_rng(0).normal(size=(a.tokens, a.dim)).astype(np.float32)
     even = np.zeros(a.experts, np.float32)
@@ -82,10 +84,11 @@ def main() -> None:
 
     for scheme in a.schemes:
         hidden = round(a.megabytes * 1e6 / (SCHEMES[scheme] * 3 * a.dim * a.top_k) / 64) * 64
-        dense = runner(nn.GLU(a.dim, hidden * a.top_k), rows, scheme)
-        mixed = runner(Tilted(a.dim, hidden, a.experts, a.top_k), {**rows, "tilt": f"f32[{a.experts}]"}, scheme)
+        dense = runner(nn.GLU(a.dim, hidden * a.top_k), rows, scheme, threads)
+        mixed = runner(Tilted(a.dim, hidden, a.experts, a.top_k), {**rows, "tilt": f"f32[{a.experts}]"}, scheme, threads)
         for n in (1, a.tokens):
-            of, *both = paired([called(dense, n), *(called(mixed, n, tilt=tilt) for tilt in (even, skewed))], a.seconds)
+            runs = [called(dense, n), *(called(mixed, n, tilt=tilt) for tilt in (even, skewed))]
+            of, *both = paired(runs, a.seconds, clock)
             for kind, t in zip(("even", "skewed"), both):
                 found.append({"scheme": scheme, "tokens": n, "routing": kind, "seconds": t, "dense": of, "ratio": t / of})
                 said = f"{t * 1e3:9.3f} ms, dense {of * 1e3:9.3f} ms, {t / of:.2f} x"
