@@ -2,6 +2,7 @@
 
 from . import ops
 from .builder import Builder, build
+from .dim_text import parse_dim
 from .dims import (
     Dim,
     DimLike,
@@ -11,7 +12,6 @@ from .dims import (
     less_equal,
     maximum,
     minimum,
-    parse_dim,
     require_equal,
     solve,
     substitute,

@@ -10,9 +10,7 @@ binding". Whoever needs a yes calls :func:`require_equal`, which records the unk
 
 from __future__ import annotations
 
-import ast
 import contextlib
-import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -308,11 +306,35 @@ def _atom_non_negative(a: Atom) -> bool:
     return _non_negative(a.lhs) and _non_negative(a.rhs)
 
 
+def _multiplied(d: DimLike) -> DimLike:
+    """``k * (n // k)`` as n, where k divides n whatever the binding: s padded to a multiple of k."""
+    for m, c in _terms(d):
+        for a in m:
+            if not isinstance(a, Func) or a.name != "floordiv" or not isinstance(a.rhs, int):
+                continue
+            if c % a.rhs == 0 and _divides(a.rhs, a.lhs):
+                rest = list(m)
+                rest.remove(a)
+                return _multiplied(d - _combine([(m, c)]) + _combine([(tuple(rest), c // a.rhs)]) * a.lhs)
+    return d
+
+
+def _divides(k: int, d: DimLike) -> bool:
+    """Whether ``d % k == 0`` follows from ``x % k`` being x, but for multiples of k."""
+    for m, c in _terms(d):
+        for a in m:
+            if isinstance(a, Func) and a.name == "mod" and a.rhs == k:
+                rest = list(m)
+                rest.remove(a)
+                return _divides(k, d - _combine([(m, c)]) + _combine([(tuple(rest), c)]) * a.lhs)
+    return all(c % k == 0 for _, c in _terms(d))
+
+
 def less_equal(lhs: DimLike, rhs: DimLike, _deep: int = 3) -> bool | None:
     """Whether ``lhs <= rhs``: yes, no, or None where it depends on the binding."""
-    if _non_negative(rhs - lhs):
+    if _non_negative(rhs - lhs) or _non_negative(_multiplied(rhs - lhs)):
         return True
-    if _non_negative(lhs - rhs - 1):
+    if _non_negative(lhs - rhs - 1) or _non_negative(_multiplied(lhs - rhs - 1)):
         return False
     for d, other, flip in ((lhs, rhs, False), (rhs, lhs, True)):
         a = _alone(d) if _deep else None
@@ -466,30 +488,3 @@ def solve(equations: Iterable[tuple[DimLike, int, str]], env: Mapping[str, int] 
         if len(rest) == len(pending):
             return found
         pending = rest
-
-
-def parse_dim(text: str) -> DimLike:
-    """Reads what ``str`` of a dimension wrote: ``+ - * // %``, ``max(a, b)``, ``min(a, b)``, integers and names."""
-    try:
-        return _from_ast(ast.parse(text.strip(), mode="eval").body)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise DimError(f"{text[:200]!r} is not a dimension expression") from None
-
-_SIGNS: dict[type[ast.operator], Callable[[Any, Any], DimLike]] = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: floordiv, ast.Mod: mod,
-}  # fmt: skip
-
-
-def _from_ast(node: ast.expr) -> DimLike:
-    match node:
-        case ast.Constant(value=int() as value) if not isinstance(value, bool):
-            return value
-        case ast.Name(id=name):
-            return symbol(name)
-        case ast.UnaryOp(op=ast.USub(), operand=operand):
-            return -_from_ast(operand)
-        case ast.BinOp(left=left, op=op, right=right) if type(op) in _SIGNS:
-            return _SIGNS[type(op)](_from_ast(left), _from_ast(right))
-        case ast.Call(func=ast.Name(id="max" | "min" as name), args=[x, y]):
-            return _FUNCS[name](_from_ast(x), _from_ast(y))
-    raise ValueError(ast.dump(node))

@@ -12,7 +12,7 @@ import pytest
 from numpy.testing import assert_allclose
 from wasat.ir import OPS, Array, BlockArray, Builder, DType, Graph, IRError, Op, QArray, Sample, evaluate, type_of
 from wasat.ir.axes import Axes, AxisRule, Factor, regrouped
-from wasat.ir.dims import parse_dim
+from wasat.ir.dim_text import parse_dim
 
 NAMES = sorted(OPS)
 

@@ -201,6 +201,19 @@ def test_what_is_known_of_bounds() -> None:
     assert less_equal(n // 2, m) is None
 
 
+@pytest.mark.parametrize("k", [2, 4, 5, 16])
+def test_what_is_padded_to_a_multiple_is_no_smaller(k: int) -> None:
+    n, m = symbol("n"), symbol("m")
+    padded = n + (k - n % k) % k
+    assert less_equal(n, k * (padded // k)) is True
+    assert less_equal(n, n + 2 * k * (padded // k)) is True
+    assert less_equal(k * (padded // k) + 1, n) is False
+    assert less_equal(k * (padded // k), n) is None
+    assert less_equal(n, k * (n // k)) is None
+    assert less_equal(n, k * ((padded + 1) // k)) is None  # of no multiple
+    assert less_equal(n, m * (padded // k)) is None
+
+
 def test_sizes_are_bounded() -> None:
     symbols = [symbol(f"s{i}") for i in range(1025)]
     whole = sum(symbols[:1024])
