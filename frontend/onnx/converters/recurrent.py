@@ -122,7 +122,7 @@ class _Cell:
         self, c: Emitter, n: NodeView, names: list[str], w: Any, r: Any, bias: Any, peepholes: Any, hidden: int
     ) -> None:
         self.c, self.n, self.names, self.hidden = c, n, names, hidden
-        self.w, self.r = (c.permute(v, (1, 0)) for v in (w, r))
+        self.w, self.r = w, r
         gates = _GATES[n.op] * hidden
         self.of_x = None if bias is None else c.cut(bias, 0, 0, gates)
         self.of_h = None if bias is None else c.cut(bias, 0, gates, 2 * gates)
@@ -139,7 +139,7 @@ class _Cell:
 
     def step(self, x: Any, state: list[Any]) -> list[Any]:
         c = self.c
-        a, b = c.matmul(x, self.w), c.matmul(state[0], self.r)
+        a, b = c.linear(x, self.w), c.linear(state[0], self.r)
         if self.of_x is not None:
             a, b = c.add(a, self.of_x), c.add(b, self.of_h)
         if self.n.op == "RNN":
@@ -150,7 +150,7 @@ class _Cell:
             if self.n["linear_before_reset"]:
                 inner = c.mul(reset, self.gate(b, 2))
             else:
-                inner = c.matmul(c.mul(reset, state[0]), self.gate(self.r, 2))
+                inner = c.linear(c.mul(reset, state[0]), c.cut(self.r, 0, 2 * self.hidden, 3 * self.hidden))
                 if self.of_h is not None:
                     inner = c.add(inner, c.cut(self.of_h, 0, 2 * self.hidden, 3 * self.hidden))
             new = self.f(1, c.add(self.gate(a, 2), inner))
