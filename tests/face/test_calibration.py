@@ -207,6 +207,25 @@ def test_at_a_price_of_bits_the_choice_is_the_cheapest() -> None:
         assert sum(c.cost for c in taken.values()) == pytest.approx(sum(c.cost for c in best.values()))
 
 
+def test_weights_that_belong_together_get_one_scheme() -> None:
+    rng = np.random.default_rng(3)
+    storages = [Storage(f"{i}", QTensorType("s4b32", (1, 32))) for i in range(4)]
+    options = {
+        name: [Choice(s, i + 1, float(c)) for i, (s, c) in enumerate(zip(storages, np.sort(rng.random(4))[::-1]))]
+        for name in "wxyz"
+    }
+    every = [
+        (2 * a + b + c + 4, sum(options[n][i].cost for n, i in zip("wxyz", (a, b, a, c))))
+        for a, b, c in itertools.product(range(4), repeat=3)
+    ]
+    for price in np.geomspace(1e-2, 1, 20):
+        bits, cost = min(every, key=lambda e: e[1] + price * e[0])
+        taken = budget.chosen(options, bits, [["w", "y"]])
+        assert taken["w"].storage == taken["y"].storage
+        assert sum(c.cost for c in taken.values()) == pytest.approx(cost)
+        assert {n: c in options[n] for n, c in taken.items()} == dict.fromkeys("wxyz", True)
+
+
 def test_too_few_bits_for_the_smallest_choices() -> None:
     options = choices(np.random.default_rng(0))
     least = sum(found[0].bits for found in options.values())

@@ -173,8 +173,16 @@ class _Work:
 
     def automatic(self, limit: int) -> tuple[dict[str, Storage], dict[str, float]]:
         """A scheme for each weight, together of at most ``limit`` bits, and what each is expected to cost."""
-        taken = budget.chosen(self.costs(), limit)
+        taken = budget.chosen(self.costs(), limit, self._together())
         return {name: c.storage for name, c in taken.items()}, {name: c.cost for name, c in taken.items()}
+
+    def _together(self) -> list[list[str]]:
+        """Weights that read the same, as a layer's q, k and v: in one scheme they are merged into one product."""
+        found: dict[object, list[str]] = {}
+        for w in self.weights:
+            if w.name in self.options and (reads := self.bench.reads(w.name)):
+                found.setdefault((reads, w.operations, tuple(self.options[w.name])), []).append(w.name)
+        return list(found.values())
 
     def costs(self) -> dict[str, list[Choice]]:
         """For each weight the schemes that suit it, with what each does to the next token's distribution."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -69,12 +69,28 @@ def errors(x: np.ndarray, options: Sequence[Storage], importance: NDArray[np.flo
     return [error(some, coded(some, s, importance).dense(), importance) / share for s in options]
 
 
-def chosen(options: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, Choice]:
-    """One choice for each weight, so that costs are least in sum and bits at most ``budget``.
+def chosen(options: Mapping[str, Sequence[Choice]], budget: int, together: Iterable[Sequence[str]] = ()) -> dict[str, Choice]:
+    """One choice for each weight, so that costs are least in sum and bits at most ``budget``. Weights that are named
+    ``together``, each in one place at most, have the same storages to choose from, and get the same.
 
     Of each weight the smallest first; then, again and again, whatever saves most for a bit: as far as the budget goes, that is
     the optimum. Raises WasatError where the smallest are too large.
     """
+    members = {names[0]: names for names in together}
+    single = set(options).difference(*members.values())
+    members |= {name: [name] for name in options if name in single}
+    of_all = {first: [_sum(c) for c in zip(*(options[n] for n in names), strict=True)] for first, names in members.items()}
+    taken = _cheapest(of_all, budget)
+    at = {first: of_all[first].index(c) for first, c in taken.items()}
+    return {name: options[name][at[first]] for first, names in members.items() for name in names}
+
+
+def _sum(choices: Sequence[Choice]) -> Choice:
+    """The same storage of several weights."""
+    return Choice(choices[0].storage, sum(c.bits for c in choices), sum(c.cost for c in choices))
+
+
+def _cheapest(options: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, Choice]:
     hulls = {name: _hull(choices) for name, choices in options.items()}
     taken = {name: hull[0] for name, hull in hulls.items()}
     left = budget - sum(c.bits for c in taken.values())
