@@ -100,12 +100,13 @@ def _lowered(program: Program, target: Target, left: list[Left], kernels: Kernel
     """The lowered module and the weights that it reads; ``left`` receives what the target's kernels left to others."""
     select = target.kernels(target, program)
 
-    def put(graph: Graph, inner: bool) -> None:
-        found = list(select(graph, inner) or ())
+    def put(graph: Graph, inner: bool = False) -> None:
+        found = list(select(graph) or ())
         said = {(x.loc, x.why.partition(" ")[0]) for x in found}
         left.extend([*found, *_not_packed(graph, inner, said)])
 
-    module, plan = lower_program(program, target.table(), target.state_types(program), put, target.on_host, kernels)
+    types, in_body = target.state_types(program), functools.partial(put, inner=True)
+    module, plan = lower_program(program, target.table(), types, put, target.on_host, kernels, in_body)
     layouts = target.state_layouts(program)
     for s in program.interface.states:
         if isinstance(s.empty, str):

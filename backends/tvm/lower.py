@@ -71,9 +71,8 @@ class Left:
     loc: Loc | None = None
 
 
-Select = Callable[..., Iterable[Left] | None]
-"""``select(graph, inner=False)`` puts a target's kernels into a graph, or (``inner``) into the body of a node, which has no
-states; says what it left, if it keeps count of that."""
+Select = Callable[[Graph], Iterable[Left] | None]
+"""Puts a target's kernels into a graph, or into the body of a node; says what it left, if it keeps count of that."""
 
 
 @dataclass(frozen=True)
@@ -442,19 +441,27 @@ def _identifier(name: str) -> str:
     return "".join(c if c.isalnum() or c == "_" else "_" for c in name)
 
 
-def selected(program: Program, table: Table, select: Select, on_host: bool = True) -> list[Graph]:
+def selected(
+    program: Program, table: Table, select: Select, on_host: bool = True, in_body: Select | None = None
+) -> list[Graph]:  # fmt: skip
     """Copies of the graphs as they are lowered: ``select`` puts a target's kernels in, what has none is decomposed, indices
-    are checked (or clamped, where code does not run ``on_host``). The bodies of nodes likewise: what they are given of
-    parameters is then theirs, and no operand."""
+    are checked (or clamped, where code does not run ``on_host``). The bodies of nodes likewise, by ``in_body`` if there is
+    one: what they are given of parameters is then theirs, and no operand; and no input of theirs is called as a state is."""
     from wasat.ir.decompose import decompose
 
     from .bodies import adopt
     from .ops.indices import given, guard
 
+    states = program.interface.state_names
+
     def settle(g: Graph, inner: bool) -> None:
+        put = in_body if inner and in_body is not None else select
         checked = () if inner else given(g)
         guard(g, checked, on_host)
-        select(g, inner)
+        for v in g.inputs if inner else ():
+            if v.name in states:
+                g.rename(v, f"{v.name}|inner")
+        put(g)
         decompose(g, lambda node: (low := lowering_of(node, table)) is not None and low.takes(node), bodies=False)
         guard(g, checked, on_host)  # indices of what composites are made of
         for node in g.nodes:
@@ -470,13 +477,14 @@ def selected(program: Program, table: Table, select: Select, on_host: bool = Tru
 
 def lower_program(
     program: Program, table: Table, state_types: Mapping[str, TensorType] | None = None,
-    select: Select = lambda graph, inner: None, on_host: bool = True, kernels: Kernels | None = None,
+    select: Select = lambda graph: None, on_host: bool = True, kernels: Kernels | None = None, in_body: Select | None = None,
 ) -> tuple[tvm.IRModule, WeightPlan]:  # fmt: skip
     """A Relax module with one function per graph, and the weights that each of them takes after its inputs and states.
 
-    ``select`` and ``on_host`` are those of :func:`selected`; ``kernels`` receives what is made, and the labels of nodes.
+    ``select``, ``on_host`` and ``in_body`` are those of :func:`selected`; ``kernels`` receives what is made, and the labels
+    of nodes.
     """
-    graphs = selected(program, table, select, on_host)
+    graphs = selected(program, table, select, on_host, in_body)
     plan = plan_weights(graphs, table)
     bb = relax.BlockBuilder()
     kernels = Kernels() if kernels is None else kernels

@@ -57,7 +57,7 @@ class Target:
     config: Mapping[str, Any]
     """What tvm.target.Target takes."""
     host: Mapping[str, Any] | None = None
-    kernels: Callable[[Target, Program], Select] = field(default=lambda target, program: lambda graph, inner=False: None)
+    kernels: Callable[[Target, Program], Select] = field(default=lambda target, program: lambda graph: None)
     """Puts the target's hand-written kernels into a graph of the program, in place of operations; may say what it left."""
     arch: Arch = field(default_factory=arch_here)
     """The architecture of the processor that runs the code, or its host's part."""

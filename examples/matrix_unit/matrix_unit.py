@@ -238,7 +238,7 @@ def matrix_unit(threads: int | None = None) -> Target:
                     yield Left(graph.name, f"%{node.outputs[0].name} = {node.op.name} is left to the CPU: {why}", node.loc)
                 else:
                     replace_product(graph, node, rounded)
-            rest(graph)
+            yield from rest(graph) or ()
 
         return select
 

@@ -34,7 +34,7 @@ def choose(program: Program, machine: Machine) -> tuple[dict[str, Graph], list[L
     """The graphs as they are lowered, and what kernels left."""
     left: list[Left] = []
     select = selection(machine.limits)
-    graphs = selected(program, PRIMITIVES, lambda g, inner: left.extend(select(g, inner)), False)
+    graphs = selected(program, PRIMITIVES, lambda g: left.extend(select(g)), False)
     return {g.name: g for g in graphs}, left
 
 

@@ -68,17 +68,16 @@ from .updates import fuse_square_sums, fuse_updates
 # -- selection --------------------------------------------------------------------------------------------------------------
 def selection(
     target: tvm.target.Target, threads: int, cache: CacheType, states: Sequence[State]
-) -> Callable[..., list[Left]]:
-    """Puts the kernels for ``target`` into a graph whose inputs named in ``states`` are states (the body of a node has none),
-    and says what it left."""
+) -> Callable[[Graph], list[Left]]:
+    """Puts the kernels for ``target`` into a graph whose inputs named in ``states`` are states, and says what it left."""
     isa = isa_of(target)
     by_name = {s.name: s for s in states}
     donated = [s.name for s in states if s.donated]
 
-    def select(graph: Graph, inner: bool = False) -> list[Left]:
-        left = Selection(graph, isa, threads, cache, {} if inner else by_name).run()
+    def select(graph: Graph) -> list[Left]:
+        left = Selection(graph, isa, threads, cache, by_name).run()
         fuse_square_sums(graph, isa.lanes, threads)
-        fuse_updates(graph, () if inner else donated, threads)
+        fuse_updates(graph, donated, threads)
         return left
 
     return select

@@ -29,7 +29,7 @@ _TVM = {DType.F32: "float32", DType.F16: "float16", DType.BF16: "bfloat16", DTyp
 
 def selection(limits: Limits) -> Callable[..., list[Left]]:
     """The function that puts the kernels into a graph, or into the body of a node, and says what it left."""
-    return lambda graph, inner=False: Selection(graph, limits).run()
+    return lambda graph: Selection(graph, limits).run()
 
 
 class Selection(KernelSelection):
