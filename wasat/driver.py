@@ -160,6 +160,10 @@ def _small_sizes(program: Program) -> list[dict[str, int]]:
     return [{**{name: first + i for i, name in enumerate(names)}, **capacity} for first in (4, 6)]
 
 
+KERNELS = "kernels of "
+"""How the step of a report begins that says what a target's kernels left."""
+
+
 def compile(
     program: Program, out: str | Path, *, target: str = "cpu", quantize: str | None = None, activation: str | None = "int8",
     overrides: Mapping[str, str] | None = None, kv_cache: bool | None = None, chunk: int = 512, cache: str = "f32",
@@ -197,7 +201,7 @@ def compile(
     if library.left:
         size = sum(map(len, optimized.graphs.values()))
         remarks = [Remark("missed", x.why, x.graph, x.loc) for x in library.left]
-        report.steps.append(Step(f"kernels of {machine.name}", 0.0, size, size, False, remarks))
+        report.steps.append(Step(KERNELS + machine.name, 0.0, size, size, False, remarks))
     manifest = manifest_of(optimized, library, {
         "quantize": quantize, "activation": activation, "overrides": dict(overrides or {}), "target": target,
         "threads": machine.threads, "cache": cache,
@@ -286,7 +290,7 @@ class Executable:
 
         machine = target_named(target, threads)
         program = program.copy()
-        PassManager([FoldDequantized()]).run(program)  # or its weights of integers are widened in each call
+        PassManager([FoldDequantized()], verify=False).run(program)  # or its weights of integers are widened in each call
         self._runner: Runner | PlanRunner = (Runner if machine.device is None else PlanRunner)(program, machine)
 
     def __call__(self, graph: str = "forward", /, **inputs: Any) -> dict[str, Array]:

@@ -20,7 +20,7 @@ def lowered(kernel: Kernel) -> str:
     raise AssertionError("the pass is not in the pipeline")
 
 
-@pytest.mark.parametrize("size, marked", [(0, False), (1, True), (4096, True), (4097, False), (symbol("n"), False)])
+@pytest.mark.parametrize("size, marked", [(1, True), (4096, True), (4097, False), (symbol("n"), False)])
 def test_what_is_small_and_known_is_marked(size: int, marked: bool) -> None:
     k = Kernel("f")
     y = k.param("y", (4,), "float32")

@@ -179,7 +179,7 @@ def test_refusals_are_one_message(run: Run, tiny: Path, pygemma: Path, int4: Pat
         (["generate", pygemma, "x"], "is no artifact: it holds no manifest.json; give a folder that wasat compile wrote"),
         (["generate", int4, "x", "--max-tokens", 10**6], "the model's context is 2048: shorten the prompt"),
         (["generate", int4, "x", "--temperature", -1], "temperature is -1.0"),
-        (["show", tiny, "--after", "fuse-everything"], "there is no pass 'fuse-everything'; in order they are: cleanup, "),
+        (["show", tiny, "--after", "fuse-everything"], "there is no pass 'fuse-everything'; in order they are: fold-"),
         (["show", tiny, "--before", "all"], "there is no pass 'all'"),
         (["show", tiny, "--graph", "decode"], "there is no graph 'decode' here; there are forward"),
         (["show", tiny, "--after", "all", "--graph", "forward"], "there is no graph 'forward' here; there are prefill, decode"),
@@ -236,6 +236,7 @@ def test_a_cache_that_cannot_be_is_explained_by_line(run: Run, tmp_path: Path) -
     code, out, err = run("compile", text, "-o", tmp_path / "out")
     assert (code, err) == (0, "")
     assert f"1 optimization was missed; what and why: wasat explain {text} --missed" in out
+    assert "1 operation has no kernel of cpu; which and why: --verbose" in out
 
 
 def test_weights_that_become_f32_are_said(run: Run, pygemma: Path) -> None:

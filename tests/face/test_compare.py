@@ -315,7 +315,7 @@ def test_sizes_are_those_of_the_inputs_that_are_given():
 @pytest.mark.parametrize(
     "words, message", [
         ("cpux", "'cpux' says nothing about a side: there is no target 'cpux'.*Words are interpreter, after:PASSES"),
-        ("before:nothing", "there is no pass 'nothing' in the pipeline; in order they are cleanup, "),
+        ("before:nothing", "there is no pass 'nothing' in the pipeline; in order they are fold-dequantized, cleanup, "),
         ("transformers", "transformers reads a model's own files; the side program is from none"),
     ],
 )  # fmt: skip

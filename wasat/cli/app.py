@@ -32,6 +32,7 @@ from wasat.cli.console import (
     Source,
     array_file,
     constant_of,
+    count_missed,
     err,
     or_none,
     out,
@@ -131,9 +132,8 @@ def compile(
             say(f"{r.message} (@{r.graph})")
     written = sum(f.stat().st_size for f in output.iterdir())
     say(f"{output}: {written / 1e6:.1f} MB in {time.perf_counter() - started:.1f} s")
-    missed = len(report.remarks("missed"))
-    if missed and not verbose:
-        say(f"{missed} optimization{'s were' * (missed > 1) or ' was'} missed; what and why: wasat explain {source} --missed")
+    if not verbose:
+        count_missed(report, source, target)
 
 
 @app.command()

@@ -158,6 +158,18 @@ def say(line: str) -> None:
     out.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+def count_missed(report: Report, source: Path, target: str) -> None:
+    """How many optimizations passes and the target's kernels missed, and what tells which."""
+    from wasat.driver import KERNELS
+
+    left = sum(len(s.remarks) for s in report.steps if s.name.startswith(KERNELS))
+    missed = len(report.remarks("missed")) - left
+    if missed:
+        say(f"{missed} optimization{'s were' * (missed > 1) or ' was'} missed; what and why: wasat explain {source} --missed")
+    if left:
+        say(f"{left} operation{'s have' * (left > 1) or ' has'} no kernel of {target}; which and why: --verbose")
+
+
 def warn_of_weights(report: Report, quantize: str) -> None:
     """A warning where ``--quantize`` left weights as they are: which, and why; loudest where it reached none."""
     step = next((s for s in report.steps if s.name == "quantize"), None)
