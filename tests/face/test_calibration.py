@@ -260,6 +260,7 @@ def test_the_same_arguments_give_the_same_bits(model: Program, tmp_path: Path, m
 
 
 # -- a trained model ---------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_a_trained_model_loses_less(run: Run, pygemma: Path, tmp_path: Path) -> None:
     """On a text that it was not calibrated on, beside the recipe that knows none; and the command, whose file is compiled."""
     data, judged, out = pygemma.parent / "make_media.py", Path(__file__).parent / "held_out.txt", tmp_path / "small.wasat"
