@@ -83,6 +83,8 @@ def _rsqrt(e: Emitter, node: Node, x: str) -> str:
 @emits("atan2")
 def _atan2(e: Emitter, node: Node, y: str, x: str) -> str:
     zero, pi = e.like(0, x), e.like(math.pi, x)
+    both = e.op("And", _infinite(e, y), _infinite(e, x))  # their quotient is no number; their signs say all
+    y, x = e.op("Where", both, e.op("Sign", y), y), e.op("Where", both, e.op("Sign", x), x)
     turn = e.op("Where", e.op("Less", y, zero), e.op("Neg", pi), pi)  # to add on the left half plane
     slope = e.op("Atan", e.op("Div", y, x))
     side = e.op("Where", e.op("Less", x, zero), e.op("Add", slope, turn), slope)
@@ -92,9 +94,21 @@ def _atan2(e: Emitter, node: Node, y: str, x: str) -> str:
 
 @emits("floor_div")
 def _floor_div(e: Emitter, node: Node, x: str, y: str) -> str:
-    if e.dtype[x].is_float:
-        return e.op("Floor", e.op("Div", x, y))
-    return e.op("Div", e.op("Sub", x, e.op("Mod", x, y)), y)
+    zero = e.like(0, x)
+    opposite = e.op("Xor", e.op("Less", x, zero), e.op("Less", y, zero))
+    if not e.dtype[x].is_float:  # Div rounds to zero
+        down = e.op("And", opposite, e.op("Not", e.op("Equal", e.op("Mod", x, y), zero)))
+        toward = e.op("Div", x, y)
+        return e.op("Where", down, e.op("Sub", toward, e.like(1, x)), toward)
+    # as in NumPy: -1 where a quotient below 0 is rounded to 0; NaN for the infinite, unless they are divided by 0
+    found = e.op("Floor", e.op("Div", x, y))
+    down = e.op("And", e.op("And", opposite, e.op("Equal", found, zero)), e.op("Not", e.op("Equal", x, zero)))
+    found = e.op("Where", down, e.like(-1, x), found)
+    return e.op("Where", e.op("And", _infinite(e, x), e.op("Not", e.op("Equal", y, zero))), e.like(math.nan, x), found)
+
+
+def _infinite(e: Emitter, x: str) -> str:
+    return str(e.op("Equal", e.op("Abs", x), e.like(math.inf, x)))
 
 
 @emits("mod")
@@ -119,18 +133,24 @@ _UNSIGNED = {DType.I8: DType.U8, DType.I16: DType.U16, DType.I32: DType.U32, DTy
 def _shift_left(e: Emitter, node: Node, x: str, y: str) -> str:
     own = e.dtype[x]
     bits = _UNSIGNED.get(own, own)  # ONNX shifts unsigned integers
-    return e.cast(e.op("BitShift", e.cast(x, bits), e.cast(y, bits), direction="LEFT"), own)
+    return e.cast(_shifted(e, e.cast(x, bits), e.cast(y, bits), "LEFT"), own)
+
+
+def _shifted(e: Emitter, x: str, by: str, direction: str) -> str:
+    """Unsigned integers shifted; ONNX does not say what a shift by all bits or more gives: 0."""
+    moved = e.op("BitShift", x, by, direction=direction)
+    return str(e.op("Where", e.op("Less", by, e.like(e.dtype[x].bits, by)), moved, e.like(0, x)))
 
 
 @emits("shift_right")
 def _shift_right(e: Emitter, node: Node, x: str, y: str) -> str:
     own = e.dtype[x]
     if own not in _UNSIGNED:
-        return e.op("BitShift", x, y, direction="RIGHT")
+        return _shifted(e, x, y, "RIGHT")
     bits, ones = _UNSIGNED[own], e.like(-1, x)  # a negative number is shifted as its complement
     negative = e.op("Less", x, e.like(0, x))
     magnitude = e.op("Where", negative, e.op("Sub", ones, x), x)
-    moved = e.cast(e.op("BitShift", e.cast(magnitude, bits), e.cast(y, bits), direction="RIGHT"), own)
+    moved = e.cast(_shifted(e, e.cast(magnitude, bits), e.cast(y, bits), "RIGHT"), own)
     return e.op("Where", negative, e.op("Sub", ones, moved), moved)
 
 
