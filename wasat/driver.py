@@ -290,7 +290,8 @@ class Executable:
 
         machine = target_named(target, threads)
         program = program.copy()
-        PassManager([FoldDequantized()], verify=False).run(program)  # or its weights of integers are widened in each call
+        # or its weights of integers are widened in each call; some of a program's graphs may run without its other entries
+        PassManager([FoldDequantized()], verify=False).run(program)
         self._runner: Runner | PlanRunner = (Runner if machine.device is None else PlanRunner)(program, machine)
 
     def __call__(self, graph: str = "forward", /, **inputs: Any) -> dict[str, Array]:

@@ -102,8 +102,8 @@ def fused(graph: Graph, node: Node, axis: int, chunk: int, known: dict[str, Role
         raise Mismatch(role)
     b = Builder(graph, before=node, loc=node.loc)
     y = _emitted(b, [region.operands[i] for i in role.operands], role.attrs, node.outputs[0], axis)
-    for add, other in reversed(local):
-        y = b.emit(add, y, _unpadded(b, other, length, {}))
+    for other in reversed(local):
+        y = b.add(y, _unpadded(b, other, length, {}))
     chunks = node.inputs[0].node
     graph.replace(node, [y])
     if chunks is not None:
@@ -123,9 +123,9 @@ def _is_padding(v: Value, length: DimLike) -> Node | None:
     return made if len(grown) == 1 and equal(made.inputs[0].shape[grown[0]], length) is True else None
 
 
-def _peeled(v: Value, length: DimLike) -> tuple[Value, list[tuple[str, Value]]]:
+def _peeled(v: Value, length: DimLike) -> tuple[Value, list[Value]]:
     """``v`` without what is added to it token by token (an input of its own, times a number for each head)."""
-    local: list[tuple[str, Value]] = []
+    local: list[Value] = []
     while (made := v.made_by("add")) is not None:
         x, y = made.inputs
         if _as_large(x, v) and _is_local(y, length):
@@ -134,7 +134,7 @@ def _peeled(v: Value, length: DimLike) -> tuple[Value, list[tuple[str, Value]]]:
             v, other = y, x
         else:
             break
-        local.append(("add", other))
+        local.append(other)
     return v, local
 
 
