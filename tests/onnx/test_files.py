@@ -66,6 +66,62 @@ def test_a_recurrence_over_any_number_of_steps(op: str, gates: int, direction: s
     np.testing.assert_allclose(result(m, x=x), want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("op, gates", [("RNN", 1), ("GRU", 3), ("LSTM", 4)])
+def test_states_whose_batch_has_a_name_of_its_own(op: str, gates: int) -> None:
+    """Files name the batch of x, of the states and of the lengths apart: one size, which is checked when it runs."""
+    rng = np.random.default_rng(3)
+    w, r = (rng.standard_normal((1, gates * 2, k)).astype(np.float32) for k in (3, 2))
+    states = ["h", "c"] if op == "LSTM" else ["h"]
+    node = helper.make_node(op, ["x", "w", "r", "", "n", *states], ["y"], hidden_size=2)
+    m = model([node], {"x": ["s", "b", 3], **{k: [1, f"b_{k}", 2] for k in states}}, {"w": w, "r": r})
+    m.graph.input.append(helper.make_tensor_value_info("n", TensorProto.INT32, ["b_n"]))
+    feeds = {"x": rng.standard_normal((4, 2, 3)), **{k: rng.standard_normal((1, 2, 2)) for k in states}}
+    feeds = {k: x.astype(np.float32) for k, x in feeds.items()}
+    program, got = from_onnx(m), []
+    assert program["forward"].count("scan") == 1
+    for rows in (slice(2), slice(1)):  # each row alone, over as many steps as it has, is what it is among others
+        one = {"x": feeds["x"][:, rows], **{k: feeds[k][:, rows] for k in states}, "n": np.array([4, 2], np.int32)[rows]}
+        got.append(np.asarray(ws.run(program, **one)["y"]))
+        np.testing.assert_array_equal(np.asarray(ws.run(program, backend="cpu", **one)["y"]) != 0, got[-1] != 0)
+        np.testing.assert_allclose(ws.run(program, backend="cpu", **one)["y"], got[-1], rtol=1e-5, atol=1e-6)
+        (want,) = ReferenceEvaluator(m).run(None, {**one, "n": one["n"][:1] * 0 + 4})
+        np.testing.assert_allclose(got[-1][:, :, 0], want[:, :, 0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(got[0][:, :, :1], got[1], rtol=1e-5, atol=1e-6)
+    with pytest.raises(ws.WasatError, match="b_h"):
+        ws.run(program, **{**feeds, "h": feeds["h"][:, :1], "n": np.array([4, 2], np.int32)})
+
+
+def test_the_largest_of_none() -> None:
+    """Hardmax of no elements has none; of other numbers in the same place, it is as it was."""
+    for opset, shape in ((13, ["n"]), (13, [2, "n"]), (11, [2, "n"]), (13, ["n", 0]), (13, [0])):
+        m = model([helper.make_node("Hardmax", ["x"], ["y"], axis=-1)], {"x": shape}, opset=opset)
+        empty = np.zeros([0 if d == "n" else d for d in shape], np.float32)
+        for backend in ("interpreter", "cpu"):
+            assert np.asarray(ws.run(from_onnx(m), backend=backend, x=empty)["y"]).shape == empty.shape
+    x = np.array([[-np.inf, -np.inf, -np.inf], [1, 3, 3], [np.nan, 1, 2]], np.float32)
+    m = model([helper.make_node("Hardmax", ["x"], ["y"])], {"x": ["m", "n"]})
+    for backend in ("interpreter", "cpu"):
+        assert np.asarray(ws.run(from_onnx(m), backend=backend, x=x)["y"]).tolist() == [[1, 0, 0], [0, 1, 0], [1, 0, 0]]
+
+
+@pytest.mark.parametrize("align", [0, 1])
+@pytest.mark.parametrize("space", [(3, 4), (1, 2), (2, 1, 3)])
+def test_an_affine_grid(align: int, space: tuple[int, ...]) -> None:
+    """Of one picture, too, whose axis the standard's own function squeezes away; sizes as the file has them and from x."""
+    k, rng = len(space), np.random.default_rng(4)
+    nodes = [helper.make_node("Shape", ["x"], ["s"]), helper.make_node("AffineGrid", ["t", "s"], ["y"], align_corners=align)]
+    m = model(nodes, {"x": ["b", "c", *"hwd"[:k]], "t": ["n", k, k + 1]}, opset=20)
+    steps = [np.arange(d) for d in space]
+    ends = [2 * i / (d - 1) - 1 if d > 1 else i + 1.0 for i, d in zip(steps, space)]  # of one, onnxruntime's
+    axes = ends if align else [(2 * i + 1) / d - 1 for i, d in zip(steps, space)]
+    places = np.stack([*np.meshgrid(*axes, indexing="ij")[::-1], np.ones(space)], -1)
+    for n in (1, 2):
+        theta = rng.standard_normal((n, k, k + 1)).astype(np.float32)
+        want = np.einsum("...j,nij->n...i", places, theta.astype(np.float64))
+        got = result(m, x=np.zeros((n, 1, *space), np.float32), t=theta)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
 def test_an_lstm_is_the_reference_evaluators() -> None:
     rng = np.random.default_rng(2)
     x, w, r = (rng.standard_normal(s).astype(np.float32) for s in ((20, 1, 3), (1, 8, 3), (1, 8, 2)))

@@ -409,23 +409,28 @@ def test_a_product_of_constants_that_no_parameter_makes_is_read() -> None:
     assert from_onnx(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10))["forward"]
 
 
-@pytest.mark.parametrize("op, gates", [("LSTM", 4), ("GRU", 3), ("RNN", 1)])
-def test_weights_of_a_recurrence(op: str, gates: int, tmp_path: Path) -> None:
-    """Both are quantized where the loop reads them; what is compiled equals what is interpreted."""
+@pytest.mark.parametrize("op, gates, first", [("LSTM", 4, False), ("GRU", 3, True), ("GRU", 3, False), ("RNN", 1, False)])
+def test_weights_of_a_recurrence(op: str, gates: int, first: bool, tmp_path: Path) -> None:
+    """That of x is multiplied by once, before the loop, and those of states in it, whole (a GRU that resets its state first has
+    two); all are quantized, and what is compiled equals what is interpreted."""
     rng = np.random.default_rng(0)
     arrays = {"w": (1, gates * 32, 48), "r": (1, gates * 32, 32), "b": (1, 2 * gates * 32)}
     held = [numpy_helper.from_array(rng.standard_normal(s).astype(np.float32) / 5, k) for k, s in arrays.items()]
     float32 = TensorProto.FLOAT
-    options = {"linear_before_reset": 1} if op == "GRU" else {}
+    options = {"linear_before_reset": int(first)} if op == "GRU" else {}
     node = helper.make_node(op, ["x", "w", "r", "b"], ["y"], hidden_size=32, **options)
     x = helper.make_tensor_value_info("x", float32, ["s", "n", 48])
     graph = helper.make_graph([node], "g", [x], [helper.make_tensor_value_info("y", float32, None)], held)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), tmp_path / "m.onnx")
     program, _ = ws.optimize(from_onnx(tmp_path / "m.onnx"), quantize="int8", activation=None)
     [loop] = [n for n in program["g" if "g" in program.graphs else "forward"].nodes if n.attrs.bodies]
-    assert [str(v.type) for v in loop.inputs if len(v.shape) == 2 and "int8" in str(v.type)] == [
-        f"int8b32f16[{gates * 32}, 48]", f"int8b32f16[{gates * 32}, 32]"
-    ]  # fmt: skip
+    before = [n for n in loop.graph.nodes if n.op.name == "quantized_linear"] if loop.graph else []
+    assert [str(n.inputs[1].type) for n in before] == [f"int8b32f16[{gates * 32}, 48]"]
+    rows = [gates] if op != "GRU" or first else [2, 1]
+    assert [str(v.type) for v in loop.inputs if "int8" in str(v.type)] == [f"int8b32f16[{n * 32}, 32]" for n in rows]
+    [body] = loop.attrs.bodies
+    assert body.graph.count("quantized_linear") == len(rows)
+    assert body.graph.count("quantize") == body.graph.count("dequantize") == 0
     given = rng.standard_normal((5, 3, 48)).astype(np.float32)
     want = ws.run(program, x=given)["y"]
     np.testing.assert_allclose(ws.run(program, backend="cpu", x=given)["y"], want, rtol=1e-5, atol=1e-6)

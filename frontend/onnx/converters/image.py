@@ -272,6 +272,30 @@ def _padded_place(c: Emitter, at: Any, size: Any, padding: str, align: bool) -> 
     return c.select(inside, at, back)
 
 
+@op("AffineGrid", since=20)
+def affine_grid(c: Emitter, n: NodeView, theta: Operand, size: Operand) -> Any:
+    """Places in [-1, 1] of a picture of ``size`` (b, c, *space), moved by theta [b, k, k + 1]: [b, *space, k], the last axis of
+    space first. Not as the function of the standard: that squeezes the axis of a batch of 1 away."""
+    batch, _, *space = c.dims(size, "the size of AffineGrid")
+    k = len(space)
+    if k not in (2, 3):
+        raise n.fail(f"a size of {k + 2} numbers; it has 4 or 5")
+    theta = c.view(theta, batch, k, k + 1)
+
+    def column(i: int) -> Any:
+        return c.view(c.cut(theta, 2, i, i + 1), batch, *[1] * k, k)
+
+    total = column(k)
+    for i, d in enumerate(reversed(space)):
+        at, count = c.iota(size=d, dtype=WORK), c.size_as(d, WORK)
+        if n["align_corners"]:  # of one place, the end, as onnxruntime has it
+            place = c.sub(c.mul(c.select(c.greater(count, 1.0), c.div(at, c.maximum(c.sub(count, 1.0), 1.0)), 1.0), 2.0), 1.0)
+        else:
+            place = c.sub(c.div(c.add(c.mul(at, 2.0), 1.0), count), 1.0)
+        total = c.add(total, c.mul(column(i), c.along(c.to(place, c.dtype(theta)), k - i, k + 2)))
+    return total
+
+
 @op("RoiAlign", since=10)
 def roi_align(c: Emitter, n: NodeView, x: Operand, rois: Operand, batch: Operand) -> Any:
     """Mean (or maximum, of the weighted pixels) of bilinear samples in each bin of each region."""

@@ -101,7 +101,14 @@ def lp_normalization(c: Emitter, n: NodeView, x: Operand) -> Any:
 def hardmax(c: Emitter, n: NodeView, x: Operand) -> Any:
     rank = c.rank(x)
     axis = n["axis"] % rank
-    at = c.arg_max(x, axis=axis, keepdims=True)
+    if 0 in c.shape(x):
+        return x
+    if not isinstance(c.shape(x)[axis], int):  # of none there is no largest: one more, the least, that only they would find
+        sides = [(0, int(a == axis)) for a in range(rank)]
+        low, high = zip(*sides)
+        at = c.arg_max(c.pad(x, low=low, high=high, value=float("-inf")), axis=axis, keepdims=True)
+    else:
+        at = c.arg_max(x, axis=axis, keepdims=True)
     return c.to(c.equal(at, c.along(c.iota(size=c.shape(x)[axis]), axis, rank)), c.dtype(x))
 
 
