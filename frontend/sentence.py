@@ -76,7 +76,7 @@ def _decoder(build: Callable[[Fields], Any]) -> Callable[[Fields], Backbone]:
 
 
 def _gemma3(fields: Fields) -> Backbone:
-    if not fields.config.get("use_bidirectional_attention"):
+    if not fields.given.get("use_bidirectional_attention"):
         return _decoder(gemma3_text)(fields)
     m = gemma3_text(fields, causal=False).model
     return Backbone(m, lambda tokens, lengths, types: m(tokens, lengths), "model")
@@ -441,8 +441,8 @@ def _labels(fields: Fields) -> int:
 
 def _activation_of(fields: Fields) -> str:
     """What a cross-encoder does with the logits; empty: by the number of labels, as sentence-transformers."""
-    given = fields.config.get("sentence_transformers")
-    name = given.get("activation_fn") if isinstance(given, dict) else fields.config.get("sbert_ce_default_activation_function")
+    given = fields.given.get("sentence_transformers")
+    name = given.get("activation_fn") if isinstance(given, dict) else fields.given.get("sbert_ce_default_activation_function")
     if name is None:
         return ""
     found = _activation(fields, str(name))

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from wasat.frontend.weights.gguf import Gguf
 
-from ..models.config import Fields, brief
+from ..fields import brief
+from ..models.config import Fields
 
 _WITHOUT_EFFECT = frozenset({
     "name", "vocab_size", "rope.dimension_count", "rope.dimension_count_swa", "tensor_data_layout",
@@ -22,12 +23,15 @@ _WITHOUT_EFFECT = frozenset({
 class Keys(Fields):
     """The keys ``ARCH.*`` of a file, each taken once; what is left over at the end is refused."""
 
+    unknown = "{fields}: what that changes in the computation is not known, so it is not ignored"
+    harmless, neutral = _WITHOUT_EFFECT, {}
+
     def __init__(self, g: Gguf) -> None:
-        self.where, self.tensors = str(g.path), g.tensors
-        self.arch = self._arch(g.metadata)
+        super().__init__({}, str(g.path))
+        self.tensors = g.tensors
+        self.arch = self.path = self._arch(g.metadata)
         start = f"{self.arch}."
-        given = {k.removeprefix(start): v for k, v in g.metadata.items() if k.startswith(start)}
-        super().__init__(given, self.where, _WITHOUT_EFFECT, start)
+        self.given = {k.removeprefix(start): v for k, v in g.metadata.items() if k.startswith(start)}
 
     def _arch(self, metadata: Mapping[str, Any]) -> str:
         arch = metadata.get("general.architecture")
@@ -46,17 +50,11 @@ class Keys(Fields):
         if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and value.size and (value == value[0]).all():
             value = int(value[0])
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise self.fail(f"{self.prefix}{key} is {brief(value)}; expected one positive integer")
+            raise self.wrong(key, value, "one positive integer")
         return value
 
     def has(self, key: str) -> bool:
-        return key in self.config
-
-    def finish(self, what: str = "") -> None:
-        left = {k: v for k, v in self.config.items() if k not in self._taken}
-        if left:
-            fields = "; ".join(f"{self.prefix}{k} = {brief(v)}" for k, v in left.items())
-            raise self.fail(f"{fields}: what that changes in the computation is not known, so it is not ignored")
+        return key in self.given
 
 
 def config_of(g: Gguf) -> dict[str, Any]:
@@ -130,7 +128,7 @@ def _qwen(family: str) -> Callable[[Keys, dict[str, Any]], dict[str, Any]]:
 
 def _gemma3(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
     layers, period = config["num_hidden_layers"], 6
-    pattern = keys.config.get("attention.sliding_window_pattern", period)
+    pattern = keys.given.get("attention.sliding_window_pattern", period)
     if isinstance(pattern, np.ndarray) and pattern.dtype == np.bool_ and len(pattern) == layers:
         sliding = pattern.tolist()
     elif isinstance(pattern, int) and pattern > 0:
@@ -142,7 +140,7 @@ def _gemma3(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
     scale = config["hidden_size"] / config["num_attention_heads"] if layers == 62 else config["head_dim"]
     keys.refuse("attn_logit_softcapping", 0.0, "Gemma 3 has no softcap of scores")
     cap = None
-    if keys.config.get(name := "final_logit_softcapping"):
+    if keys.given.get(name := "final_logit_softcapping"):
         cap = keys.number(name)
     else:
         keys.refuse(name, 0.0, "expected a number")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from wasat.frontend.fields import ConfigError
 from wasat.frontend.nn import Module
 
-from .config import ConfigError, Fields
+from .config import Fields
 from .gemma2 import gemma2
 from .gemma3 import gemma3_text
 from .llama import llama, mistral, qwen2, qwen3

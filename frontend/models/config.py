@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
-import math
-from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
+from wasat.frontend import fields as strict
 from wasat.frontend import nn
 from wasat.ir import WasatError
-
-_MISSING: Any = object()
 
 MOST_SIZE = 2**24
 """No width, vocabulary or number of heads is larger."""
@@ -55,59 +50,28 @@ ACTIVATIONS = {
 }  # fmt: skip
 
 
-class ConfigError(WasatError):
-    """A configuration that is incomplete, contradictory, or asks for what is not implemented."""
+class Fields(strict.Fields):
+    """The fields of one object of a ``config.json``."""
 
+    needed = "; the model cannot be built without it"
+    unknown = (
+        "{what} has no meaning for {fields}. A field that may change the computation is not ignored; "
+        "remove it from config.json if you know that it has no effect"
+    )
+    harmless, neutral = WITHOUT_EFFECT, NEUTRAL
 
-class Fields:
-    """The fields of one object of a ``config.json``, each to be taken once; ``finish`` refuses what is left.
-
-    ``prefix``: what all names begin with in the file, where it is left out here.
-    """
-
-    def __init__(
-        self, config: Mapping[str, Any], where: str, harmless: frozenset[str] = WITHOUT_EFFECT, prefix: str = ""
-    ) -> None:
-        self.config, self.where, self.prefix = dict(config), where, prefix
-        self._taken: set[str] = set(harmless)
-
-    def fail(self, message: str) -> ConfigError:
-        return ConfigError(f"{self.where}: {message}")
-
-    def take(self, name: str, kind: type | tuple[type, ...], default: Any = _MISSING) -> Any:
-        """The field ``name``, of Python type ``kind``; ``default`` if absent (none given: an error). Null is allowed, and
-        is None, where ``default`` is None."""
-        self._taken.add(name)
-        value = self.config.get(name, default)
-        if value is _MISSING:
-            raise self.fail(f"{self.prefix}{name} is missing; the model cannot be built without it")
-        if value is None and default is None:
-            return None
-        if not is_of(value, kind):
-            kinds = kind if isinstance(kind, tuple) else (kind,)
-            raise self.fail(f"{self.prefix}{name} is {brief(value)}; expected {' or '.join(k.__name__ for k in kinds)}")
-        return value
-
-    def size(self, name: str, default: Any = _MISSING, most: int = MOST_SIZE) -> Any:
+    def size(self, name: str, *default: Any, most: int = MOST_SIZE) -> Any:
         """An int from 1 to ``most``; None where ``default`` is None and the field absent or null."""
-        value = self.take(name, int, default)
-        if value is not None and value < 1:
-            raise self.fail(f"{name} is {brief(value)}; expected a positive number")
-        if value is not None and value > most:
-            raise self.fail(f"{name} is {brief(value)}; at most {most:,} is supported")
-        return value
+        return self.take(name, int, *default, least=1, most=most)
 
-    def number(self, name: str, default: Any = _MISSING) -> Any:
+    def number(self, name: str, *default: Any) -> Any:
         """A positive finite f32; None where ``default`` is None and the field absent or null."""
-        value = self.take(name, (int, float), default)
-        if value is not None and not (0 < value < 2**128):
-            raise self.fail(f"{self.prefix}{name} is {brief(value)}; expected a positive number")
-        return None if value is None else float(value)
+        return self.take(name, float, *default, above=0)
 
     def window(self, default: int) -> int | None:
         """``sliding_window``: a positive int, None for null, ``default`` if absent."""
-        absent = "sliding_window" not in self.config
-        window: int | None = default if absent else self.size("sliding_window", None, MOST_POSITIONS)
+        absent = "sliding_window" not in self.given
+        window: int | None = default if absent else self.size("sliding_window", None, most=MOST_POSITIONS)
         return window
 
     def flag(self, name: str, default: bool) -> bool:
@@ -121,57 +85,6 @@ class Fields:
         if value not in ACTIVATIONS:
             raise self.fail(f"{name} {value!r} is not implemented; there are {', '.join(ACTIVATIONS)}")
         return ACTIVATIONS[value]
-
-    def refuse(self, name: str, neutral: Any, why: str) -> None:
-        """Refuses ``name`` unless it is absent, null or ``neutral``."""
-        self._taken.add(name)
-        value = self.config.get(name)
-        if value is not None and (isinstance(value, np.ndarray) or value != neutral):
-            raise self.fail(f"{self.prefix}{name} is {brief(value)}: {why}")
-
-    def ignore(self, *names: str) -> None:
-        """Takes fields that have no effect here."""
-        self._taken.update(names)
-
-    def finish(self, what: str) -> None:
-        """Refuses every field that ``what`` has not taken, unless it is null or at its neutral value."""
-        left = {k: v for k, v in self.config.items() if k not in self._taken}
-        left = {k: v for k, v in left.items() if (v != NEUTRAL[k] if k in NEUTRAL else v is not None)}
-        if left:
-            absent = self._taken - self.config.keys()
-            fields = "; ".join(f"{k} = {brief(v)}{meant(k, absent, '', ' ({})', 0.85)}" for k, v in left.items())
-            raise self.fail(
-                f"{what} has no meaning for {fields}. A field that may change the computation is not ignored; "
-                "remove it from config.json if you know that it has no effect"
-            )
-
-
-def is_of(value: object, kind: type | tuple[type, ...]) -> bool:
-    """Whether a value that a file gives is of Python type ``kind``; a bool is no number."""
-    kinds = kind if isinstance(kind, tuple) else (kind,)
-    return isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
-
-
-def as_float(value: Any) -> Any:
-    """A whole number where a float is meant as one, an infinity beyond f32; anything else as it is."""
-    if not is_of(value, int):
-        return value
-    return float(value) if abs(value) < 2**128 else math.inf if value > 0 else -math.inf
-
-
-def meant(name: str, known: Iterable[str], otherwise: str, form: str = "{}", alike: float = 0.6) -> str:
-    """For an error about a name that nobody knows: the known one nearest to it, if it is ``alike``."""
-    near = difflib.get_close_matches(name, sorted(known), 1, alike)
-    return form.format(f"did you mean {near[0]}?") if near else otherwise
-
-
-def brief(value: Any) -> str:
-    """A value in a message: not all of a long one."""
-    try:
-        text = f"{value.dtype}{list(value.shape)}" if isinstance(value, np.ndarray) else repr(value)
-    except ValueError:  # Python writes no number of thousands of digits
-        text = "a number of thousands of digits"
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 _ROPE_NUMBERS = {
@@ -190,7 +103,7 @@ def rope(fields: Fields, name: str, given: object, head_dim: int, context: int, 
     ``theta`` is the base that the configuration gives outside the dictionary, ``default`` the family's own.
     """
     if not isinstance(given, dict):
-        raise fields.fail(f"{name} is {brief(given)}; expected an object")
+        raise fields.wrong(name, given, "an object")
     p = Fields(given, f"{fields.where}: {name}", frozenset())
     kind, old = p.take("rope_type", str, None), p.take("type", str, None)
     if kind is not None and old is not None and kind != old:
@@ -246,7 +159,7 @@ def layer_types(fields: Fields, layers: int, default: list[str]) -> list[str]:
 def attention_heads(fields: Fields, optional: bool = False) -> tuple[int, int]:
     """``(num_attention_heads, num_key_value_heads)``; null, or where ``optional`` absent, means as many as queries have."""
     heads = fields.size("num_attention_heads")
-    if not optional and "num_key_value_heads" not in fields.config:
+    if not optional and "num_key_value_heads" not in fields.given:
         raise fields.fail("num_key_value_heads is missing; the model cannot be built without it")
     groups = fields.size("num_key_value_heads", None) or heads
     if heads % groups:

@@ -34,4 +34,4 @@ def gemma2(fields: Fields) -> Gemma3:
 
 def _cap(fields: Fields, name: str, default: float) -> float | None:
     """A softcap, ``default`` if absent; null is none."""
-    return default if name not in fields.config else fields.number(name, None)
+    return default if name not in fields.given else fields.number(name, None)

@@ -146,7 +146,7 @@ def modernbert(fields: Fields) -> ModernBert:
         vocab=fields.size("vocab_size"), dim=dim, hidden=fields.size("intermediate_size"), heads=heads,
         eps=fields.number("norm_eps", 1e-5), act=fields.activation("hidden_activation", "gelu"),
         norm_bias=fields.flag("norm_bias", False), bias=fields.flag("attention_bias", False),
-        mlp_bias=fields.flag("mlp_bias", False), reach=fields.size("local_attention", 128, MOST_POSITIONS) // 2,
+        mlp_bias=fields.flag("mlp_bias", False), reach=fields.size("local_attention", 128, most=MOST_POSITIONS) // 2,
         types=layer_types(fields, layers, default),
     )  # fmt: skip
     parameters, scaling = rope_dictionaries(fields)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from wasat.frontend.models.config import ConfigError
 from wasat.ir import Builder, DType, Graph, TensorType
 from wasat.ir import evaluate as interpreted
 
@@ -184,7 +183,7 @@ REFUSED = {
     "modality": ('task = "code"', 'task = "match"', RecipeError, "task match needs a model with audio"),
     "key": ("weight = 2", "wheight = 2", RecipeError, r"\[\[data\]\] 1, line \d+: wheight is unknown; did you mean weight"),
     "family": ('family = "gemini"', 'family = "gemeni"', RecipeError, "no family gemeni; there are decoder, gemini"),
-    "field": ("patch = 8", "patches = 8", ConfigError, r"\[model\].*vision: there is no field patches; did you mean patch"),
+    "field": ("patch = 8", "patches = 8", RecipeError, r"\[model.vision\], line \d+: patch is missing; is patches meant"),
     "heads": (
         '"gemini"', '"gemini"\nheads = [{name = "digit", classes = 10, of = "image"}]', RecipeError,
         r"\[model\], line \d+: tasks have no classes",

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from wasat.frontend import nn
-from wasat.frontend.models.config import ConfigError
+from wasat.frontend.fields import ConfigError
 from wasat.frontend.weights.safetensors import CheckpointError
 from wasat.ir import ArrayParam, Encoder, Generation, Media, Program, type_of
 
@@ -30,14 +30,14 @@ def test_json_and_back(config: gemini.Config) -> None:
 
 
 WRONG: dict[str, tuple[list[tuple[str, Any]], str]] = {
-    "unknown field": ([("text.dims", 3)], "text: there is no field dims; did you mean dim"),
-    "missing field": ([("audio.mels", None)], "mels is None; expected int"),
-    "bool for int": ([("text.layers", True)], "text.layers is True; expected int"),
-    "no such kind": ([("vision.kind", "resnet")], "vision.kind is 'resnet'; expected vit or conv"),
-    "literal": ([("vision.positions", "none")], "expected 'learned' or 'rope'"),
-    "list": ([("audio.strides", 2)], "audio.strides is 2; expected a list"),
+    "unknown field": ([("text.dims", 3)], "text.dims is unknown; did you mean dim"),
+    "missing field": ([("audio.mels", None)], "audio.mels = None must be a whole number"),
+    "bool for int": ([("text.layers", True)], "text.layers = True must be a whole number"),
+    "no such kind": ([("vision.kind", "resnet")], "vision.kind = 'resnet' must be vit or conv"),
+    "literal": ([("vision.positions", "none")], "must be 'learned' or 'rope'"),
+    "list": ([("audio.strides", 2)], "audio.strides = 2 must be a list"),
     "zero": ([("text.dim", 0)], "Text: dim is 0"),
-    "infinite": ([("text.theta", float("inf"))], "Text: theta is inf"),
+    "infinite": ([("text.theta", float("inf"))], "text.theta = inf must be finite"),
     "heads": ([("text.kv_heads", 3)], "4 heads do not share 3"),
     "odd head": ([("text.head_dim", 7)], "head_dim is 7"),
     "activation": ([("text.activation", "gelu2")], "activation is 'gelu2'"),
@@ -92,7 +92,7 @@ def test_other_refusals() -> None:
         gemini.Gemini(TINY).training_program(("image", "smell"))
     data = TINY.to_json()
     del data["text"]["vocab"]
-    with pytest.raises(ConfigError, match=r"config\.text: vocab is missing"):
+    with pytest.raises(ConfigError, match=r"config: text\.vocab is missing"):
         gemini.Config.from_json(data)
 
 

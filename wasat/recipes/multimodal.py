@@ -118,22 +118,22 @@ def read_joint(
     Raises RecipeError for a task that is unknown or whose modality the model lacks; ConfigError for the model's sizes.
     """
     given = table.take("tokenizer", str, None)
-    draft = Config.from_json(table.items, table.where)
+    draft = table.made(Config)
     if draft.heads:
         raise RecipeError(f"{table.at('heads')}: tasks have no classes; heads learn in Python (docs/models.md)")
     shares = []
     for t in data:
         task = _task(t, draft, base, options["seed"])
         shares.append(Share(task, t.take("weight", float, 1.0, above=0), t.take("examples", int, 1, least=1)))
-        t.close()
+        t.finish()
     path = base / given if given else output / "tokenizer.json"
     if given or path.exists():
-        tokenizer = tokenizer_of(path, table.where)
+        tokenizer = tokenizer_of(path, table.at())
     else:
         tokenizer = train_tokenizer([s.task for s in shares], draft.text.vocab)
     end = tokenizer.token_to_id(END)
     if end is None:
-        raise RecipeError(f"{table.where}: the tokenizer {path} has no token {END} to end an answer")
+        raise RecipeError(f"{table.at()}: the tokenizer {path} has no token {END} to end an answer")
     config = replace(draft, text=replace(draft.text, vocab=tokenizer.get_vocab_size()), eos=(end,))
     return Joint(config, tokenizer, output, tuple(shares), options, loss, sizes["batch"], sizes["length"], batches)
 
@@ -142,9 +142,9 @@ def _task(t: Table, config: Config, base: Path, seed: int) -> Task:
     name = t.take("task", str)
     needs = _NEEDS.get(name)
     if needs is None:
-        raise RecipeError(f"{t.where}: there is no task {name}; there are {', '.join(_NEEDS)}")
+        raise RecipeError(f"{t.at()}: there is no task {name}; there are {', '.join(_NEEDS)}")
     if lacking := [n for n in needs if n not in config.modalities]:
-        raise RecipeError(f"{t.where}: task {name} needs a model with {' and '.join(lacking)}")
+        raise RecipeError(f"{t.at()}: task {name} needs a model with {' and '.join(lacking)}")
     if name == "code":
         return Code(seed)
     if name == "sources":

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import difflib
 import glob
-import math
-import operator
 import re
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from wasat import nn
 from wasat.backends.tvm.targets import target_named
 from wasat.frontend import from_pretrained
-from wasat.frontend.models.config import MOST_LAYERS, MOST_SIZE, as_float, brief, is_of, meant
+from wasat.frontend.fields import Fields
+from wasat.frontend.models.config import MOST_LAYERS, MOST_SIZE
 from wasat.ir import Generation, IRError, Program, WasatError
 from wasat.recipes.mixture import END
 from wasat.runtime.tokenizer import refusals
@@ -173,7 +171,7 @@ def read_recipe(path: str | Path) -> Recipe | Joint:
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
-        top = Table(tomllib.loads(text), str(path), _lines(text))
+        top = Table(tomllib.loads(text), str(path), lines=_lines(text))
     except (ValueError, RecursionError) as e:  # of TOML, of Unicode, of a number of thousands of digits
         raise RecipeError(f"{path} is no TOML: {e}") from None
     seed = top.take("seed", int, 0, least=0, below=2**32)
@@ -186,8 +184,8 @@ def read_recipe(path: str | Path) -> Recipe | Joint:
         raise RecipeError(f"{top.at('target')}: {e}") from None
     batch = top.table("batch")
     sizes = {"batch": batch.take("rows", int, least=1), "length": batch.take("length", int, least=1)}
-    batch.close()
-    evaluates = "evaluation" in top.items
+    batch.finish()
+    evaluates = "evaluation" in top.given
     held_out = top.table("evaluation", {})
     options["evaluate_every"] = held_out.take("every", int, 100, least=1)
     batches = held_out.take("batches", int, 8, least=1) * evaluates
@@ -198,13 +196,13 @@ def read_recipe(path: str | Path) -> Recipe | Joint:
         "smoothing": terms.take("smoothing", float, 0.0, least=0, below=1),
         "z_loss": terms.take("z_loss", float, 0.0, least=0),
     }
-    terms.close()
+    terms.finish()
     family = about.take("family", str, "decoder")
     if family == "gemini":
         from wasat.recipes.multimodal import read_joint
 
-        held_out.close()
-        top.close()
+        held_out.finish()
+        top.finish()
         if sizes["batch"] < len(data):
             raise RecipeError(f"{batch.at('rows')}: rows = {sizes['batch']} must be at least {len(data)}, one of each task")
         joint = read_joint(about, data, path.parent, output, options, loss, sizes, batches)
@@ -220,12 +218,12 @@ def read_recipe(path: str | Path) -> Recipe | Joint:
     def source(t: Table) -> Source:
         files = TextFiles(files_of(t, path.parent), encoder(tokenizer))
         weight = t.take("weight", float, 1.0, above=0)
-        t.close()
+        t.finish()
         return Source(files, weight)
 
     sources = tuple(map(source, data))
     evaluation = (source(held_out),) if evaluates else ()
-    top.close()
+    top.finish()
     return Recipe(program, tokenizer, output, sources, evaluation, end, options, sizes, batches)
 
 
@@ -253,131 +251,80 @@ def _training(top: Table, step: Table, steps: int) -> dict[str, Any]:
     options["precision"], options["remat"] = step.take("precision", str, "f32"), step.take("remat", bool, False)
     if options["precision"] not in ("f32", "bf16", "f16"):
         raise RecipeError(f"{step.at('precision')}: precision = {options['precision']!r} must be 'f32', 'bf16' or 'f16'")
-    options["train"] = step.texts("train", ("*",))
+    options["train"] = step.take("train", tuple[str, ...], ("*",))
     if not options["train"]:
         raise RecipeError(f"{step.at('train')}: train = [] must have a glob, as ['blocks.*']")
-    if rate.items.get("name", "cosine") != "constant":
-        rate.items.setdefault("steps", steps // options["accumulate"])  # schedules count updates
+    if rate.given.get("name", "cosine") != "constant":
+        rate.given.setdefault("steps", steps // options["accumulate"])  # schedules count updates
     options["rate"] = _chosen(rate, _SCHEDULES, "cosine")
     options["save_every"], options["keep"] = saving.take("every", int, 100, least=1), saving.take("keep", int, 3, least=1)
     for table in (step, saving):
-        table.close()
+        table.finish()
     return options
 
 
 _OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW, "muon": Muon, "adafactor": Adafactor, "sgd": SGD}
 _SCHEDULES: dict[str, type[Schedule]] = {"cosine": Cosine, "linear": Linear, "constant": Constant}
-_BOUNDS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
-    "least": ("at least", operator.ge), "above": ("above", operator.gt), "below": ("below", operator.lt),
-    "most": ("at most", operator.le),
-}  # fmt: skip
-_MOST = {int: 2**31 - 1, float: float(np.finfo(np.float32).max)}
-"""Whole numbers are counts, and others are computed with in f32: what is larger is a mistake."""
 
 
-class Table:
-    """A table of the file whose keys are taken one by one; what is left at the end is unknown."""
+class Table(Fields):
+    """A table of the file."""
 
-    def __init__(self, items: dict[str, Any], where: str, lines: Mapping[tuple[str, str], int], header: str = "") -> None:
-        """``header``: of the table within the file, as ``lines`` have it."""
-        self.items, self.where, self._known = dict(items), f"{where} {header}".rstrip(), list[str]()
-        self._file, self._lines, self._header = where, lines, header
+    error = RecipeError
+    kinds: ClassVar[Mapping[Any, str]] = {**Fields.kinds, dict: "a table"}
+    most: ClassVar[Mapping[type, float]] = {**Fields.most, int: 2**31 - 1}
 
-    def take(self, key: str, type: type, *default: Any, **bounds: float) -> Any:
-        """The value of ``key``; ``least``, ``most``, ``above`` and ``below`` are what it must be."""
-        self._known.append(key)
-        if key not in self.items:
-            if not default:
-                alike = [k for k, v in self.items.items() if isinstance(v, dict) == (type is dict)]
-                near = difflib.get_close_matches(key, alike, 1)
-                raise RecipeError(f"{self.where}: {key} is missing" + (f"; is {near[0]} meant to be it?" if near else ""))
-            return default[0]
-        value = self.items.pop(key)
-        value = as_float(value) if type is float else value
-        shown = brief(value)
-        if not is_of(value, type):
-            raise RecipeError(f"{self.at(key)}: {key} = {shown} must be {_KINDS[type]}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise RecipeError(f"{self.at(key)}: {key} = {shown} must be finite")
-        if type in _MOST:
-            bounds.setdefault("most", _MOST[type])
-        for name, bound in bounds.items():
-            words, holds = _BOUNDS[name]
-            if not holds(value, bound):
-                raise RecipeError(f"{self.at(key)}: {key} = {shown} must be {words} {bound}")
-        return value
+    def at(self, name: str = "") -> str:
+        """Where the key, or the table, stands."""
+        table, _, entry = self.path.rpartition(".")
+        header = f" [[{table}]] {int(entry) + 1}" if entry.isdecimal() else f" [{self.path}]" if self.path else ""
+        line = self.lines.get((self.path, name.partition(".")[0]))
+        return self.where + header + (f", line {line}" if line else "")
 
-    def texts(self, key: str, *default: tuple[str, ...]) -> tuple[str, ...]:
-        """The value of ``key``, a list of texts: paths, globs."""
-        found = self.take(key, list, *default)
-        if not all(isinstance(x, str) for x in found):
-            raise RecipeError(f"{self.at(key)}: {key} = {found} must be a list of texts")
-        return tuple(found)
-
-    def at(self, key: str) -> str:
-        """Where the key stands."""
-        line = self._lines.get((self._header, key))
-        return self.where if line is None else f"{self.where}, line {line}"
+    def named(self, name: str) -> str:
+        """The key alone, because :meth:`at` names the table."""
+        return name
 
     def table(self, key: str, *default: Any) -> Table:
-        return Table(self.take(key, dict, *default), self._file, self._lines, f"[{key}]")
+        return self.inside(key, self.take(key, dict, *default))
 
     def tables(self, key: str) -> list[Table]:
-        found = self.take(key, list)
-        if not found or not all(isinstance(x, dict) for x in found):
-            raise RecipeError(f"{self.at(key)}: {key} must be tables: [[{key}]]")
-        return [Table(x, self._file, self._lines, f"[[{key}]] {i}") for i, x in enumerate(found, 1)]
-
-    def close(self) -> None:
-        for key in self.items:
-            hint = meant(key, self._known, f"there are {', '.join(self._known)}")
-            raise RecipeError(f"{self.at(key)}: {key} is unknown; {hint}")
+        found = [self.inside(f"{key}.{i}", x) for i, x in enumerate(self.take(key, list))]
+        if not found:
+            raise self.wrong(key, found, f"tables: [[{key}]]")
+        return found
 
 
 def _lines(text: str) -> dict[tuple[str, str], int]:
-    """The lines of a file's keys, by the header above them, ``[[data]] 2`` for the second such, and name; headers, too."""
+    """The lines of a file's keys, by the table, ``data.1`` for the second [[data]], and name; headers, too."""
     found: dict[tuple[str, str], int] = {}
     seen: Counter[str] = Counter()
-    header = ""
+    table = ""
     for number, line in enumerate(text.splitlines(), 1):
         if m := re.match(r"\s*(\[\[?)([\w.-]+)\]", line):
-            found.setdefault(("", m[2]), number)
+            outer, _, name = m[2].rpartition(".")
+            found.setdefault((outer, name), number)
+            table = f"{m[2]}.{seen[m[2]]}" if m[1] == "[[" else m[2]
             seen[m[2]] += 1
-            header = f"[[{m[2]}]] {seen[m[2]]}" if m[1] == "[[" else f"[{m[2]}]"
         elif m := re.match(r"\s*([\w-]+)\s*=", line):
-            found.setdefault((header, m[1]), number)
+            found.setdefault((table, m[1]), number)
     return found
-
-
-_KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "a table", list: "a list"}
-
-
-def _made(table: Table, cls: type) -> Any:
-    """A dataclass of numbers and texts from the table's keys. What it refuses is a RecipeError."""
-    kinds = {"int": int, "float": float, "bool": bool}
-    values: dict[str, Any] = {}
-    for f in fields(cls):
-        default, kind = [] if f.default is MISSING else [f.default], str(f.type)
-        texts = kind == "tuple[str, ...]"
-        values[f.name] = table.texts(f.name, *default) if texts else table.take(f.name, kinds[kind], *default)
-    table.close()
-    try:
-        return cls(**values)
-    except OutOfRange as e:
-        raise RecipeError(f"{table.at(e.field)}: {e}") from None
 
 
 def _chosen(table: Table, there: dict[str, Any], default: str) -> Any:
     name = table.take("name", str, default)
     if name not in there:
         raise RecipeError(f"{table.at('name')}: there is no {name}; there are {', '.join(there)}")
-    return _made(table, there[name])
+    try:
+        return table.made(there[name])
+    except OutOfRange as e:
+        raise RecipeError(f"{table.at(e.field)}: {e}") from None
 
 
 def files_of(table: Table, base: Path) -> tuple[Path, ...]:
     """The files that the table's ``files`` match, patterns from ``base`` on."""
     found: list[Path] = []
-    for pattern in table.texts("files"):
+    for pattern in table.take("files", tuple[str, ...]):
         matches = sorted(Path(p) for p in glob.glob(str(base / pattern), recursive=True))
         if not any(p.is_file() for p in matches):
             raise RecipeError(f"{table.at('files')}: no file matches {pattern!r} (looked from {base})")
@@ -389,14 +336,14 @@ def _model(table: Table, base: Path, seed: int, loss: Mapping[str, Any]) -> tupl
     """The program with its @loss, its tokenizer, and the token that ends a document."""
     folder, given = table.take("folder", str, None), table.take("tokenizer", str, None)
     path = base / given if given else base / folder / "tokenizer.json" if folder else None
-    tokenizer = tokenizer_of(path, table.where) if path else byte_tokenizer()
+    tokenizer = tokenizer_of(path, table.at()) if path else byte_tokenizer()
     wanted = table.take("end", str, None)
     names = [wanted] if wanted is not None else [END, "<eos>", "</s>", "<|endoftext|>"]
     end = next((i for i in map(tokenizer.token_to_id, names) if i is not None), None)
     if end is None:
-        raise RecipeError(f"{table.where}: the tokenizer has no token {' or '.join(names)} to end a document; give end = TOKEN")
+        raise RecipeError(f"{table.at()}: the tokenizer has no token {' or '.join(names)} to end a document; give end = TOKEN")
     if folder:
-        table.close()
+        table.finish()
         program = from_pretrained(base / folder)
     else:
         size, vocab = _decoder_size(table), tokenizer.get_vocab_size()
@@ -413,7 +360,7 @@ def _decoder_size(table: Table) -> DecoderSize:
         for k in ("dim", "layers", "heads", "kv_heads", "hidden")
     }
     context, dropout = table.take("context", int, 1024, least=1), table.take("dropout", float, 0.0, least=0, below=1)
-    table.close()
+    table.finish()
     size = DecoderSize(**numbers, context=context, dropout=dropout)
     if size.dim % (2 * size.heads):
         raise RecipeError(f"{table.at('heads')}: dim = {size.dim} is not divided by heads = {size.heads} into even parts")
@@ -421,5 +368,5 @@ def _decoder_size(table: Table) -> DecoderSize:
         raise RecipeError(f"{table.at('kv_heads')}: heads = {size.heads} is not a multiple of kv_heads = {size.kv_heads}")
     count = size.layers * size.dim * (2 * size.dim + 3 * size.hidden)
     if count > MOST_PARAMETERS:
-        raise RecipeError(f"{table.where}: these sizes are {count:,} parameters; at most {MOST_PARAMETERS:,} are trained")
+        raise RecipeError(f"{table.at()}: these sizes are {count:,} parameters; at most {MOST_PARAMETERS:,} are trained")
     return size

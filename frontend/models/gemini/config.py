@@ -4,22 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from wasat.frontend.models.config import (
-    MOST_LAYERS,
-    MOST_POSITIONS,
-    MOST_SIZE,
-    ConfigError,
-    as_float,
-    brief,
-    is_of,
-    meant,
-)
+from wasat.frontend.fields import ConfigError, Fields, brief
+from wasat.frontend.models.config import MOST_LAYERS, MOST_POSITIONS, MOST_SIZE
 from wasat.frontend.nn import ACTIVATIONS
 
 MODEL_TYPE = "wasat_gemini"
@@ -324,51 +314,7 @@ class Config:
 
         Raises ConfigError, naming ``where`` and the field, for a field that is unknown, missing or of another type.
         """
-        if data.get("model_type", MODEL_TYPE) != MODEL_TYPE:
-            raise ConfigError(f"{where}: model_type is {data['model_type']!r}, not {MODEL_TYPE!r}")
-        config: Config = _object(Config, {k: v for k, v in data.items() if k != "model_type"}, where)
+        fields = Fields(data, where)
+        fields.refuse("model_type", MODEL_TYPE, f"it is not {MODEL_TYPE!r}")
+        config: Config = fields.made(Config)
         return config
-
-
-def _object(cls: Any, data: Any, where: str) -> Any:
-    """An instance of dataclass ``cls`` from JSON."""
-    if not isinstance(data, Mapping):
-        raise ConfigError(f"{where} is {data!r}; expected an object")
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    for key in data:
-        if key not in fields:
-            raise ConfigError(f"{where}: there is no field {key}; {meant(str(key), fields, 'remove it')}")
-    hints = typing.get_type_hints(cls)
-    values: dict[str, Any] = {}
-    for name, f in fields.items():
-        if name in data:
-            values[name] = _value(hints[name], data[name], f"{where}.{name}")
-        elif f.default is dataclasses.MISSING:
-            raise ConfigError(f"{where}: {name} is missing")
-    return cls(**values)
-
-
-def _value(hint: Any, x: Any, where: str) -> Any:
-    """``x`` as the type ``hint``: a dataclass (chosen by ``kind`` in a union), a tuple, a literal or a plain value."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if x is None and type(None) in args:
-            return None
-        options = [a for a in args if a is not type(None)]
-        if len(options) > 1:
-            kinds = {a.kind: a for a in options}
-            kind = x.get("kind") if isinstance(x, Mapping) else None
-            if kind not in kinds:
-                raise ConfigError(f"{where}.kind is {kind!r}; expected {' or '.join(kinds)}")
-            return _object(kinds[kind], x, where)
-        return _value(options[0], x, where)
-    if dataclasses.is_dataclass(hint):
-        return _object(hint, x, where)
-    if origin is tuple and isinstance(x, (list, tuple)):
-        return tuple(_value(args[0], item, f"{where}.{i}") for i, item in enumerate(x))
-    if origin is Literal and x in args:
-        return x
-    if origin is None and is_of(made := as_float(x) if hint is float else x, hint):
-        return made
-    expected = " or ".join(map(repr, args)) if origin is Literal else "a list" if origin is tuple else hint.__name__
-    raise ConfigError(f"{where} is {brief(x)}; expected {expected}")

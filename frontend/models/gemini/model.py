@@ -6,7 +6,7 @@ import functools
 from collections.abc import Sequence
 
 from wasat.frontend import nn
-from wasat.frontend.models.config import ConfigError
+from wasat.frontend.fields import ConfigError
 from wasat.ir import Encoder, Generation, Media, Program
 from wasat.ir import Head as HeadEntry
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from wasat.frontend.models.config import ConfigError
+from wasat.frontend.fields import ConfigError
 
 from .config import Audio, Config, Text, Video, ViT
 
