@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from wasat.ir import (
     Array,
@@ -35,6 +35,10 @@ from wasat.passes.core import Dump
 from wasat.passes.serving.plan import capacity_name
 from wasat.passes.serving.recipes import ALL, Formats
 from wasat.passes.serving.token_inputs import is_exported, token_inputs
+
+if TYPE_CHECKING:
+    from wasat.backends.tvm.lower import Left
+    from wasat.backends.tvm.targets import Target
 
 
 class Progress(Protocol):
@@ -198,10 +202,7 @@ def compile(
         formats=machine.formats,
     )  # fmt: skip
     library = (build if machine.device is None else plan)(optimized, machine, on_progress=progress)
-    if library.left:
-        size = sum(map(len, optimized.graphs.values()))
-        remarks = [Remark("missed", x.why, x.graph, x.loc) for x in library.left]
-        report.steps.append(Step(KERNELS + machine.name, 0.0, size, size, False, remarks))
+    _say_left(report, optimized, machine, library.left)
     manifest = manifest_of(optimized, library, {
         "quantize": quantize, "activation": activation, "overrides": dict(overrides or {}), "target": target,
         "threads": machine.threads, "cache": cache,
@@ -303,6 +304,25 @@ class Executable:
             said = [f"lacking: {', '.join(lacking)}"] * bool(lacking) + [f"unknown: {', '.join(beyond)}"] * bool(beyond)
             raise IRError(f"@{graph} takes {', '.join(names) or 'no inputs'}; {'; '.join(said)}")
         return dict(self._runner(graph, inputs))
+
+
+def explained(program: Program, target: str = "cpu", **options: Any) -> Report:
+    """What :func:`compile` would report: of :func:`optimize`, whose ``options`` these are, and of the target's kernels."""
+    from wasat.backends.tvm.build import left_by
+    from wasat.backends.tvm.targets import target_named
+
+    machine = target_named(target)
+    optimized, report = optimize(program, granule=machine.granule, formats=machine.formats, **options)
+    _say_left(report, optimized, machine, left_by(optimized, machine))
+    return report
+
+
+def _say_left(report: Report, program: Program, target: Target, left: Sequence[Left]) -> None:
+    """Adds what the target's kernels left of ``program``, and why, to the report."""
+    if left:
+        size = sum(map(len, program.graphs.values()))
+        remarks = [Remark("missed", x.why, x.graph, x.loc) for x in left]
+        report.steps.append(Step(KERNELS + target.name, 0.0, size, size, False, remarks))
 
 
 def explain(report: Report) -> str:

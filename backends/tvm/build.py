@@ -21,7 +21,7 @@ from wasat.ir.dims import Func
 from wasat.ir.evaluate import bind_symbols, hold_checks
 
 from .layouts import Begin, Layout
-from .lower import Kernels, Left, WeightPlan, lower_program
+from .lower import Kernels, Left, WeightPlan, lower_program, selected
 from .ops.cond import EQUAL, hold_equal
 from .ops.indices import OUTSIDE, Given, given, outside
 from .ops.narrow import carried, uncarried
@@ -96,8 +96,8 @@ def plan(program: Program, target: Target, on_progress: Callable[[str], None] = 
     return Planned(make_plan(module, signatures, target.tvm, target.device, kernels.nodes), weights, target, left)
 
 
-def _lowered(program: Program, target: Target, left: list[Left], kernels: Kernels | None = None) -> tuple[Any, WeightPlan]:
-    """The lowered module and the weights that it reads; ``left`` receives what the target's kernels left to others."""
+def _select(program: Program, target: Target, left: list[Left]) -> Callable[..., None]:
+    """Puts the target's kernels into a graph, ``inner`` where it is a body; ``left`` receives what they leave to others."""
     select = target.kernels(target, program)
 
     def put(graph: Graph, inner: bool = False) -> None:
@@ -105,6 +105,20 @@ def _lowered(program: Program, target: Target, left: list[Left], kernels: Kernel
         said = {(x.loc, x.why.partition(" ")[0]) for x in found}
         left.extend([*found, *_not_packed(graph, inner, said)])
 
+    return put
+
+
+def left_by(program: Program, target: Target) -> list[Left]:
+    """What no kernel of ``target`` takes, and why, without generating code."""
+    left: list[Left] = []
+    put = _select(program, target, left)
+    selected(program, target.table(), put, target.on_host, functools.partial(put, inner=True))
+    return left
+
+
+def _lowered(program: Program, target: Target, left: list[Left], kernels: Kernels | None = None) -> tuple[Any, WeightPlan]:
+    """The lowered module and the weights that it reads; ``left`` receives what the target's kernels left to others."""
+    put = _select(program, target, left)
     types, in_body = target.state_types(program), functools.partial(put, inner=True)
     module, plan = lower_program(program, target.table(), types, put, target.on_host, kernels, in_body)
     layouts = target.state_layouts(program)

@@ -236,7 +236,22 @@ def test_a_cache_that_cannot_be_is_explained_by_line(run: Run, tmp_path: Path) -
     code, out, err = run("compile", text, "-o", tmp_path / "out")
     assert (code, err) == (0, "")
     assert f"1 optimization was missed; what and why: wasat explain {text} --missed" in out
-    assert "1 operation has no kernel of cpu; which and why: --verbose" in out
+    assert f"1 operation has no kernel of cpu; which and why: wasat explain {text} --missed" in out
+
+
+@pytest.mark.parametrize("target", ["cpu", "opencl"])
+def test_what_no_kernel_takes_is_explained(run: Run, tmp_path: Path, target: str) -> None:
+    """By explain as by compile, for the target that is asked for."""
+    text = tmp_path / "mean.txt"
+    text.write_text(LOOKS_AHEAD)
+    code, compiled, err = run("compile", text, "-o", tmp_path / "out", "--verbose", "--target", target)
+    assert (code, err) == (0, "")
+    said = compiled[compiled.index(f"kernels of {target}") :].splitlines()[1]
+    assert said.startswith("  missed: ")
+    code, out, _ = run("explain", text, "--missed", "--target", target)
+    assert code == 0
+    assert said in out
+    assert run("explain", text, "--target", "gpu")[0] == 1
 
 
 def test_weights_that_become_f32_are_said(run: Run, pygemma: Path) -> None:

@@ -164,10 +164,11 @@ def count_missed(report: Report, source: Path, target: str) -> None:
 
     left = sum(len(s.remarks) for s in report.steps if s.name.startswith(KERNELS))
     missed = len(report.remarks("missed")) - left
+    told = f"wasat explain {source} --missed" + (f" --target {target}" if target != "cpu" else "")
     if missed:
-        say(f"{missed} optimization{'s were' * (missed > 1) or ' was'} missed; what and why: wasat explain {source} --missed")
+        say(f"{missed} optimization{'s were' * (missed > 1) or ' was'} missed; what and why: {told}")
     if left:
-        say(f"{left} operation{'s have' * (left > 1) or ' has'} no kernel of {target}; which and why: --verbose")
+        say(f"{left} operation{'s have' * (left > 1) or ' has'} no kernel of {target}; which and why: {told}")
 
 
 def warn_of_weights(report: Report, quantize: str) -> None:
