@@ -11,7 +11,8 @@ from .errors import InputError
 from .interface import TensorSpec
 
 COUNTED = ("positions", "position_ids", "cache_position")
-"""Inputs of these names are filled with the plain count, 0, 1, .. in every row, unless they are given."""
+"""Inputs of these names are filled with the plain count, 0, 1, .. in every row, unless they are given; of positions of several
+kinds in front ([3, rows, tokens]: time, height and width), each kind is."""
 
 
 class Along:
@@ -47,18 +48,19 @@ class Along:
         return made
 
     def _count(self, spec: TensorSpec, past: np.ndarray, new: int, want: Sequence[Any]) -> np.ndarray:
-        if spec.name not in COUNTED or np.dtype(spec.dtype).kind not in "iu" or len(want) not in (1, 2):
+        known = not any(isinstance(d, str) for d in spec.shape[:-2])
+        if spec.name not in COUNTED or np.dtype(spec.dtype).kind not in "iu" or not known:
             said = f"{spec.name} {spec.dtype}{list(spec.shape)}"
             raise InputError(f"the model takes {said} for each token: step() or generate(inputs=) is to give it")
         count = past[:, None] + np.arange(new)
-        if len(want) == 1 or want[0] == 1 != len(past):
+        if len(want) == 1 or want[-2] == 1 != len(past):
             if (past != past[0]).any():
                 raise InputError(
                     f"input {spec.name} {list(spec.shape)} is one for all rows, which hold {past.tolist()} tokens: rows of "
                     "different lengths need a session each"
                 )
             count = count[:1]
-        return count.reshape(want).astype(spec.dtype)
+        return np.broadcast_to(count.reshape(want[-2:]), want).astype(spec.dtype)
 
     def part(self, arrays: Mapping[str, np.ndarray], start: int, stop: int) -> dict[str, np.ndarray]:
         """Of the tokens ``start`` to ``stop``."""

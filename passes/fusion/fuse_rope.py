@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from wasat.ir import Builder, DimLike, DType, Node, Value
+from wasat.ir import Builder, DimLike, DType, Graph, Node, Value
 from wasat.ir.ops.shape import Slice
 
+from ..core import Remarks
 from ..pattern import Match, Mismatch, Pattern, Rewrite, Rewrites, Tracer, Var, number_of
+from .rope_lanes import lanes
 
 
 # -- tables of cosines and sines ---------------------------------------------------------------------------------------------
@@ -124,7 +127,13 @@ def _rope(
     """x rotated by the angles of two tables that broadcast to it, each ``repeats`` times, side by side if ``pairs``; raises
     Mismatch.
     """
-    c, s = _table(cos), _table(sin)
+    try:
+        c, s = _table(cos), _table(sin)
+    except Mismatch as e:
+        try:
+            return _lane_by_lane(b, x, cos, sin, repeats, interleaved, pairs)
+        except Mismatch:
+            raise e from None
     if (c.fn, s.fn) != ("cos", "sin"):
         raise Mismatch(f"%{cos.name} and %{sin.name} are not cosine and sine in this order")
     same = c.positions is s.positions and (c.factor, c.shape, c.pairs) == (s.factor, s.shape, s.pairs)
@@ -134,14 +143,27 @@ def _rope(
         same = same and c.inv_freq is s.inv_freq
     if not same:
         raise Mismatch(f"%{cos.name} and %{sin.name} are not of the same angles")
-    if len(x.shape) != 4:
-        raise Mismatch(f"{x!r} has not the four axes batch, position, head, feature")
+    axis, rows = _laid_out(x, cos, c.shape)
     count = c.inv_freq.size if isinstance(c.inv_freq, np.ndarray) else c.inv_freq.tensor.size
     if c.pairs != pairs:
         raise Mismatch(f"%{cos.name} holds its angles in another order than %{x.name} its pairs of features")
     if c.shape[-1] != repeats * count:
         raise Mismatch(f"%{cos.name} holds {c.shape[-1]} angles per position for {count} frequencies")
-    shape = (*(1,) * (4 - len(c.shape)), *c.shape)
+    at: tuple[DimLike, ...] = (x.shape[axis],) if rows == 1 else (rows, x.shape[axis])
+    positions = c.positions if c.positions.shape == at else b.reshape(c.positions, shape=at)
+    if isinstance(c.inv_freq, np.ndarray):
+        inv_freq = b.constant(c.inv_freq, _wide(x))
+    else:
+        inv_freq = b.reshape(c.inv_freq, shape=(count,))
+        inv_freq = inv_freq if inv_freq.tensor.dtype is _wide(x) else b.cast(inv_freq, dtype=_wide(x))
+    return _rotated_along(b, x, axis, [(positions, inv_freq)], c.factor, interleaved)
+
+
+def _laid_out(x: Value, cos: Value, table: tuple[DimLike, ...]) -> tuple[int, DimLike]:
+    """The axis of x along which its table varies, and of how many rows the table is; raises Mismatch."""
+    if len(x.shape) != 4:
+        raise Mismatch(f"{x!r} has not the four axes batch, position, head, feature")
+    shape = (*(1,) * (4 - len(table)), *table)
     if shape[2] == 1 and shape[1] == x.shape[1]:
         axis = 1
     elif shape[1] == 1 and shape[2] == x.shape[2]:
@@ -150,17 +172,53 @@ def _rope(
         axis = 0
     if axis == 0 or shape[0] not in (1, x.shape[0]):
         raise Mismatch(f"%{cos.name} does not vary along one position axis of {x!r}")
-    at: tuple[DimLike, ...] = (shape[axis],) if shape[0] == 1 else (shape[0], shape[axis])
-    positions = c.positions if c.positions.shape == at else b.reshape(c.positions, shape=at)
-    wide = DType.F64 if x.tensor.dtype is DType.F64 else DType.F32
-    if isinstance(c.inv_freq, np.ndarray):
-        inv_freq = b.constant(c.inv_freq, wide)
-    else:
-        inv_freq = b.reshape(c.inv_freq, shape=(count,))
-        inv_freq = inv_freq if inv_freq.tensor.dtype is wide else b.cast(inv_freq, dtype=wide)
+    return axis, shape[0]
+
+
+def _wide(x: Value) -> DType:
+    return DType.F64 if x.tensor.dtype is DType.F64 else DType.F32
+
+
+def _rotated_along(
+    b: Builder, x: Value, axis: int, turns: Sequence[tuple[Value, Value]], factor: float, interleaved: bool
+) -> Value:  # fmt: skip
+    """x turned by each of the (positions, frequencies), one after the other; its positions stand on ``axis``."""
     x = b.transpose(x, perm=_SWAP) if axis == 2 else x
-    y = b.rope(x, positions, inv_freq, factor=c.factor, interleaved=interleaved)
-    return b.transpose(y, perm=_SWAP) if axis == 2 else y
+    for positions, inv_freq in turns:
+        x, factor = b.rope(x, positions, inv_freq, factor=factor, interleaved=interleaved), 1.0
+    return b.transpose(x, perm=_SWAP) if axis == 2 else x
+
+
+def _lane_by_lane(
+    b: Builder, x: Value, cos: Value, sin: Value, repeats: int, interleaved: bool, pairs: bool
+) -> Value:  # fmt: skip
+    """The same, of tables whose features follow positions of several kinds: turned by each kind, where the others' frequencies
+    are 0 and nothing moves; raises Mismatch.
+    """
+    c, s = lanes(cos), lanes(sin)
+    if (c.fn, s.fn, c.factor, c.features) != ("cos", "sin", s.factor, s.features) or c.shape != s.shape:
+        raise Mismatch(f"%{cos.name} and %{sin.name} are not cosine and sine of the same angles")
+    width = len(c.features) // repeats
+    own = c.features[::2] if pairs else c.features[:width]
+    if c.features != (tuple(f for f in own for _ in range(2)) if pairs else own * repeats):
+        raise Mismatch(f"%{cos.name} holds its angles in another order than %{x.name} its pairs of features")
+    axis, rows = _laid_out(x, cos, c.shape)
+    turns = []
+    for kind in dict.fromkeys((angles, source) for angles, source, _ in own):
+        angles, source = kind
+        mine = np.array([(at, f) == kind for at, f, _ in own])
+        which = np.array([i if m else 0 for (_, _, i), m in zip(own, mine)])
+        if source.const is not None:
+            inv_freq = b.constant(np.where(mine, source.const.reshape(-1)[which], 0), _wide(x))
+        else:
+            size = source.tensor.size
+            inv_freq = b.reshape(source, shape=(size,))
+            inv_freq = inv_freq if inv_freq.tensor.dtype is _wide(x) else b.cast(inv_freq, dtype=_wide(x))
+            in_order = len(which) == size and all(i == n for n, i in enumerate(which) if mine[n])
+            inv_freq = inv_freq if in_order else b.gather(inv_freq, b.constant(which))
+            inv_freq = inv_freq if mine.all() else b.mul(inv_freq, b.constant(mine.astype(np.float32), _wide(x)))
+        turns.append((angles.emit(b, axis - 4, rows, x.shape[axis]), inv_freq))
+    return _rotated_along(b, x, axis, turns, c.factor, interleaved)
 
 
 def _part(v: Value) -> tuple[DimLike, DimLike]:
@@ -374,8 +432,15 @@ class FuseRope(Rewrites):
 
     Halves or interleaved pairs, rotated together or apart, a rotated part of each head, a factor on the tables; where positions
     follow heads in x, transposes are put around. Tables may be shared between layers; their angles must be products of integer
-    positions and constant frequencies, in f32 or wider. Tables rounded to f16 are replaced by f32 ones.
+    positions and constant frequencies, in f32 or wider. Tables rounded to f16 are replaced by f32 ones. Features may follow
+    positions of several kinds (M-RoPE; rows and columns): these turn one after the other.
     """
 
     name = "fuse-rope"
     rules = (_RotateHalf(), _Halves(), _Pairs(), _RotatePairs(), _Partial(), _RepeatedHeads(), _Narrow())
+
+    def run_graph(self, graph: Graph, remarks: Remarks) -> bool:
+        try:
+            return super().run_graph(graph, remarks)
+        finally:
+            lanes.cache_clear()

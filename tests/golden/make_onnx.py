@@ -39,6 +39,10 @@ from transformers import (
     WhisperConfig,
     WhisperForConditionalGeneration,
 )
+from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfig
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLTextModel
+from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
 
 HERE = Path(__file__).parent / "onnx"
 DIM, HEADS, VOCAB, MEMORY = 32, 4, 40, 20
@@ -79,6 +83,19 @@ class CausalPast(Causal):
         return (out.logits, *(x for layer in out.past_key_values.layers for x in (layer.keys, layer.values)))
 
 
+class Placed(Causal):
+    """A decoder of text and pictures: positions by time, height and width; its head made here."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.head = torch.nn.Linear(DIM, VOCAB, bias=False)
+
+    def forward(self, input_ids, position_ids=None):
+        seen = torch.ones_like(input_ids)
+        out = self.model(input_ids=input_ids, position_ids=position_ids, attention_mask=seen, use_cache=False)
+        return self.head(out.last_hidden_state)
+
+
 class Encoder(Causal):
     def forward(self, input_ids, attention_mask):
         return self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
@@ -115,6 +132,18 @@ def llama(attention):
 
 def qwen3(attention):
     return Qwen3ForCausalLM(Qwen3Config(**DECODER, head_dim=16, attn_implementation=attention))
+
+
+def qwen2_vl(attention):
+    return Qwen2VLTextModel(Qwen2VLTextConfig(**DECODER, rope_parameters={
+        "rope_type": "default", "rope_theta": 100.0, "mrope_section": [1, 1, 2]}, attn_implementation=attention))  # fmt: skip
+
+
+def qwen3_vl(attention):
+    """Height and width stand between the features of time."""
+    return Qwen3VLTextModel(Qwen3VLTextConfig(**DECODER, head_dim=16, rope_parameters={
+        "rope_type": "default", "rope_theta": 100.0, "mrope_section": [3, 3, 2], "mrope_interleaved": True,
+    }, attn_implementation=attention))  # fmt: skip
 
 
 def gemma3(attention):
@@ -168,6 +197,7 @@ WITH_PAST = {
     **PLACED, "attention_mask": {0: "b", 1: "t + s"},
     **{f"past_key_values.{i}.{x}": {0: "b", 2: "t"} for i in range(2) for x in ("key", "value")},
 }  # fmt: skip
+KINDS = {**TOKENS, "position_ids": {1: "b", 2: "s"}}
 PIXELS = {"pixel_values": {0: "b"}}
 SOUND = {"input_features": {0: "b"}}
 PAIR = {**TOKENS, "encoder_hidden_states": {0: "b", 1: "t"}}
@@ -192,6 +222,9 @@ CASES = {
     "llama_legacy": Case(llama, "eager", "legacy", CausalMasked, PLACED),
     "llama_past": Case(llama, "eager", "legacy", CausalPast, WITH_PAST),
     "qwen3_sdpa": Case(qwen3, "sdpa", "dynamo"),
+    "qwen2_vl": Case(qwen2_vl, "eager", "dynamo", Placed, KINDS),
+    "qwen2_vl_alone_legacy": Case(qwen2_vl, "eager", "legacy", Placed),
+    "qwen3_vl_legacy": Case(qwen3_vl, "eager", "legacy", Placed, KINDS),
     "gemma3_eager": Case(gemma3, "eager", "dynamo"),
     "gemma3_sdpa_legacy": Case(gemma3, "sdpa", "legacy", CausalMasked, PLACED),
     "bert_eager": Case(bert, "eager", "dynamo", Encoder, MASKED),
@@ -216,6 +249,8 @@ def sample(axes: dict, sizes: dict, rng: np.random.Generator) -> dict[str, torch
         elif name == "attention_mask":
             n = past + s
             x = (np.arange(n)[None] < np.where(np.arange(b) == 0, n - 3, n)[:, None]).astype(np.int64)
+        elif axes is KINDS:
+            x = rng.integers(0, 2, (3, b, s)).cumsum(-1)
         elif name == "position_ids":
             x = np.broadcast_to(past + np.arange(s), (b, s)).copy()
         elif name.startswith("past"):

@@ -25,6 +25,9 @@ CASES: dict[str, tuple[int, int, int]] = {
     "llama_legacy": (2, 0, 2),
     "llama_past": (2, 0, 2),
     "qwen3_sdpa": (2, 2, 0),
+    "qwen2_vl": (2, 2, 0),
+    "qwen2_vl_alone_legacy": (2, 2, 0),
+    "qwen3_vl_legacy": (2, 2, 0),
     "gemma3_eager": (2, 2, 0),
     "gemma3_sdpa_legacy": (2, 2, 2),
     "bert_eager": (2, 0, 2),
@@ -38,7 +41,8 @@ CASES: dict[str, tuple[int, int, int]] = {
 }
 CAUSAL = [
     "gpt2_eager", "gpt2_sdpa_legacy", "llama_sdpa", "llama_sdpa_23", "llama_masked", "llama_legacy", "qwen3_sdpa",
-    "gemma3_eager", "gemma3_sdpa_legacy", "whisper_decoder", "t5_decoder_legacy",
+    "qwen2_vl", "qwen2_vl_alone_legacy", "qwen3_vl_legacy", "gemma3_eager", "gemma3_sdpa_legacy", "whisper_decoder",
+    "t5_decoder_legacy",
 ]  # fmt: skip
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -84,7 +88,9 @@ def test_fused(name: str) -> None:
     "name, windows, ropes, norms",
     [
         ("gpt2_eager", [None, None], 0, 5), ("llama_sdpa", [None, None], 4, 5), ("llama_legacy", [None, None], 4, 5),
-        ("qwen3_sdpa", [None, None], 4, 9), ("gemma3_eager", [5, None], 4, 13), ("gemma3_sdpa_legacy", [5, None], 4, 13),
+        ("qwen3_sdpa", [None, None], 4, 9), ("qwen2_vl", [None, None], 12, 5),
+        ("qwen2_vl_alone_legacy", [None, None], 4, 5), ("qwen3_vl_legacy", [None, None], 12, 9),
+        ("gemma3_eager", [5, None], 4, 13), ("gemma3_sdpa_legacy", [5, None], 4, 13),
     ],
 )  # fmt: skip
 def test_what_else_is_found(name: str, windows: list[int | None], ropes: int, norms: int) -> None:
@@ -118,7 +124,7 @@ def test_generation(name: str) -> None:
     at = 0
     for step in (4, 3, *(1,) * (length - 7)):
         graph = "decode" if step == 1 else "prefill"
-        feeds = {k: v[:, at : at + step] for k, v in inputs.items()} | fixed | states | {"past": np.full(batch, at)}
+        feeds = {k: v[..., at : at + step] for k, v in inputs.items()} | fixed | states | {"past": np.full(batch, at)}
         if graph == "prefill":
             feeds["last"] = np.full(batch, step - 1)
         out = interpret(program, graph, {k: v for k, v in feeds.items() if k in {i.name for i in program[graph].inputs}})
