@@ -150,7 +150,7 @@ def _said(table: Value, roots: Mapping[Value, object], order: list[Node]) -> tup
             raise Mismatch(f"%{y.name} joins tables of other functions")
         fn, factor = said.pop()
         if node.is_a("cos", "sin") and not fn:
-            fn = node.op.name
+            fn = "cos" if node.is_a("cos") else "sin"
         elif node.is_a("mul") and (number := number_of(node.inputs[1 - given[0]])) is not None and fn:
             factor *= number
         elif not (node.is_a("cast") and y.tensor.dtype.is_float) and not (
