@@ -71,11 +71,6 @@ class Scheme:
         """Whether elements have an offset."""
         return len(self.floats) > 1
 
-    @property
-    def code_bits(self) -> int:
-        """Of one code."""
-        return (self.high - self.low).bit_length()
-
     def random(self, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
         """Blocks of arbitrary codes whose elements have a size of about 1: u8[.., blocks, size] for a tensor of ``shape``."""
         blocks = rng.integers(0, 256, (*shape[:-1], shape[-1] // self.block, self.size), np.uint8)

@@ -239,11 +239,6 @@ class QTensorType:
         return (self.shape[-1] + (self.block - 1)) // self.block
 
     @property
-    def qmax(self) -> int:
-        """Largest magnitude that quantization produces."""
-        return 127 if self.scheme == "int8" else 7
-
-    @property
     def row_block(self) -> int:
         """Elements of an activation that share a scale, where rows are quantized for a product with this weight."""
         return 32 if self.stored is not None or self.block % 32 == 0 else self.block

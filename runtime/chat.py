@@ -16,7 +16,7 @@ from .media import KINDS, Media
 from .prompts import Rows
 from .sampling import SamplingOptions
 from .template import Templates, read_templates
-from .values import listed, whole
+from .values import integer, listed
 
 if TYPE_CHECKING:
     from .model import Model
@@ -155,7 +155,7 @@ class Chat:
         interrupted: Callable[[], bool] | None = None, **sampling: Any,
     ) -> Reply:  # fmt: skip
         """What :meth:`Model.chat` returns."""
-        max_tokens = None if max_tokens is None else whole("max_tokens", max_tokens, 1)
+        max_tokens = None if max_tokens is None else integer("max_tokens", max_tokens, 1)
         options = _options(options, sampling)
         if stream is not None and not callable(stream):
             raise InputError(f"stream is called with pieces of text; it must be a function, not {type(stream).__name__}")

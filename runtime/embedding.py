@@ -13,7 +13,7 @@ from .errors import AGAIN, ArtifactError, InputError, ModelError
 from .interface import Embedder
 from .prompts import padded
 from .tokenizer import Tokenizer, refusals
-from .values import listed, texts, whole
+from .values import integer, listed, texts
 
 if TYPE_CHECKING:
     from .model import Model
@@ -91,7 +91,7 @@ class Texts:
         return len(ids) - (ids[-1] in self.model.tokenizer.special)
 
     def _run(self, found: Sequence[Tokens], batch: int, skip: int) -> np.ndarray:
-        batch = whole("batch", batch, 1)
+        batch = integer("batch", batch, 1)
         order = sorted(range(len(found)), key=lambda i: -len(found[i].ids))
         out: np.ndarray | None = None
         for some in batches([len(found[i].ids) for i in order], batch):

@@ -14,7 +14,7 @@ from .errors import ContextLimitError, InputError
 from .prompts import Prompt, padded, read_prompts, seen_rows
 from .sampling import Sampler, SamplingOptions, TokenLogprob, logprob
 from .tokenizer import StopStrings, TextStream
-from .values import listed, texts, whole
+from .values import integer, listed, texts
 
 if TYPE_CHECKING:
     from .model import Model
@@ -135,11 +135,11 @@ class Settings:
         stream: Callable[[int, str], None] | None, logprobs: int | None, ends: Iterable[int] = (),
     ) -> Settings:  # fmt: skip
         """Raises InputError for what cannot be. ``ends``: tokens that end a text as the model's own EOS does."""
-        logprobs = None if logprobs is None else whole("logprobs", logprobs)
+        logprobs = None if logprobs is None else integer("logprobs", logprobs)
         stop = texts("stop", [stop] if isinstance(stop, str) else listed("stop", stop))
         interface = model.manifest.interface
         most = None if interface.vocab is None else interface.vocab - 1
-        stop_tokens = [whole("stop_tokens: a token", t, most=most) for t in listed("stop_tokens", stop_tokens)]
+        stop_tokens = [integer("stop_tokens: a token", t, most=most) for t in listed("stop_tokens", stop_tokens)]
         if stream is not None and not callable(stream):
             raise InputError(
                 f"stream is called with pieces of text; it must be a function, not {type(stream).__name__}"
@@ -175,7 +175,7 @@ def generate(
     Raises InputError for what cannot be done, MediaError for media that cannot be read, ContextLimitError where prompt and
     ``max_tokens`` exceed the context; all before the first step.
     """
-    max_tokens = None if max_tokens is None else whole("max_tokens", max_tokens, 1)
+    max_tokens = None if max_tokens is None else integer("max_tokens", max_tokens, 1)
     settings = Settings.of(model, options, stop, stop_tokens, stream, logprobs)
     if inputs is not None and not isinstance(inputs, Mapping):
         raise InputError(f"inputs must be arrays by name, not {type(inputs).__name__}")

@@ -16,7 +16,7 @@ from typing import Any
 from .artifact import LIBRARY, MANIFEST, RUNTIME_LIBRARY
 from .errors import AGAIN, ArtifactError, InputError, RuntimeErrorBase
 from .manifest import Manifest
-from .values import whole
+from .values import integer
 
 _CPU, _POOLED = 1, 2
 _loaded: list[str] = []
@@ -101,7 +101,7 @@ def _equal(where: str, needs: str, left: int, right: int) -> None:
 
 
 def _set_threads(threads: int | None) -> None:
-    threads = None if threads is None else whole("threads", threads, 1, 4096)
+    threads = None if threads is None else integer("threads", threads, 1, 4096)
     if threads is not None or "TVM_NUM_THREADS" not in os.environ:
         os.environ["TVM_NUM_THREADS"] = str(threads or cpu_count())
     # else the first launch pins the calling thread to core 0, and everything that Python starts from it

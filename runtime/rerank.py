@@ -12,7 +12,7 @@ import numpy as np
 from .embedding import batches
 from .errors import InputError, ModelError
 from .prompts import padded
-from .values import listed, texts, whole
+from .values import integer, listed, texts
 
 if TYPE_CHECKING:
     from .model import Model
@@ -56,7 +56,7 @@ def rerank(
     """The probability of yes beside no, f32[n]; see :meth:`wasat.runtime.Model.rerank`."""
     (query,), given = texts("the query", [query]), texts("a document", listed("documents", documents))
     (instruct,) = texts("instruct", [form.instruct if instruct is None else instruct])
-    batch = whole("batch", batch, 1)
+    batch = integer("batch", batch, 1)
     library = model.tokenizer.library
     ids = {m: library.token_to_id(m) for m in [*form.marks, form.no, form.yes]}
     if lacking := [m for m, i in ids.items() if i is None]:

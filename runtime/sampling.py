@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .errors import InputError, ModelError
-from .values import number, whole
+from .values import integer, number
 
 PENALTIES = (1e-250, 1e250)
 """Repetition penalties by which no f32 leaves f64."""
@@ -49,7 +49,7 @@ class SamplingOptions:
                 raise InputError(f"{name} is {value!r}; it must be {want}")
             object.__setattr__(self, name, value)
         for name in ("top_k", "seed"):
-            object.__setattr__(self, name, whole(name, getattr(self, name)))
+            object.__setattr__(self, name, integer(name, getattr(self, name)))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from .interface import TensorSpec
 from .manifest import Indices
 from .prompts import MOST_TOKENS
 from .slots import Slots
-from .values import whole
+from .values import integer
 
 _FIRST = 256
 """Capacity of growing states when a session opens; it doubles whenever it is used up."""
@@ -86,8 +86,8 @@ class Session:
         self._each = {name: [i for i in engine.entry(name).indices if i.input in self.along.specs] for name in self._late}
         self._rows = next(i.shape[0] for i in engine.entry("prefill").inputs if i.name == m.tokens)
         self._engine, self._memory = engine, engine.memory
-        batch = whole("batch", batch, 1)
-        context = None if context is None else whole("context", context)
+        batch = integer("batch", batch, 1)
+        context = None if context is None else integer("context", context)
         limit = context if m.context is None else m.context
         if limit is None:
             raise InputError("the model states no context limit: say how many positions the session is for (context=)")

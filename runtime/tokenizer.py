@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import ArtifactError, InputError
-from .values import texts, whole
+from .values import integer, texts
 
 _BROKEN = "\ufffd"
 """What decoding puts where bytes are no UTF-8 (yet)."""
@@ -43,7 +43,7 @@ class Tokenizer:
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of ``tokens``, special ones left out. Raises InputError for what is no token id."""
-        ids = tokens if isinstance(tokens, list) else [whole("a token", t, most=2**32 - 1) for t in tokens]
+        ids = tokens if isinstance(tokens, list) else [integer("a token", t, most=2**32 - 1) for t in tokens]
         with refusals(InputError, "the tokenizer cannot decode the tokens ({})"):
             return str(self.library.decode(ids))
 

@@ -13,7 +13,7 @@ import numpy as np
 from .errors import InputError
 
 
-def whole(name: str, x: Any, least: int = 0, most: int | None = None) -> int:
+def integer(name: str, x: Any, least: int = 0, most: int | None = None) -> int:
     """``x`` as an int from ``least`` to ``most``. Raises InputError: numbers with a fraction, texts and truth values are
     none."""
     try:

@@ -31,7 +31,7 @@ class CheckpointError(WasatError):
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[IO[bytes]]:
+def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A file to be written that gets its name, ``path``, once all of it is on the disk; until then an older one stays.
 
     Raises CheckpointError where the system refuses, as when the disk is full, and leaves no part behind.
@@ -88,7 +88,7 @@ class Checkpoints:
             end += x.nbytes
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
-        with whole(path) as f:
+        with replacing(path) as f:
             f.write(len(text).to_bytes(8, "little") + text)
             for k in order:
                 f.write(_bytes(states[k]))

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from .checkpoint import whole
+from .checkpoint import replacing
 
 _W, _H, _LEFT, _TOP, _RIGHT, _BOTTOM = 800, 400, 60, 40, 20, 40
 Points = Sequence[tuple[int, float]]
@@ -49,5 +49,5 @@ def write_curve(path: Path, title: str, series: Mapping[str, Points], notes: Seq
         label = f"{name} {points[-1][1]:.4g}"
         parts.append(f'<text x="{_W - _RIGHT}" y="{20 + 16 * i}" text-anchor="end" fill="{colour}">{escape(label)}</text>')
     parts += ["</svg>", *(f"<p>{escape(note)}</p>" for note in notes), "</body></html>", ""]
-    with whole(path) as f:
+    with replacing(path) as f:
         f.write("\n".join(parts).encode())

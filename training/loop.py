@@ -22,7 +22,7 @@ from wasat.passes import Inference, PassManager, Remark
 
 from .bar import Bar
 from .blame import Diverged, offender
-from .checkpoint import Checkpoint, CheckpointError, Checkpoints, whole
+from .checkpoint import Checkpoint, CheckpointError, Checkpoints, replacing
 from .compiled import Compiled, specialized
 from .curve import write_curve
 from .data import Batch, Iterated
@@ -227,7 +227,7 @@ class _Run:
             if line["step"] > found.step:
                 break
             log.append(line)
-        with whole(path) as f:
+        with replacing(path) as f:
             f.write("".join(_to_json(line) + "\n" for line in log).encode())
         return found.step, found.states, log
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from wasat.ir import Builder, DimLike, DType, Graph, Node, Value, equal
-from wasat.ir.ops.attention import mask_and_sink
+from wasat.ir import Builder, DType, Graph, Node, Value, equal
+from wasat.ir.ops.attention import emit_seen, emit_seen_cached, mask_and_sink
 
 
 def prepare(graph: Graph) -> None:
@@ -31,23 +31,12 @@ def _needs_mask(node: Node) -> bool:
     return a.window is not None or (a.causal and equal(q.shape[1], k.shape[1]) is not True)
 
 
-def _seen(b: Builder, query: Value, key: Value, causal: bool, window: int | None) -> Value:
-    keep = b.less_equal(key, query) if causal else None
-    if window is not None:
-        near = b.less(b.sub(query, key), window)
-        keep = near if keep is None else b.logical_and(keep, near)
-    assert keep is not None
-    return keep
-
-
 def _masked(b: Builder, node: Node) -> Value:
     a: Any = node.attrs
     q, k, v, *given = node.inputs
-    s, t = q.shape[1], k.shape[1]
-    query = b.reshape(b.iota(size=s), shape=(s, 1))
-    if equal(s, t) is not True:
-        query = b.add(query, b.sub(b.dim_size(size=t), b.dim_size(size=s)))
-    return _under(b, node, (q, k, v), _seen(b, query, b.iota(size=t), a.causal, a.window), given)
+    seen = emit_seen(b, a, q.shape[1], k.shape[1])
+    assert seen is not None
+    return _under(b, node, (q, k, v), seen, given)
 
 
 def _under(b: Builder, node: Node, qkv: tuple[Value, Value, Value], seen: Value, given: Sequence[Value]) -> Value:
@@ -65,20 +54,7 @@ def _cached(b: Builder, node: Node) -> list[Value]:
     a: Any = node.attrs
     q, k, v, k_cache, v_cache, past, *given = node.inputs
     keys, values = b.cache_update(k_cache, k, past, ring=a.ring), b.cache_update(v_cache, v, past, ring=a.ring)
-    n, s = q.shape[:2]
-    c: DimLike = keys.shape[1]
-    dtype = past.tensor.dtype
-    start = b.reshape(past, shape=(n, 1, 1, 1))
-    query = b.add(start, b.reshape(b.iota(size=s, dtype=dtype), shape=(s, 1)))
-    key = b.iota(size=c, dtype=dtype)
-    last = b.add(start, b.sub(b.dim_size(size=s, dtype=dtype), 1))
-    if a.ring:  # the newest position that each slot can hold; slots not yet written are before position 0
-        key = b.sub(last, b.mod(b.sub(last, key), b.dim_size(size=c, dtype=dtype)))
-    mask = _seen(b, query if a.causal else last, key, True, None)
-    if a.window is not None:
-        mask = b.logical_and(mask, _seen(b, query, key, False, a.window))
-    if a.ring:
-        mask = b.logical_and(mask, b.greater_equal(key, 0))
+    mask = emit_seen_cached(b, a, past, q.shape[1], keys.shape[1], 1)
     return [_under(b, node, (q, keys, values), mask, given), keys, values]
 
 

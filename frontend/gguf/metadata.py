@@ -44,7 +44,7 @@ class Keys(Fields):
             raise self.fail(f"general.type is {kind!r}; only whole models are read")
         return arch
 
-    def whole(self, key: str, default: int | None = None) -> int:
+    def count(self, key: str, default: int | None = None) -> int:
         """A positive integer, or an array of one for each layer that are all the same."""
         value = self.take(key, (object, bool), *(() if default is None else (default,)))
         if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and value.size and (value == value[0]).all():
@@ -66,10 +66,10 @@ def config_of(g: Gguf) -> dict[str, Any]:
         raise keys.fail(f"the architecture is {keys.arch!r}; supported are {', '.join(ARCHITECTURES)}")
     if "token_embd.weight" not in g.tensors:
         raise keys.fail("the tensor token_embd.weight is missing")
-    dim, heads, layers = keys.whole("embedding_length"), keys.whole("attention.head_count"), keys.whole("block_count")
+    dim, heads, layers = keys.count("embedding_length"), keys.count("attention.head_count"), keys.count("block_count")
     if dim % heads and not keys.has("attention.key_length"):
         raise keys.fail(f"{keys.arch}.embedding_length {dim} does not split into {heads} heads")
-    head_dim = keys.whole("attention.key_length", dim // heads)
+    head_dim = keys.count("attention.key_length", dim // heads)
     for key in ("attention.value_length", "rope.dimension_count", "attention.key_length_swa", "attention.value_length_swa",
                 "rope.dimension_count_swa"):  # fmt: skip
         keys.refuse(key, head_dim, f"heads have {head_dim} elements, and all of them are rotated")
@@ -78,8 +78,8 @@ def config_of(g: Gguf) -> dict[str, Any]:
         keys.refuse(key, 0, "mixtures of experts and shared layers are not read")
     config: dict[str, Any] = {
         "hidden_size": dim, "num_hidden_layers": layers, "num_attention_heads": heads, "head_dim": head_dim,
-        "num_key_value_heads": keys.whole("attention.head_count_kv", heads),
-        "intermediate_size": keys.whole("feed_forward_length"), "max_position_embeddings": keys.whole("context_length"),
+        "num_key_value_heads": keys.count("attention.head_count_kv", heads),
+        "intermediate_size": keys.count("feed_forward_length"), "max_position_embeddings": keys.count("context_length"),
         "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
         "vocab_size": g.tensors["token_embd.weight"].shape[0],
         "tie_word_embeddings": "output.weight" not in g.tensors,
@@ -94,7 +94,7 @@ def _scaling(keys: Keys) -> dict[str, Any]:
     """``rope_parameters`` without the base."""
     kind = keys.take("rope.scaling.type", str, "linear" if keys.has("rope.scale_linear") else "none")
     factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 1.0))
-    trained = keys.whole("rope.scaling.original_context_length", keys.whole("context_length"))
+    trained = keys.count("rope.scaling.original_context_length", keys.count("context_length"))
     keys.refuse("rope.scaling.attn_factor", 1.0, "cos and sin with a factor of their own are not implemented")
     if kind == "yarn":
         for key in ("ext", "attn"):
@@ -114,7 +114,7 @@ def _llama(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
         if f"blk.0.{part}.bias" in keys.tensors:
             more[name] = True
     if keys.has("attention.sliding_window"):
-        return {**more, "model_type": "mistral", "sliding_window": keys.whole("attention.sliding_window")}
+        return {**more, "model_type": "mistral", "sliding_window": keys.count("attention.sliding_window")}
     return {**more, "model_type": "llama"}
 
 
@@ -135,7 +135,7 @@ def _gemma3(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
         sliding = [(i + 1) % pattern != 0 for i in range(layers)]
     else:
         raise keys.fail(f"gemma3.attention.sliding_window_pattern is {brief(pattern)}; a period, or one entry for each layer")
-    window = keys.whole("attention.sliding_window") if keys.has("attention.sliding_window") else None
+    window = keys.count("attention.sliding_window") if keys.has("attention.sliding_window") else None
     # the 27B model scales by its width over its heads; the file does not say so
     scale = config["hidden_size"] / config["num_attention_heads"] if layers == 62 else config["head_dim"]
     keys.refuse("attn_logit_softcapping", 0.0, "Gemma 3 has no softcap of scores")
@@ -162,7 +162,7 @@ def _gemma2(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
     scale = config["hidden_size"] / config["num_attention_heads"] if layers == 46 else config["head_dim"]
     return {
         "model_type": "gemma2", "query_pre_attn_scalar": scale,
-        "sliding_window": keys.whole("attention.sliding_window", 4096),
+        "sliding_window": keys.count("attention.sliding_window", 4096),
         "attn_logit_softcapping": keys.number("attn_logit_softcapping", 50.0),
         "final_logit_softcapping": keys.number("final_logit_softcapping", 30.0),
         "rope_parameters": {**_scaling(keys), "rope_theta": keys.number("rope.freq_base", 10000.0)},

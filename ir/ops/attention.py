@@ -176,6 +176,29 @@ def _emit_keep(b: Builder, query: Value, key: Value, causal: bool, window: int |
     return keep
 
 
+def emit_seen(b: Builder, attrs: AttentionAttrs, s: DimLike, t: DimLike) -> Value | None:
+    """Which of t keys the s queries see by causality and window: bool[s, t]; None: all of them."""
+    query = b.reshape(b.iota(size=s), shape=(s, 1))
+    if equal(s, t) is not True:
+        query = b.add(query, b.sub(b.dim_size(size=t), b.dim_size(size=s)))
+    return _emit_keep(b, query, b.iota(size=t), attrs.causal, attrs.window)
+
+
+def emit_seen_cached(b: Builder, attrs: CachedAttrs, past: Value, s: DimLike, c: DimLike, heads: int) -> Value:
+    """Which of c slots of a cache s queries behind ``past`` positions see: bool[b, 1 (as many as ``heads``), s, c]."""
+    dtype = past.tensor.dtype
+    start = b.reshape(past, shape=(past.shape[0], *(1,) * heads, 1, 1))
+    query = b.add(start, b.reshape(b.iota(size=s, dtype=dtype), shape=(s, 1)))
+    key = b.iota(size=c, dtype=dtype)
+    last = b.add(start, b.sub(b.dim_size(size=s, dtype=dtype), 1))
+    if attrs.ring:  # the newest position that each slot can hold; slots not yet written are before position 0
+        key = b.sub(last, b.mod(b.sub(last, key), b.dim_size(size=c, dtype=dtype)))
+    keep = b.less_equal(key, query if attrs.causal else last)
+    if attrs.window is not None:
+        keep = b.logical_and(keep, b.less(b.sub(query, key), attrs.window))
+    return b.logical_and(keep, b.greater_equal(key, 0)) if attrs.ring else keep
+
+
 def _emit_mask(b: Builder, x: Value, keep: Value | None, mask: Value | None) -> tuple[Value, Value | None]:
     """As ``_masked``."""
     if mask is None:
@@ -250,10 +273,7 @@ class Attention(Op):
         n, s, h, _ = q.shape
         t = k.shape[1]
         x = _emit_scores(b, attrs, q, k)
-        query = b.reshape(b.iota(size=s), shape=(s, 1))
-        if equal(s, t) is not True:
-            query = b.add(query, b.sub(b.dim_size(size=t), b.dim_size(size=s)))
-        keep = _emit_keep(b, query, b.iota(size=t), attrs.causal, attrs.window)
+        keep = emit_seen(b, attrs, s, t)
         x, keep = _emit_mask(b, x, keep, mask)
         out = _emit_softmax_v(b, x, keep, v, sink, (n, s, h, v.shape[3]))
         return b.cast(out, dtype=dtype) if dtype.bits < 32 else out
@@ -378,19 +398,8 @@ class CachedAttention(Op):
         if dtype.bits < 32:
             q, keys, values = (b.cast(x, dtype=DType.F32) for x in (q, kc, vc))
         n, s, h, _ = q.shape
-        c = kc.shape[1]
-        start = b.reshape(past, shape=(n, 1, 1, 1, 1))
-        query = b.add(start, b.reshape(b.iota(size=s, dtype=past.tensor.dtype), shape=(s, 1)))
-        key = b.iota(size=c, dtype=past.tensor.dtype)
-        last = b.add(start, b.sub(b.dim_size(size=s, dtype=past.tensor.dtype), 1))
-        if attrs.ring:
-            key = b.sub(last, b.mod(b.sub(last, key), b.dim_size(size=c, dtype=past.tensor.dtype)))
-        keep = _emit_keep(b, query if attrs.causal else last, key, True, None)
-        if attrs.window is not None:
-            keep = b.logical_and(keep, _emit_keep(b, query, key, False, attrs.window))
-        if attrs.ring:
-            keep = b.logical_and(keep, b.greater_equal(key, 0))
-        x, keep = _emit_mask(b, _emit_scores(b, attrs, q, keys), keep, mask)
+        seen = emit_seen_cached(b, attrs, past, s, kc.shape[1], 2)
+        x, keep = _emit_mask(b, _emit_scores(b, attrs, q, keys), seen, mask)
         out = _emit_softmax_v(b, x, keep, values, sink, (n, s, h, v.shape[3]))
         return (b.cast(out, dtype=dtype) if dtype.bits < 32 else out), kc, vc
 

@@ -19,8 +19,6 @@ from ..manifest import Manifest
 
 HERE = Path(__file__).parent
 ARTIFACT, SOURCES, HEADERS = "artifact", "src", "include"
-PROJECT = ("CMakeLists.txt", "README.md", ARTIFACT, SOURCES, HEADERS)
-"""What an exported folder holds; what else lies there (a build) stays."""
 
 
 def check_place(out: Path) -> None:

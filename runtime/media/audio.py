@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..values import whole
+from ..values import integer
 from .base import SOUNDS, Media, pictured
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Audio(Media):
         no such sound, is damaged, empty, longer than MOST_SECONDS or, at ``rate`` Hz, than MOST_SAMPLES, is too short to be
         resampled, or holds samples that are no numbers.
         """
-        rate = whole("rate", rate, 1, MOST_RATE)
+        rate = integer("rate", rate, 1, MOST_RATE)
         with self._reading("av"):
             wave = bytearray()
             for piece in self._pieces(rate):

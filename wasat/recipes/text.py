@@ -24,7 +24,7 @@ from wasat.frontend.models.config import MOST_LAYERS, MOST_SIZE
 from wasat.ir import Generation, IRError, Program, WasatError
 from wasat.recipes.mixture import END
 from wasat.runtime.tokenizer import refusals
-from wasat.training.checkpoint import Checkpoints, whole
+from wasat.training.checkpoint import Checkpoints, replacing
 from wasat.training.data import Batch, Packed, Source, TextFiles
 from wasat.training.loop import Progress, Trained, train
 from wasat.training.losses import add_loss, cross_entropy
@@ -157,7 +157,7 @@ def keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> Path:
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         if Checkpoints(folder).steps():
             raise RecipeError(f"{folder} holds a run with another tokenizer, {path}; choose another folder, or remove it")
-        with whole(path) as f:
+        with replacing(path) as f:
             f.write(text.encode())
     return path
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from tvm import tirx
 
@@ -18,24 +19,17 @@ from .emit import (
     Kernel,
     bits,
     cast,
-    ceil_div,
-    floor_div,
-    floor_mod,
     int64,
     load,
-    maximum,
-    minimum,
     splat,
     splat_int,
     symbol,
     vector,
 )
 from .isa import Isa
-from .linear_float import for_tiles, store_panel
+from .linear_float import Tile, by_panels, store_panel
 from .pack import BLOCK, padded
 from .quantize import CORRECTION, SCALE, quantized_param
-
-_CHUNK = 240
 
 Codes = Callable[[int, int], Expr]  # (group of four k, half of the panel) -> u8 codes
 Numbers = list[list[Expr]]
@@ -78,21 +72,11 @@ def linear_blocks(desc: LinearBlocks) -> tirx.PrimFunc:
         with kernel.range(first, last) as panel:
             tile(1, int64(0), panel, panel_source(kernel, desc, w, panel, None))
 
-    def matrix_path(first: Expr, last: Expr) -> None:
-        chunk = minimum(maximum(m, 1), _CHUNK)
-        memory = panel_buffers(kernel, desc)
-        with kernel.range(first, last) as unit:
-            panel = kernel.let(floor_mod(unit, panels), "panel")
-            low = kernel.let(floor_div(unit, panels) * chunk, "low")
-            high = kernel.let(minimum(low + chunk, m), "high")
-            source = panel_source(kernel, desc, w, panel, memory)
-            for_tiles(kernel, isa.int_tiles[1:], low, high, lambda rows, row: tile(rows, row, panel, source))
+    def prepared(panel: Expr, memory: Any) -> Tile:
+        source = panel_source(kernel, desc, w, panel, memory)
+        return lambda rows, row: tile(rows, row, panel, source)
 
-    serial = desc.threads == 1 or n * desc.k < 65536
-    kernel.either(tirx.EQ(m, int64(1)),
-                  lambda: kernel.share(1 if serial else desc.threads, panels, vector_path),
-                  lambda: kernel.share(desc.threads, ceil_div(m, minimum(maximum(m, 1), _CHUNK)) * panels, matrix_path))
-    return kernel.build()
+    return by_panels(kernel, desc, m, isa.int_tiles[1:], 65536, vector_path, lambda: panel_buffers(kernel, desc), prepared)
 
 
 def register_tile(

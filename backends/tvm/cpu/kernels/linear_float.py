@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tvm import tirx
 
@@ -81,33 +82,48 @@ def linear(desc: Linear) -> tirx.PrimFunc:
     w = kernel.param("w", *packed_param(desc.weights, n, k, isa))
     bias = kernel.param("bias", (padded(n, isa.columns),), "float32") if desc.bias else None
     y = kernel.param("y", (m, n), "float32")
-    panels = padded(n, isa.columns) // isa.columns
 
     def vector_path(first: Expr, last: Expr) -> None:
         vector_panels(kernel, desc, x, int64(0), w, bias, first, last, lambda acc, panel: store_panel(
             kernel, acc, [int64(0)], y, panel, n, lanes))
 
+    def prepared(panel: Expr, panel_copy: Buffer | None) -> Tile:
+        source = panel_source(kernel, desc, w, panel, panel_copy)
+
+        def tile(rows: int, row: Expr) -> None:
+            acc = register_tile(kernel, desc, x, bias, rows, row, panel, source)
+            store_panel(kernel, acc, [row + i for i in range(rows)], y, panel, n, lanes)
+
+        return tile
+
+    return by_panels(kernel, desc, m, isa.tiles[1:], 32768, vector_path, lambda: panel_buffer(kernel, desc), prepared)
+
+
+Tile = Callable[[int, Expr], None]
+"""So many rows of x, from a row on, by a panel."""
+
+
+def by_panels(
+    kernel: Kernel, desc: Any, m: Expr, tiles: tuple[int, ...], small: int, vector_path: Callable[[Expr, Expr], None],
+    memory: Callable[[], Any], prepared: Callable[[Expr, Any], Tile],
+) -> tirx.PrimFunc:  # fmt: skip
+    """Finishes a product of m rows: one row by ``vector_path``, from a panel to another, on one thread if the weight has fewer
+    than ``small`` elements; more rows in chunks, each by each panel, which is ``prepared`` in a thread's ``memory``."""
+    panels = padded(desc.n, desc.isa.columns) // desc.isa.columns
+
     def matrix_path(first: Expr, last: Expr) -> None:
         chunk = minimum(maximum(m, 1), _CHUNK)
-        panel_copy = panel_buffer(kernel, desc)
+        own = memory()
         with kernel.range(first, last) as unit:
             panel = kernel.let(floor_mod(unit, panels), "panel")
             low = kernel.let(floor_div(unit, panels) * chunk, "low")
             high = kernel.let(minimum(low + chunk, m), "high")
-            source = panel_source(kernel, desc, w, panel, panel_copy)
+            for_tiles(kernel, tiles, low, high, prepared(panel, own))
 
-            def tile(rows: int, row: Expr) -> None:
-                acc = register_tile(kernel, desc, x, bias, rows, row, panel, source)
-                store_panel(kernel, acc, [row + i for i in range(rows)], y, panel, n, lanes)
-
-            for_tiles(kernel, isa.tiles[1:], low, high, tile)
-
-    def many() -> None:
-        kernel.share(desc.threads, ceil_div(m, minimum(maximum(m, 1), _CHUNK)) * panels, matrix_path)
-
-    serial = desc.threads == 1 or n * k < 32768
+    serial = desc.threads == 1 or desc.n * desc.k < small
     kernel.either(tirx.EQ(m, int64(1)),
-                  lambda: kernel.share(1 if serial else desc.threads, panels, vector_path), many)
+                  lambda: kernel.share(1 if serial else desc.threads, panels, vector_path),
+                  lambda: kernel.share(desc.threads, ceil_div(m, minimum(maximum(m, 1), _CHUNK)) * panels, matrix_path))
     return kernel.build()
 
 

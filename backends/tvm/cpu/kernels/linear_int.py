@@ -17,24 +17,17 @@ from .emit import (
     Kernel,
     bits,
     cast,
-    ceil_div,
-    floor_div,
-    floor_mod,
     int64,
     load,
-    maximum,
-    minimum,
     splat,
     splat_int,
     symbol,
     vector,
 )
 from .isa import Isa
-from .linear_float import block_scales, byte_of, for_tiles, store_panel
+from .linear_float import Tile, block_scales, by_panels, byte_of, store_panel
 from .pack import BLOCK, int_shape, padded
 from .quantize import CORRECTION, SCALE, quantized_param
-
-_CHUNK = 240
 
 Weights = Literal["int8", "int4"]
 Source = Callable[[Expr, int, int], Expr]  # (block, group of four k, half of the panel) -> bytes
@@ -79,22 +72,12 @@ def linear_int(desc: LinearInt) -> tirx.PrimFunc:
         with kernel.range(first, last) as panel:
             tile(1, int64(0), panel, None)
 
-    def matrix_path(first: Expr, last: Expr) -> None:
-        chunk = minimum(maximum(m, 1), _CHUNK)
-        unpacked = panel_buffer(kernel, desc)
-        with kernel.range(first, last) as unit:
-            panel = kernel.let(floor_mod(unit, panels), "panel")
-            low = kernel.let(floor_div(unit, panels) * chunk, "low")
-            high = kernel.let(minimum(low + chunk, m), "high")
-            if unpacked is not None:
-                unpack(kernel, desc, w, panel, unpacked)
-            for_tiles(kernel, isa.int_tiles[1:], low, high, lambda rows, row: tile(rows, row, panel, unpacked))
+    def prepared(panel: Expr, unpacked: Buffer | None) -> Tile:
+        if unpacked is not None:
+            unpack(kernel, desc, w, panel, unpacked)
+        return lambda rows, row: tile(rows, row, panel, unpacked)
 
-    serial = desc.threads == 1 or n * desc.k < 65536
-    kernel.either(tirx.EQ(m, int64(1)),
-                  lambda: kernel.share(1 if serial else desc.threads, panels, vector_path),
-                  lambda: kernel.share(desc.threads, ceil_div(m, minimum(maximum(m, 1), _CHUNK)) * panels, matrix_path))
-    return kernel.build()
+    return by_panels(kernel, desc, m, isa.int_tiles[1:], 65536, vector_path, lambda: panel_buffer(kernel, desc), prepared)
 
 
 def register_tile(
