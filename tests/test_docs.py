@@ -22,6 +22,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+LONG = {"media.md", "lora.md", "c.md", "embeddings.md", "targets.md"}  # half a minute or more: with the slow tests
 EXAMPLES = {"own_model.py": "finished by length", "own_pass.py": "both tests pass", "hugging_face.py": "def read_file"}
 ENTRY = "from wasat.cli import main; main()"
 MARK = "\x01block "
@@ -89,7 +90,13 @@ def test_readme(artifact: Path) -> None:
     assert (artifact / "manifest.json").is_file()
 
 
-@pytest.mark.parametrize("path", DOCUMENTS[1:], ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(p, id=str(p.relative_to(ROOT)), marks=[pytest.mark.slow] if p.name in LONG else [])
+        for p in DOCUMENTS[1:]
+    ],
+)
 def test_document(path: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     if not any(kind in ("python", "sh") for kind, _, _ in blocks(path)):
         return

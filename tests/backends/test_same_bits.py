@@ -26,7 +26,9 @@ CASES: dict[str, tuple[int, Cache, Scores, MaskShape]] = {
 
 
 @each_isa()
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=[] if c in ("full", "ring in f16") else [pytest.mark.slow]) for c in CASES]
+)
 def test_attention(isa: Isa, case: str) -> None:
     h, cache, scores, mask = CASES[case]
     kernels = {

@@ -41,7 +41,13 @@ OPTIONS: dict[str, tuple[dict[str, Any], float, float, float]] = {  # options, l
 }
 
 
-@pytest.mark.parametrize("options, loss, divergence, size", OPTIONS.values(), ids=OPTIONS)
+QUICK = ("f32", "int8", "int4")  # one of each kind; the others are slow tests
+
+
+@pytest.mark.parametrize(
+    "options, loss, divergence, size",
+    [pytest.param(*v, id=k, marks=[] if k in QUICK else [pytest.mark.slow]) for k, v in OPTIONS.items()],
+)
 def test_weights_in_fewer_bits_stay_near_the_reference(
     pygemma: Path, reference: Reference, tmp_path: Path, options: dict[str, Any], loss: float, divergence: float, size: float
 ) -> None:

@@ -111,7 +111,7 @@ def check_resumed(folder: Path, whole: Trained) -> None:
         assert again.states[k].tobytes() == x.tobytes(), k
 
 
-@pytest.mark.parametrize("kill", [2, 3, 4])
+@pytest.mark.parametrize("kill", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_resume_is_exact_wherever_the_run_was_stopped(tmp_path: Path, whole: tuple[Path, Trained], kill: int) -> None:
     with pytest.raises(Killed):
         run(tmp_path, kill=kill)
@@ -157,7 +157,7 @@ def test_the_best_is_kept_wherever_it_was(tmp_path: Path) -> None:
     assert found.score == scores[4] == pytest.approx(((found.states["w"] - 4) ** 2).mean())
 
 
-@pytest.mark.parametrize("kill", [4, 5, 12])
+@pytest.mark.parametrize("kill", [4, pytest.param(5, marks=pytest.mark.slow), 12])
 def test_resume_from_the_best_is_exact(tmp_path: Path, kill: int) -> None:
     whole = walked(tmp_path / "whole")
     with pytest.raises(Killed):
