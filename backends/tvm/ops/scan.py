@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from tvm import relax, te, tirx
@@ -154,15 +155,20 @@ def _functions(bb: relax.BlockBuilder, node: Node, table: Table, kernels: dict[A
     return _Scan(bb, node, table, kernels).build()
 
 
-def _lower(ctx: Context, node: Node, *operands: Any) -> list[Any]:
+def _lower(ctx: Context, node: Node, *operands: Any, counted: bool = False) -> list[Any]:
+    """The carries, and the rows of every turn; ``counted``: which are written into memory that is passed."""
     attrs: Any = node.attrs
     c = attrs.carries
     length = node.inputs[c].shape[0] if attrs.slices else attrs.length
     shapes = [d for v in (*node.inputs, *node.outputs) for d in v.shape]
     symbols = dict.fromkeys([*symbols_of(shapes), *attrs.symbols])
-    turns = relax.ShapeExpr([tirx.IntImm("int64", 0), ctx.dim(length), *(ctx.symbol(s) for s in symbols)])
-    parts = ctx.run(node, [turns, *operands])
     flat = [(v.shape[0], math.prod(v.shape[1:])) for v in node.outputs[c:]]
+    rows = [
+        ctx.emit(R.builtin.alloc_tensor(ctx.shape(f), tvm_dtype(v.tensor.dtype), 0))
+        for v, f in zip(node.outputs[c:], flat if counted else ())
+    ]
+    turns = relax.ShapeExpr([tirx.IntImm("int64", 0), ctx.dim(length), *(ctx.symbol(s) for s in symbols)])
+    parts = ctx.run(node, [turns, *operands[:c], *rows, *operands[c:]])
     return [*parts[:c], *(ctx.view(x, f, v.shape) for x, f, v in zip(parts[c:], flat, node.outputs[c:]))]
 
 
@@ -181,20 +187,5 @@ def _turn(bb: relax.BlockBuilder, node: Node, table: Table, kernels: dict[Any, A
     return turn
 
 
-def _lower_counted(ctx: Context, node: Node, *operands: Any) -> list[Any]:
-    attrs: Any = node.attrs
-    c = attrs.carries
-    length = node.inputs[c].shape[0] if attrs.slices else attrs.length
-    shapes = [d for v in (*node.inputs, *node.outputs) for d in v.shape]
-    symbols = dict.fromkeys([*symbols_of(shapes), *attrs.symbols])
-    flat = [(v.shape[0], math.prod(v.shape[1:])) for v in node.outputs[c:]]
-    rows = [
-        ctx.emit(R.builtin.alloc_tensor(ctx.shape(f), tvm_dtype(v.tensor.dtype), 0)) for v, f in zip(node.outputs[c:], flat)
-    ]
-    turns = relax.ShapeExpr([tirx.IntImm("int64", 0), ctx.dim(length), *(ctx.symbol(s) for s in symbols)])
-    parts = ctx.run(node, [turns, *operands[:c], *rows, *operands[c:]])
-    return [*parts[:c], *(ctx.view(x, f, v.shape) for x, f, v in zip(parts[c:], flat, node.outputs[c:]))]
-
-
-COUNTED = Lowering(_lower_counted, functions=_turn)
+COUNTED = Lowering(partial(_lower, counted=True), functions=_turn)
 """Scan as one call of the function of a turn."""
