@@ -32,36 +32,27 @@ from wasat.ir import (
     equal,
 )
 from wasat.ir.ops.attention import AttentionAttrs, CachedAttrs, mask_and_sink
-from wasat.ir.ops.grouped import QuantizedGroupedLinear
 from wasat.ir.ops.nn import NormAttrs
-from wasat.ir.ops.quant import QuantizedLinear
 
-from ..layouts import Layout
 from ..lower import KernelCall, Left, Result
 from ..selection import KernelSelection, Refused, Shape, need_f32, need_sizes
 from ..selection import is_f32 as _f32
-from .convolution import convolution
-from .grouped import readers, rows_in, same_rows, select_grouped
+from .grouped import readers, same_rows, select_grouped
 from .kernels.attention import Attention, CachedAttention, MaskShape, attention, cached_attention
-from .kernels.blocks import fits_blocks, in_blocks
+from .kernels.blocks import fits_blocks
 from .kernels.cache import Cache, CacheType, CacheWrite, cache_write
-from .kernels.embedding import Embedding, embedding
 from .kernels.flash import Scores
-from .kernels.gemm import gemm
 from .kernels.glu import Glu, glu
 from .kernels.isa import Isa, isa_of
-from .kernels.linear_blocks import LinearBlocks, linear_blocks
-from .kernels.linear_float import Linear, linear
-from .kernels.linear_int import LinearInt, linear_int
 from .kernels.norm import Norm, norm
 from .kernels.pack import BLOCK, padded
 from .kernels.quantize import WORDS, QuantizeRows, quantize_rows
 from .kernels.rope import QkvToCache, Rope, Rotary, qkv_to_cache, rope
+from .matrices import of_integers, select_conv, select_embedding, select_linear, select_matmul, select_quantized_linear
 from .operands import is_past_plus_iota, part_of, rotary_of, state_of
-from .panels import PaddedBias, Panels, ints, known
+from .panels import PaddedBias, Panels, ints
 from .recurrent import select_linear_attention
 from .states import CacheLayout, state_layout
-from .strided import View, product, row_major, view_of
 from .updates import fuse_square_sums, fuse_updates
 
 
@@ -81,17 +72,6 @@ def selection(
         return left
 
     return select
-
-
-def _sized(*values: Value) -> bool:
-    """Whether all sizes are known."""
-    return all(known(*v.shape) for v in values)
-
-
-def _of_integers(node: Node) -> bool:
-    """Whether it is a product with quantized rows."""
-    attrs = node.attrs
-    return isinstance(attrs, (QuantizedLinear.Attrs, QuantizedGroupedLinear.Attrs)) and attrs.activation == "int8"
 
 
 class Selection(KernelSelection):
@@ -118,8 +98,9 @@ class Selection(KernelSelection):
             "linear_attention": partial(select_linear_attention, self),
         }  # fmt: skip
         matrices: dict[str, Callable[[Node], None]] = {
-            "linear": self._linear, "matmul": self._matmul, "conv": self._conv, "quantized_linear": self._quantized_linear,
-            "embedding": self._embedding, "quantized_embedding": self._embedding,
+            "linear": partial(select_linear, self), "matmul": partial(select_matmul, self), "conv": partial(select_conv, self),
+            "quantized_linear": partial(select_quantized_linear, self),
+            **dict.fromkeys(("embedding", "quantized_embedding"), partial(select_embedding, self)),
             **dict.fromkeys(("grouped_linear", "quantized_grouped_linear"), self._grouped),
         }  # fmt: skip
         left: list[Left] = []
@@ -172,91 +153,8 @@ class Selection(KernelSelection):
             return False
         return True
 
-    def _matrix(self, node: Node, kernel: Callable[..., Any], build: Callable[[Any], Any], x: Value, rows: Shape) -> None:
-        """x @ w^T (+ bias) by ``kernel``; x is passed as ``rows``."""
-        w, panels = self.weight(node.inputs[1])
-        bias = node.inputs[2] if len(node.inputs) > 2 else None
-        fused = bias is not None and bias.param is not None  # another one is added afterwards
-        out = node.output
-        n, k = w.shape
-        desc = kernel(self.isa, n, k, panels.weights, bias=fused, threads=self.threads)
-        layouts: dict[int, Layout] = {1: panels}
-        operands = [x, w]
-        if bias is not None and fused:
-            operands.append(bias)
-            layouts[2] = self.bias_layout
-        results = [Result(out.tensor, (rows[0], n))]
-        [y] = self.call(node, desc, build, operands, results, {0: rows}, layouts)
-        self.graph.replace_uses(out, y if bias is None or fused else self.builder(node).add(y, bias))
-
-    def _linear(self, node: Node) -> None:
-        x, w = node.inputs[:2]
-        need_f32(x, *node.inputs[2:])
-        if not _f32(w) or not _sized(x, w) or self.packs(w):
-            self._matrix(node, Linear, linear, x, self.rows(x))
-        else:
-            m, k = ints(self.rows(x))
-            rows = view_of(x).reshaped((m, k)) or row_major(x, (m, k))
-            y = self._product(node, rows, view_of(w).permuted((1, 0)), row_major(node.output, (m, w.shape[0])))
-            if y is not None:
-                self.graph.replace_uses(node.output, y if len(node.inputs) < 3 else self.builder(node).add(y, node.inputs[2]))
-
-    def _matmul(self, node: Node) -> None:
-        """Products of matrices, read where they were before they were transposed, and written as they will be."""
-        need_f32(*node.inputs)
-        need_sizes(*(d for v in node.inputs for d in v.shape))
-        out = node.output
-        y = row_major(out, out.shape)
-        [user] = out.users if len(out.uses) == 1 and not self.graph.is_output(out) else [None]
-        perm = cast(Any, user.attrs).perm if user is not None and user.op.name == "transpose" else ()
-        if user is not None and perm and perm[-1] >= len(perm) - 2:  # rows of the product or of its transpose
-            out = user.output
-            y = row_major(out, out.shape).permuted(sorted(range(len(perm)), key=lambda i: perm[i]))
-        a, b = (view_of(x).broadcast((*y.shape[:-2], *x.shape[-2:])) for x in node.inputs)
-        made = self._product(node, a, b, y)
-        if made is not None:
-            self.graph.replace_uses(out, made)
-
-    def _product(self, node: Node, a: View, b: View, y: View) -> Value | None:
-        """y = a @ b by the kernel; None where there is nothing to multiply."""
-        if 0 in (*a.shape, *b.shape):
-            return None
-        desc, sources = product(self.isa, a, b, y, self.threads)
-        results = [Result(y.source.tensor, (desc.y.size,))]
-        [made] = self.call(node, desc, gemm, sources, results, {0: (desc.a.size,), 1: (desc.b.size,)})
-        return made
-
-    def _conv(self, node: Node) -> None:
-        need_f32(*node.inputs)
-        need_sizes(*(d for v in node.inputs for d in v.shape))
-        found = convolution(self.builder(node), node, self.isa, self.threads)
-        if found is None:
-            return  # one of each channel by itself: loops do that as well
-        desc, operands, swapped = found
-        out, order = node.output, (1, 0, *range(2, node.output.tensor.rank))
-        [user] = out.users if swapped and len(out.uses) == 1 and not self.graph.is_output(out) else [None]
-        if user is not None and user.op.name == "transpose" and cast(Any, user.attrs).perm == order:
-            out, swapped = user.output, False
-        made = TensorType(DType.F32, tuple(node.output.shape[i] for i in order)) if swapped else out.tensor
-        sizes: dict[int, Shape] = {0: (desc.a.size,), 1: (desc.b.size,)}
-        [y] = self.call(node, desc, gemm, operands, [Result(made, (desc.y.size,))], sizes)
-        self.graph.replace_uses(out, self.builder(node).transpose(y, perm=order) if swapped else y)
-
-    def _quantized_linear(self, node: Node) -> None:
-        x = node.inputs[0]
-        need_f32(x, *node.inputs[2:])
-        _, panels = self.weight(node.inputs[1])
-        if not _of_integers(node):
-            self._matrix(node, Linear, linear, x, self.rows(x))
-            return
-        xq = self.quantized_rows(node, rows_in(x))
-        if in_blocks(panels.weights):
-            self._matrix(node, LinearBlocks, linear_blocks, xq, xq.shape)
-        else:
-            self._matrix(node, LinearInt, linear_int, xq, xq.shape)
-
     def _grouped(self, node: Node) -> None:
-        select_grouped(self, node, _of_integers(node))
+        select_grouped(self, node, of_integers(node))
 
     def quantized_rows(self, node: Node, x: Value) -> Value:
         """The rows of ``x`` quantized, for ``node``, if no kernel before it has done that."""
@@ -273,26 +171,9 @@ class Selection(KernelSelection):
     def _wants(self, x: Value) -> Literal["no", "yes", "both"]:
         """Whether x is read quantized: by integer linears alone (yes), by them among others (both), or not."""
         found = readers(x)
-        count = sum(i == 0 and _of_integers(node) and self.packs(node.inputs[1]) for node, i in found)
+        count = sum(i == 0 and of_integers(node) and self.packs(node.inputs[1]) for node, i in found)
         kept = any(self.graph.is_output(v) for v in same_rows(x))
         return "no" if not count else "yes" if count == len(found) and not kept else "both"
-
-    def _embedding(self, node: Node) -> None:
-        need_f32(node.output)
-        w, panels = self.weight(node.inputs[0])
-        ids, out, scale = node.inputs[1], node.output, 1.0
-        if ids.tensor.dtype is not DType.I64:
-            ids = self.builder(node).cast(ids, dtype=DType.I64)
-        if len(out.uses) == 1 and not self.graph.is_output(out):
-            [user] = out.users
-            factor = next((v.const for v in user.inputs if v is not out), None)
-            if user.op.name == "mul" and factor is not None and factor.ndim == 0:
-                out, scale = user.output, float(factor)
-        n, k = w.shape
-        m, _ = self.rows(out)
-        desc = Embedding(self.isa, n, k, panels.weights, scale, self.threads)
-        [y] = self.call(node, desc, embedding, [ids, w], [Result(out.tensor, (m, k))], {0: (m,)}, {1: panels})
-        self.graph.replace_uses(out, y)
 
     # -- rows ---------------------------------------------------------------------------------------------------------------
     def _rms_norm(self, node: Node) -> None:
