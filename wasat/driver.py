@@ -31,6 +31,7 @@ from wasat.passes import (
     default_pipeline,
     pipeline,
 )
+from wasat.passes.analyses.unrolled import said, unrolled
 from wasat.passes.core import Dump
 from wasat.passes.serving.plan import capacity_name
 from wasat.passes.serving.recipes import ALL, Formats
@@ -114,6 +115,8 @@ def optimize(
         missed = [] if quantize or overrides else _widened(program)
         dense = program.origin.dequantized
         missed += [Remark("missed", f"parameter {name} stays dequantized: {why}", "forward") for name, why in dense.items()]
+        if (loop := unrolled(program["forward"]) if "forward" in program.graphs else None) is not None:
+            missed.append(Remark("missed", said(loop), "forward", loop[0].loc))
         if missed:
             size = sum(map(len, program.graphs.values()))
             report.steps.insert(0, Step("import", 0.0, size, size, False, missed))

@@ -23,6 +23,7 @@ from ..analyses.axis import analyze, refuse, uncut
 from ..analyses.indexing import Indexing
 from ..analyses.rows import places
 from ..analyses.sequence import Label
+from ..analyses.unrolled import said, unrolled
 from ..cleanup.algebra import Cleanup
 from ..cleanup.hoist_params import HoistParams
 from ..core import Pass, PassError, Remark, Remarks
@@ -72,8 +73,10 @@ class DeriveKVCache(Pass):
         try:
             self._derive(program, remarks)
         except IRError as e:
+            if (loop := unrolled(program[self.graph])) is not None:
+                e = IRError(f"{e.message}\n  {said(loop)}", e.loc)
             if self.required:
-                raise
+                raise e from None
             remarks.items.append(Remark("missed", f"@{self.graph} stays as it is: {e.message}", self.graph, e.loc))
             return False
         return True

@@ -45,6 +45,9 @@ inlined; `If`, `Loop` and `Scan` are folded, unrolled or become `scan` and
 `cond`: of an `If` that only a run can decide, the branch that is not taken does nothing.
 Arithmetic on shapes stays symbolic. What cannot be imported is listed at once, with counts and node names.
 Of a merged decoder of optimum (`use_cache_branch`) the branch without a past is imported, and a cache derived.
+A loop over the sequence that torch wrote out for the length of its example, calling the size symbolic all the same (RWKV,
+RecurrentGemma, Mamba and Jamba by TorchScript), is found and said, by `explain` and where a cache is refused: of other
+lengths the file computes something else, or nothing.
 Of onnxruntime's own operators, those of language models are read (`GroupQueryAttention`, `MultiHeadAttention`, `Attention`,
 `RotaryEmbedding`, the `(Skip)(Simplified)LayerNormalization`s, `EmbedLayerNormalization`, the `Gelu`s, `FusedMatMul`,
 `MatMulNBits`, `GatherBlockQuantized`, `MoE`, `QMoE`): a past that is an input goes, as do its outputs, and a cache is derived.
