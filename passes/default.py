@@ -20,16 +20,20 @@ from .fusion.fuse_norm import FuseNorm
 from .fusion.fuse_recurrence import FuseRecurrence
 from .fusion.fuse_rope import FuseRope
 from .fusion.merge_linears import MergeLinears
+from .serving.equalize import Equalize
 from .serving.fold_dequantized import FoldDequantized
 from .serving.kv_cache import DeriveKVCache
 from .serving.quantize import KeepQuantized, Quantize
-from .serving.recipes import ALL, Formats
+from .serving.recipes import ALL, FLOATS, Formats
 
 __all__ = [
-    "Cleanup", "DeriveKVCache", "FoldDequantized", "FuseActivations", "FuseAttention", "FuseExperts", "FuseGlu", "FuseNorm",
-    "FuseRecurrence", "FuseRope", "HoistParams", "KeepQuantized", "MergeLinears", "Quantize", "ReadTables", "SimplifyIndices",
-    "default_pipeline",
+    "Cleanup", "DeriveKVCache", "Equalize", "FoldDequantized", "FuseActivations", "FuseAttention", "FuseExperts", "FuseGlu",
+    "FuseNorm", "FuseRecurrence", "FuseRope", "HoistParams", "KeepQuantized", "MergeLinears", "Quantize", "ReadTables",
+    "SimplifyIndices", "default_pipeline",
 ]  # fmt: skip
+
+
+_FLOATS = (*FLOATS, "f32")
 
 
 def default_pipeline(
@@ -46,8 +50,11 @@ def default_pipeline(
         FoldDequantized(), Cleanup(fold_positions=False), ReadTables(), SimplifyIndices(), FuseNorm(), FuseRope(),
         FuseActivations(), FuseAttention(), Cleanup(), FuseRecurrence(), FuseExperts(), Cleanup(), KeepQuantized(activation),
     ]  # fmt: skip
+    given = dict(overrides or {})
+    if quantize is not None and quantize not in _FLOATS:
+        passes.append(Equalize(kept=tuple(glob for glob, scheme in given.items() if scheme in _FLOATS)))
     if quantize is not None or overrides:
-        passes.append(Quantize(quantize or "f32", activation, tuple((overrides or {}).items()), formats=formats))
+        passes.append(Quantize(quantize or "f32", activation, tuple(given.items()), formats=formats))
     passes += [MergeLinears(), FuseGlu(), HoistParams()]
     if kv_cache is not None:
         derive = DeriveKVCache(chunk=chunk, required=kv_cache == "required", granule=granule, keep=keep_forward)

@@ -32,6 +32,7 @@ from wasat.passes import (
     Cleanup,
     DeriveKVCache,
     Differentiate,
+    Equalize,
     FoldDequantized,
     FuseActivations,
     FuseAttention,
@@ -358,6 +359,20 @@ def tables(seed: int) -> bool:
     return PassManager([ReadTables()], check=InterpreterCheck(DIMS)).run(Program({"f": g}, dict(params))).steps[0].modified
 
 
+def equalized(seed: int) -> bool:
+    """Norms before a feed-forward network and before the head, which is sometimes the table."""
+    rng, g = np.random.default_rng(seed), Graph("forward")
+    growth, b = Growth(rng, g), Builder(g)
+    table = g.add_param("embedding", tensor("f32", (5, D)))
+    x = walk(growth, b.embedding(table, g.add_input("tokens", tensor("i64", (B, S)))), ["norm"])
+    h = b.rms_norm(x, growth.param(D))
+    h = growth.swapped("mul", b.silu(b.linear(h, growth.param(12, D))), b.linear(h, growth.param(12, D), growth.param(12)))
+    x = b.layer_norm(b.add(x, b.linear(h, growth.param(D, 12))), growth.param(D), growth.param(D))
+    g.set_outputs([b.linear(x, growth.pick(table, growth.param(3, D)))], ["logits"])
+    check = InterpreterCheck(DIMS, rtol=1e-4, atol=1e-4)
+    return PassManager([Equalize(tokens=8)], check=check).run(random_program(g, seed)).steps[-1].modified
+
+
 def quantized(seed: int) -> bool:
     """As if the weights were what they are rounded to."""
     program = decoder(seed)
@@ -445,6 +460,7 @@ RUNS: dict[type[Pass], Callable[[int], bool]] = {
     Differentiate: gradients,
     Rematerialize: rematerialized,
     Inference: served,
+    Equalize: equalized,
     Quantize: quantized,
     KeepQuantized: kept,
     FoldDequantized: dequantized,

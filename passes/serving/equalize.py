@@ -1,0 +1,320 @@
+"""Features of one size, before weights are stored in fewer bits.
+
+Blocks of 32 share a scale, of weights as of rows of activations: a feature that is fifty times its neighbours leaves these a
+few levels. But what makes a feature can make it smaller, and the weights that read it can make up for that: a norm's gain over
+s, and the next matrix's columns times s, mean the same (cross-layer equalization, arXiv:1906.04721; by the size of activations,
+arXiv:2211.10438, 2306.00978). With s = sqrt(r / c), r being the size of a feature and c that of its column, both sides are as
+even as each other. Nothing is added where the model runs, but for tables that are also heads: a product per row looked up.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import numpy as np
+from numpy.typing import NDArray
+from wasat.ir import (
+    Array,
+    ArrayParam,
+    Builder,
+    DerivedParam,
+    DType,
+    Graph,
+    Node,
+    ParamSource,
+    Program,
+    QArray,
+    TensorType,
+    Value,
+    WasatError,
+    run_node,
+)
+
+from ..cleanup.hoist_params import param_only
+from ..core import Pass, Remarks
+from .token_inputs import token_inputs
+
+_MOST = 64.0
+"""How many times the middle of all a feature is divided or multiplied by, at most."""
+_NORMS = ("rms_norm", "layer_norm")
+Sizes = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Equalize(Pass):
+    """Scales features between what makes them and the ``linear`` that reads them, so that the numbers of a block are of one
+    size, here and there; results stay the same up to rounding.
+
+    What can be scaled: gain and bias of a norm; the weight of a ``linear`` whose result is a factor of an elementwise product
+    (the up projection of a feed-forward network); the weight that makes an attention's values, alike for the heads that share
+    them. A table that is looked up, too, is scaled, and what is looked up is scaled back.
+
+    Sizes are root mean squares over ``tokens`` random tokens of the vocabulary, or over ``text``, ids of tokens; weights are
+    read one at a time. A graph that takes anything but tokens i64[b, s] is left, with a remark. ``kept``: globs of parameters
+    that are left.
+    """
+
+    tokens: int = 128
+    text: tuple[int, ...] = ()
+    kept: tuple[str, ...] = ()
+    name = "equalize"
+
+    def run(self, program: Program, remarks: Remarks) -> bool:
+        changed = False
+        for graph in program.graphs.values():
+            elsewhere = {n for g in program.graphs.values() if g is not graph for n in g.params}
+            found = list(self._found(graph, elsewhere, remarks))
+            if not found:
+                continue
+            most = program.interface.context or self.tokens
+            inputs = _inputs(graph, min(self.tokens, most), self.text[:most])
+            if inputs is None:
+                remarks.missed("features are not made one size: that takes a graph of tokens i64[b, s] and nothing else", graph)
+                continue
+            wanted = [v for f in found for v in (f.x, *f.weights)]
+            if absent := [n for n in _read(graph, wanted) if not _is_data(program.params[n])]:
+                remarks.missed(f"features are not made one size: the numbers of %{absent[0]} are not there", graph)
+                continue
+            try:
+                sizes = observed(graph, program.params, wanted, inputs)
+            except WasatError as e:  # the graph takes other tokens than these
+                remarks.missed(f"features are not made one size: {e}", graph)
+                continue
+            count = sum(f.scale(program, sizes) for f in found)
+            if count:
+                remarks.applied(f"features of {count} input{'s' * (count > 1)} of products are made one size", graph)
+            changed |= bool(count)
+        return changed
+
+    def _found(self, graph: Graph, elsewhere: set[str], remarks: Remarks) -> Iterator[_Features]:
+        only = param_only(graph)
+        for x in graph.values():
+            readers = [u for u in x.users if u.is_a("linear") and u.inputs[0] is x and u.inputs[1] in only]
+            if not readers or x in only:
+                continue
+            found = self._features(x, readers, elsewhere, only)
+            if isinstance(found, str):
+                remarks.missed(f"features of %{x.name} are not made one size: {found}", x)
+            else:
+                yield found
+
+    def _features(self, x: Value, readers: list[Node], elsewhere: set[str], only: set[Value]) -> _Features | str:
+        """What of ``x`` [.., k] is scaled, or why nothing is."""
+        others = [u.op.name for u in x.users if u not in readers]
+        if others or x.graph.is_output(x):
+            return f"{', '.join(others) or 'the outside'} reads it, too"
+        if x.tensor.dtype is not DType.F32:
+            return f"it is {x.type}"
+        maker = _maker(x, only)
+        if isinstance(maker, str):
+            return maker
+        found = _Features(x, readers, list(dict.fromkeys(u.inputs[1] for u in readers)), *maker)
+        for w in (*found.weights, *found.gains):
+            if w.tensor.dtype is not DType.F32 and not (w.tensor.dtype.is_float and w.tensor.dtype.bits == 16):
+                return f"%{w.name} is {w.type}"
+            if w.param is None:
+                return f"%{w.name} is computed"
+            if w.param in elsewhere:
+                return f"another graph reads %{w.name}, too"
+            if any(fnmatchcase(w.param, glob) for glob in self.kept):
+                return f"%{w.name} is to be kept"
+        for w in found.weights:
+            for u in w.users:
+                if u not in readers and (u.op.picks(u.attrs) != 0 or u.output.tensor.dtype is not DType.F32):
+                    return f"{u.op.name} reads %{w.name}, too"
+                if u not in readers and x.graph.is_output(u.output):
+                    return f"%{u.output.name}, looked up in %{w.name}, is an output"
+        for w in found.gains:
+            if len(w.uses) > 1:
+                return f"%{w.name} is read {len(w.uses)} times"
+        return found
+
+
+@dataclass(frozen=True)
+class _Features:
+    """x [.., k], read by ``readers`` alone. It is scaled as the operands of ``maker`` after the first are: vectors [k], or
+    rows of a matrix [k, n]. Of values, whose heads are shared, ``heads`` (key heads, query heads of each, size)."""
+
+    x: Value
+    readers: list[Node]
+    weights: list[Value]
+    """Of the readers, before anything is scaled."""
+    maker: Node
+    heads: tuple[int, int, int] | None = None
+
+    @property
+    def gains(self) -> tuple[Value, ...]:
+        return self.maker.inputs[1:]
+
+    def scale(self, program: Program, sizes: Mapping[Value, Sizes]) -> bool:
+        """Rewrites makers and readers; False where a size is not finite, and nothing is."""
+        graph = self.x.graph
+        rows, columns = sizes[self.x], np.sqrt(sum(_relative(sizes[w]) for w in self.weights))
+        if not (np.isfinite(rows).all() and np.isfinite(columns).all() and rows.any() and columns.any()):
+            return False
+        if self.heads is not None:
+            rows, columns = (self._of_values(a) for a in (rows, columns))
+        least = [np.maximum(a, a.max() / 4096) for a in (rows, columns)]
+        s = np.sqrt(least[0] / least[1])
+        s = np.clip(s / np.exp(np.log(s).mean()), 1 / _MOST, _MOST).astype(np.float32)
+        own = s if self.heads is None else self._of_queries(s)
+        for gain in self.gains:
+            b = Builder(graph, before=self.maker, loc=self.maker.loc)
+            by = b.constant(np.reshape(1 / s, (-1, *(1,) * (len(gain.shape) - 1))))
+            self._exchange([self.maker], gain, b.mul(_wide(b, gain), by))
+        order = {node: i for i, node in enumerate(graph.nodes)}
+        for w in dict.fromkeys(u.inputs[1] for u in self.readers):
+            users = w.users
+            b = Builder(graph, before=min(users, key=order.__getitem__), loc=users[0].loc)
+            self._exchange(users, w, b.mul(_wide(b, w), b.constant(own)))
+            for u in users:
+                looked_up, rest = u.output, u.output.users
+                if u not in self.readers and rest:
+                    b = Builder(graph, before=min(rest, key=order.__getitem__), loc=u.loc)
+                    back = b.mul(looked_up, _param(program, graph, f"{self.weights[0].param}|scaled back", 1 / own))
+                    self._exchange(rest, looked_up, back)
+        return True
+
+    def _exchange(self, users: Iterable[Node], old: Value, new: Value) -> None:
+        for u in users:
+            self.x.graph.set_inputs(u, [new if v is old else v for v in u.inputs])
+
+    def _of_values(self, a: Sizes) -> Sizes:
+        """Sizes of the features of all query heads -> of the key heads' values that these share."""
+        assert self.heads is not None
+        g, n, e = self.heads
+        return np.sqrt((a.reshape(g, n, e) ** 2).mean(1)).reshape(-1)
+
+    def _of_queries(self, a: Sizes) -> Sizes:
+        assert self.heads is not None
+        g, n, e = self.heads
+        return np.repeat(a.reshape(g, 1, e), n, 1).reshape(-1)
+
+
+def _relative(sizes: Sizes) -> NDArray[np.float64]:
+    """Squares, 1 on average."""
+    square = sizes.astype(np.float64) ** 2
+    return square / (square.mean() or 1.0)
+
+
+def _wide(b: Builder, w: Value) -> Value:
+    return w if w.tensor.dtype is DType.F32 else b.cast(w, dtype=DType.F32)
+
+
+def _param(program: Program, graph: Graph, name: str, x: np.ndarray) -> Value:
+    i, free = 1, name
+    while free in program.params:
+        i, free = i + 1, f"{name}_{i}"
+    t = TensorType(DType.F32, x.shape)
+    program.params[free] = ArrayParam(x.astype(np.float32), t)
+    return graph.add_param(free, t)
+
+
+def _maker(x: Value, only: set[Value]) -> tuple[Node, tuple[int, int, int] | None] | str:
+    """The node whose operands [k] or [k, n] scale the features of x; or why there is none."""
+    node = x.node
+    if node is None:
+        return "it comes from outside"
+    if node.is_a(*_NORMS):
+        gains = node.inputs[1:]
+        if not gains or any(tuple(v.shape) != (x.shape[-1],) for v in gains):
+            return f"{node.op.name} has no gain"
+        return node, None
+    if node.is_a("mul"):
+        for v in node.inputs:
+            linear = v.made_by("linear")
+            if linear is not None and v.shape == x.shape and _alone(v) and linear.inputs[1] in only:
+                return linear, None
+        return "no factor of it is made by a linear alone"
+    if node.is_a("reshape") and (attention := node.inputs[0].made_by("attention")) is not None:
+        v = attention.inputs[2]
+        made = v.made_by("reshape")
+        linear = made.inputs[0].made_by("linear") if made is not None else None
+        (h, e), g = attention.output.shape[2:], v.shape[2]
+        alone = made is not None and all(map(_alone, (v, node.inputs[0], made.inputs[0])))
+        whole = len(x.shape) == 3 and x.shape[-1] == h * e and linear is not None and linear.inputs[1].shape[0] == g * e
+        if linear is None or not alone or not whole or not all(isinstance(d, int) for d in (h, e, g)):
+            return "its values are not made by a linear alone"
+        return linear, (int(g), int(h) // int(g), int(e))
+    return f"{node.op.name} makes it"
+
+
+def _alone(v: Value) -> bool:
+    """Whether one operand reads it, and nobody outside."""
+    return len(v.uses) == 1 and not v.graph.is_output(v)
+
+
+def _inputs(graph: Graph, count: int, text: Sequence[int]) -> dict[str, np.ndarray] | None:
+    """A text, or random tokens, for a graph that takes these and nothing else."""
+    if len(graph.inputs) != 1 or not token_inputs(graph):
+        return None
+    [v] = graph.inputs
+    tables = [u.inputs[0] for u in v.users if u.op.picks(u.attrs) == 0 and u.inputs[1] is v]
+    sizes = [t.shape[0] for t in tables if isinstance(t.shape[0], int)]
+    if not sizes:
+        return None
+    rows, length = (d if isinstance(d, int) else None for d in v.shape)
+    ids = np.asarray(text, np.int64) if text else np.random.default_rng(0).integers(0, min(sizes), count)
+    ids = np.resize(ids, (rows or 1, length or len(ids)))
+    return {v.name: ids.astype(v.tensor.dtype.np)}
+
+
+def _needed(graph: Graph, wanted: Sequence[Value]) -> set[Value]:
+    """What these values are computed from, they themselves among it."""
+    needed: set[Value] = set(wanted)
+    for node in graph.nodes_reversed:
+        if any(v in needed for v in node.outputs):
+            needed.update(node.inputs)
+    return needed
+
+
+def _read(graph: Graph, wanted: Sequence[Value]) -> list[str]:
+    """The parameters that these values are computed from."""
+    needed = _needed(graph, wanted)
+    return [name for name, v in graph.params.items() if v in needed]
+
+
+def _is_data(p: ParamSource) -> bool:
+    return all(map(_is_data, p.sources.values())) if isinstance(p, DerivedParam) else getattr(p, "is_data", False)
+
+
+def observed(
+    graph: Graph, params: Mapping[str, ParamSource], wanted: Sequence[Value], inputs: Mapping[str, np.ndarray]
+) -> dict[Value, Sizes]:  # fmt: skip
+    """Of each value the root mean square over all axes but the last. Parameters are read when they are needed, and dropped."""
+    needed = _needed(graph, wanted)
+    nodes = [n for n in graph.nodes if any(v in needed for v in n.outputs)]
+    [v] = graph.inputs
+    dims = dict(zip((str(d) for d in v.shape), inputs[v.name].shape))
+    env: dict[Value, Array] = {x: inputs[x.name] for x in graph.inputs}
+    left = Counter(x for n in nodes for x in dict.fromkeys(n.inputs))
+    sizes: dict[Value, Sizes] = {}
+
+    def seen(x: Value, array: Array) -> None:
+        if x in asked and x not in sizes and not isinstance(array, QArray):
+            rows = array.reshape(-1, array.shape[-1]).astype(np.float32, copy=False)
+            sizes[x] = np.sqrt(np.einsum("nk,nk->k", rows, rows, dtype=np.float64) / len(rows)).astype(np.float32)
+
+    asked = set(wanted)
+    for node in nodes:
+        arrays = []
+        for x in node.inputs:
+            if x not in env:
+                assert x.param is not None
+                env[x] = params[x.param].load()
+                seen(x, env[x])
+            arrays.append(env[x])
+        for x, array in zip(node.outputs, run_node(node, arrays, dims)):
+            env[x] = array
+            seen(x, array)
+        for x in dict.fromkeys(node.inputs):
+            left[x] -= 1
+            if not left[x]:
+                del env[x]
+    for x in wanted:  # of heads, which are not run
+        if x not in sizes and x.param is not None:
+            seen(x, params[x.param].load())
+    return sizes
