@@ -103,7 +103,7 @@ class Equalize(Pass):
 
     def _features(self, x: Value, readers: list[Node], elsewhere: set[str], only: set[Value]) -> _Features | str:
         """What of ``x`` [.., k] is scaled, or why nothing is."""
-        others = [u.op.name for u in x.users if u not in readers]
+        others = [f"{u.op.name}" for u in x.users if u not in readers]
         if others or x.graph.is_output(x):
             return f"{', '.join(others) or 'the outside'} reads it, too"
         if x.tensor.dtype is not DType.F32:
