@@ -58,6 +58,8 @@ class State(_Section):
     None where nothing is read that was not written.
     ``role``: ``k`` or ``v`` of an attention, from which a target chooses a layout; else empty.
     ``donated``: whether a backend may write the new value over the old one.
+    ``stored``: empty, or the scheme (``int8``, ``int4``) that all that is written to it was rounded to, row by row of the last
+    axis (:mod:`wasat.ir.ops.rounding`): a target may keep the codes.
 
     A row is copied by taking it along ``rows``; if it holds n positions, those before n along ``positions`` suffice.
     """
@@ -72,6 +74,7 @@ class State(_Section):
     empty: float | str | None = None
     role: str = ""
     donated: bool = False
+    stored: str = ""
 
     @property
     def grows(self) -> bool:

@@ -24,11 +24,13 @@ from .serving.equalize import Equalize
 from .serving.fold_dequantized import FoldDequantized
 from .serving.kv_cache import DeriveKVCache
 from .serving.quantize import KeepQuantized, Quantize
+from .serving.quantize_caches import QuantizeCaches
 from .serving.recipes import ALL, FLOATS, Formats
 
 __all__ = [
     "Cleanup", "DeriveKVCache", "Equalize", "FoldDequantized", "FuseActivations", "FuseAttention", "FuseExperts", "FuseGlu",
-    "FuseNorm", "FuseRecurrence", "FuseRope", "HoistParams", "KeepQuantized", "MergeLinears", "Quantize", "ReadTables",
+    "FuseNorm", "FuseRecurrence", "FuseRope", "HoistParams", "KeepQuantized", "MergeLinears", "Quantize", "QuantizeCaches",
+    "ReadTables",
     "SimplifyIndices", "default_pipeline",
 ]  # fmt: skip
 
@@ -39,12 +41,13 @@ _FLOATS = (*FLOATS, "f32")
 def default_pipeline(
     *, quantize: str | None = None, activation: str | None = "int8", overrides: Mapping[str, str] | None = None,
     kv_cache: Literal["required", "tried"] | None = "required", chunk: int = 512,
-    granule: int = Interface.granule, keep_forward: bool = False, formats: Formats = ALL,
+    granule: int = Interface.granule, keep_forward: bool = False, formats: Formats = ALL, cache: str = "f32",
 ) -> list[Pass]:  # fmt: skip
     """The passes of :func:`wasat.compile`, with its options.
 
     ``kv_cache``: whether ``forward`` becomes ``prefill`` and ``decode``; ``"tried"``: where that can be proved, else not.
     ``keep_forward``: it stays beside them. ``formats``: which a recipe for ``quantize`` may choose.
+    ``cache``: ``"int8"`` and ``"int4"`` round keys and values; other ones are the target's affair.
     """
     passes: list[Pass] = [
         FoldDequantized(), Cleanup(fold_positions=False), ReadTables(), SimplifyIndices(), FuseNorm(), FuseRope(),
@@ -59,4 +62,7 @@ def default_pipeline(
     if kv_cache is not None:
         derive = DeriveKVCache(chunk=chunk, required=kv_cache == "required", granule=granule, keep=keep_forward)
         passes += [derive, HoistParams()]
-    return [*passes, Cleanup()]
+    passes.append(Cleanup())
+    if cache not in ("f32", "f16"):
+        passes.append(QuantizeCaches(cache))
+    return passes

@@ -44,6 +44,8 @@ class State(TensorSpec):
     empty: float | str | None
     role: str
     donated: bool
+    stored: str = ""
+    """The scheme of what is written to it, where it is kept in codes; for people, too."""
 
     @property
     def grows(self) -> bool:
@@ -212,6 +214,7 @@ def _state(f: Fields) -> State:
     return State(
         t.name, t.dtype, t.shape, f.get("kind", str), rows, positions, capacity, window, f.get("cut", str),
         f.get("empty", float, str, optional=True), f.get("role", str), f.flag("donated"),
+        f.get("stored", str, optional=True) or "",
     )  # fmt: skip
 
 

@@ -61,6 +61,7 @@ def optimize(
     overrides: Mapping[str, str] | None = None, kv_cache: bool | None = None, chunk: int = 512,
     granule: int = Interface.granule, passes: Pipeline = "default", verify: bool = True, check: bool = False,
     dump: Dump | None = None, progress: Progress = quiet, keep_forward: bool = False, formats: Formats = ALL,
+    cache: str = "f32",
 ) -> tuple[Program, Report]:  # fmt: skip
     """Runs the passes over a copy of ``program``; returns it with the report of what each pass did and missed.
 
@@ -74,7 +75,8 @@ def optimize(
     without generation metadata only if that can be proved (else a remark says why not). ``chunk``: most tokens per prefill
     call. ``granule``: capacities of caches are multiples of it; ``formats``: for which weights there are kernels, of
     which a recipe chooses (both those of the target). ``keep_forward``: ``forward`` stays
-    beside what is derived, for all positions at once.
+    beside what is derived, for all positions at once. ``cache``: ``"int8"`` or ``"int4"`` to round keys and values so
+    (:class:`wasat.passes.QuantizeCaches`).
     ``passes``: text or a list of passes and text, in which ``"default"`` stands for those that all of the above describes:
     ``"my-pass, default"``, ``[MyPass(), "default"]`` (see :func:`wasat.passes.pipeline`). ``verify``: around every pass.
     ``check``: the interpreter compares results, at small sizes, around every pass that promises to keep them.
@@ -94,7 +96,7 @@ def optimize(
         copy = program.copy()
         default = default_pipeline(
             quantize=quantize, activation=activation, overrides=dict(overrides or {}), kv_cache=caches, chunk=chunk,
-            granule=granule, keep_forward=keep_forward, formats=formats,
+            granule=granule, keep_forward=keep_forward, formats=formats, cache=cache,
         )  # fmt: skip
         if exported:
             default.insert(0, TokenInputs(required=caches == "required"))
@@ -179,7 +181,8 @@ def compile(
 ) -> Report:  # fmt: skip
     """Compiles ``program`` into the artifact folder ``out``; see :func:`optimize` for the options.
 
-    ``cache``: how keys and values are stored, ``"f32"`` or, in half of the memory and with its rounding, ``"f16"``.
+    ``cache``: how keys and values are stored, ``"f32"`` or, in fewer bits and with their rounding, ``"f16"``, ``"int8"`` or
+    ``"int4"`` (a quarter and an eighth of the memory, and a scale for each position of each head).
     The folder is complete or absent: it is written beside its place and renamed. An artifact that is there is replaced.
     Raises, before the long work: WasatError for an unknown target, a missing C++ compiler, a program without its numbers, a
     model whose cache cannot be derived; ArtifactError for a place that holds something else. Later: IRError for an operation
@@ -202,7 +205,7 @@ def compile(
     optimized, report = optimize(
         program, quantize=quantize, activation=activation, overrides=overrides, kv_cache=kv_cache, chunk=chunk,
         granule=machine.granule, passes=passes, check=check, progress=progress, keep_forward=keep_forward,
-        formats=machine.formats,
+        formats=machine.formats, cache=cache,
     )  # fmt: skip
     library = (build if machine.device is None else plan)(optimized, machine, on_progress=progress)
     _say_left(report, optimized, machine, library.left)

@@ -18,6 +18,7 @@ import tvm
 from tvm import relax
 from tvm.relax.backend import cpu_generic
 from wasat.ir import IRError, Program, State, TensorType
+from wasat.ir.ops.rounding import ROW_SCHEMES
 
 from . import cuda as toolkit
 from .cpu import fused_loops as loops
@@ -76,6 +77,9 @@ class Target:
     libraries: tuple[Path, ...] = ()
     """What the code calls beside TVM's runtime: a driver, a device's runtime. They become files of the artifact, and are loaded
     in this order before its code is."""
+
+    caches: tuple[str, ...] = ("f32", "f16")
+    """How its kernels may store keys and values."""
 
     device: Device | None = None
     """What its kernels may use, of a device whose programs are launch plans; None: TVM's virtual machine runs them."""
@@ -185,11 +189,14 @@ def _near(mcpu: str, *arches: Arch) -> str:
 
 def _cpu(name: str, arch: Arch, config: Mapping[str, Any], threads: int | None, cache: CacheType) -> Target:
     n = threads or cpu_count()
+    if cache in ROW_SCHEMES:  # what can be stored so says it itself: the rest stays
+        cache = "float32"
     return Target(
         name, {**config, "num-cores": n}, arch=arch, threads=n, features=cpu_features,
         kernels=lambda target, program: cpu_kernels.selection(target.tvm, n, cache, program.interface.states),
         state_layout=lambda state, type: states.state_layout(state, type, cache), tir_pipeline=tir_pipeline.register(),
         granule=GROUP, formats=(("linear", "*"), ("embedding", "*"), ("grouped_linear", "*")),
+        caches=tuple(CACHES),
     )  # fmt: skip
 
 
@@ -256,7 +263,7 @@ TARGETS: dict[str, Callable[..., Target]] = {
 ENTRY_POINTS = "wasat.targets"
 """The group of entry points under which other packages announce more of them."""
 
-CACHES: dict[str, CacheType] = {"f32": "float32", "f16": "float16"}
+CACHES: dict[str, CacheType] = {"f32": "float32", "f16": "float16", "int8": "int8", "int4": "int4"}
 """How keys and values may be stored."""
 
 
@@ -297,4 +304,7 @@ def target_named(name: str, threads: int | None = None, cache: str = "f32") -> T
     if detail and not set(takes) - {"threads", "cache"}:
         raise IRError(f"the target {kind} has no models to choose from: write {kind}, not {name}")
     options = {"threads": threads, "cache": CACHES[cache]}
-    return make(*[detail] if detail else [], **{k: v for k, v in options.items() if k in takes})
+    target = make(*[detail] if detail else [], **{k: v for k, v in options.items() if k in takes})
+    if cache not in target.caches:
+        raise IRError(f"the target {name} stores keys and values as {' or '.join(target.caches)}, not as {cache}")
+    return target

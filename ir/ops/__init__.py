@@ -19,6 +19,7 @@ from . import (
     random,
     reduce,
     rope,
+    rounding,
     scan,
     shape,
     signal,
@@ -27,5 +28,6 @@ from . import (
 
 __all__ = [
     "attention", "bits", "cache", "cond", "constant", "conv", "elementwise", "grouped", "index", "linalg",
-    "linear_attention", "logic", "nn", "pool", "quant", "random", "reduce", "rope", "scan", "shape", "signal", "unary",
+    "linear_attention", "logic", "nn", "pool", "quant", "random", "reduce", "rope", "rounding", "scan", "shape", "signal",
+    "unary",
 ]  # fmt: skip

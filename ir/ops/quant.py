@@ -60,8 +60,9 @@ def quantize_array(
             peak = np.take_along_axis(w, np.abs(w).argmax(-1)[..., None], -1)[..., 0]
             d = peak / np.float32(-8)
         s = d.astype(type.scale.np)
-        inverse = np.divide(np.float32(1), s, where=s != 0, out=np.zeros(s.shape, np.float32), dtype=np.float32)
-        w *= inverse[..., None]
+        with np.errstate(over="ignore"):
+            inverse = np.divide(np.float32(1), s, where=s != 0, out=np.zeros(s.shape, np.float32), dtype=np.float32)
+        w *= np.where(np.isfinite(inverse), inverse, 0)[..., None]  # a scale in bf16 or f32 may be too small to divide by
         np.rint(w, out=w)
         np.clip(w, low, high, out=w)
         values[i : i + step] = w.reshape(len(w), -1)[:, :k]

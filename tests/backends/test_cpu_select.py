@@ -13,6 +13,7 @@ from test_cpu import calls, selected
 from wasat.backends.tvm.build import Runner
 from wasat.backends.tvm.targets import cpu
 from wasat.ir import IRError, Program, QTensorType, State, TensorType, evaluate, parse_type
+from wasat.passes import PassManager, QuantizeCaches
 
 from wasat.testing import feed, random_program
 
@@ -268,6 +269,28 @@ def test_projection_to_cache(name: str) -> None:
     inputs = feed(program["step"], DIMS)
     got = Runner(program, cpu())("step", inputs)
     assert_near_reference(got, program["step"], inputs, {k: p.load() for k, p in program.params.items()})
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_projection_to_a_cache_of_codes(name: str, scheme: str) -> None:
+    """The kernels that write round: what rounds in the graph is no operation of its own."""
+    edits, expected = FORMS[name]
+    program = random_program(attention_text(edits))
+    program.declare(states=STATES)
+    PassManager([QuantizeCaches(scheme)]).run(program)
+    target = cpu()
+    assert [c for c in calls(selected(program, "step", target)) if c[0].isupper() or "hadamard" in c or "fake" in c] == expected
+
+
+def test_a_cache_of_codes_takes_what_is_rounded_alike() -> None:
+    program = random_program(attention_text({}))
+    program.declare(states=tuple(replace(s, stored="int8") for s in STATES))
+    with pytest.raises(IRError, match=r"%kp was not rounded to int8, as its cache says \(quantize-caches\)"):
+        selected(program, "step", cpu())
+    program.declare(states=(replace(STATES[0], stored="int8"), STATES[1]))
+    with pytest.raises(IRError, match="%kc is stored as int8, %vc as it is"):
+        selected(program, "step", cpu())
 
 
 PLAIN_STATES: dict[str, tuple[dict[str, Any], str]] = {

@@ -22,6 +22,7 @@ CASES: dict[str, tuple[int, Cache, Scores, MaskShape]] = {
     "window and softcap": (2, Cache(2, 16, 24), Scores(0.3, window=50, softcap=5.0), "no"),
     "ring in f16": (3, Cache(1, 32, 32, capacity=448, dtype="float16"), Scores(0.2, window=140), "no"),
     "mask": (4, Cache(2, 16, 16), Scores(0.2), "bh"),
+    "codes of four bits": (4, Cache(1, 24, 40, dtype="int4"), Scores(0.2), "no"),
 }
 
 

@@ -55,7 +55,8 @@ def test_ours_come_first() -> None:
         ("absent:3", {}, r"target absent \(no_such_module:target\) cannot be loaded: ModuleNotFoundError"),
         ("single:3", {}, "single has no models to choose from: write single, not single:3"),
         ("plain", {"cache": "f16"}, "; a cache of f16 have cpu, "),
-        ("keeps", {"cache": "int8"}, "there is no cache of 'int8'"),
+        ("keeps", {"cache": "int3"}, "there is no cache of 'int3'; there are f32, f16, int8, int4"),
+        ("keeps", {"cache": "int8"}, "the target keeps stores keys and values as f32 or f16, not as int8"),
     ],
 )
 def test_what_there_is_none_of(name: str, options: dict[str, Any], message: str) -> None:

@@ -57,10 +57,14 @@ def test_caches_by_hand() -> None:
     assert 15 <= ring / one.cache_per_token <= 32  # kernels round it up
     assert two.caches == 2 * one.caches
     assert 2 * plan(program, schemes=[], batch=2, context=48, chunk=8, cache="f16").caches == two.caches
-    with pytest.raises(ws.WasatError, match="there is no cache of 'int8'; there are f32, f16"):
-        plan(program, cache="int8")
+    stored = [plan(program, schemes=[], batch=2, context=48, chunk=8, cache=c).cache_per_token for c in ("int8", "int4")]
+    assert stored == [2 * 2 * (16 + 2), 2 * (16 // 2 + 2 + 32 // 2 + 2)]  # a scale of two bytes; a value's row is of 32
+    with pytest.raises(ws.WasatError, match="there is no cache of 'int3'; there are f32, f16, int8, int4"):
+        plan(program, cache="int3")
     with pytest.raises(ws.WasatError, match="a cache of f16 have cpu"):
         plan(program, target="cuda", cache="f16")
+    with pytest.raises(ws.WasatError, match=r"the target webgpu stores keys .* cache of int4 have cpu, aarch64"):
+        plan(program, target="webgpu", cache="int4")
 
 
 def test_parameters_weights_and_operations_by_hand() -> None:

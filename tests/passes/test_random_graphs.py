@@ -50,6 +50,7 @@ from wasat.passes import (
     Pass,
     PassManager,
     Quantize,
+    QuantizeCaches,
     ReadTables,
     Rematerialize,
     Rewrite,
@@ -282,6 +283,22 @@ def caches(seed: int) -> bool:
     return PassManager(passes, check=check).run(decoder(seed)).steps[-1].modified
 
 
+def rounded_caches(seed: int) -> bool:
+    """Near what f32 says, as near as rows of eight bits are; and each cache as if it were rounded, by text, twice."""
+    program = decoder(seed)
+    PassManager([Cleanup(), FuseRope(), FuseAttention(), Cleanup(), DeriveKVCache(chunk=4)]).run(program)
+    plain, dims = program.copy(), {**DIMS[0], "c": 16}
+    modified = PassManager([QuantizeCaches("int8")]).run(program).steps[0].modified
+    again = program.copy()
+    assert not PassManager([QuantizeCaches("int8")]).run(again).steps[0].modified
+    assert str(again) == str(program)
+    for name, g in program.graphs.items():
+        x = feed(g, dims, seed)
+        got, want = (results(p, name, x) for p in (program, plain))
+        near(got, want, 0.05 * max(float(np.abs(y).max()) for y in want))
+    return modified
+
+
 def token_inputs(seed: int) -> bool:
     program = decoder(seed, exported=True)
     tokens = np.random.default_rng(seed).integers(0, 4, (2, 5))
@@ -456,6 +473,7 @@ RUNS: dict[type[Pass], Callable[[int], bool]] = {
     FuseGlu: exact(FuseGlu(), "gated"),
     HoistParams: exact(HoistParams(), "of_parameters"),
     DeriveKVCache: caches,
+    QuantizeCaches: rounded_caches,
     TokenInputs: token_inputs,
     Differentiate: gradients,
     Rematerialize: rematerialized,

@@ -95,7 +95,7 @@ def compile(
     activation: Activation = "int8",
     target: Annotated[str, typer.Option(help="`cpu` (this machine), `cpu:znver3`, `cuda:sm_80`, …")] = "cpu",
     chunk: Annotated[int, typer.Option(help="Most prompt tokens per call; sliding-window caches hold window + chunk.")] = 512,
-    cache: Annotated[str, typer.Option(help="How keys and values are stored: `f32`, or `f16` in half of the memory.")] = "f32",
+    cache: Annotated[str, typer.Option(help="How keys and values are stored: `f32`, `f16`, `int8` or `int4`.")] = "f32",
     threads: Annotated[int | None, typer.Option(help="Threads the code is laid out for; default: this machine's.")] = None,
     passes: Passes = "default",
     size: Sizes = None,

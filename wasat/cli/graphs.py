@@ -87,7 +87,7 @@ def plan(
         typer.Option(help="`NAME=N` or `ENTRY.NAME=N`: what a symbol of the graphs is, e.g. `h=1080`; repeatable."),
     ] = None,
     target: Annotated[str, typer.Option(help="`cpu` (this machine), `cpu:znver3`, …")] = "cpu",
-    cache: Annotated[str, typer.Option(help="How keys and values are stored: `f32` or `f16`.")] = "f32",
+    cache: Annotated[str, typer.Option(help="How keys and values are stored: `f32`, `f16`, `int8` or `int4`.")] = "f32",
 ) -> None:
     """Say what a model will take, without allocating it: parameters, weights in each scheme, caches, activations, operations.
 

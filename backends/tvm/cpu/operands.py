@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
-from wasat.ir import Node, Value, equal
+from wasat.ir import IRError, Node, State, Value, equal
+from wasat.ir.ops.rounding import before_stored_rows
 
 from ..selection import Shape
+from .kernels.cache import Cache, CacheType
 from .kernels.rope import Rotary
 from .panels import known
 
@@ -15,6 +18,23 @@ def state_of(v: Value) -> Value:
     """The state that ``v`` is, before what stands first was put into it."""
     start = v.made_by("cache_start")
     return start.inputs[2 + start.outputs.index(v)] if start is not None else v
+
+
+def stored_as(node: Node, states: Mapping[str, State], default: CacheType) -> CacheType:
+    """How both caches that ``node`` writes are stored: as their states say, or as ``default``."""
+    first = 2 if node.is_a("cache_start") else 3
+    k, v = (states[state_of(x).name] for x in node.inputs[first : first + 2])
+    if k.stored != v.stored:
+        raise IRError(f"{node!r}: %{k.name} is stored as {k.stored or 'it is'}, %{v.name} as {v.stored or 'it is'}", node.loc)
+    return cast(CacheType, k.stored or default)
+
+
+def unrounded(node: Node, x: Value, cache: Cache) -> Value:
+    """``x`` before it was rounded to what ``cache`` holds: the kernel that writes it does that."""
+    before = before_stored_rows(x, cache.dtype) if cache.quantized else x
+    if before is None:
+        raise IRError(f"{node!r}: %{x.name} was not rounded to {cache.dtype}, as its cache says (quantize-caches)", node.loc)
+    return before
 
 
 def rotary_of(node: Node, head_dim: int) -> Rotary:

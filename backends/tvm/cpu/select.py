@@ -49,7 +49,7 @@ from .kernels.pack import BLOCK, padded
 from .kernels.quantize import WORDS, QuantizeRows, quantize_rows
 from .kernels.rope import QkvToCache, Rope, Rotary, qkv_to_cache, rope
 from .matrices import of_integers, select_conv, select_embedding, select_linear, select_matmul, select_quantized_linear
-from .operands import is_past_plus_iota, part_of, rotary_of, state_of
+from .operands import is_past_plus_iota, part_of, rotary_of, state_of, stored_as, unrounded
 from .panels import PaddedBias, Panels, ints
 from .recurrent import select_linear_attention
 from .states import CacheLayout, state_layout
@@ -297,10 +297,11 @@ class Selection(KernelSelection):
         for state in (self.states[state_of(v).name] for v in (keys, values)):
             if state.grows == a.ring:
                 raise IRError(f"{node!r}: %{state.name} is declared {state.kind}", node.loc)
-        cache = Cache(g, d, v.shape[3], capacity if a.ring else None, self.cache)
+        cache = Cache(g, d, v.shape[3], capacity if a.ring else None, stored_as(node, self.states, self.cache))
+        k, v = (unrounded(node, x, cache) for x in (k, v))
         if past.tensor.dtype is not DType.I64:
             past = self.builder(node).cast(past, dtype=DType.I64)
-        fused = self._qkv(node, cache, past)
+        fused = self._qkv(node, cache, past, k, v)
         if fused is not None:
             q, keys, values = fused
         else:
@@ -320,7 +321,8 @@ class Selection(KernelSelection):
         need_f32(k, v)
         self._need_caches(keys, values)
         heads, width, value = ints((keys.shape[2], k.shape[3], v.shape[3]))
-        cache = Cache(heads, width, value, None, self.cache)
+        cache = Cache(heads, width, value, None, stored_as(node, self.states, self.cache))
+        k, v = (unrounded(node, x, cache) for x in (k, v))
         if past.tensor.dtype is not DType.I64:
             past = self.builder(node).cast(past, dtype=DType.I64)
         desc = CacheWrite(self.isa, cache, self.threads, start=True, shared=k.shape[0] == 1)
@@ -345,9 +347,9 @@ class Selection(KernelSelection):
                 if not isinstance(user.op, KernelCall):
                     raise IRError(f"{user!r}: the state %{v.name} can only be read by cached_attention", user.loc)
 
-    def _qkv(self, node: Node, cache: Cache, past: Value) -> tuple[Value, Value, Value] | None:
+    def _qkv(self, node: Node, cache: Cache, past: Value, k: Value, v: Value) -> tuple[Value, Value, Value] | None:
         """From a merged projection to the queries and both caches in one call, where that is what stands before ``node``."""
-        q, k, v, keys, values = node.inputs[:5]
+        q, (keys, values) = node.inputs[0], node.inputs[3:5]
         b, s, h, d = q.shape
         rotary, inv_freq = Rotary(d, 0), None
         first, second = q.made_by("rope"), k.made_by("rope")

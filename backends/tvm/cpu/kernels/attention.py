@@ -24,12 +24,12 @@ from .emit import (
     reduce_max,
     splat,
     symbol,
-    widen,
 )
-from .flash import Flash, Scores, Source, blend, merge, minus_infinity, settle
+from .flash import Flash, Scales, Scores, Source, blend, merge, minus_infinity, settle
 from .isa import Isa
 from .norm import for_vectors
 from .pack import padded
+from .rounding import load_scales
 
 MaskShape = Literal["no", "11", "b1", "1h", "bh"]
 """Of an f32 addend [mb, mh, s, keys]: whether mb is the batch or 1, and mh the heads or 1."""
@@ -129,7 +129,7 @@ def _prefill(desc: CachedAttention) -> tirx.PrimFunc:
     stage = cache.dtype != "float32"
 
     def thread(first: Expr, step: int) -> None:
-        flash = Flash(kernel, isa, desc.scores, isa.rows, _TILES, _BLOCK, d, e)
+        flash = Flash(kernel, isa, desc.scores, isa.rows, _TILES, _BLOCK, d, e, view.value_width)
         staged = _stage_buffers(kernel, d, view.value_width) if stage else None
         with kernel.loop(ceil_div(maximum(units - first, 0), step)) as i:
             unit = kernel.let(first + i * step, "unit")
@@ -155,7 +155,7 @@ def _prefill(desc: CachedAttention) -> tirx.PrimFunc:
                 assert addend is not None
                 return addend.at(batch, head * group + floor_mod(at, group), floor_div(at, group), view.slot(key), lanes)
 
-            flash.begin(rows, lambda row: (q, place(row) * d), position)
+            flash.begin(rows, lambda row: (q, place(row) * d), position, view.turn_keys)
             begin = _begin(kernel, desc.scores, position(int64(0)))
             end = position(rows - 1) + 1 if desc.scores.causal else start + s
             end = kernel.let(end if cache.ring else minimum(end, view.capacity), "end")
@@ -174,7 +174,7 @@ def _prefill(desc: CachedAttention) -> tirx.PrimFunc:
                     with kernel.when(count > first):
                         given = add if addend is not None else None
                         _advance(flash, tile, block, (first, count), source, given, not cache.ring)
-            flash.finish(rows, lambda row: (y, place(row) * e), logit if sink is not None else None)
+            flash.finish(rows, lambda row: (y, place(row) * e), logit if sink is not None else None, view.turn_values)
 
     _cyclic(kernel, desc.threads, thread)
     return kernel.build()
@@ -237,9 +237,18 @@ def _cyclic(kernel: Kernel, threads: int, body: object) -> None:
 
 
 def _cached_source(view: CacheView, batch: Expr, head: Expr, block: Expr) -> Source:
-    first = view.kernel.let(floor_div(block, GROUP), "group")
+    first, dtype = view.kernel.let(floor_div(block, GROUP), "group"), view.desc.dtype
+
+    def scales(buffer: Buffer, of_group: Callable[[Expr, Expr, Expr], Expr]) -> Scales:
+        def read(at: Expr, lanes: int) -> Expr:
+            group = first + tirx.truncdiv(at, int64(GROUP))
+            return load_scales(buffer, of_group(batch, head, group) + tirx.truncmod(at, int64(GROUP)) * 2, lanes)
+
+        return read
+
     return Source(view.keys, view.values, lambda group: view.key_group(batch, head, first + group),
-                  lambda t: view.value_row(batch, head, block + t))
+                  lambda t: view.value_row(batch, head, block + t), dtype if dtype in ("int8", "int4") else "float",
+                  (scales(view.keys, view.key_scales), scales(view.values, view.value_scales)) if view.desc.quantized else None)
 
 
 def _stage_buffers(kernel: Kernel, d: int, width: int) -> tuple[Buffer, Buffer]:
@@ -248,20 +257,19 @@ def _stage_buffers(kernel: Kernel, d: int, width: int) -> tuple[Buffer, Buffer]:
 
 def _stage(kernel: Kernel, isa: Isa, source: Source, staged: tuple[Buffer, Buffer], part: tuple[Expr, Expr], d: int,
            width: int) -> Source:
-    """Widen a part of a block to f32 once for all the tiles that read it."""
+    """Widen a part of a block, numbers or codes, to f32 once for all the tiles that read it."""
     keys, values = staged
-    lanes = isa.lanes
+    lanes, features = isa.lanes, 2 if source.codes == "int4" else 1
     with kernel.range(floor_div(part[0], GROUP), ceil_div(part[1], GROUP)) as group:
         start = kernel.let(source.key(group))
-        with kernel.loop(GROUP * d // lanes) as j:
-            kernel.store(keys, group * (GROUP * d) + j * lanes,
-                         widen(load(source.keys, start + j * lanes, lanes), isa.native_f16))
-    with kernel.range(*part) as t:
-        start = kernel.let(source.value(t))
-        with kernel.loop(width // lanes) as j:
-            kernel.store(values, t * width + j * lanes,
-                         widen(load(source.values, start + j * lanes, lanes), isa.native_f16))
-    return Source(keys, values, lambda group: group * (GROUP * d), lambda t: t * width)
+        with kernel.loop(d // features) as e:
+            for at in range(0, GROUP, lanes):
+                for f, x in enumerate(source.key_vectors(kernel, isa, start + at, e)):
+                    kernel.store(keys, group * (GROUP * d) + (e * features + f) * GROUP + at, x)
+    with kernel.range(*part) as t, kernel.loop(width // features // lanes) as j:
+        for f, x in enumerate(source.value_vectors(kernel, isa, t, [j * lanes])):
+            kernel.store(values, t * width + f * (width // 2) + j * lanes, x)
+    return Source(keys, values, lambda group: group * (GROUP * d), lambda t: t * width, scales=source.scales)
 
 
 def _decode(desc: CachedAttention) -> tirx.PrimFunc:
@@ -298,7 +306,7 @@ def _decode(desc: CachedAttention) -> tirx.PrimFunc:
         return first, kernel.let(minimum(floor_div(position, _BLOCK) + 1 - first, bound), "blocks")
 
     def thread(first: Expr, last: Expr) -> None:
-        flash = Flash(kernel, isa, desc.scores, rows, tiles, _BLOCK, d, e)
+        flash = Flash(kernel, isa, desc.scores, rows, tiles, _BLOCK, d, e, width)
         with kernel.range(first, last) as unit:
             share = kernel.let(floor_mod(unit, splits), "share")
             head = kernel.let(floor_mod(floor_div(unit, splits), g), "head")
@@ -318,7 +326,7 @@ def _decode(desc: CachedAttention) -> tirx.PrimFunc:
                         kernel.store(parts, at * width + j * isa.lanes,
                                      load(flash.out, row * width + j * isa.lanes, isa.lanes))
 
-            flash.begin(group, lambda row: (q, (batch * h + head * group + row) * d), lambda row: position)
+            flash.begin(group, lambda row: (q, (batch * h + head * group + row) * d), lambda row: position, view.turn_keys)
             begin, count = blocks(position)
             with kernel.range(floor_div(share * count, splits), floor_div((share + 1) * count, splits)) as at:
                 block = kernel.let((begin + at) * _BLOCK, "block")
@@ -361,6 +369,7 @@ def _decode(desc: CachedAttention) -> tirx.PrimFunc:
             kernel.store(y, row * e + j, load(acc, 0, lanes) * splat(inverse, lanes))
 
         for_vectors(kernel, e, isa.lanes, columns)
+        view.turn_values(y, row * e)
 
     kernel.rows(desc.threads, b * h, most * e, combine)
     return kernel.build()

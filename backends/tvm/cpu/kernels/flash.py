@@ -9,8 +9,9 @@ Memory depends on the tile, never on the context.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from tvm import tirx
 
@@ -38,6 +39,7 @@ from .emit import (
 )
 from .isa import Isa
 from .pack import padded
+from .rounding import load_codes, load_pairs
 
 _MINUS_INFINITY = -(1 << 23)  # 0xff800000
 
@@ -73,6 +75,11 @@ def blend(before: Expr, decay: Expr, local: Expr, share: Expr) -> Expr:
     return intrinsic(dtype, name, local, share, before * decay)
 
 
+Scales = Callable[[Expr, int], Expr]
+Turn = Callable[[Buffer, Expr], None]
+"""Turns a row in place: a buffer, and where the row starts."""
+
+
 @dataclass(frozen=True)
 class Scores:
     """How a score is made: softcap * tanh(scale * q.k / softcap), seen if key <= row and row - key < window."""
@@ -85,27 +92,47 @@ class Scores:
 
 @dataclass
 class Source:
-    """Where the keys and values of a block are: flat buffers, f32 or f16.
+    """Where the keys and values of a block are: flat buffers, f32 or f16, or bytes that are ``codes``.
 
     ``key(group)``: start of 16 transposed positions, ``value(t)``: start of a row; both counted from the block's start.
+    ``scales(at, lanes)``: of keys, and of values, the scales of ``lanes`` positions of a group, from ``at``; None: they are 1.
+    Sums are made of codes, in f32, and multiplied by scales last: so the same bits come from codes that were widened before.
     """
 
     keys: Buffer
     values: Buffer
     key: Callable[[Expr], Expr]
     value: Callable[[Expr], Expr]
+    codes: Literal["float", "int8", "int4"] = "float"
+    scales: tuple[Scales, Scales] | None = None
+
+    def key_vectors(self, kernel: Kernel, isa: Isa, start: Expr, e: Expr) -> list[Expr]:
+        """Vectors of the positions from ``start`` on: of feature ``e``; of codes in pairs, of features 2e and 2e + 1."""
+        return self._vectors(kernel, isa, self.keys, start + e * GROUP)
+
+    def _vectors(self, kernel: Kernel, isa: Isa, buffer: Buffer, at: Expr) -> list[Expr]:
+        if self.codes == "int4":
+            return [kernel.let(x) for x in load_pairs(kernel, buffer, at, isa.lanes)]
+        return [kernel.let(load_codes(buffer, at, isa.lanes) if self.codes == "int8" else
+                           widen(load(buffer, at, isa.lanes), isa.native_f16))]
+
+    def value_vectors(self, kernel: Kernel, isa: Isa, t: Expr, columns: Sequence[Expr]) -> list[Expr]:
+        """Vectors of the value of position ``t`` from each of ``columns`` on; of codes in pairs two, half a row apart."""
+        row = kernel.let(self.value(t), "row")
+        return [x for at in columns[: 1 if self.codes == "int4" else None]
+                for x in self._vectors(kernel, isa, self.values, row + at)]
 
 
 class Flash:
     """The state of ``tiles`` tiles of ``rows`` query rows, and the code that advances it by a block of keys."""
 
     def __init__(self, kernel: Kernel, isa: Isa, scores: Scores, rows: int, tiles: int, block: int, head_dim: int,
-                 value_dim: int) -> None:
+                 value_dim: int, value_width: int | None = None) -> None:
         if block % (2 * GROUP):
             raise ValueError(f"a block must be a multiple of {2 * GROUP}, not {block}")
         self.kernel, self.isa, self.desc = kernel, isa, scores
         self.rows, self.tiles, self.block = rows, tiles, block
-        self.head_dim, self.value_dim, self.value_width = head_dim, value_dim, padded(value_dim, GROUP)
+        self.head_dim, self.value_dim, self.value_width = head_dim, value_dim, value_width or padded(value_dim, GROUP)
         total = rows * tiles
         self.queries = kernel.scratch(total * head_dim, "float32")
         self.out = kernel.scratch(total * self.value_width, "float32")
@@ -116,9 +143,9 @@ class Flash:
         self.decay, self.share = (kernel.scratch(rows, "float32") for _ in range(2))
 
     def begin(self, rows: Index, query: Callable[[Expr], tuple[Buffer, Expr]],
-              position: Callable[[Expr], Expr]) -> None:
+              position: Callable[[Expr], Expr], turn: Turn | None = None) -> None:
         """Load the scaled queries of ``rows`` rows (at most rows * tiles) and clear the state; ``query(row)`` is a
-        flat buffer and where to start in it. Rows up to the end of the last tile repeat the last row."""
+        flat buffer and where to start in it. Rows up to the end of the last tile repeat the last row. ``turn``: each query."""
         kernel, d, lanes = self.kernel, self.head_dim, self.isa.lanes
         with kernel.loop(ceil_div(rows, self.rows) * self.rows) as i:
             row = kernel.let(minimum(i, int64(rows) - 1))
@@ -130,6 +157,8 @@ class Flash:
                 kernel.store(self.queries, i * d + j, load(buffer, start + j, width) * splat(scale, width))
 
             _vectors(kernel, d, lanes, copy)
+            if turn is not None:
+                turn(self.queries, i * d)
             kernel.store(self.positions, i, tirx.Cast("int32", position(row)))
         self.clear(rows)
 
@@ -153,7 +182,7 @@ class Flash:
         steps = floor_div(first, 2 * self.isa.lanes), kernel.let(ceil_div(count, 2 * self.isa.lanes), "steps")
         self._scores(tile, steps, source)
         with kernel.loop(self.rows) as i:
-            self._softmax(kernel.let(int64(tile) * self.rows + i), i, start, (first, count), steps, mask)
+            self._softmax(kernel.let(int64(tile) * self.rows + i), i, start, (first, count), steps, source, mask)
         self._weigh(tile, first, count, source)
 
     def _scores(self, tile: Index, steps: tuple[Expr, Expr], source: Source) -> None:
@@ -168,21 +197,26 @@ class Flash:
             for j in range(self.rows * 2):
                 kernel.store(acc, j * lanes, splat(0.0, lanes))
             base = kernel.let(int64(tile) * (self.rows * d), "base")
-            with kernel.loop(d) as e:
-                keys = [kernel.let(widen(load(source.keys, start + e * GROUP, lanes), self.isa.native_f16))
-                        for start in starts]
-                for i in range(self.rows):
-                    q = splat(load(self.queries, base + (i * d) + e), lanes)
-                    for v in range(2):
-                        at = (i * 2 + v) * lanes
-                        kernel.store(acc, at, load(acc, at, lanes) + q * keys[v])
+            features = 2 if source.codes == "int4" else 1
+            with kernel.loop(d // features) as e:
+                keys = [source.key_vectors(kernel, self.isa, start, e) for start in starts]
+                for f in range(features):
+                    for i in range(self.rows):
+                        q = splat(load(self.queries, base + (i * d + f) + e * features), lanes)
+                        for v in range(2):
+                            at = (i * 2 + v) * lanes
+                            kernel.store(acc, at, load(acc, at, lanes) + q * keys[v][f])
+            scales = None
+            if source.scales is not None:
+                scales = [kernel.let(source.scales[0](step * (2 * lanes) + v * lanes, lanes)) for v in range(2)]
             for i in range(self.rows):
                 for v in range(2):
+                    score = load(acc, (i * 2 + v) * lanes, lanes)
                     kernel.store(self.strip, step * (2 * lanes) + (i * self.block + v * lanes),
-                                 load(acc, (i * 2 + v) * lanes, lanes))
+                                 score if scales is None else score * scales[v])
 
     def _softmax(self, row: Expr, i: Expr, start: Expr, keys: tuple[Expr, Expr], steps: tuple[Expr, Expr],
-                 mask: Callable[[Expr, Expr, int], Expr] | None) -> None:
+                 source: Source, mask: Callable[[Expr, Expr, int], Expr] | None) -> None:
         kernel, lanes, desc = self.kernel, self.isa.lanes, self.desc
         strip = kernel.let(i * self.block)
         if mask is not None:
@@ -220,8 +254,8 @@ class Flash:
         with kernel.range(*ends) as step:
             at = kernel.let(strip + step * lanes)
             p = exp(kernel, load(self.strip, at, lanes) - splat(finite, lanes))
-            kernel.store(self.strip, at, p)
             kernel.store(total, 0, load(total, 0, lanes) + p)
+            kernel.store(self.strip, at, p if source.scales is None else p * source.scales[1](step * lanes, lanes))
         added = kernel.let(reduce_sum(kernel.let(load(total, 0, lanes))))
         largest, decay, share = merge(kernel, kernel.let(load(self.largest, row)), local)
         kernel.store(self.sums, row, blend(load(self.sums, row), decay, added, share))
@@ -240,14 +274,13 @@ class Flash:
         kernel, lanes, width = self.kernel, self.isa.lanes, self.value_width
         base = kernel.let(int64(tile) * (self.rows * width), "base")
 
-        def columns(at: Index, vectors: int) -> None:
+        def columns(starts: Sequence[Expr]) -> None:
+            vectors = len(starts)
             acc = kernel.registers(self.rows * vectors, "float32", lanes)
             for i in range(self.rows * vectors):
                 kernel.store(acc, i * lanes, splat(0.0, lanes))
             with kernel.range(first, count) as t:
-                row = kernel.let(source.value(t) + at, "row")
-                values = [kernel.let(widen(load(source.values, row + v * lanes, lanes), self.isa.native_f16))
-                          for v in range(vectors)]
+                values = source.value_vectors(kernel, self.isa, t, starts)
                 for i in range(self.rows):
                     p = splat(load(self.strip, t + i * self.block), lanes)
                     for v in range(vectors):
@@ -255,20 +288,25 @@ class Flash:
                         kernel.store(acc, j, load(acc, j, lanes) + p * values[v])
             for i in range(self.rows):
                 decay, share = splat(load(self.decay, i), lanes), splat(load(self.share, i), lanes)
-                for v in range(vectors):
-                    to = base + at + (i * width + v * lanes)
+                for v, at in enumerate(starts):
+                    to = base + at + i * width
                     local = load(acc, (i * vectors + v) * lanes, lanes)
                     kernel.store(self.out, to, blend(load(self.out, to, lanes), decay, local, share))
 
+        if source.codes == "int4":
+            with kernel.loop(width // 2 // lanes) as j:
+                columns([j * lanes, j * lanes + width // 2])
+            return
         pairs, odd = divmod(width // lanes, 2)
         with kernel.loop(pairs) as pair:
-            columns(pair * (2 * lanes), 2)
+            columns([pair * (2 * lanes), pair * (2 * lanes) + lanes])
         if odd:
-            columns(int64(pairs * 2 * lanes), 1)
+            columns([int64(pairs * 2 * lanes)])
 
     def finish(self, rows: Index, target: Callable[[Expr], tuple[Buffer, Expr]],
-               sink: Callable[[Expr], Expr] | None = None) -> None:
-        """Write softmax-weighted values of each row; a row that saw nothing gives 0. ``sink(row)``: see ``settle``."""
+               sink: Callable[[Expr], Expr] | None = None, turn: Turn | None = None) -> None:
+        """Write softmax-weighted values of each row; a row that saw nothing gives 0. ``sink(row)``: see ``settle``.
+        ``turn``: each row that was written."""
         kernel = self.kernel
         with kernel.loop(rows) as i:
             buffer, start = target(i)
@@ -281,6 +319,8 @@ class Flash:
                 kernel.store(buffer, start + j, load(self.out, i * self.value_width + j, width) * splat(inverse, width))
 
             _vectors(kernel, self.value_dim, self.isa.lanes, copy)
+            if turn is not None:
+                turn(buffer, start)
 
 
 def _vectors(kernel: Kernel, n: int, lanes: int, body: Callable[[Expr, int], None]) -> None:
