@@ -287,7 +287,7 @@ def rounded_caches(seed: int) -> bool:
     """Near what f32 says, as near as rows of eight bits are; and each cache as if it were rounded, by text, twice."""
     program = decoder(seed)
     PassManager([Cleanup(), FuseRope(), FuseAttention(), Cleanup(), DeriveKVCache(chunk=4)]).run(program)
-    plain, dims = program.copy(), {**DIMS[0], "c": 16}
+    plain, dims = program.copy(), {**DIMS[1], "c": 16}
     modified = PassManager([QuantizeCaches("int8")]).run(program).steps[0].modified
     again = program.copy()
     assert not PassManager([QuantizeCaches("int8")]).run(again).steps[0].modified

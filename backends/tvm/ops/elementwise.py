@@ -14,7 +14,7 @@ from wasat.ir.ops.elementwise import Cast
 
 from ..layouts import tvm_dtype
 from ..lower import Context, Lowering, lowering_into
-from .narrow import NARROW, float_code, integer, integer_code, numbers
+from .narrow import NARROW, float_code, in_bf16, integer, integer_code, numbers
 
 R = relax.op
 ELEMENTWISE: dict[str, Lowering] = {}
@@ -331,6 +331,8 @@ def _converted(ctx: Context, node: Node, source: DType, target: DType, x: Any) -
         return ctx.emit(R.logical_not(R.equal(x, relax.const(0, tvm_dtype(source)))))
     if source.is_float and target.is_int:
         return _truncated(ctx, node, source, target, x)
+    if source is DType.F32 and target is DType.BF16:  # or TVM leaves it out where f32 is read from it in the same loop
+        x = elementwise(ctx, node, in_bf16, x)
     return ctx.emit(R.astype(x, tvm_dtype(target)))
 
 

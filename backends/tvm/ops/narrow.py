@@ -66,6 +66,15 @@ def _magnitude(v: Any) -> tuple[Any, Any]:
     return tirx.min(tirx.bitwise_and(bits, _i32(0x7FFFFFFF)), _i32(0x7F800001)), bits < _i32(0)
 
 
+def in_bf16(v: Any) -> Any:
+    """An f32 number rounded to nearest even as bf16 holds it, still f32."""
+    bits = tirx.reinterpret("int32", v)
+    even = tirx.bitwise_and(tirx.shift_right(bits, _i32(16)), _i32(1))
+    rounded = tirx.bitwise_and(bits + _i32(0x7FFF) + even, _i32(-0x10000))
+    nan = tirx.bitwise_and(bits, _i32(0x7FFFFFFF)) > _i32(0x7F800000)
+    return tirx.reinterpret("float32", tirx.Select(nan, bits, rounded))
+
+
 def _rounded_code(dtype: DType, v: Any) -> Any:
     info: Any = ml_dtypes.finfo(dtype.np)
     top, over, nan, negative_zero = (
