@@ -10,7 +10,7 @@ import numpy as np
 
 from .. import op as _op
 from ..axes import AxisRule, Factor, along, reduced
-from ..dims import DimLike
+from ..dims import DimLike, require_at_most
 from ..errors import TypeMismatch
 from ..op import AxisIndex, AxisIndices, ErrorSample, Op, Sample, axis_of, floating, register, tensor
 from ..types import DType, TensorType, Type
@@ -261,7 +261,8 @@ class _Arg(Op):
             return _Arg.Attrs(axis_of(self.axis, types[0].rank), self.keepdims)
 
     def infer(self, attrs: Attrs, x: TensorType) -> TensorType:
-        return TensorType(DType.I64, reduced_shape(tensor(x), (attrs.axis,), attrs.keepdims))
+        require_at_most(1, tensor(x).shape[attrs.axis], f"axis {attrs.axis} of {x} has no elements")
+        return TensorType(DType.I64, reduced_shape(x, (attrs.axis,), attrs.keepdims))
 
     def axes(self, attrs: Attrs, x: TensorType) -> AxisRule:
         return reduced(x.shape, (attrs.axis,), attrs.keepdims)
@@ -272,6 +273,7 @@ class _Arg(Op):
 
     def errors(self) -> Iterable[ErrorSample]:
         yield ErrorSample(["f32[2]"], {"axis": 1}, "outside a tensor of rank 1")
+        yield ErrorSample(["f32[2, 0]"], {"axis": 1}, "axis 1 of f32[2, 0] has no elements")
 
 
 @register

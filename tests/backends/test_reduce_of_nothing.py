@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from wasat.backends.tvm.build import Runner
 from wasat.backends.tvm.targets import cpu
-from wasat.ir import evaluate, parse_program
+from wasat.ir import WasatError, evaluate, parse_program
 
 CASES = [(op, t) for op in ("reduce_max", "reduce_min", "reduce_sum", "reduce_prod") for t in ("f64", "f32", "f16", "i32")]
 
@@ -34,6 +34,40 @@ def test_empty_at_run_time(op: str, dtype: str) -> None:
         (want,) = evaluate(program["f"], {"x": x})
         for _ in range(2):  # memory that was used before
             np.testing.assert_array_equal(run("f", {"x": x})["y"], want)
+
+
+PRODUCTS = [f"{t}[m, 3] = matmul(%x, %y)|{t}[m, n]|{t}[n, 3]" for t in ("f64", "f32", "f16", "bf16", "i32", "i64", "bool")] + [
+    "f32[m, 3] = linear(%x, %y)|f32[m, n]|f32[3, n]",
+    "f32[b, m, 3] = matmul(%x, %y)|f32[b, m, n]|f32[b, n, 3]",
+    "f32[m, 3] = matmul(%x, %y)|f32[m, 0]|f32[0, 3]",
+    "f32[m, 4, b] = conv(%x, %y) {strides=(1,), low=(0,), high=(0,)}|f32[m, n, b]|f32[4, n, 1]",
+    "f32[m, 4, b + 1] = conv(%x, %y) {strides=(1,), low=(0,), high=(n,)}|f32[m, 2, b]|f32[4, 2, n]",
+]
+
+
+@pytest.mark.parametrize("case", PRODUCTS)
+def test_a_sum_of_no_products(case: str) -> None:
+    """0, and where there are some, what they come to."""
+    node, x, y = case.split("|")
+    program = parse_program(f"graph @f(%x: {x}, %y: {y}) {{\n  %z: {node}\n  return %z\n}}\n")
+    run, g = Runner(program, cpu()), program["f"]
+    for n in (0, 3):
+        dims, full = {"m": 2, "n": n, "b": 2}, np.arange(64) % 5 + 1
+        shapes = [[d if isinstance(d, int) else dims[str(d)] for d in v.shape] for v in g.inputs]
+        given = {v.name: np.resize(full, s).astype(v.tensor.dtype.np) for v, s in zip(g.inputs, shapes)}
+        (want,) = evaluate(g, given)
+        for _ in range(3):  # memory that was used before
+            np.testing.assert_array_equal(run("f", given)["z"], want)
+
+
+@pytest.mark.parametrize("op", ["arg_max", "arg_min"])
+def test_of_nothing_there_is_no_largest(op: str) -> None:
+    program = parse_program(f"graph @f(%x: f32[m, n]) {{\n  %y: i64[m] = {op}(%x) {{axis=1}}\n  return %y\n}}\n")
+    run = Runner(program, cpu())
+    for call in (run, lambda name, x: evaluate(program[name], x)):
+        with pytest.raises(WasatError, match="1 <= n"):
+            call("f", {"x": np.zeros((2, 0), np.float32)})
+    assert run("f", {"x": np.zeros((0, 2), np.float32)})["y"].shape == (0,)
 
 
 def test_a_size_that_is_known_to_be_positive() -> None:

@@ -10,7 +10,7 @@ from kernel_help import assert_near_reference
 from wasat.backends.tvm.build import Runner, build
 from wasat.backends.tvm.lower import KernelCall, plan_weights, selected
 from wasat.backends.tvm.targets import cpu
-from wasat.ir import Graph
+from wasat.ir import Graph, Interface, Program, State, evaluate, parse
 
 from wasat.testing import feed, random_program
 
@@ -119,3 +119,37 @@ def test_what_turns_slice_is_said() -> None:
 }"""
     left = [x.why for x in build(random_program(stacked), cpu()).left]
     assert "%y = scan: products in its bodies read w turn by turn, without packing or kernels" in left
+
+
+LIKE_STATES = """graph @step(%x: f32[3, 50], %z: f32[3, 50], %c: bool[], %m: f32[3, 50]) {
+  %held: f32[3, 50] = mul(%z, 2.0:f32)
+  %y: f32[3, 50] = cond(%c, %held, %x) {then=graph @yes(%m: f32[3, 50], %x: f32[3, 50]) {
+    %old: f32[3, 50] = mul(%m, 0.9:f32)
+    %new: f32[3, 50] = mul(%x, 0.1:f32)
+    %mean: f32[3, 50] = add(%old, %new)
+    return m=%mean
+  }, otherwise=graph @no(%m: f32[3, 50], %x: f32[3, 50]) {
+    %next: f32[3, 50] = sub(%m, %x)
+    return m=%next
+  }}
+  %after: f32[3, 50] = add(%held, %y)
+  %m1: f32[3, 50] = add(%m, %x)
+  return y=%y, after=%after, m=%m1
+}"""
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_what_a_body_is_given_is_no_state_however_it_is_called(taken: bool) -> None:
+    """The state %m may be written over; %m of the branches is another value, which is read after them."""
+    g = parse(LIKE_STATES)
+    program = Program({"step": g}, {}, Interface(states=(State.trained("m", donated=True),)))
+    target = cpu()
+    [made] = selected(program, target.table(), target.kernels(target, program))
+    assert [n for n in made.nodes if isinstance(n.op, KernelCall) and any(r.alias is not None for r in n.op.results)]
+    [cond] = [n for n in made.nodes if n.attrs.bodies]
+    inside = [n.op for body in cond.attrs.bodies for n in body.graph.nodes if isinstance(n.op, KernelCall)]
+    assert all(r.alias is None for op in inside for r in op.results)
+    given: dict[str, Any] = feed(g, {}) | {"c": np.array(taken)}
+    got = Runner(program, target)("step", given)
+    for name, want in zip(g.output_names, evaluate(g, given)):
+        np.testing.assert_allclose(got[name], want, rtol=1e-6)

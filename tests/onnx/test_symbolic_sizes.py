@@ -93,6 +93,12 @@ CASES: dict[str, tuple[onnx.ModelProto, list[tuple[dict[str, np.ndarray], np.nda
           np.linspace(0, 4, 8, dtype=np.float32).reshape(1, 1, 1, 8)),
          ({"x": np.zeros((1, 1, 1, 1), np.float32)}, np.zeros((1, 1, 1, 1), np.float32))],
     ),
+    "resize between two pixels": (  # 4.5 in f32, and more than that where 0.7 is the f32's own value
+        model([helper.make_node("Resize", ["x", "", "scales"], ["y"], mode="nearest")],
+              {"x": [1, 1, 1, "n"]}, scales=np.array([1, 1, 1, 0.7], np.float32)),
+        [({"x": count(1, 1, 1, 7)}, np.array([[[[1, 3, 4, 5]]]], np.float32)),
+         ({"x": count(1, 1, 1, 2)}, np.array([[[[1]]]], np.float32))],
+    ),
 }  # fmt: skip
 
 

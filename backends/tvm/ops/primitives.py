@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as I
 from wasat.ir import DType, IRError, Node, equal
-from wasat.ir.dims import Dim
+from wasat.ir.dims import Dim, DimLike
 from wasat.ir.ops.cache import CacheAttrs
 from wasat.ir.ops.constant import Constant
 from wasat.ir.ops.random import PARITY, ROTATIONS
@@ -165,33 +166,28 @@ def _ordered(ctx: Context, node: Node, x: Any, largest: bool) -> Any:
     return elementwise(ctx, node, lambda v: tirx.Select(tirx.isnan(v), nan, _flipped(tirx.reinterpret(to, v))), x)
 
 
-def _neutral(node: Node) -> Any:
+def _neutral(node: Node) -> np.ndarray:
     """The reduction of nothing, by the reference itself; TVM leaves memory unwritten there."""
     a: Any = node.attrs
     dtype = node.output.tensor.dtype
-    neutral = node.op.reference(type(a)(axes=(0,), keepdims=False), np.zeros((0,), dtype.np))
-    return relax.const(np.asarray(neutral), tvm_dtype(dtype))  # the dtype in words: of f64 it would make f32
+    return np.asarray(node.op.reference(type(a)(axes=(0,), keepdims=False), np.zeros((0,), dtype.np)))
 
 
-def _of_nothing(ctx: Context, node: Node) -> Any:
-    """The reduction of an axis that is known to be empty, else None."""
-    if all(node.inputs[0].shape[i] != 0 for i in ReduceAttrs.of(node).axes):
-        return None
-    return ctx.emit(R.broadcast_to(_neutral(node), ctx.shape(node.output.shape)))
-
-
-def _unless_empty(ctx: Context, node: Node, out: Any) -> Any:
-    """``out``, the reduction, or the neutral element where an axis turns out to be empty at run time."""
-    shape = node.inputs[0].shape
-    sizes = [ctx.dim(shape[i]) for i in ReduceAttrs.of(node).axes if isinstance(shape[i], Dim)]
-    if not sizes:
-        return out
+def _unless_empty(ctx: Context, node: Node, sizes: Sequence[DimLike], neutral: Any, reduced: Callable[[], Any]) -> Any:
+    """``reduced()``, over axes of these ``sizes``, or ``neutral`` where one is empty, as known or found at run time."""
+    dtype = node.output.tensor.dtype
+    number = relax.const(np.asarray(neutral, dtype.np), tvm_dtype(dtype))  # the dtype in words: of f64 it would make f32
+    if any(n == 0 for n in sizes):
+        return ctx.emit(R.broadcast_to(number, ctx.shape(node.output.shape)))
+    unknown = [ctx.dim(n) for n in sizes if isinstance(n, Dim)]
+    if not unknown:
+        return reduced()
 
     def build(y: Any, neutral: Any) -> Any:
-        filled = tirx.all(*(n > 0 for n in sizes))
+        filled = tirx.all(*(n > 0 for n in unknown))
         return te.compute(y.shape, lambda *i: tirx.Select(filled, y(*i), neutral()), name="unless_empty")
 
-    return ctx.te(build, out, _neutral(node), name="unless_empty")
+    return ctx.te(build, reduced(), number, name="unless_empty")
 
 
 @lowers("reduce_sum", "reduce_max", "reduce_min", "reduce_prod")
@@ -199,9 +195,12 @@ def _reduce(ctx: Context, node: Node, x: Any) -> Any:
     a: Any = node.attrs
     if not a.axes:
         return x
-    if (nothing := _of_nothing(ctx, node)) is not None:
-        return nothing
-    dtype = node.output.tensor.dtype
+    sizes = [node.inputs[0].shape[i] for i in a.axes]
+    return _unless_empty(ctx, node, sizes, _neutral(node), lambda: _reduced(ctx, node, x))
+
+
+def _reduced(ctx: Context, node: Node, x: Any) -> Any:
+    a, dtype = ReduceAttrs.of(node), node.output.tensor.dtype
     narrow = dtype in (DType.F16, DType.BF16)  # accumulate in f32, as the reference does
     wide = ctx.emit(R.astype(x, "float32")) if narrow else x
     extreme = dtype.is_float and node.op.name in ("reduce_max", "reduce_min")
@@ -211,7 +210,7 @@ def _reduce(ctx: Context, node: Node, x: Any) -> Any:
     if extreme:
         to = "float64" if dtype is DType.F64 else "float32"
         out = elementwise(ctx, node, lambda v: tirx.reinterpret(to, _flipped(v)), out)
-    return _unless_empty(ctx, node, ctx.emit(R.astype(out, tvm_dtype(dtype))) if narrow else out)
+    return ctx.emit(R.astype(out, tvm_dtype(dtype))) if narrow else out
 
 
 @lowers("reduce_any", "reduce_all")
@@ -219,10 +218,12 @@ def _reduce_bool(ctx: Context, node: Node, x: Any) -> Any:
     a: Any = node.attrs
     if not a.axes:
         return x
-    if (nothing := _of_nothing(ctx, node)) is not None:
-        return nothing
-    f = R.max if node.op.name == "reduce_any" else R.min
-    return _unless_empty(ctx, node, ctx.emit(R.astype(f(R.astype(x, "int8"), list(a.axes), a.keepdims), "bool")))
+    f, sizes = R.max if node.op.name == "reduce_any" else R.min, [node.inputs[0].shape[i] for i in a.axes]
+
+    def reduced() -> Any:
+        return ctx.emit(R.astype(f(R.astype(x, "int8"), list(a.axes), a.keepdims), "bool"))
+
+    return _unless_empty(ctx, node, sizes, _neutral(node), reduced)
 
 
 @lowers("arg_max", "arg_min")
@@ -255,6 +256,11 @@ def _matmul(ctx: Context, node: Node, x: Any, y: Any) -> Any:
     (a, b), shape = (v.shape for v in node.inputs), node.output.shape
     x = ctx.view(x, a, (*stretched(a[:-2], shape[:-2]), shape[-2], a[-1]))  # sizes that are one by a check, in one way
     y = ctx.view(y, b, (*stretched(b[:-2], shape[:-2]), a[-1], shape[-1]))
+    return _unless_empty(ctx, node, a[-1:], 0, lambda: _multiplied(ctx, t, x, y))
+
+
+def _multiplied(ctx: Context, t: DType, x: Any, y: Any) -> Any:
+    """x @ y of their common sizes, with elements of ``t``."""
     if t in (DType.F16, DType.BF16):
         return ctx.emit(R.astype(R.matmul(x, y, out_dtype="float32"), tvm_dtype(t)))
     if t is DType.BOOL:  # whether there is a common one
@@ -297,8 +303,11 @@ def _conv(ctx: Context, node: Node, x: Any, w: Any) -> Any:
 
         return te.compute(shape, at, name="conv")
 
-    y = ctx.te(build, x, w, name="conv")
-    return y if wide == tvm_dtype(dtype) else ctx.emit(R.astype(y, tvm_dtype(dtype)))
+    def made() -> Any:
+        y = ctx.te(build, x, w, name="conv")
+        return y if wide == tvm_dtype(dtype) else ctx.emit(R.astype(y, tvm_dtype(dtype)))
+
+    return _unless_empty(ctx, node, node.inputs[1].shape[1:], 0, made)
 
 
 # -- random -----------------------------------------------------------------------------------------------------------------

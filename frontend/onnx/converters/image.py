@@ -78,10 +78,12 @@ def _resize_axis(
 ) -> tuple[Any, Any]:
     """x resampled along one axis, and where its coordinates lie inside x."""
     rank, size = c.rank(x), c.shape(x)[axis]
-    given, made = c.size_as(size, WORK), c.size_as(count, WORK)
-    factor = c.div(made, given) if scale is None else np.float64(scale)
+    # onnxruntime's places are f32: at a tie between two pixels their rounding decides, and a scale of 0.7 is none exactly
+    work = DType.F32 if n["mode"] == "nearest" else WORK
+    given, made = c.size_as(size, work), c.size_as(count, work)
+    factor = c.div(made, given) if scale is None else work.np.type(scale)
     length = made if scale is None else c.mul(given, factor)  # which a scale need not make whole
-    at = _coordinates(c, n, c.iota(size=count, dtype=WORK), count, given, made, length, factor, bounds)
+    at = _coordinates(c, n, c.iota(size=count, dtype=work), count, given, made, length, factor, bounds)
     inside = c.along(c.logical_and(c.greater_equal(at, 0.0), c.less_equal(at, c.sub(given, 1.0))), axis, rank)
     last = c.size_as(size - 1, DType.I64)
 
@@ -132,9 +134,8 @@ def _coordinates(
         case "half_pixel":
             return half
         case "half_pixel_symmetric":
-            center = c.div(given, 2.0)
-            adjusted = c.div(made, length)
-            return c.add(half, c.mul(center, c.sub(1.0, adjusted)))
+            offset = c.mul(c.div(given, 2.0), c.sub(1.0, c.div(made, c.mul(given, factor))))
+            return c.sub(c.add(offset, c.div(c.add(i, 0.5), factor)), 0.5)
         case "pytorch_half_pixel":
             return c.mul(half, 0.0) if count == 1 else half if isinstance(count, int) else c.mul(half, c.minimum(steps, 1.0))
         case "align_corners":

@@ -27,13 +27,13 @@ def gather_elements(c: Emitter, n: NodeView, x: Operand, ids: Operand) -> Any:
 
 
 def _places(c: Emitter, ids: Operand, sizes: Sequence[DimLike]) -> Any:
-    """Row-major places of index tuples [.., k] in an array of these sizes; negative indices count from the end."""
+    """Row-major places of index tuples [.., k] in an array of these sizes; negative indices count from the end. Each is looked
+    up by itself: outside of its own axis, it would be inside of all of them together."""
     total: Any = None
     for j, size in enumerate(sizes):
-        d = c.size_as(size, c.dtype(ids))
         at = c.drop_axes(c.cut(ids, c.rank(ids) - 1, j, j + 1), -1)
-        at = c.add(at, c.select(c.less(at, 0), d, 0))
-        total = at if total is None else c.add(c.mul(total, d), at)
+        at = c.gather(c.iota(size=size, dtype=c.dtype(ids)), at, axis=0)
+        total = at if total is None else c.add(c.mul(total, c.size_as(size, c.dtype(ids))), at)
     return total
 
 
@@ -107,4 +107,6 @@ def tensor_scatter(c: Emitter, n: NodeView, cache: Operand, update: Operand, sta
     at = c.add(c.along(begin, 0, rank), c.along(c.iota(size=c.shape(update)[axis]), axis, rank))
     if n["mode"] == "circular":
         at = c.mod(at, c.size_as(size, DType.I64))
+    else:  # nothing counts from the end here
+        at = c.select(c.less(at, 0), c.size_as(size, DType.I64), at)
     return c.scatter_along(cache, c.expand(at, *c.shape(update)), update, axis=axis)
