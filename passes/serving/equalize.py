@@ -115,19 +115,21 @@ class Equalize(Pass):
         for w in (*found.weights, *found.gains):
             if w.tensor.dtype is not DType.F32 and not (w.tensor.dtype.is_float and w.tensor.dtype.bits == 16):
                 return f"%{w.name} is {w.type}"
+            if w.param is not None and any(fnmatchcase(w.param, glob) for glob in self.kept):
+                return f"%{w.name} is to be kept"
+        for w in found.weights:
             if w.param is None:
                 return f"%{w.name} is computed"
             if w.param in elsewhere:
                 return f"another graph reads %{w.name}, too"
-            if any(fnmatchcase(w.param, glob) for glob in self.kept):
-                return f"%{w.name} is to be kept"
-        for w in found.weights:
             for u in w.users:
                 if u not in readers and (u.op.picks(u.attrs) != 0 or u.output.tensor.dtype is not DType.F32):
                     return f"{u.op.name} reads %{w.name}, too"
                 if u not in readers and x.graph.is_output(u.output):
                     return f"%{u.output.name}, looked up in %{w.name}, is an output"
         for w in found.gains:
+            if w not in only:
+                return f"%{w.name} is no parameter"
             if len(w.uses) > 1:
                 return f"%{w.name} is read {len(w.uses)} times"
         return found

@@ -190,6 +190,8 @@ NEAR_MISSES = {
     "up read beside": (FEED_FORWARD, [("return %y", "return %y, %u")], "features of %h are not made one size: no factor"),
     "from outside": (FEED_FORWARD, [("(%tokens: i64[b, s]", "(%tokens: i64[b, s], %n: f32[b, s, 8]"), (
         "  %n: f32[b, s, 8] = rms_norm(%x, %gain) {eps=1e-05}\n", "")], "features of %n are not made one size: it comes from"),
+    "gain from outside": (HEAD, [("i64[b, s])", "i64[b, s], %gain: f32[8])"), (
+        "  param %gain: f32[8]\n", "")], "%gain is no parameter"),
     "another maker": (ATTENTION, [], "features of %x are not made one size: embedding makes it"),
     "values beside": (ATTENTION, [("return %y", "return %y, %v1")], "its values are not made by a linear alone"),
     "computed": (HEAD, [("linear(%n, %table)", "linear(%n, %t)"), (
@@ -204,6 +206,13 @@ def test_near_misses(text: str, edits: list[tuple[str, str]], reason: str) -> No
         text = text.replace(old, new)
     report = PassManager([Equalize()]).run(random_program(text))
     assert any(reason in r.message for r in report.remarks("missed")), [str(r) for r in report.remarks()]
+
+
+def test_a_gain_that_is_computed() -> None:
+    """Gemma's norms are stored less one."""
+    stored = HEAD.replace("layer_norm(%x, %gain", "layer_norm(%x, %whole")
+    stored = stored.replace("  %x:", "  %whole: f32[8] = add(%gain, 1.0:f32)\n  %x:")
+    assert [r.kind for r in ran(random_program(stored))] == ["applied"]
 
 
 def test_tokens_that_the_graph_does_not_take() -> None:
