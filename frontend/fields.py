@@ -142,7 +142,10 @@ class Fields:
             for f in dataclasses.fields(cls)
         }
         self.finish()
-        return cls(**values)
+        try:
+            return cls(**values)
+        except ConfigError as e:  # sizes that do not go together
+            raise self.fail(str(e)) from None
 
     def refuse(self, name: str, neutral: Any, why: str) -> None:
         """Refuses ``name`` unless it is absent, null or ``neutral``."""

@@ -184,6 +184,12 @@ REFUSED = {
     "key": ("weight = 2", "wheight = 2", RecipeError, r"\[\[data\]\] 1, line \d+: wheight is unknown; did you mean weight"),
     "family": ('family = "gemini"', 'family = "gemeni"', RecipeError, "no family gemeni; there are decoder, gemini"),
     "field": ("patch = 8", "patches = 8", RecipeError, r"\[model.vision\], line \d+: patch is missing; is patches meant"),
+    "sizes": ("head_dim = 8", "head_dim = 7", RecipeError, r"run.toml \[model.text\]: Text: head_dim is 7"),
+    "entry": (
+        '[[data]]\ntask = "digits"',
+        '[[model.heads]]\nname = "a"\nclasses = "x"\nof = "text"\n[[data]]\ntask = "digits"', RecipeError,
+        r"\[\[model.heads\]\] 1, line 26: classes = 'x' must be a whole number",
+    ),
     "heads": (
         '"gemini"', '"gemini"\nheads = [{name = "digit", classes = 10, of = "image"}]', RecipeError,
         r"\[model\], line \d+: tasks have no classes",

@@ -19,6 +19,7 @@ from wasat import driver
 from wasat.demo.page import Card, Chapter, blind_score, write_page
 from wasat.ir import Graph, Node, Program, WasatError, node_text
 from wasat.passes import Report
+from wasat.quality import log_softmax
 from wasat.runtime import Audio, Image, Model, SamplingOptions, Video, load
 from wasat.runtime.media import Media, open_media
 
@@ -186,7 +187,7 @@ def _compare(out: Console, program: Program, model: Model, c: Chapter) -> None:
     reference = np.asarray(driver.run(program, tokens=np.array([tokens]))["logits"])[0]
     session = model.session()
     logits = np.array([session.step([[t]])[0] for t in tokens])
-    before, after = (float(-_log_softmax(x)[np.arange(len(tokens) - 1), tokens[1:]].mean()) for x in (reference, logits))
+    before, after = (float(-log_softmax(x)[np.arange(len(tokens) - 1), tokens[1:]].mean()) for x in (reference, logits))
     c.facts["loss beside f32"] = f"{after / before - 1:+.2%}"
     _print(out, f"nats per token over {len(tokens)} tokens of Python, f32 → {c.quantize}: {before:.4f} → {after:.4f}")
 
@@ -195,11 +196,6 @@ def _text(model: Model, most: int) -> list[int]:
     """Up to ``most`` tokens of Python that the model was not trained on: the driver's."""
     context = model.manifest.interface.context or most
     return model.tokenizer.encode(Path(driver.__file__).read_text())[: min(most, context // 2)]
-
-
-def _log_softmax(x: np.ndarray) -> np.ndarray:
-    x = x.astype(np.float64) - x.max(-1, keepdims=True)
-    return np.asarray(x - np.log(np.exp(x).sum(-1, keepdims=True)))
 
 
 def _show_passes(out: Console, optimized: Program, report: Report, c: Chapter) -> None:

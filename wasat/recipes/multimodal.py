@@ -115,7 +115,7 @@ def read_joint(
 
     The tokenizer is the file that [model] names, or that of a run to go on with, or trained on the tasks.
 
-    Raises RecipeError for a task that is unknown or whose modality the model lacks; ConfigError for the model's sizes.
+    Raises RecipeError for a task that is unknown or whose modality the model lacks, and for the model's sizes.
     """
     given = table.take("tokenizer", str, None)
     draft = table.made(Config)
