@@ -245,9 +245,16 @@ def cuda(arch: str = "sm_80") -> Target:
     return replace(_planned("cuda", CUDA, Cuda, arch=archs[0]), archs=archs)
 
 
+def limits_of(device: Device) -> Limits:
+    """What kernels are made for on the device. WGSL as TVM writes it reads numbers one by one."""
+    if device.language == "wgsl":
+        return Limits(device.threads, device.shared, device.f16)
+    return Limits(device.threads, device.shared, device.f16, vectors=True, lanes=32, columns=1)
+
+
 def _planned(kind: str, device: Device, make: Callable[..., Target] = Target, **config: Any) -> Any:
     config |= {"kind": kind, "max_num_threads": device.threads, "max_shared_memory_per_block": device.shared}
-    limits = Limits(device.threads, device.shared, device.f16)
+    limits = limits_of(device)
     return make(
         kind, config, host={"kind": "llvm"}, device=device, needs_compiler=False,
         kernels=lambda target, program: gpu_kernels.selection(limits), formats=_ON_GPUS,

@@ -16,6 +16,7 @@ from soft_cuda import soft_gpu
 from wasat.backends.tvm.gpu.limits import Limits
 from wasat.backends.tvm.plan.device import CUDA, OPENCL, WEBGPU, WEBGPU_F16, Device
 from wasat.backends.tvm.plan.kernels import Kernel, all_sources, functions
+from wasat.backends.tvm.targets import limits_of
 from wasat.ir import evaluate_dim
 from wasat.runtime.hosts.machine import Command, Dispatch
 from wasat.runtime.hosts.open import open_machine
@@ -37,12 +38,12 @@ class Machine:
 
 
 MACHINES = [
-    Machine("webgpu", (("kind", "webgpu"), ("max_num_threads", 256)), WEBGPU, Limits()),
-    Machine("opencl", (("kind", "opencl"),), OPENCL, Limits()),
-    Machine("cuda", (("kind", "cuda"), ("arch", "sm_90")), CUDA, Limits(CUDA.threads, CUDA.shared, CUDA.f16)),
+    Machine("webgpu", (("kind", "webgpu"), ("max_num_threads", 256)), WEBGPU, limits_of(WEBGPU)),
+    Machine("opencl", (("kind", "opencl"),), OPENCL, limits_of(OPENCL)),
+    Machine("cuda", (("kind", "cuda"), ("arch", "sm_90")), CUDA, limits_of(CUDA)),
 ]
 
-F16 = Machine("webgpu-f16", (("kind", "webgpu"), ("max_num_threads", 256)), WEBGPU_F16, Limits(f16=True))
+F16 = Machine("webgpu-f16", (("kind", "webgpu"), ("max_num_threads", 256)), WEBGPU_F16, limits_of(WEBGPU_F16))
 
 
 def each_machine() -> pytest.MarkDecorator:

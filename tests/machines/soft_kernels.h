@@ -17,6 +17,10 @@
 #define CUDART_NAN_F __builtin_nanf("")
 #define CUDART_NAN __builtin_nan("")
 
+// 16 bytes that are read at once: the compiler takes it that they lie at a multiple of 16
+struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+
 struct soft_index { unsigned x, y, z; };
 extern "C" soft_index threadIdx, blockIdx, blockDim, gridDim;
 extern "C" void soft_barrier();

@@ -79,6 +79,22 @@ def test_linear(machine: Machine, kind: str, m: int, rows: int) -> None:
     kernel_help.assert_near(got, want + bias if desc.bias else want)
 
 
+@each_machine()
+@pytest.mark.parametrize("kind, k, m, rows", [
+    ("float32", 96, 1, 4), ("float16", 200, 1, 1), ("bfloat16", 96, 2, 4), ("int8", 96, 1, 4), ("int4", 96, 5, 4),
+    ("int4b16f32", 96, 1, 1), ("float32", 64, 70, 32), ("float32", 96, 0, 4),
+])  # fmt: skip
+def test_linear_side_by_side(machine: Machine, kind: str, k: int, m: int, rows: int) -> None:
+    """Rows of whole octets and of whole runs of them, which are read 16 bytes at once where a device does; of a batch, one row
+    is a launch of its own, and none is none."""
+    n = 71
+    w, dense = made(kind, n, k)
+    f, array = packed(w)
+    x, bias = normal(m, k), normal(n)
+    got = run(machine, linear(Linear(machine.limits, n, k, f, rows, bias=True)), [x, array, bias, empty(m, n)])[-1]
+    kernel_help.assert_near(got, products(x, dense.T) + bias)
+
+
 def close(got: NDArray[Any], reference: Callable[..., Any], *operands: Any, lost: Any = 0) -> None:
     """Each element within what rounding the operands moves it by, a few roundings of its own, and what it may have ``lost``;
     devices have no subnormal numbers."""

@@ -15,6 +15,8 @@ from ...cpu.kernels.emit import Buffer, Expr, Index, ceil_div, int64, load, maxi
 from ...cpu.kernels.emit import Kernel as Emitter
 from ..limits import Limits
 
+_JOINED = 8
+"""Numbers that a thread joins between two barriers, which cost more than it does."""
 LOWEST = -3.4028234663852886e38
 """The lowest f32: what is smaller than all numbers, in languages without infinity."""
 
@@ -59,6 +61,17 @@ class Kernel(Emitter):
         self.store(kept, 0, value)
         return load(kept, 0)
 
+    def side_by_side(self, buffer: Buffer, index: Index, count: int) -> list[Expr]:
+        """``count`` elements from ``index`` on, a multiple of ``count`` or of 16 bytes: read 16 bytes at once where the device
+        does."""
+        width = 16 * 8 // int(buffer.dtype.bits)
+        if not self.limits.vectors or count % width:
+            return [load(buffer, int64(index) + t) for t in range(count)]
+        memory = self.registers(count, str(buffer.dtype), 1)
+        for t in range(0, count, width):
+            self.store(memory, t, load(buffer, int64(index) + t, width))
+        return [load(memory, t) for t in range(count)]
+
     def kept(self, inside: Expr | None, value: Expr) -> Expr:
         """The value where ``inside`` (None: everywhere), else 0. It is read in any case: a choice of loads would be a branch,
         which PoCL 3.0 gets wrong before a barrier."""
@@ -90,13 +103,15 @@ class Kernel(Emitter):
         A memory of each holds a number per thread; results are where the groups' first threads put theirs."""
         for memory, value in zip(memories, values):
             self.store(memory, thread, value)
-        step = lanes // 2
-        while step:
+        while lanes > 1:
+            before, lanes = lanes, -(-lanes // _JOINED)
             self.barrier()
-            with self.when(lane < step):
+            with self.when(lane < lanes):
                 for memory in memories[: len(values)]:
-                    self.store(memory, thread, join(load(memory, thread), load(memory, thread + step)))
-            step //= 2
+                    joined = load(memory, thread)
+                    for i in range(lanes, before, lanes):
+                        joined = join(joined, load(memory, thread + i))
+                    self.store(memory, thread, joined)
         self.barrier()
 
 

@@ -22,6 +22,8 @@ from ...cpu.kernels.emit import Buffer, Expr, bits, cast, floor_div, floor_mod, 
 from .emit import Kernel, as_f32
 
 OCTET = 8
+RUN = 4
+"""Octets that a thread takes at once, where rows are of whole runs: their codes lie side by side, and a scale is read once."""
 _PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 
 
@@ -260,6 +262,43 @@ class Rows:
         group = let(floor_div(at, f.group // OCTET), "group")
         return Octet(values, self._number(start, group, "scale"), self._number(start, group, "offset") if f.offset else None)
 
+    @property
+    def run(self) -> int:
+        """How many octets :meth:`octets_from` gives."""
+        return RUN if isinstance(self.format, Codes) and self.k % (RUN * OCTET) == 0 else 1
+
+    @property
+    def runs(self) -> int:
+        """Of a row."""
+        return self.octets // self.run
+
+    def octets_from(self, start: Expr, at: Expr) -> list[Octet]:
+        """The octets of run ``at`` of the row that begins at ``start``."""
+        f, let = self.format, self.kernel.let
+        if self.run == 1:
+            return [self.octet(start, at)]
+        assert isinstance(f, Codes)
+        codes: list[Expr] = []
+        place = 0
+        for i, b in enumerate(f.planes):
+            # a run is b words of a plane of b bits; rows, and planes of four bits and more, begin at multiples of four words
+            words = [let(x, "word") for x in self.kernel.side_by_side(self.w, start + (at * b + self.at[f"plane{i}"]), b)]
+            fields = []
+            for e in range(RUN * OCTET):
+                word, shift = words[e * b // 32], e * b % 32
+                fields.append((word >> _u(shift) if shift else word) & _u((1 << b) - 1))
+            codes = fields if not place else [c | (x << _u(place)) for c, x in zip(codes, fields)]
+            place += b
+        out = []
+        numbers: tuple[Expr | None, Expr | None] = None, None
+        for o in range(RUN):
+            if o == 0 or f.group % (RUN * OCTET):
+                group = let(floor_div(at * RUN + o, f.group // OCTET), "group")
+                numbers = self._number(start, group, "scale"), self._number(start, group, "offset") if f.offset else None
+            own = (cast("int32", c) + tirx.IntImm("int32", f.low) for c in codes[o * OCTET : (o + 1) * OCTET])
+            out.append(Octet([let(cast("float32", c), "code") for c in own], *numbers))
+        return out
+
     def _number(self, start: Expr, group: Expr, part: str) -> Expr:
         """The scale or the offset of a group."""
         f, let = self.format, self.kernel.let
@@ -281,6 +320,8 @@ class Rows:
 
     def _floats(self, start: Expr, at: Expr) -> list[Expr]:
         """Of an array of floats: elements past the end of a row are given as zeros."""
+        if self.k % OCTET == 0:
+            return [self.kernel.let(as_f32(x)) for x in self.kernel.side_by_side(self.w, start + at * OCTET, OCTET)]
         out = []
         for t in range(OCTET):
             index = at * OCTET + t
@@ -293,10 +334,11 @@ class Rows:
         """Of pairs: the row's last word may be half filled, and what stands behind is given as zeros."""
         let, words = self.kernel.let, -(-self.k // 2)
         out: list[Expr] = []
+        together = self.kernel.side_by_side(self.w, start + at * (OCTET // 2), OCTET // 2) if self.k % OCTET == 0 else []
         for j in range(OCTET // 2):
             index = at * (OCTET // 2) + j
             whole = self.k % OCTET == 0 or 2 * j < self.k % OCTET
-            word = self._word(start, index if whole else tirx.min(index, int64(words - 1)))
+            word = let(together[j]) if together else self._word(start, index if whole else tirx.min(index, int64(words - 1)))
             if not whole:
                 word = let(tirx.Select(index < words, word, _u(0)))
             if self.format.name == "bfloat16":

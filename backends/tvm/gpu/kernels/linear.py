@@ -6,14 +6,15 @@ the matrix ``groups[i]`` of so many.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from tvm import tirx
 
-from ...cpu.kernels.emit import Buffer, Expr, ceil_div, floor_div, floor_mod, int64, load, symbol
+from ...cpu.kernels.emit import Buffer, Expr, ceil_div, floor_div, floor_mod, int64, load, maximum, symbol
 from ..limits import Limits
 from .emit import Kernel, as_f32, clamped, narrow, power_of_two, zero
-from .formats import OCTET, Floats, Format, Rows
+from .formats import OCTET, Floats, Format, Octet, Rows
 
 
 @dataclass(frozen=True)
@@ -70,59 +71,86 @@ def _operands(kernel: Kernel, d: Linear) -> _Operands:
 
 
 def _rows(d: Linear) -> tirx.PrimFunc:
-    """Each group of threads has one row of w, of which they read consecutive octets; their sums meet in workgroup memory."""
+    """Each group of threads has rows of w, of which they read consecutive octets; their sums meet in workgroup memory. Where
+    rows of x are multiplied together, a launch of its own has the one row that there mostly is: it would wait for the others,
+    and some devices compute what a condition leaves out."""
     kernel = Kernel(d.name, d.limits)
     o = _operands(kernel, d)
-    octets = -(-d.k // OCTET)
-    lanes = min(32, power_of_two(octets))
+    if d.rows > 1:
+        _launch(kernel, replace(d, rows=1), o, maximum(tirx.min(o.m, 2 - o.m), 0))
+        _launch(kernel, d, o, ceil_div(o.m, d.rows) * tirx.min(maximum(o.m - 1, 0), int64(1)))
+    else:
+        _launch(kernel, d, o, o.m)
+    return kernel.build()
+
+
+def _launch(kernel: Kernel, d: Linear, o: _Operands, tiles: Expr) -> None:
+    """Rows of x by ``d.rows``, in so many tiles."""
+    runs = Rows(kernel, d.weights, d.k, o.w).runs
     threads = min(64, d.limits.threads)
-    lanes = min(lanes, threads)
+    lanes = min(d.limits.lanes, power_of_two(runs), threads)
+    columns = 1 if d.rows > 1 else min(d.limits.columns, 4 if isinstance(d.weights, Floats) else 2)
     each = threads // lanes
-    with kernel.launch((-(-d.n // each), ceil_div(o.m, d.rows)), threads) as ([column, tile], thread):
+    with kernel.launch((-(-d.n // (each * columns)), tiles), threads) as ([column, tile], thread):
         weights = Rows(kernel, d.weights, d.k, o.w)
-        memories = [kernel.shared(threads) for _ in range(d.rows)]
-        sums = kernel.registers(d.rows, "float32", 1)
+        memories = [kernel.shared(threads) for _ in range(d.rows * columns)]
+        sums = kernel.registers(d.rows * columns, "float32", 1)
         lane = kernel.let(floor_mod(thread, lanes), "lane")
-        n = kernel.let(column * each + floor_div(thread, lanes), "n")
+        own = kernel.let(column * (each * columns) + floor_div(thread, lanes), "own")
+        outputs = [own if c == 0 else kernel.let(own + c * each) for c in range(columns)]
         first = kernel.let(tile * d.rows, "first")
         group: Expr = int64(0)
         if o.groups is not None:
             given = kernel.copy(load(o.groups, first))
             given = given if d.groups == "int64" else tirx.Cast("int64", given)
             group = kernel.copy(tirx.max(tirx.min(given, int64(d.experts - 1)), int64(0)))
-        start = weights.start(group * d.n + clamped(n, d.n))
-        for r in range(d.rows):
-            kernel.store(sums, r, zero())
-        with kernel.loop(-(-octets // lanes)) as i:
-            at = kernel.let(i * lanes + lane, "octet")
-            with kernel.when(at < octets):
-                octet = weights.octet(start, at)
-                for r in range(d.rows):
-                    row = first + r if d.rows > 1 else first
-                    source = kernel.let(floor_div(row, d.per) if d.per > 1 else row)
-                    if d.rows == 1:
-                        _add(kernel, d, o, sums, r, source, at, octet.dot)
-                    else:
-                        with kernel.when(row < o.m):
-                            _add(kernel, d, o, sums, r, source, at, octet.dot)
-        kernel.reduce(memories, thread, lane, lanes, [load(sums, r) for r in range(d.rows)], lambda a, b: a + b)
-        for r in range(d.rows):
-            with kernel.when(tirx.And(lane < 1, tirx.And(n < d.n, first + r < o.m))):
-                total = load(memories[r], thread)
+        starts = [weights.start(group * d.n + clamped(n, d.n)) for n in outputs]
+        for i in range(d.rows * columns):
+            kernel.store(sums, i, zero())
+        with kernel.loop(-(-runs // lanes)) as i:
+            run = kernel.let(i * lanes + lane, "run")
+            with kernel.when(run < runs):
+                if d.rows == 1:
+                    xs = _xs(kernel, d, o, floor_div(first, d.per) if d.per > 1 else first, run, weights.run)
+                    for c, start in enumerate(starts):
+                        _add(kernel, sums, c, weights.octets_from(start, run), xs)
+                else:
+                    octets = weights.octets_from(starts[0], run)
+                    for r in range(d.rows):
+                        with kernel.when(first + r < o.m):
+                            source = kernel.let(floor_div(first + r, d.per) if d.per > 1 else first + r)
+                            _add(kernel, sums, r, octets, _xs(kernel, d, o, source, run, weights.run))
+        kernel.reduce(memories, thread, lane, lanes, [load(sums, i) for i in range(d.rows * columns)], lambda a, b: a + b)
+        for i in range(d.rows * columns):
+            n, row = (outputs[i], first) if d.rows == 1 else (outputs[0], first + i)
+            with kernel.when(tirx.And(lane < 1, tirx.And(n < d.n, row < o.m))):
+                total = load(memories[i], thread)
                 if o.bias is not None:
                     total = total + as_f32(load(o.bias, group * d.n + n))
-                kernel.store(o.y, (first + r) * d.n + n, narrow(total, d.dtype))
-    return kernel.build()
+                kernel.store(o.y, row * d.n + n, narrow(total, d.dtype))
 
 
-def _add(kernel: Kernel, d: Linear, o: _Operands, sums: Buffer, r: int, row: Expr, at: Expr, dot: object) -> None:
-    xs = []
-    base = kernel.let(row * d.k + at * OCTET, "base")
-    for t in range(OCTET):
-        inside = None if d.k % OCTET == 0 or t < d.k % OCTET else at * OCTET + t < d.k
-        x = load(o.x, base + t if inside is None else tirx.min(base + t, row * d.k + (d.k - 1)))
-        xs.append(kernel.let(kernel.kept(inside, as_f32(x))))
-    kernel.store(sums, r, load(sums, r) + dot(xs))  # type: ignore[operator]
+def _xs(kernel: Kernel, d: Linear, o: _Operands, row: Expr, run: Expr, count: int) -> list[list[Expr]]:
+    """What the octets of a run meet of a row of x."""
+    out = []
+    for i in range(count):
+        at = run * count + i if count > 1 else run
+        base = kernel.let(row * d.k + at * OCTET, "base")
+        if d.k % OCTET == 0:
+            out.append([kernel.let(as_f32(x)) for x in kernel.side_by_side(o.x, base, OCTET)])
+            continue
+        xs = []
+        for t in range(OCTET):
+            inside = None if t < d.k % OCTET else at * OCTET + t < d.k
+            x = load(o.x, base + t if inside is None else tirx.min(base + t, row * d.k + (d.k - 1)))
+            xs.append(kernel.let(kernel.kept(inside, as_f32(x))))
+        out.append(xs)
+    return out
+
+
+def _add(kernel: Kernel, sums: Buffer, i: int, octets: Sequence[Octet], xs: Sequence[list[Expr]]) -> None:
+    for octet, x in zip(octets, xs):
+        kernel.store(sums, i, load(sums, i) + octet.dot(x))
 
 
 def _tiles(d: Linear) -> tirx.PrimFunc:
@@ -144,7 +172,12 @@ def _tiles(d: Linear) -> tirx.PrimFunc:
             kernel.store(sums, i, zero())
         with kernel.loop(-(-d.k // step)) as part:
             k0 = kernel.let(part * step, "k0")
-            for at in kernel.strided(thread, threads, tile * step):
+            together = 4 if d.limits.vectors and d.dtype == "float32" and d.k % step == 0 else 1
+            for at in kernel.strided(thread, threads, tile * step // together) if together > 1 else ():
+                kk, mm = kernel.let(floor_mod(at, step // together) * together), kernel.let(floor_div(at, step // together))
+                for t, x in enumerate(kernel.side_by_side(o.x, clamped(m0 + mm, o.m) * d.k + (k0 + kk), together)):
+                    kernel.store(xs, (kk + t) * pitch + mm, x)
+            for at in kernel.strided(thread, threads, tile * step) if together == 1 else ():
                 kk, mm = kernel.let(floor_mod(at, step)), kernel.let(floor_div(at, step))
                 inside = k0 + kk < d.k if d.k % step else None
                 source = clamped(m0 + mm, o.m) * d.k + (clamped(k0 + kk, d.k) if inside is not None else k0 + kk)

@@ -74,7 +74,7 @@ def norm(d: Norm) -> tirx.PrimFunc:
     y = kernel.param("y", (m, n), d.dtype)
     x, y = kernel.flat(x), kernel.flat(y)
     other, total = (b if b is None else kernel.flat(b) for b in (other, total))
-    threads = min(d.limits.threads, power_of_two(n))
+    threads = min(d.limits.threads, power_of_two(-(-n // 4)))
     with kernel.launch(m, threads) as ([at], thread):
         row = _Row(kernel, thread, threads, n)
         base = kernel.let(at * n, "base")
