@@ -251,7 +251,7 @@ def main() -> None:
     print(f"`{command}`, {PACKAGE}, {history.machine()}, {time.strftime('%Y-%m-%d')}.")
     print(f"Prompts of {args.prompt} tokens, then {args.tokens}; medians of {args.rounds} turns; CPU is processor time.")
     print("Ratios: how many times longer, and how much more processor time, onnxruntime-web takes than ours, turn by turn.")
-    print("The machine did other work meanwhile: only figures of one table compare, and processor time says more than the clock.")
+    print("The machine did other work meanwhile: compare only figures of one table; processor time says more than the clock.")
     for source in args.models:
         for scheme in args.quantize or ["f32", "int4-plain"]:
             with tempfile.TemporaryDirectory() as tmp:

@@ -63,9 +63,9 @@ class Kernel(Emitter):
 
     def side_by_side(self, buffer: Buffer, index: Index, count: int) -> list[Expr]:
         """``count`` elements from ``index`` on, a multiple of ``count`` or of 16 bytes: read 16 bytes at once where the device
-        does."""
-        width = 16 * 8 // int(buffer.dtype.bits)
-        if not self.limits.vectors or count % width:
+        does, but for elements of 16 bits, of which TVM has no such vectors in every place."""
+        width = 4
+        if not self.limits.vectors or count % width or int(buffer.dtype.bits) != 32:
             return [load(buffer, int64(index) + t) for t in range(count)]
         memory = self.registers(count, str(buffer.dtype), 1)
         for t in range(0, count, width):
