@@ -52,7 +52,7 @@ def _each_group(lead: tuple[int, ...], groups: np.ndarray, size: int) -> Iterabl
 
 
 def _rows(x: np.ndarray, lead: tuple[int, ...]) -> np.ndarray:
-    return np.broadcast_to(x, (*lead, x.shape[-1])).reshape(-1, x.shape[-1])
+    return np.broadcast_to(x, (*lead, x.shape[-1])).reshape(int(np.prod(lead)), x.shape[-1])
 
 
 class _Grouped(Op):
@@ -96,7 +96,7 @@ class GroupedLinear(_Grouped):
         for e, at in _each_group(lead, groups, len(w)):
             y = (rows[at, None] @ wide(w[e].astype(x.dtype)).T)[:, 0]  # row by row: the same bits in whatever company
             out[at] = y if bias is None else y + wide(bias[e])
-        return out.reshape(*lead, -1).astype(x.dtype)
+        return out.reshape(*lead, out.shape[-1]).astype(x.dtype)
 
     def decompose(
         self, b: Builder, attrs: _op.Attrs, x: Value, w: Value, groups: Value, bias: Value | None = None
@@ -239,7 +239,7 @@ class QuantizedGroupedLinear(_Grouped):
         for e, at in _each_group(lead, groups, w.shape[0]):
             y = product_of_integers(attrs.activation, rows[at, None], w.rows(e))[:, 0]
             out[at] = y if bias is None else y + wide(bias[e])
-        return out.reshape(*lead, -1).astype(x.dtype)
+        return out.reshape(*lead, out.shape[-1]).astype(x.dtype)
 
     def decompose(self, b: Builder, attrs: Attrs, x: Value, w: Value, groups: Value, bias: Value | None = None) -> Value:
         dtype = x.tensor.dtype

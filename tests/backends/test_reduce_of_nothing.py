@@ -60,6 +60,25 @@ def test_a_sum_of_no_products(case: str) -> None:
             np.testing.assert_array_equal(run("f", given)["z"], want)
 
 
+GROUPED = [
+    "f32[b, 3, 7] = grouped_linear(%x, %y, %i)|f32[b, 3, n]|f32[4, 7, n]|i64[b, 3]",
+    "f32[4, 5, n] = grouped_outer(%x, %y, %i) {size=4}|f32[b, 5]|f32[b, n]|i64[b]",
+]
+
+
+@pytest.mark.parametrize("b, n", [(0, 3), (2, 0), (0, 0), (2, 3)])
+@pytest.mark.parametrize("case", GROUPED)
+def test_groups_of_no_rows_and_rows_of_no_features(case: str, b: int, n: int) -> None:
+    node, *types = case.split("|")
+    inputs = ", ".join(f"%{name}: {t}" for name, t in zip("xyi", types))
+    program = parse_program(f"graph @f({inputs}) {{\n  %z: {node}\n  return %z\n}}\n")
+    shapes = {v.name: [{"b": b, "n": n}.get(str(d), d) for d in v.shape] for v in program["f"].inputs}
+    given = {k: np.resize(np.arange(7) % 3, [int(str(d)) for d in s]).astype(np.float32) for k, s in shapes.items()}
+    given["i"] = given["i"].astype(np.int64)
+    (want,) = evaluate(program["f"], given)
+    np.testing.assert_array_equal(Runner(program, cpu())("f", given)["z"], want)
+
+
 @pytest.mark.parametrize("op", ["arg_max", "arg_min"])
 def test_of_nothing_there_is_no_largest(op: str) -> None:
     program = parse_program(f"graph @f(%x: f32[m, n]) {{\n  %y: i64[m] = {op}(%x) {{axis=1}}\n  return %y\n}}\n")
