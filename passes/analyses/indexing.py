@@ -8,6 +8,7 @@ other) comes to, piece by piece.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
@@ -48,7 +49,8 @@ class Indexing:
         return first.value if not others and isinstance(first.value, Affine) else None
 
     def pieces(self, v: Value) -> Pieces:
-        """``v`` on regions that do not overlap and together are all of it."""
+        """``v`` on regions that together are all of it, and do not overlap but where quotients are compared: each element is
+        what one of the pieces that it lies in says."""
         waiting = [v]  # no recursion: chains are as long as exporters make them
         while waiting:
             x = waiting[-1]
@@ -108,7 +110,64 @@ class Indexing:
                 continue
             values = [p.value.of_rank(rank) if isinstance(p.value, Affine) else p.value for p in chosen]
             found += [Piece((*where, *p.where), p.value) for p in _applied(node, values)]
-        return found
+        return self._between(node) or found if _unsaid(found) and node.is_a(*_ORDERS) else found
+
+    def _between(self, node: Node) -> list[Piece] | None:
+        """A comparison of quotients: where it may hold and where it may fail, which overlap by what was rounded off."""
+        ends = [self._ends(v) for v in node.inputs]
+        if ends[0] is None or ends[1] is None:
+            return None
+        rank = len(node.output.shape)
+        by, low, high = _less(ends[0], ends[1])
+        yes, no = Affine((0,) * rank, 1), Affine((0,) * rank, 0)
+        below = Affine((), -by).minus(low), high  # the difference is at most -1, at least 0
+        above = high.plus(Affine((), -by)), low.scaled(-1)  # at least 1, at most 0
+        if node.is_a("equal", "not_equal"):
+            same, other = (yes, no) if node.is_a("equal") else (no, yes)
+            return [Piece((low.scaled(-1), high), same), Piece((below[0],), other), Piece((above[0],), other)]
+        first, second = below if node.is_a("less", "greater_equal") else above
+        holds, fails = (yes, no) if node.is_a("less", "greater") else (no, yes)
+        return [Piece((first,), holds), Piece((second,), fails)]
+
+    def _ends(self, v: Value) -> Ends | None:
+        """(k, low, high), of functions between which k times an element lies: rounded down, it is not known more closely."""
+        if (whole := self.of(v)) is not None:
+            rank = len(v.shape)
+            return 1, whole.of_rank(rank), whole.of_rank(rank)
+        node = v.node
+        if node is None:
+            return None
+        if node.op.carries and len(node.inputs) == 1:
+            if (ends := self._ends(node.inputs[0])) is None:
+                return None
+            moved = []
+            for x in ends[1:]:
+                inner = Indexing(())
+                inner._at_least_one = self._at_least_one
+                inner.know(node.inputs[0], (Piece((), x),))
+                moved.append(inner.of(v))
+            low, high = moved
+            return (ends[0], low, high) if low is not None and high is not None else None
+        if not node.is_a("floor_div", "add", "sub", "mul") or v.tensor.dtype not in (DType.I32, DType.I64):
+            return None
+        x, y = (self._ends(u) for u in node.inputs)
+        if x is None or y is None:
+            return None
+        rank = len(node.output.shape)
+        x, y = ((k, low.of_rank(rank), high.of_rank(rank)) for k, low, high in (x, y))
+        if node.is_a("sub"):
+            return _less(x, y)
+        if node.is_a("add"):
+            return _less(x, (y[0], y[2].scaled(-1), y[1].scaled(-1)))
+        x, y = (y, x) if node.is_a("mul") and y[1].number is None else (x, y)
+        n = y[1].number
+        if y[0] != 1 or y[1] != y[2] or not isinstance(n, int) or n <= 0:
+            return None
+        k, low, high = x
+        if node.is_a("floor_div"):
+            return k * n, low.plus(Affine((), -k * (n - 1))), high
+        common = math.gcd(k, n)
+        return k // common, low.scaled(n // common), high.scaled(n // common)
 
     def _holds(self, v: Value, x: Affine) -> bool:
         """Whether the type of ``v`` holds every element of ``x``: integers wrap, floats lose digits.
@@ -137,6 +196,21 @@ class Indexing:
             else:
                 return None
         return low, high
+
+
+Ends = tuple[int, Affine, Affine]
+_ORDERS = ("less", "less_equal", "greater", "greater_equal", "equal", "not_equal")
+
+
+def _unsaid(pieces: Sequence[Piece]) -> bool:
+    return all(p.value is None for p in pieces)
+
+
+def _less(x: Ends, y: Ends) -> Ends:
+    """Of differences."""
+    k = math.lcm(x[0], y[0])
+    (_, low, high), (_, least, most) = x, y
+    return k, low.scaled(k // x[0]).minus(most.scaled(k // y[0])), high.scaled(k // x[0]).minus(least.scaled(k // y[0]))
 
 
 def _same(a: Affine | float | None, b: Affine | float | None, where: Sequence[Affine], shape: Sequence[DimLike]) -> bool:

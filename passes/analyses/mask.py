@@ -74,8 +74,6 @@ def analyze(v: Value, shape: Sequence[DimLike], keep: bool = True, at: Indexing 
             return analyze(node.inputs[0], shape, keep, at)
         if name == "cast" and (inner := _truth(node)) is not None:
             return analyze(inner, shape, keep, at)
-        if name == ("equal" if keep else "not_equal") and (block := _block(node, shape, at)) is not None:
-            found.window = block
     found.operands.append((v, not keep))
     return found
 
@@ -159,30 +157,6 @@ def _least(where: Sequence[Affine], what: Affine, sizes: Sequence[DimLike]) -> i
     bounds = [c.of_rank(len(sizes)).plus(what).number for c in where]  # c >= 0 says that what <= bound
     known = sorted({n + 1 for n in bounds if isinstance(n, int) and n >= 0})
     return next((n for n in known if implies(where, Affine((), n - 1).minus(what), sizes)), None)
-
-
-def _block(node: Node, shape: Sequence[DimLike], at: Indexing) -> int | None:
-    """The size of the blocks of positions that a comparison keeps apart: no query sees as many behind itself."""
-    query, key = (_divided(v, at) for v in node.inputs)
-    if query is None or key is None or query[1] != key[1]:
-        return None
-    (x, size), (y, _) = query, key
-    sizes = [at.dim(d) for d in shape]
-    behind = Affine((0,) * (len(sizes) - 2) + (1, -1), sizes[-1] - sizes[-2])
-    apart = x.minus(y).of_rank(len(sizes))
-    return size if apart in (behind, behind.scaled(-1)) else None
-
-
-def _divided(v: Value, at: Indexing) -> tuple[Affine, int] | None:
-    """A function of positions divided by a number, the rest dropped: what is divided, and by what."""
-    while v.node is not None and v.node.op.carries:
-        v = v.node.inputs[0]
-    if (node := v.made_by("floor_div")) is None:
-        return None
-    by, inner = number_of(node.inputs[1]), Indexing(())
-    inner.know(node.output, at.pieces(node.inputs[0]))
-    found = inner.of(v)
-    return (found, int(by)) if found is not None and by is not None and by >= 1 and by == int(by) else None
 
 
 def _truth(node: Node) -> Value | None:

@@ -94,6 +94,43 @@ def holds(pieces: tuple[Piece, ...], array: np.ndarray, env: dict[str, int]) -> 
             assert array[index] == (_value(value, index, env) if isinstance(value, Affine) else value), (index, own)
 
 
+def quotient(rng: np.random.Generator, b: Builder, at: Value) -> Value:
+    """Positions divided, the rest dropped; moved and spread before and after."""
+    x = b.add(b.mul(at, int(rng.integers(1, 3))), int(rng.integers(-3, 4)))
+    x = b.floor_div(x, int(rng.integers(2, 5)))
+    x = b.mul(x, int(rng.integers(1, 4))) if rng.integers(2) else x
+    return b.sub(x, int(rng.integers(-2, 3))) if rng.integers(2) else b.reshape(x, shape=(1, *x.shape))
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_compared_quotients(seed: int) -> None:
+    """Of the pieces that an element lies in, one says what it is; none is unknown."""
+    rng, g = np.random.default_rng(seed), Graph("f")
+    b = Builder(g)
+    key = b.iota(size=S)
+    query = b.reshape(key, shape=(S, 1))
+    y = key if rng.integers(4) == 0 else quotient(rng, b, key)
+    op = ("less", "less_equal", "greater", "greater_equal", "equal", "not_equal")[seed % 6]
+    v = b.emit(op, quotient(rng, b, query), y)
+    g.set_outputs([v])
+    pieces = Indexing([S]).pieces(v)
+    assert all(isinstance(p.value, Affine) for p in pieces)
+    for s in (1, 2, 5, 11):
+        array = np.asarray(evaluate(g, {}, symbols={"s": s})[0])
+        for index in np.ndindex(array.shape):
+            own = [p.value for p in pieces if all(_value(c, index, {"s": s - 1}) >= 0 for c in p.where)]
+            assert array[index] in [x.const for x in own if isinstance(x, Affine)], (index, pieces)
+
+
+@pytest.mark.parametrize("by, dtype", [(-2, "i64"), (0.5, "f32"), (2, "u8"), (2, "i16")])
+def test_quotients_that_are_not_compared(by: float, dtype: str) -> None:
+    """By a negative number, of numbers that are no integers or that may wrap."""
+    b = Builder(Graph("f"))
+    x = b.cast(b.iota(size=S), dtype=dtype)
+    v = b.less(b.floor_div(b.reshape(x, shape=(S, 1)), by), b.floor_div(x, by))
+    assert [p.value for p in Indexing([S]).pieces(v)] == [None]
+
+
 def swept(kind: str, seeds: range) -> int:
     known = 0
     for seed in seeds:

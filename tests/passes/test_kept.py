@@ -177,6 +177,19 @@ def blocks(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
     return merged(nn.softmax(nn.where(keep, s, -INF)) @ v)
 
 
+def earlier_blocks(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """Itself and all of the blocks of three before its own: nothing says that it is causal."""
+    s, v = scores(x)
+    keep = (at[None, :] // 3 < at[:, None] // 3) | (at[None, :] == at[:, None])
+    return merged(nn.softmax(nn.where(keep, s, -INF)) @ v)
+
+
+def begun_blocks(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """Up to where its block began, by a sigmoid."""
+    s, v = scores(x)
+    return merged(nn.sigmoid(nn.where(at[None, :] <= at[:, None] // 3 * 3, s, -INF)) @ v)
+
+
 def heads_apart(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
     """Less a share of the mean over heads; normalized by what logsumexp and log_softmax say."""
     s, v = hidden(x, at)
@@ -312,9 +325,9 @@ MIXES: dict[str, Mix | Callable[[], nn.Module]] = {
     f.__name__: f
     for f in (
         softmax1, sigmoid, squared, divided_after, keys_first, talking, sink, token_sink, decaying, averaged, largest,
-        stick_breaking, repeated_heads, by_tokens, fused_by_tokens, fused_by_places, streaming, blocks, heads_apart,
-        state_space, largest_so_far, from_a_table, sequence_first, running_sums, recurrent, folded_scan, linear, delta,
-        state_space_by_chunks, delta_by_chunks, shifted, far_back, layers,
+        stick_breaking, repeated_heads, by_tokens, fused_by_tokens, fused_by_places, streaming, blocks, earlier_blocks,
+        begun_blocks, heads_apart, state_space, largest_so_far, from_a_table, sequence_first, running_sums, recurrent,
+        folded_scan, linear, delta, state_space_by_chunks, delta_by_chunks, shifted, far_back, layers,
     )
 }  # fmt: skip
 CONVOLUTIONS: dict[str, Callable[[], nn.Module]] = {

@@ -118,6 +118,7 @@ LATER = "where a key is later"
 
 AHEAD: dict[str, tuple[Mix | Callable[[], nn.Module], str]] = {
     "one ahead": (looks_ahead_by(lambda at: at[None, :] <= at[:, None] + 1), LATER),
+    "to the end of its block": (looks_ahead_by(lambda at: at[None, :] // 3 <= at[:, None] // 3), LATER),
     "no mask": (looks_ahead_by(lambda at: at[None, :] >= 0), LATER),
     "a fill that is not small": (looks_ahead_by(nn.causal, fill=-20.0), f"{LATER}, 2.06115e-09 stands in it, not 0"),
     "zeros before softmax": (softmax_of_zeros, f"{LATER}, 0 stands in it, not -inf"),

@@ -134,7 +134,7 @@ BLOCKS = {
     "blocks of four": ("floor_div(%q, 4:i64)", "floor_div(%k, 4:i64)", 4),
     "counted from elsewhere": ("floor_div(%q1, 4:i64)", "floor_div(%k1, 4:i64)", 4),
     "of two sizes": ("floor_div(%q, 4:i64)", "floor_div(%k, 5:i64)", None),
-    "one ahead of the other": ("floor_div(%q1, 4:i64)", "floor_div(%k, 4:i64)", None),
+    "one ahead of the other": ("floor_div(%q1, 4:i64)", "floor_div(%k, 4:i64)", 3),
     "what is left over": ("mod(%q, 4:i64)", "mod(%k, 4:i64)", None),
 }
 
