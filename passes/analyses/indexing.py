@@ -140,21 +140,14 @@ class Indexing:
         if node.op.carries and len(node.inputs) == 1:
             if (ends := self._ends(node.inputs[0])) is None:
                 return None
-            moved = []
-            for x in ends[1:]:
-                inner = Indexing(())
-                inner._at_least_one = self._at_least_one
-                inner.know(node.inputs[0], (Piece((), x),))
-                moved.append(inner.of(v))
-            low, high = moved
+            low, high = (self._through(v, node.inputs[0], x) for x in ends[1:])
             return (ends[0], low, high) if low is not None and high is not None else None
         if not node.is_a("floor_div", "add", "sub", "mul") or v.tensor.dtype not in (DType.I32, DType.I64):
             return None
-        x, y = (self._ends(u) for u in node.inputs)
-        if x is None or y is None:
+        given = [self._ends(u) for u in node.inputs]
+        if given[0] is None or given[1] is None:
             return None
-        rank = len(node.output.shape)
-        x, y = ((k, low.of_rank(rank), high.of_rank(rank)) for k, low, high in (x, y))
+        x, y = given[0], given[1]
         if node.is_a("sub"):
             return _less(x, y)
         if node.is_a("add"):
@@ -163,7 +156,8 @@ class Indexing:
         n = y[1].number
         if y[0] != 1 or y[1] != y[2] or not isinstance(n, int) or n <= 0:
             return None
-        k, low, high = x
+        rank = len(node.output.shape)
+        k, low, high = x[0], x[1].of_rank(rank), x[2].of_rank(rank)
         if node.is_a("floor_div"):
             return k * n, low.plus(Affine((), -k * (n - 1))), high
         common = math.gcd(k, n)
@@ -183,6 +177,13 @@ class Indexing:
         if bounds is None or less_equal(low, bounds[0]) is not True:
             return False
         return (dtype.bits >= 32 and not isinstance(bounds[1], int)) or less_equal(bounds[1], high) is True
+
+    def _through(self, v: Value, moved: Value, x: Affine) -> Affine | None:
+        """``v``, which moves the elements of ``moved``, where these are ``x``."""
+        inner = Indexing(())
+        inner._at_least_one = self._at_least_one
+        inner.know(moved, (Piece((), x),))
+        return inner.of(v)
 
     def range(self, x: Affine, shape: Sequence[DimLike]) -> tuple[DimLike, DimLike] | None:
         """The least and the greatest element, where the signs of the terms are known."""

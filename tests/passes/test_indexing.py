@@ -97,7 +97,7 @@ def holds(pieces: tuple[Piece, ...], array: np.ndarray, env: dict[str, int]) -> 
 def quotient(rng: np.random.Generator, b: Builder, at: Value) -> Value:
     """Positions divided, the rest dropped; moved and spread before and after."""
     x = b.add(b.mul(at, int(rng.integers(1, 3))), int(rng.integers(-3, 4)))
-    x = b.floor_div(x, int(rng.integers(2, 5)))
+    x = b.floor_div(x, b.constant(rng.integers(2, 5, (1,) * int(rng.integers(0, 3)))))
     x = b.mul(x, int(rng.integers(1, 4))) if rng.integers(2) else x
     return b.sub(x, int(rng.integers(-2, 3))) if rng.integers(2) else b.reshape(x, shape=(1, *x.shape))
 
