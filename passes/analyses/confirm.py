@@ -46,6 +46,8 @@ def agrees(
             found = np.atleast_2d(np.asarray(evaluate(cone, {}, symbols=env)[0]))
         except WasatError:  # sizes that do not go together
             continue
+        if any(m not in (1, n) for m, n in zip(found.shape[-2:], (rows, keys))):
+            return False  # scores of one size, as of a loop that was written out, under a mask of another
         behind = np.arange(rows)[:, None] + (keys - rows) - np.arange(keys)[None, :]
         said = np.ones((rows, keys), bool)
         if causal:

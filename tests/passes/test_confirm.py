@@ -74,3 +74,9 @@ def test_what_disagrees_is_data(monkeypatch: pytest.MonkeyPatch) -> None:
     found = analyze(v, (S, S))
     assert (found.causal, found.window) == (False, None)
     assert [x for x, _ in found.operands] == list(v.node.inputs)
+
+
+def test_scores_of_another_size_than_the_mask() -> None:
+    """As in files that were exported for one length."""
+    for shape, right in (((S, S), True), ((21, 21), False)):
+        assert agrees(band(4), shape, kept, True, 4, True) is right
