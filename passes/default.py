@@ -25,7 +25,7 @@ from .serving.fold_dequantized import FoldDequantized
 from .serving.kv_cache import DeriveKVCache
 from .serving.quantize import KeepQuantized, Quantize
 from .serving.quantize_caches import QuantizeCaches
-from .serving.recipes import ALL, FLOATS, Formats
+from .serving.recipes import ALL, Formats
 
 __all__ = [
     "Cleanup", "DeriveKVCache", "Equalize", "FoldDequantized", "FuseActivations", "FuseAttention", "FuseExperts", "FuseGlu",
@@ -33,9 +33,6 @@ __all__ = [
     "ReadTables",
     "SimplifyIndices", "default_pipeline",
 ]  # fmt: skip
-
-
-_FLOATS = (*FLOATS, "f32")
 
 
 def default_pipeline(
@@ -53,11 +50,8 @@ def default_pipeline(
         FoldDequantized(), Cleanup(fold_positions=False), ReadTables(), SimplifyIndices(), FuseNorm(), FuseRope(),
         FuseActivations(), FuseAttention(), Cleanup(), FuseRecurrence(), FuseExperts(), Cleanup(), KeepQuantized(activation),
     ]  # fmt: skip
-    given = dict(overrides or {})
-    if quantize is not None and quantize not in _FLOATS:
-        passes.append(Equalize(kept=tuple(glob for glob, scheme in given.items() if scheme in _FLOATS)))
     if quantize is not None or overrides:
-        passes.append(Quantize(quantize or "f32", activation, tuple(given.items()), formats=formats))
+        passes.append(Quantize(quantize or "f32", activation, tuple((overrides or {}).items()), formats=formats))
     passes += [MergeLinears(), FuseGlu(), HoistParams()]
     if kv_cache is not None:
         derive = DeriveKVCache(chunk=chunk, required=kv_cache == "required", granule=granule, keep=keep_forward)

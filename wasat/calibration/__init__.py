@@ -38,8 +38,6 @@ LEAST_TOKENS, LEAST_HELD_OUT = 128, 32
 _OUTSIDE = "f16 does not hold the scale of a block"
 _MOMENTS = 1 << 30
 """Bytes of products of features that are held at once; where that is not enough, the text is read again."""
-_EQUALIZED = 512
-"""Tokens over which features are made one size."""
 _PROBED = 256
 """Positions over which it is measured what each weight's errors do."""
 
@@ -82,7 +80,7 @@ def quantize(
         raise WasatError(f"windows have at least 2 tokens, and calibration {LEAST_TOKENS}; not {window} and {tokens}")
     texts = _split(program, text, held_out, tokens, window)
     formats = target_named(target).formats
-    base = prepared(program, np.concatenate(texts.calibration)[:_EQUALIZED].tolist())
+    base = prepared(program)
     weights, left = weights_of(base)
     if not any(w.in_forward for w in weights):
         raise WasatError("the program has no weights to store in fewer bits: parameters that linear layers and embeddings read")

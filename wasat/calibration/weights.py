@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from wasat.ir import Builder, Graph, Node, Program, QArray, TensorType, Value
 from wasat.ir.graph import ArrayParam
-from wasat.passes import Equalize, FuseGlu, HoistParams, MergeLinears, PassManager, TokenInputs, default_pipeline
+from wasat.passes import FuseGlu, MergeLinears, PassManager, TokenInputs, default_pipeline
 from wasat.passes.cleanup.hoist_params import param_only
 from wasat.passes.serving.recipes import role_of
 from wasat.passes.serving.token_inputs import is_exported
 from wasat.quality import DENSE, dense
 
 FORWARD = "forward"
-_SCALED = "|mul"
-"""What is added to the name of a parameter whose features :class:`Equalize` scaled."""
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
@@ -55,27 +53,14 @@ class Weight:
         return self.type.concrete({})
 
 
-def prepared(program: Program, text: Sequence[int] = ()) -> Program:
-    """A copy after the passes that come before weights are stored in fewer bits, with its weights in f32, each apart; features
-    are made one size, as they are over ``text``, tokens that the model knows."""
+def prepared(program: Program) -> Program:
+    """A copy after the passes that come before weights are stored in fewer bits, with its weights in f32, each apart."""
     p = dense(program)
     passes = [x for x in default_pipeline(kv_cache=None) if not isinstance(x, (MergeLinears, FuseGlu))]
-    passes.insert(next(i for i, x in enumerate(passes) if isinstance(x, HoistParams)), Equalize(text=tuple(map(int, text))))
     if FORWARD in p.graphs and any(is_exported(v) for v in p[FORWARD].inputs):
         passes.insert(0, TokenInputs(required=True))
     PassManager(passes).run(p)
-    for g in p.graphs.values():
-        for name in [n for n in g.params if n.endswith(_SCALED)]:
-            _rename(p, g, name, name.removesuffix(_SCALED))
     return p
-
-
-def _rename(program: Program, graph: Graph, old: str, new: str) -> None:
-    """A parameter that one graph reads, under a name that is free."""
-    if new not in program.params:
-        program.params[new] = program.params.pop(old)
-        value = graph.params.pop(old)
-        graph.replace_uses(value, graph.add_param(new, value.type))
 
 
 def weights_of(program: Program) -> tuple[list[Weight], dict[str, str]]:
