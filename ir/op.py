@@ -283,6 +283,8 @@ class Op:
     """The number that is the result beside whatever finite number."""
     differentiable: ClassVar[bool] = True
     """False for operations whose gradient is zero or meaningless (comparisons, casts to int, indices)."""
+    straight_through: ClassVar[bool] = False
+    """The gradient is that of the first operand, not of the numbers, which are rounded (arXiv:1308.3432)."""
 
     def infer(self, attrs: Any, *types: Any) -> Type | Sequence[Type]:
         """Types of the outputs. Raises TypeMismatch."""

@@ -10,10 +10,11 @@ from .serving.token_inputs import TokenInputs
 from .training.autodiff import Differentiate
 from .training.precision import MixedPrecision
 from .training.remat import Rematerialize
+from .training.round_weights import RoundWeights
 
 __all__ = [
     "Check", "Differentiate", "GraphPass", "Inference", "Match", "Mismatch", "MixedPrecision", "Pass", "PassError",
-    "PassManager", "Remark", "Remarks", "Rematerialize", "Report", "Rewrite", "Step", "TokenInputs", "Tracer",
-    "pipeline", "pipeline_text",
+    "PassManager", "Remark", "Remarks", "Rematerialize", "Report", "Rewrite", "RoundWeights", "Step", "TokenInputs",
+    "Tracer", "pipeline", "pipeline_text",
 ]  # fmt: skip
 __all__ += default.__all__

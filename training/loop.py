@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 from wasat.backends.tvm.targets import target_named
 from wasat.ir import ArrayParam, IRError, Program, bind_symbols, type_of
-from wasat.passes import Inference, PassManager, Remark
+from wasat.passes import Inference, PassManager, Remark, RoundWeights
 
 from .bar import Bar
 from .blame import Diverged, offender
@@ -72,14 +72,17 @@ def train(
     program: Program, batches: Batches | Iterable[Mapping[str, Any]], folder: str | Path, *, steps: int,
     optimizer: Optimizer | None = None, rate: Schedule | None = None, clip: float | None = 1.0, accumulate: int = 1,
     weigh: Literal["places", "calls"] = "places", ema: float | None = None, train: tuple[str, ...] = ("*",),
-    graph: str = "loss", precision: str = "f32", scaling: LossScale | None = None, remat: bool = False, seed: int = 0,
+    graph: str = "loss", precision: str = "f32", scaling: LossScale | None = None, remat: bool = False,
+    quantize: str | None = None, seed: int = 0,
     evaluation: Callable[[], Iterable[Batch]] | None = None, evaluate_every: int = 100,
     save_every: int = 100, keep: int = 3, target: str = "cpu", threads: int | None = None, progress: Progress | None = None,
 ) -> Trained:  # fmt: skip
     """Trains the parameters of ``program`` on @graph, whose first output is the loss, up to step ``steps``.
 
     ``batches``: :class:`Batches`, or any iterable of arrays by input name (:class:`.data.Iterated`).
-    The options up to ``remat`` are :func:`.step.train_step`'s, ``remat`` at the sizes of the batches. ``folder`` receives
+    The options up to ``remat`` are :func:`.step.train_step`'s, ``remat`` at the sizes of the batches. ``quantize``: steps and
+    evaluation see weights as they are once stored in this scheme (:class:`wasat.passes.RoundWeights`); what is kept is f32, to
+    be compiled with the same ``quantize=``. ``folder`` receives
     checkpoints, every ``save_every`` steps and at evaluations that are the best so far (the last ``keep``, and the best),
     ``log.jsonl`` (one line a step) and ``curve.html``. If it has a checkpoint, the run goes on from there: with the same
     arguments every loss and parameter is, bit for bit, what a run never stopped would have had.
@@ -100,6 +103,10 @@ def train(
     if steps < 1 or evaluate_every < 1 or save_every < 1 or keep < 1:
         raise IRError("steps, evaluate_every, save_every and keep must be at least 1")
     run = _Run(Path(folder), program, graph, seed, Checkpoints(Path(folder), keep))
+    rounding: list[Remark] = []
+    if quantize is not None:
+        program = program.copy()
+        rounding = PassManager([RoundWeights(quantize, graph=graph)]).run(program).remarks()
     if not isinstance(batches, Batches):
         batches = Iterated(batches)
     start_of_data = batches.state()
@@ -112,12 +119,13 @@ def train(
         program, optimizer=optimizer, rate=rate, clip=clip, accumulate=accumulate, weigh=weigh, ema=ema, train=train,
         graph=graph, precision=precision, scaling=scaling, remat=sizes,
     )  # fmt: skip
+    remarks = (*rounding, *made.remarks)
     about: dict[str, Any] = {
-        "seed": seed, "graph": str(made.program["train_step"]), "model": sha256(str(program[graph]).encode()).hexdigest(),
+        "seed": seed, "graph": str(made.program["train_step"]), "model": sha256(str(run.program[graph]).encode()).hexdigest(),
         "batch": {k: f"{x.dtype}{list(x.shape)}" for k, x in first.items()},
         "options": {
             "optimizer": _text(optimizer), "rate": _text(rate), "clip": clip, "accumulate": accumulate, "ema": ema,
-            "train": list(train), "precision": precision, "scaling": str(scaling), "remat": remat,
+            "train": list(train), "precision": precision, "scaling": str(scaling), "remat": remat, "quantize": quantize,
         },
     }  # fmt: skip
     with run.alone():
@@ -167,14 +175,14 @@ def train(
                     _check_finite(states, step)
                 run.note(line, durable=saves)
                 if saves:  # log and curve reach as far as the checkpoint
-                    run.draw(log, made.remarks)
+                    run.draw(log, remarks)
                     run.checkpoints.save(step, states, score=score, more={**about, "data": batches.state()})
                 began += time.perf_counter() - paused
                 tell(step, steps, {**line, "loss": line[loss], **({} if score is None else {"eval.loss": score})})
         finally:
             if bar is not None:
                 bar.close()
-    return Trained(run.trained(made, states), states, log, made.remarks)
+    return Trained(run.trained(made, states), states, log, remarks)
 
 
 @dataclass(frozen=True)

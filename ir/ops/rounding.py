@@ -99,12 +99,12 @@ class FakeQuantize(Op):
     """What ``dequantize(quantize(x))`` is, to the bit, in x's type: x rounded to what blocks of few bits hold.
 
     Attributes and numbers are those of ``quantize`` in the schemes ``int8`` and ``int4``. A block with a NaN or an infinity is
-    all NaN, and one whose scale is too small to be divided by is all 0.
+    all NaN, and one whose scale is too small to be divided by is all 0. Gradients go straight through (arXiv:1308.3432).
     """
 
     name = "fake_quantize"
     kind = "row"
-    differentiable = False
+    straight_through = True
 
     @dataclass(frozen=True)
     class Attrs(_op.Attrs):
@@ -151,6 +151,9 @@ class FakeQuantize(Op):
         y = b.add(b.mul(codes, s), total)
         y = b.slice(b.reshape(y, shape=(*lead, blocks * block)), starts=(0,) * (rank + 1), stops=x.shape)
         return b.cast(y, dtype=x.tensor.dtype) if x.tensor.dtype is not DType.F32 else y
+
+    def vjp(self, b: Builder, node: Node, g: Value) -> list[Value | None]:
+        return [g]
 
     def samples(self) -> Iterable[Sample]:
         yield Sample([grid(3, 70)], {"scheme": "int8"})

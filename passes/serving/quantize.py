@@ -63,7 +63,7 @@ class Quantize(Pass):
                 )
 
     def run(self, program: Program, remarks: Remarks) -> bool:
-        changed = [_Run(self, g, program.params, remarks).run() for g in program.graphs.values()]
+        changed = [QuantizedGraph(self, g, program.params, remarks).run() for g in program.graphs.values()]
         return any(changed)
 
     def scheme_of(self, names: list[str]) -> str:
@@ -180,7 +180,7 @@ def _replace_by_quantized(graph: Graph, node: Node, operands: tuple[Value, ...],
     graph.replace(node, [new])
 
 
-class _Run:
+class QuantizedGraph:
     """Quantization of one graph."""
 
     def __init__(self, options: Quantize, graph: Graph, params: Mapping[str, ParamSource], remarks: Remarks) -> None:
@@ -196,12 +196,20 @@ class _Run:
 
     def run(self) -> bool:
         self._others()
+        self.exchange()
+        self._tell()
+        return bool(self.small)
+
+    def exchange(self) -> None:
+        """Whatever reads a weight as one reads what stands for it."""
         for node in self.graph.nodes:
             if node.op.quantized is not None and node.op.weight is not None:
                 self._node(node, node.op.weight)
             for w in dict.fromkeys(node.inputs):
                 if any(_readers(v) for v in _inner(node, w)) and (w in self.small or self._quantize(node, w)):
                     node = _feed(self.graph, node, w, self.small[w], self.options.activation)
+
+    def _tell(self) -> None:
         for scheme, n in self.count.items():
             sizes = f"{_size(self.before[scheme])} -> {_size(self.after[scheme])}"
             self.remarks.applied(f"{n} weight{'s' if n > 1 else ''} to {scheme}: {sizes}", self.graph)
@@ -215,7 +223,6 @@ class _Run:
             for user in w.users:
                 if user is not small.node:
                     self.remarks.missed(f"%{w.name} is also kept as {w.type}, because {user!r} reads it", user)
-        return bool(self.small)
 
     def _others(self) -> None:
         """Names large parameters that no ``linear`` or ``embedding`` reads, and what is quantized already."""
@@ -250,22 +257,24 @@ class _Run:
             readers = list(dict.fromkeys(u.op.name for u in _readers(w)))
             found = storage(scheme, role_of(w, self.only), int(w.shape[-1]), self.options.block, self.options.formats, readers)
             if isinstance(found, Storage):
-                found = self._obstacle(w, found) or found
+                found = self.obstacle(w, found) or found
         if not isinstance(found, Storage) or (isinstance(found.type, DType) and w.tensor.dtype.bits <= 16):
             self.left.add(w)
             if isinstance(found, str):
                 self.remarks.missed(f"%{w.name} stays {w.type}: {found}", node)
             return False
-        b = Builder(self.graph, before=node, loc=node.loc)
-        new = b.cast(w, dtype=found.type) if isinstance(found.type, DType) else b.quantize(w, **found.options)
-        self.small[w] = new
+        new = self.small[w] = self.made(Builder(self.graph, before=node, loc=node.loc), w, found)
         self.count[found.name] += 1
         self.before[found.name] += round(size_in_bytes(w.type))
         self.after[found.name] += round(size_in_bytes(new.type))
         self.elements[found.name] += math.prod(int(d) for d in w.shape)
         return True
 
-    def _obstacle(self, w: Value, found: Storage) -> str | None:
+    def made(self, b: Builder, w: Value, found: Storage) -> Value:
+        """What stands for ``w``."""
+        return b.cast(w, dtype=found.type) if isinstance(found.type, DType) else b.quantize(w, **found.options)
+
+    def obstacle(self, w: Value, found: Storage) -> str | None:
         """Why the numbers of ``w`` cannot be stored so."""
         t = found.type
         if isinstance(t, DType) or not all(getattr(self.params.get(name), "is_data", False) for name in _sources(w)):

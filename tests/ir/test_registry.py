@@ -41,7 +41,7 @@ from wasat.ir.op import Kind
 from wasat.ir.vjp import backward
 
 NAMES = sorted(OPS)
-DIFFERENTIABLE = [n for n in NAMES if OPS[n].differentiable]
+DIFFERENTIABLE = [n for n in NAMES if OPS[n].differentiable and not OPS[n].straight_through]
 
 
 def arrays_of(sample: Sample) -> list[Array]:
@@ -266,6 +266,16 @@ def test_what_has_no_gradient_says_so(name: str) -> None:
         else:
             with pytest.raises(NotDifferentiable, match=rf"{name} has no gradient"):
                 backward(b, outputs, seeds, wrt)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if OPS[n].straight_through])
+def test_gradients_go_straight_through(name: str) -> None:
+    assert OPS[name].differentiable
+    for sample in OPS[name].samples():
+        g, _ = graph_of(OPS[name], arrays_of(sample), sample.attrs)
+        b = Builder(g)
+        seed = b.constant(np.ones(g.outputs[0].tensor.concrete({})), g.outputs[0].tensor.dtype)
+        assert backward(b, g.outputs, [seed], g.inputs) == [seed, *[None] * (len(g.inputs) - 1)]
 
 
 def numeric(g: Graph, feed: dict[str, Array], name: str, seeds: Sequence[np.ndarray], h: float = 1e-5) -> np.ndarray:

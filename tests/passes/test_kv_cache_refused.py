@@ -29,13 +29,13 @@ class Bidirectional(_Model):
 
 
 class MaskNotUnderstood(_Model):
-    """Blocks before, and the token itself: no later one, but that is not seen."""
+    """The squares of places in order, as the places are: no later one, but that is not seen."""
 
     joined = False
 
     def __call__(self, tokens: nn.Tensor) -> nn.Tensor:
         x, at = self.heads(tokens).swap(1, 2), nn.positions(tokens)
-        keep = (at[None, :] // 4 < at[:, None] // 4) | (at[None, :] == at[:, None])
+        keep = at[None, :] * at[None, :] <= at[:, None] * at[:, None]
         keep = nn.causal(at) & keep if self.joined else keep
         return (nn.softmax(nn.where(keep, x @ x.T, -math.inf)) @ x).swap(1, 2).merge()  # here
 

@@ -54,6 +54,7 @@ from wasat.passes import (
     ReadTables,
     Rematerialize,
     Rewrite,
+    RoundWeights,
     SimplifyIndices,
     TokenInputs,
 )
@@ -400,6 +401,17 @@ def quantized(seed: int) -> bool:
     return modified
 
 
+def rounded(seed: int) -> bool:
+    """What training sees is what is stored, and its gradients are those of the weights that stay."""
+    program = decoder(seed)
+    x, stored = feed(program["forward"], DIMS[1]), program.copy()
+    scheme = ["int8", "int4-plain", "f16"][seed % 3]
+    PassManager([Quantize(scheme, None, block=8)]).run(stored)
+    modified = PassManager([RoundWeights(scheme, block=8, graph="forward")]).run(program).steps[0].modified
+    near(results(program, "forward", x), results(stored, "forward", x), 0.0)
+    return modified
+
+
 def kept(seed: int) -> bool:
     """Weights that are stored quantized: what reads them does so as they are."""
     program = decoder(seed)
@@ -473,6 +485,7 @@ RUNS: dict[type[Pass], Callable[[int], bool]] = {
     Inference: served,
     Equalize: equalized,
     Quantize: quantized,
+    RoundWeights: rounded,
     KeepQuantized: kept,
     FoldDequantized: dequantized,
     ReadTables: tables,

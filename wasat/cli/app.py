@@ -272,14 +272,14 @@ def train(
     held_out = f", {last['eval.loss']:.4f} held out" if "eval.loss" in last else ""
     speed = f"{last['tokens_per_second']:.0f} tokens/s, {last['utilisation']:.1%} of NumPy's matrix product"
     say(f"step {last['step']:.0f}: loss {last['loss']:.4f}{held_out}; {speed}; {recipe.output / CURVE}")
-    if recipe.options["precision"] != "f32" or recipe.options["remat"]:
+    if recipe.options["precision"] != "f32" or recipe.options["remat"] or recipe.options["quantize"]:
         for remark in done.remarks:
             say(str(remark))
     if skipped := sum(line.get("skipped", 0) for line in done.log):
         say(f"{skipped:.0f} updates were skipped: their gradients overflowed in f16")
     if artifact is not None:
         with Bar() as bar:
-            driver.compile(recipe.served(done), artifact, progress=bar)
+            driver.compile(recipe.served(done), artifact, quantize=recipe.options["quantize"], progress=bar)
         say(f"{artifact}: wasat generate {artifact} \"…\"")
 
 

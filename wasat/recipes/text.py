@@ -22,6 +22,7 @@ from wasat.frontend import from_pretrained
 from wasat.frontend.fields import Fields
 from wasat.frontend.models.config import MOST_LAYERS, MOST_SIZE
 from wasat.ir import Generation, IRError, Program, WasatError
+from wasat.passes.training.round_weights import SCHEMES
 from wasat.recipes.mixture import END
 from wasat.runtime.tokenizer import refusals
 from wasat.training.checkpoint import Checkpoints, replacing
@@ -251,6 +252,9 @@ def _training(top: Table, step: Table, steps: int) -> dict[str, Any]:
     options["precision"], options["remat"] = step.take("precision", str, "f32"), step.take("remat", bool, False)
     if options["precision"] not in ("f32", "bf16", "f16"):
         raise RecipeError(f"{step.at('precision')}: precision = {options['precision']!r} must be 'f32', 'bf16' or 'f16'")
+    options["quantize"] = step.take("quantize", str, None)
+    if options["quantize"] not in (None, *SCHEMES):
+        raise RecipeError(f"{step.at('quantize')}: quantize = {options['quantize']!r} must be one of {', '.join(SCHEMES)}")
     options["train"] = step.take("train", tuple[str, ...], ("*",))
     if not options["train"]:
         raise RecipeError(f"{step.at('train')}: train = [] must have a glob, as ['blocks.*']")
