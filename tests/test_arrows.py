@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -205,6 +206,12 @@ def test_no_file_is_two_files() -> None:
     every = [p for room in (*ALLOWED, "tests", "benchmarks", "examples") for p in files(room)]
     long = {str(p.relative_to(ROOT)): n for p in every if (n := len(p.read_text().splitlines())) > LONGEST}
     assert not long, f"past {LONGEST} lines a file is two files: {long}"
+
+
+def test_no_two_files_of_tests_have_one_name() -> None:
+    """pytest imports them by their names."""
+    count = Counter(p.name for p in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, n in count.items() if n > 1] == []
 
 
 def test_types_are_ignored_in_few_places() -> None:

@@ -82,11 +82,12 @@ def losses(folder: Path) -> list[tuple[float, ...]]:
 
 
 def test_options_of_the_step(tmp_path: Path) -> None:
-    recipe = RECIPE.replace("clip = 1", 'clip = 2\naccumulate = 2\nema = 0.9\nprecision = "f16"\nremat = true\ntrain = ["h*"]')
+    more = 'clip = 2\naccumulate = 2\nema = 0.9\nprecision = "f16"\nremat = true\nquantize = "int8"\ntrain = ["h*"]'
+    recipe = RECIPE.replace("clip = 1", more)
     options = read_recipe(write(tmp_path, 'threads = 3\ntarget = "cpu:znver3"\n' + recipe)).options
     wanted = {
-        "clip": 2.0, "accumulate": 2, "ema": 0.9, "precision": "f16", "remat": True, "train": ("h*",), "threads": 3,
-        "target": "cpu:znver3",
+        "clip": 2.0, "accumulate": 2, "ema": 0.9, "precision": "f16", "remat": True, "quantize": "int8", "train": ("h*",),
+        "threads": 3, "target": "cpu:znver3",
     }  # fmt: skip
     assert {k: options[k] for k in wanted} == wanted
     assert read_recipe(write(tmp_path, RECIPE.replace("clip = 1", "clip = 0"))).options["clip"] is None
@@ -303,6 +304,7 @@ REFUSED = {
     "rate": (RECIPE.replace("rate = 0.03", "rate = -0.5"), r"\[rate\], line 24: Cosine: rate = -0.5 must be at least 0"),
     "warmup": (RECIPE.replace("warmup = 4", "warmup = 400"), r"\[rate\], line 25: Cosine: warmup = 400 must be below steps"),
     "precision": (RECIPE.replace("clip = 1", 'precision = "fp16"'), r"\[step\], line 27: precision = 'fp16' must be 'f32'"),
+    "quantize": (RECIPE.replace("clip = 1", 'quantize = "int4"'), r"\[step\], line 27: quantize = 'int4' must be one of int8"),
     "clip": (RECIPE.replace("clip = 1", "clip = -1"), r"\[step\], line 27: clip = -1.0 must be at least 0"),
     "ema": (RECIPE.replace("clip = 1", "ema = 2"), r"\[step\], line 27: ema = 2.0 must be below 1"),
     "accumulate": (RECIPE.replace("clip = 1", "accumulate = 41"), r"\[step\], line 27: accumulate = 41 must be at most steps"),

@@ -29,35 +29,11 @@ from wasat.ir import (
 from wasat.ir.op import Body
 from wasat.ir.ops.quant import quantize_array
 from wasat.passes import (
-    Cleanup,
-    DeriveKVCache,
-    Differentiate,
-    Equalize,
-    FoldDequantized,
-    FuseActivations,
-    FuseAttention,
-    FuseExperts,
-    FuseGlu,
-    FuseNorm,
-    FuseRecurrence,
-    FuseRope,
-    GraphPass,
-    HoistParams,
-    Inference,
-    KeepQuantized,
-    MergeLinears,
-    MixedPrecision,
-    Pass,
-    PassManager,
-    Quantize,
-    QuantizeCaches,
-    ReadTables,
-    Rematerialize,
-    Rewrite,
-    RoundWeights,
-    SimplifyIndices,
+    Cleanup, DeriveKVCache, Differentiate, Equalize, FoldDequantized, FuseActivations, FuseAttention, FuseExperts, FuseGlu,
+    FuseNorm, FuseRecurrence, FuseRope, GraphPass, HoistParams, Inference, KeepQuantized, MergeLinears, MixedPrecision,
+    Pass, PassManager, Quantize, QuantizeCaches, ReadTables, Rematerialize, Rewrite, RoundWeights, SimplifyIndices,
     TokenInputs,
-)
+)  # fmt: skip
 
 from wasat.testing import InterpreterCheck, feed, random_graph, random_program
 
