@@ -305,8 +305,9 @@ class Context:
         self.views[source] = self.views[found] = (source, forms)
         return found
 
-    def te(self, build: Callable[..., Any], *args: Any, name: str) -> Any:
+    def te(self, build: Callable[..., Any], *args: Any, name: str, alone: bool = False) -> Any:
         """Emits a tensor expression; ``build`` gets TE tensors for Relax operands, and may use any dimension of the graph.
+        ``alone``: nothing is computed in one loop with it.
 
         Not ``emit_te``, which renames the symbols in the operands' shapes and misses what ``build`` closes over.
         """
@@ -318,6 +319,8 @@ class Context:
         if free:
             # TVM's fusion knows the symbols that a tensor's shape carries, and no others
             func = te.create_prim_func([*inputs, *free, out], "int64").with_attr("op_pattern", _OPAQUE)
+        if alone:
+            func = func.with_attr("op_pattern", _OPAQUE)
         gv = self.bb.add_func(func.without_attr("global_symbol"), name)
         return self.call(gv, [*args, *free], relax.TensorType(list(out.shape), out.dtype))
 

@@ -145,9 +145,9 @@ class FakeQuantize(Op):
             low, high, d = -8.0, 7.0, b.div(b.take_along(f, at, axis=axis), -8.0)
         total = b.reduce_sum(b.sub(f, f), axes=(axis,), keepdims=True)  # 0, but NaN beside what is not finite
         s = b.cast(b.cast(d, dtype=attrs.scale), dtype=DType.F32)
-        inverse = b.div(1.0, b.select(b.equal(s, 0.0), 1.0, s))
-        usable = b.logical_and(b.not_equal(s, 0.0), b.less(b.abs(inverse), float("inf")))
-        codes = b.minimum(b.maximum(b.round(b.mul(f, b.select(usable, inverse, 0.0))), low), high)
+        # beyond 2^-128 a quotient by s is finite; s is read as seldom as can be, compilers compute it again wherever it is
+        inverse = b.select(b.greater(b.abs(s), 2.0**-128), b.div(1.0, s), 0.0)
+        codes = b.minimum(b.maximum(b.round(b.mul(f, inverse)), low), high)
         y = b.add(b.mul(codes, s), total)
         y = b.slice(b.reshape(y, shape=(*lead, blocks * block)), starts=(0,) * (rank + 1), stops=x.shape)
         return b.cast(y, dtype=x.tensor.dtype) if x.tensor.dtype is not DType.F32 else y

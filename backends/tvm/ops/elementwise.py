@@ -100,13 +100,13 @@ def wrapping(name: str, a: Any, b: Any) -> Any:
 ELEMENTWISE["select"] = Lowering(_relax_op(R.where), narrow=lambda node: True)
 
 
-def elementwise(ctx: Context, node: Node, f: Callable[..., Any], *xs: Any) -> Any:
+def elementwise(ctx: Context, node: Node, f: Callable[..., Any], *xs: Any, alone: bool = False) -> Any:
     """A tensor expression over operands of the output's own shape."""
 
     def build(*ts: Any) -> Any:
         return te.compute(ts[0].shape, lambda *i: f(*(t(*i) for t in ts)), name=node.op.name)
 
-    return ctx.te(build, *xs, name=node.op.name)
+    return ctx.te(build, *xs, name=node.op.name, alone=alone)
 
 
 _COMPARE: dict[str, Callable[..., Any]] = {
@@ -332,7 +332,9 @@ def _converted(ctx: Context, node: Node, source: DType, target: DType, x: Any) -
     if source.is_float and target.is_int:
         return _truncated(ctx, node, source, target, x)
     if source is DType.F32 and target is DType.BF16:  # or TVM leaves it out where f32 is read from it in the same loop
-        x = elementwise(ctx, node, in_bf16, x)
+        # what only rounds is computed again wherever it is read, and TVM simplifies that for minutes
+        alone = all(u.is_a("cast") and u.output.tensor.dtype is DType.F32 for u in node.output.users)
+        x = elementwise(ctx, node, in_bf16, x, alone=alone)
     return ctx.emit(R.astype(x, tvm_dtype(target)))
 
 
