@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from tvm import ir, tirx
 
-from ...cpu.kernels.emit import Buffer, Expr, Index, ceil_div, int64, load, maximum, splat
+from ...cpu.kernels.emit import Buffer, Expr, Index, ceil_div, floor_div, int64, load, maximum, splat
 from ...cpu.kernels.emit import Kernel as Emitter
 from ..limits import Limits
 
@@ -69,7 +69,8 @@ class Kernel(Emitter):
             return [load(buffer, int64(index) + t) for t in range(count)]
         memory = self.registers(count, str(buffer.dtype), 1)
         for t in range(0, count, width):
-            self.store(memory, t, load(buffer, int64(index) + t, width))
+            # TVM reads 16 bytes only where it sees that they begin at a multiple of 16
+            self.store(memory, t, load(buffer, floor_div(int64(index) + t, width) * width, width))
         return [load(memory, t) for t in range(count)]
 
     def kept(self, inside: Expr | None, value: Expr) -> Expr:
