@@ -30,8 +30,7 @@ from .serving.recipes import ALL, Formats
 __all__ = [
     "Cleanup", "DeriveKVCache", "Equalize", "FoldDequantized", "FuseActivations", "FuseAttention", "FuseExperts", "FuseGlu",
     "FuseNorm", "FuseRecurrence", "FuseRope", "HoistParams", "KeepQuantized", "MergeLinears", "Quantize", "QuantizeCaches",
-    "ReadTables",
-    "SimplifyIndices", "default_pipeline",
+    "ReadTables", "SimplifyIndices", "default_pipeline",
 ]  # fmt: skip
 
 

@@ -92,6 +92,12 @@ def optimize(
     else:
         caches = "required" if kv_cache else None
 
+    missed = [] if quantize or overrides else _widened(program)
+    dense = program.origin.dequantized
+    missed += [Remark("missed", f"parameter {name} stays dequantized: {why}", "forward") for name, why in dense.items()]
+    if (loop := unrolled(program["forward"]) if "forward" in program.graphs else None) is not None:
+        missed.append(Remark("missed", said(loop), "forward", loop[0].loc))
+
     def attempt(exported: bool, caches: Literal["required", "tried"] | None) -> tuple[Program, Report]:
         copy = program.copy()
         default = default_pipeline(
@@ -114,11 +120,6 @@ def optimize(
             progress(f"pass {name}", next(done), len(chosen))
 
         report = PassManager(chosen, verify=verify, check=checker, dump=dump, on_progress=tell).run(copy)
-        missed = [] if quantize or overrides else _widened(program)
-        dense = program.origin.dequantized
-        missed += [Remark("missed", f"parameter {name} stays dequantized: {why}", "forward") for name, why in dense.items()]
-        if (loop := unrolled(program["forward"]) if "forward" in program.graphs else None) is not None:
-            missed.append(Remark("missed", said(loop), "forward", loop[0].loc))
         if missed:
             size = sum(map(len, program.graphs.values()))
             report.steps.insert(0, Step("import", 0.0, size, size, False, missed))

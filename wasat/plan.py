@@ -90,8 +90,9 @@ def plan(
     from wasat.backends.tvm.targets import target_named
 
     machine = target_named(target, cache=cache)
-    options: dict[str, Any] = {"chunk": chunk, "granule": machine.granule, "formats": machine.formats, "verify": False}
-    options["cache"] = cache
+    options: dict[str, Any] = {
+        "chunk": chunk, "granule": machine.granule, "formats": machine.formats, "verify": False, "cache": cache,
+    }  # fmt: skip
     made = {s: optimize(program, quantize=None if s == "f32" else s, **options)[0] for s in ("f32", *schemes)}
     served = made["f32"]
     states = served.interface.state_names

@@ -1,4 +1,4 @@
-"""What storage in few bits makes of an array, as operations on arrays: how caches are rounded."""
+"""What storage in few bits makes of an array, as operations on arrays: of caches, and of weights in training."""
 
 from __future__ import annotations
 

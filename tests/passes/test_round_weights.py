@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
+from test_quantize import LOOP
 from wasat.ir import Program, evaluate, parse
 from wasat.passes import Cleanup, Differentiate, HoistParams, PassError, PassManager, Quantize, RoundWeights
 
@@ -36,22 +37,8 @@ AFTER = """graph @loss(%i: i64[n]) {
   %loss: f32[] = reduce_sum(%z) {axes=(0, 1)}
   return %loss, %z, %s
 }"""
-LOOP = """graph @loss(%x: f32[n, 64]) {
-  param %w: f32[64, 64]
-  param %u: f32[64]
-  %y: f32[n, 64] = scan(%x, %w, %u) {body=graph @turn(%h: f32[n, 64], %w: f32[64, 64], %u: f32[64]) {
-    %l: f32[n, 64] = linear(%h, %w, %u)
-    %t: f32[n, 64] = tanh(%l)
-    return %t
-  }, carries=1, slices=0, length=3}
-  %z: f32[n, 64] = linear(%y, %w)
-  %loss: f32[] = reduce_sum(%z) {axes=(0, 1)}
-  return %loss, %z
-}"""
-
-
-def numbers(program: Program, **feed: np.ndarray) -> list[np.ndarray]:
-    return [np.asarray(x) for x in evaluate(program["loss"], feed, {k: p.load() for k, p in program.params.items()})]
+def numbers(program: Program, graph: str = "loss", **feed: np.ndarray) -> list[np.ndarray]:
+    return [np.asarray(x) for x in evaluate(program[graph], feed, {k: p.load() for k, p in program.params.items()})]
 
 
 def rounded(program: Program, *args: object, **options: object) -> list[str]:
@@ -104,9 +91,9 @@ def test_weights_in_loops() -> None:
     program, x = random_program(LOOP), np.random.default_rng(0).standard_normal((5, 64)).astype(np.float32)
     stored = program.copy()
     PassManager([Quantize("int8", None), HoistParams()]).run(stored)
-    assert rounded(program, "int8") == ["applied: 1 weight rounded to int8 (@loss)"]
-    assert_array_equal(numbers(program, x=x)[1], numbers(stored, x=x)[1])
-    assert program["loss"].count("fake_quantize") == 1  # before the loop, once
+    assert rounded(program, "int8", graph="f") == ["applied: 1 weight rounded to int8 (@f)"]
+    assert_array_equal(numbers(program, "f", x=x)[0], numbers(stored, "f", x=x)[0])
+    assert program["f"].count("fake_quantize") == 1  # before the loop, once
 
 
 def test_overrides() -> None:

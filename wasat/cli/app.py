@@ -134,7 +134,7 @@ def compile(
     written = sum(f.stat().st_size for f in output.iterdir())
     say(f"{output}: {written / 1e6:.1f} MB in {time.perf_counter() - started:.1f} s")
     if not verbose:
-        count_missed(report, source, target)
+        count_missed(report, source, target, quantize)
 
 
 @app.command()

@@ -158,13 +158,14 @@ def say(line: str) -> None:
     out.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def count_missed(report: Report, source: Path, target: str) -> None:
+def count_missed(report: Report, source: Path, target: str, quantize: str) -> None:
     """How many optimizations passes and the target's kernels missed, and what tells which."""
     from wasat.driver import KERNELS
 
     left = sum(len(s.remarks) for s in report.steps if s.name.startswith(KERNELS))
     missed = len(report.remarks("missed")) - left
-    told = f"wasat explain {source} --missed" + (f" --target {target}" if target != "cpu" else "")
+    told = f"wasat explain {source}" + (f" --quantize {quantize}" if quantize != "f32" else "")
+    told += (f" --target {target}" if target != "cpu" else "") + " --missed"
     if missed:
         say(f"{missed} optimization{'s were' * (missed > 1) or ' was'} missed; what and why: {told}")
     if left:

@@ -266,7 +266,7 @@ class _Kernel:
         if base == "bool":
             return tirx.NE(value, tirx.const(0, str(value.ty)))
         want = self.scalar(str(e.ty))
-        if base == "float16" and self.scalar(base) != base:
+        if base == "float16" and want != base:
             return self.half(value)
         return value if str(value.ty) == want else tirx.Cast(want, value)
 

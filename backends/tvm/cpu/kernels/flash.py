@@ -38,6 +38,7 @@ from .emit import (
     widen,
 )
 from .isa import Isa
+from .norm import for_vectors
 from .pack import padded
 from .rounding import load_codes, load_pairs
 
@@ -76,6 +77,7 @@ def blend(before: Expr, decay: Expr, local: Expr, share: Expr) -> Expr:
 
 
 Scales = Callable[[Expr, int], Expr]
+"""Scales of so many positions of a group, from one on."""
 Turn = Callable[[Buffer, Expr], None]
 """Turns a row in place: a buffer, and where the row starts."""
 
@@ -156,7 +158,7 @@ class Flash:
             def copy(j: Expr, width: int, i: Expr = i, buffer: Buffer = buffer, start: Expr = start) -> None:
                 kernel.store(self.queries, i * d + j, load(buffer, start + j, width) * splat(scale, width))
 
-            _vectors(kernel, d, lanes, copy)
+            for_vectors(kernel, d, lanes, copy)
             if turn is not None:
                 turn(self.queries, i * d)
             kernel.store(self.positions, i, tirx.Cast("int32", position(row)))
@@ -318,17 +320,9 @@ class Flash:
                      inverse: Expr = inverse) -> None:
                 kernel.store(buffer, start + j, load(self.out, i * self.value_width + j, width) * splat(inverse, width))
 
-            _vectors(kernel, self.value_dim, self.isa.lanes, copy)
+            for_vectors(kernel, self.value_dim, self.isa.lanes, copy)
             if turn is not None:
                 turn(buffer, start)
-
-
-def _vectors(kernel: Kernel, n: int, lanes: int, body: Callable[[Expr, int], None]) -> None:
-    with kernel.loop(n // lanes) as i:
-        body(i * lanes, lanes)
-    if n % lanes:
-        with kernel.loop(n % lanes) as i:
-            body(int64(n // lanes * lanes) + i, 1)
 
 
 __all__ = ["Flash", "Scores", "Source", "blend", "merge", "minus_infinity", "settle", "vector"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from tvm import tirx
 
 from .emit import (
@@ -47,7 +45,7 @@ def turn(kernel: Kernel, lanes: int, buffer: Buffer, start: Expr, width: int, bl
         buffer, start + j, load(buffer, start + j, n) * splat(block**-0.5, n)))
 
 
-def quantized_row(kernel: Kernel, isa: Isa, scheme: Literal["int8", "int4"] | str, row: tuple[Buffer, Expr], size: int,
+def quantized_row(kernel: Kernel, isa: Isa, scheme: str, row: tuple[Buffer, Expr], size: int,
                   width: int, block: int) -> tuple[Buffer, Expr]:
     """The codes of a row of ``size`` elements, turned in blocks of ``block`` first, as i32[at least width], the rest of them 0;
     and its scale, the bits of a bf16 in a u16."""
