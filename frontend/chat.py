@@ -7,7 +7,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .weights.safetensors import CheckpointError, read_json
+from wasat.ir import CheckpointError
+
+from .weights.safetensors import read_json
 
 _NAME = re.compile(r"[\w-]{1,100}\Z")
 

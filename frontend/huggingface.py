@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 from wasat.frontend import nn
-from wasat.ir import Generation, Origin, Program, TensorType
+from wasat.ir import CheckpointError, Generation, Origin, Program, TensorType
 
 from .chat import chat_texts
 from .models import FAMILIES, ConfigError, Fields
 from .sentence import BACKBONES, is_embedder
 from .sentence import load as load_embedder
 from .weights.quantized import method_of, older_config, read_as_stored, read_quantized
-from .weights.safetensors import CheckpointError, FileParam, Stored, match, read_folder, read_json
+from .weights.safetensors import FileParam, Stored, match, read_folder, read_json
 
 _BUFFERS = re.compile(r"(.*\.)?rotary_emb\.inv_freq\Z")
 """Tensors that old checkpoints store although they follow from the configuration; transformers ignores them too."""

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from wasat.frontend import nn
-from wasat.ir import Embedder, Origin, Program
+from wasat.ir import CheckpointError, Embedder, Origin, Program
 
 from .chat import chat_texts
 from .models import Fields, encoders
 from .models.gemma3 import gemma3_text
 from .models.llama import llama, mistral, qwen2, qwen3
 from .models.modernbert import Classifier, modernbert
-from .weights.safetensors import CheckpointError, Stored, match, read_folder, read_header, read_json
+from .weights.safetensors import Stored, match, read_folder, read_header, read_json
 
 _MODULES, PROMPTS = "modules.json", "prompts.json"
 _POOLING = {

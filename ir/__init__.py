@@ -18,7 +18,17 @@ from .dims import (
     symbol,
     symbols_of,
 )
-from .errors import DimError, IRError, Loc, NotDifferentiable, ParseError, TypeMismatch, VerifyError, WasatError
+from .errors import (
+    CheckpointError,
+    DimError,
+    IRError,
+    Loc,
+    NotDifferentiable,
+    ParseError,
+    TypeMismatch,
+    VerifyError,
+    WasatError,
+)
 from .evaluate import bind_symbols, evaluate, run_node
 from .graph import ArrayParam, DerivedParam, Graph, Node, ParamSource, Value, copy_node
 from .interface import Embedder, Encoder, Generation, Head, Interface, Media, Origin, State
@@ -30,9 +40,9 @@ from .types import Array, BlockArray, DType, QArray, QTensorType, TensorType, Ty
 from .verify import verify
 
 __all__ = [
-    "OPS", "Array", "ArrayParam", "Attrs", "BlockArray", "Body", "Builder", "DType", "DerivedParam", "Dim", "DimError",
-    "DimLike", "Embedder", "Encoder", "ErrorSample", "Generation", "Graph", "Head", "IRError", "Interface", "Literal",
-    "Loc", "Media", "Node", "NotDifferentiable", "Op", "Origin", "ParamSource", "ParseError", "Program", "QArray",
+    "OPS", "Array", "ArrayParam", "Attrs", "BlockArray", "Body", "Builder", "CheckpointError", "DType", "DerivedParam", "Dim",
+    "DimError", "DimLike", "Embedder", "Encoder", "ErrorSample", "Generation", "Graph", "Head", "IRError", "Interface",
+    "Literal", "Loc", "Media", "Node", "NotDifferentiable", "Op", "Origin", "ParamSource", "ParseError", "Program", "QArray",
     "QTensorType", "Sample", "State", "TensorType", "Type", "TypeMismatch", "Value", "VerifyError", "WasatError",
     "bind_symbols", "build", "check_text", "copy_node", "equal", "evaluate", "evaluate_dim", "graph_text", "interface_text",
     "less_equal", "maximum", "minimum", "node_text", "op_named", "ops", "parse", "parse_dim", "parse_program", "parse_type",

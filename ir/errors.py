@@ -34,6 +34,10 @@ class WasatError(Exception):
     """Base of every error that Wasat raises on purpose."""
 
 
+class CheckpointError(WasatError):
+    """Files of weights, of a saved program or of a training run: missing, damaged, of another model or run, not written."""
+
+
 class DimError(WasatError):
     """A dimension that cannot be: a division by zero, sizes that contradict each other."""
 

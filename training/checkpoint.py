@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from wasat.ir import WasatError
+from wasat.ir import CheckpointError
 
 _TYPES = {"bool": "BOOL", "bfloat16": "BF16"} | {
     f"{word}{bits}": f"{letter}{bits}" for word, letter in (("int", "I"), ("uint", "U"), ("float", "F"))
@@ -24,10 +24,6 @@ _TYPES = {"bool": "BOOL", "bfloat16": "BF16"} | {
 }  # fmt: skip
 """What the format calls an element type, by NumPy's name."""
 _NAME = re.compile(r"step-(\d+)\.safetensors\Z")
-
-
-class CheckpointError(WasatError):
-    """A checkpoint that is damaged, that belongs to another run, or that cannot be written."""
 
 
 @contextmanager

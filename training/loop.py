@@ -17,12 +17,12 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from wasat.backends.tvm.targets import target_named
-from wasat.ir import ArrayParam, IRError, Program, bind_symbols, type_of
+from wasat.ir import ArrayParam, CheckpointError, IRError, Program, bind_symbols, type_of
 from wasat.passes import Inference, PassManager, Remark, RoundWeights
 
 from .bar import Bar
 from .blame import Diverged, offender
-from .checkpoint import Checkpoint, CheckpointError, Checkpoints, replacing
+from .checkpoint import Checkpoint, Checkpoints, replacing
 from .compiled import Compiled, specialized
 from .curve import write_curve
 from .data import Batch, Iterated

@@ -19,8 +19,20 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from wasat.frontend.weights.safetensors import TENSOR_TYPES, CheckpointError, Stored, read_header, read_metadata
-from wasat.ir import Array, DType, IRError, Program, QArray, QTensorType, TensorType, Type, parse_program, parse_type
+from wasat.frontend.weights.safetensors import TENSOR_TYPES, Stored, read_header, read_metadata
+from wasat.ir import (
+    Array,
+    CheckpointError,
+    DType,
+    IRError,
+    Program,
+    QArray,
+    QTensorType,
+    TensorType,
+    Type,
+    parse_program,
+    parse_type,
+)
 from wasat.ir.interface import Origin
 from wasat.ir.types import BlockArray
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from wasat.ir import IRError, WasatError
 
 
-class CudaError(WasatError):
+class NvccError(WasatError):
     """The CUDA compiler refuses."""
 
 
@@ -48,7 +48,7 @@ def fat_binary(code: str, archs: Sequence[str]) -> bytes:
     """CUDA C++ as machine code for each of ``archs``, and nothing that a driver would have to compile."""
     root = toolkit()
     if root is None:
-        raise CudaError(f"compiling for {', '.join(archs)} needs {missing_tools()[0]}")
+        raise NvccError(f"compiling for {', '.join(archs)} needs {missing_tools()[0]}")
     with tempfile.TemporaryDirectory() as tmp:
         source, out = Path(tmp) / "kernels.cu", Path(tmp) / "kernels.fatbin"
         source.write_text(code, encoding="utf-8")
@@ -60,5 +60,5 @@ def fat_binary(code: str, archs: Sequence[str]) -> bytes:
             [root / "bin" / "nvcc", "--fatbin", *options, *each, "-o", out, source], capture_output=True, text=True
         )
         if done.returncode:
-            raise CudaError(f"{root / 'bin' / 'nvcc'} refuses the code for {', '.join(archs)}: {done.stderr.strip()[-2000:]}")
+            raise NvccError(f"{root / 'bin' / 'nvcc'} refuses the code for {', '.join(archs)}: {done.stderr.strip()[-2000:]}")
         return out.read_bytes()

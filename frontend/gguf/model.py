@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 from wasat.frontend import nn
-from wasat.frontend.weights import CheckpointError, store_as
+from wasat.frontend.weights import store_as
 from wasat.frontend.weights.gguf import Gguf, GgufParam, GgufTensor, read_gguf
 from wasat.frontend.weights.safetensors import listed
-from wasat.ir import DType, Origin, Program, TensorType
+from wasat.ir import CheckpointError, DType, Origin, Program, TensorType
 
 from ..chat import template_texts
 from ..huggingface import build

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from wasat.frontend.weights import CheckpointError
 from wasat.frontend.weights.gguf import Gguf
-from wasat.ir import Generation
+from wasat.ir import CheckpointError, Generation
 
 _ENDS = frozenset({
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>", "<EOT>", "_<EOT>",

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from wasat.ir import Array, BlockArray, DType, QArray, QTensorType, TensorType, Type
+from wasat.ir import Array, BlockArray, CheckpointError, DType, QArray, QTensorType, TensorType, Type
 from wasat.ir.schemes import SCHEMES, read_q4_0, read_q8_0
 
-from .safetensors import CheckpointError, listed
+from .safetensors import listed
 
 _NUMBERS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
 _STRING, _ARRAY = 8, 9

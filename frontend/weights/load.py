@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from wasat.ir import ArrayParam, DType, IRError, ParamSource, Program, QArray, TensorType, Type, type_of
+from wasat.ir import ArrayParam, CheckpointError, DType, IRError, ParamSource, Program, QArray, TensorType, Type, type_of
 
-from .safetensors import STORED, CheckpointError, FileParam, Stored, listed, read_folder, read_header
+from .safetensors import STORED, FileParam, Stored, listed, read_folder, read_header
 
 _SUGGESTED = 20
 """Names that are compared with all others: as many as are shown of a kind."""

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
-from wasat.ir import DType, QArray, QTensorType, TensorType
+from wasat.ir import CheckpointError, DType, QArray, QTensorType, TensorType
 
-from .safetensors import CheckpointError, Stored
+from .safetensors import Stored
 
 FLOATS8 = (DType.F8E4M3, DType.F8E5M2)
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from wasat.ir import ArrayParam, Builder, Graph, ParamSource, Program, TensorType, Value, type_of
+from wasat.ir import ArrayParam, Builder, CheckpointError, Graph, ParamSource, Program, TensorType, Value, type_of
 
 from ..models import Fields
 from .methods import METHODS, Method
 from .packed import Integers, Tensors
-from .safetensors import STORED, CheckpointError, Stored, listed, read_json
+from .safetensors import STORED, Stored, listed, read_json
 from .storage import store_as
 
 _INSTEAD = {

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from wasat.ir import DType, TensorType, WasatError
+from wasat.ir import CheckpointError, DType, TensorType
 
 TENSOR_TYPES = {
     "F64": DType.F64, "F32": DType.F32, "F16": DType.F16, "BF16": DType.BF16, "F8_E4M3": DType.F8E4M3,
@@ -20,10 +20,6 @@ TENSOR_TYPES = {
 _HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
 STORED = (DType.F32, DType.F16, DType.BF16)
 """Element types that a float parameter may be stored in."""
-
-
-class CheckpointError(WasatError):
-    """Files that are missing, damaged, or hold other tensors than the model needs."""
 
 
 @dataclass(frozen=True)

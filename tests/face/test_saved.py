@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from wasat.frontend.weights import CheckpointError
-from wasat.ir import ArrayParam, DType, IRError, QTensorType, WasatError, parse_type, type_of
+from wasat.ir import ArrayParam, CheckpointError, DType, IRError, QTensorType, WasatError, parse_type, type_of
 
 import wasat as ws
 from wasat.testing import _random_array

@@ -167,7 +167,7 @@ def _of(kind: type) -> object:
 
 @needs_nvcc
 def test_what_the_compiler_refuses_is_told() -> None:
-    with pytest.raises(cuda.CudaError, match=r"(?s)nvcc refuses the code for sm_80: .*error: .*identifier \"no_such\""):
+    with pytest.raises(cuda.NvccError, match=r"(?s)nvcc refuses the code for sm_80: .*error: .*identifier \"no_such\""):
         cuda.fat_binary('extern "C" __global__ void f(float* x) { x[0] = no_such; }', ["sm_80"])
 
 

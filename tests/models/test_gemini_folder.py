@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from wasat.frontend import nn
 from wasat.frontend.fields import ConfigError
-from wasat.frontend.weights.safetensors import CheckpointError
-from wasat.ir import ArrayParam, Encoder, Generation, Media, Program, type_of
+from wasat.ir import ArrayParam, CheckpointError, Encoder, Generation, Media, Program, type_of
 
 import wasat as ws
 from wasat.models import gemini

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from wasat.ir import evaluate
-from wasat.training.checkpoint import CheckpointError, Checkpoints
+from wasat.ir import CheckpointError, evaluate
+from wasat.training.checkpoint import Checkpoints
 from wasat.training.optimizers import AdamW, Cosine
 from wasat.training.step import TrainStep, train_step
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from wasat.ir import ArrayParam, IRError, Program, parse, type_of
+from wasat.ir import ArrayParam, CheckpointError, IRError, Program, parse, type_of
 from wasat.passes import Rematerialize
-from wasat.training.checkpoint import CheckpointError, Checkpoints
+from wasat.training.checkpoint import Checkpoints
 from wasat.training.compiled import Compiled
 from wasat.training.curve import write_curve
 from wasat.training.data import Batch, Packed, Source

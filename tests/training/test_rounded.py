@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from wasat.ir import Program
+from wasat.ir import CheckpointError, Program
 from wasat.passes import HoistParams, PassManager, Quantize
-from wasat.training.checkpoint import CheckpointError
 from wasat.training.data import Batch
 from wasat.training.loop import Trained, train
 from wasat.training.optimizers import AdamW, Cosine

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 from wasat.frontend.chat import chat_texts
-from wasat.frontend.weights.safetensors import STORED, CheckpointError, match, read_folder, read_json
-from wasat.ir import DType, ParamSource, Program
+from wasat.frontend.weights.safetensors import STORED, match, read_folder, read_json
+from wasat.ir import CheckpointError, DType, ParamSource, Program
 
 from .config import Config
 from .model import Gemini
