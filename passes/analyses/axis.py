@@ -217,8 +217,7 @@ def _through(node: Node, rule: AxisRule, given: Sequence[Label], ends: set[int])
     [end] = ends
     kinds = {x.kind for x in given if x.along}
     others = [axes for x, axes in zip(given, rule.operands) if not x.along]
-    mixed = node.op.kind == "view" and len(kinds) > 1
-    if mixed or any(f in axis for axes in others for axis in axes for f in rule.results[0][end]):
+    if any(f in axis for axes in others for axis in axes for f in rule.results[0][end]):
         raise LooksAhead("it joins parts that run along the sequence with others that do not")
     longer = [x for x in given if x.along and x.extra]
     if longer and not all(x.kind == "token" and x.extra == longer[0].extra for x in given if x.along):
@@ -387,8 +386,8 @@ def _scan(node: Node, attrs: ScanAttrs, given: Sequence[Label], symbol: str) -> 
     if symbol in attrs.body.symbols:
         raise LooksAhead(f"{does}, and what it does in a turn depends on {symbol}, the number of tokens")
     kind: Kind = "token" if _tokens_in(sliced) else "position"
-    if kind == "position" or any(x.kind == "position" for x in sliced):
-        raise LooksAhead(f"{does} that reads positions")
+    if kind == "position":
+        raise LooksAhead(f"{does} that reads positions alone")
     return [*[replace(LAST, mixes=True)] * c, *[Label(kind, 0, mixes=True)] * (len(node.outputs) - c)]
 
 
@@ -403,9 +402,9 @@ def _carried(node: Node, given: Sequence[Label]) -> list[Label]:
     turns = {f for i, x in moving for axis in x.axes for f in rule.operands[i][axis]}
     if not all(x.along for _, x in moving) or len(turns) != 1 or (turn := turns.pop()).how != "forward":
         raise LooksAhead("it runs over another axis than the sequence")
-    if any(x.kind == "position" for x in given):
-        raise LooksAhead("it reads positions")
     kind: Kind = "token" if _tokens_in(given) else "uniform"
+    if kind != "token" and any(x.kind == "position" for x in given):
+        raise LooksAhead("it reads positions alone")
     made = [next((i for i, axis in enumerate(axes) if turn in axis), None) for axes in rule.results]
     return [replace(LAST, mixes=True) if i is None else Label(kind, i, mixes=True) for i in made]
 

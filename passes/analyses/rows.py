@@ -78,6 +78,21 @@ def places(graph: Graph, tokens: Value, labels: Mapping[Value, Label]) -> dict[V
 _COUNTS = "it depends on which row it is of, or on how many rows there are"
 
 
+def repeats(v: Value, axis: int) -> bool:
+    """Whether a value is the same at each index of an axis (counted from the end), because it was repeated along it."""
+    node, axis = v.node, axis + len(v.shape)
+    if node is None or len(node.outputs) != 1 or axis < 0:
+        return False
+    rule = node.axes
+    own = rule.results[0][axis]
+    if all(f.role == "repeated" for f in own):
+        return True
+    if len(own) != 1 or own[0].role != "free":
+        return False
+    found = [(u, i, a) for u, axes in zip(node.inputs, rule.operands) for i, a in enumerate(axes) if own[0] in a]
+    return bool(found) and all(a == own and repeats(u, i - len(u.shape)) for u, i, a in found)
+
+
 def _counts(node: Node, found: Mapping[Value, Place], batch: DimLike) -> bool:
     """Whether a node makes something that tells rows apart, or their number, of what is the same for all of them."""
     rows = set(symbols_of([batch]))

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from wasat.ir import Builder, Graph, IRError, Node, TensorType
+from wasat.ir import Builder, Graph, IRError, Node, TensorType, Value, equal
 from wasat.ir.graph import copy_node
 from wasat.ir.op import Body
 from wasat.ir.ops.reduce import CumSum
 from wasat.ir.ops.scan import ScanAttrs
 
-from ..analyses.rows import Place
+from ..analyses.rows import Place, repeats
 from ..analyses.sequence import Label
 from .kept import after_last, begun, in_place, rows_first
 
@@ -29,7 +29,7 @@ def run_scan(d: Derivation, node: Node) -> None:
         begin = rows_first(d, d.env[start], at, None)
         carried.append(in_place(d, begun(d, d.states[d.plan.kept[v].name], begin), at, None, v.shape))
     others = [d.env[v] for v in node.inputs[c + s :]]
-    sliced = [d.env[v] for v in node.inputs[c : c + s]]
+    sliced = [_for_each_row(d, node, v) for v in node.inputs[c : c + s]]
     body = attrs.body.substitute(d.sizes).graph
     if d.one:
         first = [b.reshape(x, shape=x.shape[1:]) for x in sliced]
@@ -47,9 +47,20 @@ def run_scan(d: Derivation, node: Node) -> None:
     d.env.update(zip(node.outputs, results))
 
 
+def _for_each_row(d: Derivation, node: Node, v: Value) -> Value:
+    """An operand along the sequence; positions are each row's own, on the axis along which they were repeated for the rows."""
+    if not d.labels[v].lifted:
+        return d.env[v]
+    rank = len(v.shape)
+    axis = next((i for i in range(rank) if i != d.labels[v].axis and equal(v.shape[i], d.batch) is True and repeats(v, i - rank)), None)
+    if axis is None:
+        raise IRError(f"{node!r} reads positions, %{v.name}: {v.type}; repeat them for the rows first (broadcast_to)", node.loc)
+    return d.spread(v, d.env[v], rank, Place(axis))
+
+
 def run_carry(d: Derivation, node: Node) -> None:
     """What runs forward, from what is carried; rows that have fewer tokens keep what they had after their last."""
-    b, attrs, operands = d.b, node.attrs.bind(d.sizes), [d.env[v] for v in node.inputs]
+    b, attrs, operands = d.b, node.attrs.bind(d.sizes), [_for_each_row(d, node, v) for v in node.inputs]
     for i, start in node.op.recurrence.items():
         v, at = node.outputs[i], d.plan.places[node.outputs[i]]
         begin = rows_first(d, operands[start], at, None)

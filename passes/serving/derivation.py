@@ -27,7 +27,7 @@ from wasat.ir.ops.scan import ScanAttrs
 from wasat.ir.ops.shape import Slice
 
 from ..analyses.axis import sees_ahead
-from ..analyses.rows import FIRST, Place
+from ..analyses.rows import FIRST, Place, repeats
 from ..analyses.sequence import Label
 from .blocks import note_cut, without_padding
 from .carry import run_carry, run_scan, run_sum
@@ -188,6 +188,13 @@ class Derivation:
         masked = isinstance(node.attrs, AttentionAttrs) and not own and not any(lifted[:3])
         if node.op.elementwise or masked:
             return [self.spread(v, x, rank + own, at) if up else x for v, x, up in zip(node.inputs, inputs, lifted)], attrs
+        if node.op.kind == "view" and len(inputs) > 1:  # each operand as the result is
+            if own:
+                inputs = [x if up else self.b.broadcast_to(self.b.reshape(x, shape=(1, *x.shape)), shape=(self.batch, *x.shape))
+                          for x, up in zip(inputs, lifted)]  # fmt: skip
+                lifted = [True] * len(inputs)
+            else:
+                return [self.spread(v, x, rank, at) if up else x for v, x, up in zip(node.inputs, inputs, lifted)], attrs
         found = self._lifted(node, inputs, attrs, lifted, own) if at == FIRST else None
         if found is None and own and node.op.kind == "view":  # perhaps it stretches its operand, aligned at the end
             inputs = [self.spread(v, x, rank + 1) if up else x for v, x, up in zip(node.inputs, inputs, lifted)]
@@ -200,8 +207,32 @@ class Derivation:
         """The node of operands of which some are lifted, as is (``own``) its result."""
         if node.is_a("gather") and lifted[1] and (lifted[0] or AxisAttrs.of(node).axis > 0):
             return (self._looked_up(node, inputs[0], inputs[1], lifted[0]),)
+        if node.op.kind == "product" and any(lifted) and not own and self.plan.places.get(node.output, FIRST) != FIRST:
+            return (self._rows_in_front(node, inputs, attrs, lifted),)
         operands, attrs = self.offset(node, inputs, attrs, lifted, own)
         return self.g.add_node(node.op, operands, attrs, loc=node.loc, names=[v.name for v in node.outputs]).outputs
+
+    def _rows_in_front(self, node: Node, inputs: list[Value], attrs: Any, lifted: list[bool]) -> Value:
+        """A product of what is lifted with values whose rows stand elsewhere: these in front of all, and back."""
+        places = [None if up else self.plan.places.get(v) for v, up in zip(node.inputs, lifted)]
+        given = [x if at is None else self._front(x, at) for x, at in zip(inputs, places)]
+        which = [up or at is not None for up, at in zip(lifted, places)]
+        changed = self._lifted(node, given, attrs, which, True)
+        if changed is None:
+            raise IRError(f"{node!r}: positions cannot be offset through {node.op.name}", node.loc)
+        y = self.g.add_node(node.op, given, changed, loc=node.loc, names=[node.output.name]).output
+        at, size = self.plan.places[node.output], y.shape[1:]
+        split = (*size[: at.axis], at.outer, at.inner, *size[at.axis + 1 :])
+        y = self.b.reshape(y, shape=(self.batch, *split))
+        y = self.b.transpose(y, perm=(*range(1, at.axis + 2), 0, *range(at.axis + 2, len(split) + 1)))
+        return self.b.reshape(y, shape=(*size[: at.axis], product(at.outer, self.batch, at.inner), *size[at.axis + 1 :]))
+
+    def _front(self, x: Value, at: Place) -> Value:
+        """[.., rows and what is merged with them, ..] as [rows, .., what is merged with them, ..]."""
+        split = (*x.shape[: at.axis], at.outer, self.batch, at.inner, *x.shape[at.axis + 1 :])
+        x, rows = self.b.reshape(x, shape=split), at.axis + 1
+        x = self.b.transpose(x, perm=(rows, *(i for i in range(len(split)) if i != rows)))
+        return self.b.reshape(x, shape=(self.batch, *split[: at.axis], product(at.outer, at.inner), *split[at.axis + 3 :]))
 
     def _looked_up(self, node: Node, table: Value, index: Value, own: bool) -> Value:
         """What each row picks, at indices of its own, from a table that is its ``own``, or one for all."""
@@ -225,6 +256,10 @@ class Derivation:
         while len(own) > rank and own[0] == 1:
             own.pop(0)
         own = [1] * (rank - len(own)) + own
+        x = self.b.reshape(x, shape=(self.batch, *own))
+        if len(own) == rank and own[at.axis] != 1 and at.alone and repeats(old, at.axis - rank):
+            x = self.b.slice(x, starts=(0,) * (rank + 1), stops=(self.batch, *own[: at.axis], 1, *own[at.axis + 1 :]))
+            own[at.axis] = 1
         if len(own) > rank or own[at.axis] != 1:
             raise IRError(f"%{old.name}: positions meet a value where they differ along the axis of its rows", old.loc)
         rest = own[: at.axis] + own[at.axis + 1 :]

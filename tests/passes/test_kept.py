@@ -262,6 +262,32 @@ def folded_scan(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
     return merged(y.reshape(b, HEADS, s, WIDTH))
 
 
+def beside_values(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """Ones and numbers by position stand beside the values; decays by position."""
+    b, s = x.shape[:2]
+    each = nn.sin(at.cast("f32"))[None, :, None].broadcast_to(b, s, HEADS)
+    q, k, v = nn.exp(x).heads(HEADS), nn.sigmoid(x).heads(HEADS), nn.sin(x).heads(HEADS)
+    v = nn.concat([v, nn.ones_like(v[..., :1]), each[..., None]], axis=-1)
+    y = nn.linear_attention(q, k, v, decay=-nn.softplus(each))[0]
+    return (y[..., :WIDTH] / y[..., WIDTH : WIDTH + 1] + y[..., WIDTH + 1 :]).merge()
+
+
+def by_place(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """A scan whose decays are functions of the position."""
+    pace = nn.sigmoid(at.cast("f32"))[:, None, None].broadcast_to(x.shape[1], x.shape[0], 1)
+    return time_first(nn.scan(lambda h, t: (h * t[0] + t[1],) * 2, nn.full((x.shape[0], DIM), 0.5), (pace, time_first(x)))[1])
+
+
+def long_kernel(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """A convolution as long as the sequence: by channel, [d, s, t] @ [d, t, b]; by head, rows merged with features."""
+    d, (b, s) = at[:, None] - at[None, :], x.shape[:2]
+    fade = nn.exp(nn.maximum(d, 0).cast("f32")[..., None] * nn.constant(np.linspace(-1, -0.1, DIM, dtype=np.float32)))
+    by_channel = nn.einsum("s t d, b t d -> b s d", nn.where((d >= 0)[..., None], fade, 0.0), x)
+    tall = x.heads(HEADS).transpose(2, 1, 0, 3).reshape(HEADS, s, b * WIDTH)
+    by_head = (nn.where((d >= 0)[..., None], fade, 0.0)[..., :HEADS].transpose(2, 0, 1) @ tall).reshape(HEADS, s, b, WIDTH)
+    return by_channel + by_head.transpose(2, 1, 0, 3).merge()
+
+
 class Convolution(nn.Module):
     def __init__(self, **how: Any) -> None:
         self.conv = nn.Conv1d(DIM, DIM, 3, **how)
@@ -327,7 +353,8 @@ MIXES: dict[str, Mix | Callable[[], nn.Module]] = {
         softmax1, sigmoid, squared, divided_after, keys_first, talking, sink, token_sink, decaying, averaged, largest,
         stick_breaking, repeated_heads, by_tokens, fused_by_tokens, fused_by_places, streaming, blocks, earlier_blocks,
         begun_blocks, heads_apart, state_space, largest_so_far, from_a_table, sequence_first, running_sums, recurrent,
-        folded_scan, linear, delta, state_space_by_chunks, delta_by_chunks, shifted, far_back, layers,
+        folded_scan, linear, delta, state_space_by_chunks, delta_by_chunks, beside_values, by_place, long_kernel, shifted,
+        far_back, layers,
     )
 }  # fmt: skip
 CONVOLUTIONS: dict[str, Callable[[], nn.Module]] = {

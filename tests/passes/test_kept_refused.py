@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 from test_kept import DIM, INF, Convolution, Mix, Model, hidden, merged, scores, time_first
 from wasat.frontend import nn
@@ -116,6 +117,16 @@ def counting_scan(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
 LATER = "where a key is later"
 
 
+def positions_alone(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    each = at.cast("f32")[:, None, None].broadcast_to(x.shape[1], x.shape[0], DIM)
+    return x + time_first(nn.scan(lambda h, t: (h * 0.5 + t,) * 2, nn.full((x.shape[0], DIM), 0.5), each)[1])
+
+
+def recurrence_of_positions(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    each = nn.sin(at.cast("f32"))[None, :, None, None].broadcast_to(x.shape[0], x.shape[1], 2, 4)
+    return x + nn.linear_attention(each, each, each)[0].merge()
+
+
 AHEAD: dict[str, tuple[Mix | Callable[[], nn.Module], str]] = {
     "one ahead": (looks_ahead_by(lambda at: at[None, :] <= at[:, None] + 1), LATER),
     "to the end of its block": (looks_ahead_by(lambda at: at[None, :] // 3 <= at[:, None] // 3), LATER),
@@ -137,7 +148,9 @@ AHEAD: dict[str, tuple[Mix | Callable[[], nn.Module], str]] = {
     "a scan from the end": (scan_from_the_end, "a scan over the sequence from its end"),
     "the last carry": (after_the_last, "it gives every token what stands at the last one"),
     "rows that meet in a scan": (over_rows, "rows meet here"),
-    "a scan of positions": (scan_of_positions, "that reads positions"),
+    "a scan of positions": (scan_of_positions, "repeat them for the rows first (broadcast_to)"),
+    "a scan of nothing but positions": (positions_alone, "it is a scan over the sequence that reads positions alone"),
+    "a recurrence of nothing but positions": (recurrence_of_positions, "it reads positions alone"),
     "a counter": (counting_scan, "the same for all rows"),
 }
 
@@ -155,4 +168,16 @@ def test_what_looks_ahead_is_refused(name: str) -> None:
 def test_a_convolution_to_both_sides_is_refused() -> None:
     program = nn.trace(Model(Convolution(padding="same")), {"tokens": "i64[b, s]"}, outputs=["logits"])
     with pytest.raises(IRError, match=r"a convolution over the sequence: element i of its result depends on token i \+ 1"):
+        ws.optimize(program, kv_cache=True)
+
+
+def by_row(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """Positions, told apart by a constant for each of two rows."""
+    each = nn.gather(nn.constant(np.cos(np.arange(64, dtype=np.float32)).reshape(2, 32)), at, axis=1)
+    return nn.concat([x, each[..., None]], axis=-1)[..., 1:]
+
+
+def test_positions_that_are_not_the_same_for_all_rows() -> None:
+    program = nn.trace(Model(by_row), {"tokens": "i64[2, s]"}, outputs=["logits"])
+    with pytest.raises(IRError, match="positions meet a value where they differ along the axis of its rows"):
         ws.optimize(program, kv_cache=True)
