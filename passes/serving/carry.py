@@ -51,11 +51,11 @@ def _for_each_row(d: Derivation, node: Node, v: Value) -> Value:
     """An operand along the sequence; positions are each row's own, on the axis along which they were repeated for the rows."""
     if not d.labels[v].lifted:
         return d.env[v]
-    rank = len(v.shape)
-    axis = next((i for i in range(rank) if i != d.labels[v].axis and equal(v.shape[i], d.batch) is True and repeats(v, i - rank)), None)
-    if axis is None:
+    rank, along = len(v.shape), d.labels[v].axis
+    rows = [i for i, n in enumerate(v.shape) if i != along and equal(n, d.batch) is True and repeats(v, i - rank)]
+    if not rows:
         raise IRError(f"{node!r} reads positions, %{v.name}: {v.type}; repeat them for the rows first (broadcast_to)", node.loc)
-    return d.spread(v, d.env[v], rank, Place(axis))
+    return d.spread(v, d.env[v], rank, Place(rows[0]))
 
 
 def run_carry(d: Derivation, node: Node) -> None:
