@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from wasat.frontend.weights.gguf import Gguf
+from wasat.ir import CheckpointError
 
 from ..fields import brief
 from ..models.config import Fields
+from . import names
+from .names import Names
 
+POOLINGS = {1: "mean", 2: "cls", 3: "lasttoken", 4: "rank"}
+"""What makes one embedding of many tokens, by GGUF's number; 0 is none."""
 _WITHOUT_EFFECT = frozenset({
     "name", "vocab_size", "rope.dimension_count", "rope.dimension_count_swa", "tensor_data_layout",
     "attention.causal", "expert_count", "expert_used_count", "attention.value_length", "attention.value_length_swa",
     "rope.scaling.finetuned", "rope.scaling.original_context_length", "rope.scaling.attn_factor",
-    "attention.sliding_window_pattern", "attention.shared_kv_layers",
+    "attention.sliding_window_pattern", "attention.shared_kv_layers", "pooling_type", "dense_2_feat_in", "dense_2_feat_out",
+    "dense_3_feat_in", "dense_3_feat_out", "classifier.output_labels", "classifier.pooling_type",
 })  # fmt: skip
 """Keys that are checked where they stand for more than they say, or say nothing about the numbers."""
 
@@ -73,21 +80,36 @@ def config_of(g: Gguf) -> dict[str, Any]:
     for key in ("attention.value_length", "rope.dimension_count", "attention.key_length_swa", "attention.value_length_swa",
                 "rope.dimension_count_swa"):  # fmt: skip
         keys.refuse(key, head_dim, f"heads have {head_dim} elements, and all of them are rotated")
-    keys.refuse("attention.causal", True, "only models that look back are read")
+    arch = ARCHITECTURES[keys.arch]
+    if arch.embeds:
+        keys.refuse("attention.causal", False, "this architecture sees the whole text")
+    else:
+        keys.refuse("attention.causal", True, "only models that look back are read")
     for key in ("expert_count", "expert_used_count", "attention.shared_kv_layers"):
         keys.refuse(key, 0, "mixtures of experts and shared layers are not read")
     config: dict[str, Any] = {
         "hidden_size": dim, "num_hidden_layers": layers, "num_attention_heads": heads, "head_dim": head_dim,
         "num_key_value_heads": keys.count("attention.head_count_kv", heads),
         "intermediate_size": keys.count("feed_forward_length"), "max_position_embeddings": keys.count("context_length"),
-        "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
-        "vocab_size": g.tensors["token_embd.weight"].shape[0],
-        "tie_word_embeddings": "output.weight" not in g.tensors,
+        "vocab_size": g.tensors["token_embd.weight"].shape[0], "tie_word_embeddings": "output.weight" not in g.tensors,
     }  # fmt: skip
     keys.refuse("vocab_size", config["vocab_size"], f"token_embd.weight has {config['vocab_size']} rows")
-    config |= ARCHITECTURES[keys.arch](keys, config)
+    rms, other = "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"
+    used = other if arch.eps != "rms_norm_eps" and keys.has(other) else rms  # converters write either for layer norms
+    config[arch.eps] = keys.number(used)
+    keys.ignore(rms, other)
+    config |= arch.read(keys, config)
     keys.finish()
     return config
+
+
+def pooling_of(g: Gguf) -> str | None:
+    """How the tokens of a text become one embedding; ``rank`` of pairs that are scored; None: the model writes texts."""
+    name = g.metadata["general.architecture"]
+    given = g.metadata.get(key := f"{name}.pooling_type", 0)
+    if given not in (0, *POOLINGS) or isinstance(given, bool):
+        raise CheckpointError(f"{g.path}: {key} is {brief(given)}; there are 0 (none) and {', '.join(map(str, POOLINGS))}")
+    return POOLINGS.get(given, "mean" if ARCHITECTURES[name].embeds else None)
 
 
 def _scaling(keys: Keys) -> dict[str, Any]:
@@ -126,15 +148,21 @@ def _qwen(family: str) -> Callable[[Keys, dict[str, Any]], dict[str, Any]]:
     return read
 
 
-def _gemma3(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
-    layers, period = config["num_hidden_layers"], 6
+def _sliding(keys: Keys, layers: int, period: int, first: bool = False) -> list[bool]:
+    """Which layers slide: in each ``period`` all but the last, or but the ``first``."""
     pattern = keys.given.get("attention.sliding_window_pattern", period)
     if isinstance(pattern, np.ndarray) and pattern.dtype == np.bool_ and len(pattern) == layers:
-        sliding = pattern.tolist()
-    elif isinstance(pattern, int) and pattern > 0:
-        sliding = [(i + 1) % pattern != 0 for i in range(layers)]
-    else:
-        raise keys.fail(f"gemma3.attention.sliding_window_pattern is {brief(pattern)}; a period, or one entry for each layer")
+        found: list[bool] = pattern.tolist()
+        return found
+    if not isinstance(pattern, int) or isinstance(pattern, bool) or pattern < 1:
+        name = f"{keys.arch}.attention.sliding_window_pattern"
+        raise keys.fail(f"{name} is {brief(pattern)}; a period, or one entry for each layer")
+    return [(i + (not first)) % pattern != 0 for i in range(layers)]
+
+
+def _gemma3(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
+    layers = config["num_hidden_layers"]
+    sliding = _sliding(keys, layers, 6)
     window = keys.count("attention.sliding_window") if keys.has("attention.sliding_window") else None
     # the 27B model scales by its width over its heads; the file does not say so
     scale = config["hidden_size"] / config["num_attention_heads"] if layers == 62 else config["head_dim"]
@@ -169,8 +197,61 @@ def _gemma2(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-ARCHITECTURES: dict[str, Callable[[Keys, dict[str, Any]], dict[str, Any]]] = {
-    "llama": _llama, "qwen2": _qwen("qwen2"), "qwen3": _qwen("qwen3"), "gemma2": _gemma2,
-    "gemma3": _gemma3,
+def _encoder(keys: Keys, config: dict[str, Any], *drop: str) -> None:
+    """What decoders have and encoders do not."""
+    for name in ("head_dim", "num_key_value_heads", "tie_word_embeddings", *drop):
+        del config[name]
+    keys.refuse("attention.head_count_kv", config["num_attention_heads"], "every head has keys and values of its own")
+    keys.refuse("attention.key_length", config["hidden_size"] // config["num_attention_heads"], "heads share the width")
+
+
+def _bert(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
+    _encoder(keys, config)
+    if (table := keys.tensors.get("position_embd.weight")) is None:
+        raise keys.fail("the tensor position_embd.weight is missing")
+    types = keys.tensors.get("token_types.weight")
+    # of RoBERTa the rows before the first position are cut off, and the context is what is left
+    return {
+        "model_type": "bert", "max_position_embeddings": table.shape[0], "hidden_act": "gelu",
+        "type_vocab_size": 0 if types is None else types.shape[0],
+    }
+
+
+def _modern_bert(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
+    _encoder(keys, config)
+    keys.refuse("rope.scaling.type", "none", "only rotation as trained is implemented for it")
+    keys.refuse("rope.scaling.factor", 1.0, "only rotation as trained is implemented for it")
+    sliding = _sliding(keys, config["num_hidden_layers"], 3, first=True)
+    return {
+        "model_type": "modernbert", "local_attention": keys.count("attention.sliding_window", 128),
+        "layer_types": ["sliding_attention" if s else "full_attention" for s in sliding],
+        "hidden_activation": keys.take("hidden_activation", str, "gelu"),
+        "global_rope_theta": keys.number("rope.freq_base", 160000.0),
+        "local_rope_theta": keys.number("rope.freq_base_swa", 10000.0),
+    }
+
+
+def _gemma_embedding(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
+    return {**_gemma3(keys, config), "use_bidirectional_attention": True}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How the metadata of an architecture are read, and what it calls its tensors."""
+
+    read: Callable[[Keys, dict[str, Any]], dict[str, Any]]
+    """What more the configuration says, ``model_type`` first of all."""
+    names: Names = names.LLAMA
+    embeds: bool = False
+    """It sees whole texts, and does nothing else but embed them."""
+    eps: str = "rms_norm_eps"
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": Architecture(_llama), "qwen2": Architecture(_qwen("qwen2")), "qwen3": Architecture(_qwen("qwen3")),
+    "gemma2": Architecture(_gemma2, names.GEMMA), "gemma3": Architecture(_gemma3, names.GEMMA),
+    "gemma-embedding": Architecture(_gemma_embedding, names.GEMMA, embeds=True),
+    "bert": Architecture(_bert, names.BERT, True, "layer_norm_eps"),
+    "modern-bert": Architecture(_modern_bert, names.MODERN_BERT, True, "norm_eps"),
 }  # fmt: skip
-"""GGUF's ``general.architecture`` -> what more the configuration says, ``model_type`` first of all."""
+"""By GGUF's ``general.architecture``."""

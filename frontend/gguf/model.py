@@ -12,33 +12,28 @@ from wasat.frontend import nn
 from wasat.frontend.weights import store_as
 from wasat.frontend.weights.gguf import Gguf, GgufParam, GgufTensor, read_gguf
 from wasat.frontend.weights.safetensors import listed
-from wasat.ir import CheckpointError, DType, Origin, Program, TensorType
+from wasat.ir import CheckpointError, DType, Embedder, Origin, Program, TensorType
 
 from ..chat import template_texts
 from ..huggingface import build
 from ..models import Fields
-from .metadata import config_of
+from .embedding import Model, embedding
+from .metadata import ARCHITECTURES, config_of, pooling_of
+from .names import Names
 from .tokenizer import special_ids, special_tokens, tokenizer_json
 
-_LAYER = {
-    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm", "attn_norm": "input_layernorm",
-    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj", "ffn_norm": "post_attention_layernorm",
-}  # fmt: skip
-_GEMMA = {
-    **_LAYER, "post_attention_norm": "post_attention_layernorm", "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}  # fmt: skip
-_WHOLE = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
-          "output.weight": "lm_head.weight"}  # fmt: skip
 _OF_LAYER = re.compile(r"blk\.(0|[1-9]\d*)\.(\w+)\.(weight|bias)\Z")
 _TEMPLATE = "tokenizer.chat_template"
 _OF_TEMPLATE = re.compile(rf"{re.escape(_TEMPLATE)}(\..+)?\Z")
 _FREQUENCIES = "rope_freqs.weight"
+_RESULTS = {"forward": "logits", "embed": "embedding", "score": "scores"}
+_OF_WRITERS = ("output.weight",)
+"""Tensors that a model does not need to embed texts."""
 
 
 def from_gguf(path: str | Path) -> Program:
-    """The program of a GGUF file: graph ``forward(tokens i64[b, s]) -> logits f32[b, s, vocab]``.
+    """The program of a GGUF file: graph ``forward(tokens i64[b, s]) -> logits f32[b, s, vocab]``; of a model that embeds texts
+    or scores pairs of them, the entry that :func:`wasat.frontend.from_pretrained` gives such.
 
     Weights stay in the formats that the file has them in: the graph takes them apart where it reads them, and what is compiled
     computes on them as they are. Parameters are named as in a Hugging Face checkpoint. Of a model that is split into several
@@ -50,25 +45,33 @@ def from_gguf(path: str | Path) -> Program:
     """
     g = read_gguf(path)
     config = config_of(g)
-    family, module = build(Fields(config, str(g.path)))
-    _adjust(module, g, config)
-    program = nn.trace(module, {"tokens": "i64[b, s]"}, outputs=["logits"])
-    wanted = {name: p.type for name, p in module.parameters().items()}
-    program.params.update(_sources(g, config, wanted))
+    fields = Fields(config, str(g.path))
+    if (pooling := pooling_of(g)) is not None:
+        m = embedding(g, fields, pooling)
+    else:
+        m = Model(*build(fields), "forward", {"tokens": "i64[b, s]"}, "model.", {"output": "lm_head"})
+    _adjust(m.root, g)
+    program = nn.trace(m.root, m.inputs, m.entry, outputs=[_RESULTS[m.entry]])
+    program.declare(
+        name=str(g.metadata.get("general.name") or g.path.stem), context=config["max_position_embeddings"],
+        vocab=config["vocab_size"],
+    )  # fmt: skip
+    ids = special_ids(g)
+    if m.entry == "forward":
+        program.declare(generation=ids)
+    else:
+        program.declare(embedder=Embedder(m.entry, m.entry == "score", config["max_position_embeddings"], ids.pad or 0))
+    program.params.update(_sources(g, config, m))
     for name, source in program.params.items():
-        store_as(program["forward"], name, source.type)
+        store_as(program[m.entry], name, source.type)
     texts = {"tokenizer.json": tokenizer_json(g)}
     templates = {k.removeprefix(_TEMPLATE)[1:] or "default": v for k, v in g.metadata.items() if _OF_TEMPLATE.match(k)}
     texts |= template_texts(g.path, {k: v for k, v in templates.items() if isinstance(v, str)}, special_tokens(g))
-    program.declare(
-        name=str(g.metadata.get("general.name") or g.path.stem), context=config["max_position_embeddings"],
-        vocab=config["vocab_size"], generation=special_ids(g),
-    )  # fmt: skip
-    program.origin = Origin(family, texts=texts)
+    program.origin = Origin(m.family, texts=texts)
     return program
 
 
-def _adjust(module: nn.Module, g: Gguf, config: Mapping[str, Any]) -> None:
+def _adjust(module: nn.Module, g: Gguf) -> None:
     """What GGUF has otherwise than a checkpoint: norms of Gemma as 1 + w, frequencies of RoPE divided by a tensor."""
     factors = g.tensors.get(_FREQUENCIES)
     for _, part in module.walk():
@@ -80,16 +83,17 @@ def _adjust(module: nn.Module, g: Gguf, config: Mapping[str, Any]) -> None:
             part.inv_freq = part.inv_freq / np.asarray(factors.load())
 
 
-def _sources(g: Gguf, config: Mapping[str, Any], wanted: Mapping[str, TensorType]) -> dict[str, GgufParam]:
+def _sources(g: Gguf, config: Mapping[str, Any], m: Model) -> dict[str, GgufParam]:
     """The tensor of each parameter. All that is missing, left over or misshaped is named at once."""
-    layer = _GEMMA if config["model_type"].startswith("gemma") else _LAYER
+    arch = g.metadata["general.architecture"]
+    wanted = {name: p.type for name, p in m.root.parameters().items()}
     found: dict[str, GgufTensor] = {}
     problems = []
     for name, t in g.tensors.items():
-        to = _name(name, layer)
+        to = _name(name, ARCHITECTURES[arch].names, m)
         if to in wanted:
             found[to] = t
-        elif name != _FREQUENCIES:
+        elif name != _FREQUENCIES and (m.entry == "forward" or name not in _OF_WRITERS):
             problems.append(f"unexpected: {name} {t.kind_name}{list(t.shape)}")
     for name, needed in wanted.items():
         if name not in found:
@@ -99,16 +103,19 @@ def _sources(g: Gguf, config: Mapping[str, Any], wanted: Mapping[str, TensorType
             problems.append(f"misshaped: {got.name} is {list(got.shape)}, the metadata ask for {list(needed.shape)}")
     if problems:
         raise CheckpointError(f"{g.path}: the tensors do not fit the metadata:\n{listed(problems)}")
-    interleaved = g.metadata["general.architecture"] == "llama"
+    interleaved = arch == "llama"
     return {name: GgufParam(found[name], _halves(name, config) if interleaved else None) for name in wanted}
 
 
-def _name(name: str, layer: Mapping[str, str]) -> str:
+def _name(name: str, names: Names, m: Model) -> str:
     """The parameter's name of a tensor's; itself, which is none, where there is no such parameter."""
     of_layer = _OF_LAYER.match(name)
-    if of_layer and of_layer[2] in layer:
-        return f"model.layers.{of_layer[1]}.{layer[of_layer[2]]}.{of_layer[3]}"
-    return _WHOLE.get(name, name)
+    if of_layer and of_layer[2] in names.layer:
+        return f"{m.prefix}{names.layers}.{of_layer[1]}.{names.layer[of_layer[2]]}.{of_layer[3]}"
+    part, _, kind = name.rpartition(".")
+    if part in names.whole:
+        return f"{m.prefix}{names.whole[part]}.{kind}"
+    return f"{m.top[part]}.{kind}" if part in m.top else name
 
 
 def _halves(name: str, config: Mapping[str, Any]) -> tuple[int, int] | None:

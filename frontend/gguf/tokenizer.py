@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections import Counter
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from typing import Any
 import numpy as np
 from wasat.frontend.weights.gguf import Gguf
 from wasat.ir import CheckpointError, Generation
+
+from .charsmap import check_charsmap
 
 _ENDS = frozenset({
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>", "<EOT>", "_<EOT>",
@@ -39,6 +42,23 @@ class _Pre:
     """A piece that is a token is that token, whatever its merges."""
     bos: bool = False
     """Whether a text begins with BOS where the file does not say."""
+    joined: bool = False
+    """Of encoders: two texts are put between one beginning and one end."""
+
+
+@dataclass(frozen=True)
+class _Ends:
+    """Which tokens stand around a text where the file does not say."""
+
+    bos: bool = False
+    eos: bool = False
+    sep: bool = False
+    first: bool = False
+    """They are BERT's, of a class before and a separator behind."""
+    joined: bool = False
+    """Two texts have one beginning."""
+    kinds: bool = False
+    """The tokens of the second are of another kind."""
 
 
 _DEFAULT = _Pre(("[\\p{P}\\$\\+<=>\\^~\\|]+", _WORDS, "\\p{N}+", "[0-9][0-9][0-9]"))
@@ -51,6 +71,7 @@ PRE_TOKENIZERS = {
     "dbrx": _Pre(_LLAMA3.patterns), "smaug-bpe": _Pre(_LLAMA3.patterns), "olmo": _Pre((_WORDS,)),
     "qwen2": _QWEN2, "deepseek-r1-qwen": _QWEN2, "stablelm2": _QWEN2, "megrez": _QWEN2,
     "smollm": _DIGITS, "starcoder": _DIGITS, "refact": _DIGITS, "command-r": _DIGITS, "codeshell": _DIGITS, "exaone": _DIGITS,
+    **dict.fromkeys(("roberta-bpe", "modern-bert", "jina-v1-en", "jina-v2-code"), _Pre((_WORDS,), joined=True)),
     "tekken": _Pre((_TEKKEN,), ignore_merges=True, bos=True),
 }  # fmt: skip
 """By the name in ``tokenizer.ggml.pre``."""
@@ -76,6 +97,25 @@ class _Vocabulary:
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < len(self.tokens):
             raise self.fail(f"tokenizer.ggml.{name}_token_id is {value!r}, and there are {len(self.tokens)} tokens")
         return value
+
+    def named(self, name: str, written: str) -> int | None:
+        """A token id that the file gives, or that of the token which is written so."""
+        given = self.id(name)
+        return given if given is not None or written not in self.tokens else self.tokens.index(written)
+
+    def unknown(self) -> int | None:
+        """The token that stands for what no other does."""
+        given = self.id("unknown")
+        return given if given is not None else next((int(i) for i in np.flatnonzero(self.kinds == UNKNOWN)), None)
+
+    def scores(self) -> np.ndarray:
+        """One of each token."""
+        scores = self.keys.get("scores")
+        if not isinstance(scores, np.ndarray) or scores.shape != (len(self.tokens),) or scores.dtype.kind != "f":
+            raise self.fail(f"tokenizer.ggml.scores is no score for each of {len(self.tokens)} tokens")
+        if not np.isfinite(scores).all():
+            raise self.fail("tokenizer.ggml.scores holds numbers that are not finite")
+        return scores
 
     def flag(self, name: str, default: bool) -> bool:
         value = self.keys.get(name, default)
@@ -122,10 +162,10 @@ def tokenizer_json(g: Gguf) -> str:
     kind = v.keys.get("model")
     if kind not in _KINDS:
         raise v.fail(f"the tokenizer is of kind {kind!r}; there are {', '.join(_KINDS)}")
-    parts, bos = _KINDS[kind](v)
+    parts, ends = _KINDS[kind](v)
     return json.dumps({
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": _added(v),
-        "post_processor": _template(v, bos), **parts,
+        "post_processor": _template(v, ends), **parts,
     }, ensure_ascii=False)  # fmt: skip
 
 
@@ -138,23 +178,40 @@ def _added(v: _Vocabulary) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _template(v: _Vocabulary, bos: bool) -> dict[str, Any] | None:
-    """What is put around a text."""
-    first = v.id("bos") if v.flag("add_bos_token", bos) else None
-    last = v.id("eos") if v.flag("add_eos_token", False) else None
+def _template(v: _Vocabulary, ends: _Ends) -> dict[str, Any] | None:
+    """What is put around a text, and between two."""
+    first = v.id("bos") if v.flag("add_bos_token", ends.bos) else None
+    if ends.first:
+        first = first if first is not None else v.named("cls", "[CLS]")
+    last = v.id("eos") if v.flag("add_eos_token", ends.eos) else None
+    between = v.flag("add_sep_token", ends.sep)
+    if ends.first:
+        last, between = v.named("seperator", "[SEP]") if between else last, False  # the key is spelt so
     if first is None and last is None:
         return None
 
-    def around(text: str, type: int) -> list[dict[str, Any]]:
-        def token(i: int | None) -> list[dict[str, Any]]:
-            return [] if i is None else [{"SpecialToken": {"id": v.tokens[i], "type_id": type}}]
+    def token(i: int | None, type: int) -> list[dict[str, Any]]:
+        return [] if i is None else [{"SpecialToken": {"id": v.tokens[i], "type_id": type}}]
 
-        return [*token(first), {"Sequence": {"id": text, "type_id": type}}, *token(last)]
+    def text(id: str, type: int) -> list[dict[str, Any]]:
+        return [{"Sequence": {"id": id, "type_id": type}}]
 
-    used = {i for i in (first, last) if i is not None}
+    second = 1 if ends.kinds else 0
+    if ends.joined:
+        sep = v.id("seperator") if between else None
+        sep = last if between and sep is None else sep
+        pair = [
+            *token(first, 0), *text("A", 0), *token(last, 0), *token(sep, 0), *text("B", second), *token(last, second),
+        ]  # fmt: skip
+    else:
+        pair = [
+            *token(first, 0), *text("A", 0), *token(last, 0), *token(first, 1), *text("B", 1), *token(last, 1),
+        ]  # fmt: skip
+    used = {next(iter(part["SpecialToken"].values())) for part in pair if "SpecialToken" in part}
+    ids = {t: v.tokens.index(t) for t in sorted(used)}
     return {
-        "type": "TemplateProcessing", "single": around("A", 0), "pair": [*around("A", 0), *around("B", 1)],
-        "special_tokens": {v.tokens[i]: {"id": v.tokens[i], "ids": [i], "tokens": [v.tokens[i]]} for i in used},
+        "type": "TemplateProcessing", "single": [*token(first, 0), *text("A", 0), *token(last, 0)], "pair": pair,
+        "special_tokens": {t: {"id": t, "ids": [i], "tokens": [t]} for t, i in ids.items()},
     }  # fmt: skip
 
 
@@ -166,7 +223,7 @@ def _bpe(v: _Vocabulary, merges: list[str], **options: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _gpt2(v: _Vocabulary) -> tuple[dict[str, Any], bool]:
+def _gpt2(v: _Vocabulary) -> tuple[dict[str, Any], _Ends]:
     """Pairs of bytes, merged in the order that the file gives, within pieces that a pattern cuts."""
     name = v.keys.get("pre")
     if name not in PRE_TOKENIZERS:
@@ -184,16 +241,12 @@ def _gpt2(v: _Vocabulary) -> tuple[dict[str, Any], bool]:
     return {
         "normalizer": None, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*split, byte_level]},
         "decoder": byte_level, "model": _bpe(v, merges, ignore_merges=pre.ignore_merges),
-    }, pre.bos  # fmt: skip
+    }, _Ends(bos=pre.bos, sep=pre.joined, joined=pre.joined)  # fmt: skip
 
 
-def _sentencepiece(v: _Vocabulary) -> tuple[dict[str, Any], bool]:
+def _sentencepiece(v: _Vocabulary) -> tuple[dict[str, Any], _Ends]:
     """SentencePiece's pairs: of all neighbours that make a token, those of the highest score are merged first."""
-    scores = v.keys.get("scores")
-    if not isinstance(scores, np.ndarray) or scores.shape != (len(v.tokens),) or scores.dtype.kind != "f":
-        raise v.fail(f"tokenizer.ggml.scores is no score for each of {len(v.tokens)} tokens")
-    if not np.isfinite(scores).all():
-        raise v.fail("tokenizer.ggml.scores holds numbers that are not finite")
+    scores = v.scores()
     ids = {t: i for i, t in enumerate(v.tokens)}
     pairs: list[tuple[float, int, int, int]] = []
     for token, i in ids.items():
@@ -202,24 +255,85 @@ def _sentencepiece(v: _Vocabulary) -> tuple[dict[str, Any], bool]:
             if left is not None and right is not None:
                 pairs.append((-float(scores[i]), i, left, right))
     pairs.sort()
-    unknown = v.id("unknown")
-    unk = v.tokens[unknown] if unknown is not None else next(iter(t for t, k in zip(v.tokens, v.kinds) if k == UNKNOWN), None)
-    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-    space = v.flag("add_space_prefix", True)
-    normalizer = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, replace]} if space else replace
-    decoders: list[dict[str, Any]] = [
-        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
-    ]  # fmt: skip
-    if space:
-        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    unknown = v.unknown()
+    unk = None if unknown is None else v.tokens[unknown]
     model = _bpe(
         v, [[v.tokens[left], v.tokens[right]] for _, _, left, right in pairs],  # type: ignore[misc]
         unk_token=unk, fuse_unk=True, byte_fallback=bool((v.kinds == BYTE).any()),
     )  # fmt: skip
+    return {**_spaces(v, []), "model": model}, _Ends(bos=True)
+
+
+def _spaces(v: _Vocabulary, first: list[dict[str, Any]]) -> dict[str, Any]:
+    """SentencePiece's way with spaces: marks stand for them, one more before a text; steps ``first`` come before."""
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    decoders: list[dict[str, Any]] = [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
+    ]  # fmt: skip
+    steps = [*first, replace]
+    if v.flag("add_space_prefix", True):
+        steps.insert(-1, {"type": "Prepend", "prepend": "▁"})
+        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     return {
-        "normalizer": normalizer, "pre_tokenizer": None, "decoder": {"type": "Sequence", "decoders": decoders}, "model": model,
-    }, True  # fmt: skip
+        "normalizer": {"type": "Sequence", "normalizers": steps} if len(steps) > 1 else replace, "pre_tokenizer": None,
+        "decoder": {"type": "Sequence", "decoders": decoders},
+    }  # fmt: skip
 
 
-_KINDS = {"gpt2": _gpt2, "llama": _sentencepiece}
+def _wordpiece(v: _Vocabulary) -> tuple[dict[str, Any], _Ends]:
+    """BERT's words: the longest tokens from the left; in GGUF, those that begin a word have a mark, and the others none."""
+    plain = {CONTROL, UNKNOWN, USER_DEFINED}
+    names = [
+        t if k in plain else t[1:] if t.startswith("▁") else f"##{t}" for t, k in zip(v.tokens, v.kinds.tolist())
+    ]  # fmt: skip
+    vocab = {t: i for i, t in enumerate(names)}
+    if len(vocab) < len(names):
+        (twice, _), = Counter(names).most_common(1)
+        raise v.fail(f"two entries of tokenizer.ggml.tokens mean the part of a word {twice!r}")
+    unknown = v.named("unknown", "[UNK]")
+    if unknown is None:
+        raise v.fail("tokenizer.ggml.unknown_token_id is missing: what stands for words that have no tokens is not known")
+    lower = v.flag("normalizer.lowercase", True)
+    accents = v.flag("normalizer.strip_accents", lower)
+    normalizer = {
+        "type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "strip_accents": accents,
+        "lowercase": lower,
+    }  # fmt: skip
+    return {
+        "normalizer": normalizer, "pre_tokenizer": {"type": "BertPreTokenizer"},
+        "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
+        "model": {
+            "type": "WordPiece", "unk_token": names[unknown], "continuing_subword_prefix": "##", "vocab": vocab,
+            "max_input_chars_per_word": 100,
+        },
+    }, _Ends(bos=True, sep=True, first=True, joined=True, kinds=True)  # fmt: skip
+
+
+def _unigram(v: _Vocabulary) -> tuple[dict[str, Any], _Ends]:
+    """SentencePiece's other kind: of all ways to cut a text into tokens, the one with the highest sum of scores."""
+    unknown = v.unknown()
+    if unknown is None:
+        raise v.fail("tokenizer.ggml.unknown_token_id is missing: what stands for letters that have no tokens is not known")
+    steps: list[dict[str, Any]] = []
+    if (given := v.keys.get("precompiled_charsmap")) is not None:
+        if not isinstance(given, np.ndarray) or given.dtype.itemsize != 1 or given.dtype.kind not in "iu":
+            raise v.fail("tokenizer.ggml.precompiled_charsmap is no array of bytes")
+        try:
+            check_charsmap(given.tobytes())
+        except ValueError as e:
+            raise v.fail(f"tokenizer.ggml.precompiled_charsmap is damaged: {e}") from None
+        steps.append({"type": "Precompiled", "precompiled_charsmap": base64.b64encode(given.tobytes()).decode()})
+    if v.flag("remove_extra_whitespaces", False):
+        steps += [
+            {"type": "Replace", "pattern": {"Regex": pattern}, "content": content}
+            for pattern, content in (("\\A +| +\\z", ""), (" {2,}", " "))
+        ]
+    if v.flag("treat_whitespace_as_suffix", False):
+        raise v.fail("tokenizer.ggml.treat_whitespace_as_suffix is true: marks behind words are not implemented")
+    vocab = [[t, float(s)] for t, s in zip(v.tokens, v.scores().astype(np.float64))]
+    model = {"type": "Unigram", "unk_id": unknown, "vocab": vocab, "byte_fallback": bool((v.kinds == BYTE).any())}
+    return {**_spaces(v, steps), "model": model}, _Ends(eos=True, joined=True)
+
+
+_KINDS = {"gpt2": _gpt2, "llama": _sentencepiece, "bert": _wordpiece, "t5": _unigram}
 """By ``tokenizer.ggml.model``."""

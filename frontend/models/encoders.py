@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from wasat.frontend import nn
 
-from .config import MOST_LAYERS, MOST_POSITIONS, Fields
+from .config import MOST_LAYERS, MOST_POSITIONS, MOST_SIZE, Fields
 
 _TRAINING = (
     "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "gradient_checkpointing", "directionality",
@@ -213,7 +213,8 @@ def _absolute(fields: Fields) -> None:
 def bert(fields: Fields) -> Encoder:
     """``model_type: bert``."""
     _absolute(fields)
-    return _encoder(fields, _options(fields, types=fields.size("type_vocab_size", 2)), BERT, "bert")
+    types = fields.take("type_vocab_size", int, 2, least=0, most=MOST_SIZE)
+    return _encoder(fields, _options(fields, types=types), BERT, "bert")
 
 
 def roberta(fields: Fields) -> Encoder:
