@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,19 +15,26 @@ from wasat.ir import CheckpointError, Generation, Origin, Program, TensorType
 
 from .chat import chat_texts
 from .models import FAMILIES, ConfigError, Fields
+from .models.decoder import Mixture
 from .sentence import BACKBONES, is_embedder
 from .sentence import load as load_embedder
 from .weights.quantized import method_of, older_config, read_as_stored, read_quantized
-from .weights.safetensors import FileParam, Stored, match, read_folder, read_json
+from .weights.safetensors import FileParam, StackedParam, Stored, match, read_folder, read_json
 
 _BUFFERS = re.compile(r"(.*\.)?rotary_emb\.inv_freq\Z")
 """Tensors that old checkpoints store although they follow from the configuration; transformers ignores them too."""
 _IDS = {
-    "gemma2": {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0},
-    "gemma3_text": {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0},
-    "llama": {"bos_token_id": 1, "eos_token_id": 2},
-    "mistral": {"bos_token_id": 1, "eos_token_id": 2},
-}
+    family: {k: i for k, i in zip(("bos_token_id", "eos_token_id", "pad_token_id"), ids) if i is not None}
+    for family, ids in {
+        "gemma": (2, 1, 0), "gemma2": (2, 1, 0), "gemma3_text": (2, 1, 0), "llama": (1, 2), "mistral": (1, 2),
+        "arcee": (128000, 128001), "cohere": (5, 255001, 0), "cohere2": (5, 255001, 0), "ernie4_5": (1, 2, 0),
+        "exaone4": (0, 2), "glm": (None, 151329, 151329), "glm4": (None, None, 151329), "granite": (1, 2), "helium": (1, 2, 3),
+        "hunyuan_v1_dense": (1, 2, 0), "ministral": (1, 2), "mixtral": (1, 2), "nemotron": (2, 3), "olmo": (None, 50279, 1),
+        "olmo2": (None, 50279, 1), "olmo3": (None, 50279, 1), "olmoe": (None, 50279, 1), "phi": (1, 2),
+        "phi3": (1, 32000, 32000), "seed_oss": (0, 2, 1), "smollm3": (128000, 128001, 128004), "stablelm": (0, 0),
+        "starcoder2": (50256, 50256),
+    }.items()
+}  # fmt: skip
 """Token ids of a family whose config.json leaves them out."""
 
 
@@ -58,7 +66,7 @@ def from_pretrained(folder: str | Path) -> Program:
         wanted = {name: t for name, t in wanted.items() if name not in quantized.sources}
         read_as_stored(program, "forward", quantized)
         program.origin = replace(program.origin, dequantized=quantized.dense)
-    program.params.update(_sources(wanted, found, folder, tied))
+    program.params.update(_sources(wanted, found, folder, tied, stored_names(module)))
     tokenizer = folder / "tokenizer.json"
     program.origin = replace(
         program.origin, tokenizer=str(tokenizer) if tokenizer.exists() else None, texts=chat_texts(folder)
@@ -107,7 +115,17 @@ def build(fields: Fields) -> tuple[str, nn.Module]:
     return kind, builder(fields)
 
 
-def _sources(wanted: dict[str, TensorType], found: dict[str, Stored], folder: Path, tied: bool) -> dict[str, FileParam]:
+def stored_names(module: nn.Module) -> dict[str, list[str]]:
+    """Parameters that a checkpoint has under another name, or as several matrices that make a stack."""
+    return {
+        f"{path}.{name}": [f"{path}.{n}" for n in names]
+        for path, part in module.walk() if isinstance(part, Mixture) for name, names in part.stored.items()
+    }  # fmt: skip
+
+
+def _sources(
+    wanted: dict[str, TensorType], found: dict[str, Stored], folder: Path, tied: bool, elsewhere: Mapping[str, list[str]]
+) -> dict[str, FileParam | StackedParam]:
     """File parameters for ``wanted``; a tied head that is stored all the same must equal the embedding."""
     ignorable = [name for name in found if _BUFFERS.match(name)]
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"
@@ -120,7 +138,17 @@ def _sources(wanted: dict[str, TensorType], found: dict[str, Stored], folder: Pa
                 "set tie_word_embeddings to false if the head is meant to be used"
             )
         ignorable.append(head)
-    return match(wanted, found, ignorable, folder)
+    parts: dict[str, TensorType] = {}
+    for name, t in wanted.items():
+        names = elsewhere.get(name, [name])
+        one = TensorType(t.dtype, t.shape[1:]) if len(names) > 1 or t.rank == 3 else t
+        parts |= dict.fromkeys(names, one)
+    sources = match(parts, found, ignorable, folder)
+    return {
+        name: StackedParam(t, tuple(sources[n].stored for n in elsewhere[name]))
+        if name in elsewhere and parts[elsewhere[name][0]] != t else sources[elsewhere.get(name, [name])[0]]
+        for name, t in wanted.items()
+    }  # fmt: skip
 
 
 def _same(a: Stored, b: Stored) -> bool:

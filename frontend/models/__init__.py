@@ -7,6 +7,7 @@ from collections.abc import Callable
 from wasat.frontend.fields import ConfigError
 from wasat.frontend.nn import Module
 
+from . import families
 from .config import Fields
 from .gemma2 import gemma2
 from .gemma3 import gemma3_text
@@ -19,6 +20,32 @@ FAMILIES: dict[str, tuple[str, Callable[[Fields], Module]]] = {
     "mistral": ("MistralForCausalLM", mistral),
     "qwen2": ("Qwen2ForCausalLM", qwen2),
     "qwen3": ("Qwen3ForCausalLM", qwen3),
+    "arcee": ("ArceeForCausalLM", families.arcee),
+    "cohere": ("CohereForCausalLM", families.cohere),
+    "cohere2": ("Cohere2ForCausalLM", families.cohere2),
+    "ernie4_5": ("Ernie4_5ForCausalLM", families.ernie4_5),
+    "exaone4": ("Exaone4ForCausalLM", families.exaone4),
+    "gemma": ("GemmaForCausalLM", families.gemma),
+    "glm": ("GlmForCausalLM", families.glm),
+    "glm4": ("Glm4ForCausalLM", families.glm4),
+    "granite": ("GraniteForCausalLM", families.granite),
+    "helium": ("HeliumForCausalLM", families.helium),
+    "hunyuan_v1_dense": ("HunYuanDenseV1ForCausalLM", families.hunyuan_v1_dense),
+    "ministral": ("MinistralForCausalLM", families.ministral),
+    "mixtral": ("MixtralForCausalLM", families.mixtral),
+    "nemotron": ("NemotronForCausalLM", families.nemotron),
+    "olmo": ("OlmoForCausalLM", families.olmo),
+    "olmo2": ("Olmo2ForCausalLM", families.olmo2),
+    "olmo3": ("Olmo3ForCausalLM", families.olmo3),
+    "olmoe": ("OlmoeForCausalLM", families.olmoe),
+    "phi": ("PhiForCausalLM", families.phi),
+    "phi3": ("Phi3ForCausalLM", families.phi3),
+    "qwen2_moe": ("Qwen2MoeForCausalLM", families.qwen2_moe),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", families.qwen3_moe),
+    "seed_oss": ("SeedOssForCausalLM", families.seed_oss),
+    "smollm3": ("SmolLM3ForCausalLM", families.smollm3),
+    "stablelm": ("StableLmForCausalLM", families.stablelm),
+    "starcoder2": ("Starcoder2ForCausalLM", families.starcoder2),
 }
 """``model_type`` -> (the architecture that it builds, the builder)."""
 

@@ -46,7 +46,7 @@ NEUTRAL: dict[str, Any] = {
 
 ACTIVATIONS = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
-    "relu": "relu", "sigmoid": "sigmoid", "tanh": "tanh",
+    "relu": "relu", "relu2": "relu2", "sigmoid": "sigmoid", "tanh": "tanh",
 }  # fmt: skip
 
 
@@ -97,10 +97,14 @@ _ROPE_NUMBERS = {
 }  # fmt: skip
 
 
-def rope(fields: Fields, name: str, given: object, head_dim: int, context: int, theta: float | None, default: float) -> nn.RoPE:
+def rope(
+    fields: Fields, name: str, given: object, head_dim: int, context: int, theta: float | None, default: float,
+    fraction: float | None = None, interleaved: bool = False,
+) -> nn.RoPE:  # fmt: skip
     """The rotary embedding of a ``rope_parameters`` (or ``rope_scaling``) dictionary ``given``, found at ``name``.
 
     ``theta`` is the base that the configuration gives outside the dictionary, ``default`` the family's own.
+    ``fraction``: how much of a head a family rotates that may rotate a part, where nothing else is said.
     """
     if not isinstance(given, dict):
         raise fields.wrong(name, given, "an object")
@@ -114,7 +118,10 @@ def rope(fields: Fields, name: str, given: object, head_dim: int, context: int, 
     own = p.number("rope_theta", None)
     if own is not None and theta is not None and own != theta:
         raise p.fail(f"rope_theta is {own}, and {theta} outside; keep the one that is meant")
-    p.refuse("partial_rotary_factor", 1.0, "this family rotates whole heads")
+    if fraction is None:
+        p.refuse("partial_rotary_factor", 1.0, "this family rotates whole heads")
+    else:
+        fraction = p.take("partial_rotary_factor", float, fraction, above=0, most=1)
     scaling = {k: p.number(k, None) for k in _ROPE_NUMBERS[kind]}
     if kind == "yarn":
         scaling["truncate"] = p.flag("truncate", True)
@@ -122,7 +129,10 @@ def rope(fields: Fields, name: str, given: object, head_dim: int, context: int, 
         scaling["original_max_position_embeddings"] = context
     p.finish(f"rope_type {kind!r}")
     try:
-        return nn.RoPE(head_dim, own or theta or default, {"rope_type": kind, **scaling})
+        return nn.RoPE(
+            head_dim, own or theta or default, {"rope_type": kind, **scaling}, 1.0 if fraction is None else fraction,
+            interleaved,
+        )  # fmt: skip
     except WasatError as e:
         raise p.fail(str(e)) from None
 
@@ -135,13 +145,19 @@ def rope_dictionaries(fields: Fields) -> tuple[dict[str, Any], dict[str, Any]]:
     return parameters, scaling
 
 
-def single_rope(fields: Fields, head_dim: int, context: int) -> nn.RoPE:
+def single_rope(
+    fields: Fields, head_dim: int, context: int, default: float = 10000.0, fraction: float | None = None,
+    interleaved: bool = False,
+) -> nn.RoPE:  # fmt: skip
     """A model's one rotary embedding: ``rope_parameters``, or ``rope_theta`` and ``rope_scaling`` of older files."""
     theta = fields.number("rope_theta", None)
-    fields.refuse("partial_rotary_factor", 1.0, "this family rotates whole heads")
+    if fraction is None:
+        fields.refuse("partial_rotary_factor", 1.0, "this family rotates whole heads")
+    else:
+        fraction = fields.take("partial_rotary_factor", float, fraction, above=0, most=1)
     parameters, scaling = rope_dictionaries(fields)
     name = "rope_parameters" if parameters else "rope_scaling"
-    return rope(fields, name, parameters or scaling, head_dim, context, theta, 10000.0)
+    return rope(fields, name, parameters or scaling, head_dim, context, theta, default, fraction, interleaved)
 
 
 def layer_types(fields: Fields, layers: int, default: list[str]) -> list[str]:

@@ -1,88 +1,12 @@
-"""Llama, Mistral, Qwen2, Qwen3: one decoder in plain math; a family is a set of options. Names are the checkpoints'."""
+"""Llama, Mistral, Qwen2, Qwen3: the plain decoder, with some biases, norms and windows."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-from wasat.frontend import nn
-
 from .config import MOST_LAYERS, MOST_POSITIONS, Fields, attention_heads, layer_types, single_rope
+from .decoder import CausalLM, Options
 
 
-@dataclass(frozen=True)
-class Options:
-    """Sizes and switches of a decoder."""
-
-    vocab: int
-    dim: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    eps: float
-    act: str
-    tied: bool
-    windows: Sequence[int | None]
-    """One per layer; None sees everything before."""
-    qkv_bias: bool = False
-    out_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False
-
-
-class DecoderLayer(nn.Module):
-    """Attention and gated feed-forward, each behind an RMS norm and added to its input."""
-
-    def __init__(self, o: Options, window: int | None, rope: nn.RoPE) -> None:
-        self.self_attn = nn.Attention(
-            o.dim, o.heads, o.kv_heads, o.head_dim, window=window, qk_norm=o.eps if o.qk_norm else None,
-            bias=o.qkv_bias, out_bias=o.out_bias, rope=rope,
-        )  # fmt: skip
-        self.mlp = nn.GLU(o.dim, o.hidden, o.act, o.mlp_bias)
-        self.input_layernorm = nn.RMSNorm(o.dim, o.eps)
-        self.post_attention_layernorm = nn.RMSNorm(o.dim, o.eps)
-
-    def __call__(self, x: nn.Tensor, positions: nn.Tensor) -> nn.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), positions)
-        out: nn.Tensor = x + self.mlp(self.post_attention_layernorm(x))
-        return out
-
-
-class Decoder(nn.Module):
-    """Token ids i64[b, s] -> hidden states f32[b, s, dim]."""
-
-    def __init__(self, o: Options, rope: nn.RoPE) -> None:
-        self.dim = o.dim
-        self.embed_tokens = nn.Embedding(o.vocab, o.dim)
-        self.layers = nn.ModuleList([DecoderLayer(o, w, rope) for w in o.windows])
-        self.norm = nn.RMSNorm(o.dim, o.eps)
-
-    def __call__(self, tokens: nn.Tensor) -> nn.Tensor:
-        positions = nn.positions(tokens)
-        x = self.embed_tokens(tokens)
-        for layer in self.layers:
-            x = layer(x, positions)
-        out: nn.Tensor = self.norm(x)
-        return out
-
-
-class Llama(nn.Module):
-    """Token ids i64[b, s] -> logits f32[b, s, vocab]."""
-
-    def __init__(self, o: Options, rope: nn.RoPE) -> None:
-        self.model = Decoder(o, rope)
-        self.lm_head = None if o.tied else nn.Linear(o.dim, o.vocab)
-
-    def __call__(self, tokens: nn.Tensor) -> nn.Tensor:
-        x = self.model(tokens)
-        if self.lm_head is None:
-            return nn.linear(x, self.model.embed_tokens.weight, name="lm_head")
-        logits: nn.Tensor = self.lm_head(x)
-        return logits
-
-
-def _build(fields: Fields, family: str) -> Llama:
+def _build(fields: Fields, family: str) -> CausalLM:
     dim, layers = fields.size("hidden_size"), fields.size("num_hidden_layers", most=MOST_LAYERS)
     heads, kv_heads = attention_heads(fields, optional=family == "llama")
     head_dim = fields.size("head_dim", 128 if family == "qwen3" else None)
@@ -97,11 +21,11 @@ def _build(fields: Fields, family: str) -> Llama:
         head_dim=head_dim, eps=fields.number("rms_norm_eps", 1e-6), act=fields.activation("hidden_act", default="silu"),
         tied=fields.flag("tie_word_embeddings", False), windows=_windows(fields, family, layers), qkv_bias=bias,
         out_bias=bias and family != "qwen2", mlp_bias=fields.flag("mlp_bias", False) if family == "llama" else False,
-        qk_norm=family == "qwen3",
+        qk_norm="head" if family == "qwen3" else "",
     )  # fmt: skip
     if family == "llama":
         fields.refuse("pretraining_tp", 1, "tensor-parallel pretraining slices are not implemented; set it to 1")
-    model = Llama(options, single_rope(fields, head_dim, context))
+    model = CausalLM(options, [single_rope(fields, head_dim, context)] * layers)
     fields.finish(family)
     return model
 
@@ -123,21 +47,21 @@ def _windows(fields: Fields, family: str, layers: int) -> list[int | None]:
     return [window if t == "sliding_attention" else None for t in types]
 
 
-def llama(fields: Fields) -> Llama:
+def llama(fields: Fields) -> CausalLM:
     """``model_type: llama``: optional biases, llama3 RoPE."""
     return _build(fields, "llama")
 
 
-def mistral(fields: Fields) -> Llama:
+def mistral(fields: Fields) -> CausalLM:
     """``model_type: mistral``: a sliding window on all layers, if any."""
     return _build(fields, "mistral")
 
 
-def qwen2(fields: Fields) -> Llama:
+def qwen2(fields: Fields) -> CausalLM:
     """``model_type: qwen2``: biases on q, k and v; windows on the upper layers, if any."""
     return _build(fields, "qwen2")
 
 
-def qwen3(fields: Fields) -> Llama:
+def qwen3(fields: Fields) -> CausalLM:
     """``model_type: qwen3``: RMS norms on queries and keys."""
     return _build(fields, "qwen3")

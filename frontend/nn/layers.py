@@ -15,6 +15,7 @@ ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
+    "relu2": lambda x: F.relu(x) * F.relu(x),
     "sigmoid": F.sigmoid,
     "silu": F.silu,
     "tanh": F.tanh,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from wasat.ir import DType, WasatError, less_equal
 
-from .functions import concat, cos, sin
+from .functions import concat, cos, sin, stack
 from .module import Module
 from .tensor import Tensor, fail
 
@@ -76,12 +76,14 @@ class RoPE(Module):
     """Rotates the first ``fraction`` of each head by position: ``x[b, s, h, d]``, positions i64 ``[s]`` or ``[b, s]``.
 
     ``scaling`` is a Hugging Face ``rope_parameters`` dictionary: ``rope_type`` default, linear, llama3 or yarn, with
-    its numbers.
+    its numbers. ``interleaved``: pairs are neighbours, ``(2i, 2i + 1)``.
     """
 
     def __init__(
-        self, head_dim: int, theta: float = 10000.0, scaling: Mapping[str, Any] | None = None, fraction: float = 1.0
-    ) -> None:
+        self, head_dim: int, theta: float = 10000.0, scaling: Mapping[str, Any] | None = None, fraction: float = 1.0,
+        interleaved: bool = False,
+    ) -> None:  # fmt: skip
+        self.interleaved = interleaved
         dim = int(head_dim * fraction)
         if dim < 2 or dim % 2:
             raise WasatError(f"RoPE rotates pairs of elements: {dim} of {head_dim} is not an even number of them")
@@ -96,15 +98,18 @@ class RoPE(Module):
             self.inv_freq, self.factor = _SCALINGS[kind](self.inv_freq, scaling, dim, theta)
 
     def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
-        return rope(x, positions, self.inv_freq, self.factor)
+        return rope(x, positions, self.inv_freq, self.factor, self.interleaved)
 
 
-def rope(x: Tensor, positions: Tensor, inv_freq: np.ndarray | float = 10000.0, factor: float = 1.0) -> Tensor:
+def rope(
+    x: Tensor, positions: Tensor, inv_freq: np.ndarray | float = 10000.0, factor: float = 1.0, interleaved: bool = False
+) -> Tensor:
     """``x * cos + rotate_half(x) * sin`` with angles ``positions * inv_freq``; ``x[b, s, h, d]``, positions ``[s]``
     or ``[b, s]``.
 
     ``inv_freq`` (radians per position, one per pair ``(i, i + r/2)``) rotates the first ``r = 2 * len(inv_freq)``
-    elements; a number is the base theta over the whole head. ``factor`` multiplies cos and sin.
+    elements; a number is the base theta over the whole head. ``factor`` multiplies cos and sin. ``interleaved``: pairs are
+    ``(2i, 2i + 1)``.
     """
     if x.rank != 4:
         fail(f"nn.rope: x is [b, s, heads, d], not {x.value!r}; x.heads(n) makes heads")
@@ -119,13 +124,20 @@ def rope(x: Tensor, positions: Tensor, inv_freq: np.ndarray | float = 10000.0, f
     if less_equal(2 * half, x.shape[-1]) is False:
         fail(f"nn.rope: {2 * half} elements of each head rotate, {x.value!r} has {x.shape[-1]}")
     angles = positions[..., None].cast(DType.F32) * inv_freq.astype(np.float32)
-    angles = concat([angles, angles])[..., None, :]
+    if interleaved:
+        angles = stack([angles, angles], -1).reshape(*positions.shape, 2 * half)
+    else:
+        angles = concat([angles, angles])
+    angles = angles[..., None, :]
     c, s = cos(angles), sin(angles)
     if factor != 1.0:
         c, s = c * factor, s * factor
     c, s = c.cast(x.dtype), s.cast(x.dtype)
     turned = x[..., : 2 * half]
-    rotated = concat([-turned[..., half:], turned[..., :half]])
+    if interleaved:
+        rotated = stack([-turned[..., 1::2], turned[..., ::2]], -1).reshape(*turned.shape)
+    else:
+        rotated = concat([-turned[..., half:], turned[..., :half]])
     out = turned * c + rotated * s
     return out if x.shape[-1] == 2 * half else concat([out, x[..., 2 * half :]])
 

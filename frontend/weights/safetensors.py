@@ -70,6 +70,29 @@ class FileParam:
         return self.stored.load().astype(self.type.dtype.np, copy=False)
 
 
+@dataclass(frozen=True)
+class StackedParam:
+    """A parameter that is a stack of matrices in safetensors files, along a first axis, converted as :class:`FileParam`."""
+
+    type: TensorType
+    parts: tuple[Stored, ...]
+
+    is_data: ClassVar[bool] = True
+
+    @property
+    def narrow(self) -> DType | None:
+        """What they are stored in, where that is narrower than their type."""
+        stored = {p.dtype for p in self.parts}
+        return stored.pop() if len(stored) == 1 and self.parts[0].dtype.bits < self.type.dtype.bits else None
+
+    def load(self) -> np.ndarray:
+        """The array, which is written anew."""
+        out = np.empty((len(self.parts), *self.parts[0].shape), self.type.dtype.np)
+        for i, part in enumerate(self.parts):
+            out[i] = part.load()
+        return out
+
+
 class _Duplicate(ValueError):
     """A key that occurs twice in one JSON object."""
 

@@ -1,0 +1,108 @@
+"""Families of decoders: logits equal to transformers', and what of them is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import family_files as files
+import numpy as np
+import pytest
+from rounding import assert_near, bound, spread
+from wasat.frontend import CheckpointError, ConfigError, Fields, from_pretrained
+from wasat.frontend.huggingface import build
+from wasat.ir import evaluate
+
+CASES = sorted(p.stem for p in files.FAMILIES.glob("*.npz"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    config, shapes, ids, logits = files.golden(name)
+    program = from_pretrained(files.write(tmp_path / "m", config, shapes))
+    params = {k: p.load() for k, p in program.params.items()}
+    g, inputs = program["forward"], {"tokens": ids}
+    assert logits.std() > 0.2
+    assert_near(evaluate(g, inputs, params)[0], logits, bound(logits, spread(g, inputs, params)[0]))
+
+
+@pytest.mark.parametrize("name, change, message", [
+    ("cohere", {"use_qk_norm": True}, "norms of queries and keys are not implemented"),
+    ("exaone4", {"layer_types": None, "sliding_window_pattern": 0}, "sliding_window_pattern is 0: only a period is read"),
+    ("exaone4", {"layer_types": "absent", "sliding_window_pattern": "LLLG"}, "only a period is read"),
+    ("glm", {"rope_parameters": {"partial_rotary_factor": 1.5}}, "partial_rotary_factor = 1.5 must be at most 1"),
+    ("hunyuan_v1_dense", {"rope_parameters": {"rope_type": "dynamic", "alpha": 1e3}}, "rope_type 'dynamic' is not implemented"),
+    ("ministral", {"sliding_window": None}, "sliding_window is null"),
+    ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok is 9, and there are 4 experts"),
+    ("olmo3", {"rope_parameters": {"rope_theta": 1e4}}, "rope_parameters has rope_theta"),
+    ("phi", {"tie_word_embeddings": True}, "a head with a bias of its own"),
+    ("phi", {"qk_layernorm": True}, "qk_layernorm is True"),
+    ("phi3", {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0]}}, "rope_type 'longrope' is not implemented"),
+    ("qwen2_moe", {"mlp_only_layers": [0]}, "mlp_only_layers is [0]"),
+    ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step is 2"),
+    ("qwen3_moe", {"num_local_experts": "absent"}, "num_local_experts is missing"),
+    ("seed_oss", {"num_key_value_heads": "absent"}, "num_key_value_heads is missing"),
+    ("smollm3", {"no_rope_layers": [1, 2, 0]}, "no_rope_layers is [1, 2, 0]"),
+    ("smollm3", {"use_sliding_window": True}, "use_sliding_window is True"),
+    ("stablelm", {"qk_layernorm": True}, "qk_layernorm is True"),
+    ("granite", {"new_multiplier": 2.0}, "granite has no meaning for new_multiplier = 2.0"),
+    ("starcoder2", {"hidden_act": "xielu"}, "hidden_act 'xielu' is not implemented"),
+])  # fmt: skip
+def test_refused_by_name(name: str, change: dict[str, Any], message: str) -> None:
+    config = {k: v for k, v in {**files.golden(name)[0], **change}.items() if v != "absent"}
+    with pytest.raises(ConfigError) as e:
+        build(Fields(config, "config.json"))
+    assert message in str(e.value)
+
+
+def test_what_a_family_means_by_absent_fields() -> None:
+    def built(name: str, *absent: str, **change: Any) -> Any:
+        config = {k: v for k, v in {**files.golden(name)[0], **change}.items() if k not in absent}
+        return build(Fields(config, "config.json"))[1].model.layers
+
+    assert [x.self_attn.window for x in built("cohere2", "layer_types", num_hidden_layers=5)] == [6, 6, 6, None, 6]
+    assert [x.self_attn.window for x in built("olmo3", "layer_types", num_hidden_layers=5)] == [6, 6, 6, None, 6]
+    assert [x.self_attn.window for x in built("exaone4", "layer_types", num_hidden_layers=5)] == [6, 6, 6, None, 6]
+    assert [x.self_attn.window for x in built("ministral", "layer_types")] == [6, 6]
+    exaone = built("exaone4", sliding_window=None, layer_types=["full_attention"] * 3)
+    assert all(x.self_attn.rope is not None for x in exaone)
+    smollm = built("smollm3", "no_rope_layers", num_hidden_layers=4)
+    assert [x.self_attn.rope is None for x in smollm] == [False, False, False, True]
+    assert built("glm", "attention_bias")[0].self_attn.q_proj.bias is not None
+    bare = {"rope_parameters": {"rope_type": "default"}}
+    pairs = {n: len(built(n, **bare)[0].self_attn.rope.inv_freq) for n in ("phi", "stablelm", "nemotron", "glm")}
+    assert pairs == {"phi": 2, "stablelm": 1, "nemotron": 4, "glm": 4}
+
+
+def test_a_stack_of_experts_is_read_from_its_matrices(tmp_path: Path) -> None:
+    config, shapes, _, _ = files.golden("mixtral")
+    program = from_pretrained(files.write(tmp_path / "m", config, shapes))
+    name = "model.layers.1.block_sparse_moe"
+    stack = program.load(f"{name}.up_proj")
+    for i in range(4):
+        np.testing.assert_array_equal(stack[i], files.weight(f"{name}.experts.{i}.w3.weight", (40, 32), 1))
+    del shapes[f"{name}.experts.2.w3.weight"]
+    shapes[f"{name}.experts.1.w1.weight"] = (41, 32)
+    with pytest.raises(CheckpointError) as e:
+        from_pretrained(files.write(tmp_path / "m", config, shapes))
+    assert f"missing: {name}.experts.2.w3.weight f32[40, 32]" in str(e.value)
+    assert f"misshaped: {name}.experts.1.w1.weight is [41, 32]" in str(e.value)
+
+
+def test_older_files_of_gemma_say_gelu_and_mean_its_approximation(tmp_path: Path) -> None:
+    config, shapes, ids, logits = files.golden("gemma")
+    config["hidden_act"] = "gelu"
+    program = from_pretrained(files.write(tmp_path / "m", config, shapes))
+    found = evaluate(program["forward"], {"tokens": ids}, {k: p.load() for k, p in program.params.items()})[0]
+    np.testing.assert_allclose(found, logits, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["glm", "mixtral", "olmo2", "cohere2", "stablelm_parallel"])
+def test_caches_are_derived_and_rotation_and_attention_fused(name: str, tmp_path: Path) -> None:
+    from wasat.driver import optimize
+
+    config, shapes, _, _ = files.golden(name)
+    program = optimize(from_pretrained(files.write(tmp_path / "m", config, shapes)))[0]
+    ops = [n.op.name for n in program["decode"].nodes]
+    turned = 2 if name == "cohere2" else 4  # one layer of it is not
+    assert (ops.count("cached_attention"), ops.count("rope"), ops.count("sin")) == (2, turned, 0)

@@ -1,0 +1,102 @@
+"""Makes ``families/*.npz``: what transformers makes of tiny random models of many families.
+
+    pip install torch==2.13.0 transformers==5.23.0
+    python make_families.py [CASE ...]
+
+A file holds ``said`` (JSON: config, names and shapes of the checkpoint's tensors), ``ids`` i64[1, s], longer than every window,
+and ``logits`` f32[1, s, vocab] of eager attention on the CPU. The weights follow from their names (tests/family_files.py).
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
+
+HERE = Path(__file__).parent / "families"
+sys.path.insert(0, str(HERE.parent.parent))
+import family_files
+
+SIZES = {
+    "vocab_size": 48, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+def rope(**more):
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, **more}}
+
+
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+CASES: dict[str, dict] = {
+    "arcee": rope(),
+    "cohere": {**rope(), "logit_scale": 0.5},
+    "cohere2": {**rope(), "sliding_window": 6, "layer_types": [SLIDING, FULL], "logit_scale": 0.5},
+    "ernie4_5": {**rope(), "head_dim": 16, "use_bias": True},
+    "exaone4": {**rope(), "sliding_window": 6, "num_hidden_layers": 3, "layer_types": [SLIDING, FULL, SLIDING]},
+    "gemma": {**rope(), "head_dim": 16},
+    "glm": {**rope(partial_rotary_factor=0.5), "head_dim": 16, "attention_bias": True},
+    "glm4": {**rope(partial_rotary_factor=0.5), "head_dim": 16, "attention_bias": True},
+    "granite": {
+        **rope(), "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.7, "attention_multiplier": 0.2,
+    },
+    "helium": {**rope(), "head_dim": 8},
+    "hunyuan_v1_dense": {**rope(), "head_dim": 16},
+    "ministral": {**rope(), "head_dim": 8, "sliding_window": 6, "layer_types": [SLIDING, FULL]},
+    "mixtral": {**rope(), "num_local_experts": 4, "num_experts_per_tok": 2},
+    "nemotron": {**rope(partial_rotary_factor=0.5), "head_dim": 16},
+    "olmo": {**rope(), "clip_qkv": 1.5},
+    "olmo2": rope(),
+    "olmo3": {
+        "sliding_window": 6, "layer_types": [SLIDING, FULL],
+        "rope_parameters": {
+            SLIDING: {"rope_type": "default", "rope_theta": 500.0},
+            FULL: {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 32},
+        },
+    },
+    "olmoe": {**rope(), "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": False},
+    "phi": rope(partial_rotary_factor=0.5),
+    "phi3": {**rope(partial_rotary_factor=1.0), "sliding_window": 6},
+    "qwen2_moe": {
+        **rope(), **EXPERTS, "norm_topk_prob": False, "shared_expert_intermediate_size": 28, "decoder_sparse_step": 1,
+    },
+    "qwen3_moe": {**rope(), **EXPERTS, "head_dim": 16},
+    "seed_oss": {**rope(), "head_dim": 16, "attention_bias": True, "attention_out_bias": True},
+    "smollm3": {**rope(), "num_hidden_layers": 3, "no_rope_layers": [1, 0, 1]},
+    "stablelm": {**rope(partial_rotary_factor=0.5), "use_qkv_bias": True},
+    "stablelm_parallel": {**rope(partial_rotary_factor=0.5), "model_type": "stablelm", "use_parallel_residual": True},
+    "starcoder2": {**rope(), "sliding_window": 6},
+}  # fmt: skip
+
+
+def make(name: str, case: dict) -> None:
+    config = AutoConfig.for_model(**{"model_type": name, **SIZES, **case}, attn_implementation="eager", dtype="float32")
+    with tempfile.TemporaryDirectory() as d:
+        folder = Path(d)
+        AutoModelForCausalLM.from_config(config, attn_implementation="eager").save_pretrained(folder)
+        with safe_open(folder / "model.safetensors", "np") as f:
+            shapes = {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}  # noqa: SIM118
+        said = json.loads((folder / "config.json").read_text())
+        family_files.write(folder, said, shapes)
+        model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+    ids = torch.from_numpy(np.random.default_rng(1).integers(0, SIZES["vocab_size"], (1, 20)))
+    with torch.no_grad():
+        logits = model(ids).logits
+    text = json.dumps({"config": said, "shapes": shapes})
+    np.savez_compressed(HERE / f"{name}.npz", ids=ids.numpy(), logits=logits.numpy(), said=np.array(text))
+    print(f"{name}: logits within {logits.abs().max():.2f}, spread {logits.std():.2f}")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    HERE.mkdir(exist_ok=True)
+    for name in sys.argv[1:] or CASES:
+        make(name, CASES[name])
+    versions = {"transformers": transformers.__version__, "torch": torch.__version__, "numpy": np.__version__}
+    (HERE / "versions.json").write_text(json.dumps(versions, indent=1) + "\n")
