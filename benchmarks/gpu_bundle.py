@@ -226,7 +226,7 @@ def _write(out: Path, program: Program, machine: Target) -> None:
         write(out / file)
     described = {n: {"sha256": "", "bytes": (out / n).stat().st_size} for n in files}
     manifest = {**manifest_of(program, made, {}), "files": described, "digest": ""}
-    left: Iterable[str] = sorted({x.why for x in made.left})
+    left: Iterable[str] = sorted({x.why for x in made.left if x.kind != "fast"})
     (out / "manifest.json").write_text(json.dumps({**manifest, "settings": {"left": list(left)}}))
 
 

@@ -26,6 +26,7 @@ from .serving.kv_cache import DeriveKVCache
 from .serving.quantize import KeepQuantized, Quantize
 from .serving.quantize_caches import QuantizeCaches
 from .serving.recipes import ALL, Formats
+from .training.precision import MixedPrecision
 
 __all__ = [
     "Cleanup", "DeriveKVCache", "Equalize", "FoldDequantized", "FuseActivations", "FuseAttention", "FuseExperts", "FuseGlu",
@@ -42,9 +43,13 @@ def default_pipeline(
     """The passes of :func:`wasat.compile`, with its options.
 
     ``kv_cache``: whether ``forward`` becomes ``prefill`` and ``decode``; ``"tried"``: where that can be proved, else not.
-    ``keep_forward``: it stays beside them. ``formats``: which a recipe for ``quantize`` may choose.
+    ``activation``: ``"int8"``, None, or ``"bf16"`` and ``"f16"`` for activations (and caches) of ``forward`` in half precision,
+    once its operations are fused. ``keep_forward``: it stays beside them.
+    ``formats``: which a recipe for ``quantize`` may choose.
     ``cache``: ``"int8"`` and ``"int4"`` round keys and values; other ones are the target's affair.
     """
+    half = activation if activation in ("bf16", "f16") else None
+    activation = None if half else activation
     passes: list[Pass] = [
         FoldDequantized(), Cleanup(fold_positions=False), ReadTables(), SimplifyIndices(), FuseNorm(), FuseRope(),
         FuseActivations(), FuseAttention(), Cleanup(), FuseRecurrence(), FuseExperts(), Cleanup(), KeepQuantized(activation),
@@ -52,6 +57,8 @@ def default_pipeline(
     if quantize is not None or overrides:
         passes.append(Quantize(quantize or "f32", activation, tuple((overrides or {}).items()), formats=formats))
     passes += [MergeLinears(), FuseGlu(), HoistParams()]
+    if half:
+        passes += [MixedPrecision("forward", half), HoistParams()]
     if kv_cache is not None:
         derive = DeriveKVCache(chunk=chunk, required=kv_cache == "required", granule=granule, keep=keep_forward)
         passes += [derive, HoistParams()]

@@ -70,7 +70,8 @@ def optimize(
 
     ``quantize``: ``"int4"`` (a recipe: a scheme for each weight), ``"int8"``, ``"f16"``, ``"bf16"``, any other scheme of
     :class:`wasat.passes.Quantize`, or None (weights as f32). ``activation``: ``"int8"`` for
-    integer dot products where weights are integers, None to compute in f32. ``overrides``: parameter glob to scheme.
+    integer dot products where weights are integers, None to compute in f32, ``"bf16"`` or ``"f16"`` for activations and caches
+    of ``forward`` in half precision (:class:`wasat.passes.MixedPrecision`). ``overrides``: parameter glob to scheme.
     ``kv_cache``: derive ``prefill`` and ``decode`` from ``forward``; None: if it takes tokens, and for a model that came
     without generation metadata only if that can be proved (else a remark says why not). ``chunk``: most tokens per prefill
     call. ``granule``: capacities of caches are multiples of it; ``formats``: for which weights there are kernels, of
@@ -325,11 +326,13 @@ def explained(program: Program, target: str = "cpu", **options: Any) -> Report:
 
 
 def _say_left(report: Report, program: Program, target: Target, left: Sequence[Left]) -> None:
-    """Adds what the target's kernels left of ``program``, and why, to the report."""
-    if left:
-        size = sum(map(len, program.graphs.values()))
-        remarks = [Remark("missed", x.why, x.graph, x.loc) for x in left]
-        report.steps.append(Step(KERNELS + target.name, 0.0, size, size, False, remarks))
+    """Adds what the target's kernels left of ``program``, and why, to the report, and what they say of themselves."""
+    size = sum(map(len, program.graphs.values()))
+    for name, kinds in ((KERNELS, ("left",)), ("tensor cores of ", ("slow", "fast"))):
+        said = [x for x in left if x.kind in kinds]
+        remarks = [Remark("applied" if x.kind == "fast" else "missed", x.why, x.graph, x.loc) for x in said]
+        if remarks:
+            report.steps.append(Step(name + target.name, 0.0, size, size, False, remarks))
 
 
 def explain(report: Report) -> str:

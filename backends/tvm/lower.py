@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import tvm
 from tvm import relax, te, tirx
@@ -64,11 +64,12 @@ def lowering_into(table: dict[str, Lowering]) -> Callable[..., Callable[[Lowered
 
 @dataclass(frozen=True)
 class Left:
-    """What no kernel of a target does, and why, with its place."""
+    """What no kernel of a target does, and why, with its place; or how kernels do it: ``slow``ly, and why, or ``fast``."""
 
     graph: str
     why: str
     loc: Loc | None = None
+    kind: Literal["left", "slow", "fast"] = "left"
 
 
 Select = Callable[[Graph], Iterable[Left] | None]

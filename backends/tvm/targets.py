@@ -242,19 +242,20 @@ def opencl() -> Target:
 def cuda(arch: str = "sm_80") -> Target:
     """NVIDIA GPUs of one or more architectures (sm_80,sm_90a); compiling needs no GPU."""
     archs = tuple(toolkit.architectures(arch))
-    return replace(_planned("cuda", CUDA, Cuda, arch=archs[0]), archs=archs)
+    tensor = int(archs[0][3:].rstrip("af")) >= 80
+    return replace(_planned("cuda", CUDA, Cuda, tensor=tensor, arch=archs[0]), archs=archs)
 
 
-def limits_of(device: Device) -> Limits:
-    """What kernels are made for on the device. WGSL as TVM writes it reads numbers one by one."""
+def limits_of(device: Device, tensor: bool = False) -> Limits:
+    """What kernels are made for on the device, with tensor cores or not. WGSL as TVM writes it reads numbers one by one."""
     if device.language == "wgsl":
         return Limits(device.threads, device.shared, device.f16)
-    return Limits(device.threads, device.shared, device.f16, vectors=True, lanes=32, columns=1)
+    return Limits(device.threads, device.shared, device.f16, vectors=True, lanes=32, columns=1, tensor=tensor)
 
 
-def _planned(kind: str, device: Device, make: Callable[..., Target] = Target, **config: Any) -> Any:
+def _planned(kind: str, device: Device, make: Callable[..., Target] = Target, tensor: bool = False, **config: Any) -> Any:
     config |= {"kind": kind, "max_num_threads": device.threads, "max_shared_memory_per_block": device.shared}
-    limits = limits_of(device)
+    limits = limits_of(device, tensor)
     return make(
         kind, config, host={"kind": "llvm"}, device=device, needs_compiler=False,
         kernels=lambda target, program: gpu_kernels.selection(limits), formats=_ON_GPUS,

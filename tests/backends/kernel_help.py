@@ -118,6 +118,11 @@ class Terms(NamedTuple):
     size: NDArray[np.float64]
     count: int = 1
 
+    def roundings(self, steps: float = 2) -> float:
+        """That f32 may lose of a sum of n terms' size: sqrt(n), in whatever order they are added (Higham and Mary, A New
+        Approach to Probabilistic Rounding Error Analysis, 2019); ``steps`` more for each term."""
+        return float(steps + 2 * np.sqrt(self.count))
+
     def __add__(self, other: NDArray[Any]) -> Terms:
         return Terms(self.sum + other, self.size + np.abs(other), self.count + 1)
 
@@ -132,9 +137,8 @@ EPS = 2.0**-24  # one rounding of f32
 
 
 def assert_near(got: NDArray[Any], want: Terms, steps: float = 2) -> None:
-    """Each element within what f32 may lose of it: sqrt(n) roundings of a sum of n terms' size, in whatever order they are
-    added (Higham and Mary, A New Approach to Probabilistic Rounding Error Analysis, 2019); ``steps`` more for each term."""
-    assert_within(got, want.sum, (steps + 2 * np.sqrt(want.count)) * EPS * want.size)
+    """Each element within what f32 may lose of it."""
+    assert_within(got, want.sum, want.roundings(steps) * EPS * want.size)
 
 
 def assert_within(got: NDArray[Any], want: NDArray[Any], bound: NDArray[Any]) -> None:

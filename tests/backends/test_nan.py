@@ -83,3 +83,11 @@ def test_a_row_of_integers_with_a_number_that_is_none(scheme: str, bad: float, c
     for y in (compiled(name, {"x": x})["y"], np.asarray(want)):
         assert np.isnan(y[1]).all()
         np.testing.assert_allclose(y[[0, 2]], before[[0, 2]], rtol=1e-4, atol=1e-4)
+
+
+def test_nan_of_all_bits_is_none_other_in_bf16() -> None:
+    """What GPUs return as NaN; in half of its bits it is cut, and rounding must not carry into the sign."""
+    program = parse_program("graph @f(%x: f32[n]) { %y: bf16[n] = cast(%x) {dtype=bf16}\n return %y }")
+    x = np.array([0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0x7F800000], np.uint32).view(np.float32)
+    y = np.asarray(Runner(program, cpu())("f", {"x": x})["y"]).astype(np.float32)
+    assert np.isnan(y).tolist() == [True, True, True, False]

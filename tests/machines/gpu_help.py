@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import tvm
@@ -40,9 +41,10 @@ class Machine:
 MACHINES = [
     Machine("webgpu", (("kind", "webgpu"), ("max_num_threads", 256)), WEBGPU, limits_of(WEBGPU)),
     Machine("opencl", (("kind", "opencl"),), OPENCL, limits_of(OPENCL)),
-    Machine("cuda", (("kind", "cuda"), ("arch", "sm_90")), CUDA, limits_of(CUDA)),
+    Machine("cuda", (("kind", "cuda"), ("arch", "sm_90")), CUDA, limits_of(CUDA, tensor=True)),
 ]
 
+BF16 = np.dtype(ml_dtypes.bfloat16)
 F16 = Machine("webgpu-f16", (("kind", "webgpu"), ("max_num_threads", 256)), WEBGPU_F16, limits_of(WEBGPU_F16))
 
 
@@ -50,9 +52,12 @@ def each_machine() -> pytest.MarkDecorator:
     return pytest.mark.parametrize("machine", [pytest.param(m, id=m.name) for m in MACHINES])
 
 
-def on_halves() -> pytest.MarkDecorator:
-    """Machines that compute with f16."""
-    return pytest.mark.parametrize("machine", [pytest.param(m, id=m.name) for m in (F16, MACHINES[-1])])
+def on_halves(few: bool = True) -> pytest.MarkDecorator:
+    """Machines, and the floats of 16 bits that their kernels compute of: f16 where arrays of it are read; bf16 on CUDA, or
+    everywhere."""
+    half = np.dtype(np.float16)
+    pairs = [(F16, half), (MACHINES[-1], half), *((m, BF16) for m in (MACHINES[-1:] if few else MACHINES))]
+    return pytest.mark.parametrize("machine, half", [pytest.param(m, t, id=f"{m.name}-{t.name}") for m, t in pairs])
 
 
 @cache
@@ -77,7 +82,7 @@ def _opencl() -> Any:
 
 def stored(x: NDArray[Any], device: Device) -> NDArray[Any]:
     """The array as it lies in the device's memory; never empty, as buffers are not."""
-    x = x.astype(np.dtype(device.stored(str(x.dtype)))) if str(x.dtype) != "bfloat16" else x.view(np.uint16)
+    x = (x.view(np.uint16) if x.dtype == BF16 else x).astype(np.dtype(device.stored(str(x.dtype))))
     return np.ascontiguousarray(x) if x.size else np.zeros(1, x.dtype)
 
 
@@ -105,7 +110,12 @@ def run(machine: Machine, func: tvm.tirx.PrimFunc, arrays: Sequence[NDArray[Any]
             out = _on_cuda(memory, steps, gpu.compiled(source))
     else:
         out = (_on_webgpu if machine.device.language == "wgsl" else _on_opencl)(memory, steps)
-    return [y[: x.size].reshape(x.shape).astype(x.dtype, copy=False) for x, y in zip(arrays, out)]
+    return [_given(x, y[: x.size].reshape(x.shape)) for x, y in zip(arrays, out)]
+
+
+def _given(x: NDArray[Any], y: NDArray[Any]) -> NDArray[Any]:
+    """What lies in memory for ``x``, as an array of its type."""
+    return y.astype(np.uint16).view(BF16) if x.dtype == BF16 else y.astype(x.dtype, copy=False)
 
 
 Steps = list[tuple[Kernel, tuple[int, ...], tuple[int, ...], list[int]]]

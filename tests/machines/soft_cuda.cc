@@ -94,6 +94,14 @@ extern "C" uint64_t soft_exchange(uint64_t mine, int lane) {
   leave(AT_WARP);
   return found;
 }
+// What all lanes of the warp give, where they come by; it stays until all have come to soft_warp_done.
+extern "C" const uint64_t* soft_warp(uint64_t mine) {
+  long self = current - fibers.data();
+  slots[self] = mine;
+  leave(AT_WARP);
+  return slots + self / 32 * 32;
+}
+extern "C" void soft_warp_done() { leave(AT_WARP); }
 extern "C" int soft_lane() { return (current - fibers.data()) % 32; }
 
 static bool workgroup(size_t threads) {

@@ -74,10 +74,22 @@ class SoftGPU:
         self._known.add(code)
         library = self.folder / f"kernels{len(self._known)}.so"
         text = self.folder / f"kernels{len(self._known)}.cc"
-        text.write_text(f'#include "{HERE / "soft_kernels.h"}"\n{source}\n{_calls(source)}')
+        text.write_text(f'#include "{HERE / "soft_kernels.h"}"\n{_without_ptx(source)}\n{_calls(source)}')
         how = ["g++", "-O1", "-w", "-std=c++17", "-mf16c", "-fno-strict-aliasing", "-shared", "-fPIC", f"-I{self.folder}"]
         subprocess.run([*how, "-o", library, text], check=True)
         self.library.soft_register(code, str(library).encode())
+
+
+def _without_ptx(source: str) -> str:
+    """Instructions as calls: ``asm("a.b %1, {%0};" : "=r"(x) : "r"(y))`` is ``soft_a_b(y, x)``."""
+
+    def call(found: re.Match[str]) -> str:
+        values = re.findall(r'"[=+]?\w"\(((?:[^()]|\([^()]*\))*)\)', found[3])
+        operands = re.sub(r"[{}\[\]]", "", found[2])
+        return f"soft_{found[1].replace('.', '_')}({re.sub(r'%([0-9]+)', lambda m: values[int(m[1])], operands)});"
+
+    source = re.sub(r'"\s*\n\s*"', "", source)  # the compiler joins them
+    return re.sub(r'asm(?: volatile)?\("([\w.]+) ?([^;"]*);"(.*?)\);', call, source, flags=re.S)
 
 
 def _calls(source: str) -> str:

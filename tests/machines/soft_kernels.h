@@ -105,3 +105,77 @@ inline double rsqrt(double x) { return 1.0 / sqrt(x); }
 template <class T> T __ldg(const T* p) { return *p; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline float __uint_as_float(unsigned x) { float y; memcpy(&y, &x, 4); return y; }
+
+// -- PTX: what soft_cuda.py makes of `asm`. Operands come in the order in which they are written.
+extern "C" const uint64_t* soft_warp(uint64_t);  // what all lanes give, until soft_warp_done
+extern "C" void soft_warp_done();
+static char soft_anchor;  // memory of workgroups is known by 32 bits: how far it is from here
+inline size_t __cvta_generic_to_shared(const void* p) { return (const char*)p - &soft_anchor; }
+inline char* soft_place(unsigned at) { return &soft_anchor + (int)at; }
+inline void soft_aligned(const void* p) { if ((uintptr_t)p % 16) *(volatile int*)8 = 0; }
+
+struct soft_pending { char* to; const char* from; int bytes; };
+static soft_pending soft_pendings[1024][64];
+static int soft_count[1024];
+inline void soft_cp_async_cg_shared_global(unsigned at, const char* from, int size, int bytes) {
+  char* to = soft_place(at);
+  soft_aligned(to), soft_aligned(from);
+  memset(to, 0xff, size);  // until it is waited for, it is anything: NaN, say
+  soft_pendings[threadIdx.x][soft_count[threadIdx.x]++ % 64] = {to, from, bytes};
+}
+inline void soft_cp_async_wait_all() {
+  int& count = soft_count[threadIdx.x];
+  if (count > 64) soft_aligned((void*)1);
+  for (int i = 0; i < count; i++) {
+    soft_pending& p = soft_pendings[threadIdx.x][i];
+    memset(p.to, 0, 16);
+    if (p.bytes) memcpy(p.to, p.from, p.bytes);
+  }
+  count = 0;
+}
+inline void soft_ldmatrix_sync_aligned_m8n8_x4_shared_b16(unsigned& a, unsigned& b, unsigned& c, unsigned& d, unsigned at) {
+  soft_aligned(soft_place(at));
+  const uint64_t* rows = soft_warp(at);
+  int lane = soft_lane();
+  unsigned* to[] = {&a, &b, &c, &d};
+  for (int i = 0; i < 4; i++) memcpy(to[i], soft_place((unsigned)rows[8 * i + lane / 4]) + lane % 4 * 4, 4);
+  soft_warp_done();
+}
+inline float soft_f16(unsigned bits) { __half h; h.bits = (uint16_t)bits; return h; }
+inline float soft_bf16(unsigned bits) { unsigned wide = bits << 16; float y; memcpy(&y, &wide, 4); return y; }
+struct soft_fragments { unsigned a[4], b[2]; };
+// element (row, k) of a, (k, column) of b and (row, column) of c and d, as the PTX ISA has the fragments of mma.m16n8k16
+template <float widened(unsigned)> void soft_mma(float* d[4], const soft_fragments& own, const float c[4]) {
+  const uint64_t* warp = soft_warp((uint64_t)&own);
+  int lane = soft_lane();
+  float out[4];
+  for (int e = 0; e < 4; e++) {
+    int row = lane / 4 + e / 2 * 8, column = lane % 4 * 2 + e % 2;
+    float sum = c[e];
+    for (int k = 0; k < 16; k++) {
+      const soft_fragments& of_a = *(const soft_fragments*)warp[row % 8 * 4 + k % 8 / 2];
+      const soft_fragments& of_b = *(const soft_fragments*)warp[column * 4 + k % 8 / 2];
+      sum += widened(of_a.a[row / 8 + k / 8 * 2] >> k % 2 * 16 & 0xffff) * widened(of_b.b[k / 8] >> k % 2 * 16 & 0xffff);
+    }
+    out[e] = sum;
+  }
+  for (int e = 0; e < 4; e++) *d[e] = out[e];
+  soft_warp_done();
+}
+#define SOFT_MMA(t) \
+  inline void soft_mma_sync_aligned_m16n8k16_row_col_f32_##t##_##t##_f32( \
+      float& d0, float& d1, float& d2, float& d3, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1, \
+      float c0, float c1, float c2, float c3) { \
+    float* d[] = {&d0, &d1, &d2, &d3}; \
+    float c[] = {c0, c1, c2, c3}; \
+    soft_mma<soft_##t>(d, {{a0, a1, a2, a3}, {b0, b1}}, c); \
+  }
+SOFT_MMA(f16) SOFT_MMA(bf16)
+#undef SOFT_MMA
+inline unsigned soft_bf16_bits(float x) {
+  unsigned u;
+  memcpy(&u, &x, 4);
+  return isnan(x) ? 0x7fff : (u + 0x7fff + (u >> 16 & 1)) >> 16;
+}
+inline void soft_cvt_rn_f16x2_f32(unsigned& d, float high, float low) { d = (unsigned)half(high).bits << 16 | half(low).bits; }
+inline void soft_cvt_rn_bf16x2_f32(unsigned& d, float high, float low) { d = soft_bf16_bits(high) << 16 | soft_bf16_bits(low); }

@@ -107,21 +107,25 @@ def test_kernels_take_what_the_plan_gives_them(tmp_path: Path) -> None:
         assert found[name] == (math.prod(k["threads"]), places), name
 
 
+def sections(elf: bytes) -> list[tuple[str, bytes]]:
+    """The sections of an ELF file of 64 bits, by name."""
+    shoff, shentsize, shnum, shstrndx = *struct.unpack_from("<Q", elf, 40), *struct.unpack_from("<HHH", elf, 58)
+    heads = [struct.unpack_from("<IIQQQQ", elf, shoff + i * shentsize) for i in range(shnum)]
+    names = [heads[shstrndx][4] + name for name, *_ in heads]
+    return [(elf[n : elf.index(0, n)].decode(), elf[at : at + size]) for n, (_, _, _, _, at, size) in zip(names, heads)]
+
+
 def kernels_in(elf: bytes) -> dict[str, tuple[int, list[tuple[int, int]]]]:
     """Of each kernel of a cubin: the most threads of a workgroup, and offset and size of each parameter, as the section
     ``.nv.info.NAME`` has them: records of a form, a kind, and a value or a size with data."""
-    shoff, shentsize, shnum, shstrndx = *struct.unpack_from("<Q", elf, 40), *struct.unpack_from("<HHH", elf, 58)
-    heads = [struct.unpack_from("<IIQQQQ", elf, shoff + i * shentsize) for i in range(shnum)]
     found = {}
-    for name_at, _, _, _, offset, size in heads:
-        at = heads[shstrndx][4] + name_at
-        name = elf[at : elf.index(0, at)].decode()
+    for name, section in sections(elf):
         if not name.startswith(".nv.info."):
             continue
-        threads, parameters, i = 0, {}, offset
-        while i < offset + size:
-            form, kind, length = struct.unpack_from("<BBH", elf, i)
-            data, i = elf[i + 4 : i + 4 + length], i + 4 + (length if form == 4 else 0)
+        threads, parameters, i = 0, {}, 0
+        while i < len(section):
+            form, kind, length = struct.unpack_from("<BBH", section, i)
+            data, i = section[i + 4 : i + 4 + length], i + 4 + (length if form == 4 else 0)
             if (form, kind) == (4, 0x05):  # EIATTR_MAX_THREADS
                 threads = math.prod(struct.unpack("<III", data))
             elif (form, kind) == (4, 0x17):  # EIATTR_KPARAM_INFO

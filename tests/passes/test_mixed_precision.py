@@ -12,6 +12,7 @@ from wasat.ir import Graph, Program, evaluate, parse
 from wasat.passes import Cleanup, FuseAttention, FuseNorm, FuseRope, MixedPrecision, PassError, PassManager
 from wasat.training.losses import add_loss, cross_entropy
 
+import wasat as ws
 from wasat.testing import random_program
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -192,3 +193,24 @@ def test_an_attribute_that_half_precision_has_no_room_for(dtype: str, want: str)
     program = random_program(text)
     PassManager([MixedPrecision(dtype=dtype)]).run(program)
     assert [str(n.output.type) for n in program["loss"].nodes if n.op.name == "pad"] == [want]
+
+
+@pytest.mark.parametrize("half", ["bf16", "f16"])
+def test_served_in_half_precision(half: str) -> None:
+    """``activation=`` of ``optimize``: caches and what is between them; a step over caches means what the whole pass does."""
+    program = from_pretrained(GOLDEN.parent.parent / "examples" / "pygemma")
+    served, report = ws.optimize(program, quantize=half, activation=half)
+    states = served.interface.state_names
+    assert {str(v.tensor.dtype) for g in served.graphs.values() for v in g.inputs if v.name in states} == {half}
+    for g in served.graphs.values():
+        fused = [n for n in g.nodes if n.op.name in ("linear", "glu", "rope", "cached_attention", "rms_norm")]
+        assert len(fused) > 10
+        assert {str(n.outputs[0].tensor.dtype) for n in fused} == {half}
+        assert {str(v.tensor.dtype) for n, v in zip(g.output_names, g.outputs) if n not in states} == {"f32"}
+    assert [s.name for s in report.steps].index("mixed-precision") < [s.name for s in report.steps].index("derive-kv-cache")
+    exact, _ = ws.optimize(program, activation=None, kv_cache=False)
+    whole, _ = ws.optimize(program, quantize=half, activation=half, kv_cache=False)
+    tokens = np.arange(5, 17)[None]
+    a, b = (ws.run(p, tokens=tokens)["logits"] for p in (exact, whole))
+    assert b.dtype == np.float32
+    assert 0 < np.abs(a - b).max() < {"bf16": 0.03, "f16": 0.004}[half] * np.abs(a).max()

@@ -42,8 +42,11 @@ Override = Annotated[
     typer.Option("--override", help="`GLOB=SCHEME` for the parameters that match, e.g. `'*embed*=int8'`; repeatable."),
 ]
 Activation = Annotated[
-    Literal["int8", "f32"],
-    typer.Option(help="Where weights are integers: integer dot products, or activations in float (slower, more exact)."),
+    Literal["int8", "f32", "bf16", "f16"],
+    typer.Option(
+        help="Where weights are integers: integer dot products (`int8`), or activations in f32 (slower, more exact). `bf16` and "
+        "`f16`: all activations and caches of `forward` in half precision (tensor cores on CUDA)."
+    ),
 ]
 Passes = Annotated[
     str,

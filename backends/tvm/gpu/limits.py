@@ -22,3 +22,5 @@ class Limits:
     and meet at more barriers."""
     columns: int = 4
     """Rows of a weight that a thread has at once, for which it reads x once."""
+    tensor: bool = False
+    """Whether it has tensor cores that multiply f16 and bf16, asked for as NVIDIA's PTX does."""

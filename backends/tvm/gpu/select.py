@@ -7,10 +7,10 @@ Selected are ``linear``, ``quantized_linear`` and both of groups, where the weig
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, cast
 
-from wasat.ir import DType, Graph, Node, QTensorType, Value, equal
+from wasat.ir import DType, Graph, Node, QTensorType, TensorType, Value, equal
 from wasat.ir.ops.attention import mask_and_sink
 from wasat.ir.ops.nn import NormAttrs
 
@@ -40,6 +40,8 @@ class Selection(KernelSelection):
         self.limits = limits
         self.rounded: dict[tuple[Value, int], Value] = {}
         """Rows as they are once quantized, in blocks of a size."""
+        self.many: list[tuple[Linear, Node]] = []
+        """Products of many rows."""
 
     def run(self) -> list[Left]:
         takes: dict[str, Callable[[Node], None]] = {
@@ -59,7 +61,21 @@ class Selection(KernelSelection):
                 left.append(Left(self.graph.name, f"{node.op.name} has no kernel here: {e}", node.loc))
         for node in self.graph.nodes_reversed:
             self.erased(node)
-        return left[::-1]
+        return [*left[::-1], *self._tensor_cores()]
+
+    def _tensor_cores(self) -> Iterator[Left]:
+        """Where the device has such: how many products of many rows are theirs, and why others are not."""
+        if not self.limits.tensor:
+            return
+        whys: dict[str, list[Node]] = {}
+        for desc, node in reversed(self.many):
+            whys.setdefault(desc.slow or "", []).append(node)
+        for why, nodes in whys.items():
+            count = f"{len(nodes)} product{'s' * (len(nodes) > 1)} of many rows"
+            if not why:
+                yield Left(self.graph.name, f"{count} on tensor cores", nodes[0].loc, "fast")
+            else:
+                yield Left(self.graph.name, f"{count} without tensor cores: {why}", nodes[0].loc, "slow")
 
     # -- what kernels compute with ------------------------------------------------------------------------------------------
     def _float(self, *values: Value | None) -> str:
@@ -68,7 +84,7 @@ class Selection(KernelSelection):
         if len(found) != 1:
             raise Refused(f"its operands are of {' and '.join(sorted(map(str, found)))}")
         [dtype] = found
-        if dtype is not DType.F32 and not (dtype is DType.F16 and self.limits.f16):
+        if dtype not in (DType.F32, DType.BF16) and not (dtype is DType.F16 and self.limits.f16):
             raise Refused(f"it computes with {dtype}")
         return _TVM[dtype]
 
@@ -111,7 +127,9 @@ class Selection(KernelSelection):
         w, f = self._weight(w)
         rows = self._rounded(node, x, w)
         n, k = w.shape
-        desc = Linear(self.limits, n, k, f, self._few(x.shape[:-1]), bias is not None, dtype)
+        desc = Linear(self.limits, n, k, f, self._few(x.shape[:-1]), bias is not None, dtype, of_f32=rows is not x)
+        if desc.rows > MOST_ROWS:
+            self.many.append((desc, node))
         m, _ = self.rows(x)
         operands = [rows, w, *([bias] if bias is not None else [])]
         [y] = self.call(node, desc, linear, operands, [Result(out.tensor, (m, n))], {0: (m, k)}, {1: layout_of(f)})
@@ -121,15 +139,14 @@ class Selection(KernelSelection):
         """The rows of ``x`` as the product with ``w`` wants them."""
         if getattr(node.attrs, "activation", None) != "int8":
             return x
-        if self._float(x) != "float32":
-            raise Refused(f"it quantizes rows of {x.tensor.dtype}")
         block = cast(QTensorType, w.type).row_block
         if (x, block) not in self.rounded:
             m, k = self.rows(x)
-            desc = RoundRows(self.limits, k, block)
+            desc = RoundRows(self.limits, k, block, self._float(x))
             first = x.node  # where the rows are made: any product of them may be the first
             at = self._after(first) if first is not None else next(iter(self.graph.nodes))
-            [self.rounded[x, block]] = self.call(at, desc, round_rows, [x], [Result(x.tensor, (m, k))], {0: (m, k)})
+            result = Result(TensorType(DType.F32, x.shape), (m, k))
+            [self.rounded[x, block]] = self.call(at, desc, round_rows, [x], [result], {0: (m, k)})
         return self.rounded[x, block]
 
     def _after(self, node: Node) -> Node:
@@ -146,6 +163,7 @@ class Selection(KernelSelection):
         e, n, k = cast(tuple[int, int, int], w.shape)
         index = self._index(groups)
         rows, lead, per = self._rounded(node, x, w), out.shape[:-1], 1
+        of_f32 = rows is not x
         if rows.shape[:-1] == (*lead[:-1], 1) and isinstance(lead[-1], int):
             per = lead[-1]
         elif rows.shape[:-1] != lead:
@@ -153,7 +171,7 @@ class Selection(KernelSelection):
         if groups.shape != lead:
             groups = b.broadcast_to(groups, shape=lead)
         m, _ = self.rows(out)
-        desc = Linear(self.limits, n, k, f, 1, bias is not None, dtype, e, per, index)
+        desc = Linear(self.limits, n, k, f, 1, bias is not None, dtype, e, per, index, of_f32)
         operands = [rows, w, groups, *([bias] if bias is not None else [])]
         shapes: dict[int, Shape] = {0: self.rows(rows), 2: (m,)}
         [y] = self.call(node, desc, linear, operands, [Result(out.tensor, (m, n))], shapes, {1: layout_of(f)})

@@ -67,12 +67,14 @@ def _magnitude(v: Any) -> tuple[Any, Any]:
 
 
 def in_bf16(v: Any) -> Any:
-    """An f32 number rounded to nearest even as bf16 holds it, still f32."""
+    """An f32 number rounded to nearest even as bf16 holds it, still f32. A NaN keeps none of the bits that are cut: TVM rounds
+    again, and would carry a GPU's NaN, whose bits are all set, into the sign."""
     bits = tirx.reinterpret("int32", v)
     even = tirx.bitwise_and(tirx.shift_right(bits, _i32(16)), _i32(1))
     rounded = tirx.bitwise_and(bits + _i32(0x7FFF) + even, _i32(-0x10000))
     nan = tirx.bitwise_and(bits, _i32(0x7FFFFFFF)) > _i32(0x7F800000)
-    return tirx.reinterpret("float32", tirx.Select(nan, bits, rounded))
+    cut = tirx.bitwise_or(tirx.bitwise_and(bits, _i32(-0x10000)), _i32(0x400000))
+    return tirx.reinterpret("float32", tirx.Select(nan, cut, rounded))
 
 
 def _rounded_code(dtype: DType, v: Any) -> Any:

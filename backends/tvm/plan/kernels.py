@@ -15,6 +15,7 @@ import tvm_ffi
 from tvm import s_tir, tirx
 from wasat.ir import DimLike, IRError, symbol
 
+from . import ptx
 from .device import Device
 from .elements import as_stored, with_literals
 from .sizes import size_of
@@ -261,9 +262,10 @@ def all_sources(kernels: Iterable[Kernel], target: tvm.target.Target) -> str:
 def _source(module: tvm.IRModule, target: tvm.target.Target) -> str:
     try:
         with target, _no_compiler():
-            return with_literals(str(_build.codegen_build(module, target).inspect_source("")))
+            source = with_literals(str(_build.codegen_build(module, target).inspect_source("")))
     except (tvm.error.InternalError, RuntimeError, ValueError) as e:
         raise IRError(f"TVM makes no code of it for this target: {str(e).strip().splitlines()[-1]}") from None
+    return ptx.functions(source) + source if target.kind.name == "cuda" else source
 
 
 @contextlib.contextmanager

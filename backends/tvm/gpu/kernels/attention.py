@@ -30,7 +30,7 @@ from ...cpu.kernels.emit import (
     tanh,
 )
 from ..limits import Limits
-from .emit import LOWEST, Kernel, as_f32, clamped, narrow, power_of_two, zero
+from .emit import LOWEST, Kernel, as_f32, clamped, power_of_two, zero
 
 CHUNK = 256
 """Keys of a workgroup where several share those of a row."""
@@ -303,7 +303,7 @@ def _keys(kernel: Kernel, d: Attention, a: _Arrays, splits: Expr, found: _Found 
                     if found is not None:
                         kernel.store(found.out, found.at(row, share) * d.value + e, load(out, j))
                     else:
-                        kernel.store(a.y, row * d.value + e, narrow(load(out, j) * factor, d.dtype))
+                        kernel.put(a.y, row * d.value + e, load(out, j) * factor)
 
 
 def _settled(kernel: Kernel, a: _Arrays, head: Expr, top: Expr, total: Expr) -> Expr:
@@ -348,4 +348,4 @@ def _merge(kernel: Kernel, d: Attention, a: _Arrays, found: _Found) -> None:
             kernel.store(total, 0, load(total, 0) + load(found.sums, place) * share)
             kernel.store(out, 0, load(out, 0) + load(found.out, place * d.value + e) * share)
         factor = _settled(kernel, a, floor_mod(row, d.heads), load(top, 0), load(total, 0))
-        kernel.store(a.y, at, narrow(load(out, 0) * factor, d.dtype))
+        kernel.put(a.y, at, load(out, 0) * factor)

@@ -9,7 +9,7 @@ from tvm import tirx
 from ...cpu.kernels.emit import Expr, cast, floor_div, floor_mod, int64, load, sin_cos, splat, symbol
 from ...cpu.kernels.glu import Activation, activate
 from ..limits import Limits
-from .emit import Kernel, as_f32, narrow
+from .emit import Kernel, as_f32
 from .formats import OCTET, Format, Rows
 
 
@@ -36,7 +36,7 @@ def glu(d: Glu) -> tirx.PrimFunc:
     with kernel.each(m * d.n) as at:
         base = kernel.let(floor_div(at, d.n) * (2 * d.n) + floor_mod(at, d.n), "base")
         gate = kernel.copy(as_f32(load(x, base)))
-        kernel.store(y, at, narrow(activate(kernel, gate, d.activation) * as_f32(load(x, base + d.n)), d.dtype))
+        kernel.put(y, at, activate(kernel, gate, d.activation) * as_f32(load(x, base + d.n)))
     return kernel.build()
 
 
@@ -82,8 +82,8 @@ def rope(d: Rope) -> tirx.PrimFunc:
             first, second = (item * 2, item * 2 + 1) if d.interleaved else (item, item + half)
             u, v = kernel.copy(as_f32(load(x, base + first))), kernel.copy(as_f32(load(x, base + second)))
             c, w = kernel.copy(cosine * factor), kernel.copy(sine * factor)
-            kernel.store(y, base + first, narrow(u * c - v * w, d.dtype))
-            kernel.store(y, base + second, narrow(v * c + u * w, d.dtype))
+            kernel.put(y, base + first, u * c - v * w)
+            kernel.put(y, base + second, v * c + u * w)
 
         def keep() -> None:
             at = base + (item + half)
@@ -133,7 +133,7 @@ def embedding(d: Embedding) -> tirx.PrimFunc:
         base = kernel.let(row * d.k + octet * OCTET, "base")
 
         def write(t: int, value: Expr) -> None:
-            kernel.store(y, base + t, narrow(value if d.scale == 1.0 else value * splat(d.scale, 1), d.dtype))
+            kernel.put(y, base + t, value if d.scale == 1.0 else value * splat(d.scale, 1))
 
         for t, value in enumerate(values):
             if d.k % OCTET and t >= d.k % OCTET:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from tvm import ir, tirx
 
-from ...cpu.kernels.emit import Buffer, Expr, Index, ceil_div, floor_div, int64, load, maximum, splat
+from ...cpu.kernels.emit import Buffer, Expr, Index, bits, ceil_div, floor_div, int64, load, maximum, splat
 from ...cpu.kernels.emit import Kernel as Emitter
 from ..limits import Limits
 
@@ -78,6 +78,20 @@ class Kernel(Emitter):
         which PoCL 3.0 gets wrong before a barrier."""
         return value if inside is None else self.copy(tirx.Select(inside, self.copy(value), zero()))
 
+    def put(self, buffer: Buffer, index: Index, value: Expr) -> None:
+        """Stores an f32 as the buffer has it, rounded to nearest even."""
+        dtype = str(buffer.dtype)
+        if dtype == "bfloat16":
+            raw = self.copy(bits("uint32", self.copy(value)))
+            up = tirx.IntImm("uint32", 0x7FFF) + ((raw >> tirx.IntImm("uint32", 16)) & tirx.IntImm("uint32", 1))
+            nan = (raw & tirx.IntImm("uint32", 0x7FFFFFFF)) > tirx.IntImm("uint32", 0x7F800000)
+            # a GPU's NaN is all ones, which rounding would carry into the sign
+            rounded = tirx.Select(nan, raw | tirx.IntImm("uint32", 0x400000), raw + up) >> tirx.IntImm("uint32", 16)
+            value = tirx.reinterpret("bfloat16", tirx.Cast("uint16", rounded))
+        elif dtype != "float32":
+            value = tirx.Cast(dtype, value)
+        self.store(buffer, index, value)
+
     def shared(self, size: int, dtype: str = "float32") -> Buffer:
         """Memory of the workgroup."""
         return self._alloc((size,), dtype, "shared")
@@ -122,12 +136,12 @@ def power_of_two(n: int) -> int:
 
 
 def as_f32(value: Expr) -> Expr:
-    return value if str(value.ty.dtype) == "float32" else tirx.Cast("float32", value)
-
-
-def narrow(value: Expr, dtype: str) -> Expr:
-    """An f32 as it is stored."""
-    return value if dtype == "float32" else tirx.Cast(dtype, value)
+    """A float widened. bf16 by its bits: TVM leaves casts of it as they are where they stand behind a ``let``, and computes
+    with the bits as with a whole number."""
+    dtype = str(value.ty.dtype)
+    if dtype == "bfloat16":
+        return bits("float32", tirx.Cast("uint32", tirx.reinterpret("uint16", value)) << tirx.IntImm("uint32", 16))
+    return value if dtype == "float32" else tirx.Cast("float32", value)
 
 
 def zero() -> Expr:

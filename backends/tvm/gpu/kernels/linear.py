@@ -13,7 +13,8 @@ from tvm import tirx
 
 from ...cpu.kernels.emit import Buffer, Expr, ceil_div, floor_div, floor_mod, int64, load, maximum, symbol
 from ..limits import Limits
-from .emit import Kernel, as_f32, clamped, narrow, power_of_two, zero
+from . import tensor
+from .emit import Kernel, as_f32, clamped, power_of_two, zero
 from .formats import OCTET, Floats, Format, Octet, Rows
 
 
@@ -32,10 +33,22 @@ class Linear:
     experts: int = 0
     per: int = 1
     groups: str = "int64"
+    of_f32: bool = False
+    """x is f32, whatever y is."""
+
+    @property
+    def of(self) -> str:
+        """Element type of x."""
+        return "float32" if self.of_f32 else self.dtype
+
+    @property
+    def slow(self) -> str | None:
+        """Why many rows are multiplied without tensor cores; None: they are with them."""
+        return tensor.why_not(self.weights, self.dtype, self.of_f32, self.limits.tensor)
 
     @property
     def name(self) -> str:
-        kind = "gemm" if self.rows > MOST_ROWS else f"gemv{self.rows}"
+        kind = "gemm" if self.rows > MOST_ROWS and self.slow else "mma" if self.rows > MOST_ROWS else f"gemv{self.rows}"
         return f"{'grouped_' if self.experts else ''}{kind}_{self.weights.name}_{self.n}x{self.k}"
 
 
@@ -60,7 +73,7 @@ class _Operands:
 def _operands(kernel: Kernel, d: Linear) -> _Operands:
     m = symbol("m")
     many = max(1, d.experts)
-    x = kernel.param("x", (symbol("mx") if d.per > 1 else m, d.k), d.dtype)
+    x = kernel.param("x", (symbol("mx") if d.per > 1 else m, d.k), d.of)
     shape, dtype = d.weights.param(d.n * many, d.k)
     bank = d.experts and isinstance(d.weights, Floats) and not d.weights.words  # lies as it is
     w = kernel.param("w", (d.experts, d.n, d.k) if bank else shape, dtype)
@@ -127,7 +140,7 @@ def _launch(kernel: Kernel, d: Linear, o: _Operands, tiles: Expr) -> None:
                 total = load(memories[i], thread)
                 if o.bias is not None:
                     total = total + as_f32(load(o.bias, group * d.n + n))
-                kernel.store(o.y, row * d.n + n, narrow(total, d.dtype))
+                kernel.put(o.y, row * d.n + n, total)
 
 
 def _xs(kernel: Kernel, d: Linear, o: _Operands, row: Expr, run: Expr, count: int) -> list[list[Expr]]:
@@ -159,6 +172,9 @@ def _tiles(d: Linear) -> tirx.PrimFunc:
         raise ValueError("grouped products have no tiles")
     kernel = Kernel(d.name, d.limits)
     o = _operands(kernel, d)
+    if d.slow is None:
+        tensor.products(kernel, d.n, d.k, d.weights, d.dtype, tensor.Operands(o.m, o.x, o.w, o.bias, o.y))
+        return kernel.build()
     side = 16 if d.limits.threads >= 256 else 8  # of the square of threads
     threads, step, own = side * side, 16, 4
     tile, pitch = side * own, side * own + 1
@@ -172,7 +188,7 @@ def _tiles(d: Linear) -> tirx.PrimFunc:
             kernel.store(sums, i, zero())
         with kernel.loop(-(-d.k // step)) as part:
             k0 = kernel.let(part * step, "k0")
-            together = 4 if d.limits.vectors and d.dtype == "float32" and d.k % step == 0 else 1
+            together = 4 if d.limits.vectors and d.of == "float32" and d.k % step == 0 else 1
             for at in kernel.strided(thread, threads, tile * step // together) if together > 1 else ():
                 kk, mm = kernel.let(floor_mod(at, step // together) * together), kernel.let(floor_div(at, step // together))
                 for t, x in enumerate(kernel.side_by_side(o.x, clamped(m0 + mm, o.m) * d.k + (k0 + kk), together)):
@@ -205,5 +221,5 @@ def _tiles(d: Linear) -> tirx.PrimFunc:
                     total = load(sums, i * own + j)
                     if o.bias is not None:
                         total = total + as_f32(load(o.bias, nn))
-                    kernel.store(o.y, mm * d.n + nn, narrow(total, d.dtype))
+                    kernel.put(o.y, mm * d.n + nn, total)
     return kernel.build()

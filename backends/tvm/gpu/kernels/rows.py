@@ -10,7 +10,7 @@ from tvm import tirx
 
 from ...cpu.kernels.emit import Expr, bits, ceil_div, exp, floor_div, floor_mod, int64, load, minimum, splat, symbol
 from ..limits import Limits
-from .emit import LOWEST, Kernel, as_f32, narrow, power_of_two, zero
+from .emit import LOWEST, Kernel, as_f32, power_of_two, zero
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,10 @@ def norm(d: Norm) -> tirx.PrimFunc:
         base = kernel.let(at * n, "base")
 
         def read(j: Expr) -> Expr:
-            value = load(x, base + j)
-            return as_f32(value if other is None else value + load(other, base + j))
+            return as_f32(load(x if total is None else total, base + j))
 
-        if total is not None and other is not None:
-            row.each(lambda j: kernel.store(total, base + j, load(x, base + j) + load(other, base + j)))
+        if total is not None and other is not None:  # a thread reads what it wrote itself
+            row.each(lambda j: kernel.put(total, base + j, as_f32(load(x, base + j)) + as_f32(load(other, base + j))))
         count = splat(float(n), 1)
         if d.kind == "layer":
             mean = kernel.copy(row.fold(zero(), read, _add) / count)
@@ -108,7 +107,7 @@ def norm(d: Norm) -> tirx.PrimFunc:
                 value = value * as_f32(load(weight, j))
             if bias is not None:
                 value = value + as_f32(load(bias, j))
-            kernel.store(y, base + j, narrow(value, d.dtype))
+            kernel.put(y, base + j, value)
 
         row.each(write)
     return kernel.build()
@@ -143,7 +142,7 @@ def softmax(d: Softmax) -> tirx.PrimFunc:
             return exp(kernel, kernel.let(as_f32(load(x, base + j)) - top))
 
         total = row.fold(zero(), weight, _add)
-        row.each(lambda j: kernel.store(y, base + j, narrow(weight(j) / total, d.dtype)))
+        row.each(lambda j: kernel.put(y, base + j, weight(j) / total))
     return kernel.build()
 
 
