@@ -44,7 +44,7 @@ Override = Annotated[
 Activation = Annotated[
     Literal["int8", "f32", "bf16", "f16"],
     typer.Option(
-        help="Where weights are integers: integer dot products (`int8`), or activations in f32 (slower, more exact). `bf16` and "
+        help="Where weights are integers: integer dot products (`int8`), or activations in f32 (slower, more exact). `bf16`, "
         "`f16`: all activations and caches of `forward` in half precision (tensor cores on CUDA)."
     ),
 ]

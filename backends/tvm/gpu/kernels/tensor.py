@@ -2,7 +2,8 @@
 
 A workgroup has a tile of y, and each of its warps a part of that. Tiles of x and of w, 32 steps of k of each, lie twice in
 workgroup memory: while warps multiply one, the next is on its way, copied (``cp.async``) where it lies in memory as it is
-wanted; weights of other formats are dequantized in registers and rounded to the type of x. :mod:`...plan.ptx` has the instructions.
+wanted; weights of other formats are dequantized in registers and rounded to the type of x. The instructions stand in
+:mod:`...plan.ptx`.
 """
 
 from __future__ import annotations
