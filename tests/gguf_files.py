@@ -114,7 +114,7 @@ def write(
         _add(w, f"tokenizer.ggml.{k}", v)
     dense = dict(tensors) if tensors is not None else weights(arch, len(names), **options)
     for name, x in dense.items():
-        kind = kinds(name) if x.ndim == 2 else "F32"
+        kind = kinds(name) if x.ndim > 1 else "F32"
         if kind == "F32":
             w.add_tensor(name, x)
         else:

@@ -77,16 +77,18 @@ def config_of(g: Gguf) -> dict[str, Any]:
     if dim % heads and not keys.has("attention.key_length"):
         raise keys.fail(f"{keys.arch}.embedding_length {dim} does not split into {heads} heads")
     head_dim = keys.count("attention.key_length", dim // heads)
-    for key in ("attention.value_length", "rope.dimension_count", "attention.key_length_swa", "attention.value_length_swa",
-                "rope.dimension_count_swa"):  # fmt: skip
-        keys.refuse(key, head_dim, f"heads have {head_dim} elements, and all of them are rotated")
     arch = ARCHITECTURES[keys.arch]
+    for key in ("attention.value_length", "attention.key_length_swa", "attention.value_length_swa",
+                *(() if arch.partial else ("rope.dimension_count", "rope.dimension_count_swa"))):  # fmt: skip
+        keys.refuse(key, head_dim, f"heads have {head_dim} elements, and all of them are rotated")
     if arch.embeds:
         keys.refuse("attention.causal", False, "this architecture sees the whole text")
     else:
         keys.refuse("attention.causal", True, "only models that look back are read")
-    for key in ("expert_count", "expert_used_count", "attention.shared_kv_layers"):
-        keys.refuse(key, 0, "mixtures of experts and shared layers are not read")
+    if not arch.experts:
+        for key in ("expert_count", "expert_used_count"):
+            keys.refuse(key, 0, "mixtures of experts are not read of this architecture")
+    keys.refuse("attention.shared_kv_layers", 0, "shared layers are not read")
     config: dict[str, Any] = {
         "hidden_size": dim, "num_hidden_layers": layers, "num_attention_heads": heads, "head_dim": head_dim,
         "num_key_value_heads": keys.count("attention.head_count_kv", heads),
@@ -135,6 +137,13 @@ def _llama(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
     for name, part in (("attention_bias", "attn_q"), ("mlp_bias", "ffn_gate")):
         if f"blk.0.{part}.bias" in keys.tensors:
             more[name] = True
+    if keys.given.get("expert_count"):
+        keys.refuse("attention.sliding_window", None, "a mixture with windows is not read")
+        return {
+            **more, "model_type": "mixtral", "num_local_experts": keys.count("expert_count"),
+            "num_experts_per_tok": keys.count("expert_used_count"),
+        }  # fmt: skip
+    keys.refuse("expert_used_count", 0, "and there are no experts")
     if keys.has("attention.sliding_window"):
         return {**more, "model_type": "mistral", "sliding_window": keys.count("attention.sliding_window")}
     return {**more, "model_type": "llama"}
@@ -235,6 +244,104 @@ def _gemma_embedding(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
     return {**_gemma3(keys, config), "use_bidirectional_attention": True}
 
 
+def _turned(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
+    """``rope_parameters`` of a model that may rotate a part of each head."""
+    part = keys.count("rope.dimension_count", config["head_dim"])
+    theta = keys.number("rope.freq_base", 10000.0)
+    return {"rope_parameters": {**_scaling(keys), "rope_theta": theta, "partial_rotary_factor": part / config["head_dim"]}}
+
+
+def _decoder(
+    family: str, *, biases: Mapping[str, str] = {}, partial: bool = False, window: bool = False,
+    more: Callable[[Keys, dict[str, Any]], dict[str, Any]] | None = None,
+) -> Callable[[Keys, dict[str, Any]], dict[str, Any]]:  # fmt: skip
+    """Reads a family. ``biases``: fields that say whether there are some -> a tensor that then has one."""
+
+    def read(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
+        found = _turned(keys, config)
+        if not partial:
+            del found["rope_parameters"]["partial_rotary_factor"]
+        found |= {name: f"blk.0.{part}.bias" in keys.tensors for name, part in biases.items()}
+        if window:
+            found["sliding_window"] = keys.count("attention.sliding_window") if keys.has("attention.sliding_window") else None
+        return {"model_type": family, **found, **(more(keys, config) if more else {})}
+
+    return read
+
+
+def _granite(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
+    factors = {
+        "attention_multiplier": ("attention.scale", config["head_dim"] ** -0.5),
+        "embedding_multiplier": ("embedding_scale", 1.0), "residual_multiplier": ("residual_scale", 1.0),
+        "logits_scaling": ("logit_scale", 1.0),
+    }  # fmt: skip
+    return {field: keys.number(key, default) for field, (key, default) in factors.items()}
+
+
+def _olmo(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
+    keys.refuse("attention.layer_norm_epsilon", float(np.float32(1e-5)), "OLMo's is fixed")
+    del config["eps"]
+    return {"clip_qkv": keys.number("attention.clamp_kqv") if keys.given.get("attention.clamp_kqv") else None}
+
+
+def _smollm3(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
+    return {"no_rope_layer_interval": 4}  # which no file says
+
+
+def _stablelm(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
+    return {"use_parallel_residual": keys.take("use_parallel_residual", bool, False)}
+
+
+def _command(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
+    return {"logit_scale": keys.number("logit_scale")}
+
+
+def _phi2(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
+    up = keys.tensors.get("blk.0.ffn_up.weight")  # the file says four times the width, whatever it is
+    return {} if up is None else {"intermediate_size": up.shape[0]}
+
+
+def _exaone4(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
+    if not keys.has("attention.sliding_window"):
+        return {"sliding_window": None}
+    sliding = _sliding(keys, config["num_hidden_layers"], 4)
+    return {
+        "sliding_window": keys.count("attention.sliding_window"),
+        "layer_types": ["sliding_attention" if s else "full_attention" for s in sliding],
+    }
+
+
+def _olmo2(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
+    """OLMo 2; OLMo 3 where there are windows."""
+    if not keys.has("attention.sliding_window"):
+        keys.refuse("rope.freq_base_swa", None, "and no layer slides")
+        return _decoder("olmo2")(keys, config)
+    sliding, theta = _sliding(keys, config["num_hidden_layers"], 4), keys.number("rope.freq_base", 500000.0)
+    return {
+        "model_type": "olmo3", "sliding_window": keys.count("attention.sliding_window"),
+        "layer_types": ["sliding_attention" if s else "full_attention" for s in sliding],
+        "rope_parameters": {
+            "full_attention": {**_scaling(keys), "rope_theta": theta},
+            "sliding_attention": {"rope_type": "default", "rope_theta": keys.number("rope.freq_base_swa", theta)},
+        },
+    }  # fmt: skip
+
+
+def _mixture(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
+    keys.refuse("expert_weights_scale", 1.0, "a factor of experts' shares is not implemented")
+    count, hidden = keys.count("expert_count"), "expert_feed_forward_length"
+    found: dict[str, Any] = {"num_experts": count, "num_experts_per_tok": keys.count("expert_used_count")}
+    if keys.has(hidden):
+        found["intermediate_size" if keys.arch == "olmoe" else "moe_intermediate_size"] = keys.count(hidden)
+    elif keys.arch != "olmoe":
+        raise keys.fail(f"{keys.arch}.{hidden} is missing")
+    if keys.arch == "qwen2moe":
+        found["shared_expert_intermediate_size"] = keys.count("expert_shared_feed_forward_length")
+    shared = keys.arch == "qwen3moe"
+    keys.refuse("expert_weights_norm", shared, "this architecture's shares are otherwise")
+    return {**found, "norm_topk_prob": shared}
+
+
 @dataclass(frozen=True)
 class Architecture:
     """How the metadata of an architecture are read, and what it calls its tensors."""
@@ -245,13 +352,47 @@ class Architecture:
     embeds: bool = False
     """It sees whole texts, and does nothing else but embed them."""
     eps: str = "rms_norm_eps"
+    interleaved: bool = False
+    """Rows of queries and keys are in the order of neighbouring pairs, which the checkpoint's are not."""
+    partial: bool = False
+    """A part of each head may be rotated."""
+    experts: bool = False
 
 
+_ATTENTION = {"attention_bias": "attn_q"}
 ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture(_llama), "qwen2": Architecture(_qwen("qwen2")), "qwen3": Architecture(_qwen("qwen3")),
+    "llama": Architecture(_llama, names.experts("block_sparse_moe"), interleaved=True, experts=True),
+    "qwen2": Architecture(_qwen("qwen2")), "qwen3": Architecture(_qwen("qwen3")),
     "gemma2": Architecture(_gemma2, names.GEMMA), "gemma3": Architecture(_gemma3, names.GEMMA),
     "gemma-embedding": Architecture(_gemma_embedding, names.GEMMA, embeds=True),
     "bert": Architecture(_bert, names.BERT, True, "layer_norm_eps"),
     "modern-bert": Architecture(_modern_bert, names.MODERN_BERT, True, "norm_eps"),
+    "arcee": Architecture(_decoder("arcee", biases=_ATTENTION), interleaved=True),
+    "command-r": Architecture(_decoder("cohere", more=_command), eps="layer_norm_eps"),
+    "ernie4_5": Architecture(_decoder("ernie4_5", biases={"use_bias": "attn_q"})),
+    "exaone4": Architecture(_decoder("exaone4", more=_exaone4), names.OLMO2),
+    "gemma": Architecture(_decoder("gemma")),
+    "glm4": Architecture(_decoder("glm4", biases=_ATTENTION, partial=True), names.GLM4, partial=True),
+    "granite": Architecture(_decoder("granite", biases=_ATTENTION, more=_granite), interleaved=True),
+    "hunyuan-dense": Architecture(_decoder("hunyuan_v1_dense", biases=_ATTENTION), names.HUNYUAN),
+    "nemotron": Architecture(_decoder("nemotron", biases=_ATTENTION, partial=True), eps="norm_eps", partial=True),
+    "olmo": Architecture(_decoder("olmo", more=_olmo), interleaved=True, eps="eps"),
+    "olmo2": Architecture(_olmo2, names.OLMO2),
+    "olmoe": Architecture(_decoder("olmoe", more=_mixture), names.experts("mlp"), experts=True),
+    "phi2": Architecture(_decoder("phi", partial=True, more=_phi2), names.PHI2, eps="layer_norm_eps", partial=True),
+    "phi3": Architecture(_decoder("phi3", partial=True, window=True), names.PHI3, partial=True),
+    "qwen2moe": Architecture(_decoder("qwen2_moe", more=_mixture), names.experts("mlp"), experts=True),
+    "qwen3moe": Architecture(_decoder("qwen3_moe", more=_mixture), names.experts("mlp"), experts=True),
+    "seed_oss": Architecture(
+        _decoder("seed_oss", biases={"attention_bias": "attn_q", "attention_out_bias": "attn_output"}), names.SEED_OSS
+    ),
+    "smollm3": Architecture(_decoder("smollm3", biases=_ATTENTION, more=_smollm3), interleaved=True),
+    "stablelm": Architecture(
+        _decoder("stablelm", biases={"use_qkv_bias": "attn_q"}, partial=True, more=_stablelm), eps="layer_norm_eps",
+        partial=True,
+    ),
+    "starcoder2": Architecture(
+        _decoder("starcoder2", biases={"use_bias": "attn_q"}, window=True), names.STARCODER2, eps="norm_epsilon"
+    ),
 }  # fmt: skip
 """By GGUF's ``general.architecture``."""

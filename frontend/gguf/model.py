@@ -17,6 +17,7 @@ from wasat.ir import CheckpointError, DType, Embedder, Origin, Program, TensorTy
 from ..chat import template_texts
 from ..huggingface import build
 from ..models import Fields
+from ..models.decoder import OffsetNorm
 from .embedding import Model, embedding
 from .metadata import ARCHITECTURES, config_of, pooling_of
 from .names import Names
@@ -75,7 +76,7 @@ def _adjust(module: nn.Module, g: Gguf) -> None:
     """What GGUF has otherwise than a checkpoint: norms of Gemma as 1 + w, frequencies of RoPE divided by a tensor."""
     factors = g.tensors.get(_FREQUENCIES)
     for _, part in module.walk():
-        if isinstance(part, nn.RMSNorm):
+        if isinstance(part, (nn.RMSNorm, OffsetNorm)):
             part.offset = 0.0
         if isinstance(part, nn.RoPE) and factors is not None:
             if factors.type != (needed := TensorType(DType.F32, part.inv_freq.shape)):
@@ -103,7 +104,7 @@ def _sources(g: Gguf, config: Mapping[str, Any], m: Model) -> dict[str, GgufPara
             problems.append(f"misshaped: {got.name} is {list(got.shape)}, the metadata ask for {list(needed.shape)}")
     if problems:
         raise CheckpointError(f"{g.path}: the tensors do not fit the metadata:\n{listed(problems)}")
-    interleaved = arch == "llama"
+    interleaved = ARCHITECTURES[arch].interleaved
     return {name: GgufParam(found[name], _halves(name, config) if interleaved else None) for name in wanted}
 
 
@@ -111,7 +112,9 @@ def _name(name: str, names: Names, m: Model) -> str:
     """The parameter's name of a tensor's; itself, which is none, where there is no such parameter."""
     of_layer = _OF_LAYER.match(name)
     if of_layer and of_layer[2] in names.layer:
-        return f"{m.prefix}{names.layers}.{of_layer[1]}.{names.layer[of_layer[2]]}.{of_layer[3]}"
+        part = names.layer[of_layer[2]]
+        whole = f"{m.prefix}{names.layers}.{of_layer[1]}.{part}"
+        return whole if of_layer[3] == "weight" and of_layer[2].endswith("_exps") else f"{whole}.{of_layer[3]}"
     part, _, kind = name.rpartition(".")
     if part in names.whole:
         return f"{m.prefix}{names.whole[part]}.{kind}"

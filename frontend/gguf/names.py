@@ -29,6 +29,35 @@ _SANDWICH = {
 _WHOLE = {"token_embd": "embed_tokens", "output_norm": "norm"}
 LLAMA = Names(_LAYER, _WHOLE)
 GEMMA = Names(_SANDWICH, _WHOLE)
+_BEHIND = {
+    **_LAYER, "post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm",
+}  # fmt: skip
+OLMO2 = Names({k: v for k, v in _BEHIND.items() if k not in ("attn_norm", "ffn_norm")}, _WHOLE)
+GLM4 = Names({
+    **_LAYER, "ffn_up": "mlp.gate_up_proj", "post_attention_norm": "post_self_attn_layernorm",
+    "post_ffw_norm": "post_mlp_layernorm",
+}, _WHOLE)  # fmt: skip
+PHI3 = Names({**_LAYER, "attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}, _WHOLE)
+PHI2 = Names({
+    **_LAYER, "attn_output": "self_attn.dense", "ffn_up": "mlp.fc1", "ffn_down": "mlp.fc2",
+}, {**_WHOLE, "output_norm": "final_layernorm"})  # fmt: skip
+STARCODER2 = Names({**_LAYER, "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}, _WHOLE)
+HUNYUAN = Names({
+    **_LAYER, "attn_q_norm": "self_attn.query_layernorm", "attn_k_norm": "self_attn.key_layernorm",
+}, _WHOLE)  # fmt: skip
+SEED_OSS = Names({**_LAYER, "post_attention_norm": "post_attention_layernorm"}, _WHOLE)
+
+
+def experts(part: str) -> Names:
+    """Of a model whose mixtures are called ``part``."""
+    return Names({
+        **_LAYER, "ffn_gate_inp": f"{part}.router", "ffn_gate_exps": f"{part}.gate_proj", "ffn_up_exps": f"{part}.up_proj",
+        "ffn_down_exps": f"{part}.down_proj", "ffn_gate_shexp": f"{part}.shared_expert.gate_proj",
+        "ffn_up_shexp": f"{part}.shared_expert.up_proj", "ffn_down_shexp": f"{part}.shared_expert.down_proj",
+        "ffn_gate_inp_shexp": f"{part}.shared_expert_gate",
+    }, _WHOLE)  # fmt: skip
+
+
 BERT = Names({
     "attn_q": "attention.self.query", "attn_k": "attention.self.key", "attn_v": "attention.self.value",
     "attn_output": "attention.output.dense", "attn_output_norm": "attention.output.LayerNorm", "ffn_up": "intermediate.dense",

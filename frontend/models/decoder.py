@@ -90,10 +90,12 @@ def _norm(o: Options, dim: int = 0) -> Any:
 
 
 class OffsetNorm(nn.LayerNorm):
-    """Layer normalization whose scale is 1 + weight."""
+    """Layer normalization whose scale is ``offset`` + weight."""
+
+    offset = 1.0
 
     def __call__(self, x: nn.Tensor) -> nn.Tensor:
-        return nn.layer_norm(x, self.weight + 1.0, self.bias, self.eps)
+        return nn.layer_norm(x, self.weight + self.offset if self.offset else self.weight, self.bias, self.eps)
 
 
 class SelfAttention(nn.Module):

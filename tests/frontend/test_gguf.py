@@ -165,7 +165,7 @@ REFUSED: list[tuple[str, Callable[[Path], object], str]] = [
     ("projector by type", lambda p: write(p, "llama", keys={"general.type": "mmproj"}), r"\(mmproj\)"),
     ("adapter", lambda p: write(p, "llama", keys={"general.type": "adapter"}), "general.type is 'adapter'"),
     ("unknown key", lambda p: write(p, "llama", keys={"attention.sinks": 4}), "llama.attention.sinks = 4: what that changes"),
-    ("experts", lambda p: write(p, "llama", keys={"expert_count": 8}), "mixtures of experts"),
+    ("experts", lambda p: write(p, "qwen2", keys={"expert_count": 8}), "mixtures of experts"),
     ("partial rotation", lambda p: write(p, "llama", keys={"rope.dimension_count": 8}), "all of them are rotated"),
     ("scaling", lambda p: write(p, "llama", keys={"rope.scaling.type": "longrope"}), "there are none, linear and yarn"),
     ("another yarn", lambda p: write(p, "llama", keys={"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0,

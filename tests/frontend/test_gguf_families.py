@@ -1,0 +1,162 @@
+"""GGUF files of many architectures, written as llama.cpp's converter writes them: the logits are those of transformers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import family_files as families
+import numpy as np
+import pytest
+
+gguf: Any = pytest.importorskip("gguf")
+
+import gguf_files as files
+from rounding import assert_near, bound, spread
+from wasat.frontend import CheckpointError, ConfigError
+from wasat.frontend.gguf import from_gguf
+from wasat.frontend.gguf.metadata import ARCHITECTURES
+from wasat.ir import QArray, evaluate
+
+LAYER, RMS = "attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon"
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "arcee": ("arcee", {}),
+    "cohere": ("command-r", {LAYER: 1e-5, "logit_scale": 0.5, "rope.scaling.type": "none"}),
+    "ernie4_5": ("ernie4_5", {}),
+    "exaone4": ("exaone4", {"attention.sliding_window": 6, "attention.sliding_window_pattern": [True, False, True]}),
+    "gemma": ("gemma", {RMS: 1e-6}),
+    "glm4": ("glm4", {RMS: 1.5625e-7, "rope.dimension_count": 8}),
+    "granite": ("granite", {
+        RMS: 1e-6, "attention.scale": 0.2, "embedding_scale": 3.0, "residual_scale": 0.7, "logit_scale": 2.0,
+    }),
+    "hunyuan_v1_dense": ("hunyuan-dense", {}),
+    "mixtral": ("llama", {"expert_count": 4, "expert_used_count": 2}),
+    "nemotron": ("nemotron", {LAYER: 1e-5, RMS: 1e-5, "rope.dimension_count": 8, "rope.scaling.type": "none"}),
+    "olmo": ("olmo", {LAYER: 1e-5, "attention.clamp_kqv": 1.5}),
+    "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo2", {
+        "attention.sliding_window": 6, "attention.sliding_window_pattern": [True, False], "rope.scaling.type": "yarn",
+        "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 32, "rope.freq_base_swa": 500.0,
+    }),
+    "olmoe": ("olmoe", {"expert_count": 4, "expert_used_count": 2}),
+    "phi": ("phi2", {LAYER: 1e-5, "rope.dimension_count": 4, "feed_forward_length": 128}),
+    "phi3": ("phi3", {"attention.sliding_window": 6, "rope.dimension_count": 8, "rope.scaling.original_context_length": 4096}),
+    "qwen2_moe": ("qwen2moe", {
+        RMS: 1e-6, "expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 24,
+        "expert_shared_feed_forward_length": 28,
+    }),
+    "qwen3_moe": ("qwen3moe", {RMS: 1e-6, "expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 24}),
+    "seed_oss": ("seed_oss", {RMS: 1e-6}),
+    "smollm3": ("smollm3", {RMS: 1e-6}),
+    "stablelm": ("stablelm", {LAYER: 1e-5, "rope.dimension_count": 4, "use_parallel_residual": False}),
+    "stablelm_parallel": ("stablelm", {LAYER: 1e-5, "rope.dimension_count": 4, "use_parallel_residual": True}),
+    "starcoder2": ("starcoder2", {LAYER: 1e-5, "attention.sliding_window": 6}),
+}  # fmt: skip
+"""Case of tests/golden/families -> the architecture, and its keys beyond those of all."""
+PERMUTED = ("arcee", "granite", "llama", "olmo", "smollm3")
+"""Whose queries and keys the converter puts in the order of neighbouring pairs."""
+
+
+def permuted(x: np.ndarray, heads: int) -> np.ndarray:
+    return x.reshape(heads, 2, len(x) // heads // 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
+
+
+def tensors(name: str, arch: str, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """A checkpoint's tensors by the names of the gguf package, experts in stacks."""
+    layers = config["num_hidden_layers"]
+    names = gguf.get_tensor_name_map(next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == arch), layers)
+    whole: dict[str, np.ndarray] = {}
+    around = 0.0 if name in ("gemma", "nemotron") else 1.0
+    for key, shape in shapes.items():
+        x = families.weight(key, shape, around)
+        if around == 0 and "norm" in key and key.endswith("weight"):
+            x = x + 1
+        part = key.split(".")[-2]
+        if arch in PERMUTED and part in ("q_proj", "k_proj"):
+            x = permuted(x, config["num_attention_heads" if part == "q_proj" else "num_key_value_heads"])
+        whole[key] = x
+    experts = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
+    found = {}
+    for key in whole:
+        if (m := experts.match(key)) is None:
+            found[names.get_name(key, try_suffixes=(".weight", ".bias"))] = whole[key]
+        elif m[2] == "0":
+            stack = np.stack([whole[f"{m[1]}.{i}.{m[3]}.weight"] for i in range(4)])
+            found[names.get_name(f"{m[1]}.{m[3]}.weight", try_suffixes=(".weight",))] = stack
+    assert None not in found
+    return found
+
+
+def written(name: str, path: Path, kinds: Callable[[str], str] = lambda name: "F32", **more: Any) -> Path:
+    arch, keys = CASES[name]
+    config, shapes, _, _ = families.golden(name)
+    head = config.get("head_dim") or 32 // config["num_attention_heads"]
+    given = {
+        "block_count": config["num_hidden_layers"], "embedding_length": 32, "feed_forward_length": 40, "rope.freq_base": 500.0,
+        "attention.head_count_kv": config["num_key_value_heads"], "attention.key_length": head, "attention.value_length": head,
+        RMS: 1e-5, **keys, **more,
+    }  # fmt: skip
+    absent = (RMS,) if LAYER in keys and RMS not in keys else ()
+    tokens = {
+        "tokens": [*files.byte_vocabulary()[0][:46], '!"', "<|end|>"], "merges": ['! "'], "token_type": [1] * 47 + [3],
+        "eos_token_id": 47,
+    }  # fmt: skip
+    found = tensors(name, arch, config, shapes)
+    files.write(path / "m.gguf", arch, keys=given, tokens=tokens, tensors=found, without=absent, kinds=kinds)
+    return path / "m.gguf"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    program = from_gguf(written(name, tmp_path))
+    _, _, ids, logits = families.golden(name)
+    params = {k: p.load() for k, p in program.params.items()}
+    g, inputs = program["forward"], {"tokens": ids}
+    # GGUF has epsilons and factors in f32, where transformers computes them from f64
+    assert_near(evaluate(g, inputs, params)[0], logits, 2 * bound(logits, spread(g, inputs, params)[0]))
+
+
+def test_every_architecture_of_a_decoder_is_here() -> None:
+    elsewhere = {"llama", "qwen2", "qwen3", "gemma2", "gemma3"}  # tests/frontend/test_gguf.py
+    here = {arch for arch, _ in CASES.values()} | elsewhere
+    assert here == {name for name, a in ARCHITECTURES.items() if not a.embeds}
+
+
+@pytest.mark.parametrize("name, keys, message", [
+    ("granite", {"expert_count": 4}, "expert_count is 4: mixtures of experts are not read of this architecture"),
+    ("qwen3_moe", {"expert_weights_scale": 2.5}, "expert_weights_scale is 2.5"),
+    ("qwen2_moe", {"expert_weights_norm": True}, "expert_weights_norm is True"),
+    ("mixtral", {"expert_used_count": 9}, "num_experts_per_tok is 9, and there are 4 experts"),
+    ("mixtral", {"attention.sliding_window": 6}, "a mixture with windows is not read"),
+    ("olmo", {"attention.layer_norm_epsilon": 1e-6}, "OLMo's is fixed"),
+    ("olmo2", {"rope.freq_base_swa": 5e3}, "no layer slides"),
+    ("glm4", {"rope.dimension_count": 32}, "partial_rotary_factor"),
+    ("smollm3", {"rope.dimension_count": 4}, "all of them are rotated"),
+    ("phi3", {"attention.scale": 0.5}, "attention.scale"),
+])  # fmt: skip
+def test_refused_by_name(name: str, keys: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises((CheckpointError, ConfigError)) as e:
+        from_gguf(written(name, tmp_path, **keys))
+    assert message in str(e.value)
+
+
+def test_experts_stay_as_they_are_stored(tmp_path: Path) -> None:
+    """Stacks of matrices in blocks are read as they are; the logits are those of the numbers that they stand for."""
+    stacks = ("ffn_gate_exps.weight", "ffn_up_exps.weight")
+    program = from_gguf(written("mixtral", tmp_path, kinds=lambda name: "Q5_0" if name.endswith(stacks) else "F32"))
+    ids = families.golden("mixtral")[2]
+    (tmp_path / "plain").mkdir()
+    plain = from_gguf(written("mixtral", tmp_path / "plain"))
+    params = {k: p.load() for k, p in plain.params.items()}
+    kept = {k: p.load() for k, p in program.params.items()}
+    for name, x in kept.items():
+        if name.endswith(("block_sparse_moe.gate_proj", "block_sparse_moe.up_proj")):
+            assert isinstance(x, QArray)
+            assert str(x.type) == "q5_0[4, 40, 32]"
+            assert not np.array_equal(x.dense(), params[name])
+            np.testing.assert_allclose(x.dense(), params[name], atol=0.1)
+            params[name] = x.dense()
+    want = evaluate(plain["forward"], {"tokens": ids}, params)[0]
+    np.testing.assert_allclose(evaluate(program["forward"], {"tokens": ids}, kept)[0], want, rtol=1e-4, atol=1e-5)
