@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -282,12 +282,12 @@ def between(first: Node | None, last: Node | None) -> set[Node]:
     return found
 
 
-def erase_dead(graph: Graph, node: Node) -> None:
-    """Erases ``node`` and, upwards, whatever only it needed."""
+def erase_dead(graph: Graph, node: Node, spare: Container[Value] = ()) -> None:
+    """Erases ``node`` and, upwards, whatever only it needed, but for what makes one of ``spare``."""
     stack = [node]
     while stack:
         n = stack.pop()
-        if n.erased or any(v.uses or graph.is_output(v) for v in n.outputs):
+        if n.erased or any(v.uses or graph.is_output(v) or v in spare for v in n.outputs):
             continue
         graph.erase(n)
         stack += [v.node for v in n.inputs if v.node is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -425,7 +426,8 @@ class TopK(Op):
         return x.with_shape(*shape), TensorType(DType.I64, shape)
 
     def axes(self, attrs: Attrs, x: TensorType) -> AxisRule:
-        own = free(x.shape, {attrs.axis: Factor(x.shape[attrs.axis], "whole")})
+        last = -math.inf if attrs.largest else math.inf  # where it stands behind the others, of whose equals it comes after
+        own = free(x.shape, {attrs.axis: Factor(x.shape[attrs.axis], "reduced", neutral=last)})
         out = tuple((Factor(attrs.k, "whole"),) if i == attrs.axis else a for i, a in enumerate(own))
         return AxisRule((own,), (out, out))
 

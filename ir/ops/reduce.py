@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -251,6 +252,8 @@ class _Arg(Op):
 
     kind = "reduction"
     differentiable = False
+    last: ClassVar[float]
+    """What does not matter, behind the other elements."""
 
     @dataclass(frozen=True)
     class Attrs(_op.Attrs):
@@ -265,7 +268,7 @@ class _Arg(Op):
         return TensorType(DType.I64, reduced_shape(x, (attrs.axis,), attrs.keepdims))
 
     def axes(self, attrs: Attrs, x: TensorType) -> AxisRule:
-        return reduced(x.shape, (attrs.axis,), attrs.keepdims)
+        return reduced(x.shape, (attrs.axis,), attrs.keepdims, neutral=self.last)
 
     def samples(self) -> Iterable[Sample]:
         yield Sample([_x(2, 3)], {"axis": 1})
@@ -281,6 +284,7 @@ class ArgMax(_Arg):
     """Index of the largest element along ``axis``, the first of equals."""
 
     name = "arg_max"
+    last = -math.inf
 
     def reference(self, attrs: _Arg.Attrs, x: np.ndarray) -> np.ndarray:
         return np.argmax(x, attrs.axis, keepdims=attrs.keepdims)
@@ -291,6 +295,7 @@ class ArgMin(_Arg):
     """Index of the smallest element along ``axis``, the first of equals."""
 
     name = "arg_min"
+    last = math.inf
 
     def reference(self, attrs: _Arg.Attrs, x: np.ndarray) -> np.ndarray:
         return np.argmin(x, attrs.axis, keepdims=attrs.keepdims)

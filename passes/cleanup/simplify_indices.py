@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from wasat.ir import Builder, Graph, Node, equal
+from wasat.ir.ops.index import AxisAttrs
 
 from ..analyses.indexing import Indexing
 from ..core import GraphPass, Remarks
@@ -15,8 +16,9 @@ from ..pattern import replace
 class SimplifyIndices(GraphPass):
     """``gather`` and ``embedding`` at indices that come to ``c``, or ``i + c`` along one axis -> at an iota, then repeated.
 
-    ``gather`` of the last element of a symbolic axis -> slice. Exporters repeat positions over the batch, wrap negative ones,
-    look them up by other indices.
+    ``gather`` of the last element of a symbolic axis -> slice; at flattened indices -> at the indices, then flattened.
+    ``take_along`` of what is repeated, or at repeated indices -> of what is not, where the other operand has that size.
+    Exporters repeat positions over the batch, wrap negative ones, look them up by other indices.
     """
 
     name = "simplify-indices"
@@ -24,7 +26,13 @@ class SimplifyIndices(GraphPass):
     def run_graph(self, graph: Graph, remarks: Remarks) -> bool:
         changed = False
         for node in graph.nodes:
+            if node.is_a("take_along"):
+                changed |= _unrepeated(graph, node, remarks)
+                continue
             axis = node.op.picks(node.attrs)
+            if axis is not None and _unflattened(graph, node, remarks):
+                changed = True
+                continue
             if axis is not None and node.op.weight is None and _takes_last(node, axis):
                 self._slice(graph, node, axis, remarks)
                 changed = True
@@ -56,6 +64,37 @@ class SimplifyIndices(GraphPass):
         y = b.slice(x, starts=tuple(d - 1 if i == axis else 0 for i, d in enumerate(x.shape)), stops=x.shape)
         remarks.applied(f"%{node.output.name} takes the last element of axis {axis}", node)
         replace(graph, node.output, b.reshape(y, shape=node.output.shape))
+
+
+def _unflattened(graph: Graph, node: Node, remarks: Remarks) -> bool:
+    """Looks up at indices of several axes of sizes that are not known as they were before they were flattened."""
+    (x, ids), flat = node.inputs, node.inputs[1].made_by("reshape")
+    if flat is None or len(ids.shape) != 1 or sum(not isinstance(d, int) for d in flat.inputs[0].shape) < 2:
+        return False
+    y = graph.add_node(node.op, [x, flat.inputs[0]], node.attrs, before=node, loc=node.loc).output
+    remarks.applied(f"%{node.output.name} reads at indices that are flattened only afterwards", node)
+    replace(graph, node.output, Builder(graph, before=node, loc=node.loc).reshape(y, shape=node.output.shape))
+    return True
+
+
+def _unrepeated(graph: Graph, node: Node, remarks: Remarks) -> bool:
+    """Takes along an axis from what is not repeated along others, and at such indices."""
+    axis, b, given = AxisAttrs.of(node).axis, Builder(graph, before=node, loc=node.loc), list(node.inputs)
+    for i in (0, 1):
+        if (spread := given[i].made_by("broadcast_to")) is None:
+            continue
+        own = (*[1] * (len(node.output.shape) - len(spread.inputs[0].shape)), *spread.inputs[0].shape)
+        wide, other = given[i].shape, given[1 - i].shape
+        shape = tuple(d if a != axis and equal(f, e) is True else e for a, (d, e, f) in enumerate(zip(own, wide, other)))
+        if shape != wide:
+            x = b.reshape(spread.inputs[0], shape=own)
+            given[i] = x if shape == own else b.broadcast_to(x, shape=shape)
+    if given == list(node.inputs):
+        return False
+    y = b.take_along(*given, axis=axis)
+    remarks.applied(f"%{node.output.name} takes from, or at, what is not repeated", node)
+    replace(graph, node.output, y)
+    return True
 
 
 def _takes_last(node: Node, axis: int) -> bool:

@@ -1,10 +1,11 @@
-"""Masks under which tokens of one call see each other: a prefix, a picture. What sees each other is to come in one call."""
+"""Masks over a cache's slots: what stands in front of the tokens; tokens of one call that see each other, of a prefix, of a
+picture. What sees each other is to come in one call."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from wasat.ir import DType, Value
+from wasat.ir import DimLike, DType, Value
 
 from ..analyses.mask import FINITE_FILL
 
@@ -22,6 +23,20 @@ def without_padding(d: Derivation, mask: Value) -> Value:
     if mask.tensor.dtype is DType.BOOL:
         return b.logical_and(mask, real)
     return b.select(real, mask, b.constant(float("-inf"), mask.tensor.dtype))
+
+
+def behind(d: Derivation, v: Value, mask: Value, lead: DimLike) -> Value:
+    """``mask``, of ``v`` over the cache's slots, of which the first ``lead`` hold what no token made."""
+    b, dtype, axis = d.b, mask.tensor.dtype, len(mask.shape) - 1
+    own = d.plan.led.seen.get(v) if d.plan.led is not None else None
+    if own is None:
+        seen = b.constant(True if dtype is DType.BOOL else 0, dtype)
+    else:
+        seen = d.spread(own, d.env[own], 4) if d.labels[own].lifted else d.env[own]
+    lines = [x if x != 1 else y for x, y in zip(mask.shape[:-1], [1] * (axis + 1 - len(seen.shape)) + list(seen.shape[:-1]))]
+    rest = b.slice(mask, starts=(0,) * (axis + 1), stops=(*mask.shape[:-1], mask.shape[-1] - lead))
+    parts = [b.broadcast_to(x, shape=(*lines, n)) for x, n in ((seen, lead), (rest, rest.shape[-1]))]
+    return b.concat(*parts, axis=axis)
 
 
 def note_cut(d: Derivation, mask: Value, cache: Cache) -> None:

@@ -29,7 +29,7 @@ from wasat.ir.ops.shape import Slice
 from ..analyses.axis import sees_ahead
 from ..analyses.rows import FIRST, Place, repeats
 from ..analyses.sequence import Label
-from .blocks import note_cut, without_padding
+from .blocks import behind, note_cut, without_padding
 from .carry import run_carry, run_scan, run_sum
 from .kept import all_positions, attend, in_place, meet, meets, over_slots, rows_first, run_window
 from .plan import Cache, Plan
@@ -101,6 +101,8 @@ class Derivation:
                 sizes = {plan.seq: substitute(plan.tokens.shape[1], self.sizes) + short} if short else self.sizes
                 self._apply(node, [self.env[v] for v in node.inputs], sizes, self.env)
             tail = tail or node is plan.last_mixing
+        if (kept := plan.kept.get(plan.tokens)) is not None and self.states[kept.name].node is None:
+            all_positions(self, plan.tokens)  # nothing reads it
         outputs = [self._output(v) for v in plan.forward.outputs]
         names = list(plan.forward.output_names)
         if self.seen:
@@ -186,7 +188,7 @@ class Derivation:
             return inputs, attrs
         rank, at = len(node.output.shape), FIRST if own else self.plan.places.get(node.output, FIRST)
         masked = isinstance(node.attrs, AttentionAttrs) and not own and not any(lifted[:3])
-        if node.op.elementwise or masked:
+        if node.op.elementwise or masked or node.is_a("take_along"):  # they broadcast
             return [self.spread(v, x, rank + own, at) if up else x for v, x, up in zip(node.inputs, inputs, lifted)], attrs
         if node.op.kind == "view" and len(inputs) > 1:  # each operand as the result is
             if own:
@@ -209,6 +211,9 @@ class Derivation:
             return (self._looked_up(node, inputs[0], inputs[1], lifted[0]),)
         if node.op.kind == "product" and any(lifted) and not own and self.plan.places.get(node.output, FIRST) != FIRST:
             return (self._rows_in_front(node, inputs, attrs, lifted),)
+        if node.is_a("take_along") and own:
+            inputs = [x if up else self.b.reshape(x, shape=(1, *x.shape)) for x, up in zip(inputs, lifted)]
+            return (self.b.take_along(*inputs, axis=AxisAttrs.of(node).axis + 1, name=node.output.name),)
         operands, attrs = self.offset(node, inputs, attrs, lifted, own)
         return self.g.add_node(node.op, operands, attrs, loc=node.loc, names=[v.name for v in node.outputs]).outputs
 
@@ -286,10 +291,12 @@ class Derivation:
             more = [without_padding(self, more[0])]
         more += [] if sink is None else [self.env[sink]]
         keys, values, past = self.states[k], self.states[v], self.past
-        led = self.plan.led
-        if led is not None and node in led.first:
+        if (led := self.plan.led) is not None and node in led.first:
+            n = led.first[node][0].shape[1]
             keys, values = self.b.cache_start(*(self.env[x] for x in led.first[node]), keys, values, past)
-            past = self.b.add(past, self.b.constant(led.first[node][0].shape[1], DType.I64))
+            past = self.b.add(past, self.b.constant(n, DType.I64))
+            if given is not None:
+                more[0] = behind(self, given, more[0], n)
         out = self.b.cached_attention(
             *(self.env[x] for x in node.inputs[:3]), keys, values, past, *more, scale=attrs.scale, window=attrs.window,
             softcap=attrs.softcap, ring=cache.capacity is not None, causal=not ahead or self.one, sink=attrs.sink,

@@ -151,6 +151,8 @@ def keep(plan: Plan) -> None:
         if plain and {plan.labels[k].kind, plan.labels[v].kind} == {"token"} and len(held(plan, [k, v])) == 1:
             del plan.of[node]  # one tensor is both
     found: list[tuple[Literal["full", "carry", "tail"], Value, int]] = [("full", v, 0) for v in held(plan, _wanted(plan))]
+    if not found and all(c.capacity is not None for c in plan.of.values()) and any(meets(plan, n) for n in plan.forward.nodes):
+        found.append(("full", plan.tokens, 0))  # sums over positions alone: how many there may be, a state has to say
     for node in plan.forward.nodes:
         label = plan.labels[node.outputs[-1]]
         if not label.mixes or isinstance(node.attrs, AttentionAttrs):
@@ -302,7 +304,7 @@ def run_window(d: Derivation, node: Node) -> None:
 # -- scores ------------------------------------------------------------------------------------------------------------------
 def meet(d: Derivation, node: Node) -> None:
     """A sum over keys: over the slots of caches, of which later ones (not yet written, too) hold what does not matter."""
-    operands, own = [], d.labels[node.output].lifted
+    operands, own = [], d.labels[node.outputs[0]].lifted
     for i, v in enumerate(node.inputs):
         keys = [a for a in d.labels[v].axes if lands(node, i, a) is None]
         x = d.over_slots(v, keys[0]) if keys else d.env[v]
@@ -310,7 +312,7 @@ def meet(d: Derivation, node: Node) -> None:
             x = guard(d, v, x, keys[0], node.axes.operands[i][keys[0]][0], node)
         operands.append(x)
     lifted = [len(x.shape) > len(v.shape) for x, v in zip(operands, node.inputs)]
-    [d.env[node.output]] = d.node(node, operands, node.attrs.bind(d.sizes), lifted, own)
+    d.env.update(zip(node.outputs, d.node(node, operands, node.attrs.bind(d.sizes), lifted, own)))
 
 
 def attend(d: Derivation, node: Node) -> None:

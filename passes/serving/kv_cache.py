@@ -17,6 +17,7 @@ from wasat.ir import (
     symbols_of,
 )
 from wasat.ir.graph import copy_node
+from wasat.ir.ops.index import AxisAttrs
 
 from ..analyses.affine import Affine, empty
 from ..analyses.axis import analyze, refuse, uncut
@@ -35,6 +36,7 @@ from .kept import (
 )
 from .lead import Led, split
 from .plan import Plan
+from .registers import set_apart
 from .token_inputs import token_inputs
 
 
@@ -122,7 +124,8 @@ def _positions_known(graph: Graph, labels: dict[Value, Label]) -> int | None:
     """For how many positions there are rows in the tables that positions (or pairs of them) index; None: for any number."""
     at, most = Indexing(()), []
     for node in graph.nodes:
-        if (axis := node.op.picks(node.attrs)) is None:
+        axis = AxisAttrs.of(node).axis if node.is_a("take_along") else node.op.picks(node.attrs)
+        if axis is None:
             continue
         table, index = node.inputs
         size = table.shape[axis]
@@ -149,9 +152,9 @@ def _served(graph: Graph, remarks: Remarks) -> tuple[Graph, Value, dict[Value, L
         seq = next(str(v.shape[1]) for v in graph.inputs if v.name == name)
         served = uncut(graph.clone(), seq)
         absorb(served, remarks)
-        led: Led | None = None
+        led = set_apart(served, seq)
         for apart in (False, True):
-            if apart and (led := split(served, name)) is not None:
+            if apart and led is None and (led := split(served, name)) is not None:
                 served = led.graph
             elif apart:
                 break
@@ -160,6 +163,10 @@ def _served(graph: Graph, remarks: Remarks) -> tuple[Graph, Value, dict[Value, L
             ahead = {n: v for n, v in zip(served.output_names, served.outputs) if not labels[v].one_each}
             lost = {n: v for n, v in ahead.items() if len(ahead) < len(served.outputs) and _whole_batch(v, tokens)}
             refused = [refuse(labels[v], n, seq) for n, v in ahead.items() if n not in lost]
+            if led is not None:
+                refused += [_of_tokens(v) for v in led.fixed() if labels[v].kind != "fixed"]
+                seen = (labels[v] for v in led.seen.values())
+                refused += [refuse(label, served.output_names[0], seq) for label in seen if label.kind == "ahead"]
             if refused:
                 failure = failure or refused[0]
                 continue
@@ -175,6 +182,11 @@ def _served(graph: Graph, remarks: Remarks) -> tuple[Graph, Value, dict[Value, L
         f"graph @{graph.name} has 0 inputs that could be its tokens; it needs one of integers [batch, sequence], where the "
         "sequence is symbolic"
     )
+
+
+def _of_tokens(v: Value) -> IRError:
+    said = "it stands beside the keys of tokens, and depends on tokens itself"
+    return IRError(f"no KV cache can be derived: {v.node!r}\n  {said}", v.loc)
 
 
 def _whole_batch(v: Value, tokens: Value) -> bool:

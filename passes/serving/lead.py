@@ -25,11 +25,17 @@ from ..analyses.sequence import LooksAhead
 @dataclass
 class Led:
     """A graph along its tokens alone. ``first``: of each attention that has some, the keys and values of the positions in
-    front, at most ``lead``: [1 | b, positions, heads, features]."""
+    front, at most ``lead``: [1 | b, positions, heads, features]. ``seen``: what a mask over tokens says of these, where it
+    hides some: [.., queries, positions]."""
 
     graph: Graph
     lead: int
     first: dict[Node, tuple[Value, Value]]
+    seen: dict[Value, Value] = field(default_factory=dict)
+
+    def fixed(self) -> list[Value]:
+        """What must not depend on tokens."""
+        return [v for pair in self.first.values() for v in pair]
 
 
 def split(graph: Graph, tokens: str) -> Led | None:

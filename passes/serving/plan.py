@@ -108,13 +108,17 @@ class Plan:
                 plan.memory.setdefault(v, f"memory.{len(plan.memory)}")
         return plan
 
+    def leads(self, node: Node) -> bool:
+        """Whether something stands first in the cache of an attention."""
+        return self.led is not None and node in self.led.first
+
     def _cache(self, node: Node, chunk: int, granule: int, context: int | None) -> None:
         _, k, v, *more = node.inputs
         window, sinks = AttentionAttrs.of(node).window, 0
         mask, _ = mask_and_sink(AttentionAttrs.of(node), more)
         if window is None and mask is not None and self.labels[mask].kind == "pair":
             sinks, window = ends(mask) or (0, None)
-        capacity = None if window is None or self.led is not None else -(-(window + chunk - 1) // granule) * granule
+        capacity = None if window is None or self.leads(node) else -(-(window + chunk - 1) // granule) * granule
         if capacity is not None and context is not None and context <= capacity + sinks:
             capacity = None
         if sees_ahead(node, self.labels):

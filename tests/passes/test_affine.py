@@ -193,3 +193,55 @@ def test_the_last_element() -> None:
     check_pass(SimplifyIndices(), LAST, LAST_SLICED, dims=[{"b": 2, "s": 3}, {"b": 1, "s": 1}])
     for near in (LAST.replace("%n, 1:i64", "%n, 2:i64").replace("-1:i64", "-2:i64"), LAST.replace("b, s, 4", "b, 7, 4")):
         check_untouched(SimplifyIndices(), near.replace("size=s}", "size=b}") if "7" in near else near)
+
+
+REPEATED = """graph @f(%x: f32[h, 4], %d: i64[s, s], %t: f32[6, 4]) {
+  %e: i64[s, s] = maximum(%d, 0:i64)
+  %i: i64[s, s] = minimum(%e, 3:i64)
+  %r: f32[h, 1, 4] = reshape(%x) {shape=(h, 1, 4)}
+  %w: f32[h, s, 4] = broadcast_to(%r) {shape=(h, s, 4)}
+  %j: i64[h, s, s] = broadcast_to(%i) {shape=(h, s, s)}
+  %a: f32[h, s, s] = take_along(%w, %j) {axis=2}
+  %f: i64[s*s] = reshape(%i) {shape=(s*s,)}
+  %g: f32[s*s, 4] = gather(%t, %f)
+  return %a, %g
+}"""
+UNREPEATED = """graph @f(%x: f32[h, 4], %d: i64[s, s], %t: f32[6, 4]) {
+  %e: i64[s, s] = maximum(%d, 0:i64)
+  %i: i64[s, s] = minimum(%e, 3:i64)
+  %r: f32[h, 1, 4] = reshape(%x) {shape=(h, 1, 4)}
+  %reshape: f32[h, 1, 4] = reshape(%r) {shape=(h, 1, 4)}
+  %reshape_1: i64[1, s, s] = reshape(%i) {shape=(1, s, s)}
+  %a: f32[h, s, s] = take_along(%reshape, %reshape_1) {axis=2}
+  %gather: f32[s, s, 4] = gather(%t, %i)
+  %g: f32[s*s, 4] = reshape(%gather) {shape=(s*s, 4)}
+  return %a, %g
+}"""
+
+
+def test_what_is_repeated_and_flattened_for_a_lookup() -> None:
+    check_pass(SimplifyIndices(), REPEATED, UNREPEATED, dims=[{"h": 2, "s": 3}, {"h": 1, "s": 1}])
+
+
+NEAR_REPEATED = {
+    "along the axis itself": """graph @f(%x: f32[h, 4], %d: i64[h, 1]) {
+  %j: i64[h, 5] = broadcast_to(%d) {shape=(h, 5)}
+  %a: f32[h, 5] = take_along(%x, %j) {axis=1}
+  return %a
+}""",
+    "where the other has one": """graph @f(%x: f32[1, 4], %d: i64[1, s]) {
+  %j: i64[h, s] = broadcast_to(%d) {shape=(h, s)}
+  %a: f32[h, s] = take_along(%x, %j) {axis=1}
+  return %a
+}""",
+    "sizes that are known": """graph @f(%t: f32[6, 4], %i: i64[s, 2]) {
+  %f: i64[2*s] = reshape(%i) {shape=(2*s,)}
+  %g: f32[2*s, 4] = gather(%t, %f)
+  return %g
+}""",
+}
+
+
+@pytest.mark.parametrize("text", NEAR_REPEATED.values(), ids=NEAR_REPEATED)
+def test_lookups_that_stay(text: str) -> None:
+    check_untouched(SimplifyIndices(), text)

@@ -1,0 +1,257 @@
+"""Keys that no token made stand first in a cache; the largest of what is seen is chosen; tables of distances."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_kept import DIM, HEADS, INF, VOCAB, WIDTH, Mix, Model, Rows, hidden, merged, scores
+from wasat.frontend import nn
+from wasat.ir import IRError, Program
+
+import wasat as ws
+
+RNG = np.random.default_rng(7)
+MADE = RNG.normal(size=(1, 3, HEADS, WIDTH)).astype(np.float32)
+TABLE = RNG.normal(size=(24, WIDTH)).astype(np.float32)
+PLACES = RNG.normal(size=(64, DIM)).astype(np.float32)
+
+
+def queries(x: nn.Tensor) -> nn.Tensor:
+    return x.heads(HEADS).swap(1, 2)
+
+
+def placed(mix: Mix) -> Mix:
+    """``mix`` of what differs from position to position: no two scores are equal but for rounding."""
+
+    def mixed(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+        return mix(x + nn.gather(nn.constant(PLACES), at), at)
+
+    mixed.__name__, mixed.__doc__ = mix.__name__, mix.__doc__
+    return mixed
+
+
+def joined(x: nn.Tensor, front: int = 3) -> tuple[nn.Tensor, nn.Tensor]:
+    """Keys and values [b, h, s + 3, d]: of three that no token made, ``front`` are in front, and the others behind."""
+    made, q = nn.constant(MADE).broadcast_to(x.shape[0], 3, HEADS, WIDTH), x.heads(HEADS)
+    found = [nn.concat([a[:, :front], b, a[:, front:]], axis=1) for a, b in ((made, nn.sin(q)), (nn.cos(made), q))]
+    return found[0].swap(1, 2), found[1].swap(1, 2)
+
+
+def beside(x: nn.Tensor, at: nn.Tensor, keep: Callable[[nn.Tensor, nn.Tensor], nn.Tensor]) -> nn.Tensor:
+    """What ``keep`` lets query i [s, 1] see of key j [s + 3], of which the first three are no token's."""
+    k, v = joined(x)
+    j = nn.arange(x.shape[1] + 3)
+    return merged(nn.softmax(nn.where(keep(at[:, None], j[None, :]), queries(x) @ k.T, -INF)) @ v)
+
+
+def registers(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """Three keys that no token made stand in front, seen by all"""
+    return beside(x, at, lambda i, j: j <= i + 3)
+
+
+def registers_and_window(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """The same beside a window of four tokens"""
+    return beside(x, at, lambda i, j: (j < 3) | ((j <= i + 3) & (j > i - 1)))
+
+
+def registers_by_position(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """One of them hidden from all, one from the first four positions"""
+    return beside(x, at, lambda i, j: (j <= i + 3) & (j != 0) & ((j != 1) | (i >= 4)))
+
+
+def registers_and_tokens(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """A number for each token's key beside them"""
+    worth = nn.pad(x[..., 0], (0, 3), (0, 0))[:, None, None, :]
+    k, v = joined(x)
+    s = nn.where(nn.arange(x.shape[1] + 3)[None, :] <= at[:, None] + 3, queries(x) @ k.T + worth, -INF)
+    return merged(nn.softmax(s) @ v)
+
+
+def biased_keys(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """One in front and two behind, a mask with columns for them (bias_k, bias_v)"""
+    k, v = joined(x, 1)
+    mask = nn.pad(nn.where(nn.causal(at), 0.0, -INF), (0, 1), (0, 2))
+    return merged(nn.softmax(queries(x) @ k.T + mask) @ v)
+
+
+def zero_key(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """A key and a value of zeros behind (add_zero_attn), a window before it"""
+    q = queries(x)
+    k, v = (nn.pad(y, (0, 0, 0, 0), (0, 0, 1, 0)) for y in (nn.sin(q), q))
+    mask = nn.pad(nn.where(nn.causal(at) & nn.within(at, 3), 0.0, -INF), (0, 0), (0, 1))
+    return merged(nn.softmax(q @ k.T + mask) @ v)
+
+
+def largest_few(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """Scores below the third largest are hidden"""
+    s, v = hidden(x, at)
+    return merged(nn.softmax(nn.where(s < nn.top_k(s, 3)[0][..., -1:], -INF, s)) @ v)
+
+
+def chosen(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """The second largest and its place, the place of the least"""
+    s, v = scores(x)
+    top, place = nn.top_k(nn.where(nn.causal(at), s, -INF), 2)
+    least = nn.argmin(nn.where(nn.causal(at), s, INF), axis=-1, keepdims=True)
+    w = ((place[..., 1:] == at) | (least == at)) & nn.causal(at)
+    return merged(w.cast("f32") @ v) + nn.where(top[..., 1:] > -INF, top[..., 1:], 0.0).sum(1)
+
+
+def looked_up_along(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """Queries by a table of distances, and keys by it, at repeated indices"""
+    s, v = scores(x)
+    behind = nn.maximum(at[:, None] - at[None, :], 0)[None, None].broadcast_to(*s.shape)
+    near = nn.clip(at[None, :] - at[:, None], 0, 5)[None, None].broadcast_to(*s.shape)
+    table = nn.constant(TABLE)
+    s = s + nn.take_along(queries(x) @ table.T, behind, axis=-1)
+    s = s + nn.take_along(nn.cos(queries(x)) @ table.T, near, axis=-1).swap(2, 3)
+    return merged(nn.softmax(nn.where(nn.causal(at), s, -INF)) @ v)
+
+
+def flattened_indices(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """A table looked up at flattened distances; one of each head's, repeated for all queries"""
+    s, v = scores(x)
+    n, behind = x.shape[1], nn.maximum(at[:, None] - at[None, :], 0)
+    flat = nn.gather(nn.constant(TABLE[:, :HEADS]), behind.reshape(n * n)).reshape(n, n, HEADS).transpose(2, 0, 1)
+    rows = nn.constant(TABLE[:, 2:].T.copy())[:, None].broadcast_to(HEADS, n, 24)
+    s = s + flat + nn.take_along(rows, behind[None].broadcast_to(HEADS, n, n), axis=-1)
+    return merged(nn.softmax(nn.where(nn.causal(at), s, -INF)) @ v)
+
+
+def heads_in_rows(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """Queries [s, b * h, d] by vectors for each distance [s, d, t], as an einsum is exported"""
+    s, v = scores(x)
+    b, n = x.shape[:2]
+    vectors = nn.gather(nn.constant(TABLE), nn.clip(at[:, None] - at[None, :], 0, 5))
+    folded = queries(x).transpose(2, 0, 1, 3).reshape(n, b * HEADS, WIDTH)
+    s = s + (folded @ vectors.T).reshape(n, b, HEADS, n).transpose(1, 2, 0, 3)
+    return merged(nn.softmax(nn.where(nn.causal(at), s, -INF)) @ v)
+
+
+def counted(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """A running mean whose divisor is a sum over a mask, and nothing else that meets"""
+    return nn.cumsum(x, axis=1) / nn.causal(at).cast("f32").sum(-1)[:, None]
+
+
+BESIDE: dict[str, Mix] = {
+    f.__name__: placed(f) if f in (largest_few, chosen) else f
+    for f in (
+        registers, registers_and_window, registers_by_position, registers_and_tokens, biased_keys, zero_key, largest_few,
+        chosen, looked_up_along, flattened_indices, heads_in_rows, counted,
+    )
+}  # fmt: skip
+
+
+@cache
+def derived(name: str) -> tuple[Program, Program]:
+    program = nn.trace(Model(BESIDE[name]), {"tokens": "i64[b, s]"}, outputs=["logits"])
+    return program, ws.optimize(program, kv_cache=True, chunk=6)[0]
+
+
+@pytest.mark.parametrize("name", BESIDE)
+@given(st.data())
+@settings(max_examples=2, deadline=None)
+def test_incremental_equals_full(name: str, data: st.DataObject) -> None:
+    """Any chunking, rows of different lengths padded on the right with tokens like any other."""
+    forward, program = derived(name)
+    rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
+    batch = data.draw(st.integers(1, 3))
+    rows, session = [np.zeros(0, np.int64)] * batch, Rows(program, batch)
+    for _ in range(data.draw(st.integers(2, 4))):
+        lengths = np.array([data.draw(st.integers(1, 6)) for _ in range(batch)])
+        tokens = rng.integers(0, VOCAB, (batch, lengths.max()))
+        got = session.feed(tokens, lengths)
+        rows = [np.concatenate([r, t[:n]]) for r, t, n in zip(rows, tokens, lengths)]
+        for r, row in enumerate(rows):
+            if len(row) >= 3:  # of fewer, there are no three largest
+                want = ws.run(forward, tokens=row[None])["logits"][0, -1]
+                np.testing.assert_allclose(got[r], want, rtol=1e-4, atol=1e-5, err_msg=f"row {r} after {len(row)}")
+
+
+@pytest.mark.parametrize(
+    "name, kept, context",
+    [
+        ("registers", ["f32[b, c + 16, 2, 4]"] * 2, None),
+        ("registers_and_tokens", ["f32[b, c + 16, 2, 4]", "f32[b, c + 16, 2, 4]", "f32[b, c + 16, 1, 1]"], None),
+        ("largest_few", ["f32[b, c, 2, 4]"], 64),
+        ("looked_up_along", ["f32[b, c, 2, 4]", "f32[b, c, 2, 4]", "f32[b, c, 2, 24]"], 24),
+        ("counted", ["i64[b, c, 1, 1]", "f32[b, 8]"], None),
+    ],
+)
+def test_what_is_kept(name: str, kept: list[str], context: int | None) -> None:
+    _, program = derived(name)
+    names = set(program.interface.state_names)
+    assert [str(v.type) for v in program["decode"].inputs if v.name in names] == kept
+    assert program.interface.context == context
+
+
+# -- near misses ---------------------------------------------------------------------------------------------------------------
+def counted_from_the_end(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """Causal by the last key, and the last three are no token's: query i sees token i + 3."""
+    k, v = joined(x, 0)
+    j = nn.arange(x.shape[1] + 3)
+    return merged(nn.softmax(nn.where(j[None, :] <= at[:, None] + 3, queries(x) @ k.T, -INF)) @ v)
+
+
+def values_elsewhere(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """Keys with three in front, values with three behind."""
+    (k, _), (_, v) = joined(x), joined(x, 0)
+    j = nn.arange(x.shape[1] + 3)
+    return merged(nn.softmax(nn.where(j[None, :] <= at[:, None] + 3, queries(x) @ k.T, -INF)) @ v)
+
+
+def made_of_tokens(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """What stands in front is made of the last token."""
+    first, q = x[:, -1:], x.heads(HEADS)
+    k = nn.concat([first.heads(HEADS), q], axis=1).swap(1, 2)
+    j = nn.arange(x.shape[1] + 1)
+    return merged(nn.softmax(nn.where(j[None, :] <= at[:, None] + 1, queries(x) @ k.T, -INF)) @ k)
+
+
+def seen_ahead(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    return beside(x, at, lambda i, j: j <= i + 4)
+
+
+def largest_of_all(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """The third largest of all scores, of later keys too."""
+    s, v = scores(x)
+    return merged(nn.softmax(nn.where(nn.causal(at) & (s >= nn.top_k(s, 3)[0][..., -1:]), s, -INF)) @ v)
+
+
+def smallest(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    s, v = hidden(x, at)
+    return merged(nn.softmax(nn.where(s > nn.emit("top_k", s, k=3, axis=3, largest=False)[0][..., -1:], s, -INF)) @ v)
+
+
+def least_of_hidden(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    s, _ = hidden(x, at)
+    return x * nn.argmin(s, axis=-1).sum(1).cast("f32")[..., None]
+
+
+def largest_tokens(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    return nn.where(x >= nn.top_k(x, 3, axis=1)[0][:, -1:], x, 0.0)
+
+
+AHEAD: dict[str, tuple[Mix, str]] = {
+    "counted from the end": (counted_from_the_end, "it adds to the sequence"),
+    "values elsewhere": (values_elsewhere, "it adds to the sequence"),
+    "made of tokens": (made_of_tokens, "it stands beside the keys of tokens, and depends on tokens itself"),
+    "seen ahead": (seen_ahead, "a token attends to later ones"),
+    "the largest of all": (largest_of_all, "where a key is later, it is not known what stands in it, not -inf"),
+    "the smallest": (smallest, "where a key is later, -inf stands in it, not inf"),
+    "the least of what is hidden": (least_of_hidden, "where a key is later, -inf stands in it, not inf"),
+    "the largest tokens": (largest_tokens, "it reduces over the sequence, later tokens included"),
+}
+
+
+@pytest.mark.parametrize("name", AHEAD)
+def test_what_looks_ahead_is_refused(name: str) -> None:
+    mix, reason = AHEAD[name]
+    with pytest.raises(IRError) as e:
+        ws.optimize(nn.trace(Model(mix), {"tokens": "i64[b, s]"}, outputs=["logits"]), kv_cache=True, chunk=6)
+    assert reason in str(e.value)
