@@ -155,13 +155,18 @@ def decoder(out: Path, precision: str | None, target: str) -> None:
     for name, p in program.params.items():
         x = (0.05 * rng.standard_normal(p.type.concrete({}))).astype(np.float32)  # type: ignore[union-attr]
         program.params[name] = ArrayParam(x + ("norm" in name), p.type)
-    options: dict[str, Any] = {"quantize": precision, "activation": None}
+    options: dict[str, Any] = {"quantize": precision, "activation": _half(precision)}
     ws.compile(program, out, target=target, **options)
     tokens = rng.integers(3, 320, (1, 24))
     whole, _ = ws.optimize(program, kv_cache=False, **options)
     logits = ws.run(whole, tokens=tokens)["logits"]
     [far] = spread(whole["forward"], {"tokens": tokens}, {k: whole.load(k) for k in whole.params})
     np.savez(out.with_suffix(".npz"), tokens=tokens, logits=logits, allowed=bound(logits, far))
+
+
+def _half(precision: str | None) -> str | None:
+    """The activations beside weights of a precision: what tensor cores take."""
+    return None if precision is None else "f16" if precision == "f16" else "bf16"
 
 
 def _program(out: Path, config: dict[str, Any]) -> Program:
@@ -193,15 +198,18 @@ def demo(out: Path, target: str) -> None:
 
 
 def products(out: Path, machine: Target, n: int) -> None:
-    """Products of n with f16 activations, and causal attention over n positions: programs to be timed."""
+    """Products of n with activations in half precision, and causal attention over n positions: programs to be timed."""
     texts = {
-        f"gemm-{d}": f"graph @f(%x: f16[{n}, {n}]) {{\n  param %w: {t}[{n}, {n}]\n{how}  return %y\n}}" for d, t, how in (
-            ("f16", "f16", f"  %y: f16[{n}, {n}] = linear(%x, %w)\n"),
-            ("int4", "int4b32f16", f"  %y: f16[{n}, {n}] = quantized_linear(%x, %w)\n"),
+        f"gemm-{d}": f"graph @f(%x: {half}[{n}, {n}]) {{\n  param %w: {t}[{n}, {n}]\n"
+        f"  %y: {half}[{n}, {n}] = {how}(%x, %w)\n  return %y\n}}"
+        for d, half, t, how in (
+            ("f16", "f16", "f16", "linear"), ("bf16", "bf16", "bf16", "linear"),
+            ("int4", "f16", "int4b32f16", "quantized_linear"), ("int8-bf16", "bf16", "int8b32f16", "quantized_linear"),
         )
     }  # fmt: skip
-    shape = f"f16[1, {n}, 32, 128]"
-    texts["attention-f16"] = f"""graph @f(%q: {shape}, %k: {shape}, %v: {shape}) {{
+    for half in ("f16", "bf16"):
+        shape = f"{half}[1, {n}, 32, 128]"
+        texts[f"attention-{half}"] = f"""graph @f(%q: {shape}, %k: {shape}, %v: {shape}) {{
   %y: {shape} = attention(%q, %k, %v) {{scale=0.088, causal=true}}
   return %y
 }}"""
@@ -212,7 +220,7 @@ def products(out: Path, machine: Target, n: int) -> None:
 def model(out: Path, config: dict[str, Any], precision: str, machine: Target) -> None:
     """A program without its weights."""
     program, _ = ws.optimize(
-        _program(out, config), quantize=precision, activation=None, granule=machine.granule, verify=False
+        _program(out, config), quantize=precision, activation=_half(precision), granule=machine.granule, verify=False
     )
     _write(out, program, machine)
     (out / "config.json").write_text(json.dumps(config))

@@ -209,8 +209,9 @@ def products(bundle: Path, match: str) -> dict[str, Any]:
         rng = np.random.default_rng(1)
         given = []
         for spec in entry.inputs:
-            x = rng.standard_normal([int(d) for d in spec.shape], np.float32).astype(np.float16)
-            given.append(engine.memory.buffer_of(x))
+            x = rng.standard_normal([int(d) for d in spec.shape], np.float32)
+            half = (x.view(np.uint32) >> 16).astype(np.uint16) if spec.dtype == "bfloat16" else x.astype(np.float16)
+            given.append(engine.memory.buffer_of(half, spec.dtype))
         given += engine.weights_of("f")
         host.function("f")(*given)
         recorded = next(iter(host._recorded["f"].values())).commands

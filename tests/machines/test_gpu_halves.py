@@ -116,8 +116,8 @@ def test_rows_of_halves(machine: Machine, half: Half) -> None:
 
 
 @on_halves()
-@pytest.mark.parametrize("dims, interleaved", [(24, True), (16, False)])
-def test_rope_of_halves(machine: Machine, half: Half, dims: int, interleaved: bool) -> None:
+def test_rope_of_halves(machine: Machine, half: Half) -> None:
+    dims, interleaved = 16, False
     x = normal(2, 3, 5, 24).astype(half)
     positions = np.array([[0, 7, 8191], [3, 100000, 17]], np.int64)
     inv_freq = (1e4 ** -np.linspace(0, 1, dims // 2)).astype(np.float32)
@@ -145,22 +145,20 @@ def test_rounding_of_halves(machine: Machine, half: Half) -> None:
 
 
 @on_halves()
-@pytest.mark.parametrize("start", [False, True])
-def test_caches_of_halves(machine: Machine, half: Half, start: bool) -> None:
+def test_caches_of_halves(machine: Machine, half: Half) -> None:
     k, v, keys, values = (normal(*s).astype(half) for s in ((2, 2, 2, 5), (2, 2, 2, 8), (2, 7, 2, 5), (2, 7, 2, 8)))
     past = np.array([0, 4], np.int64)
-    desc = CacheWrite(machine.limits, 2, 5, 8, start=start, dtype=half.name, stored=half.name)
+    desc = CacheWrite(machine.limits, 2, 5, 8, dtype=half.name, stored=half.name)
     *_, new_keys, new_values = run(machine, cache_write(desc), [k, v, past, keys, values])
     for new, old, x in ((new_keys, keys, k), (new_values, values, v)):
         want = old.copy()
         for row, first in enumerate(past):
-            if not start or first == 0:
-                want[row, first : first + 2] = x[row]
+            want[row, first : first + 2] = x[row]
         np.testing.assert_array_equal(new, want)
 
 
 @on_halves()
-@pytest.mark.parametrize("s, more", [(1, ""), (19, ""), (9, "fBH")])
+@pytest.mark.parametrize("s, more", [(1, ""), (9, "fBH")])
 def test_attention_of_halves(machine: Machine, half: Half, s: int, more: str) -> None:
     q, k, v = (x.astype(half) for x in (normal(2, s, 4, 40), normal(2, 300, 2, 40), normal(2, 300, 2, 24)))
     past = np.array([300 - s, 20], np.int64)
