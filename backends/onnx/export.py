@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 from onnx import defs, helper
-from wasat.ir import DType, Graph, IRError, Program, QTensorType, TensorType, Value
+from wasat.ir import Builder, DType, Graph, IRError, Program, QTensorType, TensorType, Value
 from wasat.ir.decompose import decompose
+from wasat.ir.ops.linear_attention import LinearAttention, LinearAttentionAttrs
 
 from . import composites, loops, primitives  # noqa: F401  (fill the table)
 from .emitter import CODE, Emitter, Options, Weight, value_info
@@ -87,11 +88,20 @@ def _chosen(program: Program, name: str | None) -> Graph:
     return program.graphs[name]
 
 
+def _by_tokens(graph: Graph, options: Options) -> None:
+    """Linear attention that has no operator becomes a Scan over tokens, which readers know again, rather than over blocks."""
+    for node in list(graph.nodes):
+        if isinstance(node.op, LinearAttention) and emission(node, options) is None:
+            made = node.op.turns(Builder(graph, before=node, loc=node.loc), LinearAttentionAttrs.of(node), *node.inputs)
+            graph.replace(node, made)
+
+
 def build(program: Program, source: Graph, options: Options) -> tuple[Emitter, onnx.ModelProto]:
     """The model without the numbers of its parameters, which the emitter lists. Raises ExportError for what has no form."""
     graph = source.clone()
     if options.opset >= 23:
         prepare(graph)
+    _by_tokens(graph, options)
     decompose(graph, lambda node: emission(node, options) is not None)
 
     def load(name: str) -> object:

@@ -315,7 +315,9 @@ class Context:
         inputs = [te.placeholder(x.ty.shape.values, x.ty.dtype, f"x{i}") for i, x in enumerate(args)]
         out = build(*inputs)
         func = te.create_prim_func([*inputs, out], "int64")
-        missing = set(tirx.analysis.undefined_vars(func.body)) - {d for t in inputs for d in t.shape}
+        sizes = [d for t in inputs for d in t.shape]
+        derived = [v for d in sizes if not isinstance(d, tirx.Var) for v in tirx.analysis.undefined_vars(d)]
+        missing = {*tirx.analysis.undefined_vars(func.body), *derived} - set(sizes)  # a buffer's size has to be known, too
         free = [v for s in self.symbols.values() for v in tirx.analysis.undefined_vars(s) if v in missing]
         if free:
             # TVM's fusion knows the symbols that a tensor's shape carries, and no others

@@ -16,6 +16,7 @@ from ..op import Body, ErrorSample, Op, Sample, floating, register
 from ..types import DType, TensorType
 from .attention import rank4, wave
 from .elementwise import wide
+from .linear_blocks import by_blocks
 
 if TYPE_CHECKING:
     from ..builder import Builder
@@ -177,28 +178,14 @@ class LinearAttention(Op):
     def decompose(
         self, b: Builder, attrs: LinearAttentionAttrs, q: Value, k: Value, v: Value, state: Value, *more: Value
     ) -> tuple[Value, Value]:
-        """A scan over the tokens; of one token, its turn."""
-        n, s, h, d = q.shape
-        g, e = v.shape[2:]
-        wanted = max((x.tensor.dtype for x in (q, state)), key=lambda t: t.bits)
-        dtype = wanted if wanted.bits >= 32 else DType.F32
-        given = [x if x.tensor.dtype is dtype else b.cast(x, dtype=dtype) for x in (q, k, v, *more)]
-        start = state if state.tensor.dtype is dtype else b.cast(state, dtype=dtype)
-        shapes: list[tuple[DimLike, ...]] = [(n, g, h // g, d), (n, g, d, 1), (n, g, 1, e)]
-        shapes += [(n, g, 1, 1) if len(x.shape) == 3 else (n, g, d, 1) for x in more]
-        body = _turn(attrs, TensorType(dtype, (n, g, d, e)), [TensorType(dtype, shape) for shape in shapes])
-        if equal(s, 1) is True:
-            last, row = b.inline(body, [start, *(b.reshape(x, shape=shape) for x, shape in zip(given, shapes))])
-            y = b.reshape(row, shape=(n, s, h, e))
-        else:
-            turns = [
-                b.reshape(b.transpose(x, perm=(1, 0, *range(2, len(x.shape)))), shape=(s, *shape))
-                for x, shape in zip(given, shapes)
-            ]
-            last, rows = b.scan(start, *turns, body=Body(body), carries=1, slices=len(turns))
-            y = b.transpose(b.reshape(rows, shape=(s, n, h, e)), perm=(1, 0, 2, 3))
-        y = y if q.tensor.dtype is dtype else b.cast(y, dtype=q.tensor.dtype)
-        return y, last if state.tensor.dtype is dtype else b.cast(last, dtype=state.tensor.dtype)
+        """A scan over blocks of tokens; of decays for each feature over tokens, and of one token its turn."""
+        return _wide(b, attrs, (q, k, v, state, *more), blocks=not attrs.gated or len(more[0].shape) == 3)
+
+    def turns(
+        self, b: Builder, attrs: LinearAttentionAttrs, q: Value, k: Value, v: Value, state: Value, *more: Value
+    ) -> tuple[Value, Value]:
+        """The same as a scan over the tokens, as it is defined."""
+        return _wide(b, attrs, (q, k, v, state, *more), blocks=False)
 
     def samples(self) -> Iterable[Sample]:
         q, k, v, state = wave(2, 5, 4, 3), wave(2, 5, 2, 3, step=0.7), wave(2, 5, 2, 6, step=0.9), wave(2, 2, 3, 6, step=1.3)
@@ -231,6 +218,37 @@ class LinearAttention(Op):
         yield ErrorSample([*ok, "f32[b, s, 2, 6]"], {"rule": "gated"}, "key features of decay and k")
         yield ErrorSample([*ok, "f32[b, s, 2, 8]"], {"rule": "delta"}, "beta must be [batch, position, head], not")
         yield ErrorSample([*ok, "f16[b, s, 2]"], {"rule": "delta"}, "beta must be f32 or f32")
+
+
+def _wide(b: Builder, attrs: LinearAttentionAttrs, operands: Sequence[Value], blocks: bool) -> tuple[Value, Value]:
+    """Computed in f32 or wider: by blocks of tokens, or token by token."""
+    q, k, v, state, *more = operands
+    n, s, h, d = q.shape
+    g, e = v.shape[2:]
+    wanted = max((x.tensor.dtype for x in (q, state)), key=lambda t: t.bits)
+    dtype = wanted if wanted.bits >= 32 else DType.F32
+    given = [x if x.tensor.dtype is dtype else b.cast(x, dtype=dtype) for x in (q, k, v, *more)]
+    start = state if state.tensor.dtype is dtype else b.cast(state, dtype=dtype)
+    single = equal(s, 1) is True
+    if blocks and not single:
+        decay, beta = decay_and_beta(attrs, given[3:])
+        last, y = by_blocks(b, attrs, start, given[0], given[1], given[2], decay, beta)
+    else:
+        shapes: list[tuple[DimLike, ...]] = [(n, g, h // g, d), (n, g, d, 1), (n, g, 1, e)]
+        shapes += [(n, g, 1, 1) if len(x.shape) == 3 else (n, g, d, 1) for x in more]
+        body = _turn(attrs, TensorType(dtype, (n, g, d, e)), [TensorType(dtype, shape) for shape in shapes])
+        if single:
+            last, row = b.inline(body, [start, *(b.reshape(x, shape=shape) for x, shape in zip(given, shapes))])
+            y = b.reshape(row, shape=(n, s, h, e))
+        else:
+            turns = [
+                b.reshape(b.transpose(x, perm=(1, 0, *range(2, len(x.shape)))), shape=(s, *shape))
+                for x, shape in zip(given, shapes)
+            ]
+            last, rows = b.scan(start, *turns, body=Body(body), carries=1, slices=len(turns))
+            y = b.transpose(b.reshape(rows, shape=(s, n, h, e)), perm=(1, 0, 2, 3))
+    y = y if q.tensor.dtype is dtype else b.cast(y, dtype=q.tensor.dtype)
+    return y, last if state.tensor.dtype is dtype else b.cast(last, dtype=state.tensor.dtype)
 
 
 def _turn(attrs: LinearAttentionAttrs, state: TensorType, given: Sequence[TensorType]) -> Any:

@@ -44,6 +44,9 @@ CASES = {
         "(%x: f32[7, 30]) {\n %a: f32[7, 30] = sigmoid(%x)\n %c: f32[7, 30] = mul(%a, %x)\n %d: f32[7, 30] = tanh(%c)\n"
         " %e: f32[7, 30] = exp(%d)\n %f: f32[7, 30] = mul(%e, %a)\n %g: f32[7, 30] = sigmoid(%f)\n %h: f32[7, 30] = mul(%g, %d)\n"
         " %y: f32[7, 30] = tanh(%h)"),
+    "turned round, padded, of another shape": (
+        "(%x: f32[2, 3]) {\n %r: f32[2, 3, 1] = reshape(%x) {shape=(2, 3, 1)}\n"
+        " %p: f32[2, 4, 2] = pad(%r) {low=(0, 1, 0), high=(0, 0, 1)}\n %y: f32[2, 4, 2] = reverse(%p) {axes=(1,)}"),
     "a scalar": "(%x: f32[], %z: f32[]) {\n %a: f32[] = add(%x, %z)\n %y: f32[] = sqrt(%a)",
 }  # fmt: skip
 

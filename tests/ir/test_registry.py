@@ -317,6 +317,8 @@ def test_says_of_what_kind_it_is(name: str) -> None:
 
 COMPUTES_ALL_GROUPS = {"grouped_linear", "grouped_outer", "quantized_grouped_linear"}
 """Operations whose decomposition multiplies what they leave out."""
+BY_BLOCKS = {"linear_attention"}
+"""Those whose decomposition also multiplies the tokens of a block by each other."""
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -331,7 +333,7 @@ def test_multiply_adds_are_those_of_the_decomposition(name: str) -> None:
         if op.is_composite:
             decompose(g, lambda node: False)
             made = sum(node.multiply_adds for node in g.nodes)
-            assert made > count if name in COMPUTES_ALL_GROUPS else made == count
+            assert made > count if name in COMPUTES_ALL_GROUPS else made >= count if name in BY_BLOCKS else made == count
             assert not op.cheap or all(node.op.cheap for node in g.nodes)
 
 

@@ -119,6 +119,13 @@ def _stages(func: tirx.PrimFunc) -> list[_Stage]:
     return out
 
 
+def _divides(index: Expr) -> bool:
+    """Whether it holds a quotient or a remainder."""
+    return isinstance(index, tirx.FloorDiv | tirx.FloorMod) or (
+        isinstance(index, _BINARY) and (_divides(index.a) or _divides(index.b))
+    )
+
+
 class _Loops:
     """One function in the making."""
 
@@ -227,6 +234,8 @@ class _Loops:
             at = self._offset(_shape(buffer), index)
             if self.offsets is not None:
                 self.offsets.append(at)
+            elif _divides(at):  # TVM's FlattenBuffer loses the 2 of (i + 2 - j) // 3 where it knows that i is 0
+                at = self.kernel.let(at)
             return load(self.flat[buffer], at)
         self.reads += 1
         if self.reads > _MOST:
