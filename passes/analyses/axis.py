@@ -21,7 +21,7 @@ from wasat.ir.ops.shape import Slice
 
 from .ahead import sight
 from .indexing import Indexing
-from .later import apart, beside, neutralized, stands_for
+from .later import apart, beside, blind, neutralized, stands_for
 from .parts import part
 from .sequence import FIXED, LAST, Kind, Label, LooksAhead, axes_of, beyond
 
@@ -112,7 +112,7 @@ def _own(
         return _carried(node, given)
     if (shifted := part(node, given, symbol)) is not None:
         return shifted
-    return _general(node, given, symbol, at)
+    return _general(node, given, symbol, at, labels)
 
 
 def _given_sizes(node: Node, symbol: str, at: Indexing) -> Label:
@@ -163,7 +163,9 @@ def _pair(node: Node, axis: int, other: int, at: Indexing) -> Label:
 
 
 # -- everything whose axis rule says enough --------------------------------------------------------------------------------
-def _general(node: Node, given: Sequence[Label], symbol: str, at: Indexing) -> Label:
+def _general(
+    node: Node, given: Sequence[Label], symbol: str, at: Indexing, labels: Mapping[Value, Label]
+) -> Label:
     """The label that follows from the axis rule: of what goes on along one axis or two, or meets along one of two."""
     rule = node.axes
     ends: set[int] = set()
@@ -176,7 +178,10 @@ def _general(node: Node, given: Sequence[Label], symbol: str, at: Indexing) -> L
             else:
                 ends.add(image(node, rule, i, axis))
     if mixed:
-        return _over_keys(node, rule, given, ends, mixed)
+        label = _over_keys(node, rule, given, ends, mixed)
+        if label.relates and label.key >= 0 and label.wide < 0 and node.op.kind != "ordered":
+            _see(node.inputs[0], label.key, labels)
+        return label
     ends |= set(_repeated(node, rule, symbol))
     if len(ends) > 2:
         raise LooksAhead("it relates more than two positions")
@@ -324,6 +329,15 @@ def _over_keys(
     )  # fmt: skip
 
 
+def _see(scores: Value, key: int, labels: Mapping[Value, Label]) -> None:
+    """Raises LooksAhead where some query sees nothing, and a number hides: then later keys count as much as earlier ones."""
+    if (mask := blind(scores, key, labels)) is not None:
+        raise LooksAhead(
+            f"a token meets later ones: under %{mask.name} some token sees nothing, and a number hides all keys from it alike; "
+            "use -inf, or let each token see itself"
+        )
+
+
 # -- operations with a rule of their own -------------------------------------------------------------------------------------
 def _attention(
     node: Node, attrs: AttentionAttrs, given: Sequence[Label], at: Indexing, labels: Mapping[Value, Label]
@@ -351,6 +365,8 @@ def _attention(
     if not back and not (mask.relates and sight(node.inputs[3], labels, at) == "within"):
         unread = mask.relates and mask.later(rank - 1) is None
         raise LooksAhead("it is bidirectional: a token attends to later ones" + (_UNREAD if unread else ""))
+    if mask.relates and not attrs.causal:
+        _see(node.inputs[3], rank - 1, labels)
     return Label("token", 1, mixes=True)
 
 

@@ -82,3 +82,20 @@ def _cone(v: Value) -> Graph | None:
         copy_node(made, node, env)
     made.set_outputs([env[v]])
     return made
+
+
+def nothing_seen(v: Value, query: int, key: int, hidden: float) -> bool:
+    """Whether some query finds only ``hidden`` up to its own position, in a function of positions: computed at two sizes."""
+    cone = _cone(v)
+    if cone is None:
+        return False
+    names = symbols_of(d for x in cone.values() for d in x.shape), *(node.attrs.symbols for node in cone.nodes)
+    for size in (1, 9):
+        env = dict.fromkeys((s for found in names for s in found), size)
+        try:
+            found = np.moveaxis(np.asarray(evaluate(cone, {}, symbols=env)[0]), (query, key), (-2, -1))
+        except WasatError:  # sizes that do not go together
+            continue
+        if any((found[..., i, : i + 1] == hidden).all(-1).any() for i in range(found.shape[-2])):
+            return True
+    return False

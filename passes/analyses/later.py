@@ -8,20 +8,53 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from wasat.ir import Node, Value
 from wasat.ir.ops.shape import Pad
 
+from ..pattern import number_of
 from .affine import Affine, empty
+from .confirm import nothing_seen
 from .indexing import Indexing
 from .mask import FINITE_FILL
+
+if TYPE_CHECKING:
+    from .sequence import Label
 
 
 def stands_for(number: float | None, neutral: float) -> bool:
     """Whether a number does not matter where ``neutral`` does not: numbers below all scores stand for minus infinity."""
     return number is not None and (number == neutral or (neutral == -math.inf and number <= FINITE_FILL))
+
+
+def blind(v: Value, key: int, labels: Mapping[Value, Label]) -> Value | None:
+    """The part of scores ``v`` that hides from some query every key up to its own, and later ones no more than those: by a
+    number, under which a softmax then takes all alike. None where that is not known."""
+    waiting = [(v, labels[v].axis + labels[v].other - key, key)]
+    while waiting:
+        x, query, key = waiting.pop()
+        label, node = labels[x], x.node
+        if label.kind == "pair" and not label.rows:
+            number = label.later(key)
+            if number is not None and -math.inf < number <= FINITE_FILL and nothing_seen(x, query, key, number):
+                return x
+            continue
+        if node is None or not (node.op.elementwise or node.op.carries):
+            continue
+        rule = node.axes
+        along = [rule.results[0][query], rule.results[0][key]]
+        found = [(u, [axes.index(f) if f in axes else None for f in along]) for u, axes in zip(node.inputs, rule.operands)]
+        both = [(u, a, b) for u, (a, b) in found if a is not None and b is not None and labels[u].relates]
+        waiting += both
+        for u, a, b in both[: node.is_a("select") and both[0][0] is node.inputs[0]]:  # by a choice of which one is a number
+            hidden = labels[u].later(b)
+            fill = number_of(node.inputs[1 if hidden else 2]) if hidden is not None and labels[u].kind == "pair" else None
+            if fill is not None and -math.inf < fill <= FINITE_FILL and hidden is not None and nothing_seen(u, a, b, hidden):
+                return u
+    return None
 
 
 def apart(at: Indexing, v: Value, axis: int, other: int) -> tuple[float | None, float | None]:

@@ -133,6 +133,13 @@ def heads_in_rows(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
     return merged(nn.softmax(nn.where(nn.causal(at), s, -INF)) @ v)
 
 
+def only_earlier(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """Earlier tokens alone, beside a column of zeros: the first sees that, under a number that hides the rest"""
+    s, v = scores(x)
+    s = nn.pad(nn.where(at[None, :] < at[:, None], s, -1e9), (0, 0, 0, 0), (0, 0, 0, 1))
+    return merged(nn.softmax(s)[..., :-1] @ v)
+
+
 def counted(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
     """A running mean whose divisor is a sum over a mask, and nothing else that meets"""
     return nn.cumsum(x, axis=1) / nn.causal(at).cast("f32").sum(-1)[:, None]
@@ -142,7 +149,7 @@ BESIDE: dict[str, Mix] = {
     f.__name__: placed(f) if f in (largest_few, chosen) else f
     for f in (
         registers, registers_and_window, registers_by_position, registers_and_tokens, biased_keys, zero_key, largest_few,
-        chosen, looked_up_along, flattened_indices, heads_in_rows, counted,
+        chosen, looked_up_along, flattened_indices, heads_in_rows, only_earlier, counted,
     )
 }  # fmt: skip
 
@@ -233,6 +240,19 @@ def least_of_hidden(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
     return x * nn.argmin(s, axis=-1).sum(1).cast("f32")[..., None]
 
 
+def strictly_earlier(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """The first token sees nothing: under a number, the mean of all."""
+    s, v = scores(x)
+    return merged(nn.softmax(nn.where(at[None, :] < at[:, None], s, -1e9)) @ v)
+
+
+def two_earlier(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """The same of two tokens, by a number that is added, in an attention."""
+    q = x.heads(HEADS)
+    mask = nn.where(at[None, :] <= at[:, None] - 2, 0.0, -1e9)
+    return merged(nn.softmax(q.swap(1, 2) @ nn.sin(q).swap(1, 2).T + mask) @ q.swap(1, 2))
+
+
 def largest_tokens(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
     return nn.where(x >= nn.top_k(x, 3, axis=1)[0][:, -1:], x, 0.0)
 
@@ -245,6 +265,8 @@ AHEAD: dict[str, tuple[Mix, str]] = {
     "the largest of all": (largest_of_all, "where a key is later, it is not known what stands in it, not -inf"),
     "the smallest": (smallest, "where a key is later, -inf stands in it, not inf"),
     "the least of what is hidden": (least_of_hidden, "where a key is later, -inf stands in it, not inf"),
+    "nothing seen": (strictly_earlier, "some token sees nothing, and a number hides all keys from it alike"),
+    "nothing seen by two": (two_earlier, "some token sees nothing, and a number hides all keys from it alike"),
     "the largest tokens": (largest_tokens, "it reduces over the sequence, later tokens included"),
 }
 
