@@ -97,7 +97,7 @@ def test_older_files_of_gemma_say_gelu_and_mean_its_approximation(tmp_path: Path
     np.testing.assert_allclose(found, logits, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["glm", "mixtral", "olmo2", "cohere2", "stablelm_parallel"])
+@pytest.mark.parametrize("name", ["glm", "mixtral", "cohere2"])
 def test_caches_are_derived_and_rotation_and_attention_fused(name: str, tmp_path: Path) -> None:
     from wasat.driver import optimize
 

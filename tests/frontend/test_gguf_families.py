@@ -14,7 +14,6 @@ import pytest
 gguf: Any = pytest.importorskip("gguf")
 
 import gguf_files as files
-from rounding import assert_near, bound, spread
 from wasat.frontend import CheckpointError, ConfigError
 from wasat.frontend.gguf import from_gguf
 from wasat.frontend.gguf.metadata import ARCHITECTURES
@@ -113,9 +112,8 @@ def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     program = from_gguf(written(name, tmp_path))
     _, _, ids, logits = families.golden(name)
     params = {k: p.load() for k, p in program.params.items()}
-    g, inputs = program["forward"], {"tokens": ids}
-    # GGUF has epsilons and factors in f32, where transformers computes them from f64
-    assert_near(evaluate(g, inputs, params)[0], logits, 2 * bound(logits, spread(g, inputs, params)[0]))
+    found = evaluate(program["forward"], {"tokens": ids}, params)[0]
+    np.testing.assert_allclose(found, logits, rtol=1e-4, atol=2e-5)  # their spread is 0.6 to 3.7
 
 
 def test_every_architecture_of_a_decoder_is_here() -> None:
