@@ -107,6 +107,21 @@ def test_tables_that_lead_outside(change: tuple[int, int], message: str) -> None
         check_charsmap(data.tobytes() + CHARSMAP[257 * 4 :])
 
 
+def test_an_array_that_is_shorter_than_the_letters() -> None:
+    with pytest.raises(ValueError, match="lie outside its array"):
+        check_charsmap(np.array([16, 1 << 10, 0, 0, 0], "<u4").tobytes() + b"\0")
+
+
+def test_a_string_that_begins_inside_a_letter() -> None:
+    size = int.from_bytes(CHARSMAP[:4], "little")
+    units = np.frombuffer(CHARSMAP, "<u4", size // 4, 4).copy()
+    place = CHARSMAP[4 + size :].index("\u00e9".encode())
+    (leaf,) = np.flatnonzero(units == 2**31 + place)
+    units[leaf] += 1
+    with pytest.raises(ValueError, match="begins inside a letter"):
+        check_charsmap(CHARSMAP[:4] + units.tobytes() + CHARSMAP[4 + size :])
+
+
 @pytest.mark.parametrize("end, message", [(b"\xff\0", "no UTF-8"), (b"ab", "has no end")])
 def test_strings_of_tables(end: bytes, message: str) -> None:
     with pytest.raises(ValueError, match=message):
