@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from .dims import DimError, check_text, evaluate_dim, solve
 from .errors import IRError, TypeMismatch, WasatError
-from .graph import Graph, Node
+from .graph import Graph, Node, Value
 from .types import Array, DType, QArray, TensorType, Type, type_of
 
 
@@ -77,21 +78,38 @@ def evaluate(
         raise IRError(f"graph @{graph.name} needs parameters {', '.join(absent[:8])}{' …' if len(absent) > 8 else ''}")
     arrays = {v.name: _as_array(inputs[v.name], v.type) for v in graph.inputs}
     dims = bind_symbols(graph, arrays, params, symbols)
-    env: dict[Any, Array] = {v: arrays[v.name] for v in graph.inputs}
-    for name, v in graph.params.items():
-        env[v] = (params or {})[name]
-    left = {v: len(v.uses) + graph.is_output(v) for v in graph.values()}
-    for node in graph.nodes:
-        results = run_node(node, [env[v] for v in node.inputs], dims)
-        for v, x in zip(node.outputs, results):
-            env[v] = x
+    env: dict[Value, Array] = {v: arrays[v.name] for v in graph.inputs}
+    load = (params or {}).__getitem__
+    for node, _, results in run_nodes(graph.nodes, env, load, dims, graph.outputs):
         if observe is not None:
             observe(node, results)
+    return [env[v] if v in env else load(v.param or v.name) for v in graph.outputs]
+
+
+def run_nodes(
+    nodes: Iterable[Node], env: dict[Value, Array], load: Callable[[str], Array], dims: Mapping[str, int],
+    kept: Iterable[Value] = (),
+) -> Iterator[tuple[Node, list[Array], tuple[Array, ...]]]:  # fmt: skip
+    """Runs ``nodes``, in this order, and gives each with its operands and its results.
+
+    ``env``: inputs, and then what is computed. A parameter is read by ``load(name)`` when the first node needs it. What is not
+    among ``kept`` is dropped after its last use here. ``dims``: the symbols' values.
+    """
+    nodes = list(nodes)
+    left = Counter(v for node in nodes for v in node.inputs)
+    left.update(kept)
+    for node in nodes:
         for v in node.inputs:
+            if v not in env:
+                env[v] = load(v.param or v.name)
+        arrays = [env[v] for v in node.inputs]
+        results = run_node(node, arrays, dims)
+        env.update(zip(node.outputs, results))
+        yield node, arrays, results
+        for v in (*node.inputs, *(x for x in node.outputs if not left[x])):
             left[v] -= 1
-            if not left[v]:
-                del env[v]
-    return [env[v] for v in graph.outputs]
+            if left[v] <= 0:
+                env.pop(v, None)
 
 
 def hold_checks(node: Node, dims: Mapping[str, int]) -> None:

@@ -207,6 +207,7 @@ class Origin:
     ``family``: of a model folder. ``tokenizer``: the file that belongs to it. ``outputs``: what an ONNX file returns, the name
     and, of a sequence, of how many tensors (None: it is one tensor). ``dequantized``: weights of the file that did not stay
     quantized, and why. ``texts``: files that go into an artifact as they are, by name: a tokenizer, a template.
+    ``rounded``: the scheme of fewer bits whose rounding the weights were trained with.
     """
 
     family: str = ""
@@ -214,6 +215,7 @@ class Origin:
     outputs: tuple[tuple[str, int | None], ...] | None = None
     dequantized: Mapping[str, str] = field(default_factory=dict)
     texts: Mapping[str, str] = field(default_factory=dict)
+    rounded: str | None = None
 
     @property
     def is_onnx(self) -> bool:

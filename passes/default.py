@@ -25,7 +25,7 @@ from .serving.fold_dequantized import FoldDequantized
 from .serving.kv_cache import DeriveKVCache
 from .serving.quantize import KeepQuantized, Quantize
 from .serving.quantize_caches import QuantizeCaches
-from .serving.recipes import ALL, Formats
+from .serving.recipes import ALL, AS_THEY_ARE, FLOATS, Formats
 from .training.precision import MixedPrecision
 
 __all__ = [
@@ -39,6 +39,7 @@ def default_pipeline(
     *, quantize: str | None = None, activation: str | None = "int8", overrides: Mapping[str, str] | None = None,
     kv_cache: Literal["required", "tried"] | None = "required", chunk: int = 512,
     granule: int = Interface.granule, keep_forward: bool = False, formats: Formats = ALL, cache: str = "f32",
+    rounded: str | None = None, text: tuple[int, ...] = (),
 ) -> list[Pass]:  # fmt: skip
     """The passes of :func:`wasat.compile`, with its options.
 
@@ -47,6 +48,8 @@ def default_pipeline(
     once its operations are fused. ``keep_forward``: it stays beside them.
     ``formats``: which a recipe for ``quantize`` may choose.
     ``cache``: ``"int8"`` and ``"int4"`` round keys and values; other ones are the target's affair.
+    ``rounded``: the scheme whose rounding the weights were trained with: they are stored in it as they are. ``text``: tokens
+    over which :class:`Equalize` measures.
     """
     half = activation if activation in ("bf16", "f16") else None
     activation = None if half else activation
@@ -55,7 +58,10 @@ def default_pipeline(
         FuseActivations(), FuseAttention(), Cleanup(), FuseRecurrence(), FuseExperts(), Cleanup(), KeepQuantized(activation),
     ]  # fmt: skip
     if quantize is not None or overrides:
-        passes.append(Quantize(quantize or "f32", activation, tuple((overrides or {}).items()), formats=formats))
+        scheme, given = quantize or "f32", tuple((overrides or {}).items())
+        if scheme not in (*FLOATS, "f32", AS_THEY_ARE, rounded):
+            passes.append(Equalize(text=text, scheme=scheme, activation=activation, overrides=given, formats=formats))
+        passes.append(Quantize(scheme, activation, given, formats=formats))
     passes += [MergeLinears(), FuseGlu(), HoistParams()]
     if half:
         passes += [MixedPrecision("forward", half), HoistParams()]

@@ -182,7 +182,9 @@ def train(
         finally:
             if bar is not None:
                 bar.close()
-    return Trained(run.trained(made, states), states, log, remarks)
+    trained = run.trained(made, states)
+    trained.origin = replace(trained.origin, rounded=quantize)
+    return Trained(trained, states, log, remarks)
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,8 @@ from wasat.passes.serving.plan import capacity_name
 from wasat.passes.serving.recipes import ALL, Formats
 from wasat.passes.serving.token_inputs import is_exported, token_inputs
 
+from .sample import sample_ids
+
 if TYPE_CHECKING:
     from wasat.backends.tvm.lower import Left
     from wasat.backends.tvm.targets import Target
@@ -104,6 +106,7 @@ def optimize(
         default = default_pipeline(
             quantize=quantize, activation=activation, overrides=dict(overrides or {}), kv_cache=caches, chunk=chunk,
             granule=granule, keep_forward=keep_forward, formats=formats, cache=cache,
+            rounded=program.origin.rounded, text=sample_ids(program) if quantize else (),
         )  # fmt: skip
         if exported:
             default.insert(0, TokenInputs(required=caches == "required"))

@@ -178,4 +178,4 @@ def _origin(origin: Origin) -> dict[str, Any]:
 def _read_origin(data: Mapping[str, Any]) -> Origin:
     outputs = data["outputs"] if data["outputs"] is None else tuple((str(name), n) for name, n in data["outputs"])
     texts = {str(name): str(text) for name, text in data["texts"].items()}
-    return Origin(str(data["family"]), None, outputs, dict(data["dequantized"]), texts)
+    return Origin(str(data["family"]), None, outputs, dict(data["dequantized"]), texts, data.get("rounded"))

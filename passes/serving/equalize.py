@@ -3,16 +3,15 @@
 Blocks of 32 share a scale, of weights as of rows of activations: a feature that is fifty times its neighbours leaves these a
 few levels. But what makes a feature can make it smaller, and the weights that read it can make up for that: a norm's gain over
 s, and the next matrix's columns times s, mean the same (cross-layer equalization, arXiv:1906.04721; by the size of activations,
-arXiv:2211.10438, 2306.00978). With s = sqrt(r / c), r being the size of a feature and c that of its column, both sides are as
-even as each other. Nothing is added where the model runs, but for tables that are also heads: a product per row looked up.
+arXiv:2211.10438, 2306.00978). Of some s that are powers of r over powers of c, r being the size of a feature and c that of its
+column, that one is taken with which rounding costs least, which a part of weights and rows shows; where features are even, none.
+Nothing is added where the model runs, but for tables that are also heads: a product per row looked up.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,15 +29,25 @@ from wasat.ir import (
     TensorType,
     Value,
     WasatError,
-    run_node,
+    run_nodes,
 )
+from wasat.ir.ops.quant import quantize_array, quantize_rows
 
 from ..cleanup.hoist_params import param_only
 from ..core import Pass, Remarks
+from .quantize import Quantize
+from .recipes import ALL, FLOATS, Formats, Storage, role_of, storage
 from .token_inputs import token_inputs
 
 _MOST = 64.0
 """How many times the middle of all a feature is divided or multiplied by, at most."""
+_POWERS = ((0.25, 0.25), (0.25, 0.5), (0.5, 0.0), (0.5, 0.25), (0.5, 0.5))
+"""What is tried: s = r^a / c^b. The larger a, the more even are rows; the larger b, the less do large columns lose of it."""
+_ENOUGH = 0.5, 0.8
+"""What rounding costs with features of one size, as a part of what it costs without, over random tokens and over a text: where
+it is more, features are left. Sizes are those of a few tokens, and random ones are no text."""
+_ROWS = 128, 64
+"""How many rows, of activations and of weights, are rounded for it."""
 _NORMS = ("rms_norm", "layer_norm")
 Sizes = NDArray[np.float32]
 
@@ -53,14 +62,26 @@ class Equalize(Pass):
     them. A table that is looked up, too, is scaled, and what is looked up is scaled back.
 
     Sizes are root mean squares over ``tokens`` random tokens of the vocabulary, or over ``text``, ids of tokens; weights are
-    read one at a time. A graph that takes anything but tokens i64[b, s] is left, with a remark. ``kept``: globs of parameters
-    that are left.
+    read one at a time. A graph that takes anything but tokens i64[b, s] is left, with a remark.
+
+    The other options are those of :class:`Quantize`, which comes after it: how weights and rows are going to be rounded.
     """
 
     tokens: int = 128
     text: tuple[int, ...] = ()
-    kept: tuple[str, ...] = ()
+    scheme: str = "int8"
+    activation: str | None = "int8"
+    overrides: tuple[tuple[str, str], ...] = ()
+    block: int = 32
+    formats: Formats = ALL
     name = "equalize"
+
+    def requires(self, program: Program) -> None:
+        self._quantize.requires(program)
+
+    @property
+    def _quantize(self) -> Quantize:
+        return Quantize(self.scheme, self.activation, self.overrides, self.block, self.formats)
 
     def run(self, program: Program, remarks: Remarks) -> bool:
         changed = False
@@ -69,7 +90,7 @@ class Equalize(Pass):
             found = list(self._found(graph, elsewhere, remarks))
             if not found:
                 continue
-            most = program.interface.context or self.tokens
+            most = program.interface.context or max(self.tokens, len(self.text))
             inputs = _inputs(graph, min(self.tokens, most), self.text[:most])
             if inputs is None:
                 remarks.missed("features are not made one size: that takes a graph of tokens i64[b, s] and nothing else", graph)
@@ -79,13 +100,18 @@ class Equalize(Pass):
                 remarks.missed(f"features are not made one size: the numbers of %{absent[0]} are not there", graph)
                 continue
             try:
-                sizes = observed(graph, program.params, wanted, inputs)
+                seen = observed(graph, program.params, wanted, inputs)
             except WasatError as e:  # the graph takes other tokens than these
                 remarks.missed(f"features are not made one size: {e}", graph)
                 continue
-            count = sum(f.scale(program, sizes) for f in found)
+            count = sum(f.scale(program, seen, self.activation, _ENOUGH[bool(self.text)]) for f in found)
             if count:
-                remarks.applied(f"features of {count} input{'s' * (count > 1)} of products are made one size", graph)
+                of = f"{count} input{'s' * (count > 1)} of products"
+                remarks.applied(f"features of {of} are made one size", graph)
+            if count < len(found):
+                few = len(found) - count
+                are, their = ("inputs of products are", "their") if few > 1 else ("input of products is", "its")
+                remarks.missed(f"{few} {are} left: {their} features are even enough", graph)
             changed |= bool(count)
         return changed
 
@@ -111,13 +137,13 @@ class Equalize(Pass):
         maker = _maker(x, only)
         if isinstance(maker, str):
             return maker
-        found = _Features(x, readers, list(dict.fromkeys(u.inputs[1] for u in readers)), *maker)
-        for w in (*found.weights, *found.gains):
+        stores: dict[Value, Storage] = {}
+        found = _Features(x, readers, stores, *maker)
+        weights = list(dict.fromkeys(u.inputs[1] for u in readers))
+        for w in (*weights, *found.gains):
             if w.tensor.dtype is not DType.F32 and not (w.tensor.dtype.is_float and w.tensor.dtype.bits == 16):
                 return f"%{w.name} is {w.type}"
-            if w.param is not None and any(fnmatchcase(w.param, glob) for glob in self.kept):
-                return f"%{w.name} is to be kept"
-        for w in found.weights:
+        for w in weights:
             if w.param is None:
                 return f"%{w.name} is computed"
             if w.param in elsewhere:
@@ -127,12 +153,24 @@ class Equalize(Pass):
                     return f"{u.op.name} reads %{w.name}, too"
                 if u not in readers and x.graph.is_output(u.output):
                     return f"%{u.output.name}, looked up in %{w.name}, is an output"
+            stored = self._storage(w, only)
+            if isinstance(stored, str):
+                return f"%{w.name} stays {w.type}: {stored}"
+            stores[w] = stored
         for w in found.gains:
             if w not in only:
                 return f"%{w.name} is no parameter"
             if len(w.uses) > 1:
                 return f"%{w.name} is read {len(w.uses)} times"
         return found
+
+    def _storage(self, w: Value, only: set[Value]) -> Storage | str:
+        """How ``Quantize`` will store a weight, or why not in fewer bits."""
+        scheme = self._quantize.scheme_of([w.param or w.name])
+        if scheme in (*FLOATS, "f32"):
+            return f"it is to be {scheme}"
+        readers = list(dict.fromkeys(u.op.name for u in w.users))
+        return storage(scheme, role_of(w, only), int(w.shape[-1]), self.block, self.formats, readers)
 
 
 @dataclass(frozen=True)
@@ -142,26 +180,25 @@ class _Features:
 
     x: Value
     readers: list[Node]
-    weights: list[Value]
-    """Of the readers, before anything is scaled."""
+    stores: dict[Value, Storage]
+    """The weights of the readers, before anything is scaled, and how they will be stored."""
     maker: Node
     heads: tuple[int, int, int] | None = None
+
+    @property
+    def weights(self) -> list[Value]:
+        return list(self.stores)
 
     @property
     def gains(self) -> tuple[Value, ...]:
         return self.maker.inputs[1:]
 
-    def scale(self, program: Program, sizes: Mapping[Value, Sizes]) -> bool:
-        """Rewrites makers and readers; False where a size is not finite, and nothing is."""
+    def scale(self, program: Program, seen: Mapping[Value, Seen], activation: str | None, enough: float) -> bool:
+        """Rewrites makers and readers, if rounding then costs ``enough`` less."""
         graph = self.x.graph
-        rows, columns = sizes[self.x], np.sqrt(sum(_relative(sizes[w]) for w in self.weights))
-        if not (np.isfinite(rows).all() and np.isfinite(columns).all() and rows.any() and columns.any()):
+        s = self._factors(seen, activation, enough)
+        if s is None:
             return False
-        if self.heads is not None:
-            rows, columns = (self._of_values(a) for a in (rows, columns))
-        least = [np.maximum(a, a.max() / 4096) for a in (rows, columns)]
-        s = np.sqrt(least[0] / least[1])
-        s = np.clip(s / np.exp(np.log(s).mean()), 1 / _MOST, _MOST).astype(np.float32)
         own = s if self.heads is None else self._of_queries(s)
         for gain in self.gains:
             b = Builder(graph, before=self.maker, loc=self.maker.loc)
@@ -179,6 +216,44 @@ class _Features:
                     back = b.mul(looked_up, _param(program, graph, f"{self.weights[0].param}|scaled back", 1 / own))
                     self._exchange(rest, looked_up, back)
         return True
+
+    def _factors(self, seen: Mapping[Value, Seen], activation: str | None, enough: float) -> Sizes | None:
+        """What features are divided by; None where nothing is won, or a size is not finite."""
+        rows, columns = seen[self.x].sizes, np.sqrt(sum(_relative(seen[w].sizes) for w in self.weights))
+        if not (np.isfinite(rows).all() and np.isfinite(columns).all() and rows.any() and columns.any()):
+            return None
+        if self.heads is not None:
+            rows, columns = (self._of_values(a) for a in (rows, columns))
+        rows, columns = (np.maximum(a, a.max() / 4096) for a in (rows, columns))
+        least, best = enough * self._cost(np.ones_like(rows), seen, activation), None
+        for a, b in _POWERS:
+            s = rows**a / columns**b
+            s = np.clip(s / np.exp(np.log(s).mean()), 1 / _MOST, _MOST).astype(np.float32)
+            if (cost := self._cost(s, seen, activation)) < least:
+                least, best = cost, s
+        return best
+
+    def _cost(self, s: Sizes, seen: Mapping[Value, Seen], activation: str | None) -> float:
+        """What rounding adds to the results of the readers if features are divided by ``s``: the squared error, of each reader
+        relative to its results, were features and columns independent of each other."""
+        s = s if self.heads is None else self._of_queries(s)
+        x, of_rows = seen[self.x], dict[int, NDArray[np.float64]]()
+        square, scaled, total = x.sizes.astype(np.float64) ** 2, x.rows / s, 0.0
+        for w, stored in self.stores.items():
+            assert not isinstance(stored.type, DType)
+            t, columns = stored.type.with_shape(*seen[w].rows.shape), seen[w].sizes.astype(np.float64) ** 2
+            wide = seen[w].rows * s
+            of_weight = _mean_square((quantize_array(wide, t, stored.search).dense() - wide) / s)
+            if t.row_block not in of_rows:
+                rounded = scaled
+                if activation is not None:
+                    q, d = quantize_rows(scaled, t.row_block)
+                    rounded = (q * d[..., None]).reshape(len(q), -1)[:, : len(s)]
+                of_rows[t.row_block] = _mean_square((rounded - scaled) * s)
+            total += float(of_weight @ square + of_rows[t.row_block] @ columns) / float(square @ columns)
+            if any(u not in self.readers for u in w.users):  # what is looked up, and scaled back
+                total += float(of_weight.sum() / columns.sum())
+        return total
 
     def _exchange(self, users: Iterable[Node], old: Value, new: Value) -> None:
         for u in users:
@@ -283,40 +358,40 @@ def _is_data(p: ParamSource) -> bool:
     return all(map(_is_data, p.sources.values())) if isinstance(p, DerivedParam) else getattr(p, "is_data", False)
 
 
+@dataclass(frozen=True)
+class Seen:
+    """Of a value [.., k]: the root mean square of each feature, [k], and some of its rows, [m, k]."""
+
+    sizes: Sizes
+    rows: NDArray[np.float32]
+
+
 def observed(
     graph: Graph, params: Mapping[str, ParamSource], wanted: Sequence[Value], inputs: Mapping[str, np.ndarray]
-) -> dict[Value, Sizes]:  # fmt: skip
-    """Of each value the root mean square over all axes but the last. Parameters are read when they are needed, and dropped."""
+) -> dict[Value, Seen]:  # fmt: skip
+    """Of each value its sizes and some rows. Parameters are read when they are needed, and dropped."""
     needed = _needed(graph, wanted)
     nodes = [n for n in graph.nodes if any(v in needed for v in n.outputs)]
     [v] = graph.inputs
     dims = dict(zip((str(d) for d in v.shape), inputs[v.name].shape))
-    env: dict[Value, Array] = {x: inputs[x.name] for x in graph.inputs}
-    left = Counter(x for n in nodes for x in dict.fromkeys(n.inputs))
-    sizes: dict[Value, Sizes] = {}
+    asked, found = set(wanted), dict[Value, Seen]()
 
-    def seen(x: Value, array: Array) -> None:
-        if x in asked and x not in sizes and not isinstance(array, QArray):
+    def see(x: Value, array: Array) -> None:
+        if x in asked and x not in found and not isinstance(array, QArray):
             rows = array.reshape(-1, array.shape[-1]).astype(np.float32, copy=False)
-            sizes[x] = np.sqrt(np.einsum("nk,nk->k", rows, rows, dtype=np.float64) / len(rows)).astype(np.float32)
+            part = rows[:: -(-len(rows) // _ROWS[x.param is not None])]
+            found[x] = Seen(np.sqrt(_mean_square(rows)).astype(np.float32), part.copy())
 
-    asked = set(wanted)
-    for node in nodes:
-        arrays = []
-        for x in node.inputs:
-            if x not in env:
-                assert x.param is not None
-                env[x] = params[x.param].load()
-                seen(x, env[x])
-            arrays.append(env[x])
-        for x, array in zip(node.outputs, run_node(node, arrays, dims)):
-            env[x] = array
-            seen(x, array)
-        for x in dict.fromkeys(node.inputs):
-            left[x] -= 1
-            if not left[x]:
-                del env[x]
+    env: dict[Value, Array] = {v: inputs[v.name]}
+    for node, arrays, results in run_nodes(nodes, env, lambda name: params[name].load(), dims):
+        for x, array in zip((*node.inputs, *node.outputs), (*arrays, *results)):
+            see(x, array)
     for x in wanted:  # of heads, which are not run
-        if x not in sizes and x.param is not None:
-            seen(x, params[x.param].load())
-    return sizes
+        if x not in found and x.param is not None:
+            see(x, params[x.param].load())
+    return found
+
+
+def _mean_square(rows: np.ndarray) -> NDArray[np.float64]:
+    """[m, k] -> [k]."""
+    return np.einsum("nk,nk->k", rows, rows, dtype=np.float64) / len(rows)

@@ -21,6 +21,8 @@ from wasat.ir.schemes import own_scheme, scheme_named
 FLOATS = {"f16": DType.F16, "bf16": DType.BF16}
 PLAIN = {"int8": "int8", "int4-plain": "int4"}
 """Blocks of one size with symmetric scales that the largest element gives."""
+AS_THEY_ARE = "int4-plain"
+"""The scheme for weights that are to be rounded and nothing else, as those that were trained for it."""
 _OWN = re.compile(r"s([456])\Z")
 
 TABLE, ATTENDED, INNER, OTHER = "tables and heads", "queries, keys and values", "inner products", "others"

@@ -10,7 +10,18 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 from wasat.ir import Graph, WasatError
-from wasat.passes import Cleanup, FuseNorm, GraphPass, Quantize, Remarks, default_pipeline, pipeline, pipeline_text, pipelines
+from wasat.passes import (
+    Cleanup,
+    Equalize,
+    FuseNorm,
+    GraphPass,
+    Quantize,
+    Remarks,
+    default_pipeline,
+    pipeline,
+    pipeline_text,
+    pipelines,
+)
 
 import wasat as ws
 from wasat.cli.app import app
@@ -43,6 +54,20 @@ def test_the_default_pipeline_as_text_is_itself(quantize: str | None, overrides:
     assert pipeline_text(again) == text
     assert [type(p) for p in again] == [type(p) for p in passes]
     assert [p for p in again if isinstance(p, Quantize)] == [p for p in passes if isinstance(p, Quantize)]
+
+
+@pytest.mark.parametrize("scheme, rounded, scaled", [
+    ("int8", None, True), ("int4", None, True), ("s6", "int8", True), ("int8", "int8", False), ("int4-plain", None, False),
+    ("bf16", None, False), (None, None, False),
+])  # fmt: skip
+def test_features_are_scaled_before_integers(scheme: str | None, rounded: str | None, scaled: bool) -> None:
+    """Just before weights are stored, and as they are going to be; not those that were trained to be stored as they are."""
+    names = [p.name for p in default_pipeline(quantize=scheme, rounded=rounded)]
+    assert ("equalize" in names) == scaled
+    if scaled:
+        assert names[names.index("equalize") + 1] == "quantize"
+        passes = default_pipeline(quantize=scheme, activation=None, overrides={"a*": "f16"}, text=(3, 1))
+        assert Equalize(text=(3, 1), scheme=str(scheme), activation=None, overrides=(("a*", "f16"),)) in passes
 
 
 def test_names_options_and_passes_mix() -> None:

@@ -23,6 +23,7 @@ from wasat.backends.tvm.build import build
 from wasat.backends.tvm.targets import Target, cpu, cpu_features, host_cpu
 from wasat.backends.tvm.weights import write_weights
 from wasat.ir import Program
+from wasat.passes import PassManager, QuantizeCaches
 from wasat.runtime import Model, load, write_artifact
 
 from wasat import driver
@@ -50,19 +51,22 @@ def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def compiled(
     program: Program, tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[Target], Path]:
-    """The program as an artifact for a target."""
+) -> Callable[..., Path]:
+    """The program as an artifact for a target, with keys and values in f32 or in fewer bits."""
 
-    def make(target: Target) -> Path:
-        library = build(program, target)
+    def make(target: Target, cache: str | None = None) -> Path:
+        stored = program.copy()
+        if cache is not None:
+            PassManager([QuantizeCaches(cache)]).run(stored)
+        library = build(stored, target)
         out = tmp_path_factory.mktemp("artifact") / "tiny.wasat"
         files = {
             "model.so": library.export,
-            "weights.safetensors": lambda path: write_weights(path, library.plan, program.load),
+            "weights.safetensors": lambda path: write_weights(path, library.plan, stored.load),
             "tokenizer.json": tokenizer_file,
             **{p.name: p for p in library.target.runtime_files()},
         }
-        write_artifact(out, manifest_of(program, library, {}), files)
+        write_artifact(out, manifest_of(stored, library, {}), files)
         return out
 
     return make

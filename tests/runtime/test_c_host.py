@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from tiny_model import CONTEXT, EOS, edit_manifest
 from wasat.backends.tvm.targets import Target, cpu, target_named
-from wasat.runtime import SamplingOptions
+from wasat.runtime import SamplingOptions, load
 from wasat.runtime.c import HERE, write_project
 from wasat.runtime.model import Model
 
@@ -94,6 +94,21 @@ def test_tokens_are_pythons(built: Path, model: Model, options: dict[str, Any]) 
         found = run(built, model.folder, " ".join(map(str, ids)), "--ids", "--max-tokens", str(count), *flags(options))
         assert [int(t) for t in found.stdout.split()] == want.tokens, found.stderr
         assert f"finished by {want.finish}" in found.stderr
+
+
+@pytest.mark.parametrize("cache", ["int8", "int4"])
+def test_caches_of_few_bits(built: Path, compiled: Callable[..., Path], model: Model, cache: str) -> None:
+    """Codes and scales, full and in a ring, in prompts of several parts and as caches grow: the tokens that Python reads."""
+    artifact, rng = compiled(cpu(), cache), random.Random(5)
+    small = load(artifact)
+    assert {s.stored for s in small.manifest.interface.states} == {cache}
+    for size, count in ((9, 20), (60, 300)):
+        ids = [rng.randrange(EOS) for _ in range(size)]
+        want, wide = (m.generate([ids], count, SamplingOptions(temperature=1.0, seed=1))[0].tokens for m in (small, model))
+        options = ["--max-tokens", str(count), "--temperature", "1", "--seed", "1"]
+        found = run(built, artifact, " ".join(map(str, ids)), "--ids", *options)
+        assert [int(t) for t in found.stdout.split()] == want, found.stderr
+    assert want != wide  # what was rounded was read
 
 
 @pytest.mark.parametrize("stop", [["e"], ["\ufffd"], ["the", "a\ufffd"], ["<eos>"], ["<bos>", "\x07"]], ids=str)

@@ -67,6 +67,7 @@ def test_what_is_evaluated_is_what_is_served(runs: tuple[Path, dict[str | None, 
     assert not any(g.count("fake_quantize") for g in done.program.graphs.values())
     wide = np.asarray(done.program.params["0.weight"].load())
     assert len(np.unique(wide)) > 500  # what is kept is not rounded
+    assert [t.program.origin.rounded for t in runs[1].values()] == [None, "int4-plain"]
 
 
 def test_it_loses_less_than_rounding_after_training(runs: tuple[Path, dict[str | None, Trained]]) -> None:
