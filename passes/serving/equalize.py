@@ -4,7 +4,7 @@ Blocks of 32 share a scale, of weights as of rows of activations: a feature that
 few levels. But what makes a feature can make it smaller, and the weights that read it can make up for that: a norm's gain over
 s, and the next matrix's columns times s, mean the same (cross-layer equalization, arXiv:1906.04721; by the size of activations,
 arXiv:2211.10438, 2306.00978). Of some s that are powers of r over powers of c, r being the size of a feature and c that of its
-column, that one is taken with which rounding costs least, which a part of weights and rows shows; where features are even, none.
+column, that one is taken with which rounding a part of weights and rows costs least; where features are even, none.
 Nothing is added where the model runs, but for tables that are also heads: a product per row looked up.
 """
 
@@ -106,12 +106,8 @@ class Equalize(Pass):
                 continue
             count = sum(f.scale(program, seen, self.activation, _ENOUGH[bool(self.text)]) for f in found)
             if count:
-                of = f"{count} input{'s' * (count > 1)} of products"
-                remarks.applied(f"features of {of} are made one size", graph)
-            if count < len(found):
-                few = len(found) - count
-                are, their = ("inputs of products are", "their") if few > 1 else ("input of products is", "its")
-                remarks.missed(f"{few} {are} left: {their} features are even enough", graph)
+                rest = f"; those of {len(found) - count} are even" if count < len(found) else ""
+                remarks.applied(f"features of {count} input{'s' * (count > 1)} of products are made one size{rest}", graph)
             changed |= bool(count)
         return changed
 

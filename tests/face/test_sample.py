@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +15,10 @@ PYGEMMA = Path(__file__).parents[2] / "examples" / "pygemma"
 def test_a_model_with_a_tokenizer_reads_it() -> None:
     program = ws.from_pretrained(PYGEMMA)
     ids = sample_ids(program)
-    assert (len(ids), len(set(ids)) > 100, max(ids) < 4096) == (256, True, True)
+    assert (len(ids), len(set(ids)) > 100, max(ids) < 2048) == (256, True, True)
     _, report = ws.optimize(program, quantize="int8", kv_cache=False)
-    said = [str(r) for r in report.remarks() if "inputs of products" in r.message]
-    assert [s.partition(" inputs")[0].rpartition(" ")[0] for s in said] == ["applied: features of", "missed:"], said
+    [said] = [r.message for r in report.remarks("applied") if "inputs of products" in r.message]
+    assert re.fullmatch(r"features of \d inputs of products are made one size; those of \d\d are even", said), said
 
 
 def test_without_a_tokenizer_it_is_no_text(tmp_path: Path) -> None:
