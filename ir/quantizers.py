@@ -8,6 +8,7 @@ feature of a row matters, as the mean square of what it is multiplied by.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -32,7 +33,7 @@ def searched(
     """
     *lead, k = x.shape
     blocks = -(-k // block)
-    rows = x.reshape(-1, k)
+    rows = x.reshape(math.prod(lead), k)
     values = np.empty((len(rows), k), np.int8)
     scales = np.empty((len(rows), blocks), scale)
     points = np.empty((len(rows), blocks), np.int8) if zeros else None
@@ -60,7 +61,7 @@ def in_format(x: np.ndarray, scheme: Scheme, importance: np.ndarray | None = Non
     """The blocks of x in a format: u8 [.., blocks, bytes]. The last axis is of whole blocks."""
     assert scheme.write is not None, scheme.name
     *lead, k = x.shape
-    rows = x.reshape(-1, k)
+    rows = x.reshape(math.prod(lead), k)
     blocks, groups = k // scheme.block, scheme.block // scheme.group
     out = np.empty((len(rows), blocks, scheme.size), np.uint8)
     weights = normalized(importance, k)

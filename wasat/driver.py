@@ -447,6 +447,8 @@ def load_program(
             wanted = "a model folder, a GGUF or ONNX file, a saved program, or a file of graph text"
             raise WasatError(f"{p} is not text: give {wanted}") from None
         program = parse_program(text, str(p))
+        if not program.graphs:
+            raise WasatError(f"{p} holds no graph")
         for g in program.graphs.values():
             program.params.update({name: _NoData(name, v.type) for name, v in g.params.items()})
         return program

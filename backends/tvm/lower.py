@@ -18,6 +18,7 @@ from tvm import relax, te, tirx
 from wasat.ir import Attrs, Graph, IRError, Loc, Node, Op, Program, QTensorType, TensorType, Type, Value
 from wasat.ir.dims import Dim, DimLike, Func, symbols_of
 
+from . import nothing
 from .layouts import Layout, Packed, Plain, tvm_dtype
 from .ops.narrow import NARROW
 
@@ -301,7 +302,8 @@ class Context:
         """``x``, which has ``shape``, under another one of as many elements: no copy. A view of a view is one of its source."""
         source, forms = self.views.get(x, (x, {tuple(shape): x}))
         if tuple(to) not in forms:
-            forms[tuple(to)] = self.emit(relax.op.reshape(source, self.shape(to)))
+            none = 0 in to  # which Relax reads as "keep this dimension"
+            forms[tuple(to)] = nothing.made(self, x, to) if none else self.emit(relax.op.reshape(source, self.shape(to)))
         found = forms[tuple(to)]
         self.views[source] = self.views[found] = (source, forms)
         return found
@@ -468,6 +470,7 @@ def selected(
             if v.name in states:
                 g.rename(v, f"{v.name}|inner")
         put(g)
+        nothing.spare(g)
         decompose(g, lambda node: (low := lowering_of(node, table)) is not None and low.takes(node), bodies=False)
         guard(g, checked, on_host)  # indices of what composites are made of
         for node in g.nodes:

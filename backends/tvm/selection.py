@@ -35,6 +35,12 @@ def need_sizes(*dims: DimLike) -> None:
         raise Refused(f"of the sizes {', '.join(map(str, dims))} not all are known")
 
 
+def need_elements(node: Node) -> None:
+    """Raises Refused, where an operand or a result is known to have none."""
+    if none := next((v for v in (*node.inputs, *node.outputs) if 0 in v.shape), None):
+        raise Refused(f"%{none.name} is {none.type}, of no elements")
+
+
 class KernelSelection:
     """Replaces operations of one graph by kernel calls."""
 

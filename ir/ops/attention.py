@@ -34,7 +34,7 @@ def _check_qkv(q: TensorType, k: TensorType, v: TensorType) -> None:
     require_equal(k.shape[1], v.shape[1], "positions of k and v")
     require_equal(k.shape[2], v.shape[2], "heads of k and v")
     require_equal(q.shape[3], k.shape[3], "features of q and k")
-    if equal(q.shape[2] % k.shape[2], 0) is not True:
+    if k.shape[2] == 0 or equal(q.shape[2] % k.shape[2], 0) is not True:
         raise TypeMismatch(f"{q.shape[2]} query heads do not divide among {k.shape[2]} key heads")
 
 
@@ -294,6 +294,7 @@ class Attention(Op):
     def errors(self) -> Iterable[ErrorSample]:
         ok = ["f32[b, s, 4, 8]", "f32[b, t, 2, 8]", "f32[b, t, 2, 8]"]
         yield ErrorSample([ok[0], "f32[b, t, 3, 8]", "f32[b, t, 3, 8]"], {"scale": 1.0}, "do not divide among")
+        yield ErrorSample(["f32[b, t, 0, 8]"] * 3, {"scale": 1.0}, "do not divide among")
         yield ErrorSample([ok[0], "f32[b, t, 2, 6]", ok[2]], {"scale": 1.0}, "features of q and k")
         yield ErrorSample([ok[0], "f32[b, 3, 2, 8]", "f32[b, 4, 2, 8]"], {"scale": 1.0}, "positions of k and v")
         yield ErrorSample([*ok, "f32[5, 5]"], {"scale": 1.0, "window": 0}, "at least the position itself")

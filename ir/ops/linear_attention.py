@@ -94,7 +94,7 @@ class LinearAttention(Op):
             require_equal(s, t.shape[1], f"positions of k and {what}")
         require_equal(g, v.shape[2], "heads of k and v")
         require_equal(q.shape[3], d, "features of q and k")
-        if equal(q.shape[2] % g, 0) is not True:
+        if g == 0 or equal(q.shape[2] % g, 0) is not True:
             raise TypeMismatch(f"{q.shape[2]} query heads do not divide among {g} key heads")
         for x, y, what in zip(state.shape, (b, g, d, v.shape[3]), ("batch", "heads", "key features", "value features")):
             require_equal(x, y, f"{what} of the state and of k and v")
@@ -207,6 +207,7 @@ class LinearAttention(Op):
         yield ErrorSample(ok, {"rule": "gated_delta"}, "has decay and beta after the state, not 0 more")
         yield ErrorSample([*ok, "f32[b, s, 2]"], linear, "has no operand after the state, not 1 more")
         yield ErrorSample(["f32[b, s, 3, 8]", *ok[1:]], linear, "3 query heads do not divide among 2")
+        yield ErrorSample([*["f32[b, s, 0, 8]"] * 3, "f32[b, 0, 8, 8]"], linear, "0 query heads do not divide among 0")
         yield ErrorSample(["f16[b, s, 4, 8]", *ok[1:]], linear, "cast one of them")
         yield ErrorSample(["f32[b, 4, 8]", *ok[1:]], linear, "must be [batch, position")
         yield ErrorSample([*ok[:3], "f32[b, 8, 6]"], linear, "the state must be")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -46,7 +47,7 @@ def quantize_array(
         return QArray(type, *searched(x, low, high, type.block, type.scale.np, type.zeros, importance))
     *lead, k = x.shape
     blocks = -(-k // type.block)
-    rows = x.reshape(-1, k)
+    rows = x.reshape(math.prod(lead), k)
     values = np.empty((len(rows), k), np.int8)
     scales = np.empty((len(rows), blocks), type.scale.np)
     step = max(1, (1 << 20) // max(k, 1))
@@ -65,7 +66,7 @@ def quantize_array(
         w *= np.where(np.isfinite(inverse), inverse, 0)[..., None]  # a scale in bf16 or f32 may be too small to divide by
         np.rint(w, out=w)
         np.clip(w, low, high, out=w)
-        values[i : i + step] = w.reshape(len(w), -1)[:, :k]
+        values[i : i + step] = w.reshape(len(w), blocks * type.block)[:, :k]
         scales[i : i + step] = s
     return QArray(type, values.reshape(x.shape), scales.reshape(*lead, blocks))
 
@@ -211,11 +212,11 @@ def product_of_integers(activation: str | None, x: np.ndarray, w: QArray) -> np.
     if activation is None:
         return x @ w.dense(DType.F32).T.astype(x.dtype)
     n, k = w.shape
-    flat = x.reshape(-1, k).astype(np.float32)
+    flat = x.reshape(math.prod(x.shape[:-1]), k).astype(np.float32)
     q, d = quantize_rows(flat, w.type.row_block)
     out = np.zeros((len(flat), n), np.float32)
     values, scales, zeros, offsets = w.values, w.scales, w.zeros, w.offsets
-    q = q.reshape(len(flat), -1).astype(np.float32)
+    q = q.reshape(len(flat), math.prod(q.shape[1:])).astype(np.float32)
     step = min(w.type.block, w.type.row_block)
     for at in range(0, k, step):
         part, i = q[:, at : min(at + step, k)], at // w.type.block

@@ -176,7 +176,7 @@ def fake_quantized(x: np.ndarray, type: QTensorType) -> np.ndarray:
     *lead, k = x.shape
     whole = np.zeros((*lead, -(-k // type.block) * type.block), np.float32)
     whole[..., :k] = wide(x)
-    blocks = whole.reshape(*lead, -1, type.block)
+    blocks = whole.reshape(*lead, whole.shape[-1] // type.block, type.block)
     finite = np.asarray(np.isfinite(blocks).all(-1))
     blocks[~finite] = 0
     y = quantize_array(whole[..., :k], type).dense()

@@ -206,6 +206,12 @@ def test_usage_mistakes_have_status_2(run: Run, tiny: Path) -> None:
     assert "'int5' is not one of" in err
 
 
+def test_a_file_of_no_graph_is_refused(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "none.txt").write_text("")
+    code, _, err = run("run", tmp_path / "none.txt")
+    assert (code, err) == (1, f"error: {tmp_path / 'none.txt'} holds no graph\n")
+
+
 def test_a_parse_error_shows_line_and_caret(run: Run, tmp_path: Path) -> None:
     text = tmp_path / "broken.txt"
     text.write_text(LOOSE.replace("matmul(%x, %t)", "matmul(%x, %nobody)"))

@@ -99,6 +99,20 @@ CASES: dict[str, tuple[onnx.ModelProto, list[tuple[dict[str, np.ndarray], np.nda
         [({"x": count(1, 1, 1, 7)}, np.array([[[[1, 3, 4, 5]]]], np.float32)),
          ({"x": count(1, 1, 1, 2)}, np.array([[[[1]]]], np.float32))],
     ),
+    **{f"resize about the middle, {near}": (  # 0.5000002 is between two pixels, as onnxruntime sees it
+        model([helper.make_node("Resize", ["x", "", "scales"], ["y"], mode="nearest", nearest_mode=near,
+                                coordinate_transformation_mode="half_pixel_symmetric")],
+              {"x": [1, 1, 1, "n"]}, scales=np.array([1, 1, 1, 0.6], np.float32)),
+        [({"x": count(1, 1, 1, len_)}, np.array([[[want]]], np.float32)) for len_, want in runs],
+    ) for near, runs in {
+        "round_prefer_floor": [(7, [1, 3, 5, 6]), (11, [2, 3, 5, 7, 8, 10])],
+        "round_prefer_ceil": [(7, [2, 3, 5, 7]), (11, [2, 4, 5, 7, 9, 10])],
+        "floor": [(5, [1, 2, 4]), (13, [1, 3, 5, 6, 8, 10, 12])],
+    }.items()},
+    "the scale of zeros": (
+        model([helper.make_node("DynamicQuantizeLinear", ["x"], ["q", "y", "z"])], {"x": ["n"]}),
+        [({"x": x}, np.array(want, np.float32)) for x, want in ((0 * count(3), 1), (count(255), 1), (count(51), 0.2))],
+    ),
 }  # fmt: skip
 
 

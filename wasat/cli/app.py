@@ -306,11 +306,12 @@ def evaluate(
     from wasat.recipes.multimodal import Joint
     from wasat.recipes.text import read_recipe
 
+    model = runtime.load(artifact)  # before the tasks, which take long to make
     recipe = read_recipe(config)
     if not isinstance(recipe, Joint):
         raise Refusal(f"{config} describes no tasks with questions: family = \"gemini\" does")
     with Bar() as bar:
-        scores = evaluation.evaluate(runtime.load(artifact), recipe.tasks, count, progress=bar)
+        scores = evaluation.evaluate(model, recipe.tasks, count, progress=bar)
     rows = evaluation.table(scores, kinds)
     shown = Table(*rows[0], box=None)
     for row in rows[1:]:

@@ -35,7 +35,7 @@ from wasat.ir.ops.attention import AttentionAttrs, CachedAttrs, mask_and_sink
 from wasat.ir.ops.nn import NormAttrs
 
 from ..lower import KernelCall, Left, Result
-from ..selection import KernelSelection, Refused, Shape, need_f32, need_sizes
+from ..selection import KernelSelection, Refused, Shape, need_elements, need_f32, need_sizes
 from ..selection import is_f32 as _f32
 from .grouped import readers, same_rows, select_grouped
 from .kernels.attention import Attention, CachedAttention, MaskShape, attention, cached_attention
@@ -107,6 +107,7 @@ class Selection(KernelSelection):
 
         def take(node: Node, how: Callable[[Node], None]) -> None:
             try:
+                need_elements(node)
                 how(node)
             except Refused as e:
                 left.append(Left(self.graph.name, f"{node.op.name} has no kernel here: {e}", node.loc))

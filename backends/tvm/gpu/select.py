@@ -15,7 +15,7 @@ from wasat.ir.ops.attention import mask_and_sink
 from wasat.ir.ops.nn import NormAttrs
 
 from ..lower import Left, Result
-from ..selection import KernelSelection, Refused, Shape, need_sizes
+from ..selection import KernelSelection, Refused, Shape, need_elements, need_sizes
 from .kernels.attention import Attention, attention
 from .kernels.elementwise import CacheWrite, Embedding, Glu, Rope, cache_write, embedding, glu, rope
 from .kernels.formats import Format, format_of
@@ -56,6 +56,7 @@ class Selection(KernelSelection):
             if node.op.name not in takes or self.erased(node):
                 continue
             try:
+                need_elements(node)
                 takes[node.op.name](node)
             except Refused as e:
                 left.append(Left(self.graph.name, f"{node.op.name} has no kernel here: {e}", node.loc))
@@ -103,8 +104,6 @@ class Selection(KernelSelection):
         if w.param is None:
             raise Refused("its weight is no parameter")
         need_sizes(*w.shape)
-        if 0 in w.shape:
-            raise Refused("its weight has no elements")
         f = format_of(w.type, self.limits.f16)
         if isinstance(f, str):
             raise Refused(f)

@@ -18,6 +18,7 @@ from wasat.ir.ops.random import PARITY, ROTATIONS
 from wasat.ir.ops.reduce import ReduceAttrs
 from wasat.ir.ops.shape import Concat, Reverse, Transpose
 
+from .. import nothing
 from ..layouts import tvm_dtype
 from ..lower import Context, Lowering, lowering_into
 from .cond import COND
@@ -57,19 +58,9 @@ def _iota(ctx: Context, node: Node) -> Any:
     return ctx.te(lambda: te.compute((n,), lambda i: tirx.Cast(tvm_dtype(a.dtype), i), name="iota"), name="iota")
 
 
-def _nothing(ctx: Context, node: Node, x: Any) -> Any:
-    """A result without elements, of the operand ``x``: what has none is folded to a constant, which TVM writes but cannot read
-    back.
-    """
-    shape, dtype = ctx.dims(node.output.shape), tvm_dtype(node.output.tensor.dtype)
-    return ctx.te(lambda _: te.compute(shape, lambda *i: tirx.const(0, dtype), name="nothing"), x, name="nothing")
-
-
 # -- shape ----------------------------------------------------------------------------------------------------------------
 @lowers("reshape", narrow=True)
 def _reshape(ctx: Context, node: Node, x: Any) -> Any:
-    if 0 in node.output.shape:  # Relax reads a 0 as "keep this dimension"
-        return _nothing(ctx, node, x)
     return ctx.view(x, node.inputs[0].shape, node.output.shape)
 
 
@@ -275,7 +266,7 @@ def _conv(ctx: Context, node: Node, x: Any, w: Any) -> Any:
     a: Any = node.attrs
     dtype = node.output.tensor.dtype
     if 0 in node.output.shape:
-        return _nothing(ctx, node, x)
+        return nothing.made(ctx, x, node.output.shape)
     wide = tvm_dtype(DType.F32 if dtype.bits < 32 else dtype)
     shape, space = ctx.dims(node.output.shape), ctx.dims(node.inputs[0].shape[2:])
     low, kernel = ctx.dims(a.low), ctx.dims(node.inputs[1].shape[2:])

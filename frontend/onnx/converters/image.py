@@ -18,6 +18,9 @@ from ..registry import MOST, NodeView, op
 WORK = DType.F64
 """Coordinates are computed in f64: where sizes are fixed they become constants, and rounding must not decide a pixel."""
 
+TIE = 1e-6
+"""How near to the middle of two pixels is the middle, to onnxruntime: its coordinates are f32."""
+
 
 # -- Resize ----------------------------------------------------------------------------------------------------------------
 @op("Resize", since=11)
@@ -133,9 +136,10 @@ def _coordinates(
     match mode:
         case "half_pixel":
             return half
-        case "half_pixel_symmetric":
+        case "half_pixel_symmetric":  # the offset is f32, what is added to it is not
             offset = c.mul(c.div(given, 2.0), c.sub(1.0, c.div(made, c.mul(given, factor))))
-            return c.sub(c.add(offset, c.div(c.add(i, 0.5), factor)), 0.5)
+            i, factor, offset = (c.to(v, DType.F64) for v in (i, factor, offset))
+            return c.to(c.sub(c.add(offset, c.div(c.add(i, 0.5), factor)), 0.5), c.dtype(given))
         case "pytorch_half_pixel":
             return c.mul(half, 0.0) if count == 1 else half if isinstance(count, int) else c.mul(half, c.minimum(steps, 1.0))
         case "align_corners":
@@ -158,9 +162,9 @@ def _coordinates(
 def _nearest(c: Emitter, mode: str, at: Any) -> Any:
     match mode:
         case "round_prefer_floor":
-            return c.ceil(c.sub(at, 0.5))
+            return c.ceil(c.sub(c.to(at, DType.F64), 0.5 + TIE))
         case "round_prefer_ceil":
-            return c.floor(c.add(at, 0.5))
+            return c.floor(c.add(c.to(at, DType.F64), 0.5 + TIE))
         case "floor":
             return c.floor(at)
     return c.ceil(at)

@@ -72,6 +72,7 @@ def dynamic_quantize(c: Emitter, n: NodeView, x: Operand) -> tuple[Any, Any, Any
     low = c.minimum(c.reduce_min(x, axes=every), 0.0)
     high = c.maximum(c.reduce_max(x, axes=every), 0.0)
     scale = c.div(c.sub(high, low), 255.0)
+    scale = c.select(c.equal(scale, 0.0), 1.0, scale)  # of zeros alone
     zero = c.cast(c.round(c.minimum(c.maximum(c.div(c.neg(low), scale), 0.0), 255.0)), dtype=DType.U8)
     return _rounded(c, c.div(x, scale), zero, DType.U8), scale, zero
 

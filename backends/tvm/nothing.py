@@ -1,0 +1,34 @@
+"""Results of which it is known that they have no elements: nothing is computed for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from tvm import te, tirx
+from wasat.ir import Builder, DimLike, Graph, TensorType
+
+if TYPE_CHECKING:
+    from .lower import Context
+
+
+def made(ctx: Context, x: Any, shape: Sequence[DimLike], dtype: str | None = None) -> Any:
+    """A result of ``shape``, in which there is a 0, of the operand ``x``, whose type is the default: what has no operand is
+    folded to a constant, which TVM writes but cannot read back."""
+    zero = tirx.const(0, dtype or x.ty.dtype)
+    return ctx.te(lambda _: te.compute(ctx.dims(shape), lambda *i: zero, name="nothing"), x, name="nothing")
+
+
+def spare(g: Graph) -> None:
+    """Composite and ordering operations whose results have no elements become slices of an operand: what they are made of
+    divides by sizes, and TVM refuses to divide by a constant 0."""
+    for node in g.nodes:
+        dense = [v for v in node.inputs if isinstance(v.type, TensorType) and v.shape]
+        if not ((node.op.is_composite or node.op.kind == "ordered") and dense and all(0 in v.shape for v in node.outputs)):
+            continue
+        b, x = Builder(g, before=node, loc=node.loc), dense[0]
+        none = b.slice(x, starts=(0,) * len(x.shape), stops=(0,) * len(x.shape))
+        for v in node.outputs:
+            y = none if v.tensor.dtype is x.tensor.dtype else b.cast(none, dtype=v.tensor.dtype)
+            g.replace_uses(v, b.reshape(y, shape=v.shape))
+        g.erase(node)

@@ -1,0 +1,42 @@
+"""Operands of which it is known that an axis has size 0: compiled code gives what the interpreter gives."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tvm")
+
+from wasat.backends.tvm.build import Runner
+from wasat.backends.tvm.targets import cpu
+from wasat.ir import Program, evaluate, parse
+
+FOUND = {
+    "cumsum": "f32[2, 0] = cumsum(%x) {axis=1}|f32[2, 0]",
+    "glu": "f32[2, 0, 4] = glu(%x)|f32[2, 0, 8]",
+    "attention_without_batch": "f32[0, 3, 2, 5] = attention(%x, %x, %x) {scale=0.5}|f32[0, 3, 2, 5]",
+    "attention_without_features": "f32[1, 3, 2, 0] = attention(%x, %x, %x) {scale=0.5}|f32[1, 3, 2, 0]",
+    "sort": "f32[0, 5] = sort(%x) {axis=1}|f32[0, 5]",
+    "norm_of_nothing": "f32[2, 0] = layer_norm(%x)|f32[2, 0]",
+    "norms": "f32[2, 0, 5] = rms_norm(%x)|f32[2, 0, 5]",
+    "rounded": 'f32[0, 70] = fake_quantize(%x) {scheme="int8"}|f32[0, 70]',
+    "real_signal": "f32[2, 6, 1] = dft(%x) {length=6, inverse=true, onesided=true}|f32[2, n, 2]",
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Mean of empty slice")
+def test_what_has_no_elements() -> None:
+    """No kernel takes it; TVM divides by sizes, and reads a size of 0 in a reshape as "keep"; NumPy reads memory beside a
+    signal of no samples, and finds no size for -1."""
+    texts = [(name, *text.split("|")) for name, text in FOUND.items()]
+    graphs = {name: parse(f"graph @{name}(%x: {t}) {{\n  %y: {node}\n  return %y\n}}") for name, node, t in texts}
+    run = Runner(Program(graphs), cpu())
+    for name, g in graphs.items():
+        x = np.zeros([d if isinstance(d, int) else 0 for d in g.inputs[0].shape], np.float32)
+        (want,) = evaluate(g, {"x": x})
+        assert isinstance(want, np.ndarray)
+        if name == "real_signal":
+            np.testing.assert_array_equal(want, np.zeros((2, 6, 1)))
+        got = run(name, {"x": x})["y"]
+        assert got.shape == want.shape
+        np.testing.assert_array_equal(got, want)
