@@ -35,7 +35,7 @@ from wasat.ir.ops.quant import quantize_array, quantize_rows
 
 from ..cleanup.hoist_params import param_only
 from ..core import Pass, Remarks
-from .quantize import Quantize
+from .quantize import Quantize, operations_on
 from .recipes import ALL, FLOATS, Formats, Storage, role_of, storage
 from .token_inputs import token_inputs
 
@@ -165,8 +165,7 @@ class Equalize(Pass):
         scheme = self._quantize.scheme_of([w.param or w.name])
         if scheme in (*FLOATS, "f32"):
             return f"it is to be {scheme}"
-        readers = list(dict.fromkeys(u.op.name for u in w.users))
-        return storage(scheme, role_of(w, only), int(w.shape[-1]), self.block, self.formats, readers)
+        return storage(scheme, role_of(w, only), int(w.shape[-1]), self.block, self.formats, operations_on(w))
 
 
 @dataclass(frozen=True)

@@ -138,6 +138,11 @@ def _readers(w: Value) -> list[Node]:
     return found + [u for node in w.users for v in _inner(node, w) for u in _readers(v)]
 
 
+def operations_on(w: Value) -> list[str]:
+    """Names of the operations that would read a small copy of ``w``."""
+    return list(dict.fromkeys(u.op.name for u in _readers(w)))
+
+
 def _feed(graph: Graph, node: Node, w: Value, small: Value, activation: str | None, count: Counter[str] | None = None) -> Node:
     """The node, or one in its place whose bodies read ``small`` where they read ``w`` as a weight; ``w`` is an operand only if
     something else reads it there."""
@@ -254,8 +259,8 @@ class QuantizedGraph:
         if w not in self.only:
             found = "it is not computed from parameters alone"
         elif scheme != "f32":
-            readers = list(dict.fromkeys(u.op.name for u in _readers(w)))
-            found = storage(scheme, role_of(w, self.only), int(w.shape[-1]), self.options.block, self.options.formats, readers)
+            o, readers = self.options, operations_on(w)
+            found = storage(scheme, role_of(w, self.only), int(w.shape[-1]), o.block, o.formats, readers)
             if isinstance(found, Storage):
                 found = self.obstacle(w, found) or found
         if not isinstance(found, Storage) or (isinstance(found.type, DType) and w.tensor.dtype.bits <= 16):
