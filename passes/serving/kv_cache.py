@@ -37,6 +37,7 @@ from .kept import (
 from .lead import Led, split
 from .plan import Plan
 from .registers import set_apart
+from .rolled import shift_instead
 from .token_inputs import token_inputs
 
 
@@ -152,6 +153,7 @@ def _served(graph: Graph, remarks: Remarks) -> tuple[Graph, Value, dict[Value, L
         seq = next(str(v.shape[1]) for v in graph.inputs if v.name == name)
         served = uncut(graph.clone(), seq)
         absorb(served, remarks)
+        shift_instead(served, seq)
         led = set_apart(served, seq)
         for apart in (False, True):
             if apart and led is None and (led := split(served, name)) is not None:

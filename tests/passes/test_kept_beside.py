@@ -140,6 +140,16 @@ def only_earlier(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
     return merged(nn.softmax(s)[..., :-1] @ v)
 
 
+def rolled(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """Rolled by one and by two: what comes round is chosen away, multiplied by 0, cut off, also after more"""
+    one, two, n = nn.roll(x, 1, axis=1), nn.roll(x, 2, axis=1), x.shape[1]
+    joined = nn.concat([x[:, n - 1 :], x[:, : n - 1]], axis=1)
+    y = nn.where((at < 1)[None, :, None], x * 0.5, nn.tanh(one)) + two * (at >= 2).cast("f32")[:, None]
+    y = y + nn.where((at > 0)[None, :, None], joined, 0.0)
+    y = y + nn.where((at > 0)[None, :, None], nn.roll(x, 1, axis=1)[..., :1], 0.0)
+    return y + nn.concat([nn.full((x.shape[0], 1, DIM), 0.5), nn.roll(x * 0.3, 1, axis=1)[:, 1:]], axis=1)
+
+
 def counted(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
     """A running mean whose divisor is a sum over a mask, and nothing else that meets"""
     return nn.cumsum(x, axis=1) / nn.causal(at).cast("f32").sum(-1)[:, None]
@@ -149,7 +159,8 @@ BESIDE: dict[str, Mix] = {
     f.__name__: placed(f) if f in (largest_few, chosen) else f
     for f in (
         registers, registers_and_window, registers_by_position, registers_and_tokens, biased_keys, zero_key, largest_few,
-        chosen, looked_up_along, flattened_indices, heads_in_rows, only_earlier, counted,
+        chosen, looked_up_along, flattened_indices, heads_in_rows, only_earlier, rolled,
+        counted,
     )
 }  # fmt: skip
 
@@ -253,6 +264,13 @@ def two_earlier(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
     return merged(nn.softmax(q.swap(1, 2) @ nn.sin(q).swap(1, 2).T + mask) @ q.swap(1, 2))
 
 
+def rolled_by(shift: int, hide: Callable[[nn.Tensor, nn.Tensor], nn.Tensor]) -> Mix:
+    def mix(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+        return hide(nn.roll(x, shift, axis=1), at[:, None])
+
+    return mix
+
+
 def largest_tokens(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
     return nn.where(x >= nn.top_k(x, 3, axis=1)[0][:, -1:], x, 0.0)
 
@@ -267,6 +285,13 @@ AHEAD: dict[str, tuple[Mix, str]] = {
     "the least of what is hidden": (least_of_hidden, "where a key is later, -inf stands in it, not inf"),
     "nothing seen": (strictly_earlier, "some token sees nothing, and a number hides all keys from it alike"),
     "nothing seen by two": (two_earlier, "some token sees nothing, and a number hides all keys from it alike"),
+    "rolled": (rolled_by(1, lambda r, i: r), "it depends on s, the number of tokens"),
+    "rolled back": (rolled_by(-1, lambda r, i: nn.where(i < 1, 0.0, r)), "it depends on s, the number of tokens"),
+    "one of two hidden": (rolled_by(2, lambda r, i: nn.where(i < 1, 0.0, r)), "it depends on s, the number of tokens"),
+    "the others hidden": (rolled_by(1, lambda r, i: nn.where(i < 1, r, 0.0)), "it depends on s, the number of tokens"),
+    "multiplied by more": (rolled_by(1, lambda r, i: r * i.cast("f32") + r), "it depends on s, the number of tokens"),
+    "the second kept": (rolled_by(2, lambda r, i: r * (i > 0).cast("f32")), "it depends on s, the number of tokens"),
+    "normalized with it": (rolled_by(1, lambda r, i: nn.where(i < 1, 0.0, r / r.max(1, keepdims=True))), "depends on s"),
     "the largest tokens": (largest_tokens, "it reduces over the sequence, later tokens included"),
 }
 
