@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from wasat.ir import Dim, DimLike, DType
 
 from wasat import ir
 
-from .functions import arange, full, gather, maximum, minimum, rsqrt, sqrt, where
+from .functions import arange, exp, full, gather, maximum, minimum, rsqrt, sqrt, where
 from .loops import scan
 from .tensor import Operand, Tensor, emit, fail
 
@@ -230,20 +232,71 @@ def argsort(x: Tensor, axis: int = -1, descending: bool = False) -> Tensor:
     return out[1]
 
 
+def _running(
+    x: Tensor, axis: int, start: float, turn: Callable[[Any, Any], Any], places: bool = False
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """What ``turn`` makes of the results so far (at first ``start``) and the next row, for all rows along ``axis``;
+    ``places``: of the places of these, too, which are i64."""
+    at = x._axis(axis)
+    front = [at, *(i for i in range(x.rank) if i != at)]
+    rows = wide(x).transpose(*front)
+    carry: tuple[Tensor, ...] = (full(rows.shape[1:], start, rows.dtype),)
+    each: tuple[Tensor, ...] = (rows,)
+    if places:
+        index = arange(rows.shape[0]).reshape(rows.shape[0], *[1] * (x.rank - 1)).broadcast_to(*rows.shape)
+        carry, each = (*carry, zeros(rows.shape[1:], "i64")), (*each, index)
+
+    def step(held: tuple[Tensor, ...], row: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        made = turn(held, row)
+        return made, made
+
+    _, found = scan(step, carry, each)
+    back = [front.index(i) for i in range(x.rank)]
+    return tuple(v.transpose(*back).cast(t) for v, t in zip(found, (x.dtype, DType.I64)))
+
+
 def cumprod(x: Tensor, axis: int = -1) -> Tensor:
     """Running product along ``axis``."""
     if x.dtype is DType.BOOL:
         fail(f"nn.cumprod of booleans, {x.value!r}: cast them first")
-    at = x._axis(axis)
-    front = [at, *(i for i in range(x.rank) if i != at)]
-    rows = wide(x).transpose(*front)
+    return _running(x, axis, 1.0, lambda held, row: (held[0] * row[0],))[0]
 
-    def turn(total: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
-        total = total * row
-        return total, total
 
-    _, products = scan(turn, ones(rows.shape[1:], rows.dtype), rows)
-    return products.transpose(*(front.index(i) for i in range(x.rank))).cast(x.dtype)
+def cummax(x: Tensor, axis: int = -1) -> tuple[Tensor, Tensor]:
+    """The largest element so far along ``axis``, and its place (i64; the last of equals). NaN is larger than all."""
+    return _so_far("cummax", x, axis, True)
+
+
+def cummin(x: Tensor, axis: int = -1) -> tuple[Tensor, Tensor]:
+    """The least element so far along ``axis``, and its place (i64; the last of equals). NaN is less than all."""
+    return _so_far("cummin", x, axis, False)
+
+
+def _so_far(what: str, x: Tensor, axis: int, largest: bool) -> tuple[Tensor, Tensor]:
+    if x.dtype is DType.BOOL:
+        fail(f"nn.{what} of booleans, {x.value!r}: cast them first")
+    dtype = wide(x).dtype
+    start = (-math.inf if largest else math.inf) if dtype.is_float else dtype.range[not largest]
+
+    def turn(held: Any, row: Any) -> Any:
+        take = (row[0] >= held[0] if largest else row[0] <= held[0]) | (row[0] != row[0])
+        return where(take, row[0], held[0]), where(take, row[1], held[1])
+
+    values, places = _running(x, axis, start, turn, places=True)
+    return values, places
+
+
+def logaddexp(x: Tensor, y: Tensor) -> Tensor:
+    """log(exp(x) + exp(y)), without overflow."""
+    floats("logaddexp", x, y)
+    apart = where(x == y, 0.0, x - y)  # also where both are the same infinity
+    return maximum(x, y) + emit("log1p", exp(-abs(apart)))
+
+
+def logcumsumexp(x: Tensor, axis: int = -1) -> Tensor:
+    """log(cumsum(exp(x))) along ``axis``, without overflow."""
+    floats("logcumsumexp", x)
+    return _running(x, axis, -math.inf, lambda held, row: (logaddexp(held[0], row[0]),))[0]
 
 
 def logsumexp(x: Tensor, axis: Axes = None, keepdims: bool = False) -> Tensor:

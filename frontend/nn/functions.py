@@ -59,6 +59,7 @@ erf = _unary("erf", "Error function.")
 floor = _unary("floor", "Largest integer not above x.")
 ceil = _unary("ceil", "Smallest integer not below x.")
 sign = _unary("sign", "-1, 0 or 1.")
+abs = _unary("abs", "The size of x, without its sign.")  # the name that everybody looks for
 sigmoid = _unary("sigmoid", "1 / (1 + exp(-x)).")
 silu = _unary("silu", "x * sigmoid(x).")
 relu = _unary("relu", "max(x, 0).")

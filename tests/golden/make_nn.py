@@ -22,6 +22,10 @@ C4 = [torch.randn(4) for _ in range(3)]
 UP, UP2 = torch.randn(4, 3, 3), torch.randn(4, 2, 3, 2)
 IDS, TABLE = torch.tensor([[1, 0, 3], [2, 2, 1]]), torch.randn(4, 6)
 MASK = torch.rand(3, 4, 5) > 0.5
+TIES = (X * 2).round()
+TIES[1, 2, 3] = TIES[2, 0] = float("nan")
+FAR = torch.tensor([-torch.inf, 1.0, torch.inf, 3.0, 90.0])
+EDGES = torch.stack([X[0, 0] * 30, torch.full((5,), -torch.inf), FAR, X[0, 1]])
 
 CASES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "leaky_relu": (lambda x: F.leaky_relu(x, 0.2), (X,)),
@@ -68,6 +72,14 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "masked_fill": (lambda x, m: x.masked_fill(m, 9.0), (X, MASK)),
     "outer": (torch.outer, (C4[0], PER)),
     "cumprod": (lambda x: torch.cumprod(x, 1), (X,)),
+    "cummax": (lambda x: torch.cummax(x, 1)[0], (TIES,)),
+    "cummax_places": (lambda x: torch.cummax(x, 1)[1], (TIES,)),
+    "cummin": (lambda x: torch.cummin(x, 0)[0], (TIES,)),
+    "cummin_places": (lambda x: torch.cummin(x, 0)[1], (TIES,)),
+    "cummax_int": (lambda x: torch.cummax(x, -1)[1], (IDS - 2,)),
+    "abs": (torch.abs, (X,)),
+    "logaddexp": (torch.logaddexp, (EDGES, EDGES.roll(1, 0))),
+    "logcumsumexp": (lambda x: torch.logcumsumexp(x, -1), (EDGES,)),
     "linspace": (lambda x: x.sum() * 0 + torch.linspace(-1.3, 2.9, 7), (PER,)),
     "linspace_1": (lambda x: x.sum() * 0 + torch.linspace(3, 5, 1), (PER,)),
     "eye": (lambda x: x.sum() * 0 + torch.eye(3, 5), (PER,)),
