@@ -302,8 +302,7 @@ class Context:
         """``x``, which has ``shape``, under another one of as many elements: no copy. A view of a view is one of its source."""
         source, forms = self.views.get(x, (x, {tuple(shape): x}))
         if tuple(to) not in forms:
-            none = 0 in to  # which Relax reads as "keep this dimension"
-            forms[tuple(to)] = nothing.made(self, x, to) if none else self.emit(relax.op.reshape(source, self.shape(to)))
+            forms[tuple(to)] = nothing.made(self, x, to) if 0 in to else self.emit(relax.op.reshape(source, self.shape(to)))
         found = forms[tuple(to)]
         self.views[source] = self.views[found] = (source, forms)
         return found
@@ -440,8 +439,7 @@ def _emit_node(ctx: Context, node: Node, table: Table) -> None:
         raise
     except Exception as e:
         raise IRError(f"{node!r}: lowering failed: {type(e).__name__}: {e}", node.loc) from e
-    results = list(out) if isinstance(out, (list, tuple)) else [out]
-    for v, x in zip(node.outputs, results):
+    for v, x in zip(node.outputs, out if isinstance(out, (list, tuple)) else [out]):
         ctx.env[v] = x
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def made(ctx: Context, x: Any, shape: Sequence[DimLike], dtype: str | None = None) -> Any:
     """A result of ``shape``, in which there is a 0, of the operand ``x``, whose type is the default: what has no operand is
-    folded to a constant, which TVM writes but cannot read back."""
+    folded to a constant, which TVM writes but cannot read back, and a reshape to 0 keeps the size for Relax."""
     zero = tirx.const(0, dtype or x.ty.dtype)
     return ctx.te(lambda _: te.compute(ctx.dims(shape), lambda *i: zero, name="nothing"), x, name="nothing")
 
