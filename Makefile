@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := ir passes backends frontend runtime training wasat
 
+# hundreds of tests start Python anew: it is not to read the sources each time
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo demo-web test test-all test-slow test-machines check lint types mutants bench gpu-bundle parity real clean
 
 demo: $(READY)

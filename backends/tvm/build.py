@@ -22,6 +22,7 @@ from wasat.ir.evaluate import bind_symbols, hold_checks
 
 from .layouts import Begin, Layout
 from .lower import Kernels, Left, WeightPlan, lower_program, selected
+from .machine_code import MachineCode, compile_module
 from .ops.cond import EQUAL, hold_equal
 from .ops.indices import OUTSIDE, Given, given, outside
 from .ops.narrow import carried, uncarried
@@ -36,18 +37,17 @@ class BuildError(WasatError):
 
 @dataclass
 class Library:
-    """A compiled program before it is written: the executable and the weights it wants."""
+    """A compiled program before it is written: its code and the weights it wants."""
 
-    executable: Any
+    code: MachineCode
     plan: WeightPlan
     target: Target
     left: list[Left] = field(default_factory=list)
     """What the target's kernels left to others."""
 
     def export(self, path: Path) -> None:
-        """Links the shared library at ``path`` (absolute)."""
-        with self.target.scope():
-            self.executable.export_library(str(path.absolute()), **self.target.link_options())
+        """Links the shared library at ``path``."""
+        self.code.link(path.absolute())
 
 
 @dataclass
@@ -165,12 +165,7 @@ def build(
     left: list[Left] = []
     module, plan = _lowered(program, target, left)
     on_progress("generating code")
-    with target.scope():
-        executable = tvm.compile(
-            module, target=target.tvm, relax_pipeline=target.pipeline(not _loosely_bounded(program)),
-            tir_pipeline=target.tir_pipeline,
-        )  # fmt: skip
-    return Library(executable, plan, target, left)
+    return Library(compile_module(module, target, plan_memory=not _loosely_bounded(program)), plan, target, left)
 
 
 _LOOSE = 4096
@@ -237,7 +232,7 @@ class Runner:
             ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
         tvm_ffi.register_global_func(OUTSIDE, outside, override=True)
         tvm_ffi.register_global_func(EQUAL, hold_equal, override=True)
-        self.vm = relax.VirtualMachine(_linked(library) if donate else library.executable, tvm.cpu())
+        self.vm = relax.VirtualMachine(_linked(library) if donate else library.code.in_process(), tvm.cpu())
         self._reads = library.plan.reads
         self._packed = {key: _packed(key, program.load) for key in library.plan.layouts}
         self.weights = self._ordered()

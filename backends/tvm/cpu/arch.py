@@ -87,7 +87,9 @@ class Arch:
 
     def link_options(self) -> dict[str, Any]:
         """Further arguments of export_library."""
-        return {} if self.here else {"fcompile": _link(self.linker() or [])}
+        # TVM writes debug information that speaks of its own text: a third of the file
+        options: dict[str, Any] = {"options": ["-Wl,--strip-debug"]}
+        return options if self.here else {**options, "fcompile": _link(self.linker() or [])}
 
     # -- the runtime --------------------------------------------------------------------------------------------------------
     def runtime_files(self) -> list[Path]:

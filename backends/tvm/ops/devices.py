@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from tvm import relax
@@ -41,6 +42,7 @@ def _size(dims: Any) -> Any:
     return total
 
 
+@functools.cache
 def _cumsum_kernel(dtype: str, reverse: bool, exclusive: bool) -> Any:
     wide = "float32" if dtype in ("float16", "bfloat16") else dtype
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -198,6 +199,7 @@ def _pow(ctx: Context, node: Node, x: Any, y: Any) -> Any:
     return ctx.view(ctx.call(gv, [x, y], relax.TensorType(ctx.dims(flat), tvm_dtype(dtype))), flat, shape)
 
 
+@functools.cache
 def _pow_kernel(dtype: str) -> Any:
     """Powers of integers by squaring: exact, and wrapped as integers are; see the operation for negative exponents."""
     signed = not dtype.startswith("u")

@@ -6,10 +6,12 @@ reads the indices on their way. Code that runs on a device, which can raise noth
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import tvm
 from tvm import relax, tirx
 from tvm.script import tirx as T
 from wasat.ir import Attrs, Builder, DimLike, DType, Graph, IRError, Node, Op, TensorType, Type, Value, less_equal
@@ -141,10 +143,17 @@ class CheckIndices(Op):
 
 def _check_kernel(dtype: str, where: str) -> tirx.PrimFunc:
     """PrimFunc(ids [n], low, high, out i64[n])."""
+    check = _check_anywhere(dtype)
+    return check.specialize({check.params[-1]: tvm.ir.StringImm(where)})
+
+
+@functools.cache
+def _check_anywhere(dtype: str) -> tirx.PrimFunc:
+    """PrimFunc(ids [n], low, high, out i64[n], where): reading the script takes longer than the rest of making a kernel."""
     unsigned = dtype == "uint64"  # whose upper half i64 does not hold
 
     @T.prim_func(s_tir=True, private=True)
-    def check(ids_ptr: T.handle, low: T.int64, high: T.int64, out_ptr: T.handle) -> None:
+    def check(ids_ptr: T.handle, low: T.int64, high: T.int64, out_ptr: T.handle, where: T.handle) -> None:
         T.func_attr({"tirx.noalias": True})
         n = T.int64()
         ids = T.match_buffer(ids_ptr, (n,), dtype)

@@ -6,6 +6,7 @@ block.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -51,6 +52,7 @@ def _last(axis: int, rank: int) -> list[int]:
     return [i for i in range(rank) if i != axis] + [axis]
 
 
+@functools.cache
 def _order_kernel(dtype: str, is_float: bool, descending: bool, levels: int) -> Any:
     """Stable merge sort of each row by place; the second output is where it works."""
 

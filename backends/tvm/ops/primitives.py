@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -409,6 +410,7 @@ def _cache_update(ctx: Context, node: Node, cache: Any, new: Any, past: Any) -> 
     return ctx.te(build, cache, new, past, name="cache_update")
 
 
+@functools.cache
 def _cache_update_kernel(heads: int, width: int, dtype: str, ring: bool) -> Any:
     @T.prim_func(s_tir=True, private=True)
     def cache_update(cache_ptr: T.handle, new_ptr: T.handle, past_ptr: T.handle) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from tvm import relax, te, tirx
@@ -132,6 +132,7 @@ class _Scan:
         return relax.Tuple([*results[:c], *written])
 
 
+@cache
 def _put(dtype: str) -> tirx.PrimFunc:
     """PrimFunc(rows [n, size], row [size], turn): row number ``turn`` is written in place."""
 

@@ -1,0 +1,81 @@
+"""From Relax to a library: machine code of a module's functions, in parts that LLVM compiles side by side."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tvm
+from tvm import relax
+from tvm.relax import vm_build
+
+from .targets import Target, cpu_count
+
+_PART = 16
+"""Functions of a part: what a part costs by itself, about 50 ms, is then little beside them. As the number of parts depends
+on the program alone, a library does not depend on the machine that compiles it."""
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass
+class MachineCode:
+    """Code of TVM's virtual machine, and the kernels that it calls."""
+
+    executable: Any
+    """The virtual machine's, with the first part of the kernels."""
+    target: Target
+    parts: list[Any] = field(default_factory=list)
+    """Modules with the other kernels."""
+
+    def link(self, path: Path) -> None:
+        """Writes the shared library ``path`` (absolute)."""
+        with tempfile.TemporaryDirectory() as folder, self.target.scope():
+            objects = [f"{folder}/part{i}.o" for i in range(len(self.parts))]
+
+            def write(i: int) -> None:
+                self.parts[i].write_to_file(objects[i])
+
+            _side_by_side(self.target, write, range(len(objects)))
+            self.executable.export_library(str(path), addons=objects, **self.target.link_options())
+
+    def in_process(self) -> Any:
+        """The executable with all kernels."""
+        for part in self.parts:
+            self.executable.mod.import_module(part)
+        self.parts = []
+        return self.executable
+
+
+def compile_module(module: tvm.IRModule, target: Target, plan_memory: bool) -> MachineCode:
+    """Compiles a Relax module as tvm.compile does, which compiles all kernels one after the other."""
+    with target.scope():
+        module = target.pipeline(plan_memory)(module)
+        builder = relax.ExecBuilder()
+        kernels = vm_build._filter_tir(vm_build._vmcodegen(builder, module))
+    functions = list(kernels.functions.items()) if kernels is not None else []
+    n = max(len(functions) // _PART, 1)
+    # every n-th: kernels of one kind, which take as long, stand side by side
+    parts = [tvm.IRModule(dict(functions[i::n]), attrs=kernels.attrs) for i in range(n)] if functions else []
+    made = _side_by_side(target, lambda part: tvm.tirx.build(part, target.tvm, target.tir_pipeline or "default"), parts)
+    with target.scope():
+        return MachineCode(vm_build._vmlink(builder, target.tvm, ext_libs=made[:1]), target, made[1:])
+
+
+def _side_by_side(target: Target, work: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """``work`` of each item, on as many threads as there are CPUs: TVM lets go of Python's lock meanwhile."""
+
+    def scoped(item: T) -> R:
+        with target.scope():  # a thread has its own
+            return work(item)
+
+    items = list(items)
+    if len(items) < 2:
+        return [scoped(x) for x in items]
+    with ThreadPoolExecutor(min(cpu_count(), len(items))) as pool:
+        return list(pool.map(scoped, items))
