@@ -38,7 +38,7 @@ def test_every_part_is_called(donate: bool) -> None:
     x = np.random.default_rng(0).standard_normal((3, KERNELS + 2)).astype(np.float32)
     got = Runner(p, cpu(), donate=donate)("forward", {"x": x})
     wanted = evaluate(p["forward"], {"x": x})
-    np.testing.assert_allclose(list(got.values())[0], wanted[0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(next(iter(got.values())), wanted[0], rtol=1e-5, atol=1e-5)
 
 
 def test_parts_do_not_depend_on_the_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -49,7 +49,9 @@ def test_parts_do_not_depend_on_the_machine(monkeypatch: pytest.MonkeyPatch, tmp
         library = build(program(), cpu(threads=2))
         assert len(library.code.parts) > 1
         found.append([sorted(re.findall(r"__tvm_ffi_\w+", part.inspect_source())) for part in library.code.parts])
-    assert found[0] == found[1] and all(len(names) > 1 for names in found[0])
+    assert found[0] == found[1]
+    assert all(len(names) > 1 for names in found[0])
     library.export(tmp_path / "model.so")
     code = (tmp_path / "model.so").read_bytes()
-    assert b".text" in code and b".debug" not in code  # names of sections
+    assert b".text" in code
+    assert b".debug" not in code
