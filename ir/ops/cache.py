@@ -77,6 +77,8 @@ class CacheUpdate(Op):
 
     def infer(self, attrs: CacheAttrs, cache: TensorType, new: TensorType, past: TensorType) -> TensorType:
         check_cache(cache, new, past, "the cache")
+        if attrs.ring:
+            require_at_most(1, cache.shape[1], "the capacity of a ring")  # positions are counted modulo it
         return cache
 
     def bounds(self, attrs: CacheAttrs, cache: TensorType, new: TensorType, past: TensorType) -> Mapping[int, Bounds]:
@@ -97,6 +99,7 @@ class CacheUpdate(Op):
         yield ErrorSample(["f32[b, 6, 3]", "f32[b, s, 4]", "i64[b]"], {}, "axis 2")
         yield ErrorSample(["f32[2, 6, 3]", "f32[2, s, 3]", "i64[3]"], {}, "batch of past")
         yield ErrorSample(["f32[b, 6, 3]", "f32[b, s]", "i64[b]"], {}, "must be [batch, capacity")
+        yield ErrorSample(["f32[b, 0, 3]", "f32[b, s, 3]", "i64[b]"], {"ring": True}, "1 is more than 0")
 
 
 def room(ring: bool, cache: TensorType, new: TensorType) -> Bounds:

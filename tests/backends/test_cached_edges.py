@@ -75,3 +75,16 @@ def test_a_past_outside_the_cache_is_refused_before_the_call(compiled: Runner, s
         compiled(f"bool{s}", given)
     with pytest.raises((IRError, IndexError)):
         evaluate(compiled.program[f"bool{s}"], given)
+
+
+def test_a_ring_of_nothing_is_refused() -> None:
+    """Positions are counted modulo the capacity: of 0, the process died."""
+    g = (
+        "graph @f(%c: f32[b, n, 4], %x: f32[b, s, 4], %past: i64[b]) {\n"
+        "  %y: f32[b, n, 4] = cache_update(%c, %x, %past) {ring=true}\n  return %y\n}\n"
+    )
+    program = parse_program(g)
+    given = {"c": np.zeros((2, 0, 4), np.float32), "x": np.ones((2, 1, 4), np.float32), "past": np.zeros(2, np.int64)}
+    for run in (lambda: evaluate(program["f"], given), lambda: Runner(program, cpu())("f", given)):
+        with pytest.raises(IRError, match="1 <= n"):
+            run()
