@@ -87,11 +87,12 @@ class Equalize(Pass):
         changed = False
         for graph in program.graphs.values():
             elsewhere = {n for g in program.graphs.values() if g is not graph for n in g.params}
-            found = list(self._found(graph, elsewhere, remarks))
-            if not found:
-                continue
             most = program.interface.context or max(self.tokens, len(self.text))
             inputs = _inputs(graph, min(self.tokens, most), self.text[:most])
+            # of a graph that cannot be run, one remark is enough
+            found = list(self._found(graph, elsewhere, Remarks() if inputs is None else remarks))
+            if not found:
+                continue
             if inputs is None:
                 remarks.missed("features are not made one size: that takes a graph of tokens i64[b, s] and nothing else", graph)
                 continue

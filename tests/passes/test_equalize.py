@@ -224,9 +224,9 @@ NEAR_MISSES = {
     "no linear": (FEED_FORWARD, [("mul(%a, %u)", "mul(%a, %a)"), ("return %y", "return %y, %u")], "no factor of it is made"),
     "up read beside": (FEED_FORWARD, [("return %y", "return %y, %u")], "features of %h are not made one size: no factor"),
     "from outside": (FEED_FORWARD, [("(%tokens: i64[b, s]", "(%tokens: i64[b, s], %n: f32[b, s, 8]"), (
-        "  %n: f32[b, s, 8] = rms_norm(%x, %gain) {eps=1e-05}\n", "")], "features of %n are not made one size: it comes from"),
-    "gain from outside": (HEAD, [("i64[b, s])", "i64[b, s], %gain: f32[8])"), (
-        "  param %gain: f32[8]\n", "")], "%gain is no parameter"),
+        "  %n: f32[b, s, 8] = rms_norm(%x, %gain) {eps=1e-05}\n", "")], "takes a graph of tokens i64[b, s] and nothing else"),
+    "gain from outside": (HEAD, [("  param %gain: f32[8]\n", ""), (
+        "  %n:", "  %gain: f32[8] = reduce_mean(%x) {axes=(0, 1)}\n  %n:")], "%gain is no parameter"),
     "another maker": (ATTENTION, [], "features of %x are not made one size: embedding makes it"),
     "values beside": (ATTENTION, [("return %y", "return %y, %v1")], "its values are not made by a linear alone"),
     "computed": (HEAD, [("linear(%n, %table)", "linear(%n, %t)"), (
