@@ -66,7 +66,23 @@ def random_config(family: str, rng: np.random.Generator) -> dict[str, Any]:
             "attn_logit_softcapping": 2.0 if coin() else None,
         }  # fmt: skip
         return config
-    config |= {"rope_parameters": _rope(rng), "hidden_act": str(rng.choice(["silu", "gelu", "gelu_pytorch_tanh", "relu"]))}
+    default = transformers.AutoConfig.for_model(family).to_dict()
+    eps = config.pop("rms_norm_eps")
+    config |= {name: eps for name in ("rms_norm_eps", "layer_norm_eps", "norm_eps", "norm_epsilon") if name in default}
+    rope = _rope(rng)
+    if family == "phi3":  # transformers takes longrope alone beside it
+        rope = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
+    if default["rope_parameters"].get("partial_rotary_factor", 1.0) != 1.0:  # an even number of every head's elements
+        rope["partial_rotary_factor"], config["hidden_size"] = 0.5, 48
+    if "head_dim" not in default or family == "helium":  # a head is its part of the width
+        config.pop("head_dim")
+        if "head_dim" in default:
+            config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
+    if family == "phi":  # its head has a bias
+        config["tie_word_embeddings"] = False
+    if family == "olmo3":
+        rope = {SLIDING: {"rope_type": "default", "rope_theta": rope["rope_theta"]}, FULL: rope}
+    config |= {"rope_parameters": rope, "hidden_act": str(rng.choice(["silu", "gelu", "gelu_pytorch_tanh", "relu"]))}
     if family in ("llama", "qwen3"):
         config["attention_bias"] = coin()
     if family == "llama":
