@@ -103,11 +103,11 @@ def test_types_without_a_format() -> None:
 
 LEFT = {
     "its weight is no parameter": "(%x: f32[s, 40], %w: f32[70, 40]) {\n %y: f32[s, 70] = linear(%x, %w)",
-    "it computes with bf16": "(%x: bf16[s, 40]) {\n param %w: bf16[70, 40]\n %y: bf16[s, 70] = linear(%x, %w)",
+    "it computes with f16": "(%x: f16[s, 40]) {\n param %w: f16[70, 40]\n %y: f16[s, 70] = linear(%x, %w)",
     "not of whole octets": "(%x: f32[s, 40]) {\n param %w: int4b4f16[70, 40]\n %y: f32[s, 70] = quantized_linear(%x, %w)",
     "its axis is not the last one": "(%x: f32[s, 40]) {\n %y: f32[s, 40] = softmax(%x) {axis=0}",
     "not all are known": "(%x: f32[s, t]) {\n %y: f32[s, t] = rms_norm(%x)",
-    "its weight has no elements": "(%x: f32[s, 40]) {\n param %w: f32[0, 40]\n %y: f32[s, 0] = linear(%x, %w)",
+    "of no elements": "(%x: f32[s, 40]) {\n param %w: f32[0, 40]\n %y: f32[s, 0] = linear(%x, %w)",
 }
 
 
