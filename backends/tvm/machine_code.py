@@ -63,8 +63,8 @@ def compile_module(module: tvm.IRModule, target: Target, plan_memory: bool) -> M
     # every n-th: kernels of one kind, which take as long, stand side by side
     parts = [tvm.IRModule(dict(functions[i::n]), attrs=kernels.attrs) for i in range(n)] if functions else []
     made = _side_by_side(target, lambda part: tvm.tirx.build(part, target.tvm, target.tir_pipeline or "default"), parts)
-    with target.scope():
-        return MachineCode(vm_build._vmlink(builder, target.tvm, ext_libs=made[:1]), target, made[1:])
+    linked = vm_build._ffi_api.VMLink(builder, target.tvm, made[0] if made else None, [], {})
+    return MachineCode(relax.VMExecutable(linked), target, made[1:])
 
 
 def _side_by_side(target: Target, work: Callable[[T], R], items: Iterable[T]) -> list[R]:
