@@ -13,6 +13,7 @@ from wasat.ir import evaluate, parse_program
 from wasat.ir.graph import ArrayParam
 from wasat.ir.ops.quant import quantize_array
 from wasat.ir.types import QTensorType
+from wasat.passes import Cleanup, PassManager
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu", "sigmoid")
 HEADS = "(%q: f32[b, s, 2, 8], %k: f32[b, s, 2, 8], %v: f32[b, s, 2, 8]) {"
@@ -91,3 +92,37 @@ def test_nan_of_all_bits_is_none_other_in_bf16() -> None:
     x = np.array([0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0x7F800000], np.uint32).view(np.float32)
     y = np.asarray(Runner(program, cpu())("f", {"x": x})["y"]).astype(np.float32)
     assert np.isnan(y).tolist() == [True, True, True, False]
+
+
+def _nothing_is_known(dtype: str) -> dict[str, str]:
+    """Expressions of which TVM believes to know the value whatever x is."""
+    head, x, truth = f"(%x: {dtype}[n]) {{\n", f"{dtype}[n]", "bool[n]"
+    return {
+        "not_equal": head + f" %y: {truth} = not_equal(%x, %x)",
+        "equal": head + f" %e: {truth} = equal(%x, %x)\n %y: {x} = select(%e, %x, 7.0:{dtype})",
+        "reshaped": head + f" %r: {dtype}[1, n] = reshape(%x) {{shape=(1, n)}}\n %s: {x} = reshape(%r) {{shape=(n,)}}\n"
+        f" %e: {truth} = equal(%x, %s)\n %y: {truth} = logical_not(%e)",
+        "times_0": head + f" %y: {x} = mul(%x, 0.0:{dtype})",
+        "zeros_times": head + f" %z: {x} = broadcast_to(0.0:{dtype}) {{shape=(n,)}}\n %y: {x} = mul(%z, %x)",
+        "zero_over": head + f" %y: {x} = div(0.0:{dtype}, %x)",
+        "minus_itself": head + f" %e: {x} = neg(%x)\n %f: {x} = neg(%x)\n %y: {x} = sub(%e, %f)",
+        "over_itself": head + f" %y: {x} = div(%x, %x)",
+        "exp_of_0": head + f" %z: {x} = mul(%x, 0.0:{dtype})\n %y: {x} = exp(%z)",
+    }
+
+
+@pytest.mark.parametrize("optimized", [False, True], ids=["as written", "optimized"])
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+def test_nothing_is_known_of_a_float(optimized: bool) -> None:
+    texts = {f"{k}_{d}": t for d in ("f32", "f16", "bf16", "f64") for k, t in _nothing_is_known(d).items()}
+    program = parse_program("".join(f"graph @{name}{text}\n return %y\n}}\n" for name, text in texts.items()))
+    if optimized:
+        PassManager([Cleanup()]).run(program)
+    runner, wanted = Runner(program, cpu()), parse_program("".join(f"graph @{n}{t}\n return %y\n}}\n" for n, t in texts.items()))
+    for name in texts:
+        v = program[name].inputs[0]
+        x = np.array([1, np.nan, -2, np.inf, -np.inf, 0, -0.0, 3]).astype(v.tensor.dtype.np)
+        [got], [want] = runner(name, {"x": x}).values(), evaluate(wanted[name], {"x": x})
+        np.testing.assert_array_equal(got.astype(np.float64), want.astype(np.float64), err_msg=name)
+        if want.dtype != bool:
+            assert (np.signbit(got) == np.signbit(want))[~np.isnan(want.astype(np.float64))].all(), name

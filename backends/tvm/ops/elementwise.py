@@ -8,9 +8,10 @@ from typing import Any
 
 from tvm import relax, te, tirx
 from tvm.script import tirx as T
-from wasat.ir import DType, Node
+from wasat.ir import DType, Node, Value
 from wasat.ir.dims import DimLike
 from wasat.ir.ops.bits import Bitcast
+from wasat.ir.ops.constant import Constant
 from wasat.ir.ops.elementwise import Cast
 
 from ..layouts import tvm_dtype
@@ -67,7 +68,33 @@ def _arithmetic(ctx: Context, node: Node, x: Any, y: Any) -> Any:
     name, dtype = node.op.name, node.output.tensor.dtype
     if dtype.is_int and dtype.bits >= 32:
         return elementwise(ctx, node, lambda a, b: wrapping(name, a, b), *_broadcast(ctx, node, [x, y]))
+    if name == "mul" and dtype.is_float and any(map(_is_zero, node.inputs)):
+        a, b = _broadcast(ctx, node, [x, y])
+        return _kept(ctx, node, lambda zero, v: v * zero, a if _is_zero(node.inputs[1]) else b)
+    if name == "sub" and dtype.is_float and node.inputs[0] is node.inputs[1]:  # 0, says TVM
+        return _kept(ctx, node, lambda zero, v: tirx.abs(v) * zero, x)
     return ctx.emit(_ARITHMETIC[name](*_aligned(ctx, node, [x, y])))
+
+
+def _is_zero(v: Value) -> bool:
+    """Whether it is the constant 0, however it is stretched. TVM says that 0 * x and 0 / x are 0: of infinities and NaN, and of 0
+    / 0, they are NaN."""
+    while v.node is not None and v.node.op.kind == "view" and len(v.node.inputs) == 1:
+        v = v.node.inputs[0]
+    made = v.made_by("constant")
+    return made is not None and not Constant.Attrs.of(made).value.array.any()
+
+
+def _kept(ctx: Context, node: Node, f: Callable[[Any, Any], Any], x: Any) -> Any:
+    """``f`` of a 0 that is none to TVM, and of an operand of the output's own shape; narrow floats are computed with in f32."""
+    dtype = tvm_dtype(node.output.tensor.dtype)
+    wide = "float64" if dtype == "float64" else "float32"
+
+    def kept(v: Any) -> Any:
+        v = tirx.Cast(wide, v)
+        return tirx.Cast(dtype, f(tirx.Select(tirx.isnan(v), tirx.const(1.0, wide), tirx.const(0.0, wide)), v))
+
+    return elementwise(ctx, node, kept, x)
 
 
 def wrapping(name: str, a: Any, b: Any) -> Any:
@@ -111,7 +138,7 @@ def elementwise(ctx: Context, node: Node, f: Callable[..., Any], *xs: Any, alone
 
 
 _COMPARE: dict[str, Callable[..., Any]] = {
-    "equal": R.equal, "not_equal": lambda x, y: R.logical_not(R.equal(x, y)),  # TVM's != is false with NaN
+    "equal": R.equal, "not_equal": lambda x, y: R.logical_not(R.equal(x, y)),
     "less": R.less, "less_equal": R.less_equal, "greater": R.greater, "greater_equal": R.greater_equal,
 }  # fmt: skip
 
@@ -121,7 +148,12 @@ def _compare(ctx: Context, node: Node, *xs: Any) -> Any:
     xs = tuple(_aligned(ctx, node, xs))
     if node.inputs[0].tensor.dtype is DType.BOOL:  # which TVM has no comparison of that LLVM takes
         xs = tuple(ctx.emit(R.astype(x, "uint8")) for x in xs)
-    return ctx.emit(_COMPARE[node.op.name](*xs))
+    found = _COMPARE[node.op.name](*xs)
+    if node.inputs[0].tensor.dtype.is_float and node.op.name in ("equal", "not_equal"):
+        # where both sides come out as one expression, TVM knows the answer without looking whether it is NaN
+        nan = R.isnan(_without_bf16(node, xs[0]))
+        found = R.logical_or(nan, found) if node.op.name == "not_equal" else R.logical_and(R.logical_not(nan), found)
+    return ctx.emit(found)
 
 
 @lowers("maximum", "minimum")
@@ -277,6 +309,8 @@ def _round(ctx: Context, node: Node, x: Any) -> Any:
 @lowers("div")
 def _div(ctx: Context, node: Node, x: Any, y: Any) -> Any:
     if node.output.tensor.dtype.is_float:
+        if _is_zero(node.inputs[0]):
+            return _kept(ctx, node, lambda zero, v: zero / v, _broadcast(ctx, node, [x, y])[1])
         return ctx.emit(R.divide(*_aligned(ctx, node, [x, y])))
     return _divided(ctx, node, tirx.truncdiv, x, y)
 
