@@ -77,8 +77,7 @@ def _arithmetic(ctx: Context, node: Node, x: Any, y: Any) -> Any:
 
 
 def _is_zero(v: Value) -> bool:
-    """Whether it is the constant 0, however it is stretched. TVM says that 0 * x and 0 / x are 0: of infinities and NaN, and of 0
-    / 0, they are NaN."""
+    """Whether it is the constant 0, however it is stretched. TVM says that 0 * x and 0 / x are 0, whatever x is."""
     while v.node is not None and v.node.op.kind == "view" and len(v.node.inputs) == 1:
         v = v.node.inputs[0]
     made = v.made_by("constant")
