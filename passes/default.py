@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 from wasat.ir import Interface
@@ -39,7 +39,7 @@ def default_pipeline(
     *, quantize: str | None = None, activation: str | None = "int8", overrides: Mapping[str, str] | None = None,
     kv_cache: Literal["required", "tried"] | None = "required", chunk: int = 512,
     granule: int = Interface.granule, keep_forward: bool = False, formats: Formats = ALL, cache: str = "f32",
-    rounded: str | None = None, text: tuple[int, ...] = (),
+    rounded: str | None = None, text: Callable[[], tuple[int, ...]] = tuple,
 ) -> list[Pass]:  # fmt: skip
     """The passes of :func:`wasat.compile`, with its options.
 
@@ -48,8 +48,8 @@ def default_pipeline(
     once its operations are fused. ``keep_forward``: it stays beside them.
     ``formats``: which a recipe for ``quantize`` may choose.
     ``cache``: ``"int8"`` and ``"int4"`` round keys and values; other ones are the target's affair.
-    ``rounded``: the scheme whose rounding the weights were trained with: they are stored in it as they are. ``text``: tokens
-    over which :class:`Equalize` measures.
+    ``rounded``: the scheme whose rounding the weights were trained with: they are stored in it as they are. ``text``: gives
+    the tokens over which :class:`Equalize` measures, where it is among the passes.
     """
     half = activation if activation in ("bf16", "f16") else None
     activation = None if half else activation
@@ -60,7 +60,7 @@ def default_pipeline(
     if quantize is not None or overrides:
         scheme, given = quantize or "f32", tuple((overrides or {}).items())
         if scheme not in (*FLOATS, "f32", AS_THEY_ARE, rounded):
-            passes.append(Equalize(text=text, scheme=scheme, activation=activation, overrides=given, formats=formats))
+            passes.append(Equalize(text=text(), scheme=scheme, activation=activation, overrides=given, formats=formats))
         passes.append(Quantize(scheme, activation, given, formats=formats))
     passes += [MergeLinears(), FuseGlu(), HoistParams()]
     if half:

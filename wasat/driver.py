@@ -101,12 +101,14 @@ def optimize(
     if (loop := unrolled(program["forward"]) if "forward" in program.graphs else None) is not None:
         missed.append(Remark("missed", said(loop), "forward", loop[0].loc))
 
+    text = functools.cache(lambda: sample_ids(program))  # once, and where weights are measured
+
     def attempt(exported: bool, caches: Literal["required", "tried"] | None) -> tuple[Program, Report]:
         copy = program.copy()
         default = default_pipeline(
             quantize=quantize, activation=activation, overrides=dict(overrides or {}), kv_cache=caches, chunk=chunk,
             granule=granule, keep_forward=keep_forward, formats=formats, cache=cache,
-            rounded=program.origin.rounded, text=sample_ids(program) if quantize else (),
+            rounded=program.origin.rounded, text=text,
         )  # fmt: skip
         if exported:
             default.insert(0, TokenInputs(required=caches == "required"))

@@ -103,6 +103,7 @@ def _nothing_is_known(dtype: str) -> dict[str, str]:
         "reshaped": head + f" %r: {dtype}[1, n] = reshape(%x) {{shape=(1, n)}}\n %s: {x} = reshape(%r) {{shape=(n,)}}\n"
         f" %e: {truth} = equal(%x, %s)\n %y: {truth} = logical_not(%e)",
         "times_0": head + f" %y: {x} = mul(%x, 0.0:{dtype})",
+        "times_minus_0": head + f" %y: {x} = mul(%x, -0.0:{dtype})",
         "zeros_times": head + f" %z: {x} = broadcast_to(0.0:{dtype}) {{shape=(n,)}}\n %y: {x} = mul(%z, %x)",
         "zero_over": head + f" %y: {x} = div(0.0:{dtype}, %x)",
         "minus_itself": head + f" %e: {x} = neg(%x)\n %f: {x} = neg(%x)\n %y: {x} = sub(%e, %f)",

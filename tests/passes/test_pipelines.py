@@ -66,7 +66,7 @@ def test_features_are_scaled_before_integers(scheme: str | None, rounded: str | 
     assert ("equalize" in names) == scaled
     if scaled:
         assert names[names.index("equalize") + 1] == "quantize"
-        passes = default_pipeline(quantize=scheme, activation=None, overrides={"a*": "f16"}, text=(3, 1))
+        passes = default_pipeline(quantize=scheme, activation=None, overrides={"a*": "f16"}, text=lambda: (3, 1))
         assert Equalize(text=(3, 1), scheme=str(scheme), activation=None, overrides=(("a*", "f16"),)) in passes
 
 

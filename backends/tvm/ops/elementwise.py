@@ -68,30 +68,34 @@ def _arithmetic(ctx: Context, node: Node, x: Any, y: Any) -> Any:
     name, dtype = node.op.name, node.output.tensor.dtype
     if dtype.is_int and dtype.bits >= 32:
         return elementwise(ctx, node, lambda a, b: wrapping(name, a, b), *_broadcast(ctx, node, [x, y]))
-    if name == "mul" and dtype.is_float and any(map(_is_zero, node.inputs)):
-        a, b = _broadcast(ctx, node, [x, y])
-        return _kept(ctx, node, lambda zero, v: v * zero, a if _is_zero(node.inputs[1]) else b)
+    if name == "mul" and dtype.is_float:
+        for i, v in enumerate(node.inputs):
+            if (zero := _zero(v)) is not None:
+                return _kept(ctx, node, zero, lambda zero, v: v * zero, _broadcast(ctx, node, [x, y])[1 - i])
     if name == "sub" and dtype.is_float and node.inputs[0] is node.inputs[1]:  # 0, says TVM
-        return _kept(ctx, node, lambda zero, v: tirx.abs(v) * zero, x)
+        return _kept(ctx, node, 0.0, lambda zero, v: tirx.abs(v) * zero, x)
     return ctx.emit(_ARITHMETIC[name](*_aligned(ctx, node, [x, y])))
 
 
-def _is_zero(v: Value) -> bool:
-    """Whether it is the constant 0, however it is stretched. TVM says that 0 * x and 0 / x are 0, whatever x is."""
+def _zero(v: Value) -> float | None:
+    """0.0 or -0.0 where it is that constant, however it is stretched. TVM says that 0 * x and 0 / x are 0, whatever x is."""
     while v.node is not None and v.node.op.kind == "view" and len(v.node.inputs) == 1:
         v = v.node.inputs[0]
     made = v.made_by("constant")
-    return made is not None and not Constant.Attrs.of(made).value.array.any()
+    array = Constant.Attrs.of(made).value.array if made is not None else None
+    if array is None or array.size != 1 or array.any():
+        return None
+    return float(array.reshape(()))
 
 
-def _kept(ctx: Context, node: Node, f: Callable[[Any, Any], Any], x: Any) -> Any:
+def _kept(ctx: Context, node: Node, zero: float, f: Callable[[Any, Any], Any], x: Any) -> Any:
     """``f`` of a 0 that is none to TVM, and of an operand of the output's own shape; narrow floats are computed with in f32."""
     dtype = tvm_dtype(node.output.tensor.dtype)
     wide = "float64" if dtype == "float64" else "float32"
 
     def kept(v: Any) -> Any:
         v = tirx.Cast(wide, v)
-        return tirx.Cast(dtype, f(tirx.Select(tirx.isnan(v), tirx.const(1.0, wide), tirx.const(0.0, wide)), v))
+        return tirx.Cast(dtype, f(tirx.Select(tirx.isnan(v), tirx.const(1.0, wide), tirx.const(zero, wide)), v))
 
     return elementwise(ctx, node, kept, x)
 
@@ -308,8 +312,8 @@ def _round(ctx: Context, node: Node, x: Any) -> Any:
 @lowers("div")
 def _div(ctx: Context, node: Node, x: Any, y: Any) -> Any:
     if node.output.tensor.dtype.is_float:
-        if _is_zero(node.inputs[0]):
-            return _kept(ctx, node, lambda zero, v: zero / v, _broadcast(ctx, node, [x, y])[1])
+        if (zero := _zero(node.inputs[0])) is not None:
+            return _kept(ctx, node, zero, lambda zero, v: zero / v, _broadcast(ctx, node, [x, y])[1])
         return ctx.emit(R.divide(*_aligned(ctx, node, [x, y])))
     return _divided(ctx, node, tirx.truncdiv, x, y)
 
