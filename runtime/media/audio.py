@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -13,6 +14,7 @@ import numpy as np
 
 from ..values import integer
 from .base import SOUNDS, Media, pictured
+from .files import trouble_of_wav
 
 if TYPE_CHECKING:
     from ..interface import Encoder
@@ -65,8 +67,12 @@ class Audio(Media):
             self._check_sound(own, self.source.shape[1] if self.source.ndim == 2 else 1)
             yield from _resampled(self._checked(self._given(self.source), own), own, rate)
             return
+        with self._file() as file:
+            if trouble := trouble_of_wav(file.read(4096)):
+                raise self._wrong(f"{trouble}: write it again as WAV of 16 or 32 bits, or as FLAC")
         with self._container(SOUNDS) as container:
             stream = self._stream(container.streams.audio, "sound")
+            self._check_order(stream.codec_context.layout)
             own = stream.rate or 0
             if own < 1:
                 raise self._no_rate()
@@ -79,9 +85,24 @@ class Audio(Media):
         if channels > MOST_CHANNELS:
             raise self._wrong(f"has {channels} channels; at most {MOST_CHANNELS} are read, and samples are [n, channels]")
 
+    def _check_order(self, layout: Any) -> None:
+        """Raises MediaError for channels in an order of the file's own.
+
+        PyAV frees the list of those once for each object that speaks of it, which kills the process: such an object is never
+        given back.
+        """
+        try:
+            name = layout.name
+        except (RuntimeError, UnicodeError):  # longer than PyAV has room for
+            name = "many channels (…)"
+        if " channels (" in name:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(layout))
+            raise self._wrong("has channels in an unusual order: write it again as mono, stereo, 5.1 or 7.1")
+
     def _own_rate(self) -> int:
         """That of an array."""
-        if not isinstance(self.rate, Real) or not 1 <= self.rate < np.inf or self.rate % 1:
+        odd = isinstance(self.rate, (bool, np.bool_)) or not isinstance(self.rate, Real)
+        if odd or not 1 <= self.rate < np.inf or self.rate % 1:
             raise self._wrong(
                 f"has a rate of {self.rate or 0!r} Hz: give the samples per second as a whole number, Audio(array, rate=16000)"
             )
@@ -91,20 +112,25 @@ class Audio(Media):
         if x.dtype not in (np.int16, np.float32, np.float64) or x.ndim not in (1, 2) or not x.size:
             raise self._wrong("is no sound: samples are [n] or [n, channels], floats in [-1, 1] or i16, at least one")
         for at in range(0, len(x), _PIECE):
-            piece = x[at : at + _PIECE]
+            piece = np.asarray(x[at : at + _PIECE])
             if piece.dtype == np.int16:
                 piece = piece.astype(np.float32) / 32768
-            yield (piece if piece.ndim == 1 else piece.mean(axis=1)).astype(np.float32)
+            with np.errstate(over="ignore"):  # what is beyond f32 becomes infinite, which is refused
+                yield (piece if piece.ndim == 1 else piece.mean(axis=1)).astype(np.float32)
 
     def _decoded(self, container: Any, stream: Any) -> Iterator[np.ndarray]:
         import av
 
-        floats = av.AudioResampler(format="fltp", rate=stream.rate)  # channels stay apart: FFmpeg's own downmix is no mean
+        # Channels stay apart (FFmpeg's own downmix is no mean), and interleaved: of 8 planes and more, PyAV counts what stands
+        # behind them in memory.
+        floats = av.AudioResampler(format="flt", rate=stream.rate)
         length = 0
         for decoded in chain(container.decode(stream), [None]):
+            if decoded is not None:
+                self._check_order(decoded.layout)
             for frame in floats.resample(decoded):
                 length += frame.samples
-                yield frame.to_ndarray().mean(axis=0)
+                yield frame.to_ndarray().reshape(frame.samples, -1).mean(axis=1)
         self._check_whole(container, length / stream.rate)
 
     def _checked(self, pieces: Iterable[np.ndarray], rate: int) -> Iterator[np.ndarray]:

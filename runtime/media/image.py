@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,17 +70,33 @@ def flat(media: Media, image: Any) -> np.ndarray:
     from PIL import ImageOps
 
     pgm = image.mode == "I" and image.format == "PPM"  # whose range Pillow makes 16 bits
-    inverted = image.format == "TIFF" and image.tag_v2.get(262) == 0  # white is 0, which Pillow knows of up to 8 bits
+    inverted, most = False, 65535
+    if image.format == "TIFF":
+        inverted = image.tag_v2.get(262) == 0  # white is 0, which Pillow knows of up to 8 bits
+        most = _most_of_tiff(media, image)
+    few = re.fullmatch(r"L;([24])", str(image.tile[0].args)) if image.format == "PNG" and image.tile else None
     image = ImageOps.exif_transpose(image)
     clear = image.info.get("transparency")
+    if few and isinstance(clear, int):  # of 2 or 4 bits, as it is stored; Pillow's pixels are of 8
+        clear = image.info["transparency"] = clear * 255 // (2 ** int(few[1]) - 1)
     if (image.mode.startswith("I;16") and clear is not None) or (isinstance(clear, tuple) and max(clear) > 255):
         raise media._wrong("has 16 bits and a colour that is transparent: give it 8 bits, or an alpha channel")
     if image.mode.startswith("I;16") or pgm:
         x = np.asarray(image).astype(np.uint32)
-        x = 65535 - x if inverted else x
-        return rgb(media, ((x * 255 + 32767) // 65535).astype(np.uint8))
+        x = most - x if inverted else x
+        return rgb(media, ((x * 255 + most // 2) // most).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise media._wrong("has pixels of 32 bits, whose range is its own: scale them to 8 or 16 bits first")
     if image.mode not in _MODES:
         raise media._wrong(f"has colours of the kind {image.mode}: convert it to RGB first")
     return rgb(media, np.asarray(image.convert("RGBA" if image.has_transparency_data else "RGB")))
+
+
+def _most_of_tiff(media: Media, image: Any) -> int:
+    """The largest value of a grey pixel of more than 8 bits. Raises MediaError for samples that Pillow takes for others."""
+    bits = max(image.tag_v2.get(258, (1,)))
+    if 2 in image.tag_v2.get(339, (1,)) and bits <= 8:
+        raise media._wrong("has pixels with a sign, whose range is its own: make them 0 to 255 first")
+    if bits > 8 and image.tag_v2.get(284) == 2 and image.tag_v2.get(259) == 1 and len(image.getbands()) > 1:
+        raise media._wrong(f"has {bits} bits and colours one after the other, uncompressed: give it 8 bits, or compress it")
+    return int(2**bits - 1) if 8 < bits < 16 else 65535

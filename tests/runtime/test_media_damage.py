@@ -128,12 +128,20 @@ def _moov_first(path: Path) -> bytes:
     return path.read_bytes()
 
 
+def _rf64() -> bytes:
+    """A WAV as it is written beyond 4 GiB."""
+    data = wav(TONE, RATE)
+    sizes = struct.pack("<IQQQI", 28, len(data) + 28, len(data) - 44, len(TONE), 0)
+    return b"RF64\xff\xff\xff\xffWAVEds64" + sizes + data[12:40] + b"\xff\xff\xff\xff" + data[44:]
+
+
 CUT: dict[str, Callable[[Path], Any]] = {
     "MP4": lambda _: Video(video(np.tile(CLIP, (4, 1, 1, 1)), 24)),
     "MP4, index first": lambda path: Video(_moov_first(path)),
     "MKV": lambda _: Video(video(np.tile(CLIP, (4, 1, 1, 1)), 24, "matroska", "ffv1")),
     "AVI": lambda _: Video(video(np.tile(CLIP, (4, 1, 1, 1)), 24, "avi")),
     "WAV": lambda _: Audio(wav(TONE, RATE)),
+    "RF64": lambda _: Audio(_rf64()),
     "AIFF": lambda _: Audio(sound(TONE, RATE, "aiff", "pcm_s16be")),
     "M4A": lambda _: Audio(sound(TONE, RATE, "ipod", "aac")),
     "FLAC": lambda _: Audio(sound(TONE, RATE, "flac", "flac")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import zlib
 from fractions import Fraction
 from typing import Any
 
@@ -89,15 +90,11 @@ def test_pixels_mean_what_pillow_says(mode: str, format: str) -> None:
 
 
 def _chunk(kind: bytes, body: bytes) -> bytes:
-    import zlib
-
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
 def _png(depth: int, colour: int, row: bytes, width: int, *chunks: tuple[bytes, bytes]) -> bytes:
     """A PNG of one row, as its specification has it."""
-    import zlib
-
     head = struct.pack(">IIBBBBB", width, 1, depth, colour, 0, 0, 0)
     parts = [(b"IHDR", head), *chunks, (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(*p) for p in parts)
@@ -115,6 +112,9 @@ DEEP = struct.pack(">3H", 0, 32768, 65535)
     (_png(1, 3, b"\x40", 2, PALETTE), [[10, 20, 30], [200, 100, 0]]),
     (_png(8, 3, b"\0\1", 2, PALETTE, (b"tRNS", b"\0")), [[255, 255, 255], [200, 100, 0]]),
     (_png(8, 3, b"\0\1", 2, PALETTE, (b"tRNS", b"\xff\x80")), [[10, 20, 30], [227, 177, 127]]),
+    (_png(2, 0, b"\x1b", 4, (b"tRNS", b"\0\1")), [0, 255, 170, 255]),  # as it is stored, not as 8 bits
+    (_png(4, 0, b"\x1f\x80", 3, (b"tRNS", b"\0\1")), [255, 255, 136]),
+    (_png(4, 0, b"\x1f\x11", 4, (b"tRNS", b"\0\x11")), [17, 255, 17, 17]),
     (_png(8, 2, bytes([1, 2, 3, 4, 5, 6]), 2, (b"tRNS", b"\0\1\0\2\0\3")), [[255, 255, 255], [4, 5, 6]]),
     (_png(8, 6, bytes([0, 100, 200, 51]), 1), [[204, 224, 244]]),
 ])  # fmt: skip
@@ -131,10 +131,12 @@ def test_a_transparent_colour_of_16_bits_is_refused(data: bytes) -> None:
         Image(data).pixels()
 
 
-def _tiff(bits: int, photometric: int, data: bytes) -> bytes:
-    """4 x 2 grey pixels; photometric 0: white is 0."""
-    tags = {256: 4, 257: 2, 258: bits, 259: 1, 262: photometric, 273: 8 + 2 + 12 * 9 + 4, 277: 1, 278: 2, 279: len(data)}
-    body = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+def _tiff(bits: int, photometric: int, data: bytes, **more: int) -> bytes:
+    """4 x 2 grey pixels; photometric 0: white is 0. ``more``: other tags, by number."""
+    tags = {256: 4, 257: 2, 258: bits, 259: 1, 262: photometric, 273: 0, 277: 1, 278: 2, 279: len(data)}
+    tags |= {int(tag[1:]): value for tag, value in more.items()}
+    tags[273] = 8 + 2 + 12 * len(tags) + 4
+    body = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(tags.items()))
     return b"II*\0" + struct.pack("<IH", 8, len(tags)) + body + bytes(4) + data
 
 
@@ -146,6 +148,43 @@ def test_black_or_white_is_zero(bits: int, data: bytes, want: list[int] | None) 
     grey = np.array(want) if want is not None else np.rint(np.arange(0, 65535, 9000) / 257)
     assert np.array_equal(Image(_tiff(bits, 1, data)).pixels()[..., 0].ravel(), grey)
     assert np.abs(Image(_tiff(bits, 0, data)).pixels()[..., 0].ravel() - (255 - grey)).max() <= (bits == 16)
+
+
+def test_a_tiff_of_12_bits_ends_at_4095() -> None:
+    data = bytes.fromhex("000 800 fff 001 010 100 7ff 801".replace(" ", ""))
+    want = [round(v * 255 / 4095) for v in (0, 0x800, 0xFFF, 1, 16, 256, 0x7FF, 0x801)]
+    assert Image(_tiff(12, 1, data)).pixels()[..., 0].ravel().tolist() == want
+
+
+def test_samples_of_a_tiff_that_pillow_takes_for_others() -> None:
+    with pytest.raises(MediaError, match="pixels with a sign"):
+        Image(_tiff(8, 1, bytes(8), t339=2)).pixels()
+    assert Image(_tiff(8, 1, bytes(8), t339=1)).pixels().shape == (2, 4, 3)
+
+
+def test_a_tiff_of_16_bits_in_planes() -> None:
+    """Uncompressed, Pillow takes halves of numbers for pixels; compressed, it does not."""
+    x = (PIXELS[:2, :4].astype(np.uint16) * 257 + 1).clip(max=65535).astype("<u2")
+    planes = [x[..., c].tobytes() for c in range(3)]
+    for packed in (False, True):
+        parts = [zlib.compress(p) for p in planes] if packed else planes
+        tags = {256: [4], 257: [2], 258: [16] * 3, 259: [8 if packed else 1], 262: [2], 277: [3], 278: [2]}
+        tags |= {273: [0] * 3, 279: [len(p) for p in parts], 284: [2]}
+        start = 8 + 2 + 12 * len(tags) + 4
+        lists = b""
+        starts = [start + 36 + sum(map(len, parts[:i])) for i in range(3)]
+        body = b""
+        for tag, values in sorted(tags.items()):
+            values = starts if tag == 273 else values
+            at = values[0] if len(values) == 1 else start + len(lists)
+            lists += b"" if len(values) == 1 else struct.pack(f"<{len(values)}I", *values)
+            body += struct.pack("<HHII", tag, 4, len(values), at)
+        data = b"II*\0" + struct.pack("<IH", 8, len(tags)) + body + bytes(4) + lists + b"".join(parts)
+        if packed:
+            assert np.abs(Image(data).pixels().astype(int) - PIXELS[:2, :4]).max() <= 1
+        else:
+            with pytest.raises(MediaError, match="16 bits and colours one after the other"):
+                Image(data).pixels()
 
 
 def test_a_pgm_of_16_bits() -> None:
@@ -173,6 +212,66 @@ def test_sample_formats(codec: str, bits: int) -> None:
         for piece in (*fit.resample(frame), None):
             container.mux(stream.encode(piece))
     assert np.abs(Audio(out.getvalue()).samples(8000) - x.mean(0)).max() <= 1.01 * 2.0**-bits
+
+
+@pytest.mark.parametrize("codec, format, channels", [
+    ("pcm_s16le", "wav", "7.1"), ("pcm_s24le", "wav", "hexadecagonal"), ("flac", "flac", "7.1"), ("pcm_f32be", "mov", "7.1"),
+])  # fmt: skip
+def test_the_mean_of_many_channels(codec: str, format: str, channels: str) -> None:
+    """Of 8 planes and more, PyAV reads what stands behind them."""
+    x = np.linspace(-0.9, 0.9, 3200).reshape(-1, av.AudioLayout(channels).nb_channels).astype(np.float32)
+    assert np.abs(Audio(_channels(x, codec, format, channels)).samples(8000) - x.mean(1)).max() < 1e-4
+
+
+@pytest.mark.parametrize("format, codec, channels", [
+    ("aiff", "pcm_s16be", "7.1"), ("caf", "pcm_f32be", "7.1"), ("flac", "flac", "FL+FR+LFE+BC"),
+])  # fmt: skip
+def test_channels_in_an_order_of_the_files_own(format: str, codec: str, channels: str) -> None:
+    """Whose list PyAV frees twice: the process must live on."""
+    x = np.zeros((400, av.AudioLayout(channels).nb_channels), np.float32)
+    for _ in range(3):
+        with pytest.raises(MediaError, match="channels in an unusual order"):
+            Audio(_channels(x, codec, format, channels)).samples(8000)
+
+
+def _channels(x: np.ndarray, codec: str, format: str, layout: str) -> bytes:
+    """f32[n, channels] at 8000 Hz."""
+    out = io.BytesIO()
+    with av.open(out, "w", format=format) as container:
+        stream: Any = container.add_stream(codec, rate=8000)
+        stream.layout = layout
+        frame = av.AudioFrame.from_ndarray(x.reshape(1, -1), format="flt", layout=layout)
+        frame.sample_rate, frame.pts, frame.time_base = 8000, 0, Fraction(1, 8000)
+        fit = av.AudioResampler(format=stream.format.name, layout=layout, rate=8000)
+        for piece in (*fit.resample(frame), None):
+            container.mux(stream.encode(piece))
+    return out.getvalue()
+
+
+def _extensible(bits: int, valid: int) -> bytes:
+    """A WAV whose samples are smaller than the room that each has."""
+    guid = bytes.fromhex("0100000000001000800000aa00389b71")
+    form = struct.pack("<HHIIHHHHI", 0xFFFE, 1, 8000, 1000 * bits, bits // 8, bits, 22, valid, 0) + guid
+    body = b"WAVEfmt " + struct.pack("<I", 40) + form + b"data" + struct.pack("<I", 240) + bytes(range(240))
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+@pytest.mark.parametrize("bits, valid", [(32, 24), (32, 20), (24, 16), (16, 8), (16, 24)])
+def test_samples_that_do_not_fill_their_room(bits: int, valid: int) -> None:
+    """FFmpeg takes them for samples of another size, or for floats."""
+    with pytest.raises(MediaError, match=f"samples of {valid} bits in {bits}: write it again"):
+        Audio(_extensible(bits, valid)).samples(8000)
+    assert len(Audio(_extensible(bits, bits - 4)).samples(8000)) == 240 * 8 // bits
+
+
+def test_a_wav_of_big_endian_numbers_is_refused() -> None:
+    with pytest.raises(MediaError, match="from the highest byte on"):
+        Audio(b"RIFX" + wav(np.zeros(9, np.float32), 8000)[4:]).samples(8000)
+
+
+def test_masked_samples_are_what_stands_behind_the_mask() -> None:
+    x = np.linspace(-0.5, 0.5, 50).astype(np.float32)
+    assert np.array_equal(Audio(np.ma.masked_array(x, mask=x > 0), 8000).samples(8000), x)
 
 
 @pytest.mark.parametrize("pixel_format, alpha", [("rgba", 51), ("rgba", 255), ("bgra", 0)])
