@@ -159,6 +159,8 @@ class Chat:
         options = _options(options, sampling)
         if stream is not None and not callable(stream):
             raise InputError(f"stream is called with pieces of text; it must be a function, not {type(stream).__name__}")
+        if interrupted is not None and not callable(interrupted):
+            raise InputError(f"interrupted is asked before each step; it must be a function, not {type(interrupted).__name__}")
         show = None if stream is None else (lambda _row, piece: stream(piece))
         ends = self.ends(template, tools)
         settings = Settings.of(self.model, options, stop, stop_tokens, show, logprobs, ends)

@@ -179,6 +179,7 @@ def generate(
     settings = Settings.of(model, options, stop, stop_tokens, stream, logprobs)
     if inputs is not None and not isinstance(inputs, Mapping):
         raise InputError(f"inputs must be arrays by name, not {type(inputs).__name__}")
+    texts("the name of an input", inputs or ())
     rows_of_ids, media = read_prompts(model, [prompts] if isinstance(prompts, str) else listed("prompts", prompts))
     if not rows_of_ids:
         return []

@@ -54,6 +54,8 @@ def rerank(
     model: Model, query: str, documents: Sequence[str], instruct: str | None, form: Form, batch: int
 ) -> np.ndarray:
     """The probability of yes beside no, f32[n]; see :meth:`wasat.runtime.Model.rerank`."""
+    if not isinstance(form, Form):
+        raise InputError(f"form is how the model is asked, a wasat.runtime.rerank.Form, not {type(form).__name__}")
     (query,), given = texts("the query", [query]), texts("a document", listed("documents", documents))
     (instruct,) = texts("instruct", [form.instruct if instruct is None else instruct])
     batch = integer("batch", batch, 1)

@@ -250,6 +250,7 @@ class Session:
 
     def reachable(self, length: int, row: int = 0) -> int:
         """The most positions, at most ``length``, that :meth:`truncate` can cut the row to; 0 can always be reached."""
+        length, row = integer("length", length), integer("row", row, most=self.batch - 1)
         to = min(length, int(self._past[row]))
         to = next((w[0] for w in self._whole[row] if w[0] < to < w[1]), to)
         at = np.full(self.batch, to)

@@ -44,6 +44,8 @@ class Templates:
 
     def choose(self, name: str | None, tools: bool) -> str:
         """The text of the template to use: that of ``name``, the one for tools where there are some, or the default."""
+        if name is not None:
+            (name,) = texts("template", [name])
         if name is not None and name in self.found:
             return self.found[name]
         if name is not None and "{" in name:
@@ -66,6 +68,8 @@ class Templates:
         if not chat:
             raise InputError("messages is empty: a conversation has at least one message")
         text = self.choose(template, tools is not None)
+        if variables is not None and not isinstance(variables, Mapping):
+            raise InputError(f"variables must be values by name, not {type(variables).__name__}")
         given = {
             **self.tokens, **plain(variables or {}), "tools": _mappings("tools", tools),
             "documents": _mappings("documents", documents), "add_generation_prompt": prompt,

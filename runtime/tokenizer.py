@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import ArtifactError, InputError
-from .values import integer, texts
+from .values import integer, listed, texts
 
 _BROKEN = "\ufffd"
 """What decoding puts where bytes are no UTF-8 (yet)."""
@@ -43,13 +43,13 @@ class Tokenizer:
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of ``tokens``, special ones left out. Raises InputError for what is no token id."""
-        ids = tokens if isinstance(tokens, list) else [integer("a token", t, most=2**32 - 1) for t in tokens]
+        ids = tokens if isinstance(tokens, list) else _ids(tokens)
         with refusals(InputError, "the tokenizer cannot decode the tokens ({})"):
             return str(self.library.decode(ids))
 
     def stream(self, prompt: Sequence[int] = ()) -> TextStream:
         """For the text of tokens that follow ``prompt``."""
-        return TextStream(self, prompt)
+        return TextStream(self, _ids(prompt))
 
     def byte_of(self, token: int) -> int | None:
         """The byte that a token <0xNN> stands for where characters without a token of their own are spelled so."""
@@ -80,6 +80,10 @@ def refusals(error: type[Exception], message: str) -> Iterator[None]:
         if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
             raise
         raise error(message.format(str(e) or type(e).__name__)) from None
+
+
+def _ids(tokens: Iterable[int]) -> list[int]:
+    return [integer("a token", t, most=2**32 - 1) for t in listed("tokens", tokens)]
 
 
 class TextStream:

@@ -101,12 +101,12 @@ class Audio(Media):
 
     def _own_rate(self) -> int:
         """That of an array."""
-        odd = isinstance(self.rate, (bool, np.bool_)) or not isinstance(self.rate, Real)
-        if odd or not 1 <= self.rate < np.inf or self.rate % 1:
+        rate = None if isinstance(self.rate, (bool, np.bool_)) else self.rate
+        if not isinstance(rate, Real) or not 1 <= rate < np.inf or rate % 1:
             raise self._wrong(
                 f"has a rate of {self.rate or 0!r} Hz: give the samples per second as a whole number, Audio(array, rate=16000)"
             )
-        return int(self.rate)
+        return int(rate)
 
     def _given(self, x: np.ndarray) -> Iterator[np.ndarray]:
         if x.dtype not in (np.int16, np.float32, np.float64) or x.ndim not in (1, 2) or not x.size:
