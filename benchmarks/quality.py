@@ -4,8 +4,9 @@
 
 MODEL is what ``wasat compile`` takes, with a tokenizer; the text are topics of Python's own documentation
 (``pydoc_data.topics``), in windows that do not see each other. A recipe is a scheme and overrides, ``int4,*embed*=int8``;
-``stored`` is the weights as they are; ``OTHER.gguf`` is another file of the same model, as llama.cpp makes it. Rows are int8,
-or with ``--activation f32`` as they are. The base computes in f32 on the numbers of the file. Weights of a quantized file are
+``stored`` is the weights as they are; a path is another file of the same model: a GGUF file, as llama.cpp makes it, or one that
+``wasat quantize`` wrote. Rows are int8, or with ``--activation f32`` as they are. What stands after a number is its standard
+error, over blocks of 32 positions. The base computes in f32 on the numbers of the file. Weights of a quantized file are
 dequantized first: recipes then may find its grid again, and the table flatters those that resemble it (``shuffled.py``).
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -34,7 +36,7 @@ def outputs(
     """Bits of the parameters, and log-probabilities of each window."""
     scheme, *overrides = recipe.split(",")
     plain = scheme in ("base", "stored")
-    if scheme.endswith(".gguf"):
+    if Path(scheme).is_file():
         program, plain = ws.load_program(scheme), True
     pairs = dict(o.rsplit("=", 1) for o in overrides)
     options = {} if plain else {"quantize": scheme, "overrides": pairs}
@@ -59,13 +61,18 @@ def main() -> None:
     count = sum(float(np.prod(p.type.concrete({}))) for p in base_program.params.values() if isinstance(p.type, TensorType))
     base = [x.astype(np.float32) for x in outputs(base_program, windows, "base", None)[1]]
     rows = []
-    print(f"{'recipe':30} {'bits':>6} {'KL':>9} {'same top':>9} {'perplexity':>11}")
+    print(f"{'recipe':30} {'bits':>6} {'KL':>9} {'±':>8} {'same top':>9} {'perplexity':>11} {'rise':>7} {'±':>6}")
     for recipe in ["base", *a.recipes]:
         size, found = outputs(stored if recipe == "stored" else base_program, windows, recipe, activation)
         recipe = Path(recipe).name
-        row = {"recipe": recipe, "bits": size / count, **asdict(quality(base, found, windows))}
-        rows.append(row)
-        print(f"{recipe:30} {row['bits']:6.2f} {row['kl']:9.5f} {row['same_top']:9.3f} {row['perplexity']:11.3f}", flush=True)
+        q = quality(base, found, windows)
+        rows.append({"recipe": recipe, "bits": size / count, **asdict(q)})
+        rise = 100 * (q.perplexity / q.base_perplexity - 1)
+        errors = [math.nan if e is None else e for e in (q.kl_error, q.loss_error)]
+        print(
+            f"{recipe:30} {size / count:6.2f} {q.kl:9.5f} {errors[0]:8.5f} {q.same_top:9.3f} {q.perplexity:11.3f} {rise:6.2f}% "
+            f"{100 * errors[1]:5.2f}%", flush=True,
+        )  # fmt: skip
     if a.out:
         about = {
             "model": Path(a.model).name, "tokens": len(ids), "window": a.window, "activation": a.activation,

@@ -43,6 +43,10 @@ class Quality:
     perplexity: float
     """Of the text, by the other; the last position of each window predicts nothing."""
     base_perplexity: float
+    kl_error: float | None = None
+    """Standard error of ``kl``, over blocks of 32 positions (neighbours are no independent trials); None for fewer than two."""
+    loss_error: float | None = None
+    """That of log(perplexity / base_perplexity)."""
 
 
 def log_softmax(logits: Floats) -> NDArray[np.float64]:
@@ -120,11 +124,18 @@ def quality(
         loss.append(-x[at])
         base_loss.append(-b[at])
         progress(i)
-    each = np.concatenate(kl)
+    each, worse = np.concatenate(kl), np.concatenate(loss) - np.concatenate(base_loss)
     return Quality(
         len(each), float(each.mean()), float(np.quantile(each, 0.99, method="higher")), float(np.concatenate(same).mean()),
         float(np.exp(np.concatenate(loss).mean())), float(np.exp(np.concatenate(base_loss).mean())),
+        _error(each), _error(worse),
     )  # fmt: skip
+
+
+def _error(x: Floats) -> float | None:
+    """Standard error of the mean, over blocks of positions; of the rest, that fills none, nothing is taken."""
+    blocks = x[: len(x) // _ROWS * _ROWS].reshape(-1, _ROWS).mean(1)
+    return float(blocks.std(ddof=1) / math.sqrt(len(blocks))) if len(blocks) > 1 else None
 
 
 @dataclass(frozen=True)

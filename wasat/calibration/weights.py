@@ -9,13 +9,15 @@ from dataclasses import dataclass
 
 from wasat.ir import Builder, Graph, Node, Program, QArray, TensorType, Value
 from wasat.ir.graph import ArrayParam
-from wasat.passes import FuseGlu, MergeLinears, PassManager, TokenInputs, default_pipeline
+from wasat.passes import Equalize, FuseGlu, HoistParams, MergeLinears, PassManager, TokenInputs, default_pipeline
 from wasat.passes.cleanup.hoist_params import param_only
 from wasat.passes.serving.recipes import role_of
 from wasat.passes.serving.token_inputs import is_exported
 from wasat.quality import DENSE, dense
 
 FORWARD = "forward"
+_SCALED = "|mul"
+"""What :class:`HoistParams` adds to the name of a parameter that is multiplied with a constant."""
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
@@ -53,14 +55,30 @@ class Weight:
         return self.type.concrete({})
 
 
-def prepared(program: Program) -> Program:
-    """A copy after the passes that come before weights are stored in fewer bits, with its weights in f32, each apart."""
+def prepared(program: Program, equalize: Equalize | None = None) -> Program:
+    """A copy after the passes that come before weights are stored in fewer bits, with its weights in f32, each apart, and under
+    the names that they had; features of one size, where ``equalize`` finds that it pays."""
     p = dense(program)
     passes = [x for x in default_pipeline(kv_cache=None) if not isinstance(x, (MergeLinears, FuseGlu))]
     if FORWARD in p.graphs and any(is_exported(v) for v in p[FORWARD].inputs):
         passes.insert(0, TokenInputs(required=True))
     PassManager(passes).run(p)
+    before = set(p.params)
+    if equalize is not None and PassManager([equalize]).run(p).steps[0].modified:
+        PassManager([HoistParams()]).run(p)
+        for name in [n for n in p.params if n not in before]:
+            old = name.removesuffix(_SCALED)
+            if old in before and old not in p.params:
+                _rename(p, name, old)
     return p
+
+
+def _rename(program: Program, name: str, new: str) -> None:
+    program.params[new] = program.params.pop(name)
+    for g in program.graphs.values():
+        if name in g.params:
+            g.params[name].param = new
+            g.params = {new if n == name else n: v for n, v in g.params.items()}
 
 
 def weights_of(program: Program) -> tuple[list[Weight], dict[str, str]]:

@@ -29,6 +29,9 @@ def compare(
     ] = None,
     tokens: Annotated[int, typer.Option(help="How many random tokens a language model is given.", min=1)] = 16,
     window: Annotated[int, typer.Option(help="The text is read in windows of so many tokens.", min=2)] = 256,
+    served: Annotated[
+        bool, typer.Option("--served", help="Also prefill and decode, which a session calls; of an artifact always.")
+    ] = False,
     override: Override = None,
     passes: Passes = "default",
     seed: Annotated[int, typer.Option(help="Of random inputs.")] = 0,
@@ -45,7 +48,8 @@ def compare(
     - `onnxruntime`: on the ONNX file itself, or on our export
     - `transformers` (a Hugging Face folder), `llama.cpp` (a GGUF file)
 
-    An artifact's folder, and logits in a `.npy` file, are sides over a text.
+    An artifact's folder is a side beside the model that it was compiled of: its prefill and decode, and over a text. Logits in
+    a `.npy` file are one over a text.
 
     Each node is computed on both sides from the same operands, so an error is named where it is made, and not in what
     follows. Each element is held to what the roundings of its own sums allow, not to a tolerance. NaN, infinities and
@@ -57,6 +61,8 @@ def compare(
     - `wasat compare examples/pygemma after:fuse-attention` — are the passes, up to this one?
     - `wasat compare examples/pygemma int4 --text examples/own_model.py --max-kl 0.05` — what do four bits cost?
     - `wasat compare pygemma.onnx onnxruntime` — the file that `wasat export` wrote, beside its peer
+    - `wasat compare examples/pygemma cpu --served` — and with caches?
+    - `wasat compare examples/pygemma pygemma.wasat` — does the artifact say what the model says?
     - `wasat compare examples/pygemma exact.wasat --text examples/own_model.py` — an artifact beside what it is of
     """
     from wasat.comparison import compare as compared
@@ -72,7 +78,8 @@ def compare(
         bar("reading the model")
         found = compared(
             a, b, inputs=arrays or None, text=None if text is None else text.read_text(encoding="utf-8"), sizes=sizes_of(size),
-            tokens=tokens, window=window, max_kl=max_kl, seed=seed, progress=bar, passes=passes, **options,
+            tokens=tokens, window=window, max_kl=max_kl, seed=seed, served=served, progress=bar, passes=passes,
+            **options,
         )  # fmt: skip
     if as_json:
         out.print_json(json.dumps(found.to_json()))

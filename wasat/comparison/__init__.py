@@ -28,7 +28,8 @@ from .found import Alarm, Comparison, Difference, Stage
 from .modules import compare_modules
 from .nodes import Run, compare_nodes, interpret
 from .onnx_file import compare_file
-from .sides import Side, side
+from .served import compare_served, of_artifact
+from .sides import Side, optimized, side
 from .watch import watch
 
 __all__ = ["Alarm", "Comparison", "Difference", "Engine", "Side", "Stage", "compare", "side"]
@@ -36,7 +37,7 @@ __all__ = ["Alarm", "Comparison", "Difference", "Engine", "Side", "Stage", "comp
 def compare(
     a: str | Path | Program | Side, b: str | Path | Program | Side, *, inputs: Mapping[str, Any] | None = None,
     text: str | None = None, sizes: Mapping[str, int] | None = None, tokens: int = 16, window: int = 256,
-    max_kl: float | None = None, seed: int = 0, progress: Progress = quiet, **options: Any,
+    max_kl: float | None = None, seed: int = 0, served: bool = False, progress: Progress = quiet, **options: Any,
 ) -> Comparison:  # fmt: skip
     """Compares two sides of a model on the same inputs, value by value.
 
@@ -50,18 +51,32 @@ def compare(
     length of token ids). ``text``: KL divergence, same top token and perplexity over it, in windows of ``window`` tokens;
     ``max_kl``: above it, the sides differ. ``options``: those of :func:`wasat.optimize` for the passes.
 
+    ``served``: also ``prefill`` and ``decode``, which a session calls, beside ``forward`` and node by node; of an artifact, if
+    there is no ``text``, always, and what the artifact itself says.
+
     Each element of a value is held to what its own roundings may make of it (:mod:`wasat.comparison.bounds`). Raises WasatError
     for sides that there are not, cannot be compared, or need a package that is not installed.
     """
+    if served:
+        options |= {"kv_cache": True, "keep_forward": True}
     left = side(a, **options)
     right = side(b, left, **options)
     if text is None and max_kl is not None:
         raise WasatError("max_kl limits what two sides say of a text: give a text")
     if window < 2:
         raise WasatError(f"a window of {window} tokens predicts nothing: give 2 or more")
+    if right.peer == "artifact" and left.program is not None and (served or text is None):
+        right = of_artifact(left, right, options)
+        served = right.program is not None and "decode" in right.program.graphs
+    elif served and right.program is None:
+        raise WasatError(f"{right.name} has no prefill and decode of ours to compare")
+    elif served and right.program is not None and "decode" not in right.program.graphs:
+        right = optimized(right, right.name, options)
     found = Comparison(left.name, right.name, max_kl=max_kl)
     if left.program is not None and right.program is not None:
-        _values(found, left, right, inputs, sizes or {}, tokens, seed, progress)
+        given = _values(found, left, right, inputs, sizes or {}, tokens, seed, progress)
+        if served:
+            compare_served(found, right, given, progress)
     elif left.program is not None and right.peer == "transformers" and right.path is not None:
         given = _inputs(left.program, inputs, sizes or {}, tokens, seed)
         run = interpret(left.program, "forward", given, sizes)
@@ -81,7 +96,8 @@ def compare(
 def _values(
     found: Comparison, a: Side, b: Side, inputs: Mapping[str, Any] | None, sizes: Mapping[str, int], tokens: int, seed: int,
     progress: Progress,
-) -> None:  # fmt: skip
+) -> dict[str, Array]:  # fmt: skip
+    """Adds what ``forward`` gives on both sides, and returns what it was given."""
     assert a.program is not None
     assert b.program is not None
     takes = [[v.name for v in program["forward"].inputs] for program in (a.program, b.program)]
@@ -112,6 +128,7 @@ def _values(
         results.append(own)
     progress("bounds of the whole")
     found.outputs, found.unlike = _outputs(runs, results), unlike(results[0], results[1])
+    return given
 
 
 def _outputs(runs: list[Run], results: list[Mapping[str, Array]]) -> list[Difference]:

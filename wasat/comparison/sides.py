@@ -38,6 +38,8 @@ class Side:
     """Who runs the file at ``path`` by itself: ``transformers``, ``llama.cpp``, ``onnxruntime``, ``artifact``, ``logits``."""
     steps: list[tuple[str, Program]] = field(default_factory=list)
     """The programs after each pass that made this one, by the pass's name."""
+    wider: float = 1.0
+    """By how much its roundings are coarser than the program says: an artifact's caches may be in f16."""
 
     @cached_property
     def whole(self) -> Any:
@@ -45,11 +47,17 @@ class Side:
         from wasat.driver import Executable
 
         assert self.program is not None
-        return Executable(self.program, self.engine.name) if isinstance(self.engine, Compiled) else None
+        forward = Program({"forward": self.program["forward"]}, dict(self.program.params), origin=self.program.origin)
+        return Executable(forward, self.engine.name) if isinstance(self.engine, Compiled) else None
 
     def outputs(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Outputs of ``forward``, by name."""
         assert self.program is not None
+        if self.peer == "artifact" and "decode" not in self.program.graphs:
+            from wasat.runtime import load
+
+            assert self.path is not None
+            return dict(load(self.path).run("forward", **inputs))
         if self.engine is None:
             run = interpret(self.program, "forward", inputs)
             return {n: run.values[v] for n, v in zip(run.graph.output_names, run.graph.outputs)}
@@ -121,7 +129,7 @@ def _step(base: Side, word: str, options: Mapping[str, Any]) -> Side:
     if is_scheme(word.partition(",")[0]):
         scheme, *overrides = word.split(",")
         pairs = dict(o.rpartition("=")[::2] for o in overrides)
-        return _optimized(base, name, {**options, "quantize": scheme, "overrides": {**options.get("overrides", {}), **pairs}})
+        return optimized(base, name, {**options, "quantize": scheme, "overrides": {**options.get("overrides", {}), **pairs}})
     if word == "interpreter":
         return replace(base, name=name, engine=None)
     if word == "onnxruntime":
@@ -140,11 +148,12 @@ def _compiled(base: Side, name: str, target: str, options: Mapping[str, Any]) ->
     except WasatError as e:
         raise WasatError(f"{target!r} says nothing about a side: {e}. Words are {WORDS}; models are paths") from None
     target_named(target)
-    made = base if base.steps else _optimized(base, name, options)
+    made = base if base.steps else optimized(base, name, options)
     return Side(name, made.program, base.path, Compiled(target), steps=made.steps)
 
 
-def _optimized(base: Side, name: str, options: Mapping[str, Any]) -> Side:
+def optimized(base: Side, name: str, options: Mapping[str, Any]) -> Side:
+    """After the passes that compiling runs; without caches, unless ``options`` ask for them."""
     assert base.program is not None
     steps: list[tuple[str, Program]] = []
 
@@ -152,17 +161,17 @@ def _optimized(base: Side, name: str, options: Mapping[str, Any]) -> Side:
         if when == "after":
             steps.append((step, program.copy()))
 
-    made, _ = optimize(base.program, kv_cache=False, dump=keep, **options)
+    made, _ = optimize(base.program, dump=keep, **{"kv_cache": False, **options})
     return Side(name, made, base.path, base.engine, steps=[("", base.program), *steps])
 
 
 def _passed(base: Side, name: str, when: str, detail: str, options: Mapping[str, Any]) -> Side:
     """After a pipeline; or where a pass of the default pipeline begins or ends."""
-    known = _optimized(base, name, options)
+    known = optimized(base, name, options)
     names = [n for n, _ in known.steps[1:]]
     if detail in names:
         at = names.index(detail) + (when == "after")
         return Side(name, known.steps[at][1], base.path, base.engine, steps=known.steps[: at + 1])
     if when == "before":
         raise WasatError(f"there is no pass {detail!r} in the pipeline; in order they are {', '.join(names)}")
-    return known if detail == "default" else _optimized(base, name, {**options, "passes": detail})
+    return known if detail == "default" else optimized(base, name, {**options, "passes": detail})
