@@ -18,9 +18,8 @@ from wasat.frontend import nn
 from wasat.ir import CheckpointError, Embedder, Origin, Program
 
 from .chat import chat_texts
-from .models import Fields, encoders
+from .models import FAMILIES, Fields, encoders, nomic
 from .models.gemma3 import gemma3_text
-from .models.llama import llama, mistral, qwen2, qwen3
 from .models.modernbert import Classifier, modernbert
 from .weights.safetensors import Stored, match, read_folder, read_header, read_json
 
@@ -51,11 +50,11 @@ class Backbone:
     """Rows of its table of positions that no token has."""
 
 
-def _encoder(build: Callable[[Fields], encoders.Encoder], name: str) -> Callable[[Fields], Backbone]:
+def _encoder(build: Callable[[Fields], encoders.Encoder | nomic.Encoder], name: str) -> Callable[[Fields], Backbone]:
     def made(fields: Fields) -> Backbone:
         m = build(fields)
-        lost = 0 if m.embeddings.pad is None else m.embeddings.pad + 1
-        return Backbone(m, m, name, m.kinds, lost)
+        pad = m.embeddings.pad if isinstance(m, encoders.Encoder) else None
+        return Backbone(m, m, name, m.kinds, 0 if pad is None else pad + 1)
 
     return made
 
@@ -82,15 +81,17 @@ def _gemma3(fields: Fields) -> Backbone:
     return Backbone(m, lambda tokens, lengths, types: m(tokens, lengths), "model")
 
 
+_MIXTURES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+"""Decoders whose checkpoints hold the matrices of experts apart."""
 BACKBONES: dict[str, Callable[[Fields], Backbone]] = {
     "bert": _encoder(encoders.bert, "bert"), "roberta": _encoder(encoders.roberta, "roberta"),
     "xlm-roberta": _encoder(encoders.roberta, "roberta"), "camembert": _encoder(encoders.roberta, "roberta"),
     "mpnet": _encoder(encoders.mpnet, "mpnet"), "distilbert": _encoder(encoders.distilbert, "distilbert"),
-    "modernbert": _modernbert, "gemma3_text": _gemma3, "llama": _decoder(llama), "mistral": _decoder(mistral),
-    "qwen2": _decoder(qwen2), "qwen3": _decoder(qwen3),
+    "modernbert": _modernbert, "nomic_bert": _encoder(nomic.nomic_bert, "nomic_bert"), "gte": _encoder(nomic.gte, "gte"),
+    **{kind: _decoder(build) for kind, (_, build) in FAMILIES.items() if kind not in _MIXTURES}, "gemma3_text": _gemma3,
 }  # fmt: skip
 """``model_type`` -> what makes hidden states."""
-_ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "mpnet", "distilbert", "modernbert")
+_ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "mpnet", "distilbert", "modernbert", "nomic_bert", "gte")
 """Families that do nothing else."""
 _UNUSED = re.compile(
     r"(.*\.)?(position_ids|token_type_ids|rotary_emb\.inv_freq)\Z|(pooler|cls|lm_head|vocab_\w+|decoder|head)\."
@@ -111,7 +112,7 @@ def is_embedder(folder: Path) -> bool:
     )
 
 
-_BARE = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model", "Gemma3TextModel")
+_BARE = ("Gemma3TextModel", *(name.replace("ForCausalLM", "Model") for name, _ in FAMILIES.values()))
 """Decoders that were saved without the head that writes."""
 
 
@@ -409,7 +410,8 @@ class Scores(nn.Module):
         m = backbone.module
         self.act, self.labels = act or ("sigmoid" if labels == 1 else "none"), labels
         heads: dict[str, Callable[[Any, int], Any]] = {
-            "bert": encoders.bert_head, "mpnet": encoders.mpnet_head, "distilbert": encoders.distilbert_head,
+            **{n: partial(encoders.PooledHead, n) for n in ("bert", "nomic_bert", "gte")},
+            "mpnet": encoders.mpnet_head, "distilbert": encoders.distilbert_head,
             "modernbert": Classifier, **dict.fromkeys(("roberta", "xlm-roberta", "camembert"), encoders.roberta_head),
         }  # fmt: skip
         head: Any = heads[kind](m, labels) if kind in heads else LastHead(backbone, labels)

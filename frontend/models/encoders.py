@@ -249,13 +249,14 @@ def distilbert(fields: Fields) -> Encoder:
 class PooledHead(nn.Module):
     """BERT's classification: the first token through a tanh layer, then the labels."""
 
-    def __init__(self, encoder: Encoder, labels: int) -> None:
-        self.bert = encoder
-        self.dense = put(encoder, "pooler.dense", nn.Linear(encoder.dim, encoder.dim, bias=True))
+    def __init__(self, name: str, encoder: Any, labels: int) -> None:
+        vars(self)[name] = encoder
+        self.parts = encoder, put(encoder, "pooler.dense", nn.Linear(encoder.dim, encoder.dim, bias=True))
         self.classifier = nn.Linear(encoder.dim, labels, bias=True)
 
     def __call__(self, tokens: nn.Tensor, lengths: nn.Tensor, types: nn.Tensor | None = None) -> nn.Tensor:
-        return self.classifier(nn.tanh(self.dense(self.bert(tokens, lengths, types)[:, 0])))
+        encoder, dense = self.parts
+        return self.classifier(nn.tanh(dense(encoder(tokens, lengths, types)[:, 0])))
 
 
 class FirstHead(nn.Module):
@@ -270,10 +271,6 @@ class FirstHead(nn.Module):
     def __call__(self, tokens: nn.Tensor, lengths: nn.Tensor, types: nn.Tensor | None = None) -> nn.Tensor:
         encoder, dense, out = self.parts
         return out(self.act(dense(encoder(tokens, lengths, types)[:, 0])))
-
-
-def bert_head(encoder: Encoder, labels: int) -> nn.Module:
-    return PooledHead(encoder, labels)
 
 
 def roberta_head(encoder: Encoder, labels: int) -> nn.Module:

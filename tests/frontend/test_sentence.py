@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import family_files
 import numpy as np
 import pytest
 from rounding import assert_near, bound, spread
@@ -257,3 +258,40 @@ def test_an_encoder_of_gemma_is_told_by_its_configuration(tmp_path: Path) -> Non
     assert list(program.graphs) == ["embed"]
     edit(folder / "config.json", lambda c: {**c, "use_bidirectional_attention": False, "architectures": ["Gemma3TextModel"]})
     assert list(from_pretrained(folder).graphs) == ["embed"]
+
+
+@pytest.mark.parametrize("name, architecture", [
+    ("glm4", "Glm4Model"), ("olmo2", "Olmo2Model"), ("starcoder2", "Starcoder2Model"), ("phi3", "Phi3Model"),
+])  # fmt: skip
+def test_a_decoder_without_its_head_embeds(name: str, architecture: str, tmp_path: Path) -> None:
+    """Its hidden states are those that the head makes the reference's logits of."""
+    config, shapes, ids, logits = family_files.golden(name)
+    where = family_files.write(tmp_path / "m", config, shapes)
+    writes = from_pretrained(where)
+    head = writes.params["lm_head.weight" if "lm_head.weight" in writes.params else "model.embed_tokens.weight"].load()
+    edit(where / "config.json", lambda c: {**c, "architectures": [architecture]})
+    program = from_pretrained(where)
+    assert program.interface.embedder is not None
+    [x] = result(program, tokens=ids[:1, :1], lengths=np.array([1]))
+    np.testing.assert_allclose(x @ head.T, logits[0, 0], rtol=1e-3, atol=1e-4)
+
+
+def test_a_decoder_of_experts_does_not_embed(tmp_path: Path) -> None:
+    config, shapes, _, _ = family_files.golden("mixtral")
+    where = family_files.write(tmp_path / "m", config, shapes)
+    edit(where / "config.json", lambda c: {**c, "architectures": ["MixtralModel"]})
+    with pytest.raises(ConfigError, match="model_type 'mixtral' does not embed texts here"):
+        from_pretrained(where)
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"head_dim": 16}, "head_dim is 16; 32 features are 4 heads of 8"),
+    ({"hidden_size": 30}, "hidden_size 30 does not split into 4 heads"),
+    ({"prenorm": True}, "nomic_bert has no meaning for prenorm = True"),
+    ({"auto_map": {"AutoModel": "code.py"}}, "Python code of its own"),
+])  # fmt: skip
+def test_nomic_is_refused_by_name(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    where = Path(shutil.copytree(GOLDEN / "nomic_mean", tmp_path / "m"))
+    edit(where / "config.json", lambda c: {**c, **change})
+    with pytest.raises(ConfigError, match=said):
+        from_pretrained(where)

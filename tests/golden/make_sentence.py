@@ -38,6 +38,11 @@ MODERN = {
     "model_type": "modernbert", **SIZES, "num_hidden_layers": 4, "max_position_embeddings": 64, "local_attention": 6,
     "pad_token_id": 0, "cls_token_id": 2, "sep_token_id": 3, "bos_token_id": 2, "eos_token_id": 3,
 }  # fmt: skip
+NOMIC = {"model_type": "nomic_bert", **SIZES, "max_position_embeddings": 64, "pad_token_id": 0, "type_vocab_size": 2}
+GTE = {
+    "model_type": "gte", **SIZES, "max_position_embeddings": 64, "pad_token_id": 1, "type_vocab_size": 0,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+}  # fmt: skip
 QWEN3 = {
     "model_type": "qwen3", **SIZES, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64,
     "pad_token_id": 0, "tie_word_embeddings": True,
@@ -77,6 +82,10 @@ CASES: dict[str, dict] = {
     "distilbert_score": {"config": DISTIL, "labels": 2},
     "modernbert_score": {"config": {**MODERN, "classifier_pooling": "mean", "classifier_bias": True}, "labels": 1},
     "qwen3_score": {"config": QWEN3, "labels": 1},
+    "nomic_mean": {"config": NOMIC, "modules": [("mean",), "Normalize"]},
+    "gte_cls": {"config": GTE, "modules": [("cls",), "Normalize"]},
+    "nomic_score": {"config": NOMIC, "labels": 1},
+    "gte_score": {"config": {**GTE, "type_vocab_size": 1}, "labels": 1},
 }  # fmt: skip
 
 
@@ -151,7 +160,7 @@ def make(name: str, case: dict, folder: Path) -> None:
     tokens = np.where(mask, tokens, pad)
     arrays = {"tokens": tokens, "lengths": lengths}
     more = {}
-    if name.startswith("bert_score"):
+    if name.startswith(("bert_score", "nomic_score")):
         arrays["types"] = np.where(np.arange(tokens.shape[1]) >= lengths[:, None] // 2, mask, 0)
         more["token_type_ids"] = torch.from_numpy(arrays["types"])
     if case.get("skip"):

@@ -1,0 +1,125 @@
+"""Nomic BERT and GTE: BERT's order of norms, with rotary positions and a gate. One model; a family is a set of names and
+options. Names are the checkpoints', which transformers 5 keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from wasat.frontend import nn
+
+from .config import MOST_LAYERS, MOST_POSITIONS, MOST_SIZE, Fields, single_rope
+from .encoders import put, seen
+
+
+@dataclass(frozen=True)
+class Names:
+    """What a checkpoint calls the parts: the first norm, its layers, and within one each linear and norm."""
+
+    first: str
+    layers: str
+    qkv: str
+    out: str
+    attention_norm: str
+    ups: tuple[str, ...]
+    """What is gated, and the gate; or both in one."""
+    down: str
+    norm: str
+
+
+NOMIC = Names("emb_ln", "encoder.layers", "attn.Wqkv", "attn.out_proj", "norm1", ("mlp.fc11", "mlp.fc12"), "mlp.fc2", "norm2")
+GTE = Names(
+    "embeddings.LayerNorm", "encoder.layer", "attention.qkv_proj", "attention.o_proj", "attn_ln", ("mlp.up_gate_proj",),
+    "mlp.down_proj", "mlp_ln",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Options:
+    """Sizes and switches."""
+
+    vocab: int
+    dim: int
+    hidden: int
+    heads: int
+    layers: int
+    eps: float
+    act: str
+    types: int
+    """Kinds of tokens: of the first text, of the second; 0: it has none."""
+    bias: bool
+    """Of attention's products, and of the feed-forward layer's last."""
+
+
+class Layer(nn.Module):
+    """Attention over the whole text and a gated feed-forward layer, each added to its input and normalized."""
+
+    def __init__(self, o: Options, n: Names, rope: nn.RoPE) -> None:
+        self.heads, self.rope, self.act = o.heads, rope, nn.layers.activation(o.act)
+        self.ups = [put(self, name, nn.Linear(o.dim, 2 * o.hidden // len(n.ups))) for name in n.ups]
+        self.parts = (
+            put(self, n.qkv, nn.Linear(o.dim, 3 * o.dim, o.bias)), put(self, n.out, nn.Linear(o.dim, o.dim, o.bias)),
+            put(self, n.attention_norm, nn.LayerNorm(o.dim, o.eps)), put(self, n.down, nn.Linear(o.hidden, o.dim, o.bias)),
+            put(self, n.norm, nn.LayerNorm(o.dim, o.eps)),
+        )  # fmt: skip
+
+    def __call__(self, x: nn.Tensor, positions: nn.Tensor, keep: nn.Tensor) -> nn.Tensor:
+        qkv, out, attention_norm, down, norm = self.parts
+        q, k, v = (part.heads(self.heads) for part in qkv(x).split(3))
+        x = attention_norm(x + out(nn.attention(self.rope(q, positions), self.rope(k, positions), v, keep).merge()))
+        wide, gate = (up(x) for up in self.ups) if len(self.ups) == 2 else self.ups[0](x).split(2)
+        y: nn.Tensor = norm(x + down(self.act(gate) * wide))
+        return y
+
+
+class Encoder(nn.Module):
+    """``tokens`` i64[b, s], padded on the right, the ``lengths`` i64[b] of the texts, perhaps ``types`` i64[b, s] -> hidden
+    states f32[b, s, dim]."""
+
+    def __init__(self, o: Options, n: Names, rope: nn.RoPE) -> None:
+        self.dim, self.kinds = o.dim, o.types
+        self.words = put(self, "embeddings.word_embeddings", nn.Embedding(o.vocab, o.dim))
+        kinds = put(self, "embeddings.token_type_embeddings", nn.Embedding(o.types, o.dim)) if o.types else None
+        self.first = kinds, put(self, n.first, nn.LayerNorm(o.dim, o.eps))
+        self.stack = put(self, n.layers, nn.ModuleList([Layer(o, n, rope) for _ in range(o.layers)]))
+
+    def __call__(self, tokens: nn.Tensor, lengths: nn.Tensor, types: nn.Tensor | None = None) -> nn.Tensor:
+        positions, keep, x = nn.positions(tokens), seen(tokens, lengths), self.words(tokens)
+        kinds, norm = self.first
+        if kinds is not None:
+            x = x + (kinds(types) if types is not None else kinds.weight[0])
+        x = norm(x)
+        for layer in self.stack:
+            x = layer(x, positions, keep)
+        return x
+
+
+def _built(fields: Fields, names: Names, family: str, act: str, theta: float, types: int, bias: bool) -> Encoder:
+    dim, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
+    if dim % heads:
+        raise fields.fail(f"hidden_size {dim} does not split into {heads} heads")
+    size = fields.size("head_dim", None)
+    if size not in (None, dim // heads):
+        raise fields.fail(f"head_dim is {size}; {dim} features are {heads} heads of {dim // heads}")
+    options = Options(
+        vocab=fields.size("vocab_size"), dim=dim, hidden=fields.size("intermediate_size"), heads=heads,
+        layers=fields.size("num_hidden_layers", most=MOST_LAYERS), eps=fields.number("layer_norm_eps", 1e-12),
+        act=fields.activation("hidden_act", act), types=fields.take("type_vocab_size", int, types, least=0, most=MOST_SIZE),
+        bias=bias,
+    )  # fmt: skip
+    turn = single_rope(fields, dim // heads, fields.size("max_position_embeddings", most=MOST_POSITIONS), theta)
+    fields.ignore(
+        "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "tie_word_embeddings",
+        "sentence_transformers",
+    )  # fmt: skip
+    fields.finish(family)
+    return Encoder(options, names, turn)
+
+
+def nomic_bert(fields: Fields) -> Encoder:
+    """``model_type: nomic_bert``."""
+    return _built(fields, NOMIC, "nomic_bert", "silu", 1000.0, 2, False)
+
+
+def gte(fields: Fields) -> Encoder:
+    """``model_type: gte``."""
+    return _built(fields, GTE, "gte", "gelu", 160000.0, 1, True)
