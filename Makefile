@@ -26,11 +26,11 @@ test: $(READY)
 test-slow: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
-# code for ARM under an emulator, for GPUs on software devices, the host in C; what is not installed is named where tests are skipped
+# code for ARM and Windows under emulators, for GPUs on software devices, the host in C; what is not installed is named where tests are skipped
 test-machines: $(READY)
 	$(BIN)/pip install -q playwright==1.65.2
 	-$(BIN)/python -m wasat.runtime.web.fetch
-	$(BIN)/pip install -q wgpu==0.32.0 pyopencl==2026.1.4 pocl-binary-distribution==3.0
+	$(BIN)/pip install -q wgpu==0.32.0 pyopencl==2026.1.4 pocl-binary-distribution==3.0 ziglang==0.17.1
 	$(BIN)/pip install -q -e '.[cuda]' || echo "CUDA's compiler could not be installed: its tests are skipped"
 	$(BIN)/python -m pytest tests/machines tests/runtime/test_c_host.py tests/runtime/test_c_parts.py -n 2 -m machines -rs
 

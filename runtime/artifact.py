@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,9 +23,14 @@ from .machine import check_machine
 from .manifest import Manifest, check_format, is_file_name, parse_manifest
 
 MANIFEST, LIBRARY, WEIGHTS, TOKENIZER = "manifest.json", "model.so", "weights.safetensors", "tokenizer.json"
-RUNTIME_LIBRARY = "libtvm_runtime.so"
+_RUNTIME = {"darwin": "libtvm_runtime.dylib", "win32": "tvm_runtime.dll"}
 PROGRAM = "__tvm_ffi__library_bin"
 """What every compiled program exports, and no other library."""
+
+
+def runtime_library(system: str) -> str:
+    """The file of TVM's runtime, under the system that ``sys.platform`` calls so."""
+    return _RUNTIME.get(system, "libtvm_runtime.so")
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------------
@@ -139,7 +143,9 @@ def read_manifest(folder: Path, here: bool = True) -> Manifest:
     if here:
         check_machine(manifest.target)
     planned = manifest.target.kind in SOURCES
-    for name in (PLAN, SOURCES[manifest.target.kind], WEIGHTS) if planned else (LIBRARY, WEIGHTS, RUNTIME_LIBRARY):
+    for name in (PLAN, SOURCES[manifest.target.kind], WEIGHTS) if planned else (
+        LIBRARY, WEIGHTS, runtime_library(manifest.target.os)
+    ):  # fmt: skip
         if name not in manifest.files:
             raise ArtifactError(f"{path} does not list {name}; {AGAIN}")
     for name, spec in manifest.files.items():
@@ -148,7 +154,7 @@ def read_manifest(folder: Path, here: bool = True) -> Manifest:
         size = (folder / name).stat().st_size
         if size != spec.bytes:
             raise ArtifactError(f"{folder / name} has {size} bytes instead of {spec.bytes}; copy it again, or {AGAIN}")
-    if sys.platform == "linux" and not planned and not exports(folder / LIBRARY, PROGRAM):
+    if manifest.target.os == "linux" and not exports(folder / LIBRARY, PROGRAM):
         raise ArtifactError(f"{folder / LIBRARY} cannot be loaded: it is no compiled program (it lacks {PROGRAM}); {AGAIN}")
     return manifest
 

@@ -64,6 +64,8 @@ def put(fresh: Path, out: Path) -> None:
 
 def _exchanged(a: Path, b: Path) -> bool:
     """Exchanges two folders' names, if the system can."""
+    if sys.platform == "win32":
+        return False
     libc = ctypes.CDLL(None, use_errno=True)
     if sys.platform == "darwin":
         failed = libc.renamex_np(os.fsencode(a), os.fsencode(b), _EXCHANGE)

@@ -27,8 +27,8 @@ def missing(needs: Needs) -> str | None:
     """What this machine lacks to run code for ``needs``, in words; None: nothing."""
     if needs.os and needs.os != sys.platform:
         return f"the system {needs.os}: this is {sys.platform}"
-    if needs.arch and needs.arch != platform.machine():
-        return f"an {needs.arch} processor: this is {platform.machine()}"
+    if needs.arch and needs.arch != (here := processor()):
+        return f"an {needs.arch} processor: this is {here}"
     have = cpu_features()
     lacking = [f for f in needs.features if have is not None and f not in have]
     if lacking:
@@ -36,6 +36,12 @@ def missing(needs: Needs) -> str | None:
     if needs.kind not in DEVICES:
         return f"a runtime for {needs.kind}, which this version of Wasat is not"
     return DEVICES[needs.kind](needs)
+
+
+def processor() -> str:
+    """This machine's architecture, as Linux calls it."""
+    name = platform.machine()
+    return {"arm64": "aarch64", "AMD64": "x86_64"}.get(name, name)
 
 
 def cpu_features() -> frozenset[str] | None:

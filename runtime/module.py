@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import sys
 import tempfile
 import threading
@@ -13,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .artifact import LIBRARY, MANIFEST, RUNTIME_LIBRARY
+from .artifact import LIBRARY, MANIFEST, runtime_library
 from .errors import AGAIN, ArtifactError, InputError, RuntimeErrorBase
 from .manifest import Manifest
 from .values import integer
@@ -49,14 +50,17 @@ class Library:
         import tvm_ffi
 
         _set_threads(threads)
-        _load_runtime(folder / RUNTIME_LIBRARY, manifest.tvm)
+        _load_runtime(folder / runtime_library(manifest.target.os), manifest.tvm)
         _check_threads(threads)
         for name in manifest.target.libraries:
             _load_driver(folder / name, manifest.files[name].sha256, manifest.target.device)
         # the system takes a path it has loaded for the library it has: an artifact compiled anew needs a path of its own
-        with tempfile.TemporaryDirectory() as place:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:  # Windows removes nothing that is loaded
             link = Path(place) / LIBRARY
-            link.symlink_to((folder / LIBRARY).resolve())
+            try:
+                link.symlink_to((folder / LIBRARY).resolve())
+            except OSError:  # nor does it let everybody make links
+                shutil.copyfile(folder / LIBRARY, link)
             try:
                 self._vm = tvm_ffi.load_module(str(link))["vm_load_executable"]()
             except (RuntimeError, AttributeError) as e:

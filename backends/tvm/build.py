@@ -218,7 +218,7 @@ class Runner:
         os.environ.setdefault("TVM_NUM_THREADS", str(target.threads))
         os.environ.setdefault("TVM_BIND_THREADS", "0")
         if not target.arch.here or not target.on_host:
-            raise BuildError(f"code for {target.name} ({target.arch.name}) does not run here: compile it into an artifact")
+            raise BuildError(f"code for {target.name} ({target.arch}) does not run here: compile it into an artifact")
         if lacking := target.arch.hidden(target.tvm):
             raise BuildError(
                 f"code for {target.name} ({target.config.get('mcpu')}) uses {', '.join(lacking)}, which this processor lacks: "

@@ -6,7 +6,6 @@ import contextlib
 import difflib
 import inspect
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -24,7 +23,7 @@ from . import cuda as toolkit
 from .cpu import fused_loops as loops
 from .cpu import select as cpu_kernels
 from .cpu import states, tir_pipeline
-from .cpu.arch import ARCHES, Arch, arch_here, arch_of
+from .cpu.arch import ARCHES, MACOS, WINDOWS, Arch, arch_here, arch_of
 from .cpu.kernels.cache import GROUP, CacheType
 from .gpu import select as gpu_kernels
 from .gpu.limits import Limits
@@ -138,7 +137,7 @@ class Target:
             return {"kind": self.config["kind"], "device": self.name, **anywhere}
         return {
             "kind": self.config["kind"], "device": self.name, "arch": self.arch.name,
-            "os": sys.platform if self.arch.here else "linux",
+            "os": self.arch.system.name,
             "mcpu": self.config.get("mcpu") or self.config.get("arch"), "features": self.features(self),
             "libraries": [p.name for p in self.libraries],
         }  # fmt: skip
@@ -176,10 +175,23 @@ def cpu(mcpu: str | None = None, threads: int | None = None, cache: CacheType = 
 
 def aarch64(mcpu: str = "generic", threads: int | None = None, cache: CacheType = "float32") -> Target:
     """64-bit ARM under Linux, or the processor that LLVM calls ``mcpu``. Elsewhere, its code is linked by a cross compiler."""
-    arch = ARCHES["aarch64"]
+    return _cross("aarch64", ARCHES["aarch64"], mcpu, threads, cache)
+
+
+def macos(mcpu: str = "apple-m1", threads: int | None = None, cache: CacheType = "float32") -> Target:
+    """Apple's processors under macOS 11 or later: from the M1, or from the one that LLVM calls ``mcpu``."""
+    return _cross("macos", replace(ARCHES["aarch64"], system=MACOS), mcpu, threads, cache)
+
+
+def windows(mcpu: str = "x86-64-v3", threads: int | None = None, cache: CacheType = "float32") -> Target:
+    """64-bit x86 with AVX2 under Windows 10 or later, or the processor that LLVM calls ``mcpu``."""
+    return _cross("windows", replace(ARCHES["x86_64"], system=WINDOWS), mcpu, threads, cache)
+
+
+def _cross(name: str, arch: Arch, mcpu: str, threads: int | None, cache: CacheType) -> Target:
     if mcpu not in arch.processors():
         raise IRError(f"there is no {arch.name} processor {mcpu!r}{_near(mcpu, arch)}")
-    return _cpu("aarch64", arch, {**arch.config, "mcpu": mcpu}, threads, cache)
+    return _cpu(name, arch, {**arch.config, "mcpu": mcpu}, threads, cache)
 
 
 def _near(mcpu: str, *arches: Arch) -> str:
@@ -263,7 +275,7 @@ def _planned(kind: str, device: Device, make: Callable[..., Target] = Target, te
 
 
 TARGETS: dict[str, Callable[..., Target]] = {
-    "cpu": cpu, "cuda": cuda, "aarch64": aarch64, "webgpu": webgpu, "opencl": opencl,
+    "cpu": cpu, "cuda": cuda, "aarch64": aarch64, "macos": macos, "windows": windows, "webgpu": webgpu, "opencl": opencl,
 }  # fmt: skip
 """Functions that make a target. The first parameter is what stands behind the colon of ``name:detail``; ``threads`` and
 ``cache`` are given to those that have such a parameter."""

@@ -4,6 +4,14 @@
 #include <stdlib.h>
 #include <string.h>
 
+#ifdef _WIN32
+#include <fcntl.h>
+#include <io.h>
+#include <windows.h>
+
+#include <shellapi.h>
+#endif
+
 #include "wasat.h"
 
 static const char USAGE[] =
@@ -90,7 +98,26 @@ static int32_t *numbers(const char *text, size_t *count) {
   return ids;
 }
 
+#ifdef _WIN32
+/* Text is UTF-8, in and out, with line ends as they are. */
+static char **arguments(int *count) {
+  LPWSTR *wide = CommandLineToArgvW(GetCommandLineW(), count);
+  char **all = wide ? (char **)calloc((size_t)*count + 1, sizeof *all) : NULL;
+  for (int i = 0; all && i < *count; i++) {
+    int size = WideCharToMultiByte(CP_UTF8, 0, wide[i], -1, NULL, 0, NULL, NULL);
+    if ((all[i] = (char *)malloc((size_t)size))) WideCharToMultiByte(CP_UTF8, 0, wide[i], -1, all[i], size, NULL, NULL);
+  }
+  if (!all) exit(fail("there is not enough memory"));
+  _setmode(_fileno(stdin), _O_BINARY), _setmode(_fileno(stdout), _O_BINARY);
+  SetConsoleOutputCP(CP_UTF8);
+  return all;
+}
+#endif
+
 int main(int argc, char **argv) {
+#ifdef _WIN32
+  argv = arguments(&argc);
+#endif
   wasat_load_options load = {0, 0};
   wasat_options options = wasat_defaults();
   const char *stops[MOST], *places[2];

@@ -1,23 +1,15 @@
 #include "manifest.h"
 
-#include <fcntl.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <sys/utsname.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <cctype>
-#include <cerrno>
 #include <cstring>
-#include <fstream>
-#include <iterator>
+#include <filesystem>
 #include <limits>
 #include <set>
-#include <sstream>
 #include <tuple>
 
 #include "sha256.h"
+#include "system.h"
 
 namespace wasat {
 namespace {
@@ -262,24 +254,9 @@ void check_format(const Json &data) {
   damaged(found + " (made by wasat " + (by ? by->text : "?") + ") and " + reads + ": export it again with that version, or");
 }
 
-// As /proc/cpuinfo lists them; none where it does not (an emulator may show the file of the machine that it runs on).
-std::set<std::string> cpu_features() {
-#ifdef __aarch64__
-  static const char list[] = "Features";
-#else
-  static const char list[] = "flags";
-#endif
-  std::ifstream file("/proc/cpuinfo");
-  std::string line;
-  while (std::getline(file, line)) {
-    size_t colon = line.find(':');
-    if (colon == std::string::npos) continue;
-    std::string key = line.substr(0, line.find_last_not_of(" \t", colon - 1) + 1);
-    if (colon == 0 || key != list) continue;
-    std::istringstream words(line.substr(colon + 1));
-    return {std::istream_iterator<std::string>(words), {}};
-  }
-  return {};
+bool is_file(const std::string &path) {
+  std::error_code none;
+  return std::filesystem::is_regular_file(std::filesystem::u8path(path), none);
 }
 
 void check_machine(const Json &data) {
@@ -287,11 +264,10 @@ void check_machine(const Json &data) {
   std::string kind = target.text("kind"), arch = target.text("arch"), os = target.text("os");
   if (kind != "llvm")
     throw Error(WASAT_MACHINE, "the artifact is compiled for " + kind + "; this runtime runs CPU artifacts: compile with the target cpu");
-  utsname here{};
-  uname(&here);
-  if (os != "linux") throw Error(WASAT_MACHINE, "the artifact is compiled for " + os + ", this is linux; " + AGAIN + " for such a system");
-  if (arch != here.machine)
-    throw Error(WASAT_MACHINE, "the artifact is compiled for " + arch + " processors, this is " + here.machine + "; " + AGAIN + " for it");
+  if (os != SYSTEM)
+    throw Error(WASAT_MACHINE, "the artifact is compiled for " + os + ", this is " + SYSTEM + "; " + AGAIN + " for such a system");
+  if (std::string here = processor(); arch != here)
+    throw Error(WASAT_MACHINE, "the artifact is compiled for " + arch + " processors, this is " + here + "; " + AGAIN + " for it");
   std::set<std::string> have = cpu_features();
   std::string lacking;
   for (auto &f : target.texts("features"))
@@ -308,28 +284,9 @@ const TensorSpec *Entry::input(const std::string &name) const {
   return found == inputs.end() ? nullptr : &*found;
 }
 
-Mapped::Mapped(const std::string &path) {
-  int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
-  struct stat info{};
-  if (file < 0 || fstat(file, &info)) {
-    std::string why = std::strerror(errno);
-    if (file >= 0) close(file);
-    throw Error(WASAT_SYSTEM, path + " cannot be read: " + why);
-  }
-  size_ = info.st_size;
-  memory_ = size_ ? mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, file, 0) : nullptr;
-  close(file);
-  if (memory_ == MAP_FAILED) throw Error(WASAT_SYSTEM, path + " cannot be mapped: " + std::strerror(errno));
-}
-
-Mapped::~Mapped() {
-  if (memory_) munmap(memory_, size_);
-}
-
 Manifest read_manifest(const std::string &folder) {
   std::string path = folder + "/manifest.json";
-  struct stat info{};
-  if (stat(path.c_str(), &info) || !S_ISREG(info.st_mode))
+  if (!is_file(path))
     throw Error(WASAT_ARTIFACT, folder + " is no artifact: it holds no manifest.json; give a folder that wasat compile wrote");
   Json data;
   try {
@@ -350,13 +307,13 @@ Manifest read_manifest(const std::string &folder) {
     damaged(path + " is not as it was written (its digest differs); copy the artifact again, or");
   Manifest m = parse(data);
   check_machine(data);
-  for (const char *name : {"model.so", "weights.safetensors", "libtvm_runtime.so"})
+  for (const std::string &name : {std::string("model.so"), std::string("weights.safetensors"), library_file("tvm_runtime")})
     if (!m.files.count(name)) damaged(path + " does not list " + name);
   for (auto &[name, spec] : m.files) {
     std::string file = folder + "/" + name;
-    if (stat(file.c_str(), &info) || !S_ISREG(info.st_mode)) damaged(file + " is missing; copy the whole folder again, or");
-    if (info.st_size != spec.bytes)
-      damaged(file + " has " + std::to_string(info.st_size) + " bytes instead of " + std::to_string(spec.bytes) + "; copy it again, or");
+    if (!is_file(file)) damaged(file + " is missing; copy the whole folder again, or");
+    if (int64_t size = std::filesystem::file_size(std::filesystem::u8path(file)); size != spec.bytes)
+      damaged(file + " has " + std::to_string(size) + " bytes instead of " + std::to_string(spec.bytes) + "; copy it again, or");
   }
   return m;
 }

@@ -99,19 +99,6 @@ struct Manifest {
 Manifest read_manifest(const std::string &folder);
 void check_hash(const std::string &folder, const std::string &name, const Manifest &manifest);
 
-// A file, mapped.
-class Mapped {
- public:
-  explicit Mapped(const std::string &path);
-  ~Mapped();
-  Mapped(const Mapped &) = delete;
-  std::string_view data() const { return {static_cast<const char *>(memory_), size_}; }
-
- private:
-  void *memory_ = nullptr;
-  size_t size_ = 0;
-};
-
 // Where in a safetensors file the arrays that `specs` describe lie, by name. Throws Error where it says anything else.
 std::map<std::string, size_t> array_places(const std::string &path, std::string_view file, const std::vector<TensorSpec> &specs);
 size_t item_size(const std::string &dtype);  // throws Error

@@ -1,11 +1,13 @@
 #include "session.h"
 
-#include <dlfcn.h>
-#include <sched.h>
-#include <sys/mman.h>
-#include <tvm/ffi/extra/module.h>
+#if defined(_WIN32) && !defined(_MSC_VER)
+#include <cerrno>
+#include <cstddef>
+// TVM's headers name it, for objects that need more than what malloc aligns: there are none here.
+inline int posix_memalign(void **, size_t, size_t) { return ENOMEM; }
+#endif
+
 #include <tvm/ffi/tvm_ffi.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
@@ -14,11 +16,12 @@
 #include <future>
 #include <mutex>
 
+#include "system.h"
+
 namespace wasat {
 namespace ffi = tvm::ffi;
 namespace {
 
-constexpr size_t ALIGNMENT = 64;         // what code generation assumes of every tensor's address
 constexpr int64_t FIRST = 256;           // capacity of growing states when a session opens; it doubles whenever it is used up
 constexpr int64_t MOST_TOKENS = int64_t(1) << 31;
 
@@ -32,10 +35,10 @@ size_t bytes_of(const std::string &dtype, const std::vector<int64_t> &shape) {
 struct Zeros {
   void AllocData(DLTensor *t, size_t size) {
     size_t room = std::max<size_t>((size + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT, ALIGNMENT);
-    if (!(t->data = std::aligned_alloc(ALIGNMENT, room))) throw std::bad_alloc();
+    t->data = allocate(room);
     std::memset(t->data, 0, room);
   }
-  void FreeData(DLTensor *t) { std::free(t->data); }
+  void FreeData(DLTensor *t) { release(t->data); }
 };
 
 struct Borrowed {
@@ -51,28 +54,21 @@ ffi::Tensor zeros(const std::string &dtype, const std::vector<int64_t> &shape) {
                                   bytes_of(dtype, shape));
 }
 
-int cpu_count() {
-  cpu_set_t set;
-  return sched_getaffinity(0, sizeof set, &set) ? std::max<long>(sysconf(_SC_NPROCESSORS_ONLN), 1) : CPU_COUNT(&set);
-}
-
 // The TVM runtime of this process, with its threads set up: there is one, whose version stays.
 void load_runtime(const std::string &folder, const Manifest &m, int threads) {
   static std::mutex lock;
   static std::string loaded;
   std::lock_guard<std::mutex> guard(lock);
   if (threads < 0 || threads > 4096) throw Error(WASAT_INPUT, "threads is " + std::to_string(threads) + "; it must be 0 to 4096");
-  if (threads || !std::getenv("TVM_NUM_THREADS"))
-    setenv("TVM_NUM_THREADS", std::to_string(threads ? threads : cpu_count()).c_str(), 1);
-  setenv("TVM_BIND_THREADS", "0", 0);  // else the first launch pins the calling thread to core 0
+  (threads ? set_variable : set_default)("TVM_NUM_THREADS", std::to_string(threads ? threads : cpu_count()));
+  set_default("TVM_BIND_THREADS", "0");  // else the first launch pins the calling thread to core 0
   auto release = [](const std::string &v) { return v.substr(0, v.find(".post")); };
   if (!loaded.empty()) {
     if (release(loaded) != release(m.tvm))
       throw Error(WASAT_ARTIFACT, "this process already runs TVM " + loaded + " and the artifact needs " + m.tvm + ": load it in a process of its own");
     return;
   }
-  std::string path = folder + "/libtvm_runtime.so";
-  if (!dlopen(path.c_str(), RTLD_NOW | RTLD_GLOBAL)) damaged(std::string("the TVM runtime cannot be loaded (") + dlerror() + ")");
+  if (auto why = load_library(folder + "/" + library_file("tvm_runtime"))) damaged("the TVM runtime cannot be loaded (" + *why + ")");
   loaded = m.tvm;
   ffi::Function::SetGlobal("wasat.outside", ffi::Function::FromTyped([](ffi::String where, int64_t index, int64_t low, int64_t high) {
     throw ffi::Error("IndexError", std::string(where) + ": index " + std::to_string(index) + " is outside " + std::to_string(low) +
@@ -112,24 +108,30 @@ class Engine {
     }
     load_runtime(folder, manifest, options.threads);
     for (auto &name : manifest.libraries)
-      if (!dlopen((folder + "/" + name).c_str(), RTLD_NOW | RTLD_GLOBAL))
-        throw Error(WASAT_MACHINE, name + " of the artifact cannot be loaded here (" + dlerror() + ")");
+      if (auto why = load_library(folder + "/" + name))
+        throw Error(WASAT_MACHINE, name + " of the artifact cannot be loaded here (" + *why + ")");
     read_weights(folder + "/weights.safetensors");
     guarded(WASAT_ARTIFACT, folder + "/model.so cannot be loaded", [&] {
-      ffi::Module file = ffi::Module::LoadFromFile(folder + "/model.so");
-      vm_ = file->GetFunction("vm_load_executable").value()().cast<ffi::Module>();
-      vm_.value()->GetFunction("vm_initialization").value()(int(kDLCPU), 0, 2);
+      std::string path = plain_path(folder + "/model.so");
+      ffi::ObjectRef file = ffi::Function::GetGlobalRequired("ffi.ModuleLoadFromFile")(path).cast<ffi::ObjectRef>();
+      vm_ = function_of(file, "vm_load_executable")().cast<ffi::ObjectRef>();
+      function_of(vm_, "vm_initialization")(int(kDLCPU), 0, 2);
     });
   }
 
   ffi::Function function(std::string entry) const {
     for (char &c : entry)
       if (!std::isalnum(static_cast<unsigned char>(c)) && c != '_') c = '_';
-    return guarded(WASAT_ARTIFACT, "model.so has no entry " + entry, [&] { return vm_.value()->GetFunction(entry).value(); });
+    return guarded(WASAT_ARTIFACT, "model.so has no entry " + entry, [&] { return function_of(vm_, entry); });
   }
 
  private:
-  ffi::Optional<ffi::Module> vm_;
+  ffi::ObjectRef vm_;
+
+  // Through functions with C's conventions: methods of a library may be called in another way than our compiler does.
+  static ffi::Function function_of(const ffi::ObjectRef &module, const std::string &name) {
+    return ffi::Function::GetGlobalRequired("ffi.ModuleGetFunction")(module, name, false).cast<ffi::Function>();
+  }
 
   // Weights are mapped; those that do not lie aligned in the file are copied.
   void read_weights(const std::string &path) {

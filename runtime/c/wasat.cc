@@ -3,12 +3,14 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <filesystem>
 #include <functional>
 #include <new>
 
 #include "errors.h"
 #include "sampling.h"
 #include "session.h"
+#include "system.h"
 #include "text.h"
 #include "utf8.h"
 
@@ -186,10 +188,7 @@ wasat_status wasat_load(const char *folder, const wasat_load_options *options, w
     wasat_load_options o = options ? *options : wasat_load_options{};
     auto made = std::make_unique<wasat_model>();
     made->folder = &given(folder, "folder");
-    if (made->folder.empty() || made->folder[0] != '/') {
-      std::unique_ptr<char, void (*)(void *)> whole(realpath(folder, nullptr), std::free);
-      if (whole) made->folder = whole.get();
-    }
+    made->folder = std::filesystem::absolute(std::filesystem::u8path(made->folder)).u8string();
     made->engine = start(made->folder, o);
     out = made.release();
   });

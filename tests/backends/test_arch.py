@@ -45,8 +45,8 @@ def test_processors_of_arm(name: str, isa: Isa, has: set[str], lacks: set[str]) 
 
 
 def test_names_of_processors() -> None:
-    assert arch_of("znver3") is ARCHES["x86_64"]
-    assert arch_of("cortex-a76") is ARCHES["aarch64"]
+    assert arch_of("znver3") == ARCHES["x86_64"]
+    assert arch_of("cortex-a76") == ARCHES["aarch64"]
     generic = arch_of("generic")
     assert generic is not None
     assert generic.here
@@ -106,9 +106,10 @@ def fetches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
 
     def pip(command: list[str], **options: Any) -> Any:
         calls.append(command)
-        place = arch.RUNTIME[command[-1].partition("==")[0]]
+        folder, name = arch.RUNTIME[command[-1].partition("==")[0]]
         with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "a.whl", "w") as wheel:
-            wheel.writestr(place, f"library of {command[-1]}")
+            for called in ("lib{}.so", "lib{}.dylib", "{}.dll", "{}.lib"):
+                wheel.writestr(f"{folder}/lib/{called.format(name)}", f"library of {command[-1]}")
         return SimpleNamespace(returncode=0, stderr="")
 
     monkeypatch.setattr(subprocess, "run", pip)
@@ -127,6 +128,37 @@ def test_the_runtime_of_another_architecture_is_fetched_once(fetches: list[list[
     assert len(fetches) == 2
 
 
+def test_other_systems(fetches: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    macos, windows = target_named("macos"), target_named("windows:znver4")
+    assert [(t.requirements()["os"], t.requirements()["arch"]) for t in (macos, windows)] == [
+        ("darwin", "aarch64"), ("win32", "x86_64"),
+    ]  # fmt: skip
+    assert (isa_of(macos.tvm), isa_of(target_named("macos:apple-m2").tvm)) == (NEON_DOTPROD, NEON_I8MM)
+    assert (isa_of(windows.tvm), isa_of(target_named("windows").tvm)) == (AVX512_VNNI, AVX2)
+    assert [p.name for p in macos.runtime_files()] == ["libtvm_runtime.dylib", "libtvm_ffi.dylib"]
+    assert "--platform=macosx_11_0_arm64" in fetches[0]
+    assert [p.name for p in windows.runtime_files()] == ["tvm_runtime.dll", "tvm_ffi.dll"]
+    assert "--platform=win_amd64" in fetches[2]
+    assert len({p.parent.parent for t in (macos, windows) for p in t.runtime_files()}) == 2
+    assert Path(windows.link_options()["options"][-1]).name == "tvm_ffi.lib"
+    monkeypatch.setattr(shutil, "which", lambda name: name if "mingw" in name else None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert windows.arch.linker() == ["x86_64-w64-mingw32-g++"]
+    assert macos.missing_tools() == ["a C++ compiler for aarch64 under darwin: pip install ziglang"]
+    with pytest.raises(IRError, match=r"there is no x86_64 processor 'apple-m1'"):
+        target_named("windows:apple-m1")
+    with pytest.raises(BuildError, match=r"windows \(x86_64 under win32\) does not run here"):
+        Runner(PROGRAM, target_named("windows"))
+
+
+@pytest.mark.parametrize("name", ["apple-m1", "apple-m2", "apple-m3"])
+def test_second_names_of_processors(name: str) -> None:
+    """LLVM lists them not, and knows them: their instruction sets are more than those of any."""
+    assert len(target_named(f"macos:{name}").requirements()["features"]) > len(
+        target_named("macos:generic").requirements()["features"]
+    )
+
+
 def test_without_a_connection(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     failed = SimpleNamespace(returncode=1, stderr="WARNING: retrying\nERROR: No matching distribution found\n")
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: failed)
@@ -135,6 +167,16 @@ def test_without_a_connection(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     with pytest.raises(RuntimeMissing, match=message):
         OTHER.runtime_files()
     assert not list(tmp_path.rglob("*.so"))
+
+
+def test_this_machine_under_another_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names of processors are those of Linux, files those of the system."""
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    here = arch.arch_here()
+    assert (here, here.here, str(here)) == (arch_of("cortex-a76"), True, "aarch64 under darwin")
+    assert [p.name for p in here.runtime_files()] == ["libtvm_runtime.dylib", "libtvm_ffi.dylib"]
+    assert not ARCHES["aarch64"].here
 
 
 def test_here_it_is_that_of_the_packages() -> None:

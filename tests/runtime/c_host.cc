@@ -9,6 +9,7 @@
 
 #include "manifest.h"
 #include "sampling.h"
+#include "system.h"
 #include "text.h"
 #include "utf8.h"
 

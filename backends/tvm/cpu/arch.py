@@ -1,4 +1,4 @@
-"""Processor architectures: what their instruction sets are called, who links for them, and where TVM's runtime for them is."""
+"""Processors and systems: what instruction sets are called, who links for them, and where TVM's runtime for them is."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,50 @@ from typing import Any
 import tvm
 from wasat.ir import WasatError
 
-RUNTIME = {"apache-tvm": "tvm/lib/libtvm_runtime.so", "apache-tvm-ffi": "tvm_ffi/lib/libtvm_ffi.so"}
-"""The package that each library of the runtime is from, and its place there."""
+
+@dataclass(frozen=True)
+class System:
+    """An operating system, by the name that ``sys.platform`` has for it."""
+
+    name: str
+    triple: str
+    """LLVM's name of it on a processor, which {} is here and below."""
+    library: str
+    """How it calls the file of a library."""
+    wheels: tuple[str, ...]
+    """Tags of the packages that hold TVM's runtime for it: one of them."""
+    zig: str
+    """What ziglang calls it."""
+    compiler: str = ""
+    """A cross compiler, and Debian's package of it."""
+    package: str = ""
+    options: tuple[str, ...] = ("-Wl,--strip-debug",)
+    """Of the linker. TVM writes debug information that speaks of its own text: a third of the file."""
+    imports: str = ""
+    """How it calls what linkers read in place of a library; empty: what a library calls is found when that is loaded."""
+    called: Mapping[str, str] = field(default_factory=dict)
+    """What it calls processors that have another name under Linux."""
+
+
+LINUX = System(
+    "linux", "{}-linux-gnu", "lib{}.so", tuple(f"manylinux_2_{n}_{{}}" for n in (28, 27, 24, 17)), "{}-linux-gnu.2.28",
+    "{}-linux-gnu-g++", "g++-{}-linux-gnu",
+)  # fmt: skip
+MACOS = System(
+    "darwin", "{}-apple-macos11", "lib{}.dylib", ("macosx_11_0_{}", "macosx_12_0_{}"), "{}-macos.11.0",
+    options=("-Wl,-S", "-Wl,-undefined,dynamic_lookup"), called={"aarch64": "arm64"},
+)  # fmt: skip
+WINDOWS = System(
+    "win32", "{}-w64-windows-gnu", "{}.dll", ("win_{}",), "{}-windows-gnu", "{}-w64-mingw32-g++", "g++-mingw-w64-{}",
+    ("-Wl,--strip-debug", "-static"), "{}.lib", {"x86_64": "amd64"},
+)  # fmt: skip
+SYSTEMS = {s.name: s for s in (LINUX, MACOS, WINDOWS)}
+RUNTIME = {"apache-tvm": ("tvm", "tvm_runtime"), "apache-tvm-ffi": ("tvm_ffi", "tvm_ffi")}
+"""The package that each library of the runtime is from; its folder there, and its name."""
+
+
+_MORE = {"aarch64": ("apple-m1", "apple-m2", "apple-m3")}
+"""Processors that LLVM knows and does not list: second names."""
 
 
 class RuntimeMissing(WasatError):
@@ -29,20 +71,24 @@ class RuntimeMissing(WasatError):
 
 @dataclass(frozen=True)
 class Arch:
-    """A processor architecture under Linux, by the name that ``platform.machine()`` has for it."""
+    """A processor architecture, by the name that ``platform.machine()`` has for it under Linux, and a system."""
 
     name: str
     words: Mapping[str, str]
     """LLVM's names of the instruction sets that code generation uses, as /proc/cpuinfo spells them."""
+    system: System = LINUX
+
+    def __str__(self) -> str:
+        return self.name if self.system is LINUX else f"{self.name} under {self.system.name}"
 
     @property
     def here(self) -> bool:
         """Whether it is this machine's."""
-        return self.name == platform.machine()
+        return self.name == machine() and self.system.name == sys.platform
 
     @property
     def triple(self) -> str:
-        return f"{self.name}-linux-gnu"
+        return self.system.triple.format(self.name)
 
     @property
     def config(self) -> dict[str, str]:
@@ -51,7 +97,8 @@ class Arch:
 
     def processors(self) -> list[str]:
         """LLVM's names of those that there are."""
-        return [str(x) for x in tvm.target.codegen.llvm_get_cpu_archlist(tvm.target.Target(self.config))]
+        listed = [str(x) for x in tvm.target.codegen.llvm_get_cpu_archlist(tvm.target.Target(self.config))]
+        return [*listed, *(x for x in _MORE.get(self.name, ()) if x not in listed)]
 
     def features(self, target: tvm.target.Target) -> list[str]:
         """Instruction sets that code for a processor may use, as /proc/cpuinfo names them."""
@@ -71,10 +118,11 @@ class Arch:
         """The command of a C++ compiler that links for it; None where there is none."""
         if self.here:
             return next(([c] for c in ("g++", "clang++", "c++") if shutil.which(c)), None)
-        if shutil.which(f"{self.triple}-g++"):
-            return [f"{self.triple}-g++"]
+        compiler = self.system.compiler.format(self.name)
+        if compiler and shutil.which(compiler):
+            return [compiler]
         if importlib.util.find_spec("ziglang"):
-            return [sys.executable, "-m", "ziglang", "c++", "-target", f"{self.triple}.2.28"]
+            return [sys.executable, "-m", "ziglang", "c++", "-target", self.system.zig.format(self.name)]
         return None
 
     def missing_tools(self) -> list[str]:
@@ -82,35 +130,46 @@ class Arch:
             return []
         if self.here:
             return ["a C++ compiler: none of g++, clang++, c++ is on the PATH (Debian: apt-get install g++)"]
-        package = f"g++-{self.triple.replace('_', '-')}"
-        return [f"a C++ compiler for {self.name}: {self.triple}-g++ (Debian: apt-get install {package}) or pip install ziglang"]
+        compiler, package = self.system.compiler.format(self.name), self.system.package.format(self.name.replace("_", "-"))
+        by_apt = f"{compiler} (Debian: apt-get install {package}) or " if compiler else ""
+        return [f"a C++ compiler for {self}: {by_apt}pip install ziglang"]
 
     def link_options(self) -> dict[str, Any]:
         """Further arguments of export_library."""
-        # TVM writes debug information that speaks of its own text: a third of the file
-        options: dict[str, Any] = {"options": ["-Wl,--strip-debug"]}
-        return options if self.here else {**options, "fcompile": _link(self.linker() or [])}
+        options = list(self.system.options)
+        if self.system.imports:
+            options.append(str(self._runtime_file("apache-tvm-ffi", self.system.imports)))
+        return {"options": options} if self.here else {"options": options, "fcompile": _link(self.linker() or [])}
 
     # -- the runtime --------------------------------------------------------------------------------------------------------
     def runtime_files(self) -> list[Path]:
         """TVM's runtime for it: that of the packages installed here, or of the same versions of them for another machine,
         fetched once. Raises RuntimeMissing."""
+        return [self._runtime_file(package, self.system.library) for package in RUNTIME]
+
+    def _runtime_file(self, package: str, called: str) -> Path:
+        """A file of the package that holds a library of the runtime, beside that; it is ``called`` so, {} being its name."""
         import tvm_ffi
 
+        folder, name = RUNTIME[package]
+        place = f"{folder}/lib/{called.format(name)}"
         if self.here:
-            roots = {"apache-tvm": Path(tvm.__file__), "apache-tvm-ffi": Path(tvm_ffi.__file__)}
-            return [roots[package].parents[1] / place for package, place in RUNTIME.items()]
-        folder = _cache() / self.name
-        return [_fetched(package, place, self, folder) for package, place in RUNTIME.items()]
+            root = {"apache-tvm": tvm, "apache-tvm-ffi": tvm_ffi}[package].__file__
+            return Path(root).parents[1] / place
+        system = "" if self.system is LINUX else f"{self.system.name}-"
+        return _fetched(package, place, self, _cache() / f"{system}{self.name}")
 
 
 def _link(command: Sequence[str]) -> Callable[..., None]:
     def link(output: str, objects: Sequence[str], options: Sequence[str] | None = None) -> None:
-        done = subprocess.run(
-            [*command, "-shared", "-fPIC", "-o", output, *objects, *(options or ())], capture_output=True, text=True
-        )
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)} cannot link {output}: {done.stderr.strip()}")
+        with tempfile.TemporaryDirectory() as place:  # some write more than the library
+            made = Path(place) / Path(output).name
+            done = subprocess.run(
+                [*command, "-shared", "-fPIC", "-o", str(made), *objects, *(options or ())], capture_output=True, text=True
+            )
+            if done.returncode:
+                raise RuntimeError(f"{' '.join(command)} cannot link {output}: {done.stderr.strip()}")
+            shutil.move(made, output)
 
     return link
 
@@ -127,13 +186,14 @@ def _fetched(package: str, place: str, arch: Arch, folder: Path) -> Path:
         return found
     with tempfile.TemporaryDirectory() as tmp:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", tmp]
-        systems = [f"--platform=manylinux_2_{n}_{arch.name}" for n in (28, 27, 24, 17)]
+        called = arch.system.called.get(arch.name, arch.name)
+        systems = [f"--platform={tag.format(called)}" for tag in arch.system.wheels]
         done = subprocess.run([*pip, *systems, wanted], capture_output=True, text=True)
         wheels = list(Path(tmp).glob("*.whl"))
         if done.returncode or not wheels:
             said = done.stderr.strip().rpartition("\n")[2]
             raise RuntimeMissing(
-                f"TVM's runtime for {arch.name} is in {wanted} for that machine, which pip could not fetch ({said}); "
+                f"TVM's runtime for {arch} is in {wanted} for that machine, which pip could not fetch ({said}); "
                 f"with a connection, or with {found} put there from the wheel, run again"
             )
         folder.mkdir(parents=True, exist_ok=True)
@@ -176,11 +236,22 @@ def listed_features() -> frozenset[str] | None:
         return None
 
 
+def machine() -> str:
+    """This machine's architecture, as Linux calls it."""
+    name = platform.machine()
+    return {"arm64": "aarch64", "AMD64": "x86_64"}.get(name, name)
+
+
 def arch_of(mcpu: str) -> Arch | None:
-    """The architecture that has a processor of this name; of several, this machine's."""
-    return next((a for a in sorted(ARCHES.values(), key=lambda a: not a.here) if mcpu in a.processors()), None)
+    """The architecture that has a processor of this name, under this machine's system; of several, this machine's."""
+    found = (a for a in sorted(ARCHES.values(), key=lambda a: a.name != machine()) if mcpu in a.processors())
+    return next((_under_this_system(a) for a in found), None)
 
 
 def arch_here() -> Arch:
     """This machine's; one that nobody has described has no words for its instruction sets."""
-    return ARCHES.get(platform.machine()) or Arch(platform.machine(), {})
+    return _under_this_system(ARCHES.get(machine()) or Arch(machine(), {}))
+
+
+def _under_this_system(arch: Arch) -> Arch:
+    return replace(arch, system=SYSTEMS.get(sys.platform, LINUX))
