@@ -47,13 +47,26 @@ def _same_kind(declared: Type, actual: Type) -> bool:
     )  # fmt: skip
 
 
-def _as_array(x: Any, declared: Type) -> Array:
-    """Lists and Python numbers become arrays; arrays keep their element type."""
+def as_array(name: str, x: Any, declared: Type) -> Array:
+    """Input ``name`` as an array: lists and Python numbers become one of the declared elements, arrays keep their own.
+
+    Raises IRError for what is no array, and for numbers that its integers do not hold.
+    """
     if isinstance(x, QArray):
         return x
-    if not isinstance(x, (np.ndarray, np.generic)) and isinstance(declared, TensorType):
-        return np.asarray(x, declared.dtype.np)
-    return np.asarray(x)
+    try:
+        found = np.asarray(x)
+        if isinstance(x, (np.ndarray, np.generic)) or not isinstance(declared, TensorType):
+            return found
+        if found.dtype.kind not in "biuf" and found.dtype != declared.dtype.np:
+            raise ValueError(f"it holds {found.dtype}")
+        with np.errstate(invalid="ignore"):
+            made = found.astype(declared.dtype.np)
+        if not declared.dtype.is_float and found.size and not np.array_equal(made.astype(found.dtype), found):
+            raise ValueError(f"{declared.dtype.value} does not hold its numbers")
+    except (ValueError, TypeError, OverflowError) as e:
+        raise IRError(f"input {name} is no {declared}: {e}") from None
+    return made
 
 
 def evaluate(
@@ -76,7 +89,7 @@ def evaluate(
     absent = [n for n in graph.params if n not in (params or {})]
     if absent:
         raise IRError(f"graph @{graph.name} needs parameters {', '.join(absent[:8])}{' …' if len(absent) > 8 else ''}")
-    arrays = {v.name: _as_array(inputs[v.name], v.type) for v in graph.inputs}
+    arrays = {v.name: as_array(v.name, inputs[v.name], v.type) for v in graph.inputs}
     dims = bind_symbols(graph, arrays, params, symbols)
     env: dict[Value, Array] = {v: arrays[v.name] for v in graph.inputs}
     load = (params or {}).__getitem__

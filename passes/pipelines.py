@@ -10,7 +10,7 @@ import importlib
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import Field, fields, is_dataclass
 from importlib.metadata import entry_points
 from typing import Any, Literal
@@ -43,6 +43,8 @@ def pipeline(spec: str | Pass | Sequence[str | Pass], default: Sequence[Pass]) -
             else:
                 found.append(_made(name, options))
         return found
+    if not isinstance(spec, (Pass, Iterable)):
+        raise WasatError(f"a pipeline is a text, a pass or a list of these, not {type(spec).__name__}")
     return [spec] if isinstance(spec, Pass) else [p for item in spec for p in pipeline(item, default)]
 
 
@@ -131,6 +133,8 @@ def _class(name: str) -> type[Pass]:
         if not (isinstance(cls, type) and issubclass(cls, Pass)):
             raise WasatError(f"pass {name}: {attribute} is not a class of passes (wasat.passes.Pass)")
         return cls
+    if name == DEFAULT:
+        raise WasatError(f"{name!r} is a pipeline and takes no options: give them to a pass of it, by its name")
     known = _known()
     announced = {e.name: e for e in entry_points(group=ENTRY_POINTS)}
     if name not in known and name in announced:

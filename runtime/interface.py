@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -161,9 +162,14 @@ class Interface:
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------------
+_DTYPE = re.compile(r"bool|u?int(2|4|8|16|32|64)|float(16|32|64)|bfloat16|float[48]_e\d+m\d+(fnu?)?")
+
+
 def read_tensor(f: Fields) -> TensorSpec:
     """Name, element type and shape."""
     spec = TensorSpec(f.get("name", str), f.get("dtype", str), tuple(f.items("shape", int, str)))
+    if not _DTYPE.fullmatch(spec.dtype):
+        raise ArtifactError(f"manifest.json: {f.path}.dtype is {spec.dtype!r}, which is no element type; {AGAIN}")
     for d in spec.shape:
         if isinstance(d, str):
             parsed(d)
@@ -266,11 +272,13 @@ def check_interface(m: Interface, inputs: Mapping[str, Sequence[str]]) -> None:
 
 def _check_state(s: State, m: Interface) -> None:
     try:
-        extents(s.shape, {"b": 1, "c": m.granule})
+        least = min(extents(s.shape, {"b": 1, "c": m.granule}), default=1)
     except (KeyError, ZeroDivisionError):
         raise ArtifactError(
             f"manifest.json: the shape {list(s.shape)} of state {s.name} is not one over b and c; {AGAIN}"
         ) from None
+    if least < 1:
+        raise ArtifactError(f"manifest.json: state {s.name} of shape {list(s.shape)} holds nothing; {AGAIN}")
     axes = [a for a in (s.rows, s.positions) if a is not None]
     if any(a >= len(s.shape) for a in axes) or len(set(axes)) < len(axes) or s.cut not in ("anywhere", "window", "never"):
         raise ArtifactError(

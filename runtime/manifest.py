@@ -161,6 +161,9 @@ def _check(m: Manifest) -> None:
     arrays = {w.name for w in m.weights}
     for name, e in m.entries.items():
         _check_signature(name, e)
+        fed = next((x.shape for x in e.inputs if x.name == m.interface.tokens), ())
+        if name in ("prefill", "decode") and len(fed) != 2:
+            raise ArtifactError(f"manifest.json: entry {name} takes no tokens {m.interface.tokens!r} of two axes; {AGAIN}")
         for i in e.indices:
             if all(x.name != i.input for x in e.inputs):
                 raise ArtifactError(f"manifest.json: entry {name} takes no input {i.input} to hold indices; {AGAIN}")

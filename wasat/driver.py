@@ -87,6 +87,9 @@ def optimize(
 
     Raises WasatError where a pass cannot do what was asked for, naming the pass.
     """
+    _check_program(program)
+    if overrides is not None and not isinstance(overrides, Mapping):
+        raise WasatError(f"overrides are schemes by name, not {type(overrides).__name__}")
     exported = kv_cache is not False and _is_exported(program)
     caches: Literal["required", "tried"] | None
     if kv_cache is None:
@@ -150,6 +153,17 @@ def _widened(program: Program) -> list[Remark]:
     ]
 
 
+def _check_program(program: object) -> None:
+    if not isinstance(program, Program):
+        raise WasatError(f"a program is what from_pretrained, load_program or .program() make, not {type(program).__name__}")
+
+
+def _path(x: object) -> Path:
+    if not isinstance(x, (str, Path)):
+        raise WasatError(f"a file or folder is named by text or a Path, not {type(x).__name__}")
+    return Path(x)
+
+
 def _is_exported(program: Program) -> bool:
     """Whether ``forward`` takes tokens under a name or of a type that no session feeds."""
     return "forward" in program.graphs and any(is_exported(v) for v in program["forward"].inputs)
@@ -204,7 +218,7 @@ def compile(
 
     machine = target_named(target, threads, cache)
     check_tools(machine)
-    check_destination(Path(out))
+    check_destination(_path(out))
     runtime = machine.runtime_files()
     for source in program.params.values():
         if isinstance(source, _NoData):
@@ -256,7 +270,7 @@ def export_c(
     from wasat.runtime.artifact import MANIFEST
     from wasat.runtime.c import check_place, check_tokenizer, write_project
 
-    source, out = Path(source), Path(out)
+    source, out = _path(source), _path(out)
     if (source / MANIFEST).is_file():
         if quantize or overrides or target != "cpu":
             raise WasatError(f"{source} is compiled already: quantize, overrides and target are for a model")
@@ -282,6 +296,7 @@ def run(
 
     It compiles each time; :class:`Executable` compiles once.
     """
+    _check_program(program)
     g = program[graph]
     if backend == "interpreter":
         params = {name: program.load(name) for name in g.params}
@@ -379,7 +394,7 @@ def from_pretrained(folder: str | Path) -> Program:
     from wasat.frontend.models import gemini
     from wasat.frontend.weights.safetensors import read_json
 
-    config = Path(folder) / "config.json"
+    config = _path(folder) / "config.json"
     if config.is_file() and read_json(config).get("model_type") == gemini.MODEL_TYPE:
         return gemini.load(folder)
     return frontend.from_pretrained(folder)
@@ -425,7 +440,7 @@ def load_program(
 
     from .saved import is_saved, load_saved
 
-    p = Path(path)
+    p = _path(path)
     if (constants or sizes) and p.suffix != ".onnx":
         raise WasatError(f"{p} is no ONNX file: only of these, inputs and sizes are fixed")
     if p.is_dir():

@@ -18,7 +18,7 @@ import tvm_ffi
 from tvm import relax
 from wasat.ir import Array, Dim, DType, Graph, IRError, Node, Program, WasatError, evaluate_dim
 from wasat.ir.dims import Func
-from wasat.ir.evaluate import bind_symbols, hold_checks
+from wasat.ir.evaluate import as_array, bind_symbols, hold_checks
 
 from .layouts import Begin, Layout
 from .lower import Kernels, Left, WeightPlan, lower_program, selected
@@ -195,7 +195,7 @@ def run(program: Program, target: Target, graph: str, inputs: Mapping[str, Any])
 def fitting(g: Graph, inputs: Mapping[str, Any], indices: Sequence[Given]) -> dict[str, np.ndarray]:
     """The arrays of a graph's inputs. Raises IRError for sizes and ``indices`` that compiled code takes for granted, and that
     they do not hold to."""
-    arrays = {v.name: np.asarray(inputs[v.name]) for v in g.inputs}
+    arrays = {v.name: np.asarray(as_array(v.name, inputs[v.name], v.type)) for v in g.inputs}
     dims = bind_symbols(g, arrays)
     for c in indices:
         low, high, x = evaluate_dim(c.low, dims), evaluate_dim(c.high, dims), arrays[c.input]

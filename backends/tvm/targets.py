@@ -313,9 +313,11 @@ def target_named(name: str, threads: int | None = None, cache: str = "f32") -> T
     ``cache``. Raises IRError for a target, a detail or a cache that there is none of, and for no thread."""
     if threads is not None and (not isinstance(threads, int) or threads < 1):
         raise IRError(f"threads is a whole number, 1 or more, not {threads!r}; leave it out for as many as this machine has")
+    if not isinstance(name, str):
+        raise IRError(f"a target is a name such as cpu, not {type(name).__name__}")
     kind, _, detail = name.partition(":")
     make = maker(kind)
-    if cache not in CACHES:
+    if not isinstance(cache, str) or cache not in CACHES:
         raise IRError(f"there is no cache of {cache!r}; there are {', '.join(CACHES)}")
     takes = inspect.signature(make).parameters
     if cache != "f32" and "cache" not in takes:

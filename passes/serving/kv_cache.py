@@ -67,8 +67,8 @@ class DeriveKVCache(Pass):
     def requires(self, program: Program) -> None:
         if self.graph not in program.graphs:
             raise PassError(f"there is no graph @{self.graph}; there are {', '.join('@' + n for n in program.graphs)}")
-        if self.chunk < 1:
-            raise PassError(f"chunk={self.chunk}: a chunk holds at least one token")
+        if not isinstance(self.chunk, int) or self.chunk < 1:
+            raise PassError(f"chunk={self.chunk!r}: a chunk holds at least one token, a whole number of them")
         if self.granule < 1:
             raise PassError(f"granule={self.granule}: a capacity is a multiple of at least one position")
 

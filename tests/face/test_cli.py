@@ -199,6 +199,31 @@ def test_what_cannot_be_written_is_no_traceback(run: Run, tiny: Path) -> None:
     assert "/proc" in err
 
 
+def test_a_text_that_is_none_is_refused(run: Run, tiny: Path, int4: Path, tmp_path: Path) -> None:
+    (file := tmp_path / "bytes.txt").write_bytes(b"ab\xff")
+    for argv in (
+        ["generate", int4, "x", "--input", f"a={file}"], ["compare", tiny, "cpu", "--text", file],
+        ["quantize", tiny, "--data", file, "--bits", "5", "-o", tmp_path / "out"],
+    ):  # fmt: skip
+        code, _, err = run(*argv)
+        assert (code, err) == (1, f"error: {file} is not text: its byte 2 is no UTF-8\n"), argv
+
+
+def test_a_bug_is_called_one(run: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise KeyError("[never]")
+
+    monkeypatch.setattr("wasat.driver.load_program", broken)
+    monkeypatch.delenv("WASAT_TRACEBACK", raising=False)
+    code, out, err = run("show", tiny)
+    assert (code, out) == (70, "")
+    assert err.startswith("error: KeyError: '[never]'\nThis is a bug in Wasat. ")
+    assert "run the command again with WASAT_TRACEBACK=1 before it" in err
+    monkeypatch.setenv("WASAT_TRACEBACK", "1")
+    with pytest.raises(KeyError):
+        run("show", tiny)
+
+
 def test_usage_mistakes_have_status_2(run: Run, tiny: Path) -> None:
     assert run("show")[0] == 2
     code, _, err = run("explain", tiny, "--quantize", "int5")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
-from wasat.ir import Array, IRError, Node, bind_symbols, evaluate, parse, run_node
+from wasat.ir import Array, IRError, Node, bind_symbols, evaluate, parse, run_node, type_of
 from wasat.ir.ops.quant import quantize_array
 
 G = parse("""graph @g(%x: f32[b, n + 1], %y: f32[n, 2]) {
@@ -18,6 +18,23 @@ G = parse("""graph @g(%x: f32[b, n + 1], %y: f32[n, 2]) {
   return %z, %size
 }""")
 X, Y, W = np.zeros((3, 5), np.float32), np.ones((4, 2), np.float32), np.array([1, 2], np.float32)
+
+
+@pytest.mark.parametrize("type, given, message", [
+    ("i64", [1.5], "i64 does not hold its numbers"), ("u8", [300], "u8 does not hold"), ("u8", [-1], "u8 does not hold"),
+    ("i32", [2**31], "i32 does not hold"), ("i64", [float("nan")], "i64 does not hold"), ("i4", [8], "i4 does not hold"),
+    ("bool", [2], "bool does not hold"), ("f32", ["1"], "it holds <U1"), ("f32", [None], "it holds object"),
+    ("f32", "a", "it holds <U1"), ("f32", [[1], [1, 2]], "inhomogeneous"), ("i64", [2**70], "it holds object"),
+])  # fmt: skip
+def test_lists_become_arrays_of_the_same_numbers_or_none(type: str, given: Any, message: str) -> None:
+    g = parse(f"graph @g(%x: {type}[n]) {{\n  return %x\n}}")
+    with pytest.raises(IRError, match=rf"input x is no {type}\[n\]: .*{message}"):
+        evaluate(g, {"x": given})
+    for good in ([0, 1], [], [True, False], [1.0, 0.0]):
+        (x,) = evaluate(g, {"x": good})
+        assert isinstance(x, np.ndarray)
+        assert x.tolist() == np.array(good).astype(x.dtype).tolist()
+        assert str(type_of(x)) == f"{type}[{len(good)}]"
 
 
 def test_results_in_order() -> None:

@@ -87,7 +87,7 @@ def test_names_options_and_passes_mix() -> None:
     ("quantize{overrides=('a','b')}", "pass quantize: overrides="),
     ("quantize{scheme=int4, scheme=int8}", "is not one option=value of quantize"),
     ("quantize{scheme}", "'scheme' is not one option=value of quantize"),
-    ("default{chunk=3}", "no pass is called 'default'"),
+    ("default{chunk=3}", "'default' is a pipeline and takes no options"),
     ("quantize{scheme=int4", "do not match"), ("cleanup}", "do not match"), ("a,,b", "do not match"), ("a, 'b", "do not match"),
     ("", "names no pass"), ("two words", "is not a pass, which reads NAME"),
     ("nowhere_at_all:X", "No module named 'nowhere_at_all'"), ("math:pi", "pi is not a class of passes"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import time
@@ -41,6 +42,7 @@ from wasat.cli.console import (
     say,
     scheme_name,
     sizes_of,
+    text_file,
     warn_of_weights,
 )
 
@@ -215,7 +217,7 @@ def _input(item: str, model: Model) -> tuple[str, np.ndarray]:
             "give what the model's own processor makes of them"
         )
     if path.suffix == ".txt":
-        return name, np.array([model.tokenizer.encode(path.read_text(encoding="utf-8"))])
+        return name, np.array([model.tokenizer.encode(text_file(path))])
     return name, array_file(item, name, path)
 
 
@@ -376,16 +378,30 @@ app.command("quantize")(cli_quantize.quantize)
 
 
 def main() -> None:
-    """Entry point: what Wasat or the system refuses becomes one message and exit status 1."""
+    """Entry point: what Wasat or the system refuses becomes one message and exit status 1.
+
+    Anything else is a bug, and said to be one, with status 70; where ``WASAT_TRACEBACK`` is set, its traceback comes instead.
+    """
     try:
         app()
     except Exception as e:
         rooms = (("wasat.ir", "WasatError"), ("wasat.runtime", "RuntimeErrorBase"))  # imported only where they were needed
         kinds = (Refusal, OSError, *(getattr(sys.modules[room], name) for room, name in rooms if room in sys.modules))
-        if not isinstance(e, kinds):
+        if isinstance(e, kinds):
+            err.print(f"[bold red]error:[/] {escape(str(e))}", highlight=False, soft_wrap=True)
+            raise SystemExit(1) from None
+        if isinstance(e, MemoryError):
+            err.print("[bold red]error:[/] there is not enough memory; wasat plan says how much a model takes", soft_wrap=True)
+            raise SystemExit(1) from None
+        if os.environ.get("WASAT_TRACEBACK"):
             raise
-        err.print(f"[bold red]error:[/] {escape(str(e))}", highlight=False, soft_wrap=True)
-        raise SystemExit(1) from None
+        what = " ".join(f"{type(e).__name__}: {e}".split())
+        err.print(f"[bold red]error:[/] {escape(what)}", highlight=False, soft_wrap=True)
+        err.print(
+            "This is a bug in Wasat. To see where it happened, run the command again with WASAT_TRACEBACK=1 before it; please "
+            "report both.", soft_wrap=True, highlight=False,
+        )  # fmt: skip
+        raise SystemExit(70) from None
 
 
 __all__ = ["app", "main"]

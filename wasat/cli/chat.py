@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from wasat.cli.console import Refusal, err
+from wasat.cli.console import Refusal, err, text_file
 
 if TYPE_CHECKING:
     from wasat.runtime import Model
@@ -256,10 +256,7 @@ def _template(given: str | None) -> str | None:
     """A template's text where that is a file."""
     if given is None or not Path(given).is_file():
         return given
-    try:
-        return Path(given).read_text(encoding="utf-8")
-    except UnicodeDecodeError as e:
-        raise Refusal(f"{given} is no text: {e}") from None
+    return text_file(Path(given))
 
 
 def _variable(item: str) -> tuple[str, Any]:

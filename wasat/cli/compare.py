@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from wasat.cli.console import Bar, Override, Passes, Refusal, array_file, out, overrides_of, say, sizes_of
+from wasat.cli.console import Bar, Override, Passes, Refusal, array_file, out, overrides_of, say, sizes_of, text_file
 
 
 def compare(
@@ -77,7 +77,7 @@ def compare(
     with Bar() as bar:
         bar("reading the model")
         found = compared(
-            a, b, inputs=arrays or None, text=None if text is None else text.read_text(encoding="utf-8"), sizes=sizes_of(size),
+            a, b, inputs=arrays or None, text=None if text is None else text_file(text), sizes=sizes_of(size),
             tokens=tokens, window=window, max_kl=max_kl, seed=seed, served=served, progress=bar, passes=passes,
             **options,
         )  # fmt: skip

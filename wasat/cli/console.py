@@ -151,6 +151,14 @@ def array_file(item: str, name: str, path: Path) -> np.ndarray:
         raise Refusal(f"--input {item!r}: {path} is no array file: {e}") from None
 
 
+def text_file(path: Path) -> str:
+    """The text of a file. Raises Refusal where it is none."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise Refusal(f"{path} is not text: its byte {e.start} is no UTF-8") from None
+
+
 def or_none(scheme: str) -> str | None:
     """What the driver has for f32: nothing in fewer bits."""
     return None if scheme == "f32" else scheme

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from wasat.cli.console import Refusal, say
+from wasat.cli.console import Refusal, say, text_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -98,10 +98,7 @@ def _split(text: str) -> list[str]:
 
 
 def _texts(file: Path) -> list[str]:
-    try:
-        lines = _split(file.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as e:
-        raise Refusal(f"{file} is no text: {e}") from None
+    lines = _split(text_file(file))
     if file.suffix != ".jsonl":
         return lines
     found = []

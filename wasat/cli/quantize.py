@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from wasat.cli.console import Bar, Refusal, Source, say
+from wasat.cli.console import Bar, Refusal, Source, say, text_file
 
 
 def quantize(
@@ -61,15 +61,9 @@ def quantize(
     if not output.parent.is_dir():
         raise Refusal(f"{output.parent} is no folder: {output.name} cannot be written there")
 
-    def read(path: Path) -> str:
-        try:
-            return path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise Refusal(f"{path} is not text (UTF-8)") from None
-
     with Bar() as bar:
         bar("reading the model")
-        text, judged = "\n\n".join(map(read, data)), None if held_out is None else read(held_out)
+        text, judged = "\n\n".join(map(text_file, data)), None if held_out is None else text_file(held_out)
         small, found = quantized(
             driver.load_program(source), text, bits=bits, recipe=recipe, held_out=judged, tokens=tokens, window=window,
             target=target, threads=threads, progress=bar,

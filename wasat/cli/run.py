@@ -13,7 +13,20 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from wasat.cli.console import Bar, Constants, Quantize, Refusal, Sizes, array_file, constant_of, or_none, out, say, sizes_of
+from wasat.cli.console import (
+    Bar,
+    Constants,
+    Quantize,
+    Refusal,
+    Sizes,
+    array_file,
+    constant_of,
+    or_none,
+    out,
+    say,
+    sizes_of,
+    text_file,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -256,7 +269,7 @@ def _text(model: Model, spec: TensorSpec, file: str) -> np.ndarray:
 
     if not spec.dtype.startswith("int") or len(spec.shape) not in (1, 2):
         raise Refusal(f"input {_signature(spec)} takes no tokens, and {file} is a text: give an array")
-    tokens = np.array(model.tokenizer.encode(Path(file).read_text(encoding="utf-8"))).astype(spec.dtype)
+    tokens = np.array(model.tokenizer.encode(text_file(Path(file)))).astype(spec.dtype)
     return tokens if len(spec.shape) == 1 else tokens[None]
 
 
