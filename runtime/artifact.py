@@ -42,8 +42,8 @@ def write_artifact(out: Path, manifest: Mapping[str, Any], files: Mapping[str, P
     disk: a reader finds one or the other at any moment; on failure nothing stays. Of several writers the last one's stays.
     Raises ArtifactError where ``out`` is something else than an artifact.
     """
-    out = Path(os.path.realpath(out))
     check_destination(out)
+    out = Path(os.path.realpath(out))
     for name in files:
         if not is_file_name(name):
             raise ArtifactError(f"{name!r} is no name for a file of an artifact")
@@ -73,13 +73,19 @@ def write_artifact(out: Path, manifest: Mapping[str, Any], files: Mapping[str, P
 def check_destination(out: Path) -> None:
     """Raises ArtifactError unless ``out`` is free or an artifact, and nothing else, in a folder that can be written to: for
     asking before the long work."""
+    if "\0" in str(out):
+        raise ArtifactError(f"{str(out)!r} is no name for a folder; choose another place")
     out = Path(os.path.realpath(out))
+    if out.parent == out:
+        raise ArtifactError(f"{out} is the root of all folders; choose another place")
     check_above(out)
     if not os.path.lexists(out):
         return
     try:
-        files = json.loads((out / MANIFEST).read_text(encoding="utf-8"))["files"]
-        ours = isinstance(files, dict) and all(isinstance(x["sha256"], str) and x["bytes"] >= 0 for x in files.values())
+        data = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
+        files = data["files"]
+        ours = ("digest" in data or "format" in data) and isinstance(files, dict) and len(files) > 0
+        ours = ours and all(isinstance(x["sha256"], str) and x["bytes"] >= 0 for x in files.values())
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         ours = False
     if not ours:

@@ -127,7 +127,8 @@ def test_a_link_to_an_artifact_stays_one(tmp_path: Path) -> None:
     '{"name": "A web app", "start_url": "."}', "{}", "[]", "null", "{", '{"files": []}', '{"files": {"a": 1}}',
     '{"files": {"a": {"sha256": 1, "bytes": 1}}}', '{"files": {"index.html": {"sha256": "", "bytes": -1}}}',
     '{"files": {"index.html": {"sha256": "", "bytes": 8}, "a": {"sha256": 1, "bytes": 1}}}',
-    '{"files": ["index.html"], "format": 3, "wasat": "1"}', "[" * 100_000,
+    '{"files": ["index.html"], "format": 3, "wasat": "1"}', "[" * 100_000, '{"files": {}}', '{"files": {}, "format": 3}',
+    '{"files": {"index.html": {"sha256": "", "bytes": 8}}}',
 ])  # fmt: skip
 def test_another_kind_of_manifest_is_not_replaced(tmp_path: Path, manifest: str) -> None:
     (tmp_path / "app").mkdir()
@@ -151,6 +152,12 @@ def test_names_of_files_that_cannot_be(tmp_path: Path, name: str) -> None:
     with pytest.raises(ArtifactError, match="is no name for a file"):
         write_artifact(tmp_path / "m", {}, {name: lambda path: path.write_text("x") and None})
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("place, message", [("/", "the root of all folders"), ("a\0b", "is no name for a folder")])
+def test_places_that_cannot_be(place: str, message: str) -> None:
+    with pytest.raises(ArtifactError, match=message):
+        _write(Path(place))
 
 
 def test_what_is_no_artifact_is_not_replaced(tmp_path: Path) -> None:
