@@ -314,6 +314,8 @@ def _div(ctx: Context, node: Node, x: Any, y: Any) -> Any:
     if node.output.tensor.dtype.is_float:
         if (zero := _zero(node.inputs[0])) is not None:
             return _kept(ctx, node, zero, lambda zero, v: zero / v, _broadcast(ctx, node, [x, y])[1])
+        if (zero := _zero(node.inputs[1])) is not None:  # which TVM refuses
+            return _kept(ctx, node, zero, lambda zero, v: v / zero, _broadcast(ctx, node, [x, y])[0])
         return ctx.emit(R.divide(*_aligned(ctx, node, [x, y])))
     return _divided(ctx, node, tirx.truncdiv, x, y)
 

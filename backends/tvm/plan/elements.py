@@ -15,6 +15,7 @@ from tvm import ir, tirx
 from wasat.ir import IRError
 
 from .device import Device
+from .opaque import kind_of
 from .wgsl import BITS, HALF, INFINITY, NAMES, NAN
 
 _BINARY = (
@@ -23,6 +24,7 @@ _BINARY = (
 )  # fmt: skip
 _WRAPS = ("Add", "Sub", "Mul", "LShift")
 _SHIFTS = ("LShift", "RShift")
+_NARROW = ("int8", "int16", "uint8", "uint16")
 _KEEPS = ("tirx.if_then_else", "tirx.reinterpret", "tirx.call_pure_extern")
 """Calls that are no functions of numbers."""
 _FLOORED = {"FloorDiv": "Div", "FloorMod": "Mod"}
@@ -185,9 +187,10 @@ class _Kernel:
                 kind = _FLOORED[kind]
             if kind == "BitwiseXor" and dtype == "bool":
                 kind = "NE"  # WGSL has the operator for integers alone
+            if self.device.language == "opencl" and dtype in _NARROW:  # C widens them, and then knows no select() of both
+                a, b = (tirx.Cast("int32", x) for x in (a, b))
+                return tirx.Cast(dtype, getattr(tirx, kind)(a, b))
             made = getattr(tirx, kind)(a, b)
-            if kind == "NE" and str(a.ty) == "float32" and self.device.language == "wgsl":
-                made = tirx.Or(made, tirx.Or(_is_nan(a), _is_nan(b)))
             return self.wrapped(made, dtype) if kind in _WRAPS or dtype == "float16" else made
         if kind == "BitwiseNot":
             return self.wrapped(tirx.BitwiseNot(self.expr(e.a)), str(e.ty))
@@ -282,7 +285,7 @@ class _Kernel:
             if lanes:
                 raise IRError(f"this target has no {dtype}")
             return self.half(self.half_bits(x))
-        if to == dtype or base not in ("int8", "int16", "uint8", "uint16"):
+        if to == dtype or base not in _NARROW:
             return x
         bits = int(base.lstrip("uint"))
 
@@ -301,6 +304,11 @@ class _Kernel:
         if name == "tirx.buffer_data":
             return self.buffers[e.args[0]].data
         args = [self.expr(a) for a in e.args]
+        if (kind := kind_of(e.op)) is not None:
+            made = ir.Call(e.op, args, ret_ty=ir.PrimType(self.scalar(dtype)))
+            if kind == "NE" and str(args[0].ty) == "float32" and self.device.language == "wgsl":
+                made = tirx.Or(made, tirx.Or(_is_nan(args[0]), _is_nan(args[1])))
+            return self.wrapped(made, dtype) if kind == "Sub" else made
         if name == "tirx.tan" and self.device.language == "opencl":  # TVM would write C's tanf
             return tirx.call_pure_extern(self.scalar(dtype), "tan", *args)
         if name == "tirx.call_pure_extern":

@@ -18,6 +18,7 @@ from wasat.ir import DimLike, IRError, symbol
 from . import ptx
 from .device import Device
 from .elements import as_stored, with_literals
+from .opaque import hidden, shown
 from .sizes import size_of
 from .wgsl import helpers
 
@@ -72,7 +73,7 @@ def _split(device: Device) -> Any:
     return tvm.transform.Sequential([
         s.CanonicalizeLoop(), s.LowerCrossThreadReduction(), s.LowerInitBlock(), s.PlanAndUpdateBufferAllocationLocation(),
         s.ConvertBlocksToOpaque(), s.LiftThreadBinding(), s.ManifestSharedMemoryLocalStage(), s.CompactBufferAllocation(),
-        s.LowerAutoCopy(), s.UnifyThreadBinding(), s.LowerMatchBuffer(), s.StmtSimplify(), s.LowerOpaqueBlock(),
+        s.LowerAutoCopy(), s.UnifyThreadBinding(), s.LowerMatchBuffer(), hidden(), s.StmtSimplify(), s.LowerOpaqueBlock(),
         t.FlattenBuffer(), _without_bf16(t.BF16ComputeLegalize()), t.NarrowDataType(32), s.LoopPartition(),
         t.VectorizeLoop(device.vectors), s.InjectVirtualThread(), s.InjectDoubleBuffer(), t.StorageRewrite(),
         s.HoistIfThenElse(), t.UnrollLoop(),
@@ -237,7 +238,7 @@ def _kernel(name: str, f: tirx.PrimFunc, target: tvm.target.Target, device: Devi
     tvm_ffi.structural_walk(own.body, (tirx.AttrStmt, visit))
     if math.prod(threads.values()) > device.threads:
         raise IRError(f"a kernel has {math.prod(threads.values())} threads; this target has {device.threads}")
-    module = tirx.compilation_pipeline.finalize_device_passes()(tvm.IRModule({name: own}))
+    module = shown()(tirx.compilation_pipeline.finalize_device_passes()(tvm.IRModule({name: own})))
     source = _source(module, target)
     writes = _writes(own, sum(pointers))
     if device.language == "opencl" and "wasat_f16" in source:
