@@ -27,11 +27,14 @@ HEAD = """# Attention
 What looks back over tokens, kind by kind: what the passes understand of it, what `prefill` and `decode` keep, and whether an
 attention kernel of the CPU runs it. The rows are what the tests run, each in a decoder of one layer
 ([`attention_zoo.py`](../tests/attention_zoo.py), [`test_kept.py`](../tests/passes/test_kept.py),
-[`test_kept_beside.py`](../tests/passes/test_kept_beside.py));
+[`test_kept_beside.py`](../tests/passes/test_kept_beside.py),
+[`test_kept_distances.py`](../tests/passes/test_kept_distances.py));
 [list_attention.py](list_attention.py) writes this page. Numbers stay the same: step by step as all at once.
 
 *Kept*: keys and values of all positions (full) or of a window (ring), `kept` where no attention operation keeps them, the last
 inputs of a convolution or a shift (tail), what a recurrence carries. A formula that no kernel runs is run by plain operations.
+Where the largest few scores are chosen by a threshold, keys whose scores are equal but for rounding may be chosen or not: step
+by step and all at once round differently, and repeated tokens have such keys.
 """
 
 
@@ -92,6 +95,7 @@ def _rows() -> Iterator[tuple[str, str, str, str, str]]:
     from attention_zoo import CASES, DIM, MORE
     from test_kept import MIXES, Model
     from test_kept_beside import BESIDE
+    from test_kept_distances import DISTANCES
 
     for case in [*CASES, *MORE]:
         block = case.block
@@ -99,7 +103,7 @@ def _rows() -> Iterator[tuple[str, str, str, str, str]]:
             continue  # its further input is no token's
         program = nn.trace(Decoder(block(case.dtype), DIM, case.dtype), {"tokens": "i64[b, s]"}, outputs=["logits"])
         yield case.name, _words(block), _understood(program), *_served(program)
-    for name, mix in {**MIXES, **BESIDE}.items():
+    for name, mix in {**MIXES, **BESIDE, **DISTANCES}.items():
         program = nn.trace(Model(mix), {"tokens": "i64[b, s]"}, outputs=["logits"])
         yield name, _words(mix), _understood(program), *_served(program)
 

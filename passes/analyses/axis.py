@@ -16,9 +16,11 @@ from wasat.ir import DimLike, Graph, IRError, Node, Value, equal, symbol
 from wasat.ir.axes import AxisRule, Factor
 from wasat.ir.dims import maximum, minimum
 from wasat.ir.ops.attention import AttentionAttrs, mask_and_sink
+from wasat.ir.ops.index import AxisAttrs
 from wasat.ir.ops.scan import ScanAttrs
 from wasat.ir.ops.shape import Slice
 
+from .affine import Affine, implies
 from .ahead import sight
 from .indexing import Indexing
 from .later import apart, beside, blind, neutralized, stands_for
@@ -112,6 +114,8 @@ def _own(
         return _carried(node, given)
     if (shifted := part(node, given, symbol)) is not None:
         return shifted
+    if (taken := _by_distance(node, given, at)) is not None:
+        return taken
     return _general(node, given, symbol, at, labels)
 
 
@@ -160,6 +164,25 @@ def _pair(node: Node, axis: int, other: int, at: Indexing) -> Label:
     return Label(
         "pair", axis, other, culprit=node, reason="it relates positions to each other", above=above, below=below
     )  # fmt: skip
+
+
+def _by_distance(node: Node, given: Sequence[Label], at: Indexing) -> Label | None:
+    """The label of what a query takes of its scores at places that are none after its own, as distances are."""
+    if not node.is_a("take_along"):
+        return None
+    (x, index), (v, ids), axis = given, node.inputs, AxisAttrs.of(node).axis
+    if x.kind != "scores" or x.wide >= 0 or (x.key >= 0 and x.key != axis) or axis not in x.axes:
+        return None
+    if index.kind != "pair" or index.axes != x.axes or index.rows:
+        return None
+    query, rank = x.axis + x.other - axis, len(v.shape)
+    own = Affine(tuple(int(i == query) for i in range(rank)), 0)
+    for p in at.pieces(ids):
+        if not isinstance(p.value, Affine) or not all(
+            implies(p.where, c, at.shape(ids)) for c in (p.value.of_rank(rank), own.minus(p.value))
+        ):
+            raise LooksAhead("it picks from the sequence by index")
+    return replace(x, culprit=node, above=None, below=None, key=axis)
 
 
 # -- everything whose axis rule says enough --------------------------------------------------------------------------------
@@ -361,6 +384,8 @@ def _attention(
         raise LooksAhead("q, k and v do not all run along the sequence on axis 1")
     if mask.along and any(rank - axis > 2 for axis in mask.axes):
         raise LooksAhead("its mask runs along the sequence on an axis that is neither that of queries nor that of keys")
+    if mask.relates and mask.key not in (-1, rank - 1):
+        raise LooksAhead("its mask takes queries together: keys stand where its queries are")
     back = attrs.causal or (mask.relates and hides(node.inputs[3], mask.later(rank - 1)))
     if not back and not (mask.relates and sight(node.inputs[3], labels, at) == "within"):
         unread = mask.relates and mask.later(rank - 1) is None

@@ -271,6 +271,12 @@ def _compare(node: Node, x: Affine, y: Affine) -> list[Piece]:
     return [Piece((holds,), yes), Piece((negated(holds),), no)]
 
 
+def _cases(node: Node, x: Affine, more: int, none: int, less: int) -> list[Piece]:
+    """A number for each sign of ``x``."""
+    above, at, below = (Affine((0,) * len(node.output.shape), n) for n in (more, none, less))
+    return [Piece((x.plus(Affine((), -1)),), above), Piece((x, x.scaled(-1)), at), Piece((negated(x),), below)]
+
+
 def _extreme(node: Node, x: Affine, y: Affine) -> list[Piece]:
     d = x.minus(y)
     more, less = (x, y) if node.is_a("maximum") else (y, x)
@@ -285,8 +291,7 @@ def _product(node: Node, x: Affine, y: Affine) -> Affine | None:
 def _cast(node: Node, x: Affine) -> Affine | list[Piece]:
     if node.output.tensor.dtype is not DType.BOOL:
         return x
-    yes, no = (Affine((0,) * len(x.terms), n) for n in (1, 0))
-    return [Piece((x, x.scaled(-1)), no), Piece((x.plus(Affine((), -1)),), yes), Piece((negated(x),), yes)]
+    return _cases(node, x, 1, 0, 1)
 
 
 def _quotient(node: Node, x: Affine, y: Affine) -> Affine | None:
@@ -304,6 +309,8 @@ _ELEMENTWISE: dict[str, Callable[..., Affine | list[Piece] | None]] = {
     "sub": lambda _, x, y: x.minus(y),
     "neg": lambda _, x: x.scaled(-1),
     "abs": lambda _, x: [Piece((x,), x), Piece((negated(x),), x.scaled(-1))],
+    "relu": lambda _, x: [Piece((x,), x), Piece((negated(x),), Affine((0,) * len(x.terms), 0))],
+    "sign": lambda node, x: _cases(node, x, 1, 0, -1),
     "logical_not": lambda _, x: x.scaled(-1).plus(Affine((), 1)),
     "stop_gradient": lambda _, x: x,
     "mul": _product, "cast": _cast, "floor_div": _quotient, "mod": _quotient, "maximum": _extreme, "minimum": _extreme,

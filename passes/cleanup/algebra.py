@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from wasat.ir import Builder, DimLike, Graph, Node, TensorType, Value, equal, less_equal, run_node
 from wasat.ir.ops.index import AxisAttrs
-from wasat.ir.ops.shape import Concat, Pad, Slice, Transpose
+from wasat.ir.ops.reduce import CumSum
+from wasat.ir.ops.shape import Concat, Pad, Reverse, Slice, Transpose
 from wasat.ir.types import DType, QArray
 
 from ..core import GraphPass, Remarks, attrs_key
@@ -275,6 +276,17 @@ def _select_not(b: Builder, node: Node) -> Value | None:
     return b.select(inner.inputs[0], node.inputs[2], node.inputs[1]) if inner is not None else None
 
 
+def _turned_sum(b: Builder, node: Node) -> Value | None:
+    """reverse(cumsum(reverse(x))) -> cumsum(x) from the other end."""
+    inner, axes = node.inputs[0].made_by("cumsum"), Reverse.Attrs.of(node).axes
+    if inner is None or axes != (axis := CumSum.Attrs.of(inner).axis,) or (x := inner.inputs[0].made_by("reverse")) is None:
+        return None
+    attrs = CumSum.Attrs.of(inner)
+    if Reverse.Attrs.of(x).axes != axes:
+        return None
+    return b.cumsum(x.inputs[0], axis=axis, exclusive=attrs.exclusive, reverse=not attrs.reverse)
+
+
 def _stop_gradient(b: Builder, node: Node) -> Value | None:
     """stop_gradient(stop_gradient(x)) -> stop_gradient(x)."""
     return node.inputs[0] if node.inputs[0].made_by("stop_gradient") is not None else None
@@ -293,6 +305,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "transpose": (_transpose,),
     "concat": (_concat,),
     "gather": (_gather,),
+    "reverse": (_turned_sum,),
     "rope": (_rope,),
     "matmul": (_matmul, _rows_apart),
     "linear": (_rows_apart,),

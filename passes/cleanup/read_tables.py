@@ -21,7 +21,7 @@ _LARGEST = 2**26
 @dataclass(frozen=True)
 class ReadTables(Pass):
     """A parameter [.., n, m] of few values, each on one region (a triangle, a band) -> comparisons of positions.
-    The first s rows of a parameter (or constant), and columns -> a lookup at the positions 0 .. s-1.
+    The first s rows of a parameter (or constant), and columns -> a lookup at the positions 0 .. s-1; rows from k on, at k ..
 
     Modules keep masks as buffers and slice them. Positions say what they mean; the values themselves say it to nobody.
     For programs that are not trained: parameters count as constants.
@@ -60,20 +60,26 @@ class ReadTables(Pass):
         if not given or not cut or set(attrs.steps) != {1}:
             return False
         sizes = {node.output.shape[a] for a in cut}
-        if any(attrs.starts[a] != 0 for a in cut) or len(sizes) != 1 or isinstance(size := sizes.pop(), int):
+        first = {attrs.starts[a] for a in cut}
+        if len(first) != 1 or not isinstance(lo := first.pop(), int) or len(sizes) != 1 or isinstance(size := sizes.pop(), int):
             return False
         whole = size if graph.is_output(node.output) else _asked_for(node.output, size)
         b = Builder(graph, before=node, loc=node.loc)
         lead = table.shape[: cut[0]]
+
+        def places() -> Value:
+            return b.add(b.iota(size=whole), lo) if lo else b.iota(size=whole)
+
         if len(cut) == 1 and all(d == 1 for d in lead):
-            rows = b.gather(b.reshape(table, shape=table.shape[cut[0] :]), b.iota(size=whole), axis=0)
+            rows = b.gather(b.reshape(table, shape=table.shape[cut[0] :]), places(), axis=0)
             rows = b.reshape(rows, shape=(*lead, whole, *node.output.shape[cut[0] + 1 :]))
         else:
             rows = table
             for axis in cut:
-                rows = b.gather(rows, b.iota(size=whole), axis=axis)
+                rows = b.gather(rows, places(), axis=axis)
         name = table.param or f"%{table.name}"
-        remarks.applied(f"the first {whole} rows of {name} are looked up by position", node)
+        which = f"{whole} rows of {name} behind row {lo}" if lo else f"the first {whole} rows of {name}"
+        remarks.applied(f"{which} are looked up by position", node)
         if whole == size:
             replace(graph, node.output, rows)
             erase_dead(graph, node)

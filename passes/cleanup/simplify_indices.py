@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from wasat.ir import Builder, Graph, Node, equal
+from wasat.ir import Builder, DType, Graph, Node, equal
 from wasat.ir.ops.index import AxisAttrs
 
 from ..analyses.indexing import Indexing
@@ -15,6 +15,8 @@ from ..pattern import replace
 @dataclass(frozen=True)
 class SimplifyIndices(GraphPass):
     """``gather`` and ``embedding`` at indices that come to ``c``, or ``i + c`` along one axis -> at an iota, then repeated.
+
+    Sums of ones, and what is picked of such or of a number -> an iota, times a number.
 
     ``gather`` of the last element of a symbolic axis -> slice; at flattened indices -> at the indices, then flattened.
     ``take_along`` of what is repeated, or at repeated indices -> of what is not, where the other operand has that size.
@@ -30,6 +32,9 @@ class SimplifyIndices(GraphPass):
                 changed |= _unrepeated(graph, node, remarks)
                 continue
             axis = node.op.picks(node.attrs)
+            if (node.is_a("cumsum") or axis is not None) and _counted(graph, node, remarks):
+                changed = True
+                continue
             if axis is not None and _unflattened(graph, node, remarks):
                 changed = True
                 continue
@@ -64,6 +69,25 @@ class SimplifyIndices(GraphPass):
         y = b.slice(x, starts=tuple(d - 1 if i == axis else 0 for i, d in enumerate(x.shape)), stops=x.shape)
         remarks.applied(f"%{node.output.name} takes the last element of axis {axis}", node)
         replace(graph, node.output, b.reshape(y, shape=node.output.shape))
+
+
+def _counted(graph: Graph, node: Node, remarks: Remarks) -> bool:
+    """Sums of ones, and what is picked of them, are positions, or one number."""
+    out = node.output
+    found = Indexing(out.shape).of(out)
+    runs = [i for i, t in enumerate(found.terms) if t != 0] if found is not None else []
+    if found is None or len(runs) > 1 or not all(isinstance(n, int) for n in (found.const, *found.terms)):
+        return False
+    b = Builder(graph, before=node, loc=node.loc)
+    if runs:
+        y = b.add(b.mul(b.iota(size=out.shape[runs[0]]), found.terms[runs[0]]), found.const)
+        y = y if out.tensor.dtype is DType.I64 else b.cast(y, dtype=out.tensor.dtype)
+        y = b.reshape(y, shape=tuple(d if i in runs else 1 for i, d in enumerate(out.shape)))
+    else:
+        y = b.constant(found.const, out.tensor.dtype)
+    remarks.applied(f"%{out.name} counts positions", node)
+    replace(graph, out, b.broadcast_to(y, shape=out.shape))
+    return True
 
 
 def _unflattened(graph: Graph, node: Node, remarks: Remarks) -> bool:

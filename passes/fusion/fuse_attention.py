@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -106,6 +107,15 @@ def _passes(node: Node) -> bool:
     return len(a) > 2 and len(b) > 2
 
 
+def _bounded(node: Node) -> Value | None:
+    """Scores that are raised to a number that stands for minus infinity."""
+    for x, y in (node.inputs, node.inputs[::-1]):
+        number = number_of(y)
+        if number is not None and -math.inf < number <= FINITE_FILL and x.shape == node.output.shape:
+            return x
+    return None
+
+
 def _reaches_product(v: Value, depth: int = 12) -> bool:
     """Whether a matrix product stands above ``v``, within the operations that scores pass through."""
     n = v.node
@@ -173,6 +183,8 @@ def _scores(graph: Graph, w: Weights) -> _Scores:
                 softcap, factor, x = c, c, inner.inputs[0]
             else:
                 factor *= c
+        elif name == "maximum" and (kept := _bounded(node)) is not None:  # what is hidden by less is by this number
+            x, mask.finite = kept, True
         elif name in ("add", "sub"):
             x = _added(node, shape, mask, additive, factor, softcap)
         elif name == "mul" and (kept := _zeroed(node, shape, mask)) is not None:

@@ -201,6 +201,8 @@ class Derivation:
         if found is None and own and node.op.kind == "view":  # perhaps it stretches its operand, aligned at the end
             inputs = [self.spread(v, x, rank + 1) if up else x for v, x, up in zip(node.inputs, inputs, lifted)]
             found = self._lifted(node, inputs, attrs, lifted, own)
+        if found is None and not own and at == FIRST and node.is_a("matmul"):  # its leading axes broadcast
+            return [self.spread(v, x, rank) if up else x for v, x, up in zip(node.inputs, inputs, lifted)], attrs
         if found is None:
             raise IRError(f"{node!r}: positions cannot be offset through {node.op.name}", node.loc)
         return inputs, found
@@ -221,6 +223,10 @@ class Derivation:
         """A product of what is lifted with values whose rows stand elsewhere: these in front of all, and back."""
         places = [None if up else self.plan.places.get(v) for v, up in zip(node.inputs, lifted)]
         given = [x if at is None else self._front(x, at) for x, at in zip(inputs, places)]
+        if node.is_a("matmul"):  # its leading axes broadcast
+            units = [len(node.output.shape) + 1 - len(x.shape) for x in given]
+            given = [self.b.reshape(x, shape=(self.batch, *[1] * n, *x.shape[1:])) if up and n else x
+                     for x, n, up in zip(given, units, lifted)]  # fmt: skip
         which = [up or at is not None for up, at in zip(lifted, places)]
         changed = self._lifted(node, given, attrs, which, True)
         if changed is None:

@@ -58,7 +58,7 @@ class Kept:
 # -- the plan ----------------------------------------------------------------------------------------------------------------
 def lands(node: Node, i: int, axis: int) -> int | None:
     """The axis of the result that an axis of operand i is, normalized or not; None for one that is summed over."""
-    if isinstance(node.attrs, (Slice.Attrs, Concat.Attrs, Pad.Attrs)):
+    if isinstance(node.attrs, (Slice.Attrs, Concat.Attrs, Pad.Attrs)) or node.is_a("take_along"):
         return axis
     rule = node.axes
     factors, result = rule.operands[i][axis], rule.results[0]

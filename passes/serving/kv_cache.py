@@ -27,6 +27,7 @@ from ..analyses.sequence import Label
 from ..analyses.unrolled import said, unrolled
 from ..cleanup.algebra import Cleanup
 from ..cleanup.hoist_params import HoistParams
+from ..cleanup.rows_apart import rows_apart
 from ..core import Pass, PassError, Remark, Remarks
 from ..pattern import erase_dead
 from .absorb import absorb
@@ -38,6 +39,7 @@ from .lead import Led, split
 from .plan import Plan
 from .registers import set_apart
 from .rolled import shift_instead
+from .skewed import distances_instead
 from .token_inputs import token_inputs
 
 
@@ -153,7 +155,9 @@ def _served(graph: Graph, remarks: Remarks) -> tuple[Graph, Value, dict[Value, L
         seq = next(str(v.shape[1]) for v in graph.inputs if v.name == name)
         served = uncut(graph.clone(), seq)
         absorb(served, remarks)
+        rows_apart(served)
         shift_instead(served, seq)
+        distances_instead(served, seq)
         led = set_apart(served, seq)
         for apart in (False, True):
             if apart and led is None and (led := split(served, name)) is not None:

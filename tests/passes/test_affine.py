@@ -149,6 +149,48 @@ AFTER = """graph @f(%table: f32[4, 5], %tokens: i64[b, s]) {
 }"""
 
 
+COUNTED = """graph @f(%tokens: i64[b, s]) {
+  %one: i64[b, s] = broadcast_to(2:i64) {shape=(b, s)}
+  %y: i64[b, s] = cumsum(%one) {axis=1}
+  return %y
+}"""
+COUNTS = """graph @f(%tokens: i64[b, s]) {
+  %iota: i64[s] = iota() {size=s}
+  %mul: i64[s] = mul(%iota, 2:i64)
+  %add: i64[s] = add(%mul, 2:i64)
+  %reshape: i64[1, s] = reshape(%add) {shape=(1, s)}
+  %y: i64[b, s] = broadcast_to(%reshape) {shape=(b, s)}
+  return %y
+}"""
+
+
+def test_sums_of_ones_are_positions() -> None:
+    check_pass(SimplifyIndices(), COUNTED, COUNTS, dims=[{"b": 2, "s": 3}, {"b": 1, "s": 1}])
+    check_untouched(SimplifyIndices(), COUNTED.replace("cumsum(%one)", "cumsum(%tokens)"))
+    ends = COUNTED.replace("{axis=1}", "{axis=1, reverse=true}")  # s tokens: their number is no position's
+    check_untouched(SimplifyIndices(), ends)
+
+
+def test_what_is_picked_of_ones_is_one() -> None:
+    before = """graph @f(%tokens: i64[b, s]) {
+  %one: bool[b, s] = broadcast_to(true:bool) {shape=(b, s)}
+  %flat: bool[b*s] = reshape(%one) {shape=(b*s,)}
+  %at: i64[s] = iota() {size=s}
+  %row: i64[b] = iota() {size=b}
+  %size: i64[] = dim_size() {size=s}
+  %first: i64[b] = mul(%row, %size)
+  %lines: i64[b, 1] = reshape(%first) {shape=(b, 1)}
+  %index: i64[b, s] = add(%lines, %at)
+  %y: bool[b, s] = gather(%flat, %index)
+  return %y
+}"""
+    after = """graph @f(%tokens: i64[b, s]) {
+  %y: bool[b, s] = broadcast_to(true:bool) {shape=(b, s)}
+  return %y
+}"""
+    check_pass(SimplifyIndices(), before, after, dims=[{"b": 2, "s": 3}, {"b": 1, "s": 1}])
+
+
 @pytest.mark.parametrize("op", ["gather", "embedding", "quantized_embedding"])
 def test_repeated_positions(op: str) -> None:
     def text(graph: str) -> str:

@@ -72,6 +72,11 @@ REWRITTEN = {
     "select by a negation": (
         ["%n: bool[b, 4] = logical_not(%p)", "%z: f32[b, 4] = select(%n, %x, %y)"], ["%z: f32[b, 4] = select(%p, %y, %x)"],
     ),
+    "a sum turned around": (
+        ["%n: f32[b, 4] = reverse(%x) {axes=(1,)}", "%c: f32[b, 4] = cumsum(%n) {axis=1, exclusive=true}",
+         "%z: f32[b, 4] = reverse(%c) {axes=(1,)}"],
+        ["%z: f32[b, 4] = cumsum(%x) {axis=1, exclusive=true, reverse=true}"],
+    ),
     "slices compose": (
         ["%n: f32[b, 3] = slice(%x) {starts=(0, 1), stops=(b, 4)}", "%z: f32[b, 1] = slice(%n) {starts=(0, 1), stops=(b, 2)}"],
         ["%z: f32[b, 1] = slice(%x) {starts=(0, 2), stops=(b, 3)}"],
@@ -229,6 +234,17 @@ def test_becomes(before: list[str], after: list[str]) -> None:
 
 
 KEPT = {
+    "a sum along another axis, turned around": [
+        "%n: f32[b, 4] = reverse(%x) {axes=(1,)}", "%c: f32[b, 4] = cumsum(%n) {axis=0}",
+        "%z: f32[b, 4] = reverse(%c) {axes=(1,)}",
+    ],
+    "a sum turned around behind it alone": [
+        "%c: f32[b, 4] = cumsum(%x) {axis=1}", "%z: f32[b, 4] = reverse(%c) {axes=(1,)}",
+    ],
+    "a sum of what is turned around on another axis": [
+        "%n: f32[b, 4] = reverse(%x) {axes=(0,)}", "%c: f32[b, 4] = cumsum(%n) {axis=1}",
+        "%z: f32[b, 4] = reverse(%c) {axes=(1,)}",
+    ],
     "what is repeated, merged with other axes": [
         "%r: f32[b, 1, 4] = reshape(%x) {shape=(b, 1, 4)}", "%n: f32[b, 3, 4] = broadcast_to(%r) {shape=(b, 3, 4)}",
         "%z: f32[b, 12] = reshape(%n) {shape=(b, 12)}",

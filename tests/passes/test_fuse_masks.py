@@ -430,3 +430,30 @@ def test_a_finite_fill_beside_a_bias_is_fused() -> None:
     program = random_program(text)
     PassManager([FuseAttention(), Cleanup()], check=InterpreterCheck([{"b": 2, "s": 5}])).run(program)
     assert program["f"].count("attention") == 1
+
+
+def raised(number: str, mask: str = "%keep") -> str:
+    """Scores under a sum of minus infinity, raised to ``number`` (XGLM)."""
+    text = positions("less_equal(%at, %row)").replace("select(%keep, %scores, -inf:f32)", f"maximum(%sum, {number})")
+    return text.replace(
+        "  %masked:", f"  %fill: f32[s, s] = select({mask}, 0.0:f32, -inf:f32)\n"
+        "  %sum: f32[b, 1, s, s] = add(%scores, %fill)\n  %masked:"
+    )  # fmt: skip
+
+
+def test_scores_that_are_raised_to_the_least_number_are_fused() -> None:
+    program = random_program(raised("-3.4e+38:f32"))
+    PassManager([FuseAttention(), Cleanup()], check=InterpreterCheck([{"b": 2, "s": 5}, {"b": 1, "s": 1}])).run(program)
+    assert program["f"].count("attention") == 1
+    assert "causal=true" in str(program["f"])
+
+
+def test_scores_that_are_raised_to_more_stay() -> None:
+    check_untouched(FuseAttention(), raised("-100.0:f32"), "%masked is maximum")
+
+
+def test_what_is_raised_beside_data_that_hides_stays() -> None:
+    """A query that sees nothing gives the mean of all values under a number."""
+    text = raised("-3.4e+38:f32", "%own").replace("%q: f32", "%pad: bool[1, s], %q: f32")
+    text = text.replace("  %fill:", "  %own: bool[s, s] = logical_and(%keep, %pad)\n  %fill:")
+    check_untouched(FuseAttention(), text, "some query may see nothing")

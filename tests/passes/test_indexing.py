@@ -32,14 +32,16 @@ class Growth:
         if depth == 0:
             return self.pick(at, b.reshape(at, shape=(S, 1)), b.constant(int(self.rng.integers(-3, 5)), "i64"))
         x = self.integer(depth - 1)
-        steps = "add sub mul maximum minimum neg abs select cumsum reverse concat floor_div"
+        steps = "add sub mul maximum minimum neg abs sign relu select cumsum reverse concat floor_div"
         step = self.pick(*steps.split())
         if step in ("add", "sub", "maximum", "minimum"):
             return b.emit(step, x, self.integer(depth - 1))
         if step == "mul":
             return b.mul(x, int(self.rng.integers(-2, 3)))
-        if step in ("neg", "abs"):
+        if step in ("neg", "abs", "sign"):
             return b.emit(step, x)
+        if step == "relu":
+            return b.cast(b.relu(b.cast(x, dtype="f32")), dtype="i64")
         if step == "select":
             return b.select(self.boolean(depth - 1), x, self.integer(depth - 1))
         if step == "floor_div":

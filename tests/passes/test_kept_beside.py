@@ -155,12 +155,27 @@ def counted(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
     return nn.cumsum(x, axis=1) / nn.causal(at).cast("f32").sum(-1)[:, None]
 
 
+def merged_rows(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """Rows and positions merged around an activation between two layers, and a sum (OPT)"""
+    b, s = x.shape[:2]
+    y = nn.attention(*[x.heads(HEADS)] * 3, nn.causal(at)).merge().reshape(b * s, DIM)
+    return (y + nn.relu(y @ nn.constant(PLACES[:8])) @ nn.constant(PLACES[8:16])).reshape(b, s, DIM)
+
+
+def summed_ones(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """Slopes by positions that are sums of ones, counted for each row (Bloom)"""
+    s, v = scores(x)
+    place = nn.cumsum(nn.full((x.shape[0], x.shape[1]), 1).cast("i64"), axis=1) - 1
+    slopes = place.cast("f32")[:, None, None, :] * nn.constant([[[0.5]], [[0.25]]])
+    return merged(nn.softmax(nn.where(nn.causal(at), s + slopes, -INF)) @ v)
+
+
 BESIDE: dict[str, Mix] = {
     f.__name__: placed(f) if f in (largest_few, chosen) else f
     for f in (
         registers, registers_and_window, registers_by_position, registers_and_tokens, biased_keys, zero_key, largest_few,
         chosen, looked_up_along, flattened_indices, heads_in_rows, only_earlier, rolled,
-        counted,
+        counted, merged_rows, summed_ones,
     )
 }  # fmt: skip
 

@@ -28,6 +28,13 @@ def test_first_rows() -> None:
     check_pass(ReadTables(), BEFORE, AFTER, dims=[{"b": 1, "s": 1}, {"b": 2, "s": 32}])
 
 
+def test_rows_behind_others() -> None:
+    before = BEFORE.replace("starts=(0, 0, 0), stops=(1, s, 8)", "starts=(0, 2, 0), stops=(1, s + 2, 8)")
+    after = AFTER.replace("%gather: f32[s, 8] = gather(%reshape, %iota)", "%add: i64[s] = add(%iota, 2:i64)\n"
+                          "  %gather: f32[s, 8] = gather(%reshape, %add)")  # fmt: skip
+    check_pass(ReadTables(), before, after, dims=[{"b": 1, "s": 1}, {"b": 2, "s": 30}])
+
+
 def test_first_rows_and_columns() -> None:
     """A learned number for every head, query and key."""
     before = """graph @f(%tokens: i64[b, s]) {
@@ -49,7 +56,8 @@ def test_first_rows_and_columns() -> None:
 @pytest.mark.parametrize(
     "old, new",
     [
-        ("starts=(0, 0, 0), stops=(1, s, 8)", "starts=(0, 1, 0), stops=(1, s + 1, 8)"),
+        ("starts=(0, 0, 0), stops=(1, s, 8)", "starts=(0, 32 - s, 0), stops=(1, 32, 8)"),  # the last ones
+        ("starts=(0, 0, 0), stops=(1, s, 8)", "starts=(0, 1, 0), stops=(1, 2*s + 1, 8), steps=(1, 2, 1)"),
         ("stops=(1, s, 8)}", "stops=(1, 4, 8)}"),  # always the first four
         ("param %position.weight: f32[1, 32, 8]", "param %position.weight: i32[1, 32, 8]"),
     ],
