@@ -37,7 +37,7 @@ from .kept import (
 )
 from .lead import Led, split
 from .plan import Plan
-from .registers import set_apart
+from .registers import set_apart, sums_apart
 from .rolled import shift_instead
 from .skewed import distances_instead
 from .token_inputs import token_inputs
@@ -159,6 +159,7 @@ def _served(graph: Graph, remarks: Remarks) -> tuple[Graph, Value, dict[Value, L
         shift_instead(served, seq)
         distances_instead(served, seq)
         led = set_apart(served, seq)
+        sums_apart(served, seq)
         for apart in (False, True):
             if apart and led is None and (led := split(served, name)) is not None:
                 served = led.graph

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import reduce
 
 from wasat.ir import Builder, DimLike, Graph, Node, Value, equal, symbol
 from wasat.ir.ops.attention import AttentionAttrs, mask_and_sink
+from wasat.ir.ops.shape import Slice
 
 from ..analyses.indexing import Indexing
 from ..analyses.mask import Mask, analyze, hidden_by
 from ..analyses.portion import Portions, beside
-from ..pattern import erase_dead
+from ..pattern import erase_dead, replace
 from .lead import Led
 
 
@@ -71,6 +73,68 @@ def _apart(led: Led, node: Node, size: DimLike) -> None:
     led.first[made] = first[0], first[1]
     graph.replace_uses(node.output, made.output)
     erase_dead(graph, node, {*first, *led.seen.values()})
+
+
+def sums_apart(graph: Graph, seq: str) -> None:
+    """Changes ``graph``: a sum over the ``seq`` tokens' own values and others becomes a sum for each; so do those of a softmax.
+    That is how scores are understood that no attention sums."""
+    size = symbol(seq)
+    sides: dict[str, tuple[DimLike, DimLike]] = {}
+    for node in graph.nodes:
+        if node.op.kind != "product" or len(node.outputs) != 1 or len(node.inputs) != 2:
+            continue
+        rule = node.axes
+        for f in {f for axes in rule.operands for axis in axes for f in axis if f.role == "reduced"}:
+            at = [next((i for i, axis in enumerate(axes) if axis == (f,)), -1) for axes in rule.operands]
+            if -1 in at or isinstance(f.size, int) or equal(f.size, size) is True:
+                continue
+            found = [x for v, axis in zip(node.inputs, at) if (x := beside(v, axis, size)) is not None]
+            if not found or not all(isinstance(n, int) for n in found[0]):
+                continue
+            sides[str(f.size)] = found[0]
+            b = Builder(graph, before=node, loc=node.loc)
+            portions, total = Portions(b), None
+            for first, count in _thirds(*found[0], size):
+                given = [portions.of(v, axis, first, count) for v, axis in zip(node.inputs, at)]
+                y = graph.add_node(node.op, given, node.attrs, before=node, loc=node.loc).output
+                total = y if total is None else b.add(total, y)
+            assert total is not None
+            replace(graph, node.output, total)
+            break
+    for node in graph.nodes if sides else ():
+        if node.is_a("softmax"):
+            axis = next(i for i, axis in enumerate(node.axes.operands[0]) if any(f.role == "normalized" for f in axis))
+            if (two := sides.get(str(node.output.shape[axis]))) is not None:
+                _normalize_apart(graph, node, axis, _thirds(*two, size))
+
+
+def _normalize_apart(graph: Graph, node: Node, axis: int, thirds: list[tuple[DimLike, DimLike]]) -> None:
+    """Puts shares of the parts' common sum in the place of what is cut from a softmax; where more reads it, leaves it."""
+    cuts = [user.attrs for user in node.output.users]
+    places = [(c.starts[axis], c.stops[axis] - c.starts[axis]) for c in cuts if isinstance(c, Slice.Attrs)]
+    if graph.is_output(node.output) or len(places) < len(cuts) or not all(place in thirds for place in places):
+        return
+    b = Builder(graph, before=node, loc=node.loc)
+    portions = Portions(b)
+    scores = [portions.of(node.inputs[0], axis, first, count) for first, count in thirds]
+    top = [b.reduce_max(x, axes=(axis,), keepdims=True) for x in scores]
+    most = reduce(b.maximum, top)
+    raised = [b.exp(b.sub(x, most)) for x in scores]
+    total = reduce(b.add, [b.reduce_sum(x, axes=(axis,), keepdims=True) for x in raised])
+    shares = dict(zip(thirds, [b.div(x, total) for x in raised]))
+    for user in node.output.users:
+        cut = Slice.Attrs.of(user)
+        place = cut.starts[axis], cut.stops[axis] - cut.starts[axis]
+        starts, stops = (tuple(n if i == axis else d for i, d in enumerate(ends))
+                         for ends, n in ((cut.starts, 0), (cut.stops, place[1])))  # fmt: skip
+        replace(graph, user.output, b.slice(shares[place], starts=starts, stops=stops, steps=cut.steps))
+    if not node.erased:
+        erase_dead(graph, node)
+
+
+def _thirds(front: DimLike, back: DimLike, size: DimLike) -> list[tuple[DimLike, DimLike]]:
+    """Where what stands in front, between and behind begins, and how much it is."""
+    return [(at, n) for at, n in ((0, front), (front, size), (front + size, back)) if n != 0]
 
 
 def _said(mask: Value, shape: Sequence[DimLike], whole: bool = False) -> Mask:

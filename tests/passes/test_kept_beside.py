@@ -87,6 +87,21 @@ def zero_key(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
     return merged(nn.softmax(q @ k.T + mask) @ v)
 
 
+def registers_and_sigmoid(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """Three in front under a sigmoid, two of them hidden from the first four positions"""
+    (k, v), j = joined(x), nn.arange(x.shape[1] + 3)
+    keep = (j[None, :] <= at[:, None] + 3) & ((at[:, None] >= 4) | (j[None, :] != 1) & (j[None, :] != 2))
+    return merged(nn.sigmoid(nn.where(keep, queries(x) @ k.T, -INF)) @ v)
+
+
+def registers_and_difference(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """Two softmaxes, one less a share of the other, heads mixed, one in front and two behind"""
+    k, v = joined(x, 1)
+    mask = nn.pad(nn.where(nn.causal(at), 0.0, -INF), (0, 1), (0, 2))
+    w = nn.softmax(queries(x) @ k.T + mask) - 0.4 * nn.softmax(nn.sin(queries(x)) @ k.T + mask)
+    return merged(nn.einsum("b h s t, h g -> b g s t", w, nn.constant([[0.5, -1.0], [0.25, 1.5]])) @ v)
+
+
 def largest_few(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
     """Scores below the third largest are hidden"""
     s, v = hidden(x, at)
@@ -175,7 +190,7 @@ BESIDE: dict[str, Mix] = {
     for f in (
         registers, registers_and_window, registers_by_position, registers_and_tokens, biased_keys, zero_key, largest_few,
         chosen, looked_up_along, flattened_indices, heads_in_rows, only_earlier, rolled,
-        counted, merged_rows, summed_ones,
+        counted, merged_rows, summed_ones, registers_and_sigmoid, registers_and_difference,
     )
 }  # fmt: skip
 
@@ -246,6 +261,18 @@ def made_of_tokens(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
     return merged(nn.softmax(nn.where(j[None, :] <= at[:, None] + 1, queries(x) @ k.T, -INF)) @ k)
 
 
+def weights_read_whole(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """Weights of what is in front and of tokens are summed over, and their largest is read too."""
+    (k, v), j = joined(x), nn.arange(x.shape[1] + 3)
+    w = nn.softmax(nn.where(j[None, :] <= at[:, None] + 3, queries(x) @ k.T, -INF))
+    return merged((nn.sin(w) @ v) * w.max(-1, keepdims=True))
+
+
+def sigmoid_ahead(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    (k, v), j = joined(x), nn.arange(x.shape[1] + 3)
+    return merged(nn.sigmoid(nn.where(j[None, :] <= at[:, None] + 4, queries(x) @ k.T, -INF)) @ v)
+
+
 def seen_ahead(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
     return beside(x, at, lambda i, j: j <= i + 4)
 
@@ -294,6 +321,8 @@ AHEAD: dict[str, tuple[Mix, str]] = {
     "counted from the end": (counted_from_the_end, "it adds to the sequence"),
     "values elsewhere": (values_elsewhere, "it adds to the sequence"),
     "made of tokens": (made_of_tokens, "it stands beside the keys of tokens, and depends on tokens itself"),
+    "weights read whole": (weights_read_whole, "it counts to s + 3"),
+    "seen ahead by a sigmoid": (sigmoid_ahead, "a token meets later ones: where a key is later, it is not known what"),
     "seen ahead": (seen_ahead, "a token attends to later ones"),
     "the largest of all": (largest_of_all, "where a key is later, it is not known what stands in it, not -inf"),
     "the smallest": (smallest, "where a key is later, -inf stands in it, not inf"),
