@@ -49,6 +49,12 @@ CASES: dict[str, tuple[onnx.ModelProto, list[tuple[dict[str, np.ndarray], np.nda
     **{f"x[:, {t}]": sliced(t) for t in (
         "-4:", ":-4", "4:1:-1", "3:", ":3", "1:5:2", "-3:-1", "::-2", "-2::-1", "5::-3", "-1:", ":1:-1", "6:2",
     )},
+    "the last of another width, of one": (  # from -0 on there is everything, as from -1 on
+        model([_width("z", "w"), helper.make_node("Neg", ["w"], ["n"]),
+               helper.make_node("Slice", ["x", "n", "end", "one"], ["y"])],
+              {"x": ["b", 1], "z": ["b", "t"]}, end=np.array([END]), one=ONE),
+        [({"x": count(2, 1), "z": count(2, t)}, count(2, 1)) for t in (0, 1, 3)],
+    ),
     "up to another width": (
         model([_width("z", "w"), helper.make_node("Slice", ["x", "zero", "w", "one"], ["y"])],
               {"x": ["b", "s"], "z": ["b", "t"]}, zero=ZERO, one=ONE),

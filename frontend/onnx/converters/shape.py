@@ -124,6 +124,8 @@ def slice_(
     for axis, lo, hi, step in zip(chosen, first, last, strides):
         axis %= c.rank(x)
         size = c.shape(x)[axis]
+        if size == step == 1 and not isinstance(lo, int) and less_equal(lo, 0) is True and isinstance(hi, int) and hi >= 1:
+            continue  # so many from the end, of one: however many these are, also none (-0), it is there
         if step < 0:  # the mirrored slice of the mirrored axis
             x = c.reverse(x, axes=(axis,))
             first_kept = 0 if isinstance(lo, int) and lo >= END else size - 1 - _place(lo, size)
