@@ -65,7 +65,10 @@ class Literal:
 
     @staticmethod
     def of(x: Any, dtype: DType | str | None = None) -> Literal:
-        array = np.asarray(x) if dtype is None else np.asarray(x).astype(DType.of(dtype).np)
+        try:
+            array = np.asarray(x) if dtype is None else np.asarray(x).astype(DType.of(dtype).np)
+        except OverflowError:
+            raise IRError(f"{x} does not fit into {dtype}") from None
         return Literal(DType.of(array.dtype), array.shape, np.ascontiguousarray(array).tobytes())
 
     @property

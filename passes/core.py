@@ -100,7 +100,7 @@ class GraphPass(Pass):
         return any(changed)
 
     def _run(self, graph: Graph, remarks: Remarks) -> bool:
-        changed = self.run_graph(graph, remarks)
+        changed = _told(self.run_graph(graph, remarks))
         for node in graph.nodes if self.in_bodies else ():
             attrs = node.attrs.with_bodies(lambda body: self._run(body, remarks))
             changed |= attrs is not node.attrs
@@ -110,6 +110,13 @@ class GraphPass(Pass):
     def run_graph(self, graph: Graph, remarks: Remarks) -> bool:
         """Changes ``graph`` in place; returns whether it did."""
         raise NotImplementedError
+
+
+def _told(changed: object) -> bool:
+    """What a pass returned. Raises PassError where that does not say whether it changed anything: nothing would be checked."""
+    if not isinstance(changed, bool):
+        raise PassError(f"it returned {changed!r}, not whether it changed something: True or False")
+    return changed
 
 
 @dataclass
@@ -210,6 +217,8 @@ class PassManager:
         if self.check is not None:
             self.check.baseline(program)
         for p in self.passes:
+            if not isinstance(p, Pass):
+                raise PassError(f"{p!r} is no pass: give objects of classes of wasat.passes.Pass")
             self.on_progress(p.name)
             report.steps.append(self._step(p, program, report))
         return report
@@ -222,7 +231,7 @@ class PassManager:
         started = time.perf_counter()
         try:
             p.requires(program)
-            modified = p.run(program, remarks)
+            modified = _told(p.run(program, remarks))
             seconds = time.perf_counter() - started
             if modified and self.verify:
                 program.verify()

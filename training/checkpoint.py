@@ -71,15 +71,21 @@ class Checkpoints:
 
         Raises CheckpointError where it cannot be written; the earlier ones stay.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        about = json.dumps({"step": step, "score": score, "more": more, "states": _digest(states)})
-        header: dict[str, Any] = {"__metadata__": {"wasat": about, "sha256": sha256(about.encode()).hexdigest()}}
-        order, end = sorted(states, key=lambda k: (-states[k].dtype.itemsize, k)), 0  # so that every array is aligned
+        if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+            raise CheckpointError(f"step is {step!r}; it must be a whole number, 0 or above")
         path = self._path(step)
-        for k in order:
-            x = states[k]
+        for k, x in states.items():
             if x.dtype.name not in _TYPES:
                 raise CheckpointError(f"{path} cannot be written: state {k} is {x.dtype}, which the format lacks")
+        try:
+            about = json.dumps({"step": step, "score": score, "more": more, "states": _digest(states)})
+        except (TypeError, ValueError, RecursionError) as e:  # a name that is no Unicode is a ValueError
+            raise CheckpointError(f"{path} cannot be written: {e}") from None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        header: dict[str, Any] = {"__metadata__": {"wasat": about, "sha256": sha256(about.encode()).hexdigest()}}
+        order, end = sorted(states, key=lambda k: (-states[k].dtype.itemsize, k)), 0  # so that every array is aligned
+        for k in order:
+            x = states[k]
             header[k] = {"dtype": _TYPES[x.dtype.name], "shape": list(x.shape), "data_offsets": [end, end + x.nbytes]}
             end += x.nbytes
         text = json.dumps(header).encode()
@@ -136,6 +142,8 @@ class Checkpoints:
             raise CheckpointError(f"{self.folder} has no checkpoint of step {step}; there are {there}") from None
         except SafetensorError as e:
             raise self._damaged(step, e) from None
+        except OSError as e:  # a folder, for one
+            raise CheckpointError(f"{self._path(step)} cannot be read: {e}") from None
 
     def _damaged(self, step: int, why: object) -> CheckpointError:
         return CheckpointError(f"{self._path(step)} is damaged: {why}; remove it to go on from the one before")

@@ -220,7 +220,7 @@ def bert(fields: Fields) -> Encoder:
 def roberta(fields: Fields) -> Encoder:
     """``model_type: roberta``, ``xlm-roberta``, ``camembert``: positions that begin after the token of padding."""
     _absolute(fields)
-    pad = fields.take("pad_token_id", int, 1)
+    pad = fields.take("pad_token_id", int, 1, least=0, most=MOST_SIZE)
     return _encoder(fields, _options(fields, types=fields.size("type_vocab_size", 2), pad=pad), BERT, "roberta")
 
 

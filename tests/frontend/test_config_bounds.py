@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from wasat.frontend.models import ConfigError
 from wasat.frontend.models.gemini import Config
 from wasat.ir import WasatError
 
-from wasat.driver import described
+from wasat.driver import described, from_pretrained
 
 LLAMA = {
     "model_type": "llama", "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
@@ -68,3 +69,12 @@ def test_sounds_of_gemini(field: str, value: float) -> None:
     Config.from_json(GEMINI | {"audio": audio})
     with pytest.raises(ConfigError, match=rf"{field} (=|is) |seconds are more than"):
         Config.from_json(GEMINI | {"audio": audio | {field: value}})
+
+
+@pytest.mark.parametrize("pad", [-1, 10**30])
+def test_a_token_of_padding_that_no_table_holds(tmp_path: Path, pad: int) -> None:
+    folder = shutil.copytree(Path(__file__).parents[1] / "golden" / "sentence" / "xlmr_cls", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "pad_token_id": pad}))
+    with pytest.raises(ConfigError, match="pad_token_id = "):
+        from_pretrained(folder)

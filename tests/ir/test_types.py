@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from wasat.ir import DType, ParseError, QArray, QTensorType, TensorType, TypeMismatch, parse_type, symbol, type_of
+from wasat.ir import DType, IRError, ParseError, QArray, QTensorType, TensorType, TypeMismatch, parse_type, symbol, type_of
+from wasat.ir.op import Literal
 from wasat.ir.ops.quant import quantize_array
 
 
@@ -96,3 +97,9 @@ def test_values_of_four_bits() -> None:
     assert q.values[1, :4].tolist() == [-8, 7, 7, -2]
     x[0, :6] = 127, -127, 0.5, 1.5, 2.5, -3.5
     assert quantize_array(x, QTensorType("int8", x.shape, 32, DType.F32)).values[0, :6].tolist() == [127, -127, 0, 2, 2, -4]
+
+
+@pytest.mark.parametrize("dtype", ["i64", "u8", "i4"])
+def test_a_literal_that_its_type_does_not_hold(dtype: str) -> None:
+    with pytest.raises(IRError, match=f"does not fit into {dtype}"):
+        Literal.of(10**30, dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -217,6 +218,29 @@ def test_a_fault_of_a_pass_names_it_and_the_node() -> None:
     program = random_program("graph @f(%x: f32[2]) {\n  %y: f32[2] = neg(%x)\n  return %y\n}")
     with pytest.raises(PassError, match=r"pass faulty: KeyError: 'neg' at %y: f32\[2\] = neg\(%x\) \(<text>:2\)\n  \(passes"):
         PassManager([Faulty()]).run(program)
+
+
+@pytest.mark.parametrize("told", [None, 1, "", []])
+def test_a_pass_that_does_not_say_whether_it_changed_something(told: Any) -> None:
+    """It would be neither verified nor checked."""
+    program = random_program(TEXT)
+
+    @dataclass(frozen=True)
+    class Silent(GraphPass):
+        name = "silent"
+
+        def run_graph(self, graph: Graph, remarks: Remarks) -> bool:
+            return told  # type: ignore[no-any-return]
+
+    for p in (Silent(), Do(lambda *_: told)):
+        with pytest.raises(PassError, match=rf"pass (silent|do): it returned {re.escape(repr(told))}, not whether it changed"):
+            PassManager([p]).run(program)
+
+
+@pytest.mark.parametrize("given", [None, 3, "cleanup", Pass, object()], ids=str)
+def test_what_is_no_pass(given: Any) -> None:
+    with pytest.raises(PassError, match="is no pass: give objects"):
+        PassManager([given]).run(random_program(TEXT))
 
 
 def test_check_pass_shows_what_differs() -> None:

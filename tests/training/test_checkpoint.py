@@ -183,3 +183,29 @@ def test_saving_holds_no_second_copy(tmp_path: Path) -> None:
     finally:
         tracemalloc.stop()
     assert {k: x.tobytes() for k, x in load_file(path).items()} == {k: x.tobytes() for k, x in states.items()}
+
+
+@pytest.mark.parametrize("step, states, more, message", [
+    (-1, STATES, None, "step is -1; it must be"), (1.5, STATES, None, "step is 1.5"), (True, STATES, None, "step is True"),
+    (1, {"o": np.array([None])}, None, "state o is object, which the format lacks"),
+    (1, {"a\ud800": np.zeros(1)}, None, "cannot be written: .*surrogates"), (1, STATES, {1j}, "not JSON serializable"),
+])  # fmt: skip
+def test_what_cannot_be_a_checkpoint(tmp_path: Path, step: Any, states: Any, more: Any, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoints(tmp_path / "run").save(step, states, more=more)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_in_the_place_of_a_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "step-00000007.safetensors").mkdir()
+    with pytest.raises(CheckpointError, match=r"step-00000007\.safetensors cannot be read"):
+        Checkpoints(tmp_path).load(STATES)
+
+
+def test_no_byte_may_change(tmp_path: Path) -> None:
+    path = Checkpoints(tmp_path).save(5, STATES, more={"seed": 1})
+    data = path.read_bytes()
+    for i in range(len(data)):
+        path.write_bytes(data[:i] + bytes([data[i] ^ 0x81]) + data[i + 1 :])
+        with pytest.raises(CheckpointError):
+            Checkpoints(tmp_path).load(STATES)
