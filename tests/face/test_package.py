@@ -6,6 +6,7 @@ import pydoc
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -40,6 +41,17 @@ def test_importing_the_package_brings_nothing_in() -> None:
 
 def test_the_command_line_loads_what_a_command_needs() -> None:
     assert _loaded("import wasat.cli").isdisjoint({"tvm", "tvm_ffi", "numpy", "wasat.ir", "wasat.runtime"})
+
+
+def test_no_command_imports_torch_for_tvm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "torch.py").write_text("import sys\nsys.modules['torch_was_asked_for'] = sys\nraise ImportError\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert "torch_was_asked_for" in _loaded("import tvm_ffi")
+    command = "import sys; sys.argv = ['wasat', '--version']\nfrom wasat.cli import main\ntry: main()\nexcept SystemExit: 0\n"
+    loaded = _loaded(command + "import tvm_ffi")
+    assert "tvm_ffi" in loaded
+    assert "torch_was_asked_for" not in loaded
+    assert "torch_was_asked_for" in _loaded(command + "try: import torch\nexcept ImportError: pass\npass")
 
 
 def test_graphs_and_passes_need_no_tvm() -> None:

@@ -7,6 +7,8 @@ import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -377,11 +379,27 @@ app.command("compare")(cli_compare.compare)
 app.command("quantize")(cli_quantize.quantize)
 
 
+def _spare_torch() -> None:
+    """TVM's runtime imports torch where it is installed, to take its tensors; no command gives it any, and torch takes seconds.
+
+    Those that compare with it import it themselves. (On Windows, the two are to be loaded in TVM's order.)
+    """
+    if "tvm_ffi" in sys.modules or "torch" in sys.modules or sys.platform == "win32" or find_spec("torch") is None:
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        with suppress(ImportError):
+            import tvm_ffi  # noqa: F401
+    finally:
+        del sys.modules["torch"]
+
+
 def main() -> None:
     """Entry point: what Wasat or the system refuses becomes one message and exit status 1.
 
     Anything else is a bug, and said to be one, with status 70; where ``WASAT_TRACEBACK`` is set, its traceback comes instead.
     """
+    _spare_torch()
     try:
         app()
     except Exception as e:
