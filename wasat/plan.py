@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from wasat.driver import optimize
@@ -54,6 +54,8 @@ class Plan:
     entries: tuple[Entry, ...]
     unknown: dict[str, tuple[str, ...]]
     """Entries that are not counted, and the symbols whose sizes they lack."""
+    cores: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """By entry, where the target has tensor cores: for each scheme, how many products run there, and why others do not."""
 
     def text(self) -> str:
         """Some lines for people."""
@@ -71,19 +73,21 @@ class Plan:
             )
         for name, lacking in self.unknown.items():
             lines.append(f"{name:<14} not counted: give {', '.join(f'--size {s}=N' for s in lacking)}")
+        for name, said in self.cores.items():
+            lines.append(f"{name:<14} {'; '.join(said)}")
         return "\n".join(lines)
 
 
 def plan(
     program: Program, *, target: str = "cpu", schemes: Sequence[str] = SCHEMES, cache: str = "f32", batch: int = 1,
-    context: int | None = None, chunk: int = 512, sizes: Mapping[str, int] | None = None,
+    context: int | None = None, chunk: int = 512, sizes: Mapping[str, int] | None = None, activation: str | None = "int8",
 ) -> Plan:  # fmt: skip
     """What ``program``, compiled for ``target``, will take. No parameter is loaded, no array is made.
 
     ``batch`` rows of ``context`` positions each (default: the model's limit); prompts are read ``chunk`` tokens at a time.
-    ``cache``: as :func:`wasat.compile` has it. ``sizes``: of other symbols, for all entries (``"h"``) or one
-    (``"encode_image.h"``). Media of a model that states their sizes have these, and there is one of each kind. Activations and
-    operations are those of weights in f32.
+    ``cache`` and ``activation``: as :func:`wasat.compile` has them. ``sizes``: of other symbols, for all entries (``"h"``) or
+    one (``"encode_image.h"``). Media of a model that states their sizes have these, and there is one of each kind. Activations
+    and operations are those of weights in f32.
 
     Raises WasatError for a context that the model lacks, and as :func:`wasat.optimize` and :func:`wasat.compile` do.
     """
@@ -92,6 +96,7 @@ def plan(
     machine = target_named(target, cache=cache)
     options: dict[str, Any] = {
         "chunk": chunk, "granule": machine.granule, "formats": machine.formats, "verify": False, "cache": cache,
+        "activation": activation,
     }  # fmt: skip
     made = {s: optimize(program, quantize=None if s == "f32" else s, **options)[0] for s in ("f32", *schemes)}
     served = made["f32"]
@@ -128,8 +133,20 @@ def plan(
         weights={s: _weights(made[s], machine) for s in schemes},
         batch=batch, context=context if states else None,
         caches=caches(batch, context or 0), cache_per_token=(caches(1, 2 * granule) - caches(1, granule)) // granule,
-        entries=tuple(entries), unknown=unknown,
+        entries=tuple(entries), unknown=unknown, cores=_cores({s: made[s] for s in schemes}, machine),
     )  # fmt: skip
+
+
+def _cores(made: Mapping[str, Program], machine: Target) -> dict[str, tuple[str, ...]]:
+    """What the target's kernels say of tensor cores, by entry, of the program in each scheme."""
+    from wasat.backends.tvm.build import left_by
+
+    found: dict[str, tuple[str, ...]] = {}
+    for scheme, program in made.items():
+        for x in left_by(program, machine):
+            if x.kind != "left":
+                found[x.graph] = (*found.get(x.graph, ()), f"{scheme}: {x.why}")
+    return found
 
 
 def _weights(program: Program, machine: Target) -> int:

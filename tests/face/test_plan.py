@@ -154,3 +154,16 @@ def test_refused(source: str, options: dict[str, Any], message: str) -> None:
 def test_a_size_that_is_none() -> None:
     done = CliRunner().invoke(app, ["plan", "gemini-tiny", "--size", "h=tall"])
     assert "write NAME=N" in str(done.exception)
+
+
+def test_tensor_cores_are_counted() -> None:
+    """On CUDA in bf16 products of weights in int8 run there; of weights in f32, it says why not; processors have none."""
+    program = gemini.Gemini(CONFIG).program()
+    options: dict[str, Any] = {"context": 48, "chunk": 8, "activation": "bf16"}
+    found = plan(program, schemes=["f32", "int8"], target="cuda", **options)
+    kinds = {x.partition(" product")[2].lstrip("s") for x in found.cores["prefill"]}
+    whys = [x for x in found.cores["prefill"] if x.startswith("int8: ") and x.endswith(" of many rows on tensor cores")]
+    assert len(whys) == 1
+    assert whys[0] in found.text()
+    assert " of many rows without tensor cores: its weight is f32, its activations bf16" in kinds
+    assert not plan(program, schemes=["int8"], **options).cores

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -88,11 +88,12 @@ def plan(
     ] = None,
     target: Annotated[str, typer.Option(help="`cpu` (this machine), `cpu:znver3`, …")] = "cpu",
     cache: Annotated[str, typer.Option(help="How keys and values are stored: `f32`, `f16`, `int8` or `int4`.")] = "f32",
+    activation: Activation = "int8",
 ) -> None:
     """Say what a model will take, without allocating it: parameters, weights in each scheme, caches, activations, operations.
 
     Activations and operations are those of weights in f32; a multiply-add is two operations. Media are of the sizes that the
-    model brings them to, one of each kind.
+    model brings them to, one of each kind. Where the target has tensor cores, it says which products of many rows run there.
 
     Examples:
 
@@ -104,7 +105,8 @@ def plan(
     from wasat.plan import plan as planned
 
     program, sizes = driver.described(source), sizes_of(size)
-    say(planned(program, target=target, cache=cache, batch=batch, context=context, chunk=chunk, sizes=sizes).text())
+    options: dict[str, Any] = {"cache": cache, "activation": or_none(activation), "sizes": sizes}
+    say(planned(program, target=target, batch=batch, context=context, chunk=chunk, **options).text())
 
 
 def explain(
