@@ -55,6 +55,13 @@ CASES: dict[str, tuple[onnx.ModelProto, list[tuple[dict[str, np.ndarray], np.nda
               {"x": ["b", 1], "z": ["b", "t"]}, end=np.array([END]), one=ONE),
         [({"x": count(2, 1), "z": count(2, t)}, count(2, 1)) for t in (0, 1, 3)],
     ),
+    "the last of another width, of a table of one": (  # as torch.export cuts it for MPT: from max(1 - t, 0) on
+        model([_width("z", "w"), helper.make_node("Sub", ["one", "w"], ["n"]),
+               helper.make_node("Max", ["n", "zero"], ["first"]),
+               helper.make_node("Slice", ["table", "first", "end", "one"], ["c"]), helper.make_node("Add", ["c", "z"], ["y"])],
+              {"z": ["b", "t"]}, end=np.array([END]), one=ONE, zero=ZERO, table=np.array([[5.0]], np.float32)),
+        [({"z": count(2, t)}, count(2, t) + 5) for t in (0, 1, 3)],
+    ),
     "up to another width": (
         model([_width("z", "w"), helper.make_node("Slice", ["x", "zero", "w", "one"], ["y"])],
               {"x": ["b", "s"], "z": ["b", "t"]}, zero=ZERO, one=ONE),

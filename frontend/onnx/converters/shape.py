@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from wasat.ir import DimLike, DType, equal, less_equal, maximum, minimum
+from wasat.ir import DimLike, DType, equal, less_equal, maximum, minimum, substitute, symbol, symbols_of
 from wasat.ir.dims import floordiv
 
 from ..emit import Emitter, Operand, is_constant, known, objects, size_of
@@ -124,8 +124,8 @@ def slice_(
     for axis, lo, hi, step in zip(chosen, first, last, strides):
         axis %= c.rank(x)
         size = c.shape(x)[axis]
-        if size == step == 1 and not isinstance(lo, int) and less_equal(lo, 0) is True and isinstance(hi, int) and hi >= 1:
-            continue  # so many from the end, of one: however many these are, also none (-0), it is there
+        if size == step == 1 and _of_one(lo, x) and isinstance(hi, int) and hi >= 1:
+            continue
         if step < 0:  # the mirrored slice of the mirrored axis
             x = c.reverse(x, axes=(axis,))
             first_kept = 0 if isinstance(lo, int) and lo >= END else size - 1 - _place(lo, size)
@@ -147,6 +147,15 @@ def slice_of_attributes(c: Emitter, n: NodeView, x: Operand) -> Any:
     if starts is None or ends is None or len(starts) != len(ends):
         raise n.fail("starts and ends must be given, as many of the one as of the other")
     return slice_(c, n, x, starts, ends, axes)
+
+
+def _of_one(lo: DimLike, x: Operand) -> bool:
+    """Whether a slice of one element that starts at ``lo`` has it: so many from the end, also none (-0); of a table, as many as
+    there are tokens, of which there is one."""
+    if isinstance(lo, int):
+        return False
+    least = substitute(lo, {str(d): symbol(str(d)) + 1 for d in symbols_of([lo])})
+    return less_equal(lo, 0) is True or (is_constant(x) and less_equal(least, 0) is True)
 
 
 def _inside(lo: DimLike, hi: DimLike, size: DimLike) -> tuple[DimLike, DimLike]:
