@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -98,9 +99,17 @@ def test_a_run_learns_resumes_and_is_served(tmp_path: Path) -> None:
     assert [name for name, _ in scores[0][0].baselines] == ["majority", "logistic regression"]
 
 
-def test_cross_attention_learns(tmp_path: Path) -> None:
-    joint = recipe(tmp_path, RECIPE.replace('family = "gemini"', 'family = "gemini"\ncross_every = 1'))
+def test_cross_attention_learns_with_weights_of_few_bits(tmp_path: Path) -> None:
+    text = RECIPE.replace('family = "gemini"', 'family = "gemini"\ncross_every = 1').replace("dim = 16", "dim = 32")
+    joint = recipe(tmp_path, text.replace("[rate]", '[step]\nquantize = "int4-plain"\n[rate]'))
     done = joint.run(lambda *said: None)
+    assert any(re.match(r"applied: \d+ weights rounded to int4-plain \(@loss\)", str(r)) for r in done.remarks)
+    served = joint.served(done)  # the saved model: its numbers, and what they are for
+    assert served.origin.rounded == "int4-plain"
+    assert all(np.array_equal(np.asarray(p.load()), done.program.load(n)) for n, p in served.params.items())
+    report = ws.optimize(served, quantize="int4-plain")[1]
+    assert "quantize" in [s.name for s in report.steps]
+    assert "equalize" not in [s.name for s in report.steps]
     assert done.log[-1]["loss"] < done.log[0]["loss"]
     name = next(n for n in done.states if n.endswith("attention_gate") and not n.startswith("optimizer."))
     assert done.states[name] != 0  # it began closed

@@ -170,3 +170,13 @@ def test_nn_refusals() -> None:
         nn.RoPE2D(6, 3)
     with pytest.raises(ws.WasatError, match=r"nn\.sinusoid: dim is 5"):
         nn.trace(nn.Module(), {"t": "f32[n]"}, method=lambda t: nn.sinusoid(t, 5))
+
+
+def test_a_folder_says_what_its_weights_were_rounded_for(tmp_path: Path) -> None:
+    params = gemini.Gemini(TINY).training_program(seed=0).params
+    gemini.save(tmp_path, TINY, params, dtype="f32", rounded="int4-plain")
+    assert gemini.load(tmp_path).origin.rounded == "int4-plain"
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "rounded": 4}))
+    with pytest.raises(ConfigError, match="rounded is 4; expected the name of a scheme"):
+        gemini.load(tmp_path)

@@ -73,7 +73,11 @@ class Joint:
         tokenizer = keep_tokenizer(self.tokenizer, self.output)
         evaluation: Callable[[], Iterable[Batch]] | None = held_out if self.batches else None
         done = train(self.program(), self.mixture(), self.output, evaluation=evaluation, progress=progress, **self.options)
-        save(self.output / "model", self.config, done.program.params, tokenizer=tokenizer, dtype="f16")
+        rounded = done.program.origin.rounded  # half of their bits would round them to other codes
+        save(
+            self.output / "model", self.config, done.program.params, tokenizer=tokenizer,
+            dtype="f16" if rounded is None else "f32", rounded=rounded,
+        )  # fmt: skip
         return done
 
     def served(self, done: Trained) -> Program:

@@ -12,6 +12,8 @@ from wasat.frontend.fields import ConfigError, Fields, brief
 from wasat.frontend.models.config import MOST_LAYERS, MOST_POSITIONS, MOST_SIZE
 from wasat.frontend.nn import ACTIVATIONS
 
+ROUNDED = "rounded"
+"""What a folder says beside the configuration: the scheme that its weights were trained rounded to."""
 MODEL_TYPE = "wasat_gemini"
 """``model_type`` in a folder's config.json."""
 
@@ -314,7 +316,7 @@ class Config:
 
         Raises ConfigError, naming ``where`` and the field, for a field that is unknown, missing or of another type.
         """
-        fields = Fields(data, where)
+        fields = Fields({k: v for k, v in data.items() if k != ROUNDED}, where)
         fields.refuse("model_type", MODEL_TYPE, f"it is not {MODEL_TYPE!r}")
         config: Config = fields.made(Config)
         return config

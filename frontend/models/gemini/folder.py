@@ -11,21 +11,24 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 from wasat.frontend.chat import chat_texts
+from wasat.frontend.fields import ConfigError
 from wasat.frontend.weights.safetensors import STORED, match, read_folder, read_json
 from wasat.ir import CheckpointError, DType, ParamSource, Program
 
-from .config import Config
+from .config import ROUNDED, Config
 from .model import Gemini
 
 
 def save(
     folder: str | Path, config: Config, params: Mapping[str, ParamSource], *, tokenizer: str | Path | None = None,
-    dtype: str = "f16",
+    dtype: str = "f16", rounded: str | None = None,
 ) -> None:  # fmt: skip
     """Writes the model into ``folder``, made if need be; :func:`load` and ``wasat compile`` read it.
 
     ``params``: a program's, e.g. of a trained one; those that the model lacks are left out. ``tokenizer``: a tokenizer.json to
-    copy. ``dtype``: f16, bf16 or f32. ``config.json`` comes last: a folder without it is not complete.
+    copy. ``dtype``: f16, bf16 or f32. ``rounded``: the scheme whose rounding the weights were trained with,
+    which they keep in f32 alone: the folder says so, and the :class:`wasat.ir.Origin` of what is read. ``config.json`` comes
+    last: a folder without it is not complete.
 
     Raises CheckpointError, before anything is written, for a missing parameter, one of another shape, one that is not finite in
     ``dtype``, and another dtype.
@@ -51,7 +54,8 @@ def save(
     if tokenizer is not None and Path(tokenizer).resolve() != (folder / "tokenizer.json").resolve():
         shutil.copyfile(tokenizer, folder / "tokenizer.json")
     unfinished = folder / "config.unfinished"
-    unfinished.write_text(json.dumps(config.to_json(), indent=1) + "\n", encoding="utf-8")
+    described_as = config.to_json() | ({} if rounded is None else {ROUNDED: rounded})
+    unfinished.write_text(json.dumps(described_as, indent=1) + "\n", encoding="utf-8")
     unfinished.replace(described)
 
 
@@ -61,7 +65,10 @@ def load(folder: str | Path) -> Program:
     Raises ConfigError for a field of config.json, CheckpointError for files that are damaged or do not fit.
     """
     folder = Path(folder)
-    config = Config.from_json(read_json(folder / "config.json"), str(folder / "config.json"))
+    given = read_json(folder / "config.json")
+    config, rounded = Config.from_json(given, str(folder / "config.json")), given.get(ROUNDED)
+    if rounded is not None and not isinstance(rounded, str):
+        raise ConfigError(f"{folder / 'config.json'}: rounded is {rounded!r}; expected the name of a scheme")
     model = Gemini(config)
     program = model.program()
     wanted = {name: p.type for name, p in model.parameters().items()}
@@ -69,6 +76,7 @@ def load(folder: str | Path) -> Program:
     program.params = {name: found[name] for name in program.params}
     tokenizer = folder / "tokenizer.json"
     program.origin = replace(
-        program.origin, tokenizer=str(tokenizer) if tokenizer.exists() else None, texts=chat_texts(folder)
-    )
+        program.origin, tokenizer=str(tokenizer) if tokenizer.exists() else None, texts=chat_texts(folder),
+        rounded=rounded,
+    )  # fmt: skip
     return program
