@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +27,9 @@ class Tokenizer:
         except ImportError:
             raise ArtifactError("text needs the package tokenizers: pip install tokenizers, or work with token ids") from None
         with refusals(ArtifactError, f"{path} cannot be read ({{}}); compile the model again with its tokenizer"):
-            self.library = Library.from_str(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            check_merges(text)
+            self.library = Library.from_str(text)
             self.library.no_truncation()  # what is too long is the caller's to know, and nothing is between prompt and answer
             self.library.no_padding()
             self.special = {i: t.content for i, t in self.library.get_added_tokens_decoder().items() if t.special}
@@ -67,6 +71,21 @@ class Tokenizer:
                 if token is not None and self.library.decode([token], skip_special_tokens=False) != name:
                     found[token] = value
         return found
+
+
+def check_merges(text: str) -> None:
+    """Raises ValueError for a ``tokenizer.json`` whose merges lack the prefix that words go on by: the library cuts as much off
+    them unseen, and ends the process by what is left."""
+    if not re.search(r'"continuing_subword_prefix"\s*:\s*"[^"]', text):
+        return
+    model = json.loads(text)["model"]
+    if model.get("type", "BPE") != "BPE" or "merges" not in model:
+        return
+    prefix = model["continuing_subword_prefix"]
+    for merge in model["merges"]:
+        second = merge.split(" ")[-1] if isinstance(merge, str) else merge[-1]
+        if not second.startswith(prefix):
+            raise ValueError(f"continuing_subword_prefix is {prefix!r}, and {second!r} of a merge does not begin so")
 
 
 @contextmanager

@@ -95,13 +95,19 @@ def text_ids(program: Program, text: str) -> list[int]:
 
 
 def tokenizer_of(program: Program) -> Any:
-    """The tokenizer that came with the model; None where there is none."""
+    """The tokenizer that came with the model; None where there is none. Raises WasatError where it cannot be read."""
     import tokenizers
 
-    written = program.origin.texts.get("tokenizer.json")
-    if written is None and program.origin.tokenizer:
-        written = Path(program.origin.tokenizer).read_text(encoding="utf-8")
-    return None if written is None else tokenizers.Tokenizer.from_str(written)
+    from wasat.runtime.tokenizer import check_merges, refusals
+
+    with refusals(WasatError, f"{program.origin.tokenizer or 'tokenizer.json'} cannot be read ({{}})"):
+        written = program.origin.texts.get("tokenizer.json")
+        if written is None and program.origin.tokenizer:
+            written = Path(program.origin.tokenizer).read_text(encoding="utf-8")
+        if written is None:
+            return None
+        check_merges(written)
+        return tokenizers.Tokenizer.from_str(written)
 
 
 def quality(

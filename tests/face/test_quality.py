@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 from wasat.ir import WasatError, parse_program
 
-from wasat.quality import bits, dense, log_probabilities, log_softmax, quality, text_ids, tokens_name, windows_of
+from wasat.quality import (
+    bits,
+    dense,
+    log_probabilities,
+    log_softmax,
+    quality,
+    text_ids,
+    tokenizer_of,
+    tokens_name,
+    windows_of,
+)
 from wasat.testing import random_program
 
 BASE = np.log(np.array([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6]]))
@@ -105,3 +115,11 @@ def test_dense_is_what_the_quantized_weights_say():
     assert bits(dense(small)) == 2 * 44 * 32
     assert bits(small) == 44 * 32 + 11 * (4 * 4 + 16)
     assert "int4" in str(small), "the program itself stays as it is"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"model": {"continuing_subword_prefix": "a"}}', "\ud800"])
+def test_a_damaged_tokenizer_is_refused(text: str) -> None:
+    program = parse_program("graph @forward(%x: f32[n]) {\n  return %x\n}\n")
+    program.origin.texts["tokenizer.json"] = text
+    with pytest.raises(WasatError, match=r"tokenizer\.json cannot be read"):
+        tokenizer_of(program)

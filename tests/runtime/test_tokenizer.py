@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizer_files import KINDS
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models
 from wasat.runtime import ArtifactError, Tokenizer
@@ -112,3 +114,21 @@ def test_what_was_held_back_shows_when_nothing_more_comes() -> None:
     watcher = StopStrings(["END"])
     assert watcher.push("EN") == ("", False)
     assert watcher.push("", last=True) == ("EN", False)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama2"])
+@pytest.mark.parametrize("prefix", ["a", "##", "\u00e9"])
+def test_merges_without_the_prefix_that_they_should_have(kind: str, prefix: str, tmp_path: Path) -> None:
+    """The library ended the process. Merges are lists, and in older files texts."""
+    data = json.loads(KINDS[kind]().to_str())
+    for merges in (data["model"]["merges"], [" ".join(m) for m in data["model"]["merges"]]):
+        data["model"] |= {"continuing_subword_prefix": prefix, "merges": merges}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+        with pytest.raises(ArtifactError, match=r"tokenizer\.json cannot be read .continuing_subword_prefix is "):
+            Tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_merges_that_have_their_prefix(tmp_path: Path) -> None:
+    vocabulary = {c: i for i, c in enumerate(["a", "b", "##a", "##b", "ab"])}
+    Library(models.BPE(vocabulary, [("a", "##b")], continuing_subword_prefix="##")).save(str(tmp_path / "tokenizer.json"))
+    assert Tokenizer(tmp_path / "tokenizer.json").encode("ab") == [4]
