@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-from wasat.backends.tvm.build import Runner
+from wasat.backends.tvm.build import BuildError, Runner, check_tools, plan
 from wasat.backends.tvm.targets import Target
 from wasat.ir import Graph, Interface, IRError, Program, bind_symbols, copy_node
 from wasat.passes import Inference, PassManager, default_pipeline
@@ -23,7 +23,10 @@ class Compiled:
     """
 
     def __init__(self, program: Program, made: TrainStep, batch: Arrays, target: Target, graph: str | None) -> None:
-        """``graph``: that of the loss in ``program``; None where nobody will ask for :meth:`loss`."""
+        """``graph``: that of the loss in ``program``; None where nobody will ask for :meth:`loss`.
+
+        Raises BuildError for a target whose programs are launch plans, once the step is compiled for it: nothing runs it.
+        """
         step = made.program["train_step"]
         self.plain = Program({"train_step": specialized(step, {**batch, **made.states})}, made.program.params)
         """The step as it was declared, before any pass but the gradients: what the interpreter runs to explain a failure."""
@@ -37,6 +40,14 @@ class Compiled:
             g.prune_params()
         passes = [p for p in default_pipeline(kv_cache=None) if p.name not in ("merge-linears", "hoist-params")]
         PassManager(passes, verify=False).run(compiled)
+        if target.device is not None:
+            check_tools(target)
+            step_plan = plan(Program({"train_step": compiled["train_step"]}, compiled.params, compiled.interface), target)
+            count = len(step_plan.launches.json["kernels"])
+            raise BuildError(
+                f"@train_step compiles for {target.name} ({count} kernels, {len(step_plan.code):,} bytes), but training runs "
+                "its steps on this machine's processor alone, on no other device: leave the target out, or write cpu"
+            )
         self._runner = Runner(compiled, target, donate=True)
         self._states = list(made.states)
         self._averages = made.averages

@@ -10,7 +10,8 @@ import pytest
 pytest.importorskip("tvm")
 
 from numpy.testing import assert_allclose, assert_array_equal
-from wasat.backends.tvm.targets import cpu
+from wasat.backends.tvm.build import BuildError
+from wasat.backends.tvm.targets import cpu, target_named
 from wasat.ir import ArrayParam, Program, evaluate, parse, type_of
 from wasat.training.compiled import Compiled
 from wasat.training.optimizers import SGD, Adafactor, AdamW, Constant, Muon
@@ -122,3 +123,12 @@ def test_a_step_drops_and_the_evaluated_loss_does_not() -> None:
     [loss] = evaluate(plain["loss"], batch, made.states)
     assert_allclose(compiled.loss(GOOD, made.states)["loss"], loss, rtol=1e-5)  # type: ignore[arg-type]
     assert abs(said["loss"] / loss - 1) > 0.01
+
+
+def test_a_step_for_a_gpu_compiles_and_says_where_it_does_not_run() -> None:
+    params = {"w": np.ones((4, 6), np.float32), "bias": np.zeros(6, np.float32)}
+    program = Program({"loss": parse(LOSS)}, {k: ArrayParam(x, type_of(x)) for k, x in params.items()})
+    made = train_step(program, rate=Constant(0.05), optimizer=SGD())
+    said = r"@train_step compiles for opencl \(\d+ kernels, [\d,]+ bytes\), but training runs its steps on this"
+    with pytest.raises(BuildError, match=said):
+        Compiled(program, made, GOOD, target_named("opencl"), "loss")
