@@ -20,6 +20,8 @@ from wasat.training.step import TrainStep, train_step
 
 from wasat import nn
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 LOSS = """graph @loss(%x: f32[n, 4]) {
   param %w: f32[4, 6]
   param %bias: f32[6]

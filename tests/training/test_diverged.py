@@ -20,6 +20,8 @@ from wasat.training.scaling import LossScale
 
 from wasat import nn
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 BY_NODE = r"the first NaN was made by %log\w*: .* = log\(.*test_diverged\.py:\d+"
 
 

@@ -28,6 +28,8 @@ from wasat.training.optimizers import SGD, AdamW, Constant
 import wasat as ws
 from wasat import nn
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 DOCUMENTS = [[1, 2, 3, 4] * n for n in range(1, 9)]
 
 
