@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from wasat.ir import Array, DType, Graph, Node, QArray
-from wasat.ir.evaluate import _as_array as array_of
-from wasat.ir.evaluate import bind_symbols, run_node
+from wasat.ir.evaluate import as_array, bind_symbols, run_node
 
 DRAWS = 5
 STEPS = {DType.F64: 16, DType.F32: 16, DType.F16: 4, DType.BF16: 4}
@@ -91,7 +90,7 @@ def spread(
 ) -> list[NDArray[np.float64]]:
     """For each output, how far its elements move. inputs, params: arrays, as for ``evaluate``. ``runs``: how often the graph
     runs. ``level``: what an activation that is rounded to int8 moves by, of its row's largest."""
-    arrays = {v.name: array_of(inputs[v.name], v.type) for v in graph.inputs}
+    arrays = {v.name: as_array(v.name, inputs[v.name], v.type) for v in graph.inputs}
     dims = bind_symbols(graph, arrays, params)
     rngs = [np.random.default_rng(i) for i in range(runs)]
     given = {v: arrays[v.name] for v in graph.inputs} | {v: (params or {})[k] for k, v in graph.params.items()}
