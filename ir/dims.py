@@ -11,6 +11,7 @@ binding". Whoever needs a yes calls :func:`require_equal`, which records the unk
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -206,10 +207,22 @@ def _combine(terms: Iterable[tuple[Monomial, int]]) -> DimLike:
     return Dim(tuple(left))
 
 
+TAKEN = frozenset((
+    "max", "min", "inf", "nan", "f64", "f32", "f16", "bf16", "f8e4m3", "f8e5m2", "f8e4m3fnuz", "f8e5m2fnuz", "f8e8m0", "f4e2m1",
+    "i64", "i32", "i16", "i8", "i4", "i2", "u64", "u32", "u16", "u8", "u4", "u2", "bool",
+))  # fmt: skip
+"""Words that mean something else in a text of sizes and types."""
+
+
+def names_dimension(name: str) -> bool:
+    """Whether a text can be read as the name of a dimension: letters, digits and _ of ASCII, and no word that means more."""
+    return re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) is not None and name not in TAKEN
+
+
 def symbol(name: str) -> Dim:
-    """The dimension named ``name`` (a Python identifier)."""
-    if not name.isidentifier() or name in ("max", "min"):
-        raise DimError(f"{name!r} cannot name a dimension: use a plain identifier other than max and min")
+    """The dimension named ``name``; DimError for what :func:`names_dimension` does not take."""
+    if not names_dimension(name):
+        raise DimError(f"{name!r} cannot name a dimension: use a plain identifier other than max, min and element types")
     return Dim((((name,), 1),))
 
 

@@ -29,6 +29,7 @@ from wasat.ir import (
     symbol,
     type_of,
 )
+from wasat.ir.dims import names_dimension
 from wasat.ir.repacked import Repacked
 
 from .emit import Dims, Emitter
@@ -219,7 +220,7 @@ class Importer:
                 out.append(d.dim_value)
             else:
                 # "?" is no name: each is an unknown of its own
-                named = d.dim_param if re.search(r"[A-Za-z_]", d.dim_param) else ""
+                named = d.dim_param if re.search(r"[^\W\d]", d.dim_param) else ""
                 out.append(self._dim(named or f"{name}_{i}"))
         return tuple(out)
 
@@ -234,8 +235,8 @@ class Importer:
             if isinstance(size, Dim):
                 return substitute(size, {n: self._dim(n) for n in names})
         if text not in self.symbols:
-            plain = re.sub(r"\W", "_", text) or "n"
-            plain = plain if plain.isidentifier() and plain not in ("max", "min") else f"n_{plain}"
+            plain = re.sub(r"\W", "_", text, flags=re.ASCII) or "n"
+            plain = plain if names_dimension(plain) else f"n_{plain}"
             while plain in self.symbols.values():
                 plain += "_"
             self.symbols[text] = plain

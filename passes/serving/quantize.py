@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from wasat.ir import Builder, DType, Graph, Node, ParamSource, Program, QTensorType, TensorType, Value, op_named
 
+from ..analyses.halves import float_holds, range_of_rows
 from ..cleanup.hoist_params import derive, param_only, size_in_bytes
 from ..core import GraphPass, Pass, PassError, Remarks
 from ..pattern import erase_dead
@@ -282,12 +283,16 @@ class QuantizedGraph:
     def obstacle(self, w: Value, found: Storage) -> str | None:
         """Why the numbers of ``w`` cannot be stored so."""
         t = found.type
-        if isinstance(t, DType) or not all(getattr(self.params.get(name), "is_data", False) for name in _sources(w)):
+        is_narrow = isinstance(t, DType) and w.tensor.dtype.bits <= 16
+        if is_narrow or not all(getattr(self.params.get(name), "is_data", False) for name in _sources(w)):
             return None
         source = self.params[w.param] if w.param is not None else derive(w.name, w, self.params)
-        if f16_holds_scales(np.asarray(source.load()), t):
+        array, names = np.asarray(source.load()), ", ".join(_sources(w))
+        if isinstance(t, DType):
+            least, most = range_of_rows(t)
+            return None if float_holds(array, t) else f"{names} has a row outside {t} (largest from {least:.0e} to {most:.5g})"
+        if f16_holds_scales(array, t):
             return None
-        names = ", ".join(_sources(w))
         return f"{names} has a block whose scale is outside f16 (about 1e-6 to 65504)"
 
 
@@ -330,6 +335,8 @@ def f16_holds_scales(w: np.ndarray, type: QTensorType) -> bool:
             factor = max(map(abs, type.stored.factors))
             block, levels, least = type.stored.block, levels * factor, 2.0**-23
         most *= factor / levels if type.stored.offset else 1  # an offset is as large as the elements
+    if not w.size:
+        return True
     rows = w.reshape(-1, w.shape[-1])
     step = max(1, (1 << 20) // rows.shape[1])
     for i in range(0, len(rows), step):

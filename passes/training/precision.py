@@ -8,9 +8,10 @@ from dataclasses import dataclass, fields
 
 import ml_dtypes
 import numpy as np
-from wasat.ir import Builder, DType, Graph, Node, Program, TensorType, Type, TypeMismatch, Value
+from wasat.ir import Builder, DType, Graph, Node, ParamSource, Program, TensorType, Type, TypeMismatch, Value
 from wasat.ir.dims import collect_checks
 
+from ..analyses.halves import float_holds
 from ..core import Pass, PassError, Remarks
 
 
@@ -20,7 +21,8 @@ class MixedPrecision(Pass):
 
     Products take operands in half precision, and rows of parameters are looked up as such; reductions, softmax and what else
     losses are made of get f32. Any other operation follows its operands: in half precision if they are, parameters and
-    constants beside them converted (constants only if they neither overflow nor vanish); in f32 where an operand is.
+    constants beside them converted (constants only if they neither overflow nor vanish, parameters only if f16 holds
+    their rows; else what reads them is in f32, and a remark says so); in f32 where an operand is.
     Normalizations and attention compute in f32 inside. Values that the graph itself has in other types are left alone; so are
     the bodies of loops, which a remark names.
 
@@ -38,7 +40,10 @@ class MixedPrecision(Pass):
 
     def run(self, program: Program, remarks: Remarks) -> bool:
         old = program[self.graph]
-        made = _Mixed(old, DType.of(self.dtype))
+        wide = {v for v in old.params.values() if self.dtype == "f16" and not _f16_holds(program.params.get(v.param or v.name))}
+        for v in wide:
+            remarks.missed(f"%{v.name} stays f32: {v.param} has a row outside f16", v)
+        made = _Mixed(old, DType.of(self.dtype), wide)
         made.emit()
         for node in old.nodes:
             if node.attrs.bodies and (count := sum(n.op.precision == "half" for b in node.attrs.bodies for n in b.graph.nodes)):
@@ -52,11 +57,20 @@ class MixedPrecision(Pass):
         return True
 
 
+def _f16_holds(source: ParamSource | None) -> bool:
+    """Whether f16 holds the numbers of a parameter, as far as they are known."""
+    if source is None or not getattr(source, "is_data", False) or not isinstance(source.type, TensorType):
+        return True
+    return source.type.dtype is not DType.F32 or float_holds(np.atleast_1d(np.asarray(source.load())), DType.F16)
+
+
 class _Mixed:
     """The graph in mixed precision in the making."""
 
-    def __init__(self, source: Graph, half: DType) -> None:
+    def __init__(self, source: Graph, half: DType, wide: set[Value]) -> None:
         self.source, self.half = source, half
+        self._wide = wide
+        """Parameters that half precision does not hold, and what is made of them."""
         self.graph = Graph(source.name)
         self.count = 0
         """Products in half precision."""
@@ -79,13 +93,16 @@ class _Mixed:
     def _node(self, node: Node) -> None:
         if node.outputs[0].const is not None or self._of_parameters(node):
             self._weak.update(node.outputs)
+            if not self._wide.isdisjoint(node.inputs):
+                self._wide.update(node.outputs)
         if not self._data.isdisjoint(node.inputs):
             self._data.update(node.outputs)
         types = next(t for t in self._choices(node) if self._accepts(node, t))
         operands = [self._as(v, t) for v, t in zip(node.inputs, types)]
         made = self.graph.add_node(node.op, operands, node.attrs, loc=node.loc, names=[v.name for v in node.outputs])
         self._new.update(zip(node.outputs, made.outputs))
-        if node.op.kind == "gather" and node.inputs[0].param is not None and self._ours(node.output):
+        table = node.inputs[0] if node.op.kind == "gather" else None
+        if table is not None and table.param is not None and table not in self._wide and self._ours(node.output):
             self._new[node.output] = self._as(node.output, self._halved(node.output))
         self.count += node.op.precision == "half" and made.output.type != node.output.type
 
@@ -96,7 +113,7 @@ class _Mixed:
     def _choices(self, node: Node) -> list[list[Type]]:
         """Types of the operands, the first of which that the operation accepts is taken."""
         was = [v.type for v in node.inputs]
-        if node.op.precision == "wide":
+        if node.op.precision == "wide" or not self._wide.isdisjoint(node.inputs):
             return [was]
         now = [self._new[v].type for v in node.inputs]
         strong = [v for v in node.inputs if v not in self._weak]
@@ -127,8 +144,9 @@ class _Mixed:
         return isinstance(v.type, TensorType) and v.type.dtype is DType.F32
 
     def _halved(self, v: Value) -> Type:
-        """The type of ``v`` in half precision; as it is, if it is not f32 or a constant that would overflow or vanish."""
-        if not self._ours(v) or (v.const is not None and not _survives(v.const, self.half)):
+        """The type of ``v`` in half precision; as it is, if it is not f32, or a constant or parameter that would overflow or
+        vanish."""
+        if not self._ours(v) or v in self._wide or (v.const is not None and not _survives(v.const, self.half)):
             return v.type
         return v.tensor.with_dtype(self.half)
 

@@ -12,6 +12,7 @@ from wasat.ir import (
     Dim,
     DimError,
     DimLike,
+    DType,
     equal,
     evaluate_dim,
     less_equal,
@@ -24,7 +25,7 @@ from wasat.ir import (
     symbol,
     symbols_of,
 )
-from wasat.ir.dims import check_text, collect_checks, require_at_most, span
+from wasat.ir.dims import TAKEN, check_text, collect_checks, require_at_most, span
 
 NAMES = ("a", "b", "n")
 Pair = tuple[DimLike, Callable[[dict[str, int]], int]]
@@ -150,6 +151,8 @@ def test_silent_comparison_is_refused(use: Callable[[Any], object]) -> None:
     (lambda: symbol("n") % 0, "modulus must be positive"),
     (lambda: symbol("max"), "cannot name a dimension"),
     (lambda: symbol("2n"), "cannot name a dimension"),
+    (lambda: symbol("größe"), "cannot name a dimension"),
+    (lambda: symbol("inf"), "cannot name a dimension"),
     (lambda: evaluate_dim(symbol("n") + symbol("m"), {"m": 2}), "needs a binding of n"),
     (lambda: parse_dim("n +"), "is not a dimension expression"),
     (lambda: parse_dim("f(n)"), "is not a dimension expression"),
@@ -159,6 +162,11 @@ def test_silent_comparison_is_refused(use: Callable[[Any], object]) -> None:
 def test_what_cannot_be(make: Callable[[], object], match: str) -> None:
     with pytest.raises(DimError, match=match):
         make()
+
+
+def test_no_element_type_names_a_dimension() -> None:
+    assert {d.value for d in DType} <= TAKEN
+    assert symbol("f1").symbols == ("f1",)
 
 
 def test_an_unknown_becomes_a_check() -> None:

@@ -170,6 +170,17 @@ def test_sizes_and_inputs_that_are_fixed() -> None:
         from_onnx(m, constants={"w": np.float32(1)})
 
 
+@pytest.mark.parametrize("name", [
+    "größe", "批", "f32", "inf", "nan", "bool", "max", "a b", "a.b", "n-1", "1n", " n", "%n", "i64[b]", "def", "None", "y",
+])  # fmt: skip
+def test_a_size_of_any_name_is_one_size_and_its_text_is_read_again(name: str) -> None:
+    m = model([helper.make_node("Neg", ["x"], ["y"])], {"x": [name, name, "other"]})
+    graph = from_onnx(m)["forward"]
+    shape = graph.inputs[0].type.shape
+    assert shape[0] == shape[1] != shape[2]
+    assert str(ws.parse(str(graph))) == str(graph)
+
+
 def test_a_question_mark_is_no_name() -> None:
     m = model([helper.make_node("Neg", ["x"], ["y"])], {"x": ["?", "?", "-1", "n", "n"]})
     shape = from_onnx(m)["forward"].inputs[0].type.shape

@@ -9,6 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from wasat.frontend.onnx import from_onnx
+from wasat.ir import IRError
 
 import wasat as ws
 
@@ -87,6 +88,14 @@ CASES: dict[str, tuple[onnx.ModelProto, list[tuple[dict[str, np.ndarray], np.nda
                helper.make_node("Mul", ["e", "z"], ["y"])], {"x": ["b", "s"], "z": ["c", "t"]}),
         [({"x": x, "z": count(2, 3)}, x * count(2, 3)) for x in (count(1, 3), count(2, 1), count(2, 3), count(1, 1))],
     ),
+    "expand both ways": (
+        model([helper.make_node("Shape", ["z"], ["shape"]), helper.make_node("Expand", ["x", "shape"], ["y"])],
+              {"x": ["b", "s"], "z": ["c", "t"]}),
+        [({"x": count(*a), "z": count(*b)}, np.broadcast_to(count(*a), np.broadcast_shapes(a, b)).copy()) for a, b in (
+            ((2, 1), (1, 1)), ((2, 1), (1, 3)), ((1, 3), (2, 1)), ((2, 3), (2, 3)), ((1, 1), (2, 3)), ((0, 3), (1, 1)),
+            ((1, 1), (0, 3)), ((0, 1), (0, 1)),
+        )],
+    ),
     "max pool, ceil": (
         model([helper.make_node("MaxPool", ["x"], ["y"], kernel_shape=[2], strides=[3], ceil_mode=1)], {"x": [1, 1, "n"]}),
         [({"x": count(1, 1, 6)}, np.array([[[2, 5]]], np.float32)),
@@ -154,6 +163,13 @@ def test_interpreted(name: str) -> None:
         got = np.asarray(ws.run(program, **inputs)["y"])
         assert got.shape == want.shape
         np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [((2, 3), (3, 3)), ((3, 3), (2, 3)), ((0, 1), (3, 1)), ((3, 1), (0, 1))])
+def test_expand_to_sizes_that_are_neither_equal_nor_1_is_refused(sizes: tuple[tuple[int, int], tuple[int, int]]) -> None:
+    program = from_onnx(CASES["expand both ways"][0])
+    with pytest.raises(IRError, match="broadcast_to"):
+        ws.run(program, x=count(*sizes[0]), z=count(*sizes[1]))
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 from wasat.frontend import from_pretrained
-from wasat.ir import Graph, Program, evaluate, parse
+from wasat.ir import ArrayParam, Graph, Program, evaluate, parse, type_of
 from wasat.passes import Cleanup, FuseAttention, FuseNorm, FuseRope, MixedPrecision, PassError, PassManager
 from wasat.training.losses import add_loss, cross_entropy
 
@@ -214,3 +214,28 @@ def test_served_in_half_precision(half: str) -> None:
     a, b = (ws.run(p, tokens=tokens)["logits"] for p in (exact, whole))
     assert b.dtype == np.float32
     assert 0 < np.abs(a - b).max() < {"bf16": 0.03, "f16": 0.004}[half] * np.abs(a).max()
+
+
+@pytest.mark.parametrize("planted, named", [(1e6, True), (1e-7, True), (3.0, False)])
+def test_a_parameter_that_f16_does_not_hold_stays_f32_and_is_named(planted: float, named: bool) -> None:
+    """A weight as it is, one that is computed from another, and the rows of a table."""
+    text = """graph @loss(%x: f32[n, 4], %i: i64[n]) {
+      param %w: f32[6, 4]
+      param %v: f32[4, 6]
+      param %e: f32[3, 6]
+      %y: f32[n, 6] = linear(%x, %w)
+      %t: f32[6, 4] = transpose(%v) {perm=(1, 0)}
+      %z: f32[n, 6] = linear(%x, %t)
+      %r: f32[n, 6] = gather(%e, %i) {axis=0}
+      return %y, %z, %r
+    }"""
+    program = random_program(text)
+    given = {k: np.full_like(p.load(), planted) for k, p in program.params.items()}
+    program.params.update({k: ArrayParam(x, type_of(x)) for k, x in given.items()})
+    feeds = {"x": np.eye(2, 4, dtype=np.float32), "i": np.array([0, 2])}
+    want = evaluate(program["loss"], feeds, given)
+    report = PassManager([MixedPrecision(dtype="f16")]).run(program)
+    for got, exact in zip(evaluate(program["loss"], feeds, given), want):
+        assert_allclose(got, exact, rtol=1e-3)
+    missed = [r.message for r in report.remarks("missed")]
+    assert [any(f"{k} has a row outside f16" in m for m in missed) for k in "wve"] == [named] * 3

@@ -308,6 +308,23 @@ def test_weights_whose_scales_f16_does_not_hold_stay_and_are_named(size: float, 
     assert any(f"{read} stays" in m and "w has a block whose scale is outside f16" in m for m in missed) is stays
 
 
+@pytest.mark.parametrize(("size", "scheme", "stays"), [
+    (1e-7, "f16", True), (1e-6, "f16", True), (1e-5, "f16", False), (0, "f16", False), (1e4, "f16", False), (1e5, "f16", True),
+    (1e-30, "bf16", False), (1e-40, "bf16", True), (1e37, "bf16", False), (np.inf, "f16", False), (np.nan, "bf16", False),
+])  # fmt: skip
+def test_weights_that_a_narrow_float_does_not_hold_stay_and_are_named(size: float, scheme: str, stays: bool) -> None:
+    """As above. What is no number already stays none."""
+    x = np.random.default_rng(0).standard_normal((8, 64)).astype(np.float32)
+    x[3] = np.float32(size) * np.where(x[3] == 0, 1, x[3])
+    x[:, 8:16] *= np.float32(1e-9)
+    program = parse_program("graph @g(%x: f32[n, 64]) { param %w: f32[8, 64]\n %y: f32[n, 8] = linear(%x, %w)\n return %y }\n")
+    program.params["w"] = ArrayParam(x, parse_type("f32[8, 64]"))
+    report = PassManager([Quantize(scheme)]).run(program)
+    missed = [r.message for r in report.remarks("missed")]
+    assert (f"= cast(%w) {{dtype={scheme}}}" in str(program["g"])) is not stays
+    assert any(f"w has a row outside {scheme}" in m for m in missed) is stays
+
+
 def test_halves_are_rounded_to_even() -> None:
     """A scale of 1, so that values are what is rounded; beyond the range only where the scale itself was rounded down."""
     x = np.zeros((2, 32), np.float32)

@@ -185,7 +185,18 @@ def expand(c: Emitter, n: NodeView, x: Operand, shape: Operand) -> Any:
     own = list(c.shape(x))
     rank = max(len(want), len(own))
     own, want = ([*(1,) * (rank - len(ds)), *ds] for ds in (own, want))
-    return c.expand(x, *(a if b == 1 or (isinstance(a, int) and a != 1) else b for a, b in zip(own, want)))
+    return c.expand(x, *(a if b == 1 or (isinstance(a, int) and a != 1) else _common(a, b) for a, b in zip(own, want)))
+
+
+def _common(a: DimLike, b: DimLike) -> DimLike:
+    """What sizes ``a`` and ``b`` are when each is stretched to the other: one is 1, or they are equal.
+
+    Of sizes that are neither (3 and 2) it is one that ``a`` is not stretched to.
+    """
+    if a == 1 or isinstance(b, int) or equal(a, b) is True:
+        return b
+    larger, smaller = maximum(a, b), minimum(a, b)
+    return maximum(larger + minimum(minimum(a, b) - 1, larger - smaller), 0)
 
 
 @op("Tile", since=6)
