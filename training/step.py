@@ -73,6 +73,8 @@ def train_step(
     made = Program({graph: program[graph].clone()}, dict(program.params), origin=program.origin)
     report = PassManager([MixedPrecision(graph, precision)] if precision != "f32" else []).run(made)
     inputs, outputs = [v.name for v in made[graph].inputs], tuple(made[graph].output_names)
+    if own := [k for k in outputs if k.startswith("grad.")]:
+        raise IRError(f"outputs of @{graph} named {', '.join(own)}: gradients are called so; rename them")
     if precision == "f16":
         scaling = scaling or LossScale()
         _scale(made[graph])

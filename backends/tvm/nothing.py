@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from tvm import te, tirx
-from wasat.ir import Builder, DimLike, Graph, TensorType
+from wasat.ir import Builder, Dim, DimLike, Graph, TensorType
 
 if TYPE_CHECKING:
     from .lower import Context
@@ -27,8 +27,12 @@ def spare(g: Graph) -> None:
         if not ((node.op.is_composite or node.op.kind == "ordered") and dense and all(0 in v.shape for v in node.outputs)):
             continue
         b, x = Builder(g, before=node, loc=node.loc), dense[0]
-        none = b.slice(x, starts=(0,) * len(x.shape), stops=(0,) * len(x.shape))
         for v in node.outputs:
-            y = none if v.tensor.dtype is x.tensor.dtype else b.cast(none, dtype=v.tensor.dtype)
-            g.replace_uses(v, b.reshape(y, shape=v.shape))
+            if any(isinstance(d, Dim) for d in v.shape):  # no constant, as it depends on sizes
+                y = b.broadcast_to(b.constant(0, v.tensor.dtype), shape=v.shape)
+            else:
+                none = b.slice(x, starts=(0,) * len(x.shape), stops=(0,) * len(x.shape))
+                y = none if v.tensor.dtype is x.tensor.dtype else b.cast(none, dtype=v.tensor.dtype)
+                y = b.reshape(y, shape=v.shape)
+            g.replace_uses(v, y)
         g.erase(node)

@@ -20,6 +20,11 @@ FOUND = {
     "norm_of_nothing": "f32[2, 0] = layer_norm(%x)|f32[2, 0]",
     "norms": "f32[2, 0, 5] = rms_norm(%x)|f32[2, 0, 5]",
     "rounded": 'f32[0, 70] = fake_quantize(%x) {scheme="int8"}|f32[0, 70]',
+    "mean": "f32[3] = reduce_mean(%x) {axes=(0,)}|f32[0, 3]",
+    "mean_of_all": "f32[] = reduce_mean(%x) {axes=(0, 1)}|f32[n, 0]",
+    "scatter": "i64[n] = iota() {size=n}\n  %y: f32[n, 0] = scatter(%x, %i, %x) {axis=0}|f32[n, 0]",
+    "rope": "i64[s] = iota() {size=s}\n  %f: f32[0] = broadcast_to(1.0:f32) {shape=(0,)}\n"
+    "  %y: f32[n, s, 2, 0] = rope(%x, %i, %f)|f32[n, s, 2, 0]",
     "real_signal": "f32[2, 6, 1] = dft(%x) {length=6, inverse=true, onesided=true}|f32[2, n, 2]",
 }  # fmt: skip
 
@@ -28,8 +33,8 @@ FOUND = {
 def test_what_has_no_elements() -> None:
     """No kernel takes it; TVM divides by sizes, and reads a size of 0 in a reshape as "keep"; NumPy reads memory beside a
     signal of no samples, and finds no size for -1."""
-    texts = [(name, *text.split("|")) for name, text in FOUND.items()]
-    graphs = {name: parse(f"graph @{name}(%x: {t}) {{\n  %y: {node}\n  return %y\n}}") for name, node, t in texts}
+    texts = [(name, "i" if "%i" in text else "y", *text.split("|")) for name, text in FOUND.items()]
+    graphs = {name: parse(f"graph @{name}(%x: {t}) {{\n  %{y}: {node}\n  return %y\n}}") for name, y, node, t in texts}
     run = Runner(Program(graphs), cpu())
     for name, g in graphs.items():
         x = np.zeros([d if isinstance(d, int) else 0 for d in g.inputs[0].shape], np.float32)

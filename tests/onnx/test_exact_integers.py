@@ -30,7 +30,7 @@ def cases(x: np.ndarray) -> dict[str, tuple[dict[str, Any], dict[str, Any], Any]
         "Max": ({}, {"b": row}, np.maximum(x, row)), "Min": ({}, {"b": row}, np.minimum(x, row)),
         "Equal": ({}, {"b": x - t(1)}, np.zeros(x.shape, bool)), "Less": ({}, {"b": x[::-1] - t(1)}, x < x[::-1] - t(1)),
         "GreaterOrEqual": ({}, {"b": x[::-1]}, x >= x[::-1]),
-        "CumSum": ({}, {"a": I(1)}, np.cumsum(x, 1, dtype=t)),
+        "CumSum": ({}, {"a": I([1])}, np.cumsum(x, 1, dtype=t)),
         "Gather": ({"axis": 1}, {"i": np.array([2, 0])}, x[:, [2, 0]]),
         "GatherElements": ({"axis": 1}, {"i": np.array([[2], [1]])}, np.take_along_axis(x, np.array([[2], [1]]), 1)),
         "GatherND": ({}, {"i": np.array([[0, 2], [1, 0]])}, x[[0, 1], [2, 0]]),

@@ -125,6 +125,10 @@ REFUSED: dict[str, tuple[str, tuple[str, ...], type[Exception], str]] = {
     "nothing": (TEXT, ("v*",), PassError, r"v\* chooses no float parameter"),
     "an output's name": (TEXT.replace("return %loss, %y", "return %loss, rate=%y"), ("w",), IRError, "of its own named rate"),
     "a parameter's name": (TEXT.replace("return %loss, %y", "return %loss, w=%y"), ("w",), IRError, "of its own named w"),
+    "a gradient's name": (
+        TEXT.replace("return %loss, %y", 'return %loss, "grad.penalty"=%y'), ("w",), IRError,
+        r"grad\.penalty: gradients are called so",
+    ),
     "a state's name": (TEXT.replace("%x", "%optimizer.count"), ("w",), IRError, "already has a value %optimizer.count"),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -312,7 +313,11 @@ def _round(ctx: Context, node: Node, x: Any) -> Any:
 @lowers("div")
 def _div(ctx: Context, node: Node, x: Any, y: Any) -> Any:
     if node.output.tensor.dtype.is_float:
-        if (zero := _zero(node.inputs[0])) is not None:
+        zero, by_zero = map(_zero, node.inputs)
+        if by_zero is not None:  # TVM stops at a number divided by the number 0
+            factor = math.nan if zero is not None else math.copysign(math.inf, by_zero)
+            return _kept(ctx, node, 0.0, lambda _, v: v * tirx.const(factor, v.ty.dtype), _broadcast(ctx, node, [x, y])[0])
+        if zero is not None:
             return _kept(ctx, node, zero, lambda zero, v: zero / v, _broadcast(ctx, node, [x, y])[1])
         if (zero := _zero(node.inputs[1])) is not None:  # which TVM refuses
             return _kept(ctx, node, zero, lambda zero, v: v / zero, _broadcast(ctx, node, [x, y])[0])

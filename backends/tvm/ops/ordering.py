@@ -219,6 +219,8 @@ def _nest(extents: Sequence[Any]) -> Iterator[list[Any]]:
 
 
 def _scatter(ctx: Context, node: Node, x: Any, ids: Any, updates: Any) -> Any:
+    if 0 in node.output.shape:
+        return x
     types = tuple((v.tensor.dtype, *(d if isinstance(d, int) else None for d in v.shape)) for v in node.inputs)
     gv = ctx.kernel((node.op.name, node.attrs, types), lambda: _scatter_kernel(node), node.op.name)
     return ctx.call(gv, [x, ids, updates], ctx.type(node.output.type))

@@ -71,7 +71,7 @@ def arg_extreme(c: Emitter, n: NodeView, x: Operand) -> Any:
 
 @op("CumSum")
 def cumsum(c: Emitter, n: NodeView, x: Operand, axis: Operand) -> Any:
-    at = int(c.const(axis, "the axis of a running sum"))
+    at = int(c.const(axis, "the axis of a running sum").reshape(()))
     return c.cumsum(x, axis=at, exclusive=bool(n["exclusive"]), reverse=bool(n["reverse"]))
 
 
@@ -79,7 +79,7 @@ def cumsum(c: Emitter, n: NodeView, x: Operand, axis: Operand) -> Any:
 def cumprod(c: Emitter, n: NodeView, x: Operand, axis: Operand) -> Any:
     """Row i of a [n, n] table holds the factors of element i, 1 elsewhere."""
     rank = c.rank(x)
-    at = int(c.const(axis, "the axis of a running product")) % rank
+    at = int(c.const(axis, "the axis of a running product").reshape(())) % rank
     size = c.shape(x)[at]
     row, column = c.along(c.iota(size=size), 0, 2), c.along(c.iota(size=size), 1, 2)
     if n["reverse"]:
