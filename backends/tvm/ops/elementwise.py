@@ -314,13 +314,13 @@ def _round(ctx: Context, node: Node, x: Any) -> Any:
 def _div(ctx: Context, node: Node, x: Any, y: Any) -> Any:
     if node.output.tensor.dtype.is_float:
         zero, by_zero = map(_zero, node.inputs)
-        if by_zero is not None:  # TVM stops at a number divided by the number 0
-            factor = math.nan if zero is not None else math.copysign(math.inf, by_zero)
-            return _kept(ctx, node, 0.0, lambda _, v: v * tirx.const(factor, v.ty.dtype), _broadcast(ctx, node, [x, y])[0])
+        if by_zero is not None:  # which TVM refuses
+            v = _broadcast(ctx, node, [x, y])[0]
+            if zero is not None:
+                return _kept(ctx, node, zero, lambda _, v: v * tirx.const(math.nan, v.ty.dtype), v)
+            return _kept(ctx, node, by_zero, lambda zero, v: v / zero, v)
         if zero is not None:
             return _kept(ctx, node, zero, lambda zero, v: zero / v, _broadcast(ctx, node, [x, y])[1])
-        if (zero := _zero(node.inputs[1])) is not None:  # which TVM refuses
-            return _kept(ctx, node, zero, lambda zero, v: v / zero, _broadcast(ctx, node, [x, y])[0])
         return ctx.emit(R.divide(*_aligned(ctx, node, [x, y])))
     return _divided(ctx, node, tirx.truncdiv, x, y)
 
