@@ -100,6 +100,8 @@ def build(fields: Fields) -> tuple[str, nn.Module]:
     """The family's name and the module that a configuration describes."""
     kind = fields.take("model_type", str)
     if kind not in FAMILIES:
+        if kind in BACKBONES:
+            raise fields.fail(f"model_type {kind!r} is an encoder: what is made of its output its folder says; give the folder")
         known = dict.fromkeys([*FAMILIES, *BACKBONES])
         near = difflib.get_close_matches(kind, known, 1)
         raise fields.fail(

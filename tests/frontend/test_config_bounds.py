@@ -78,3 +78,9 @@ def test_a_token_of_padding_that_no_table_holds(tmp_path: Path, pad: int) -> Non
     (folder / "config.json").write_text(json.dumps({**config, "pad_token_id": pad}))
     with pytest.raises(ConfigError, match="pad_token_id = "):
         from_pretrained(folder)
+
+
+def test_the_configuration_of_an_encoder_alone(tmp_path: Path) -> None:
+    """It was said to be not supported, and nearest to itself."""
+    with pytest.raises(ConfigError, match=r"model_type 'bert' is an encoder: .* give the folder"):
+        described(write(tmp_path, model_type="bert"))
