@@ -37,7 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Kernels for sets that this processor lacks, whose instructions are computed in software: `make test` runs a third.
 
-    Of each test, every set gets another third, so that each case runs on some set; all of them are run with the slow tests.
+    Of each test of many cases, every set gets another third, so that each case runs on some set; the slow tests run all.
     """
     cases: dict[str, dict[str, list[pytest.Item]]] = {}  # the items of each test, and in it of each set
     for item in items:
@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for sets in cases.values():
         for first, found in enumerate(sets.values()):
             for i, item in enumerate(found):
-                if len(found) >= SAMPLE and (i - first) % SAMPLE:
+                if len(found) > 3 * SAMPLE and (i - first) % SAMPLE:
                     item.add_marker(pytest.mark.slow)
 
 
