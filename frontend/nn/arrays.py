@@ -221,7 +221,7 @@ def _arg(op: str, x: Tensor, axis: int | None, keepdims: bool) -> Tensor:
 
 
 def sort(x: Tensor, axis: int = -1, descending: bool = False) -> Tensor:
-    """In ascending (or ``descending``) order along ``axis``; NaN last. :func:`argsort` says from where."""
+    """In ascending (or ``descending``) order along ``axis``; NaN is the greatest. :func:`argsort` says from where."""
     return emit("sort", x, axis=x._axis(axis), descending=descending)
 
 

@@ -150,7 +150,7 @@ def cumsum(x: Tensor, axis: int = -1) -> Tensor:
 
 
 def top_k(x: Tensor, k: int, axis: int = -1) -> tuple[Tensor, Tensor]:
-    """The ``k`` largest along ``axis`` and their indices (i64), largest first."""
+    """The ``k`` largest along ``axis`` and their indices (i64), largest first; NaN is the greatest."""
     return emit("top_k", x, k=k, axis=axis)
 
 

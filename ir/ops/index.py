@@ -350,7 +350,7 @@ _ODD = np.array([0.5, np.nan, 1.0, np.inf, -np.inf, np.nan, 1.0, -0.0, 0.0], np.
 
 @register
 class Sort(Op):
-    """Elements along ``axis`` in ascending (or ``descending``) order; stable; NaN last."""
+    """Elements along ``axis`` in ascending (or ``descending``) order; stable; NaN is the greatest."""
 
     name = "sort"
     kind = "ordered"
@@ -396,16 +396,13 @@ def _order(x: np.ndarray, axis: int, descending: bool) -> np.ndarray:
     if not descending:
         return np.argsort(x, axis, kind="stable")
     back = np.flip(x, axis)  # stable for equal elements: sort the reversed, then reverse
-    nan = np.isnan(back) if x.dtype.kind not in "iub" else np.zeros(back.shape, bool)
-    places = x.shape[axis] - 1 - np.flip(np.argsort(back, axis, kind="stable"), axis)
-    count = nan.sum(axis, keepdims=True)  # NaN sorts last, so it is first here: roll it to the end
-    at = np.arange(x.shape[axis]).reshape([-1 if i == axis else 1 for i in range(x.ndim)])
-    return np.take_along_axis(places, (at + count) % max(x.shape[axis], 1), axis)
+    return x.shape[axis] - 1 - np.flip(np.argsort(back, axis, kind="stable"), axis)
 
 
 @register
 class TopK(Op):
-    """The ``k`` largest (or smallest) elements along ``axis``, in order, and their places (i64); the first of equals first."""
+    """The ``k`` largest (or smallest) elements along ``axis``, in order, and their places (i64); the first of equals first; NaN
+    is the greatest."""
 
     name = "top_k"
     kind = "ordered"

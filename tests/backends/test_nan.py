@@ -131,3 +131,21 @@ def test_nothing_is_known_of_a_float(optimized: bool) -> None:
         np.testing.assert_array_equal(got.astype(np.float64), want.astype(np.float64), err_msg=name)
         if want.dtype != bool:
             assert (np.signbit(got) == np.signbit(want))[~np.isnan(want.astype(np.float64))].all(), name
+
+
+@pytest.mark.parametrize("k", [2, 6])
+def test_nan_is_the_greatest(k: int) -> None:
+    """As torch.sort and torch.topk have it, and ONNX: among the largest it comes first, and nobody takes it for small."""
+    program = parse_program(f"""graph @f(%x: f32[6]) {{
+  %up: f32[6] = sort(%x) {{axis=0}}
+  %down: f32[6] = sort(%x) {{axis=0, descending=true}}
+  %large: f32[{k}], %at: i64[{k}] = top_k(%x) {{k={k}, axis=0}}
+  %small: f32[{k}], %there: i64[{k}] = top_k(%x) {{k={k}, axis=0, largest=false}}
+  return %up, %down, %large, %at, %small, %there
+}}""")
+    x = np.array([1, np.nan, 3, -np.inf, np.nan, 3], np.float32)
+    down, places = np.array([np.nan, np.nan, 3, 3, 1, -np.inf], np.float32), np.array([1, 4, 2, 5, 0, 3])
+    up, there = np.array([-np.inf, 1, 3, 3, np.nan, np.nan], np.float32), np.array([3, 0, 2, 5, 1, 4])
+    for found in (evaluate(program["f"], {"x": x}), [*Runner(program, cpu())("f", {"x": x}).values()]):
+        for got, want in zip(found, (up, down, down[:k], places[:k], up[:k], there[:k]), strict=True):
+            np.testing.assert_array_equal(got, want)

@@ -58,8 +58,9 @@ def _order_kernel(dtype: str, is_float: bool, descending: bool, levels: int) -> 
 
     def before(a: Any, b: Any) -> Any:
         """Whether b has to stand before a, which stands first."""
-        strictly = b > a if descending else b < a
-        return tirx.any(strictly, tirx.all(tirx.isnan(a), tirx.Not(tirx.isnan(b)))) if is_float else strictly
+        less, greater = (a, b) if descending else (b, a)
+        strictly = greater > less
+        return tirx.any(strictly, tirx.all(tirx.isnan(greater), tirx.Not(tirx.isnan(less)))) if is_float else strictly
 
     @T.prim_func(s_tir=True, private=True)
     def order(x_ptr: T.handle, out_ptr: T.handle, work_ptr: T.handle) -> None:
