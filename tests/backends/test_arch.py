@@ -17,7 +17,7 @@ import pytest
 from tvm.target import codegen
 from wasat.backends.tvm.build import BuildError, Runner, check_tools
 from wasat.backends.tvm.cpu import arch
-from wasat.backends.tvm.cpu.arch import ARCHES, Arch, RuntimeMissing, arch_of
+from wasat.backends.tvm.cpu.arch import ARCHES, Arch, LinkError, RuntimeMissing, arch_of
 from wasat.backends.tvm.cpu.kernels.isa import AVX2, AVX512_VNNI, NEON, NEON_DOTPROD, NEON_I8MM, Isa, isa_of
 from wasat.backends.tvm.targets import target_named
 from wasat.ir import IRError, Program, parse
@@ -186,5 +186,5 @@ def test_here_it_is_that_of_the_packages() -> None:
 
 
 def test_what_the_linker_says_is_told(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"false cannot link .*out.so"):
+    with pytest.raises(LinkError, match=r"false cannot link .*out.so"):
         arch._link(["false"])(str(tmp_path / "out.so"), [])

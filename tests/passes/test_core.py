@@ -237,7 +237,7 @@ def test_a_pass_that_does_not_say_whether_it_changed_something(told: Any) -> Non
             PassManager([p]).run(program)
 
 
-@pytest.mark.parametrize("given", [None, 3, "cleanup", Pass, object()], ids=str)
+@pytest.mark.parametrize("given", [None, 3, "cleanup", Pass, object()], ids=["none", "number", "name", "class", "object"])
 def test_what_is_no_pass(given: Any) -> None:
     with pytest.raises(PassError, match="is no pass: give objects"):
         PassManager([given]).run(random_program(TEXT))

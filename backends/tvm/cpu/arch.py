@@ -69,6 +69,10 @@ class RuntimeMissing(WasatError):
     """TVM's runtime for another architecture could not be fetched."""
 
 
+class LinkError(WasatError):
+    """The linker refused what was compiled, or had no room for it."""
+
+
 @dataclass(frozen=True)
 class Arch:
     """A processor architecture, by the name that ``platform.machine()`` has for it under Linux, and a system."""
@@ -117,7 +121,7 @@ class Arch:
     def linker(self) -> list[str] | None:
         """The command of a C++ compiler that links for it; None where there is none."""
         if self.here:
-            return next(([c] for c in ("g++", "clang++", "c++") if shutil.which(c)), None)
+            return next(([c] for c in (os.environ.get("CXX", ""), "g++", "clang++", "c++") if shutil.which(c)), None)
         compiler = self.system.compiler.format(self.name)
         if compiler and shutil.which(compiler):
             return [compiler]
@@ -139,7 +143,7 @@ class Arch:
         options = list(self.system.options)
         if self.system.imports:
             options.append(str(self._runtime_file("apache-tvm-ffi", self.system.imports)))
-        return {"options": options} if self.here else {"options": options, "fcompile": _link(self.linker() or [])}
+        return {"options": options, "fcompile": _link(self.linker() or [])}
 
     # -- the runtime --------------------------------------------------------------------------------------------------------
     def runtime_files(self) -> list[Path]:
@@ -168,7 +172,7 @@ def _link(command: Sequence[str]) -> Callable[..., None]:
                 [*command, "-shared", "-fPIC", "-o", str(made), *objects, *(options or ())], capture_output=True, text=True
             )
             if done.returncode:
-                raise RuntimeError(f"{' '.join(command)} cannot link {output}: {done.stderr.strip()}")
+                raise LinkError(f"{' '.join(command)} cannot link {output}: {done.stderr.strip()}")
             shutil.move(made, output)
 
     return link
