@@ -162,7 +162,7 @@ class Interface:
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------------
-_DTYPE = re.compile(r"bool|u?int(2|4|8|16|32|64)|float(16|32|64)|bfloat16|float[48]_e\d+m\d+(fnu?)?")
+_DTYPE = re.compile(r"bool|u?int(2|4|8|16|32|64)|float(16|32|64)|bfloat16|float[48]_e\d+m\d+(fnuz?|fn)?")
 
 
 def read_tensor(f: Fields) -> TensorSpec:
