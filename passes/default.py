@@ -55,7 +55,8 @@ def default_pipeline(
     activation = None if half else activation
     passes: list[Pass] = [
         FoldDequantized(), Cleanup(fold_positions=False), ReadTables(), SimplifyIndices(), FuseNorm(), FuseRope(),
-        FuseActivations(), FuseAttention(), Cleanup(), FuseRecurrence(), FuseExperts(), Cleanup(), KeepQuantized(activation),
+        FuseActivations(), FuseAttention(whole=kv_cache is None), Cleanup(), FuseRecurrence(), FuseExperts(), Cleanup(),
+        KeepQuantized(activation),
     ]  # fmt: skip
     if quantize is not None or overrides:
         scheme, given = quantize or "f32", tuple((overrides or {}).items())

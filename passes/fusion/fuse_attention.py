@@ -16,6 +16,7 @@ from ..analyses.factors import product, scaling
 from ..analyses.mask import FINITE_FILL, LEAST_FILL, Mask, analyze, hidden_by, is_fill
 from ..core import GraphPass, Remarks
 from ..pattern import erase_dead, number_of, replace
+from . import blind
 from .heads import MaskPart, Miss, check_masks, emit_mask, operands
 from .sinks import Logits, Weights, drops, weights
 
@@ -44,15 +45,18 @@ class FuseAttention(GraphPass):
     Takes multi-head, grouped (by repetition or broadcast of heads) and multi-query attention in any order of axes; a scale on
     scores, queries or keys, one for each head too; softcap; causal and window predicates over positions in any spelling, which
     become attributes; other masks, boolean or additive, which stay operands; a softmax in a wider type.
+
+    ``whole``: no cache is derived afterwards, and a query that sees nothing may be given all values.
     """
 
+    whole: bool = False
     name = "fuse-attention"
     in_bodies = True
 
     def run_graph(self, graph: Graph, remarks: Remarks) -> bool:
         changed = False
         for node in graph.nodes:
-            if node.is_a("attention") and _read_mask(graph, node, remarks):
+            if node.is_a("attention") and _read_mask(graph, node, remarks, self.whole):
                 changed = True
             w = weights(node)
             if w is None:
@@ -444,7 +448,7 @@ def _fuse(graph: Graph, w: Weights) -> Value:
     return y
 
 
-def _read_mask(graph: Graph, node: Node, remarks: Remarks) -> bool:
+def _read_mask(graph: Graph, node: Node, remarks: Remarks, whole: bool) -> bool:
     """Predicates in the boolean mask of an attention, or in a choice between 0 and -inf, become attributes."""
     q, k, v, *more = node.inputs
     a = AttentionAttrs.of(node)
@@ -453,13 +457,18 @@ def _read_mask(graph: Graph, node: Node, remarks: Remarks) -> bool:
         return False
     shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
     read = hidden_by(mask, shape) if mask.tensor.dtype.is_float else None
-    if read is not None and read[2] == float("-inf"):
-        found, whole, _ = read
-        rest = [] if whole else [mask]
+    if read is not None and (read[2] == float("-inf") or (read[1] and _exact(read[0], read[2], shape))):
+        found, all_of_it, _ = read
+        rest = [] if all_of_it else [mask]
     else:
         condition, keep, fill = _choice(mask) or (mask, True, float("-inf"))
-        if condition.tensor.dtype is not DType.BOOL or fill != float("-inf"):
+        if condition.tensor.dtype is not DType.BOOL:
             return False
+        if fill != float("-inf"):
+            made = blind.apart(graph, node, condition, keep, fill) if whole else None
+            if made is not None:
+                remarks.applied(_describe(made), made)
+            return made is not None
         found = analyze(condition, shape, keep)
         rest = [mask] if found.operands == [(condition, not keep)] else []
     causal, window = a.causal, a.window

@@ -21,8 +21,8 @@ CASES: dict[str, tuple[int, int, int]] = {
     "gpt2_sdpa_legacy": (2, 2, 2),
     "llama_sdpa": (2, 2, 0),
     "llama_sdpa_23": (2, 2, 0),
-    "llama_masked": (2, 0, 2),  # a finite number stands for -inf, and a hidden row may see nothing: the mask is kept whole
-    "llama_legacy": (2, 0, 2),
+    "llama_masked": (2, 2, 2),  # a finite number stands for -inf, and a query of padding alone sees nothing
+    "llama_legacy": (2, 2, 2),
     "llama_past": (2, 0, 2),
     "qwen3_sdpa": (2, 2, 0),
     "qwen2_vl": (2, 2, 0),
