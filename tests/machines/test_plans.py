@@ -268,3 +268,17 @@ def test_sizes_that_are_differences(target: str, body: str) -> None:
             continue
         want = ws.run(program, "f", x=x)["y"]
         np.testing.assert_allclose(runner("f", {"x": x})["y"], want, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", ["webgpu", "opencl"])
+def test_a_kernel_of_any_width(target: str) -> None:
+    """Its sum is one of those that TVM's rule shares among threads in a way that TVM does not lower."""
+    need(target)
+    text = "graph @f(%x: f32[m, 2, b], %w: f32[4, 2, n]) {\n"
+    text += "  %y: f32[m, 4, b - n + 1] = conv(%x, %w) {strides=(1,), low=(0,), high=(0,)}\n  return %y\n}"
+    program = random_program(text)
+    runner = PlanRunner(program.copy(), target_named(target))
+    for m, b, n in ((1, 1, 1), (2, 9, 3), (3, 70, 65)):
+        rng = np.random.default_rng(n)
+        arrays = {"x": rng.standard_normal((m, 2, b), np.float32), "w": rng.standard_normal((4, 2, n), np.float32)}
+        np.testing.assert_allclose(runner("f", arrays)["y"], ws.run(program, "f", **arrays)["y"], atol=1e-4)

@@ -135,14 +135,22 @@ class _Apart(dl.ScheduleRule):
 
 
 class _Tried(dl.ScheduleRule):
-    """A rule that leaves to the next ones what it begins and cannot end: sizes that are no sums of loops' variables."""
+    """A rule that leaves to the next ones what it begins and cannot end: sizes that are no sums of loops' variables, and what
+    its threads share of a sum in a way that TVM does not lower afterwards."""
+
+    _lowered = tvm.transform.Sequential(
+        [tvm.s_tir.transform.CanonicalizeLoop(), tvm.s_tir.transform.LowerCrossThreadReduction()]
+    )
 
     def __init__(self, rule: Any) -> None:
         self.rule = rule
 
     def apply(self, func: Any, target: Any, tunable: bool) -> Any:
         try:
-            return self.rule.apply(func, target, tunable)
+            made = self.rule.apply(func, target, tunable)
+            for schedule in made if isinstance(made, list) else [made] * (made is not None):
+                self._lowered(schedule.mod)
+            return made
         except (tvm.s_tir.ScheduleError, tvm.error.InternalError, AssertionError, IndexError, ValueError):
             return None
 
