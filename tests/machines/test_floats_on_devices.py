@@ -36,12 +36,10 @@ def _of_two(dtype: str) -> dict[str, str]:
         "products": f"{head} %p: {x} = mul(%x, %y)\n %q: {x} = mul(%x, %y)\n %r: {x} = sub(%p, %q)",
         "chosen_less_other": f"{chosen} %r: {x} = sub(%s, %y)",
         "chosen_less_one": f"{chosen} %r: {x} = sub(%s, %x)",
-        "over_zero": f"{head} %r: {x} = div(%x, 0.0:{dtype})",
-        "over_minus_zero": f"{head} %r: {x} = div(%y, -0.0:{dtype})",
     }
 
 
-LEFT_OPEN = {"wgsl": ("minus_itself", "sum_less_a_part", "products", "over_minus_zero"), "opencl": (), "cuda": ()}
+LEFT_OPEN = {"wgsl": ("minus_itself", "sum_less_a_part", "products", "over_minus_0"), "opencl": (), "cuda": ()}
 """What a language leaves to its compilers. WGSL: whether there are NaN, infinities, signs of zero (Mesa's makes 0 of x - x)."""
 FUSED = ("products",)
 """A product and a difference may be one instruction, which rounds once: compared are the places of NaN."""
