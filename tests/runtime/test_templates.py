@@ -136,16 +136,15 @@ HOSTILE = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def shorter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template, "SECONDS", 1.0)
-
-
 @pytest.mark.parametrize("text", HOSTILE)
-def test_hostile_templates_get_a_sentence(text: str, shorter: None) -> None:
-    with pytest.raises(InputError, match=f"the chat template refuses the conversation, or fails: .*({HOSTILE[text]})"):
-        templates(text).render([USER])
-    assert templates("{{ messages[0].content }}").render([USER]) == USER["content"]  # and the next one is well
+def test_hostile_templates_get_a_sentence(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    well = templates("{{ messages[0].content }}")
+    assert well.render([USER]) == USER["content"]  # starting its process takes as long as it takes
+    with monkeypatch.context() as m:
+        m.setattr(template, "SECONDS", 1.0)
+        with pytest.raises(InputError, match=f"the chat template refuses the conversation, or fails: .*({HOSTILE[text]})"):
+            templates(text).render([USER])
+    assert well.render([USER]) == USER["content"]  # and the next one is well
 
 
 def test_a_template_that_writes_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
