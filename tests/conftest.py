@@ -59,11 +59,11 @@ def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     from wasat.backends.tvm import build as backend
 
     build, folder = backend.build, tmp_path_factory.mktemp("compiled")
-    libraries: dict[tuple[str, str], Any] = {}
+    libraries: dict[tuple[str, ...], Any] = {}
     files: dict[int, Path] = {}
 
     def build_once(program: Any, target: Any, *rest: Any) -> Any:
-        key = str(program), f"{target.tvm} {target.threads}"
+        key = str(program), f"{target.tvm} {target.threads}", *map(str, rest)
         if key not in libraries:
             libraries[key] = build(program, target, *rest)
         return libraries[key]

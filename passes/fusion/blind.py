@@ -26,7 +26,8 @@ def apart(graph: Graph, node: Node, condition: Value, keep: bool, fill: float) -
     of ``node``, whose mask chooses between 0 (where ``condition`` is ``keep``) and ``fill``. Returns the attention; None where
     the mask says nothing of positions, or a query that sees nothing gives something else than the mean."""
     q, k, v, *more = node.inputs
-    a, (mask, sink) = AttentionAttrs.of(node), mask_and_sink(AttentionAttrs.of(node), more)
+    a = AttentionAttrs.of(node)
+    mask, sink = mask_and_sink(a, more)
     if sink is not None or a.causal or a.window is not None or fill > _TAKES_UP or q.tensor.dtype is not DType.F32:
         return None
     if mask is None or len(condition.shape) > 4 or equal(q.shape[1], k.shape[1]) is not True:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kept import DIM, HEADS, INF, VOCAB, WIDTH, Mix, Model, Rows, merged, scores
+from test_kept import DIM, HEADS, INF, WIDTH, Mix, Model, check_incremental, merged, scores
 from wasat.frontend import nn
 from wasat.ir import IRError, Program
 
@@ -125,19 +125,7 @@ def derived(name: str) -> tuple[Program, Program]:
 @given(st.data())
 @settings(max_examples=2, deadline=None)
 def test_incremental_equals_full(name: str, data: st.DataObject) -> None:
-    """Any chunking, rows of different lengths padded on the right with tokens like any other."""
-    forward, program = derived(name)
-    rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
-    batch = data.draw(st.integers(1, 3))
-    rows, session = [np.zeros(0, np.int64)] * batch, Rows(program, batch)
-    for _ in range(data.draw(st.integers(2, 4))):
-        lengths = np.array([data.draw(st.integers(1, 6)) for _ in range(batch)])
-        tokens = rng.integers(0, VOCAB, (batch, lengths.max()))
-        got = session.feed(tokens, lengths)
-        rows = [np.concatenate([r, t[:n]]) for r, t, n in zip(rows, tokens, lengths)]
-        for r, row in enumerate(rows):
-            want = ws.run(forward, tokens=row[None])["logits"][0, -1]
-            np.testing.assert_allclose(got[r], want, rtol=1e-4, atol=1e-5, err_msg=f"row {r} after {len(row)}")
+    check_incremental(*derived(name), data)
 
 
 @pytest.mark.parametrize(
