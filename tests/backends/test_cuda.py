@@ -16,9 +16,10 @@ def test_decoder_compiles(weights: str) -> None:
     code = made.launches.source
     assert "__global__" in code
     stored = {"f16": "float16", "int4": "int4b32f16"}[weights]
-    products = [f"{kind}_{stored}" for kind in ("gemm", "gemv4", "embedding")]
-    assert [k for k in (*products, "cache_write_ring", "attention_whole_full", "decode_split") if k not in code] == []
-    [slow] = made.left
-    assert slow.why.startswith("8 products of many rows without tensor cores: its activations are ")
+    wanted = [f"{kind}_{stored}" for kind in ("gemm", "gemv4", "embedding")]
+    assert [k for k in (*wanted, "cache_write_ring", "attention_whole_full", "decode_split") if k not in code] == []
+    products, attentions = made.left
+    assert products.why.startswith("8 products of many rows without tensor cores: its activations are ")
+    assert attentions.why == "2 attentions of many queries without tensor cores: its queries are f32"
     # states keep their plain form: the layouts of the CPU's kernels are the CPU's affair
     assert all(str(t.shape[2:]) == "(2, 24)" for t in target.state_types(program).values())

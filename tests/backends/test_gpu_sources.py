@@ -11,6 +11,7 @@ import pytest
 import tvm
 import tvm_ffi
 from wasat.backends.tvm.gpu.kernels.attention import Attention, attention
+from wasat.backends.tvm.gpu.kernels.convolution import Conv, convolution
 from wasat.backends.tvm.gpu.kernels.elementwise import CacheWrite, Embedding, Glu, Rope, cache_write, embedding, glu, rope
 from wasat.backends.tvm.gpu.kernels.formats import Codes, Floats, format_of
 from wasat.backends.tvm.gpu.kernels.linear import Linear, linear
@@ -46,6 +47,8 @@ CASES: list[tuple[Any, Any]] = [
     (Embedding(WEBGPU, 9, 70, of("int8")), embedding), (CacheWrite(WEBGPU, 2, 16, 8, ring=True), cache_write),
     (Attention(WEBGPU, 4, 2, 256, 256, 0.1, mask="fB"), attention),
     (Attention(WEBGPU, 4, 2, 64, 64, 0.1, 3.0, 9, cached=True, ring=True, mask="bBH"), attention),
+    *((Conv(limits, n, 8, (3, 3), (1, 1), (1, 1), (1, 1), (1, 1), (True, True), bias=True), convolution)
+      for limits, n in ((WEBGPU, 64), (WEBGPU, 32), (WEBGPU, 16), (WEBGPU, 4), (SMALL, 64), (SMALL, 16))),
     (Attention(WEBGPU, 8, 1, 256, 256, 0.1, cached=True, decode=True), attention),
     (Attention(WEBGPU, 4, 4, 64, 64, 0.1, cached=True, decode=True), attention),
 ]  # fmt: skip

@@ -141,6 +141,20 @@ inline void soft_ldmatrix_sync_aligned_m8n8_x4_shared_b16(unsigned& a, unsigned&
   for (int i = 0; i < 4; i++) memcpy(to[i], soft_place((unsigned)rows[8 * i + lane / 4]) + lane % 4 * 4, 4);
   soft_warp_done();
 }
+inline void soft_ldmatrix_sync_aligned_m8n8_x4_trans_shared_b16(unsigned& a, unsigned& b, unsigned& c, unsigned& d, unsigned at) {
+  soft_aligned(soft_place(at));
+  const uint64_t* rows = soft_warp(at);
+  int lane = soft_lane();
+  unsigned* to[] = {&a, &b, &c, &d};
+  for (int i = 0; i < 4; i++)
+    for (int e = 0; e < 2; e++) memcpy((char*)to[i] + 2 * e, soft_place((unsigned)rows[8 * i + lane % 4 * 2 + e]) + lane / 4 * 2, 2);
+  soft_warp_done();
+}
+// 2^x within two units of the last place, as the ISA has it (here it is off by one); no subnormal numbers
+inline void soft_ex2_approx_ftz_f32(float& d, float x) {
+  d = nextafterf(exp2f(x), x > 0 ? 0.0f : 1.0f);
+  if (d < 0x1p-126f) d = 0;
+}
 inline float soft_f16(unsigned bits) { __half h; h.bits = (uint16_t)bits; return h; }
 inline float soft_bf16(unsigned bits) { unsigned wide = bits << 16; float y; memcpy(&y, &wide, 4); return y; }
 struct soft_fragments { unsigned a[4], b[2]; };

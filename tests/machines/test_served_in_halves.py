@@ -45,6 +45,7 @@ def test_a_session(tmp_path: Path) -> None:
         session = ws.load(tmp_path / "a.wasat").session(1)
         rows = [session.step(tokens[:, :11]), *(session.step(tokens[:, i : i + 1]) for i in range(11, 14))]
     assert "5 products of many rows on tensor cores" in report.explain()
-    assert sum("_mma_" in k for k in kernels) >= 3
+    assert "2 attentions of many queries on tensor cores" in report.explain()
+    assert sum("_mma_" in k for k in kernels) >= 4
     assert not any("_gemm_" in k or "matmul" in k or "softmax" in k for k in kernels)
     assert_near(np.concatenate([np.asarray(r).reshape(1, -1) for r in rows]), logits[0, 10:], bound(logits, far)[0, 10:])

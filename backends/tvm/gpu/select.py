@@ -2,12 +2,14 @@
 
 Selected are ``linear``, ``quantized_linear`` and both of groups, where the weight is a parameter; ``embedding`` and
 ``quantized_embedding``; ``rms_norm`` and ``layer_norm``, of a sum too; ``softmax`` of the last axis, ``glu``, ``rope``,
-``attention``, ``cached_attention`` and ``cache_start``. Whatever is not, TVM's own schedules do; :class:`Left` says why.
+``attention``, ``cached_attention`` and ``cache_start``; ``conv``. Whatever is not, TVM's own schedules do; :class:`Left` says
+why.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Literal, cast
 
 from wasat.ir import DType, Graph, Node, QTensorType, TensorType, Value, equal
@@ -16,15 +18,22 @@ from wasat.ir.ops.nn import NormAttrs
 
 from ..lower import Left, Result
 from ..selection import KernelSelection, Refused, Shape, need_elements, need_sizes
+from .convolution import select_conv
 from .kernels.attention import Attention, attention
 from .kernels.elementwise import CacheWrite, Embedding, Glu, Rope, cache_write, embedding, glu, rope
 from .kernels.formats import Format, format_of
 from .kernels.linear import MOST_ROWS, Linear, linear
 from .kernels.rows import Norm, RoundRows, Softmax, norm, round_rows, softmax
+from .kernels.tensor_attention import tensor_attention
 from .limits import Limits
 from .weights import layout_of
 
 _TVM = {DType.F32: "float32", DType.F16: "float16", DType.BF16: "bfloat16", DType.I64: "int64", DType.I32: "int32"}
+
+_OF_TENSOR_CORES = (
+    (Linear, "product of many rows", "products of many rows"),
+    (Attention, "attention of many queries", "attentions of many queries"),
+)
 
 
 def selection(limits: Limits) -> Callable[..., list[Left]]:
@@ -40,8 +49,8 @@ class Selection(KernelSelection):
         self.limits = limits
         self.rounded: dict[tuple[Value, int], Value] = {}
         """Rows as they are once quantized, in blocks of a size."""
-        self.many: list[tuple[Linear, Node]] = []
-        """Products of many rows."""
+        self.many: list[tuple[Linear | Attention, Node]] = []
+        """Products of many rows, attention of many queries."""
 
     def run(self) -> list[Left]:
         takes: dict[str, Callable[[Node], None]] = {
@@ -49,6 +58,7 @@ class Selection(KernelSelection):
             **dict.fromkeys(("grouped_linear", "quantized_grouped_linear"), self._grouped),
             **dict.fromkeys(("embedding", "quantized_embedding"), self._embedding),
             "rms_norm": self._norm, "layer_norm": self._norm, "softmax": self._softmax, "glu": self._glu, "rope": self._rope,
+            "conv": partial(select_conv, self),
             "attention": self._attention, "cached_attention": self._cached_attention, "cache_start": self._cache_start,
         }  # fmt: skip
         left = []
@@ -65,29 +75,35 @@ class Selection(KernelSelection):
         return [*left[::-1], *self._tensor_cores()]
 
     def _tensor_cores(self) -> Iterator[Left]:
-        """Where the device has such: how many products of many rows are theirs, and why others are not."""
+        """Where the device has such: what of many rows is theirs, and why the rest is not."""
         if not self.limits.tensor:
             return
-        whys: dict[str, list[Node]] = {}
-        for desc, node in reversed(self.many):
-            whys.setdefault(desc.slow or "", []).append(node)
-        for why, nodes in whys.items():
-            count = f"{len(nodes)} product{'s' * (len(nodes) > 1)} of many rows"
-            if not why:
-                yield Left(self.graph.name, f"{count} on tensor cores", nodes[0].loc, "fast")
-            else:
-                yield Left(self.graph.name, f"{count} without tensor cores: {why}", nodes[0].loc, "slow")
+        for kind, one, more in _OF_TENSOR_CORES:
+            whys: dict[str, list[Node]] = {}
+            for desc, node in reversed(self.many):
+                if isinstance(desc, kind):
+                    whys.setdefault(desc.slow or "", []).append(node)
+            for why, nodes in whys.items():
+                count = f"{len(nodes)} {more if len(nodes) > 1 else one}"
+                if not why:
+                    yield Left(self.graph.name, f"{count} on tensor cores", nodes[0].loc, "fast")
+                else:
+                    yield Left(self.graph.name, f"{count} without tensor cores: {why}", nodes[0].loc, "slow")
 
     # -- what kernels compute with ------------------------------------------------------------------------------------------
-    def _float(self, *values: Value | None) -> str:
+    def float_of(self, *values: Value | None) -> str:
         """The one element type of the values that there are."""
         found = {v.tensor.dtype for v in values if v is not None}
         if len(found) != 1:
             raise Refused(f"its operands are of {' and '.join(sorted(map(str, found)))}")
         [dtype] = found
-        if dtype not in (DType.F32, DType.BF16) and not (dtype is DType.F16 and self.limits.f16):
+        if not self.reads(dtype):
             raise Refused(f"it computes with {dtype}")
         return _TVM[dtype]
+
+    def reads(self, dtype: DType) -> bool:
+        """Whether kernels read arrays of such elements, and compute of them in f32."""
+        return dtype in (DType.F32, DType.BF16) or (dtype is DType.F16 and self.limits.f16)
 
     @staticmethod
     def _index(v: Value) -> str:
@@ -122,7 +138,7 @@ class Selection(KernelSelection):
     def _linear(self, node: Node) -> None:
         x, w = node.inputs[:2]
         bias = node.inputs[2] if len(node.inputs) > 2 else None
-        dtype, out = self._float(x, bias), node.output
+        dtype, out = self.float_of(x, bias), node.output
         w, f = self._weight(w)
         rows = self._rounded(node, x, w)
         n, k = w.shape
@@ -141,7 +157,7 @@ class Selection(KernelSelection):
         block = cast(QTensorType, w.type).row_block
         if (x, block) not in self.rounded:
             m, k = self.rows(x)
-            desc = RoundRows(self.limits, k, block, self._float(x))
+            desc = RoundRows(self.limits, k, block, self.float_of(x))
             first = x.node  # where the rows are made: any product of them may be the first
             at = self._after(first) if first is not None else next(iter(self.graph.nodes))
             result = Result(TensorType(DType.F32, x.shape), (m, k))
@@ -157,7 +173,7 @@ class Selection(KernelSelection):
     def _grouped(self, node: Node) -> None:
         x, w, groups = node.inputs[:3]
         bias = node.inputs[3] if len(node.inputs) > 3 else None
-        dtype, out, b = self._float(x, bias), node.output, self.builder(node)
+        dtype, out, b = self.float_of(x, bias), node.output, self.builder(node)
         w, f = self._weight(w)
         e, n, k = cast(tuple[int, int, int], w.shape)
         index = self._index(groups)
@@ -178,7 +194,7 @@ class Selection(KernelSelection):
 
     def _embedding(self, node: Node) -> None:
         w, ids, out = *node.inputs, node.output
-        dtype, (w, f) = self._float(out), self._weight(w)
+        dtype, (w, f) = self.float_of(out), self._weight(w)
         n, k = cast(tuple[int, int], w.shape)
         m, _ = self.rows(out)
         scale, index = 1.0, self._index(ids)
@@ -194,7 +210,7 @@ class Selection(KernelSelection):
     # -- rows ---------------------------------------------------------------------------------------------------------------
     def _norm(self, node: Node) -> None:
         x, *scales = node.inputs
-        dtype, out = self._float(x, *scales), node.output
+        dtype, out = self.float_of(x, *scales), node.output
         m, n = self.rows(x)
         need_sizes(n)
         if n == 0:
@@ -216,14 +232,14 @@ class Selection(KernelSelection):
         x, out = node.inputs[0], node.output
         if cast(Any, node.attrs).axis != x.tensor.rank - 1:
             raise Refused("its axis is not the last one")
-        dtype, (m, n) = self._float(x), self.rows(x)
+        dtype, (m, n) = self.float_of(x), self.rows(x)
         desc = Softmax(self.limits, n if isinstance(n, int) and n else None, dtype)
         [y] = self.call(node, desc, softmax, [x], [Result(out.tensor, (m, n))], {0: (m, n)})
         self.graph.replace_uses(out, y)
 
     def _glu(self, node: Node) -> None:
         x, out = node.inputs[0], node.output
-        dtype, (m, n) = self._float(x), self.rows(out)
+        dtype, (m, n) = self.float_of(x), self.rows(out)
         need_sizes(n)
         if n == 0:
             raise Refused("its rows have no elements")
@@ -234,7 +250,7 @@ class Selection(KernelSelection):
     # -- positions ----------------------------------------------------------------------------------------------------------
     def _rope(self, node: Node) -> None:
         x, positions, inv_freq = node.inputs
-        dtype, a = self._float(x), cast(Any, node.attrs)
+        dtype, a = self.float_of(x), cast(Any, node.attrs)
         _, s, h, d = x.shape
         need_sizes(h, d)
         if 0 in (h, d):
@@ -249,15 +265,21 @@ class Selection(KernelSelection):
 
     def _attention(self, node: Node) -> None:
         q, k, v = node.inputs[:3]
-        dtype, a = self._float(q, k, v), cast(Any, node.attrs)
+        dtype, a = self.float_of(q, k, v), cast(Any, node.attrs)
         self._heads(q, k, v)
         operands, how, sink = self._more(node, node.inputs[3:], (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
         desc = Attention(
             self.limits, q.shape[2], k.shape[2], k.shape[3], v.shape[3], a.scale, a.softcap, a.window, a.causal, mask=how,
             dtype=dtype, stored=dtype, sink=sink,
         )  # fmt: skip
-        [y] = self.call(node, desc, attention, [q, k, v, *operands], [Result(node.output.tensor)])
+        [y] = self._attend(node, desc, [q, k, v, *operands])
         self.graph.replace_uses(node.output, y)
+
+    def _attend(self, node: Node, desc: Attention, operands: Sequence[Value]) -> tuple[Value, ...]:
+        if not desc.decode:
+            self.many.append((desc, node))
+        build = attention if desc.slow else tensor_attention
+        return self.call(node, desc, build, operands, [Result(node.outputs[0].tensor)])
 
     @staticmethod
     def _heads(q: Value, k: Value, v: Value) -> None:
@@ -271,7 +293,7 @@ class Selection(KernelSelection):
     def _more(self, node: Node, more: Sequence[Value], full: Shape) -> tuple[list[Value], str, str]:
         """The mask as [1 | b, 1 | h, s, c] and the sink, where there are such; the mask's letters, and the sink's type."""
         mask, sink = mask_and_sink(cast(Any, node.attrs), more)
-        sinks, of = ([], "") if sink is None else ([sink], self._float(sink))
+        sinks, of = ([], "") if sink is None else ([sink], self.float_of(sink))
         if mask is None:
             return sinks, "", of
         b, own = self.builder(node), (1,) * (4 - mask.tensor.rank) + tuple(mask.shape)
@@ -282,7 +304,7 @@ class Selection(KernelSelection):
 
     def _cached_attention(self, node: Node) -> None:
         q, k, v, keys, values, past = node.inputs[:6]
-        dtype, a, index = self._float(q, k, v, keys, values), cast(Any, node.attrs), self._index(past)
+        dtype, a, index = self.float_of(q, k, v, keys, values), cast(Any, node.attrs), self._index(past)
         self._heads(q, k, v)
         h, g, d, e, c = q.shape[2], k.shape[2], k.shape[3], v.shape[3], keys.shape[1]
         written = [Result(keys.tensor, alias=3), Result(values.tensor, alias=4)]
@@ -295,13 +317,13 @@ class Selection(KernelSelection):
             self.limits, h, g, d, e, a.scale, a.softcap, a.window, a.causal or decode, True, a.ring, decode, how,
             min(most) if most else None, index, dtype, dtype, sink,
         )  # fmt: skip
-        [y] = self.call(node, desc, attention, [q, past, keys, values, *operands], [Result(node.outputs[0].tensor)])
+        [y] = self._attend(node, desc, [q, past, keys, values, *operands])
         for old, new in zip(node.outputs, (y, keys, values)):
             self.graph.replace_uses(old, new)
 
     def _cache_start(self, node: Node) -> None:
         k, v, keys, values, past = node.inputs
-        dtype, index = self._float(k, v, keys, values), self._index(past)
+        dtype, index = self.float_of(k, v, keys, values), self._index(past)
         g, d, e = keys.shape[2], k.shape[3], v.shape[3]
         need_sizes(g, d, e)
         shared = k.shape[0] == 1

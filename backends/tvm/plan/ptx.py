@@ -17,6 +17,12 @@ _FUNCTIONS = {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{%0, %1, %2, %3}}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(at) : "memory");
 }}""",
+    # the same, each matrix turned: a lane gets two elements of column lane / 4
+    "wasat_fragments_across": f"""{_HEAD} wasat_fragments_across(unsigned* to, const void* from) {{
+  unsigned at = (unsigned)__cvta_generic_to_shared(from);
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {{%0, %1, %2, %3}}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(at) : "memory");
+}}""",
     **{f"wasat_mma_{t}": f"""{_HEAD} wasat_mma_{t}(float* d, const unsigned* a, const unsigned* b) {{
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.{t}.{t}.f32 "
                "{{%0, %1, %2, %3}}, {{%4, %5, %6, %7}}, {{%8, %9}}, {{%0, %1, %2, %3}};"
@@ -29,6 +35,19 @@ _FUNCTIONS = {
   asm("cvt.rn.{t}x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
   return both;
 }}""" for t in ("f16", "bf16")},
+    # over the four lanes that have a row of a product; of a number and NaN, the largest is the number
+    **{f"wasat_quad_{name}": f"""static __device__ __forceinline__ float wasat_quad_{name}(float x) {{
+  for (int by = 1; by < 4; by *= 2) {{
+    float y = __shfl_xor_sync(0xffffffffu, x, by);
+    x = {join};
+  }}
+  return x;
+}}""" for name, join in (("max", "fmaxf(x, y)"), ("sum", "x + y"))},
+    "wasat_exp2": """static __device__ __forceinline__ float wasat_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}""",
     # element `at`, of 16 bits, and seven more to workgroup memory, behind the thread's back; zeros where `there` is 0
     "wasat_copy": f"""{_HEAD} wasat_copy(void* to, const void* from, long long at, int there) {{
   unsigned place = (unsigned)__cvta_generic_to_shared(to);

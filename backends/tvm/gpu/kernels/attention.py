@@ -31,6 +31,7 @@ from ...cpu.kernels.emit import (
 )
 from ..limits import Limits
 from .emit import LOWEST, Kernel, as_f32, clamped, power_of_two, zero
+from .tensor import PTX
 
 CHUNK = 256
 """Keys of a workgroup where several share those of a row."""
@@ -76,16 +77,29 @@ class Attention:
         return "split" if self.decode and (self.most is None or self.most > CHUNK) else "whole"
 
     @property
+    def slow(self) -> str | None:
+        """Why many queries are not multiplied on tensor cores; None: they are, by :mod:`.tensor_attention`."""
+        if not self.limits.tensor:
+            return "the device has none that take f16 and bf16"
+        if self.decode:
+            return "it has one query"
+        if self.dtype not in PTX or self.stored != self.dtype:
+            return "its queries are f32" if self.dtype not in PTX else f"its keys are {self.stored}, its queries {self.dtype}"
+        if self.key % 16 or self.value % 16 or max(self.key, self.value) > 256:
+            return f"its heads have {self.key} and {self.value} features, no multiples of 16 up to 256"
+        return None
+
+    @property
     def name(self) -> str:
         over = ("ring" if self.ring else "full") if self.cached else "plain"
         how = f"{self.mask}_" if self.mask else ""
         how += "sink_" if self.sink else ""
-        kind = "decode" if self.decode else "attention"
+        kind = "decode" if self.decode else "attention" if self.slow else "mma_attention"
         return f"{kind}_{self.kind}_{over}_{how}{self.heads}h_{self.kv_heads}x{self.key}x{self.value}"
 
 
 @dataclass(frozen=True)
-class _Arrays:
+class Arrays:
     b: Expr
     s: Index
     c: Expr
@@ -98,7 +112,7 @@ class _Arrays:
     y: Buffer
 
 
-def _arrays(kernel: Kernel, d: Attention) -> _Arrays:
+def arrays(kernel: Kernel, d: Attention) -> Arrays:
     b, c = symbol("b"), symbol("c")
     s: Index = 1 if d.decode else symbol("s")
     q = kernel.param("q", (b, s, d.heads, d.key), d.dtype)
@@ -110,10 +124,10 @@ def _arrays(kernel: Kernel, d: Attention) -> _Arrays:
     sink = kernel.param("sink", (d.heads,), d.sink) if d.sink else None
     y = kernel.param("y", (b, s, d.heads, d.value), d.dtype)
     flat = [None if x is None else kernel.flat(x) for x in (q, keys, values, mask, y)]
-    return _Arrays(b, s, c, flat[0], past, flat[1], flat[2], flat[3], sink, flat[4])
+    return Arrays(b, s, c, flat[0], past, flat[1], flat[2], flat[3], sink, flat[4])
 
 
-def _held(kernel: Kernel, d: Attention, a: _Arrays, batch: Expr) -> Expr:
+def held_before(kernel: Kernel, d: Attention, a: Arrays, batch: Expr) -> Expr:
     """The position of the first query. Where queries stand outside the cache, the caller's mistake, one inside."""
     if a.past is None:
         return kernel.let(a.c - a.s, "held")
@@ -150,7 +164,7 @@ def attention(d: Attention) -> tirx.PrimFunc:
     if d.heads % d.kv_heads:
         raise ValueError(f"{d.heads} heads are not a multiple of {d.kv_heads} key heads")
     kernel = Kernel(d.name, d.limits)
-    a = _arrays(kernel, d)
+    a = arrays(kernel, d)
     if d.kind == "whole":
         _keys(kernel, d, a, int64(1), None)
         return kernel.build()
@@ -176,13 +190,13 @@ class _Found:
         return row * self.splits + part
 
 
-def _bounds(kernel: Kernel, d: Attention, held: Expr, first: Index, last: Index, s: Index) -> tuple[Expr, Expr]:
+def bounds(kernel: Kernel, d: Attention, held: Expr, first: Index, last: Index, s: Index) -> tuple[Expr, Expr]:
     """The keys, from and to, that queries ``first`` to ``last`` see."""
     end = kernel.copy(held + (last + 1 if d.causal else s))
     return kernel.copy(maximum(held + first - (d.window - 1), 0)) if d.window is not None else int64(0), end
 
 
-def _keys(kernel: Kernel, d: Attention, a: _Arrays, splits: Expr, found: _Found | None) -> None:
+def _keys(kernel: Kernel, d: Attention, a: Arrays, splits: Expr, found: _Found | None) -> None:
     tile, group = _tile(d), d.group
     rows = a.s * group
     tiles = ceil_div(rows, tile.rows)
@@ -191,9 +205,9 @@ def _keys(kernel: Kernel, d: Attention, a: _Arrays, splits: Expr, found: _Found 
         place = kernel.let(floor_div(unit, splits) if found is not None else unit)
         batch, low = kernel.let(floor_div(place, tiles), "batch"), kernel.let(floor_mod(place, tiles) * tile.rows, "low")
         r, c = kernel.let(floor_div(thread, tile.lanes), "r"), kernel.let(floor_mod(thread, tile.lanes), "c")
-        held = _held(kernel, d, a, batch)
+        held = held_before(kernel, d, a, batch)
         last = minimum(low + (tile.rows - 1), rows - 1)
-        begin, end = _bounds(kernel, d, held, floor_div(low, group), floor_div(last, group), a.s)
+        begin, end = bounds(kernel, d, held, floor_div(low, group), floor_div(last, group), a.s)
         if found is not None:
             begin = kernel.copy(begin + share * CHUNK)
             end = kernel.copy(minimum(end, begin + CHUNK))
@@ -290,7 +304,7 @@ def _keys(kernel: Kernel, d: Attention, a: _Arrays, splits: Expr, found: _Found 
         kernel.barrier()
         kernel.reduce([memory], thread, c, tile.lanes, [load(total, 0)], lambda a, b: a + b)
         sums = kernel.copy(load(memory, r * tile.lanes))
-        factor = _settled(kernel, a, own_head(r), load(top, 0), sums) if found is None else None
+        factor = settled(kernel, a, own_head(r), load(top, 0), sums) if found is None else None
         with kernel.when(low + r < rows):
             row = kernel.let(row_of(r), "row")
             if found is not None:
@@ -306,7 +320,7 @@ def _keys(kernel: Kernel, d: Attention, a: _Arrays, splits: Expr, found: _Found 
                         kernel.put(a.y, row * d.value + e, load(out, j) * factor)
 
 
-def _settled(kernel: Kernel, a: _Arrays, head: Expr, top: Expr, total: Expr) -> Expr:
+def settled(kernel: Kernel, a: Arrays, head: Expr, top: Expr, total: Expr) -> Expr:
     """What weighted values are multiplied by: 1 / the sum of weights, a sink's among them. Seeing nothing gives 0."""
     share = splat(1.0, 1)
     if a.sink is not None:
@@ -329,12 +343,12 @@ def _stage(
         kernel.store(memory, row * pitch + f, kernel.kept(inside, as_f32(load(source, place))))
 
 
-def _merge(kernel: Kernel, d: Attention, a: _Arrays, found: _Found) -> None:
+def _merge(kernel: Kernel, d: Attention, a: Arrays, found: _Found) -> None:
     """The parts of each row as one."""
     with kernel.each(a.b * (d.heads * d.value)) as at:
         row, e = kernel.let(floor_div(at, d.value), "row"), kernel.let(floor_mod(at, d.value), "e")
-        held = _held(kernel, d, a, floor_div(row, d.heads))
-        begin, end = _bounds(kernel, d, held, 0, 0, a.s)
+        held = held_before(kernel, d, a, floor_div(row, d.heads))
+        begin, end = bounds(kernel, d, held, 0, 0, a.s)
         parts = kernel.copy(minimum(ceil_div(maximum(end - begin, 0), CHUNK), found.splits))
         top, total, out = (kernel.registers(1, "float32", 1) for _ in range(3))
         kernel.store(top, 0, splat(LOWEST, 1))
@@ -347,5 +361,5 @@ def _merge(kernel: Kernel, d: Attention, a: _Arrays, found: _Found) -> None:
             share = kernel.copy(exp(kernel, kernel.copy(load(found.largest, place) - load(top, 0))))
             kernel.store(total, 0, load(total, 0) + load(found.sums, place) * share)
             kernel.store(out, 0, load(out, 0) + load(found.out, place * d.value + e) * share)
-        factor = _settled(kernel, a, floor_mod(row, d.heads), load(top, 0), load(total, 0))
+        factor = settled(kernel, a, floor_mod(row, d.heads), load(top, 0), load(total, 0))
         kernel.put(a.y, at, load(out, 0) * factor)

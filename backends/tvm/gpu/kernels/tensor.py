@@ -20,7 +20,17 @@ STEP = 32
 """Of k, of a tile."""
 PITCH = STEP + 8
 """Elements from row to row in workgroup memory: eight rows that a warp reads together lie in different banks."""
-_PTX = {"float16": "f16", "bfloat16": "bf16"}
+PTX = {"float16": "f16", "bfloat16": "bf16"}
+
+
+def call(kernel: Kernel, name: str, *args: Expr) -> None:
+    """A function of :mod:`...plan.ptx`."""
+    kernel._emit(tirx.Evaluate(tirx.call_extern("void", name, *args)))
+
+
+def at_place(buffer: Buffer, index: Expr) -> Expr:
+    """The address of an element."""
+    return tirx.address_of(load(buffer, index))
 
 
 @dataclass(frozen=True)
@@ -58,10 +68,10 @@ def why_not(weights: Format, dtype: str, of_f32: bool, tensor: bool) -> str | No
         return "the device has none that take f16 and bf16"
     if of_f32:
         return "its activations are rounded to int8"
-    if dtype not in _PTX:
+    if dtype not in PTX:
         return "its activations are f32"
     if isinstance(weights, Floats) and weights.dtype != dtype:  # it would lose digits, or overflow
-        return f"its weight is {_PTX.get(weights.dtype, 'f32')}, its activations {_PTX[dtype]}"
+        return f"its weight is {PTX.get(weights.dtype, 'f32')}, its activations {PTX[dtype]}"
     return None
 
 
@@ -84,7 +94,7 @@ def products(kernel: Kernel, n: int, k: int, weights: Format, dtype: str, o: Ope
 class _Products:
     def __init__(self, kernel: Kernel, n: int, k: int, weights: Format, dtype: str, o: Operands) -> None:
         self.kernel, self.n, self.k, self.o, self.dtype = kernel, n, k, o, dtype
-        self.tile, self.ptx = tile_of(n), _PTX[dtype]
+        self.tile, self.ptx = tile_of(n), PTX[dtype]
         self.weights = Rows(kernel, weights, k, o.w)
         self.whole = k % OCTET == 0
         """Whether rows of 16-bit elements begin at multiples of 16 bytes."""
@@ -114,11 +124,7 @@ class _Products:
             self._write()
 
     def _call(self, name: str, *args: Expr) -> None:
-        self.kernel._emit(tirx.Evaluate(tirx.call_extern("void", name, *args)))
-
-    @staticmethod
-    def _at(buffer: Buffer, index: Expr) -> Expr:
-        return tirx.address_of(load(buffer, index))
+        call(self.kernel, name, *args)
 
     # -- workgroup memory ---------------------------------------------------------------------------------------------------
     def _fill(self, part: Expr) -> None:
@@ -148,7 +154,7 @@ class _Products:
             begin = clamped(first + row, count) * self.k + (step if there is None else tirx.min(step, int64(self.k - OCTET)))
             place = side * (rows * PITCH) + row * PITCH + octet * OCTET
             flag = tirx.IntImm("int32", 1) if there is None else tirx.Cast("int32", there)
-            self._call("wasat_copy", self._at(to, place), tirx.buffer.buffer_data(source), begin, flag)
+            self._call("wasat_copy", at_place(to, place), tirx.buffer.buffer_data(source), begin, flag)
 
     def _one_by_one(self, part: Expr, side: Expr) -> None:
         """Of x, whose rows begin anywhere."""
@@ -174,7 +180,7 @@ class _Products:
             values = [kernel.kept(inside, kernel.copy(v)) for v in found]
             words = [tirx.call_extern("uint32", f"wasat_pair_{self.ptx}", *values[j : j + 2]) for j in range(0, OCTET, 2)]
             place = side * (rows * PITCH) + row * PITCH + own * OCTET
-            self._call("wasat_words", self._at(self.ws, place), *words)
+            self._call("wasat_words", at_place(self.ws, place), *words)
 
     # -- products -----------------------------------------------------------------------------------------------------------
     def _multiply(self, side: Expr) -> None:
@@ -187,14 +193,14 @@ class _Products:
         for step in range(0, STEP, 16):
             a, b = kernel.registers(tile.high * 4, "uint32", 1), kernel.registers(tile.wide * 2, "uint32", 1)
             for i in range(tile.high):
-                self._call("wasat_fragments", self._at(a, int64(i * 4)), self._at(self.xs, a_at + (i * 16 * PITCH + step)))
+                self._call("wasat_fragments", at_place(a, int64(i * 4)), at_place(self.xs, a_at + (i * 16 * PITCH + step)))
             for j in range(0, tile.wide, 2):
-                self._call("wasat_fragments", self._at(b, int64(j * 2)), self._at(self.ws, b_at + (j * 8 * PITCH + step)))
+                self._call("wasat_fragments", at_place(b, int64(j * 2)), at_place(self.ws, b_at + (j * 8 * PITCH + step)))
             for i in range(tile.high):
                 for j in range(tile.wide):
                     self._call(
-                        f"wasat_mma_{self.ptx}", self._at(self.sums, int64((i * tile.wide + j) * 4)),
-                        self._at(a, int64(i * 4)), self._at(b, int64(j * 2)),
+                        f"wasat_mma_{self.ptx}", at_place(self.sums, int64((i * tile.wide + j) * 4)),
+                        at_place(a, int64(i * 4)), at_place(b, int64(j * 2)),
                     )  # fmt: skip
 
     def _write(self) -> None:
