@@ -15,6 +15,7 @@ from wasat.ir import CheckpointError, Generation, Origin, Program, TensorType
 
 from .chat import chat_texts
 from .models import FAMILIES, ConfigError, Fields
+from .models.config import check_layers
 from .models.decoder import Mixture
 from .sentence import BACKBONES, is_embedder
 from .sentence import load as load_embedder
@@ -56,7 +57,8 @@ def from_pretrained(folder: str | Path) -> Program:
         return load_embedder(folder)
     config = older_config(folder, read_json(folder / "config.json"))
     method = method_of(config, str(folder / "config.json"))
-    module, program = _traced(folder / "config.json", config)
+    check_layers(config, lambda: read_folder(folder), folder / "config.json")
+    family, module = build(Fields(config, str(folder / "config.json")))
     found = read_folder(folder)
     wanted = {name: p.type for name, p in module.parameters().items()}
     tied = "lm_head.weight" not in wanted
@@ -64,9 +66,12 @@ def from_pretrained(folder: str | Path) -> Program:
         quantized = read_quantized(method, wanted, found, folder)
         found = {name: s for name, s in found.items() if name not in quantized.used}
         wanted = {name: t for name, t in wanted.items() if name not in quantized.sources}
+    sources = _sources(wanted, found, folder, tied, stored_names(module))
+    program = _traced(folder / "config.json", config, family, module)
+    if method is not None:
         read_as_stored(program, "forward", quantized)
         program.origin = replace(program.origin, dequantized=quantized.dense)
-    program.params.update(_sources(wanted, found, folder, tied, stored_names(module)))
+    program.params.update(sources)
     tokenizer = folder / "tokenizer.json"
     program.origin = replace(
         program.origin, tokenizer=str(tokenizer) if tokenizer.exists() else None, texts=chat_texts(folder)
@@ -82,18 +87,17 @@ def from_config(path: str | Path) -> Program:
     config = read_json(Path(path))
     if method_of(config, str(path)) is not None:
         raise ConfigError(f"{path}: quantization_config: how weights are stored, their tensors say; give the folder")
-    return _traced(Path(path), config)[1]
+    return _traced(Path(path), config, *build(Fields(config, str(path))))
 
 
-def _traced(path: Path, config: dict[str, Any]) -> tuple[nn.Module, Program]:
-    family, module = build(Fields(config, str(path)))
+def _traced(path: Path, config: dict[str, Any], family: str, module: nn.Module) -> Program:
     program = nn.trace(module, {"tokens": "i64[b, s]"}, outputs=["logits"])
     program.declare(
         name=path.parent.resolve().name, context=config["max_position_embeddings"], vocab=config["vocab_size"],
         generation=generation_ids(path.parent, config),
     )  # fmt: skip
     program.origin = Origin(family)
-    return module, program
+    return program
 
 
 def build(fields: Fields) -> tuple[str, nn.Module]:

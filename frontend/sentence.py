@@ -19,6 +19,7 @@ from wasat.ir import CheckpointError, Embedder, Origin, Program
 
 from .chat import chat_texts
 from .models import FAMILIES, Fields, encoders, nomic
+from .models.config import check_layers
 from .models.gemma3 import gemma3_text
 from .models.modernbert import Classifier, modernbert
 from .weights.safetensors import Stored, match, read_folder, read_header, read_json
@@ -138,6 +139,7 @@ def load(folder: Path) -> Program:
             f"architectures is {classes}, whose head is not implemented; a model that embeds texts has a {_MODULES}, or is a "
             "bare …Model, one that scores them is …ForSequenceClassification"
         )
+    check_layers(config, lambda: read_folder(where), fields.where)
     backbone = BACKBONES[kind](fields)
     tokenizer = where / "tokenizer.json"
     settings = _settings(where)

@@ -45,10 +45,12 @@ class Keys(Fields):
         if not isinstance(arch, str):
             raise self.fail("general.architecture is missing: the file does not say what model it holds")
         kind = metadata.get("general.type", "model")
+        if not isinstance(kind, str):
+            raise self.fail(f"general.type is {brief(kind)}, and not a text")
         if arch == "clip" or kind == "mmproj":
             raise self.fail("it holds a projector of pictures or sounds (mmproj), no language model; give the model's own file")
         if kind != "model":
-            raise self.fail(f"general.type is {kind!r}; only whole models are read")
+            raise self.fail(f"general.type is {brief(kind)}; only whole models are read")
         return arch
 
     def count(self, key: str, default: int | None = None) -> int:
@@ -63,17 +65,26 @@ class Keys(Fields):
     def has(self, key: str) -> bool:
         return key in self.given
 
+    def says(self, key: str) -> bool:
+        """Whether a key is there and not 0; an array, of which it is not known what it would say, is for others to refuse."""
+        value = self.given.get(key)
+        return isinstance(value, np.ndarray) or bool(value)
+
 
 def config_of(g: Gguf) -> dict[str, Any]:
     """The ``config.json`` that the file's model would have."""
     keys = Keys(g)
-    if (version := g.metadata.get("general.quantization_version", 2)) != 2:
-        raise keys.fail(f"general.quantization_version is {version!r}; formats of version 2 are known: convert the file again")
+    version = g.metadata.get("general.quantization_version", 2)
+    if not isinstance(version, int) or version != 2:
+        said = brief(version)
+        raise keys.fail(f"general.quantization_version is {said}; formats of version 2 are known: convert the file again")
     if keys.arch not in ARCHITECTURES:
         raise keys.fail(f"the architecture is {keys.arch!r}; supported are {', '.join(ARCHITECTURES)}")
     if "token_embd.weight" not in g.tensors:
         raise keys.fail("the tensor token_embd.weight is missing")
     dim, heads, layers = keys.count("embedding_length"), keys.count("attention.head_count"), keys.count("block_count")
+    if layers > len(g.tensors):
+        raise keys.fail(f"{keys.arch}.block_count is {layers:,}, and the file has {len(g.tensors)} tensors")
     if dim % heads and not keys.has("attention.key_length"):
         raise keys.fail(f"{keys.arch}.embedding_length {dim} does not split into {heads} heads")
     head_dim = keys.count("attention.key_length", dim // heads)
@@ -109,7 +120,7 @@ def pooling_of(g: Gguf) -> str | None:
     """How the tokens of a text become one embedding; ``rank`` of pairs that are scored; None: the model writes texts."""
     name = g.metadata["general.architecture"]
     given = g.metadata.get(key := f"{name}.pooling_type", 0)
-    if given not in (0, *POOLINGS) or isinstance(given, bool):
+    if not isinstance(given, int) or isinstance(given, bool) or given not in (0, *POOLINGS):
         raise CheckpointError(f"{g.path}: {key} is {brief(given)}; there are 0 (none) and {', '.join(map(str, POOLINGS))}")
     return POOLINGS.get(given, "mean" if ARCHITECTURES[name].embeds else None)
 
@@ -137,7 +148,7 @@ def _llama(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
     for name, part in (("attention_bias", "attn_q"), ("mlp_bias", "ffn_gate")):
         if f"blk.0.{part}.bias" in keys.tensors:
             more[name] = True
-    if keys.given.get("expert_count"):
+    if keys.says("expert_count"):
         keys.refuse("attention.sliding_window", None, "a mixture with windows is not read")
         return {
             **more, "model_type": "mixtral", "num_local_experts": keys.count("expert_count"),
@@ -177,7 +188,7 @@ def _gemma3(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
     scale = config["hidden_size"] / config["num_attention_heads"] if layers == 62 else config["head_dim"]
     keys.refuse("attn_logit_softcapping", 0.0, "Gemma 3 has no softcap of scores")
     cap = None
-    if keys.given.get(name := "final_logit_softcapping"):
+    if keys.says(name := "final_logit_softcapping"):
         cap = keys.number(name)
     else:
         keys.refuse(name, 0.0, "expected a number")
@@ -281,7 +292,7 @@ def _granite(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
 def _olmo(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
     keys.refuse("attention.layer_norm_epsilon", float(np.float32(1e-5)), "OLMo's is fixed")
     del config["eps"]
-    return {"clip_qkv": keys.number("attention.clamp_kqv") if keys.given.get("attention.clamp_kqv") else None}
+    return {"clip_qkv": keys.number("attention.clamp_kqv") if keys.says("attention.clamp_kqv") else None}
 
 
 def _smollm3(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:

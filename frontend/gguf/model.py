@@ -52,9 +52,11 @@ def from_gguf(path: str | Path) -> Program:
     else:
         m = Model(*build(fields), "forward", {"tokens": "i64[b, s]"}, "model.", {"output": "lm_head"})
     _adjust(m.root, g)
+    sources = _sources(g, config, m)
     program = nn.trace(m.root, m.inputs, m.entry, outputs=[_RESULTS[m.entry]])
+    given = g.metadata.get("general.name")
     program.declare(
-        name=str(g.metadata.get("general.name") or g.path.stem), context=config["max_position_embeddings"],
+        name=given if isinstance(given, str) and given else g.path.stem, context=config["max_position_embeddings"],
         vocab=config["vocab_size"],
     )  # fmt: skip
     ids = special_ids(g)
@@ -62,7 +64,7 @@ def from_gguf(path: str | Path) -> Program:
         program.declare(generation=ids)
     else:
         program.declare(embedder=Embedder(m.entry, m.entry == "score", config["max_position_embeddings"], ids.pad or 0))
-    program.params.update(_sources(g, config, m))
+    program.params.update(sources)
     for name, source in program.params.items():
         store_as(program[m.entry], name, source.type)
     texts = {"tokenizer.json": tokenizer_json(g)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import bisect
 import json
 from collections import Counter
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import numpy as np
 from wasat.frontend.weights.gguf import Gguf
 from wasat.ir import CheckpointError, Generation
 
+from ..fields import brief
 from .charsmap import check_charsmap
 
 _ENDS = frozenset({
@@ -92,10 +94,10 @@ class _Vocabulary:
     def id(self, name: str) -> int | None:
         """A token id that the file may give."""
         value = self.keys.get(f"{name}_token_id")
-        if value is None or value == 2**32 - 1:  # -1 is how some writers say none
+        if value is None or (isinstance(value, int) and value == 2**32 - 1):  # -1 is how some writers say none
             return None
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < len(self.tokens):
-            raise self.fail(f"tokenizer.ggml.{name}_token_id is {value!r}, and there are {len(self.tokens)} tokens")
+            raise self.fail(f"tokenizer.ggml.{name}_token_id is {brief(value)}, and there are {len(self.tokens)} tokens")
         return value
 
     def named(self, name: str, written: str) -> int | None:
@@ -137,7 +139,7 @@ def _vocabulary(g: Gguf) -> _Vocabulary:
         raise v.fail(f"tokenizer.ggml.token_type has {v.kinds.size} entries for {len(v.tokens)} tokens")
     if len(set(v.tokens)) < len(v.tokens):
         (twice, _), = Counter(v.tokens).most_common(1)
-        raise v.fail(f"the token {twice!r} stands twice in tokenizer.ggml.tokens")
+        raise v.fail(f"the token {brief(twice)} stands twice in tokenizer.ggml.tokens")
     return v
 
 
@@ -160,8 +162,8 @@ def tokenizer_json(g: Gguf) -> str:
     """The text of a ``tokenizer.json``. Raises CheckpointError for a kind of tokenizer that is not known."""
     v = _vocabulary(g)
     kind = v.keys.get("model")
-    if kind not in _KINDS:
-        raise v.fail(f"the tokenizer is of kind {kind!r}; there are {', '.join(_KINDS)}")
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise v.fail(f"the tokenizer is of kind {brief(kind)}; there are {', '.join(_KINDS)}")
     parts, ends = _KINDS[kind](v)
     return json.dumps({
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": _added(v),
@@ -226,16 +228,17 @@ def _bpe(v: _Vocabulary, merges: list[str], **options: Any) -> dict[str, Any]:
 def _gpt2(v: _Vocabulary) -> tuple[dict[str, Any], _Ends]:
     """Pairs of bytes, merged in the order that the file gives, within pieces that a pattern cuts."""
     name = v.keys.get("pre")
-    if name not in PRE_TOKENIZERS:
-        raise v.fail(f"tokenizer.ggml.pre is {name!r}: how it cuts a text is not known; known are {', '.join(PRE_TOKENIZERS)}")
+    if not isinstance(name, str) or name not in PRE_TOKENIZERS:
+        known = ", ".join(PRE_TOKENIZERS)
+        raise v.fail(f"tokenizer.ggml.pre is {brief(name)}: how it cuts a text is not known; known are {known}")
     pre, merges = PRE_TOKENIZERS[name], v.keys.get("merges")
     if not isinstance(merges, list) or any(m.count(" ") != 1 for m in merges):
         raise v.fail("tokenizer.ggml.merges is no list of pairs")
-    known = set(v.tokens)
+    tokens = set(v.tokens)
     for m in merges:
         left, right = m.split(" ")
-        if not known.issuperset((left, right, left + right)):
-            raise v.fail(f"tokenizer.ggml.merges has {m!r}, and not all of its parts are tokens")
+        if not tokens.issuperset((left, right, left + right)):
+            raise v.fail(f"tokenizer.ggml.merges has {brief(m)}, and not all of its parts are tokens")
     split = [{"type": "Split", "pattern": {"Regex": p}, "behavior": "Isolated", "invert": False} for p in pre.patterns]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     return {
@@ -249,8 +252,9 @@ def _sentencepiece(v: _Vocabulary) -> tuple[dict[str, Any], _Ends]:
     scores = v.scores()
     ids = {t: i for i, t in enumerate(v.tokens)}
     pairs: list[tuple[float, int, int, int]] = []
+    lengths = sorted({len(t) for t in ids if t})  # a token may have a million letters: only what may begin it is tried
     for token, i in ids.items():
-        for cut in range(1, len(token)):
+        for cut in lengths[: bisect.bisect_left(lengths, len(token))]:
             left, right = ids.get(token[:cut]), ids.get(token[cut:])
             if left is not None and right is not None:
                 pairs.append((-float(scores[i]), i, left, right))
@@ -289,7 +293,7 @@ def _wordpiece(v: _Vocabulary) -> tuple[dict[str, Any], _Ends]:
     vocab = {t: i for i, t in enumerate(names)}
     if len(vocab) < len(names):
         (twice, _), = Counter(names).most_common(1)
-        raise v.fail(f"two entries of tokenizer.ggml.tokens mean the part of a word {twice!r}")
+        raise v.fail(f"two entries of tokenizer.ggml.tokens mean the part of a word {brief(twice)}")
     unknown = v.named("unknown", "[UNK]")
     if unknown is None:
         raise v.fail("tokenizer.ggml.unknown_token_id is missing: what stands for words that have no tokens is not known")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sized
+from pathlib import Path
 from typing import Any
 
 from wasat.frontend import fields as strict
 from wasat.frontend import nn
-from wasat.ir import WasatError
+from wasat.ir import CheckpointError, WasatError
 
 MOST_SIZE = 2**24
 """No width, vocabulary or number of heads is larger."""
-MOST_LAYERS = 4096
+MOST_LAYERS = MOST_EXPERTS = 4096
 MOST_POSITIONS = 2**31 - 1
 """Of a context or a window."""
 
@@ -48,6 +50,13 @@ ACTIVATIONS = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
     "relu": "relu", "relu2": "relu2", "sigmoid": "sigmoid", "tanh": "tanh",
 }  # fmt: skip
+
+
+def check_layers(config: Mapping[str, Any], tensors: Callable[[], Sized], where: Path | str) -> None:
+    """Raises CheckpointError for hundreds of layers or experts that are more than the ``tensors``, before they are built."""
+    for name in ("num_hidden_layers", "n_layers", "num_local_experts", "num_experts"):
+        if isinstance(n := config.get(name), int) and n > 256 and n > (found := len(tensors())):
+            raise CheckpointError(f"{where}: {name} is {strict.brief(n)}, and the checkpoint has {found:,} tensors")
 
 
 class Fields(strict.Fields):

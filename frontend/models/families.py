@@ -8,7 +8,17 @@ from typing import Any
 
 from wasat.frontend import nn
 
-from .config import MOST_LAYERS, MOST_POSITIONS, Fields, attention_heads, layer_types, rope, rope_dictionaries, single_rope
+from .config import (
+    MOST_EXPERTS,
+    MOST_LAYERS,
+    MOST_POSITIONS,
+    Fields,
+    attention_heads,
+    layer_types,
+    rope,
+    rope_dictionaries,
+    single_rope,
+)
 from .decoder import POST, PRE, CausalLM, Experts, Options
 
 _TRAINING = (
@@ -186,7 +196,7 @@ def mixtral(fields: Fields) -> CausalLM:
     o, context = _options(fields, default_eps=1e-5)
     window = fields.size("sliding_window", None, most=MOST_POSITIONS)
     experts = Experts(
-        fields.size("num_local_experts", 8), fields.size("num_experts_per_tok", 2), o.hidden, "chosen", 0,
+        fields.size("num_local_experts", 8, most=MOST_EXPERTS), fields.size("num_experts_per_tok", 2), o.hidden, "chosen", 0,
         ("block_sparse_moe", "gate", "w1", "w3", "w2"),
     )  # fmt: skip
     o = replace(o, windows=[window] * len(o.windows), experts=_fits(fields, experts))
@@ -246,7 +256,7 @@ def olmoe(fields: Fields) -> CausalLM:
         fields, default_eps=1e-5, qk_norm="width", clip=fields.number("clip_qkv", None), qkv_bias=bias, out_bias=bias
     )
     experts = Experts(
-        fields.size("num_experts", 64), fields.size("num_experts_per_tok", 8), o.hidden,
+        fields.size("num_experts", 64, most=MOST_EXPERTS), fields.size("num_experts_per_tok", 8), o.hidden,
         "chosen" if fields.flag("norm_topk_prob", False) else "all",
     )  # fmt: skip
     return _done(fields, "olmoe", replace(o, experts=_fits(fields, experts)), context)
@@ -289,7 +299,7 @@ def _qwen_moe(fields: Fields, family: str) -> CausalLM:
         more = {"qkv_bias": bias, "out_bias": bias}
     o, context = _options(fields, qk_norm="" if family == "qwen2_moe" else "head", **more)
     experts = Experts(
-        fields.size("num_experts" if "num_experts" in fields.given else "num_local_experts"),
+        fields.size("num_experts" if "num_experts" in fields.given else "num_local_experts", most=MOST_EXPERTS),
         fields.size("num_experts_per_tok"), fields.size("moe_intermediate_size"),
         "chosen" if fields.flag("norm_topk_prob", False) else "all",
         fields.size("shared_expert_intermediate_size") if family == "qwen2_moe" else 0,

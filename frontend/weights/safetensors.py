@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,8 @@ from typing import Any, ClassVar
 import numpy as np
 from wasat.ir import CheckpointError, DType, TensorType
 
+from ..fields import brief
+
 TENSOR_TYPES = {
     "F64": DType.F64, "F32": DType.F32, "F16": DType.F16, "BF16": DType.BF16, "F8_E4M3": DType.F8E4M3,
     "F8_E5M2": DType.F8E5M2, "I64": DType.I64, "I32": DType.I32, "I16": DType.I16, "I8": DType.I8, "U64": DType.U64,
@@ -18,6 +22,7 @@ TENSOR_TYPES = {
 }  # fmt: skip
 """Element types by the format's name."""
 _HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
+_RANK_LIMIT, _SIZE_LIMIT = 64, 2**60  # NumPy's; a tensor of nothing may say anything of its other axes
 STORED = (DType.F32, DType.F16, DType.BF16)
 """Element types that a float parameter may be stored in."""
 
@@ -100,8 +105,8 @@ class _Duplicate(ValueError):
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
     if len(out) < len(pairs):
-        names = [k for k, _ in pairs]
-        raise _Duplicate(f"{next(k for k in out if names.count(k) > 1)!r} is given twice")
+        (again, _), = Counter(k for k, _ in pairs).most_common(1)
+        raise _Duplicate(f"{brief(again)} is given twice")
     return out
 
 
@@ -171,13 +176,17 @@ def read_header(path: Path) -> dict[str, Stored]:
         if not isinstance(kind, str) or any(type(d) is not int for d in (*shape, start, stop)):
             raise CheckpointError(f"{path}: the header's entry for {name} is malformed; the file is damaged")
         if kind not in TENSOR_TYPES:
-            raise CheckpointError(f"{path}: tensor {name} has element type {kind}; known are {', '.join(TENSOR_TYPES)}")
+            known = ", ".join(TENSOR_TYPES)
+            raise CheckpointError(f"{path}: tensor {brief(name)} has element type {brief(kind)}; known are {known}")
         dtype = TENSOR_TYPES[kind]
-        count = 1
-        for d in shape:
-            count *= d
-        if min(shape, default=0) < 0 or start < 0 or stop - start != count * dtype.np.itemsize:
-            raise CheckpointError(f"{path}: tensor {name} {kind}{list(shape)} does not fit its {stop - start} bytes; damaged")
+        if len(shape) > _RANK_LIMIT:
+            raise CheckpointError(f"{path}: tensor {brief(name)} has {len(shape):,} axes; at most {_RANK_LIMIT} can be read")
+        if min(shape, default=0) < 0 or start < 0 or math.prod(max(d, 1) for d in shape) >= _SIZE_LIMIT:
+            raise CheckpointError(f"{path}: tensor {brief(name)} would be {kind}{brief(list(shape))}; the file is damaged")
+        if stop - start != math.prod(shape) * dtype.np.itemsize:
+            raise CheckpointError(
+                f"{path}: tensor {brief(name)} {kind}{list(shape)} does not fit its {brief(stop - start)} bytes; damaged"
+            )
         if 8 + n + stop > size:
             raise CheckpointError(
                 f"{path} is truncated: it has {size} bytes, tensor {name} ends at {8 + n + stop}; download it again"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,10 @@ def _header(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + n :])
 
 
+def _text(path: Path, header: str) -> None:
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode())
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated data": (lambda f: _cut(f, f.stat().st_size - 10), "truncated"),
     "truncated header": (lambda f: _cut(f, 100), "truncated"),
@@ -52,7 +57,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "trailing bytes": (lambda f: f.write_bytes(f.read_bytes() + b"12"), "2 bytes follow the last tensor"),
     "wrong size": (lambda f: _header(f, lambda h: h["model.norm.weight"].update(shape=[17])), "model.norm.weight"),
     "negative": (lambda f: _header(f, lambda h: h["model.norm.weight"].update(shape=[-16])), "model.norm.weight"),
-    "unknown type": (lambda f: _header(f, lambda h: h["model.norm.weight"].update(dtype="F6")), "element type F6"),
+    "unknown type": (lambda f: _header(f, lambda h: h["model.norm.weight"].update(dtype="F6")), "element type 'F6'"),
     "no offsets": (lambda f: _header(f, lambda h: h["model.norm.weight"].pop("data_offsets")), "malformed"),
     "offsets are text": (
         lambda f: _header(f, lambda h: h["model.norm.weight"].update(data_offsets=["0", "64"])), "malformed"),
@@ -65,6 +70,20 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "header larger than the file": (lambda f: f.write_bytes((1 << 40).to_bytes(8, "little") + b"{}"), "its header 109951"),
     "tensor twice": (
         lambda f: f.write_bytes((14).to_bytes(8, "little") + b'{"a":1, "a":2}'), "'a' is given twice"),
+    "nothing, of sizes that no array has": (
+        lambda f: _header(f, lambda h: h.update(none={"dtype": "F32", "shape": [0, 2**62], "data_offsets": [0, 0]})),
+        "would be F32[0, 4611686018427387904]"),
+    "sizes of thousands of digits": (
+        lambda f: _header(f, lambda h: h["model.norm.weight"].update(shape=[10**4000] * 9)), "would be F32[100"),
+    "more axes than an array has": (
+        lambda f: _header(f, lambda h: h.update(none={"dtype": "F32", "shape": [0] * 65, "data_offsets": [0, 0]})),
+        "has 65 axes; at most 64"),
+    "a hundred thousand axes": (
+        lambda f: _header(f, lambda h: h["model.norm.weight"].update(shape=[9] * 100_000)), "has 100,000 axes"),
+    "twice, at the end of many": (
+        lambda f: _text(f, "{" + ",".join(f'"k{i}":1' for i in range(20_000)) + ',"k19999":1}'), "'k19999' is given twice"),
+    "a name of a million letters": (
+        lambda f: _header(f, lambda h: h.update({"k" * 10**6: h["model.norm.weight"] | {"shape": [1]}})), "kkk... F32[1]"),
     "overlap": (
         lambda f: _header(f, lambda h: h["model.norm.weight"].update(
             data_offsets=h["model.layers.0.input_layernorm.weight"]["data_offsets"])), "does not begin where"),
@@ -76,10 +95,25 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
 def test_damaged_files_are_refused(tmp_path: Path, damage: Callable[[Path], Any], message: str) -> None:
     folder = save(tmp_path / "m", LLAMA, tensors(LLAMA))
     damage(folder / "model.safetensors")
+    begun = time.process_time()
     with pytest.raises(CheckpointError) as e:
         from_pretrained(folder)
     assert "model.safetensors" in str(e.value)
     assert message in str(e.value)
+    assert len(str(e.value)) < 1000
+    assert time.process_time() - begun < 1.5
+
+
+def test_more_layers_or_experts_than_tensors(tmp_path: Path) -> None:
+    """Hundreds of them are not built before somebody looks whether they are there."""
+    folder = save(tmp_path / "m", LLAMA, tensors(LLAMA))
+    for change in ({"num_hidden_layers": 4096}, {"model_type": "mixtral", "num_local_experts": 4096}, {"model_type": "bert"}):
+        config = LLAMA | {"num_hidden_layers": 3000 if "num_local_experts" not in change else 1, "architectures": None} | change
+        (folder / "config.json").write_text(json.dumps(config))
+        begun = time.process_time()
+        with pytest.raises(CheckpointError, match=r"(layers|experts) is [34]\d\d\d, and the checkpoint has \d\d tensors"):
+            from_pretrained(folder)
+        assert time.process_time() - begun < 1
 
 
 def _twice(path: Path, key: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 
 pytest.importorskip("gguf")
 
-from gguf_files import write
+from gguf_files import sentencepiece_vocabulary, write
 from wasat.frontend import CheckpointError
 from wasat.frontend.gguf import from_gguf
 from wasat.frontend.weights.gguf import read_gguf
@@ -163,6 +165,42 @@ def test_random_damage(tmp_path: Path) -> None:
     assert well < 120
     assert longest < 4000
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB
+
+
+@pytest.mark.parametrize("value", [[1, 2, 3], ["a"]], ids=["numbers", "texts"])
+@pytest.mark.parametrize("key", [
+    "general.type", "general.name", "general.quantization_version", "expert_count", "pooling_type", "model", "pre",
+    "bos_token_id", "add_bos_token", "merges",
+])  # fmt: skip
+def test_a_list_where_one_value_belongs(key: str, value: list[object], tmp_path: Path) -> None:
+    """Arrays compare element by element, and are no keys of a table."""
+    path, kind = tmp_path / "m.gguf", "gpt2" if key in ("pre", "merges") else "llama"
+    of_model = key.startswith("general.") or key in ("expert_count", "pooling_type")
+    write(path, "llama", tokenizer=kind, **{"keys" if of_model else "tokens": {key: value}})
+    if key == "general.name":
+        assert from_gguf(path).interface.name == "m"
+        return
+    with pytest.raises(WasatError, match="of kind" if key == "model" else key):
+        from_gguf(path)
+
+
+def test_a_token_of_many_letters(tmp_path: Path) -> None:
+    """Not each of its beginnings is looked up, only those as long as some token."""
+    path, names = tmp_path / "m.gguf", sentencepiece_vocabulary()[0]
+    write(path, "llama", tokenizer="llama", tokens={"tokens": [*names[:-1], "a" * 300_000]})
+    begun = time.process_time()
+    merges = json.loads(from_gguf(path).origin.texts["tokenizer.json"])["model"]["merges"]
+    assert time.process_time() - begun < 2
+    assert ["▁t", "h"] in merges
+
+
+def test_more_layers_than_tensors(tmp_path: Path) -> None:
+    for arch, layers in (("llama", 4096), ("gemma3", 2**32 - 1)):
+        write(tmp_path / "m.gguf", arch, keys={"block_count": layers})
+        begun = time.process_time()
+        with pytest.raises(WasatError, match=rf"{arch}\.block_count is {layers:,}, and the file has \d+ tensors"):
+            from_gguf(tmp_path / "m.gguf")
+        assert time.process_time() - begun < 1
 
 
 # -- split files --------------------------------------------------------------------------------------------------------------
