@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,11 @@ from wasat.ir import CheckpointError, Generation, Origin, Program, TensorType
 from .chat import chat_texts
 from .models import FAMILIES, ConfigError, Fields
 from .models.config import check_layers
-from .models.decoder import Mixture
+from .models.decoder import CausalLM, Laid, Mixture, Names, Swapped
 from .sentence import BACKBONES, is_embedder
 from .sentence import load as load_embedder
 from .weights.quantized import method_of, older_config, read_as_stored, read_quantized
-from .weights.safetensors import FileParam, StackedParam, Stored, match, read_folder, read_json
+from .weights.safetensors import FileParam, PartParam, StackedParam, Stored, match, read_folder, read_json
 
 _BUFFERS = re.compile(r"(.*\.)?rotary_emb\.inv_freq\Z")
 """Tensors that old checkpoints store although they follow from the configuration; transformers ignores them too."""
@@ -29,7 +28,8 @@ _IDS = {
     for family, ids in {
         "gemma": (2, 1, 0), "gemma2": (2, 1, 0), "gemma3_text": (2, 1, 0), "llama": (1, 2), "mistral": (1, 2),
         "arcee": (128000, 128001), "cohere": (5, 255001, 0), "cohere2": (5, 255001, 0), "ernie4_5": (1, 2, 0),
-        "exaone4": (0, 2), "glm": (None, 151329, 151329), "glm4": (None, None, 151329), "granite": (1, 2), "helium": (1, 2, 3),
+        "deepseek_v2": (1, 2), "deepseek_v3": (0, 1), "exaone4": (0, 2),
+        "glm": (None, 151329, 151329), "glm4": (None, None, 151329), "granite": (1, 2), "helium": (1, 2, 3),
         "hunyuan_v1_dense": (1, 2, 0), "ministral": (1, 2), "mixtral": (1, 2), "nemotron": (2, 3), "olmo": (None, 50279, 1),
         "olmo2": (None, 50279, 1), "olmo3": (None, 50279, 1), "olmoe": (None, 50279, 1), "phi": (1, 2),
         "phi3": (1, 32000, 32000), "seed_oss": (0, 2, 1), "smollm3": (128000, 128001, 128004), "stablelm": (0, 0),
@@ -61,12 +61,13 @@ def from_pretrained(folder: str | Path) -> Program:
     family, module = build(Fields(config, str(folder / "config.json")))
     found = read_folder(folder)
     wanted = {name: p.type for name, p in module.parameters().items()}
-    tied = "lm_head.weight" not in wanted
+    found = _named(module, found)
     if method is not None:
-        quantized = read_quantized(method, wanted, found, folder)
+        laid = {name: to for name, to in stored_names(module).items() if isinstance(to, Laid)}
+        quantized = read_quantized(method, wanted, found, folder, laid)
         found = {name: s for name, s in found.items() if name not in quantized.used}
         wanted = {name: t for name, t in wanted.items() if name not in quantized.sources}
-    sources = _sources(wanted, found, folder, tied, stored_names(module))
+    sources = _sources(module, wanted, found, folder)
     program = _traced(folder / "config.json", config, family, module)
     if method is not None:
         read_as_stored(program, "forward", quantized)
@@ -92,8 +93,9 @@ def from_config(path: str | Path) -> Program:
 
 def _traced(path: Path, config: dict[str, Any], family: str, module: nn.Module) -> Program:
     program = nn.trace(module, {"tokens": "i64[b, s]"}, outputs=["logits"])
+    context = module.context if isinstance(module, CausalLM) else None
     program.declare(
-        name=path.parent.resolve().name, context=config["max_position_embeddings"], vocab=config["vocab_size"],
+        name=path.parent.resolve().name, context=context or config["max_position_embeddings"], vocab=config["vocab_size"],
         generation=generation_ids(path.parent, config),
     )  # fmt: skip
     program.origin = Origin(family)
@@ -113,29 +115,59 @@ def build(fields: Fields) -> tuple[str, nn.Module]:
             + (f" (nearest: {near[0]})" if near else "")
         )
     fields.take("quantization_config", dict, None)
-    fields.refuse("auto_map", {}, "the folder brings Python code of its own, which is not run; what it computes is unknown")
     architecture, builder = FAMILIES[kind]
+    refuse_own_code(fields, architecture.removesuffix("ForCausalLM"))
     given = fields.take("architectures", list, None) or [architecture]
     if architecture not in given:
         raise fields.fail(f"architectures is {given}; of model_type {kind} only {architecture} is supported")
     return kind, builder(fields)
 
 
-def stored_names(module: nn.Module) -> dict[str, list[str]]:
-    """Parameters that a checkpoint has under another name, or as several matrices that make a stack."""
-    return {
-        f"{path}.{name}": [f"{path}.{n}" for n in names]
-        for path, part in module.walk() if isinstance(part, Mixture) for name, names in part.stored.items()
-    }  # fmt: skip
+def refuse_own_code(fields: Fields, stem: str) -> None:
+    """Refuses code that a folder brings, but for a copy of classes that are the family's own by name: transformers runs its
+    own instead of these, too, if nothing else is asked for."""
+    given = fields.given.get("auto_map")
+    models = [v for k, v in given.items() if k.startswith("AutoModel")] if isinstance(given, dict) else [given]
+    known = all(isinstance(m, str) and m.rpartition(".")[2].startswith(stem) for m in models)
+    why = "the folder brings Python code of its own, which is not run; what it computes is unknown"
+    fields.refuse("auto_map", given if known else {}, why)
+
+
+def stored_names(module: nn.Module) -> dict[str, list[str] | Laid]:
+    """Parameters that a checkpoint has under another name, as several matrices that make a stack, or in another layout."""
+    out: dict[str, list[str] | Laid] = {}
+    for path, part in module.walk():
+        if isinstance(part, Mixture):
+            for name, to in part.stored.items():
+                within = replace(to, name=f"{path}.{to.name}") if isinstance(to, Laid) else [f"{path}.{n}" for n in to]
+                out[f"{path}.{name}"] = within
+        elif isinstance(part, Swapped):
+            out[f"{path}.weight"] = Laid(f"{path}.weight", swapped=True)
+    return out
+
+
+def _names(module: nn.Module) -> Names:
+    return module.names if isinstance(module, CausalLM) else Names()
+
+
+def _named(module: nn.Module, found: dict[str, Stored]) -> dict[str, Stored]:
+    """Tensors by the names that they have in a whole model: some were saved without its head, and lack the first part."""
+    names = _names(module)
+    first, *_ = names.root.split(".")
+    if (first == "model" and names.root == "model") or any(name.startswith(f"{first}.") for name in found):
+        return found
+    return {name if name.startswith(f"{names.head}.") else f"{first}.{name}": s for name, s in found.items()}
 
 
 def _sources(
-    wanted: dict[str, TensorType], found: dict[str, Stored], folder: Path, tied: bool, elsewhere: Mapping[str, list[str]]
-) -> dict[str, FileParam | StackedParam]:
+    module: nn.Module, wanted: dict[str, TensorType], found: dict[str, Stored], folder: Path
+) -> dict[str, FileParam | StackedParam | PartParam]:
     """File parameters for ``wanted``; a tied head that is stored all the same must equal the embedding."""
-    ignorable = [name for name in found if _BUFFERS.match(name)]
-    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
-    if tied and head in found:
+    names, elsewhere = _names(module), stored_names(module)
+    unread = module.unread if isinstance(module, CausalLM) else ()
+    ignorable = [n for n in found if _BUFFERS.match(n) or names.stands_for_nothing(n) or n.startswith(unread)]
+    embedding, head = f"{names.root}.{names.embed}.weight", f"{names.head}.weight"
+    if head not in module.parameters() and head in found:
         if embedding not in found:
             found = {**found, embedding: found[head]}
         elif not _same(found[embedding], found[head]):
@@ -146,15 +178,23 @@ def _sources(
         ignorable.append(head)
     parts: dict[str, TensorType] = {}
     for name, t in wanted.items():
-        names = elsewhere.get(name, [name])
-        one = TensorType(t.dtype, t.shape[1:]) if len(names) > 1 or t.rank == 3 else t
-        parts |= dict.fromkeys(names, one)
+        to = elsewhere.get(name, [name])
+        if isinstance(to, Laid):
+            parts[to.name] = TensorType(t.dtype, to.stored(t.concrete({})))
+            continue
+        one = TensorType(t.dtype, t.shape[1:]) if len(to) > 1 or t.rank == 3 else t
+        parts |= dict.fromkeys(to, one)
     sources = match(parts, found, ignorable, folder)
-    return {
-        name: StackedParam(t, tuple(sources[n].stored for n in elsewhere[name]))
-        if name in elsewhere and parts[elsewhere[name][0]] != t else sources[elsewhere.get(name, [name])[0]]
-        for name, t in wanted.items()
-    }  # fmt: skip
+    out: dict[str, FileParam | StackedParam | PartParam] = {}
+    for name, t in wanted.items():
+        to = elsewhere.get(name, [name])
+        if isinstance(to, Laid):
+            out[name] = PartParam(t, sources[to.name].stored, to.swapped, to.start, to.step)
+        elif parts[to[0]] != t:
+            out[name] = StackedParam(t, tuple(sources[n].stored for n in to))
+        else:
+            out[name] = sources[to[0]]
+    return out
 
 
 def _same(a: Stored, b: Stored) -> bool:

@@ -82,8 +82,8 @@ def _gemma3(fields: Fields) -> Backbone:
     return Backbone(m, lambda tokens, lengths, types: m(tokens, lengths), "model")
 
 
-_MIXTURES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
-"""Decoders whose checkpoints hold the matrices of experts apart."""
+_MIXTURES = ("deepseek_v2", "deepseek_v3", "gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+"""Decoders whose checkpoints hold the matrices of experts otherwise than the model."""
 BACKBONES: dict[str, Callable[[Fields], Backbone]] = {
     "bert": _encoder(encoders.bert, "bert"), "roberta": _encoder(encoders.roberta, "roberta"),
     "xlm-roberta": _encoder(encoders.roberta, "roberta"), "camembert": _encoder(encoders.roberta, "roberta"),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from wasat.frontend.fields import ConfigError
 from wasat.frontend.nn import Module
 
-from . import families
+from . import families, mixtures
 from .config import Fields
 from .gemma2 import gemma2
 from .gemma3 import gemma3_text
@@ -23,11 +23,14 @@ FAMILIES: dict[str, tuple[str, Callable[[Fields], Module]]] = {
     "arcee": ("ArceeForCausalLM", families.arcee),
     "cohere": ("CohereForCausalLM", families.cohere),
     "cohere2": ("Cohere2ForCausalLM", families.cohere2),
+    "deepseek_v2": ("DeepseekV2ForCausalLM", mixtures.deepseek_v2),
+    "deepseek_v3": ("DeepseekV3ForCausalLM", mixtures.deepseek_v3),
     "ernie4_5": ("Ernie4_5ForCausalLM", families.ernie4_5),
     "exaone4": ("Exaone4ForCausalLM", families.exaone4),
     "gemma": ("GemmaForCausalLM", families.gemma),
     "glm": ("GlmForCausalLM", families.glm),
     "glm4": ("Glm4ForCausalLM", families.glm4),
+    "gpt_oss": ("GptOssForCausalLM", mixtures.gpt_oss),
     "granite": ("GraniteForCausalLM", families.granite),
     "helium": ("HeliumForCausalLM", families.helium),
     "hunyuan_v1_dense": ("HunYuanDenseV1ForCausalLM", families.hunyuan_v1_dense),

@@ -54,7 +54,7 @@ ACTIVATIONS = {
 
 def check_layers(config: Mapping[str, Any], tensors: Callable[[], Sized], where: Path | str) -> None:
     """Raises CheckpointError for hundreds of layers or experts that are more than the ``tensors``, before they are built."""
-    for name in ("num_hidden_layers", "n_layers", "num_local_experts", "num_experts"):
+    for name in ("num_hidden_layers", "n_layer", "n_layers", "num_local_experts", "num_experts", "n_routed_experts"):
         if isinstance(n := config.get(name), int) and n > 256 and n > (found := len(tensors())):
             raise CheckpointError(f"{where}: {name} is {strict.brief(n)}, and the checkpoint has {found:,} tensors")
 
@@ -103,6 +103,7 @@ _ROPE_NUMBERS = {
     "yarn": (
         "factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "original_max_position_embeddings",
     ),
+    "longrope": ("factor", "attention_factor", "original_max_position_embeddings"),
 }  # fmt: skip
 
 
@@ -134,6 +135,12 @@ def rope(
     scaling = {k: p.number(k, None) for k in _ROPE_NUMBERS[kind]}
     if kind == "yarn":
         scaling["truncate"] = p.flag("truncate", True)
+    if kind == "longrope":
+        for name in ("short_factor", "long_factor"):
+            scaling[name] = [p.inside(name, {"at": x}).take("at", float, above=0) for x in p.take(name, list)]
+        if scaling["original_max_position_embeddings"] is None:
+            raise p.fail("original_max_position_embeddings is missing: where other factors begin is not known")
+        scaling["factor"] = scaling["factor"] or context / scaling["original_max_position_embeddings"]
     if kind in ("yarn", "llama3") and "original_max_position_embeddings" not in given:
         scaling["original_max_position_embeddings"] = context
     p.finish(f"rope_type {kind!r}")

@@ -28,7 +28,7 @@ _TRAINING = (
 """Fields that are for training, or say again what others say."""
 
 
-def _options(
+def options(
     fields: Fields, *, eps: str | None = "rms_norm_eps", default_eps: float = 1e-6, act: str = "silu", tied: bool = False,
     head_dim: int | None = None, **more: Any,
 ) -> tuple[Options, int]:  # fmt: skip
@@ -49,21 +49,24 @@ def _options(
     ), fields.size("max_position_embeddings", most=MOST_POSITIONS)  # fmt: skip
 
 
-def _biases(fields: Fields, default: bool = False) -> dict[str, Any]:
+def biases(fields: Fields, default: bool = False) -> dict[str, Any]:
     """``attention_bias`` of all four products, ``mlp_bias``."""
     attention = fields.flag("attention_bias", default)
     return {"qkv_bias": attention, "out_bias": attention, "mlp_bias": fields.flag("mlp_bias", False)}
 
 
-def _done(
+def done(
     fields: Fields, family: str, o: Options, context: int, ropes: Sequence[nn.RoPE | None] | None = None, **rope: Any
 ) -> CausalLM:
+    """The model, once all fields are taken; ``ropes`` of the layers, or what :func:`.config.single_rope` takes."""
     ropes = [single_rope(fields, o.head_dim, context, **rope)] * len(o.windows) if ropes is None else ropes
     fields.finish(family)
-    return CausalLM(o, ropes)
+    model = CausalLM(o, ropes)
+    model.context = min(context, model.context or context)
+    return model
 
 
-def _sliding(fields: Fields, o: Options, default: Callable[[int], bool], window: int | None) -> Options:
+def sliding(fields: Fields, o: Options, default: Callable[[int], bool], window: int | None) -> Options:
     """The options with the windows of layers that slide: those of ``layer_types``, ``default`` by their number if absent."""
     layers = len(o.windows)
     given = fields.window(window) if window is not None else fields.size("sliding_window", None, most=MOST_POSITIONS)
@@ -75,53 +78,53 @@ def _sliding(fields: Fields, o: Options, default: Callable[[int], bool], window:
 
 def arcee(fields: Fields) -> CausalLM:
     """``model_type: arcee``: no gate, squared ReLU."""
-    o, context = _options(fields, default_eps=1e-5, act="relu2", mlp=("up_proj", "down_proj"), **_biases(fields))
-    return _done(fields, "arcee", o, context)
+    o, context = options(fields, default_eps=1e-5, act="relu2", mlp=("up_proj", "down_proj"), **biases(fields))
+    return done(fields, "arcee", o, context)
 
 
 def _cohere(fields: Fields) -> tuple[Options, int]:
     fields.refuse("use_qk_norm", False, "norms of queries and keys are not implemented for it")
-    biases = _biases(fields)
-    return _options(
+    all_biases = biases(fields)
+    return options(
         fields, eps="layer_norm_eps", default_eps=1e-5, tied=True, norm="layer", norms=(PRE[0], None, None, None),
-        parallel=True, logits=fields.number("logit_scale", 0.0625), **biases,
+        parallel=True, logits=fields.number("logit_scale", 0.0625), **all_biases,
     )  # fmt: skip
 
 
 def cohere(fields: Fields) -> CausalLM:
     """``model_type: cohere`` (Command R): attention and feed-forward side by side."""
     o, context = _cohere(fields)
-    return _done(fields, "cohere", o, context, default=500000.0, interleaved=True)
+    return done(fields, "cohere", o, context, default=500000.0, interleaved=True)
 
 
 def cohere2(fields: Fields) -> CausalLM:
     """``model_type: cohere2`` (Command R7B, A): layers that see everything are not rotated."""
     o, context = _cohere(fields)
-    o = _sliding(fields, o, lambda i: (i + 1) % 4 != 0, 4096)
+    o = sliding(fields, o, lambda i: (i + 1) % 4 != 0, 4096)
     turn = single_rope(fields, o.head_dim, context, interleaved=True)
-    return _done(fields, "cohere2", o, context, [None if w is None else turn for w in o.windows])
+    return done(fields, "cohere2", o, context, [None if w is None else turn for w in o.windows])
 
 
 def ernie4_5(fields: Fields) -> CausalLM:
     """``model_type: ernie4_5``."""
     bias = fields.flag("use_bias", False)
-    o, context = _options(
+    o, context = options(
         fields, default_eps=1e-5, tied=True, head_dim=128, qkv_bias=bias, out_bias=bias, mlp_bias=bias
     )
-    return _done(fields, "ernie4_5", o, context, default=500000.0, interleaved=True)
+    return done(fields, "ernie4_5", o, context, default=500000.0, interleaved=True)
 
 
 def exaone4(fields: Fields) -> CausalLM:
     """``model_type: exaone4``: norms behind; where some layers slide, those that see everything are not rotated."""
-    o, context = _options(fields, default_eps=1e-5, norms=POST, qk_norm="head")
+    o, context = options(fields, default_eps=1e-5, norms=POST, qk_norm="head")
     period = fields.take("sliding_window_pattern", (int, str), 4)
     window = fields.window(4096)
     slides = window is not None and isinstance(period, int) and period > 0
     if window is not None and not slides and fields.given.get("layer_types") is None:
         raise fields.fail(f"sliding_window_pattern is {period!r}: only a period is read; layer_types says the same")
-    o = _sliding(fields, o, lambda i: slides and (i + 1) % int(period) != 0, 4096)
+    o = sliding(fields, o, lambda i: slides and (i + 1) % int(period) != 0, 4096)
     turn = single_rope(fields, o.head_dim, context)
-    return _done(fields, "exaone4", o, context, [turn if window is None or w is not None else None for w in o.windows])
+    return done(fields, "exaone4", o, context, [turn if window is None or w is not None else None for w in o.windows])
 
 
 def gemma(fields: Fields) -> CausalLM:
@@ -131,18 +134,18 @@ def gemma(fields: Fields) -> CausalLM:
         fields.given["hidden_act"] = "gelu_pytorch_tanh"
     fields.refuse("use_bidirectional_attention", False, "only causal Gemma writes text")
     bias = fields.flag("attention_bias", False)
-    o, context = _options(
+    o, context = options(
         fields, act="gelu_pytorch_tanh", tied=True, head_dim=256, norm_offset=1.0, qkv_bias=bias, out_bias=bias
     )
-    return _done(fields, "gemma", replace(o, embedding=o.dim**0.5), context)
+    return done(fields, "gemma", replace(o, embedding=o.dim**0.5), context)
 
 
 def _glm(fields: Fields, family: str, **more: Any) -> CausalLM:
-    o, context = _options(
+    o, context = options(
         fields, default_eps=1.5625e-07, head_dim=128, qkv_bias=fields.flag("attention_bias", True),
         mlp=("gate_up_proj", "down_proj"), fused_mlp=True, **more,
     )  # fmt: skip
-    return _done(fields, family, o, context, fraction=0.5, interleaved=True)
+    return done(fields, family, o, context, fraction=0.5, interleaved=True)
 
 
 def glm(fields: Fields) -> CausalLM:
@@ -159,81 +162,81 @@ def glm4(fields: Fields) -> CausalLM:
 
 def granite(fields: Fields) -> CausalLM:
     """``model_type: granite``: factors here and there."""
-    biases = _biases(fields)
-    o, context = _options(
+    all_biases = biases(fields)
+    o, context = options(
         fields, embedding=fields.number("embedding_multiplier", 1.0), residual=fields.number("residual_multiplier", 1.0),
-        scale=fields.number("attention_multiplier", 1.0), logits=1.0 / fields.number("logits_scaling", 1.0), **biases,
+        scale=fields.number("attention_multiplier", 1.0), logits=1.0 / fields.number("logits_scaling", 1.0), **all_biases,
     )  # fmt: skip
-    return _done(fields, "granite", o, context)
+    return done(fields, "granite", o, context)
 
 
 def helium(fields: Fields) -> CausalLM:
     """``model_type: helium``."""
     bias = fields.flag("attention_bias", False)
-    o, context = _options(fields, default_eps=1e-8, head_dim=128, qkv_bias=bias, mlp_bias=fields.flag("mlp_bias", False))
-    return _done(fields, "helium", o, context, default=100000.0, interleaved=True)
+    o, context = options(fields, default_eps=1e-8, head_dim=128, qkv_bias=bias, mlp_bias=fields.flag("mlp_bias", False))
+    return done(fields, "helium", o, context, default=100000.0, interleaved=True)
 
 
 def hunyuan_v1_dense(fields: Fields) -> CausalLM:
     """``model_type: hunyuan_v1_dense``: queries and keys are normalized once they are turned."""
     bias = fields.flag("attention_bias", False)
     fields.refuse("pretraining_tp", 1, "tensor-parallel pretraining slices are not implemented; set it to 1")
-    o, context = _options(
+    o, context = options(
         fields, default_eps=1e-5, qkv_bias=bias, out_bias=bias, qk_norm="turned", qk_names=("query_layernorm", "key_layernorm")
     )
-    return _done(fields, "hunyuan_v1_dense", o, context)
+    return done(fields, "hunyuan_v1_dense", o, context)
 
 
 def ministral(fields: Fields) -> CausalLM:
     """``model_type: ministral``: windows in some layers."""
-    o, context = _options(fields)
+    o, context = options(fields)
     slides = fields.given.get("sliding_window", True) is not None
-    return _done(fields, "ministral", _sliding(fields, o, lambda i: slides, 4096), context)
+    return done(fields, "ministral", sliding(fields, o, lambda i: slides, 4096), context)
 
 
 def mixtral(fields: Fields) -> CausalLM:
     """``model_type: mixtral``: experts in every layer."""
-    o, context = _options(fields, default_eps=1e-5)
+    o, context = options(fields, default_eps=1e-5)
     window = fields.size("sliding_window", None, most=MOST_POSITIONS)
     experts = Experts(
         fields.size("num_local_experts", 8, most=MOST_EXPERTS), fields.size("num_experts_per_tok", 2), o.hidden, "chosen", 0,
         ("block_sparse_moe", "gate", "w1", "w3", "w2"),
     )  # fmt: skip
-    o = replace(o, windows=[window] * len(o.windows), experts=_fits(fields, experts))
-    return _done(fields, "mixtral", o, context, default=1e6)
+    o = replace(o, windows=[window] * len(o.windows), experts=fits(fields, experts))
+    return done(fields, "mixtral", o, context, default=1e6)
 
 
 def nemotron(fields: Fields) -> CausalLM:
     """``model_type: nemotron``: layer norms by 1 + weight, no gate, squared ReLU."""
-    biases = _biases(fields)
-    o, context = _options(
+    all_biases = biases(fields)
+    o, context = options(
         fields, eps="norm_eps", default_eps=1e-5, act="relu2", norm="layer", norm_bias=True, norm_offset=1.0,
-        mlp=("up_proj", "down_proj"), **biases,
+        mlp=("up_proj", "down_proj"), **all_biases,
     )  # fmt: skip
-    return _done(fields, "nemotron", o, context, fraction=0.5)
+    return done(fields, "nemotron", o, context, fraction=0.5)
 
 
 def olmo(fields: Fields) -> CausalLM:
     """``model_type: olmo``: norms without scales."""
     bias = fields.flag("attention_bias", False)
-    o, context = _options(
+    o, context = options(
         fields, eps=None, default_eps=1e-5, norm="plain", clip=fields.number("clip_qkv", None), qkv_bias=bias, out_bias=bias
     )
-    return _done(fields, "olmo", o, context)
+    return done(fields, "olmo", o, context)
 
 
 def olmo2(fields: Fields) -> CausalLM:
     """``model_type: olmo2``: norms behind, and of all queries together."""
     bias = fields.flag("attention_bias", False)
-    o, context = _options(fields, default_eps=1e-5, norms=POST, qk_norm="width", qkv_bias=bias, out_bias=bias)
-    return _done(fields, "olmo2", o, context)
+    o, context = options(fields, default_eps=1e-5, norms=POST, qk_norm="width", qkv_bias=bias, out_bias=bias)
+    return done(fields, "olmo2", o, context)
 
 
 def olmo3(fields: Fields) -> CausalLM:
     """``model_type: olmo3``: OLMo 2 with windows in three layers of four, whose rotation is not stretched."""
     bias = fields.flag("attention_bias", False)
-    o, context = _options(fields, default_eps=1e-5, norms=POST, qk_norm="width", qkv_bias=bias, out_bias=bias)
-    o = _sliding(fields, o, lambda i: (i + 1) % 4 != 0, 4096)
+    o, context = options(fields, default_eps=1e-5, norms=POST, qk_norm="width", qkv_bias=bias, out_bias=bias)
+    o = sliding(fields, o, lambda i: (i + 1) % 4 != 0, 4096)
     theta = fields.number("rope_theta", None)
     parameters, scaling = rope_dictionaries(fields)
     if unknown := parameters.keys() - {"full_attention", "sliding_attention"}:
@@ -246,43 +249,50 @@ def olmo3(fields: Fields) -> CausalLM:
         )
     }
     turns = [ropes["full_attention" if w is None else "sliding_attention"] for w in o.windows]
-    return _done(fields, "olmo3", o, context, turns)
+    return done(fields, "olmo3", o, context, turns)
 
 
 def olmoe(fields: Fields) -> CausalLM:
     """``model_type: olmoe``."""
     bias = fields.flag("attention_bias", False)
-    o, context = _options(
+    o, context = options(
         fields, default_eps=1e-5, qk_norm="width", clip=fields.number("clip_qkv", None), qkv_bias=bias, out_bias=bias
     )
     experts = Experts(
         fields.size("num_experts", 64, most=MOST_EXPERTS), fields.size("num_experts_per_tok", 8), o.hidden,
         "chosen" if fields.flag("norm_topk_prob", False) else "all",
     )  # fmt: skip
-    return _done(fields, "olmoe", replace(o, experts=_fits(fields, experts)), context)
+    return done(fields, "olmoe", replace(o, experts=fits(fields, experts)), context)
 
 
 def phi(fields: Fields) -> CausalLM:
     """``model_type: phi`` (1, 1.5, 2): biases everywhere, attention and feed-forward side by side."""
     fields.refuse("qk_layernorm", False, "norms of queries and keys are not implemented for it")
-    o, context = _options(
+    o, context = options(
         fields, eps="layer_norm_eps", default_eps=1e-5, act="gelu_new", norm="layer", norm_bias=True,
         norms=(PRE[0], None, None, None), final="final_layernorm", parallel=True, qkv_bias=True, out_bias=True, mlp_bias=True,
         head_bias=True, out="dense", mlp=("fc1", "fc2"),
     )  # fmt: skip
     if o.tied:
         raise fields.fail("tie_word_embeddings is true: a head with a bias of its own is not implemented with it")
-    return _done(fields, "phi", o, context, fraction=0.5)
+    return done(fields, "phi", o, context, fraction=0.5)
 
 
 def phi3(fields: Fields) -> CausalLM:
     """``model_type: phi3`` (Phi 3, 3.5, 4): one matrix for queries, keys and values, one for a gate and what it gates."""
-    o, context = _options(
-        fields, default_eps=1e-5, fused_qkv=True, mlp=("gate_up_proj", "down_proj"), fused_mlp=True
+    o, context = options(
+        fields, default_eps=1e-5, fused_qkv="parts", mlp=("gate_up_proj", "down_proj"), fused_mlp=True
     )
-    fields.ignore("original_max_position_embeddings")  # of longrope, which is refused by its name
+    original = fields.size("original_max_position_embeddings", None, most=MOST_POSITIONS)
+    for name in ("rope_parameters", "rope_scaling"):
+        given = fields.given.get(name)
+        if not isinstance(given, dict) or given.get("rope_type", given.get("type")) not in ("longrope", "su", "yarn"):
+            continue
+        # older files say su or yarn, and mean it
+        within = {k: v for k, v in given.items() if k != "type"} | {"rope_type": "longrope"}
+        fields.given[name] = {**({"original_max_position_embeddings": original} if original else {}), **within}
     window = fields.size("sliding_window", None, most=MOST_POSITIONS)
-    return _done(fields, "phi3", replace(o, windows=[window] * len(o.windows)), context, fraction=1.0)
+    return done(fields, "phi3", replace(o, windows=[window] * len(o.windows)), context, fraction=1.0)
 
 
 def _qwen_moe(fields: Fields, family: str) -> CausalLM:
@@ -297,14 +307,14 @@ def _qwen_moe(fields: Fields, family: str) -> CausalLM:
     else:
         bias = fields.flag("attention_bias", False)
         more = {"qkv_bias": bias, "out_bias": bias}
-    o, context = _options(fields, qk_norm="" if family == "qwen2_moe" else "head", **more)
+    o, context = options(fields, qk_norm="" if family == "qwen2_moe" else "head", **more)
     experts = Experts(
         fields.size("num_experts" if "num_experts" in fields.given else "num_local_experts", most=MOST_EXPERTS),
         fields.size("num_experts_per_tok"), fields.size("moe_intermediate_size"),
         "chosen" if fields.flag("norm_topk_prob", False) else "all",
         fields.size("shared_expert_intermediate_size") if family == "qwen2_moe" else 0,
     )  # fmt: skip
-    return _done(fields, family, replace(o, experts=_fits(fields, experts)), context)
+    return done(fields, family, replace(o, experts=fits(fields, experts)), context)
 
 
 def qwen2_moe(fields: Fields) -> CausalLM:
@@ -317,7 +327,7 @@ def qwen3_moe(fields: Fields) -> CausalLM:
     return _qwen_moe(fields, "qwen3_moe")
 
 
-def _fits(fields: Fields, e: Experts) -> Experts:
+def fits(fields: Fields, e: Experts) -> Experts:
     if e.chosen > e.count:
         raise fields.fail(f"num_experts_per_tok is {e.chosen}, and there are {e.count} experts")
     return e
@@ -326,16 +336,16 @@ def _fits(fields: Fields, e: Experts) -> Experts:
 def seed_oss(fields: Fields) -> CausalLM:
     """``model_type: seed_oss``."""
     fields.refuse("pretraining_tp", 1, "tensor-parallel pretraining slices are not implemented; set it to 1")
-    o, context = _options(
+    o, context = options(
         fields, head_dim=128, qkv_bias=fields.flag("attention_bias", True), out_bias=fields.flag("attention_out_bias", False),
         mlp_bias=fields.flag("mlp_bias", False),
     )  # fmt: skip
-    return _done(fields, "seed_oss", o, context)
+    return done(fields, "seed_oss", o, context)
 
 
 def smollm3(fields: Fields) -> CausalLM:
     """``model_type: smollm3``: every fourth layer is not rotated."""
-    o, context = _options(fields, tied=True, **_biases(fields))
+    o, context = options(fields, tied=True, **biases(fields))
     fields.refuse("use_sliding_window", False, "windows are not implemented for it")
     fields.refuse("sliding_window", None, "windows are not implemented for it")
     fields.ignore("layer_types")
@@ -345,26 +355,26 @@ def smollm3(fields: Fields) -> CausalLM:
     if len(turned) != layers or any(t not in (0, 1) for t in turned):
         raise fields.fail(f"no_rope_layers is {turned}; expected 1 (rotated) or 0 for each of {layers} layers")
     turn = single_rope(fields, o.head_dim, context, 2000000.0)
-    return _done(fields, "smollm3", o, context, [turn if t else None for t in turned])
+    return done(fields, "smollm3", o, context, [turn if t else None for t in turned])
 
 
 def stablelm(fields: Fields) -> CausalLM:
     """``model_type: stablelm``: layer norms, part of each head is turned."""
     fields.refuse("qk_layernorm", False, "norms of queries and keys are not implemented for it")
     parallel = fields.flag("use_parallel_residual", False)
-    o, context = _options(
+    o, context = options(
         fields, eps="layer_norm_eps", default_eps=1e-5, norm="layer", norm_bias=True, parallel=parallel,
         norms=(PRE[0], None, None, None) if parallel else PRE, qkv_bias=fields.flag("use_qkv_bias", False),
     )  # fmt: skip
-    return _done(fields, "stablelm", o, context, fraction=0.25)
+    return done(fields, "stablelm", o, context, fraction=0.25)
 
 
 def starcoder2(fields: Fields) -> CausalLM:
     """``model_type: starcoder2``: layer norms and biases, no gate."""
     bias = fields.flag("use_bias", True)
-    o, context = _options(
+    o, context = options(
         fields, eps="norm_epsilon", default_eps=1e-5, act="gelu_pytorch_tanh", tied=True, norm="layer", norm_bias=True,
         qkv_bias=bias, out_bias=bias, mlp_bias=bias, mlp=("c_fc", "c_proj"),
     )  # fmt: skip
     window = fields.size("sliding_window", None, most=MOST_POSITIONS)
-    return _done(fields, "starcoder2", replace(o, windows=[window] * len(o.windows)), context)
+    return done(fields, "starcoder2", replace(o, windows=[window] * len(o.windows)), context)

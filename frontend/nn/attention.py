@@ -7,7 +7,7 @@ import math
 from wasat.ir import DType, TypeMismatch
 
 from .einsum import einsum
-from .functions import Mask, causal, full, softmax, tanh, where, within
+from .functions import Mask, causal, concat, full, softmax, tanh, where, within
 from .layers import Linear, RMSNorm
 from .module import Module
 from .rope import RoPE, RoPE2D
@@ -15,13 +15,16 @@ from .tensor import Tensor, emit, fail
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, keep: Mask = True, *, scale: float | None = None, softcap: float | None = None
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, keep: Mask = True, *, scale: float | None = None, softcap: float | None = None,
+    bias: Tensor | None = None, sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """``q[b, s, h, d]``, ``k[b, t, g, d]``, ``v[b, t, g, e]`` -> ``[b, s, h, e]``; query head i reads key head ``i //
     (h/g)``.
 
     ``keep`` (bool ``[s, t]``, ``[b, s, t]`` or ``[b, h, s, t]``; true: attend); ``scale`` defaults to ``d ** -0.5``;
-    ``softcap`` bounds the scores: ``softcap * tanh(scores / softcap)``. The softmax is computed in f32.
+    ``softcap`` bounds the scores: ``softcap * tanh(scores / softcap)``. ``bias`` (``[h, s, t]``, or what broadcasts to it) is
+    added to the scores; ``sinks[h]`` are logits that take weight from the keys, one for each head. The softmax is computed in
+    f32.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.rank != 4:
@@ -41,7 +44,13 @@ def attention(
     if isinstance(keep, Tensor) and keep.rank == 3:
         keep = keep[:, None]
     scores = scores.cast(DType.F32)
-    probs = softmax(where(keep, scores, -math.inf), axis=-1).cast(v.dtype)
+    scores = where(keep, scores if bias is None else scores + bias, -math.inf)
+    if sinks is None:
+        probs = softmax(scores, axis=-1).cast(v.dtype)
+    else:
+        b, h, s, t = scores.shape
+        rows = sinks.cast(DType.F32).reshape(1, h, 1, 1).broadcast_to(b, h, s, 1)
+        probs = softmax(concat([scores, rows]), axis=-1)[..., :t].cast(v.dtype)
     if heads == groups:
         return einsum("b h s t, b t h e -> b s h e", probs, v)
     return einsum("b (g r) s t, b t g e -> b s (g r) e", probs, v)

@@ -69,5 +69,9 @@ class MoE(Module):
         rows = x.reshape(*x.shape[:-1], 1, x.shape[-1])
         gate = grouped_linear(rows, self.gate_proj, which, self.gate_bias, "gate_proj")
         up = grouped_linear(rows, self.up_proj, which, self.up_bias, "up_proj")
-        y = grouped_linear(self.act(gate) * up, self.down_proj, which, self.down_bias, "down_proj")
+        y = grouped_linear(self.gated(gate, up), self.down_proj, which, self.down_bias, "down_proj")
         return (y * share.reshape(*share.shape, 1)).sum(-2)
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        """What goes into the way down."""
+        return self.act(gate) * up

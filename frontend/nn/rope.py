@@ -62,11 +62,23 @@ def _yarn(inv_freq: np.ndarray, p: Mapping[str, Any], dim: int, theta: float) ->
     return (inv_freq / np.float32(factor) * (1 - keep) + inv_freq * keep).astype(np.float32), float(attention)
 
 
-_SCALINGS = {"linear": _linear, "llama3": _llama3, "yarn": _yarn}
+def _longrope(inv_freq: np.ndarray, p: Mapping[str, Any], dim: int, theta: float) -> tuple[np.ndarray, float]:
+    """LongRoPE (arXiv 2402.13753) up to the original context: a factor for each frequency, and one on cos and sin."""
+    short, context = np.asarray(p["short_factor"], np.float32), float(p["original_max_position_embeddings"])
+    if short.shape != inv_freq.shape:
+        raise WasatError(f"short_factor has {short.size} numbers, of {len(inv_freq)} frequencies")
+    attention, factor = p.get("attention_factor"), float(p["factor"])
+    if attention is None:
+        attention = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(context))
+    return (np.float32(1) / (short / inv_freq)).astype(np.float32), float(attention)
+
+
+_SCALINGS = {"linear": _linear, "llama3": _llama3, "yarn": _yarn, "longrope": _longrope}
 _NEEDED = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings"),
+    "longrope": ("factor", "original_max_position_embeddings", "short_factor"),
 }  # fmt: skip
 SCALINGS = ("default", *_SCALINGS)
 """Values of ``rope_type`` that :class:`RoPE` knows."""
@@ -75,8 +87,9 @@ SCALINGS = ("default", *_SCALINGS)
 class RoPE(Module):
     """Rotates the first ``fraction`` of each head by position: ``x[b, s, h, d]``, positions i64 ``[s]`` or ``[b, s]``.
 
-    ``scaling`` is a Hugging Face ``rope_parameters`` dictionary: ``rope_type`` default, linear, llama3 or yarn, with
-    its numbers. ``interleaved``: pairs are neighbours, ``(2i, 2i + 1)``.
+    ``scaling`` is a Hugging Face ``rope_parameters`` dictionary: ``rope_type`` default, linear, llama3, yarn or longrope, with
+    its numbers. Of longrope the short factors are used, which hold up to the original context. ``interleaved``: pairs are
+    neighbours, ``(2i, 2i + 1)``.
     """
 
     def __init__(
@@ -89,6 +102,8 @@ class RoPE(Module):
             raise WasatError(f"RoPE rotates pairs of elements: {dim} of {head_dim} is not an even number of them")
         self.inv_freq, self.factor = frequencies(dim, theta), 1.0
         kind = (scaling or {}).get("rope_type", "default")
+        self.holds: int | None = int(scaling["original_max_position_embeddings"]) if scaling and kind == "longrope" else None
+        """Positions for which the frequencies are meant; None: any."""
         if scaling is not None and kind != "default":
             if kind not in _SCALINGS:
                 raise WasatError(f"rope_type {kind!r} is not implemented; there are {', '.join(SCALINGS)}")

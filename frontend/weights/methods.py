@@ -1,7 +1,8 @@
-"""The formats of quantized checkpoints: GPTQ, AWQ, compressed-tensors and FP8.
+"""The formats of quantized checkpoints: GPTQ, AWQ, compressed-tensors, FP8 and gpt-oss's MXFP4.
 
-Sources: the packers and kernels of GPTQModel 7.7 (and AutoGPTQ before it), AutoAWQ 0.2.9, compressed-tensors 0.20 and
-DeepSeek's conversion of FP8; an element is (code - zero point) * scale in all of them.
+Sources: the packers and kernels of GPTQModel 7.7 (and AutoGPTQ before it), AutoAWQ 0.2.9, compressed-tensors 0.20,
+DeepSeek's conversion of FP8, and ``convert_moe_packed_tensors`` of transformers 5.23; an element is (code - zero point) * scale
+in all but the last, which is OCP Microscaling's.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-from wasat.ir import DType, QArray, QTensorType, TensorType
+from wasat.ir import BlockArray, CheckpointError, DType, QArray, QTensorType, TensorType
 
 from ..models import Fields
+from ..models.decoder import Laid
 from .packed import FLOATS8, Dense, Integers, Tensors, blocks, order_of, scaled_blocks, signed, unpack, unpack_padded
 from .safetensors import STORED, Stored
 
@@ -44,6 +46,12 @@ class Method:
     def read(self, t: Tensors) -> Found:
         """The weight of the module whose tensors ``t`` has. Raises CheckpointError for what does not fit."""
         raise NotImplementedError
+
+    def read_parts(
+        self, laid: Mapping[str, Laid], wanted: Mapping[str, TensorType], found: Mapping[str, Stored]
+    ) -> tuple[dict[str, Integers], set[str], list[str]]:
+        """Parameters that are parts of tensors, which tensors were read for them, and what does not fit."""
+        return {}, set(), []
 
 
 def _integers(
@@ -390,6 +398,51 @@ class Fp8(Method):
         return _floats(t, w, scales, lead, rows, width)
 
 
+# -- MXFP4 --------------------------------------------------------------------------------------------------------------------
+class Mxfp4(Method):
+    """gpt-oss's experts: ``NAME_blocks`` u8 [e, n, k / 32, 16], of each byte the lower half before the upper, and
+    ``NAME_scales`` u8 [e, n, k / 32], powers of two. Ours (GGUF's) has the first 16 of 32 numbers in the lower halves."""
+
+    marks = ()
+
+    def __init__(self, f: Fields) -> None:
+        """Which modules are quantized, their tensors say."""
+
+    def read_parts(
+        self, laid: Mapping[str, Laid], wanted: Mapping[str, TensorType], found: Mapping[str, Stored]
+    ) -> tuple[dict[str, Integers], set[str], list[str]]:
+        sources: dict[str, Integers] = {}
+        used, problems = set[str](), []
+        for name, to in laid.items():
+            outer, _, last = to.name.rpartition(".")
+            tensors = {part: found[f"{to.name}_{part}"] for part in ("blocks", "scales") if f"{to.name}_{part}" in found}
+            if not tensors:
+                continue
+            e, n, k = wanted[name].concrete({})
+            t = Tensors(f"{outer}.{last}", tensors, (n, k))
+            try:
+                if k % 32:
+                    raise t.fail(f"{k} weights a row do not fill blocks of 32")
+                blocks = t.take("blocks", (DType.U8,), (e, n * to.step, k // 32, 16))
+                scales = t.take("scales", (DType.U8,), (e, n * to.step, k // 32))
+            except CheckpointError as why:
+                if str(why) not in problems:
+                    problems.append(str(why))
+                continue
+            used |= {f"{to.name}_{part}" for part in t.used}
+            sources[name] = _powers(QTensorType("mxfp4", (e, n, k)), blocks, scales, slice(to.start, None, to.step))
+        return sources, used, problems
+
+
+def _powers(type: QTensorType, blocks: Stored, scales: Stored, rows: slice) -> Integers:
+    def load() -> QArray:
+        given, powers = blocks.load()[:, rows], scales.load()[:, rows]
+        codes = np.stack([given & 15, given >> 4], -1).reshape(*given.shape[:-1], 32)
+        return BlockArray(type, np.concatenate([powers[..., None], codes[..., :16] | codes[..., 16:] << 4], -1))
+
+    return Integers(type, load)
+
+
 METHODS: dict[str, type[Method]] = {
-    "gptq": Gptq, "awq": Awq, "compressed-tensors": CompressedTensors, "fp8": Fp8, "fbgemm_fp8": Fp8,
+    "gptq": Gptq, "awq": Awq, "compressed-tensors": CompressedTensors, "fp8": Fp8, "fbgemm_fp8": Fp8, "mxfp4": Mxfp4,
 }  # fmt: skip

@@ -11,6 +11,7 @@ import numpy as np
 from wasat.ir import ArrayParam, Builder, CheckpointError, Graph, ParamSource, Program, TensorType, Value, type_of
 
 from ..models import Fields
+from ..models.decoder import Laid
 from .methods import METHODS, Method
 from .packed import Integers, Tensors
 from .safetensors import STORED, Stored, listed, read_json
@@ -57,14 +58,17 @@ def older_config(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_quantized(
-    method: Method, wanted: Mapping[str, TensorType], found: Mapping[str, Stored], where: Path
+    method: Method, wanted: Mapping[str, TensorType], found: Mapping[str, Stored], where: Path, laid: Mapping[str, Laid] = {},
 ) -> Checkpoint:  # fmt: skip
-    """The weights of all modules that are quantized. What does not fit is named at once."""
+    """The weights of all modules that are quantized; ``laid``: parameters that are parts of tensors. What does not fit is named
+    at once."""
     parts: dict[str, dict[str, Stored]] = {}
     for name, stored in found.items():
         module, _, part = name.rpartition(".")
         parts.setdefault(module, {})[part] = stored
-    out, problems = Checkpoint(), []
+    out = Checkpoint()
+    parts_of, out.used, problems = method.read_parts(laid, wanted, found)
+    out.sources |= parts_of
     for module, tensors in parts.items():
         weight = f"{module}.weight"
         if weight not in wanted or not any(mark in tensors for mark in method.marks):

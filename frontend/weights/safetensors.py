@@ -98,6 +98,31 @@ class StackedParam:
         return out
 
 
+@dataclass(frozen=True)
+class PartParam:
+    """A parameter that is a part of a tensor in a safetensors file: every ``step``-th along axis 1 from ``start`` on, once its
+    last two axes are ``swapped``; converted as :class:`FileParam`."""
+
+    type: TensorType
+    stored: Stored
+    swapped: bool
+    start: int
+    step: int
+
+    is_data: ClassVar[bool] = True
+
+    @property
+    def narrow(self) -> DType | None:
+        """What it is stored in, where that is narrower than its type."""
+        return self.stored.dtype if self.stored.dtype.bits < self.type.dtype.bits else None
+
+    def load(self) -> np.ndarray:
+        """The array, which is written anew."""
+        x = self.stored.load()
+        x = x.swapaxes(-1, -2) if self.swapped else x
+        return np.ascontiguousarray(x[:, self.start :: self.step], self.type.dtype.np)
+
+
 class _Duplicate(ValueError):
     """A key that occurs twice in one JSON object."""
 

@@ -37,7 +37,21 @@ def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     ("olmo3", {"rope_parameters": {"rope_theta": 1e4}}, "rope_parameters has rope_theta"),
     ("phi", {"tie_word_embeddings": True}, "a head with a bias of its own"),
     ("phi", {"qk_layernorm": True}, "qk_layernorm is True"),
-    ("phi3", {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0]}}, "rope_type 'longrope' is not implemented"),
+    ("deepseek_v2", {"num_key_value_heads": 2}, "every head has keys of its own"),
+    ("deepseek_v2", {"scoring_func": "sigmoid"}, "knows softmax alone"),
+    ("deepseek_v2", {"topk_method": "best"}, "topk_method 'best' is not implemented"),
+    ("deepseek_v3", {"n_group": 3}, "8 experts in 3 groups"),
+    ("deepseek_v3", {"topk_group": 1}, "no 3 of them (num_experts_per_tok) can be chosen so"),
+    ("deepseek_v3", {"moe_layer_freq": 2}, "layers with and without experts by turns"),
+    ("gpt_oss", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+    ("gpt_oss", {"num_experts_per_tok": 9}, "num_experts_per_tok is 9, and there are 4 experts"),
+    ("phi3_longrope", {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
+     "short_factor has 1 numbers, of 4 frequencies"),
+    ("phi3_longrope", {"rope_parameters": {"rope_type": "longrope", "short_factor": ["a"], "long_factor": [1.0]}},
+     "short_factor.at = 'a' must be a number"),
+    ("phi3", {"original_max_position_embeddings": "absent", "rope_parameters": {
+        "rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0] * 4}},
+     "original_max_position_embeddings is missing"),
     ("qwen2_moe", {"mlp_only_layers": [0]}, "mlp_only_layers is [0]"),
     ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step is 2"),
     ("qwen3_moe", {"num_local_experts": "absent"}, "num_local_experts is missing"),
@@ -97,7 +111,29 @@ def test_older_files_of_gemma_say_gelu_and_mean_its_approximation(tmp_path: Path
     np.testing.assert_allclose(found, logits, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["glm", "mixtral", "cohere2"])
+def test_latent_attention_keeps_the_latent_vectors(tmp_path: Path) -> None:
+    from wasat.driver import optimize
+
+    config, shapes, _, _ = files.golden("deepseek_v3")
+    program = optimize(from_pretrained(files.write(tmp_path / "m", config, shapes)))[0]
+    kept = [str(i.type) for i in program["decode"].inputs if i.name not in ("tokens", "past")]
+    assert kept == ["f32[b, c, 1, 20]"] * 2  # 16 and the 4 that are rotated, not 4 heads of 10 and 10
+
+
+def test_longrope_holds_up_to_its_original_context(tmp_path: Path) -> None:
+    """The names and places that files had before are read to the same frequencies."""
+    config, shapes, _, _ = files.golden("phi3_longrope")
+    program = from_pretrained(files.write(tmp_path / "m", config, shapes))
+    assert program.interface.context == 32
+    given = config.pop("rope_parameters")
+    older = {"type": "su", **{k: given[k] for k in ("short_factor", "long_factor")}}
+    configs = ({**config, "rope_scaling": older, "rope_theta": given["rope_theta"]}, {**config, "rope_parameters": given})
+    turned = [build(Fields(c, "c"))[1].model.layers[0].self_attn.rope for c in configs]
+    assert turned[0].factor == turned[1].factor > 1.1
+    np.testing.assert_array_equal(turned[0].inv_freq, turned[1].inv_freq)
+
+
+@pytest.mark.parametrize("name", ["glm", "mixtral", "cohere2", "gpt_oss"])
 def test_caches_are_derived_and_rotation_and_attention_fused(name: str, tmp_path: Path) -> None:
     from wasat.driver import optimize
 

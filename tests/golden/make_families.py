@@ -34,15 +34,33 @@ def rope(**more):
 
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+YARN = rope(
+    rope_type="yarn", factor=4.0, original_max_position_embeddings=32, beta_fast=4.0, beta_slow=0.5, mscale=0.7,
+    mscale_all_dim=0.9, truncate=False,
+)
+MLA = {
+    "num_key_value_heads": 4, "q_lora_rank": 20, "kv_lora_rank": 16, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4,
+    "v_head_dim": 10, "n_routed_experts": 8, "n_shared_experts": 2, "num_experts_per_tok": 3, "moe_intermediate_size": 12,
+    "first_k_dense_replace": 1, "n_group": 4, "topk_group": 2,
+}  # fmt: skip
 CASES: dict[str, dict] = {
     "arcee": rope(),
     "cohere": {**rope(), "logit_scale": 0.5},
     "cohere2": {**rope(), "sliding_window": 6, "layer_types": [SLIDING, FULL], "logit_scale": 0.5},
+    "deepseek_v2": {  # as Lite is
+        **MLA, **rope(), "q_lora_rank": None, "topk_method": "greedy", "n_routed_experts": 4, "routed_scaling_factor": 1.5,
+    },
+    "deepseek_v2_groups": {**MLA, **rope(), "model_type": "deepseek_v2", "topk_method": "group_limited_greedy"},
+    "deepseek_v3": {**MLA, **YARN, "first_k_dense_replace": 1},
     "ernie4_5": {**rope(), "head_dim": 16, "use_bias": True},
     "exaone4": {**rope(), "sliding_window": 6, "num_hidden_layers": 3, "layer_types": [SLIDING, FULL, SLIDING]},
     "gemma": {**rope(), "head_dim": 16},
     "glm": {**rope(partial_rotary_factor=0.5), "head_dim": 16, "attention_bias": True},
     "glm4": {**rope(partial_rotary_factor=0.5), "head_dim": 16, "attention_bias": True},
+    "gpt_oss": {
+        **YARN, "head_dim": 16, "sliding_window": 6, "layer_types": [SLIDING, FULL], "num_local_experts": 4,
+        "num_experts_per_tok": 2, "swiglu_limit": 1.5,
+    },
     "granite": {
         **rope(), "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.7, "attention_multiplier": 0.2,
     },
@@ -63,6 +81,13 @@ CASES: dict[str, dict] = {
     "olmoe": {**rope(), "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": False},
     "phi": {**rope(partial_rotary_factor=0.5), "num_key_value_heads": 4},
     "phi3": {**rope(partial_rotary_factor=1.0), "sliding_window": 6},
+    "phi3_longrope": {
+        "model_type": "phi3", "original_max_position_embeddings": 32,
+        "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 500.0, "short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [4.0] * 4,
+            "original_max_position_embeddings": 32,
+        },
+    },
     "qwen2_moe": {
         **rope(), **EXPERTS, "norm_topk_prob": False, "shared_expert_intermediate_size": 28, "decoder_sparse_step": 1,
     },

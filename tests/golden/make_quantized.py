@@ -2,12 +2,14 @@
 
     python tests/golden/make_quantized.py AWQ_PACKING_UTILS.py
 
-with compressed-tensors installed, and the path of ``awq/utils/packing_utils.py`` of AutoAWQ. Each file holds the tensors of one
-module ``m`` as a checkpoint has them, ``expected`` (what the package dequantizes to, in f32), and its configuration.
+with compressed-tensors and transformers installed, and the path of ``awq/utils/packing_utils.py`` of AutoAWQ. Each file has the
+tensors of one module ``m`` as a checkpoint has them, ``expected`` (what the package dequantizes to, in f32), and its
+configuration; ``mxfp4.npz`` blocks and scales, and what they are.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import sys
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import compressed_tensors
+import numpy as np
 import torch
 from compressed_tensors.compressors.base import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
@@ -77,6 +80,16 @@ def awq(source: str) -> None:
     store("awq", {"qweight": words, "qzeros": zeros, "scales": scales}, expected, config, "float16")
 
 
+def mxfp4() -> None:
+    """Blocks and scales as gpt-oss has them, and what transformers makes of them."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    blocks = torch.randint(0, 256, (2, 6, 3, 16), dtype=torch.uint8)
+    scales = torch.randint(118, 132, (2, 6, 3), dtype=torch.uint8)
+    dense = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+    np.savez_compressed(OUT / "mxfp4.npz", blocks=blocks.numpy(), scales=scales.numpy(), expected=dense.numpy())
+
+
 def main() -> None:
     OUT.mkdir(exist_ok=True)
     torch.manual_seed(0)
@@ -95,7 +108,9 @@ def main() -> None:
     block = {"strategy": "block", "block_structure": [16, 64]}
     compressed("fp8_block", "float-quantized", bf16, num_bits=8, type="float", symmetric=True, **block)
     awq(sys.argv[1])
+    mxfp4()
     versions = {"compressed-tensors": compressed_tensors.__version__, "torch": torch.__version__, "autoawq": "0.2.9"}
+    versions["transformers"] = importlib.metadata.version("transformers")
     (OUT / "versions.json").write_text(json.dumps(versions, indent=1) + "\n")
 
 
