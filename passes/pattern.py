@@ -182,7 +182,7 @@ class Rewrite(GraphPass):
     def run_graph(self, graph: Graph, remarks: Remarks) -> bool:
         return run_rules((self,), graph, remarks)
 
-    def rewrite(self, graph: Graph, attempt: _Attempt) -> Iterator[Value]:
+    def rewrite(self, graph: Graph, attempt: Attempt) -> Iterator[Value]:
         """Rewrites every match in one sweep; yields what was put in."""
         names = [n for n in inspect.signature(self.pattern).parameters if n != "p"]
         root = self.pattern(Tracer(), *(Var(n) for n in names))
@@ -192,7 +192,7 @@ class Rewrite(GraphPass):
             if node.op in starts and len(node.outputs) == 1:
                 yield from self._apply(graph, node, root, attempt)
 
-    def _apply(self, graph: Graph, node: Node, root: Pattern, attempt: _Attempt) -> Iterator[Value]:
+    def _apply(self, graph: Graph, node: Node, root: Pattern, attempt: Attempt) -> Iterator[Value]:
         old = node.output
         for state in attempt.match(root, old, _State()):
             reason = _outside_use(graph, state, old)
@@ -231,7 +231,7 @@ class Rewrites(GraphPass):
 
 def run_rules(rules: Iterable[Rewrite], graph: Graph, remarks: Remarks) -> bool:
     """Sweeps ``graph`` once with each rule; reports what stands in the end, and why landmarks were left."""
-    attempt = _Attempt()
+    attempt = Attempt()
     made = dict.fromkeys(v for rule in rules for v in rule.rewrite(graph, attempt))
     for v in made:
         if v.node is None or not v.node.erased:
@@ -306,7 +306,7 @@ def _outside_use(graph: Graph, state: _State, root: Value) -> str | None:
     return None
 
 
-class _Attempt:
+class Attempt:
     """The matcher, and the farthest failure at every landmark."""
 
     def __init__(self) -> None:

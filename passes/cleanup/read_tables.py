@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-from wasat.ir import Array, Builder, DimLike, Graph, Node, Program, QArray, TensorType, Value
+import numpy as np
+from wasat.ir import Array, Builder, DimLike, DType, Graph, Node, Program, QArray, TensorType, Value
 from wasat.ir.op import concrete
 from wasat.ir.ops.shape import Slice
 
 from ..analyses.affine import Affine, Piece, of_array
 from ..core import Pass, Remarks
 from ..pattern import erase_dead, replace
+from .waves import sines, waves
 
 _LARGEST = 2**26
 """Elements of a table that is looked at."""
@@ -21,6 +23,8 @@ _LARGEST = 2**26
 @dataclass(frozen=True)
 class ReadTables(Pass):
     """A parameter [.., n, m] of few values, each on one region (a triangle, a band) -> comparisons of positions.
+    A parameter (or constant) of which rows are looked up, and multiplied, and whose columns are cosines and sines of the row's
+    number times a frequency -> these, of the positions that were looked up: tables of rotary positions.
     The first s rows of a parameter (or constant), and columns -> a lookup at the positions 0 .. s-1; rows from k on, at k ..
 
     Modules keep masks as buffers and slice them. Positions say what they mean; the values themselves say it to nobody.
@@ -37,6 +41,7 @@ class ReadTables(Pass):
                     changed |= self._compute(graph, v, program.params[name].load(), remarks)
             for node in graph.nodes:
                 changed |= node.is_a("slice") and self._look_up(graph, node, remarks)
+        changed |= self._wave(program, remarks)
         read = {name for graph in program.graphs.values() for name in graph.params}
         gone = {name for graph in program.graphs.values() for name in graph.prune_params()} if changed else set()
         for name in gone & read - {name for graph in program.graphs.values() for name in graph.params}:
@@ -52,6 +57,29 @@ class ReadTables(Pass):
         remarks.applied(f"parameter {v.param} is computed: {len(pieces)} regions of positions", first)
         graph.replace_uses(v, _emit(b, pieces, v.tensor))
         return True
+
+    def _wave(self, program: Program, remarks: Remarks) -> bool:
+        found = []
+        for graph in program.graphs.values():
+            for node in graph.nodes:
+                at = _lookup(node)
+                if at is None or not _multiplied(graph, node.output):
+                    continue
+                numbers = at.table.const if at.table.const is not None else program.params[at.table.param or ""].load()
+                if not isinstance(numbers, QArray):
+                    found.append((graph, at, numbers.reshape(numbers.shape[-at.behind - 1], -1)))
+        known = [f for _, _, numbers in found for f in sines(numbers).values()]
+        changed, wrapped = False, dict[tuple[Value, int], Value]()
+        for graph, at, numbers in found:
+            columns = waves(numbers, known)
+            if columns is None:
+                continue
+            b = Builder(graph, before=at.node, loc=at.node.loc)
+            name = at.table.param or f"%{at.table.name}"
+            remarks.applied(f"{name} is computed: cosines and sines of {len(numbers)} positions", at.node)
+            replace(graph, at.node.output, _emit_waves(b, at, len(numbers), columns, wrapped))
+            changed = True
+        return changed
 
     def _look_up(self, graph: Graph, node: Node, remarks: Remarks) -> bool:
         table, attrs = node.inputs[0], Slice.Attrs.of(node)
@@ -89,6 +117,90 @@ class ReadTables(Pass):
             graph.replace(user, graph.add_node(user.op, operands, user.attrs, before=user, loc=user.loc).outputs)
         graph.erase(node)
         return True
+
+
+@dataclass(frozen=True)
+class _Lookup:
+    """Of a table [.., rows, columns ..] whole rows, at an index [.., 1 ..]."""
+
+    node: Node
+    table: Value
+    index: Value
+    behind: int
+    """How many axes the columns have."""
+
+
+def _lookup(node: Node) -> _Lookup | None:
+    if not node.is_a("embedding", "gather", "take_along"):
+        return None
+    axis = 0 if node.is_a("embedding") else node.attrs.axis  # type: ignore[attr-defined]
+    table, index = _once(node.inputs[0], axis), node.inputs[1]
+    behind = len(table.shape) - axis - 1
+    if node.is_a("take_along"):
+        index = _once(index, axis + 1) if len(index.shape) == len(table.shape) else index
+        wide = index if all(d == 1 for d in index.shape[axis + 1 :]) else index.made_by("broadcast_to")
+        index = wide.inputs[0] if isinstance(wide, Node) else index
+        if any(d != 1 for d in index.shape[len(index.shape) - behind :]):
+            return None
+    given = table.const is not None or table.param is not None
+    if not given or table.tensor.dtype is not DType.F32 or not all(isinstance(d, int) for d in table.shape):
+        return None
+    return _Lookup(node, table, index, behind) if behind and all(d == 1 for d in table.shape[:axis]) else None
+
+
+def _once(v: Value, axis: int) -> Value:
+    """What ``v`` repeats along axes before ``axis``, if it is repeated there alone."""
+    spread = v.made_by("broadcast_to")
+    one = spread.inputs[0] if spread is not None else v
+    return one if len(one.shape) == len(v.shape) and one.shape[axis:] == v.shape[axis:] else v
+
+
+def _multiplied(graph: Graph, v: Value) -> bool:
+    """Whether it is moved and multiplied with values that are neither numbers nor parameters, and nothing else."""
+
+    def read(node: Node) -> bool:
+        numbers = all(u is v or (u.const is not None and (node.is_a("gather") or u.const.size == 1)) for u in node.inputs)
+        if node.op.carries or node.is_a("cast") or (node.is_a("gather", "mul") and numbers):
+            return _multiplied(graph, node.output)
+        return node.is_a("mul") and not any(_fixed(u) for u in node.inputs)
+
+    return bool(v.users) and not graph.is_output(v) and all(read(node) for node in v.users)
+
+
+def _counted(v: Value) -> bool:
+    """Whether it is positions from 0 on, moved."""
+    while v.node is not None and (v.node.op.carries or v.node.is_a("cast")) and len(v.node.inputs) == 1:
+        v = v.node.inputs[0]
+    return v.made_by("iota") is not None
+
+
+def _emit_waves(
+    b: Builder, found: _Lookup, rows: int, columns: Sequence[tuple[str, np.float32]], wrapped: dict[tuple[Value, int], Value]
+) -> Value:  # fmt: skip
+    """What is looked up, computed: positions times frequencies, their cosines and sines, in the order of the columns.
+
+    ``wrapped``: of positions that may be counted from the end, for so many rows, those from the beginning.
+    """
+    shape, index = found.node.output.shape, found.index
+    lead = index.shape[: len(index.shape) - found.behind] if found.node.is_a("take_along") else index.shape
+    if not _counted(index):  # rows are counted from the end, too
+        key = index, rows
+        if key not in wrapped:
+            wrapped[key] = b.select(b.less(index, 0), b.add(index, rows), index)
+        index = wrapped[key]
+    at = b.cast(b.reshape(index, shape=(*lead, 1)), dtype=DType.F32)
+    order, parts = list[int](), list[Value]()
+    for fn in dict.fromkeys(fn for fn, _ in columns):
+        mine = [c for c, (f, _) in enumerate(columns) if f == fn]
+        angles = b.mul(at, b.constant(np.array([columns[c][1] for c in mine]), DType.F32))
+        parts.append(b.cos(angles) if fn == "cos" else b.sin(angles))
+        order += mine
+    y = parts[0] if len(parts) == 1 else b.concat(*parts, axis=len(lead))
+    if order != list(range(len(columns))):
+        y = b.gather(y, b.constant(np.argsort(order)), axis=len(lead))
+    y = b.reshape(y, shape=(*lead, *shape[len(shape) - found.behind :]))
+    y = b.reshape(y, shape=(*(1,) * (len(shape) - len(y.shape)), *y.shape))
+    return b.broadcast_to(y, shape=shape)
 
 
 def _asked_for(rows: Value, size: DimLike) -> DimLike:

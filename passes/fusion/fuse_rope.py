@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from wasat.ir import Builder, DimLike, DType, Graph, Node, Value
+from wasat.ir import Builder, DimLike, DType, Graph, Node, TypeMismatch, Value
 from wasat.ir.ops.shape import Slice
 
 from ..core import Remarks
-from ..pattern import Match, Mismatch, Pattern, Rewrite, Rewrites, Tracer, Var, number_of
-from .rope_lanes import lanes
+from ..pattern import Attempt, Match, Mismatch, Pattern, Rewrite, Rewrites, Tracer, Var, number_of, replace
+from .rope_lanes import Along, lanes
+from .rotation import Products, products, rotation
 
 
 # -- tables of cosines and sines ---------------------------------------------------------------------------------------------
@@ -369,6 +370,44 @@ class _RotatePairs(Rewrite):
         return _rope(b, x, m["cos"], m["sin"], repeats=2, interleaved=True, pairs=True)
 
 
+class _ByMeaning(Rewrite):
+    """What comes to x rotated by angles of positions, in any spelling -> rope(x)"""
+
+    def rewrite(self, graph: Graph, attempt: Attempt) -> Iterator[Value]:
+        groups = products(graph)
+        for last in groups.last:
+            waiting, seen = [last], {last}
+            for y in waiting:
+                if y.node is None or y.node.erased or y.node.is_a("mul"):
+                    continue
+                try:
+                    new = self._rotated(graph, groups, y)
+                except (Mismatch, TypeMismatch):
+                    more = [v for v in y.node.inputs if v in groups.values and v not in seen]
+                    seen.update(more)
+                    waiting += more
+                    continue
+                yield new
+
+    def _rotated(self, graph: Graph, groups: Products, y: Value) -> Value:
+        x, found = rotation(y)
+        if (reason := groups.read_elsewhere(y, graph)) is not None:
+            raise Mismatch(reason)
+        assert y.node is not None
+        b = Builder(graph, before=y.node, loc=y.node.loc)
+        sizes = found.shape
+        rows, count = sizes[0], sizes[found.axis]
+        turns = []
+        for turn in found.turns:
+            along = any(a.axis == -4 for a in turn.angles.at if isinstance(a, Along))
+            turns.append((turn.angles.emit(b, found.axis - 4, rows if along else 1, count), turn.emit(b, _wide(x))))
+        x = x if x.shape == sizes else b.reshape(x, shape=sizes)
+        new = _rotated_along(b, x, found.axis, turns, found.factor, found.interleaved)
+        new = new if new.shape == y.shape else b.reshape(new, shape=y.shape)
+        replace(graph, y, new)
+        return new
+
+
 class _Partial(Rewrite):
     """concat(rope(x[.. :r]), x[.. r:]) -> rope(x), which leaves the features that have no frequency"""
 
@@ -437,7 +476,7 @@ class FuseRope(Rewrites):
     """
 
     name = "fuse-rope"
-    rules = (_RotateHalf(), _Halves(), _Pairs(), _RotatePairs(), _Partial(), _RepeatedHeads(), _Narrow())
+    rules = (_RotateHalf(), _Halves(), _Pairs(), _RotatePairs(), _ByMeaning(), _Partial(), _RepeatedHeads(), _Narrow())
 
     def run_graph(self, graph: Graph, remarks: Remarks) -> bool:
         try:

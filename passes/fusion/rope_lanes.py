@@ -48,7 +48,8 @@ class Angles:
         starts = tuple(a if isinstance(a, int) else 0 for a in self.at)
         stops = tuple(a + 1 if isinstance(a, int) else d for a, d in zip(self.at, x.shape))
         x = b.slice(x, starts=starts, stops=stops) if any(starts) or stops != x.shape else x
-        return b.reshape(x, shape=(count,) if len(along) == 1 else (rows, count))
+        shape = (count,) if len(along) == 1 else (rows, count)
+        return x if x.shape == shape else b.reshape(x, shape=shape)
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,10 @@ def _looked_for(
             raise Mismatch(f"feature {f} of %{table.name} turns by several frequencies")
         positions, frequency = roots[own[i]]
         at = tuple(_place(x, places, positions, table) for x in index)
-        features.append((_of_repeated(positions, at), _past_units(frequency), int(last.flat[0])))
+        cast = _past_units(positions).made_by("cast")
+        assert cast is not None
+        angles = of_repeated(cast.inputs[0], positions.shape, (*at, 0))
+        features.append((angles, _past_units(frequency), int(last.flat[0])))
     return features
 
 
@@ -219,12 +223,8 @@ def _place(x: np.ndarray, places: np.ndarray, positions: Value, table: Value) ->
     raise Mismatch(f"%{table.name} reads %{positions.name} in another order")
 
 
-def _of_repeated(positions: Value, at: tuple[int | Along, ...]) -> Angles:
-    """Of positions that are repeated, picked from more or given axes of size 1, those that are."""
-    cast = _past_units(positions).made_by("cast")
-    assert cast is not None
-    x, shape = cast.inputs[0], positions.shape
-    at = (*at, 0)
+def of_repeated(x: Value, shape: tuple[DimLike, ...], at: tuple[int | Along, ...]) -> Angles:
+    """Of positions ``x``, seen with ``shape``, that are repeated, picked from more or given axes of size 1, those that are."""
     while True:
         if x.shape != shape:
             long = iter([a for a, d in zip(at, shape) if d != 1])

@@ -27,6 +27,10 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen3Config,
@@ -134,6 +138,19 @@ def qwen3(attention):
     return Qwen3ForCausalLM(Qwen3Config(**DECODER, head_dim=16, attn_implementation=attention))
 
 
+def gptj(attention):
+    """Cosines and sines in a table, neighbours turned, half of each head."""
+    return GPTJForCausalLM(GPTJConfig(
+        vocab_size=VOCAB, n_embd=DIM, n_layer=2, n_head=HEADS, n_positions=64, n_inner=32, rotary_dim=4,
+        attn_implementation=attention, bos_token_id=1, eos_token_id=2,
+    ))  # fmt: skip
+
+
+def neox(attention):
+    """One frequency, which is 1."""
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**DECODER, attn_implementation=attention))
+
+
 def qwen2_vl(attention):
     return Qwen2VLTextModel(Qwen2VLTextConfig(**DECODER, rope_parameters={
         "rope_type": "default", "rope_theta": 100.0, "mrope_section": [1, 1, 2]}, attn_implementation=attention))  # fmt: skip
@@ -222,6 +239,9 @@ CASES = {
     "llama_legacy": Case(llama, "eager", "legacy", CausalMasked, PLACED),
     "llama_past": Case(llama, "eager", "legacy", CausalPast, WITH_PAST),
     "qwen3_sdpa": Case(qwen3, "sdpa", "dynamo"),
+    "gptj": Case(gptj, "eager", "dynamo"),
+    "gptj_legacy": Case(gptj, "eager", "legacy", CausalMasked, PLACED),
+    "neox": Case(neox, "sdpa", "dynamo"),
     "qwen2_vl": Case(qwen2_vl, "eager", "dynamo", Placed, KINDS),
     "qwen2_vl_alone_legacy": Case(qwen2_vl, "eager", "legacy", Placed),
     "qwen3_vl_legacy": Case(qwen3_vl, "eager", "legacy", Placed, KINDS),

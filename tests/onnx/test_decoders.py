@@ -25,6 +25,9 @@ CASES: dict[str, tuple[int, int, int]] = {
     "llama_legacy": (2, 2, 2),
     "llama_past": (2, 0, 2),
     "qwen3_sdpa": (2, 2, 0),
+    "gptj": (2, 2, 0),
+    "gptj_legacy": (2, 2, 2),
+    "neox": (2, 2, 0),
     "qwen2_vl": (2, 2, 0),
     "qwen2_vl_alone_legacy": (2, 2, 0),
     "qwen3_vl_legacy": (2, 2, 0),
@@ -41,8 +44,8 @@ CASES: dict[str, tuple[int, int, int]] = {
 }
 CAUSAL = [
     "gpt2_eager", "gpt2_sdpa_legacy", "llama_sdpa", "llama_sdpa_23", "llama_masked", "llama_legacy", "qwen3_sdpa",
-    "qwen2_vl", "qwen2_vl_alone_legacy", "qwen3_vl_legacy", "gemma3_eager", "gemma3_sdpa_legacy", "whisper_decoder",
-    "t5_decoder_legacy",
+    "gptj", "gptj_legacy", "neox", "qwen2_vl", "qwen2_vl_alone_legacy", "qwen3_vl_legacy", "gemma3_eager",
+    "gemma3_sdpa_legacy", "whisper_decoder", "t5_decoder_legacy",
 ]  # fmt: skip
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -88,7 +91,8 @@ def test_fused(name: str) -> None:
     "name, windows, ropes, norms",
     [
         ("gpt2_eager", [None, None], 0, 5), ("llama_sdpa", [None, None], 4, 5), ("llama_legacy", [None, None], 4, 5),
-        ("qwen3_sdpa", [None, None], 4, 9), ("qwen2_vl", [None, None], 12, 5),
+        ("qwen3_sdpa", [None, None], 4, 9), ("gptj", [None, None], 4, 3), ("gptj_legacy", [None, None], 4, 3),
+        ("neox", [None, None], 4, 5), ("qwen2_vl", [None, None], 12, 5),
         ("qwen2_vl_alone_legacy", [None, None], 4, 5), ("qwen3_vl_legacy", [None, None], 12, 9),
         ("gemma3_eager", [5, None], 4, 13), ("gemma3_sdpa_legacy", [5, None], 4, 13),
     ],

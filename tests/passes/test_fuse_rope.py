@@ -366,7 +366,9 @@ def test_angles_repeated_inside_a_half() -> None:
   %x1: f32[b, s, 3, 4] = slice(%x) {starts=(0, 0, 0, 0), stops=(b, s, 3, 4)}
   %x2: f32[b, s, 3, 4] = slice(%x) {starts=(0, 0, 0, 4), stops=(b, s, 3, 8)}
 """ + product("3, 4]") + "%y: f32[b, s, 3, 8] = concat(%y1, %y2) {axis=3}"  # fmt: skip
-    check_untouched(FuseRope(), graph(TABLES, halves, x="f32[b, s, 3, 8]"), "holds 4 angles per position for 2 frequencies")
+    inv = INV.replace("f32[2]", "f32[4]").replace("1.0 0.1", "1.0 0.1 1.0 0.1")
+    want = graph(inv, "%y: f32[b, s, 3, 8] = rope(%x, %at, %constant)", x="f32[b, s, 3, 8]")
+    check_pass(FuseRope(), graph(TABLES, halves, x="f32[b, s, 3, 8]"), want, DIMS)
 
 
 @pytest.mark.parametrize("at, rest", [(2, 0), (2, 4), (0, 3)])

@@ -174,7 +174,7 @@ def of_all_kinds(at: nn.Tensor) -> tuple[nn.Tensor, nn.Tensor]:
 
 def floating(at: nn.Tensor) -> tuple[nn.Tensor, nn.Tensor]:
     """Positions that are no integers."""
-    c, s = (sections(t) for t in both((at.cast("f32") * 0.3)[..., None] * nn.constant(FREQ)))
+    c, s = (sections(t) for t in both(nn.sqrt(at.cast("f32"))[..., None] * nn.constant(FREQ)))
     return nn.concat([c, c], axis=-1), nn.concat([s, s], axis=-1)
 
 

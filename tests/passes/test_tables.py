@@ -199,3 +199,80 @@ def test_weights_are_not_looked_at() -> None:
 }"""
     program = Program({"f": parse(text)}, {"w": Weight(), "scale": ArrayParam(s := np.ones((16, 1), np.float32), type_of(s))})
     assert not PassManager([ReadTables()]).run(program).steps[0].modified
+
+
+# -- tables of cosines and sines ---------------------------------------------------------------------------------------------
+WAVES = """graph @f(%x: f32[b, s, 6], %at: i64[b, s]) {
+  param %table: f32[40, 6]
+  %rows: f32[b, s, 6] = embedding(%table, %at)
+  %y: f32[b, s, 6] = mul(%x, %rows)
+  return %y
+}"""
+FREQUENCIES = np.array([1.0, 0.2, 0.01], np.float32)
+OF_ROWS = np.arange(40, dtype=np.float32)[:, None] * FREQUENCIES
+KNOWN = np.concatenate([np.sin(OF_ROWS), np.cos(OF_ROWS)], 1)
+
+
+def computed(text: str, table: np.ndarray) -> tuple[Program, list[str], bool]:
+    """Whether the table went, what was said, whether it computes the same: at positions from the end, too."""
+    program, before = random_program(text), random_program(text)
+    for p in (program, before):
+        p.params["table"] = ArrayParam(np.ascontiguousarray(table), type_of(table))
+    report = PassManager([ReadTables()]).run(program)
+    rng = np.random.default_rng(0)
+    x, at = rng.normal(size=(2, 5, 6)).astype(np.float32), rng.integers(-40, 40, (2, 5))
+    got, want = (evaluate(p["f"], {"x": x, "at": at}, {k: v.load() for k, v in p.params.items()})[0] for p in (program, before))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    return program, [r.message for r in report.remarks("applied")], "table" in program.params
+
+
+@pytest.mark.parametrize("lookup, table", [
+    ("f32[40, 6]", KNOWN), ("f32[40, 6]", KNOWN[:, ::-1]), ("f32[40, 6]", KNOWN[:, [0, 3, 1, 4, 2, 5]]),
+    ("f32[1, 40, 6]", KNOWN[None]), ("f32[40, 3, 2]", np.stack([np.cos(OF_ROWS), np.sin(OF_ROWS)], -1)),
+])  # fmt: skip
+def test_waves_are_computed(lookup: str, table: np.ndarray) -> None:
+    text = WAVES.replace("f32[40, 6]", lookup)
+    rows = "%rows: f32[b, s, 6] = embedding(%table, %at)"
+    if table.ndim == 3 and table.shape[0] == 1:
+        new = "%i: i64[b, s, 1] = reshape(%at) {shape=(b, s, 1)}\n  %j: i64[b, s, 6] = broadcast_to(%i) {shape=(b, s, 6)}\n" \
+            "  %k: f32[b, 40, 6] = broadcast_to(%table) {shape=(b, 40, 6)}\n" \
+            "  %rows: f32[b, s, 6] = take_along(%k, %j) {axis=1}"  # fmt: skip
+        text = text.replace(rows, new)
+    elif table.ndim == 3:
+        new = "%g: f32[b, s, 3, 2] = gather(%table, %at)\n  %rows: f32[b, s, 6] = reshape(%g) {shape=(b, s, 6)}"
+        text = text.replace(rows, new)
+    program, said, stays = computed(text, table.astype(np.float32))
+    assert (said, stays) == (["table is computed: cosines and sines of 40 positions"], False)
+    constants = [n.output.const for n in program["f"].nodes if n.is_a("constant")]
+    frequencies = [x for x in constants if x is not None and x.dtype == np.float32]
+    np.testing.assert_allclose([np.sort(f)[::-1] for f in frequencies], [FREQUENCIES] * 2, rtol=3e-7)
+
+
+def other(column: int, row: int, by: float) -> np.ndarray:
+    table = KNOWN.copy()
+    table[row, column] += by
+    return table
+
+
+@pytest.mark.parametrize("table", [
+    other(1, 30, 3e-6), other(4, 7, -3e-6), other(3, 0, 1e-5), 2 * KNOWN, np.roll(KNOWN, 1, 0), KNOWN**2, KNOWN * np.nan,
+    np.random.default_rng(0).normal(size=(40, 6)),
+])  # fmt: skip
+def test_other_numbers_stay(table: np.ndarray) -> None:
+    with np.errstate(invalid="ignore"):
+        _, said, stays = computed(WAVES, table.astype(np.float32))
+    assert (said, stays) == ([], True)
+
+
+@pytest.mark.parametrize("old, new", [
+    ("mul(%x, %rows)", "add(%x, %rows)"),  # positions that are added to embeddings keep their table
+    ("return %y", "return %y, %rows"),
+    ("%y: f32[b, s, 6] = mul(%x, %rows)", "%u: f32[b, s, 6] = mul(%x, %rows)\n %y: f32[b, s, 6] = add(%u, %rows)"),
+    ("%rows: f32[b, s, 6] = embedding(%table, %at)", "%i: i64[b, s, 6] = cast(%x) {dtype=i64}\n"
+     " %j: i64[b, s, 6] = mul(%i, 0:i64)\n %k: f32[1, 40, 6] = reshape(%table) {shape=(1, 40, 6)}\n"
+     " %rows: f32[b, s, 6] = take_along(%k, %j) {axis=1}"),
+])  # fmt: skip
+def test_tables_of_other_uses_stay(old: str, new: str) -> None:
+    assert old in WAVES
+    _, said, stays = computed(WAVES.replace(old, new), KNOWN)
+    assert (said, stays) == ([], True)
