@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 _RIFF_UNKNOWN = 0x7FFFF000
 """From here on, the length in the header is what programs write that do not know it yet."""
 _LARGE = (b"RF64", b"BW64")
 """WAV of more than 4 GiB."""
+_W64 = b"riff\x2e\x91\xcf\x11\xa5\xd6\x28\xdb\x04\xc1\x00\x00"
+_MP3 = tuple(bytes((0xFF, n)) for n in (0xE2, 0xE3, 0xF2, 0xF3, 0xFA, 0xFB))
+"""What a frame of MPEG's third layer begins with."""
+_HEAD = 27 + 255
+"""Bytes by which the size of a part is known; a page of Ogg has the most."""
 _BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
 """What MP4 and MOV begin with."""
 
@@ -20,25 +25,80 @@ def animated(head: bytes) -> bool:
 def stated_size(file: BinaryIO, size: int) -> int:
     """How many bytes a file of ``size`` says it has, by the sizes of its outermost parts; 0 where it does not say."""
     file.seek(0)
-    head = file.read(16)
+    head = file.read(_HEAD)
     if head.startswith((b"RIFF", b"FORM")):  # WAV, AVI, WebP; AIFF
         n = int.from_bytes(head[4:8], "little" if head.startswith(b"RIFF") else "big")
-        return 0 if n <= size or n >= _RIFF_UNKNOWN else n + 8  # there are programs that count the 8 in
+        known = size < n < _RIFF_UNKNOWN
+        return n + 8 if known else _samples_end(file, head, size)  # there are programs that count the 8 in
     if head.startswith(_LARGE) and head[12:16] == b"ds64":
-        file.seek(20)
-        n = int.from_bytes(file.read(8), "little")
+        n = int.from_bytes(head[20:28], "little")
         return 0 if n <= size or n >= 1 << 63 else n + 8
-    part = _box if head[4:8] in _BOXES else _element
+    if head.startswith(_W64):
+        n = int.from_bytes(head[16:24], "little")
+        return 0 if n <= size or n >= 1 << 62 else n
+    if head.startswith((b"ID3", *_MP3)):
+        at = 0
+        while (tag := _tag(head)) and at < size:
+            at += tag
+            file.seek(at)
+            head = file.read(_HEAD)
+        n = _mpeg_bytes(head)
+        return at + n if n else 0
+    part = _box if head[4:8] in _BOXES else _page if head.startswith(b"OggS") else _element
     at = 0
+    if head.startswith(b"caff"):
+        part, at = _piece, 8
     for _ in range(100_000):
         if at + 8 > size:
             return at
         file.seek(at)
-        n = part(file.read(16))
+        n = part(file.read(_HEAD))
         if n <= 0:
             return 0 if n == 0 else at
         at += n
     return 0
+
+
+def _samples_end(file: BinaryIO, head: bytes, size: int) -> int:
+    """Where the samples of a WAV or AIFF end whose outer size says nothing, by the size of that part; 0: it does not say."""
+    order: Literal["little", "big"] = "little" if head.startswith(b"RIFF") else "big"
+    at = 12
+    for _ in range(1000 if head[8:12] in (b"WAVE", b"AIFF", b"AIFC") else 0):
+        file.seek(at)
+        part = file.read(8)
+        n = int.from_bytes(part[4:], order)
+        if part[:4] in (b"data", b"SSND"):
+            return at + 8 + n if size - at - 8 < n < _RIFF_UNKNOWN else 0
+        if len(part) < 8:
+            return 0
+        at += 8 + n + n % 2
+    return 0
+
+
+def _tag(head: bytes) -> int:
+    """The bytes of a tag of ID3 that begins so; 0: it is none."""
+    sevens = [n & 127 for n in head[6:10]]
+    return 10 + sum(n << 7 * (3 - i) for i, n in enumerate(sevens)) if head.startswith(b"ID3") else 0
+
+
+def _mpeg_bytes(frame: bytes) -> int:
+    """The bytes of an MP3 from its first frame on, if that is the one which tells them; 0: it is not."""
+    at = max(frame.find(b"Xing", 0, 64), frame.find(b"Info", 0, 64))
+    if not frame.startswith(_MP3) or at < 0 or not frame[at + 7] & 2:  # the second of its fields is there
+        return 0
+    at += 12 if frame[at + 7] & 1 else 8
+    return int.from_bytes(frame[at : at + 4], "big")
+
+
+def _page(head: bytes) -> int:
+    """As :func:`_box`, of an Ogg file."""
+    return 27 + head[26] + sum(head[27 : 27 + head[26]]) if len(head) > 26 and head.startswith(b"OggS") else -1
+
+
+def _piece(head: bytes) -> int:
+    """As :func:`_box`, of a CAF; samples that go on to the end have a size of -1."""
+    n = int.from_bytes(head[4:12], "big", signed=True)
+    return 0 if n == -1 else 12 + n if n >= 0 and head[:4].isalnum() else -1
 
 
 def _box(head: bytes) -> int:
@@ -71,7 +131,10 @@ def trouble_of_wav(head: bytes) -> str | None:
     at = head.find(b"fmt ", 12)
     if not head.startswith((b"RIFF", *_LARGE)) or head[8:12] != b"WAVE" or at < 0:
         return None
-    tag, bits, valid = (int.from_bytes(head[at + i : at + i + 2], "little") for i in (8, 22, 26))
+    tag, channels, block, bits, valid = (int.from_bytes(head[at + i : at + i + 2], "little") for i in (8, 10, 20, 22, 26))
     if tag == 0xFFFE and valid and (valid + 7) // 8 != (bits + 7) // 8:
         return f"holds samples of {valid} bits in {bits}"
+    room = block // channels if channels else 0  # whole numbers and floats; a block of other kinds is one of many samples
+    if tag in (1, 3, 0xFFFE) and room > (bits + 7) // 8:
+        return f"holds samples of {bits} bits in {8 * room}"
     return None

@@ -175,6 +175,39 @@ def test_what_states_no_length_or_is_followed_by_something_is_whole() -> None:
         assert len(Video(data).frames()[0]) == len(CLIP)
 
 
+@pytest.mark.parametrize("kind, codec", [
+    ("wav", "pcm_s16le"), ("aiff", "pcm_s16be"), ("w64", "pcm_s16le"), ("caf", "pcm_s16be"), ("mp3", "libmp3lame"),
+    ("ogg", "flac"), ("ogg", "libopus"),
+])  # fmt: skip
+def test_a_sound_that_was_cut_is_not_a_shorter_one(kind: str, codec: str) -> None:
+    tone = np.tile(TONE, 6)  # of several pages
+    whole = sound(tone, 16000, kind, codec)
+    assert len(Audio(whole).samples(16000)) >= len(tone)
+    for share in (0.999, 0.9, 0.5, 0.1):
+        cut = whole[: int(len(whole) * share)]
+        with pytest.raises(MediaError, match=rf"is cut off: it has {len(cut)} bytes of \d+"):
+            Audio(cut).samples(16000)
+    if kind == "mp3":
+        for data in (b"ID3\4\0\0\0\0\2\0" + bytes(256) + whole, whole[whole.index(b"\xff\xf3") :]):
+            assert len(Audio(data).samples(16000)) >= len(tone)
+            with pytest.raises(MediaError, match=f"is cut off: it has {len(data) - 9} bytes of {len(data)}"):
+                Audio(data[:-9]).samples(16000)
+
+
+@pytest.mark.parametrize("kind, codec, part", [("wav", "pcm_s16le", b"data"), ("aiff", "pcm_s16be", b"SSND")])
+def test_the_part_of_the_samples_says_how_many_there_are(kind: str, codec: str, part: bytes) -> None:
+    """Where the size of the whole does not: as if from a pipe, mended by a program that did not look further, or as far as it
+    goes where neither does."""
+    whole = sound(TONE, RATE, kind, codec)
+    at = whole.index(part) + 4
+    for size in (b"\xff" * 4, bytes(4)):
+        cut = whole[:4] + size + whole[8:-700]
+        with pytest.raises(MediaError, match=f"is cut off: it has {len(cut)} bytes of {len(whole)}"):
+            Audio(cut).samples(RATE)
+        if kind == "wav":
+            assert len(Audio(cut[:at] + b"\xff" * 4 + cut[at + 4 :]).samples(RATE)) == len(TONE) - 350
+
+
 def test_a_sound_may_lack_a_thousandth_of_a_second() -> None:
     """Of what its header says: rounded, in some programs' files."""
     for stated, whole in ((4000, True), (4008, True), (4009, False)):

@@ -264,6 +264,19 @@ def test_samples_that_do_not_fill_their_room(bits: int, valid: int) -> None:
     assert len(Audio(_extensible(bits, bits - 4)).samples(8000)) == 240 * 8 // bits
 
 
+@pytest.mark.parametrize("tag, bits, block", [(1, 24, 4), (1, 16, 4), (3, 32, 8), (1, 12, 4)])
+def test_samples_in_blocks_that_they_do_not_fill(tag: int, bits: int, block: int) -> None:
+    """As programs write them that know no extensible header; FFmpeg reads one sample behind the other."""
+    for channels, layout in ((1, "mono"), (2, "stereo")):
+        data = bytearray(_channels(np.zeros((60, channels), np.float32), "pcm_s16le", "wav", layout))
+        at = data.index(b"fmt ") + 8
+        data[at : at + 16] = struct.pack("<HHIIHH", tag, channels, 8000, 8000 * block * channels, block * channels, bits)
+        with pytest.raises(MediaError, match=f"samples of {bits} bits in {8 * block}: write it again"):
+            Audio(bytes(data)).samples(8000)
+        data[at + 12 : at + 14] = struct.pack("<H", (bits + 7) // 8 * channels)
+        assert len(Audio(bytes(data)).samples(8000)) == 60 * 16 // (bits + 7 & ~7)
+
+
 def test_a_wav_of_big_endian_numbers_is_refused() -> None:
     with pytest.raises(MediaError, match="from the highest byte on"):
         Audio(b"RIFX" + wav(np.zeros(9, np.float32), 8000)[4:]).samples(8000)
