@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from wasat.ir import Attrs, Builder, DimLike, DType, Graph, Node, TensorType, Value
+from wasat.ir import Attrs, Builder, DimLike, DType, Graph, Node, State, TensorType, Value, equal
 
 from .layouts import Layout
 from .lower import KernelCall, Result
@@ -41,12 +41,39 @@ def need_elements(node: Node) -> None:
         raise Refused(f"%{none.name} is {none.type}, of no elements")
 
 
+def state_behind(state: Value) -> tuple[Value | None, Value]:
+    """Of a state that rows without positions start as zeros: how many positions rows hold, and the state without that."""
+    choice = state.made_by("select")
+    if choice is None:
+        return None, state
+    none, start, held = choice.inputs
+    zeros = start.made_by("broadcast_to")
+    number = start.const if zeros is None else zeros.inputs[0].const
+    test = none.made_by("equal")
+    if number is None or number.any() or test is None or held.type != state.type:
+        return None, state
+    rows, zero = test.inputs
+    column = rows.made_by("reshape")
+    past = column.inputs[0] if column is not None else rows
+    counts = past.type.rank == 1 and equal(past.shape[0], state.shape[0]) is True and past.tensor.dtype is DType.I64
+    alone = rows.shape == (past.shape[0], *[1] * (state.type.rank - 1))
+    if not counts or not alone or zero.const is None or zero.const.any():
+        return None, state
+    return past, held
+
+
 class KernelSelection:
     """Replaces operations of one graph by kernel calls."""
 
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
+    def __init__(self, graph: Graph, states: Mapping[str, State]) -> None:
+        self.graph, self.states = graph, states
         self.order = {node: i for i, node in enumerate(graph.nodes)}
+
+    def given_up(self, held: Value, state: Value) -> bool:
+        """Whether ``held``, read as ``state`` alone, is a state whose memory may take what comes after it."""
+        own = self.states.get(held.name) if held.node is None and held.param is None else None
+        read_once = len(held.uses) == len(state.uses) == 1 and not self.graph.is_output(held)
+        return own is not None and own.donated and read_once
 
     def erased(self, node: Node) -> bool:
         """Erases a node that nothing reads."""

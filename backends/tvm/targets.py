@@ -270,7 +270,7 @@ def _planned(kind: str, device: Device, make: Callable[..., Target] = Target, te
     limits = limits_of(device, tensor)
     return make(
         kind, config, host={"kind": "llvm"}, device=device, needs_compiler=False,
-        kernels=lambda target, program: gpu_kernels.selection(limits), formats=_ON_GPUS,
+        kernels=lambda target, program: gpu_kernels.selection(limits, program.interface.states), formats=_ON_GPUS,
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from wasat.backends.tvm.gpu.kernels.convolution import Conv, convolution
 from wasat.backends.tvm.gpu.kernels.elementwise import CacheWrite, Embedding, Glu, Rope, cache_write, embedding, glu, rope
 from wasat.backends.tvm.gpu.kernels.formats import Codes, Floats, format_of
 from wasat.backends.tvm.gpu.kernels.linear import Linear, linear
+from wasat.backends.tvm.gpu.kernels.linear_attention import LinearAttention, linear_attention
 from wasat.backends.tvm.gpu.kernels.rows import Norm, RoundRows, Softmax, norm, round_rows, softmax
 from wasat.backends.tvm.gpu.limits import Limits
 from wasat.backends.tvm.gpu.select import selection
@@ -49,6 +50,8 @@ CASES: list[tuple[Any, Any]] = [
     (Attention(WEBGPU, 4, 2, 64, 64, 0.1, 3.0, 9, cached=True, ring=True, mask="bBH"), attention),
     *((Conv(limits, n, 8, (3, 3), (1, 1), (1, 1), (1, 1), (1, 1), (True, True), bias=True), convolution)
       for limits, n in ((WEBGPU, 64), (WEBGPU, 32), (WEBGPU, 16), (WEBGPU, 4), (SMALL, 64), (SMALL, 16))),
+    *((LinearAttention(limits, 8, 2, 128, 128, "feature", True, in_place=False), linear_attention)
+      for limits in (WEBGPU, SMALL)),
     (Attention(WEBGPU, 8, 1, 256, 256, 0.1, cached=True, decode=True), attention),
     (Attention(WEBGPU, 4, 4, 64, 64, 0.1, cached=True, decode=True), attention),
 ]  # fmt: skip

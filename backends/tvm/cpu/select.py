@@ -82,8 +82,8 @@ class Selection(KernelSelection):
     """
 
     def __init__(self, graph: Graph, isa: Isa, threads: int, cache: CacheType, states: Mapping[str, State]) -> None:
-        super().__init__(graph)
-        self.isa, self.threads, self.cache, self.states = isa, threads, cache, states
+        super().__init__(graph, states)
+        self.isa, self.threads, self.cache = isa, threads, cache
         self.quantized: dict[Value, Value] = {}
         """Rows of a value quantized for the integer linears, where some kernel has made them."""
         self.sorted: dict[tuple[Value, Shape, int], tuple[Value, Value]] = {}

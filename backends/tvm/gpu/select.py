@@ -2,17 +2,17 @@
 
 Selected are ``linear``, ``quantized_linear`` and both of groups, where the weight is a parameter; ``embedding`` and
 ``quantized_embedding``; ``rms_norm`` and ``layer_norm``, of a sum too; ``softmax`` of the last axis, ``glu``, ``rope``,
-``attention``, ``cached_attention`` and ``cache_start``; ``conv``. Whatever is not, TVM's own schedules do; :class:`Left` says
-why.
+``attention``, ``cached_attention`` and ``cache_start``; ``linear_attention`` and ``conv``. Whatever is not, TVM's own
+schedules do; :class:`Left` says why.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, cast
 
-from wasat.ir import DType, Graph, Node, QTensorType, TensorType, Value, equal
+from wasat.ir import DType, Graph, Node, QTensorType, State, TensorType, Value, equal
 from wasat.ir.ops.attention import mask_and_sink
 from wasat.ir.ops.nn import NormAttrs
 
@@ -26,6 +26,7 @@ from .kernels.linear import MOST_ROWS, Linear, linear
 from .kernels.rows import Norm, RoundRows, Softmax, norm, round_rows, softmax
 from .kernels.tensor_attention import tensor_attention
 from .limits import Limits
+from .recurrent import select_linear_attention
 from .weights import layout_of
 
 _TVM = {DType.F32: "float32", DType.F16: "float16", DType.BF16: "bfloat16", DType.I64: "int64", DType.I32: "int32"}
@@ -36,16 +37,18 @@ _OF_TENSOR_CORES = (
 )
 
 
-def selection(limits: Limits) -> Callable[..., list[Left]]:
-    """The function that puts the kernels into a graph, or into the body of a node, and says what it left."""
-    return lambda graph: Selection(graph, limits).run()
+def selection(limits: Limits, states: Sequence[State] = ()) -> Callable[..., list[Left]]:
+    """The function that puts the kernels into a graph, or into the body of a node, and says what it left. Inputs named in
+    ``states`` are states."""
+    by_name = {s.name: s for s in states}
+    return lambda graph: Selection(graph, limits, by_name).run()
 
 
 class Selection(KernelSelection):
     """Replaces the operations of one graph: users before what they use, so that a norm takes the sum before it."""
 
-    def __init__(self, graph: Graph, limits: Limits) -> None:
-        super().__init__(graph)
+    def __init__(self, graph: Graph, limits: Limits, states: Mapping[str, State]) -> None:
+        super().__init__(graph, states)
         self.limits = limits
         self.rounded: dict[tuple[Value, int], Value] = {}
         """Rows as they are once quantized, in blocks of a size."""
@@ -58,7 +61,7 @@ class Selection(KernelSelection):
             **dict.fromkeys(("grouped_linear", "quantized_grouped_linear"), self._grouped),
             **dict.fromkeys(("embedding", "quantized_embedding"), self._embedding),
             "rms_norm": self._norm, "layer_norm": self._norm, "softmax": self._softmax, "glu": self._glu, "rope": self._rope,
-            "conv": partial(select_conv, self),
+            "conv": partial(select_conv, self), "linear_attention": partial(select_linear_attention, self),
             "attention": self._attention, "cached_attention": self._cached_attention, "cache_start": self._cache_start,
         }  # fmt: skip
         left = []
