@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from wasat.cli.console import Refusal, err, text_file
+from wasat.cli.console import MinP, Refusal, RepetitionPenalty, Seed, Stop, Temperature, TopK, TopP, err, text_file
 
 if TYPE_CHECKING:
     from wasat.runtime import Model
@@ -53,13 +53,13 @@ def chat(
         ),
     ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens of an answer.", show_default=False)] = None,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; 1 samples the model's distribution.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Sample among the k likeliest; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Sample among the fewest tokens that hold this probability.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="Drop tokens below this fraction of the likeliest one's probability.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1: discourage tokens already there.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
-    stop: Annotated[list[str] | None, typer.Option(help="Stop before this text, or special token; repeatable.")] = None,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    seed: Seed = 0,
+    stop: Stop = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the answers.")] = False,
 ) -> None:
     """Talk with a model. Needs the artifact and the runtime, not the compiler; `pip install 'wasat[chat]'`.

@@ -52,6 +52,13 @@ Passes = Annotated[
     str,
     typer.Option(help="What runs: `default`, your own beside it (`my_passes:MyPass, default`), others, with `{option=value}`."),
 ]
+Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; 1 samples the model's distribution.")]
+TopK = Annotated[int, typer.Option(help="Sample among the k likeliest; 0: all.")]
+TopP = Annotated[float, typer.Option(help="Sample among the fewest tokens that hold this probability.")]
+MinP = Annotated[float, typer.Option(help="Drop tokens below this fraction of the likeliest one's probability.")]
+RepetitionPenalty = Annotated[float, typer.Option(help="Above 1: discourage tokens already there.")]
+Seed = Annotated[int, typer.Option(help="Same seed, same text.")]
+Stop = Annotated[list[str] | None, typer.Option(help="Stop before this text, or special token; repeatable.")]
 Source = Annotated[Path, typer.Argument(help="A Hugging Face folder, a GGUF or ONNX file, or graph text.", show_default=False)]
 
 
