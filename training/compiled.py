@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Protocol
 
 import numpy as np
 from wasat.backends.tvm.build import BuildError, Runner, check_tools, plan
@@ -15,6 +16,24 @@ from .step import TrainStep
 Arrays = Mapping[str, np.ndarray]
 
 
+class Running(Protocol):
+    """A compiled program, as :class:`wasat.backends.tvm.build.Runner`."""
+
+    program: Program
+
+    def __call__(self, graph: str, inputs: Arrays) -> dict[str, np.ndarray]: ...
+
+
+class Devices(Protocol):
+    """Who runs the programs of targets that are launch plans; training knows of no device itself."""
+
+    def lacking(self, target: Target) -> str | None:
+        """What this machine lacks to run code for ``target``, in words; None: nothing."""
+
+    def runner(self, program: Program, target: Target) -> Running:
+        """The program, compiled and on the device."""
+
+
 class Compiled:
     """@train_step and @loss of a run; both take a batch and states as arrays.
 
@@ -22,10 +41,14 @@ class Compiled:
     between steps, and of states there is one copy. It reads states from elsewhere, a checkpoint's, and leaves them alone.
     """
 
-    def __init__(self, program: Program, made: TrainStep, batch: Arrays, target: Target, graph: str | None) -> None:
+    def __init__(
+        self, program: Program, made: TrainStep, batch: Arrays, target: Target, graph: str | None,
+        devices: Devices | None = None,
+    ) -> None:  # fmt: skip
         """``graph``: that of the loss in ``program``; None where nobody will ask for :meth:`loss`.
 
-        Raises BuildError for a target whose programs are launch plans, once the step is compiled for it: nothing runs it.
+        Raises BuildError for a target whose programs are launch plans where ``devices`` (None: there are none) lack something,
+        once the step is compiled for it.
         """
         step = made.program["train_step"]
         self.plain = Program({"train_step": specialized(step, {**batch, **made.states})}, made.program.params)
@@ -40,17 +63,22 @@ class Compiled:
             g.prune_params()
         passes = [p for p in default_pipeline(kv_cache=None) if p.name not in ("merge-linears", "hoist-params")]
         PassManager(passes, verify=False).run(compiled)
-        if target.device is not None:
-            check_tools(target)
+        self._states = list(made.states)
+        self._averages = made.averages
+        if target.device is None:
+            self._runner: Running = Runner(compiled, target, donate=True)
+            return
+        check_tools(target)
+        lacking = "a host for such devices" if devices is None else devices.lacking(target)
+        if lacking is not None:
             step_plan = plan(Program({"train_step": compiled["train_step"]}, compiled.params, compiled.interface), target)
             count = len(step_plan.launches.json["kernels"])
             raise BuildError(
-                f"@train_step compiles for {target.name} ({count} kernels, {len(step_plan.code):,} bytes), but training runs "
-                "its steps on this machine's processor alone, on no other device: leave the target out, or write cpu"
+                f"@train_step compiles for {target.name} ({count} kernels, {len(step_plan.code):,} bytes), but nothing runs "
+                f"it here: that needs {lacking}. Leave the target out, or write cpu"
             )
-        self._runner = Runner(compiled, target, donate=True)
-        self._states = list(made.states)
-        self._averages = made.averages
+        assert devices is not None
+        self._runner = devices.runner(compiled, target)
 
     def step(self, batch: Arrays, states: Arrays) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """One step: what it says of itself (loss, grad_norm, rate, …), and the new states.

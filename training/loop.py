@@ -23,7 +23,7 @@ from wasat.passes import Inference, PassManager, Remark, RoundWeights
 from .bar import Bar
 from .blame import Diverged, offender
 from .checkpoint import Checkpoint, Checkpoints, replacing
-from .compiled import Compiled, specialized
+from .compiled import Compiled, Devices, specialized
 from .curve import write_curve
 from .data import Batch, Iterated
 from .flops import machine_flops, step_flops
@@ -76,6 +76,7 @@ def train(
     quantize: str | None = None, seed: int = 0,
     evaluation: Callable[[], Iterable[Batch]] | None = None, evaluate_every: int = 100,
     save_every: int = 100, keep: int = 3, target: str = "cpu", threads: int | None = None, progress: Progress | None = None,
+    devices: Devices | None = None,
 ) -> Trained:  # fmt: skip
     """Trains the parameters of ``program`` on @graph, whose first output is the loss, up to step ``steps``.
 
@@ -94,6 +95,10 @@ def train(
     counted operations (:func:`.flops.step_flops`) per second, relative to NumPy's matrix product on this machine. The time is
     that from the end of the step before: making the batch and ``progress`` are in it, evaluating and writing are not. In
     ``log.jsonl``, which is JSON, numbers that are not finite are the texts "NaN", "Infinity" and "-Infinity".
+
+    ``target``: cpu, or a device that ``devices`` runs (``wasat.train`` gives those that this machine has): its states pass
+    through this machine's memory in each step, and its sums have another order, so that a run goes on with the same bits on the
+    same device alone.
 
     Raises Diverged, with step and node, when the loss or the gradients' norm is not finite, in f16 the latter only where no
     scale of the loss helps (the log has ``skipped`` and ``loss_scale``), and before a checkpoint would hold a state that is
@@ -138,7 +143,8 @@ def train(
             batches.restore(found.more["data"])
         elif (run.folder / LOG).exists():
             (run.folder / LOG).unlink()
-        compiled = Compiled(program, made, sample, target_named(target, threads), graph if evaluation is not None else None)
+        evaluated = graph if evaluation is not None else None
+        compiled = Compiled(program, made, sample, target_named(target, threads), evaluated, devices)
         flops = step_flops(fixed, made.states)
         peak, tokens = machine_flops(), next(iter(first.values())).size
         bar = Bar() if progress is None else None

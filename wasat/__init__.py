@@ -58,7 +58,7 @@ _HOME = {
     "trace": "wasat.frontend.nn", "nn": "wasat.frontend", "load_weights": "wasat.frontend", "to_onnx": "wasat.backends.onnx",
     "compile": "wasat.driver", "optimize": "wasat.driver", "run": "wasat.driver", "explain": "wasat.driver",
     "compare": "wasat.comparison", "Executable": "wasat.driver", "load_program": "wasat.driver", "save_program": "wasat.saved",
-    "train": "wasat.training.loop", "quantize": "wasat.calibration",
+    "train": "wasat.devices", "quantize": "wasat.calibration",
     "load": "wasat.runtime", "Model": "wasat.runtime", "SamplingOptions": "wasat.runtime",
     "parse": "wasat.ir", "Graph": "wasat.ir", "Program": "wasat.ir", "evaluate": "wasat.ir",
     "WasatError": "wasat.ir",

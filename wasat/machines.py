@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from wasat.ir import WasatError
+
+if TYPE_CHECKING:
+    from wasat.backends.tvm.targets import Target
 
 
 @dataclass(frozen=True)
@@ -36,11 +40,16 @@ def machines() -> list[Machine]:
 def machine(name: str) -> Machine:
     """The target ``name`` or ``name:detail``. Raises WasatError where there is none."""
     from wasat.backends.tvm.targets import maker, target_named
+
+    about = (inspect.getdoc(maker(name.partition(":")[0])) or "").replace("\n", " ").partition(". ")[0]
+    target = target_named(name)
+    return Machine(name, about.replace("`", "").rstrip("."), tuple(target.missing_tools()), lacking(target))
+
+
+def lacking(target: Target) -> str | None:
+    """What this machine lacks to run code for ``target``, in words; None: nothing."""
     from wasat.runtime.fields import Fields
     from wasat.runtime.machine import missing
     from wasat.runtime.manifest import read_needs
 
-    about = (inspect.getdoc(maker(name.partition(":")[0])) or "").replace("\n", " ").partition(". ")[0]
-    target = target_named(name)
-    lacking = missing(read_needs(Fields(target.requirements(), "target")))
-    return Machine(name, about.replace("`", "").rstrip("."), tuple(target.missing_tools()), lacking)
+    return missing(read_needs(Fields(target.requirements(), "target")))

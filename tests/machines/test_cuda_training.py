@@ -12,13 +12,16 @@ import pytest
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "training")]
 from soft_cuda import soft_gpu
 from test_compiled import CASES, GOOD, LOSS
+from wasat.backends.tvm.build import BuildError
 from wasat.backends.tvm.targets import target_named
 from wasat.ir import ArrayParam, Interface, Program, evaluate, parse, type_of
 from wasat.passes import PassManager, default_pipeline
 from wasat.training.compiled import specialized
+from wasat.training.loop import Trained
 from wasat.training.optimizers import AdamW, Constant
 from wasat.training.step import train_step
 
+import wasat as ws
 from wasat import nn
 from wasat.planned import PlanRunner
 
@@ -80,3 +83,32 @@ def test_a_step_of_a_transformer() -> None:
         program.params[name] = ArrayParam((0.3 * rng.standard_normal(shape)).astype(np.float32), p.type)
     tokens = rng.integers(0, 11, (2, 7))
     steps(program, {"tokens": tokens, "targets": np.roll(tokens, -1, 1)}, 2, optimizer=AdamW(), clip=1.0)
+
+
+def test_a_run(tmp_path: Path) -> None:
+    """``ws.train`` on the device, and on from its checkpoint: the losses and weights of the processor, as far as sums of
+    another order have them. Where there is no device, a sentence."""
+    rng = np.random.default_rng(0)
+    params = {"w": rng.standard_normal((4, 6), np.float32), "bias": rng.standard_normal(6).astype(np.float32)}
+
+    def run(folder: str, target: str, steps: int) -> Trained:
+        program = Program({"loss": parse(LOSS)}, {k: ArrayParam(x, type_of(x)) for k, x in params.items()})
+        options: dict[str, Any] = {"optimizer": AdamW(), "rate": Constant(0.05), "target": target, "save_every": 2}
+        return ws.train(program, [GOOD] * steps, tmp_path / folder, steps=steps, evaluation=lambda: [GOOD], **options)
+
+    with soft_gpu() as gpu:
+        run("cuda", "cuda:sm_90", 2)
+        launched = gpu.count("launches")
+        got = run("cuda", "cuda:sm_90", 4)
+        assert gpu.count("launches") > launched > 0
+    want = run("cpu", "cpu", 4)
+    assert [line["step"] for line in got.log] == [1, 2, 3, 4]
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose([x[name] for x in got.log], [x[name] for x in want.log], rtol=1e-5)
+    assert got.log[-1]["eval.loss"] == pytest.approx(want.log[-1]["eval.loss"], rel=1e-5)
+    assert got.log[-1]["loss"] < 0.9 * got.log[0]["loss"]
+    for name, x in want.states.items():
+        np.testing.assert_allclose(got.states[name], x, rtol=1e-4, atol=1e-6, err_msg=name)
+    missing = r"compiles for cuda.* but nothing runs it here: that needs an NVIDIA"
+    with soft_gpu(devices=0), pytest.raises(BuildError, match=missing):
+        run("none", "cuda:sm_90", 1)

@@ -11,9 +11,9 @@ pytest.importorskip("tvm")
 
 from numpy.testing import assert_allclose, assert_array_equal
 from wasat.backends.tvm.build import BuildError
-from wasat.backends.tvm.targets import cpu, target_named
+from wasat.backends.tvm.targets import Target, cpu, target_named
 from wasat.ir import ArrayParam, Program, evaluate, parse, type_of
-from wasat.training.compiled import Compiled
+from wasat.training.compiled import Compiled, Running
 from wasat.training.optimizers import SGD, Adafactor, AdamW, Constant, Muon
 from wasat.training.scaling import LossScale
 from wasat.training.step import TrainStep, train_step
@@ -127,10 +127,22 @@ def test_a_step_drops_and_the_evaluated_loss_does_not() -> None:
     assert abs(said["loss"] / loss - 1) > 0.01
 
 
+class NoDevice:
+    """A machine that lacks what every target needs."""
+
+    def lacking(self, target: Target) -> str:
+        return "a GPU"
+
+    def runner(self, program: Program, target: Target) -> Running:
+        raise AssertionError(f"{target.name} does not run here")
+
+
 def test_a_step_for_a_gpu_compiles_and_says_where_it_does_not_run() -> None:
     params = {"w": np.ones((4, 6), np.float32), "bias": np.zeros(6, np.float32)}
     program = Program({"loss": parse(LOSS)}, {k: ArrayParam(x, type_of(x)) for k, x in params.items()})
     made = train_step(program, rate=Constant(0.05), optimizer=SGD())
-    said = r"@train_step compiles for opencl \(\d+ kernels, [\d,]+ bytes\), but training runs its steps on this"
-    with pytest.raises(BuildError, match=said):
+    said = r"@train_step compiles for opencl \(\d+ kernels, [\d,]+ bytes\), but nothing runs it here: that needs "
+    with pytest.raises(BuildError, match=said + "a host for such devices. Leave the target out, or write cpu"):
         Compiled(program, made, GOOD, target_named("opencl"), "loss")
+    with pytest.raises(BuildError, match=said + r"a GPU\. Leave"):
+        Compiled(program, made, GOOD, target_named("opencl"), "loss", NoDevice())

@@ -11,6 +11,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from wasat import nn
+from wasat.devices import train
 from wasat.frontend.models.gemini import Config, Gemini, load, save
 from wasat.ir import Builder, DType, Program, Value
 from wasat.recipes.mixture import END, Layout, Mixture, Share, train_tokenizer
@@ -18,7 +19,7 @@ from wasat.recipes.tasks import Clips, Code, Digits, Match, Scenes, Sources, Spe
 from wasat.recipes.tasks.speech import Voices
 from wasat.recipes.text import RecipeError, Table, encoder, files_of, keep_tokenizer, tokenizer_of
 from wasat.training.data import Batch
-from wasat.training.loop import Progress, Trained, train
+from wasat.training.loop import Progress, Trained
 from wasat.training.losses import add_loss, cross_entropy
 
 

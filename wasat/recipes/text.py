@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from wasat import nn
 from wasat.backends.tvm.targets import target_named
+from wasat.devices import train
 from wasat.frontend import from_pretrained
 from wasat.frontend.fields import Fields
 from wasat.frontend.models.config import MOST_LAYERS, MOST_SIZE
@@ -27,7 +28,7 @@ from wasat.recipes.mixture import END
 from wasat.runtime.tokenizer import refusals
 from wasat.training.checkpoint import Checkpoints, replacing
 from wasat.training.data import Batch, Packed, Source, TextFiles
-from wasat.training.loop import Progress, Trained, train
+from wasat.training.loop import Progress, Trained
 from wasat.training.losses import add_loss, cross_entropy
 from wasat.training.optimizers import SGD, Adafactor, AdamW, Constant, Cosine, Linear, Muon, Optimizer, OutOfRange, Schedule
 
