@@ -55,6 +55,26 @@ class IRError(WasatError):
         super().__init__("\n".join(lines))
 
 
+    def reworded(self, message: str) -> IRError:
+        """The same error with another message; a class of somebody else's may be made of other arguments than these."""
+        made = IRError.__new__(type(self))
+        IRError.__init__(made, message, self.loc)
+        return made
+
+
+def message_of(e: BaseException) -> str:
+    """What an exception says, which may be anybody's: writing it may raise."""
+    try:
+        return str(e)
+    except Exception:
+        return "its message cannot be written"
+
+
+def said(e: BaseException) -> str:
+    """The class of an exception, and what it says."""
+    return f"{type(e).__name__}: {message_of(e)}"
+
+
 class TypeMismatch(IRError):
     """Shapes, dtypes or attributes that an operation refuses."""
 

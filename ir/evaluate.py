@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .dims import DimError, check_text, evaluate_dim, solve
-from .errors import IRError, TypeMismatch, WasatError
+from .errors import IRError, TypeMismatch, WasatError, said
 from .graph import Graph, Node, Value
 from .types import Array, DType, QArray, TensorType, Type, type_of
 
@@ -144,7 +144,7 @@ def run_node(node: Node, arrays: list[Array], dims: Mapping[str, int]) -> tuple[
     except WasatError:
         raise
     except Exception as e:
-        raise IRError(f"{node!r}: {type(e).__name__}: {e}", node.loc) from e
+        raise IRError(f"{node!r}: {said(e)}", node.loc) from e
     results = tuple(out) if isinstance(out, (tuple, list)) else (out,)
     fixed = []
     for v, x in zip(node.outputs, results):

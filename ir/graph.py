@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import numpy as np
 
 from .dims import Check, DimError, DimLike, collect_checks, symbols_of
-from .errors import IRError, Loc, TypeMismatch, WasatError
+from .errors import IRError, Loc, TypeMismatch, WasatError, message_of, said
 from .types import Array, QTensorType, TensorType, Type, type_of
 
 if TYPE_CHECKING:
@@ -395,9 +395,9 @@ def infer(op: Op, attrs: Attrs, inputs: Sequence[Value], loc: Loc | None) -> tup
         raise
     except Exception as e:
         if not _takes(op, attrs, inputs):
-            raise TypeMismatch(f"{op.name} does not take {len(inputs)} operands: {e}", loc) from None
+            raise TypeMismatch(f"{op.name} does not take {len(inputs)} operands: {message_of(e)}", loc) from None
         operands = ", ".join(repr(v) for v in inputs)
-        raise IRError(f"{op.name}({operands}): infer fails: {type(e).__name__}: {e}", loc) from e
+        raise IRError(f"{op.name}({operands}): infer fails: {said(e)}", loc) from e
     return ([types] if isinstance(types, (TensorType, QTensorType)) else list(types)), tuple(checks)
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar, Literal, Protocol
 
 from wasat.ir import Attrs, Graph, IRError, Loc, Node, Program, Value, WasatError
+from wasat.ir.errors import message_of, said
 
 Kind = Literal["applied", "missed"]
 
@@ -238,13 +239,14 @@ class PassManager:
             p.ensures(program)
         except WasatError as e:
             done = ", ".join(s.name for s in report.steps) or "none"
-            message = f"pass {p.name}: {e.message if isinstance(e, IRError) else e}\n  (passes that ran before it: {done})"
-            raise (type(e)(message, e.loc) if isinstance(e, IRError) else PassError(message)) from e
+            message = e.message if isinstance(e, IRError) else message_of(e)
+            message = f"pass {p.name}: {message}\n  (passes that ran before it: {done})"
+            raise (e.reworded(message) if isinstance(e, IRError) else PassError(message)) from e
         except Exception as e:  # a fault of the pass itself
             done = ", ".join(s.name for s in report.steps) or "none"
             node = _node_at(e)
             where = f" at {node!r}" + (f" ({node.loc})" if node.loc is not None else "") if node is not None else ""
-            message = f"pass {p.name}: {type(e).__name__}: {e}{where}\n  (passes that ran before it: {done})"
+            message = f"pass {p.name}: {said(e)}{where}\n  (passes that ran before it: {done})"
             raise PassError(message) from e
         if self.check is not None and modified:
             if p.exact:

@@ -62,7 +62,7 @@ def optimize(
     program: Program, *, quantize: str | None = None, activation: str | None = "int8",
     overrides: Mapping[str, str] | None = None, kv_cache: bool | None = None, chunk: int = 512,
     granule: int = Interface.granule, passes: Pipeline = "default", verify: bool = True, check: bool = False,
-    dump: Dump | None = None, progress: Progress = quiet, keep_forward: bool = False, formats: Formats = ALL,
+    dump: Dump | None = None, progress: Progress | None = None, keep_forward: bool = False, formats: Formats = ALL,
     cache: str = "f32",
 ) -> tuple[Program, Report]:  # fmt: skip
     """Runs the passes over a copy of ``program``; returns it with the report of what each pass did and missed.
@@ -88,6 +88,9 @@ def optimize(
     Raises WasatError where a pass cannot do what was asked for, naming the pass.
     """
     _check_program(program)
+    progress = _told(progress)
+    if dump is not None and not callable(dump):
+        raise WasatError(f"dump is a function of a pass's name, of when, and of the program, not {type(dump).__name__}")
     if overrides is not None and not isinstance(overrides, Mapping):
         raise WasatError(f"overrides are schemes by name, not {type(overrides).__name__}")
     exported = kv_cache is not False and _is_exported(program)
@@ -158,6 +161,13 @@ def _check_program(program: object) -> None:
         raise WasatError(f"a program is what from_pretrained, load_program or .program() make, not {type(program).__name__}")
 
 
+def _told(progress: Progress | None) -> Progress:
+    """What progress is told to; None: nobody."""
+    if progress is not None and not callable(progress):
+        raise WasatError(f"progress is a function of a stage, what is done and of how much, not {type(progress).__name__}")
+    return progress or quiet
+
+
 def _path(x: object) -> Path:
     if not isinstance(x, (str, Path)):
         raise WasatError(f"a file or folder is named by text or a Path, not {type(x).__name__}")
@@ -197,7 +207,7 @@ KERNELS = "kernels of "
 def compile(
     program: Program, out: str | Path, *, target: str = "cpu", quantize: str | None = None, activation: str | None = "int8",
     overrides: Mapping[str, str] | None = None, kv_cache: bool | None = None, chunk: int = 512, cache: str = "f32",
-    threads: int | None = None, passes: Pipeline = "default", check: bool = False, progress: Progress = quiet,
+    threads: int | None = None, passes: Pipeline = "default", check: bool = False, progress: Progress | None = None,
     keep_forward: bool = False,
 ) -> Report:  # fmt: skip
     """Compiles ``program`` into the artifact folder ``out``; see :func:`optimize` for the options.
@@ -216,6 +226,7 @@ def compile(
 
     from .manifest import manifest_of
 
+    progress = _told(progress)
     machine = target_named(target, threads, cache)
     check_tools(machine)
     check_destination(_path(out))
@@ -259,7 +270,7 @@ def compile(
 
 def export_c(
     source: str | Path, out: str | Path, target: str = "cpu", quantize: str | None = None,
-    overrides: Mapping[str, str] | None = None, progress: Progress = quiet,
+    overrides: Mapping[str, str] | None = None, progress: Progress | None = None,
 ) -> Report | None:  # fmt: skip
     """Writes at ``out`` a project in C that runs a model without Python: of what :func:`load_program` reads, compiled first,
     or of an artifact as it is (there is no report then).

@@ -17,6 +17,7 @@ import tvm
 from tvm import relax, te, tirx
 from wasat.ir import Attrs, Graph, IRError, Loc, Node, Op, Program, QTensorType, TensorType, Type, Value
 from wasat.ir.dims import Dim, DimLike, Func, symbols_of
+from wasat.ir.errors import said
 
 from . import nothing
 from .layouts import Layout, Packed, Plain, tvm_dtype
@@ -438,7 +439,7 @@ def _emit_node(ctx: Context, node: Node, table: Table) -> None:
     except IRError:
         raise
     except Exception as e:
-        raise IRError(f"{node!r}: lowering failed: {type(e).__name__}: {e}", node.loc) from e
+        raise IRError(f"{node!r}: lowering failed: {said(e)}", node.loc) from e
     for v, x in zip(node.outputs, out if isinstance(out, (list, tuple)) else [out]):
         ctx.env[v] = x
 

@@ -17,6 +17,7 @@ import tvm
 from tvm import relax
 from tvm.relax.backend import cpu_generic
 from wasat.ir import IRError, Program, State, TensorType
+from wasat.ir.errors import said
 from wasat.ir.ops.rounding import ROW_SCHEMES
 
 from . import cuda as toolkit
@@ -304,15 +305,15 @@ def maker(name: str) -> Callable[..., Target]:
     try:
         made: Callable[..., Target] = others[name].load()
     except Exception as e:  # whatever a foreign module does when it is imported
-        raise IRError(f"the target {name} ({others[name].value}) cannot be loaded: {type(e).__name__}: {e}") from e
+        raise IRError(f"the target {name} ({others[name].value}) cannot be loaded: {said(e)}") from e
     return made
 
 
 def target_named(name: str, threads: int | None = None, cache: str = "f32") -> Target:
     """``cpu``, ``cpu:znver3``, ``cuda``, ``cuda:sm_90``, or one that an installed package announces, keys and values stored as
     ``cache``. Raises IRError for a target, a detail or a cache that there is none of, and for no thread."""
-    if threads is not None and (not isinstance(threads, int) or threads < 1):
-        raise IRError(f"threads is a whole number, 1 or more, not {threads!r}; leave it out for as many as this machine has")
+    if threads is not None and (not isinstance(threads, int) or not 1 <= threads <= 4096):
+        raise IRError(f"threads is a whole number from 1 to 4096, not {threads!r}; without it, there are as many as processors")
     if not isinstance(name, str):
         raise IRError(f"a target is a name such as cpu, not {type(name).__name__}")
     kind, _, detail = name.partition(":")

@@ -104,8 +104,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "activation": ({"quantize": "int8", "activation": "int4"}, "activations can be int8 or None"),
     "override": ({"overrides": {"*embedding*": "int8"}}, r"override '\*embedding\*' matches no parameter"),
     "chunk": ({"chunk": 0}, "a chunk holds at least one token"),
-    "no threads": ({"threads": 0}, "threads is a whole number, 1 or more, not 0"),
-    "fewer threads": ({"threads": -3}, "threads is a whole number, 1 or more, not -3"),
+    "no threads": ({"threads": 0}, "threads is a whole number from 1 to 4096, not 0"),
+    "a hundred million threads": ({"threads": 99999999}, "threads is a whole number from 1 to 4096, not 99999999"),
+    "fewer threads": ({"threads": -3}, "threads is a whole number from 1 to 4096, not -3"),
 }
 
 

@@ -19,6 +19,9 @@ GIVEN: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a pipeline": (lambda x: driver.optimize(PROGRAM, passes=x), "a pipeline is a text, a pass or a list"),
     "overrides": (lambda x: driver.optimize(PROGRAM, overrides=x), "overrides are schemes by name"),
     "a folder": (ws.from_pretrained, "named by text or a Path"), "a file": (ws.load_program, "named by text or a Path"),
+    "progress": (lambda x: driver.optimize(PROGRAM, progress=x), "progress is a function of a stage"),
+    "progress of compiling": (lambda x: driver.compile(PROGRAM, "x", progress=x), "progress is a function of a stage"),
+    "a dump": (lambda x: driver.optimize(PROGRAM, dump=x), "dump is a function of a pass's name"),
     "a place": (lambda x: driver.compile(PROGRAM, x), "named by text or a Path"),
 }  # fmt: skip
 
@@ -29,6 +32,10 @@ def test_what_is_given_by_mistake(what: str) -> None:
     for x in (3, 1.5, True, object()):
         with pytest.raises(WasatError, match=message):
             call(x)
+
+
+def test_progress_may_be_told_to_nobody() -> None:
+    assert len(driver.optimize(PROGRAM, progress=None)[0].graphs) == 1
 
 
 @pytest.mark.parametrize("backend", ["interpreter", "cpu"])

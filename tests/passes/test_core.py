@@ -276,3 +276,32 @@ def test_passes_are_values() -> None:
     made = [c for c in vars(passes).values() if isinstance(c, type) and issubclass(c, Pass) and dataclasses.is_dataclass(c)]
     assert len(made) > 10
     assert all(c.__dataclass_params__.frozen for c in made)  # type: ignore[attr-defined]
+
+
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+class Other(IRError):
+    """Made of nothing, where ours are made of a message and a place."""
+
+    def __init__(self) -> None:
+        super().__init__("another's own")
+
+
+def test_exceptions_of_other_peoples_kinds() -> None:
+    """What a pass raises may not be writable, and need not be made as ours are."""
+
+    def fail(e: Exception) -> Callable[[Program], bool]:
+        def run(program: Program) -> bool:
+            raise e
+
+        return run
+
+    for e, kind, said in (
+        (Mute(), PassError, "pass do: Mute: its message cannot be written"), (Other(), Other, "pass do: another's own"),
+        (type("MuteOfOurs", (PassError,), {"__str__": Mute.__str__})(), PassError, "pass do: its message cannot be written"),
+    ):  # fmt: skip
+        with pytest.raises(kind, match=rf"{said}.*\n  \(passes that ran before it: none"):
+            PassManager([Do(fail(e))]).run(random_program(TEXT))
