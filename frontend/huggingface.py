@@ -28,6 +28,8 @@ _IDS = {
     for family, ids in {
         "gemma": (2, 1, 0), "gemma2": (2, 1, 0), "gemma3_text": (2, 1, 0), "llama": (1, 2), "mistral": (1, 2),
         "arcee": (128000, 128001), "cohere": (5, 255001, 0), "cohere2": (5, 255001, 0), "ernie4_5": (1, 2, 0),
+        "bloom": (1, 2), "falcon": (11, 11), "gpt2": (50256, 50256), "gpt_neox": (0, 2), "gptj": (50256, 50256),
+        "opt": (2, 2, 1),
         "deepseek_v2": (1, 2), "deepseek_v3": (0, 1), "exaone4": (0, 2),
         "glm": (None, 151329, 151329), "glm4": (None, None, 151329), "granite": (1, 2), "helium": (1, 2, 3),
         "hunyuan_v1_dense": (1, 2, 0), "ministral": (1, 2), "mixtral": (1, 2), "nemotron": (2, 3), "olmo": (None, 50279, 1),

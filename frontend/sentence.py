@@ -82,14 +82,17 @@ def _gemma3(fields: Fields) -> Backbone:
     return Backbone(m, lambda tokens, lengths, types: m(tokens, lengths), "model")
 
 
-_MIXTURES = ("deepseek_v2", "deepseek_v3", "gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
-"""Decoders whose checkpoints hold the matrices of experts otherwise than the model."""
+_OTHERWISE = (
+    "bloom", "deepseek_v2", "deepseek_v3", "falcon", "gpt2", "gpt_neox", "gpt_oss", "gptj", "mixtral", "mpt", "olmoe", "opt",
+    "qwen2_moe", "qwen3_moe",
+)  # fmt: skip
+"""Decoders whose checkpoints have names of their own, or the matrices of experts otherwise than the model."""
 BACKBONES: dict[str, Callable[[Fields], Backbone]] = {
     "bert": _encoder(encoders.bert, "bert"), "roberta": _encoder(encoders.roberta, "roberta"),
     "xlm-roberta": _encoder(encoders.roberta, "roberta"), "camembert": _encoder(encoders.roberta, "roberta"),
     "mpnet": _encoder(encoders.mpnet, "mpnet"), "distilbert": _encoder(encoders.distilbert, "distilbert"),
     "modernbert": _modernbert, "nomic_bert": _encoder(nomic.nomic_bert, "nomic_bert"), "gte": _encoder(nomic.gte, "gte"),
-    **{kind: _decoder(build) for kind, (_, build) in FAMILIES.items() if kind not in _MIXTURES}, "gemma3_text": _gemma3,
+    **{kind: _decoder(build) for kind, (_, build) in FAMILIES.items() if kind not in _OTHERWISE}, "gemma3_text": _gemma3,
 }  # fmt: skip
 """``model_type`` -> what makes hidden states."""
 _ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "mpnet", "distilbert", "modernbert", "nomic_bert", "gte")
@@ -113,7 +116,7 @@ def is_embedder(folder: Path) -> bool:
     )
 
 
-_BARE = ("Gemma3TextModel", *(name.replace("ForCausalLM", "Model") for name, _ in FAMILIES.values()))
+_BARE = ("Gemma3TextModel", *(re.sub("ForCausalLM|LMHeadModel", "Model", name) for name, _ in FAMILIES.values()))
 """Decoders that were saved without the head that writes."""
 
 

@@ -377,7 +377,13 @@ class DecoderLayer(nn.Module):
         attention = SelfAttention(o, window, rope) if o.latent is None else LatentAttention(o, o.latent, rope)
         self.self_attn = put(self, o.names.attention, attention)
         e = o.experts if o.experts is not None and number >= o.experts.since else None
-        self.feed = put(self, o.names.feed if e is None else e.names[0], FeedForward(o) if e is None else Mixture(o, e))
+        feed = FeedForward(o) if e is None else Mixture(o, e)
+        if isinstance(feed, FeedForward) and not o.names.feed:  # its parts are the layer's own
+            for name, part in zip(o.mlp, (*feed.ups, feed.down)):
+                put(self, name, part)
+            self.feed: nn.Module = feed
+        else:
+            self.feed = put(self, o.names.feed if e is None else e.names[0], feed)
         self.norms = [nn.Identity() if name is None else put(self, name, _norm(o)) for name in o.norms]
         self.apart = o.norms[2] is not None
 
@@ -428,8 +434,13 @@ class CausalLM(nn.Module):
         """Positions, where they are fewer than ``max_position_embeddings``, or called otherwise."""
         self.unread: tuple[str, ...] = ()
         """Beginnings of names of tensors that are for something else."""
-        self.model = put(self, o.names.root, Decoder(o, ropes))
+        self.hidden = (put(self, o.names.root, Decoder(o, ropes)),)
         self.lm_head = None if o.tied else put(self, o.names.head, nn.Linear(o.dim, o.vocab, o.head_bias))
+
+    @property
+    def model(self) -> Decoder:
+        """What makes hidden states, whatever a checkpoint calls it."""
+        return self.hidden[0]
 
     def __call__(self, tokens: nn.Tensor) -> nn.Tensor:
         x = self.model(tokens)

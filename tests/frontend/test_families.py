@@ -9,6 +9,7 @@ import family_files as files
 import numpy as np
 import pytest
 from rounding import assert_near, bound, spread
+from safetensors.numpy import load_file, save_file
 from wasat.frontend import CheckpointError, ConfigError, Fields, from_pretrained
 from wasat.frontend.huggingface import build
 from wasat.ir import evaluate
@@ -43,6 +44,21 @@ def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     ("deepseek_v3", {"n_group": 3}, "8 experts in 3 groups"),
     ("deepseek_v3", {"topk_group": 1}, "no 3 of them (num_experts_per_tok) can be chosen so"),
     ("deepseek_v3", {"moe_layer_freq": 2}, "layers with and without experts by turns"),
+    ("bloom", {"n_embed": 40}, "hidden_size is 48, and n_embed 40; keep the one that is meant"),
+    ("bloom", {"apply_residual_connection_post_layernorm": True}, "residuals behind norms are not implemented"),
+    ("falcon", {"num_kv_heads": 3}, "num_attention_heads 4 is not a multiple of num_kv_heads 3"),
+    ("falcon", {"parallel_attn": False}, "the newer architecture has attention and feed-forward side by side"),
+    ("falcon_7b", {"num_ln_in_parallel_attn": 2}, "only the newer architecture has two norms"),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "divided by the number of the layer"),
+    ("gpt2", {"n_head": 5}, "n_embd 32 does not split into 5 heads"),
+    ("gpt_neox", {"rotary_pct": 0.3, "partial_rotary_factor": 0.4}, "keep the one that is meant"),
+    ("gptj", {"rotary_dim": 9}, "rotary_dim is 9"),
+    ("gptj", {"tie_word_embeddings": True}, "a head with a bias of its own"),
+    ("mpt", {"attn_config": {"alibi": False}}, "only causal attention of many heads with ALiBi"),
+    ("mpt", {"attn_config": {"alibi_bias_max": 4}}, "the reference implementation knows no other"),
+    ("mpt", {"expansion_ratio": 3}, "the reference implementation widens four times"),
+    ("opt", {"do_layer_norm_before": False}, "norms behind layers"),
+    ("opt", {"word_embed_proj_dim": 16}, "embeddings of another width"),
     ("gpt_oss", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     ("gpt_oss", {"num_experts_per_tok": 9}, "num_experts_per_tok is 9, and there are 4 experts"),
     ("phi3_longrope", {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
@@ -120,6 +136,28 @@ def test_latent_attention_keeps_the_latent_vectors(tmp_path: Path) -> None:
     assert kept == ["f32[b, c, 1, 20]"] * 2  # 16 and the 4 that are rotated, not 4 heads of 10 and 10
 
 
+@pytest.mark.parametrize("name, first, buffers", [
+    ("gpt2", "transformer.", {"h.0.attn.bias": (1, 1, 64, 64), "h.1.attn.masked_bias": (1,)}),
+    ("gpt_neox", "gpt_neox.", {"layers.0.attention.bias": (1, 1, 64, 64), "layers.1.attention.rotary_emb.inv_freq": (2,)}),
+    ("bloom", "transformer.", {}),
+    ("opt", "model.", {}),
+])  # fmt: skip
+def test_checkpoints_without_the_first_part_of_names(
+    name: str, first: str, buffers: dict[str, tuple[int, ...]], tmp_path: Path
+) -> None:
+    """As their authors published them: of the part without a head, with tensors that transformers no longer has."""
+    config, shapes, _, _ = files.golden(name)
+    whole = from_pretrained(files.write(tmp_path / "whole", config, shapes))
+    tensors = load_file(tmp_path / "whole" / "model.safetensors")
+    bare = {k.removeprefix(first): x for k, x in tensors.items()} | {k: np.ones(s, np.float32) for k, s in buffers.items()}
+    save_file(bare, tmp_path / "whole" / "model.safetensors")
+    program = from_pretrained(tmp_path / "whole")
+    assert program.params.keys() == whole.params.keys()
+    for k in whole.params:
+        assert np.array_equal(program.load(k), files.weight(k, tensors[k].shape, 1.0).T if "c_" in k and tensors[k].ndim > 1
+                              else tensors[k]), k  # fmt: skip
+
+
 def test_longrope_holds_up_to_its_original_context(tmp_path: Path) -> None:
     """The names and places that files had before are read to the same frequencies."""
     config, shapes, _, _ = files.golden("phi3_longrope")
@@ -133,7 +171,16 @@ def test_longrope_holds_up_to_its_original_context(tmp_path: Path) -> None:
     np.testing.assert_array_equal(turned[0].inv_freq, turned[1].inv_freq)
 
 
-@pytest.mark.parametrize("name", ["glm", "mixtral", "cohere2", "gpt_oss"])
+@pytest.mark.parametrize("name", ["falcon_rw", "bloom"])
+def test_alibi_is_of_the_cached_attention(name: str, tmp_path: Path) -> None:
+    from wasat.driver import optimize
+
+    config, shapes, _, _ = files.golden(name)
+    ops = [n.op.name for n in optimize(from_pretrained(files.write(tmp_path / "m", config, shapes)))[0]["decode"].nodes]
+    assert (ops.count("cached_attention"), ops.count("softmax")) == (2, 0)
+
+
+@pytest.mark.parametrize("name", ["glm", "mixtral", "cohere2", "gpt_oss", "falcon"])
 def test_caches_are_derived_and_rotation_and_attention_fused(name: str, tmp_path: Path) -> None:
     from wasat.driver import optimize
 

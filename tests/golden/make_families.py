@@ -43,8 +43,14 @@ MLA = {
     "v_head_dim": 10, "n_routed_experts": 8, "n_shared_experts": 2, "num_experts_per_tok": 3, "moe_intermediate_size": 12,
     "first_k_dense_replace": 1, "n_group": 4, "topk_group": 2,
 }  # fmt: skip
+CLASSIC = ("bloom", "falcon", "gpt2", "gpt_neox", "gptj", "mpt", "opt")
+OTHER = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+         "max_position_embeddings", "pad_token_id")  # fmt: skip
+"""Sizes that these families call otherwise, or do not have."""
+HF = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
 CASES: dict[str, dict] = {
     "arcee": rope(),
+    "bloom": {"n_head": 6, "n_layer": 2, "hidden_size": 48},
     "cohere": {**rope(), "logit_scale": 0.5},
     "cohere2": {**rope(), "sliding_window": 6, "layer_types": [SLIDING, FULL], "logit_scale": 0.5},
     "deepseek_v2": {  # as Lite is
@@ -54,9 +60,21 @@ CASES: dict[str, dict] = {
     "deepseek_v3": {**MLA, **YARN, "first_k_dense_replace": 1},
     "ernie4_5": {**rope(), "head_dim": 16, "use_bias": True},
     "exaone4": {**rope(), "sliding_window": 6, "num_hidden_layers": 3, "layer_types": [SLIDING, FULL, SLIDING]},
+    "falcon": {**HF, **rope(), "new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 40},
+    "falcon_7b": {**HF, **rope(), "model_type": "falcon", "multi_query": True, "parallel_attn": True},
+    "falcon_rw": {
+        **HF, "model_type": "falcon", "multi_query": False, "parallel_attn": False, "alibi": True, "bias": True,
+    },
     "gemma": {**rope(), "head_dim": 16},
     "glm": {**rope(partial_rotary_factor=0.5), "head_dim": 16, "attention_bias": True},
     "glm4": {**rope(partial_rotary_factor=0.5), "head_dim": 16, "attention_bias": True},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": 40},
+    "gpt_neox": {**HF, **rope(partial_rotary_factor=0.5), "intermediate_size": 40},
+    "gpt_neox_serial": {
+        **HF, **rope(partial_rotary_factor=1.0), "intermediate_size": 40, "model_type": "gpt_neox",
+        "use_parallel_residual": False, "attention_bias": False,
+    },
+    "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 4},
     "gpt_oss": {
         **YARN, "head_dim": 16, "sliding_window": 6, "layer_types": [SLIDING, FULL], "num_local_experts": 4,
         "num_experts_per_tok": 2, "swiglu_limit": 1.5,
@@ -68,6 +86,9 @@ CASES: dict[str, dict] = {
     "hunyuan_v1_dense": {**rope(), "head_dim": 16},
     "ministral": {**rope(), "head_dim": 8, "sliding_window": 6, "layer_types": [SLIDING, FULL]},
     "mixtral": {**rope(), "num_local_experts": 4, "num_experts_per_tok": 2},
+    "mpt": {
+        "d_model": 48, "n_layers": 2, "n_heads": 6, "max_seq_len": 64, "attn_config": {"clip_qkv": 1.5, "softmax_scale": 0.3},
+    },
     "nemotron": {**rope(partial_rotary_factor=0.5), "head_dim": 16},
     "olmo": {**rope(), "clip_qkv": 1.5},
     "olmo2": rope(),
@@ -79,6 +100,7 @@ CASES: dict[str, dict] = {
         },
     },
     "olmoe": {**rope(), "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": False},
+    "opt": {**HF, "ffn_dim": 40, "word_embed_proj_dim": 32, "pad_token_id": 1, "bos_token_id": 2},
     "phi": {**rope(partial_rotary_factor=0.5), "num_key_value_heads": 4},
     "phi3": {**rope(partial_rotary_factor=1.0), "sliding_window": 6},
     "phi3_longrope": {
@@ -101,15 +123,17 @@ CASES: dict[str, dict] = {
 
 
 def make(name: str, case: dict) -> None:
-    config = AutoConfig.for_model(**{"model_type": name, **SIZES, **case}, attn_implementation="eager", dtype="float32")
+    way = "sdpa" if name == "falcon_rw" else "eager"  # which adds ALiBi twice there
+    sizes = {k: v for k, v in SIZES.items() if k not in OTHER or case.get("model_type", name) not in CLASSIC}
+    config = AutoConfig.for_model(**{"model_type": name, **sizes, **case}, attn_implementation=way, dtype="float32")
     with tempfile.TemporaryDirectory() as d:
         folder = Path(d)
-        AutoModelForCausalLM.from_config(config, attn_implementation="eager").save_pretrained(folder)
+        AutoModelForCausalLM.from_config(config, attn_implementation=way).save_pretrained(folder)
         with safe_open(folder / "model.safetensors", "np") as f:
             shapes = {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}  # noqa: SIM118
         said = json.loads((folder / "config.json").read_text())
         family_files.write(folder, said, shapes)
-        model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=way, dtype=torch.float32).eval()
     ids = torch.from_numpy(np.random.default_rng(1).integers(0, SIZES["vocab_size"], (1, 20)))
     with torch.no_grad():
         logits = model(ids).logits
