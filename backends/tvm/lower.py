@@ -3,8 +3,7 @@
 A lowering is a function ``(ctx, node, *operands) -> Relax expression(s)``. Operations that a target's table lacks are
 decomposed before anything is emitted, so a table needs the primitives and whatever it has better code for. A target with
 hand-written kernels first *selects*: it replaces operations, alone or several at once, by nodes of :class:`KernelCall`. Weights
-that a kernel reads in a layout of its own are packed when the artifact is written: the lowering names the layout, and gets the
-packed arrays.
+that a kernel reads in a layout of its own are packed when the artifact is written: the lowering names it, and gets the arrays.
 """
 
 from __future__ import annotations
