@@ -162,7 +162,7 @@ class _Followed:
         x, old, new = self._known[node.inputs[0]], node.inputs[0].tensor.dtype, node.output.tensor.dtype
         if old.is_int and new.bits >= 32:
             return x
-        if not old.is_float or (x.moved and new is not old and new.bits <= old.bits) or (not x.turns and new.bits < 32):
+        if not old.is_float or (not x.turns and new is not old and new.bits <= old.bits):
             raise _Unknown
         return x
 
@@ -322,8 +322,6 @@ def _read_off(y: Value, x: Value, followed: _Followed) -> Rotation:
     here = terms.times != 0
     if (((terms.fn == 0) | (terms.position < 0) | (terms.source < 0)) & here & ((terms.fn > 0) | (terms.times != 1))).any():
         raise Mismatch(f"%{y.name} is not %{x.name} turned by cosines and sines")
-    if (here.sum(0) != 1 + (here & (terms.fn > 0)).any(0)).any():
-        raise Mismatch(f"elements of %{y.name} have other than a cosine and a sine of one angle")
     lanes = [_feature(terms, here, own, f, x) for f in range(sizes[3])]
     return _arranged(y, x, followed, shape, sizes, lanes)
 

@@ -270,3 +270,23 @@ def test_what_is_read_elsewhere_stays(also: str) -> None:
     program = nn.trace(Turned(two), {"x": "f32[b, s, 3, 8]", "at": "i64[b, s]"})  # type: ignore[arg-type]
     other, _ = fused(program)
     assert other["forward"].count("rope") == 0
+
+
+def test_what_is_negated_before_it_is_turned() -> None:
+    program = traced(Turned(lambda x, c, s: turned(-x, c, s)))
+    other, _ = fused(program)
+    assert other["forward"].count("rope") == 1
+    check_equal(program, other)
+
+
+def test_rounding_before_and_behind_stays() -> None:
+    """Heads that are rounded, turned and widened again are turned as they were."""
+
+    def rounded(x: nn.Tensor, c: nn.Tensor, s: nn.Tensor) -> nn.Tensor:
+        x, c, s = (t.cast("f16") for t in (x, c, s))
+        a, b = (by_index(x, [i, i + 2, i + 4, i + 6]) for i in (0, 1))
+        return stacked(a * c - b * s, a * s + b * c).cast("f32")
+
+    other, _ = fused(traced(Turned(rounded)))
+    ropes = [n for n in other["forward"].nodes if n.is_a("rope")]
+    assert [n.output.tensor.dtype.value for n in ropes] == ["f16"]
