@@ -55,11 +55,14 @@ def _merged(old: Sequence[DimLike], new: Sequence[DimLike]) -> int | None:
 
 def _over(b: Builder, node: Node, apart: dict[Value, tuple[Value, int]]) -> list[tuple[Value, int]] | None:
     """Results of ``node`` over operands whose rows are apart; None where it is no function of rows."""
-    which = [v in apart for v in node.inputs]
     leads = {apart[v][0].shape[: apart[v][1]] for v in node.inputs if v in apart}
     if len(leads) != 1:
         return None
     (lead,) = leads
+    for v in node.inputs:
+        if v not in apart and (spread := _spread(b, v, lead)) is not None:
+            apart[v] = spread, len(lead)
+    which = [v in apart for v in node.inputs]
     types = [v.tensor.with_shape(lead[-1], *v.shape[1:]) if up else v.type for v, up in zip(node.inputs, which)]
     attrs: Attrs | None = _of_part(node.attrs, product(*lead), lead[-1])
     assert attrs is not None
@@ -84,6 +87,19 @@ def _over(b: Builder, node: Node, apart: dict[Value, tuple[Value, int]]) -> list
     operands = [apart[v][0] if up else v for v, up in zip(node.inputs, which)]
     new = b.graph.add_node(node.op, operands, attrs, before=node, loc=node.loc, names=[v.name for v in node.outputs])
     return [(v, len(lead)) for v in new.outputs]
+
+
+def _spread(b: Builder, v: Value, lead: tuple[DimLike, ...]) -> Value | None:
+    """``v``, if it repeats one thing for all rows, with these axes in place of its first."""
+    node = v.made_by("broadcast_to")
+    if node is None or not v.shape or equal(v.shape[0], product(*lead)) is not True:
+        return None
+    one, shape = node.inputs[0], (*lead, *v.shape[1:])
+    if len(one.shape) == len(v.shape):
+        if one.shape[0] != 1:
+            return None
+        one = b.reshape(one, shape=one.shape[1:])
+    return b.broadcast_to(one, shape=shape)
 
 
 def _of_part(attrs: Attrs, whole: DimLike, part: DimLike) -> Attrs:

@@ -92,9 +92,18 @@ def repeated(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
     return y.reshape(b, HEADS, s, DIM // HEADS).swap(1, 2).merge() * nn.full((b, 1, 1), 1.3) * wave(at)
 
 
+def written_over(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """Rows and positions merged; the largest feature of each is written over with one number (Phi-MoE's router)."""
+    b, s, _ = x.shape
+    y = (x * wave(at)).reshape(b * s, DIM)
+    best = nn.argmax(y, axis=1, keepdims=True)
+    y = nn.emit("scatter_along", y, best, nn.full((b * s, 1), -0.5), axis=1)
+    return (y * nn.full((b * s, 1), 1.3)).reshape(b, s, DIM)
+
+
 APART = {f.__name__: f for f in (
     heads_first, stacked, sequence_first, features_first, folded, folded_behind, folded_between, picked, joined, of_positions,
-    repeated,
+    repeated, written_over,
 )}  # fmt: skip
 
 
