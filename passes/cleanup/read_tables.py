@@ -14,6 +14,7 @@ from wasat.ir.ops.shape import Slice
 from ..analyses.affine import Affine, Piece, of_array
 from ..core import Pass, Remarks
 from ..pattern import erase_dead, replace
+from .slopes import even, only_weighed
 from .waves import sines, waves
 
 _LARGEST = 2**26
@@ -25,6 +26,7 @@ class ReadTables(Pass):
     """A parameter [.., n, m] of few values, each on one region (a triangle, a band) -> comparisons of positions.
     A parameter (or constant) of which rows are looked up, and multiplied, and whose columns are cosines and sines of the row's
     number times a frequency -> these, of the positions that were looked up: tables of rotary positions.
+    The last s columns of one that grows evenly along them, added to scores under a softmax -> the first (ALiBi).
     The first s rows of a parameter (or constant), and columns -> a lookup at the positions 0 .. s-1; rows from k on, at k ..
 
     Modules keep masks as buffers and slice them. Positions say what they mean; the values themselves say it to nobody.
@@ -40,7 +42,7 @@ class ReadTables(Pass):
                 if _is_square(v) and _masks(v):
                     changed |= self._compute(graph, v, program.params[name].load(), remarks)
             for node in graph.nodes:
-                changed |= node.is_a("slice") and self._look_up(graph, node, remarks)
+                changed |= node.is_a("slice") and self._look_up(program, graph, node, remarks)
         changed |= self._wave(program, remarks)
         read = {name for graph in program.graphs.values() for name in graph.params}
         gone = {name for graph in program.graphs.values() for name in graph.prune_params()} if changed else set()
@@ -81,7 +83,15 @@ class ReadTables(Pass):
             changed = True
         return changed
 
-    def _look_up(self, graph: Graph, node: Node, remarks: Remarks) -> bool:
+    def _is_even(self, program: Program, graph: Graph, node: Node) -> bool:
+        """Whether it makes no difference from where on columns are taken: others differ by one number in each row."""
+        table = node.inputs[0]
+        if not table.tensor.dtype.is_float or not only_weighed(graph, node.output):
+            return False
+        numbers = table.const if table.const is not None else program.params[table.param or ""].load()
+        return not isinstance(numbers, QArray) and even(numbers)
+
+    def _look_up(self, program: Program, graph: Graph, node: Node, remarks: Remarks) -> bool:
         table, attrs = node.inputs[0], Slice.Attrs.of(node)
         cut = [a for a, (lo, hi, n) in enumerate(zip(attrs.starts, attrs.stops, table.shape)) if (lo, hi) != (0, n)]
         given = table.const is not None or (table.param is not None and table.tensor.dtype.is_float)
@@ -89,6 +99,8 @@ class ReadTables(Pass):
             return False
         sizes = {node.output.shape[a] for a in cut}
         first = {attrs.starts[a] for a in cut}
+        if cut == [len(table.shape) - 1] and not isinstance(attrs.starts[-1], int) and self._is_even(program, graph, node):
+            first = {0}
         if len(first) != 1 or not isinstance(lo := first.pop(), int) or len(sizes) != 1 or isinstance(size := sizes.pop(), int):
             return False
         whole = size if graph.is_output(node.output) else _asked_for(node.output, size)

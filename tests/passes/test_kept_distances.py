@@ -107,10 +107,18 @@ def later_rows(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
     return y + nn.constant(np.concatenate([TABLE[0], TABLE[1]], 1))[2 : n + 2]
 
 
+def last_columns(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """ALiBi as the last columns of a table (MPT), of which one more is hidden, under the least number"""
+    s, v = scores(x)
+    slopes = nn.constant(np.array([[[0.5]], [[0.25]]], np.float32) * np.arange(-31, 1, dtype=np.float32))
+    return merged(nn.softmax(nn.where(nn.causal(at), s + slopes[:, :, 32 - x.shape[1] :], -3e38)) @ v)
+
+
 DISTANCES: dict[str, Mix] = {
     f.__name__: f
     for f in (
         skewed_table, skewed_and_window, skewed_waves, skewed_in_front, skewed_one_more, skewed_tokens, contextual, later_rows,
+        last_columns,
     )
 }  # fmt: skip
 

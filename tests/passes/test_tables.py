@@ -276,3 +276,53 @@ def test_tables_of_other_uses_stay(old: str, new: str) -> None:
     assert old in WAVES
     _, said, stays = computed(WAVES.replace(old, new), KNOWN)
     assert (said, stays) == ([], True)
+
+
+# -- tables that grow evenly -------------------------------------------------------------------------------------------------
+SLOPES = """graph @f(%x: f32[b, 2, s, s]) {
+  param %table: f32[2, 1, 16]
+  %last: f32[2, 1, s] = slice(%table) {starts=(0, 0, 16 - s), stops=(2, 1, 16)}
+  %t: f32[2, 1, s] = mul(%last, 2.0:f32)
+  %a: f32[b, 2, s, s] = add(%x, %t)
+  %m: f32[b, 2, s, s] = maximum(%a, -3e+38:f32)
+  %y: f32[b, 2, s, s] = softmax(%m) {axis=3}
+  return %y
+}"""
+EVEN = np.array([[[0.5]], [[0.1]]], np.float32) * np.arange(-15, 1, dtype=np.float32)
+
+
+def shifted(text: str, table: np.ndarray) -> bool:
+    """Whether other columns are read; that what is computed stays the same."""
+    program, before = random_program(text), random_program(text)
+    for p in (program, before):
+        p.params["table"] = ArrayParam(table, type_of(table))
+    PassManager([ReadTables()]).run(program)
+    for s in (1, 5, 16):
+        x = np.random.default_rng(s).normal(size=(2, 2, s, s)).astype(np.float32)
+        got, want = (evaluate(p["f"], {"x": x}, {"table": table}) for p in (program, before))
+        for one, other_one in zip(got, want):
+            np.testing.assert_allclose(one, other_one, rtol=1e-5, atol=1e-6)
+    return program["f"].count("gather") > 0
+
+
+def test_last_columns_of_what_grows_evenly() -> None:
+    assert shifted(SLOPES, EVEN)
+    assert shifted(SLOPES.replace("maximum(%a, -3e+38:f32)", "select(true:bool, %a, -inf:f32)"), EVEN)
+
+
+@pytest.mark.parametrize("old, new", [
+    ("{axis=3}", "{axis=2}"), ("return %y", "return %y, %last"), ("return %y", "return %y, %a"), ("-3e+38", "-3.0"),
+    ("softmax(%m) {axis=3}", "sigmoid(%m)"), ("maximum(%a, -3e+38:f32)", "select(true:bool, %a, 0.0:f32)"),
+    ("maximum(%a, -3e+38:f32)", "minimum(%a, -3e+38:f32)"), ("mul(%last, 2.0:f32)", "mul(%last, %last)"),
+    ("%a: f32[b, 2, s, s] = add(%x, %t)",
+     "%u: f32[2, s, 1] = transpose(%t) {perm=(0, 2, 1)}\n  %a: f32[b, 2, s, s] = add(%x, %u)"),
+])  # fmt: skip
+def test_last_columns_of_other_uses_stay(old: str, new: str) -> None:
+    assert old in SLOPES
+    assert not shifted(SLOPES.replace(old, new), EVEN)
+
+
+@pytest.mark.parametrize("table", [EVEN**2, np.where(np.arange(16) == 9, EVEN + 1e-3, EVEN), np.full_like(EVEN, np.inf)])
+def test_last_columns_of_other_tables_stay(table: np.ndarray) -> None:
+    with np.errstate(invalid="ignore"):  # inf - inf in the softmax
+        assert not shifted(SLOPES, table.astype(np.float32))
