@@ -86,7 +86,7 @@ class ReadTables(Pass):
     def _is_even(self, program: Program, graph: Graph, node: Node) -> bool:
         """Whether it makes no difference from where on columns are taken: others differ by one number in each row."""
         table = node.inputs[0]
-        if not table.tensor.dtype.is_float or not only_weighed(graph, node.output):
+        if not isinstance(table.type, TensorType) or not table.type.dtype.is_float or not only_weighed(graph, node.output):
             return False
         numbers = table.const if table.const is not None else program.params[table.param or ""].load()
         return not isinstance(numbers, QArray) and even(numbers)
@@ -155,7 +155,7 @@ def _lookup(node: Node) -> _Lookup | None:
         if any(d != 1 for d in index.shape[len(index.shape) - behind :]):
             return None
     given = table.const is not None or table.param is not None
-    if not given or table.tensor.dtype is not DType.F32 or not all(isinstance(d, int) for d in table.shape):
+    if not given or table.type != TensorType(DType.F32, table.shape) or not all(isinstance(d, int) for d in table.shape):
         return None
     return _Lookup(node, table, index, behind) if behind and all(d == 1 for d in table.shape[:axis]) else None
 

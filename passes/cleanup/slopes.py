@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from wasat.ir import Graph, Node, Value, equal
+from wasat.ir import Graph, Node, TensorType, Value, equal
 
 from ..pattern import number_of
 
@@ -30,7 +30,7 @@ def only_weighed(graph: Graph, v: Value) -> bool:
 def _weighs(graph: Graph, node: Node, v: Value) -> bool:
     if node.is_a("softmax"):
         return bool(node.attrs.axis == len(v.shape) - 1)  # type: ignore[attr-defined]
-    if len(node.outputs) != 1 or not node.output.tensor.dtype.is_float or not _last_stays(node, v):
+    if len(node.outputs) != 1 or not isinstance(node.output.type, TensorType) or not _last_stays(node, v):
         return False
     hides = [u for u in node.inputs[1:] if u is not v and (n := number_of(u)) is not None and n <= _HIDING]
     added = node.is_a("add") and node.inputs[0] is not node.inputs[1]

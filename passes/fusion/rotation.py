@@ -15,7 +15,7 @@ from functools import reduce
 from math import prod
 
 import numpy as np
-from wasat.ir import Builder, DimLike, DType, Graph, Node, Value, WasatError, evaluate_dim
+from wasat.ir import Builder, DimLike, DType, Graph, Node, TensorType, Value, WasatError, evaluate_dim
 from wasat.ir.dims import symbols_of
 
 from ..pattern import Mismatch
@@ -458,9 +458,10 @@ class Products:
 def products(graph: Graph) -> Products:
     tables, fixed, found, last = set[Value](), set[Value](), set[Value](), dict[Value, None]()
     for node in graph.nodes:
-        if len(node.outputs) != 1 or not node.output.tensor.dtype.is_float:
+        y = node.outputs[0]
+        if len(node.outputs) != 1 or not isinstance(y.type, TensorType) or not y.type.dtype.is_float:
             continue
-        y, given = node.output, [v for v in node.inputs if v.const is None and v not in fixed]
+        given = [v for v in node.inputs if v.const is None and v not in fixed]
         if node.is_a("cos", "sin"):
             tables.add(y)
         elif not node.is_a(*_MOVES, "cast", "neg", "mul", "add", "sub"):

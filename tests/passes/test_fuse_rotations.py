@@ -15,6 +15,7 @@ from wasat.ir import Program
 from wasat.passes import Cleanup, FuseRope, PassManager, ReadTables
 
 import wasat as ws
+from wasat.testing import random_program
 
 ROWS, HEADS, HALF = 40, 3, 4
 FREQ = np.array([1.0, 0.7, 0.25, 0.125], np.float32)
@@ -290,3 +291,15 @@ def test_rounding_before_and_behind_stays() -> None:
     other, _ = fused(traced(Turned(rounded)))
     ropes = [n for n in other["forward"].nodes if n.is_a("rope")]
     assert [n.output.tensor.dtype.value for n in ropes] == ["f16"]
+
+
+def test_quantized_tensors_are_passed_by() -> None:
+    program = random_program("""graph @f(%x: f32[m, 64], %w: f32[12, 64]) {
+  %q: int8b32f16[12, 64] = quantize(%w) {scheme="int8"}
+  %s: f32[m, 64] = sin(%x)
+  %y: f32[m, 12] = quantized_linear(%s, %q)
+  return %y
+}""")
+    before = str(program)
+    PassManager([ReadTables(), FuseRope()]).run(program)
+    assert str(program) == before
