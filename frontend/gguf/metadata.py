@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from wasat.ir import CheckpointError
 
 from ..fields import brief
 from ..models.config import Fields
-from . import names
+from . import names, older
 from .names import Names
 
 POOLINGS = {1: "mean", 2: "cls", 3: "lasttoken", 4: "rank"}
@@ -353,6 +353,19 @@ def _mixture(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
     return {**found, "norm_topk_prob": shared}
 
 
+def _gpt_oss(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
+    hidden, layers = keys.count("expert_feed_forward_length", config["intermediate_size"]), config["num_hidden_layers"]
+    turned = {**_scaling(keys), "rope_theta": keys.number("rope.freq_base", 150000.0)}
+    if turned["rope_type"] == "yarn":
+        turned["truncate"] = False  # which no file says
+    return {
+        "model_type": "gpt_oss", "intermediate_size": hidden, "num_local_experts": keys.count("expert_count"),
+        "num_experts_per_tok": keys.count("expert_used_count"), "sliding_window": keys.count("attention.sliding_window"),
+        "layer_types": ["sliding_attention" if s else "full_attention" for s in _sliding(keys, layers, 2)],
+        "attention_bias": "blk.0.attn_q.bias" in keys.tensors, "rope_parameters": turned,
+    }
+
+
 @dataclass(frozen=True)
 class Architecture:
     """How the metadata of an architecture are read, and what it calls its tensors."""
@@ -368,6 +381,12 @@ class Architecture:
     partial: bool = False
     """A part of each head may be rotated."""
     experts: bool = False
+    two_norms: Names | None = None
+    """Names where there is ``attn_norm_2``."""
+
+    def names_of(self, tensors: Iterable[str]) -> Names:
+        """Names of a file that has these tensors."""
+        return self.two_norms if self.two_norms is not None and "blk.0.attn_norm_2.weight" in tensors else self.names
 
 
 _ATTENTION = {"attention_bias": "attn_q"}
@@ -386,6 +405,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     "glm4": Architecture(_decoder("glm4", biases=_ATTENTION, partial=True), names.GLM4, partial=True),
     "granite": Architecture(_decoder("granite", biases=_ATTENTION, more=_granite), interleaved=True),
     "hunyuan-dense": Architecture(_decoder("hunyuan_v1_dense", biases=_ATTENTION), names.HUNYUAN),
+    "gpt-oss": Architecture(_gpt_oss, names.GPT_OSS, experts=True),
+    "gpt2": Architecture(older.gpt2, names.GPT2, eps="layer_norm_epsilon", partial=True),
+    "gptneox": Architecture(older.gpt_neox, names.GPT_NEOX, eps="layer_norm_eps", partial=True),
+    "bloom": Architecture(older.bloom, names.BLOOM, eps="layer_norm_epsilon", partial=True),
+    "falcon": Architecture(older.falcon, names.BLOOM, eps="layer_norm_epsilon", partial=True, two_norms=names.FALCON_40B),
     "nemotron": Architecture(_decoder("nemotron", biases=_ATTENTION, partial=True), eps="norm_eps", partial=True),
     "olmo": Architecture(_decoder("olmo", more=_olmo), interleaved=True, eps="eps"),
     "olmo2": Architecture(_olmo2, names.OLMO2),

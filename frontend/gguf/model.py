@@ -17,7 +17,8 @@ from wasat.ir import CheckpointError, DType, Embedder, Origin, Program, TensorTy
 from ..chat import template_texts
 from ..huggingface import build
 from ..models import Fields
-from ..models.decoder import OffsetNorm
+from ..models.decoder import CausalLM, OffsetNorm, SelfAttention
+from ..models.decoder import Names as Checkpoint
 from .embedding import Model, embedding
 from .metadata import ARCHITECTURES, config_of, pooling_of
 from .names import Names
@@ -50,20 +51,22 @@ def from_gguf(path: str | Path) -> Program:
     if (pooling := pooling_of(g)) is not None:
         m = embedding(g, fields, pooling)
     else:
-        m = Model(*build(fields), "forward", {"tokens": "i64[b, s]"}, "model.", {"output": "lm_head"})
+        family, root = build(fields)
+        called = root.names if isinstance(root, CausalLM) else Checkpoint()
+        m = Model(family, root, "forward", {"tokens": "i64[b, s]"}, f"{called.root}.", {"output": called.head})
     _adjust(m.root, g)
     sources = _sources(g, config, m)
     program = nn.trace(m.root, m.inputs, m.entry, outputs=[_RESULTS[m.entry]])
     given = g.metadata.get("general.name")
     program.declare(
-        name=given if isinstance(given, str) and given else g.path.stem, context=config["max_position_embeddings"],
+        name=given if isinstance(given, str) and given else g.path.stem, context=_context(m, config),
         vocab=config["vocab_size"],
     )  # fmt: skip
     ids = special_ids(g)
     if m.entry == "forward":
         program.declare(generation=ids)
     else:
-        program.declare(embedder=Embedder(m.entry, m.entry == "score", config["max_position_embeddings"], ids.pad or 0))
+        program.declare(embedder=Embedder(m.entry, m.entry == "score", _context(m, config), ids.pad or 0))
     program.params.update(sources)
     for name, source in program.params.items():
         store_as(program[m.entry], name, source.type)
@@ -74,12 +77,20 @@ def from_gguf(path: str | Path) -> Program:
     return program
 
 
+def _context(m: Model, config: Mapping[str, Any]) -> int:
+    own = m.root.context if isinstance(m.root, CausalLM) else None
+    return own or int(config["max_position_embeddings"])
+
+
 def _adjust(module: nn.Module, g: Gguf) -> None:
-    """What GGUF has otherwise than a checkpoint: norms of Gemma as 1 + w, frequencies of RoPE divided by a tensor."""
+    """What GGUF has otherwise than a checkpoint: norms of Gemma as 1 + w, frequencies of RoPE divided by a tensor, queries,
+    keys and values of all heads one after the other."""
     factors = g.tensors.get(_FREQUENCIES)
     for _, part in module.walk():
         if isinstance(part, (nn.RMSNorm, OffsetNorm)):
             part.offset = 0.0
+        if isinstance(part, SelfAttention):
+            part.groups = False
         if isinstance(part, nn.RoPE) and factors is not None:
             if factors.type != (needed := TensorType(DType.F32, part.inv_freq.shape)):
                 raise CheckpointError(f"{g.path}: {_FREQUENCIES} is {factors.type}, and would have to be {needed}")
@@ -90,10 +101,11 @@ def _sources(g: Gguf, config: Mapping[str, Any], m: Model) -> dict[str, GgufPara
     """The tensor of each parameter. All that is missing, left over or misshaped is named at once."""
     arch = g.metadata["general.architecture"]
     wanted = {name: p.type for name, p in m.root.parameters().items()}
+    names = ARCHITECTURES[arch].names_of(g.tensors)
     found: dict[str, GgufTensor] = {}
     problems = []
     for name, t in g.tensors.items():
-        to = _name(name, ARCHITECTURES[arch].names, m)
+        to = _name(name, names, m)
         if to in wanted:
             found[to] = t
         elif name != _FREQUENCIES and (m.entry == "forward" or name not in _OF_WRITERS):
@@ -113,6 +125,9 @@ def _sources(g: Gguf, config: Mapping[str, Any], m: Model) -> dict[str, GgufPara
 def _name(name: str, names: Names, m: Model) -> str:
     """The parameter's name of a tensor's; itself, which is none, where there is no such parameter."""
     of_layer = _OF_LAYER.match(name)
+    whole_name = f"{of_layer[2]}.{of_layer[3]}" if of_layer else ""
+    if of_layer and whole_name in names.layer:
+        return f"{m.prefix}{names.layers}.{of_layer[1]}.{names.layer[whole_name]}"
     if of_layer and of_layer[2] in names.layer:
         part = names.layer[of_layer[2]]
         whole = f"{m.prefix}{names.layers}.{of_layer[1]}.{part}"

@@ -11,7 +11,7 @@ class Names:
     """Names without ``.weight`` and ``.bias``, GGUF's -> the checkpoint's within the part that makes hidden states."""
 
     layer: Mapping[str, str]
-    """Within ``blk.N``."""
+    """Within ``blk.N``; a name that ends in ``.weight`` or ``.bias`` stands for all of its parameter's."""
     whole: Mapping[str, str]
     layers: str = "layers"
     """What ``blk`` is called."""
@@ -45,6 +45,28 @@ STARCODER2 = Names({**_LAYER, "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}, _
 HUNYUAN = Names({
     **_LAYER, "attn_q_norm": "self_attn.query_layernorm", "attn_k_norm": "self_attn.key_layernorm",
 }, _WHOLE)  # fmt: skip
+GPT_OSS = Names({
+    **{k: v for k, v in _LAYER.items() if not k.startswith("ffn_")}, "post_attention_norm": "post_attention_layernorm",
+    "attn_sinks.weight": "self_attn.sinks", "ffn_gate_inp": "mlp.router",
+    **{f"ffn_{part}_exps.bias": f"mlp.{part}_bias" for part in ("gate", "up", "down")},
+    **{f"ffn_{part}_exps": f"mlp.{part}_proj" for part in ("gate", "up", "down")},
+}, _WHOLE)  # fmt: skip
+GPT2 = Names({
+    "attn_norm": "ln_1", "attn_qkv": "attn.c_attn", "attn_output": "attn.c_proj", "ffn_norm": "ln_2", "ffn_up": "mlp.c_fc",
+    "ffn_down": "mlp.c_proj",
+}, {"token_embd": "wte", "position_embd": "wpe", "output_norm": "ln_f"}, "h")  # fmt: skip
+_WIDE = {"ffn_up": "mlp.dense_h_to_4h", "ffn_down": "mlp.dense_4h_to_h"}
+GPT_NEOX = Names({
+    **_WIDE, "attn_norm": "input_layernorm", "attn_qkv": "attention.query_key_value", "attn_output": "attention.dense",
+    "ffn_norm": "post_attention_layernorm",
+}, {"token_embd": "embed_in", "output_norm": "final_layer_norm"})  # fmt: skip
+BLOOM = Names({
+    **_WIDE, "attn_norm": "input_layernorm", "attn_qkv": "self_attention.query_key_value",
+    "attn_output": "self_attention.dense", "ffn_norm": "post_attention_layernorm",
+}, {
+    "token_embd": "word_embeddings", "token_embd_norm": "word_embeddings_layernorm", "output_norm": "ln_f",
+}, "h")  # fmt: skip
+FALCON_40B = Names({**BLOOM.layer, "attn_norm": "ln_mlp", "attn_norm_2": "ln_attn"}, BLOOM.whole, "h")
 SEED_OSS = Names({**_LAYER, "post_attention_norm": "post_attention_layernorm"}, _WHOLE)
 
 

@@ -28,11 +28,13 @@ _NEWER = (
     "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|%s| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*"
     "|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
 )
-_TEKKEN = (
-    "[^\\r\\n\\p{L}\\p{N}]?[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]*[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]+"
-    "|[^\\r\\n\\p{L}\\p{N}]?[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]+[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]*"
-    "|\\p{N}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n/]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
+_CASES = (
+    "[^\\r\\n\\p{L}\\p{N}]?[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]*[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]+%s"
+    "|[^\\r\\n\\p{L}\\p{N}]?[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]+[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]*%s"
+    "|\\p{N}%s| ?[^\\s\\p{L}\\p{N}]+[\\r\\n/]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
 )
+_SHORT = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_TEKKEN, _O200K = _CASES % ("", "", ""), _CASES % (_SHORT, _SHORT, "{1,3}")
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ PRE_TOKENIZERS = {
     "default": _DEFAULT, "gpt-2": _Pre((_WORDS,)), "phi-2": _Pre((_WORDS,)),
     "llama3": _LLAMA3, "llama-v3": _LLAMA3, "llama-bpe": _LLAMA3, "falcon3": _LLAMA3, "pixtral": _LLAMA3,
     "dbrx": _Pre(_LLAMA3.patterns), "smaug-bpe": _Pre(_LLAMA3.patterns), "olmo": _Pre((_WORDS,)),
+    "mpt": _Pre((_WORDS,)), "gpt-4o": _Pre((_O200K,)),
     "qwen2": _QWEN2, "deepseek-r1-qwen": _QWEN2, "stablelm2": _QWEN2, "megrez": _QWEN2,
     "smollm": _DIGITS, "starcoder": _DIGITS, "refact": _DIGITS, "command-r": _DIGITS, "codeshell": _DIGITS, "exaone": _DIGITS,
     **dict.fromkeys(("roberta-bpe", "modern-bert", "jina-v1-en", "jina-v2-code"), _Pre((_WORDS,), joined=True)),

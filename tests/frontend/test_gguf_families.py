@@ -20,11 +20,25 @@ from wasat.frontend.gguf.metadata import ARCHITECTURES
 from wasat.ir import QArray, evaluate
 
 LAYER, RMS = "attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon"
+WIDE = {"embedding_length": 48, "feed_forward_length": 192}
+GROUPED = ("bloom", "falcon", "gptneox")
+"""Of which the converter brings queries, keys and values of all heads together."""
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "arcee": ("arcee", {}),
     "cohere": ("command-r", {LAYER: 1e-5, "logit_scale": 0.5, "rope.scaling.type": "none"}),
     "ernie4_5": ("ernie4_5", {}),
     "exaone4": ("exaone4", {"attention.sliding_window": 6, "attention.sliding_window_pattern": [True, False, True]}),
+    "bloom": ("bloom", {LAYER: 1e-5, "attention.head_count": 6, "attention.head_count_kv": 6, "rope.freq_base": None, **WIDE}),
+    "falcon": ("falcon", {LAYER: 1e-5, "tensor_data_layout": "jploski"}),
+    "falcon_7b": ("falcon", {LAYER: 1e-5, "attention.head_count_kv": 1, "feed_forward_length": 128}),
+    "gpt2": ("gpt2", {LAYER: 1e-5, "context_length": 64, "rope.freq_base": None}),
+    "gpt_neox": ("gptneox", {LAYER: 1e-5, "rope.dimension_count": 4}),
+    "gpt_neox_serial": ("gptneox", {LAYER: 1e-5, "use_parallel_residual": False}),
+    "gpt_oss": ("gpt-oss", {
+        "attention.sliding_window": 6, "expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 40,
+        "rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 32,
+        "rope.scaling.yarn_beta_fast": 4.0, "rope.scaling.yarn_beta_slow": 0.5,
+    }),
     "gemma": ("gemma", {RMS: 1e-6}),
     "glm4": ("glm4", {RMS: 1.5625e-7, "rope.dimension_count": 8}),
     "granite": ("granite", {
@@ -64,7 +78,7 @@ def permuted(x: np.ndarray, heads: int) -> np.ndarray:
 
 def tensors(name: str, arch: str, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
     """A checkpoint's tensors by the names of the gguf package, experts in stacks."""
-    layers = config["num_hidden_layers"]
+    layers = config.get("num_hidden_layers", config.get("n_layer"))
     names = gguf.get_tensor_name_map(next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == arch), layers)
     whole: dict[str, np.ndarray] = {}
     around = 0.0 if name in ("gemma", "nemotron") else 1.0
@@ -76,11 +90,29 @@ def tensors(name: str, arch: str, config: dict[str, Any], shapes: dict[str, tupl
         if arch in PERMUTED and part in ("q_proj", "k_proj"):
             x = permuted(x, config["num_attention_heads" if part == "q_proj" else "num_key_value_heads"])
         whole[key] = x
+        if arch in GROUPED and "query_key_value" in key:
+            heads, groups = config.get("num_attention_heads", config.get("n_head")), config.get("num_kv_heads")
+            groups = heads if arch != "falcon" else groups if config["new_decoder_architecture"] else 1
+            parts = x.reshape(groups, heads // groups + 2, len(x) // (heads + 2 * groups), *x.shape[1:])
+            split = parts[:, :-2], parts[:, -2], parts[:, -1]
+            whole[key] = np.concatenate([p.reshape(-1, *x.shape[1:]) for p in split])
+        if arch == "gpt2" and ".c_" in key and x.ndim > 1:
+            whole[key] = x.T
+        if "sinks" in key:
+            whole[f"{key}.weight"] = whole.pop(key)
+        if arch == "gpt-oss" and "experts" in key:
+            y = whole.pop(key) if key.endswith("bias") else whole.pop(key).swapaxes(1, 2)
+            to, kind = key.removesuffix("_bias"), "bias" if key.endswith("bias") else "weight"
+            each = {to: y} if "down" in key else {
+                to.replace("gate_up", part): np.ascontiguousarray(y[:, i::2]) for i, part in enumerate(("gate", "up"))
+            }  # fmt: skip
+            whole |= {f"{name}.{kind}": z for name, z in each.items()}
     experts = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
     found = {}
     for key in whole:
         if (m := experts.match(key)) is None:
-            found[names.get_name(key, try_suffixes=(".weight", ".bias"))] = whole[key]
+            known = key.removeprefix("transformer.") if arch == "bloom" else key
+            found[names.get_name(known, try_suffixes=(".weight", ".bias"))] = whole[key]
         elif m[2] == "0":
             stack = np.stack([whole[f"{m[1]}.{i}.{m[3]}.weight"] for i in range(4)])
             found[names.get_name(f"{m[1]}.{m[3]}.weight", try_suffixes=(".weight",))] = stack
@@ -91,12 +123,14 @@ def tensors(name: str, arch: str, config: dict[str, Any], shapes: dict[str, tupl
 def written(name: str, path: Path, kinds: Callable[[str], str] = lambda name: "F32", **more: Any) -> Path:
     arch, keys = CASES[name]
     config, shapes, _, _ = families.golden(name)
-    head = config.get("head_dim") or 32 // config["num_attention_heads"]
+    head = config.get("head_dim") or 8
+    groups = config.get("num_key_value_heads", config.get("num_kv_heads", 4))
     given = {
-        "block_count": config["num_hidden_layers"], "embedding_length": 32, "feed_forward_length": 40, "rope.freq_base": 500.0,
-        "attention.head_count_kv": config["num_key_value_heads"], "attention.key_length": head, "attention.value_length": head,
-        RMS: 1e-5, **keys, **more,
+        "block_count": config.get("num_hidden_layers", 2), "embedding_length": 32, "feed_forward_length": 40,
+        "rope.freq_base": 500.0, "attention.head_count_kv": groups, "attention.key_length": head,
+        "attention.value_length": head, RMS: 1e-5, **keys, **more,
     }  # fmt: skip
+    given = {k: v for k, v in given.items() if v is not None}
     absent = (RMS,) if LAYER in keys and RMS not in keys else ()
     tokens = {
         "tokens": [*files.byte_vocabulary()[0][:46], '!"', "<|end|>"], "merges": ['! "'], "token_type": [1] * 47 + [3],
@@ -133,6 +167,12 @@ def test_every_architecture_of_a_decoder_is_here() -> None:
     ("glm4", {"rope.dimension_count": 32}, "partial_rotary_factor"),
     ("smollm3", {"rope.dimension_count": 4}, "all of them are rotated"),
     ("phi3", {"attention.scale": 0.5}, "attention.scale"),
+    ("gpt2", {"attention.head_count_kv": 2}, "attention.head_count_kv = 2 must be as many as there are heads"),
+    ("bloom", {"feed_forward_length": 100}, "feed_forward_length = 100 must be four times the width"),
+    ("bloom", {"attention.max_alibi_bias": 4.0}, "max_alibi_bias"),
+    ("falcon", {"rope.dimension_count": 4}, "all of a head is rotated"),
+    ("gpt_neox", {"attention.key_length": 16, "attention.value_length": 16}, "heads share the width"),
+    ("gpt_oss", {"expert_used_count": 5}, "num_experts_per_tok is 5, and there are 4 experts"),
 ])  # fmt: skip
 def test_refused_by_name(name: str, keys: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises((CheckpointError, ConfigError)) as e:
@@ -140,21 +180,33 @@ def test_refused_by_name(name: str, keys: dict[str, Any], message: str, tmp_path
     assert message in str(e.value)
 
 
-def test_experts_stay_as_they_are_stored(tmp_path: Path) -> None:
+@pytest.mark.parametrize("case, kind", [("mixtral", "Q5_0"), ("gpt_oss", "MXFP4")])
+def test_experts_stay_as_they_are_stored(case: str, kind: str, tmp_path: Path) -> None:
     """Stacks of matrices in blocks are read as they are; the logits are those of the numbers that they stand for."""
     stacks = ("ffn_gate_exps.weight", "ffn_up_exps.weight")
-    program = from_gguf(written("mixtral", tmp_path, kinds=lambda name: "Q5_0" if name.endswith(stacks) else "F32"))
-    ids = families.golden("mixtral")[2]
+    program = from_gguf(written(case, tmp_path, kinds=lambda name: kind if name.endswith(stacks) else "F32"))
+    ids = families.golden(case)[2]
     (tmp_path / "plain").mkdir()
-    plain = from_gguf(written("mixtral", tmp_path / "plain"))
+    plain = from_gguf(written(case, tmp_path / "plain"))
     params = {k: p.load() for k, p in plain.params.items()}
     kept = {k: p.load() for k, p in program.params.items()}
     for name, x in kept.items():
-        if name.endswith(("block_sparse_moe.gate_proj", "block_sparse_moe.up_proj")):
+        if name.endswith(("block_sparse_moe.gate_proj", "block_sparse_moe.up_proj", "mlp.gate_proj", "mlp.up_proj")):
             assert isinstance(x, QArray)
-            assert str(x.type) == "q5_0[4, 40, 32]"
+            assert str(x.type) == f"{kind.lower()}[4, 40, 32]"
             assert not np.array_equal(x.dense(), params[name])
-            np.testing.assert_allclose(x.dense(), params[name], atol=0.1)
+            np.testing.assert_allclose(x.dense(), params[name], atol=0.1 if case == "mixtral" else 0.3)
             params[name] = x.dense()
     want = evaluate(plain["forward"], {"tokens": ids}, params)[0]
     np.testing.assert_allclose(evaluate(program["forward"], {"tokens": ids}, kept)[0], want, rtol=1e-4, atol=1e-5)
+
+
+def test_gpt_4o_cuts_between_cases_and_behind_three_digits() -> None:
+    from tokenizers import Regex, pre_tokenizers
+    from wasat.frontend.gguf.tokenizer import PRE_TOKENIZERS
+
+    (pattern,) = PRE_TOKENIZERS["gpt-4o"].patterns
+    cut = pre_tokenizers.Split(Regex(pattern), "isolated").pre_tokenize_str
+    text = "HelloWorld isn't 12345, I'LL  see\n\n//x"
+    pieces = ["Hello", "World", " isn't", " ", "123", "45", ",", " I'LL", " ", " see", "\n\n", "//", "x"]
+    assert [p for p, _ in cut(text)] == pieces

@@ -34,10 +34,11 @@ def rope(**more):
 
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
-YARN = rope(
-    rope_type="yarn", factor=4.0, original_max_position_embeddings=32, beta_fast=4.0, beta_slow=0.5, mscale=0.7,
-    mscale_all_dim=0.9, truncate=False,
-)
+PLAIN_YARN = {
+    "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 4.0, "beta_slow": 0.5,
+    "truncate": False,
+}  # fmt: skip
+YARN = rope(**PLAIN_YARN, mscale=0.7, mscale_all_dim=0.9)
 MLA = {
     "num_key_value_heads": 4, "q_lora_rank": 20, "kv_lora_rank": 16, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4,
     "v_head_dim": 10, "n_routed_experts": 8, "n_shared_experts": 2, "num_experts_per_tok": 3, "moe_intermediate_size": 12,
@@ -76,8 +77,12 @@ CASES: dict[str, dict] = {
     },
     "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 4},
     "gpt_oss": {
-        **YARN, "head_dim": 16, "sliding_window": 6, "layer_types": [SLIDING, FULL], "num_local_experts": 4,
-        "num_experts_per_tok": 2, "swiglu_limit": 1.5,
+        **rope(**PLAIN_YARN), "head_dim": 16, "sliding_window": 6, "layer_types": [SLIDING, FULL], "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "gpt_oss_clamped": {
+        **YARN, "model_type": "gpt_oss", "head_dim": 16, "sliding_window": 6, "layer_types": [FULL, SLIDING],
+        "num_local_experts": 4, "num_experts_per_tok": 2, "swiglu_limit": 1.5, "swiglu_alpha": 1.3,
     },
     "granite": {
         **rope(), "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.7, "attention_multiplier": 0.2,
