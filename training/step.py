@@ -17,6 +17,7 @@ from .scaling import GOOD, SCALE, SKIPPED, LossScale
 COUNT = "optimizer.count"
 PLACES = "optimizer.places"
 _SCALED = "optimizer.scaled_loss"
+_KEPT = (COUNT, PLACES, SCALE, GOOD, SKIPPED, _SCALED)
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class TrainStep:
     writes over the old ones. Nothing is lost with these: a call whose loss or gradients are not finite leaves every donated
     state as it was, to the bit, so that such a step can be run once more to see where it went wrong.
     They are the trained parameters under their own names, ``optimizer.<slot>.<parameter>``, ``optimizer.count`` (calls so far,
-    i64[]), where asked for ``ema.<parameter>`` and ``optimizer.sum.<parameter>``, and in f16 those of :mod:`.scaling`.
+    i64[]), where asked for ``ema.<parameter>`` and ``optimizer.sum.<parameter>``, and in f16 those of :mod:`.scaling`. Where a
+    parameter is called like such a state, that of another has its first word once more.
     ``remarks``: what the passes did, such as what rematerialization saved.
     """
 
@@ -82,6 +84,9 @@ def train_step(
     if chosen := [k for k in inputs if k in train]:
         raise IRError(f"train= names inputs of @{graph}: {', '.join(chosen)}; only parameters are trained")
     step = _Step(made["train_step"], optimizer or AdamW(), rate or Constant(1e-3), clip, accumulate, weigh, ema, scaling)
+    said = ("grad_norm", "rate", *(("skipped", "loss_scale") if scaling else ()))
+    if own := [k for k in step.source.params if k in _KEPT or (k in said and k in step.trained)]:
+        raise IRError(f"parameters of @{graph} named {', '.join(own)}: what a step says or keeps is called so; rename them")
     step.emit()
     trained = {k: np.asarray(program.params[k].load()) for k in step.trained}
     states = {k: step.initial(k, trained) for k in step.states}
@@ -122,6 +127,8 @@ class _Step:
         """Every state as it goes in."""
         self.averages: dict[str, str] = {}
         """The state that is a parameter's average, by parameter."""
+        self.sums: dict[str, str] = {}
+        """The state in which a parameter's gradients add up."""
         self.donated: set[str] = set()
 
     def emit(self) -> None:
@@ -154,16 +161,16 @@ class _Step:
         if self.places is not None:  # the loss is a mean over these: weigh this call's by their number
             here = b.reshape(b.cast(env[self.places], dtype=DType.F32), shape=())
             total = b.add(self.states[PLACES], here)
-            sums = {k: b.add(self.states[f"optimizer.sum.{k}"], b.mul(v, here)) for k, v in grads.items()}
+            sums = {k: b.add(self.states[self.sums[k]], b.mul(v, here)) for k, v in grads.items()}
             grads = {k: b.div(v, b.select(b.greater(total, 0.0), total, b.constant(1.0))) for k, v in sums.items()}
         elif due is not None:
             share = float(self.accumulate)
-            sums = grads = {k: b.add(self.states[f"optimizer.sum.{k}"], b.div(v, share)) for k, v in grads.items()}
+            sums = grads = {k: b.add(self.states[self.sums[k]], b.div(v, share)) for k, v in grads.items()}
         norm = global_norm(b, list(grads.values()))
         size = b.abs(env[source.outputs[0]])
         sound = b.logical_and(b.less(norm, float("inf")), b.less(size, float("inf")))  # no NaN is
         if due is not None:
-            summed = {f"optimizer.sum.{k}": v for k, v in sums.items()} | ({} if total is None else {PLACES: total})
+            summed = {self.sums[k]: v for k, v in sums.items()} | ({} if total is None else {PLACES: total})
             for name, v in summed.items():
                 new[name] = b.select(due, b.constant(0.0), v)
                 if self.scaling is None:  # else a sum takes up an overflow, so that its update is left out
@@ -181,7 +188,7 @@ class _Step:
         for name, grad in grads.items():
             p = self.states[name]
             changed, remembered = self.optimizer.update(b, p, grad, slots[name], rate, number)
-            moved = {name: changed, **{f"optimizer.{k}.{name}": v for k, v in remembered.items()}}
+            moved = {name: changed, **{slots[name][k].name: v for k, v in remembered.items()}}
             if self.ema is not None:
                 average = self.states[self.averages[name]]
                 moved[average.name] = b.add(average, b.mul(b.sub(changed, average), 1 - self.ema))
@@ -211,16 +218,20 @@ class _Step:
         self.states[name] = self.graph.add_input(name, type)
         return self.states[name]
 
+    def _own(self, kind: str, p: Value, type: TensorType | None = None) -> Value:
+        """A state that belongs to a parameter; a module may have an attribute of any name."""
+        name = f"{kind}.{p.name}"
+        while name in self.source.params or name in self.states or name in _KEPT:
+            name = f"{kind}.{name}"
+        return self._state(name, type or p.tensor)
+
     def _slots(self, p: Value) -> dict[str, Value]:
         """The states that belong to one parameter; returns the optimizer's."""
         if self.accumulate > 1:
-            self._state(f"optimizer.sum.{p.name}", p.tensor)
+            self.sums[p.name] = self._own("optimizer.sum", p).name
         if self.ema is not None:
-            name = f"ema.{p.name}"
-            while name in self.source.params or name in self.states:  # a module may have an attribute of that name
-                name = f"ema.{name}"
-            self.averages[p.name] = self._state(name, p.tensor).name
-        return {slot: self._state(f"optimizer.{slot}.{p.name}", t) for slot, t in self.optimizer.slots(p).items()}
+            self.averages[p.name] = self._own("ema", p).name
+        return {slot: self._own(f"optimizer.{slot}", p, t) for slot, t in self.optimizer.slots(p).items()}
 
     def initial(self, state: str, trained: Mapping[str, np.ndarray]) -> np.ndarray:
         """What a state begins with: parameters and their averages as they are, the scale of the loss, the rest zero."""

@@ -129,6 +129,9 @@ REFUSED: dict[str, tuple[str, tuple[str, ...], type[Exception], str]] = {
         TEXT.replace("return %loss, %y", 'return %loss, "grad.penalty"=%y'), ("w",), IRError,
         r"grad\.penalty: gradients are called so",
     ),
+    "a parameter of a state's name": (
+        TEXT.replace("%half", "%optimizer.count"), ("w",), IRError, "named optimizer.count: what a step says or keeps"),
+    "a parameter of what is said": (TEXT.replace("%w", "%rate"), ("rate",), IRError, "named rate: what a step says or keeps"),
     "a state's name": (TEXT.replace("%x", "%optimizer.count"), ("w",), IRError, "already has a value %optimizer.count"),
 }
 
@@ -196,6 +199,29 @@ def test_micro_batches_with_ignored_labels_are_one_batch(weighted: bool, clip: f
         assert all(not np.array_equal(states[k], made.states[k]) for k in ("w", "ema.w"))
     for k in ends[0]:
         assert_allclose(ends[1][k], ends[0][k], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("names", [
+    ("w", "optimizer.sum.w"), ("optimizer.sum.w", "w"), ("w", "optimizer.mean.w"), ("optimizer.square.v", "v"),
+    ("sum", "optimizer.sum.optimizer.sum.sum"), ("m", "ema.m"), ("step", "loss.step"),
+])  # fmt: skip
+def test_states_of_parameters_with_any_names(names: tuple[str, str]) -> None:
+    """Their own trajectories, those of the same parameters with plain names."""
+    ends = []
+    for first, second in (("a", "b"), names):
+        program = random_program(CLASSES.replace("ema.w", "2").replace("%w", f"%{first}").replace("%2", f"%{second}"))
+        program.params = {first: program.params[first], second: program.params[second]}
+        add_loss(program, lambda b, v: cross_entropy(b, v["logits"], v["labels"]), {"labels": "i64[n]"})
+        made = train_step(program, optimizer=AdamW(), rate=Constant(0.1), accumulate=2, ema=0.5)
+        assert len(made.states) == 2 * 5 + 2
+        run, states = interpreted(made.program["train_step"]), dict(made.states)
+        rng = np.random.default_rng(1)
+        for _ in range(4):
+            out = run({"x": rng.standard_normal((3, 4), np.float32), "labels": rng.integers(0, 5, 3), **states})
+            states = {k: np.asarray(out[k]) for k in states}
+        ends.append([states[k] for k in (first, second, made.averages[first], made.averages[second])])
+    for got, want in zip(*ends):
+        np.testing.assert_array_equal(got, want)
 
 
 def test_an_average_has_a_name_that_no_parameter_has() -> None:
