@@ -456,18 +456,22 @@ class Products:
 
 
 def products(graph: Graph) -> Products:
-    tables, fixed, found, last = set[Value](), set[Value](), set[Value](), dict[Value, None]()
+    angles, tables, fixed, found, last = set[Value](), set[Value](), set[Value](), set[Value](), dict[Value, None]()
     for node in graph.nodes:
         y = node.outputs[0]
         if len(node.outputs) != 1 or not isinstance(y.type, TensorType) or not y.type.dtype.is_float:
             continue
-        given = [v for v in node.inputs if v.const is None and v not in fixed]
+        given = [v for v in node.inputs if v.const is None and v.param is None and v not in fixed]
         if node.is_a("cos", "sin"):
-            tables.add(y)
+            tables.update([y] if given and given[0] in angles else [])
+        elif node.is_a("cast") and isinstance(t := node.inputs[0].type, TensorType) and t.dtype.is_int:
+            angles.add(y)
         elif not node.is_a(*_MOVES, "cast", "neg", "mul", "add", "sub"):
             continue
         elif not given:
             fixed.add(y)
+        elif all(v in angles for v in given):
+            angles.add(y)
         elif not node.is_a("mul") and any(v in found for v in given):
             found.add(y)
             last[y] = None

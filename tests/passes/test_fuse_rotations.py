@@ -303,3 +303,12 @@ def test_quantized_tensors_are_passed_by() -> None:
     before = str(program)
     PassManager([ReadTables(), FuseRope()]).run(program)
     assert str(program) == before
+
+
+@pytest.mark.parametrize("heads", [nn.sin, nn.cos])
+def test_heads_that_are_waves_themselves(heads: Callable[[nn.Tensor], nn.Tensor]) -> None:
+    """Sines of what tokens hold are no table of positions."""
+    program = traced(Turned(lambda x, c, s: turned(heads(x), -c, -s, sine=1)))
+    other, missed = fused(program)
+    assert (other["forward"].count("rope"), missed) == (1, [])
+    check_equal(program, other)
