@@ -198,23 +198,39 @@ def demo(out: Path, target: str) -> None:
 
 
 def products(out: Path, machine: Target, n: int) -> None:
-    """Products of n with activations in half precision, and causal attention over n positions: programs to be timed."""
+    """Products of n with activations in half precision, causal attention and linear attention over n positions, and a
+    convolution of as many places: programs to be timed, and how many operations each is."""
+    side, c, heads = round(n**0.5), min(n, 256), max(1, min(n // 64, 32))
     texts = {
-        f"gemm-{d}": f"graph @f(%x: {half}[{n}, {n}]) {{\n  param %w: {t}[{n}, {n}]\n"
-        f"  %y: {half}[{n}, {n}] = {how}(%x, %w)\n  return %y\n}}"
+        f"gemm-{d}": (2 * n**3, f"graph @f(%x: {half}[{n}, {n}]) {{\n  param %w: {t}[{n}, {n}]\n"
+        f"  %y: {half}[{n}, {n}] = {how}(%x, %w)\n  return %y\n}}")
         for d, half, t, how in (
             ("f16", "f16", "f16", "linear"), ("bf16", "bf16", "bf16", "linear"),
             ("int4", "f16", "int4b32f16", "quantized_linear"), ("int8-bf16", "bf16", "int8b32f16", "quantized_linear"),
         )
     }  # fmt: skip
     for half in ("f16", "bf16"):
-        shape = f"{half}[1, {n}, 32, 128]"
-        texts[f"attention-{half}"] = f"""graph @f(%q: {shape}, %k: {shape}, %v: {shape}) {{
+        shape = f"{half}[1, {n}, {heads}, 128]"
+        # two products, of which causality leaves half
+        texts[f"attention-{half}"] = 2 * n * n * heads * 128, f"""graph @f(%q: {shape}, %k: {shape}, %v: {shape}) {{
   %y: {shape} = attention(%q, %k, %v) {{scale=0.088, causal=true}}
   return %y
 }}"""
-    for name, text in texts.items():
+    texts["conv-f16"] = 2 * 9 * c * c * side**2, f"""graph @f(%x: f16[1, {c}, {side}, {side}]) {{
+  param %w: f16[{c}, {c}, 3, 3]
+  %y: f16[1, {c}, {side}, {side}] = conv(%x, %w) {{strides=(1, 1), low=(1, 1), high=(1, 1)}}
+  return %y
+}}"""
+    shape, state, of_token = f"bf16[1, {n}, {heads}, 128]", f"f32[1, {heads}, 128, 128]", f"bf16[1, {n}, {heads}]"
+    # of a token: its key reads the state and is written to it, its query reads it
+    texts["linear-attention-bf16"] = 6 * n * heads * 128 * 128, f"""graph @f(
+    %q: {shape}, %k: {shape}, %v: {shape}, %a: {state}, %d: {of_token}, %b: {of_token}) {{
+  %y: {shape}, %z: {state} = linear_attention(%q, %k, %v, %a, %d, %b) {{rule="gated_delta"}}
+  return %y, %z
+}}"""
+    for name, (work, text) in texts.items():
         _write(out / name, parse_program(text), machine)
+        (out / name / "work.json").write_text(json.dumps(work))
 
 
 def model(out: Path, config: dict[str, Any], precision: str, machine: Target) -> None:

@@ -55,7 +55,8 @@ class Plan:
     unknown: dict[str, tuple[str, ...]]
     """Entries that are not counted, and the symbols whose sizes they lack."""
     cores: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """By entry, where the target has tensor cores: for each scheme, how many products run there, and why others do not."""
+    """By entry, where the target has tensor cores: for each scheme, how many products and attentions run there, and why
+    others do not."""
 
     def text(self) -> str:
         """Some lines for people."""

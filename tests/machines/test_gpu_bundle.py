@@ -55,7 +55,8 @@ def test_what_is_right_passes(bundle: Path, check: Any, tmp_path: Path) -> None:
     assert {name.rpartition("_")[0] for name in found["operations"]["passed"]} == {"add", "cast", "scan", "softmax"}
     assert found["decoders"]["passed"] == ["int4"]
     assert found["products"]["rates"].keys() == {
-        "attention-f16", "attention-bf16", "gemm-f16", "gemm-bf16", "gemm-int4", "gemm-int8-bf16",
+        "attention-f16", "attention-bf16", "conv-f16", "linear-attention-bf16",
+        "gemm-f16", "gemm-bf16", "gemm-int4", "gemm-int8-bf16",
     }  # fmt: skip
     rates = found["models"]["rates"]["tiny-int4"]
     assert rates["decode tokens/s"] > 0

@@ -18,8 +18,10 @@ from plan_help import device
 from test_gpu_select import choose
 from test_kernels_linear_attention import RULES, decays, reference
 from wasat.backends.tvm.gpu.kernels.linear_attention import LinearAttention, linear_attention
+from wasat.backends.tvm.gpu.select import selection
+from wasat.backends.tvm.lower import KernelCall
 from wasat.frontend import nn
-from wasat.ir import ArrayParam
+from wasat.ir import ArrayParam, State
 
 import wasat as ws
 from wasat.testing import random_program
@@ -140,6 +142,24 @@ def test_a_session(target: str, tmp_path: Path) -> None:
             for got, at in zip(found, (2, 9, 10, 11)):
                 np.testing.assert_allclose(got, want[:, at], rtol=1e-4, atol=1e-4)
             session.reset()
+
+
+STATE = """graph @main(%q: f32[b, s, 2, 8], %k: f32[b, s, 1, 8], %v: f32[b, s, 1, 4], %a: f32[b, 1, 8, 4]) {
+  %y: f32[b, s, 2, 4], %z: f32[b, 1, 8, 4] = linear_attention(%q, %k, %v, %a) {rule="linear"}
+  return %y, %z
+}"""
+NOT_IN_PLACE = {
+    "another reader": ("return %y, %z", "%w: f32[b, 1, 8, 4] = neg(%a)\n  return %y, %z, %w"),
+    "kept as it was": ("return %y, %z", "return %y, %z, %a"), "not given up": ("donated", ""), "no state": ("%a", "%other"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", [("", ""), *NOT_IN_PLACE.values()], ids=["in place", *NOT_IN_PLACE])
+def test_what_is_written_over(change: tuple[str, str]) -> None:
+    graph = random_program(STATE.replace(*change)).graphs["main"]
+    selection(OPENCL.limits, [State.trained("a", donated=change[0] != "donated")])(graph)
+    [call] = [n.op.desc for n in graph.nodes if isinstance(n.op, KernelCall)]
+    assert call.in_place == (change == ("", ""))
 
 
 LEFT = {

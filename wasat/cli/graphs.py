@@ -93,7 +93,8 @@ def plan(
     """Say what a model will take, without allocating it: parameters, weights in each scheme, caches, activations, operations.
 
     Activations and operations are those of weights in f32; a multiply-add is two operations. Media are of the sizes that the
-    model brings them to, one of each kind. Where the target has tensor cores, it says which products of many rows run there.
+    model brings them to, one of each kind. Where the target has tensor cores, it says which products of many rows and which
+    attentions run there.
 
     Examples:
 
