@@ -112,13 +112,26 @@ class _Convolution:
             found.insert(0, kernel.copy(own * d.strides[i] - d.low[i]))
         return found
 
-    def _window(self, base: Expr, corners: Sequence[Expr], channel: Expr, tap: Sequence[Expr], also: Expr | None) -> Expr:
+    def _within(self, corners: Sequence[Expr]) -> Expr | None:
+        """Whether a window lies in x as a whole; None where that is not asked."""
+        d, there = self.d, None
+        for i, corner in enumerate(corners):
+            if d.spread[i] > 1:
+                return None
+            if d.padded[i]:
+                own = tirx.And(corner >= 0, corner + (d.taps[i] - 1) * d.dilation[i] < self.space[i])
+                there = own if there is None else tirx.And(there, own)
+        return there
+
+    def _window(
+        self, base: Expr, corners: Sequence[Expr], channel: Expr, tap: Sequence[Expr], also: Expr | None, within: bool = False
+    ) -> Expr:
         """An element of a window, as f32: 0 outside of x, and where ``also`` does not hold. ``base``: where its picture's first
-        channel begins."""
+        channel begins. ``within``: the window is known to lie in x."""
         kernel, d, inside, at = self.kernel, self.d, [] if also is None else [also], channel
         for i, (corner, t) in enumerate(zip(corners, tap)):
             where = kernel.let(corner + t * d.dilation[i], "where")
-            if d.padded[i]:
+            if d.padded[i] and not within:
                 inside.append(where >= 0)
                 inside.append(where < self.space[i] * d.spread[i])
             if d.spread[i] > 1:
@@ -154,8 +167,8 @@ class _Convolution:
             for i in range(d.outputs):
                 kernel.store(sums, i, zero())
 
-            def add(channel: Expr, tap: Sequence[Expr]) -> None:
-                value = kernel.copy(self._window(base, corners, channel, tap, None))
+            def add(channel: Expr, tap: Sequence[Expr], within: bool) -> None:
+                value = kernel.copy(self._window(base, corners, channel, tap, None, within))
                 step = channel
                 for n, t in zip(d.taps, tap):
                     step = step * n + t
@@ -163,8 +176,15 @@ class _Convolution:
                     weight = as_f32(load(self.w, (group * d.outputs + i) * d.depth + step))
                     kernel.store(sums, i, load(sums, i) + weight * value)
 
-            with kernel.loop(d.channels) as channel:
-                self._taps(d.taps, [], lambda tap: add(channel, tap))
+            def sum_up(within: bool) -> None:
+                with kernel.loop(d.channels) as channel:
+                    self._taps(d.taps, [], lambda tap: add(channel, tap, within))
+
+            there = self._within(corners)
+            if there is None:
+                sum_up(False)
+            else:  # most windows are: they need not look at each element
+                kernel.either(there, lambda: sum_up(True), lambda: sum_up(False))
             for i in range(d.outputs):
                 self._put(group * d.outputs + i, picture, place, load(sums, i))
 
