@@ -11,7 +11,7 @@ from wasat.ir import DimLike, DType, Node, QArray, TensorType, Type, Value
 
 from ..layouts import Layout, Packed
 from ..lower import Result
-from ..selection import Refused, need_f32
+from ..selection import Refused, need_f32, need_sizes
 from .kernels.blocks import in_blocks
 from .kernels.grouped import Grouped, GroupRows, group_rows, grouped
 from .kernels.linear_blocks import LinearBlocks
@@ -65,6 +65,7 @@ def select_grouped(s: Selection, node: Node, integers: bool) -> None:
     x, weight, groups = node.inputs[:3]
     bias = node.inputs[3] if len(node.inputs) > 3 else None
     need_f32(x, *([] if bias is None else [bias]))
+    need_sizes(x.shape[-1])
     (w, panels), out = s.weight(weight), node.output
     e, n, k = (d for d in w.shape if isinstance(d, int))
     if e == 0:
