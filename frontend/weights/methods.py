@@ -54,6 +54,15 @@ class Method:
         return {}, set(), []
 
 
+def _finite(t: Tensors, scales: Stored) -> np.ndarray:
+    """Scales, which a file that holds NaN or infinities has damaged."""
+    x = scales.load()
+    if not np.isfinite(x.astype(np.float32)).all():
+        part = scales.name.rpartition(".")[2]
+        raise t.fail(f"{part} holds NaN or infinities: the file is damaged, or was made of weights that were")
+    return x
+
+
 def _integers(
     t: Tensors, bits: int, group: int, scales: Stored, zeros: Callable[[], np.ndarray] | None, values: Callable[[], np.ndarray],
     scales_of: Callable[[np.ndarray], np.ndarray], order: np.ndarray | None = None,
@@ -65,7 +74,7 @@ def _integers(
         x = values()
         if order is not None:
             x = x[:, order]
-        s = np.ascontiguousarray(np.broadcast_to(scales_of(scales.load()), (t.shape[0], blocks(t.shape[1], group))))
+        s = np.ascontiguousarray(np.broadcast_to(scales_of(_finite(t, scales)), (t.shape[0], blocks(t.shape[1], group))))
         return QArray(type, np.ascontiguousarray(x), s, None if zeros is None else np.ascontiguousarray(zeros()))
 
     return Integers(type, read)
@@ -186,6 +195,7 @@ class Awq(Method):
         if not (self.group == -1 or self.group > 0):
             raise f.fail(f"group_size is {self.group}; expected -1 or a positive number")
         f.refuse("backend", "autoawq", "only files that autoawq packed are read")
+        self.zeros = f.flag("zero_point", True)
 
     def read(self, t: Tensors) -> Found:
         n, k = t.shape
@@ -194,7 +204,7 @@ class Awq(Method):
             raise t.fail(f"{n} rows do not fill words of 8")
         q = t.take("qweight", (DType.I32,), (k, n // 8))
         scales = t.take("scales", STORED, (blocks(k, group), n))
-        z = t.take("qzeros", (DType.I32,), (blocks(k, group), n // 8)) if t.has("qzeros") else None
+        z = t.take("qzeros", (DType.I32,), (blocks(k, group), n // 8)) if t.has("qzeros") or self.zeros else None
 
         def columns(words: np.ndarray) -> np.ndarray:
             codes = unpack(words, 4, n).reshape(len(words), n // 8, 8)
@@ -366,7 +376,7 @@ def _floats(t: Tensors, w: Stored, scales: Stored, lead: tuple[int, int], rows: 
     """Floats of 8 bits, ``rows`` by ``width`` of them times a scale."""
 
     def read() -> np.ndarray:
-        return scaled_blocks(w.load(), scales.load().reshape(lead), rows, width)
+        return scaled_blocks(w.load(), _finite(t, scales).reshape(lead), rows, width)
 
     return Found(Dense(TensorType(DType.F32, t.shape), read), None, _FP8)
 

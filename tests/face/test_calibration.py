@@ -255,6 +255,8 @@ def test_the_same_arguments_give_the_same_bits(model: Program, tmp_path: Path, m
         small, report = ws.quantize(model, TEXT, bits=5.5, tokens=256, window=64)
         ws.save_program(small, tmp_path / name)
         (tmp_path / f"{name}.json").write_text(json.dumps(report.to_json()))
+        assert any("made one size" in x for x in report.equalized)
+        assert report.equalized[0] in str(report)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -377,3 +378,12 @@ def test_functions_that_end_at_one_are_approximated_near_zero():
     assert compare(program, "cpu", inputs={"x": x}).ok
     [d] = compare_nodes(interpret(program, "forward", {"x": x}), Wrong("tanh", 1 + 3e-6)).differences
     assert abs(d.a) > 0.5
+
+
+def test_models_that_embed_texts_are_compared_too() -> None:
+    folder = str(Path(__file__).parent.parent / "golden" / "sentence" / "bert_mean")
+    found = compare(folder, "after:default", tokens=5)
+    assert (found.ok, [o.value for o in found.outputs]) == (True, ["embedding"])
+    assert found.stages[0].values > 20
+    with pytest.raises(WasatError, match="asked for logits, and bert_mean gives embedding"):
+        compare(folder, "transformers")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -86,7 +86,8 @@ def quantize(
         raise WasatError(f"windows have at least 2 tokens, and calibration {LEAST_TOKENS}; not {window} and {tokens}")
     texts = _split(program, text, held_out, tokens, window)
     formats = target_named(target).formats
-    base = prepared(program, _equalize(program, texts.calibration, recipe, formats))
+    notes: list[str] = []
+    base = prepared(program, _equalize(program, texts.calibration, recipe, formats), notes)
     weights, left = weights_of(base)
     if not any(w.in_forward for w in weights):
         raise WasatError("the program has no weights to store in fewer bits: parameters that linear layers and embeddings read")
@@ -94,7 +95,8 @@ def quantize(
     limit = work.limit(5.0 if bits is None else bits) if recipe == AUTO else 0  # before the long work
     work.observe(threads)
     taken, shares = work.automatic(limit) if recipe == AUTO else (work.fixed(recipe), {})
-    return work.finish(taken, shares, recipe, bits)
+    made, report = work.finish(taken, shares, recipe, bits)
+    return made, replace(report, equalized=tuple(notes))
 
 
 def _equalize(program: Program, windows: Windows, recipe: str, formats: Formats) -> Equalize | None:

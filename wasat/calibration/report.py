@@ -9,6 +9,9 @@ from typing import Any
 
 from wasat.quality import Quality
 
+_SHOWN = 6
+"""Of lines about features, how many are printed."""
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -53,6 +56,8 @@ class Report:
     weights: tuple[Stored, ...]
     left: dict[str, str]
     """Weights that stay as they are, and why."""
+    equalized: tuple[str, ...] = ()
+    """Which features were made one size, and which not, and why."""
 
     def to_json(self) -> dict[str, Any]:
         """All of it, as plain values."""
@@ -77,6 +82,8 @@ class Report:
         if unread:
             lines.append(f"{unread} weights belong to what no text passes: they are not calibrated")
         lines += [f"{name} stays as it is: {why}" for name, why in self.left.items()]
+        more = len(self.equalized) - _SHOWN
+        lines += [*self.equalized[:_SHOWN], *([f"… and {more} more of that, in the JSON"] if more > 0 else [])]
         lines += [
             "",
             f"{self.bits:.3f} bits a weight, everything included, of {self.count:,}; calibrated on {self.tokens} tokens",

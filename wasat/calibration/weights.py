@@ -55,16 +55,19 @@ class Weight:
         return self.type.concrete({})
 
 
-def prepared(program: Program, equalize: Equalize | None = None) -> Program:
+def prepared(program: Program, equalize: Equalize | None = None, notes: list[str] | None = None) -> Program:
     """A copy after the passes that come before weights are stored in fewer bits, with its weights in f32, each apart, and under
-    the names that they had; features of one size, where ``equalize`` finds that it pays."""
+    the names that they had; features of one size, where ``equalize`` finds that it pays, what it remarks going to ``notes``."""
     p = dense(program)
     passes = [x for x in default_pipeline(kv_cache=None) if not isinstance(x, (MergeLinears, FuseGlu))]
     if FORWARD in p.graphs and any(is_exported(v) for v in p[FORWARD].inputs):
         passes.insert(0, TokenInputs(required=True))
     PassManager(passes).run(p)
     before = set(p.params)
-    if equalize is not None and PassManager([equalize]).run(p).steps[0].modified:
+    step = None if equalize is None else PassManager([equalize]).run(p).steps[0]
+    if step is not None and notes is not None:
+        notes += dict.fromkeys(r.message for r in step.remarks)
+    if step is not None and step.modified:
         PassManager([HoistParams()]).run(p)
         for name in [n for n in p.params if n not in before]:
             old = name.removesuffix(_SCALED)

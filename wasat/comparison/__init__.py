@@ -78,6 +78,8 @@ def compare(
         if served:
             compare_served(found, right, given, progress)
     elif left.program is not None and right.peer == "transformers" and right.path is not None:
+        if "logits" not in (given_names := left.program["forward"].output_names):
+            raise WasatError(f"transformers is asked for logits, and {left.name} gives {', '.join(given_names)}")
         given = _inputs(left.program, inputs, sizes or {}, tokens, seed)
         run = interpret(left.program, "forward", given, sizes)
         found.alarms = watch(run, "interpreter")
@@ -177,6 +179,8 @@ def _inputs(
         rows = [t.type.shape[0] for t in tables if isinstance(t.type.shape[0], int)]
         if v.name in texts and rows and isinstance(v.type, TensorType):
             made[v.name] = rng.integers(0, min(rows), v.type.concrete(known)).astype(v.type.dtype.np)
+        elif v.name == "lengths" and isinstance(v.type, TensorType) and texts:  # of the texts, which fill their rows
+            made[v.name] = np.full(v.type.concrete(known), made[texts[0]].shape[1], v.type.dtype.np)
         elif "mask" in v.name and isinstance(v.type, TensorType) and v.type.dtype in (DType.I64, DType.I32):
             made[v.name] = np.ones(v.type.concrete(known), v.type.dtype.np)
     for name, x in (inputs or {}).items():

@@ -105,7 +105,16 @@ def _opened(path: Path) -> Side:
         return Side(path.name, path=path, peer="logits")
     if (path / "manifest.json").is_file():
         return Side(path.name, path=path, peer="artifact")
-    return Side(path.name, load_program(path), path)
+    return Side(path.name, _as_forward(load_program(path)), path)
+
+
+def _as_forward(program: Program) -> Program:
+    """The program; one whose only graph embeds texts or scores pairs, with that called ``forward``."""
+    if "forward" in program.graphs or len(program.graphs) != 1:
+        return program
+    graph = next(iter(program.graphs.values())).clone()
+    graph.name = "forward"
+    return Program({"forward": graph}, dict(program.params), origin=program.origin)
 
 
 def _with(base: Side, words: str, options: Mapping[str, Any]) -> Side:
