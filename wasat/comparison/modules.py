@@ -78,7 +78,10 @@ class _Held:
 
     def _ours(self, v: Value, theirs: Any, what: str) -> Any:
         x, y = self.run.values[v], theirs.numpy()
-        if not isinstance(x, np.ndarray) or x.shape != y.shape:
+        if not isinstance(x, np.ndarray):
+            return theirs
+        y, turned = aligned(x, y)
+        if x.shape != y.shape:
             return theirs
         if v.node is not None and v not in self.cut:
             d = difference(v, v.name, x, y, once(x, v), note="")
@@ -87,7 +90,16 @@ class _Held:
                 d = difference(v, v.name, x, y, bounds_of(part, self.run.given(read), self.run.params, self.run.sizes)[0])
             self.found.append(_named(d, what))
             self.cut.add(v)
-        return self.torch.from_numpy(np.array(x))
+        return self.torch.from_numpy(np.array(x.swapaxes(1, 2) if turned else x))
+
+
+def aligned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, bool]:
+    """``y`` as ours has it, [b, s, heads, d], if it comes as [b, heads, s, d], and whether it did. Where there are as many
+    tokens as heads both shapes are the same: it is what is nearer."""
+    if y.ndim != 4 or (other := y.swapaxes(1, 2)).shape != x.shape:
+        return y, False
+    turned = x.shape != y.shape or np.abs(other - x).sum() < np.abs(y - x).sum()
+    return (other, True) if turned else (y, False)
 
 
 def _named(d: Difference, what: str) -> Difference:
