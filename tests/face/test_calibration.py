@@ -226,6 +226,24 @@ def test_weights_that_belong_together_get_one_scheme() -> None:
         assert {n: c in options[n] for n, c in taken.items()} == dict.fromkeys("wxyz", True)
 
 
+def test_a_table_that_does_not_fit_by_a_hair_is_given_room_by_others() -> None:
+    """Half the model in one weight: it comes last, being worth least for a bit, and all the same more than any other."""
+
+    def options(bits: list[int], costs: list[float]) -> list[Choice]:
+        return [Choice(Storage(f"{b}", QTensorType("s4b32", (1, 32))), b, c) for b, c in zip(bits, costs)]
+
+    every = {"table": options([600, 850], [0.5, 0.1]), **{n: options([60, 85], [0.1, 0.01]) for n in "abcd"}}
+    full = sum(c[-1].bits for c in every.values())
+
+    def bits(limit: int) -> list[int]:
+        return [c.bits for c in budget.chosen(every, limit).values()]
+
+    assert bits(full) == [850, 85, 85, 85, 85]
+    assert sorted(bits(full - 1)) == [60, 85, 85, 85, 850]
+    assert sorted(bits(full - 100)) == [60, 60, 60, 60, 850]
+    assert bits(full - 101) == [600, 85, 85, 85, 85], "without the room nothing is given up"
+
+
 def test_too_few_bits_for_the_smallest_choices() -> None:
     options = choices(np.random.default_rng(0))
     least = sum(found[0].bits for found in options.values())

@@ -74,7 +74,8 @@ def chosen(options: Mapping[str, Sequence[Choice]], budget: int, together: Itera
     ``together``, each in one place at most, have the same storages to choose from, and get the same.
 
     Of each weight the smallest first; then, again and again, whatever saves most for a bit: as far as the budget goes, that is
-    the optimum. Raises WasatError where the smallest are too large.
+    the optimum. What then does not fit alone is exchanged for steps of others, as long as that saves.
+    Raises WasatError where the smallest are too large.
     """
     members = {names[0]: names for names in together}
     single = set(options).difference(*members.values())
@@ -104,7 +105,31 @@ def _cheapest(options: Mapping[str, Sequence[Choice]], budget: int) -> dict[str,
             full.add(name)  # later steps of this weight are from here
             continue
         taken[name], left = new, left - more
+    while better := _exchanged(hulls, taken, left):
+        taken, left = better
     return taken
+
+
+def _exchanged(
+    hulls: Mapping[str, Sequence[Choice]], taken: Mapping[str, Choice], left: int
+) -> tuple[dict[str, Choice], int] | None:
+    """One weight a step further, others as many steps back as that takes, those first that lose least for a bit; None where
+    that costs more for every weight. A table that is half the model may not fit by a hair, which the others can spare."""
+    so_far = {name: hull[: hull.index(taken[name]) + 1] for name, hull in hulls.items()}
+    back = sorted((_slope(a, b), i, name, a) for i, (name, h) in enumerate(so_far.items()) for a, b in pairwise(h))
+    for name, hull in hulls.items():
+        at = hull.index(taken[name])
+        if at + 1 == len(hull):
+            continue
+        new, room = dict(taken) | {name: hull[at + 1]}, left - (hull[at + 1].bits - hull[at].bits)
+        for _, _, other, old in back:
+            if room >= 0:
+                break
+            if other != name:
+                new[other], room = old, room + new[other].bits - old.bits
+        if room >= 0 and sum(c.cost for c in new.values()) < sum(c.cost for c in taken.values()):
+            return new, room
+    return None
 
 
 def _hull(choices: Sequence[Choice]) -> list[Choice]:
