@@ -115,9 +115,9 @@ def test_the_parts_of_a_sequence_are_outputs_of_their_own(tmp_path: Path) -> Non
     assert [d.value for d in found.outputs] == ["parts.0", "parts.1", "out/0"]
 
 
-@pytest.mark.parametrize("tokens", [2, 4])
+@pytest.mark.parametrize("tokens", [4, 5])
 def test_as_many_tokens_as_heads(tokens: int) -> None:
-    """Norms of heads: transformers has heads before positions, and both have the same shape then."""
-    found = ws.compare(GOLDEN / "hf" / "qwen3", "transformers", tokens=tokens)
+    """Norms of heads: transformers has heads before positions there; with 4 tokens both have the same shape."""
+    found = ws.compare(GOLDEN / "hf" / "gemma3", "transformers", tokens=tokens)
     assert found.ok, str(found)
     assert found.stages[0].values > 24  # norms of heads among them
