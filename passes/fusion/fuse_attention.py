@@ -126,11 +126,18 @@ def _reaches_product(v: Value, depth: int = 12) -> bool:
     if n is None or depth == 0:
         return False
     if n.is_a("matmul"):
-        return True
+        return not _is_given(n.inputs[1])
     through = {
         "cast": (0,), "reshape": (0,), "tanh": (0,), "div": (0,), "mul": (0, 1), "add": (0, 1), "sub": (0,), "select": (1, 2),
     }  # fmt: skip
     return any(_reaches_product(n.inputs[i], depth - 1) for i in through.get(n.op.name, ()))
+
+
+def _is_given(v: Value) -> bool:
+    """Whether it is a parameter or a constant, turned or not: what is multiplied by it is a linear layer."""
+    while v.node is not None and v.node.op.carries and len(v.node.inputs) == 1:
+        v = v.node.inputs[0]
+    return v.param is not None or v.const is not None
 
 
 def _attends(w: Weights) -> bool:
@@ -139,7 +146,7 @@ def _attends(w: Weights) -> bool:
     if _reaches_product(x):
         return True
     while x.node is not None:
-        if x.node.is_a("matmul"):
+        if x.node.is_a("matmul") and not _is_given(x.node.inputs[1]):
             return True
         if not x.node.op.elementwise and not x.node.is_a("cast", "reshape"):
             return False

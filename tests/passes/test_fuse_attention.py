@@ -261,3 +261,21 @@ def test_numbers_added_after_a_softcap() -> None:
     PassManager([FuseAttention()], check=InterpreterCheck([{"b": 1, "s": 1, "t": 3}, {"b": 2, "s": 3, "t": 5}])).run(program)
     (node,) = (n for n in program["f"].nodes if n.op.name == "attention")
     assert (node.attrs.softcap, node.attrs.scale, len(node.inputs)) == (3.0, 1.0, 4)
+
+
+@pytest.mark.parametrize("weight, said", [
+    ("param %w: f32[8, 4]", 0), ("param %u: f32[4, 8]\n  %w: f32[8, 4] = transpose(%u) {perm=(1, 0)}", 0),
+    ("%k: f32[b, 4, 8] = reshape(%z) {shape=(b, 4, 8)}\n  %w: f32[b, 8, 4] = transpose(%k) {perm=(0, 2, 1)}", 1),
+])  # fmt: skip
+def test_shares_of_a_router_are_no_attention(weight: str, said: int) -> None:
+    """Scores by a matrix that is given choose among experts; by one that was computed, among keys: that has a remark."""
+    program = random_program(f"""graph @f(%x: f32[b, s, 8], %z: f32[b, 32]) {{
+  {weight}
+  %scores: f32[b, s, 4] = matmul(%x, %w)
+  %masked: f32[b, s, 4] = mul(%scores, 0.5:f32)
+  %shares: f32[b, s, 4] = softmax(%masked) {{axis=2}}
+  %y: f32[b, s, 1] = slice(%shares) {{starts=(0, 0, 0), stops=(b, s, 1)}}
+  return %y, %shares
+}}""")
+    report = PassManager([FuseAttention()]).run(program)
+    assert len(report.remarks("missed")) == said
