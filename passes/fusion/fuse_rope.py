@@ -402,6 +402,7 @@ class _ByMeaning(Rewrite):
             along = any(a.axis == -4 for a in turn.angles.at if isinstance(a, Along))
             turns.append((turn.angles.emit(b, found.axis - 4, rows if along else 1, count), turn.emit(b, _wide(x))))
         x = x if x.shape == sizes else b.reshape(x, shape=sizes)
+        x = x if found.order is None else b.gather(x, b.constant(np.array(found.order)), axis=3)
         new = _rotated_along(b, x, found.axis, turns, found.factor, found.interleaved)
         new = new if new.shape == y.shape else b.reshape(new, shape=y.shape)
         replace(graph, y, new)

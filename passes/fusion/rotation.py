@@ -271,6 +271,8 @@ class Rotation:
     turns: tuple[Turn, ...]
     factor: float
     interleaved: bool
+    order: tuple[int, ...] | None
+    """Of which features of x those are that turn, where they are put in another order."""
 
 
 def rotation(y: Value) -> tuple[Value, Rotation]:
@@ -278,9 +280,9 @@ def rotation(y: Value) -> tuple[Value, Rotation]:
     symbols = dict.fromkeys(s for v in _cone(y) for s in symbols_of(v.shape))
     followed = [_Followed({s: least + 2 * i for i, s in enumerate(symbols)}) for least in (2, 3)]  # no two sizes alike
     reason: Mismatch | None = None
-    for x in _sources(y):
+    for x, moved in [(x, moved) for moved in (False, True) for x in _sources(y)]:
         try:
-            one, other = (_read_off(y, x, f) for f in followed)
+            one, other = (_read_off(y, x, f, moved) for f in followed)
         except Mismatch as e:
             reason = reason or e
             continue
@@ -309,7 +311,7 @@ def _sources(y: Value) -> Iterator[Value]:
             yield v
 
 
-def _read_off(y: Value, x: Value, followed: _Followed) -> Rotation:
+def _read_off(y: Value, x: Value, followed: _Followed, moved: bool) -> Rotation:
     made, given = followed.of(y), followed.of(x)
     if len(y.shape) not in (4, 5):
         raise Mismatch(f"{y!r} has not the four axes batch, position, head, feature")
@@ -322,8 +324,19 @@ def _read_off(y: Value, x: Value, followed: _Followed) -> Rotation:
     here = terms.times != 0
     if (((terms.fn == 0) | (terms.position < 0) | (terms.source < 0)) & here & ((terms.fn > 0) | (terms.times != 1))).any():
         raise Mismatch(f"%{y.name} is not %{x.name} turned by cosines and sines")
+    order = _order(terms, here, own) if moved else None
+    own = own if order is None else own[..., list(order)]
     lanes = [_feature(terms, here, own, f, x) for f in range(sizes[3])]
-    return _arranged(y, x, followed, shape, sizes, lanes)
+    return _arranged(y, x, followed, shape, sizes, lanes, order)
+
+
+def _order(terms: Terms, here: np.ndarray, own: np.ndarray) -> tuple[int, ...]:
+    """Which feature of x each one is that passes or is multiplied by a cosine, at the first place; raises Mismatch."""
+    first = (terms.source * (here & (terms.fn != _SIN))).sum(0)[0, 0, 0]
+    found = [np.flatnonzero(own[0, 0, 0] == n) for n in first]
+    if any(len(f) != 1 for f in found):
+        raise Mismatch("features are no others that are moved")
+    return tuple(int(f[0]) for f in found)
 
 
 @dataclass(frozen=True)
@@ -373,7 +386,7 @@ def _feature(terms: Terms, here: np.ndarray, own: np.ndarray, f: int, x: Value) 
 
 def _arranged(
     y: Value, x: Value, followed: _Followed, shape: tuple[DimLike, ...], sizes: tuple[int, ...],
-    lanes: Sequence[_Lane | None],
+    lanes: Sequence[_Lane | None], order: tuple[int, ...] | None,
 ) -> Rotation:  # fmt: skip
     turned = [f for f, lane in enumerate(lanes) if lane is not None]
     if not turned:
@@ -413,7 +426,7 @@ def _arranged(
     if axes not in ({1}, {2}):
         raise Mismatch(f"what turns %{x.name} does not vary along one position axis")
     turns = tuple(Turn(a, tuple(n for n, _ in mine), tuple(e for _, e in mine)) for a, mine in found.items())
-    return Rotation(shape, axes.pop(), turns, first.factor, interleaved)
+    return Rotation(shape, axes.pop(), turns, first.factor, interleaved, order)
 
 
 def _angles(followed: _Followed, numbers: np.ndarray, y: Value) -> Angles:

@@ -312,3 +312,16 @@ def test_heads_that_are_waves_themselves(heads: Callable[[nn.Tensor], nn.Tensor]
     other, missed = fused(program)
     assert (other["forward"].count("rope"), missed) == (1, [])
     check_equal(program, other)
+
+
+def test_neighbours_that_become_halves() -> None:
+    """The first features of all pairs stand before the second ones, turned (DeepSeek)."""
+
+    def halves(x: nn.Tensor, c: nn.Tensor, s: nn.Tensor) -> nn.Tensor:
+        a, b = pairs(x)
+        return nn.concat([a * c - b * s, b * c + a * s], axis=-1)
+
+    program = traced(Turned(halves))
+    other, missed = fused(program)
+    assert (other["forward"].count("rope"), other["forward"].count("gather"), missed) == (1, 1, [])
+    check_equal(program, other)
