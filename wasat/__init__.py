@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # what _HOME says, for type checkers and editors
     from wasat.backends.onnx import to_onnx as to_onnx
     from wasat.calibration import quantize as quantize
     from wasat.comparison import compare as compare
+    from wasat.devices import train as train
     from wasat.driver import Executable as Executable
     from wasat.driver import compile as compile
     from wasat.driver import explain as explain
@@ -51,7 +52,6 @@ if TYPE_CHECKING:  # what _HOME says, for type checkers and editors
     from wasat.runtime import SamplingOptions as SamplingOptions
     from wasat.runtime import load as load
     from wasat.saved import save_program as save_program
-    from wasat.training.loop import train as train
 
 _HOME = {
     "from_pretrained": "wasat.driver", "from_gguf": "wasat.driver", "from_onnx": "wasat.frontend.onnx",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 from wasat.backends.tvm.targets import Target
 from wasat.ir import Program
@@ -11,6 +12,9 @@ from wasat.training import loop
 
 from .machines import lacking
 from .planned import PlanRunner
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Devices:
@@ -25,6 +29,13 @@ class Devices:
         return PlanRunner(program, target)
 
 
-@wraps(loop.train)
-def train(*args: Any, **options: Any) -> loop.Trained:
-    return loop.train(*args, **{"devices": Devices(), **options})
+def _with_devices(f: Callable[P, R]) -> Callable[P, R]:
+    @wraps(f)
+    def run(*args: P.args, **options: P.kwargs) -> R:
+        options.setdefault("devices", Devices())
+        return f(*args, **options)
+
+    return run
+
+
+train = _with_devices(loop.train)
