@@ -66,6 +66,26 @@ def random_config(family: str, rng: np.random.Generator) -> dict[str, Any]:
             "attn_logit_softcapping": 2.0 if coin() else None,
         }  # fmt: skip
         return config
+    if family in CLASSIC:
+        return classic_config(config, rng)
+    if family in ("deepseek_v2", "deepseek_v3"):
+        config |= {
+            "num_key_value_heads": config["num_attention_heads"], "q_lora_rank": 20, "kv_lora_rank": one_of(8, 16),
+            "qk_nope_head_dim": one_of(6, 8), "qk_rope_head_dim": 4, "v_head_dim": one_of(6, 10), "n_routed_experts": 8,
+            "n_shared_experts": one_of(1, 2), "num_experts_per_tok": one_of(2, 3), "moe_intermediate_size": 12,
+            "first_k_dense_replace": one_of(0, 1), "n_group": 4, "topk_group": 2, "rope_parameters": _rope(rng),
+        }  # fmt: skip
+        if family == "deepseek_v2":
+            config["topk_method"] = "group_limited_greedy" if coin() else "greedy"
+            config["q_lora_rank"] = 20 if coin() else None
+        del config["head_dim"]
+        return config
+    if family == "gpt_oss":
+        types = [SLIDING if coin() else FULL for _ in range(layers)]
+        return config | {
+            "rope_parameters": _rope(rng), "sliding_window": one_of(1, 5, 9), "layer_types": types, "num_local_experts": 4,
+            "num_experts_per_tok": one_of(1, 2), "attention_bias": True,
+        }  # fmt: skip
     default = transformers.AutoConfig.for_model(family).to_dict()
     eps = config.pop("rms_norm_eps")
     config |= {name: eps for name in ("rms_norm_eps", "layer_norm_eps", "norm_eps", "norm_epsilon") if name in default}
@@ -94,12 +114,55 @@ def random_config(family: str, rng: np.random.Generator) -> dict[str, Any]:
     return config
 
 
+CLASSIC = ("bloom", "falcon", "gpt2", "gpt_neox", "gptj", "mpt", "opt")
+
+
+def classic_config(given: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+    """Of families that have sizes under names of their own."""
+
+    def coin() -> bool:
+        return bool(rng.integers(2))
+
+    family, layers = given["model_type"], given["num_hidden_layers"]
+    heads, width, inner = int(rng.choice([1, 2, 3, 4, 6])), 48, given["intermediate_size"]
+    config = {name: given[name] for name in ("model_type", "vocab_size", "bos_token_id", "eos_token_id")}
+    usual = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "max_position_embeddings": 64}
+    tied = {"tie_word_embeddings": given["tie_word_embeddings"]}
+    if family == "bloom":
+        return config | {"hidden_size": width, "n_layer": layers, "n_head": heads} | tied
+    if family == "gpt2":
+        sizes = {"n_embd": width, "n_layer": layers, "n_head": heads, "n_positions": 64, "n_inner": inner if coin() else None}
+        return config | sizes | tied
+    if family == "gptj":
+        sizes = {"n_embd": width, "n_layer": layers, "n_head": heads, "n_positions": 64, "n_inner": inner if coin() else None}
+        return config | sizes | {"rotary_dim": int(rng.choice([2, 4, 8]))}
+    if family == "mpt":
+        attention = {"clip_qkv": 1.5 if coin() else None, "softmax_scale": 0.3 if coin() else None}
+        return config | {"d_model": width, "n_layers": layers, "n_heads": heads, "max_seq_len": 64, "attn_config": attention}
+    if family == "opt":
+        sizes = {"ffn_dim": inner, "word_embed_proj_dim": width, "enable_bias": coin()}
+        return config | usual | sizes | {"pad_token_id": 1} | tied
+    rope = {"rope_parameters": _rope(rng)}
+    if family == "gpt_neox":
+        rope["rope_parameters"]["partial_rotary_factor"] = float(rng.choice([0.5, 1.0]))
+        config |= {"intermediate_size": inner, "use_parallel_residual": coin(), "attention_bias": coin()}
+        return config | usual | rope | tied
+    forms: list[dict[str, Any]] = [
+        {"new_decoder_architecture": True, "num_kv_heads": heads // 2 if heads % 2 == 0 else heads, "ffn_hidden_size": inner},
+        {"multi_query": True, "parallel_attn": True},
+        {"multi_query": False, "parallel_attn": False, "alibi": True},
+        {"multi_query": coin(), "parallel_attn": coin()},
+    ]  # fmt: skip
+    return config | usual | rope | tied | forms[rng.integers(len(forms))] | {"bias": coin()}
+
+
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits(tmp_path: Path, family: str, seed: int) -> None:
     rng = np.random.default_rng([list(FAMILIES).index(family), seed])
     config = transformers.AutoConfig.for_model(**random_config(family, rng), dtype="float32")
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    way = "sdpa" if getattr(config, "alibi", False) else "eager"  # in which transformers adds Falcon's ALiBi twice
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=way).eval()
     noise = torch.Generator().manual_seed(seed)
     for p in model.parameters():
         size = p.shape[-1] ** -0.5 if p.ndim == 2 else 0.3
