@@ -54,7 +54,6 @@ class IRError(WasatError):
             at = at.caller
         super().__init__("\n".join(lines))
 
-
     def reworded(self, message: str) -> IRError:
         """The same error with another message; a class of somebody else's may be made of other arguments than these."""
         made = IRError.__new__(type(self))

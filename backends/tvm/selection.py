@@ -93,6 +93,16 @@ class KernelSelection:
         self.order[node] = self.order.get(at, -1)
         return node.outputs
 
+    def replace_recurrent(
+        self, node: Node, desc: Any, build: Callable[[Any], Any], operands: Sequence[Value], in_place: bool
+    ) -> None:  # fmt: skip
+        """A kernel for ``node``, of results y and state; the last operand is the state before, written over if ``in_place``."""
+        y, after = (Result(v.tensor) for v in node.outputs)
+        results = [Result(after.type, alias=len(operands) - 1), y] if in_place else [y, after]
+        made = self.call(node, desc, build, operands, results)
+        for old, new in zip(node.outputs, made[::-1] if in_place else made):
+            self.graph.replace_uses(old, new)
+
     def rows(self, v: Value) -> tuple[DimLike, int]:
         """The shape [m, n] of ``v`` with all axes but the last as one."""
         m: DimLike = 1

@@ -195,6 +195,7 @@ def test_experts_stay_as_they_are_stored(case: str, kind: str, tmp_path: Path) -
             assert isinstance(x, QArray)
             assert str(x.type) == f"{kind.lower()}[4, 40, 32]"
             assert not np.array_equal(x.dense(), params[name])
+            # MXFP4 has no number between 4 and 6 scales: half of that step is a sixth of the largest in a block
             np.testing.assert_allclose(x.dense(), params[name], atol=0.1 if case == "mixtral" else 0.3)
             params[name] = x.dense()
     want = evaluate(plain["forward"], {"tokens": ids}, params)[0]

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Literal
 from wasat.ir import Node, equal
 from wasat.ir.ops.linear_attention import LinearAttentionAttrs, decay_and_beta
 
-from ..lower import Result
 from ..selection import need_f32, need_sizes, state_behind
 from .kernels.linear_attention import LinearAttention, linear_attention
 from .panels import ints
@@ -31,10 +30,4 @@ def select_linear_attention(selection: Selection, node: Node) -> None:
         equal(q.shape[1], 1) is True, past is not None, in_place, selection.threads,
     )  # fmt: skip
     operands = [q, k, v, *more, *([past] if past is not None else []), held]
-    y, after = node.outputs
-    results = [Result(after.tensor, alias=len(operands) - 1), Result(y.tensor)]
-    if not in_place:
-        results = [Result(y.tensor), Result(after.tensor)]
-    made = selection.call(node, desc, linear_attention, operands, results)
-    for old, new in zip(node.outputs, made[::-1] if in_place else made):
-        selection.graph.replace_uses(old, new)
+    selection.replace_recurrent(node, desc, linear_attention, operands, in_place)

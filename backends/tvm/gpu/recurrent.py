@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Literal, cast
 from wasat.ir import Node
 from wasat.ir.ops.linear_attention import LinearAttentionAttrs, decay_and_beta
 
-from ..lower import Result
 from ..selection import Refused, need_sizes, state_behind
 from .kernels.linear_attention import LinearAttention, linear_attention
 
@@ -37,8 +36,4 @@ def select_linear_attention(s: Selection, node: Node) -> None:
         dtype, "float32" if decay is None else s.float_of(decay), "float32" if beta is None else s.float_of(beta), stored,
     )  # fmt: skip
     operands = [q, k, v, *more, *([past] if past is not None else []), held]
-    y, after = node.outputs
-    results = [Result(after.tensor, alias=len(operands) - 1), Result(y.tensor)]
-    made = s.call(node, desc, linear_attention, operands, results if in_place else [*results[1:], Result(after.tensor)])
-    for old, new in zip(node.outputs, made[::-1] if in_place else made):
-        s.graph.replace_uses(old, new)
+    s.replace_recurrent(node, desc, linear_attention, operands, in_place)
