@@ -10,7 +10,7 @@ class Block(nn.Module):
 program = nn.trace(Block(64, 4), {"x": "f32[b, s, 64]"})
 """
 
-from . import init
+from . import functions, init
 from .arrays import (
     argmax,
     argmin,
@@ -73,52 +73,7 @@ from .blocks import (
 )
 from .einsum import einsum
 from .experts import MoE, grouped_linear
-from .functions import (
-    Mask,
-    abs,
-    arange,
-    causal,
-    ceil,
-    concat,
-    constant,
-    cos,
-    cumsum,
-    dropout,
-    erf,
-    exp,
-    floor,
-    full,
-    gather,
-    gelu,
-    heads,
-    linear,
-    log,
-    log_softmax,
-    maximum,
-    merge,
-    minimum,
-    one_hot,
-    pad,
-    positions,
-    random_normal,
-    random_uniform,
-    relu,
-    rsqrt,
-    sigmoid,
-    sign,
-    silu,
-    sin,
-    softmax,
-    softplus,
-    sqrt,
-    stack,
-    stop_gradient,
-    take_along,
-    tanh,
-    top_k,
-    where,
-    within,
-)
+from .functions import *  # noqa: F403
 from .image import patches, resize, sample_frames
 from .layers import (
     ACTIVATIONS,
@@ -173,22 +128,19 @@ from .tracing import add_loss, is_training, trace
 __all__ = [
     "ACTIVATIONS", "ELU", "GELU", "GLU", "GRU", "LSTM", "MLP", "SCALINGS", "AdaptiveAvgPool2d", "Attention", "AvgPool1d",
     "AvgPool2d", "BatchNorm", "Conv1d", "Conv2d", "ConvTranspose1d", "ConvTranspose2d", "CrossAttention", "Dropout",
-    "Embedding", "Flatten", "GroupNorm", "Identity", "LayerNorm", "LeakyReLU", "Linear", "Mask", "MaxPool1d", "MaxPool2d",
-    "Mish", "MoE", "Module", "ModuleList", "Parameter", "RMSNorm", "RandomParam", "ReLU", "RoPE", "RoPE2D", "Sequential",
-    "SiLU", "Sigmoid", "Tanh", "Tensor", "abs", "activation", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
-    "adaptive_max_pool1d", "adaptive_max_pool2d", "add_loss", "arange", "argmax", "argmin", "argsort", "attention",
-    "avg_pool1d", "avg_pool2d", "batch_norm", "bce_with_logits", "causal", "ceil", "clip", "concat", "constant", "conv",
-    "conv_transpose1d", "conv_transpose2d", "cos", "cosine_similarity", "cross_entropy", "cummax", "cummin", "cumprod",
-    "cumsum", "dropout", "einsum", "elu", "embedding", "emit", "erf", "exp", "eye", "flatten", "flip", "floor", "frame",
-    "frequencies", "full", "full_like", "gather", "gelu", "group_norm", "grouped_linear", "heads", "huber", "init",
-    "interpolate", "is_training", "kl_div", "l1", "layer_norm", "leaky_relu", "linear", "linear_attention", "linspace", "log",
-    "log_mel", "log_softmax", "logaddexp", "logcumsumexp", "logsumexp", "masked_fill", "max_pool1d", "max_pool2d", "maximum",
-    "mel_filters", "merge", "minimum", "mish", "mse", "normalize", "one_hot", "ones", "ones_like", "outer", "pad", "patches",
-    "positions", "power_spectrum", "random_normal", "random_uniform", "reflect", "relu", "repeat", "resize", "rms_norm",
-    "roll", "rope", "rsqrt", "sample_frames", "scan", "sigmoid", "sign", "silu", "sin", "sinusoid", "softmax", "softplus",
-    "sort", "sqrt", "squeeze", "stack", "std", "stop_gradient", "take_along", "tanh", "tile", "top_k", "trace", "tril", "triu",
-    "unsqueeze", "var", "where", "within", "zeros", "zeros_like",
+    "Embedding", "Flatten", "GroupNorm", "Identity", "LayerNorm", "LeakyReLU", "Linear", "MaxPool1d", "MaxPool2d", "Mish",
+    "MoE", "Module", "ModuleList", "Parameter", "RMSNorm", "RandomParam", "ReLU", "RoPE", "RoPE2D", "Sequential", "SiLU",
+    "Sigmoid", "Tanh", "Tensor", "activation", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_max_pool1d",
+    "adaptive_max_pool2d", "add_loss", "argmax", "argmin", "argsort", "attention", "avg_pool1d", "avg_pool2d", "batch_norm",
+    "bce_with_logits", "clip", "conv", "conv_transpose1d", "conv_transpose2d", "cosine_similarity", "cross_entropy", "cummax",
+    "cummin", "cumprod", "einsum", "elu", "embedding", "emit", "eye", "flatten", "flip", "frame", "frequencies", "full_like",
+    "group_norm", "grouped_linear", "huber", "init", "interpolate", "is_training", "kl_div", "l1", "layer_norm", "leaky_relu",
+    "linear_attention", "linspace", "log_mel", "logaddexp", "logcumsumexp", "logsumexp", "masked_fill", "max_pool1d",
+    "max_pool2d", "mel_filters", "mish", "mse", "normalize", "ones", "ones_like", "outer", "patches", "power_spectrum",
+    "reflect", "repeat", "resize", "rms_norm", "roll", "rope", "sample_frames", "scan", "sinusoid", "sort", "squeeze", "std",
+    "tile", "trace", "tril", "triu", "unsqueeze", "var", "zeros", "zeros_like",
 ]  # fmt: skip
+__all__ += functions.__all__
 
 
 def __dir__() -> list[str]:

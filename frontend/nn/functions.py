@@ -10,6 +10,13 @@ from wasat.ir import DimLike, DType
 
 from .tensor import Operand, Tensor, current, emit, fail
 
+__all__ = [
+    "Mask", "abs", "arange", "causal", "ceil", "concat", "constant", "cos", "cumsum", "dropout", "erf", "exp", "floor",
+    "full", "gather", "gelu", "heads", "linear", "log", "log_softmax", "maximum", "merge", "minimum", "one_hot", "pad",
+    "positions", "random_normal", "random_uniform", "relu", "rsqrt", "sigmoid", "sign", "silu", "sin", "softmax", "softplus",
+    "sqrt", "stack", "stop_gradient", "take_along", "tanh", "top_k", "where", "within",
+]  # fmt: skip
+
 Mask = Tensor | bool
 """A boolean tensor (true: attend), or plain True where everything is allowed."""
 
