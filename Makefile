@@ -22,9 +22,9 @@ demo-web: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not machines and not real" --ignore tests/parity
 
-# what takes long and adds little: larger sweeps of what `make test` samples
+# what takes long and adds little: larger sweeps of what `make test` samples, with kernels that check what they are handed
 test-slow: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow --checked
 
 # code for ARM and Windows under emulators, for GPUs on software devices, the host in C; what is not installed is named where tests are skipped
 test-machines: $(READY)

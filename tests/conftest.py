@@ -1,6 +1,7 @@
 """Property tests draw the same examples in every run; to search further: ``pytest --hypothesis-profile=search``.
 
 ``pytest --check-passes``: every pass that promises to keep results is checked by the interpreter, wherever one runs (slow).
+``pytest --checked``: compiled kernels check the shapes and types of what the program hands them (slow).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ settings.load_profile("same")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--check-passes", action="store_true", help="compare results around every pass, in all tests")
+    parser.addoption("--checked", action="store_true", help="kernels check the shapes and types of their operands")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -31,6 +33,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
         for function in (driver.optimize, driver.compile):
             function.__kwdefaults__["check"] = True
+    if config.getoption("--checked"):
+        from wasat.backends.tvm import targets
+
+        targets.CHECKED = True
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest chooses by marks
