@@ -15,7 +15,8 @@ from wasat.ir import CheckpointError, Generation, Origin, Program, TensorType
 from .chat import chat_texts
 from .models import FAMILIES, ConfigError, Fields
 from .models.config import check_layers
-from .models.decoder import CausalLM, Laid, Mixture, Names, Swapped
+from .models.decoder import CausalLM, Mixture, Names, Swapped
+from .models.layout import Laid
 from .sentence import BACKBONES, is_embedder
 from .sentence import load as load_embedder
 from .weights.quantized import method_of, older_config, read_as_stored, read_quantized
@@ -35,6 +36,7 @@ _IDS = {
         "hunyuan_v1_dense": (1, 2, 0), "ministral": (1, 2), "mixtral": (1, 2), "nemotron": (2, 3), "olmo": (None, 50279, 1),
         "olmo2": (None, 50279, 1), "olmo3": (None, 50279, 1), "olmoe": (None, 50279, 1), "phi": (1, 2),
         "phi3": (1, 32000, 32000), "seed_oss": (0, 2, 1), "smollm3": (128000, 128001, 128004), "stablelm": (0, 0),
+        "codegen": (50256, 50256), "gpt_bigcode": (50256, 50256), "granitemoe": (1, 2), "lfm2": (1, 2, 0), "llama4_text": (1, 2),
         "starcoder2": (50256, 50256),
     }.items()
 }  # fmt: skip
@@ -184,14 +186,14 @@ def _sources(
         if isinstance(to, Laid):
             parts[to.name] = TensorType(t.dtype, to.stored(t.concrete({})))
             continue
-        one = TensorType(t.dtype, t.shape[1:]) if len(to) > 1 or t.rank == 3 else t
+        one = TensorType(t.dtype, t.shape[1:]) if name in elsewhere and t.rank == 3 else t
         parts |= dict.fromkeys(to, one)
     sources = match(parts, found, ignorable, folder)
     out: dict[str, FileParam | StackedParam | PartParam] = {}
     for name, t in wanted.items():
         to = elsewhere.get(name, [name])
         if isinstance(to, Laid):
-            out[name] = PartParam(t, sources[to.name].stored, to.swapped, to.start, to.step)
+            out[name] = PartParam(t, sources[to.name].stored, to.swapped, to.start, to.step, to.whole)
         elif parts[to[0]] != t:
             out[name] = StackedParam(t, tuple(sources[n].stored for n in to))
         else:

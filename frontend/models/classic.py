@@ -1,4 +1,4 @@
-"""Decoders of the years before Llama: GPT-2, GPT-J, GPT-NeoX (Pythia), OPT, BLOOM, MPT, Falcon."""
+"""Decoders of the years before Llama: GPT-2, StarCoder, GPT-J, CodeGen, GPT-NeoX (Pythia), OPT, BLOOM, MPT, Falcon."""
 
 from __future__ import annotations
 
@@ -65,14 +65,44 @@ def gpt2(fields: Fields) -> CausalLM:
     return done(fields, "gpt2", o, context, [None] * len(o.windows))
 
 
+def gpt_bigcode(fields: Fields) -> CausalLM:
+    """``model_type: gpt_bigcode`` (StarCoder, SantaCoder): GPT-2 whose query heads mostly share one head of keys."""
+    fields.refuse("scale_attn_weights", True, "scores without a scale are not implemented")
+    fields.ignore("scale_attention_softmax_in_fp32", "inference_runner", "validate_runner_input", "pre_allocate_kv_cache",
+                  "max_batch_size", "max_sequence_length")  # fmt: skip
+    context, one = fields.size("n_positions", 1024, most=MOST_POSITIONS), fields.flag("multi_query", True)
+    groups = 1 if one else fields.size("n_head")
+    fields.refuse("num_key_value_heads", groups, "multi_query says how many heads keys have")
+    o = _options(
+        fields, "n_embd", "n_layer", "n_head", fields.size("n_inner", None), act="activation_function",
+        default_act="gelu_pytorch_tanh", tied=True, eps=fields.number("layer_norm_epsilon", 1e-5), kv_heads=groups,
+        fused_qkv="parts" if one else "groups", table=context, norms=("ln_1", None, "ln_2", None), final="ln_f", out="c_proj",
+        mlp=("c_fc", "c_proj"), **BIASES,
+        names=Names("transformer", "wte", "h", "attn", "mlp", "c_attn", table="wpe", buffers=(".attn.bias",)),
+    )  # fmt: skip
+    return done(fields, "gpt_bigcode", o, context, [None] * len(o.windows))
+
+
+def codegen(fields: Fields) -> CausalLM:
+    """``model_type: codegen``: GPT-J with one matrix for queries, values and keys of each quarter of the heads."""
+    if fields.given.get("n_head", 16) % 4:
+        raise fields.fail(f"n_head is {fields.given['n_head']}: the reference implementation has four parts of them")
+    names = Names("transformer", "wte", "h", "attn", buffers=(".attn.causal_mask", ".attn.bias", ".attn.masked_bias"))
+    return _neighbours(fields, "codegen", names, "quarters")
+
+
 def gptj(fields: Fields) -> CausalLM:
     """``model_type: gptj``: attention and feed-forward side by side, neighbours rotated, a head with a bias."""
+    names = Names("transformer", "wte", "h", "attn", buffers=(".attn.bias", ".attn.masked_bias"))
+    return _neighbours(fields, "gptj", names, "")
+
+
+def _neighbours(fields: Fields, family: str, names: Names, fused: str) -> CausalLM:
     context = fields.size("n_positions", 2048, most=MOST_POSITIONS)
     o = _options(
         fields, "n_embd", "n_layer", "n_head", fields.size("n_inner", None), act="activation_function", default_act="gelu_new",
         tied=False, eps=fields.number("layer_norm_epsilon", 1e-5), norms=PARALLEL, parallel=True, final="ln_f", out="out_proj",
-        mlp=("fc_in", "fc_out"), mlp_bias=True, head_bias=True,
-        names=Names("transformer", "wte", "h", "attn", buffers=(".attn.bias", ".attn.masked_bias")),
+        mlp=("fc_in", "fc_out"), mlp_bias=True, head_bias=True, names=names, fused_qkv=fused,
     )  # fmt: skip
     if o.tied:
         raise fields.fail("tie_word_embeddings is true: a head with a bias of its own is not implemented with it")
@@ -82,7 +112,7 @@ def gptj(fields: Fields) -> CausalLM:
     if part > o.head_dim or part % 2:
         raise fields.fail(f"rotary_dim is {part}; it is even, and heads have {o.head_dim} elements")
     turn = nn.RoPE(o.head_dim, 10000.0, fraction=part / o.head_dim, interleaved=True)
-    return done(fields, "gptj", o, context, [turn] * len(o.windows))
+    return done(fields, family, o, context, [turn] * len(o.windows))
 
 
 def gpt_neox(fields: Fields) -> CausalLM:

@@ -10,7 +10,9 @@ from typing import Any, Literal
 import numpy as np
 from wasat.frontend import nn
 
-from .encoders import put
+from .encoders import put, seen
+from .layout import Laid
+from .shortconv import Short, ShortConvolution
 
 PRE = ("input_layernorm", None, "post_attention_layernorm", None)
 """Norms before attention and before the feed-forward layer."""
@@ -43,25 +45,6 @@ class Names:
 
 
 @dataclass(frozen=True)
-class Laid:
-    """A parameter as a part of a checkpoint's tensor: of the latter, whose last two axes are ``swapped``, every ``step``-th
-    along axis 1 from ``start`` on."""
-
-    name: str
-    swapped: bool = False
-    start: int = 0
-    step: int = 1
-
-    def stored(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """The tensor's shape, of a parameter's."""
-        found = list(shape)
-        found[1:2] = [n * self.step for n in found[1:2]]
-        if self.swapped:
-            found[-1], found[-2] = found[-2], found[-1]
-        return tuple(found)
-
-
-@dataclass(frozen=True)
 class Experts:
     """A mixture in place of the feed-forward layer."""
 
@@ -89,6 +72,13 @@ class Experts:
     normalized: bool = False
     factor: float = 1.0
     """Shares are made to sum to 1; are multiplied by."""
+    stacks: tuple[str, str, bool] | None = None
+    """What a checkpoint calls gates and what they gate, of all experts in one tensor, one after the other, the ways down, and
+    whether these are [in, out]; None: an expert has matrices of its own."""
+    enters: bool = False
+    """A token's one expert reads it times its share, a sigmoid, and its result is taken as it is (Llama 4)."""
+    without: frozenset[int] = frozenset()
+    """Layers that have none."""
     clamped: tuple[float, float] | None = None
     """gpt-oss's gate: x sigmoid(a x) * (up + 1), within a limit: a and the limit. Router and experts have biases, and a
     checkpoint has gates and what they gate in turns, in one tensor for all experts."""
@@ -139,11 +129,13 @@ class Options:
     final: str = "norm"
     parallel: bool = False
     """Attention and the feed-forward layer read the same, and are added together."""
-    qk_norm: Literal["", "head", "turned", "width"] = ""
-    """Norms of queries and keys: of each head, of each head once it is turned, of all heads together."""
+    qk_norm: Literal["", "head", "turned", "width", "plain"] = ""
+    """Norms of queries and keys: of each head, of each head once it is turned, of all heads together; of those that are turned,
+    without a scale."""
     qk_names: tuple[str, str] = ("q_norm", "k_norm")
-    fused_qkv: Literal["", "parts", "groups"] = ""
-    """One matrix gives queries, keys and values: one after the other, or those of each key head."""
+    fused_qkv: Literal["", "parts", "groups", "quarters"] = ""
+    """One matrix gives queries, keys and values: one after the other, or those of each key head, or queries, values and keys of
+    each quarter of the heads."""
     clip: float | None = None
     """Queries, keys and values stay within."""
     out: str = "o_proj"
@@ -160,6 +152,11 @@ class Options:
     slopes_bf16: bool = False
     """That is rounded to bf16, and scaled like scores."""
     latent: Latent | None = None
+    short: Short | None = None
+    chunks: Sequence[int | None] = ()
+    """Of layers whose tokens see those of their own piece of so many alone."""
+    tempered: tuple[float, float] | None = None
+    """Queries of layers that are not rotated grow: by how much, and each so many tokens (arXiv:2501.19399)."""
     table: int = 0
     shift: int = 0
     """Rows of a table of learned positions, added to embeddings, and the row of the first."""
@@ -199,23 +196,26 @@ def _linear(o: Options, *sizes: Any) -> nn.Linear:
 
 
 class SelfAttention(nn.Module):
-    """Grouped-query attention to what came before: ``x[b, s, dim]``, positions i64 ``[s]`` -> ``[b, s, dim]``."""
+    """Grouped-query attention to what came before, or to a whole ``text`` (bool ``[b, 1, s]``, which keys are of it): ``x[b, s,
+    dim]``, positions i64 ``[s]`` -> ``[b, s, dim]``."""
 
-    def __init__(self, o: Options, window: int | None, rope: nn.RoPE | None) -> None:
+    def __init__(self, o: Options, window: int | None, rope: nn.RoPE | None, chunk: int | None = None) -> None:
         self.heads, self.kv_heads, self.window, self.rope, self.clip = o.heads, o.kv_heads, window, rope, o.clip
         self.scale = o.head_dim**-0.5 if o.scale is None else o.scale
         self.turned, self.width = o.qk_norm == "turned", o.qk_norm == "width"
+        self.plain = o.eps if o.qk_norm == "plain" and rope is not None else None
+        self.chunk, self.tempered = chunk, o.tempered if rope is None else None
         widths = [n * o.head_dim for n in (o.heads, o.kv_heads, o.kv_heads)]
-        self.fused, self.groups = widths if o.fused_qkv else [], o.fused_qkv == "groups"
+        self.fused, self.order = widths if o.fused_qkv else [], o.fused_qkv
         names = ((o.names.qkv, sum(widths)),) if o.fused_qkv else zip(("q_proj", "k_proj", "v_proj"), widths)
         self.products = [put(self, name, _linear(o, o.dim, n, o.qkv_bias)) for name, n in names]
         self.out = put(self, o.out, _linear(o, o.heads * o.head_dim, o.dim, o.out_bias))
         self.sinks = nn.Parameter((o.heads,), std=1.0) if o.sinks else None
         self.slopes, self.bf16 = np.array(o.slopes, np.float32), o.slopes_bf16
-        sizes = [] if not o.qk_norm else widths if self.width else [o.head_dim] * 2
+        sizes = [] if o.qk_norm in ("", "plain") else widths if self.width else [o.head_dim] * 2
         self.norms = [put(self, name, _norm(o, n)) for name, n in zip(o.qk_names, sizes)]
 
-    def __call__(self, x: nn.Tensor, positions: nn.Tensor) -> nn.Tensor:
+    def __call__(self, x: nn.Tensor, positions: nn.Tensor, text: nn.Tensor | None = None) -> nn.Tensor:
         fused = self._parts(self.products[0](x)) if self.fused else ()
         found = []
         for i, heads in enumerate((self.heads, self.kv_heads, self.kv_heads)):
@@ -231,16 +231,28 @@ class SelfAttention(nn.Module):
             q, k = self.rope(q, positions), self.rope(k, positions)
         if of_heads and self.turned:
             q, k = of_heads[0](q), of_heads[1](k)
-        keep = nn.causal(positions) & nn.within(positions, self.window)
+        if self.plain is not None:
+            q, k = (nn.rms_norm(part, eps=self.plain) for part in (q, k))
+        if self.tempered is not None:
+            grows, each = self.tempered
+            steps = nn.floor((positions + 1).cast("f32") / each)
+            q = q * (nn.log(steps + 1.0) * grows + 1.0)[:, None, None]
+        keep = text if text is not None else nn.causal(positions) & nn.within(positions, self.window)
+        if self.chunk is not None:
+            piece = positions // self.chunk
+            keep = keep & (piece[:, None] == piece[None, :])
         y = nn.attention(q, k, v, keep, scale=self.scale, bias=self._bias(positions), sinks=self.sinks)
         out: nn.Tensor = self.out(y.merge())
         return out
 
     def _parts(self, x: nn.Tensor) -> tuple[nn.Tensor, ...]:
         """Queries, keys and values ``[b, s, width]`` of what one matrix gives."""
-        if not self.groups:
+        if self.order == "parts":
             return x.split(self.fused)
         b, s, _ = x.shape
+        if self.order == "quarters":
+            q, v, k = x.reshape(b, s, 4, sum(self.fused) // 4).split(3)
+            return tuple(p.reshape(b, s, n) for p, n in zip((q, k, v), self.fused))
         per = self.heads // self.kv_heads
         head = sum(self.fused) // self.kv_heads // (per + 2)
         parts = x.reshape(b, s, self.kv_heads, (per + 2) * head).split((per * head, head, head))
@@ -294,7 +306,13 @@ class Mixture(nn.MoE):
             "correction": [f"{router}.e_score_correction_bias"],
         }  # fmt: skip
         """What a checkpoint calls a parameter, or the matrices that it is a stack of, or how it has it."""
-        if e.clamped is None:
+        if e.stacks is not None:
+            both, down, swapped = e.stacks
+            self.stored |= {
+                "gate_proj": Laid(both, swapped, 0, 2, True), "up_proj": Laid(both, swapped, 1, 2, True),
+                "down_proj": Laid(down, swapped),
+            }  # fmt: skip
+        elif e.clamped is None:
             self.stored |= {part: [f"experts.{i}.{n}.weight" for i in range(e.count)] for part, n in zip(stacks, matrices)}
         else:
             for part, name, start, step in zip(stacks, ("gate_up_proj", "gate_up_proj", "down_proj"), (0, 1, 0), (2, 2, 1)):
@@ -304,6 +322,9 @@ class Mixture(nn.MoE):
     def route(self, x: nn.Tensor) -> tuple[nn.Tensor, nn.Tensor]:
         """The share of each chosen expert ``[..., top_k]``, and which they are."""
         e = self.experts
+        if e.enters:
+            best, which = nn.top_k(self.router(x), 1)
+            return nn.sigmoid(best), which
         if e.scoring is None:
             return super().route(x)
         scores = self.router(x)
@@ -328,7 +349,11 @@ class Mixture(nn.MoE):
         return (up + 1.0) * (gate * nn.sigmoid(gate * alpha))
 
     def __call__(self, x: nn.Tensor) -> nn.Tensor:
-        y = super().__call__(x)
+        if self.experts.enters:
+            share, which = self.route(x)
+            y = self.mixed(x * share, share * 0.0 + 1.0, which)
+        else:
+            y = super().__call__(x)
         if self.shared is not None:
             all_go: nn.Tensor = self.shared(x)
             y = y + (all_go if self.shared_expert_gate is None else nn.sigmoid(self.shared_expert_gate(x)) * all_go)
@@ -374,9 +399,16 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, o: Options, window: int | None, rope: nn.RoPE | None, number: int = 0) -> None:
         self.parallel, self.factor = o.parallel, o.residual
-        attention = SelfAttention(o, window, rope) if o.latent is None else LatentAttention(o, o.latent, rope)
-        self.self_attn = put(self, o.names.attention, attention)
-        e = o.experts if o.experts is not None and number >= o.experts.since else None
+        self.short = o.short if o.short is not None and number in o.short.layers else None
+        if self.short is not None:
+            self.self_attn = put(self, "conv", ShortConvolution(o.dim, self.short))
+        elif o.latent is not None:
+            self.self_attn = put(self, o.names.attention, LatentAttention(o, o.latent, rope))
+        else:
+            chunk = o.chunks[number] if o.chunks else None
+            self.self_attn = put(self, o.names.attention, SelfAttention(o, window, rope, chunk))
+        e = o.experts
+        e = None if e is None or number < e.since or number in e.without else e
         feed = FeedForward(o) if e is None else Mixture(o, e)
         if isinstance(feed, FeedForward) and not o.names.feed:  # its parts are the layer's own
             for name, part in zip(o.mlp, (*feed.ups, feed.down)):
@@ -387,10 +419,13 @@ class DecoderLayer(nn.Module):
         self.norms = [nn.Identity() if name is None else put(self, name, _norm(o)) for name in o.norms]
         self.apart = o.norms[2] is not None
 
-    def __call__(self, x: nn.Tensor, positions: nn.Tensor) -> nn.Tensor:
+    def __call__(self, x: nn.Tensor, positions: nn.Tensor, text: nn.Tensor | None = None) -> nn.Tensor:
         before, after, before_feed, after_feed = self.norms
         read = before(x)
-        mixed = after(self.self_attn(read, positions))
+        if self.short is not None:
+            mixed = after(self.self_attn(read))
+        else:
+            mixed = after(self.self_attn(read, positions) if text is None else self.self_attn(read, positions, text))
         if self.parallel:
             return x + mixed + self.feed(before_feed(x) if self.apart else read)
         x = x + self._scaled(mixed)
@@ -413,14 +448,16 @@ class Decoder(nn.Module):
         self.layers = put(self, o.names.layers, nn.ModuleList(layers))
         self.last = put(self, o.final, _norm(o))
 
-    def __call__(self, tokens: nn.Tensor) -> nn.Tensor:
+    def __call__(self, tokens: nn.Tensor, lengths: nn.Tensor | None = None) -> nn.Tensor:
+        """With the ``lengths`` i64[b] of texts that are padded on the right, each token sees its whole text."""
         positions = nn.positions(tokens)
+        text = None if lengths is None else seen(tokens, lengths)
         x = self.embed_tokens(tokens)
         x = x if self.scale == 1.0 else x * self.scale
         x = x if self.table is None else x + self.table(positions + self.shift)
         x = x if self.embed_norm is None else self.embed_norm(x)
         for layer in self.layers:
-            x = layer(x, positions)
+            x = layer(x, positions, text)
         out: nn.Tensor = self.last(x)
         return out
 

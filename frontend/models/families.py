@@ -19,7 +19,8 @@ from .config import (
     rope_dictionaries,
     single_rope,
 )
-from .decoder import POST, PRE, CausalLM, Experts, Options
+from .decoder import POST, PRE, CausalLM, Experts, Names, Options
+from .shortconv import Short
 
 _TRAINING = (
     "resid_pdrop", "embd_pdrop", "residual_dropout", "embedding_dropout", "hidden_dropout", "router_aux_loss_coef",
@@ -160,13 +161,17 @@ def glm4(fields: Fields) -> CausalLM:
     )
 
 
-def granite(fields: Fields) -> CausalLM:
-    """``model_type: granite``: factors here and there."""
-    all_biases = biases(fields)
-    o, context = options(
+def granite_options(fields: Fields, **more: Any) -> tuple[Options, int]:
+    """The options of Granite's models, and the context: factors here and there."""
+    return options(
         fields, embedding=fields.number("embedding_multiplier", 1.0), residual=fields.number("residual_multiplier", 1.0),
-        scale=fields.number("attention_multiplier", 1.0), logits=1.0 / fields.number("logits_scaling", 1.0), **all_biases,
+        scale=fields.number("attention_multiplier", 1.0), logits=1.0 / fields.number("logits_scaling", 1.0), **more,
     )  # fmt: skip
+
+
+def granite(fields: Fields) -> CausalLM:
+    """``model_type: granite``."""
+    o, context = granite_options(fields, **biases(fields))
     return done(fields, "granite", o, context)
 
 
@@ -185,6 +190,39 @@ def hunyuan_v1_dense(fields: Fields) -> CausalLM:
         fields, default_eps=1e-5, qkv_bias=bias, out_bias=bias, qk_norm="turned", qk_names=("query_layernorm", "key_layernorm")
     )
     return done(fields, "hunyuan_v1_dense", o, context)
+
+
+def lfm2(fields: Fields) -> CausalLM:
+    """``model_type: lfm2``: short convolutions in most layers, attention in some."""
+    layers = fields.size("num_hidden_layers", most=MOST_LAYERS)
+    if (older := fields.take("block_ff_dim", int, None)) is not None:
+        fields.given["intermediate_size"] = older
+    if (older := fields.take("tie_embedding", bool, None)) is not None:
+        fields.given["tie_word_embeddings"] = older
+    fields.given.setdefault("tie_word_embeddings", True)
+    seeing = fields.take("full_attn_idxs", list, None)
+    kinds = fields.take("layer_types", list, None)
+    if kinds is None:
+        kinds = ["full_attention" if seeing is None or i in seeing else "conv" for i in range(layers)]
+    if len(kinds) != layers or any(k not in ("full_attention", "conv") for k in kinds):
+        raise fields.fail(f"layer_types is {kinds}; expected full_attention or conv for each of {layers} layers")
+    short = Short(
+        frozenset(i for i, k in enumerate(kinds) if k == "conv"), fields.size("conv_L_cache", 3),
+        fields.flag("conv_bias", False),
+    )  # fmt: skip
+    adjusted, each = fields.flag("block_auto_adjust_ff_dim", True), fields.size("block_multiple_of", 256)
+    times = fields.number("block_ffn_dim_multiplier", 1.0)
+    fields.ignore("block_dim", "block_mlp_init_scale", "block_out_init_scale", "block_norm_eps", "block_use_swiglu",
+                  "block_use_xavier_init", "conv_dim", "conv_dim_out", "conv_use_xavier_init", "use_pos_enc", "num_heads")  # fmt: skip
+    o, context = options(
+        fields, eps="norm_eps", default_eps=1e-5, qk_norm="head", qk_names=("q_layernorm", "k_layernorm"), out="out_proj",
+        mlp=("w1", "w3", "w2"), norms=("operator_norm", None, "ffn_norm", None), final="embedding_norm", short=short,
+        names=Names(feed="feed_forward"),
+    )  # fmt: skip
+    if adjusted:
+        hidden = int(times * int(2 * o.hidden / 3))
+        o = replace(o, hidden=-(-hidden // each) * each)
+    return done(fields, "lfm2", o, context, default=1e6)
 
 
 def ministral(fields: Fields) -> CausalLM:

@@ -1,4 +1,4 @@
-"""gpt-oss and DeepSeek 2 and 3: experts, and what their attention has beside them."""
+"""gpt-oss, DeepSeek 2 and 3, GLM 4.5, Granite with experts, Llama 4: experts, and what their attention has beside them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Literal
 
 from wasat.frontend import nn
 
-from .config import MOST_EXPERTS, Fields, single_rope
-from .decoder import CausalLM, Experts, Latent, Options
-from .families import done, fits, options, sliding
+from .config import MOST_EXPERTS, MOST_POSITIONS, Fields, single_rope
+from .decoder import CausalLM, Experts, Latent, Names, Options
+from .families import done, fits, granite_options, options, sliding
 
 _ROPE = {
     "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
@@ -72,12 +72,7 @@ def _deepseek(fields: Fields, family: str) -> tuple[Options, int, nn.RoPE]:
         if way not in ("greedy", "group_limited_greedy"):
             raise fields.fail(f"topk_method {way!r} is not implemented: greedy and group_limited_greedy are")
         groups, best = (1, 1) if way == "greedy" else (groups, best)
-    per = count // groups
-    if count % groups or best > groups or best * per < chosen or (latest and groups > 1 and per < 2):
-        raise fields.fail(
-            f"{count} experts in {groups} groups (n_group), of which a token's are in {best} (topk_group): no {chosen} of them "
-            "(num_experts_per_tok) can be chosen so"
-        )
+    _grouped(fields, count, chosen, groups, best, 2 if latest else 1)
     experts = Experts(
         count, chosen, width, "all", shared * width, shared_name="shared_experts", shared_gate=False, scoring=scoring,
         since=fields.take("first_k_dense_replace", int, 3 if latest else 0, least=0), groups=groups, best=best,
@@ -85,6 +80,16 @@ def _deepseek(fields: Fields, family: str) -> tuple[Options, int, nn.RoPE]:
         normalized=fields.flag("norm_topk_prob", True) if latest else False,
     )  # fmt: skip
     return replace(o, latent=latent, experts=fits(fields, experts)), context, turn
+
+
+def _grouped(fields: Fields, count: int, chosen: int, groups: int, best: int, least: int) -> None:
+    """Refuses groups of which not so many experts can be chosen; a group's score is of ``least`` experts."""
+    per = count // groups
+    if count % groups or best > groups or best * per < chosen or (groups > 1 and per < least):
+        raise fields.fail(
+            f"{count} experts in {groups} groups (n_group), of which a token's are in {best} (topk_group): no {chosen} of them "
+            "(num_experts_per_tok) can be chosen so"
+        )
 
 
 def deepseek_v2(fields: Fields) -> CausalLM:
@@ -100,5 +105,78 @@ def deepseek_v3(fields: Fields) -> CausalLM:
     behind = fields.take("num_nextn_predict_layers", int, 0, least=0, most=64)
     o, context, turn = _deepseek(fields, "deepseek_v3")
     model = done(fields, "deepseek_v3", o, context, [turn] * len(o.windows))
-    model.unread = tuple(f"model.layers.{len(o.windows) + i}." for i in range(behind))
+    model.unread = _behind(o, behind)
     return model
+
+
+def _behind(o: Options, count: int) -> tuple[str, ...]:
+    """Beginnings of the names of layers behind the last, which foretell further tokens."""
+    return tuple(f"model.layers.{len(o.windows) + i}." for i in range(count))
+
+
+def glm4_moe(fields: Fields) -> CausalLM:
+    """``model_type: glm4_moe`` (GLM 4.5, 4.6): DeepSeek's experts, half of each head is turned."""
+    normed, behind = fields.flag("use_qk_norm", False), fields.take("num_nextn_predict_layers", int, 1, least=0, most=64)
+    fields.refuse("scoring_func", "sigmoid", "the reference implementation knows no other")
+    fields.refuse("topk_method", "noaux_tc", "the reference implementation knows no other")
+    o, context = options(
+        fields, default_eps=1e-5, qkv_bias=fields.flag("attention_bias", False), qk_norm="head" if normed else ""
+    )
+    count, shared = fields.size("n_routed_experts", 128, most=MOST_EXPERTS), fields.size("n_shared_experts", 1)
+    width, chosen = fields.size("moe_intermediate_size", 1408), fields.size("num_experts_per_tok", 8)
+    groups, best = fields.size("n_group", 1), fields.size("topk_group", 1)
+    _grouped(fields, count, chosen, groups, best, 2)
+    experts = Experts(
+        count, chosen, width, "all", shared * width, shared_name="shared_experts", shared_gate=False, scoring="sigmoid",
+        since=fields.take("first_k_dense_replace", int, 1, least=0), groups=groups, best=best, group_top=2, correction=True,
+        factor=fields.number("routed_scaling_factor", 1.0), normalized=fields.flag("norm_topk_prob", True),
+    )  # fmt: skip
+    model = done(fields, "glm4_moe", replace(o, experts=fits(fields, experts)), context, fraction=0.5)
+    model.unread = _behind(o, behind)
+    return model
+
+
+def granitemoe(fields: Fields) -> CausalLM:
+    """``model_type: granitemoe``: Granite's factors, experts in every layer."""
+    bias = fields.flag("attention_bias", False)
+    o, context = granite_options(fields, qkv_bias=bias, out_bias=bias)
+    experts = Experts(
+        fields.size("num_local_experts", 8, most=MOST_EXPERTS), fields.size("num_experts_per_tok", 2), o.hidden, "chosen",
+        names=("block_sparse_moe", "router.layer"), stacks=("input_linear.weight", "output_linear.weight", False),
+    )  # fmt: skip
+    return done(fields, "granitemoe", replace(o, experts=fits(fields, experts)), context)
+
+
+def llama4_text(fields: Fields) -> CausalLM:
+    """``model_type: llama4_text``: of each four layers three are rotated and see pieces of the text; one expert for a token."""
+    bias = fields.flag("attention_bias", False)
+    normed, wide = fields.flag("use_qk_norm", True), fields.size("intermediate_size_mlp", 16384)
+    grows = fields.number("attn_scale", 0.1), float(fields.size("floor_scale", 8192, most=MOST_POSITIONS))
+    tempered = fields.flag("attn_temperature_tuning", True)
+    o, context = options(
+        fields, default_eps=1e-5, head_dim=128, qkv_bias=bias, out_bias=bias, qk_norm="plain" if normed else "",
+        tempered=grows if tempered else None, names=Names(feed="feed_forward"),
+    )  # fmt: skip
+    layers, chunk = len(o.windows), fields.size("attention_chunk_size", 8192, most=MOST_POSITIONS)
+    period = fields.size("no_rope_layer_interval", 4)
+    turned = fields.take("no_rope_layers", list, None) or [int((i + 1) % period != 0) for i in range(layers)]
+    if len(turned) != layers or any(t not in (0, 1) for t in turned):
+        raise fields.fail(f"no_rope_layers is {turned}; expected 1 (rotated) or 0 for each of {layers} layers")
+    kinds = fields.take("layer_types", list, None) or ["chunked_attention" if t else "full_attention" for t in turned]
+    if len(kinds) != layers or any(k not in ("chunked_attention", "full_attention") for k in kinds):
+        raise fields.fail(f"layer_types is {kinds}; expected chunked_attention or full_attention for each of {layers} layers")
+    step = fields.size("interleave_moe_layer_step", 1)
+    given = fields.take("moe_layers", list, None)
+    there = range(step - 1, layers, step) if given is None else given
+    if any(type(i) is not int or not 0 <= i < layers for i in there):
+        raise fields.fail(f"moe_layers is {given}; expected numbers of layers, of which there are {layers}")
+    fields.refuse("num_experts_per_tok", 1, "a token that several experts read is not implemented for it")
+    experts = Experts(
+        fields.size("num_local_experts", 16, most=MOST_EXPERTS), 1, o.hidden, "all", o.hidden, ("feed_forward", "router"),
+        shared_gate=False, stacks=("experts.gate_up_proj", "experts.down_proj", True), enters=True,
+        without=frozenset(range(layers)) - frozenset(there),
+    )  # fmt: skip
+    turn = single_rope(fields, o.head_dim, context, 500000.0, interleaved=True)
+    chunks = [chunk if k == "chunked_attention" else None for k in kinds]
+    o = replace(o, hidden=wide, experts=experts, chunks=chunks)
+    return done(fields, "llama4_text", o, context, [turn if t else None for t in turned])

@@ -65,7 +65,10 @@ class MoE(Module):
         return share / share.sum(-1, keepdims=True), which
 
     def __call__(self, x: Tensor) -> Tensor:
-        share, which = self.route(x)
+        return self.mixed(x, *self.route(x))
+
+    def mixed(self, x: Tensor, share: Tensor, which: Tensor) -> Tensor:
+        """What the experts ``which[..., top_k]`` make of x, summed by their shares."""
         rows = x.reshape(*x.shape[:-1], 1, x.shape[-1])
         gate = grouped_linear(rows, self.gate_proj, which, self.gate_bias, "gate_proj")
         up = grouped_linear(rows, self.up_proj, which, self.up_bias, "up_proj")

@@ -16,7 +16,7 @@ import numpy as np
 from wasat.ir import BlockArray, CheckpointError, DType, QArray, QTensorType, TensorType
 
 from ..models import Fields
-from ..models.decoder import Laid
+from ..models.layout import Laid
 from .packed import FLOATS8, Dense, Integers, Tensors, blocks, order_of, scaled_blocks, signed, unpack, unpack_padded
 from .safetensors import STORED, Stored
 

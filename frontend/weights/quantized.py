@@ -11,7 +11,7 @@ import numpy as np
 from wasat.ir import ArrayParam, Builder, CheckpointError, Graph, ParamSource, Program, TensorType, Value, type_of
 
 from ..models import Fields
-from ..models.decoder import Laid
+from ..models.layout import Laid
 from .methods import METHODS, Method
 from .packed import Integers, Tensors
 from .safetensors import STORED, Stored, listed, read_json

@@ -101,13 +101,14 @@ class StackedParam:
 @dataclass(frozen=True)
 class PartParam:
     """A parameter that is a part of a tensor in a safetensors file: every ``step``-th along axis 1 from ``start`` on, once its
-    last two axes are ``swapped``; converted as :class:`FileParam`."""
+    last two axes are ``swapped``, or the part ``start`` of ``step`` that stand ``whole``; converted as :class:`FileParam`."""
 
     type: TensorType
     stored: Stored
     swapped: bool
     start: int
     step: int
+    whole: bool = False
 
     is_data: ClassVar[bool] = True
 
@@ -120,7 +121,9 @@ class PartParam:
         """The array, which is written anew."""
         x = self.stored.load()
         x = x.swapaxes(-1, -2) if self.swapped else x
-        return np.ascontiguousarray(x[:, self.start :: self.step], self.type.dtype.np)
+        n = x.shape[1] // self.step
+        rows = slice(self.start * n, (self.start + 1) * n) if self.whole else slice(self.start, None, self.step)
+        return np.ascontiguousarray(x[:, rows], self.type.dtype.np)
 
 
 class _Duplicate(ValueError):

@@ -11,7 +11,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.numpy import load_file, save_file
 from wasat.frontend import CheckpointError, from_pretrained
-from wasat.frontend.models.decoder import Laid
+from wasat.frontend.models.layout import Laid
 from wasat.frontend.weights.quantized import method_of, read_quantized
 from wasat.frontend.weights.safetensors import read_header
 from wasat.ir import Program, QArray, TensorType, evaluate

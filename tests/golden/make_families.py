@@ -44,7 +44,7 @@ MLA = {
     "v_head_dim": 10, "n_routed_experts": 8, "n_shared_experts": 2, "num_experts_per_tok": 3, "moe_intermediate_size": 12,
     "first_k_dense_replace": 1, "n_group": 4, "topk_group": 2,
 }  # fmt: skip
-CLASSIC = ("bloom", "falcon", "gpt2", "gpt_neox", "gptj", "mpt", "opt")
+CLASSIC = ("bloom", "codegen", "falcon", "gpt_bigcode", "gpt2", "gpt_neox", "gptj", "mpt", "opt")
 OTHER = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
          "max_position_embeddings", "pad_token_id")  # fmt: skip
 """Sizes that these families call otherwise, or do not have."""
@@ -52,6 +52,7 @@ HF = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_
 CASES: dict[str, dict] = {
     "arcee": rope(),
     "bloom": {"n_head": 6, "n_layer": 2, "hidden_size": 48},
+    "codegen": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 4},
     "cohere": {**rope(), "logit_scale": 0.5},
     "cohere2": {**rope(), "sliding_window": 6, "layer_types": [SLIDING, FULL], "logit_scale": 0.5},
     "deepseek_v2": {  # as Lite is
@@ -69,7 +70,16 @@ CASES: dict[str, dict] = {
     "gemma": {**rope(), "head_dim": 16},
     "glm": {**rope(partial_rotary_factor=0.5), "head_dim": 16, "attention_bias": True},
     "glm4": {**rope(partial_rotary_factor=0.5), "head_dim": 16, "attention_bias": True},
+    "glm4_moe": {
+        **rope(partial_rotary_factor=0.5), "head_dim": 16, "attention_bias": True, "use_qk_norm": True, "n_routed_experts": 8,
+        "num_experts_per_tok": 3, "moe_intermediate_size": 12, "n_shared_experts": 2, "n_group": 4, "topk_group": 2,
+        "routed_scaling_factor": 1.5, "num_hidden_layers": 3,
+    },
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": 40},
+    "gpt_bigcode": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": 40},
+    "gpt_bigcode_many": {
+        "model_type": "gpt_bigcode", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "multi_query": False,
+    },
     "gpt_neox": {**HF, **rope(partial_rotary_factor=0.5), "intermediate_size": 40},
     "gpt_neox_serial": {
         **HF, **rope(partial_rotary_factor=1.0), "intermediate_size": 40, "model_type": "gpt_neox",
@@ -87,8 +97,23 @@ CASES: dict[str, dict] = {
     "granite": {
         **rope(), "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.7, "attention_multiplier": 0.2,
     },
+    "granitemoe": {
+        **rope(), "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.7, "attention_multiplier": 0.2,
+        "num_local_experts": 4, "num_experts_per_tok": 2,
+    },
     "helium": {**rope(), "head_dim": 8},
     "hunyuan_v1_dense": {**rope(), "head_dim": 16},
+    "lfm2": {
+        **rope(), "num_hidden_layers": 3, "layer_types": ["conv", FULL, "conv"], "block_auto_adjust_ff_dim": False,
+    },
+    "lfm2_older": {
+        **rope(), "model_type": "lfm2", "num_hidden_layers": 3, "full_attn_idxs": [1], "conv_bias": True, "conv_L_cache": 4,
+        "block_multiple_of": 12, "block_ffn_dim_multiplier": 1.3,
+    },
+    "llama4_text": {
+        **rope(), "head_dim": 16, "num_hidden_layers": 4, "num_local_experts": 4, "interleave_moe_layer_step": 2,
+        "intermediate_size_mlp": 44, "attention_chunk_size": 6, "floor_scale": 4, "no_rope_layer_interval": 2,
+    },
     "ministral": {**rope(), "head_dim": 8, "sliding_window": 6, "layer_types": [SLIDING, FULL]},
     "mixtral": {**rope(), "num_local_experts": 4, "num_experts_per_tok": 2},
     "mpt": {
