@@ -21,6 +21,7 @@ from .chat import chat_texts
 from .models import FAMILIES, Fields, encoders, nomic
 from .models.config import check_layers
 from .models.gemma3 import gemma3_text
+from .models.llama import eurobert
 from .models.modernbert import Classifier, modernbert
 from .weights.safetensors import Stored, match, read_folder, read_header, read_json
 
@@ -82,9 +83,14 @@ def _gemma3(fields: Fields) -> Backbone:
     return Backbone(m, lambda tokens, lengths, types: m(tokens, lengths), "model")
 
 
+def _eurobert(fields: Fields) -> Backbone:
+    m = eurobert(fields)
+    return Backbone(m, lambda tokens, lengths, types: m(tokens, lengths), "model")
+
+
 _OTHERWISE = (
-    "bloom", "deepseek_v2", "deepseek_v3", "falcon", "gpt2", "gpt_neox", "gpt_oss", "gptj", "mixtral", "mpt", "olmoe", "opt",
-    "qwen2_moe", "qwen3_moe",
+    "bloom", "codegen", "deepseek_v2", "deepseek_v3", "falcon", "glm4_moe", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss", "gptj",
+    "granitemoe", "llama4_text", "mixtral", "mpt", "olmoe", "opt", "qwen2_moe", "qwen3_moe",
 )  # fmt: skip
 """Decoders whose checkpoints have names of their own, or the matrices of experts otherwise than the model."""
 BACKBONES: dict[str, Callable[[Fields], Backbone]] = {
@@ -92,10 +98,15 @@ BACKBONES: dict[str, Callable[[Fields], Backbone]] = {
     "xlm-roberta": _encoder(encoders.roberta, "roberta"), "camembert": _encoder(encoders.roberta, "roberta"),
     "mpnet": _encoder(encoders.mpnet, "mpnet"), "distilbert": _encoder(encoders.distilbert, "distilbert"),
     "modernbert": _modernbert, "nomic_bert": _encoder(nomic.nomic_bert, "nomic_bert"), "gte": _encoder(nomic.gte, "gte"),
+    "electra": _encoder(encoders.electra, "electra"), "eurobert": _eurobert,
+    "jina_embeddings_v3": _encoder(nomic.jina_embeddings_v3, "roberta"),
     **{kind: _decoder(build) for kind, (_, build) in FAMILIES.items() if kind not in _OTHERWISE}, "gemma3_text": _gemma3,
 }  # fmt: skip
 """``model_type`` -> what makes hidden states."""
-_ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "mpnet", "distilbert", "modernbert", "nomic_bert", "gte")
+_ENCODERS = (
+    "bert", "roberta", "xlm-roberta", "camembert", "mpnet", "distilbert", "modernbert", "nomic_bert", "gte", "electra", "eurobert",
+    "jina_embeddings_v3",
+)  # fmt: skip
 """Families that do nothing else."""
 _UNUSED = re.compile(
     r"(.*\.)?(position_ids|token_type_ids|rotary_emb\.inv_freq)\Z|(pooler|cls|lm_head|vocab_\w+|decoder|head)\."
@@ -277,9 +288,11 @@ def _tensors(folder: Path) -> dict[str, Stored]:
 
 def _renamed(found: Mapping[str, Stored], backbone: Backbone, to: str) -> dict[str, Stored]:
     """Tensors by the names of our parameters: ``to`` before those of the encoder, which may stand within a model."""
+    prefix = f"{backbone.name}."
+    if backbone.name == "gte":  # whose authors call it new
+        found = {f"{prefix}{name.removeprefix('new.')}" if name.startswith("new.") else name: t for name, t in found.items()}
     if not to:
         return dict(found)
-    prefix = f"{backbone.name}."
     inner = any(name.startswith(prefix) for name in found)
     return {f"{to}{name.removeprefix(prefix)}" if not inner or name.startswith(prefix) else f"0.head.{name}": t
             for name, t in found.items()}  # fmt: skip
@@ -416,8 +429,9 @@ class Scores(nn.Module):
         self.act, self.labels = act or ("sigmoid" if labels == 1 else "none"), labels
         heads: dict[str, Callable[[Any, int], Any]] = {
             **{n: partial(encoders.PooledHead, n) for n in ("bert", "nomic_bert", "gte")},
-            "mpnet": encoders.mpnet_head, "distilbert": encoders.distilbert_head,
-            "modernbert": Classifier, **dict.fromkeys(("roberta", "xlm-roberta", "camembert"), encoders.roberta_head),
+            "mpnet": encoders.mpnet_head, "distilbert": encoders.distilbert_head, "electra": encoders.electra_head,
+            "eurobert": encoders.EuroHead, "modernbert": Classifier,
+            **dict.fromkeys(("roberta", "xlm-roberta", "camembert", "jina_embeddings_v3"), encoders.roberta_head),
         }  # fmt: skip
         head: Any = heads[kind](m, labels) if kind in heads else LastHead(backbone, labels)
         vars(self).update({k: v for k, v in vars(head).items() if isinstance(v, (nn.Module, nn.Parameter))})

@@ -7,7 +7,7 @@ second text from the first, ``types`` i64[b, s]; it returns hidden states f32[b,
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,8 @@ class Options:
     """Where positions count from the token of padding on, past its id, that token."""
     buckets: int = 0
     """Rows of a table of distances, MPNet's."""
+    embedding: int = 0
+    """Width of what is looked up, where it is another one, ELECTRA's; 0: it is not."""
 
 
 @dataclass(frozen=True)
@@ -104,10 +106,11 @@ class Embeddings(nn.Module):
 
     def __init__(self, o: Options) -> None:
         self.pad = o.pad
-        self.word_embeddings = nn.Embedding(o.vocab, o.dim)
-        self.position_embeddings = nn.Embedding(o.positions, o.dim)
-        self.token_type_embeddings = nn.Embedding(o.types, o.dim) if o.types else None
-        self.LayerNorm = nn.LayerNorm(o.dim, o.eps)
+        dim = o.embedding or o.dim
+        self.word_embeddings = nn.Embedding(o.vocab, dim)
+        self.position_embeddings = nn.Embedding(o.positions, dim)
+        self.token_type_embeddings = nn.Embedding(o.types, dim) if o.types else None
+        self.LayerNorm = nn.LayerNorm(dim, o.eps)
 
     def __call__(self, tokens: nn.Tensor, types: nn.Tensor | None) -> nn.Tensor:
         positions = nn.positions(tokens)
@@ -153,6 +156,7 @@ class Encoder(nn.Module):
     def __init__(self, o: Options, names: Names) -> None:
         self.dim, self.kinds = o.dim, o.types
         self.embeddings = Embeddings(o)
+        self.embeddings_project = nn.Linear(o.embedding, o.dim, bias=True) if o.embedding else None
         layers = put(self, names.layers, nn.ModuleList([Layer(o, names) for _ in range(o.layers)]))
         self.bias = put(self, "encoder.relative_attention_bias", nn.Embedding(o.buckets, o.heads)) if o.buckets else None
         self.stack = layers
@@ -161,6 +165,7 @@ class Encoder(nn.Module):
         keep = seen(tokens, lengths)
         bias = None if self.bias is None else self.bias(_buckets(nn.positions(tokens))).transpose(2, 0, 1)
         x = self.embeddings(tokens, types)
+        x = x if self.embeddings_project is None else self.embeddings_project(x)
         for layer in self.stack:
             x = layer(x, keep, bias)
         return x
@@ -224,6 +229,15 @@ def roberta(fields: Fields) -> Encoder:
     return _encoder(fields, _options(fields, types=fields.size("type_vocab_size", 2), pad=pad), BERT, "roberta")
 
 
+def electra(fields: Fields) -> Encoder:
+    """``model_type: electra``: BERT whose tables may be narrower."""
+    _absolute(fields)
+    fields.ignore("summary_type", "summary_use_proj", "summary_activation", "summary_last_dropout")  # of another head
+    narrow = fields.size("embedding_size", 128)
+    options = _options(fields, types=fields.size("type_vocab_size", 2))
+    return _encoder(fields, replace(options, embedding=narrow if narrow != options.dim else 0), BERT, "electra")
+
+
 def mpnet(fields: Fields) -> Encoder:
     """``model_type: mpnet``: a bias for each distance."""
     buckets = fields.size("relative_attention_num_buckets", 32)
@@ -273,8 +287,32 @@ class FirstHead(nn.Module):
         return out(self.act(dense(encoder(tokens, lengths, types)[:, 0])))
 
 
+class EuroHead(nn.Module):
+    """EuroBERT's: the first token or the mean of all through a layer and to labels; or the mean of all tokens' labels."""
+
+    def __init__(self, model: Any, labels: int) -> None:
+        self.model, self.pooling = model, model.pooling
+        self.dense = nn.Linear(model.dim, model.dim, bias=True)
+        self.classifier = nn.Linear(model.dim, labels, bias=True)
+
+    def __call__(self, tokens: nn.Tensor, lengths: nn.Tensor) -> nn.Tensor:
+        x = self.model(tokens, lengths)
+        x = x[:, :1] if self.pooling == "bos" else self._mean(x, lengths) if self.pooling == "mean" else x
+        y = self.classifier(nn.gelu(self.dense(x)))
+        return (self._mean(y, lengths) if self.pooling == "late" else y)[:, 0]
+
+    def _mean(self, x: nn.Tensor, lengths: nn.Tensor) -> nn.Tensor:
+        """Of a text's tokens: ``x[b, s, n] -> [b, 1, n]``."""
+        mask = (nn.positions(x)[None, :] < lengths[:, None]).cast("f32")[..., None]
+        return (x * mask).sum(1, keepdims=True) / mask.sum(1, keepdims=True)
+
+
 def roberta_head(encoder: Encoder, labels: int) -> nn.Module:
     return FirstHead("roberta", encoder, labels, "classifier.dense", "classifier.out_proj", "tanh")
+
+
+def electra_head(encoder: Encoder, labels: int) -> nn.Module:
+    return FirstHead("electra", encoder, labels, "classifier.dense", "classifier.out_proj", "gelu")
 
 
 def mpnet_head(encoder: Encoder, labels: int) -> nn.Module:

@@ -1,5 +1,5 @@
-"""Nomic BERT and GTE: BERT's order of norms, with rotary positions and a gate. One model; a family is a set of names and
-options. Names are the checkpoints', which transformers 5 keeps."""
+"""Nomic BERT, GTE, Jina 3: BERT's order of norms, with rotary positions, mostly a gate. One model; a family is a set of names
+and options. Names are the checkpoints', which transformers 5 keeps."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ class Names:
     """What is gated, and the gate; or both in one."""
     down: str
     norm: str
+    gated: bool = True
 
 
 NOMIC = Names("emb_ln", "encoder.layers", "attn.Wqkv", "attn.out_proj", "norm1", ("mlp.fc11", "mlp.fc12"), "mlp.fc2", "norm2")
@@ -31,6 +32,9 @@ GTE = Names(
     "embeddings.LayerNorm", "encoder.layer", "attention.qkv_proj", "attention.o_proj", "attn_ln", ("mlp.up_gate_proj",),
     "mlp.down_proj", "mlp_ln",
 )  # fmt: skip
+JINA = Names(
+    "emb_ln", "encoder.layers", "mixer.Wqkv", "mixer.out_proj", "norm1", ("mlp.fc1",), "mlp.fc2", "norm2", gated=False
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Options:
     types: int
     """Kinds of tokens: of the first text, of the second; 0: it has none."""
     bias: bool
-    """Of attention's products, and of the feed-forward layer's last."""
+    """Of attention's products, and of the feed-forward layer's last; where there is no gate, of its first."""
 
 
 class Layer(nn.Module):
@@ -55,7 +59,9 @@ class Layer(nn.Module):
 
     def __init__(self, o: Options, n: Names, rope: nn.RoPE) -> None:
         self.heads, self.rope, self.act = o.heads, rope, nn.layers.activation(o.act)
-        self.ups = [put(self, name, nn.Linear(o.dim, 2 * o.hidden // len(n.ups))) for name in n.ups]
+        width = 2 * o.hidden // len(n.ups) if n.gated else o.hidden
+        self.gated = n.gated
+        self.ups = [put(self, name, nn.Linear(o.dim, width, o.bias and not n.gated)) for name in n.ups]
         self.parts = (
             put(self, n.qkv, nn.Linear(o.dim, 3 * o.dim, o.bias)), put(self, n.out, nn.Linear(o.dim, o.dim, o.bias)),
             put(self, n.attention_norm, nn.LayerNorm(o.dim, o.eps)), put(self, n.down, nn.Linear(o.hidden, o.dim, o.bias)),
@@ -66,6 +72,9 @@ class Layer(nn.Module):
         qkv, out, attention_norm, down, norm = self.parts
         q, k, v = (part.heads(self.heads) for part in qkv(x).split(3))
         x = attention_norm(x + out(nn.attention(self.rope(q, positions), self.rope(k, positions), v, keep).merge()))
+        if not self.gated:
+            plain: nn.Tensor = norm(x + down(self.act(self.ups[0](x))))
+            return plain
         wide, gate = (up(x) for up in self.ups) if len(self.ups) == 2 else self.ups[0](x).split(2)
         y: nn.Tensor = norm(x + down(self.act(gate) * wide))
         return y
@@ -123,3 +132,9 @@ def nomic_bert(fields: Fields) -> Encoder:
 def gte(fields: Fields) -> Encoder:
     """``model_type: gte``."""
     return _built(fields, GTE, "gte", "gelu", 160000.0, 1, True)
+
+
+def jina_embeddings_v3(fields: Fields) -> Encoder:
+    """``model_type: jina_embeddings_v3``, as transformers 5 has it: without the adapters of single tasks."""
+    fields.given.setdefault("layer_norm_eps", 1e-5)
+    return _built(fields, JINA, "jina_embeddings_v3", "gelu", 20000.0, 1, True)

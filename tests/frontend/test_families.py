@@ -28,6 +28,16 @@ def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name, change, message", [
+    ("codegen", {"n_head": 2}, "n_head is 2: the reference implementation has four parts of them"),
+    ("glm4_moe", {"n_group": 3}, "8 experts in 3 groups"),
+    ("glm4_moe", {"scoring_func": "softmax"}, "knows no other"),
+    ("gpt_bigcode", {"num_key_value_heads": 2}, "multi_query says how many heads keys have"),
+    ("granitemoe", {"num_experts_per_tok": 9}, "num_experts_per_tok is 9, and there are 4 experts"),
+    ("lfm2", {"layer_types": ["conv", "sliding_attention", "conv"]}, "expected full_attention or conv for each of 3 layers"),
+    ("llama4_text", {"num_experts_per_tok": 2}, "a token that several experts read"),
+    ("llama4_text", {"moe_layers": [1, 4]}, "moe_layers is [1, 4]; expected numbers of layers, of which there are 4"),
+    ("llama4_text", {"no_rope_layers": [1, 2, 1, 0]}, "expected 1 (rotated) or 0 for each of 4 layers"),
+    ("llama4_text", {"layer_types": ["full_attention"]}, "expected chunked_attention or full_attention for each of 4"),
     ("cohere", {"use_qk_norm": True}, "norms of queries and keys are not implemented"),
     ("exaone4", {"layer_types": None, "sliding_window_pattern": 0}, "sliding_window_pattern is 0: only a period is read"),
     ("exaone4", {"layer_types": "absent", "sliding_window_pattern": "LLLG"}, "only a period is read"),
@@ -180,7 +190,25 @@ def test_alibi_is_of_the_cached_attention(name: str, tmp_path: Path) -> None:
     assert (ops.count("cached_attention"), ops.count("softmax")) == (2, 0)
 
 
-@pytest.mark.parametrize("name", ["glm", "mixtral", "cohere2", "gpt_oss", "falcon"])
+def test_short_convolutions_keep_their_last_inputs(tmp_path: Path) -> None:
+    from wasat.driver import optimize
+
+    config, shapes, _, _ = files.golden("lfm2_older")
+    program = optimize(from_pretrained(files.write(tmp_path / "m", config, shapes)))[0]
+    kept = [str(i.type) for i in program["decode"].inputs if i.name not in ("tokens", "past")]
+    assert kept == ["f32[b, c, 2, 8]"] * 2 + ["f32[b, 3, 32]"] * 2
+
+
+def test_gates_and_what_they_gate_stand_one_after_the_other(tmp_path: Path) -> None:
+    config, shapes, _, _ = files.golden("granitemoe")
+    program = from_pretrained(files.write(tmp_path / "m", config, shapes))
+    name = "model.layers.1.block_sparse_moe"
+    both = files.weight(f"{name}.input_linear.weight", (4, 80, 32), 1)
+    np.testing.assert_array_equal(program.load(f"{name}.gate_proj"), both[:, :40])
+    np.testing.assert_array_equal(program.load(f"{name}.up_proj"), both[:, 40:])
+
+
+@pytest.mark.parametrize("name", ["glm", "mixtral", "cohere2", "gpt_oss", "falcon", "granitemoe"])
 def test_caches_are_derived_and_rotation_and_attention_fused(name: str, tmp_path: Path) -> None:
     from wasat.driver import optimize
 

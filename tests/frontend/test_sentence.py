@@ -108,6 +108,21 @@ def test_names_within_a_model_with_a_head(folder: Path) -> None:
     assert from_pretrained(folder).params.keys() == want.keys()
 
 
+@pytest.mark.parametrize("name", ["gte_cls", "gte_score"])
+def test_gte_under_its_authors_name(name: str, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    folder = Path(shutil.copytree(GOLDEN / name, tmp_path / name))
+    want = {k: p.load() for k, p in from_pretrained(folder).params.items()}
+    tensors = load_file(folder / "model.safetensors")
+    inside = {k if k.startswith("classifier") else f"new.{k.removeprefix('gte.')}": x for k, x in tensors.items()}
+    assert inside.keys() != tensors.keys()
+    save_file(inside, folder / "model.safetensors")
+    got = from_pretrained(folder).params
+    assert got.keys() == want.keys()
+    assert all((got[k].load() == x).all() for k, x in want.items())
+
+
 def test_a_transformer_in_a_folder_of_its_own(folder: Path) -> None:
     (folder / "0_Transformer").mkdir()
     for name in ("config.json", "model.safetensors", "sentence_bert_config.json"):

@@ -52,6 +52,16 @@ GEMMA = {
     "query_pre_attn_scalar": 16, "sliding_window": 8, "max_position_embeddings": 64, "use_bidirectional_attention": True,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "pad_token_id": 0,
 }  # fmt: skip
+ELECTRA = {**BERT, "model_type": "electra", "embedding_size": 16}
+EURO = {
+    "model_type": "eurobert", **SIZES, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0,
+    "bos_token_id": 2, "eos_token_id": 3, "mask_token_id": 1,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+}  # fmt: skip
+JINA = {
+    "model_type": "jina_embeddings_v3", **SIZES, "max_position_embeddings": 64, "pad_token_id": 1, "type_vocab_size": 1,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+}  # fmt: skip
 LENGTHS = [24, 9, 17, 1]
 DENSE = {"type": "Dense", "in_features": 32, "out_features": 24, "bias": True, "activation_function": "Tanh"}
 
@@ -86,6 +96,14 @@ CASES: dict[str, dict] = {
     "gte_cls": {"config": GTE, "modules": [("cls",), "Normalize"]},
     "nomic_score": {"config": NOMIC, "labels": 1},
     "gte_score": {"config": {**GTE, "type_vocab_size": 1}, "labels": 1},
+    "electra_mean": {"config": ELECTRA, "modules": [("mean",), "Normalize"]},
+    "electra_score": {"config": ELECTRA, "labels": 1},
+    "eurobert_mean": {"config": EURO, "modules": [("mean",), "Normalize"]},
+    "eurobert_score": {"config": EURO, "labels": 1},
+    "eurobert_score_mean": {"config": {**EURO, "classifier_pooling": "mean"}, "labels": 2},
+    "eurobert_score_first": {"config": {**EURO, "classifier_pooling": "bos"}, "labels": 1},
+    "jina_mean": {"config": JINA, "modules": [("mean",), "Normalize"]},
+    "jina_score": {"config": JINA, "labels": 1},
 }  # fmt: skip
 
 
@@ -160,7 +178,7 @@ def make(name: str, case: dict, folder: Path) -> None:
     tokens = np.where(mask, tokens, pad)
     arrays = {"tokens": tokens, "lengths": lengths}
     more = {}
-    if name.startswith(("bert_score", "nomic_score")):
+    if name.startswith(("bert_score", "electra_score", "nomic_score")):
         arrays["types"] = np.where(np.arange(tokens.shape[1]) >= lengths[:, None] // 2, mask, 0)
         more["token_type_ids"] = torch.from_numpy(arrays["types"])
     if case.get("skip"):
