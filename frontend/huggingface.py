@@ -36,7 +36,8 @@ _IDS = {
         "hunyuan_v1_dense": (1, 2, 0), "ministral": (1, 2), "mixtral": (1, 2), "nemotron": (2, 3), "olmo": (None, 50279, 1),
         "olmo2": (None, 50279, 1), "olmo3": (None, 50279, 1), "olmoe": (None, 50279, 1), "phi": (1, 2),
         "phi3": (1, 32000, 32000), "seed_oss": (0, 2, 1), "smollm3": (128000, 128001, 128004), "stablelm": (0, 0),
-        "codegen": (50256, 50256), "gpt_bigcode": (50256, 50256), "granitemoe": (1, 2), "lfm2": (1, 2, 0), "llama4_text": (1, 2),
+        "codegen": (50256, 50256), "gpt_bigcode": (50256, 50256), "granitemoe": (1, 2), "lfm2": (1, 2, 0),
+        "llama4_text": (1, 2),
         "starcoder2": (50256, 50256),
     }.items()
 }  # fmt: skip

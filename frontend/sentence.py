@@ -89,8 +89,8 @@ def _eurobert(fields: Fields) -> Backbone:
 
 
 _OTHERWISE = (
-    "bloom", "codegen", "deepseek_v2", "deepseek_v3", "falcon", "glm4_moe", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss", "gptj",
-    "granitemoe", "llama4_text", "mixtral", "mpt", "olmoe", "opt", "qwen2_moe", "qwen3_moe",
+    "bloom", "codegen", "deepseek_v2", "deepseek_v3", "falcon", "glm4_moe", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss",
+    "gptj", "granitemoe", "llama4_text", "mixtral", "mpt", "olmoe", "opt", "qwen2_moe", "qwen3_moe",
 )  # fmt: skip
 """Decoders whose checkpoints have names of their own, or the matrices of experts otherwise than the model."""
 BACKBONES: dict[str, Callable[[Fields], Backbone]] = {
@@ -104,8 +104,8 @@ BACKBONES: dict[str, Callable[[Fields], Backbone]] = {
 }  # fmt: skip
 """``model_type`` -> what makes hidden states."""
 _ENCODERS = (
-    "bert", "roberta", "xlm-roberta", "camembert", "mpnet", "distilbert", "modernbert", "nomic_bert", "gte", "electra", "eurobert",
-    "jina_embeddings_v3",
+    "bert", "roberta", "xlm-roberta", "camembert", "mpnet", "distilbert", "modernbert", "nomic_bert", "gte", "electra",
+    "eurobert", "jina_embeddings_v3",
 )  # fmt: skip
 """Families that do nothing else."""
 _UNUSED = re.compile(

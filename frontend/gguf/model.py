@@ -90,7 +90,7 @@ def _adjust(module: nn.Module, g: Gguf) -> None:
         if isinstance(part, (nn.RMSNorm, OffsetNorm)):
             part.offset = 0.0
         if isinstance(part, SelfAttention):
-            part.groups = False
+            part.order = "parts"
         if isinstance(part, nn.RoPE) and factors is not None:
             if factors.type != (needed := TensorType(DType.F32, part.inv_freq.shape)):
                 raise CheckpointError(f"{g.path}: {_FREQUENCIES} is {factors.type}, and would have to be {needed}")

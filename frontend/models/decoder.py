@@ -439,6 +439,9 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Token ids i64[b, s] -> hidden states f32[b, s, dim]."""
 
+    pooling = ""
+    """What a classifier makes of a text's tokens, where a configuration says it."""
+
     def __init__(self, o: Options, ropes: Sequence[nn.RoPE | None]) -> None:
         self.dim, self.scale, self.shift = o.dim, o.embedding, o.shift
         self.embed_tokens = put(self, o.names.embed, nn.Embedding(o.vocab, o.dim))

@@ -212,8 +212,10 @@ def lfm2(fields: Fields) -> CausalLM:
     )  # fmt: skip
     adjusted, each = fields.flag("block_auto_adjust_ff_dim", True), fields.size("block_multiple_of", 256)
     times = fields.number("block_ffn_dim_multiplier", 1.0)
-    fields.ignore("block_dim", "block_mlp_init_scale", "block_out_init_scale", "block_norm_eps", "block_use_swiglu",
-                  "block_use_xavier_init", "conv_dim", "conv_dim_out", "conv_use_xavier_init", "use_pos_enc", "num_heads")  # fmt: skip
+    fields.ignore(
+        "block_dim", "block_mlp_init_scale", "block_out_init_scale", "block_norm_eps", "block_use_swiglu",
+        "block_use_xavier_init", "conv_dim", "conv_dim_out", "conv_use_xavier_init", "use_pos_enc", "num_heads",
+    )  # fmt: skip
     o, context = options(
         fields, eps="norm_eps", default_eps=1e-5, qk_norm="head", qk_names=("q_layernorm", "k_layernorm"), out="out_proj",
         mlp=("w1", "w3", "w2"), norms=("operator_norm", None, "ffn_norm", None), final="embedding_norm", short=short,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Laid:
     """A parameter as a part of a checkpoint's tensor: of the latter, whose last two axes are ``swapped``, every ``step``-th
-    along axis 1 from ``start`` on; or, where it stands ``whole``, the part ``start`` of ``step`` that are one after the other."""
+    along axis 1 from ``start`` on; or, where it stands ``whole``, the part ``start`` of ``step`` that follow each other."""
 
     name: str
     swapped: bool = False

@@ -15,15 +15,17 @@ def _build(fields: Fields, family: str) -> CausalLM:
             raise fields.fail(f"hidden_size {dim} does not split into {heads} heads; head_dim must say their size")
         head_dim = dim // heads
     context = fields.size("max_position_embeddings", most=MOST_POSITIONS)
-    bias = fields.flag("attention_bias", False) if family in ("llama", "qwen3", "eurobert") else family == "qwen2"
+    plain = family in ("llama", "eurobert")
+    bias = fields.flag("attention_bias", False) if plain or family == "qwen3" else family == "qwen2"
     options = Options(
         vocab=fields.size("vocab_size"), dim=dim, hidden=fields.size("intermediate_size"), heads=heads, kv_heads=kv_heads,
-        head_dim=head_dim, eps=fields.number("rms_norm_eps", 1e-5 if family == "eurobert" else 1e-6), act=fields.activation("hidden_act", default="silu"),
+        head_dim=head_dim, eps=fields.number("rms_norm_eps", 1e-5 if family == "eurobert" else 1e-6),
+        act=fields.activation("hidden_act", default="silu"),
         tied=fields.flag("tie_word_embeddings", False), windows=_windows(fields, family, layers), qkv_bias=bias,
-        out_bias=bias and family != "qwen2", mlp_bias=fields.flag("mlp_bias", False) if family in ("llama", "eurobert") else False,
+        out_bias=bias and family != "qwen2", mlp_bias=fields.flag("mlp_bias", False) if plain else False,
         qk_norm="head" if family == "qwen3" else "",
     )  # fmt: skip
-    if family in ("llama", "eurobert"):
+    if plain:
         fields.refuse("pretraining_tp", 1, "tensor-parallel pretraining slices are not implemented; set it to 1")
     model = CausalLM(options, [single_rope(fields, head_dim, context)] * layers)
     fields.finish(family)

@@ -86,6 +86,27 @@ def random_config(family: str, rng: np.random.Generator) -> dict[str, Any]:
             "rope_parameters": _rope(rng), "sliding_window": one_of(1, 5, 9), "layer_types": types, "num_local_experts": 4,
             "num_experts_per_tok": one_of(1, 2), "attention_bias": True,
         }  # fmt: skip
+    if family == "glm4_moe":
+        return config | {
+            "rope_parameters": _rope(rng) | {"partial_rotary_factor": 0.5}, "n_routed_experts": 8, "num_experts_per_tok": 2,
+            "moe_intermediate_size": 12, "n_shared_experts": one_of(1, 2), "n_group": one_of(1, 4), "topk_group": 1,
+            "first_k_dense_replace": one_of(0, 1), "use_qk_norm": coin(), "attention_bias": coin(),
+            "head_dim": one_of(8, 16, 32),
+        }  # fmt: skip
+    if family == "llama4_text":
+        return config | {
+            "rope_parameters": _rope(rng), "num_local_experts": 4, "interleave_moe_layer_step": one_of(1, 2),
+            "intermediate_size_mlp": 44, "attention_chunk_size": one_of(5, 16), "floor_scale": one_of(3, 100),
+            "no_rope_layer_interval": one_of(2, 4), "use_qk_norm": coin(), "attn_temperature_tuning": coin(),
+        }  # fmt: skip
+    if family == "lfm2":
+        del config["head_dim"]
+        config["norm_eps"] = config.pop("rms_norm_eps")
+        types = ["conv" if coin() else FULL for _ in range(layers)]
+        return config | {
+            "rope_parameters": _rope(rng), "layer_types": types, "conv_bias": coin(), "conv_L_cache": one_of(2, 3, 5),
+            "block_auto_adjust_ff_dim": coin(), "block_multiple_of": one_of(8, 20),
+        }  # fmt: skip
     default = transformers.AutoConfig.for_model(family).to_dict()
     eps = config.pop("rms_norm_eps")
     config |= {name: eps for name in ("rms_norm_eps", "layer_norm_eps", "norm_eps", "norm_epsilon") if name in default}
@@ -114,7 +135,7 @@ def random_config(family: str, rng: np.random.Generator) -> dict[str, Any]:
     return config
 
 
-CLASSIC = ("bloom", "falcon", "gpt2", "gpt_neox", "gptj", "mpt", "opt")
+CLASSIC = ("bloom", "codegen", "falcon", "gpt_bigcode", "gpt2", "gpt_neox", "gptj", "mpt", "opt")
 
 
 def classic_config(given: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
@@ -130,10 +151,11 @@ def classic_config(given: dict[str, Any], rng: np.random.Generator) -> dict[str,
     tied = {"tie_word_embeddings": given["tie_word_embeddings"]}
     if family == "bloom":
         return config | {"hidden_size": width, "n_layer": layers, "n_head": heads} | tied
-    if family == "gpt2":
+    if family in ("gpt2", "gpt_bigcode"):
         sizes = {"n_embd": width, "n_layer": layers, "n_head": heads, "n_positions": 64, "n_inner": inner if coin() else None}
-        return config | sizes | tied
-    if family == "gptj":
+        return config | sizes | tied | ({"multi_query": coin()} if family == "gpt_bigcode" else {})
+    if family in ("codegen", "gptj"):
+        heads = 4 if family == "codegen" else heads
         sizes = {"n_embd": width, "n_layer": layers, "n_head": heads, "n_positions": 64, "n_inner": inner if coin() else None}
         return config | sizes | {"rotary_dim": int(rng.choice([2, 4, 8]))}
     if family == "mpt":
