@@ -79,6 +79,8 @@ def bundle(out: Path, target: str, small: bool = False) -> Path:
     shutil.copytree(
         ROOT / "runtime", out / "wasat_runtime", ignore=lambda folder, names: {n for n in names if _left(Path(folder) / n)}
     )
+    (out / "wasat").mkdir()
+    shutil.copy(ROOT / "wasat" / "errors.py", out / "wasat")  # the root of its errors
     shutil.copy(ROOT / "benchmarks" / "gpu_check.py", out)
     names = FEW if small else sorted(OPS)
     for i in range(0, len(names), TOGETHER):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import linecache
 from dataclasses import dataclass
 
+from wasat.errors import WasatError as WasatError
+
 
 @dataclass(frozen=True)
 class Loc:
@@ -28,10 +30,6 @@ class Loc:
     def source(self) -> str:
         """The text of the line, if the file can be read; else empty."""
         return linecache.getline(self.file, self.line).strip() if self.line else ""
-
-
-class WasatError(Exception):
-    """Base of every error that Wasat raises on purpose."""
 
 
 class CheckpointError(WasatError):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from wasat.errors import WasatError
+
 AGAIN = "compile the model again"
 
 
-class RuntimeErrorBase(Exception):
+class RuntimeErrorBase(WasatError):
     """Base of every error that the runtime raises on purpose."""
 
 

@@ -39,13 +39,13 @@ if TYPE_CHECKING:  # what _HOME says, for type checkers and editors
     from wasat.driver import load_program as load_program
     from wasat.driver import optimize as optimize
     from wasat.driver import run as run
+    from wasat.errors import WasatError as WasatError
     from wasat.frontend import load_weights as load_weights
     from wasat.frontend import nn as nn
     from wasat.frontend.nn import trace as trace
     from wasat.frontend.onnx import from_onnx as from_onnx
     from wasat.ir import Graph as Graph
     from wasat.ir import Program as Program
-    from wasat.ir import WasatError as WasatError
     from wasat.ir import evaluate as evaluate
     from wasat.ir import parse as parse
     from wasat.runtime import Model as Model
@@ -61,7 +61,7 @@ _HOME = {
     "train": "wasat.devices", "quantize": "wasat.calibration",
     "load": "wasat.runtime", "Model": "wasat.runtime", "SamplingOptions": "wasat.runtime",
     "parse": "wasat.ir", "Graph": "wasat.ir", "Program": "wasat.ir", "evaluate": "wasat.ir",
-    "WasatError": "wasat.ir",
+    "WasatError": "wasat.errors",
 }  # fmt: skip
 
 

@@ -61,4 +61,20 @@ def test_graphs_and_passes_need_no_tvm() -> None:
 def test_the_runtime_needs_no_other_room() -> None:
     loaded = _loaded("import wasat; wasat.load")
     assert "tvm" not in loaded
-    assert {m.split(".")[1] for m in loaded if m.startswith("wasat.")} == {"runtime"}
+    assert {m.split(".")[1] for m in loaded if m.startswith("wasat.")} == {"runtime", "errors"}
+
+
+def test_errors_have_one_root() -> None:
+    """What compiles and what runs raise alike, and the name costs no room."""
+    from wasat.ir import IRError
+    from wasat.runtime import MediaError
+
+    import wasat as ws
+    from wasat.errors import WasatError
+
+    assert ws.WasatError is WasatError
+    assert issubclass(IRError, ws.WasatError)
+    assert issubclass(MediaError, ws.WasatError)
+    with pytest.raises(ws.WasatError, match="is no artifact"):
+        ws.load("nowhere")
+    assert {m for m in _loaded("import wasat; wasat.WasatError") if m.startswith("wasat.")} == {"wasat.errors"}

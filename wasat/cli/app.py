@@ -54,6 +54,7 @@ from wasat.cli.console import (
     text_file,
     warn_of_weights,
 )
+from wasat.errors import WasatError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -410,9 +411,7 @@ def main() -> None:
     try:
         app()
     except Exception as e:
-        rooms = (("wasat.ir", "WasatError"), ("wasat.runtime", "RuntimeErrorBase"))  # imported only where they were needed
-        kinds = (Refusal, OSError, *(getattr(sys.modules[room], name) for room, name in rooms if room in sys.modules))
-        if isinstance(e, kinds):
+        if isinstance(e, (Refusal, OSError, WasatError)):
             err.print(f"[bold red]error:[/] {escape(str(e))}", highlight=False, soft_wrap=True)
             raise SystemExit(1) from None
         if isinstance(e, MemoryError):
