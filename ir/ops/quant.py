@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 QUANTIZERS = ("int8", "int4", *(s.name for s in SCHEMES.values() if s.write is not None))
 """Schemes that weights can be brought into, beside the family of :func:`~wasat.ir.schemes.scheme_named`."""
 _OWN = ("s4b64", "s5b96", "s6b160")
+LEAST_TOP = 127 * 2.0**-126
+"""The least that counts as the largest number of a block of activations: its step is the least normal number of f32, and 127 / it
+is finite. Blocks that are smaller are rounded to whole steps of that, as subnormal numbers are."""
 
 
 def quantize_array(
@@ -74,16 +77,16 @@ def quantize_array(
 def quantize_rows(x: np.ndarray, block: int = 32) -> tuple[np.ndarray, np.ndarray]:
     """Activations [m, k] to int8 per row and block: q [m, blocks, block] (zero-padded) and d f32 [m, blocks].
 
-    d = max|x| / 127 and q = round_half_even(x * (127 / max|x|)), both in f32; a block of zeros has q = 0, d = 0,
-    and one with a NaN or an infinity d = NaN, so that all that is computed from its row is NaN.
+    With top = max(max|x|, LEAST_TOP): d = top / 127 and q = round_half_even(x * (127 / top)), both in f32. A block with a NaN
+    or an infinity has d = NaN, so that all that is computed from its row is NaN.
     """
     m, k = x.shape
     blocks = -(-k // block)
     padded = np.zeros((m, blocks * block), np.float32)
     padded[:, :k] = x
     padded = padded.reshape(m, blocks, block)
-    top = np.abs(padded).max(-1)
-    inverse = np.divide(np.float32(127), top, where=top > 0, out=np.zeros_like(top))
+    top = np.maximum(np.abs(padded).max(-1), np.float32(LEAST_TOP))
+    inverse = np.float32(127) / top
     finite = np.isfinite(top)
     padded[~finite] = 0
     return np.rint(padded * inverse[..., None]).astype(np.int8), np.where(finite, top, np.float32(np.nan)) / np.float32(127)
@@ -240,9 +243,8 @@ def rounded_rows(b: Builder, x: Value, w: Value) -> Value:
     f = b.cast(x, dtype=DType.F32) if x.tensor.dtype is not DType.F32 else x
     f = b.pad(f, low=(*lead, 0), high=(*lead, blocks * block - k))
     f = b.reshape(f, shape=(*x.shape[:-1], blocks, block))
-    top = b.reduce_max(b.abs(f), axes=(len(x.shape),), keepdims=True)
-    inverse = b.select(b.greater(top, 0.0), b.div(127.0, b.select(b.greater(top, 0.0), top, 1.0)), 0.0)
-    rounded = b.mul(b.round(b.mul(f, inverse)), b.div(top, 127.0))
+    top = b.maximum(b.reduce_max(b.abs(f), axes=(len(x.shape),), keepdims=True), LEAST_TOP)
+    rounded = b.mul(b.round(b.mul(f, b.div(127.0, top))), b.div(top, 127.0))
     return b.slice(b.reshape(rounded, shape=(*x.shape[:-1], blocks * block)), starts=(*lead, 0), stops=x.shape)
 
 

@@ -156,6 +156,7 @@ def test_softmax(machine: Machine, n: int, known: bool) -> None:
 def test_round_rows(machine: Machine) -> None:
     x = normal(4, 70)
     x[1, 3], x[2, 69], x[3, :32] = np.nan, np.inf, 0
+    x[3, 32:64] = np.resize(np.float32([1e-37, -2e-37, 0]), 32)
     y = run(machine, round_rows(RoundRows(machine.limits, 70)), [x, empty(4, 70)])[-1]
     q, d = quantize_rows(x)
     np.testing.assert_allclose(y, (q * d[..., None]).reshape(4, -1)[:, :70], rtol=1e-6)

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from wasat.ir import Program, QTensorType, evaluate, parse, parse_program, parse_type
+from wasat.ir import DType, Program, QTensorType, evaluate, parse, parse_program, parse_type
 from wasat.ir.decompose import decompose
 from wasat.ir.graph import ArrayParam
 from wasat.ir.ops.quant import quantize_array, quantize_rows
 from wasat.passes import Cleanup, KeepQuantized, PassError, PassManager, Quantize, Report
 
+import wasat as ws
 from wasat.testing import check_pass, check_untouched, feed, random_program
 
 HEAD = """graph @f(%x: f32[n, 64], %ids: i64[n]) {
@@ -340,6 +341,30 @@ def test_halves_are_rounded_to_even() -> None:
     tiny = np.full((1, 32), 127 * 1.4 * 2.0**-24, np.float32)  # f16 has no scale between 2**-24 and 2**-23
     tiny[0, 1] *= -1
     assert quantize_array(tiny, QTensorType("int8", (1, 32))).values[0, :2].tolist() == [127, -127]
+
+
+@pytest.mark.parametrize("backend", ["interpreter", "decomposed", "cpu"])
+def test_rows_of_least_numbers_are_off_by_half_a_step(backend: str) -> None:
+    """127 / max is finite in f32 from 3.7e-37 on; below, steps are those of the least normal number, whoever rounds."""
+    text = """graph @forward(%x: f32[n, 40]) {
+  param %w: int8b32f32[40, 40]
+  %y: f32[n, 40] = quantized_linear(%x, %w) {activation="int8"}
+  return %y
+}"""
+    program = parse_program(text)
+    eye = quantize_array(127 * np.eye(40, dtype=np.float32), QTensorType("int8", (40, 40), 32, DType.F32))
+    program.params["w"] = ArrayParam(eye, eye.type)
+    if backend == "decomposed":
+        decompose(program["forward"], keep=lambda node: False)
+    tops = np.geomspace(1e-39, 1e-35, 33).astype(np.float32)
+    x = np.random.default_rng(0).uniform(-1, 1, (35, 40)).astype(np.float32)
+    x[:, ::32] = 1
+    x[:33] *= tops[:, None]
+    x[33], x[34, 3] = 0, np.nan
+    y = ws.run(program, backend="cpu" if backend == "cpu" else "interpreter", x=x)["y"] / 127
+    step = np.maximum(np.abs(x[:33]).max(-1, keepdims=True) / 127, 2.0**-126)
+    assert (np.abs(y[:33] - x[:33]) <= 0.5001 * step).all() and np.abs(y[np.argmax(tops > 1e-37)]).max() > 9e-38
+    assert (y[33] == 0).all() and np.isnan(y[34]).all()
 
 
 def test_rows_of_activations_are_rounded_to_even_in_the_decomposition_too() -> None:

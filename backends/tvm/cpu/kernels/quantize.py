@@ -2,7 +2,7 @@
 
 The result is one tensor ``int32[m, blocks, 10]``: eight words of four int8 values, the scale ``d`` (the bits of an
 f32), and ``-8 * sum(q)``, which undoes the offset of the weights' unsigned form.
-With ``amax = max|x|`` over a block: ``d = amax / 127``, ``q = round_half_even(x * (127 / amax))``, zero if amax is 0.
+With ``amax = max(max|x|, LEAST_TOP)`` over a block: ``d = amax / 127``, ``q = round_half_even(x * (127 / amax))``.
 Where a block holds a NaN or an infinity, ``d`` is NaN, and so is all that is computed from its row.
 """
 
@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from tvm import tirx
+
+from wasat.ir.ops.quant import LEAST_TOP
 
 from .emit import (
     Buffer,
@@ -39,6 +41,8 @@ from .pack import BLOCK, padded
 
 WORDS = 10
 SCALE, CORRECTION = 8, 9
+LEAST = int(np.float32(LEAST_TOP).view(np.int32))
+"""The bits of LEAST_TOP."""
 _INFINITY, _NAN = 0x7F800000, 0x7FC00000
 
 
@@ -92,9 +96,9 @@ def _block(kernel: Kernel, isa: Isa, out: Buffer, row: Expr, block: Expr, values
     lanes = isa.lanes
     # magnitudes are ordered as their bits are, with infinity and then NaN as the largest: no NaN gets lost
     magnitudes = [bits(vector("int32", lanes), absolute(value)) for value in values]
-    top = kernel.let(reduce_max_int(kernel.let(functools.reduce(tirx.max, magnitudes))))
+    top = kernel.let(tirx.max(reduce_max_int(kernel.let(functools.reduce(tirx.max, magnitudes))), splat_int(LEAST, 1)))
     amax = kernel.let(bits("float32", top))
-    inverse = kernel.let(tirx.Select(amax > splat(0.0, 1), splat(127.0, 1) / amax, splat(0.0, 1)))
+    inverse = kernel.let(splat(127.0, 1) / amax)
     total = splat_int(0, lanes)
     for i, value in enumerate(values):
         q = kernel.let(cast("int32", round_even(value * splat(inverse, lanes))))
@@ -113,9 +117,9 @@ def quantize_rows_reference(x: NDArray[np.float32]) -> NDArray[np.int32]:
     rows = np.zeros((m, blocks * BLOCK), np.float32)
     rows[:, :k] = x
     grid = rows.reshape(m, blocks, BLOCK)
-    amax = np.abs(grid).max(-1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        inverse = np.where(amax > 0, np.float32(127) / amax, np.float32(0)).astype(np.float32)
+    amax = np.maximum(np.abs(grid).max(-1), np.float32(LEAST_TOP))
+    with np.errstate(invalid="ignore"):
+        inverse = np.float32(127) / amax
         q = np.nan_to_num(np.rint(grid * inverse[..., None]), nan=0).astype(np.int8)
         amax = np.where(np.isfinite(amax), amax, np.float32(np.nan))
     out = np.empty((m, blocks, WORDS), np.int32)

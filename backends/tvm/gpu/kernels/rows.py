@@ -9,6 +9,7 @@ from typing import Literal
 from tvm import tirx
 
 from ...cpu.kernels.emit import Expr, bits, ceil_div, exp, floor_div, floor_mod, int64, load, minimum, splat, symbol
+from ...cpu.kernels.quantize import LEAST
 from ..limits import Limits
 from .emit import LOWEST, Kernel, as_f32, power_of_two, zero
 
@@ -171,12 +172,12 @@ def round_rows(d: RoundRows) -> tirx.PrimFunc:
         base = kernel.let(floor_div(at, blocks) * d.k + first, "base")
         count = minimum(d.k - first, d.block) if d.k % d.block else int64(d.block)
         top = kernel.registers(1, "int32", 1)  # magnitudes are ordered as their bits are, infinity and NaN last
-        kernel.store(top, 0, tirx.IntImm("int32", 0))
+        kernel.store(top, 0, tirx.IntImm("int32", LEAST))
         with kernel.loop(count) as j:
             value = kernel.let(as_f32(load(x, base + j)))
             kernel.store(top, 0, tirx.max(load(top, 0), bits("int32", value) & tirx.IntImm("int32", 0x7FFFFFFF)))
         largest = kernel.copy(bits("float32", kernel.copy(load(top, 0))))
-        inverse = kernel.copy(tirx.Select(largest > zero(), splat(127.0, 1) / largest, zero()))
+        inverse = kernel.copy(splat(127.0, 1) / largest)
         scale = kernel.copy(largest / splat(127.0, 1))  # infinity times 0 is NaN
         with kernel.loop(count) as j:
             q = kernel.let(tirx.nearbyint(as_f32(load(x, base + j)) * inverse))
