@@ -314,7 +314,7 @@ class Context:
         Not ``emit_te``, which renames the symbols in the operands' shapes and misses what ``build`` closes over.
         """
         inputs = [te.placeholder(x.ty.shape.values, x.ty.dtype, f"x{i}") for i, x in enumerate(args)]
-        out = build(*inputs)
+        out = nothing.unread(build(*inputs)) if args else build()
         func = te.create_prim_func([*inputs, out], "int64")
         sizes = [d for t in inputs for d in t.shape]
         derived = [v for d in sizes if not isinstance(d, tirx.Var) for v in tirx.analysis.undefined_vars(d)]

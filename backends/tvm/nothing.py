@@ -19,6 +19,14 @@ def made(ctx: Context, x: Any, shape: Sequence[DimLike], dtype: str | None = Non
     return ctx.te(lambda _: te.compute(ctx.dims(shape), lambda *i: zero, name="nothing"), x, name="nothing")
 
 
+def unread(x: te.Tensor) -> te.Tensor:
+    """x; without what it reads if it is known to have no elements: TVM would take a loop over nothing for a view of the operand,
+    whatever that one's sizes are."""
+    if not any(isinstance(d, tirx.IntImm) and d.value == 0 for d in x.shape):
+        return x
+    return te.compute(x.shape, lambda *_: tirx.const(0, x.dtype), name="nothing")
+
+
 def spare(g: Graph) -> None:
     """Composite and ordering operations whose results have no elements become slices of an operand: what they are made of
     divides by sizes, and TVM refuses to divide by a constant 0."""

@@ -79,7 +79,7 @@ def config_of(g: Gguf) -> dict[str, Any]:
         said = brief(version)
         raise keys.fail(f"general.quantization_version is {said}; formats of version 2 are known: convert the file again")
     if keys.arch not in ARCHITECTURES:
-        raise keys.fail(f"the architecture is {keys.arch!r}; supported are {', '.join(ARCHITECTURES)}")
+        raise keys.fail(f"the architecture is {brief(keys.arch)}; supported are {', '.join(ARCHITECTURES)}")
     if "token_embd.weight" not in g.tensors:
         raise keys.fail("the tensor token_embd.weight is missing")
     dim, heads, layers = keys.count("embedding_length"), keys.count("attention.head_count"), keys.count("block_count")

@@ -53,9 +53,12 @@ ACTIVATIONS = {
 
 
 def check_layers(config: Mapping[str, Any], tensors: Callable[[], Sized], where: Path | str) -> None:
-    """Raises CheckpointError for hundreds of layers or experts that are more than the ``tensors``, before they are built."""
-    for name in ("num_hidden_layers", "n_layer", "n_layers", "num_local_experts", "num_experts", "n_routed_experts"):
-        if isinstance(n := config.get(name), int) and n > 256 and n > (found := len(tensors())):
+    """Raises CheckpointError for many layers, or hundreds of experts, that are more than the ``tensors``, before they are built.
+
+    A layer has tensors of its own; experts may be stacked in one, which is why some hundreds of them are left to be looked for."""
+    bounds = {"num_hidden_layers": 16, "n_layer": 16, "n_layers": 16, "num_local_experts": 256, "num_experts": 256}
+    for name, some in {**bounds, "n_routed_experts": 256}.items():
+        if isinstance(n := config.get(name), int) and n > some and n > (found := len(tensors())):
             raise CheckpointError(f"{where}: {name} is {strict.brief(n)}, and the checkpoint has {found:,} tensors")
 
 

@@ -45,3 +45,28 @@ def test_what_has_no_elements() -> None:
         got = run(name, {"x": x})["y"]
         assert got.shape == want.shape
         np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("turns", ["n", "3", "0"])
+def test_turns_of_a_loop_over_elements_of_nothing(turns: str) -> None:
+    """TVM took the row of a turn for a view of all rows."""
+    g = parse(f"""graph @loop(%h: f32[2, 4], %x: f32[{turns}, 2, 0], %e: f32[{turns}, 0]) {{
+  %last: f32[2, 4], %p: f32[{turns}, 0, 4], %q: f32[{turns}, 4] = scan(%h, %x, %e) {{body=graph @turn(
+    %h: f32[2, 4], %x: f32[2, 0], %e: f32[0]) {{
+    %t: f32[0, 2] = transpose(%x) {{perm=(1, 0)}}
+    %p: f32[0, 4] = matmul(%t, %h)
+    %m: f32[2, 4] = matmul(%x, %p)
+    %s: f32[] = reduce_sum(%e) {{axes=(0,)}}
+    %a: f32[2, 4] = add(%m, %s)
+    %next: f32[2, 4] = add(%a, %h)
+    %q: f32[4] = reduce_max(%next) {{axes=(0,)}}
+    return %next, %p, %q
+  }}, carries=1, slices=2}}
+  return %last, %p, %q
+}}""")
+    run = Runner(Program({"loop": g}), cpu())
+    for n in (0, 1, 5) if turns == "n" else (int(turns),):
+        x = {"h": np.arange(8, dtype=np.float32).reshape(2, 4), "x": np.zeros((n, 2, 0), np.float32),
+             "e": np.zeros((n, 0), np.float32)}
+        for y, want in zip(run("loop", x).values(), evaluate(g, x)):
+            np.testing.assert_array_equal(y, want, strict=True)
