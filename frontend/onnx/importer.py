@@ -48,6 +48,9 @@ SMALL = 64
 MERGED = "use_cache_branch"
 """The input by which optimum's merged decoders choose between graphs with a past and without, whose outputs differ in type."""
 
+LEFT_OUT = frozenset({("Resize", "roi"), ("Resize", "scales")})
+"""Inputs that an older operator set asks for where they mean nothing; files leave them out, and onnxruntime reads those."""
+
 MALFORMED = (DimError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 """What code that trusts a file's fields meets where they are not what they should be."""
 
@@ -326,6 +329,7 @@ class Importer:
                 raise self.fail(f"{node.op_type} node {scope!r} has an attribute {a.name}, which {version} has not")
         for given, name, declared in zip(inputs, node.input, schema.inputs):
             optional = declared.option is not onnx.defs.OpSchema.FormalParameterOption.Single or "optional" in declared.type_str
+            optional = optional or (node.op_type, declared.name) in LEFT_OUT
             if given is None and not name and not optional:
                 raise self.fail(f"{node.op_type} node {scope!r} lacks the input {declared.name}")
 

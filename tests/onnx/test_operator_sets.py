@@ -12,7 +12,7 @@ onnx = pytest.importorskip("onnx")
 if not onnx.__version__.startswith("1.23."):
     pytest.skip(f"the cases are of onnx 1.23, not {onnx.__version__}", allow_module_level=True)
 
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from onnx.backend.test.runner import Runner, _normalize_tensor
 from onnx_sets import FORMS, NEWEST, OLDEST, SCHEMAS, Form, older, refused, versions, with_node
 from report import LIST
@@ -138,6 +138,28 @@ def test_labels_are_looked_up(version: int) -> None:
     program = from_onnx(helper.make_model(helper.make_graph([node], "g", [x], [y]), opset_imports=opsets))
     got = evaluate(program["forward"], {"x": np.array([-1, 3, 4, 3])})[0]
     assert np.asarray(got).tolist() == [2, 0.5, 9, 0.5]
+
+
+@pytest.mark.parametrize("coordinates", ["half_pixel", "align_corners", "asymmetric"])
+@pytest.mark.parametrize("by", ["scales", "sizes"])
+def test_resize_of_set_11_without_what_does_not_matter(by: str, coordinates: str) -> None:
+    """It asks for roi and scales, even where they say nothing; onnxruntime reads files that leave them out."""
+    inputs = ["x", "", "by"] if by == "scales" else ["x", "", "", "by"]
+    numbers = np.float32([1, 1, 2, 1.5]) if by == "scales" else np.int64([2, 3, 8, 9])
+    node = helper.make_node("Resize", inputs, ["y"], mode="linear", coordinate_transformation_mode=coordinates)
+    x = np.sin(np.arange(144, dtype=np.float32)).reshape(2, 3, 4, 6)
+    found = []
+    for version in (11, 13):
+        graph = helper.make_graph(
+            [node], "g", [helper.make_tensor_value_info("x", 1, ["n", 3, 4, 6])], [helper.make_tensor_value_info("y", 1, None)],
+            [numpy_helper.from_array(numbers, "by")])
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", version)])
+        found.append(evaluate(from_onnx(model)["forward"], {"x": x})[0])
+    np.testing.assert_array_equal(*found, strict=True)
+    graph.node[0].input[2] = ""
+    if by == "scales":
+        with pytest.raises(OnnxError, match="Resize"):
+            from_onnx(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 11)]))
 
 
 def test_training_of_an_old_normalization_is_refused() -> None:
