@@ -17,7 +17,7 @@ from typing import Any
 
 from .elf import exports
 from .errors import AGAIN, ArtifactError
-from .exchange import alone_in, put, replacement
+from .exchange import alone_in, no_name, put, replacement
 from .hosts.plan import PLAN, SOURCES
 from .machine import check_machine
 from .manifest import Manifest, check_format, is_file_name, parse_manifest
@@ -73,8 +73,8 @@ def write_artifact(out: Path, manifest: Mapping[str, Any], files: Mapping[str, P
 def check_destination(out: Path) -> None:
     """Raises ArtifactError unless ``out`` is free or an artifact, and nothing else, in a folder that can be written to: for
     asking before the long work."""
-    if "\0" in str(out):
-        raise ArtifactError(f"{str(out)!r} is no name for a folder; choose another place")
+    if (why := no_name(out, beside=True)) is not None:
+        raise ArtifactError(f"no folder can be written there: {why}; choose another place")
     out = Path(os.path.realpath(out))
     if out.parent == out:
         raise ArtifactError(f"{out} is the root of all folders; choose another place")
@@ -135,6 +135,8 @@ def read_manifest(folder: Path, here: bool = True) -> Manifest:
     Hashes are left to :func:`check_hash`. ``here=False``: it is for another machine, perhaps. Raises ArtifactError.
     """
     path = folder / MANIFEST
+    if (why := no_name(folder)) is not None:
+        raise ArtifactError(f"there is no artifact: {why}")
     if not path.is_file():
         raise ArtifactError(f"{folder} is no artifact: it holds no {MANIFEST}; give a folder that wasat compile wrote")
     try:

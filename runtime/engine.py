@@ -79,7 +79,7 @@ def _identity(folder: Path) -> tuple[int, int] | None:
     """What tells a folder from the one that replaces it."""
     try:
         found = folder.stat()
-    except OSError:
+    except (OSError, ValueError):  # it is no name for a folder; reading it says so
         return None
     return found.st_dev, found.st_ino
 

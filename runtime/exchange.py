@@ -21,6 +21,19 @@ except ImportError:  # Windows
 _AT_FDCWD, _EXCHANGE = -100, 2
 
 
+def no_name(path: Path, beside: bool = False) -> str | None:
+    """Why no file can be called so, nor, with ``beside``, a fresh one be made beside it; None: one can."""
+    try:
+        longest = max((len(os.fsencode(part)) for part in path.parts), default=0)
+    except UnicodeEncodeError:
+        return f"{str(path)!a} has half a character in it"
+    if "\0" in str(path):
+        return f"{str(path)!r} has a zero in it"
+    if longest > (235 if beside else 255) or len(os.fsencode(path)) > 4000:
+        return f"{str(path)[:40]}... is longer than names of files can be"
+    return None
+
+
 @contextlib.contextmanager
 def replacement(out: Path) -> Iterator[Path]:
     """A fresh folder beside ``out``, to be filled and given to :func:`put`; it is removed whatever happens.

@@ -30,6 +30,7 @@ TESTS = {  # what covers a file; for others it is the file of the same name, or 
     "frontend/models/encoders.py": ["tests/frontend/test_sentence.py"],
     "frontend/models/modernbert.py": ["tests/frontend/test_sentence.py"],
     "runtime/template.py": ["tests/runtime/test_templates.py"],
+    "runtime/tokenizer.py": ["tests/runtime/test_text_stream.py", "tests/runtime/test_tokenizer.py"],
     "runtime/embedding.py": ["tests/runtime/test_embedding.py", "tests/face/test_embed.py"],
     "passes/analyses/rows.py": ["tests/passes/test_rows.py"],
     **{f"passes/analyses/{x}.py": CACHES for x in ("axis", "sequence", "parts")},

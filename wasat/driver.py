@@ -171,6 +171,10 @@ def _told(progress: Progress | None) -> Progress:
 def _path(x: object) -> Path:
     if not isinstance(x, (str, Path)):
         raise WasatError(f"a file or folder is named by text or a Path, not {type(x).__name__}")
+    from wasat.runtime.exchange import no_name
+
+    if (why := no_name(Path(x))) is not None:
+        raise WasatError(f"there is no such file or folder: {why}")
     return Path(x)
 
 

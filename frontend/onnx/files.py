@@ -58,6 +58,8 @@ def read(source: str | Path | bytes | onnx.ModelProto) -> Source:
             data = path.read_bytes()
         except OSError as e:
             raise OnnxError(f"{path} cannot be read: {e}") from None
+        except ValueError as e:  # no file can be called so
+            raise OnnxError(f"{str(path)!a} cannot be read: {e}") from None
     name = str(path) if path is not None else "model"
     model = onnx.ModelProto()
     try:

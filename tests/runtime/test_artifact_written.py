@@ -9,8 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from wasat.runtime import ArtifactError, exchange, write_artifact
+from wasat.ir import WasatError
+from wasat.runtime import ArtifactError, RuntimeErrorBase, exchange, write_artifact
 from wasat.runtime.artifact import digest
+
+import wasat as ws
 
 
 def _write(out: Path, text: str = "x") -> None:
@@ -154,7 +157,10 @@ def test_names_of_files_that_cannot_be(tmp_path: Path, name: str) -> None:
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("place, message", [("/", "the root of all folders"), ("a\0b", "is no name for a folder")])
+@pytest.mark.parametrize("place, message", [
+    ("/", "the root of all folders"), ("a\0b", "has a zero in it"), ("a\ud800", "half a character"),
+    ("x" * 250, "longer than names"), ("x/" * 2500, "longer than names"),
+], ids=["root", "zero", "half a character", "long", "deep"])
 def test_places_that_cannot_be(place: str, message: str) -> None:
     with pytest.raises(ArtifactError, match=message):
         _write(Path(place))
@@ -169,3 +175,11 @@ def test_what_is_no_artifact_is_not_replaced(tmp_path: Path) -> None:
             _write(tmp_path / name)
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
     assert os.listdir(tmp_path / "folder") == ["precious"]
+
+
+@pytest.mark.parametrize("name", ["\ud800", "a\0b", "x" * 5000], ids=["half a character", "zero", "long"])
+def test_a_name_that_no_file_has(name: str) -> None:
+    """It is refused in our words by all that reads."""
+    for read in (ws.load, ws.from_pretrained, ws.from_onnx):
+        with pytest.raises((RuntimeErrorBase, WasatError), match="artifact|no such file|cannot be read"):
+            read(name)
