@@ -20,8 +20,8 @@ def made(ctx: Context, x: Any, shape: Sequence[DimLike], dtype: str | None = Non
 
 
 def unread(x: te.Tensor) -> te.Tensor:
-    """x; without what it reads if it is known to have no elements: TVM would take a loop over nothing for a view of the operand,
-    whatever that one's sizes are."""
+    """x; without what it reads if it is known to have no elements: TVM would take a loop over nothing for a view of the
+    operand, whatever that one's sizes are."""
     if not any(isinstance(d, tirx.IntImm) and d.value == 0 for d in x.shape):
         return x
     return te.compute(x.shape, lambda *_: tirx.const(0, x.dtype), name="nothing")

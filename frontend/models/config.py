@@ -53,9 +53,8 @@ ACTIVATIONS = {
 
 
 def check_layers(config: Mapping[str, Any], tensors: Callable[[], Sized], where: Path | str) -> None:
-    """Raises CheckpointError for many layers, or hundreds of experts, that are more than the ``tensors``, before they are built.
-
-    A layer has tensors of its own; experts may be stacked in one, which is why some hundreds of them are left to be looked for."""
+    """Raises CheckpointError for many layers, or hundreds of experts, that are more than the ``tensors``, unbuilt.
+    A layer has tensors of its own; experts may be stacked in one, and some hundreds of them are soon built."""
     bounds = {"num_hidden_layers": 16, "n_layer": 16, "n_layers": 16, "num_local_experts": 256, "num_experts": 256}
     for name, some in {**bounds, "n_routed_experts": 256}.items():
         if isinstance(n := config.get(name), int) and n > some and n > (found := len(tensors())):

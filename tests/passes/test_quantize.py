@@ -363,8 +363,10 @@ def test_rows_of_least_numbers_are_off_by_half_a_step(backend: str) -> None:
     x[33], x[34, 3] = 0, np.nan
     y = ws.run(program, backend="cpu" if backend == "cpu" else "interpreter", x=x)["y"] / 127
     step = np.maximum(np.abs(x[:33]).max(-1, keepdims=True) / 127, 2.0**-126)
-    assert (np.abs(y[:33] - x[:33]) <= 0.5001 * step).all() and np.abs(y[np.argmax(tops > 1e-37)]).max() > 9e-38
-    assert (y[33] == 0).all() and np.isnan(y[34]).all()
+    assert (np.abs(y[:33] - x[:33]) <= 0.5001 * step).all()
+    assert np.abs(y[np.argmax(tops > 1e-37)]).max() > 9e-38
+    assert (y[33] == 0).all()
+    assert np.isnan(y[34]).all()
 
 
 def test_rows_of_activations_are_rounded_to_even_in_the_decomposition_too() -> None:

@@ -181,5 +181,5 @@ def test_what_is_no_artifact_is_not_replaced(tmp_path: Path) -> None:
 def test_a_name_that_no_file_has(name: str) -> None:
     """It is refused in our words by all that reads."""
     for read in (ws.load, ws.from_pretrained, ws.from_onnx):
-        with pytest.raises((RuntimeErrorBase, WasatError), match="artifact|no such file|cannot be read"):
+        with pytest.raises((RuntimeErrorBase, WasatError), match=r"artifact|no such file|cannot be read"):
             read(name)

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from tvm import tirx
-
 from wasat.ir.ops.quant import LEAST_TOP
 
 from .emit import (
