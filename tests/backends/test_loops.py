@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import tvm
@@ -101,7 +103,7 @@ def module_of(text: str) -> tvm.IRModule:
     "text, all_taken",
     [
         ("(%x: f32[40, 50]) {\n %a: f32[40, 50] = exp(%x)\n %y: f32[50] = reduce_sum(%a) {axes=(0,)}", True),
-        ("(%x: f32[s, 50]) {\n %y: f32[s, 50] = exp(%x)", False),  # sizes that are not known
+        ("(%x: f32[s, 50]) {\n %y: f32[s, 50] = exp(%x)", False),  # sizes that are not known: see below
         ("(%x: f32[40, 50]) {\n %y: f32[40, 50] = cumsum(%x) {axis=1}", False),  # a loop within a block
     ],
 )
@@ -109,3 +111,37 @@ def test_taken(text: str, all_taken: bool) -> None:
     functions = [f for f in module_of(f"graph @g{text}\n return %y\n}}").functions.values() if isinstance(f, tirx.PrimFunc)]
     assert functions
     assert all("tirx.is_scheduled" in f.attrs for f in functions) == all_taken
+
+
+UNKNOWN = {
+    "of one shape, read however often": (
+        "(%x: f32[n, m], %z: f32[m]) {\n %a: f32[n, m] = mul(%x, %z)\n %t: f32[n, m] = tanh(%a)\n %c: f32[n, m] = add(%a, %t)\n"
+        " %k: bool[n, m] = greater(%c, %x)\n %y: f32[n, m] = select(%k, %c, %x)", 1),
+    "turned": (
+        "(%x: f32[n, m]) {\n %a: f32[n, m] = mul(%x, %x)\n %t: f32[m, n] = transpose(%a) {perm=(1, 0)}\n"
+        " %y: f32[m, n] = sub(%t, 1.0:f32)", 3),
+    "a sum's elements": (
+        "(%x: f32[n, m]) {\n %a: f32[n, m] = mul(%x, %x)\n %b: f32[n, m] = neg(%a)\n %y: f32[n] = reduce_sum(%b) {axes=(1,)}", 4),
+    "read by a sum and beside it": (
+        "(%x: f32[n, m]) {\n %a: f32[n, m] = exp(%x)\n %s: f32[n, 1] = reduce_sum(%a) {axes=(1,), keepdims=true}\n"
+        " %d: f32[n, m] = div(%a, %s)\n %y: f32[n, m] = mul(%d, %d)", 4),
+    "once for a row": (
+        "(%x: f32[n, m], %v: f32[n, 1]) {\n %r: f32[n, 1] = exp(%v)\n %q: f32[n, 1] = add(%r, 1.0:f32)\n"
+        " %w: f32[n, m] = mul(%x, %q)\n %y: f32[n, m] = neg(%w)", 4),
+    "numbers": ("(%x: f32[]) {\n %a: f32[] = mul(%x, 2.0:f32)\n %b: f32[] = expm1(%a)\n %y: f32[] = neg(%b)", 0),
+    "rounded in between": (
+        "(%x: f16[n, m], %z: f16[n, m]) {\n %a: f16[n, m] = mul(%x, %z)\n %c: f16[n, m] = add(%a, %a)\n %y: f16[n, m] = mul(%c, %a)", 1),
+}  # fmt: skip
+"""Of sizes that are not known -> how many nests there are; a sum has another, which says what there is of nothing."""
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_elements_of_one_place_are_computed_in_one_nest(name: str) -> None:
+    text, nests = UNKNOWN[name]
+    program = parse_program(f"graph @g{text}\n return %y\n}}")
+    made = [f for f in module_of(str(program)).functions.values() if isinstance(f, tirx.PrimFunc)]
+    assert sum(len(re.findall(r"^    for ", f.script(), re.M)) for f in made) == nests
+    rng, sizes, runner = np.random.default_rng(0), {"n": 5, "m": 7}, Runner(program, cpu(threads=2))
+    inputs = {v.name: rng.standard_normal(v.tensor.concrete(sizes)).astype(v.tensor.dtype.np) for v in program["g"].inputs}
+    [want] = evaluate(program["g"], inputs)
+    np.testing.assert_allclose(runner("g", inputs)["y"], want, rtol=1e-3 if want.dtype == np.float16 else 2e-6, atol=2e-6)

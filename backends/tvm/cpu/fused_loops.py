@@ -4,8 +4,9 @@ TVM compiles a fused function as it stands: a nest and a buffer for each operati
 is computed where it is read, once per element; the loops that remain are ordered so that the innermost one walks memory, which
 LLVM turns into vector code; exponentials and the like are polynomials, so that nothing calls out of it.
 
-Taken are functions of known sizes made of elementwise operations and sums, products, maxima and minima. All others are left,
-and so is bf16: the pass that widens it loses the buffers that are declared within loops.
+Taken are functions of known sizes made of elementwise operations and sums, products, maxima and minima. Elementwise operations
+of one shape, whose sizes are known when they run, become one nest. All else is left, and so is bf16: the pass that widens it
+loses the buffers that are declared within loops.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import tvm
 import tvm.sym
 import tvm_ffi
-from tvm import tirx
+from tvm import s_tir, tirx
 from tvm.ir import Call, TensorLoad
 from tvm.s_tir import SBlockRealize
 
@@ -68,13 +69,54 @@ def schedule(threads: int) -> Any:
         for gv, f in module.functions_items():
             if isinstance(f, tirx.PrimFunc) and "tirx.is_scheduled" not in (f.attrs or {}):
                 try:
-                    made = _Loops(f, gv.name_hint, threads).build()
+                    module[gv] = _Loops(f, gv.name_hint, threads).build()
                 except _Unsupported:
-                    continue
-                module[gv] = made
+                    module[gv] = _in_one_nest(f)
         return module
 
     return run
+
+
+def _in_one_nest(func: tirx.PrimFunc) -> tirx.PrimFunc:
+    """``func``, if it is nests over one shape that is not known, and each element needs those at its own place: as one nest.
+
+    What nests handed each other is kept for an element: TVM, to which floats are numbers of no end, would simplify one
+    expression of all (x + y - y is not always x).
+    """
+    body = func.body.block.body if isinstance(func.body, SBlockRealize) else None
+    if not isinstance(body, tirx.SeqStmt):
+        return func
+    inner = list(func.body.block.alloc_buffers)
+    if any(str(b.dtype) == "bfloat16" for b in [*inner, *(p for p in func.params if isinstance(p.ty, tirx.BufferType))]):
+        return func
+    made = s_tir.Schedule(func)
+    *before, last = made.get_child_blocks(made.get_sblock(func.body.block.name_hint))
+    *firsts, final = blocks = [made.get(place) for place in (*before, last)]
+    if not all(_stores(b) and tvm_ffi.structural_equal(_extents(b), _extents(final)) for b in blocks):
+        return func
+    if not all(any(b.same_as(first.body.buffer) for b in inner) for first in firsts):  # it is another result
+        return func
+    if not made.get_loops(last):  # numbers
+        return func
+    try:
+        for place in reversed(before):
+            made.compute_at(place, made.get_loops(last)[-1])
+    except s_tir.ScheduleError:  # an element needs others than its own
+        return func
+    small = [
+        s_tir.transform.PlanAndUpdateBufferAllocationLocation(), s_tir.transform.ConvertBlocksToOpaque(),
+        s_tir.transform.CompactBufferAllocation(),
+    ]  # fmt: skip
+    return tvm.transform.Sequential(small)(made.mod)["main"].with_attrs(func.attrs)
+
+
+def _stores(block: Any) -> bool:
+    """Whether it computes an element of each axis, and no sum."""
+    return isinstance(block.body, tirx.BufferStore) and all(v.iter_type == tirx.IterVar.DataPar for v in block.iter_vars)
+
+
+def _extents(block: Any) -> list[Expr]:
+    return [v.dom.extent for v in block.iter_vars]
 
 
 def _size(n: Expr) -> int:
