@@ -141,6 +141,31 @@ def test_what_a_layer_says_is_off_by_less(how: str) -> None:
 
 
 @pytest.mark.parametrize("how", TYPES)
+def test_no_code_alone_could_be_better(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the others as they are: of GPTQ's, some could. Errors fall by a twentieth, over features of a text not seen, too."""
+    x = np.random.default_rng(3).standard_normal((40, 192)).astype(np.float32)
+    t = parse_type(f"{how}[40, 192]")
+    assert isinstance(t, QTensorType)
+    features = np.random.default_rng(7).standard_normal((4096, 192)) * np.arange(1, 193) ** -0.6
+    features = features @ np.linalg.qr(np.random.default_rng(8).standard_normal((192, 192)))[0]
+    seen, other = (part.T @ part / len(part) for part in (features[:2048], features[2048:]))
+
+    def off(moments: np.ndarray) -> float:
+        d = Compensation(seen)(x, t).dense().astype(np.float64) - x
+        return float(np.einsum("nk,kl,nl->", d, moments, d))
+
+    now = off(seen), off(other)
+    monkeypatch.setattr("wasat.calibration.compensate._PASSES", 0)
+    before = off(seen), off(other)
+    assert now[0] < 0.96 * before[0]
+    assert now[1] < 0.97 * before[1]
+    monkeypatch.setattr("wasat.calibration.compensate._PASSES", 40)
+    settled = Compensation(seen)(x, t)
+    monkeypatch.setattr("wasat.calibration.compensate._PASSES", 41)
+    np.testing.assert_array_equal(Compensation(seen)(x, t).dense(), settled.dense())
+
+
+@pytest.mark.parametrize("how", TYPES)
 def test_features_on_their_own_are_rounded_as_they_are(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("wasat.calibration.compensate._SLAB", 7 * 192)  # rows in pieces
     rng = np.random.default_rng(4)
