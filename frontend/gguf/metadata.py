@@ -100,12 +100,15 @@ def config_of(g: Gguf) -> dict[str, Any]:
         for key in ("expert_count", "expert_used_count"):
             keys.refuse(key, 0, "mixtures of experts are not read of this architecture")
     keys.refuse("attention.shared_kv_layers", 0, "shared layers are not read")
+    without = _without_attention(keys, layers) if arch.hybrid else frozenset()
     config: dict[str, Any] = {
         "hidden_size": dim, "num_hidden_layers": layers, "num_attention_heads": heads, "head_dim": head_dim,
         "num_key_value_heads": keys.count("attention.head_count_kv", heads),
         "intermediate_size": keys.count("feed_forward_length"), "max_position_embeddings": keys.count("context_length"),
         "vocab_size": g.tensors["token_embd.weight"].shape[0], "tie_word_embeddings": "output.weight" not in g.tensors,
     }  # fmt: skip
+    if without:
+        config["layer_types"] = ["conv" if i in without else "full_attention" for i in range(layers)]
     keys.refuse("vocab_size", config["vocab_size"], f"token_embd.weight has {config['vocab_size']} rows")
     rms, other = "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"
     used = other if arch.eps != "rms_norm_eps" and keys.has(other) else rms  # converters write either for layer norms
@@ -114,6 +117,15 @@ def config_of(g: Gguf) -> dict[str, Any]:
     config |= arch.read(keys, config)
     keys.finish()
     return config
+
+
+def _without_attention(keys: Keys, layers: int) -> frozenset[int]:
+    """Layers whose heads of keys are 0; the key is left with what the others have."""
+    value = keys.given.get("attention.head_count_kv")
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in "iu" or len(value) != layers or not value.any():
+        return frozenset()
+    keys.given["attention.head_count_kv"] = value[value != 0]
+    return frozenset(np.flatnonzero(value == 0).tolist())
 
 
 def pooling_of(g: Gguf) -> str | None:
@@ -289,6 +301,22 @@ def _granite(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
     return {field: keys.number(key, default) for field, (key, default) in factors.items()}
 
 
+def _granite_experts(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
+    found = {"num_local_experts": keys.count("expert_count"), "num_experts_per_tok": keys.count("expert_used_count")}
+    keys.refuse("expert_shared_feed_forward_length", 0, "experts that all tokens go through are not implemented for it")
+    keys.refuse("expert_feed_forward_length", config["intermediate_size"], "it is the width of experts")
+    return {**_granite(keys, config), **found}
+
+
+def _lfm2(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
+    config["norm_eps"] = config.pop("rms_norm_eps")
+    del config["head_dim"]
+    if "layer_types" not in config:
+        config["layer_types"] = ["full_attention"] * config["num_hidden_layers"]
+    bias = any(name.endswith("shortconv.in_proj.bias") for name in keys.tensors)
+    return {"conv_L_cache": keys.count("shortconv.l_cache"), "block_auto_adjust_ff_dim": False, "conv_bias": bias}
+
+
 def _olmo(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
     keys.refuse("attention.layer_norm_epsilon", float(np.float32(1e-5)), "OLMo's is fixed")
     del config["eps"]
@@ -381,6 +409,8 @@ class Architecture:
     partial: bool = False
     """A part of each head may be rotated."""
     experts: bool = False
+    hybrid: bool = False
+    """Layers without heads of keys have something else than attention."""
     two_norms: Names | None = None
     """Names where there is ``attn_norm_2``."""
 
@@ -404,6 +434,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma": Architecture(_decoder("gemma")),
     "glm4": Architecture(_decoder("glm4", biases=_ATTENTION, partial=True), names.GLM4, partial=True),
     "granite": Architecture(_decoder("granite", biases=_ATTENTION, more=_granite), interleaved=True),
+    "granitemoe": Architecture(
+        _decoder("granitemoe", biases=_ATTENTION, more=_granite_experts), names.experts("block_sparse_moe"), interleaved=True,
+        experts=True,
+    ),
+    "lfm2": Architecture(_decoder("lfm2", more=_lfm2), names.LFM2, hybrid=True),
     "hunyuan-dense": Architecture(_decoder("hunyuan_v1_dense", biases=_ATTENTION), names.HUNYUAN),
     "gpt-oss": Architecture(_gpt_oss, names.GPT_OSS, experts=True),
     "gpt2": Architecture(older.gpt2, names.GPT2, eps="layer_norm_epsilon", partial=True),

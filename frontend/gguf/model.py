@@ -24,7 +24,7 @@ from .metadata import ARCHITECTURES, config_of, pooling_of
 from .names import Names
 from .tokenizer import special_ids, special_tokens, tokenizer_json
 
-_OF_LAYER = re.compile(r"blk\.(0|[1-9]\d*)\.(\w+)\.(weight|bias)\Z")
+_OF_LAYER = re.compile(r"blk\.(0|[1-9]\d*)\.(\w+(?:\.\w+)?)\.(weight|bias)\Z")
 _TEMPLATE = "tokenizer.chat_template"
 _OF_TEMPLATE = re.compile(rf"{re.escape(_TEMPLATE)}(\..+)?\Z")
 _FREQUENCIES = "rope_freqs.weight"
@@ -113,13 +113,21 @@ def _sources(g: Gguf, config: Mapping[str, Any], m: Model) -> dict[str, GgufPara
     for name, needed in wanted.items():
         if name not in found:
             problems.append(f"missing: {name} {needed}")
-        elif found[name].shape != needed.shape:
+        elif found[name].shape != needed.shape and not _of_channels(found[name].shape, needed.shape):
             got = found[name]
             problems.append(f"misshaped: {got.name} is {list(got.shape)}, the metadata ask for {list(needed.shape)}")
     if problems:
         raise CheckpointError(f"{g.path}: the tensors do not fit the metadata:\n{listed(problems)}")
     interleaved = ARCHITECTURES[arch].interleaved
-    return {name: GgufParam(found[name], _halves(name, config) if interleaved else None) for name in wanted}
+    return {
+        name: GgufParam(found[name], _halves(name, config) if interleaved else None, _of_channels(found[name].shape, t.shape))
+        for name, t in wanted.items()
+    }
+
+
+def _of_channels(shape: tuple[int, ...], needed: tuple[Any, ...]) -> bool:
+    """Whether these are the [channels, width] of a convolution that is [channels, 1, width]."""
+    return len(needed) == 3 and needed[1] == 1 and shape == (needed[0], needed[2])
 
 
 def _name(name: str, names: Names, m: Model) -> str:

@@ -51,6 +51,12 @@ GPT_OSS = Names({
     **{f"ffn_{part}_exps.bias": f"mlp.{part}_bias" for part in ("gate", "up", "down")},
     **{f"ffn_{part}_exps": f"mlp.{part}_proj" for part in ("gate", "up", "down")},
 }, _WHOLE)  # fmt: skip
+LFM2 = Names({
+    "attn_norm": "operator_norm", "ffn_norm": "ffn_norm", "ffn_gate": "feed_forward.w1", "ffn_up": "feed_forward.w3",
+    "ffn_down": "feed_forward.w2", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.out_proj", "attn_q_norm": "self_attn.q_layernorm", "attn_k_norm": "self_attn.k_layernorm",
+    "shortconv.conv": "conv.conv", "shortconv.in_proj": "conv.in_proj", "shortconv.out_proj": "conv.out_proj",
+}, {"token_embd": "embed_tokens", "token_embd_norm": "embedding_norm"})  # fmt: skip
 GPT2 = Names({
     "attn_norm": "ln_1", "attn_qkv": "attn.c_attn", "attn_output": "attn.c_proj", "ffn_norm": "ln_2", "ffn_up": "mlp.c_fc",
     "ffn_down": "mlp.c_proj",

@@ -88,15 +88,20 @@ class GgufParam:
     stored: GgufTensor
     order: tuple[int, int] | None = None
     """Heads, and rows of a head, whose halves lie interleaved (the layout of GGUF's llama queries and keys)."""
+    channels: bool = False
+    """It is a convolution of each channel, and has an axis of one more: f32 [channels, 1, width]."""
 
     is_data: ClassVar[bool] = True
 
     @property
     def type(self) -> Type:
-        return self.stored.type
+        rows, *rest = self.stored.shape
+        return TensorType(DType.F32, (rows, 1, *rest)) if self.channels else self.stored.type
 
     def load(self) -> Array:
         x = self.stored.load()
+        if self.channels:
+            return np.asarray(x.dense() if isinstance(x, QArray) else x, np.float32)[:, None]
         if self.order is None:
             return x
         heads, width = self.order

@@ -44,6 +44,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("granite", {
         RMS: 1e-6, "attention.scale": 0.2, "embedding_scale": 3.0, "residual_scale": 0.7, "logit_scale": 2.0,
     }),
+    "granitemoe": ("granitemoe", {
+        RMS: 1e-6, "attention.scale": 0.2, "embedding_scale": 3.0, "residual_scale": 0.7, "logit_scale": 2.0, "expert_count": 4,
+        "expert_used_count": 2,
+    }),
+    "lfm2": ("lfm2", {"attention.head_count_kv": [0, 2, 0], "shortconv.l_cache": 3}),
+    "lfm2_older": ("lfm2", {"attention.head_count_kv": [0, 2, 0], "shortconv.l_cache": 4, "feed_forward_length": 36}),
     "hunyuan_v1_dense": ("hunyuan-dense", {}),
     "mixtral": ("llama", {"expert_count": 4, "expert_used_count": 2}),
     "nemotron": ("nemotron", {LAYER: 1e-5, RMS: 1e-5, "rope.dimension_count": 8, "rope.scaling.type": "none"}),
@@ -68,7 +74,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "starcoder2": ("starcoder2", {LAYER: 1e-5, "attention.sliding_window": 6}),
 }  # fmt: skip
 """Case of tests/golden/families -> the architecture, and its keys beyond those of all."""
-PERMUTED = ("arcee", "granite", "llama", "olmo", "smollm3")
+PERMUTED = ("arcee", "granite", "granitemoe", "llama", "olmo", "smollm3")
 """Whose queries and keys the converter puts in the order of neighbouring pairs."""
 
 
@@ -98,6 +104,13 @@ def tensors(name: str, arch: str, config: dict[str, Any], shapes: dict[str, tupl
             whole[key] = np.concatenate([p.reshape(-1, *x.shape[1:]) for p in split])
         if arch == "gpt2" and ".c_" in key and x.ndim > 1:
             whole[key] = x.T
+        if key.endswith("conv.conv.weight"):
+            whole[key] = x[:, 0]
+        if arch == "granitemoe" and ".input_linear" in key:
+            halves = zip(("experts.w1", "experts.w3"), np.split(whole.pop(key), 2, 1))
+            whole |= {key.replace("input_linear", part): np.ascontiguousarray(y) for part, y in halves}
+        if arch == "granitemoe" and ".output_linear" in key:
+            whole[key.replace("output_linear", "experts.w2")] = whole.pop(key)
         if "sinks" in key:
             whole[f"{key}.weight"] = whole.pop(key)
         if arch == "gpt-oss" and "experts" in key:
@@ -172,6 +185,9 @@ def test_every_architecture_of_a_decoder_is_here() -> None:
     ("bloom", {"attention.max_alibi_bias": 4.0}, "max_alibi_bias"),
     ("falcon", {"rope.dimension_count": 4}, "all of a head is rotated"),
     ("gpt_neox", {"attention.key_length": 16, "attention.value_length": 16}, "heads share the width"),
+    ("granitemoe", {"expert_shared_feed_forward_length": 8}, "experts that all tokens go through"),
+    ("lfm2", {"attention.head_count_kv": [0, 2, 1]}, "one positive integer"),
+    ("lfm2", {"shortconv.l_cache": 5}, "misshaped: blk.0.shortconv.conv.weight is [32, 3]"),
     ("gpt_oss", {"expert_used_count": 5}, "num_experts_per_tok is 5, and there are 4 experts"),
 ])  # fmt: skip
 def test_refused_by_name(name: str, keys: dict[str, Any], message: str, tmp_path: Path) -> None:
