@@ -13,6 +13,7 @@ from wasat.ir import CheckpointError
 from ..fields import brief
 from ..models.config import Fields
 from . import names, older
+from .deepseek import deepseek2
 from .names import Names
 
 POOLINGS = {1: "mean", 2: "cls", 3: "lasttoken", 4: "rank"}
@@ -87,9 +88,9 @@ def config_of(g: Gguf) -> dict[str, Any]:
         raise keys.fail(f"{keys.arch}.block_count is {layers:,}, and the file has {len(g.tensors)} tensors")
     if dim % heads and not keys.has("attention.key_length"):
         raise keys.fail(f"{keys.arch}.embedding_length {dim} does not split into {heads} heads")
-    head_dim = keys.count("attention.key_length", dim // heads)
     arch = ARCHITECTURES[keys.arch]
-    for key in ("attention.value_length", "attention.key_length_swa", "attention.value_length_swa",
+    head_dim = dim // heads if arch.latent else keys.count("attention.key_length", dim // heads)
+    for key in () if arch.latent else ("attention.value_length", "attention.key_length_swa", "attention.value_length_swa",
                 *(() if arch.partial else ("rope.dimension_count", "rope.dimension_count_swa"))):  # fmt: skip
         keys.refuse(key, head_dim, f"heads have {head_dim} elements, and all of them are rotated")
     if arch.embeds:
@@ -103,7 +104,7 @@ def config_of(g: Gguf) -> dict[str, Any]:
     without = _without_attention(keys, layers) if arch.hybrid else frozenset()
     config: dict[str, Any] = {
         "hidden_size": dim, "num_hidden_layers": layers, "num_attention_heads": heads, "head_dim": head_dim,
-        "num_key_value_heads": keys.count("attention.head_count_kv", heads),
+        "num_key_value_heads": heads if arch.latent else keys.count("attention.head_count_kv", heads),
         "intermediate_size": keys.count("feed_forward_length"), "max_position_embeddings": keys.count("context_length"),
         "vocab_size": g.tensors["token_embd.weight"].shape[0], "tie_word_embeddings": "output.weight" not in g.tensors,
     }  # fmt: skip
@@ -137,7 +138,7 @@ def pooling_of(g: Gguf) -> str | None:
     return POOLINGS.get(given, "mean" if ARCHITECTURES[name].embeds else None)
 
 
-def _scaling(keys: Keys) -> dict[str, Any]:
+def scaling(keys: Keys) -> dict[str, Any]:
     """``rope_parameters`` without the base."""
     kind = keys.take("rope.scaling.type", str, "linear" if keys.has("rope.scale_linear") else "none")
     factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 1.0))
@@ -156,7 +157,7 @@ def _scaling(keys: Keys) -> dict[str, Any]:
 
 def _llama(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
     theta = keys.number("rope.freq_base", 10000.0)
-    more: dict[str, Any] = {"rope_parameters": {**_scaling(keys), "rope_theta": theta}}
+    more: dict[str, Any] = {"rope_parameters": {**scaling(keys), "rope_theta": theta}}
     for name, part in (("attention_bias", "attn_q"), ("mlp_bias", "ffn_gate")):
         if f"blk.0.{part}.bias" in keys.tensors:
             more[name] = True
@@ -175,7 +176,7 @@ def _llama(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
 def _qwen(family: str) -> Callable[[Keys, dict[str, Any]], dict[str, Any]]:
     def read(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
         theta = keys.number("rope.freq_base", 10000.0)
-        return {"rope_parameters": {**_scaling(keys), "rope_theta": theta}, "model_type": family, "use_sliding_window": False}
+        return {"rope_parameters": {**scaling(keys), "rope_theta": theta}, "model_type": family, "use_sliding_window": False}
 
     return read
 
@@ -209,7 +210,7 @@ def _gemma3(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
         "layer_types": ["sliding_attention" if s and window else "full_attention" for s in sliding],
         "final_logit_softcapping": cap,
         "rope_parameters": {
-            "full_attention": {**_scaling(keys), "rope_theta": keys.number("rope.freq_base", 1e6)},
+            "full_attention": {**scaling(keys), "rope_theta": keys.number("rope.freq_base", 1e6)},
             "sliding_attention": {"rope_type": "default", "rope_theta": keys.number("rope.freq_base_swa", 1e4)},
         },
     }  # fmt: skip
@@ -225,7 +226,7 @@ def _gemma2(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
         "sliding_window": keys.count("attention.sliding_window", 4096),
         "attn_logit_softcapping": keys.number("attn_logit_softcapping", 50.0),
         "final_logit_softcapping": keys.number("final_logit_softcapping", 30.0),
-        "rope_parameters": {**_scaling(keys), "rope_theta": keys.number("rope.freq_base", 10000.0)},
+        "rope_parameters": {**scaling(keys), "rope_theta": keys.number("rope.freq_base", 10000.0)},
     }  # fmt: skip
 
 
@@ -271,7 +272,7 @@ def _turned(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
     """``rope_parameters`` of a model that may rotate a part of each head."""
     part = keys.count("rope.dimension_count", config["head_dim"])
     theta = keys.number("rope.freq_base", 10000.0)
-    return {"rope_parameters": {**_scaling(keys), "rope_theta": theta, "partial_rotary_factor": part / config["head_dim"]}}
+    return {"rope_parameters": {**scaling(keys), "rope_theta": theta, "partial_rotary_factor": part / config["head_dim"]}}
 
 
 def _decoder(
@@ -360,7 +361,7 @@ def _olmo2(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
         "model_type": "olmo3", "sliding_window": keys.count("attention.sliding_window"),
         "layer_types": ["sliding_attention" if s else "full_attention" for s in sliding],
         "rope_parameters": {
-            "full_attention": {**_scaling(keys), "rope_theta": theta},
+            "full_attention": {**scaling(keys), "rope_theta": theta},
             "sliding_attention": {"rope_type": "default", "rope_theta": keys.number("rope.freq_base_swa", theta)},
         },
     }  # fmt: skip
@@ -383,7 +384,7 @@ def _mixture(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
 
 def _gpt_oss(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
     hidden, layers = keys.count("expert_feed_forward_length", config["intermediate_size"]), config["num_hidden_layers"]
-    turned = {**_scaling(keys), "rope_theta": keys.number("rope.freq_base", 150000.0)}
+    turned = {**scaling(keys), "rope_theta": keys.number("rope.freq_base", 150000.0)}
     if turned["rope_type"] == "yarn":
         turned["truncate"] = False  # which no file says
     return {
@@ -409,6 +410,8 @@ class Architecture:
     partial: bool = False
     """A part of each head may be rotated."""
     experts: bool = False
+    latent: bool = False
+    """Keys and values are made of a latent vector: their sizes are otherwise."""
     hybrid: bool = False
     """Layers without heads of keys have something else than attention."""
     two_norms: Names | None = None
@@ -438,6 +441,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         _decoder("granitemoe", biases=_ATTENTION, more=_granite_experts), names.experts("block_sparse_moe"), interleaved=True,
         experts=True,
     ),
+    "deepseek2": Architecture(deepseek2, names.DEEPSEEK2, partial=True, experts=True, latent=True),
     "lfm2": Architecture(_decoder("lfm2", more=_lfm2), names.LFM2, hybrid=True),
     "hunyuan-dense": Architecture(_decoder("hunyuan_v1_dense", biases=_ATTENTION), names.HUNYUAN),
     "gpt-oss": Architecture(_gpt_oss, names.GPT_OSS, experts=True),

@@ -19,6 +19,7 @@ from ..huggingface import build
 from ..models import Fields
 from ..models.decoder import CausalLM, OffsetNorm, SelfAttention
 from ..models.decoder import Names as Checkpoint
+from .deepseek import Joined, joined
 from .embedding import Model, embedding
 from .metadata import ARCHITECTURES, config_of, pooling_of
 from .names import Names
@@ -97,20 +98,25 @@ def _adjust(module: nn.Module, g: Gguf) -> None:
             part.inv_freq = part.inv_freq / np.asarray(factors.load())
 
 
-def _sources(g: Gguf, config: Mapping[str, Any], m: Model) -> dict[str, GgufParam]:
+def _sources(g: Gguf, config: Mapping[str, Any], m: Model) -> dict[str, GgufParam | Joined]:
     """The tensor of each parameter. All that is missing, left over or misshaped is named at once."""
     arch = g.metadata["general.architecture"]
     wanted = {name: p.type for name, p in m.root.parameters().items()}
     names = ARCHITECTURES[arch].names_of(g.tensors)
     found: dict[str, GgufTensor] = {}
     problems = []
+    made, used = joined(g, wanted) if ARCHITECTURES[arch].latent else ({}, set())
     for name, t in g.tensors.items():
+        if name in used:
+            continue
         to = _name(name, names, m)
         if to in wanted:
             found[to] = t
         elif name != _FREQUENCIES and (m.entry == "forward" or name not in _OF_WRITERS):
             problems.append(f"unexpected: {name} {t.kind_name}{list(t.shape)}")
     for name, needed in wanted.items():
+        if name in made:
+            continue
         if name not in found:
             problems.append(f"missing: {name} {needed}")
         elif found[name].shape != needed.shape and not _of_channels(found[name].shape, needed.shape):
@@ -120,7 +126,8 @@ def _sources(g: Gguf, config: Mapping[str, Any], m: Model) -> dict[str, GgufPara
         raise CheckpointError(f"{g.path}: the tensors do not fit the metadata:\n{listed(problems)}")
     interleaved = ARCHITECTURES[arch].interleaved
     return {
-        name: GgufParam(found[name], _halves(name, config) if interleaved else None, _of_channels(found[name].shape, t.shape))
+        name: made.get(name)
+        or GgufParam(found[name], _halves(name, config) if interleaved else None, _of_channels(found[name].shape, t.shape))
         for name, t in wanted.items()
     }
 

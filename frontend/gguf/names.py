@@ -86,6 +86,13 @@ def experts(part: str) -> Names:
     }, _WHOLE)  # fmt: skip
 
 
+DEEPSEEK2 = Names({
+    **{k: v for k, v in experts("mlp").layer.items() if "shexp" not in k and k not in ("attn_k", "attn_v")},
+    "attn_q_a": "self_attn.q_a_proj", "attn_q_a_norm": "self_attn.q_a_layernorm", "attn_q_b": "self_attn.q_b_proj",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa", "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn_kv_b": "self_attn.kv_b_proj", "exp_probs_b.bias": "mlp.correction",
+    **{f"ffn_{part}_shexp": f"mlp.shared_experts.{part}_proj" for part in ("gate", "up", "down")},
+}, _WHOLE)  # fmt: skip
 BERT = Names({
     "attn_q": "attention.self.query", "attn_k": "attention.self.key", "attn_v": "attention.self.value",
     "attn_output": "attention.output.dense", "attn_output_norm": "attention.output.LayerNorm", "ffn_up": "intermediate.dense",

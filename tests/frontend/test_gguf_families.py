@@ -23,6 +23,10 @@ LAYER, RMS = "attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon"
 WIDE = {"embedding_length": 48, "feed_forward_length": 192}
 GROUPED = ("bloom", "falcon", "gptneox")
 """Of which the converter brings queries, keys and values of all heads together."""
+MLA = {
+    "attention.kv_lora_rank": 16, "rope.dimension_count": 4, "expert_count": 8, "expert_used_count": 3,
+    "expert_shared_count": 2, "expert_feed_forward_length": 12, "leading_dense_block_count": 1,
+}  # fmt: skip
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "arcee": ("arcee", {}),
     "cohere": ("command-r", {LAYER: 1e-5, "logit_scale": 0.5, "rope.scaling.type": "none"}),
@@ -50,6 +54,21 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     }),
     "lfm2": ("lfm2", {"attention.head_count_kv": [0, 2, 0], "shortconv.l_cache": 3}),
     "lfm2_older": ("lfm2", {"attention.head_count_kv": [0, 2, 0], "shortconv.l_cache": 4, "feed_forward_length": 36}),
+    "deepseek_v2": ("deepseek2", {
+        **MLA, RMS: 1e-6, "expert_count": 4, "expert_weights_scale": 1.5, "attention.head_count_kv": 4,
+        "attention.key_length": 10, "attention.value_length": 10,
+    }),
+    "deepseek_v2_groups": ("deepseek2", {
+        **MLA, RMS: 1e-6, "attention.q_lora_rank": 20, "expert_group_count": 4, "expert_group_used_count": 2,
+        "attention.head_count_kv": 4, "attention.key_length": 10, "attention.value_length": 10,
+    }),
+    "deepseek_v3_even": ("deepseek2", {
+        **MLA, RMS: 1e-6, "attention.q_lora_rank": 20, "attention.head_count_kv": 1, "attention.key_length": 20,
+        "attention.value_length": 16, "attention.key_length_mla": 10, "attention.value_length_mla": 10,
+        "expert_gating_func": 2, "expert_weights_norm": True, "expert_weights_scale": 2.5, "rope.scaling.type": "yarn",
+        "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 32, "rope.scaling.yarn_log_multiplier": 0.08,
+        "rope.scaling.yarn_beta_fast": 4.0, "rope.scaling.yarn_beta_slow": 0.5,
+    }),
     "hunyuan_v1_dense": ("hunyuan-dense", {}),
     "mixtral": ("llama", {"expert_count": 4, "expert_used_count": 2}),
     "nemotron": ("nemotron", {LAYER: 1e-5, RMS: 1e-5, "rope.dimension_count": 8, "rope.scaling.type": "none"}),
@@ -111,6 +130,12 @@ def tensors(name: str, arch: str, config: dict[str, Any], shapes: dict[str, tupl
             whole |= {key.replace("input_linear", part): np.ascontiguousarray(y) for part, y in halves}
         if arch == "granitemoe" and ".output_linear" in key:
             whole[key.replace("output_linear", "experts.w2")] = whole.pop(key)
+        if name == "deepseek_v3_even" and "kv_b_proj" in key:  # as newer files have it: apart, keys the other way round
+            k, v = np.split(whole.pop(key).reshape(4, 16, 16), [6], 1)
+            whole[key.replace("kv_b", "k_b")] = np.ascontiguousarray(k.swapaxes(1, 2))
+            whole[key.replace("kv_b", "v_b")] = np.ascontiguousarray(v)
+        if key.endswith("correction_bias"):
+            whole[key.replace("_bias", ".bias")] = whole.pop(key)
         if "sinks" in key:
             whole[f"{key}.weight"] = whole.pop(key)
         if arch == "gpt-oss" and "experts" in key:
@@ -120,6 +145,7 @@ def tensors(name: str, arch: str, config: dict[str, Any], shapes: dict[str, tupl
                 to.replace("gate_up", part): np.ascontiguousarray(y[:, i::2]) for i, part in enumerate(("gate", "up"))
             }  # fmt: skip
             whole |= {f"{name}.{kind}": z for name, z in each.items()}
+    count = 1 + max((int(k.split(".experts.")[1].split(".")[0]) for k in whole if re.search(r"\.experts\.\d", k)), default=3)
     experts = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
     found = {}
     for key in whole:
@@ -127,7 +153,7 @@ def tensors(name: str, arch: str, config: dict[str, Any], shapes: dict[str, tupl
             known = key.removeprefix("transformer.") if arch == "bloom" else key
             found[names.get_name(known, try_suffixes=(".weight", ".bias"))] = whole[key]
         elif m[2] == "0":
-            stack = np.stack([whole[f"{m[1]}.{i}.{m[3]}.weight"] for i in range(4)])
+            stack = np.stack([whole[f"{m[1]}.{i}.{m[3]}.weight"] for i in range(count)])
             found[names.get_name(f"{m[1]}.{m[3]}.weight", try_suffixes=(".weight",))] = stack
     assert None not in found
     return found
@@ -185,6 +211,12 @@ def test_every_architecture_of_a_decoder_is_here() -> None:
     ("bloom", {"attention.max_alibi_bias": 4.0}, "max_alibi_bias"),
     ("falcon", {"rope.dimension_count": 4}, "all of a head is rotated"),
     ("gpt_neox", {"attention.key_length": 16, "attention.value_length": 16}, "heads share the width"),
+    ("deepseek_v2", {"attention.head_count_kv": 2}, "every head has keys of its own"),
+    ("deepseek_v2", {"attention.key_length": 4}, "heads have 4 elements, and 4 of them are rotated"),
+    ("deepseek_v2", {"expert_gating_func": 3}, "there are 1 (softmax) and 2 (sigmoid)"),
+    ("deepseek_v2", {"rope.scaling.yarn_log_multiplier": 0.1}, "are not stretched by YaRN"),
+    ("deepseek_v3_even", {"attention.key_length": 24}, "it is the latent vector's, and what is rotated"),
+    ("deepseek_v3_even", {"nextn_predict_layers": 1}, "layers that foretell further tokens are not read"),
     ("granitemoe", {"expert_shared_feed_forward_length": 8}, "experts that all tokens go through"),
     ("lfm2", {"attention.head_count_kv": [0, 2, 1]}, "one positive integer"),
     ("lfm2", {"shortconv.l_cache": 5}, "misshaped: blk.0.shortconv.conv.weight is [32, 3]"),

@@ -60,6 +60,10 @@ CASES: dict[str, dict] = {
     },
     "deepseek_v2_groups": {**MLA, **rope(), "model_type": "deepseek_v2", "topk_method": "group_limited_greedy"},
     "deepseek_v3": {**MLA, **YARN, "first_k_dense_replace": 1},
+    "deepseek_v3_even": {  # as published: one factor for rotation and scores
+        **MLA, **rope(**{**PLAIN_YARN, "truncate": True}, mscale=0.8, mscale_all_dim=0.8), "model_type": "deepseek_v3",
+        "n_group": 1, "topk_group": 1,
+    },
     "ernie4_5": {**rope(), "head_dim": 16, "use_bias": True},
     "exaone4": {**rope(), "sliding_window": 6, "num_hidden_layers": 3, "layer_types": [SLIDING, FULL, SLIDING]},
     "falcon": {**HF, **rope(), "new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 40},
