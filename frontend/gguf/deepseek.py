@@ -47,7 +47,8 @@ def deepseek2(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
         "model_type": "deepseek_v3" if latest else "deepseek_v2", "kv_lora_rank": rank, "qk_rope_head_dim": turned,
         "qk_nope_head_dim": whole - turned, "v_head_dim": value, "rope_parameters": turn, "n_routed_experts": count,
         "q_lora_rank": keys.count("attention.q_lora_rank") if keys.has("attention.q_lora_rank") else None,
-        "num_experts_per_tok": keys.count("expert_used_count"), "moe_intermediate_size": keys.count("expert_feed_forward_length"),
+        "num_experts_per_tok": keys.count("expert_used_count"),
+        "moe_intermediate_size": keys.count("expert_feed_forward_length"),
         "n_shared_experts": keys.count("expert_shared_count"), "n_group": groups, "topk_group": best,
         "first_k_dense_replace": int(keys.take("leading_dense_block_count", int, 0, least=0)),
         "routed_scaling_factor": keys.number("expert_weights_scale", 1.0),
@@ -76,7 +77,8 @@ class Joined:
         return TensorType(DType.F32, (heads * (plain + self.values.shape[1]), rank))
 
     def load(self) -> np.ndarray:
-        k, v = (np.asarray(x.dense() if isinstance(x, QArray) else x, np.float32) for x in (self.keys.load(), self.values.load()))
+        loaded = (self.keys.load(), self.values.load())
+        k, v = (np.asarray(x.dense() if isinstance(x, QArray) else x, np.float32) for x in loaded)
         return np.concatenate([k.swapaxes(1, 2), v], 1).reshape(-1, k.shape[1])
 
 
@@ -90,6 +92,7 @@ def joined(g: Gguf, wanted: Mapping[str, Any]) -> tuple[dict[str, Joined], set[s
         to = f"model.layers.{block.removeprefix('blk.')}.self_attn.kv_b_proj.weight"
         if part != "weight" or other is None or to not in wanted or len(t.shape) != 3 or len(other.shape) != 3:
             continue
-        if (t.shape[0], t.shape[1]) == (other.shape[0], other.shape[2]) and (j := Joined(t, other)).type.shape == wanted[to].shape:
-            found[to], used = j, used | {name, other.name}
+        fit = (t.shape[0], t.shape[1]) == (other.shape[0], other.shape[2])
+        if fit and (both := Joined(t, other)).type.shape == wanted[to].shape:
+            found[to], used = both, used | {name, other.name}
     return found, used

@@ -142,7 +142,7 @@ def test_what_a_layer_says_is_off_by_less(how: str) -> None:
 
 @pytest.mark.parametrize("how", TYPES)
 def test_no_code_alone_could_be_better(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside the others as they are: of GPTQ's, some could. Errors fall by a twentieth, over features of a text not seen, too."""
+    """Beside the others as they are: of GPTQ's, some could. Errors fall by a twentieth, over features not seen, too."""
     x = np.random.default_rng(3).standard_normal((40, 192)).astype(np.float32)
     t = parse_type(f"{how}[40, 192]")
     assert isinstance(t, QTensorType)

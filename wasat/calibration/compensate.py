@@ -1,6 +1,6 @@
 """Codes that make up for each other's errors: what rounding a feature does to a layer's results, the features that are not yet
-rounded take back, as far as they go along with it in a text (GPTQ, arXiv:2210.17323). Then each code is looked at again, now that
-all others are known: whether another is better beside them (coordinate descent, as in arXiv:2309.01885)."""
+rounded take back, as far as they go along with it in a text (GPTQ, arXiv:2210.17323). Then each code is looked at again, now
+that all others are known: whether another is better beside them (coordinate descent, as in arXiv:2309.01885)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DAMPING = 0.01
 _PASSES = 2
 """How often each code is looked at again."""
 _CLEAR = 1e-3
-"""Of a step, by how much more than half of one a code is off before it changes: what is half a step off is as well as it was."""
+"""Of a step: so much more than half of one a code is off before it changes; half a step off it is as well as it was."""
 _TOGETHER = 32
 """Features after which those outside of them are told."""
 _STEP = 4096
