@@ -16,10 +16,9 @@ if TYPE_CHECKING:
 _GATES = {1: "softmax", 2: "sigmoid"}
 
 
-def deepseek2(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
-    """``deepseek2``: the second with softmax, the third (and R1) with sigmoid shares."""
-    from .metadata import scaling
-
+def deepseek2(keys: Keys, config: dict[str, Any], scaling: Mapping[str, Any]) -> dict[str, Any]:
+    """``deepseek2``: the second with softmax, the third (R1) with sigmoid shares. ``scaling``: ``rope_parameters`` without the
+    base."""
     mla = keys.has("attention.key_length_mla")  # newer files: keys are the latent vector, of one head
     rank, turned = keys.count("attention.kv_lora_rank"), keys.count("rope.dimension_count")
     whole = keys.count("attention.key_length_mla" if mla else "attention.key_length")
@@ -36,7 +35,7 @@ def deepseek2(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
         raise keys.fail(f"{keys.arch}.expert_gating_func is {gate}; there are 1 (softmax) and 2 (sigmoid)")
     latest = _GATES[gate] == "sigmoid"
     more = keys.number("rope.scaling.yarn_log_multiplier", None)
-    turn: dict[str, Any] = {**scaling(keys), "rope_theta": keys.number("rope.freq_base", 10000.0)}
+    turn: dict[str, Any] = {**scaling, "rope_theta": keys.number("rope.freq_base", 10000.0)}
     if turn["rope_type"] == "yarn" and more is not None:
         turn |= {"mscale": 10 * more, "mscale_all_dim": 10 * more}
     elif more is not None:

@@ -138,7 +138,7 @@ def pooling_of(g: Gguf) -> str | None:
     return POOLINGS.get(given, "mean" if ARCHITECTURES[name].embeds else None)
 
 
-def scaling(keys: Keys) -> dict[str, Any]:
+def _scaling(keys: Keys) -> dict[str, Any]:
     """``rope_parameters`` without the base."""
     kind = keys.take("rope.scaling.type", str, "linear" if keys.has("rope.scale_linear") else "none")
     factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 1.0))
@@ -157,7 +157,7 @@ def scaling(keys: Keys) -> dict[str, Any]:
 
 def _llama(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
     theta = keys.number("rope.freq_base", 10000.0)
-    more: dict[str, Any] = {"rope_parameters": {**scaling(keys), "rope_theta": theta}}
+    more: dict[str, Any] = {"rope_parameters": {**_scaling(keys), "rope_theta": theta}}
     for name, part in (("attention_bias", "attn_q"), ("mlp_bias", "ffn_gate")):
         if f"blk.0.{part}.bias" in keys.tensors:
             more[name] = True
@@ -176,7 +176,7 @@ def _llama(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
 def _qwen(family: str) -> Callable[[Keys, dict[str, Any]], dict[str, Any]]:
     def read(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
         theta = keys.number("rope.freq_base", 10000.0)
-        return {"rope_parameters": {**scaling(keys), "rope_theta": theta}, "model_type": family, "use_sliding_window": False}
+        return {"rope_parameters": {**_scaling(keys), "rope_theta": theta}, "model_type": family, "use_sliding_window": False}
 
     return read
 
@@ -210,7 +210,7 @@ def _gemma3(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
         "layer_types": ["sliding_attention" if s and window else "full_attention" for s in sliding],
         "final_logit_softcapping": cap,
         "rope_parameters": {
-            "full_attention": {**scaling(keys), "rope_theta": keys.number("rope.freq_base", 1e6)},
+            "full_attention": {**_scaling(keys), "rope_theta": keys.number("rope.freq_base", 1e6)},
             "sliding_attention": {"rope_type": "default", "rope_theta": keys.number("rope.freq_base_swa", 1e4)},
         },
     }  # fmt: skip
@@ -226,7 +226,7 @@ def _gemma2(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
         "sliding_window": keys.count("attention.sliding_window", 4096),
         "attn_logit_softcapping": keys.number("attn_logit_softcapping", 50.0),
         "final_logit_softcapping": keys.number("final_logit_softcapping", 30.0),
-        "rope_parameters": {**scaling(keys), "rope_theta": keys.number("rope.freq_base", 10000.0)},
+        "rope_parameters": {**_scaling(keys), "rope_theta": keys.number("rope.freq_base", 10000.0)},
     }  # fmt: skip
 
 
@@ -272,7 +272,7 @@ def _turned(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
     """``rope_parameters`` of a model that may rotate a part of each head."""
     part = keys.count("rope.dimension_count", config["head_dim"])
     theta = keys.number("rope.freq_base", 10000.0)
-    return {"rope_parameters": {**scaling(keys), "rope_theta": theta, "partial_rotary_factor": part / config["head_dim"]}}
+    return {"rope_parameters": {**_scaling(keys), "rope_theta": theta, "partial_rotary_factor": part / config["head_dim"]}}
 
 
 def _decoder(
@@ -307,6 +307,10 @@ def _granite_experts(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
     keys.refuse("expert_shared_feed_forward_length", 0, "experts that all tokens go through are not implemented for it")
     keys.refuse("expert_feed_forward_length", config["intermediate_size"], "it is the width of experts")
     return {**_granite(keys, config), **found}
+
+
+def _deepseek2(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
+    return deepseek2(keys, config, _scaling(keys))
 
 
 def _lfm2(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
@@ -361,7 +365,7 @@ def _olmo2(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
         "model_type": "olmo3", "sliding_window": keys.count("attention.sliding_window"),
         "layer_types": ["sliding_attention" if s else "full_attention" for s in sliding],
         "rope_parameters": {
-            "full_attention": {**scaling(keys), "rope_theta": theta},
+            "full_attention": {**_scaling(keys), "rope_theta": theta},
             "sliding_attention": {"rope_type": "default", "rope_theta": keys.number("rope.freq_base_swa", theta)},
         },
     }  # fmt: skip
@@ -384,7 +388,7 @@ def _mixture(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
 
 def _gpt_oss(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
     hidden, layers = keys.count("expert_feed_forward_length", config["intermediate_size"]), config["num_hidden_layers"]
-    turned = {**scaling(keys), "rope_theta": keys.number("rope.freq_base", 150000.0)}
+    turned = {**_scaling(keys), "rope_theta": keys.number("rope.freq_base", 150000.0)}
     if turned["rope_type"] == "yarn":
         turned["truncate"] = False  # which no file says
     return {
@@ -441,7 +445,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         _decoder("granitemoe", biases=_ATTENTION, more=_granite_experts), names.experts("block_sparse_moe"), interleaved=True,
         experts=True,
     ),
-    "deepseek2": Architecture(deepseek2, names.DEEPSEEK2, partial=True, experts=True, latent=True),
+    "deepseek2": Architecture(_deepseek2, names.DEEPSEEK2, partial=True, experts=True, latent=True),
     "lfm2": Architecture(_decoder("lfm2", more=_lfm2), names.LFM2, hybrid=True),
     "hunyuan-dense": Architecture(_decoder("hunyuan_v1_dense", biases=_ATTENTION), names.HUNYUAN),
     "gpt-oss": Architecture(_gpt_oss, names.GPT_OSS, experts=True),
