@@ -37,6 +37,7 @@ from .errors import FromData, OnnxError
 from .files import CODE, Source, array, element, parameter
 from .pasts import leave_off, pasts, same_length
 from .registry import ATTRIBUTES, Inline, NodeView, converter, domain_of, schema_of
+from .sequences import Appended, Rows
 from .supported import check_supported
 from .undecided import reads
 
@@ -130,6 +131,8 @@ class Importer:
             if info.name in presents:
                 continue
             result = self._lookup(info.name, frame, "the graph's outputs")
+            if isinstance(result, Rows):
+                raise self.fail(f"output {info.name!r} is a sequence of {result.length()} tensors; join them in the model")
             items = result if isinstance(result, list) else [] if result is None else [result]
             structure.append((info.name, len(items) if isinstance(result, list) else None if items else 0))
             outputs += [self.c.value(x) for x in items]
@@ -430,7 +433,7 @@ class Importer:
         return [self._lookup(o.name, inner, f"the result of subgraph {graph.name!r}") for o in graph.output]
 
     def body(
-        self, graph: onnx.GraphProto, frame: Frame, inputs: Sequence[TensorType | np.ndarray]
+        self, graph: onnx.GraphProto, frame: Frame, inputs: Sequence[TensorType | np.ndarray | Appended]
     ) -> tuple[Graph, list[Any], list[Value]]:
         """A subgraph as a graph of its own, its results (the graph's outputs are yet to be set), and the values around it that
         it reads, which are its last inputs. ``inputs`` are the types of the first ones; one that is known is none of them."""
@@ -447,6 +450,8 @@ class Importer:
         def inside(x: Any) -> Any:
             if isinstance(x, list):
                 return [inside(v) for v in x]
+            if isinstance(x, Rows):
+                return Rows(tuple(map(inside, x.before)), inside(x.made))
             if isinstance(x, Value) and x not in captured:
                 captured[x] = inner.add_input(x.name, x.type, unique=True)
             return captured[x] if isinstance(x, Value) else x

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 from wasat.ir import Body, Builder, Dim, DimLike, DType, Graph, Node, TensorType, Value, copy_node, less_equal
 
-from ..emit import Emitter, Operand
+from ..emit import Dims, Emitter, Operand
 from ..errors import FromData, OnnxError
 from ..files import element
 from ..registry import MOST, NodeView, op
+from ..sequences import Appended, Rows
+from ..turns import Line, conditions, how_often, increment, line
 
 FEW = 16
 """So many turns are written out: what they compute from their number folds."""
@@ -97,26 +99,85 @@ def _needed(results: Sequence[Value], own: Container[Node]) -> list[Node]:
     return [node for node in results[0].graph.nodes if node in found]
 
 
+def _is_tensor(x: Any) -> bool:
+    return isinstance(x, (Value, np.ndarray, Dims))
+
+
 def _same_type(c: Emitter, a: Any, b: Any) -> bool:
-    plain = all(v is not None and not isinstance(v, list) for v in (a, b))
-    return plain and c.shape(a) == c.shape(b) and c.dtype(a) is c.dtype(b)
+    return all(map(_is_tensor, (a, b))) and c.shape(a) == c.shape(b) and c.dtype(a) is c.dtype(b)
+
+
+def _going(c: Emitter, cond: Operand) -> bool | None:
+    """Whether a loop turns at all; None where sizes decide."""
+    try:
+        return bool(c.const(cond, "whether Loop turns"))
+    except FromData as unknown:
+        if unknown.inputs:
+            raise
+        return None
+
+
+def _counted(
+    c: Emitter, n: NodeView, limit: DimLike | None, first: list[Line] | None, state: list[Any]
+) -> tuple[Any, ...] | str:
+    """The Loop as scan, or why it is none. ``first``: what must be at least 0 for the first turn. A sequence that each turn
+    appends to is made of rows of the scan."""
+    if not all(_is_tensor(x) or isinstance(x, list) for x in state):
+        return "what it carries is no tensor"
+    carried = {i: c.value(x) for i, x in enumerate(state) if not isinstance(x, list)}
+    given = [carried[i].tensor if i in carried else Appended() for i in range(len(state))]
+    try:
+        body, results, captured = n.importer.body(n["body"], n.frame, [TensorType(DType.I64, ()), np.asarray(True), *given])
+    except OnnxError as e:
+        return f"its body cannot be imported once for all turns: {e}"
+    again, after, rows = results[0], results[1 : 1 + len(state)], results[1 + len(state) :]
+    lines = {body.inputs[0]: Line(0, 1)}
+    for v, around in zip(body.inputs[1 + len(carried) :], captured):
+        if (known := line(around, {})) is not None:
+            lines[v] = known
+    for v, i in zip(body.inputs[1:], carried):
+        begin, step = line(state[i], {}), increment(after[i], v)
+        if begin is not None and step is not None:
+            lines[v] = Line(begin.offset, step)
+    more = conditions(again, lines)
+    turns = None if first is None or more is None else how_often(limit, first, more)
+    if turns is None:
+        return "whether it turns again depends on what its body computes"
+    if not _often(turns):
+        return f"it turns {turns} times"
+    lists = [i for i in range(len(state)) if i not in carried]
+    if not all(isinstance(after[i], Appended) and len(after[i].items) == 1 for i in lists):
+        return "it carries a sequence to which not every turn appends one tensor"
+    body.inputs[: 1 + len(carried)] = [*body.inputs[1 : 1 + len(carried)], body.inputs[0]]  # carried values come first
+    results = [*(after[i] for i in carried), *(after[i].items[0] for i in lists), *rows]
+    made = _scanned(c, body, results, list(carried.values()), [c.iota(size=turns, dtype=DType.I64)], captured)
+    if isinstance(made, str):
+        return made
+    kept = dict(zip([*carried, *lists], made))
+    final = [kept[i] if i in carried else Rows(tuple(state[i]), kept[i]) for i in range(len(state))]
+    return (*final, *made[len(state) :])
 
 
 @op("Loop")
 def loop(c: Emitter, n: NodeView, turns: Operand | None = None, cond: Operand | None = None, *carried: Any) -> Any:
     body = n["body"]
     state = list(carried)
-    going = True if cond is None else bool(c.const(cond, "whether Loop turns"))
-    limit: DimLike | None = None if turns is None else c.dims(turns, "how often Loop turns")[0]
+    going = True if cond is None else _going(c, cond)
+    limit: DimLike | None = None
+    if turns is not None:
+        known = line(turns, {})  # a size, or the length of a range of sizes
+        limit = c.dims(turns, "how often Loop turns")[0] if known is None else known.offset
     most = f"more than {MOST}"
     if isinstance(limit, int) and limit > MOST_TURNS:
         if cond is None:
             raise n.fail(f"it turns {limit} times")
         most, limit = f"{limit}", None  # as exporters write "while": the condition ends it
-    if going and limit is not None and _often(limit):
-        made = _as_scan(c, n, limit, state, [], count=True, known=[np.asarray(True)])
+    if going is None or (going and (limit is None or _often(limit))):
+        made = _counted(c, n, limit, [] if going else conditions(cond, {}), state)
         if isinstance(made, tuple):
             return made
+        if going is None:
+            c.const(cond, "whether Loop turns")
         if isinstance(limit, Dim):
             raise n.fail(f"it turns {limit} times, and {made}")
     rows: list[list[Any]] = [[] for _ in range(len(body.output) - 1 - len(state))]
@@ -148,33 +209,30 @@ def _often(turns: DimLike) -> bool:
     return isinstance(turns, Dim) or turns > FEW
 
 
-def _as_scan(
-    c: Emitter, n: NodeView, turns: DimLike, state: list[Any], xs: list[Any], count: bool = False, known: Sequence[Any] = ()
-) -> tuple[Any, ...] | str:
-    """The loop as scan, or why it is none. The body takes the turn's number (if ``count``) and what is ``known``, then the
-    state and an element of each of ``xs``; where something is known, its first result says whether to go on."""
-    if any(x is None or isinstance(x, list) for x in state):
+def _as_scan(c: Emitter, n: NodeView, state: list[Any], xs: list[Any]) -> tuple[Any, ...] | str:
+    """The Scan as scan, or why it is none. The body takes the state and an element of each of ``xs``."""
+    if not all(map(_is_tensor, state)):
         return "what it carries is no tensor"
-    carried = [c.value(x) for x in state]
-    sliced = [c.iota(size=turns, dtype=DType.I64)] if count else [c.value(x) for x in xs]
-    types = [v.tensor for v in carried]
-    parts = [TensorType(v.tensor.dtype, v.shape[1:]) for v in map(c.value, sliced)]
-    order = [*parts, *known, *types] if count else [*types, *parts]
+    carried, sliced = [c.value(x) for x in state], [c.value(x) for x in xs]
+    parts = [TensorType(v.tensor.dtype, v.shape[1:]) for v in sliced]
     try:
-        body, results, captured = n.importer.body(n["body"], n.frame, order)
+        body, results, captured = n.importer.body(n["body"], n.frame, [*(v.tensor for v in carried), *parts])
     except OnnxError as e:
         return f"its body cannot be imported once for all turns: {e}"
-    if known and not (isinstance(results[0], np.ndarray) and bool(results.pop(0))):
-        return "whether it turns again depends on what its body computes"
-    if any(x is None or isinstance(x, list) for x in results):
+    return _scanned(c, body, results, carried, sliced, captured)
+
+
+def _scanned(
+    c: Emitter, body: Graph, results: list[Any], carried: list[Value], sliced: list[Value], captured: list[Value]
+) -> tuple[Any, ...] | str:
+    """The loop over ``body``, which takes what is ``carried``, elements of what is ``sliced``, and what is ``captured``."""
+    if not all(map(_is_tensor, results)):
         return "its body makes what is no tensor"
     b = Builder(body, loc=c.b.loc)
     outputs = [b.constant(x) if isinstance(x, np.ndarray) else x for x in results]
     for was, v in zip(carried, outputs):
         if was.type != v.type:
             return f"it carries %{was.name}, which is {was.type} before a turn and {v.type} after it"
-    if count:  # carried values come first
-        body.inputs[: 1 + len(types)] = [*body.inputs[1 : 1 + len(types)], body.inputs[0]]
     body.set_outputs(outputs, [f"{i}" for i in range(len(outputs))])
     made = c.scan(*carried, *sliced, *captured, body=Body(body), carries=len(carried), slices=len(sliced))
     return made if isinstance(made, tuple) else (made,)
@@ -204,7 +262,7 @@ def scan(c: Emitter, n: NodeView, *inputs: Any) -> Any:
     if _often(length):
         xs = [c.permute(x, (a, *(i for i in range(c.rank(x)) if i != a))) for x, a in zip(given, axes)]
         xs = [c.reverse(x, axes=(0,)) if back else x for x, back in zip(xs, backward)]
-        made = _as_scan(c, n, length, state, xs)
+        made = _as_scan(c, n, state, xs)
         if isinstance(made, tuple):
             return (*made[: len(state)], *map(partial(_placed, c), made[len(state) :], out_axes, out_backward))
         if isinstance(length, Dim):

@@ -1,13 +1,16 @@
-"""Sequences (lists of operands while importing) and optionals (None where empty): resolved, nothing of them is left."""
+"""Sequences (lists of operands while importing, or rows of a tensor) and optionals (None where empty): nothing of them is
+left."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+from wasat.ir import DType
 
-from ..emit import Emitter, Operand
+from ..emit import Emitter, Operand, known
 from ..registry import MOST, NodeView, op
+from ..sequences import Appended, Rows
 
 
 @op("OptionalHasElement")
@@ -39,8 +42,18 @@ def _place(c: Emitter, n: NodeView, position: Operand, size: int) -> int:
     return at % size
 
 
+def _items(n: NodeView, xs: Any) -> list[Any]:
+    """The elements of a sequence whose length is known."""
+    if isinstance(xs, (Appended, Rows)):
+        raise n.fail("how long the sequence is depends on how often a Loop turns; append to it there, then join it")
+    return list(xs)
+
+
 @op("SequenceInsert")
-def sequence_insert(c: Emitter, n: NodeView, xs: list[Any], x: Any, position: Operand | None = None) -> Any:
+def sequence_insert(c: Emitter, n: NodeView, xs: Any, x: Any, position: Operand | None = None) -> Any:
+    if isinstance(xs, Appended) and position is None:
+        return Appended((*xs.items, x))
+    xs = _items(n, xs)
     if position is None:
         return [*xs, x]
     at = int(c.const(position, "the position of SequenceInsert").item())
@@ -52,24 +65,31 @@ def sequence_insert(c: Emitter, n: NodeView, xs: list[Any], x: Any, position: Op
 
 
 @op("SequenceErase")
-def sequence_erase(c: Emitter, n: NodeView, xs: list[Any], position: Operand | None = None) -> Any:
+def sequence_erase(c: Emitter, n: NodeView, xs: Any, position: Operand | None = None) -> Any:
+    xs = _items(n, xs)
     at = len(xs) - 1 if position is None else _place(c, n, position, len(xs))
     return xs[:at] + xs[at + 1 :]
 
 
 @op("SequenceAt")
-def sequence_at(c: Emitter, n: NodeView, xs: list[Any], position: Operand) -> Any:
+def sequence_at(c: Emitter, n: NodeView, xs: Any, position: Operand) -> Any:
+    xs = _items(n, xs)
     return xs[_place(c, n, position, len(xs))]
 
 
 @op("SequenceLength")
-def sequence_length(c: Emitter, n: NodeView, xs: list[Any]) -> Any:
-    return np.asarray(len(xs), np.int64)
+def sequence_length(c: Emitter, n: NodeView, xs: Any) -> Any:
+    if isinstance(xs, Rows):
+        return known(np.array(xs.length(), object), DType.I64)
+    return np.asarray(len(_items(n, xs)), np.int64)
 
 
 @op("ConcatFromSequence")
-def concat_from_sequence(c: Emitter, n: NodeView, xs: list[Any]) -> Any:
+def concat_from_sequence(c: Emitter, n: NodeView, xs: Any) -> Any:
     axis = n["axis"]
+    if isinstance(xs, Rows):
+        return xs.stacked(c, axis) if n["new_axis"] else xs.joined(c, axis)
+    xs = _items(n, xs)
     if not n["new_axis"]:
         return c.concat(*xs, axis=axis)
     return c.concat(*(c.add_axes(x, axis % (c.rank(x) + 1)) for x in xs), axis=axis % (c.rank(xs[0]) + 1))

@@ -10,7 +10,9 @@ from wasat.ir import DimLike, DType, equal, less_equal, maximum, minimum, substi
 from wasat.ir.dims import floordiv
 
 from ..emit import Emitter, Operand, is_constant, known, objects, size_of
+from ..errors import FromData
 from ..registry import NodeView, op
+from ..turns import increment
 
 LARGE = 1024
 """A Constant of so many elements is a weight: a parameter, as an initializer is."""
@@ -118,7 +120,14 @@ def slice_(
     c: Emitter, n: NodeView, x: Operand, starts: Operand, ends: Operand, axes: Operand | None = None,
     steps: Operand | None = None,
 ) -> Any:  # fmt: skip
-    first, last = c.dims(starts, "where a Slice starts"), c.dims(ends, "where a Slice ends")
+    try:
+        first, last = c.dims(starts, "where a Slice starts"), c.dims(ends, "where a Slice ends")
+    except FromData:
+        size = increment(ends, starts)
+        stride = 1 if steps is None else c.numbers(steps, "the steps of Slice").ravel().max()
+        if size is None or size < 1 or stride != 1 or axes is None:
+            raise
+        return _window(c, x, starts, size, int(c.numbers(axes, "the axes of Slice").item()))
     chosen = range(len(first)) if axes is None else [int(a) for a in c.numbers(axes, "the axes of Slice")]
     strides = [1] * len(first) if steps is None else [int(s) for s in c.numbers(steps, "the steps of Slice")]
     for axis, lo, hi, step in zip(chosen, first, last, strides):
@@ -139,6 +148,17 @@ def slice_(
             continue
         x = c.cut(x, axis, *_inside(lo, hi, size), step)
     return x
+
+
+def _window(c: Emitter, x: Operand, start: Operand, size: int, axis: int) -> Any:
+    """So many elements from a place that a run computes. One that does not lie within ``x`` is an index out of range, where
+    Slice would give fewer elements: a size that no graph has."""
+    outside = c.size_as(c.shape(x)[axis], DType.I64)
+    start = c.to(c.view(start), DType.I64)
+    from_end = c.add(start, outside)
+    within = c.logical_and(c.less(start, -size), c.greater_equal(from_end, 0))
+    start = c.select(c.less(start, 0), c.select(within, from_end, outside), start)
+    return c.gather(x, c.add(start, c.iota(size=size, dtype=DType.I64)), axis=axis % c.rank(x))
 
 
 @op("Slice", since=1)
