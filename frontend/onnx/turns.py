@@ -29,10 +29,10 @@ class Line:
         return Line(self.offset + times * other.offset, self.step + times * other.step)
 
 
-_SAME = {"cast", "reshape", "broadcast_to"}
+_SAME = ("cast", "reshape", "broadcast_to")
+_SUMS = {"add": 1, "sub": -1}
 _COUNTS = {DType.I64, DType.I32, DType.F64, DType.F32}
 """Element types that a counter may pass through: others are too narrow for it."""
-_SUMS = {"add": 1, "sub": -1}
 _ABOVE = {"less": (1, 0, 1), "less_equal": (1, 0, 0), "greater": (0, 1, 1), "greater_equal": (0, 1, 0)}
 """Comparison -> which operand is the larger, which the smaller, and by how much at least."""
 _OPPOSITE = {"less": "greater_equal", "less_equal": "greater", "greater": "less_equal", "greater_equal": "less"}
@@ -47,21 +47,20 @@ def line(x: object, known: Mapping[Value, Line]) -> Line | None:
     if isinstance(x, np.ndarray):
         return Line(int(x.ravel()[0])) if x.size == 1 and np.isfinite(x.ravel()[0]) and x.ravel()[0] % 1 == 0 else None
     assert isinstance(x, Value)
-    if x in known or x.node is None or x.tensor.size != 1 or x.tensor.dtype not in _COUNTS:
+    if x in known or x.tensor.size != 1 or x.tensor.dtype not in _COUNTS:
         return known.get(x)
-    node = x.node
-    if node.op.name == "dim_size":
+    if node := x.made_by("dim_size"):
         return Line(node.attrs.size)  # type: ignore[attr-defined]
-    if node.op.name in _SAME:
+    if node := x.made_by(*_SAME):
         return line(node.inputs[0], known)
-    if node.op.name == "ceil" and (up := node.inputs[0].node) is not None and up.op.name == "div":
+    if (node := x.made_by("ceil")) and (up := node.inputs[0].made_by("div")):
         return _quotient(*(line(v, known) for v in up.inputs))
-    if node.op.name in _SUMS or node.op.name == "mul":
-        a, b = (line(v, known) for v in node.inputs)
-        if a is None or b is None:
-            return None
-        return a.plus(b, _SUMS[node.op.name]) if node.op.name != "mul" else _product(a, b) or _product(b, a)
-    return None
+    if not (node := x.made_by("mul", *_SUMS)):
+        return None
+    a, b = (line(v, known) for v in node.inputs)
+    if a is None or b is None:
+        return None
+    return (_product(a, b) or _product(b, a)) if node.is_a("mul") else a.plus(b, _SUMS[node.op.name])
 
 
 def _product(a: Line, b: Line) -> Line | None:
@@ -75,35 +74,29 @@ def _quotient(a: Line | None, b: Line | None) -> Line | None:
     return Line(-floordiv(a.offset if b.offset < 0 else -a.offset, abs(b.offset)))
 
 
-def conditions(x: object, known: Mapping[Value, Line]) -> list[Line] | None:
-    """The lines that all are at least 0 exactly where the truth value ``x`` holds; None where it is more than comparisons."""
+def conditions(x: object, known: Mapping[Value, Line], holds: bool = True) -> list[Line] | None:
+    """The lines that all are at least 0 exactly where the truth value ``x`` is ``holds``; None where more decides it."""
     if isinstance(x, Value) and x.const is not None:
         x = x.const
     if isinstance(x, np.ndarray):
-        return [] if x.size == 1 and x.ravel()[0] else None
-    if not isinstance(x, Value) or x.node is None or x.tensor.size != 1:
+        return [] if x.size == 1 and bool(x.ravel()[0]) is holds else None
+    if not isinstance(x, Value) or x.tensor.size != 1:
         return None
-    node, name, flip = x.node, x.node.op.name, False
-    if name in ("select", "cond"):  # an If that says whether to break
-        branches = node.inputs[1:] if name == "select" else [b.graph.outputs[node.outputs.index(x)] for b in node.attrs.bodies]
+    if node := x.made_by("select", "cond"):  # an If that says whether to break
+        at = node.outputs.index(x)
+        branches = node.inputs[1:] if node.is_a("select") else [b.graph.outputs[at] for b in node.attrs.bodies]
         yes, no = (None if v.const is None else bool(v.const.ravel()[0]) for v in branches)
-        if (yes, no) == (True, False):
-            return conditions(node.inputs[0], known)
-        flip = (yes, no) == (False, True)
-        if not flip:
-            return None
-    if name in _SAME and node.inputs[0].tensor.dtype is x.tensor.dtype:
-        return conditions(node.inputs[0], known)
-    if name == "logical_and":
+        return conditions(node.inputs[0], known, yes is holds) if None not in (yes, no) and yes is not no else None
+    if (node := x.made_by(*_SAME)) and node.inputs[0].tensor.dtype is x.tensor.dtype:
+        return conditions(node.inputs[0], known, holds)
+    if node := x.made_by("logical_not"):
+        return conditions(node.inputs[0], known, not holds)
+    if (node := x.made_by("logical_and")) and holds:
         parts = [conditions(v, known) for v in node.inputs]
         return None if any(p is None for p in parts) else [p for part in parts if part is not None for p in part]
-    if name == "logical_not":
-        flip = True
-    if flip and (inner := node.inputs[0].node) is not None:
-        node = inner
-    if node.op.name not in _ABOVE:
+    if not (node := x.made_by(*_ABOVE)):
         return None
-    above, below, by = _ABOVE[_OPPOSITE[node.op.name] if flip else node.op.name]
+    above, below, by = _ABOVE[node.op.name if holds else _OPPOSITE[node.op.name]]
     large, small = (line(node.inputs[i], known) for i in (above, below))
     return None if large is None or small is None else [large.plus(small, -1).plus(Line(by), -1)]
 
@@ -117,20 +110,18 @@ def increment(after: object, before: object) -> int | None:
 def _root(x: object) -> tuple[object, int]:
     """What ``x`` is made of by adding whole numbers, and their sum."""
     total = 0
-    while isinstance(x, Value) and x.node is not None and x.tensor.size == 1 and x.tensor.dtype in _COUNTS:
-        node = x.node
-        if node.op.name in _SAME:
+    while isinstance(x, Value) and x.tensor.size == 1 and x.tensor.dtype in _COUNTS:
+        if node := x.made_by(*_SAME):
             x = node.inputs[0]
             continue
-        sums = [(node.inputs[0], node.inputs[1])] if node.op.name in _SUMS else []
-        sums += [(node.inputs[1], node.inputs[0])] if node.op.name == "add" else []
-        for rest, by in sums:
-            number = line(by, {})
-            if number is not None and isinstance(number.offset, int):
-                x, total = rest, total + _SUMS[node.op.name] * number.offset
-                break
-        else:
+        if not (node := x.made_by(*_SUMS)):
             break
+        ways = [(node.inputs[0], node.inputs[1])] + [(node.inputs[1], node.inputs[0])] * node.is_a("add")
+        found = [(v, by.offset) for v, w in ways if (by := line(w, {})) is not None and isinstance(by.offset, int)]
+        if not found:
+            break
+        x, more = found[0]
+        total += more if node.is_a("add") else -more
     return x, total
 
 

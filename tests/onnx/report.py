@@ -42,7 +42,9 @@ graph @forward(%x: f32[batch, 4]) {{
 a form that is not supported is refused by its name and the node's. Symbolic sizes keep their names, initializers theirs as
 parameters, nodes theirs as locations. External data are memory-mapped and must lie in the model's folder. Functions are
 inlined; `If`, `Loop` and `Scan` are folded, unrolled or become `scan` and
-`cond`: of an `If` that only a run can decide, the branch that is not taken does nothing.
+`cond`: of an `If` that only a run can decide, the branch that is not taken does nothing. A loop whose condition
+compares counters with sizes (`while i < n`, with a `break` too, as tf2onnx and scripted torch write them) turns as often as
+these say; a sequence that it appends to is rows of a tensor.
 Arithmetic on shapes stays symbolic. What cannot be imported is listed at once, with counts and node names.
 Of a merged decoder of optimum (`use_cache_branch`) the branch without a past is imported, and a cache derived.
 A loop over the sequence that torch wrote out for the length of its example, calling the size symbolic all the same (RWKV,

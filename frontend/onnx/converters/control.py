@@ -176,7 +176,7 @@ def loop(c: Emitter, n: NodeView, turns: Operand | None = None, cond: Operand | 
         made = _counted(c, n, limit, [] if going else conditions(cond, {}), state)
         if isinstance(made, tuple):
             return made
-        if going is None:
+        if going is None and cond is not None:
             c.const(cond, "whether Loop turns")
         if isinstance(limit, Dim):
             raise n.fail(f"it turns {limit} times, and {made}")
