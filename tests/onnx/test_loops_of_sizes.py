@@ -147,6 +147,7 @@ def test_the_number_of_turns_is_right_or_not_told() -> None:
     ("%y: bool[] = select(%a, true:bool, false:bool)", [1]),
     ("%c: bool[] = logical_not(%a)\n  %y: bool[] = select(%c, false:bool, true:bool)", [1]),
     ("%y: bool[] = select(%a, %b, true:bool)", None),
+    ("%c: bool[] = select(%a, true:bool, false:bool)\n  %y: bool[] = logical_not(%c)", [-2]),
     ("%y: bool[] = select(%a, true:bool, true:bool)", None),
 ])  # fmt: skip
 def test_what_a_condition_compares(text: str, want: list[int] | None) -> None:
