@@ -78,6 +78,8 @@ def beside(node: Node, numbers: Sequence[float | None]) -> float | None:
     name = node.op.name
     if isinstance(node.attrs, Pad.Attrs):
         numbers = [*numbers, float(node.attrs.value)]
+    if node.op.picks(node.attrs) is not None:
+        return numbers[0]
     if node.op.kind == "view":
         return numbers[0] if len(set(numbers)) == 1 else None
     if not node.op.elementwise:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from wasat.ir import Builder, DimLike, Graph, Node, TensorType, Value, equal, less_equal, run_node
+from wasat.ir.axes import product
 from wasat.ir.ops.index import AxisAttrs
 from wasat.ir.ops.reduce import CumSum
 from wasat.ir.ops.shape import Concat, Pad, Reverse, Slice, Transpose
@@ -156,6 +157,26 @@ def _rows_apart(b: Builder, node: Node) -> Value | None:
     if x is None:
         return None
     return b.reshape(b.emit(node.op, x, w, *rest), shape=node.output.shape)
+
+
+def _product_apart(b: Builder, node: Node) -> Value | None:
+    """reshape(x) @ y, where the reshape merges the rows of a product under a batch -> reshape(x @ y): einsums as exported."""
+    merge = node.inputs[0].made_by("reshape")
+    if merge is None:
+        return None
+    x, y, new = merge.inputs[0], node.inputs[1], merge.output.shape
+    lead, width = len(new) - 2, new[-1]
+    if lead < 1 or x.shape[:lead] != new[:lead] or len(y.shape) not in (2, len(new)):
+        return None
+    ends = (i for i in range(lead + 2, len(x.shape) + 1) if equal(product(*x.shape[i:]), width) is True)
+    end = next(ends, None)
+    if end is None or all(isinstance(d, int) for d in x.shape[lead:end]):
+        return None
+    more = end - lead - 1
+    x = b.reshape(x, shape=(*x.shape[:end], width))
+    if len(y.shape) > 2:
+        y = b.reshape(y, shape=(*y.shape[:-2], *(1,) * more, *y.shape[-2:]))
+    return b.reshape(b.matmul(x, y), shape=node.output.shape)
 
 
 def _broadcast(b: Builder, node: Node) -> Value | None:
@@ -307,7 +328,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "gather": (_gather,),
     "reverse": (_turned_sum,),
     "rope": (_rope,),
-    "matmul": (_matmul, _rows_apart),
+    "matmul": (_matmul, _rows_apart, _product_apart),
     "linear": (_rows_apart,),
     "select": (_select, _select_not),
     "stop_gradient": (_stop_gradient,),

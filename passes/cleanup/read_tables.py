@@ -23,7 +23,7 @@ _LARGEST = 2**26
 
 @dataclass(frozen=True)
 class ReadTables(Pass):
-    """A parameter [.., n, m] of few values, each on one region (a triangle, a band) -> comparisons of positions.
+    """A parameter [.., n, .., m] of few values, each on one region (a triangle, a band) -> comparisons of positions.
     A parameter (or constant) of which rows are looked up, and multiplied, and whose columns are cosines and sines of the row's
     number times a frequency -> these, of the positions that were looked up: tables of rotary positions.
     The last s columns of one that grows evenly along them, added to scores under a softmax -> the first (ALiBi).
@@ -111,7 +111,7 @@ class ReadTables(Pass):
             return b.add(b.iota(size=whole), lo) if lo else b.iota(size=whole)
 
         if len(cut) == 1 and all(d == 1 for d in lead):
-            rows = b.gather(b.reshape(table, shape=table.shape[cut[0] :]), places(), axis=0)
+            rows = b.gather(b.reshape(table, shape=table.shape[cut[0] :]) if lead else table, places(), axis=0)
             rows = b.reshape(rows, shape=(*lead, whole, *node.output.shape[cut[0] + 1 :]))
         else:
             rows = table
@@ -146,18 +146,19 @@ def _lookup(node: Node) -> _Lookup | None:
     if not node.is_a("embedding", "gather", "take_along"):
         return None
     axis = 0 if node.is_a("embedding") else node.attrs.axis  # type: ignore[attr-defined]
-    table, index = _once(node.inputs[0], axis), node.inputs[1]
-    behind = len(table.shape) - axis - 1
+    rows, index = _once(node.inputs[0], axis), node.inputs[1]
+    behind = len(rows.shape) - axis - 1
     if node.is_a("take_along"):
-        index = _once(index, axis + 1) if len(index.shape) == len(table.shape) else index
+        index = _once(index, axis + 1) if len(index.shape) == len(rows.shape) else index
         wide = index if all(d == 1 for d in index.shape[axis + 1 :]) else index.made_by("broadcast_to")
         index = wide.inputs[0] if isinstance(wide, Node) else index
         if any(d != 1 for d in index.shape[len(index.shape) - behind :]):
             return None
+    table = _whole(rows)
     given = table.const is not None or table.param is not None
     if not given or table.type != TensorType(DType.F32, table.shape) or not all(isinstance(d, int) for d in table.shape):
         return None
-    return _Lookup(node, table, index, behind) if behind and all(d == 1 for d in table.shape[:axis]) else None
+    return _Lookup(node, table, index, behind) if behind and all(d == 1 for d in rows.shape[:axis]) else None
 
 
 def _once(v: Value, axis: int) -> Value:
@@ -167,12 +168,20 @@ def _once(v: Value, axis: int) -> Value:
     return one if len(one.shape) == len(v.shape) and one.shape[axis:] == v.shape[axis:] else v
 
 
+def _whole(v: Value) -> Value:
+    """The parameter or constant that ``v`` is, seen without axes of size 1 in front."""
+    node = v.made_by("reshape")
+    table = node.inputs[0] if node is not None else v
+    lead = len(table.shape) - len(v.shape)
+    return table if lead >= 0 and table.shape == (*(1,) * lead, *v.shape) else v
+
+
 def _multiplied(graph: Graph, v: Value) -> bool:
     """Whether it is moved and multiplied with values that are neither numbers nor parameters, and nothing else."""
 
     def read(node: Node) -> bool:
         numbers = all(u is v or (u.const is not None and (node.is_a("gather") or u.const.size == 1)) for u in node.inputs)
-        if node.op.carries or node.is_a("cast") or (node.is_a("gather", "mul") and numbers):
+        if node.op.carries or node.is_a("cast", "neg") or (node.is_a("gather", "mul") and numbers):
             return _multiplied(graph, node.output)
         return node.is_a("mul") and not any(_fixed(u) for u in node.inputs)
 
@@ -227,17 +236,20 @@ def _asked_for(rows: Value, size: DimLike) -> DimLike:
 def _is_square(v: Value) -> bool:
     """Whether it could be a table of queries and keys."""
     shape = v.type.shape
-    if not isinstance(v.type, TensorType) or len(shape) < 2 or not all(isinstance(d, int) for d in shape):
+    if not isinstance(v.type, TensorType) or not all(isinstance(d, int) for d in shape):
         return False
-    return shape[-1] != 1 and shape[-2] != 1 and all(d == 1 for d in shape[:-2]) and prod(map(concrete, shape)) <= _LARGEST
+    return sum(d != 1 for d in shape) == 2 and prod(map(concrete, shape)) <= _LARGEST
 
 
 def _masks(v: Value) -> bool:
-    """Whether it goes into elementwise operations with other values alone: no weight of a product does, scaled or not."""
-    return bool(v.users) and all(
-        _masks(n.output) if n.op.carries or (n.op.elementwise and all(map(_fixed, n.inputs))) else n.op.elementwise
-        for n in v.users
-    )
+    """Whether it, or what is picked of it, goes into elementwise operations with other values alone: no weight of a product
+    does, scaled or not."""
+
+    def moves(n: Node) -> bool:
+        picks = n.op.picks(n.attrs) is not None and n.inputs[0] is v and n.inputs[1] is not v
+        return n.op.carries or picks or (n.op.elementwise and all(map(_fixed, n.inputs)))
+
+    return bool(v.users) and all(_masks(n.output) if moves(n) else n.op.elementwise for n in v.users)
 
 
 def _fixed(v: Value) -> bool:

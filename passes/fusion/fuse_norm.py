@@ -8,6 +8,9 @@ from wasat.ir import Builder, DType, Node, Value
 
 from ..pattern import Match, Mismatch, Pattern, Rewrite, Rewrites, Tracer, Var, last_axis
 
+_NEAR = 5
+"""How many operations from a root a mean is looked for."""
+
 
 def _mean(p: Tracer, x: Pattern) -> Pattern:
     return p.reduce_mean(x, axes=last_axis, keepdims=True)
@@ -34,6 +37,16 @@ def _per_feature(m: Match, name: str, x: Value) -> Value:
     return w
 
 
+def _holds_mean(v: Value, near: int = _NEAR) -> bool:
+    """Whether ``v`` is made by a few elementwise operations of a mean over an axis, or of a sum that is no length by itself."""
+    node = v.node
+    if node is None or v.const is not None or near == 0 or (near == _NEAR and node.is_a("maximum")):
+        return False
+    if node.is_a("reduce_mean", "reduce_sum"):
+        return node.is_a("reduce_mean") or near < _NEAR
+    return node.op.elementwise and any(_holds_mean(u, near - 1) for u in node.inputs)
+
+
 class _Mean(Rewrite):
     """sum(x) / n, or sum(x) * (1/n) -> mean(x), where n is the number of elements of the last axis"""
 
@@ -53,13 +66,12 @@ class _Mean(Rewrite):
 
 
 class _Norm(Rewrite):
-    """Normalization by a root. That of what is bounded from below is the length of a vector, of which nothing is missed."""
+    """Normalization by a root. Of that of what holds no mean (lengths of vectors, deviations of gates) nothing is missed."""
 
     landmark = ("rsqrt", "sqrt")
 
     def is_landmark(self, node: Node) -> bool:
-        made = node.inputs[0].node if node.inputs else None
-        return super().is_landmark(node) and (made is None or not made.is_a("maximum"))
+        return super().is_landmark(node) and _holds_mean(node.inputs[0])
 
 
 class _LayerNorm(_Norm):

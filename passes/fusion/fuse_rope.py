@@ -351,7 +351,9 @@ class _RotatePairs(Rewrite):
     landmark: ClassVar[str] = "neg"
 
     def is_landmark(self, node: Node) -> bool:
-        return super().is_landmark(node) and (_of("slice", node) or _of("reshape", node))
+        if not super().is_landmark(node) or not node.output.tensor.dtype.is_float:
+            return False  # distances are negated, too
+        return _of("slice", node) or _of("reshape", node)
 
     def pattern(self, p: Tracer, x: Var, cos: Var, sin: Var) -> Pattern:
         pairs = p.shared(p.named("pairs", p.reshape(x)))

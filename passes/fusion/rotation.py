@@ -140,6 +140,8 @@ class _Followed:
 
     def _moved(self, node: Node) -> Terms:
         given = [self._known[u] for u in _read(node.output)]
+        if not given:
+            raise _Unknown
         n = max(len(x.times) for x in given)
         given = [_padded(x, n) for x in given]
         fixed: list[np.ndarray] = []

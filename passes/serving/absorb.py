@@ -6,27 +6,40 @@ result, and attention runs over the latent vectors themselves, as one head of ke
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
 
-from wasat.ir import Builder, DimLike, Graph, Node, TensorType, Value
+import numpy as np
+from wasat.ir import Builder, Graph, Node, TensorType, Value, WasatError, evaluate_dim
 from wasat.ir.ops.attention import AttentionAttrs
-from wasat.ir.ops.shape import Concat, Slice
 
 from ..core import Remarks
 from ..pattern import erase_dead
 
+_MOVES = ("slice", "concat", "reshape", "transpose", "broadcast_to", "reverse")
+_MOST_ELEMENTS = 2**23
+
 
 @dataclass(frozen=True)
 class _Part:
-    """Features of every head: rows of ``weight`` times ``source`` [b, s, n]; or, without a weight, those of ``source``
-    [b, s, 1, d], the same for all heads. Head h's begin at ``base`` + h * ``stride`` + ``first``."""
+    """Neighbouring features of every head: element [b, s, rows[head][i]] of ``made``, a product of the latent vector with a
+    weight; or, the same for all heads, the features ``rows[0]`` of ``made``, seen as [b, s, features] with its axes in
+    another ``order``."""
 
-    source: Value
-    weight: Value | None
-    base: int
-    stride: int
-    first: int
-    size: int
+    made: Value
+    rows: tuple[tuple[int, ...], ...]
+    order: tuple[int, ...] | None = None
+
+    @property
+    def size(self) -> int:
+        return len(self.rows[0])
+
+    @property
+    def latent(self) -> Value | None:
+        """Of what a weight makes it."""
+        return self.made.node.inputs[0] if self.order is None and self.made.node is not None else None
 
 
 def absorb(graph: Graph, remarks: Remarks) -> None:
@@ -39,62 +52,71 @@ def absorb(graph: Graph, remarks: Remarks) -> None:
         if not isinstance(node.attrs, AttentionAttrs) or node.attrs.window is not None:
             continue
         q, k, v = node.inputs[:3]
+        heads = k.shape[2]
+        if not isinstance(heads, int) or q.shape[2] != heads or v.shape[2] != heads:
+            continue
         keys, values = _parts(k), _parts(v)
-        if keys is None or values is None or len(values) != 1 or values[0].weight is None:
+        if keys is None or values is None or len(values) != 1 or (latent := values[0].latent) is None:
             continue
-        latent, heads = values[0].source, k.shape[2]
-        if not isinstance(heads, int) or q.shape[2] != heads or q.tensor.dtype is not latent.tensor.dtype:
-            continue
-        made = [p for p in keys if p.weight is not None]
-        if not made or any(p.source is not latent for p in made):
+        made = [p.latent for p in keys if p.latent is not None]
+        if q.tensor.dtype is not latent.tensor.dtype or not made or any(x is not latent for x in made):
             continue
         width = latent.shape[-1]
-        kept = sum(p.size for p in keys if p.weight is None) + (width if isinstance(width, int) else 0)
+        kept = sum(p.size for p in keys if p.latent is None) + (width if isinstance(width, int) else 0)
         if 3 * kept > heads * (sum(p.size for p in keys) + values[0].size):
             continue
-        _rewrite(graph, node, keys, values[0], heads)
+        _rewrite(graph, node, keys, values[0], latent)
         remarks.applied(f"%{node.output.name}: attention over {kept} numbers per token instead of those that they make", node)
 
 
-def _rewrite(graph: Graph, node: Node, keys: list[_Part], value: _Part, heads: int) -> None:
-    b, (q, *_), latent = Builder(graph, before=node, loc=node.loc), node.inputs, value.source
+def _rewrite(graph: Graph, node: Node, keys: list[_Part], value: _Part, latent: Value) -> None:
+    b, (q, *_) = Builder(graph, before=node, loc=node.loc), node.inputs
     batch, seq, width = latent.shape
     one = b.reshape(latent, shape=(batch, seq, 1, width))
     asked: Value | None = None
     queries, rows, at = [], [one], 0
     for p in keys:
-        own = _features(b, q, at, p.size)
+        own = _features(b, q, range(at, at + p.size))
         at += p.size
-        if p.weight is None:
+        if p.order is not None:
             queries.append(own)
-            rows.append(_features(b, p.source, p.first, p.size))
+            x = b.transpose(p.made, perm=p.order) if p.order != tuple(range(len(p.order))) else p.made
+            x = b.reshape(x, shape=(batch, seq, 1, _others(p)))
+            rows.append(_features(b, x, p.rows[0]))
         else:
-            x = _per_head(b, own, _matrix(b, p, heads))
+            x = _per_head(b, own, _matrix(b, p))
             asked = x if asked is None else b.add(asked, x)
     assert asked is not None
     q, k = b.concat(asked, *queries, axis=3), b.concat(*rows, axis=3)
     v = b.slice(k, starts=(0, 0, 0, 0), stops=one.shape)  # the keys' own: one tensor is kept
     y = graph.add_node(node.op, [q, k, v, *node.inputs[3:]], node.attrs, before=node, loc=node.loc).output
-    out = _per_head(b, y, b.transpose(_matrix(b, value, heads), perm=(0, 2, 1)))
+    out = _per_head(b, y, b.transpose(_matrix(b, value), perm=(0, 2, 1)))
     graph.replace_uses(node.output, out)
     erase_dead(graph, node)
 
 
-def _features(b: Builder, x: Value, first: int, size: int) -> Value:
-    if (first, size) == (0, x.shape[3]):
-        return x
-    out: Value = b.slice(x, starts=(0, 0, 0, first), stops=(*x.shape[:3], first + size))
-    return out
+def _others(part: _Part) -> int:
+    """How many features the value has, which heads share."""
+    assert part.order is not None
+    return prod(d for d in (part.made.shape[a] for a in part.order[2:]) if isinstance(d, int))
 
 
-def _matrix(b: Builder, p: _Part, heads: int) -> Value:
-    """The weight of a part, [heads, size, n]."""
-    assert p.weight is not None
-    w, n = p.weight, p.weight.shape[1]
-    w = b.slice(w, starts=(p.base, 0), stops=(p.base + heads * p.stride, n))
-    w = b.reshape(w, shape=(heads, p.stride, n))
-    out: Value = b.slice(w, starts=(0, p.first, 0), stops=(heads, p.first + p.size, n))
-    return out
+def _features(b: Builder, x: Value, which: Sequence[int]) -> Value:
+    """Those of [b, s, h, d]."""
+    first, last = which[0], which[-1] + 1
+    if tuple(which) == tuple(range(first, last)):
+        whole = (first, last) == (0, x.shape[3])
+        return x if whole else b.slice(x, starts=(0, 0, 0, first), stops=(*x.shape[:3], last))
+    return b.gather(x, b.constant(np.array(which)), axis=3)
+
+
+def _matrix(b: Builder, p: _Part) -> Value:
+    """What the latent vector is multiplied with, [heads, size, n]."""
+    node = p.made.node
+    assert node is not None
+    w = node.inputs[1] if node.is_a("linear") else b.transpose(node.inputs[1], perm=(1, 0))
+    rows = b.gather(w, b.constant(np.array(p.rows).reshape(-1)), axis=0)
+    return b.reshape(rows, shape=(len(p.rows), p.size, w.shape[1]))
 
 
 def _per_head(b: Builder, x: Value, w: Value) -> Value:
@@ -104,49 +126,92 @@ def _per_head(b: Builder, x: Value, w: Value) -> Value:
 
 
 def _parts(v: Value) -> list[_Part] | None:
-    """What the features of keys or values [b, s, h, d] are made of."""
-    node, size = v.node, v.shape[3]
-    if node is None or not isinstance(size, int):
+    """What the features of keys or values [b, s, h, d] are made of, however they are cut, joined, and turned between: found by
+    following each element, at two sizes."""
+    if not all(isinstance(d, int) for d in v.shape[2:]):
         return None
-    attrs = node.attrs
-    if isinstance(attrs, Concat.Attrs) and attrs.axis == 3:
-        found = [_parts(x) for x in node.inputs]
-        return None if None in found else [p for parts in found if parts is not None for p in parts]
-    if isinstance(attrs, Slice.Attrs) and _cuts_last(node):
-        parts, lo, hi = _parts(node.inputs[0]), attrs.starts[3], attrs.stops[3]
-        return None if parts is None or not isinstance(lo, int) or not isinstance(hi, int) else _within(parts, lo, hi)
-    if node.is_a("broadcast_to") and tuple(node.inputs[0].shape) == (*v.shape[:2], 1, size):
-        return [_Part(node.inputs[0], None, 0, 0, 0, size)]
-    if node.is_a("reshape") and tuple(node.inputs[0].shape[:-1]) == tuple(v.shape[:2]):
-        return _made(node.inputs[0], size)
-    return None
+    rows, seq = v.shape[:2]
+    found = []
+    for sizes in ((2, 3), (3, 5)):
+        given = {str(d): n for d, n in zip((rows, seq), sizes) if str(d).isidentifier()}
+        if not isinstance(seq, int) and str(seq) in given:
+            found.append(_read_off(v, given))
+    return found[0] if found and None not in found and found[0] == found[1] else None
 
 
-def _made(x: Value, size: int) -> list[_Part] | None:
-    """[b, s, h * size] as what a weight makes."""
-    base: DimLike = 0
-    if x.node is not None and isinstance(x.node.attrs, Slice.Attrs) and _cuts_last(x.node):
-        base, x = x.node.attrs.starts[2], x.node.inputs[0]
-    node = x.node
-    if node is None or not node.is_a("linear") or len(node.inputs) != 2 or not isinstance(base, int):
+class _Leaves:
+    """Values that elements come from, numbered one after the other."""
+
+    def __init__(self, sizes: Mapping[str, int]) -> None:
+        self.sizes, self.known = sizes, dict[Value, tuple[int, tuple[int, ...]]]()
+        self._count = 0
+
+    def follow(self, v: Value) -> np.ndarray:
+        node = v.node
+        if node is not None and v.const is None and node.is_a(*_MOVES):
+            return np.asarray(node.op.run(node.attrs, self.sizes, *(self.follow(u) for u in node.inputs)))
+        if v not in self.known:
+            shape = tuple(evaluate_dim(d, self.sizes) for d in v.shape)
+            self.known[v] = self._count, shape
+            self._count += prod(shape)
+        first, shape = self.known[v]
+        return np.arange(first, first + prod(shape)).reshape(shape)
+
+
+def _read_off(v: Value, sizes: Mapping[str, int]) -> list[_Part] | None:
+    leaves = _Leaves(sizes)
+    try:
+        if prod(evaluate_dim(d, sizes) for d in v.shape) > _MOST_ELEMENTS:
+            return None
+        numbers = leaves.follow(v)
+    except (WasatError, ValueError, KeyError):  # other sizes, or checks that do not hold at these
         return None
-    source, weight = node.inputs
-    plain = isinstance(weight.type, TensorType) and weight.tensor.dtype is source.tensor.dtype
-    return [_Part(source, weight, base, size, 0, size)] if plain and len(source.shape) == 3 else None
+    parts = []
+    bounds = sorted((first, leaf) for leaf, (first, _) in leaves.known.items())
+    of = np.searchsorted([first for first, _ in bounds], numbers, side="right") - 1
+    if (of != of[:1, :1, :1]).any():
+        return None
+    turns = [0, *(np.flatnonzero(np.diff(of[0, 0, 0])) + 1), numbers.shape[3]]
+    for lo, hi in pairwise(turns):
+        first, leaf = bounds[of[0, 0, 0, lo]]
+        _, shape = leaves.known[leaf]
+        part = _part(leaf, np.unravel_index(numbers[..., lo:hi] - first, shape))
+        if part is None:
+            return None
+        parts.append(part)
+    return parts
 
 
-def _cuts_last(node: Node) -> bool:
-    """Whether a slice takes a part of the last axis alone, without gaps."""
-    a, shape = Slice.Attrs.of(node), node.inputs[0].shape
-    whole = all(lo == 0 and str(hi) == str(d) for lo, hi, d in zip(a.starts[:-1], a.stops[:-1], shape))
-    return whole and set(a.steps) == {1}
+def _part(leaf: Value, places: Sequence[np.ndarray]) -> _Part | None:
+    """Features of ``leaf`` that stand at ``places``, one array [b, s, h, d] for each of its axes."""
+    grids = np.indices(places[0].shape)
+    if _is_product(leaf) and (places[0] == grids[0]).all() and (places[1] == grids[1]).all():
+        return _Part(leaf, rows) if (rows := _alike(places[2])) is not None else None
+    order, others = [], list(range(len(places)))
+    for grid in grids[:2]:
+        along = [a for a in others if (places[a] == grid).all() and (grid.max() > 0 or leaf.shape[a] == 1)]
+        if not along:
+            return None
+        order.append(along[0])
+        others.remove(along[0])
+    if not all(isinstance(leaf.shape[a], int) for a in others):
+        return None
+    shape = [int(str(leaf.shape[a])) for a in others]
+    rows = _alike(np.ravel_multi_index([places[a] for a in others], shape) if others else np.zeros_like(places[0]))
+    same = rows is not None and set(rows) == {rows[0]}
+    return _Part(leaf, rows[:1], (*order, *others)) if rows is not None and same else None
 
 
-def _within(parts: list[_Part], lo: int, hi: int) -> list[_Part]:
-    found, at = [], 0
-    for p in parts:
-        first, last = max(lo - at, 0), min(hi - at, p.size)
-        if first < last:
-            found.append(replace(p, first=p.first + first, size=last - first))
-        at += p.size
-    return found
+def _alike(places: np.ndarray) -> tuple[tuple[int, ...], ...] | None:
+    """The places [heads, features], if they are the same for all tokens."""
+    return tuple(tuple(map(int, row)) for row in places[0, 0]) if (places == places[:1, :1]).all() else None
+
+
+def _is_product(v: Value) -> bool:
+    """Whether it is a vector per token [b, s, n] times a weight, and nothing added."""
+    node = v.node
+    if node is None or not node.is_a("linear", "matmul") or len(node.inputs) != 2:
+        return False
+    x, w = node.inputs
+    plain = isinstance(w.type, TensorType) and len(w.shape) == 2 and all(isinstance(d, int) for d in w.shape)
+    return plain and w.tensor.dtype is x.tensor.dtype and len(x.shape) == 3

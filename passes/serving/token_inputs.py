@@ -7,6 +7,7 @@ count from 0, and a cache is derived, not taken over.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -130,7 +131,9 @@ class _Plan:
             raise IRError(f"%{found[0].name} is {found[0].type}: the number of tokens is fixed")
         for name, v in inputs.items():
             t = v.tensor
-            if name in encoder:
+            if name in encoder or (name in MASKS and t.rank == 2 and plan._hides_others(v)):
+                if name in MASKS and t.rank == 2:  # exporters give its rows a name of their own
+                    plan._equate(v, (inputs["input_ids"].shape[0] if encoder else b, v.shape[1]))
                 continue
             if name in MASKS and t.rank == 2:
                 plan.meaning[v] = "mask"
@@ -141,17 +144,24 @@ class _Plan:
         past = {d for v, m in plan.meaning.items() if m == "past" for d in symbols_of(v.shape)} - {str(b), str(s)}
         if len(past) > 1:
             raise IRError(f"its caches have several lengths: {', '.join(sorted(past))}")
-        plan.sizes = dict.fromkeys(past, 0)
+        plan.sizes |= dict.fromkeys(past, 0)
         for v, m in plan.meaning.items():
             if m in ("mask", "positions"):
-                plan._equate(v)
+                plan._equate(v, plan.tokens.shape)
         plan.outputs = [(n, v) for n, v in zip(graph.output_names, graph.outputs) if not (past and n.startswith("present"))]
         plan._check(str(s))
         return plan
 
-    def _equate(self, v: Value) -> None:
+    def _hides_others(self, mask: Value) -> bool:
+        """Whether a mask is as long as an input that is not the tokens: that of a memory, made by an encoder."""
+        length = mask.shape[1]
+        others = (v for v in self.graph.inputs if v is not mask and v is not self.tokens and v.name not in (*MASKS, *POSITIONS))
+        known = str(length).isidentifier() and length != self.tokens.shape[1]
+        return known and any(length in v.type.shape and not v.name.startswith("past") for v in others)
+
+    def _equate(self, v: Value, shape: Sequence[DimLike]) -> None:
         """Masks and positions have the sizes of the tokens; where these have names of their own, those go."""
-        for own, d in zip(reversed(v.tensor.substitute(self.sizes).shape), reversed(self.tokens.shape)):
+        for own, d in zip(reversed(v.tensor.substitute(self.sizes).shape), reversed(shape)):
             if own in (d, 1):
                 continue
             if not str(own).isidentifier():

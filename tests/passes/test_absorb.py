@@ -58,6 +58,35 @@ def test_the_latent_vectors_are_kept() -> None:
         np.testing.assert_allclose(got, want[[0, 1], at - 1], rtol=1e-4, atol=1e-5)
 
 
+class Turned(nn.Module):
+    """Heads in front, the two up-projections apart, one as a product with a matrix [n, m], features of the keys in another
+    order, the shared part spread over heads by itself (DeepSeek as people write it)."""
+
+    def __init__(self) -> None:
+        self.embed, self.head = nn.Embedding(VOCAB, DIM, std=1.0), nn.Linear(HEADS * WIDTH, VOCAB)
+        self.q, self.down = nn.Linear(DIM, HEADS * (PLAIN + ROTATED)), nn.Linear(DIM, 3)
+        self.shared, self.keys = nn.Linear(DIM, ROTATED), nn.Linear(3, HEADS * PLAIN)
+        self.values = nn.Parameter((3, HEADS * WIDTH), std=0.5)
+
+    def __call__(self, tokens: nn.Tensor) -> nn.Tensor:
+        x, at = self.embed(tokens), nn.positions(tokens)
+        b, s, _ = x.shape
+        latent = nn.tanh(self.down(x))
+        k, v = self.keys(latent).heads(HEADS).swap(1, 2), (latent @ self.values).heads(HEADS).swap(1, 2)
+        turned = nn.rope(self.shared(x).heads(1), at).swap(1, 2).broadcast_to(b, HEADS, s, ROTATED)
+        k = nn.concat([k[..., ::2], turned, k[..., 1::2]], axis=-1)
+        scores = self.q(x).heads(HEADS).swap(1, 2) @ k.T * 0.3
+        return self.head((nn.softmax(nn.where(nn.causal(at), scores, -math.inf)) @ v).swap(1, 2).merge())
+
+
+@pytest.mark.parametrize("rows", ["b", "1"])
+def test_however_keys_and_values_are_laid_out(rows: str) -> None:
+    program = nn.trace(Turned(), {"tokens": f"i64[{rows}, s]"}, outputs=["logits"])
+    served, _ = ws.optimize(program, kv_cache=True, chunk=6, check=True)
+    names = served.interface.state_names
+    assert [str(v.type) for v in served["decode"].inputs if v.name in names] == [f"f32[{rows}, c, 1, {3 + ROTATED}]"]
+
+
 @pytest.mark.parametrize(
     "how", [{"bias": True}, {"window": 3}, {"own": True}, {"latent": 17}], ids=["bias", "window", "values of their own", "wide"]
 )

@@ -228,6 +228,39 @@ def test_other_merged_rows_stay(edits: list[tuple[str, str]]) -> None:
     check_untouched(Cleanup(), text)
 
 
+BATCHED = """graph @g(%x: f32[3, b, s], %y: f32[3, 1, 4]) {
+  %m: f32[3, b*s, 1] = reshape(%x) {shape=(3, b*s, 1)}
+  %p: f32[3, b*s, 4] = matmul(%m, %y)
+  %z: f32[3, b, s, 4] = reshape(%p) {shape=(3, b, s, 4)}
+  return %z
+}"""
+
+
+def test_rows_of_products_under_a_batch_are_not_merged() -> None:
+    """Whatever their widths, and beside one matrix for all."""
+    after = """graph @g(%x: f32[3, b, s], %y: f32[3, 1, 4]) {
+  %reshape: f32[3, b, s, 1] = reshape(%x) {shape=(3, b, s, 1)}
+  %reshape_1: f32[3, 1, 1, 4] = reshape(%y) {shape=(3, 1, 1, 4)}
+  %matmul: f32[3, b, s, 4] = matmul(%reshape, %reshape_1)
+  return z=%matmul
+}"""
+    dims = [{"b": 2, "s": 5}, {"b": 1, "s": 3}]
+    check_pass(Cleanup(), BATCHED, after, dims)
+    wide = BATCHED.replace("[3, b, s]", "[3, b, s, 5]").replace("[3, b*s, 1]", "[3, b*s, 5]").replace("b*s, 1)", "b*s, 5)")
+    for y, matrix in (("f32[3, 5, 4]", "%y: f32[3, 1, 5, 4]"), ("f32[5, 4]", "%y: f32[5, 4]")):
+        program = random_program(wide.replace("f32[3, 1, 4]", y))
+        PassManager([Cleanup()], check=InterpreterCheck(dims)).run(program)
+        assert not any(str(v.shape[1]) == "b*s" for n in program["g"].nodes for v in n.outputs), matrix
+
+
+def test_rows_merged_with_features_stay_so() -> None:
+    text = BATCHED.replace("%y: f32[3, 1, 4]", "%y: f32[3, s, 4]").replace("[3, b, s]", "[3, b, 2, s]")
+    text = text.replace("[3, b*s, 1]", "[3, 2*b, s]").replace("b*s, 1)", "2*b, s)").replace("b*s", "2*b")
+    text = text.replace("f32[3, b, s, 4]", "f32[3, b, 2, 4]").replace("(3, b, s, 4)", "(3, b, 2, 4)")
+    other = text.replace("%x: f32[3, b, 2, s]", "%x: f32[3, s, b, 2]")
+    check_untouched(Cleanup(), other)
+
+
 @pytest.mark.parametrize("before, after", REWRITTEN.values(), ids=REWRITTEN)
 def test_becomes(before: list[str], after: list[str]) -> None:
     check_pass(Cleanup(), one(*before), one(*after), [{"b": 3}])

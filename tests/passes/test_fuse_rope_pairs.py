@@ -141,3 +141,13 @@ def test_pairs_turned_otherwise(tables: str, parts: str, turned: str, reason: st
 
 def test_halves_by_angles_in_pairs() -> None:
     check_untouched(FuseRope(), graph(TWICE, TURN), "%c holds its angles in another order")
+
+
+def test_negated_distances_are_no_rotation_that_was_missed() -> None:
+    """The bias of ALiBi: whole numbers, whatever they were reshaped from."""
+    text = """graph @f(%d: i64[s, s]) {
+  %u: i64[1, s, s] = reshape(%d) {shape=(1, s, s)}
+  %n: i64[1, s, s] = neg(%u)
+  return %n
+}"""
+    assert not PassManager([FuseRope()]).run(random_program(text)).remarks("missed")

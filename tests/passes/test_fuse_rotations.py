@@ -325,3 +325,21 @@ def test_neighbours_that_become_halves() -> None:
     other, missed = fused(program)
     assert (other["forward"].count("rope"), other["forward"].count("gather"), missed) == (1, 1, [])
     check_equal(program, other)
+
+
+def test_a_table_of_other_numbers_beside_waves_is_followed_no_further() -> None:
+    """Its rows are looked up at positions: what they are is not known, and no rotation is found."""
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            self.table = nn.Parameter((32, 4), std=1.0)
+
+        def __call__(self, x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+            cos = nn.cos(at[..., None].cast("f32") * nn.constant(np.float32([1.0, 0.5, 0.1, 0.01])))[:, :, None]
+            rows = nn.gather(self.table, nn.arange(x.shape[1]), axis=0)[None, :, None]
+            a, b = x[..., :4], x[..., 4:]
+            return nn.concat([a * cos + b * rows, a * -rows + b * cos], axis=-1)
+
+    program = nn.trace(Odd(), {"x": "f32[b, s, 2, 8]", "at": "i64[b, s]"}, outputs=["y"])
+    PassManager([ReadTables(), FuseRope()]).run(program)
+    assert program["forward"].count("rope") == 0

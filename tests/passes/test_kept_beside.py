@@ -185,12 +185,20 @@ def summed_ones(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
     return merged(nn.softmax(nn.where(nn.causal(at), s + slopes, -INF)) @ v)
 
 
+def picked(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """Softmaxes of both heads, by numbers for what is no number, picked by an index: one less a share of the other"""
+    s, v = scores(x)
+    s = nn.where(nn.emit("isnan", s), 0.0, s) + nn.where(nn.causal(at), 0.0, -INF)
+    one, two = (nn.gather(nn.softmax(s), nn.constant(i), axis=1)[:, None] for i in (0, 1))
+    return merged((one - 0.3 * two) @ v)
+
+
 BESIDE: dict[str, Mix] = {
     f.__name__: placed(f) if f in (largest_few, chosen) else f
     for f in (
         registers, registers_and_window, registers_by_position, registers_and_tokens, biased_keys, zero_key, largest_few,
         chosen, looked_up_along, flattened_indices, heads_in_rows, only_earlier, rolled,
-        counted, merged_rows, summed_ones, registers_and_sigmoid, registers_and_difference,
+        counted, merged_rows, summed_ones, registers_and_sigmoid, registers_and_difference, picked,
     )
 }  # fmt: skip
 

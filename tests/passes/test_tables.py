@@ -84,7 +84,7 @@ def test_as_many_rows_as_there_are_tokens() -> None:
     PassManager([ReadTables()]).run(program)
     g = program["f"]
     assert ([n.op.name for n in g.nodes], [str(n.attrs.size) for n in g.nodes if n.op.name == "iota"]) == (  # type: ignore[attr-defined]
-        ["reshape", "iota", "gather", "reshape", "add"], ["s"],
+        ["iota", "gather", "reshape", "add"], ["s"],
     )  # fmt: skip
     params = {k: p.load() for k, p in program.params.items()}
     np.testing.assert_array_equal(evaluate(g, x, params)[0], want[0])
@@ -201,6 +201,30 @@ def test_weights_are_not_looked_at() -> None:
     assert not PassManager([ReadTables()]).run(program).steps[0].modified
 
 
+@pytest.mark.parametrize("shape, axis, perm", [((16, 16), 0, (0, 1)), ((1, 1, 16, 16), 2, (0, 1, 2, 3)),
+                                               ((16, 1, 1, 16), 0, (1, 2, 0, 3))])  # fmt: skip
+def test_triangles_of_which_rows_are_picked(shape: tuple[int, ...], axis: int, perm: tuple[int, ...]) -> None:
+    """A registered mask looked up at positions, whatever axes of size 1 it has."""
+    picked = ", ".join("s" if i == axis else str(n) for i, n in enumerate(shape))
+    moved = ", ".join(picked.split(", ")[p] for p in perm)
+    text = f"""graph @f(%x: f32[b, s, 16]) {{
+  param %table: bool[{", ".join(map(str, shape))}]
+  %at: i64[s] = iota() {{size=s}}
+  %rows: bool[{picked}] = gather(%table, %at) {{axis={axis}}}
+  %seen: bool[{moved}] = transpose(%rows) {{perm={perm}}}
+  %flat: bool[s, 16] = reshape(%seen) {{shape=(s, 16)}}
+  %y: f32[b, s, 16] = select(%flat, %x, 0.0:f32)
+  return %y
+}}"""
+    table = np.tril(np.ones((16, 16), bool)).reshape(shape)
+    program, before = Program({"f": parse(text)}), parse(text)
+    program.params["table"] = ArrayParam(table, type_of(table))
+    report = PassManager([ReadTables()]).run(program)
+    assert [r.message for r in report.remarks("applied")] == ["parameter table is computed: 2 regions of positions"]
+    x = np.random.default_rng(0).normal(size=(2, 7, 16)).astype(np.float32)
+    np.testing.assert_array_equal(evaluate(program["f"], {"x": x}, {})[0], evaluate(before, {"x": x}, {"table": table})[0])
+
+
 # -- tables of cosines and sines ---------------------------------------------------------------------------------------------
 WAVES = """graph @f(%x: f32[b, s, 6], %at: i64[b, s]) {
   param %table: f32[40, 6]
@@ -246,6 +270,28 @@ def test_waves_are_computed(lookup: str, table: np.ndarray) -> None:
     constants = [n.output.const for n in program["f"].nodes if n.is_a("constant")]
     frequencies = [x for x in constants if x is not None and x.dtype == np.float32]
     np.testing.assert_allclose([np.sort(f)[::-1] for f in frequencies], [FREQUENCIES] * 2, rtol=3e-7)
+
+
+@pytest.mark.parametrize("lead", [(), (1,), (1, 1)])
+def test_waves_of_the_first_rows_are_computed(lead: tuple[int, ...]) -> None:
+    """Tables sliced to the length, as buffers of rotary positions are, with axes of size 1 in front or without."""
+    front, ones, zeros = ("".join(f"{n}, " for n in ns) for ns in (lead, lead, [0] * len(lead)))
+    text = f"""graph @f(%x: f32[b, s, 6], %at: i64[b, s]) {{
+  param %table: f32[{front}40, 6]
+  %rows: f32[{front}s, 6] = slice(%table) {{starts=({zeros}0, 0), stops=({ones}s, 6)}}
+  %seen: f32[1, s, 6] = reshape(%rows) {{shape=(1, s, 6)}}
+  %y: f32[b, s, 6] = mul(%x, %seen)
+  return %y
+}}"""
+    _, said, stays = computed(text, KNOWN.reshape(*lead, 40, 6))
+    assert (said[-1], stays) == ("table is computed: cosines and sines of 40 positions", False)
+
+
+def test_waves_that_are_negated_are_computed() -> None:
+    """Turned the other way round: x * -sin."""
+    new = "%n: f32[b, s, 6] = neg(%rows)\n  %y: f32[b, s, 6] = mul(%x, %n)"
+    _, said, stays = computed(WAVES.replace("%y: f32[b, s, 6] = mul(%x, %rows)", new), KNOWN)
+    assert (said, stays) == (["table is computed: cosines and sines of 40 positions"], False)
 
 
 def other(column: int, row: int, by: float) -> np.ndarray:

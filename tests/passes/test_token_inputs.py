@@ -126,3 +126,42 @@ def test_the_pipeline_runs_again_only_for_inputs_that_went(
     said = [str(r) for s in report.steps[:-2] for r in s.remarks]
     assert said == [str(r) for s in other.steps for r in s.remarks]
     assert any("missed" in str(r.kind) for r in report.steps[-1].remarks)
+
+
+MEMORY = """graph @forward(%decoder_input_ids: i64[b, s], %encoder_hidden_states: f32[b, t, 4], %attention_mask: i64[n, t]) {
+  param %table: f32[9, 4]
+  %q: f32[b, s, 4] = embedding(%table, %decoder_input_ids)
+  %i: i64[b] = iota() {size=b}
+  %m: i64[b, t] = gather(%attention_mask, %i)
+  %o: bool[b, t] = greater(%m, 0:i64)
+  %f: f32[b, t] = select(%o, 0.0:f32, -inf:f32)
+  %r: f32[b, 1, t] = reshape(%f) {shape=(b, 1, t)}
+  %kt: f32[b, 4, t] = transpose(%encoder_hidden_states) {perm=(0, 2, 1)}
+  %p: f32[b, s, t] = matmul(%q, %kt)
+  %a: f32[b, s, t] = add(%p, %r)
+  %w: f32[b, s, t] = softmax(%a) {axis=2}
+  %y: f32[b, s, 4] = matmul(%w, %encoder_hidden_states)
+  return %y
+}"""
+
+
+def test_the_mask_of_a_memory_is_no_mask_of_the_tokens() -> None:
+    """It is as long as the memory, and stays, for as many rows as there are: exporters give those a name of their own."""
+    program = random_program(MEMORY)
+    PassManager([TokenInputs()]).run(program)
+    assert [(v.name, str(v.type)) for v in program["forward"].inputs] == [
+        ("tokens", "i64[b, s]"), ("encoder_hidden_states", "f32[b, t, 4]"), ("attention_mask", "i64[b, t]"),
+    ]  # fmt: skip
+
+
+def test_the_mask_of_the_other_text_has_its_rows() -> None:
+    """An encoder's tokens and their mask stay inputs, with one number of rows."""
+    text = MEMORY.replace("%encoder_hidden_states: f32[b, t, 4]", "%input_ids: i64[b, t]").replace(
+        "  %i: i64[b]", "  %encoder_hidden_states: f32[b, t, 4] = embedding(%table, %input_ids)\n  %i: i64[b]")  # fmt: skip
+    program = random_program(text)
+    PassManager([TokenInputs()]).run(program)
+    assert {v.name: str(v.type) for v in program["forward"].inputs} == {
+        "tokens": "i64[b, s]", "input_ids": "i64[b, t]", "attention_mask": "i64[b, t]",
+    }  # fmt: skip
+    served, _ = ws.optimize(random_program(text), kv_cache=True)
+    assert sorted(served.graphs) == ["decode", "encode", "prefill"]
