@@ -86,8 +86,8 @@ def quantize_rows(x: np.ndarray, block: int = 32) -> tuple[np.ndarray, np.ndarra
     padded[:, :k] = x
     padded = padded.reshape(m, blocks, block)
     top = np.maximum(np.abs(padded).max(-1), np.float32(LEAST_TOP))
-    inverse = np.float32(127) / top
     finite = np.isfinite(top)
+    inverse = np.float32(127) / np.where(finite, top, np.float32(1))
     padded[~finite] = 0
     return np.rint(padded * inverse[..., None]).astype(np.int8), np.where(finite, top, np.float32(np.nan)) / np.float32(127)
 

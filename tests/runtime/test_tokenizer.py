@@ -132,3 +132,7 @@ def test_merges_that_have_their_prefix(tmp_path: Path) -> None:
     vocabulary = {c: i for i, c in enumerate(["a", "b", "##a", "##b", "ab"])}
     Library(models.BPE(vocabulary, [("a", "##b")], continuing_subword_prefix="##")).save(str(tmp_path / "tokenizer.json"))
     assert Tokenizer(tmp_path / "tokenizer.json").encode("ab") == [4]
+    data = json.loads((tmp_path / "tokenizer.json").read_text())
+    data["model"]["merges"] = ["a ##b"]  # as older files have them
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    assert Tokenizer(tmp_path / "tokenizer.json").encode("ab") == [4]
