@@ -282,14 +282,16 @@ def test_a_budget_is_kept_and_used(model: Program) -> None:
     for bits in (4.8, 9.0):
         small, report = ws.quantize(model, TEXT, bits=bits, tokens=256, window=64)
         assert report.bits <= bits
-        sizes[bits] = report.bits, report.quality.kl
+        sizes[bits] = report.bits, {w.scheme for w in report.weights}
+        assert 0 < report.quality.kl < 1e-5  # six words are six rows of features: codes make up for nearly all of it
         used = {w.name: small.params[w.name].type for w in report.weights}
         assert all(isinstance(t, QTensorType) for t in used.values())
         assert report.bits == pytest.approx(sum(budget.bits_of(t) for t in used.values()) / report.count)
         assert sum(w.share for w in report.weights) == pytest.approx(1)
     assert sizes[4.8][0] > 4.4
     assert sizes[9.0][0] > 8
-    assert sizes[4.8][1] > 8 * sizes[9.0][1] > 0
+    assert sizes[9.0][1] == {"int8b32f16"}
+    assert any(s.startswith("s4") for s in sizes[4.8][1])
 
 
 def test_the_same_arguments_give_the_same_bits(model: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
