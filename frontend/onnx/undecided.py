@@ -56,9 +56,10 @@ def undecided(
         from_inputs = [data.get(name, frozenset()) for name in node.input]
         if standard:
             for i, what in NEEDED.get(node.op_type, {}).items():
+                if i >= len(from_inputs) or not from_inputs[i]:
+                    continue
                 # a Slice from here to so many elements further on has a known size
-                window = node.op_type == "Slice" and i in (1, 2) and from_inputs[1] and from_inputs[2]
-                if i < len(from_inputs) and from_inputs[i] and not window:
+                if not (node.op_type == "Slice" and i in (1, 2) and all(from_inputs[1:3])):
                     yield node, what, from_inputs[i]
             bodies = {a.name: a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH}
             if node.op_type == "If" and from_inputs and from_inputs[0]:  # both branches are imported

@@ -243,10 +243,11 @@ def _is_square(v: Value) -> bool:
 
 def _masks(v: Value) -> bool:
     """Whether it, or what is picked of it, goes into elementwise operations with other values alone: no weight of a product
-    does, scaled or not."""
+    does, scaled or not. Rows of a table that is not as high as wide are those of words."""
+    sizes = [d for d in v.shape if d != 1]
 
     def moves(n: Node) -> bool:
-        picks = n.op.picks(n.attrs) is not None and n.inputs[0] is v and n.inputs[1] is not v
+        picks = n.op.picks(n.attrs) is not None and n.inputs[0] is v and n.inputs[1] is not v and sizes[0] == sizes[-1]
         return n.op.carries or picks or (n.op.elementwise and all(map(_fixed, n.inputs)))
 
     return bool(v.users) and all(_masks(n.output) if moves(n) else n.op.elementwise for n in v.users)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from wasat.ir import Array, ArrayParam, Program, WasatError, evaluate, parse, type_of
+from wasat.ir import Array, ArrayParam, DType, Program, TensorType, WasatError, evaluate, parse, type_of
 from wasat.passes import Cleanup, FuseAttention, PassManager, ReadTables
 
 from wasat.testing import InterpreterCheck, check_pass, check_untouched, feed, random_program
@@ -223,6 +223,23 @@ def test_triangles_of_which_rows_are_picked(shape: tuple[int, ...], axis: int, p
     assert [r.message for r in report.remarks("applied")] == ["parameter table is computed: 2 regions of positions"]
     x = np.random.default_rng(0).normal(size=(2, 7, 16)).astype(np.float32)
     np.testing.assert_array_equal(evaluate(program["f"], {"x": x}, {})[0], evaluate(before, {"x": x}, {"table": table})[0])
+
+
+def test_rows_of_words_are_not_looked_at() -> None:
+    """Which would be to load the largest weight of a model, and for nothing."""
+    text = """graph @f(%at: i64[b, s]) {
+  param %words: f32[40, 16]
+  %x: f32[b, s, 16] = embedding(%words, %at)
+  %y: f32[b, s, 16] = mul(%x, %x)
+  return %y
+}"""
+    class Unread(ArrayParam):
+        def load(self) -> Array:
+            raise AssertionError("the weight was loaded")
+
+    program = Program({"f": parse(text)})
+    program.params["words"] = Unread(np.zeros((40, 16), np.float32), TensorType(DType.F32, (40, 16)))
+    assert not PassManager([ReadTables()]).run(program).remarks("applied")
 
 
 # -- tables of cosines and sines ---------------------------------------------------------------------------------------------
