@@ -247,7 +247,7 @@ def _masks(v: Value) -> bool:
     sizes = [d for d in v.shape if d != 1]
 
     def moves(n: Node) -> bool:
-        picks = n.op.picks(n.attrs) is not None and n.inputs[0] is v and n.inputs[1] is not v and sizes[0] == sizes[-1]
+        picks = n.op.picks(n.attrs) is not None and n.inputs[0] is v and n.inputs[1] is not v and len(set(sizes)) == 1
         return n.op.carries or picks or (n.op.elementwise and all(map(_fixed, n.inputs)))
 
     return bool(v.users) and all(_masks(n.output) if moves(n) else n.op.elementwise for n in v.users)
