@@ -215,6 +215,12 @@ def test_rate_and_channels() -> None:
         assert np.abs(got - want)[100:-100].max() < 2e-4
 
 
+def test_whole_numbers_are_fractions_of_32768() -> None:
+    np.testing.assert_array_equal(
+        Audio(np.int16([-32768, 16384, 1]), 8000).samples(8000), np.float32([-1, 0.5, 2**-15])
+    )
+
+
 def _silence(seconds: int, rate: int) -> bytes:
     """A FLAC, which needs a dozen bytes for any number of equal samples."""
     out = io.BytesIO()

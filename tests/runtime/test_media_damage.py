@@ -47,6 +47,18 @@ def _not_numbers() -> bytes:
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
+def _no_film() -> bytes:
+    """An AVI whose video has no frame."""
+    import av
+
+    out = io.BytesIO()
+    with av.open(out, "w", format="avi") as file:
+        stream = file.add_stream("mjpeg", rate=4)
+        stream.width, stream.height, stream.pix_fmt = 16, 16, "yuvj420p"
+        file.start_encoding()
+    return out.getvalue()
+
+
 def _flac_cut(inside: bool) -> bytes:
     """All but the last of its blocks, or all but its last half."""
     data = sound(TONE, RATE, "flac", "flac")
@@ -90,6 +102,7 @@ HOSTILE: dict[str, tuple[Callable[[], Any], str]] = {
     "a playlist": (lambda: Audio(b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile:///etc/hostname\n"), "is none of WAV"),
     "a silent video as sound": (lambda: Audio(video(CLIP, fps=4)), "holds no sound"),
     "no frames": (lambda: Video(CLIP[:0], fps=1), "at least one"),
+    "a film of nothing": (lambda: Video(_no_film()), "holds no frames"),
     "frames without times": (lambda: Video(CLIP), "either times="),
     "times that go back": (lambda: Video(CLIP, times=[0, 1, 2, 1, 3, 4]), "ascending"),
     "no frames per second": (lambda: Video(CLIP, fps=-1), "frames per second"),
