@@ -61,9 +61,14 @@ def _encoder(build: Callable[[Fields], encoders.Encoder | nomic.Encoder], name: 
     return made
 
 
-def _modernbert(fields: Fields) -> Backbone:
-    m = modernbert(fields)
-    return Backbone(m, lambda tokens, lengths, types: m(tokens, lengths), "model")
+def _both_ways(build: Callable[[Fields], Any]) -> Callable[[Fields], Backbone]:
+    """Every token sees the whole text."""
+
+    def made(fields: Fields) -> Backbone:
+        m = build(fields)
+        return Backbone(m, lambda tokens, lengths, types: m(tokens, lengths), "model")
+
+    return made
 
 
 def _decoder(build: Callable[[Fields], Any]) -> Callable[[Fields], Backbone]:
@@ -79,13 +84,7 @@ def _decoder(build: Callable[[Fields], Any]) -> Callable[[Fields], Backbone]:
 def _gemma3(fields: Fields) -> Backbone:
     if not fields.given.get("use_bidirectional_attention"):
         return _decoder(gemma3_text)(fields)
-    m = gemma3_text(fields, causal=False).model
-    return Backbone(m, lambda tokens, lengths, types: m(tokens, lengths), "model")
-
-
-def _eurobert(fields: Fields) -> Backbone:
-    m = eurobert(fields)
-    return Backbone(m, lambda tokens, lengths, types: m(tokens, lengths), "model")
+    return _both_ways(lambda given: gemma3_text(given, causal=False).model)(fields)
 
 
 _OTHERWISE = (
@@ -97,8 +96,8 @@ BACKBONES: dict[str, Callable[[Fields], Backbone]] = {
     "bert": _encoder(encoders.bert, "bert"), "roberta": _encoder(encoders.roberta, "roberta"),
     "xlm-roberta": _encoder(encoders.roberta, "roberta"), "camembert": _encoder(encoders.roberta, "roberta"),
     "mpnet": _encoder(encoders.mpnet, "mpnet"), "distilbert": _encoder(encoders.distilbert, "distilbert"),
-    "modernbert": _modernbert, "nomic_bert": _encoder(nomic.nomic_bert, "nomic_bert"), "gte": _encoder(nomic.gte, "gte"),
-    "electra": _encoder(encoders.electra, "electra"), "eurobert": _eurobert,
+    "modernbert": _both_ways(modernbert), "nomic_bert": _encoder(nomic.nomic_bert, "nomic_bert"),
+    "gte": _encoder(nomic.gte, "gte"), "electra": _encoder(encoders.electra, "electra"), "eurobert": _both_ways(eurobert),
     "jina_embeddings_v3": _encoder(nomic.jina_embeddings_v3, "roberta"),
     **{kind: _decoder(build) for kind, (_, build) in FAMILIES.items() if kind not in _OTHERWISE}, "gemma3_text": _gemma3,
 }  # fmt: skip
