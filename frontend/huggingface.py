@@ -44,12 +44,16 @@ _IDS = {
 """Token ids of a family whose config.json leaves them out."""
 
 
-def from_pretrained(folder: str | Path) -> Program:
+def from_pretrained(folder: str | Path, context: int | None = None) -> Program:
     """The program of a model folder: graph ``forward(tokens i64[b, s]) -> logits f32[b, s, vocab]``; of a model that embeds
     texts or scores pairs of them, what :mod:`wasat.frontend.sentence` makes.
 
     Parameters are memory-mapped and converted to f32 one at a time, when loaded; their names are the checkpoint's. Of a
     quantized checkpoint (:mod:`.weights.methods`) weights stay in the integers, scales and zero points that it has.
+    ``context``: positions that the program is made for, at most those of the model, which are the default. Where a model
+    has other frequencies for long texts (longrope), the default is the context that it first was trained on; a larger one
+    takes those of long texts, for all texts.
+
     ``interface``: name, context (positions), vocab, generation (bos, eos, pad); ``origin``: family, the tokenizer's path, chat
     templates.
 
@@ -59,11 +63,15 @@ def from_pretrained(folder: str | Path) -> Program:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; give the folder that holds config.json")
     if is_embedder(folder):
+        if context is not None:
+            raise ConfigError(f"{folder}: context is {context}, and how long texts to be embedded may be, the folder says")
         return load_embedder(folder)
     config = older_config(folder, read_json(folder / "config.json"))
     method = method_of(config, str(folder / "config.json"))
     check_layers(config, lambda: read_folder(folder), folder / "config.json")
-    family, module = build(Fields(config, str(folder / "config.json")))
+    fields = Fields(config, str(folder / "config.json"))
+    fields.serve(context)
+    family, module = build(fields)
     found = read_folder(folder)
     wanted = {name: p.type for name, p in module.parameters().items()}
     found = _named(module, found)
@@ -73,7 +81,7 @@ def from_pretrained(folder: str | Path) -> Program:
         found = {name: s for name, s in found.items() if name not in quantized.used}
         wanted = {name: t for name, t in wanted.items() if name not in quantized.sources}
     sources = _sources(module, wanted, found, folder)
-    program = _traced(folder / "config.json", config, family, module)
+    program = _traced(folder / "config.json", config, family, module, fields)
     if method is not None:
         read_as_stored(program, "forward", quantized)
         program.origin = replace(program.origin, dequantized=quantized.dense)
@@ -85,7 +93,7 @@ def from_pretrained(folder: str | Path) -> Program:
     return program
 
 
-def from_config(path: str | Path) -> Program:
+def from_config(path: str | Path, context: int | None = None) -> Program:
     """The program of :func:`from_pretrained` from a ``config.json`` alone: its parameters are random.
 
     Raises ConfigError for a field that is not implemented, CheckpointError for a file that cannot be read.
@@ -93,14 +101,24 @@ def from_config(path: str | Path) -> Program:
     config = read_json(Path(path))
     if method_of(config, str(path)) is not None:
         raise ConfigError(f"{path}: quantization_config: how weights are stored, their tensors say; give the folder")
-    return _traced(Path(path), config, *build(Fields(config, str(path))))
+    fields = Fields(config, str(path))
+    fields.serve(context)
+    return _traced(Path(path), config, *build(fields), fields)
 
 
-def _traced(path: Path, config: dict[str, Any], family: str, module: nn.Module) -> Program:
+def served(fields: Fields, limit: int) -> int:
+    """Positions of a program of which the model has ``limit``: as many, or those that were asked for."""
+    if fields.served is not None and not 1 <= fields.served <= limit:
+        raise fields.fail(f"context is {fields.served}; the model takes 1 to {limit} positions")
+    return fields.served or limit
+
+
+def _traced(path: Path, config: dict[str, Any], family: str, module: nn.Module, fields: Fields) -> Program:
     program = nn.trace(module, {"tokens": "i64[b, s]"}, outputs=["logits"])
-    context = module.context if isinstance(module, CausalLM) else None
+    own = module.context if isinstance(module, CausalLM) else None
+    context = served(fields, own or config["max_position_embeddings"])
     program.declare(
-        name=path.parent.resolve().name, context=context or config["max_position_embeddings"], vocab=config["vocab_size"],
+        name=path.parent.resolve().name, context=context, vocab=config["vocab_size"],
         generation=generation_ids(path.parent, config),
     )  # fmt: skip
     program.origin = Origin(family)

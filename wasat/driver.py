@@ -401,9 +401,9 @@ def _beside(model: Path, program: Program) -> None:
         program.declare(generation=generation_ids(model.parent, config), context=min(lengths, default=None))
 
 
-def from_pretrained(folder: str | Path) -> Program:
-    """The program of a model folder: Hugging Face's (:func:`wasat.frontend.from_pretrained`), or one that
-    :func:`wasat.models.gemini.save` wrote.
+def from_pretrained(folder: str | Path, *, context: int | None = None) -> Program:
+    """The program of a model folder: Hugging Face's (:func:`wasat.frontend.from_pretrained`, for ``context`` positions), or one
+    that :func:`wasat.models.gemini.save` wrote.
     """
     from wasat import frontend
     from wasat.frontend.models import gemini
@@ -411,21 +411,23 @@ def from_pretrained(folder: str | Path) -> Program:
 
     config = _path(folder) / "config.json"
     if config.is_file() and read_json(config).get("model_type") == gemini.MODEL_TYPE:
+        if context is not None:
+            raise WasatError(f"{folder}: context is {context}, and config.json says how many positions the model has")
         return gemini.load(folder)
-    return frontend.from_pretrained(folder)
+    return frontend.from_pretrained(folder, context)
 
 
-def from_gguf(path: str | Path) -> Program:
-    """The program of a GGUF file; see :func:`wasat.frontend.gguf.from_gguf`."""
+def from_gguf(path: str | Path, *, context: int | None = None) -> Program:
+    """The program of a GGUF file, for ``context`` positions; see :func:`wasat.frontend.gguf.from_gguf`."""
     from wasat.frontend.gguf import from_gguf
 
-    return from_gguf(path)
+    return from_gguf(path, context)
 
 
-def described(source: str | Path) -> Program:
+def described(source: str | Path, context: int | None = None) -> Program:
     """A program whose numbers nobody needs, to be planned or looked at: of what :func:`load_program` reads, of a
     ``config.json`` alone (Hugging Face's or :func:`wasat.models.gemini.save`'s), or of a preset of
-    :mod:`wasat.models.gemini`, ``gemini-27b``.
+    :mod:`wasat.models.gemini`, ``gemini-27b``. Of a model that has other frequencies for long texts, for ``context`` positions.
     """
     from wasat.frontend.huggingface import from_config
     from wasat.frontend.models import gemini
@@ -435,21 +437,27 @@ def described(source: str | Path) -> Program:
     if p.suffix == ".json" and p.is_file():
         config = read_json(p)
         if config.get("model_type") != gemini.MODEL_TYPE:
-            return from_config(p)
+            made = from_config(p)
+            return from_config(p, context) if context is not None and context > (made.interface.context or context) else made
         return gemini.Gemini(gemini.Config.from_json(config, str(p))).program()
     if not p.exists() and (name := str(source).removeprefix("gemini-")) in gemini.PRESETS:
         return gemini.Gemini(gemini.preset(name)).program()
-    return load_program(p)
+    made = load_program(p)
+    folder = p.is_dir() and made.origin.family is not None and made.origin.family != gemini.MODEL_TYPE
+    more = context is not None and context > (made.interface.context or context)
+    return load_program(p, context=context) if more and (folder or p.suffix == ".gguf") else made
 
 
 def load_program(
-    path: str | Path, *, constants: Mapping[str, Any] | None = None, sizes: Mapping[str, int] | None = None
+    path: str | Path, *, constants: Mapping[str, Any] | None = None, sizes: Mapping[str, int] | None = None,
+    context: int | None = None,
 ) -> Program:  # fmt: skip
     """A model folder, a GGUF file (``.gguf``), an ONNX file (``.onnx``), a program that :func:`wasat.save_program` wrote, or a
     file of graph text (any other text file).
 
     An ONNX file's ``tokenizer.json``, ``config.json`` and ``generation_config.json`` are read where they stand beside it;
-    ``constants`` and ``sizes`` fix inputs and symbolic sizes of it (see :func:`wasat.from_onnx`).
+    ``constants`` and ``sizes`` fix inputs and symbolic sizes of it (see :func:`wasat.from_onnx`). ``context``: of a
+    folder or a GGUF file, the positions that it is made for (see :func:`wasat.frontend.from_pretrained`).
     """
     from wasat.ir import parse_program
 
@@ -459,9 +467,11 @@ def load_program(
     if (constants or sizes) and p.suffix != ".onnx":
         raise WasatError(f"{p} is no ONNX file: only of these, inputs and sizes are fixed")
     if p.is_dir():
-        return from_pretrained(p)
+        return from_pretrained(p, context=context)
     if p.suffix == ".gguf":
-        return from_gguf(p)
+        return from_gguf(p, context=context)
+    if context is not None:
+        raise WasatError(f"{p} is no model folder and no GGUF file: only of these, the context is chosen")
     if p.suffix == ".onnx" and p.is_file():
         try:
             from wasat.frontend.onnx import from_onnx

@@ -11,7 +11,7 @@ from wasat.frontend.weights.gguf import Gguf, GgufTensor
 from wasat.ir import DType, QArray, TensorType
 
 if TYPE_CHECKING:
-    from .metadata import Keys
+    from .keys import Keys
 
 _GATES = {1: "softmax", 2: "sigmoid"}
 
@@ -57,7 +57,6 @@ def deepseek2(keys: Keys, config: dict[str, Any], scaling: Mapping[str, Any]) ->
     else:
         found["topk_method"] = "group_limited_greedy" if groups > 1 else "greedy"
         keys.refuse("expert_weights_norm", False, "shares of softmax are taken as they are")
-    keys.refuse("nextn_predict_layers", 0, "layers that foretell further tokens are not read")
     return found
 
 

@@ -11,65 +11,13 @@ from wasat.frontend.weights.gguf import Gguf
 from wasat.ir import CheckpointError
 
 from ..fields import brief
-from ..models.config import Fields
-from . import names, older
+from . import mixtures, names, older
 from .deepseek import deepseek2
+from .keys import Keys, scaling, slides, turned
 from .names import Names
 
 POOLINGS = {1: "mean", 2: "cls", 3: "lasttoken", 4: "rank"}
 """What makes one embedding of many tokens, by GGUF's number; 0 is none."""
-_WITHOUT_EFFECT = frozenset({
-    "name", "vocab_size", "rope.dimension_count", "rope.dimension_count_swa", "tensor_data_layout",
-    "attention.causal", "expert_count", "expert_used_count", "attention.value_length", "attention.value_length_swa",
-    "rope.scaling.finetuned", "rope.scaling.original_context_length", "rope.scaling.attn_factor",
-    "attention.sliding_window_pattern", "attention.shared_kv_layers", "pooling_type", "dense_2_feat_in", "dense_2_feat_out",
-    "dense_3_feat_in", "dense_3_feat_out", "classifier.output_labels", "classifier.pooling_type",
-})  # fmt: skip
-"""Keys that are checked where they stand for more than they say, or say nothing about the numbers."""
-
-
-class Keys(Fields):
-    """The keys ``ARCH.*`` of a file, each taken once; what is left over at the end is refused."""
-
-    unknown = "{fields}: what that changes in the computation is not known, so it is not ignored"
-    harmless, neutral = _WITHOUT_EFFECT, {}
-
-    def __init__(self, g: Gguf) -> None:
-        super().__init__({}, str(g.path))
-        self.tensors = g.tensors
-        self.arch = self.path = self._arch(g.metadata)
-        start = f"{self.arch}."
-        self.given = {k.removeprefix(start): v for k, v in g.metadata.items() if k.startswith(start)}
-
-    def _arch(self, metadata: Mapping[str, Any]) -> str:
-        arch = metadata.get("general.architecture")
-        if not isinstance(arch, str):
-            raise self.fail("general.architecture is missing: the file does not say what model it holds")
-        kind = metadata.get("general.type", "model")
-        if not isinstance(kind, str):
-            raise self.fail(f"general.type is {brief(kind)}, and not a text")
-        if arch == "clip" or kind == "mmproj":
-            raise self.fail("it holds a projector of pictures or sounds (mmproj), no language model; give the model's own file")
-        if kind != "model":
-            raise self.fail(f"general.type is {brief(kind)}; only whole models are read")
-        return arch
-
-    def count(self, key: str, default: int | None = None) -> int:
-        """A positive integer, or an array of one for each layer that are all the same."""
-        value = self.take(key, (object, bool), *(() if default is None else (default,)))
-        if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and value.size and (value == value[0]).all():
-            value = int(value[0])
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise self.wrong(key, value, "one positive integer")
-        return value
-
-    def has(self, key: str) -> bool:
-        return key in self.given
-
-    def says(self, key: str) -> bool:
-        """Whether a key is there and not 0; an array, of which it is not known what it would say, is for others to refuse."""
-        value = self.given.get(key)
-        return isinstance(value, np.ndarray) or bool(value)
 
 
 def config_of(g: Gguf) -> dict[str, Any]:
@@ -101,6 +49,8 @@ def config_of(g: Gguf) -> dict[str, Any]:
         for key in ("expert_count", "expert_used_count"):
             keys.refuse(key, 0, "mixtures of experts are not read of this architecture")
     keys.refuse("attention.shared_kv_layers", 0, "shared layers are not read")
+    behind = keys.take("nextn_predict_layers", int, 0, least=0, most=layers - 1) if arch.foretells else 0
+    layers -= behind
     without = _without_attention(keys, layers) if arch.hybrid else frozenset()
     config: dict[str, Any] = {
         "hidden_size": dim, "num_hidden_layers": layers, "num_attention_heads": heads, "head_dim": head_dim,
@@ -108,6 +58,8 @@ def config_of(g: Gguf) -> dict[str, Any]:
         "intermediate_size": keys.count("feed_forward_length"), "max_position_embeddings": keys.count("context_length"),
         "vocab_size": g.tensors["token_embd.weight"].shape[0], "tie_word_embeddings": "output.weight" not in g.tensors,
     }  # fmt: skip
+    if behind:
+        config["num_nextn_predict_layers"] = behind
     if without:
         config["layer_types"] = ["conv" if i in without else "full_attention" for i in range(layers)]
     keys.refuse("vocab_size", config["vocab_size"], f"token_embd.weight has {config['vocab_size']} rows")
@@ -138,26 +90,9 @@ def pooling_of(g: Gguf) -> str | None:
     return POOLINGS.get(given, "mean" if ARCHITECTURES[name].embeds else None)
 
 
-def _scaling(keys: Keys) -> dict[str, Any]:
-    """``rope_parameters`` without the base."""
-    kind = keys.take("rope.scaling.type", str, "linear" if keys.has("rope.scale_linear") else "none")
-    factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 1.0))
-    trained = keys.count("rope.scaling.original_context_length", keys.count("context_length"))
-    keys.refuse("rope.scaling.attn_factor", 1.0, "cos and sin with a factor of their own are not implemented")
-    if kind == "yarn":
-        for key in ("ext", "attn"):
-            keys.refuse(f"rope.scaling.yarn_{key}_factor", 1.0, "only YaRN as published is implemented")
-        given = (k for k in ("beta_fast", "beta_slow") if keys.has(f"rope.scaling.yarn_{k}"))
-        betas = {k: keys.number(f"rope.scaling.yarn_{k}") for k in given}
-        return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": trained, **betas}
-    if kind not in ("none", "linear"):
-        raise keys.fail(f"{keys.arch}.rope.scaling.type is {kind!r}; there are none, linear and yarn")
-    return {"rope_type": "default"} if kind == "none" or factor == 1 else {"rope_type": "linear", "factor": factor}
-
-
 def _llama(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
     theta = keys.number("rope.freq_base", 10000.0)
-    more: dict[str, Any] = {"rope_parameters": {**_scaling(keys), "rope_theta": theta}}
+    more: dict[str, Any] = {"rope_parameters": {**scaling(keys), "rope_theta": theta}}
     for name, part in (("attention_bias", "attn_q"), ("mlp_bias", "ffn_gate")):
         if f"blk.0.{part}.bias" in keys.tensors:
             more[name] = True
@@ -176,26 +111,14 @@ def _llama(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
 def _qwen(family: str) -> Callable[[Keys, dict[str, Any]], dict[str, Any]]:
     def read(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
         theta = keys.number("rope.freq_base", 10000.0)
-        return {"rope_parameters": {**_scaling(keys), "rope_theta": theta}, "model_type": family, "use_sliding_window": False}
+        return {"rope_parameters": {**scaling(keys), "rope_theta": theta}, "model_type": family, "use_sliding_window": False}
 
     return read
 
 
-def _sliding(keys: Keys, layers: int, period: int, first: bool = False) -> list[bool]:
-    """Which layers slide: in each ``period`` all but the last, or but the ``first``."""
-    pattern = keys.given.get("attention.sliding_window_pattern", period)
-    if isinstance(pattern, np.ndarray) and pattern.dtype == np.bool_ and len(pattern) == layers:
-        found: list[bool] = pattern.tolist()
-        return found
-    if not isinstance(pattern, int) or isinstance(pattern, bool) or pattern < 1:
-        name = f"{keys.arch}.attention.sliding_window_pattern"
-        raise keys.fail(f"{name} is {brief(pattern)}; a period, or one entry for each layer")
-    return [(i + (not first)) % pattern != 0 for i in range(layers)]
-
-
 def _gemma3(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
     layers = config["num_hidden_layers"]
-    sliding = _sliding(keys, layers, 6)
+    sliding = slides(keys, layers, 6)
     window = keys.count("attention.sliding_window") if keys.has("attention.sliding_window") else None
     # the 27B model scales by its width over its heads; the file does not say so
     scale = config["hidden_size"] / config["num_attention_heads"] if layers == 62 else config["head_dim"]
@@ -210,7 +133,7 @@ def _gemma3(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
         "layer_types": ["sliding_attention" if s and window else "full_attention" for s in sliding],
         "final_logit_softcapping": cap,
         "rope_parameters": {
-            "full_attention": {**_scaling(keys), "rope_theta": keys.number("rope.freq_base", 1e6)},
+            "full_attention": {**scaling(keys), "rope_theta": keys.number("rope.freq_base", 1e6)},
             "sliding_attention": {"rope_type": "default", "rope_theta": keys.number("rope.freq_base_swa", 1e4)},
         },
     }  # fmt: skip
@@ -226,7 +149,7 @@ def _gemma2(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
         "sliding_window": keys.count("attention.sliding_window", 4096),
         "attn_logit_softcapping": keys.number("attn_logit_softcapping", 50.0),
         "final_logit_softcapping": keys.number("final_logit_softcapping", 30.0),
-        "rope_parameters": {**_scaling(keys), "rope_theta": keys.number("rope.freq_base", 10000.0)},
+        "rope_parameters": {**scaling(keys), "rope_theta": keys.number("rope.freq_base", 10000.0)},
     }  # fmt: skip
 
 
@@ -254,7 +177,7 @@ def _modern_bert(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
     _encoder(keys, config)
     keys.refuse("rope.scaling.type", "none", "only rotation as trained is implemented for it")
     keys.refuse("rope.scaling.factor", 1.0, "only rotation as trained is implemented for it")
-    sliding = _sliding(keys, config["num_hidden_layers"], 3, first=True)
+    sliding = slides(keys, config["num_hidden_layers"], 3, first=True)
     return {
         "model_type": "modernbert", "local_attention": keys.count("attention.sliding_window", 128),
         "layer_types": ["sliding_attention" if s else "full_attention" for s in sliding],
@@ -268,13 +191,6 @@ def _gemma_embedding(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
     return {**_gemma3(keys, config), "use_bidirectional_attention": True}
 
 
-def _turned(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
-    """``rope_parameters`` of a model that may rotate a part of each head."""
-    part = keys.count("rope.dimension_count", config["head_dim"])
-    theta = keys.number("rope.freq_base", 10000.0)
-    return {"rope_parameters": {**_scaling(keys), "rope_theta": theta, "partial_rotary_factor": part / config["head_dim"]}}
-
-
 def _decoder(
     family: str, *, biases: Mapping[str, str] = {}, partial: bool = False, window: bool = False,
     more: Callable[[Keys, dict[str, Any]], dict[str, Any]] | None = None,
@@ -282,7 +198,7 @@ def _decoder(
     """Reads a family. ``biases``: fields that say whether there are some -> a tensor that then has one."""
 
     def read(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
-        found = _turned(keys, config)
+        found = turned(keys, config)
         if not partial:
             del found["rope_parameters"]["partial_rotary_factor"]
         found |= {name: f"blk.0.{part}.bias" in keys.tensors for name, part in biases.items()}
@@ -293,24 +209,8 @@ def _decoder(
     return read
 
 
-def _granite(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
-    factors = {
-        "attention_multiplier": ("attention.scale", config["head_dim"] ** -0.5),
-        "embedding_multiplier": ("embedding_scale", 1.0), "residual_multiplier": ("residual_scale", 1.0),
-        "logits_scaling": ("logit_scale", 1.0),
-    }  # fmt: skip
-    return {field: keys.number(key, default) for field, (key, default) in factors.items()}
-
-
-def _granite_experts(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
-    found = {"num_local_experts": keys.count("expert_count"), "num_experts_per_tok": keys.count("expert_used_count")}
-    keys.refuse("expert_shared_feed_forward_length", 0, "experts that all tokens go through are not implemented for it")
-    keys.refuse("expert_feed_forward_length", config["intermediate_size"], "it is the width of experts")
-    return {**_granite(keys, config), **found}
-
-
 def _deepseek2(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
-    return deepseek2(keys, config, _scaling(keys))
+    return deepseek2(keys, config, scaling(keys))
 
 
 def _lfm2(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
@@ -340,6 +240,23 @@ def _command(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
     return {"logit_scale": keys.number("logit_scale")}
 
 
+def _cohere2(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
+    keys.refuse("rope.freq_base_swa", keys.given.get("rope.freq_base", 10000.0), "only layers that slide are rotated")
+    sliding = slides(keys, config["num_hidden_layers"], 4)
+    return {
+        "logit_scale": keys.number("logit_scale"), "sliding_window": keys.count("attention.sliding_window"),
+        "layer_types": ["sliding_attention" if s else "full_attention" for s in sliding],
+    }
+
+
+def _minicpm(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
+    """Granite's factors, which files of 2024 do not have: MiniCPM 1B and 2B differ in them."""
+    for key in ("embedding_scale", "residual_scale", "logit_scale"):
+        if not keys.has(key):
+            raise keys.fail(f"{keys.arch}.{key} is missing: convert the model again with a newer llama.cpp, which writes it")
+    return mixtures.granite(keys, config)
+
+
 def _phi2(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
     up = keys.tensors.get("blk.0.ffn_up.weight")  # the file says four times the width, whatever it is
     return {} if up is None else {"intermediate_size": up.shape[0]}
@@ -348,7 +265,7 @@ def _phi2(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
 def _exaone4(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
     if not keys.has("attention.sliding_window"):
         return {"sliding_window": None}
-    sliding = _sliding(keys, config["num_hidden_layers"], 4)
+    sliding = slides(keys, config["num_hidden_layers"], 4)
     return {
         "sliding_window": keys.count("attention.sliding_window"),
         "layer_types": ["sliding_attention" if s else "full_attention" for s in sliding],
@@ -360,43 +277,15 @@ def _olmo2(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
     if not keys.has("attention.sliding_window"):
         keys.refuse("rope.freq_base_swa", None, "and no layer slides")
         return _decoder("olmo2")(keys, config)
-    sliding, theta = _sliding(keys, config["num_hidden_layers"], 4), keys.number("rope.freq_base", 500000.0)
+    sliding, theta = slides(keys, config["num_hidden_layers"], 4), keys.number("rope.freq_base", 500000.0)
     return {
         "model_type": "olmo3", "sliding_window": keys.count("attention.sliding_window"),
         "layer_types": ["sliding_attention" if s else "full_attention" for s in sliding],
         "rope_parameters": {
-            "full_attention": {**_scaling(keys), "rope_theta": theta},
+            "full_attention": {**scaling(keys), "rope_theta": theta},
             "sliding_attention": {"rope_type": "default", "rope_theta": keys.number("rope.freq_base_swa", theta)},
         },
     }  # fmt: skip
-
-
-def _mixture(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
-    keys.refuse("expert_weights_scale", 1.0, "a factor of experts' shares is not implemented")
-    count, hidden = keys.count("expert_count"), "expert_feed_forward_length"
-    found: dict[str, Any] = {"num_experts": count, "num_experts_per_tok": keys.count("expert_used_count")}
-    if keys.has(hidden):
-        found["intermediate_size" if keys.arch == "olmoe" else "moe_intermediate_size"] = keys.count(hidden)
-    elif keys.arch != "olmoe":
-        raise keys.fail(f"{keys.arch}.{hidden} is missing")
-    if keys.arch == "qwen2moe":
-        found["shared_expert_intermediate_size"] = keys.count("expert_shared_feed_forward_length")
-    shared = keys.arch == "qwen3moe"
-    keys.refuse("expert_weights_norm", shared, "this architecture's shares are otherwise")
-    return {**found, "norm_topk_prob": shared}
-
-
-def _gpt_oss(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
-    hidden, layers = keys.count("expert_feed_forward_length", config["intermediate_size"]), config["num_hidden_layers"]
-    turned = {**_scaling(keys), "rope_theta": keys.number("rope.freq_base", 150000.0)}
-    if turned["rope_type"] == "yarn":
-        turned["truncate"] = False  # which no file says
-    return {
-        "model_type": "gpt_oss", "intermediate_size": hidden, "num_local_experts": keys.count("expert_count"),
-        "num_experts_per_tok": keys.count("expert_used_count"), "sliding_window": keys.count("attention.sliding_window"),
-        "layer_types": ["sliding_attention" if s else "full_attention" for s in _sliding(keys, layers, 2)],
-        "attention_bias": "blk.0.attn_q.bias" in keys.tensors, "rope_parameters": turned,
-    }
 
 
 @dataclass(frozen=True)
@@ -416,6 +305,8 @@ class Architecture:
     experts: bool = False
     latent: bool = False
     """Keys and values are made of a latent vector: their sizes are otherwise."""
+    foretells: bool = False
+    """Layers behind the last may foretell further tokens; they are not read."""
     hybrid: bool = False
     """Layers without heads of keys have something else than attention."""
     two_norms: Names | None = None
@@ -435,32 +326,41 @@ ARCHITECTURES: dict[str, Architecture] = {
     "bert": Architecture(_bert, names.BERT, True, "layer_norm_eps"),
     "modern-bert": Architecture(_modern_bert, names.MODERN_BERT, True, "norm_eps"),
     "arcee": Architecture(_decoder("arcee", biases=_ATTENTION), interleaved=True),
+    "cohere2": Architecture(_decoder("cohere2", more=_cohere2), eps="layer_norm_eps"),
     "command-r": Architecture(_decoder("cohere", more=_command), eps="layer_norm_eps"),
     "ernie4_5": Architecture(_decoder("ernie4_5", biases={"use_bias": "attn_q"})),
+    "exaone": Architecture(_llama),
     "exaone4": Architecture(_decoder("exaone4", more=_exaone4), names.OLMO2),
     "gemma": Architecture(_decoder("gemma")),
     "glm4": Architecture(_decoder("glm4", biases=_ATTENTION, partial=True), names.GLM4, partial=True),
-    "granite": Architecture(_decoder("granite", biases=_ATTENTION, more=_granite), interleaved=True),
+    "granite": Architecture(_decoder("granite", biases=_ATTENTION, more=mixtures.granite), interleaved=True),
+    "internlm2": Architecture(_llama, interleaved=True), "xverse": Architecture(_llama, interleaved=True),
+    "minicpm": Architecture(_decoder("granite", more=_minicpm), interleaved=True),
     "granitemoe": Architecture(
-        _decoder("granitemoe", biases=_ATTENTION, more=_granite_experts), names.experts("block_sparse_moe"), interleaved=True,
-        experts=True,
+        _decoder("granitemoe", biases=_ATTENTION, more=mixtures.granite_experts), names.experts("block_sparse_moe"),
+        interleaved=True, experts=True,
     ),
-    "deepseek2": Architecture(_deepseek2, names.DEEPSEEK2, partial=True, experts=True, latent=True),
+    "deepseek2": Architecture(_deepseek2, names.DEEPSEEK2, partial=True, experts=True, latent=True, foretells=True),
+    "glm4moe": Architecture(mixtures.glm4_moe, names.GLM4_MOE, partial=True, experts=True, foretells=True),
+    "llama4": Architecture(mixtures.llama4, names.experts("feed_forward", "feed_forward"), experts=True),
     "lfm2": Architecture(_decoder("lfm2", more=_lfm2), names.LFM2, hybrid=True),
     "hunyuan-dense": Architecture(_decoder("hunyuan_v1_dense", biases=_ATTENTION), names.HUNYUAN),
-    "gpt-oss": Architecture(_gpt_oss, names.GPT_OSS, experts=True),
+    "gpt-oss": Architecture(mixtures.gpt_oss, names.GPT_OSS, experts=True),
     "gpt2": Architecture(older.gpt2, names.GPT2, eps="layer_norm_epsilon", partial=True),
+    "gptj": Architecture(older.gptj, names.GPTJ, eps="layer_norm_epsilon", partial=True),
+    "mpt": Architecture(older.mpt, names.MPT, eps="layer_norm_epsilon", partial=True),
+    "starcoder": Architecture(older.starcoder, names.GPT2, eps="layer_norm_epsilon", partial=True),
     "gptneox": Architecture(older.gpt_neox, names.GPT_NEOX, eps="layer_norm_eps", partial=True),
     "bloom": Architecture(older.bloom, names.BLOOM, eps="layer_norm_epsilon", partial=True),
     "falcon": Architecture(older.falcon, names.BLOOM, eps="layer_norm_epsilon", partial=True, two_norms=names.FALCON_40B),
     "nemotron": Architecture(_decoder("nemotron", biases=_ATTENTION, partial=True), eps="norm_eps", partial=True),
     "olmo": Architecture(_decoder("olmo", more=_olmo), interleaved=True, eps="eps"),
     "olmo2": Architecture(_olmo2, names.OLMO2),
-    "olmoe": Architecture(_decoder("olmoe", more=_mixture), names.experts("mlp"), experts=True),
+    "olmoe": Architecture(_decoder("olmoe", more=mixtures.mixture), names.experts("mlp"), experts=True),
     "phi2": Architecture(_decoder("phi", partial=True, more=_phi2), names.PHI2, eps="layer_norm_eps", partial=True),
     "phi3": Architecture(_decoder("phi3", partial=True, window=True), names.PHI3, partial=True),
-    "qwen2moe": Architecture(_decoder("qwen2_moe", more=_mixture), names.experts("mlp"), experts=True),
-    "qwen3moe": Architecture(_decoder("qwen3_moe", more=_mixture), names.experts("mlp"), experts=True),
+    "qwen2moe": Architecture(_decoder("qwen2_moe", more=mixtures.mixture), names.experts("mlp"), experts=True),
+    "qwen3moe": Architecture(_decoder("qwen3_moe", more=mixtures.mixture), names.experts("mlp"), experts=True),
     "seed_oss": Architecture(
         _decoder("seed_oss", biases={"attention_bias": "attn_q", "attention_out_bias": "attn_output"}), names.SEED_OSS
     ),

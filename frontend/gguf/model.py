@@ -15,12 +15,13 @@ from wasat.frontend.weights.safetensors import listed
 from wasat.ir import CheckpointError, DType, Embedder, Origin, Program, TensorType
 
 from ..chat import template_texts
-from ..huggingface import build
+from ..huggingface import build, served
 from ..models import Fields
 from ..models.decoder import CausalLM, OffsetNorm, SelfAttention
 from ..models.decoder import Names as Checkpoint
 from .deepseek import Joined, joined
 from .embedding import Model, embedding
+from .keys import FACTORS
 from .metadata import ARCHITECTURES, config_of, pooling_of
 from .names import Names
 from .tokenizer import special_ids, special_tokens, tokenizer_json
@@ -34,7 +35,7 @@ _OF_WRITERS = ("output.weight",)
 """Tensors that a model does not need to embed texts."""
 
 
-def from_gguf(path: str | Path) -> Program:
+def from_gguf(path: str | Path, context: int | None = None) -> Program:
     """The program of a GGUF file: graph ``forward(tokens i64[b, s]) -> logits f32[b, s, vocab]``; of a model that embeds texts
     or scores pairs of them, the entry that :func:`wasat.frontend.from_pretrained` gives such.
 
@@ -43,12 +44,15 @@ def from_gguf(path: str | Path) -> Program:
     files any may be named. ``interface`` is as of :func:`wasat.frontend.from_pretrained`; ``origin.texts`` has the tokenizer,
     rebuilt, and the chat template.
 
+    ``context`` is as of :func:`wasat.frontend.from_pretrained`.
+
     Raises ConfigError for an architecture or a key that is not implemented, CheckpointError for files that are damaged or do
     not fit.
     """
     g = read_gguf(path)
     config = config_of(g)
     fields = Fields(config, str(g.path))
+    fields.serve(context)
     if (pooling := pooling_of(g)) is not None:
         m = embedding(g, fields, pooling)
     else:
@@ -58,16 +62,16 @@ def from_gguf(path: str | Path) -> Program:
     _adjust(m.root, g)
     sources = _sources(g, config, m)
     program = nn.trace(m.root, m.inputs, m.entry, outputs=[_RESULTS[m.entry]])
-    given = g.metadata.get("general.name")
+    given, positions = g.metadata.get("general.name"), served(fields, _context(m, config))
     program.declare(
-        name=given if isinstance(given, str) and given else g.path.stem, context=_context(m, config),
+        name=given if isinstance(given, str) and given else g.path.stem, context=positions,
         vocab=config["vocab_size"],
     )  # fmt: skip
     ids = special_ids(g)
     if m.entry == "forward":
         program.declare(generation=ids)
     else:
-        program.declare(embedder=Embedder(m.entry, m.entry == "score", _context(m, config), ids.pad or 0))
+        program.declare(embedder=Embedder(m.entry, m.entry == "score", positions, ids.pad or 0))
     program.params.update(sources)
     for name, source in program.params.items():
         store_as(program[m.entry], name, source.type)
@@ -105,6 +109,13 @@ def _sources(g: Gguf, config: Mapping[str, Any], m: Model) -> dict[str, GgufPara
     names = ARCHITECTURES[arch].names_of(g.tensors)
     found: dict[str, GgufTensor] = {}
     problems = []
+    first = config.get("num_hidden_layers", 0)
+    unread = tuple(f"blk.{first + i}." for i in range(config.get("num_nextn_predict_layers", 0)))
+    turned = config.get("rope_parameters") or {}
+    aside = {
+        _FREQUENCIES, *(FACTORS if turned.get("rope_type") == "longrope" else ()),
+        *(_OF_WRITERS if m.entry != "forward" else ()),
+    }  # fmt: skip
     made, used = joined(g, wanted) if ARCHITECTURES[arch].latent else ({}, set())
     for name, t in g.tensors.items():
         if name in used:
@@ -112,7 +123,7 @@ def _sources(g: Gguf, config: Mapping[str, Any], m: Model) -> dict[str, GgufPara
         to = _name(name, names, m)
         if to in wanted:
             found[to] = t
-        elif name != _FREQUENCIES and (m.entry == "forward" or name not in _OF_WRITERS):
+        elif name not in aside and not name.startswith(unread):
             problems.append(f"unexpected: {name} {t.kind_name}{list(t.shape)}")
     for name, needed in wanted.items():
         if name in made:

@@ -61,6 +61,14 @@ GPT2 = Names({
     "attn_norm": "ln_1", "attn_qkv": "attn.c_attn", "attn_output": "attn.c_proj", "ffn_norm": "ln_2", "ffn_up": "mlp.c_fc",
     "ffn_down": "mlp.c_proj",
 }, {"token_embd": "wte", "position_embd": "wpe", "output_norm": "ln_f"}, "h")  # fmt: skip
+GPTJ = Names({
+    "attn_norm": "ln_1", "attn_q": "attn.q_proj", "attn_k": "attn.k_proj", "attn_v": "attn.v_proj",
+    "attn_output": "attn.out_proj", "ffn_up": "mlp.fc_in", "ffn_down": "mlp.fc_out",
+}, {"token_embd": "wte", "output_norm": "ln_f"}, "h")  # fmt: skip
+MPT = Names({
+    "attn_norm": "norm_1", "attn_qkv": "attn.Wqkv", "attn_output": "attn.out_proj", "ffn_norm": "norm_2",
+    "ffn_up": "ffn.up_proj", "ffn_down": "ffn.down_proj",
+}, {"token_embd": "wte", "output_norm": "norm_f"}, "blocks")  # fmt: skip
 _WIDE = {"ffn_up": "mlp.dense_h_to_4h", "ffn_down": "mlp.dense_4h_to_h"}
 GPT_NEOX = Names({
     **_WIDE, "attn_norm": "input_layernorm", "attn_qkv": "attention.query_key_value", "attn_output": "attention.dense",
@@ -76,10 +84,11 @@ FALCON_40B = Names({**BLOOM.layer, "attn_norm": "ln_mlp", "attn_norm_2": "ln_att
 SEED_OSS = Names({**_LAYER, "post_attention_norm": "post_attention_layernorm"}, _WHOLE)
 
 
-def experts(part: str) -> Names:
-    """Of a model whose mixtures are called ``part``."""
+def experts(part: str, feed: str = "mlp") -> Names:
+    """Of a model whose mixtures are called ``part``, and layers without experts ``feed``."""
     return Names({
-        **_LAYER, "ffn_gate_inp": f"{part}.router", "ffn_gate_exps": f"{part}.gate_proj", "ffn_up_exps": f"{part}.up_proj",
+        **{k: v.replace("mlp.", f"{feed}.") for k, v in _LAYER.items()},
+        "ffn_gate_inp": f"{part}.router", "ffn_gate_exps": f"{part}.gate_proj", "ffn_up_exps": f"{part}.up_proj",
         "ffn_down_exps": f"{part}.down_proj", "ffn_gate_shexp": f"{part}.shared_expert.gate_proj",
         "ffn_up_shexp": f"{part}.shared_expert.up_proj", "ffn_down_shexp": f"{part}.shared_expert.down_proj",
         "ffn_gate_inp_shexp": f"{part}.shared_expert_gate",
@@ -92,6 +101,11 @@ DEEPSEEK2 = Names({
     "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa", "attn_kv_a_norm": "self_attn.kv_a_layernorm",
     "attn_kv_b": "self_attn.kv_b_proj", "exp_probs_b.bias": "mlp.correction",
     **{f"ffn_{part}_shexp": f"mlp.shared_experts.{part}_proj" for part in ("gate", "up", "down")},
+}, _WHOLE)  # fmt: skip
+GLM4_MOE = Names({
+    **{k: v for k, v in experts("mlp").layer.items() if k != "ffn_norm"},
+    **{k: v for k, v in DEEPSEEK2.layer.items() if "shexp" in k or "exp_probs" in k},
+    "post_attention_norm": "post_attention_layernorm",
 }, _WHOLE)  # fmt: skip
 BERT = Names({
     "attn_q": "attention.self.query", "attn_k": "attention.self.key", "attn_v": "attention.self.value",

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .metadata import Keys
+    from .keys import Keys
 
 _QKV = "blk.0.attn_qkv.bias"
 
@@ -40,6 +40,43 @@ def gpt2(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
         keys, config, "gpt2", hidden_size="n_embd", num_hidden_layers="n_layer", num_attention_heads="n_head",
         max_position_embeddings="n_positions", intermediate_size="n_inner",
     )  # fmt: skip
+
+
+def starcoder(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
+    groups = config["num_key_value_heads"]
+    if groups not in (1, config["num_attention_heads"]):
+        raise keys.wrong("attention.head_count_kv", groups, "1 or as many as there are heads")
+    found = _renamed(
+        keys, config, "gpt_bigcode", hidden_size="n_embd", num_hidden_layers="n_layer", num_attention_heads="n_head",
+        max_position_embeddings="n_positions", intermediate_size="n_inner",
+    )  # fmt: skip
+    return {**found, "multi_query": groups == 1}
+
+
+def gptj(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
+    _heads(keys, config)
+    keys.refuse("rope.freq_base", 10000.0, "the reference implementation knows no other")
+    part = keys.count("rope.dimension_count", config["head_dim"])
+    found = _renamed(
+        keys, config, "gptj", hidden_size="n_embd", num_hidden_layers="n_layer", num_attention_heads="n_head",
+        max_position_embeddings="n_positions", intermediate_size="n_inner",
+    )  # fmt: skip
+    return {**found, "rotary_dim": part}
+
+
+def mpt(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
+    _heads(keys, config)
+    _four_times(keys, config)
+    if not keys.says("attention.max_alibi_bias"):
+        raise keys.fail("mpt.attention.max_alibi_bias is missing or 0: MPT without ALiBi is not read")
+    keys.refuse("attention.max_alibi_bias", 8.0, "the reference implementation knows no other")
+    clip = keys.number("attention.clamp_kqv") if keys.says("attention.clamp_kqv") else None
+    keys.ignore("attention.clamp_kqv")
+    found = _renamed(
+        keys, config, "mpt", hidden_size="d_model", num_hidden_layers="n_layers", num_attention_heads="n_heads",
+        max_position_embeddings="max_seq_len",
+    )  # fmt: skip
+    return {**found, "attn_config": {"clip_qkv": clip}}
 
 
 def gpt_neox(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:

@@ -70,6 +70,14 @@ class Fields(strict.Fields):
         "remove it from config.json if you know that it has no effect"
     )
     harmless, neutral = WITHOUT_EFFECT, NEUTRAL
+    served: int | None = None
+    """Positions that the program is asked to be made for; None: as many as the model is for."""
+
+    def serve(self, context: int | None) -> None:
+        """Asks for a program of ``context`` positions."""
+        if context is not None and type(context) is not int:
+            raise self.fail(f"context is {context!r}; expected a number of positions")
+        self.served = context
 
     def size(self, name: str, *default: Any, most: int = MOST_SIZE) -> Any:
         """An int from 1 to ``most``; None where ``default`` is None and the field absent or null."""
@@ -149,7 +157,7 @@ def rope(
     try:
         return nn.RoPE(
             head_dim, own or theta or default, {"rope_type": kind, **scaling}, 1.0 if fraction is None else fraction,
-            interleaved,
+            interleaved, fields.served,
         )  # fmt: skip
     except WasatError as e:
         raise p.fail(str(e)) from None

@@ -63,14 +63,15 @@ def _yarn(inv_freq: np.ndarray, p: Mapping[str, Any], dim: int, theta: float) ->
 
 
 def _longrope(inv_freq: np.ndarray, p: Mapping[str, Any], dim: int, theta: float) -> tuple[np.ndarray, float]:
-    """LongRoPE (arXiv 2402.13753) up to the original context: a factor for each frequency, and one on cos and sin."""
-    short, context = np.asarray(p["short_factor"], np.float32), float(p["original_max_position_embeddings"])
-    if short.shape != inv_freq.shape:
-        raise WasatError(f"short_factor has {short.size} numbers, of {len(inv_freq)} frequencies")
+    """LongRoPE (arXiv 2402.13753): a factor for each frequency, and one on cos and sin."""
+    name, context = "long_factor" if p["long"] else "short_factor", float(p["original_max_position_embeddings"])
+    each = np.asarray(p[name], np.float32)
+    if each.shape != inv_freq.shape:
+        raise WasatError(f"{name} has {each.size} numbers, of {len(inv_freq)} frequencies")
     attention, factor = p.get("attention_factor"), float(p["factor"])
     if attention is None:
         attention = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(context))
-    return (np.float32(1) / (short / inv_freq)).astype(np.float32), float(attention)
+    return (np.float32(1) / (each / inv_freq)).astype(np.float32), float(attention)
 
 
 _SCALINGS = {"linear": _linear, "llama3": _llama3, "yarn": _yarn, "longrope": _longrope}
@@ -88,13 +89,13 @@ class RoPE(Module):
     """Rotates the first ``fraction`` of each head by position: ``x[b, s, h, d]``, positions i64 ``[s]`` or ``[b, s]``.
 
     ``scaling`` is a Hugging Face ``rope_parameters`` dictionary: ``rope_type`` default, linear, llama3, yarn or longrope, with
-    its numbers. Of longrope the short factors are used, which hold up to the original context. ``interleaved``: pairs are
-    neighbours, ``(2i, 2i + 1)``.
+    its numbers. Of longrope the short factors are used, which hold up to the original context, or for a ``context`` beyond it
+    the long ones. ``interleaved``: pairs are neighbours, ``(2i, 2i + 1)``.
     """
 
     def __init__(
         self, head_dim: int, theta: float = 10000.0, scaling: Mapping[str, Any] | None = None, fraction: float = 1.0,
-        interleaved: bool = False,
+        interleaved: bool = False, context: int | None = None,
     ) -> None:  # fmt: skip
         self.interleaved = interleaved
         dim = int(head_dim * fraction)
@@ -102,7 +103,7 @@ class RoPE(Module):
             raise WasatError(f"RoPE rotates pairs of elements: {dim} of {head_dim} is not an even number of them")
         self.inv_freq, self.factor = frequencies(dim, theta), 1.0
         kind = (scaling or {}).get("rope_type", "default")
-        self.holds: int | None = int(scaling["original_max_position_embeddings"]) if scaling and kind == "longrope" else None
+        self.holds: int | None = None
         """Positions for which the frequencies are meant; None: any."""
         if scaling is not None and kind != "default":
             if kind not in _SCALINGS:
@@ -110,6 +111,12 @@ class RoPE(Module):
             missing = [k for k in _NEEDED[kind] if scaling.get(k) is None]
             if missing:
                 raise WasatError(f"rope_type {kind!r} needs {', '.join(missing)}")
+            if kind == "longrope":
+                first = int(scaling["original_max_position_embeddings"])
+                long = context is not None and context > first
+                if long and scaling.get("long_factor") is None:
+                    raise WasatError(f"rope_type {kind!r} needs long_factor for a context of more than {first}")
+                scaling, self.holds = {**scaling, "long": long}, None if long else first
             self.inv_freq, self.factor = _SCALINGS[kind](self.inv_freq, scaling, dim, theta)
 
     def __call__(self, x: Tensor, positions: Tensor) -> Tensor:

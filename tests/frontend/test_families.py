@@ -20,7 +20,8 @@ CASES = sorted(p.stem for p in files.FAMILIES.glob("*.npz"))
 @pytest.mark.parametrize("name", CASES)
 def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     config, shapes, ids, logits = files.golden(name)
-    program = from_pretrained(files.write(tmp_path / "m", config, shapes))
+    context = 32 if name == "phi3_longrope_long" else None  # more than the first 16, so with the factors of long texts
+    program = from_pretrained(files.write(tmp_path / "m", config, shapes), context)
     params = {k: p.load() for k, p in program.params.items()}
     g, inputs = program["forward"], {"tokens": ids}
     assert logits.std() > 0.2
@@ -179,6 +180,40 @@ def test_longrope_holds_up_to_its_original_context(tmp_path: Path) -> None:
     turned = [build(Fields(c, "c"))[1].model.layers[0].self_attn.rope for c in configs]
     assert turned[0].factor == turned[1].factor > 1.1
     np.testing.assert_array_equal(turned[0].inv_freq, turned[1].inv_freq)
+
+
+def test_a_context_is_chosen(tmp_path: Path) -> None:
+    """Up to the first context the short factors, beyond it the long ones; of any model at most what it has."""
+    import wasat as ws
+    from wasat.driver import described
+
+    config, shapes, _, _ = files.golden("phi3_longrope")
+    folder = files.write(tmp_path / "m", config, shapes)
+    rates = {}
+    for context, stated in ((None, 32), (32, 32), (5, 5), (33, 33), (128, 128)):
+        program = ws.load_program(folder, context=context)
+        assert program.interface.context == stated
+        rope = build(_asked(Fields(config, "c"), context))[1].model.layers[0].self_attn.rope
+        rates[context] = rope.inv_freq.tolist()
+    assert rates[None] == rates[32] == rates[5] != rates[33] == rates[128]
+    assert described(folder, 100).interface.context == 100
+    assert described(folder, 20).interface.context == 32
+    for context in (0, -1, 129):
+        with pytest.raises(ConfigError, match=f"context is {context}; the model takes 1 to "):
+            from_pretrained(folder, context)
+    with pytest.raises(ConfigError, match="context is 'many'; expected a number"):
+        from_pretrained(folder, "many")  # type: ignore[arg-type]
+    del config["rope_parameters"]["long_factor"]
+    with pytest.raises(ConfigError, match="long_factor is missing"):
+        from_pretrained(files.write(tmp_path / "n", config, shapes))
+    (tmp_path / "text.txt").write_text("graph @f(%x: f32[2]) -> (%x) { return %x }")
+    with pytest.raises(ws.WasatError, match="only of these, the context is chosen"):
+        ws.load_program(tmp_path / "text.txt", context=3)
+
+
+def _asked(fields: Fields, context: int | None) -> Fields:
+    fields.serve(context)
+    return fields
 
 
 @pytest.mark.parametrize("name", ["falcon_rw", "bloom"])

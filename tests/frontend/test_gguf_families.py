@@ -48,6 +48,27 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("granite", {
         RMS: 1e-6, "attention.scale": 0.2, "embedding_scale": 3.0, "residual_scale": 0.7, "logit_scale": 2.0,
     }),
+    "glm4_moe": ("glm4moe", {
+        "attention.head_count_kv": 2, "rope.dimension_count": 8, "expert_count": 8, "expert_used_count": 3,
+        "expert_shared_count": 2, "expert_feed_forward_length": 12, "leading_dense_block_count": 1, "expert_group_count": 4,
+        "expert_group_used_count": 2, "expert_gating_func": 2, "expert_weights_scale": 1.5, "expert_weights_norm": True,
+        "nextn_predict_layers": 1, "block_count": 4,
+    }),
+    "gptj": ("gptj", {LAYER: 1e-5, "rope.dimension_count": 4, "rope.freq_base": None, "feed_forward_length": 128}),
+    "gpt_bigcode": ("starcoder", {LAYER: 1e-5, "attention.head_count_kv": 1, "context_length": 64, "rope.freq_base": None}),
+    "llama4_published": ("llama4", {
+        "feed_forward_length": 44, "expert_feed_forward_length": 40, "expert_count": 4, "expert_used_count": 1,
+        "interleave_moe_layer_step": 2,
+    }),
+    "exaone": ("exaone", {RMS: 1e-6}), "internlm2": ("internlm2", {RMS: 1e-6}), "xverse": ("xverse", {RMS: 1e-6}),
+    "minicpm": ("minicpm", {RMS: 1e-6, "embedding_scale": 3.0, "residual_scale": 0.7, "logit_scale": 2.0}),
+    "mpt_published": ("mpt", {
+        LAYER: 1e-5, "attention.max_alibi_bias": 8.0, "rope.freq_base": None, "feed_forward_length": 128,
+    }),
+    "cohere2": ("cohere2", {
+        LAYER: 1e-5, "logit_scale": 0.5, "rope.scaling.type": "none", "attention.sliding_window": 6,
+        "attention.sliding_window_pattern": 2,
+    }),
     "granitemoe": ("granitemoe", {
         RMS: 1e-6, "attention.scale": 0.2, "embedding_scale": 3.0, "residual_scale": 0.7, "logit_scale": 2.0, "expert_count": 4,
         "expert_used_count": 2,
@@ -93,7 +114,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "starcoder2": ("starcoder2", {LAYER: 1e-5, "attention.sliding_window": 6}),
 }  # fmt: skip
 """Case of tests/golden/families -> the architecture, and its keys beyond those of all."""
-PERMUTED = ("arcee", "granite", "granitemoe", "llama", "olmo", "smollm3")
+LONGROPE = ("phi3", {
+    "rope.dimension_count": 8, "rope.scaling.original_context_length": 16,
+    "rope.scaling.attn_factor": (1 + np.log(8) / np.log(16)) ** 0.5,
+})  # fmt: skip
+LIKE = {"exaone": "llama_plain", "internlm2": "llama_plain", "xverse": "llama_plain", "minicpm": "granite_plain"}
+"""Cases whose logits are another one's."""
+PERMUTED = ("arcee", "granite", "granitemoe", "internlm2", "llama", "minicpm", "olmo", "smollm3", "xverse")
 """Whose queries and keys the converter puts in the order of neighbouring pairs."""
 
 
@@ -103,7 +130,7 @@ def permuted(x: np.ndarray, heads: int) -> np.ndarray:
 
 def tensors(name: str, arch: str, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
     """A checkpoint's tensors by the names of the gguf package, experts in stacks."""
-    layers = config.get("num_hidden_layers", config.get("n_layer"))
+    layers = config.get("num_hidden_layers") or config.get("n_layer") or config["n_layers"]
     names = gguf.get_tensor_name_map(next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == arch), layers)
     whole: dict[str, np.ndarray] = {}
     around = 0.0 if name in ("gemma", "nemotron") else 1.0
@@ -125,6 +152,13 @@ def tensors(name: str, arch: str, config: dict[str, Any], shapes: dict[str, tupl
             whole[key] = x.T
         if key.endswith("conv.conv.weight"):
             whole[key] = x[:, 0]
+        if arch == "llama4" and "experts." in key:
+            y = np.ascontiguousarray(whole.pop(key).swapaxes(1, 2))
+            if "gate_up" in key:
+                for part, z in zip(("gate", "up"), np.split(y, 2, 1)):
+                    whole[key.replace("gate_up", part) + ".weight"] = np.ascontiguousarray(z)
+            else:
+                whole[f"{key}.weight"] = y
         if arch == "granitemoe" and ".input_linear" in key:
             halves = zip(("experts.w1", "experts.w3"), np.split(whole.pop(key), 2, 1))
             whole |= {key.replace("input_linear", part): np.ascontiguousarray(y) for part, y in halves}
@@ -159,14 +193,17 @@ def tensors(name: str, arch: str, config: dict[str, Any], shapes: dict[str, tupl
     return found
 
 
-def written(name: str, path: Path, kinds: Callable[[str], str] = lambda name: "F32", **more: Any) -> Path:
-    arch, keys = CASES[name]
-    config, shapes, _, _ = families.golden(name)
+def written(
+    name: str, path: Path, kinds: Callable[[str], str] = lambda name: "F32", beside: dict[str, np.ndarray] | None = None,
+    **more: Any,
+) -> Path:  # fmt: skip
+    arch, keys = CASES.get(name) or LONGROPE
+    config, shapes, _, _ = golden(name)
     head = config.get("head_dim") or 8
     groups = config.get("num_key_value_heads", config.get("num_kv_heads", 4))
     given = {
-        "block_count": config.get("num_hidden_layers", 2), "embedding_length": 32, "feed_forward_length": 40,
-        "rope.freq_base": 500.0, "attention.head_count_kv": groups, "attention.key_length": head,
+        "block_count": config.get("num_hidden_layers", config.get("n_layer", 2)), "embedding_length": 32,
+        "feed_forward_length": 40, "rope.freq_base": 500.0, "attention.head_count_kv": groups, "attention.key_length": head,
         "attention.value_length": head, RMS: 1e-5, **keys, **more,
     }  # fmt: skip
     given = {k: v for k, v in given.items() if v is not None}
@@ -175,18 +212,45 @@ def written(name: str, path: Path, kinds: Callable[[str], str] = lambda name: "F
         "tokens": [*files.byte_vocabulary()[0][:46], '!"', "<|end|>"], "merges": ['! "'], "token_type": [1] * 47 + [3],
         "eos_token_id": 47,
     }  # fmt: skip
-    found = tensors(name, arch, config, shapes)
+    found = tensors(name, arch, config, shapes) | (beside or {})
     files.write(path / "m.gguf", arch, keys=given, tokens=tokens, tensors=found, without=absent, kinds=kinds)
     return path / "m.gguf"
+
+
+def golden(name: str) -> tuple[dict[str, Any], dict[str, tuple[int, ...]], np.ndarray, np.ndarray]:
+    return families.golden(LIKE.get(name, name))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     program = from_gguf(written(name, tmp_path))
-    _, _, ids, logits = families.golden(name)
+    _, _, ids, logits = golden(name)
     params = {k: p.load() for k, p in program.params.items()}
     found = evaluate(program["forward"], {"tokens": ids}, params)[0]
     np.testing.assert_allclose(found, logits, rtol=1e-4, atol=2e-5)  # their spread is 0.6 to 3.7
+
+
+def test_longrope_has_factors_of_long_texts_for_a_long_context(tmp_path: Path) -> None:
+    """As llama.cpp has it: the context that is asked for chooses, for all texts."""
+    config, _, ids, logits = families.golden("phi3_longrope_long")
+    given = {k: np.array(config["rope_parameters"][f"{k}_factor"], np.float32) for k in ("short", "long")}
+    two = {f"rope_factors_{k}.weight": x for k, x in given.items()}
+    path = written("phi3_longrope_long", tmp_path, beside=two)
+    program = from_gguf(path, context=32)
+    assert program.interface.context == 32
+    params = {k: p.load() for k, p in program.params.items()}
+    found = evaluate(program["forward"], {"tokens": ids}, params)[0]
+    np.testing.assert_allclose(found, logits, rtol=1e-4, atol=2e-5)
+    short = from_gguf(path)
+    assert short.interface.context == 16
+    assert np.abs(evaluate(short["forward"], {"tokens": ids}, params)[0] - logits).max() > 0.1
+    for context in (0, 999):
+        with pytest.raises(ConfigError, match=f"context is {context}; the model takes 1 to "):
+            from_gguf(path, context=context)
+    (tmp_path / "one").mkdir()
+    one = written("phi3_longrope_long", tmp_path / "one", beside={"rope_factors_long.weight": given["long"]})
+    with pytest.raises(ConfigError, match=r"the tensor rope_factors_short\.weight is missing"):
+        from_gguf(one)
 
 
 def test_every_architecture_of_a_decoder_is_here() -> None:
@@ -216,7 +280,17 @@ def test_every_architecture_of_a_decoder_is_here() -> None:
     ("deepseek_v2", {"expert_gating_func": 3}, "there are 1 (softmax) and 2 (sigmoid)"),
     ("deepseek_v2", {"rope.scaling.yarn_log_multiplier": 0.1}, "are not stretched by YaRN"),
     ("deepseek_v3_even", {"attention.key_length": 24}, "it is the latent vector's, and what is rotated"),
-    ("deepseek_v3_even", {"nextn_predict_layers": 1}, "layers that foretell further tokens are not read"),
+    ("deepseek_v3_even", {"nextn_predict_layers": 2}, "nextn_predict_layers = 2 must be at most 1"),
+    ("glm4_moe", {"expert_gating_func": 1}, "expert_gating_func is 1"),
+    ("glm4_moe", {"rope.dimension_sections": [1, 1, 2, 0]}, "rope.dimension_sections"),
+    ("llama4_published", {"attention.sliding_window": 0}, "layers that all see everything"),
+    ("mpt_published", {"attention.max_alibi_bias": 0.0}, "MPT without ALiBi is not read"),
+    ("mpt_published", {"attention.max_alibi_bias": 4.0}, "attention.max_alibi_bias is 4.0"),
+    ("gptj", {"rope.dimension_count": 5}, "rotary_dim is 5"),
+    ("gptj", {"rope.freq_base": 500.0}, "rope.freq_base is 500.0"),
+    ("gpt_bigcode", {"attention.head_count_kv": 2}, "1 or as many as there are heads"),
+    ("minicpm", {"logit_scale": None}, "convert the model again"),
+    ("cohere2", {"rope.freq_base_swa": 5e3}, "only layers that slide are rotated"),
     ("granitemoe", {"expert_shared_feed_forward_length": 8}, "experts that all tokens go through"),
     ("lfm2", {"attention.head_count_kv": [0, 2, 1]}, "one positive integer"),
     ("lfm2", {"shortconv.l_cache": 5}, "misshaped: blk.0.shortconv.conv.weight is [32, 3]"),

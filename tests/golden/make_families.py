@@ -44,6 +44,13 @@ MLA = {
     "v_head_dim": 10, "n_routed_experts": 8, "n_shared_experts": 2, "num_experts_per_tok": 3, "moe_intermediate_size": 12,
     "first_k_dense_replace": 1, "n_group": 4, "topk_group": 2,
 }  # fmt: skip
+LONG = {  # of a text that is longer than the first context
+    "model_type": "phi3", "original_max_position_embeddings": 16,
+    "rope_parameters": {
+        "rope_type": "longrope", "rope_theta": 500.0, "short_factor": [1.0, 1.5, 2.0, 3.0],
+        "long_factor": [1.5, 2.5, 4.0, 6.0], "original_max_position_embeddings": 16,
+    },
+}  # fmt: skip
 CLASSIC = ("bloom", "codegen", "falcon", "gpt_bigcode", "gpt2", "gpt_neox", "gptj", "mpt", "opt")
 OTHER = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
          "max_position_embeddings", "pad_token_id")  # fmt: skip
@@ -101,6 +108,10 @@ CASES: dict[str, dict] = {
     "granite": {
         **rope(), "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.7, "attention_multiplier": 0.2,
     },
+    "granite_plain": {  # MiniCPM, which has the same factors but that of scores
+        **rope(), "model_type": "granite", "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.7,
+        "attention_multiplier": 8**-0.5,
+    },
     "granitemoe": {
         **rope(), "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.7, "attention_multiplier": 0.2,
         "num_local_experts": 4, "num_experts_per_tok": 2,
@@ -118,11 +129,17 @@ CASES: dict[str, dict] = {
         **rope(), "head_dim": 16, "num_hidden_layers": 4, "num_local_experts": 4, "interleave_moe_layer_step": 2,
         "intermediate_size_mlp": 44, "attention_chunk_size": 6, "floor_scale": 4, "no_rope_layer_interval": 2,
     },
+    "llama4_published": {  # with the sizes that GGUF files do not say
+        **rope(), "model_type": "llama4_text", "head_dim": 16, "num_hidden_layers": 4, "num_local_experts": 4,
+        "interleave_moe_layer_step": 2, "intermediate_size_mlp": 44, "attention_chunk_size": 8192, "floor_scale": 8192,
+    },
+    "llama_plain": {**rope(), "model_type": "llama"},
     "ministral": {**rope(), "head_dim": 8, "sliding_window": 6, "layer_types": [SLIDING, FULL]},
     "mixtral": {**rope(), "num_local_experts": 4, "num_experts_per_tok": 2},
     "mpt": {
         "d_model": 48, "n_layers": 2, "n_heads": 6, "max_seq_len": 64, "attn_config": {"clip_qkv": 1.5, "softmax_scale": 0.3},
     },
+    "mpt_published": {"model_type": "mpt", "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64},
     "nemotron": {**rope(partial_rotary_factor=0.5), "head_dim": 16},
     "olmo": {**rope(), "clip_qkv": 1.5},
     "olmo2": rope(),
@@ -144,6 +161,7 @@ CASES: dict[str, dict] = {
             "original_max_position_embeddings": 32,
         },
     },
+    "phi3_longrope_long": LONG,
     "qwen2_moe": {
         **rope(), **EXPERTS, "norm_topk_prob": False, "shared_expert_intermediate_size": 28, "decoder_sparse_step": 1,
     },

@@ -110,6 +110,13 @@ def compile(
     cache: Annotated[str, typer.Option(help="How keys and values are stored: `f32`, `f16`, `int8` or `int4`.")] = "f32",
     threads: Annotated[int | None, typer.Option(help="Threads the code is laid out for; default: this machine's.")] = None,
     passes: Passes = "default",
+    context: Annotated[
+        int | None,
+        typer.Option(
+            help="Positions that the model is made for; default: the model's limit. Of models with longrope (Phi 3.5, Phi 4 "
+            "mini), more than the first context takes the factors of long texts.", min=1,
+        ),
+    ] = None,
     size: Sizes = None,
     constant: Constants = None,
     check: Annotated[
@@ -132,7 +139,7 @@ def compile(
     with Bar() as bar:
         bar("reading the model")
         fixed = dict(constant_of(item) for item in constant or ())
-        program = driver.load_program(source, sizes=sizes_of(size), constants=fixed)
+        program = driver.load_program(source, sizes=sizes_of(size), constants=fixed, context=context)
         report = driver.compile(
             program, output, target=target, quantize=or_none(quantize), overrides=overrides_of(override),
             activation=or_none(activation), chunk=chunk, cache=cache, threads=threads, passes=passes, check=check, progress=bar,

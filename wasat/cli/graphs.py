@@ -105,7 +105,7 @@ def plan(
     from wasat import driver
     from wasat.plan import plan as planned
 
-    program, sizes = driver.described(source), sizes_of(size)
+    program, sizes = driver.described(source, context), sizes_of(size)
     options: dict[str, Any] = {"cache": cache, "activation": or_none(activation), "sizes": sizes}
     say(planned(program, target=target, batch=batch, context=context, chunk=chunk, **options).text())
 
