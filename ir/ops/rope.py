@@ -10,7 +10,7 @@ import numpy as np
 
 from .. import op as _op
 from ..axes import AxisRule, Factor, aligned, free, whole
-from ..dims import DimLike, equal, require_equal
+from ..dims import DimLike, equal, require_at_most, require_equal
 from ..errors import TypeMismatch
 from ..op import ErrorSample, Op, Sample, floating, register
 from ..types import DType, TensorType
@@ -53,6 +53,7 @@ class Rope(Op):
             raise TypeMismatch(f"inv_freq must be f32, not {inv_freq}")
         if isinstance(x.shape[3], int) and 2 * inv_freq.shape[0] > x.shape[3]:
             raise TypeMismatch(f"{inv_freq.shape[0]} frequencies rotate {2 * inv_freq.shape[0]} features; {x} has {x.shape[3]}")
+        require_at_most(2 * inv_freq.shape[0], x.shape[3], "rotated features")
         return x
 
     def axes(self, attrs: Attrs, x: TensorType, positions: TensorType, inv_freq: TensorType) -> AxisRule:

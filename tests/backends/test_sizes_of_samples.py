@@ -1,4 +1,5 @@
-"""Every operation on its own samples, one size of which is a symbol, at 0 and 1: compiled code gives what the interpreter does.
+"""Every operation on its own samples, one size of which is a symbol, at 0 and 1: compiled code gives what the interpreter does;
+and each size a symbol of its own, at sizes that do not fit.
 
 Many graphs are one library. Of each operation's some are run always, some more by the slow tests.
 """
@@ -50,8 +51,10 @@ def cases(op: Op) -> Iterator[Case]:
                 yield made
 
 
-def case(op: Op, attrs: object, arrays: list[Array], symbolic: set[tuple[int, int]], name: str) -> Case | None:
-    """None where the operation refuses it."""
+def case(
+    op: Op, attrs: object, arrays: list[Array], symbolic: set[tuple[int, int]], name: str, symbols: str = "n"
+) -> Case | None:
+    """None where the operation refuses it. ``symbols``: the names of the sizes, by operand and axis."""
     g, values, inputs, params = Graph(name), [], [], {}
     for j, x in enumerate(arrays):
         if isinstance(x, QArray):
@@ -59,7 +62,7 @@ def case(op: Op, attrs: object, arrays: list[Array], symbolic: set[tuple[int, in
             values.append(g.add_param(f"{name}.{j}", type_of(x)))
             continue
         axes = tuple(a for a in range(x.ndim) if (j, a) in symbolic)
-        shape = (symbol("n") if a in axes else d for a, d in enumerate(x.shape))
+        shape = (symbol(symbols.format(j, a)) if a in axes else d for a, d in enumerate(x.shape))
         values.append(g.add_input(f"x{j}", type_of(x).with_shape(*shape)))
         inputs.append((x, axes))
     try:
@@ -101,14 +104,55 @@ def test_equal_to_the_interpreter(slow: bool) -> None:
     run, wrong = compiled(found), []
     for c in found:
         for size in (0, 1):
-            if said := difference(c, size, run):
+            if said := difference(c, c.feed(size), run):
                 wrong.append(f"n = {size}: {said}\n{c.graph}")
     assert not wrong, "\n".join(wrong)
 
 
-def difference(c: Case, size: int, run: Runner) -> str | None:
+def apart(op: Op) -> Iterator[Case]:
+    """The samples, as many sizes as the operation takes each a symbol of its own; one for each kind of checks."""
+    seen = set()
+    for i, sample in enumerate(op.samples()):
+        arrays = [x if isinstance(x, QArray) else np.asarray(x) for x in sample.inputs]
+        symbolic: set[tuple[int, int]] = set()
+        made = None
+        for j, a in [(j, a) for j, x in enumerate(arrays) if not isinstance(x, QArray) for a in range(x.ndim)]:
+            if a < OF_KNOWN_SIZE.get(op.name, 9):
+                more = case(op, sample.attrs, arrays, {*symbolic, (j, a)}, f"{op.name}_apart_{i}", "n{}_{}")
+                made, symbolic = (made, symbolic) if more is None else (more, {*symbolic, (j, a)})
+        checks = str([n.checks for n in made.graph.nodes] if made else ())
+        if made is not None and checks not in seen:
+            seen.add(checks)
+            yield made
+
+
+def resized(x: np.ndarray, axis: int, size: int) -> np.ndarray:
+    """As many of its elements, the first ones again where there are more."""
+    if x.shape[axis] == 0:
+        return np.zeros((*x.shape[:axis], size, *x.shape[axis + 1 :]), x.dtype)
+    return np.ascontiguousarray(np.take(x, np.arange(size) % x.shape[axis], axis=axis))
+
+
+CHECKED = ("scan", "cond", "rope", "quantized_linear", "add", "glu", "embedding")
+"""Operations whose checks are tried always, those of all others by the slow tests."""
+
+
+@pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings("ignore")
+def test_sizes_that_do_not_fit(slow: bool) -> None:
+    found = [c for name in sorted(OPS) if (name in CHECKED) != slow for c in list(apart(OPS[name]))[: 9 if slow else 3]]
+    run, wrong = compiled(found), []
+    for c in found:
+        whole = {v.name: x for v, (x, _) in zip(c.graph.inputs, c.inputs)}
+        for v, (x, axes) in zip(c.graph.inputs, c.inputs):
+            for axis, size in [(a, size) for a in axes for size in {0, 1, max(x.shape[a] - 1, 0), x.shape[a] + 1, 2 * x.shape[a]}]:
+                if said := difference(c, whole | {v.name: resized(x, axis, size)}, run):
+                    wrong.append(f"%{v.name}, axis {axis} of {size}: {said}\n{c.graph}")
+    assert not wrong, "\n".join(wrong)
+
+
+def difference(c: Case, feed: dict[str, np.ndarray], run: Runner) -> str | None:
     """None: there is none. What one refuses, the other does."""
-    feed = c.feed(size)
     try:
         with np.errstate(all="ignore"):
             want = evaluate(c.graph, feed, {name: p.load() for name, p in c.params.items()})

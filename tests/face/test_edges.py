@@ -89,6 +89,20 @@ SIZES: dict[str, tuple[str, list[Run]]] = {
         "  %u: f32[] = add(%s, %t)\n  return %u\n }, carries=0, slices=2}", [
             ({"a": count(3), "z": count(3)}, 2 * count(3)), ({"a": count(3), "z": count(2)}, "needs n == m"),
         ]),
+    "scan of rows whose width its body says": (
+        "(%a: f32[n], %z: f32[m, k]) {\n %y: f32[2] = scan(%a, %z) {body=graph @body(%s: f32[2], %t: f32[2]) {\n"
+        "  %u: f32[2] = mul(%s, %t)\n  return %u\n }, carries=1, slices=1}", [
+            ({"a": count(2), "z": count(2, 2)}, f(3, 16)), ({"a": count(2), "z": count(2, 3)}, "needs k == 2"),
+            ({"a": count(2), "z": count(0, 2)}, f(1, 2)), ({"a": count(3), "z": count(1, 2)}, "needs n == 2"),
+        ]),
+    "cond whose branches say sizes": (
+        "(%c: bool[], %a: f32[n], %z: f32[m, k]) {\n %y: f32[2] = cond(%c, %a, %z) {then=graph @then(%s: f32[2], %t: f32[2, 3]) "
+        "{\n  %u: f32[2] = reduce_sum(%t) {axes=(1,)}\n  %v: f32[2] = mul(%s, %u)\n  return %v\n }, otherwise=graph "
+        "@otherwise(%s: f32[2], %t: f32[2, 3]) {\n  return %s\n }}", [
+            ({"c": np.array(True), "a": count(2), "z": count(2, 3)}, f(6, 30)),
+            ({"c": np.array(False), "a": count(2), "z": count(2, 3)}, f(1, 2)),
+            ({"c": np.array(False), "a": count(2), "z": count(2, 2)}, "needs k == 3"),
+        ]),
 }  # fmt: skip
 
 _OUT = {"past the end": (5, "index 5 is outside -5 .. 4"), "before the beginning": (-6, "index -6 is outside -5 .. 4"),

@@ -161,6 +161,7 @@ class Selection(KernelSelection):
         """The rows of ``x`` quantized, for ``node``, if no kernel before it has done that."""
         if x not in self.quantized:
             m, k = self.rows(x)
+            need_sizes(k)
             desc = QuantizeRows(self.isa, k, self.threads)
             [self.quantized[x]] = self.call(node, desc, quantize_rows, [x], [self._quantized_rows(x)], {0: (m, k)})
         return self.quantized[x]

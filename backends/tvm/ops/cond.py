@@ -7,7 +7,7 @@ from typing import Any
 
 from tvm import relax
 from tvm.ir import StringImm
-from wasat.ir import DimLike, Graph, Node, check_text, symbols_of
+from wasat.ir import DimLike, Graph, Node, TensorType, check_text, symbols_of
 from wasat.ir.ops.cond import CondAttrs
 
 from ..lower import Context, Lowering, Table, called_functions, emit_nodes, weights_of
@@ -46,7 +46,9 @@ def _functions(bb: relax.BlockBuilder, node: Node, table: Table, kernels: dict[A
                 _hold(ctx, *check)
             with bb.dataflow():
                 ctx.functions = inner
-                ctx.env.update(zip(graph.inputs, operands))
+                given = [v if isinstance(v.type, TensorType) else None for v in node.inputs[1:]]
+                fitted = [x if v is None else ctx.view(x, v.shape, w.shape) for x, v, w in zip(operands, given, graph.inputs)]
+                ctx.env.update(zip(graph.inputs, [*fitted, *operands[len(fitted) :]]))
                 emit_nodes(ctx, graph, table)
                 return bb.emit_output(relax.Tuple([ctx.env[v] for v in graph.outputs]))
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from tvm import relax, te, tirx
 from tvm.script import tirx as T
-from wasat.ir import DimLike, Graph, Node, Value, symbols_of
+from wasat.ir import DimLike, Graph, Node, TensorType, Value, symbols_of
 
 from ..layouts import tvm_dtype
 from ..lower import Context, Lowering, Table, called_functions, emit_nodes, weights_of
@@ -62,7 +62,7 @@ class _Scan:
         lo, hi = (ctx.symbols.setdefault(s, tirx.Var(s.strip("()"), "int64")) for s in (_LO, _HI))
         turns = relax.Var("turns", relax.ShapeType([lo, hi, *(ctx.symbol(s) for s in self.symbols)]))
         c = self.attrs.carries
-        types = [ctx.type(v.type) for v in self.node.inputs]
+        types = [ctx.type(v.type if shape is None else v.tensor.with_shape(*shape)) for v, shape in _operands(self.node)]
         if not fresh:
             types[c:c] = [self.matrix(ctx, v) for v in self.rows]
         operands = [*(relax.Var(f"x{i}", t) for i, t in enumerate(types)), *ctx.declare_weights(self.weights)]
@@ -152,6 +152,18 @@ def _put(dtype: str) -> tirx.PrimFunc:
     return put
 
 
+def _operands(node: Node) -> list[tuple[Value, tuple[DimLike, ...] | None]]:
+    """The operands, each with the shape that the body wants it in (of packed weights None). What a check must find equal to
+    it when the program runs may be spelt otherwise outside."""
+    attrs: Any = node.attrs
+    c, s = attrs.carries, attrs.slices
+    made: list[tuple[Value, tuple[DimLike, ...] | None]] = []
+    for i, (x, v) in enumerate(zip(node.inputs, attrs.body.graph.inputs)):
+        turns = (x.shape[0],) if c <= i < c + s else ()
+        made.append((x, (*turns, *v.shape) if isinstance(x.type, TensorType) else None))
+    return made
+
+
 def _functions(bb: relax.BlockBuilder, node: Node, table: Table, kernels: dict[Any, Any]) -> Any:
     return _Scan(bb, node, table, kernels).build()
 
@@ -169,7 +181,8 @@ def _lower(ctx: Context, node: Node, *operands: Any, counted: bool = False) -> l
         for v, f in zip(node.outputs[c:], flat if counted else ())
     ]
     turns = relax.ShapeExpr([tirx.IntImm("int64", 0), ctx.dim(length), *(ctx.symbol(s) for s in symbols)])
-    parts = ctx.run(node, [turns, *operands[:c], *rows, *operands[c:]])
+    fitted = [x if d is None else ctx.view(x, v.shape, d) for x, (v, d) in zip(operands, _operands(node))]
+    parts = ctx.run(node, [turns, *fitted[:c], *rows, *fitted[c:]])
     return [*parts[:c], *(ctx.view(x, f, v.shape) for x, f, v in zip(parts[c:], flat, node.outputs[c:]))]
 
 
