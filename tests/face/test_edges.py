@@ -97,8 +97,8 @@ SIZES: dict[str, tuple[str, list[Run]]] = {
         ]),
     "cond whose branches say sizes": (
         "(%c: bool[], %a: f32[n], %z: f32[m, k]) {\n %y: f32[2] = cond(%c, %a, %z) {then=graph @then(%s: f32[2], "
-        "%t: f32[2, 3]) {\n  %u: f32[2] = reduce_sum(%t) {axes=(1,)}\n  %v: f32[2] = mul(%s, %u)\n  return %v\n }, otherwise=graph "
-        "@otherwise(%s: f32[2], %t: f32[2, 3]) {\n  return %s\n }}", [
+        "%t: f32[2, 3]) {\n  %u: f32[2] = reduce_sum(%t) {axes=(1,)}\n  %v: f32[2] = mul(%s, %u)\n  return %v\n }, "
+        "otherwise=graph @otherwise(%s: f32[2], %t: f32[2, 3]) {\n  return %s\n }}", [
             ({"c": np.array(True), "a": count(2), "z": count(2, 3)}, f(6, 30)),
             ({"c": np.array(False), "a": count(2), "z": count(2, 3)}, f(1, 2)),
             ({"c": np.array(False), "a": count(2), "z": count(2, 2)}, "needs k == 3"),
