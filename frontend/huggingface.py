@@ -76,8 +76,7 @@ def from_pretrained(folder: str | Path, context: int | None = None) -> Program:
     wanted = {name: p.type for name, p in module.parameters().items()}
     found = _named(module, found)
     if method is not None:
-        laid = {name: to for name, to in stored_names(module).items() if isinstance(to, Laid)}
-        quantized = read_quantized(method, wanted, found, folder, laid)
+        quantized = read_quantized(method, wanted, found, folder, stored_names(module))
         found = {name: s for name, s in found.items() if name not in quantized.used}
         wanted = {name: t for name, t in wanted.items() if name not in quantized.sources}
     sources = _sources(module, wanted, found, folder)

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from wasat.ir import ArrayParam, Builder, CheckpointError, Graph, ParamSource, Program, TensorType, Value, type_of
+from wasat.ir import (
+    ArrayParam,
+    Builder,
+    CheckpointError,
+    Graph,
+    ParamSource,
+    Program,
+    QArray,
+    QTensorType,
+    TensorType,
+    Value,
+    type_of,
+)
 
 from ..models import Fields
 from ..models.layout import Laid
 from .methods import METHODS, Method
-from .packed import Integers, Tensors
+from .packed import Dense, Integers, Tensors
 from .safetensors import STORED, Stored, listed, read_json
 from .storage import store_as
 
@@ -58,16 +71,23 @@ def older_config(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_quantized(
-    method: Method, wanted: Mapping[str, TensorType], found: Mapping[str, Stored], where: Path, laid: Mapping[str, Laid] = {},
+    method: Method, wanted: Mapping[str, TensorType], found: Mapping[str, Stored], where: Path,
+    elsewhere: Mapping[str, Sequence[str] | Laid] = {},
 ) -> Checkpoint:  # fmt: skip
-    """The weights of all modules that are quantized; ``laid``: parameters that are parts of tensors. What does not fit is named
-    at once."""
+    """The weights of all modules that are quantized; ``elsewhere``: parameters that are parts of tensors, or stacks of the
+    weights of several modules. What does not fit is named at once."""
+    laid = {name: to for name, to in elsewhere.items() if isinstance(to, Laid)}
+    stacks = {name: to for name, to in elsewhere.items() if name in wanted and not isinstance(to, Laid)}
+    given, wanted = wanted, dict(wanted)
+    for name, to in stacks.items():
+        t = given[name]
+        wanted |= dict.fromkeys(to, TensorType(t.dtype, t.shape[1:]) if t.rank == 3 else t)
     parts: dict[str, dict[str, Stored]] = {}
     for name, stored in found.items():
         module, _, part = name.rpartition(".")
         parts.setdefault(module, {})[part] = stored
     out = Checkpoint()
-    parts_of, out.used, problems = method.read_parts(laid, wanted, found)
+    parts_of, out.used, problems = method.read_parts(laid, given, found)
     out.sources |= parts_of
     for module, tensors in parts.items():
         weight = f"{module}.weight"
@@ -88,8 +108,51 @@ def read_quantized(
         if f"{module}.bias" not in wanted and (bias := tensors.get("bias")) is not None and _all_zero(bias):
             t.drop("bias")  # packers give one to every linear
         out.used |= {f"{module}.{part}" for part in t.used}
+    for name, to in stacks.items():
+        problems += _stack(out, name, to, given[name])
     if problems:
         raise CheckpointError(f"{where}: quantized weights do not fit config.json:\n{listed(problems)}")
+    return out
+
+
+def _stack(out: Checkpoint, name: str, weights: Sequence[str], type: TensorType) -> list[str]:
+    """Makes one parameter of the weights of several modules, where these are quantized; what does not fit."""
+    parts = {w: out.sources.pop(w) for w in weights if w in out.sources}
+    orders = {w: out.orders.pop(w) for w in weights if w in out.orders}
+    why = next(iter([out.dense.pop(w) for w in weights if w in out.dense]), None)
+    if not parts:
+        return []
+    if len(parts) < len(weights):
+        plain = next(w for w in weights if w not in parts)
+        return [f"{plain.removesuffix('.weight')}: it is not quantized, and others of its stack are, as {next(iter(parts))}"]
+    sources = [parts[w] for w in weights]
+    first = sources[0]
+    if type.rank == 2:
+        out.sources[name] = first
+        out.orders |= {name: o for o in orders.values()}
+    elif isinstance(first, Integers) and not orders and all(s.type == first.type for s in sources):
+        out.sources[name] = Integers(replace(first.type, shape=type.shape), partial(_stacked, first.type, type.shape, sources))
+    else:
+        out.sources[name] = Dense(type, partial(_dense, type, sources, [orders.get(w) for w in weights]))
+        why = why or "its parts are stored otherwise each, or in an order of their own"
+    if why is not None and isinstance(out.sources[name], Dense):
+        out.dense[name] = why
+    return []
+
+
+def _stacked(one: QTensorType, shape: Sequence[Any], sources: Sequence[Integers]) -> QArray:
+    each = [s.load() for s in sources]
+    zeros = None if each[0].zeros is None else np.stack([np.asarray(q.zeros) for q in each])
+    values, scales = (np.stack([np.asarray(getattr(q, part)) for q in each]) for part in ("values", "scales"))
+    return QArray(replace(one, shape=tuple(shape)), values, scales, zeros)
+
+
+def _dense(type: TensorType, sources: Sequence[Any], orders: Sequence[np.ndarray | None]) -> np.ndarray:
+    out = np.empty(type.concrete({}), np.float32)
+    for x, source, order in zip(out, sources, orders):
+        loaded = source.load()
+        numbers = loaded.dense() if isinstance(loaded, QArray) else loaded
+        x[:, slice(None) if order is None else order] = numbers
     return out
 
 
