@@ -80,8 +80,8 @@ def read_quantized(
     stacks = {name: to for name, to in elsewhere.items() if name in wanted and not isinstance(to, Laid)}
     given, wanted = wanted, dict(wanted)
     for name, to in stacks.items():
-        t = given[name]
-        wanted |= dict.fromkeys(to, TensorType(t.dtype, t.shape[1:]) if t.rank == 3 else t)
+        whole = given[name]
+        wanted |= dict.fromkeys(to, TensorType(whole.dtype, whole.shape[1:]) if whole.rank == 3 else whole)
     parts: dict[str, dict[str, Stored]] = {}
     for name, stored in found.items():
         module, _, part = name.rpartition(".")
@@ -129,9 +129,11 @@ def _stack(out: Checkpoint, name: str, weights: Sequence[str], type: TensorType)
     first = sources[0]
     if type.rank == 2:
         out.sources[name] = first
-        out.orders |= {name: o for o in orders.values()}
+        for order in orders.values():
+            out.orders[name] = order
     elif isinstance(first, Integers) and not orders and all(s.type == first.type for s in sources):
-        out.sources[name] = Integers(replace(first.type, shape=type.shape), partial(_stacked, first.type, type.shape, sources))
+        stack = replace(first.type, shape=type.shape)
+        out.sources[name] = Integers(stack, partial(_stacked, stack, sources))
     else:
         out.sources[name] = Dense(type, partial(_dense, type, sources, [orders.get(w) for w in weights]))
         why = why or "its parts are stored otherwise each, or in an order of their own"
@@ -140,11 +142,11 @@ def _stack(out: Checkpoint, name: str, weights: Sequence[str], type: TensorType)
     return []
 
 
-def _stacked(one: QTensorType, shape: Sequence[Any], sources: Sequence[Integers]) -> QArray:
+def _stacked(type: QTensorType, sources: Sequence[Any]) -> QArray:
     each = [s.load() for s in sources]
     zeros = None if each[0].zeros is None else np.stack([np.asarray(q.zeros) for q in each])
     values, scales = (np.stack([np.asarray(getattr(q, part)) for q in each]) for part in ("values", "scales"))
-    return QArray(replace(one, shape=tuple(shape)), values, scales, zeros)
+    return QArray(type, values, scales, zeros)
 
 
 def _dense(type: TensorType, sources: Sequence[Any], orders: Sequence[np.ndarray | None]) -> np.ndarray:
