@@ -14,7 +14,7 @@ from wasat.ir import CheckpointError, Generation, Origin, Program, TensorType
 
 from .chat import chat_texts
 from .models import FAMILIES, ConfigError, Fields
-from .models.config import check_layers
+from .models.config import check_layers, refuse_own_code
 from .models.decoder import CausalLM, Mixture, Names, Swapped
 from .models.layout import Laid
 from .sentence import BACKBONES, is_embedder
@@ -143,16 +143,6 @@ def build(fields: Fields) -> tuple[str, nn.Module]:
     if architecture not in given:
         raise fields.fail(f"architectures is {given}; of model_type {kind} only {architecture} is supported")
     return kind, builder(fields)
-
-
-def refuse_own_code(fields: Fields, stem: str) -> None:
-    """Refuses code that a folder brings, but for a copy of classes that are the family's own by name: transformers runs its
-    own instead of these, too, if nothing else is asked for."""
-    given = fields.given.get("auto_map")
-    models = [v for k, v in given.items() if k.startswith("AutoModel")] if isinstance(given, dict) else [given]
-    known = all(isinstance(m, str) and m.rpartition(".")[2].startswith(stem) for m in models)
-    why = "the folder brings Python code of its own, which is not run; what it computes is unknown"
-    fields.refuse("auto_map", given if known else {}, why)
 
 
 def stored_names(module: nn.Module) -> dict[str, list[str] | Laid]:

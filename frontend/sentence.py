@@ -19,7 +19,7 @@ from wasat.ir import CheckpointError, Embedder, Origin, Program
 
 from .chat import chat_texts
 from .models import FAMILIES, Fields, encoders, nomic
-from .models.config import check_layers
+from .models.config import check_layers, refuse_own_code
 from .models.gemma3 import gemma3_text
 from .models.llama import eurobert
 from .models.modernbert import Classifier, modernbert
@@ -97,14 +97,19 @@ BACKBONES: dict[str, Callable[[Fields], Backbone]] = {
     "xlm-roberta": _encoder(encoders.roberta, "roberta"), "camembert": _encoder(encoders.roberta, "roberta"),
     "mpnet": _encoder(encoders.mpnet, "mpnet"), "distilbert": _encoder(encoders.distilbert, "distilbert"),
     "modernbert": _both_ways(modernbert), "nomic_bert": _encoder(nomic.nomic_bert, "nomic_bert"),
-    "gte": _encoder(nomic.gte, "gte"), "electra": _encoder(encoders.electra, "electra"), "eurobert": _both_ways(eurobert),
+    "gte": _encoder(nomic.gte, "gte"), "new": _encoder(nomic.gte_of_its_authors, "gte"),
+    "electra": _encoder(encoders.electra, "electra"), "eurobert": _both_ways(eurobert),
     "jina_embeddings_v3": _encoder(nomic.jina_embeddings_v3, "roberta"),
     **{kind: _decoder(build) for kind, (_, build) in FAMILIES.items() if kind not in _OTHERWISE}, "gemma3_text": _gemma3,
 }  # fmt: skip
 """``model_type`` -> what makes hidden states."""
+_OF_AUTHORS = {
+    "bert": "JinaBert", "gte": "Gte", "jina_embeddings_v3": "XLMRoberta", "new": "New", "nomic_bert": "NomicBert",
+}
+"""Beginnings of the names of classes that the authors of a family brought with their folders, before transformers had it."""
 _ENCODERS = (
     "bert", "roberta", "xlm-roberta", "camembert", "mpnet", "distilbert", "modernbert", "nomic_bert", "gte", "electra",
-    "eurobert", "jina_embeddings_v3",
+    "eurobert", "jina_embeddings_v3", "new",
 )  # fmt: skip
 """Families that do nothing else."""
 _UNUSED = re.compile(
@@ -143,7 +148,7 @@ def load(folder: Path) -> Program:
     kind = fields.take("model_type", str)
     if kind not in BACKBONES:
         raise fields.fail(f"model_type {kind!r} does not embed texts here; there are {', '.join(BACKBONES)}")
-    fields.refuse("auto_map", {}, "the folder brings Python code of its own, which is not run; what it computes is unknown")
+    refuse_own_code(fields, _OF_AUTHORS.get(kind, "no class"))
     fields.refuse("quantization_config", None, "the checkpoint is quantized; use the original, unquantized one")
     classes = fields.take("architectures", list, None) or []
     scoring = [c for c in classes if str(c).endswith("ForSequenceClassification")]
@@ -173,7 +178,7 @@ def load(folder: Path) -> Program:
     types = {k: p.type for k, p in root.parameters().items() if k in program.params}
     unused = [k for k in wanted if _UNUSED.match(k.removeprefix("0."))]
     program.params.update(match(types, wanted, unused, where))
-    positions = int(config["max_position_embeddings"]) - backbone.lost
+    positions = int(fields.given["max_position_embeddings"]) - backbone.lost
     limit = min(n for n in (positions, settings.get("max_seq_length"), _model_max(where)) if n is not None)
     program.declare(
         name=folder.resolve().name, context=positions, vocab=config["vocab_size"],
@@ -428,6 +433,7 @@ class Scores(nn.Module):
         self.act, self.labels = act or ("sigmoid" if labels == 1 else "none"), labels
         heads: dict[str, Callable[[Any, int], Any]] = {
             **{n: partial(encoders.PooledHead, n) for n in ("bert", "nomic_bert", "gte")},
+            "new": partial(encoders.PooledHead, "gte"),
             "mpnet": encoders.mpnet_head, "distilbert": encoders.distilbert_head, "electra": encoders.electra_head,
             "eurobert": encoders.EuroHead, "modernbert": Classifier,
             **dict.fromkeys(("roberta", "xlm-roberta", "camembert", "jina_embeddings_v3"), encoders.roberta_head),

@@ -7,6 +7,7 @@ from typing import Any
 
 from wasat.frontend import nn
 
+from .alibi import slopes
 from .config import MOST_LAYERS, MOST_POSITIONS, Fields, single_rope
 from .decoder import CausalLM, Names, Options
 from .families import done
@@ -166,13 +167,6 @@ def bloom(fields: Fields) -> CausalLM:
         slopes=slopes(fields.size("n_head")), mlp=("dense_h_to_4h", "dense_4h_to_h"), names=names, **BIASES,
     )  # fmt: skip
     return done(fields, "bloom", o, context, [None] * len(o.windows))
-
-
-def slopes(heads: int) -> tuple[float, ...]:
-    """ALiBi's, of a power of two 2^(-8/n), its powers; of other numbers those of the one below, and every other of the next."""
-    below = 2 ** math.floor(math.log2(heads))
-    found = [2.0 ** (-8 * (i + 1) / below) for i in range(below)]
-    return tuple(found + [2.0 ** (-4 * (2 * i + 1) / below) for i in range(heads - below)])
 
 
 def mpt(fields: Fields) -> CausalLM:

@@ -106,6 +106,16 @@ class Fields(strict.Fields):
         return ACTIVATIONS[value]
 
 
+def refuse_own_code(fields: Fields, stem: str) -> None:
+    """Refuses code that a folder brings, but for a copy of classes that are the family's own by name: transformers runs its
+    own instead of these, too, if nothing else is asked for."""
+    given = fields.given.get("auto_map")
+    models = [v for k, v in given.items() if k.startswith("AutoModel")] if isinstance(given, dict) else [given]
+    known = all(isinstance(m, str) and m.rpartition(".")[2].startswith(stem) for m in models)
+    why = "the folder brings Python code of its own, which is not run; what it computes is unknown"
+    fields.refuse("auto_map", given if known else {}, why)
+
+
 _ROPE_NUMBERS = {
     "default": (),
     "linear": ("factor",),

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from wasat.frontend import nn
 
+from .alibi import slopes
 from .config import MOST_LAYERS, MOST_POSITIONS, MOST_SIZE, Fields
 
 _TRAINING = (
@@ -42,6 +43,10 @@ class Options:
     """Where positions count from the token of padding on, past its id, that token."""
     buckets: int = 0
     """Rows of a table of distances, MPNet's."""
+    slopes: tuple[float, ...] = ()
+    """Of scores by distance, a head each, in place of a table of positions."""
+    gated: bool = False
+    """The first layer of feed-forward, without a bias, gives a gate and what it gates."""
     embedding: int = 0
     """Width of what is looked up, where it is another one, ELECTRA's; 0: it is not."""
 
@@ -64,6 +69,10 @@ class Names:
 BERT = Names(
     "encoder.layer", "attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
     "attention.output.LayerNorm", "intermediate.dense", "output.dense", "output.LayerNorm",
+)  # fmt: skip
+JINA2 = Names(
+    "encoder.layer", "attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
+    "attention.output.LayerNorm", "mlp.gated_layers", "mlp.wo", "mlp.layernorm",
 )  # fmt: skip
 MPNET = Names(
     "encoder.layer", "attention.attn.q", "attention.attn.k", "attention.attn.v", "attention.attn.o", "attention.LayerNorm",
@@ -108,7 +117,7 @@ class Embeddings(nn.Module):
         self.pad = o.pad
         dim = o.embedding or o.dim
         self.word_embeddings = nn.Embedding(o.vocab, dim)
-        self.position_embeddings = nn.Embedding(o.positions, dim)
+        self.position_embeddings = None if o.slopes else nn.Embedding(o.positions, dim)
         self.token_type_embeddings = nn.Embedding(o.types, dim) if o.types else None
         self.LayerNorm = nn.LayerNorm(dim, o.eps)
 
@@ -120,7 +129,7 @@ class Embeddings(nn.Module):
         x = self.word_embeddings(tokens)
         if self.token_type_embeddings is not None:
             x = x + (self.token_type_embeddings(types) if types is not None else self.token_type_embeddings.weight[0])
-        return self.LayerNorm(x + self.position_embeddings(positions))
+        return self.LayerNorm(x if self.position_embeddings is None else x + self.position_embeddings(positions))
 
 
 class Layer(nn.Module):
@@ -132,7 +141,8 @@ class Layer(nn.Module):
             put(self, path, nn.Linear(o.dim, o.dim, bias=True)) for path in (n.query, n.key, n.value, n.out)
         )
         attention_norm = put(self, n.attention_norm, nn.LayerNorm(o.dim, o.eps))
-        up = put(self, n.up, nn.Linear(o.dim, o.hidden, bias=True))
+        self.gated = o.gated
+        up = put(self, n.up, nn.Linear(o.dim, 2 * o.hidden if o.gated else o.hidden, bias=not o.gated))
         down = put(self, n.down, nn.Linear(o.hidden, o.dim, bias=True))
         self.parts = (query, key, value, out, attention_norm, up, down, put(self, n.norm, nn.LayerNorm(o.dim, o.eps)))
 
@@ -146,7 +156,9 @@ class Layer(nn.Module):
             probs = nn.softmax(nn.where(keep[:, None], scores, -math.inf))
             mixed = nn.einsum("b h s t, b t h e -> b s h e", probs, v)
         x = attention_norm(x + out(mixed.merge()))
-        y: nn.Tensor = norm(x + down(self.act(up(x))))
+        first, *gated = up(x).split(2) if self.gated else (up(x),)
+        wide = self.act(first) * gated[0] if gated else self.act(first)
+        y: nn.Tensor = norm(x + down(wide))
         return y
 
 
@@ -159,11 +171,14 @@ class Encoder(nn.Module):
         self.embeddings_project = nn.Linear(o.embedding, o.dim, bias=True) if o.embedding else None
         layers = put(self, names.layers, nn.ModuleList([Layer(o, names) for _ in range(o.layers)]))
         self.bias = put(self, "encoder.relative_attention_bias", nn.Embedding(o.buckets, o.heads)) if o.buckets else None
-        self.stack = layers
+        self.stack, self.slopes = layers, np.array(o.slopes, np.float32)
 
     def __call__(self, tokens: nn.Tensor, lengths: nn.Tensor, types: nn.Tensor | None = None) -> nn.Tensor:
-        keep = seen(tokens, lengths)
-        bias = None if self.bias is None else self.bias(_buckets(nn.positions(tokens))).transpose(2, 0, 1)
+        keep, at = seen(tokens, lengths), nn.positions(tokens)
+        bias = None if self.bias is None else self.bias(_buckets(at)).transpose(2, 0, 1)
+        if self.slopes.size:
+            behind = at[:, None] - at[None, :]
+            bias = nn.constant(-self.slopes[:, None, None]) * nn.maximum(behind, -behind).cast("f32")
         x = self.embeddings(tokens, types)
         x = x if self.embeddings_project is None else self.embeddings_project(x)
         for layer in self.stack:
@@ -216,10 +231,25 @@ def _absolute(fields: Fields) -> None:
 
 
 def bert(fields: Fields) -> Encoder:
-    """``model_type: bert``."""
+    """``model_type: bert``; Jina 2 has this name, too."""
+    if fields.given.get("position_embedding_type") == "alibi":
+        return _jina2(fields)
     _absolute(fields)
     types = fields.take("type_vocab_size", int, 2, least=0, most=MOST_SIZE)
     return _encoder(fields, _options(fields, types=types), BERT, "bert")
+
+
+def _jina2(fields: Fields) -> Encoder:
+    """Jina 2 (arXiv:2310.19923): ALiBi both ways, gated feed-forward layers."""
+    fields.ignore("position_embedding_type", "emb_pooler", "model_max_length")
+    kind = fields.take("feed_forward_type", str)
+    if kind not in ("geglu", "reglu"):
+        raise fields.fail(f"feed_forward_type {kind!r} is not implemented with ALiBi; there are geglu and reglu")
+    types = fields.take("type_vocab_size", int, 2, least=0, most=MOST_SIZE)
+    fields.ignore("hidden_act")  # which the gate does not read
+    options = _options(fields, types=types, gated=True)
+    options = replace(options, act={"geglu": "gelu", "reglu": "relu"}[kind], slopes=slopes(options.heads))
+    return _encoder(fields, options, JINA2, "bert with ALiBi")
 
 
 def roberta(fields: Fields) -> Encoder:

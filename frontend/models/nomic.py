@@ -124,14 +124,66 @@ def _built(fields: Fields, names: Names, family: str, act: str, theta: float, ty
     return Encoder(options, names, turn)
 
 
+def _published(fields: Fields) -> None:
+    """Nomic's configuration as its authors wrote it, with GPT-2's names, as transformers has it."""
+    names = {
+        "n_embd": "hidden_size", "n_head": "num_attention_heads", "n_inner": "intermediate_size",
+        "n_layer": "num_hidden_layers", "layer_norm_epsilon": "layer_norm_eps", "rotary_emb_base": "rope_theta",
+    }  # fmt: skip
+    for old, new in names.items():
+        fields.given[new] = fields.given.pop(old, fields.given.get(new))
+    given, trained = fields.size("n_positions", most=MOST_POSITIONS), fields.size("max_trained_positions", 2048)
+    # longer texts would be rotated otherwise, each by its length
+    stretched = fields.number("rotary_scaling_factor", None) is not None
+    fields.given["max_position_embeddings"] = min(given, trained) if stretched else given
+    fields.given["hidden_act"] = "silu"
+    for name, only in (
+        ("activation_function", "swiglu"), ("rotary_emb_fraction", 1.0), ("rotary_emb_interleaved", False), ("prenorm", False),
+        ("rotary_emb_scale_base", None), ("parallel_block", False), ("parallel_block_tied_norm", False),
+        ("qkv_proj_bias", False), ("mlp_fc1_bias", False),
+        ("mlp_fc2_bias", False), ("use_rms_norm", False), ("causal", False), ("scale_attn_weights", True),
+        ("scale_attn_by_inverse_layer_idx", False), ("last_layer_subset", False), ("num_experts", 0),
+    ):
+        fields.refuse(name, only, "Nomic's text encoders as published have no other")
+    fields.ignore(
+        "attn_pdrop", "embd_pdrop", "resid_pdrop", "dense_seq_output", "fused_bias_fc", "fused_dropout_add_ln",
+        "pad_vocab_size_multiple", "use_flash_attn", "use_xentropy", "reorder_and_upcast_attn", "summary_activation",
+        "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj",
+    )  # fmt: skip
+
+
 def nomic_bert(fields: Fields) -> Encoder:
     """``model_type: nomic_bert``."""
+    if "n_embd" in fields.given:
+        _published(fields)
     return _built(fields, NOMIC, "nomic_bert", "silu", 1000.0, 2, False)
 
 
 def gte(fields: Fields) -> Encoder:
     """``model_type: gte``."""
     return _built(fields, GTE, "gte", "gelu", 160000.0, 1, True)
+
+
+def gte_of_its_authors(fields: Fields) -> Encoder:
+    """``model_type: new``, GTE's first name: rotation may be stretched by a larger base (https://kexue.fm/archives/9706)."""
+    for name, only in (
+        ("position_embedding_type", "rope"), ("logn_attention_scale", False), ("logn_attention_clip1", False),
+        ("pack_qkv", True), ("layer_norm_type", "layer_norm"),
+    ):
+        fields.refuse(name, only, "GTE's encoders as published have no other")
+    fields.ignore("unpad_inputs", "use_memory_efficient_attention")  # how it is computed
+    given = fields.given.pop("rope_scaling", None)
+    if given is not None:
+        p = Fields(given, f"{fields.where}: rope_scaling", frozenset()) if isinstance(given, dict) else None
+        if p is None or p.take("type", str) != "ntk":
+            raise fields.fail(f"rope_scaling is {given!r}; only type ntk is implemented for it")
+        p.refuse("mixed_b", None, "only one base for all frequencies is implemented")
+        factor, theta = p.number("factor"), fields.number("rope_theta", 10000.0)
+        p.finish("rope_scaling")
+        pairs = fields.size("hidden_size") / fields.size("num_attention_heads") / 2
+        fields.given["rope_theta"] = theta * factor
+        fields.given["rope_scaling"] = {"rope_type": "linear", "factor": factor ** (1 / pairs)}
+    return _built(fields, GTE, "new", "gelu", 10000.0, 1, True)
 
 
 def jina_embeddings_v3(fields: Fields) -> Encoder:
