@@ -146,7 +146,10 @@ class Emitter:
                     x = np.asarray(x)
                 else:
                     own = DType.F32 if isinstance(x, float) else DType.I64
-                    x = np.asarray(x).astype((weak if weak is not None and weak is not DType.BOOL else own).np)
+                    own = weak if weak is not None and weak is not DType.BOOL else own
+                    given, x = x, np.asarray(x).astype(own.np)
+                    if not own.is_float and x != given:
+                        raise OnnxError(f"it computes among {own}, and {given} is none")
             out.append(x)
         return out
 
@@ -278,6 +281,12 @@ class Emitter:
     def full(self, shape: Sequence[DimLike], value: float, dtype: DType) -> Any:
         """A tensor of one number."""
         return self.expand(np.asarray(value).astype(dtype.np), *shape)
+
+    def axis(self, axis: int, rank: int) -> int:
+        """An axis, from the end if it is negative. Raises OnnxError where there is none."""
+        if not -rank <= axis < rank:
+            raise OnnxError(f"there is no axis {axis}: axes are {-rank} to {rank - 1}")
+        return axis % rank
 
     def size_as(self, d: DimLike, dtype: DType) -> Any:
         """A dimension as a scalar."""

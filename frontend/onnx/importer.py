@@ -40,6 +40,7 @@ from .registry import ATTRIBUTES, Inline, NodeView, converter, domain_of, schema
 from .sequences import Appended, Rows
 from .supported import check_supported
 from .undecided import reads
+from .values import wrong_value
 
 OLDEST, NEWEST = 7, 28
 """Operator sets read. Before them, operators that are defined the same."""
@@ -282,10 +283,11 @@ class Importer:
             schema = schema_of(node.op_type, frame.opsets.get(domain, 0), domain)
             version = schema.since_version if schema is not None else frame.opsets.get(domain, 1)
             convert = converter(domain, node.op_type, version)
+            attrs = self._attributes(node, frame, schema)
             if convert is None:
                 return self._inline_schema(schema, node, inputs, frame)
             self._check_operands(node, scope, inputs, schema)
-            view = NodeView(node, self._attributes(node, frame, schema), frame, self)
+            view = NodeView(node, attrs, frame, self)
             while inputs and inputs[-1] is None:
                 inputs.pop()
             try:
@@ -362,6 +364,8 @@ class Importer:
                     out[a.name] = _plain(onnx.helper.get_attribute_value(a))
                 except ValueError as e:
                     raise self.fail(f"attribute {a.name} of {node.op_type} node {node.name!r}: {e}") from None
+        if wrong := wrong_value(node.op_type, out):
+            raise self.fail(f"{node.op_type} node {node.name or node.output[0]!r}: {wrong}")
         return out
 
     def _resolved(self, node: onnx.NodeProto, frame: Frame) -> Iterator[onnx.AttributeProto]:

@@ -106,9 +106,7 @@ def _passes(node: Node) -> bool:
     if not node.is_a("reshape"):
         return False
     a, b = node.inputs[0].shape, node.output.shape
-    if len(a) < 2 or len(b) < 2 or any(equal(x, y) is not True for x, y in zip(a[-2:], b[-2:])):
-        return False
-    return len(a) > 2 and len(b) > 2
+    return min(len(a), len(b)) >= 2 and all(equal(x, y) is True for x, y in zip(a[-2:], b[-2:]))
 
 
 def _bounded(node: Node) -> Value | None:

@@ -457,3 +457,24 @@ def test_what_is_raised_beside_data_that_hides_stays() -> None:
     text = raised("-3.4e+38:f32", "%own").replace("%q: f32", "%pad: bool[1, s], %q: f32")
     text = text.replace("  %fill:", "  %own: bool[s, s] = logical_and(%keep, %pad)\n  %fill:")
     check_untouched(FuseAttention(), text, "some query may see nothing")
+
+
+@pytest.mark.parametrize("fill, causal, operand", [("-10000.0", True, False), ("-9999.0", False, True), ("-inf", True, True)])
+def test_a_mask_of_ones_times_a_fill(fill: str, causal: bool, operand: bool) -> None:
+    """From -10000 on it is minus infinity. Minus infinity itself is no factor: times zero it is NaN, which stays an operand."""
+    text = positions("greater(%at, %row)").replace("select(%keep, %scores, -inf:f32)", "add(%scores, %added)")
+    product = f"  %unseen: f32[s, s] = cast(%keep) {{dtype=f32}}\n  %added: f32[s, s] = mul(%unseen, {fill}:f32)\n"
+    program = random_program(text.replace("  %masked", product + "  %masked"))
+    PassManager([FuseAttention(), Cleanup()], check=InterpreterCheck([{"b": 1, "s": 1}, {"b": 2, "s": 6}])).run(program)
+    (node,) = (n for n in program["f"].nodes if n.op.name == "attention")
+    assert (node.attrs.causal, len(node.inputs) == 4) == (causal, operand)  # type: ignore[attr-defined]
+
+
+def test_scores_without_a_batch_stay_under_a_reshape() -> None:
+    check_untouched(FuseAttention(), """graph @f(%q: f32[s, 8], %k: f32[8, t], %v: f32[t, 8]) {
+  %scores: f32[s, t] = matmul(%q, %k)
+  %one: f32[1, s, t] = reshape(%scores) {shape=(1, s, t)}
+  %p: f32[1, s, t] = softmax(%one) {axis=2}
+  %out: f32[1, s, 8] = matmul(%p, %v)
+  return %out
+}""", "scores without a batch axis")  # fmt: skip

@@ -242,7 +242,7 @@ def _placed(c: Emitter, x: Any, axis: int, backward: int) -> Any:
     """A stacked result with its turns along ``axis``, the last first if ``backward``."""
     x = c.reverse(x, axes=(0,)) if backward else x
     rest = list(range(1, c.rank(x)))
-    rest.insert(axis % c.rank(x), 0)
+    rest.insert(c.axis(axis, c.rank(x)), 0)
     return c.permute(x, rest)
 
 
@@ -257,7 +257,7 @@ def scan(c: Emitter, n: NodeView, *inputs: Any) -> Any:
     backward = n.get("scan_input_directions") or [0] * count
     out_axes = n.get("scan_output_axes") or [0] * outputs
     out_backward = n.get("scan_output_directions") or [0] * outputs
-    axes = [a % c.rank(x) for a, x in zip(axes, given)]
+    axes = [c.axis(a, c.rank(x)) for a, x in zip(axes, given)]
     length = c.shape(given[0])[axes[0]]
     if _often(length):
         xs = [c.permute(x, (a, *(i for i in range(c.rank(x)) if i != a))) for x, a in zip(given, axes)]

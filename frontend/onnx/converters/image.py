@@ -29,7 +29,7 @@ def resize(
     sizes: Operand | None = None,
 ) -> Any:  # fmt: skip
     rank = c.rank(x)
-    axes = [a % rank for a in n.get("axes") or range(rank)]
+    axes = [c.axis(a, rank) for a in n.get("axes") or range(rank)]
     shape = c.shape(x)
     if scales is not None and c.shape(scales) == (0,):
         scales = None
@@ -49,11 +49,15 @@ def resize(
             out = [math.floor(ratio * shape[a] + 0.5) for a in axes]
     else:
         raise n.fail("has neither scales nor sizes")
+    if len(out) != len(axes) or len(factors) != len(axes):
+        raise n.fail(f"has {len(factors)} scales or sizes for {len(axes)} axes")
     bounds = None
     if n["coordinate_transformation_mode"] == "tf_crop_and_resize":
         if roi is None:
             raise n.fail("tf_crop_and_resize needs a roi")
         bounds = c.numbers(roi, "the roi of Resize").astype(np.float64).reshape(2, -1)
+        if bounds.shape[1] != len(axes):
+            raise n.fail(f"has a roi of {bounds.size} numbers for {len(axes)} axes")
     own = c.dtype(x)
     work = own if own.is_float and own.bits >= 32 else DType.F32
     y, inside = c.to(x, work) if n["mode"] != "nearest" else x, None

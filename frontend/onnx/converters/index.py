@@ -19,7 +19,7 @@ def gather(c: Emitter, n: NodeView, x: Operand, ids: Operand) -> Any:
 
 @op("GatherElements")
 def gather_elements(c: Emitter, n: NodeView, x: Operand, ids: Operand) -> Any:
-    axis = n["axis"] % c.rank(x)
+    axis = c.axis(n["axis"], c.rank(x))
     for i, d in enumerate(c.shape(ids)):  # the indices may cover less of the other axes
         if i != axis:
             x = c.cut(x, i, 0, d)
@@ -69,7 +69,7 @@ def one_hot(c: Emitter, n: NodeView, ids: Operand, depth: Operand, values: Opera
     ids = c.to(ids, DType.I64)
     ids = c.add(ids, c.select(c.less(ids, 0), size, 0))
     rank = c.rank(ids) + 1
-    axis = n["axis"] % rank
+    axis = c.axis(n["axis"], rank)
     hit = c.equal(c.add_axes(ids, axis), c.along(c.iota(size=size), axis, rank))
     off, on = (c.view(c.cut(values, 0, i, i + 1)) for i in (0, 1))
     return c.select(hit, on, off)
@@ -91,6 +91,8 @@ def non_zero(c: Emitter, n: NodeView, x: Operand) -> Any:
 @op("ReverseSequence")
 def reverse_sequence(c: Emitter, n: NodeView, x: Operand, lengths: Operand) -> Any:
     time, batch, rank = n["time_axis"], n["batch_axis"], c.rank(x)
+    if time == batch:
+        raise n.fail(f"time_axis and batch_axis are both {time}")
     t = c.along(c.iota(size=c.shape(x)[time]), time, rank)
     length = c.along(c.to(lengths, DType.I64), batch, rank)
     at = c.select(c.less(t, length), c.sub(c.sub(length, t), 1), t)
@@ -101,7 +103,7 @@ def reverse_sequence(c: Emitter, n: NodeView, x: Operand, lengths: Operand) -> A
 def tensor_scatter(c: Emitter, n: NodeView, cache: Operand, update: Operand, start: Operand | None = None) -> Any:
     """The update's positions, counted from each row's start along the axis, take the place of the cache's."""
     rank = c.rank(cache)
-    axis = n["axis"] % rank
+    axis = c.axis(n["axis"], rank)
     size, batch = c.shape(cache)[axis], c.shape(cache)[0]
     begin = c.full((batch,), 0, DType.I64) if start is None else c.to(start, DType.I64)
     at = c.add(c.along(begin, 0, rank), c.along(c.iota(size=c.shape(update)[axis]), axis, rank))

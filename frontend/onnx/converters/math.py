@@ -231,8 +231,11 @@ def thresholded_relu(c: Emitter, n: NodeView, x: Operand) -> Any:
 
 @op("Shrink")
 def shrink(c: Emitter, n: NodeView, x: Operand) -> Any:
+    own = c.dtype(x)
+    if not own.is_float:  # lambd and bias are none of its numbers: computed among floats, and cut to integers
+        x = c.to(x, DType.F64)
     high, low = c.greater(x, n["lambd"]), c.less(x, -n["lambd"])
-    return c.select(high, c.sub(x, n["bias"]), c.select(low, c.add(x, n["bias"]), c.mul(x, 0.0)))
+    return c.to(c.select(high, c.sub(x, n["bias"]), c.select(low, c.add(x, n["bias"]), c.mul(x, 0.0))), own)
 
 
 # -- random numbers: a function of the seed --------------------------------------------------------------------------------

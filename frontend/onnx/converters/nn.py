@@ -106,7 +106,7 @@ def _multiply(c: Emitter, a: str, x: Any, b: str, y: Any, later: set[str]) -> tu
 @op("LayerNormalization")
 def layer_norm(c: Emitter, n: NodeView, x: Operand, scale: Operand, bias: Operand | None = None) -> Any:
     rank = c.rank(x)
-    axis = n["axis"] % rank
+    axis = c.axis(n["axis"], rank)
     if axis == rank - 1 and c.shape(scale) == c.shape(x)[-1:] and (bias is None or c.rank(bias) == 1) and not n.wants(1):
         return c.layer_norm(x, scale, *(() if bias is None else (bias,)), eps=n["epsilon"])
     work, own = n.dtype("stash_type", DType.F32), c.dtype(x)
@@ -122,7 +122,7 @@ def layer_norm(c: Emitter, n: NodeView, x: Operand, scale: Operand, bias: Operan
 @op("RMSNormalization")
 def rms_norm(c: Emitter, n: NodeView, x: Operand, scale: Operand) -> Any:
     rank = c.rank(x)
-    axis = n["axis"] % rank
+    axis = c.axis(n["axis"], rank)
     if axis == rank - 1 and c.shape(scale) == c.shape(x)[-1:] and c.dtype(scale) is c.dtype(x):
         return c.rms_norm(x, scale, eps=n["epsilon"])
     w = c.to(x, n.dtype("stash_type", DType.F32))

@@ -97,7 +97,7 @@ def concat_from_sequence(c: Emitter, n: NodeView, xs: Any) -> Any:
 
 @op("SplitToSequence")
 def split_to_sequence(c: Emitter, n: NodeView, x: Operand, sizes: Operand | None = None) -> Any:
-    axis = n["axis"] % c.rank(x)
+    axis = c.axis(n["axis"], c.rank(x))
     total = c.static(x, axis, "SplitToSequence")
     if sizes is None:
         step = 1

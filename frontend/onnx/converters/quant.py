@@ -20,8 +20,8 @@ def _spread(c: Emitter, n: NodeView, scale: Operand, x: Operand) -> Any:
     if c.rank(scale) == 0 or (c.rank(scale) == 1 and c.shape(scale)[0] == 1 and not block):
         return c.view(scale)
     if c.rank(scale) == 1 and not block:
-        return c.along(scale, axis % rank, rank)
-    axis %= rank
+        return c.along(scale, c.axis(axis, rank), rank)
+    axis = c.axis(axis, rank)
     shape = c.shape(scale)
     wide = c.expand(c.add_axes(scale, axis + 1), *shape[: axis + 1], block, *shape[axis + 1 :])
     wide = c.view(wide, *shape[:axis], shape[axis] * block, *shape[axis + 1 :])
@@ -84,7 +84,7 @@ def _centered(c: Emitter, x: Operand, zero: Operand | None, axis: int) -> Any:
         return wide
     z = c.cast(zero, dtype=DType.I32)
     if c.rank(z) == 1:
-        z = c.view(z) if c.shape(z)[0] == 1 else c.along(z, axis % c.rank(x), c.rank(x))
+        z = c.view(z) if c.shape(z)[0] == 1 else c.along(z, c.axis(axis, c.rank(x)), c.rank(x))
     return c.sub(wide, z)
 
 

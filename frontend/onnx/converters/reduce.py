@@ -79,7 +79,7 @@ def cumsum(c: Emitter, n: NodeView, x: Operand, axis: Operand) -> Any:
 def cumprod(c: Emitter, n: NodeView, x: Operand, axis: Operand) -> Any:
     """Row i of a [n, n] table holds the factors of element i, 1 elsewhere."""
     rank = c.rank(x)
-    at = int(c.const(axis, "the axis of a running product").reshape(())) % rank
+    at = c.axis(int(c.const(axis, "the axis of a running product").reshape(())), rank)
     size = c.shape(x)[at]
     row, column = c.along(c.iota(size=size), 0, 2), c.along(c.iota(size=size), 1, 2)
     if n["reverse"]:
@@ -100,7 +100,7 @@ def lp_normalization(c: Emitter, n: NodeView, x: Operand) -> Any:
 @op("Hardmax", since=13)
 def hardmax(c: Emitter, n: NodeView, x: Operand) -> Any:
     rank = c.rank(x)
-    axis = n["axis"] % rank
+    axis = c.axis(n["axis"], rank)
     if 0 in c.shape(x):
         return x
     if not isinstance(c.shape(x)[axis], int):  # of none there is no largest: one more, the least, that only they would find

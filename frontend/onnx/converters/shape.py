@@ -101,7 +101,7 @@ def concat(c: Emitter, n: NodeView, *xs: Operand) -> Any:
 
 @op("Split", since=2)
 def split(c: Emitter, n: NodeView, x: Operand, sizes: Operand | None = None) -> Any:
-    axis = n["axis"] % c.rank(x)
+    axis = c.axis(n["axis"], c.rank(x))
     parts: Sequence[DimLike] = n.get("split", ()) if sizes is None else c.dims(sizes, "the sizes of Split")
     if not parts:
         count = len(n.proto.output)
@@ -158,7 +158,7 @@ def _window(c: Emitter, x: Operand, start: Operand, size: int, axis: int) -> Any
     from_end = c.add(start, outside)
     within = c.logical_and(c.less(start, -size), c.greater_equal(from_end, 0))
     start = c.select(c.less(start, 0), c.select(within, from_end, outside), start)
-    return c.gather(x, c.add(start, c.iota(size=size, dtype=DType.I64)), axis=axis % c.rank(x))
+    return c.gather(x, c.add(start, c.iota(size=size, dtype=DType.I64)), axis=c.axis(axis, c.rank(x)))
 
 
 @op("Slice", since=1)
@@ -251,7 +251,7 @@ def range_(c: Emitter, n: NodeView, start: Operand, limit: Operand, delta: Opera
 @op("Pad", since=11)
 def pad(c: Emitter, n: NodeView, x: Operand, pads: Operand, value: Operand | None = None, axes: Operand | None = None) -> Any:
     amounts, rank = c.dims(pads, "the amounts of Pad"), c.rank(x)
-    chosen = range(rank) if axes is None else [int(a) % rank for a in c.numbers(axes, "the axes of Pad")]
+    chosen = range(rank) if axes is None else [c.axis(int(a), rank) for a in c.numbers(axes, "the axes of Pad")]
     low: list[DimLike] = [0] * rank
     high: list[DimLike] = [0] * rank
     for i, axis in enumerate(chosen):
