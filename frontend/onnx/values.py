@@ -8,8 +8,8 @@ from typing import Any
 _WORDS = (
     "align_corners allowzero antialias ceil_mode center_point_box count_include_pad detect_negative detect_positive "
     "exclude_outside exclusive fmod input_forget interleaved inverse is_case_sensitive is_causal keepdims largest layout "
-    "linear_before_reset new_axis noop_with_empty_axes onesided periodic reverse saturate select_last_index sorted storage_order "
-    "training_mode transA transB upper zeros"
+    "linear_before_reset new_axis noop_with_empty_axes onesided periodic reverse saturate select_last_index sorted "
+    "storage_order training_mode transA transB upper zeros"
 )
 FLAGS = frozenset(_WORDS.split())
 """Attributes of any operator that are 0 or 1."""

@@ -1,4 +1,4 @@
-"""Attributes that ONNX gives no meaning to are refused by name: what they would compute is a guess. Fractions beside integers too."""
+"""Attributes that ONNX gives no meaning to are refused by name: what they would compute is a guess."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def model(operator: str, attrs: dict[str, Any], *inputs: np.ndarray, constants: 
     named = {f"x{i}": x for i, x in enumerate(inputs)}
     infos = [helper.make_tensor_value_info(k, helper.np_dtype_to_tensor_dtype(x.dtype), x.shape) for k, x in named.items()]
     held = [numpy_helper.from_array(x, f"c{i}") for i, x in enumerate(constants)]
-    node = helper.make_node(operator, [*named, *(t.name if t.dims != [0] else "" for t in held)], ["y"], name="the node", **attrs)
+    names = [*named, *(t.name if t.dims != [0] else "" for t in held)]
+    node = helper.make_node(operator, names, ["y"], name="the node", **attrs)
     graph = helper.make_graph([node], "g", infos, [helper.make_empty_tensor_value_info("y")], held)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)])
 
@@ -40,7 +41,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "axis of a concatenation": (model("Concat", {"axis": 2}, X, X), "axis 2 is outside a tensor of rank 2"),
     "axis of a running product": (model("Hardmax", {"axis": -3}, X), "no axis -3|axis -3"),
     "axes of a resize": (model("Resize", {}, X, constants=(NONE, np.float32([2.0]))), "1 scales or sizes for 2 axes"),
-    "sizes of a resize": (model("Resize", {"axes": [1]}, X, constants=(NONE, NONE, np.array([2, 6]))), "2 scales or sizes for 1"),
+    "sizes of a resize": (model("Resize", {"axes": [1]}, X, constants=(NONE, NONE, np.array([2, 6]))), "2 scales or sizes"),
     "roi": (model("Resize", {"coordinate_transformation_mode": "tf_crop_and_resize", "axes": [1], "mode": "linear"}, X,
                   constants=(np.float32([0, 0, 1, 1]), NONE, np.array([3]))), "a roi of 4 numbers for 1 axes"),
     "a part of integers": (model("Gemm", {"alpha": 0.5}, I, I.T), "it computes among i32, and 0.5 is none"),
@@ -66,7 +67,8 @@ def test_shrink_subtracts_a_fraction(dtype: Any) -> None:
     x = np.arange(-3, 4).astype(dtype)
     [y] = evaluate(from_onnx(model("Shrink", {"lambd": 1.5, "bias": 1.5}, x))["forward"], {"x0": x})
     want = np.where(x > 1.5, x - 1.5, np.where(x < -1.5, x + 1.5, 0)).astype(dtype)
-    assert np.asarray(y).dtype == dtype and np.asarray(y).tolist() == want.tolist()
+    assert np.asarray(y).dtype == dtype
+    assert np.asarray(y).tolist() == want.tolist()
 
 
 def test_integers_beside_integers() -> None:
