@@ -20,7 +20,7 @@ from .models.layout import Laid
 from .sentence import BACKBONES, is_embedder
 from .sentence import load as load_embedder
 from .weights.quantized import method_of, older_config, read_as_stored, read_quantized
-from .weights.safetensors import FileParam, PartParam, StackedParam, Stored, match, read_folder, read_json
+from .weights.safetensors import FileParam, PartParam, StackedParam, Stored, match, read_folder, read_json, tokenizer_of
 
 _BUFFERS = re.compile(r"(.*\.)?rotary_emb\.inv_freq\Z")
 """Tensors that old checkpoints store although they follow from the configuration; transformers ignores them too."""
@@ -62,6 +62,11 @@ def from_pretrained(folder: str | Path, context: int | None = None) -> Program:
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; give the folder that holds config.json")
+    if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{folder} holds an adapter (LoRA), and no model: give the folder of the model that it was trained on; "
+            "to have both in one, load them with peft, merge_and_unload(), and save_pretrained"
+        )
     if is_embedder(folder):
         if context is not None:
             raise ConfigError(f"{folder}: context is {context}, and how long texts to be embedded may be, the folder says")
@@ -85,10 +90,7 @@ def from_pretrained(folder: str | Path, context: int | None = None) -> Program:
         read_as_stored(program, "forward", quantized)
         program.origin = replace(program.origin, dequantized=quantized.dense)
     program.params.update(sources)
-    tokenizer = folder / "tokenizer.json"
-    program.origin = replace(
-        program.origin, tokenizer=str(tokenizer) if tokenizer.exists() else None, texts=chat_texts(folder)
-    )
+    program.origin = replace(program.origin, tokenizer=tokenizer_of(folder), texts=chat_texts(folder))
     return program
 
 

@@ -23,7 +23,7 @@ from .models.config import check_layers, refuse_own_code
 from .models.gemma3 import gemma3_text
 from .models.llama import eurobert
 from .models.modernbert import Classifier, modernbert
-from .weights.safetensors import Stored, match, read_folder, read_header, read_json
+from .weights.safetensors import Stored, match, read_folder, read_header, read_json, tokenizer_of
 
 _MODULES, PROMPTS = "modules.json", "prompts.json"
 _POOLING = {
@@ -187,7 +187,7 @@ def load(folder: Path) -> Program:
     texts = {**chat_texts(where), **_prompts(folder)}
     if tokenizer.exists() and settings.get("do_lower_case"):
         texts["tokenizer.json"] = _lowered(tokenizer)
-    program.origin = Origin(kind, str(tokenizer) if tokenizer.exists() else None, texts=texts)
+    program.origin = Origin(kind, tokenizer_of(where), texts=texts)
     return program
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from wasat.ir import Array, BlockArray, CheckpointError, DType, QArray, QTensorType, TensorType, Type
 from wasat.ir.schemes import SCHEMES, read_q4_0, read_q8_0
 
-from .safetensors import listed
+from .safetensors import check_pointer, listed
 
 _NUMBERS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
 _STRING, _ARRAY = 8, 9
@@ -223,6 +223,7 @@ class _Reader:
 
     def run(self) -> Gguf:
         magic = bytes(self.data[:4])
+        check_pointer(self.path, bytes(self.data[:32]))
         if magic != b"GGUF":
             raise CheckpointError(f"{self.path} is no GGUF file: it begins with {magic!r}")
         self.at = 4

@@ -126,6 +126,9 @@ class PartParam:
         return np.ascontiguousarray(x[:, rows], self.type.dtype.np)
 
 
+_POINTER = b"version https://git-lfs."
+
+
 class _Duplicate(ValueError):
     """A key that occurs twice in one JSON object."""
 
@@ -138,10 +141,31 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return out
 
 
+def check_pointer(path: Path, start: bytes) -> None:
+    """Raises CheckpointError for a file that begins as the pointers do that Git LFS leaves in place of files."""
+    if start.startswith(_POINTER):
+        raise CheckpointError(f"{path} is only Git LFS's pointer to the file: run git lfs pull there, or download it itself")
+
+
+def tokenizer_of(folder: Path) -> str | None:
+    """The path of a folder's tokenizer, which is there, and no pointer."""
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        return None
+    try:
+        with path.open("rb") as f:
+            check_pointer(path, f.read(len(_POINTER)))
+    except OSError as e:
+        raise CheckpointError(f"{path} cannot be read: {e}") from None
+    return str(path)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; errors name the file and place."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+        text = path.read_text(encoding="utf-8-sig")
+        check_pointer(path, text[: len(_POINTER)].encode())
+        value = json.loads(text, object_pairs_hook=_unique)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
     except (OSError, UnicodeDecodeError) as e:
@@ -164,7 +188,10 @@ def _header(path: Path) -> tuple[dict[str, Any], int, int]:
     try:
         size = path.stat().st_size
         with path.open("rb") as f:
-            n = int.from_bytes(f.read(8), "little")
+            first = f.read(len(_POINTER))
+            check_pointer(path, first)
+            n = int.from_bytes(first[:8], "little")
+            f.seek(8)
             if size < 8 or n > min(_HEADER_LIMIT, size - 8):
                 raise CheckpointError(f"{path} is no safetensors file, or is truncated: it has {size} bytes, its header {n}")
             header = json.loads(f.read(n), object_pairs_hook=_unique)
@@ -237,6 +264,9 @@ def read_folder(folder: Path) -> dict[str, Stored]:
     if single.exists():
         return read_header(single)
     if not index.exists():
+        if parts := sorted(p.name for p in folder.glob("model-*-of-*.safetensors")):
+            among = ", ".join(parts[:4])
+            raise CheckpointError(f"{index} is missing: it says which tensor is in which of {among}; download it, too")
         others = sorted(p.name for pattern in ("*.bin", "*.pt", "*.gguf", "*.safetensors") for p in folder.glob(pattern))
         raise CheckpointError(
             f"{folder} has neither model.safetensors nor model.safetensors.index.json"
