@@ -174,7 +174,7 @@ def rope(
 
 
 def rope_dictionaries(fields: Fields) -> tuple[dict[str, Any], dict[str, Any]]:
-    """``rope_parameters``, and the ``rope_scaling`` of older files; at most one of them holds anything, or both say the same."""
+    """``rope_parameters``, and the ``rope_scaling`` of older files: one of them holds something, or both say the same."""
     parameters, scaling = (fields.take(name, dict, None) or {} for name in ("rope_parameters", "rope_scaling"))
     alike = {"rope_type" if k == "type" else k: v for k, v in scaling.items()}
     if all(parameters.get(k) == v for k, v in alike.items()):
