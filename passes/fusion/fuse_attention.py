@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from wasat.ir import Builder, DimLike, DType, Graph, Node, Value, equal, less_equal
+from wasat.ir import Builder, DType, Graph, Node, Value, equal
 from wasat.ir.ops.attention import AttentionAttrs, mask_and_sink
-from wasat.ir.ops.shape import Pad
 
 from ..analyses.factors import product, scaling
-from ..analyses.mask import FINITE_FILL, LEAST_FILL, Mask, analyze, hidden_by, is_fill
+from ..analyses.mask import FINITE_FILL, Mask, analyze, hidden_by
 from ..core import GraphPass, Remarks
 from ..pattern import erase_dead, number_of, replace
 from . import blind
 from .heads import MaskPart, Miss, check_masks, emit_mask, operands
+from .hiding import Hidden, choice_of, exact, is_given, reaches_product
 from .sinks import Logits, Weights, drops, weights
 
 
@@ -29,11 +27,7 @@ class _Scores:
     product: Node
     scale: float
     softcap: float | None
-    mask: Mask
-    additive: list[tuple[Value, float]]
-    """Float masks, each with the number that multiplies it."""
-    met: dict[Value, tuple[DimLike, ...]]
-    """Masks, each with the shape of the scores where it meets them: with heads as they are grouped there."""
+    hidden: Hidden
     per_head: list[Value]
     """Numbers [1 | b, 1 | h, 1, 1] that multiply the scores."""
 
@@ -62,7 +56,7 @@ class FuseAttention(GraphPass):
             if w is None:
                 continue
             try:
-                fused = _fuse(graph, w)
+                fused = _fuse(graph, w, self.whole)
             except Miss as e:
                 if not _attends(w):
                     continue
@@ -118,33 +112,13 @@ def _bounded(node: Node) -> Value | None:
     return None
 
 
-def _reaches_product(v: Value, depth: int = 12) -> bool:
-    """Whether a matrix product stands above ``v``, within the operations that scores pass through."""
-    n = v.node
-    if n is None or depth == 0:
-        return False
-    if n.is_a("matmul"):
-        return not _is_given(n.inputs[1])
-    through = {
-        "cast": (0,), "reshape": (0,), "tanh": (0,), "div": (0,), "mul": (0, 1), "add": (0, 1), "sub": (0,), "select": (1, 2),
-    }  # fmt: skip
-    return any(_reaches_product(n.inputs[i], depth - 1) for i in through.get(n.op.name, ()))
-
-
-def _is_given(v: Value) -> bool:
-    """Whether it is a parameter or a constant, turned or not: what is multiplied by it is a linear layer."""
-    while v.node is not None and v.node.op.carries and len(v.node.inputs) == 1:
-        v = v.node.inputs[0]
-    return v.param is not None or v.const is not None
-
-
 def _attends(w: Weights) -> bool:
     """Whether a softmax looks like attention's: of a product, or of what is given and into one; a router's is of a linear."""
     x = w.scores
-    if _reaches_product(x):
+    if reaches_product(x):
         return True
     while x.node is not None:
-        if x.node.is_a("matmul") and not _is_given(x.node.inputs[1]):
+        if x.node.is_a("matmul") and not is_given(x.node.inputs[1]):
             return True
         if not x.node.op.elementwise and not x.node.is_a("cast", "reshape"):
             return False
@@ -152,7 +126,7 @@ def _attends(w: Weights) -> bool:
     return any(user.is_a("matmul") for user in w.node.output.users)
 
 
-def _scores(graph: Graph, w: Weights) -> _Scores:
+def _scores(graph: Graph, w: Weights, whole: bool) -> _Scores:
     """Walks up from the softmax to the product of queries and keys."""
     x = w.scores
     rank = len(x.shape)
@@ -161,9 +135,7 @@ def _scores(graph: Graph, w: Weights) -> _Scores:
     if graph.is_output(x) or not w.own.issuperset(x.users):
         raise Miss(f"%{x.name} is also used outside the match")
     factor, softcap = 1.0, None
-    mask = Mask()
-    additive: list[tuple[Value, float]] = []
-    met: dict[Value, tuple[DimLike, ...]] = {}
+    hidden = Hidden(whole)
     per_head: list[Value] = []
     while True:
         node = x.node
@@ -173,15 +145,14 @@ def _scores(graph: Graph, w: Weights) -> _Scores:
             _only_use(graph, x)
         name, shape = node.op.name, x.shape
         if name == "matmul":
-            if mask.finite and (mask.operands or any(_may_hide(v) for v, _ in additive)):
-                raise Miss("a mask fills with a finite number beside one that is data: some query may see nothing; use -inf")
-            return _Scores(w, node, factor, softcap, mask, additive, met, per_head)
+            hidden.settle(node.output)
+            return _Scores(w, node, factor, softcap, hidden, per_head)
         if per_head and (name not in ("mul", "div", "tanh") or (name == "tanh" and softcap is None)):
             raise Miss(f"{node!r}: what it gives is multiplied by numbers of each head")
         if _passes(node):
             x = node.inputs[0]
         elif name == "select":
-            x = _selected(node, shape, mask, additive, factor, softcap)
+            x = hidden.selected(node, shape, factor, softcap)
         elif (step := scaling(node)) is not None:
             x, c = step
             inner = x.node
@@ -193,20 +164,16 @@ def _scores(graph: Graph, w: Weights) -> _Scores:
             else:
                 factor *= c
         elif name == "maximum" and (kept := _bounded(node)) is not None:  # what is hidden by less is by this number
-            x, mask.finite = kept, True
+            x, hidden.mask.finite = kept, True
         elif name in ("add", "sub"):
-            x = _added(node, shape, mask, additive, factor, softcap)
-        elif name == "mul" and (kept := _zeroed(node, shape, mask)) is not None:
+            x = hidden.added(node, shape, factor, softcap)
+        elif name == "mul" and (kept := hidden.zeroed(node, shape)) is not None:
             x = kept
         elif name == "mul" and (scaled := _per_head(node)) is not None:
             x, m = scaled
             per_head.append(m)
         else:
             raise Miss(f"%{x.name} is {name}; between softmax and q @ k stand only scale, softcap, mask and casts")
-        masks = [v for v, _ in (*mask.operands, *additive)]
-        for v in masks:
-            if met.setdefault(v, shape) != shape and masks.count(v) > 1:
-                raise Miss(f"the mask %{v.name} is applied to heads in two groupings")
 
 
 def _per_head(node: Node) -> tuple[Value, Value] | None:
@@ -214,159 +181,9 @@ def _per_head(node: Node) -> tuple[Value, Value] | None:
     shape = node.output.shape
     for scores, m in (node.inputs, node.inputs[::-1]):
         own = (1,) * (4 - len(m.shape)) + tuple(m.shape)
-        if scores.type == node.output.type and len(shape) == 4 and own[2:] == (1, 1) and _reaches_product(scores):
+        if scores.type == node.output.type and len(shape) == 4 and own[2:] == (1, 1) and reaches_product(scores):
             return scores, m
     return None
-
-
-def _before_softcap(node: Node, softcap: float | None) -> None:
-    if softcap is not None:
-        raise Miss(f"{node!r}: the mask is inside the softcap")
-
-
-def _selected(
-    node: Node, shape: Sequence[DimLike], mask: Mask, additive: list[tuple[Value, float]], factor: float, softcap: float | None
-) -> Value:
-    """select(keep, scores, -inf), or the other way round: notes the mask, returns the scores."""
-    condition, yes, no = node.inputs
-    keep = is_fill(no) is not None
-    fill = is_fill(no) if keep else is_fill(yes)
-    scores = yes if keep else no
-    if fill is None:
-        raise Miss(f"{node!r}: neither choice is minus infinity")
-    if scores.shape != node.output.shape:
-        raise Miss(f"{node!r}: the scores are broadcast by the mask")
-    _before_softcap(node, softcap)
-    if factor <= 0 or fill * factor > LEAST_FILL:
-        raise Miss(f"{node!r}: the mask is multiplied by {factor:g}")
-    _meet(node, mask, analyze(condition, shape, keep), fill, shape)
-    return scores
-
-
-def _meet(node: Node, mask: Mask, found: Mask, fill: float, shape: Sequence[DimLike]) -> None:
-    if not _exact(found, fill, shape):
-        raise Miss(f"{node!r}: it fills with {fill:g}, and some query may see nothing; use -inf")
-    found.finite = fill != float("-inf")
-    mask.meet(found)
-
-
-def _exact(found: Mask, fill: float, shape: Sequence[DimLike]) -> bool:
-    """Whether attention under ``found`` is what masking with ``fill`` gives.
-
-    A query that sees nothing gives the mean of the values under a finite number, and 0 in the fused operation: where that can
-    happen (masks that are data; predicates, unless every query sees itself), only -inf will do.
-    """
-    return fill == float("-inf") or (not found.operands and less_equal(shape[-2], shape[-1]) is True)
-
-
-def _added(
-    node: Node, shape: Sequence[DimLike], mask: Mask, additive: list[tuple[Value, float]], factor: float, softcap: float | None
-) -> Value:
-    """scores + mask, or less it: notes the mask, returns the scores."""
-    a, b = node.inputs
-    if _reaches_product(a) == _reaches_product(b):
-        raise Miss(f"{node!r}: cannot tell the scores from the mask")
-    scores, addend = (a, b) if _reaches_product(a) else (b, a)
-    if scores.shape != node.output.shape:
-        raise Miss(f"{node!r}: the scores are broadcast by the mask")
-    _before_softcap(node, softcap)
-    if node.is_a("sub"):
-        if scores is b:
-            raise Miss(f"{node!r}: the scores are subtracted")
-        factor = -factor
-    _add(addend, shape, mask, additive, factor)
-    return scores
-
-
-def _add(addend: Value, shape: Sequence[DimLike], mask: Mask, additive: list[tuple[Value, float]], factor: float) -> None:
-    """Notes what ``addend``, times ``factor``, hides of the scores; what more it does stays an operand."""
-    read = hidden_by(addend, shape, factor)
-    if read is not None and read[2] <= LEAST_FILL and read[1]:
-        found, _, fill = read
-        if _exact(found, fill, shape):
-            found.finite = fill != float("-inf")
-            mask.meet(found)
-            return
-    choice = _choice(addend)
-    if choice is not None and factor > 0 and choice[2] * factor <= LEAST_FILL:
-        found = analyze(choice[0], shape, choice[1])
-        if _exact(found, choice[2], shape):
-            found.finite = choice[2] != float("-inf")
-            mask.meet(found)
-            return
-    node = addend.node
-    if node is not None and node.is_a("add") and any(hidden_by(v, shape, factor) is not None for v in node.inputs):
-        for v in node.inputs:
-            _add(v, shape, mask, additive, factor)
-        return
-    if read is not None and read[2] == float("-inf"):  # whatever else it is: a bias, padding
-        mask.meet(read[0])
-    additive.append((addend, factor))
-
-
-def _zeroed(node: Node, shape: Sequence[DimLike], mask: Mask) -> Value | None:
-    """The scores of scores * m, where m is 1, or 0 at what is hidden anyway."""
-    for scores, m in (node.inputs, node.inputs[::-1]):
-        if scores.shape == node.output.shape and _reaches_product(scores) and not _reaches_product(m):
-            found = analyze(m, shape)
-            hides_more = found.causal > mask.causal or (found.window is not None and found.window < (mask.window or 0))
-            unlimited = found.window is not None and mask.window is None
-            return None if found.operands or hides_more or unlimited else scores
-    return None
-
-
-def _may_hide(v: Value) -> bool:
-    """Whether a number that stands for minus infinity, or undoes one, is among those that ``v`` is chosen, moved and computed
-    from."""
-    seen, stack = {v}, [v]
-    while stack:
-        x = stack.pop()
-        if x.const is not None and x.tensor.dtype.is_float and (np.abs(x.const.astype(np.float64)) >= -FINITE_FILL).any():
-            return True
-        node = x.node
-        if node is None or not (node.op.elementwise or node.op.kind in ("view", "gather")):
-            continue
-        if node.is_a("pad") and abs(Pad.Attrs.of(node).value) >= -FINITE_FILL:
-            return True
-        stack += [u for u in node.inputs if u not in seen]
-        seen.update(node.inputs)
-    return False
-
-
-def _choice(v: Value) -> tuple[Value, bool, float] | None:
-    """``(condition, keep, fill)`` if ``v`` is 0 where kept and minus infinity elsewhere.
-
-    It is a choice between the two, or a number times a mask of 0 and 1: there the condition may be a mask of numbers, and the
-    fill is finite.
-    """
-    n = v.node
-    while n is not None and _aligned(n) and n.inputs[0].shape[-2:] == v.shape[-2:]:
-        n = n.inputs[0].node
-    if n is None:
-        return None
-    if n.is_a("select"):
-        condition, yes, no = n.inputs
-        for zero, fill, keep in ((yes, no, True), (no, yes, False)):
-            x = is_fill(fill)
-            if number_of(zero) == 0 and x is not None:
-                return condition, keep, x
-    step = scaling(n)
-    if step is None or not float("-inf") < step[1] <= FINITE_FILL:  # 0 * -inf is NaN
-        return None
-    return step[0], False, step[1]
-
-
-def _aligned(node: Node) -> bool:
-    """Whether the operand, its axes aligned from the right, stands for the result (a reshape may move a batch onto heads)."""
-    if node.is_a("reshape"):
-        return _core(node.inputs[0].shape) == _core(node.output.shape)
-    return node.is_a("cast", "broadcast_to")
-
-
-def _core(shape: Sequence[DimLike]) -> tuple[DimLike, ...]:
-    """The shape from its first axis on that is not of size 1."""
-    first = next((i for i, d in enumerate(shape) if d != 1), len(shape))
-    return tuple(shape[first:])
 
 
 def _guarded(graph: Graph, y: Value) -> Node | None:
@@ -401,8 +218,8 @@ def _values(graph: Graph, w: Weights) -> Node:
         raise Miss(f"%{y.name} goes into {node.op.name}, not into a product with the values")
 
 
-def _fuse(graph: Graph, w: Weights) -> Value:
-    s = _scores(graph, w)
+def _fuse(graph: Graph, w: Weights, whole: bool) -> Value:
+    s = _scores(graph, w, whole)
     last = _values(graph, w)
     lead, out = s.product.output.shape[:-2], last.output
     if not lead or len(out.shape) < 3:
@@ -415,8 +232,10 @@ def _fuse(graph: Graph, w: Weights) -> Value:
     dtypes = {x.view.base.tensor.dtype for x in (q, k, v)}
     if len(dtypes) != 1:
         raise Miss(f"q, k and v are {', '.join(str(x.view.base.tensor.dtype) for x in (q, k, v))}")
-    masks = [MaskPart(v, s.met[v], negate=n) for v, n in s.mask.operands]
-    masks += [MaskPart(v, s.met[v], factor=f) for v, f in s.additive]
+    hidden = s.hidden
+    masks = [MaskPart(v, hidden.met[v], negate=n) for v, n in hidden.mask.operands]
+    masks += [MaskPart(v, hidden.met[v], factor=f) for v, f in hidden.additive]
+    masks += [MaskPart(v, hidden.met[v], negate=n, blind=True) for v, n in hidden.filled]
     check_masks(masks, s.product.output, q, apart)
     sinks = Logits.of(w.sinks, w.scores.shape[:-2], product(q.heads))
     if apart and (s.per_head or any(isinstance(x, Value) for x in w.sinks)):
@@ -433,8 +252,8 @@ def _fuse(graph: Graph, w: Weights) -> Value:
     if sinks.parts:
         given.append(sinks.emit(b, given[0].shape[2], DType.F64 if DType.F64 in dtypes else DType.F32))
     y = b.attention(
-        *given, scale=s.scale * q.view.scale * k.view.scale, causal=s.mask.causal, window=s.mask.window, softcap=s.softcap,
-        sink=bool(sinks.parts), name="attention",
+        *given, scale=s.scale * q.view.scale * k.view.scale, causal=hidden.mask.causal, window=hidden.mask.window,
+        softcap=s.softcap, sink=bool(sinks.parts), name="attention",
     )  # fmt: skip
     n, rows, heads, width = out.shape[0], out.shape[-2], out.shape[1:-2], out.shape[-1]
     if apart:
@@ -462,11 +281,11 @@ def _read_mask(graph: Graph, node: Node, remarks: Remarks, whole: bool) -> bool:
         return False
     shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
     read = hidden_by(mask, shape) if mask.tensor.dtype.is_float else None
-    if read is not None and (read[2] == float("-inf") or (read[1] and _exact(read[0], read[2], shape))):
+    if read is not None and (read[2] == float("-inf") or (read[1] and exact(read[0], read[2], shape))):
         found, all_of_it, _ = read
         rest = [] if all_of_it else [mask]
     else:
-        condition, keep, fill = _choice(mask) or (mask, True, float("-inf"))
+        condition, keep, fill = choice_of(mask) or (mask, True, float("-inf"))
         if condition.tensor.dtype is not DType.BOOL:
             return False
         if fill != float("-inf"):

@@ -6,9 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+import numpy as np
 from wasat.ir import Builder, DimLike, DType, Node, Value, equal
 
 from ..analyses.factors import Atom, View, arrange, product, trivial, view_of
+
+_LEAST = float(np.finfo(np.float32).min)
+"""Added to an f32 below 1e31, it stays what it is."""
 
 
 class Miss(Exception):
@@ -123,6 +127,8 @@ class MaskPart:
     shape: tuple[DimLike, ...]
     negate: bool = False
     factor: float = 1.0
+    blind: bool = False
+    """Whether a query that sees nothing under this, or under another such mask, weighs all keys alike."""
     regrouped: bool = False
     """Whether rows and heads are not apart there, or heads come first."""
 
@@ -171,7 +177,7 @@ def _times(sizes: Sequence[DimLike]) -> DimLike:
 
 def emit_mask(b: Builder, parts: list[MaskPart], dtype: DType, q: Heads | None = None) -> Value:
     """One operand, [batch | 1, heads | 1, queries | 1, keys | 1]."""
-    keep: Value | None = None
+    kept: dict[bool, Value] = {}
     total: Value | None = None
     for p in parts:
         own = (1,) * (len(p.shape) - len(p.value.shape)) + tuple(p.value.shape)
@@ -184,11 +190,12 @@ def emit_mask(b: Builder, parts: list[MaskPart], dtype: DType, q: Heads | None =
             total = m if total is None else b.add(total, m)
         else:
             m = b.logical_not(m) if p.negate else m
-            keep = m if keep is None else b.logical_and(keep, m)
+            kept[p.blind] = b.logical_and(kept[p.blind], m) if p.blind in kept else m
+    if True in kept:  # the least number takes up any score
+        total = b.select(kept[True], b.constant(0.0, dtype) if total is None else total, b.constant(_LEAST, dtype))
     if total is None:
-        assert keep is not None
-        return keep
-    return total if keep is None else b.select(keep, total, b.constant(float("-inf"), dtype))
+        return kept[False]
+    return b.select(kept[False], total, b.constant(float("-inf"), dtype)) if False in kept else total
 
 
 __all__ = ["Heads", "MaskPart", "Miss", "check_masks", "emit_mask", "operands"]

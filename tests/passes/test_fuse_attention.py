@@ -78,7 +78,6 @@ NEAR_MISSES = {
     "q broadcasts over heads": ([("%q: f32[b, 4,", "%q: f32[b, 1,")], "%q (q) broadcasts over heads"),
     "v has other heads": ([("%v: f32[b, 4,", "%v: f32[b, 1,")], "4 key heads and 1 value heads"),
     "no minus infinity": ([("-inf:f32", "-100.0:f32")], "neither choice is minus infinity"),
-    "finite fill under a mask that is data": ([("-inf:f32", "-1e30:f32")], "some query may see nothing; use -inf"),
     "activation on scores": ([("= mul(%scores, 0.5:f32)", "= relu(%scores)")], "%scaled is relu"),
     "scores are an input": (
         [("%m: bool", "%x: f32[b, 4, s, t], %m: bool"), ("softmax(%masked)", "softmax(%x)")], "%x is an input",
