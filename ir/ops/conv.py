@@ -80,6 +80,10 @@ class Conv(Op):
         space: list[Axis] = []
         does = "is a convolution over {}: a cache of its last inputs is not derived"
         for i, d in enumerate(x.shape[2:]):
+            alone = (w.shape[2 + i], attrs.low[i], attrs.high[i], attrs.strides[i], attrs.input_dilation[i]) == (1, 0, 0, 1, 1)
+            if alone:  # each place by itself, as a linear layer would
+                space.append((Factor(d),))
+                continue
             after = attrs.dilation[i] * (w.shape[2 + i] - 1) - attrs.low[i]
             plain = attrs.input_dilation[i] == 1
             reach = (attrs.low[i], after, attrs.strides[i]) if plain else None

@@ -28,8 +28,8 @@ class _Scores:
     scale: float
     softcap: float | None
     hidden: Hidden
-    per_head: list[Value]
-    """Numbers [1 | b, 1 | h, 1, 1] that multiply the scores."""
+    per_query: list[tuple[Value, bool]]
+    """Numbers [1 | b, 1 | h, 1 | s, 1] that multiply the scores, or (True) divide them."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class FuseAttention(GraphPass):
     """Recognizes attention at every softmax; each one that stays is reported with the guard that failed.
 
     Takes multi-head, grouped (by repetition or broadcast of heads) and multi-query attention in any order of axes; a scale on
-    scores, queries or keys, one for each head too; softcap; causal and window predicates over positions in any spelling, which
-    become attributes; other masks, boolean or additive, which stay operands; a softmax in a wider type.
+    scores, queries or keys, one for each head or query too; softcap; causal and window predicates over positions in any
+    spelling, which become attributes; other masks, boolean or additive, which stay operands; a softmax in a wider type.
 
     ``whole``: no cache is derived afterwards, and a query that sees nothing may be given all values.
     """
@@ -136,7 +136,7 @@ def _scores(graph: Graph, w: Weights, whole: bool) -> _Scores:
         raise Miss(f"%{x.name} is also used outside the match")
     factor, softcap = 1.0, None
     hidden = Hidden(whole)
-    per_head: list[Value] = []
+    per_query: list[tuple[Value, bool]] = []
     while True:
         node = x.node
         if node is None:
@@ -146,9 +146,9 @@ def _scores(graph: Graph, w: Weights, whole: bool) -> _Scores:
         name, shape = node.op.name, x.shape
         if name == "matmul":
             hidden.settle(node.output)
-            return _Scores(w, node, factor, softcap, hidden, per_head)
-        if per_head and (name not in ("mul", "div", "tanh") or (name == "tanh" and softcap is None)):
-            raise Miss(f"{node!r}: what it gives is multiplied by numbers of each head")
+            return _Scores(w, node, factor, softcap, hidden, per_query)
+        if per_query and (name not in ("mul", "div", "tanh") or (name == "tanh" and softcap is None)):
+            raise Miss(f"{node!r}: what it gives is multiplied by numbers of each head or query")
         if _passes(node):
             x = node.inputs[0]
         elif name == "select":
@@ -157,7 +157,7 @@ def _scores(graph: Graph, w: Weights, whole: bool) -> _Scores:
             x, c = step
             inner = x.node
             if name == "mul" and inner is not None and inner.is_a("tanh") and softcap is None:
-                if factor != 1.0 or c <= 0 or per_head:
+                if factor != 1.0 or c <= 0 or per_query:
                     raise Miss(f"{node!r}: a factor is applied after the softcap")
                 _only_use(graph, x)
                 softcap, factor, x = c, c, inner.inputs[0]
@@ -169,19 +169,19 @@ def _scores(graph: Graph, w: Weights, whole: bool) -> _Scores:
             x = hidden.added(node, shape, factor, softcap)
         elif name == "mul" and (kept := hidden.zeroed(node, shape)) is not None:
             x = kept
-        elif name == "mul" and (scaled := _per_head(node)) is not None:
+        elif name in ("mul", "div") and (scaled := _per_query(node)) is not None:
             x, m = scaled
-            per_head.append(m)
+            per_query.append((m, name == "div"))
         else:
             raise Miss(f"%{x.name} is {name}; between softmax and q @ k stand only scale, softcap, mask and casts")
 
 
-def _per_head(node: Node) -> tuple[Value, Value] | None:
-    """Scores [b, h, s, t], and the numbers [1 | b, 1 | h, 1, 1] that multiply them."""
+def _per_query(node: Node) -> tuple[Value, Value] | None:
+    """Scores [b, h, s, t], and the numbers [1 | b, 1 | h, 1 | s, 1] that multiply or divide them."""
     shape = node.output.shape
-    for scores, m in (node.inputs, node.inputs[::-1]):
+    for scores, m in (node.inputs, node.inputs[::-1])[: 1 if node.is_a("div") else 2]:
         own = (1,) * (4 - len(m.shape)) + tuple(m.shape)
-        if scores.type == node.output.type and len(shape) == 4 and own[2:] == (1, 1) and reaches_product(scores):
+        if scores.type == node.output.type and len(shape) == 4 and own[3] == 1 and reaches_product(scores):
             return scores, m
     return None
 
@@ -238,15 +238,15 @@ def _fuse(graph: Graph, w: Weights, whole: bool) -> Value:
     masks += [MaskPart(v, hidden.met[v], negate=n, blind=True) for v, n in hidden.filled]
     check_masks(masks, s.product.output, q, apart)
     sinks = Logits.of(w.sinks, w.scores.shape[:-2], product(q.heads))
-    if apart and (s.per_head or any(isinstance(x, Value) for x in w.sinks)):
+    if apart and (s.per_query or any(isinstance(x, Value) for x in w.sinks)):
         raise Miss("what is one for each head meets heads that share an axis with rows")
     if isinstance(sinks, str):
         raise Miss(sinks)
     b = Builder(graph, before=last, loc=w.node.loc)
     given = [q.arranged(b, False), k.arranged(b, True), v.arranged(b, False)]
-    for m in s.per_head:
-        rows, heads = ((1,) * (4 - len(m.shape)) + tuple(m.shape))[:2]
-        given[0] = b.mul(given[0], b.reshape(m, shape=(rows, 1, heads, 1)))
+    for m, divides in s.per_query:
+        at = b.transpose(b.reshape(m, shape=(1,) * (4 - len(m.shape)) + tuple(m.shape)), perm=(0, 2, 1, 3))
+        given[0] = b.div(given[0], at) if divides else b.mul(given[0], at)
     if masks:
         given.append(emit_mask(b, masks, given[0].tensor.dtype, q))
     if sinks.parts:

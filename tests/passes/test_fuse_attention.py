@@ -220,12 +220,14 @@ CAPPED += "  %u: f32[b, 4, s, t] = tanh(%n)\n  %c: f32[b, 4, s, t] = mul(%u, 3.0
     [
         PER_HEAD,
         PER_HEAD.replace("%p: f32[4, 1, 1]", "%p: f32[b, 1, 1, 1]"),
+        PER_HEAD.replace("%p: f32[4, 1, 1]", "%p: f32[b, 4, s, 1]"),
+        PER_HEAD.replace("%p: f32[4, 1, 1]", "%p: f32[s, 1]").replace("mul(%p, %scores)", "div(%scores, %p)"),
         PER_HEAD.replace("%scores: f32", "%first: f32").replace(
             "  %scaled", "  %scores: f32[b, 4, s, t] = mul(%first, 0.5:f32)\n  %scaled"
         ),
     ],
 )
-def test_a_scale_of_each_head(text: str) -> None:
+def test_a_scale_of_each_head_or_query(text: str) -> None:
     program = random_program(text)
     check = InterpreterCheck([{"b": 1, "s": 1, "t": 3}, {"b": 2, "s": 3, "t": 5}])
     PassManager([FuseAttention()], check=check).run(program)
@@ -236,7 +238,8 @@ def test_a_scale_of_each_head(text: str) -> None:
     "old, new, reason",
     [
         ("softmax(%masked)", "softmax(%twice)", "multiplied by numbers of each head"),
-        ("%p: f32[4, 1, 1]", "%p: f32[4, s, 1]", "%scaled is mul"),
+        ("%p: f32[4, 1, 1]", "%p: f32[4, s, t]", "%scaled is mul"),
+        ("%scaled: f32[b, 4, s, t] = mul(%p, %scores)", "%scaled: f32[b, 4, s, t] = div(%p, %scores)", "%scaled is div"),
         ("%p: f32[4, 1, 1]", "%p: f32[t]", "%scaled is mul"),
         ("mul(%p, %scores)", "mul(%p, %c)", "a factor is applied after the softcap"),
     ],
