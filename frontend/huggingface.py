@@ -17,6 +17,7 @@ from .models import FAMILIES, ConfigError, Fields
 from .models.config import check_layers, refuse_own_code
 from .models.decoder import CausalLM, Mixture, Names, Swapped
 from .models.layout import Laid
+from .models.seeing import text_config, text_tensors
 from .sentence import BACKBONES, is_embedder
 from .sentence import load as load_embedder
 from .weights.quantized import method_of, older_config, read_as_stored, read_quantized
@@ -71,13 +72,14 @@ def from_pretrained(folder: str | Path, context: int | None = None) -> Program:
         if context is not None:
             raise ConfigError(f"{folder}: context is {context}, and how long texts to be embedded may be, the folder says")
         return load_embedder(folder)
-    config = older_config(folder, read_json(folder / "config.json"))
+    whole = older_config(folder, read_json(folder / "config.json"))
+    config = text_config(whole, str(folder / "config.json"))
     method = method_of(config, str(folder / "config.json"))
     check_layers(config, lambda: read_folder(folder), folder / "config.json")
     fields = Fields(config, str(folder / "config.json"))
     fields.serve(context)
     family, module = build(fields)
-    found = read_folder(folder)
+    found = dict(text_tensors(whole, read_folder(folder)))
     wanted = {name: p.type for name, p in module.parameters().items()}
     found = _named(module, found)
     if method is not None:
@@ -99,7 +101,7 @@ def from_config(path: str | Path, context: int | None = None) -> Program:
 
     Raises ConfigError for a field that is not implemented, CheckpointError for a file that cannot be read.
     """
-    config = read_json(Path(path))
+    config = text_config(read_json(Path(path)), str(path))
     if method_of(config, str(path)) is not None:
         raise ConfigError(f"{path}: quantization_config: how weights are stored, their tensors say; give the folder")
     fields = Fields(config, str(path))

@@ -152,7 +152,8 @@ def llama4_text(fields: Fields) -> CausalLM:
     bias = fields.flag("attention_bias", False)
     normed, wide = fields.flag("use_qk_norm", True), fields.size("intermediate_size_mlp", 16384)
     grows = fields.number("attn_scale", 0.1), float(fields.size("floor_scale", 8192, most=MOST_POSITIONS))
-    tempered = fields.flag("attn_temperature_tuning", True)
+    tempered = bool(fields.take("attn_temperature_tuning", (bool, int), True))  # 4 in the first folders
+    fields.ignore("for_llm_compressor")  # how another program takes its experts apart
     o, context = options(
         fields, default_eps=1e-5, head_dim=128, qkv_bias=bias, out_bias=bias, qk_norm="plain" if normed else "",
         tempered=grows if tempered else None, names=Names(feed="feed_forward"),

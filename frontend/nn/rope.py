@@ -30,8 +30,9 @@ def _llama3(inv_freq: np.ndarray, p: Mapping[str, Any], dim: int, theta: float) 
     factor, low, high = float(p["factor"]), float(p["low_freq_factor"]), float(p["high_freq_factor"])
     context = float(p["original_max_position_embeddings"])
     wave = 2 * np.float32(math.pi) / inv_freq
-    smooth = (context / wave - low) / (high - low)
-    between = (1 - smooth) * inv_freq / factor + smooth * inv_freq
+    with np.errstate(divide="ignore", invalid="ignore"):  # no passage, where low is high
+        smooth = (context / wave - low) / np.float64(high - low)
+        between = (1 - smooth) * inv_freq / factor + smooth * inv_freq
     out = np.where(wave > context / low, inv_freq / factor, inv_freq)
     medium = (wave >= context / high) & (wave <= context / low)
     return np.where(medium, between, out).astype(np.float32), 1.0
