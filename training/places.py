@@ -2,13 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
-from wasat.ir import Graph, IRError, Node, Value
+from wasat.ir import Graph, IRError, Node, Value, copy_node
 
 
-def places(graph: Graph, trained: Collection[str]) -> Value | None:
-    """How many places (or how much weight) the loss, the first output, is a mean over; None for a loss whose calls count alike.
+@dataclass(frozen=True)
+class Places:
+    """What a mean is over: ``count``, how many places or how much weight; and ``divisor``, the number that it divides by: the
+    count and what keeps it from 0. None: there are several, or what learns beside the mean has no part in its sum. ``alike``:
+    all values that are the count, however often the graph computes it."""
+
+    count: Value
+    divisor: Value | None
+    alike: frozenset[Value]
+
+    def over(self, graph: Graph, source: Graph, total: Value, env: Mapping[Value, Value]) -> Value:
+        """The divisor, were the count ``total``: ``env`` has the values of ``source`` in ``graph``, which it is added to."""
+        assert self.divisor is not None
+        here, above, todo = {**env, **dict.fromkeys(self.alike, total)}, set(), [self.divisor]
+        while todo:
+            v = todo.pop()
+            if v not in self.alike and v.node is not None and v.node not in above:
+                above.add(v.node)
+                todo += v.node.inputs
+        changed = set(self.alike)
+        for node in source.nodes:
+            if node in above and not changed.isdisjoint(node.inputs):
+                copy_node(graph, node, here)
+                changed.update(node.outputs)
+        return here[self.divisor]
+
+
+def places(graph: Graph, trained: Collection[str]) -> Places | None:
+    """What the loss, the first output, is a mean over; None for a loss whose calls count alike.
 
     A mean over places is ``sum / count`` where the count is a sum over the data, whatever keeps it from 0; means over the same
     places add up to one. What no data or no trained parameter is in may stand beside it. Raises IRError for a sum of means over
@@ -18,11 +46,14 @@ def places(graph: Graph, trained: Collection[str]) -> Value | None:
     data = _reached(graph, graph.inputs, False)
     numbers = _numbered(graph)
     counts: dict[object, Value] = {}
+    divisors: dict[object, Value] = {}
+    beside = False
     kinds: dict[object, Value] = {}
     todo = [graph.outputs[0]]
     while todo:
         v = todo.pop()
         if v not in learning or v not in data or v.node is None:
+            beside = beside or v in learning
             continue
         name, inputs = v.node.op.name, v.node.inputs
         fixed = [x for x in inputs if x not in data and x not in learning]
@@ -34,18 +65,23 @@ def places(graph: Graph, trained: Collection[str]) -> Value | None:
             todo.append(inputs[0] if inputs[1] in fixed else inputs[1])
         else:
             divisor = _divisor(v.node, learning)
-            count = None if divisor is None else _count(divisor)
+            count = None if divisor is None else _count(divisor, numbers)
             kind = None if count is None else numbers[count]
             kinds.setdefault(kind, v)
-            if count is not None:
+            if count is not None and divisor is not None:
                 counts.setdefault(kind, count)
+                divisors.setdefault(numbers[divisor], divisor)
     if len(kinds) > 1:
         terms = ", ".join(f"%{v.name}" + (f" ({v.loc})" if v.loc else "") for v in kinds.values())
         raise IRError(
             f"the loss adds means over different places, {terms}, and calls that are accumulated can be weighed "
             'for one of them only: make them means over the same places, or let calls count alike (weigh="calls")'
         )
-    return next(iter(counts.values()), None)
+    if not counts:
+        return None
+    count = next(iter(counts.values()))
+    alike = frozenset(v for v, number in numbers.items() if number == numbers[count])
+    return Places(count, next(iter(divisors.values())) if len(divisors) == 1 and not beside else None, alike)
 
 
 def _reached(graph: Graph, sources: Collection[Value], smoothly: bool) -> set[Value]:
@@ -83,7 +119,7 @@ def _divisor(node: Node, learning: Collection[Value]) -> Value | None:
     return divisor if divisor not in learning and divisor.tensor.size == 1 else None
 
 
-def _count(divisor: Value) -> Value | None:
+def _count(divisor: Value, numbers: Mapping[Value, object]) -> Value | None:
     """The sum that a divisor is, through casts, factors, and what keeps it from 0."""
     count = divisor
     while count.node is not None:
@@ -94,20 +130,20 @@ def _count(divisor: Value) -> Value | None:
             count = inputs[0]
         elif name in ("mul", "maximum", "add") and any(v.const is not None for v in inputs):
             count = inputs[0] if inputs[1].const is not None else inputs[1]
-        elif name == "select" and inputs[2].const is not None and _compares(inputs[0], inputs[1]):
+        elif name == "select" and inputs[2].const is not None and _compares(inputs[0], inputs[1], numbers):
             count = inputs[1]
         else:
             return None
     return None
 
 
-def _compares(condition: Value, count: Value) -> bool:
+def _compares(condition: Value, count: Value, numbers: Mapping[Value, object]) -> bool:
     """Whether the condition is that the count is no 0."""
     node = condition.node
-    if node is None or not node.is_a("greater", "not_equal") or node.inputs[0] is not count:
+    if node is None or not node.is_a("greater", "not_equal") or numbers[node.inputs[0]] != numbers[count]:
         return False
     zero = node.inputs[1].const
     return zero is not None and not zero.any()
 
 
-__all__ = ["places"]
+__all__ = ["Places", "places"]

@@ -120,7 +120,7 @@ class _Step:
         self.trained = {n.removeprefix("grad."): v for n, v in names.items() if n.startswith("grad.")}
         """Gradients in the source by parameter."""
         self.places = places(source, self.trained) if accumulate > 1 and weigh == "places" else None
-        """How many the loss is a mean over, if it is one."""
+        """What the loss is a mean over, if it is one."""
         self.graph = Graph("train_step")
         self.b = Builder(self.graph)
         self.states: dict[str, Value] = {}
@@ -142,7 +142,7 @@ class _Step:
             else:
                 env[v] = self._state(name, v.tensor)
         slots = {name: self._slots(self.states[name]) for name in self.trained}
-        count = self._state(COUNT, TensorType(DType.I64, ()))
+        calls = self._state(COUNT, TensorType(DType.I64, ()))
         if self.places is not None:
             self._state(PLACES, TensorType(DType.F32, ()))
         if self.scaling is not None:
@@ -153,16 +153,22 @@ class _Step:
         grads = {name: env[v] for name, v in self.trained.items()}
         if self.scaling is not None:
             grads = {k: b.div(v, self.states[SCALE]) for k, v in grads.items()}
-        new: dict[str, Value] = {COUNT: b.add(count, 1)}
+        new: dict[str, Value] = {COUNT: b.add(calls, 1)}
         due = total = None
         sums = grads
         if self.accumulate > 1:
             due = b.equal(b.mod(new[COUNT], self.accumulate), 0)
         if self.places is not None:  # the loss is a mean over these: weigh this call's by their number
-            here = b.reshape(b.cast(env[self.places], dtype=DType.F32), shape=())
+            count, divisor = self.places.count, self.places.divisor
+            here = self._number(env[count])
             total = b.add(self.states[PLACES], here)
-            sums = {k: b.add(self.states[self.sums[k]], b.mul(v, here)) for k, v in grads.items()}
-            grads = {k: b.div(v, b.select(b.greater(total, 0.0), total, b.constant(1.0))) for k, v in sums.items()}
+            whole, own = total, here
+            if divisor is not None:  # the sums themselves: a call may count nothing, or less than its divisor is held to
+                own = self._number(env[divisor])
+                alike = b.reshape(b.cast(total, dtype=count.tensor.dtype), shape=count.shape)
+                whole = self._number(self.places.over(g, source, alike, env))
+            sums = {k: b.add(self.states[self.sums[k]], b.mul(v, own)) for k, v in grads.items()}
+            grads = {k: b.div(v, b.select(b.greater(whole, 0.0), whole, b.constant(1.0))) for k, v in sums.items()}
         elif due is not None:
             share = float(self.accumulate)
             sums = grads = {k: b.add(self.states[self.sums[k]], b.div(v, share)) for k, v in grads.items()}
@@ -178,7 +184,7 @@ class _Step:
                     self.donated.add(name)
         if self.clip is not None:
             grads = clipped(b, grads, norm, self.clip)
-        updates = b.floor_div(count, self.accumulate) if due is not None else count
+        updates = b.floor_div(calls, self.accumulate) if due is not None else calls
         said: dict[str, Value] = {}
         if self.scaling is not None:
             updates, due, said = self._scaled(norm, updates, due, new)
@@ -213,6 +219,9 @@ class _Step:
         new[SKIPPED] = b.add(skipped, b.cast(overflow, dtype=DType.I64))
         said = {"skipped": b.cast(overflow, dtype=DType.F32), "loss_scale": scale}
         return b.sub(updates, skipped), finite if due is None else b.logical_and(due, finite), said
+
+    def _number(self, v: Value) -> Value:
+        return self.b.reshape(self.b.cast(v, dtype=DType.F32), shape=())
 
     def _state(self, name: str, type: TensorType) -> Value:
         self.states[name] = self.graph.add_input(name, type)

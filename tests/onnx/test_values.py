@@ -18,14 +18,14 @@ X = np.arange(6, dtype=np.float32).reshape(2, 3)
 I = np.arange(-3, 3, dtype=np.int32).reshape(2, 3)
 
 
-def model(operator: str, attrs: dict[str, Any], *inputs: np.ndarray, constants: tuple[np.ndarray, ...] = ()) -> Any:
-    named = {f"x{i}": x for i, x in enumerate(inputs)}
+def model(operator: str, attrs: dict[str, Any], *inputs: Any, constants: tuple[np.ndarray, ...] = ()) -> Any:
+    named = {f"x{i}": np.asarray(x) for i, x in enumerate(inputs)}
     infos = [helper.make_tensor_value_info(k, helper.np_dtype_to_tensor_dtype(x.dtype), x.shape) for k, x in named.items()]
     held = [numpy_helper.from_array(x, f"c{i}") for i, x in enumerate(constants)]
     names = [*named, *(t.name if t.dims != [0] else "" for t in held)]
     node = helper.make_node(operator, names, ["y"], name="the node", **attrs)
     graph = helper.make_graph([node], "g", infos, [helper.make_empty_tensor_value_info("y")], held)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 25)])
 
 
 NONE = np.zeros(0, np.float32)
@@ -44,6 +44,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "sizes of a resize": (model("Resize", {"axes": [1]}, X, constants=(NONE, NONE, np.array([2, 6]))), "2 scales or sizes"),
     "roi": (model("Resize", {"coordinate_transformation_mode": "tf_crop_and_resize", "axes": [1], "mode": "linear"}, X,
                   constants=(np.float32([0, 0, 1, 1]), NONE, np.array([3]))), "a roi of 4 numbers for 1 axes"),
+    "precision": (model("QuantizeLinear", {"precision": 2}, X, np.float32(0.5)), "divides among u8"),
+    "output of a dequantization": (model("DequantizeLinear", {"output_dtype": 3}, I, np.float32(0.5)), "gives i8"),
     "a part of integers": (model("Gemm", {"alpha": 0.5}, I, I.T), "it computes among i32, and 0.5 is none"),
 }  # fmt: skip
 
@@ -74,3 +76,11 @@ def test_shrink_subtracts_a_fraction(dtype: Any) -> None:
 def test_integers_beside_integers() -> None:
     [y] = evaluate(from_onnx(model("Gemm", {"alpha": 2.0}, I, I.T))["forward"], {"x0": I, "x1": I.T.copy()})
     assert (np.asarray(y) == 2 * I @ I.T).all()
+
+
+def test_a_scale_of_integers_rounds() -> None:
+    """15 / 4 is 4, and -20 / 3 is -7."""
+    x, scale = np.int32([15, -20, 6, 7, -9]), np.array([4, 3, 4, 2, 2], np.int32)
+    given = model("QuantizeLinear", {"axis": 0, "output_dtype": 3}, x, constants=(scale,))
+    [y] = evaluate(from_onnx(given)["forward"], {"x0": x})
+    assert np.asarray(y).tolist() == [4, -7, 2, 4, -4]

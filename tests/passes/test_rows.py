@@ -101,9 +101,22 @@ def written_over(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
     return (y * nn.full((b * s, 1), 1.3)).reshape(b, s, DIM)
 
 
+def in_turns(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """A recurrence whose carry is heads and rows merged, over elements with the rows in the middle."""
+    b, s, _ = x.shape
+
+    def turn(held: nn.Tensor, now: nn.Tensor) -> tuple[nn.Tensor, nn.Tensor]:
+        held = held * 0.7 + now.reshape(HEADS * b, DIM // HEADS)
+        return held, nn.tanh(held)
+
+    heads = x.heads(HEADS).transpose(1, 2, 0, 3)
+    y = nn.scan(turn, nn.full((HEADS * b, DIM // HEADS), 0.0), heads)[1]
+    return y.reshape(s, HEADS, b, DIM // HEADS).transpose(2, 0, 1, 3).merge()
+
+
 APART = {f.__name__: f for f in (
     heads_first, stacked, sequence_first, features_first, folded, folded_behind, folded_between, picked, joined, of_positions,
-    repeated, written_over,
+    repeated, written_over, in_turns,
 )}  # fmt: skip
 
 
@@ -143,6 +156,7 @@ COUNTING: dict[str, Mix] = {
     "number of a row": lambda x, at: x * _each_row(x),
     "number of a row, and positions": lambda x, at: x + wave(at) * nn.cos(_each_row(x) + at.cast("f32")[:, None]),
     "how many": lambda x, at: x / _once_each(x).sum(),
+    "their number": lambda x, at: x / nn.emit("dim_size", size=x.shape[0]).cast("f32"),
     "a share": lambda x, at: x * nn.softmax(_once_each(x), axis=0)[:, None],
     "counted": lambda x, at: x * nn.cumsum(_once_each(x), axis=0)[:, None],
     "drawn": lambda x, at: x * nn.random_uniform(nn.constant(np.array([1, 2], np.uint32)), (x.shape[0], 1, DIM)),
@@ -168,7 +182,7 @@ def fed(program: Program, tokens: np.ndarray, counts: list[list[int]]) -> list[t
     past = np.zeros(rows, np.int64)
     states = {
         v.name: np.zeros(v.tensor.concrete({"b": rows, "c": 32, "s": 1}), np.float32)
-        for v in program["decode"].inputs if v.name.startswith("cache.")
+        for v in program["decode"].inputs if v.name not in ("tokens", "past", "last")
     }  # fmt: skip
     seen = []
     for step in counts:

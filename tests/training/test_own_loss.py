@@ -104,6 +104,31 @@ def test_means_as_people_write_them_are_accumulated_as_one(how: str) -> None:
     assert abs(stepped(p, batch, 2, weigh="calls") - stepped(p, batch, 1)).max() > 1e-3
 
 
+FLOORS = {
+    "held to one": lambda each, w: each.sum() / nn.maximum(w.sum(), 1.0),
+    "and a little": lambda each, w: each.sum() / (w.sum() + 0.3),
+    "of a weight that is none": lambda each, w: (each + 0.1).sum() / nn.where(w.sum() > 0.0, w.sum(), 1.0),
+    "by two divisors": lambda each, w: each.sum() / nn.maximum(w.sum(), 0.01) + each.sum() / nn.maximum(w.sum(), 0.02),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", FLOORS)
+def test_a_divisor_that_is_held_above_its_count(how: str) -> None:
+    """Calls of little weight, or none, add what they have to the sum, which is divided once."""
+    p = program()
+
+    none = how == "of a weight that is none"
+
+    def loss(y: nn.Tensor, target: nn.Tensor, some: nn.Tensor) -> nn.Tensor:
+        each = (y * target).sum(axis=1) * (some + 0.2) if none else nn.huber(y, target, reduction="none").sum(axis=1) * some
+        return FLOORS[how](each, some)
+
+    nn.add_loss(p, loss, ROWS)
+    batch = {"x": X, "target": Y, "some": np.float32([0.1, 0.2, 0.1, 0.3, *([0] * 4 if none else [0, 0.3, 0.1, 0.2])])}
+    for parts in (2, 4):
+        np.testing.assert_allclose(stepped(p, batch, parts), stepped(p, batch, 1), atol=1e-6)
+
+
 def test_means_over_different_places_are_refused_or_count_alike() -> None:
     def both(y: nn.Tensor, target: nn.Tensor, some: nn.Tensor) -> nn.Tensor:
         each, n = _mean_of_some(y, target, some)

@@ -44,8 +44,12 @@ def quantize(c: Emitter, n: NodeView, x: Operand, scale: Operand, zero: Operand 
     elif n.get("output_dtype"):
         to = n.dtype("output_dtype")
     work = n.dtype("precision") if n.get("precision") else c.dtype(scale)
+    if n.get("precision") and not work.is_float:
+        raise n.fail(f"divides among {work}; its precision is a type of floats")
     if work is DType.F8E8M0:
         work = DType.F32
+    if work.is_int:  # a scale of integers: the quotient is rounded, not cut
+        work = DType.F64
     factor = c.to(_spread(c, n, scale, x), work)
     y = c.div(c.to(x, work), factor)
     if to.is_int:
@@ -58,6 +62,8 @@ def quantize(c: Emitter, n: NodeView, x: Operand, scale: Operand, zero: Operand 
 @op("DequantizeLinear", since=10)
 def dequantize(c: Emitter, n: NodeView, x: Operand, scale: Operand, zero: Operand | None = None) -> Any:
     out = n.dtype("output_dtype") if n.get("output_dtype") else c.dtype(scale)
+    if not out.is_float:
+        raise n.fail(f"gives {out}; its output is a type of floats")
     factor = _spread(c, n, scale, x)
     work = DType.F32 if c.dtype(x).is_float or c.dtype(x).bits <= 16 else c.dtype(scale)
     wide = x
