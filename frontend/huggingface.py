@@ -37,8 +37,8 @@ _IDS = {
         "hunyuan_v1_dense": (1, 2, 0), "ministral": (1, 2), "mixtral": (1, 2), "nemotron": (2, 3), "olmo": (None, 50279, 1),
         "olmo2": (None, 50279, 1), "olmo3": (None, 50279, 1), "olmoe": (None, 50279, 1), "phi": (1, 2),
         "phi3": (1, 32000, 32000), "seed_oss": (0, 2, 1), "smollm3": (128000, 128001, 128004), "stablelm": (0, 0),
-        "codegen": (50256, 50256), "gpt_bigcode": (50256, 50256), "granitemoe": (1, 2), "lfm2": (1, 2, 0),
-        "llama4_text": (1, 2),
+        "codegen": (50256, 50256), "gpt_bigcode": (50256, 50256), "granitemoe": (1, 2), "granitemoeshared": (1, 2),
+        "lfm2": (1, 2, 0), "llama4_text": (1, 2),
         "starcoder2": (50256, 50256),
     }.items()
 }  # fmt: skip
@@ -155,11 +155,17 @@ def stored_names(module: nn.Module) -> dict[str, list[str] | Laid]:
     for path, part in module.walk():
         if isinstance(part, Mixture):
             for name, to in part.stored.items():
-                within = replace(to, name=f"{path}.{to.name}") if isinstance(to, Laid) else [f"{path}.{n}" for n in to]
-                out[f"{path}.{name}"] = within
+                out[f"{path}.{name}"] = (
+                    replace(to, name=_within(path, to.name)) if isinstance(to, Laid) else [_within(path, n) for n in to]
+                )
         elif isinstance(part, Swapped):
             out[f"{path}.weight"] = Laid(f"{path}.weight", swapped=True)
     return out
+
+
+def _within(path: str, name: str) -> str:
+    """The name of a part's tensor; ``../`` before it: it is beside the part."""
+    return f"{path.rpartition('.')[0]}.{name[3:]}" if name.startswith("../") else f"{path}.{name}"
 
 
 def _names(module: nn.Module) -> Names:
@@ -205,7 +211,7 @@ def _sources(
     for name, t in wanted.items():
         to = elsewhere.get(name, [name])
         if isinstance(to, Laid):
-            out[name] = PartParam(t, sources[to.name].stored, to.swapped, to.start, to.step, to.whole)
+            out[name] = PartParam(t, sources[to.name].stored, to.swapped, to.start, to.step, to.whole, to.axis)
         elif parts[to[0]] != t:
             out[name] = StackedParam(t, tuple(sources[n].stored for n in to))
         else:

@@ -89,7 +89,7 @@ def _gemma3(fields: Fields) -> Backbone:
 
 _OTHERWISE = (
     "bloom", "codegen", "deepseek_v2", "deepseek_v3", "falcon", "glm4_moe", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss",
-    "gptj", "granitemoe", "llama4_text", "mixtral", "mpt", "olmoe", "opt", "qwen2_moe", "qwen3_moe",
+    "gptj", "granitemoe", "granitemoeshared", "llama4_text", "mixtral", "mpt", "olmoe", "opt", "qwen2_moe", "qwen3_moe",
 )  # fmt: skip
 """Decoders whose checkpoints have names of their own, or the matrices of experts otherwise than the model."""
 BACKBONES: dict[str, Callable[[Fields], Backbone]] = {

@@ -18,9 +18,10 @@ def granite(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
 
 def granite_experts(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
     found = {"num_local_experts": keys.count("expert_count"), "num_experts_per_tok": keys.count("expert_used_count")}
-    keys.refuse("expert_shared_feed_forward_length", 0, "experts that all tokens go through are not implemented for it")
     keys.refuse("expert_feed_forward_length", config["intermediate_size"], "it is the width of experts")
-    return {**granite(keys, config), **found}
+    shared = keys.take("expert_shared_feed_forward_length", int, 0, least=0)
+    more = {"model_type": "granitemoeshared", "shared_intermediate_size": shared} if shared else {}
+    return {**granite(keys, config), **found, **more}
 
 
 def mixture(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:

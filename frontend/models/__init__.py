@@ -41,6 +41,7 @@ FAMILIES: dict[str, tuple[str, Callable[[Fields], Module]]] = {
     "gptj": ("GPTJForCausalLM", classic.gptj),
     "granite": ("GraniteForCausalLM", families.granite),
     "granitemoe": ("GraniteMoeForCausalLM", mixtures.granitemoe),
+    "granitemoeshared": ("GraniteMoeSharedForCausalLM", mixtures.granitemoeshared),
     "helium": ("HeliumForCausalLM", families.helium),
     "hunyuan_v1_dense": ("HunYuanDenseV1ForCausalLM", families.hunyuan_v1_dense),
     "lfm2": ("Lfm2ForCausalLM", families.lfm2),

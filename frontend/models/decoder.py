@@ -58,6 +58,8 @@ class Experts:
     """Of the layer, of the router, and of an expert's three matrices."""
     shared_name: str = "shared_expert"
     shared_gate: bool = True
+    shared_beside: tuple[str, str] | None = None
+    """That layer's gate and what it gates, in one matrix, and its way down, where these stand beside the experts."""
     since: int = 0
     """The first layer that has experts."""
     scoring: Literal["softmax", "sigmoid"] | None = None
@@ -305,7 +307,14 @@ class Mixture(nn.MoE):
             "router.weight": [f"{router}.weight"], "router.bias": [f"{router}.bias"],
             "correction": [f"{router}.e_score_correction_bias"],
         }  # fmt: skip
-        """What a checkpoint calls a parameter, or the matrices that it is a stack of, or how it has it."""
+        """What a checkpoint calls a parameter, or what it is a stack of, or how it has it; ``../``: beside this layer."""
+        if e.shared and e.shared_beside is not None:
+            both, down = (f"../{name}.weight" for name in e.shared_beside)
+            self.stored |= {
+                f"{e.shared_name}.gate_proj.weight": Laid(both, False, 0, 2, True, 0),
+                f"{e.shared_name}.up_proj.weight": Laid(both, False, 1, 2, True, 0),
+                f"{e.shared_name}.down_proj.weight": [down],
+            }  # fmt: skip
         if e.stacks is not None:
             both, down, swapped = e.stacks
             self.stored |= {

@@ -8,7 +8,7 @@ from typing import Literal
 
 from wasat.frontend import nn
 
-from .config import MOST_EXPERTS, MOST_POSITIONS, Fields, single_rope
+from .config import MOST_EXPERTS, MOST_POSITIONS, MOST_SIZE, Fields, single_rope
 from .decoder import CausalLM, Experts, Latent, Names, Options
 from .families import done, fits, granite_options, options, sliding
 
@@ -136,15 +136,26 @@ def glm4_moe(fields: Fields) -> CausalLM:
     return model
 
 
+def granitemoeshared(fields: Fields) -> CausalLM:
+    """``model_type: granitemoeshared``: beside experts a layer for all tokens, if any."""
+    return _granitemoe(fields, "granitemoeshared", fields.take("shared_intermediate_size", int, 0, least=0, most=MOST_SIZE))
+
+
 def granitemoe(fields: Fields) -> CausalLM:
     """``model_type: granitemoe``: Granite's factors, experts in every layer."""
+    return _granitemoe(fields, "granitemoe", 0)
+
+
+def _granitemoe(fields: Fields, family: str, shared: int) -> CausalLM:
     bias = fields.flag("attention_bias", False)
     o, context = granite_options(fields, qkv_bias=bias, out_bias=bias)
     experts = Experts(
         fields.size("num_local_experts", 8, most=MOST_EXPERTS), fields.size("num_experts_per_tok", 2), o.hidden, "chosen",
-        names=("block_sparse_moe", "router.layer"), stacks=("input_linear.weight", "output_linear.weight", False),
+        shared, ("block_sparse_moe", "router.layer"), shared_gate=False,
+        shared_beside=("shared_mlp.input_linear", "shared_mlp.output_linear"),
+        stacks=("input_linear.weight", "output_linear.weight", False),
     )  # fmt: skip
-    return done(fields, "granitemoe", replace(o, experts=fits(fields, experts)), context)
+    return done(fields, family, replace(o, experts=fits(fields, experts)), context)
 
 
 def llama4_text(fields: Fields) -> CausalLM:

@@ -100,8 +100,8 @@ class StackedParam:
 
 @dataclass(frozen=True)
 class PartParam:
-    """A parameter that is a part of a tensor in a safetensors file: every ``step``-th along axis 1 from ``start`` on, once its
-    last two axes are ``swapped``, or the part ``start`` of ``step`` that stand ``whole``; converted as :class:`FileParam`."""
+    """A parameter that is a part of a tensor in a safetensors file: every ``step``-th along ``axis`` from ``start`` on, once
+    its last two axes are ``swapped``, or the part ``start`` of ``step`` that stand ``whole``; converted as :class:`FileParam`."""
 
     type: TensorType
     stored: Stored
@@ -109,6 +109,7 @@ class PartParam:
     start: int
     step: int
     whole: bool = False
+    axis: int = 1
 
     is_data: ClassVar[bool] = True
 
@@ -121,9 +122,10 @@ class PartParam:
         """The array, which is written anew."""
         x = self.stored.load()
         x = x.swapaxes(-1, -2) if self.swapped else x
-        n = x.shape[1] // self.step
+        n = x.shape[self.axis] // self.step if self.step > 1 else 0
         rows = slice(self.start * n, (self.start + 1) * n) if self.whole else slice(self.start, None, self.step)
-        return np.ascontiguousarray(x[:, rows], self.type.dtype.np)
+        part = x[(slice(None),) * self.axis + (rows,)] if self.step > 1 else x
+        return np.ascontiguousarray(part, self.type.dtype.np)
 
 
 _POINTER = b"version https://git-lfs."

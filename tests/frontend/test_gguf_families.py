@@ -73,6 +73,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         RMS: 1e-6, "attention.scale": 0.2, "embedding_scale": 3.0, "residual_scale": 0.7, "logit_scale": 2.0, "expert_count": 4,
         "expert_used_count": 2,
     }),
+    "granitemoeshared": ("granitemoe", {
+        RMS: 1e-6, "attention.scale": 0.2, "embedding_scale": 3.0, "residual_scale": 0.7, "logit_scale": 2.0, "expert_count": 4,
+        "expert_used_count": 2, "expert_shared_feed_forward_length": 28,
+    }),
     "lfm2": ("lfm2", {"attention.head_count_kv": [0, 2, 0], "shortconv.l_cache": 3}),
     "lfm2_older": ("lfm2", {"attention.head_count_kv": [0, 2, 0], "shortconv.l_cache": 4, "feed_forward_length": 36}),
     "deepseek_v2": ("deepseek2", {
@@ -159,10 +163,16 @@ def tensors(name: str, arch: str, config: dict[str, Any], shapes: dict[str, tupl
                     whole[key.replace("gate_up", part) + ".weight"] = np.ascontiguousarray(z)
             else:
                 whole[f"{key}.weight"] = y
-        if arch == "granitemoe" and ".input_linear" in key:
+        if ".shared_mlp.input_linear" in key:  # gate and up, which gguf calls after other models
+            for part, y in zip(("gate", "up"), np.split(whole.pop(key), 2)):
+                to = f"model.layers.{key.split('.')[2]}.mlp.shared_expert.{part}_proj.weight"
+                whole[to] = np.ascontiguousarray(y)
+        elif ".shared_mlp.output_linear" in key:
+            whole[f"model.layers.{key.split('.')[2]}.mlp.shared_expert.down_proj.weight"] = whole.pop(key)
+        elif arch == "granitemoe" and ".input_linear" in key:
             halves = zip(("experts.w1", "experts.w3"), np.split(whole.pop(key), 2, 1))
             whole |= {key.replace("input_linear", part): np.ascontiguousarray(y) for part, y in halves}
-        if arch == "granitemoe" and ".output_linear" in key:
+        elif arch == "granitemoe" and ".output_linear" in key:
             whole[key.replace("output_linear", "experts.w2")] = whole.pop(key)
         if name == "deepseek_v3_even" and "kv_b_proj" in key:  # as newer files have it: apart, keys the other way round
             k, v = np.split(whole.pop(key).reshape(4, 16, 16), [6], 1)
@@ -291,7 +301,7 @@ def test_every_architecture_of_a_decoder_is_here() -> None:
     ("gpt_bigcode", {"attention.head_count_kv": 2}, "1 or as many as there are heads"),
     ("minicpm", {"logit_scale": None}, "convert the model again"),
     ("cohere2", {"rope.freq_base_swa": 5e3}, "only layers that slide are rotated"),
-    ("granitemoe", {"expert_shared_feed_forward_length": 8}, "experts that all tokens go through"),
+    ("granitemoe", {"expert_shared_feed_forward_length": 8}, "0.block_sparse_moe.shared_expert.gate_proj.weight f32[8, 32]"),
     ("lfm2", {"attention.head_count_kv": [0, 2, 1]}, "one positive integer"),
     ("lfm2", {"shortconv.l_cache": 5}, "misshaped: blk.0.shortconv.conv.weight is [32, 3]"),
     ("gpt_oss", {"expert_used_count": 5}, "num_experts_per_tok is 5, and there are 4 experts"),

@@ -116,6 +116,10 @@ CASES: dict[str, dict] = {
         **rope(), "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.7, "attention_multiplier": 0.2,
         "num_local_experts": 4, "num_experts_per_tok": 2,
     },
+    "granitemoeshared": {
+        **rope(), "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.7, "attention_multiplier": 0.2,
+        "num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 28,
+    },
     "helium": {**rope(), "head_dim": 8},
     "hunyuan_v1_dense": {**rope(), "head_dim": 16},
     "lfm2": {

@@ -124,6 +124,8 @@ def random_config(family: str, rng: np.random.Generator) -> dict[str, Any]:
     if family == "olmo3":
         rope = {SLIDING: {"rope_type": "default", "rope_theta": rope["rope_theta"]}, FULL: rope}
     config |= {"rope_parameters": rope, "hidden_act": str(rng.choice(["silu", "gelu", "gelu_pytorch_tanh", "relu"]))}
+    if family == "granitemoeshared":
+        config["shared_intermediate_size"] = one_of(0, 20)
     if family in ("llama", "qwen3"):
         config["attention_bias"] = coin()
     if family == "llama":
