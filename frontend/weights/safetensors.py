@@ -101,7 +101,7 @@ class StackedParam:
 @dataclass(frozen=True)
 class PartParam:
     """A parameter that is a part of a tensor in a safetensors file: every ``step``-th along ``axis`` from ``start`` on, once
-    its last two axes are ``swapped``, or the part ``start`` of ``step`` that stand ``whole``; converted as :class:`FileParam`."""
+    its last axes are ``swapped``, or the part ``start`` of ``step`` that stand ``whole``; made as :class:`FileParam`."""
 
     type: TensorType
     stored: Stored
