@@ -228,6 +228,36 @@ def test_what_counts_rows_is_refused(mix: Mix) -> None:
         derive(forward_of(mix))
 
 
+@pytest.mark.parametrize("turning", [(1,), (0,), (0, 1), ()], ids=str)
+def test_a_carry_keeps_its_rows_where_they_were(turning: tuple[int, ...]) -> None:
+    """Heads and rows that are merged, rows in front; after a turn heads are in front: of the one carry, the other, or both."""
+
+    class Told(nn.Module):
+        def __init__(self) -> None:
+            self.decoder = Decoder(lambda x, at: x)
+
+        def __call__(self, tokens: nn.Tensor, told: nn.Tensor) -> nn.Tensor:
+            b, s = tokens.shape
+
+            def turn(held: tuple[nn.Tensor, nn.Tensor], now: nn.Tensor) -> tuple[tuple[nn.Tensor, nn.Tensor], nn.Tensor]:
+                new = [h * 0.5 for h in held]
+                for i in turning:
+                    new[i] = new[i].reshape(b, HEADS, DIM // HEADS).transpose(1, 0, 2).reshape(HEADS * b, DIM // HEADS)
+                return (new[0], new[1]), now * 2.0
+
+            start = told.reshape(b * HEADS, DIM // HEADS)
+            ends, y = nn.scan(turn, (start, start + 0.1), self.decoder.embed(tokens).transpose(1, 0, 2))
+            del ends
+            return self.decoder(tokens) + y.transpose(1, 0, 2).sum(axis=-1, keepdims=True)
+
+    program = nn.trace(Told(), {"tokens": "i64[b, s]", "told": "f32[b, 16]"}, outputs=["logits"])
+    if turning:
+        with pytest.raises(IRError, match="its carry keeps the rows on another axis after a turn"):
+            derive(program)
+    else:
+        assert "prefill" in derive(program).graphs
+
+
 def test_what_counts_rows_of_inputs_is_computed_once() -> None:
     """By ``encode``, for all rows of a session together."""
 
