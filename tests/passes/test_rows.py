@@ -237,7 +237,7 @@ def test_a_carry_keeps_its_rows_where_they_were(turning: tuple[int, ...]) -> Non
             self.decoder = Decoder(lambda x, at: x)
 
         def __call__(self, tokens: nn.Tensor, told: nn.Tensor) -> nn.Tensor:
-            b, s = tokens.shape
+            b = tokens.shape[0]
 
             def turn(held: tuple[nn.Tensor, nn.Tensor], now: nn.Tensor) -> tuple[tuple[nn.Tensor, nn.Tensor], nn.Tensor]:
                 new = [h * 0.5 for h in held]
