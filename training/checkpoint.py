@@ -66,6 +66,9 @@ class Checkpoints:
     folder: Path
     keep: int = 3
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", Path(self.folder))
+
     def save(self, step: int, states: Mapping[str, np.ndarray], *, score: float | None = None, more: Any = None) -> Path:
         """Writes the checkpoint of ``step`` and drops those no longer kept; a kill at any moment leaves the earlier ones.
 
@@ -73,15 +76,23 @@ class Checkpoints:
         """
         if not isinstance(step, int) or isinstance(step, bool) or step < 0:
             raise CheckpointError(f"step is {step!r}; it must be a whole number, 0 or above")
-        path = self._path(step)
+        path, states = self._path(step), {k: _own_order(x) for k, x in states.items()}
+        if "__metadata__" in states:
+            raise CheckpointError(f"{path} cannot be written: the format has no state named __metadata__")
         for k, x in states.items():
             if x.dtype.name not in _TYPES:
                 raise CheckpointError(f"{path} cannot be written: state {k} is {x.dtype}, which the format lacks")
         try:
+            for key in _keys(more):
+                if not isinstance(key, str):  # JSON would make one of it, and read it as one
+                    raise TypeError(f"what it holds beside states has the key {key!r}, which is no text")
             about = json.dumps({"step": step, "score": score, "more": more, "states": _digest(states)})
         except (TypeError, ValueError, RecursionError) as e:  # a name that is no Unicode is a ValueError
             raise CheckpointError(f"{path} cannot be written: {e}") from None
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except (OSError, ValueError) as e:  # a file, a name that no folder has
+            raise CheckpointError(f"{self.folder} can be no folder of checkpoints: {e}") from None
         header: dict[str, Any] = {"__metadata__": {"wasat": about, "sha256": sha256(about.encode()).hexdigest()}}
         order, end = sorted(states, key=lambda k: (-states[k].dtype.itemsize, k)), 0  # so that every array is aligned
         for k in order:
@@ -99,7 +110,10 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps there are checkpoints of, in order."""
-        found = (_NAME.match(p.name) for p in self.folder.glob("step-*"))
+        try:
+            found = [_NAME.match(p.name) for p in self.folder.glob("step-*")]
+        except (OSError, ValueError) as e:
+            raise CheckpointError(f"{self.folder} can be no folder of checkpoints: {e}") from None
         return sorted(int(m[1]) for m in found if m)
 
     def best(self) -> int | None:
@@ -125,8 +139,9 @@ class Checkpoints:
             states = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (no mapping)
         if _digest(states) != about["states"]:
             raise self._damaged(step, "its states are not those that were written")
+        wanted = {k: _own_order(x) for k, x in like.items()}
         for k in sorted(states.keys() | like.keys()):
-            here, there = (f"{x[k].dtype}{list(x[k].shape)}" if k in x else "absent" for x in (like, states))
+            here, there = (f"{x[k].dtype}{list(x[k].shape)}" if k in x else "absent" for x in (wanted, states))
             if here != there:
                 raise CheckpointError(f"{self._path(step)} is of another run: state {k} is {there} in it, and {here} here")
         return Checkpoint(step, {k: states[k] for k in like}, about["score"], about["more"])
@@ -166,6 +181,20 @@ class Checkpoints:
                 self._path(step).unlink()
         for p in self.folder.glob("step-*.unfinished"):  # of runs that were killed
             p.unlink()
+
+
+def _own_order(x: Any) -> np.ndarray:
+    """A number or an array as an array in this machine's order of bytes; no copy where it is one."""
+    made = np.asarray(x)
+    return made if made.dtype.isnative else made.astype(made.dtype.newbyteorder("="))
+
+
+def _keys(more: Any) -> Iterator[Any]:
+    """The keys of all mappings in it."""
+    if isinstance(more, Mapping):
+        yield from more
+    for x in more.values() if isinstance(more, Mapping) else more if isinstance(more, list | tuple) else ():
+        yield from _keys(x)
 
 
 def _bytes(x: np.ndarray) -> memoryview:

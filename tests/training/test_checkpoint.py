@@ -209,3 +209,31 @@ def test_no_byte_may_change(tmp_path: Path) -> None:
         path.write_bytes(data[:i] + bytes([data[i] ^ 0x81]) + data[i + 1 :])
         with pytest.raises(CheckpointError):
             Checkpoints(tmp_path).load(STATES)
+
+
+OTHERWISE = {"big-endian": STATES["w"].astype(">f4"), "reversed": STATES["w"][::-1, ::-1], "int": 3, "float": 1.5, "list": [1, 2]}
+
+
+@pytest.mark.parametrize("given", OTHERWISE.values(), ids=OTHERWISE)
+def test_what_is_an_array_in_another_form(tmp_path: Path, given: Any) -> None:
+    """It is read as it was; in another order of bytes it was written, and then called damaged."""
+    Checkpoints(tmp_path).save(5, {"w": given})
+    found = Checkpoints(tmp_path).load({"w": given})
+    assert found is not None
+    assert found.states["w"].tolist() == np.asarray(given).tolist()
+
+
+def test_names_that_the_format_has_not(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no state named __metadata__"):
+        Checkpoints(tmp_path).save(5, {"__metadata__": STATES["w"]})
+    with pytest.raises(CheckpointError, match="has the key 1, which is no text"):
+        Checkpoints(tmp_path).save(5, STATES, more=[{"a": {1: 2}}])
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_can_be_no_folder_of_checkpoints(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", str(tmp_path / "file" / "in"), tmp_path / ("x" * 300), "a\0b"):
+        with pytest.raises(CheckpointError, match="can be no folder of checkpoints"):
+            Checkpoints(folder).save(5, STATES)  # type: ignore[arg-type]
+    assert Checkpoints(str(tmp_path / "new")).save(5, STATES).exists()  # type: ignore[arg-type]
