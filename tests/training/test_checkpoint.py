@@ -211,7 +211,8 @@ def test_no_byte_may_change(tmp_path: Path) -> None:
             Checkpoints(tmp_path).load(STATES)
 
 
-OTHERWISE = {"big-endian": STATES["w"].astype(">f4"), "reversed": STATES["w"][::-1, ::-1], "int": 3, "float": 1.5, "list": [1, 2]}
+W = STATES["w"]
+OTHERWISE = {"big-endian": W.astype(">f4"), "reversed": W[::-1, ::-1], "int": 3, "float": 1.5, "list": [1, 2]}
 
 
 @pytest.mark.parametrize("given", OTHERWISE.values(), ids=OTHERWISE)
