@@ -28,7 +28,8 @@ What looks back over tokens, kind by kind: what the passes understand of it, wha
 attention kernel of the CPU runs it. The rows are what the tests run, each in a decoder of one layer
 ([`attention_zoo.py`](../tests/attention_zoo.py), [`test_kept.py`](../tests/passes/test_kept.py),
 [`test_kept_beside.py`](../tests/passes/test_kept_beside.py),
-[`test_kept_distances.py`](../tests/passes/test_kept_distances.py));
+[`test_kept_distances.py`](../tests/passes/test_kept_distances.py),
+[`test_kept_windows.py`](../tests/passes/test_kept_windows.py));
 [list_attention.py](list_attention.py) writes this page. Numbers stay the same: step by step as all at once.
 
 *Kept*: keys and values of all positions (full) or of a window (ring), `kept` where no attention operation keeps them, the last
@@ -96,6 +97,7 @@ def _rows() -> Iterator[tuple[str, str, str, str, str]]:
     from test_kept import MIXES, Model
     from test_kept_beside import BESIDE
     from test_kept_distances import DISTANCES
+    from test_kept_windows import WINDOWS
 
     for case in [*CASES, *MORE]:
         block = case.block
@@ -103,7 +105,7 @@ def _rows() -> Iterator[tuple[str, str, str, str, str]]:
             continue  # its further input is no token's
         program = nn.trace(Decoder(block(case.dtype), DIM, case.dtype), {"tokens": "i64[b, s]"}, outputs=["logits"])
         yield case.name, _words(block), _understood(program), *_served(program)
-    for name, mix in {**MIXES, **BESIDE, **DISTANCES}.items():
+    for name, mix in {**MIXES, **BESIDE, **DISTANCES, **WINDOWS}.items():
         program = nn.trace(Model(mix), {"tokens": "i64[b, s]"}, outputs=["logits"])
         yield name, _words(mix), _understood(program), *_served(program)
 

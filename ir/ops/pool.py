@@ -53,6 +53,10 @@ class Pool(Op):
             ones = (1,) * len(self.kernel)
             return Pool.Attrs(self.kind, self.kernel, self.strides, self.low, self.high, self.dilation or ones)
 
+        def outside(self, dtype: DType) -> float:
+            """What stands in the padding."""
+            return float(limits(dtype.np)[0]) if self.kind == "max" else 0.0
+
     def infer(self, attrs: Attrs, x: TensorType) -> TensorType:
         n = tensor(x).rank - 2
         if n < 1 or x.dtype is DType.BOOL:
@@ -84,7 +88,7 @@ class Pool(Op):
 
     def reference(self, attrs: Attrs, x: np.ndarray) -> np.ndarray:
         out, reduce = wide(x), np.max if attrs.kind == "max" else np.sum
-        outside = _outside(attrs, DType.of(x.dtype))
+        outside = attrs.outside(DType.of(x.dtype))
         for i, k in enumerate(attrs.kernel):  # windows are boxes: one axis after the other
             axis = 2 + i
             width = [(0, 0)] * x.ndim
@@ -99,7 +103,7 @@ class Pool(Op):
         own = x.tensor.dtype
         narrow = attrs.kind == "sum" and own.is_float and own.bits < 32
         y = b.cast(x, dtype=DType.F32) if narrow else x
-        outside = _outside(attrs, own)
+        outside = attrs.outside(own)
         for i, k in enumerate(attrs.kernel):
             axis = 2 + i
             edge: list[list[DimLike]] = [[0] * len(x.shape), [0] * len(x.shape)]
@@ -137,7 +141,3 @@ class Pool(Op):
         yield ErrorSample(["f32[b, 3, s, t]"], one, "needs 2, one per spatial axis")
         yield ErrorSample(["f32[b, 3, s]"], {**one, "strides": (0,)}, "at least 1")
         yield ErrorSample(["f32[b, 3, s]"], {**one, "low": (-1,)}, "cannot be negative")
-
-
-def _outside(attrs: Pool.Attrs, dtype: DType) -> float:
-    return float(limits(dtype.np)[0]) if attrs.kind == "max" else 0.0

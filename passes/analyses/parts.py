@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 from wasat.ir import Node
-from wasat.ir.ops.conv import Conv
 from wasat.ir.ops.shape import Concat, Pad, Slice
 
 from .sequence import Label, LooksAhead, beyond
@@ -36,20 +35,30 @@ def part(node: Node, given: Sequence[Label], symbol: str) -> Label | None:
                 if not isinstance(low, int) or not isinstance(high, int) or low < 0 or high < 0:
                     return None
                 return _beside(node, x, axis, low, high)
-        if isinstance(attrs, Conv.Attrs) and axis >= 2 and x.kind == "token":
-            low, high = attrs.low[axis - 2], attrs.high[axis - 2]
-            taps = node.inputs[1].shape[axis]
-            plain = attrs.strides[axis - 2] == 1 and attrs.input_dilation[axis - 2] == 1
-            if not (plain and isinstance(low, int) and isinstance(high, int) and isinstance(taps, int)) or low < 0:
+        reach = _window(node, axis)
+        if reach is not None and x.kind == "token":
+            low, after, stride = reach
+            extra = beyond(node.output.shape[axis], symbol)
+            if stride != 1 or extra is None or not isinstance(low, int) or not isinstance(after, int) or low < 0:
                 return None
-            reach = attrs.dilation[axis - 2] * (taps - 1)
-            return _longer(node, x, axis, x.extra + low + high - reach, x.valid + low - reach)
+            return _longer(node, x, axis, extra, x.valid - after)
     return None
+
+
+_DOES = {"conv": "is a convolution over", "pool": "works on windows of", "slice": "takes a part of", "pad": "pads"}
+
+
+def _window(node: Node, axis: int) -> tuple[Any, Any, Any] | None:
+    """How far the windows of the first operand, along ``axis``, reach back and ahead, and by how much they move."""
+    if node.op.kind in ("view", "elementwise"):
+        return None
+    factors = node.axes.operands[0][axis]
+    return factors[0].window if len(factors) == 1 and factors[0].role == "window" else None
 
 
 def _longer(node: Node, x: Label, axis: int, extra: int, valid: int) -> Label:
     valid = min(valid, extra)
-    does = {"conv": "is a convolution over", "slice": "takes a part of", "pad": "pads"}.get(node.op.name, "adds to")
+    does = _DOES.get(node.op.name, "adds to")
     if x.kind != "token" or (x.valid < 0 and node.op.kind != "view"):
         raise LooksAhead(f"it {does} a part of the sequence")
     if valid < 0 and valid < extra:

@@ -120,7 +120,10 @@ class _Run:
     def gathered(self, node: Node) -> Value | None:
         """x @ w[which], with views between."""
         out = fresh(node.output.shape)
-        parts = _factors(node, operand_labels(node, out)[0]) if node.op.kind in ("product", "reduction") else []
+        try:
+            parts = _factors(node, operand_labels(node, out)[0]) if node.op.kind in ("product", "reduction") else []
+        except Mismatch:  # nothing says that there are experts
+            return None
         for i, (v, labels) in enumerate(parts if len(parts) == 2 else []):
             w, w_labels = peel(v, labels) if v not in self.only else (v, labels)
             taken = w.made_by("gather")
@@ -184,9 +187,12 @@ class _Run:
         if not any(f.role == "reduced" for axes in _rule(node).operands for axis in axes for f in axis):
             return None
         out = fresh(node.output.shape)
-        operands, _ = operand_labels(node, out)
-        found = (self.support(v, labels) for v, labels in _factors(node, operands))
-        choice = next((c for c in found if c is not None and c.experts not in every(out)), None)
+        try:
+            operands, _ = operand_labels(node, out)
+            found = (self.support(v, labels) for v, labels in _factors(node, operands))
+            choice = next((c for c in found if c is not None and c.experts not in every(out)), None)
+        except Mismatch:  # nothing says that there are experts
+            return None
         return None if choice is None else _Substitution(self, choice, every(out)).root(node, operands, out)
 
     def looped(self, node: Node) -> Value | None:

@@ -24,8 +24,9 @@ class FuseGlu(Rewrite):
     landmark = ("silu", "gelu", "relu", "sigmoid")
 
     def is_landmark(self, node: Node) -> bool:
-        """Of what is projected, times something projected: a gate on anything else, attention's result say, is no such unit."""
-        if not super().is_landmark(node) or not _projected(node.inputs[0]):
+        """Of what is projected, times something projected: a gate on anything else is no such unit, and
+        one number that weighs a whole token (a shared expert's) neither."""
+        if not super().is_landmark(node) or not _projected(node.inputs[0]) or node.output.shape[-1:] == (1,):
             return False
         products = [u for u in node.output.users if u.is_a("mul")]
         return any(_projected(v) for n in products for v in n.inputs if v is not node.output)

@@ -14,6 +14,7 @@ from math import prod
 import numpy as np
 from wasat.ir import Builder, Graph, Node, TensorType, Value, WasatError, evaluate_dim
 from wasat.ir.ops.attention import AttentionAttrs
+from wasat.ir.ops.index import ScatterAttrs
 
 from ..core import Remarks
 from ..pattern import erase_dead
@@ -71,7 +72,7 @@ def absorb(graph: Graph, remarks: Remarks) -> None:
 
 def _rewrite(graph: Graph, node: Node, keys: list[_Part], value: _Part, latent: Value) -> None:
     b, (q, *_) = Builder(graph, before=node, loc=node.loc), node.inputs
-    batch, seq, width = latent.shape
+    batch, seq, width = *q.shape[:2], latent.shape[-1]
     one = b.reshape(latent, shape=(batch, seq, 1, width))
     asked: Value | None = None
     queries, rows, at = [], [one], 0
@@ -150,12 +151,22 @@ class _Leaves:
         node = v.node
         if node is not None and v.const is None and node.is_a(*_MOVES):
             return np.asarray(node.op.run(node.attrs, self.sizes, *(self.follow(u) for u in node.inputs)))
+        if node is not None and (places := _written(node)) is not None:
+            x, _, updates = node.inputs
+            return np.asarray(node.op.run(node.attrs, self.sizes, self.follow(x), places, self.follow(updates)))
         if v not in self.known:
             shape = tuple(evaluate_dim(d, self.sizes) for d in v.shape)
             self.known[v] = self._count, shape
             self._count += prod(shape)
         first, shape = self.known[v]
         return np.arange(first, first + prod(shape)).reshape(shape)
+
+
+def _written(node: Node) -> np.ndarray | None:
+    """Where a node writes a part over another, place by place known beforehand (exporters' assignments to slices)."""
+    if not isinstance(node.attrs, ScatterAttrs) or node.attrs.reduce != "none" or not node.is_a("scatter"):
+        return None
+    return node.inputs[1].const
 
 
 def _read_off(v: Value, sizes: Mapping[str, int]) -> list[_Part] | None:
@@ -185,8 +196,10 @@ def _read_off(v: Value, sizes: Mapping[str, int]) -> list[_Part] | None:
 def _part(leaf: Value, places: Sequence[np.ndarray]) -> _Part | None:
     """Features of ``leaf`` that stand at ``places``, one array [b, s, h, d] for each of its axes."""
     grids = np.indices(places[0].shape)
-    if _is_product(leaf) and (places[0] == grids[0]).all() and (places[1] == grids[1]).all():
-        return _Part(leaf, rows) if (rows := _alike(places[2])) is not None else None
+    if _is_product(leaf):
+        at = [x for x, d in zip(places, leaf.shape[:-1]) if d != 1 or len(places) == 3]
+        if len(at) == 2 and (at[0] == grids[0]).all() and (at[1] == grids[1]).all():
+            return _Part(leaf, rows) if (rows := _alike(places[-1])) is not None else None
     order, others = [], list(range(len(places)))
     for grid in grids[:2]:
         along = [a for a in others if (places[a] == grid).all() and (grid.max() > 0 or leaf.shape[a] == 1)]
@@ -208,10 +221,11 @@ def _alike(places: np.ndarray) -> tuple[tuple[int, ...], ...] | None:
 
 
 def _is_product(v: Value) -> bool:
-    """Whether it is a vector per token [b, s, n] times a weight, and nothing added."""
+    """Whether it is a vector per token [b, s, n], axes of size 1 between, times a weight, and nothing added."""
     node = v.node
     if node is None or not node.is_a("linear", "matmul") or len(node.inputs) != 2:
         return False
     x, w = node.inputs
     plain = isinstance(w.type, TensorType) and len(w.shape) == 2 and all(isinstance(d, int) for d in w.shape)
-    return plain and w.tensor.dtype is x.tensor.dtype and len(x.shape) == 3
+    vectors = len(x.shape) == 3 or sum(d != 1 for d in x.shape[:-1]) == 2
+    return plain and vectors and w.tensor.dtype is x.tensor.dtype

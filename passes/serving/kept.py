@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import networkx as nx
@@ -17,6 +17,7 @@ from wasat.ir import DimLike, DType, IRError, Node, State, TensorType, Value, su
 from wasat.ir.axes import Factor, product
 from wasat.ir.ops.attention import AttentionAttrs, mask_and_sink
 from wasat.ir.ops.conv import Conv
+from wasat.ir.ops.pool import Pool
 from wasat.ir.ops.reduce import CumSum
 from wasat.ir.ops.scan import ScanAttrs
 from wasat.ir.ops.shape import Concat, Pad, Slice
@@ -29,6 +30,9 @@ from ..analyses.sequence import Label
 if TYPE_CHECKING:
     from .derivation import Derivation
     from .plan import Cache, Plan
+
+
+_WINDOWS = (Conv.Attrs, Pool.Attrs)
 
 
 @dataclass(frozen=True)
@@ -184,8 +188,8 @@ def keep(plan: Plan) -> None:
 def _in_front(node: Node, label: Label) -> int:
     """How many elements a node puts in front of the sequence: inputs from before it, when it runs step by step."""
     a: Any = node.attrs
-    if isinstance(a, (Pad.Attrs, Conv.Attrs)):
-        low = a.low[label.axis - (2 if isinstance(a, Conv.Attrs) else 0)]
+    if isinstance(a, (Pad.Attrs, *_WINDOWS)):
+        low = a.low[label.axis - (2 if isinstance(a, _WINDOWS) else 0)]
         return low if isinstance(low, int) else 0
     if isinstance(a, Concat.Attrs) and a.axis == label.axis:
         sizes = [v.shape[a.axis] for v in node.inputs]
@@ -282,16 +286,17 @@ def run_window(d: Derivation, node: Node) -> None:
         start = parts[0] if len(parts) == 1 else b.concat(*parts, axis=axis)
         back = [d.env[u] for u in node.inputs[i + 1 :]]
     else:
-        start = b.broadcast_to(b.constant(getattr(attrs, "value", 0.0), x.tensor.dtype), shape=tuple(shape))
+        outside = attrs.outside(x.tensor.dtype) if isinstance(attrs, Pool.Attrs) else getattr(attrs, "value", 0.0)
+        start = b.broadcast_to(b.constant(outside, x.tensor.dtype), shape=tuple(shape))
     head = begun(d, d.states[kept.name], rows_first(d, start, at, axis))
     full = b.concat(in_place(d, head, at, axis, shape), x, axis=axis)
     d.states[kept.name] = after_last(d, rows_first(d, full, at, axis), 1, count)
     if d.labels[source].valid < 0:  # all of the new tokens are there, and fewer are to be
         size = d.size(label)
         full = b.slice(full, starts=(0,) * len(shape), stops=tuple(size if i == axis else n for i, n in enumerate(full.shape)))
-    if isinstance(attrs, Conv.Attrs):
+    if isinstance(attrs, _WINDOWS):
         low = tuple(0 if i == axis - 2 else n for i, n in enumerate(attrs.low))
-        changed = Conv.Attrs(attrs.strides, low, attrs.high, attrs.dilation, attrs.input_dilation, attrs.groups)
+        changed = replace(attrs, low=low)
         full = d.g.add_node(node.op, [full, *(d.env[u] for u in node.inputs[1:])], changed, loc=node.loc).output
     elif isinstance(attrs, Pad.Attrs) and any((*attrs.low, *attrs.high)):
         low = tuple(0 if i == axis else n for i, n in enumerate(attrs.low))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from test_kept import VOCAB, Rows
 from wasat.frontend import nn
+from wasat.frontend.nn.tensor import emit
 
 import wasat as ws
 
@@ -85,6 +86,47 @@ def test_however_keys_and_values_are_laid_out(rows: str) -> None:
     served, _ = ws.optimize(program, kv_cache=True, chunk=6, check=True)
     names = served.interface.state_names
     assert [str(v.type) for v in served["decode"].inputs if v.name in names] == [f"f32[{rows}, c, 1, {3 + ROTATED}]"]
+
+
+class Written(Turned):
+    """Latent vectors with an axis of one head, keys written part by part over zeros (transformers' export)."""
+
+    def __init__(self, reduce: str = "none", last: int = PLAIN) -> None:
+        super().__init__()
+        self.reduce, self.last = reduce, last
+
+    def __call__(self, tokens: nn.Tensor) -> nn.Tensor:
+        x, at = self.embed(tokens), nn.positions(tokens)
+        b, s, _ = x.shape
+        latent = nn.tanh(self.down(x)).reshape(b, 1, s, 3)
+        k = self.keys(latent).reshape(b, s, HEADS, PLAIN).swap(1, 2)
+        v = (latent @ self.values).reshape(b, s, HEADS, WIDTH).swap(1, 2)
+        turned = nn.rope(self.shared(x).heads(1), at).swap(1, 2).broadcast_to(b, HEADS, s, ROTATED)
+        keys = nn.full((b, HEADS, s, PLAIN + ROTATED), 0.0)
+        for part, first in ((k, 0), (turned, self.last)):
+            places = nn.constant(np.arange(first, first + part.shape[3]))
+            keys = emit("scatter", keys, places, part, axis=3, reduce=self.reduce)
+        scores = self.q(x).heads(HEADS).swap(1, 2) @ keys.T * 0.3
+        return self.head((nn.softmax(nn.where(nn.causal(at), scores, -math.inf)) @ v).swap(1, 2).merge())
+
+
+def test_keys_that_are_written_part_by_part() -> None:
+    program = nn.trace(Written(), {"tokens": "i64[b, s]"}, outputs=["logits"])
+    served, _ = ws.optimize(program, kv_cache=True, chunk=6, check=True)
+    names = served.interface.state_names
+    assert [str(v.type) for v in served["decode"].inputs if v.name in names] == [f"f32[b, c, 1, {3 + ROTATED}]"]
+    rng = np.random.default_rng(0)
+    tokens, rows = rng.integers(0, VOCAB, (2, 9)), Rows(served, 2)
+    want = ws.run(program, tokens=tokens)["logits"]
+    for lo, hi in ((0, 5), (5, 6), (6, 9)):
+        got = rows.feed(tokens[:, lo:hi], np.array([hi - lo] * 2))
+        np.testing.assert_allclose(got, want[:, hi - 1], rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_added_to_keys_is_not_followed() -> None:
+    program = nn.trace(Written("add", PLAIN - 1), {"tokens": "i64[b, s]"}, outputs=["logits"])
+    served, _ = ws.optimize(program, kv_cache=True, chunk=6, check=True)
+    assert f"f32[b, c, 1, {3 + ROTATED}]" not in [str(v.type) for v in served["decode"].inputs]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 from wasat.frontend import nn
-from wasat.ir import Program, evaluate, parse_program, symbol, verify
+from wasat.ir import Program, evaluate, parse, parse_program, symbol, verify
 from wasat.passes import FuseExperts, PassManager, default_pipeline
 from wasat.passes.cleanup.rows_apart import rows_apart
 
@@ -476,3 +476,13 @@ def test_a_matrix_for_each_head_is_no_experts() -> None:
     program = nn.trace(Heads(), {"x": f"f32[b, s, {DIM}]"})
     report = PassManager([FuseExperts()]).run(program)
     assert not report.remarks()
+
+
+def test_sizes_that_meet_at_run_time_are_no_experts() -> None:
+    """Chunks counted in two ways (RetNet): that a product's axes are not told apart says nothing of experts."""
+    text = """graph @f(%x: f32[b, (16*(3*s % 4)*b + 16*b*s) // (64*b), 4, 2], %w: f32[b, ((3*s % 4) + s) // 4, 2, 3]) {
+  %y: f32[b, ((3*s % 4) + s) // 4, 4, 3] = matmul(%x, %w)
+  return %y
+}"""
+    program = Program({"f": parse(text)})
+    assert PassManager([FuseExperts()]).run(program).remarks() == []

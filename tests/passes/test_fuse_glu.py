@@ -75,3 +75,9 @@ def test_a_gate_on_what_is_not_projected_is_not_reported(up: str) -> None:
     """As of attention's result."""
     before = text("sigmoid", f"%a, {up}", (0, 4), (0, 4), 4).replace("  %a:", "  %n: f32[b, s, 4] = tanh(%other)\n  %a:")
     assert not PassManager([FuseGlu()]).run(random_program(before)).remarks("missed")
+
+
+def test_a_number_that_weighs_a_token_is_no_missed_gate() -> None:
+    """A shared expert's gate (Qwen2-MoE)."""
+    program = random_program(text("sigmoid", gate=(0, 1), up=(4, 8)).replace("%z: f32[b, s, 1]", "%z: f32[b, s, 4]"))
+    assert PassManager([FuseGlu()]).run(program).remarks() == []

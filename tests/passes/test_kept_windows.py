@@ -1,0 +1,112 @@
+"""Windows of the sequence that other operations than convolutions read, and convolutions over what is no sequence."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_kept import DIM, INF, Mix, Model, check_incremental, merged, scores
+from wasat.frontend import nn
+from wasat.frontend.nn.tensor import emit
+from wasat.ir import IRError, Program
+
+import wasat as ws
+
+MIXING = np.array([[0.5, -1.0], [0.25, 1.5]], np.float32)
+
+
+def pooled(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """Means of the last four tokens; the largest of the last two, every other one back, beside the least number."""
+    y = nn.avg_pool1d(nn.pad(x, (0, 3, 0), (0, 0, 0)).swap(1, 2), 4, 1).swap(1, 2)
+    return y + window(x, "max", 2, dilation=2, low=2)
+
+
+def summed_windows(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """Sums over three tokens, and over one."""
+    return window(x, "sum", 3, low=2) * 0.5 + window(x, "sum", 1)
+
+
+def window(x: nn.Tensor, kind: str, taps: int, dilation: int = 1, low: int = 0, high: int = 0, stride: int = 1) -> nn.Tensor:
+    attrs = {"kernel": (taps,), "strides": (stride,), "low": (low,), "high": (high,), "dilation": (dilation,)}
+    return emit("pool", x.swap(1, 2), kind=kind, **attrs).swap(1, 2)
+
+
+def conv(x: nn.Tensor, weight: nn.Tensor, groups: int = 1, strides: int = 1, low: int = 0, high: int = 0) -> nn.Tensor:
+    n = len(x.shape) - 2
+    own = {"strides": (strides,) * n, "low": (low,) * n, "high": (high,) * n, "dilation": (1,) * n, "input_dilation": (1,) * n}
+    return emit("conv", x, weight, groups=groups, **own)
+
+
+def heads_by_convolution(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """Heads mixed before and after, by convolutions over one place each."""
+    s, v = scores(x)
+    mixing = nn.constant(MIXING)[:, :, None, None]
+    s = nn.where(nn.causal(at), conv(s, mixing), -INF)
+    return merged(conv(nn.softmax(s), mixing) @ v)
+
+
+def each_place(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """A convolution over one place, of two groups, is a layer of each token."""
+    weight = nn.constant(np.linspace(-1, 1, DIM * DIM // 2, dtype=np.float32).reshape(DIM, DIM // 2, 1))
+    return conv(x.swap(1, 2), weight, groups=2).swap(1, 2)
+
+
+WINDOWS: dict[str, Mix] = {f.__name__: f for f in (pooled, summed_windows, heads_by_convolution, each_place)}
+
+
+@cache
+def derived(name: str) -> tuple[Program, Program]:
+    program = nn.trace(Model(WINDOWS[name]), {"tokens": "i64[b, s]"}, outputs=["logits"])
+    return program, ws.optimize(program, kv_cache=True, chunk=6)[0]
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+@given(st.data())
+@settings(max_examples=2, deadline=None)
+def test_incremental_equals_full(name: str, data: st.DataObject) -> None:
+    check_incremental(*derived(name), data)
+
+
+@pytest.mark.parametrize(
+    "name, kept",
+    [
+        ("pooled", ["f32[b, 2, 8]", "f32[b, 3, 8]"]),
+        ("summed_windows", ["f32[b, 2, 8]"]),
+        ("heads_by_convolution", ["f32[b, c, 2, 4]"]),
+        ("each_place", []),
+    ],
+)
+def test_what_is_kept(name: str, kept: list[str]) -> None:
+    _, program = derived(name)
+    names = set(program.interface.state_names)
+    assert sorted(str(v.type) for v in program["decode"].inputs if v.name in names) == kept
+
+
+AHEAD: dict[str, tuple[Mix, str]] = {
+    "one ahead": (lambda x, at: window(x, "max", 3, low=1, high=1), "element i of its result depends on token i + 1"),
+    "shorter": (lambda x, at: nn.pad(window(x, "sum", 3), (0, 2, 0), (0, 0, 0)), "depends on token i + 2"),
+    "every other": (lambda x, at: x + window(x, "sum", 1, stride=2).sum(1, keepdims=True), "windows of the sequence"),
+    "over scores": (
+        lambda x, at: merged(nn.softmax(emit("pool", scores(x)[0], kind="max", kernel=(1, 2), strides=(1, 1), low=(0, 1),
+                                             high=(0, 0), dilation=(1, 1))) @ scores(x)[1]), "windows of the sequence",
+    ),
+    "one place, every other": (
+        lambda x, at: x + conv(x.swap(1, 2), nn.constant(np.ones((DIM, DIM, 1), np.float32)), strides=2).sum(2)[:, None],
+        "convolution over the sequence",
+    ),
+    "one place, one ahead": (
+        lambda x, at: conv(x.swap(1, 2), nn.constant(np.ones((DIM, DIM, 1), np.float32)), high=1).swap(1, 2)[:, 1:],
+        "depends on token i + 1",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", AHEAD)
+def test_what_looks_ahead_is_refused(name: str) -> None:
+    mix, reason = AHEAD[name]
+    with pytest.raises(IRError) as e:
+        ws.optimize(nn.trace(Model(mix), {"tokens": "i64[b, s]"}, outputs=["logits"]), kv_cache=True, chunk=6)
+    assert reason in str(e.value)
