@@ -12,7 +12,7 @@ from wasat.ir.ops.shape import Slice
 
 from ..core import Remarks
 from ..pattern import Attempt, Match, Mismatch, Pattern, Rewrite, Rewrites, Tracer, Var, number_of, replace
-from .rope_lanes import Along, lanes
+from .rope_lanes import Along, factors, lanes
 from .rotation import Products, products, rotation
 
 
@@ -61,16 +61,17 @@ def _table(v: Value) -> _Table:
             raise Mismatch(f"%{v.name} does not repeat the same angles")
         repeats = len(joined.inputs)
         v = _past_units(joined.inputs[0])
-    if (angles := v.made_by("mul")) is None:
+    pairings = factors(v)
+    if not pairings:
         raise Mismatch(f"%{v.name} is no product of positions and frequencies")
     if v.tensor.dtype.bits < 32:
         raise Mismatch(f"the angles are {v.tensor.dtype}, too narrow for far positions")
-    for position, frequency in (angles.inputs, angles.inputs[::-1]):
+    for position, frequency, place in pairings:
         source, at = _past_units(frequency), _positions(position)
         size = source.tensor.size
-        if (source.const is None and source.param is None) or at is None or position.shape[-1:] != (1,):
+        if (source.const is None and source.param is None) or at is None or position.shape[place:][:1] != (1,):
             continue
-        if isinstance(size, int) and frequency.shape[-1:] == (size,):
+        if isinstance(size, int) and frequency.shape[place:][:1] == (size,):
             inv_freq = source if source.const is None else source.const.reshape(-1)
             return _Table(fn, at, inv_freq, factor, _check_width(table, (1 + pairs) * repeats * size), pairs)
     raise Mismatch(f"%{v.name} is no product of integer positions [.., 1] and constant frequencies")

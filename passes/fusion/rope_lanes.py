@@ -17,7 +17,7 @@ import numpy as np
 from wasat.ir import Builder, DimLike, DType, Graph, Node, Value, WasatError, evaluate, evaluate_dim
 from wasat.ir.dims import symbols_of
 from wasat.ir.graph import copy_node
-from wasat.ir.ops.shape import Slice
+from wasat.ir.ops.shape import Slice, Transpose
 
 from ..pattern import Mismatch, number_of
 
@@ -256,3 +256,18 @@ def _picked(node: Node, cut: Slice.Attrs, at: tuple[int | Along, ...]) -> tuple[
         else:
             return None
     return tuple(found)
+
+
+def factors(v: Value) -> list[tuple[Value, Value, int]]:
+    """Positions and frequencies that ``v`` may be a product of, and the axis along which frequencies run: multiplied, or as an
+    outer product by matmul, turned over or not."""
+    if (product := v.made_by("mul")) is not None:
+        return [(x, y, -1) for x, y in (product.inputs, product.inputs[::-1])]
+    turn, rank = v.made_by("transpose"), len(v.shape)
+    if turn is not None and Transpose.Attrs.of(turn).perm != (*range(rank - 2), rank - 1, rank - 2):
+        return []
+    outer = v.made_by("matmul") if turn is None else turn.inputs[0].made_by("matmul")
+    if outer is None or outer.inputs[0].shape[-1] != 1:
+        return []
+    x, y = outer.inputs
+    return [(x, y, -1)] if turn is None else [(y, x, -2)]
