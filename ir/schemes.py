@@ -232,32 +232,38 @@ def _mxfp4(b: Bytes) -> Parts:
     return Parts(_E2M1_DOUBLED[_planes(b[..., 1:], 16, 4)], bits.astype(np.uint32).view(np.float32))
 
 
-# -- our own: codes of 4, 5 or 6 bits, and for each 32 of them a factor of the block's scale, a byte --------------------------
-_OWN = re.compile(r"s([456])b(\d+)\Z")
+# -- our own: codes of 4 to 7 bits, and for each 32 of them a factor of the block's scale, a byte -----------------------------
+_OWN_PLANES = {4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
+"""How many bits of each code stand together, the lowest first."""
+_OWN = re.compile(r"s([4-7])b(\d+)\Z")
 
 
 def _read_own(bits: int, block: int, b: Bytes) -> Parts:
     groups, low = block // 32, 1 << (bits - 1)
     at = 2 + groups
-    codes = _planes(b[..., at : at + block // 2], 16, 4)
-    if bits > 4:
-        codes |= _planes(b[..., at + block // 2 :], 4 * (bits - 4), bits - 4) << 4
-    return Parts(_signed(codes, low), _f16(b, 0), np.ascontiguousarray(b[..., 2:at]).view(np.int8))
+    codes, place = np.zeros((*b.shape[:-1], block), np.uint8), 0
+    for plane in _OWN_PLANES[bits]:
+        codes |= _planes(b[..., at : at + block * plane // 8], 4 * plane, plane) << place
+        at, place = at + block * plane // 8, place + plane
+    return Parts(_signed(codes, low), _f16(b, 0), np.ascontiguousarray(b[..., 2 : 2 + groups]).view(np.int8))
 
 
 def _write_own(bits: int, p: Parts) -> Bytes:
     assert p.factors is not None
-    codes = (p.codes + np.int8(1 << (bits - 1))).view(np.uint8)
-    high = [_in_planes(codes >> 4, 4 * (bits - 4), bits - 4)] if bits > 4 else []
-    return np.concatenate([_bytes(p.scale), _bytes(p.factors), _in_planes(codes & 15, 16, 4), *high], -1)
+    codes, place = (p.codes + np.int8(1 << (bits - 1))).view(np.uint8), 0
+    planes = []
+    for plane in _OWN_PLANES[bits]:
+        planes.append(_in_planes(codes >> place & np.uint8((1 << plane) - 1), 4 * plane, plane))
+        place += plane
+    return np.concatenate([_bytes(p.scale), _bytes(p.factors), *planes], -1)
 
 
 @functools.lru_cache
 def scheme_named(name: str) -> Scheme | None:
-    """One of :data:`SCHEMES`, or of the family ``s4b256``: symmetric codes of 4, 5 or 6 bits in blocks of any multiple of 32.
+    """One of :data:`SCHEMES`, or of the family ``s4b256``: symmetric codes of 4 to 7 bits in blocks of any multiple of 32.
 
     A block is its scale, f16; a factor of it for each 32 elements, i8; the lowest four bits of codes, as of Q4_0, then the
-    fifth, or the fifth and sixth. An element costs ``bits + 1/4 + 16 / block`` bits. None: there is no such scheme.
+    fifth, or the fifth and sixth, and the seventh. An element costs ``bits + 1/4 + 16 / block`` bits. None: there is none.
     """
     m = _OWN.match(name)
     if m is None:

@@ -247,7 +247,7 @@ class Cuda(Target):
         return {**super().requirements(), "mcpu": ",".join(self.archs)}
 
 
-_ON_GPUS = tuple(("*", kind) for kind in ("s[456]b*", "q*", "iq*", "mxfp4", "int?b*"))
+_ON_GPUS = tuple(("*", kind) for kind in ("s[4567]b*", "q*", "iq*", "mxfp4", "int?b*"))
 """All but zero points."""
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 QUANTIZERS = ("int8", "int4", *(s.name for s in SCHEMES.values() if s.write is not None))
 """Schemes that weights can be brought into, beside the family of :func:`~wasat.ir.schemes.scheme_named`."""
-_OWN = ("s4b64", "s5b96", "s6b160")
+_OWN = ("s4b64", "s5b96", "s6b160", "s7b96")
 LEAST_TOP = 127 * 2.0**-126
 """The least that counts as the largest number of a block of activations: its step is the least normal number of f32, and
 127 / it is finite. Blocks that are smaller are rounded to whole steps of that, as subnormal numbers are."""

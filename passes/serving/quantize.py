@@ -30,7 +30,7 @@ class Quantize(Pass):
     everything else stay.
 
     ``int4`` is a recipe (:mod:`.recipes`): it chooses a scheme for each weight. Schemes: ``int8`` and ``int4-plain`` have
-    symmetric blocks of ``block`` along the last axis that share an f16 scale; ``s4``, ``s5`` and ``s6`` searched ones with
+    symmetric blocks of ``block`` along the last axis that share an f16 scale; ``s4`` to ``s7`` searched ones with
     factors (:func:`wasat.ir.schemes.scheme_named`); a type as text, ``int4zb64f16`` or ``q4_k``, is searched, too. Such weights
     become ``quantized_linear`` and ``quantized_embedding`` of ``quantize(weight)``; one with a block whose scale f16 does not
     hold stays. ``activation="int8"``: products are of integers, x being quantized row by row.

@@ -23,7 +23,7 @@ PLAIN = {"int8": "int8", "int4-plain": "int4"}
 """Blocks of one size with symmetric scales that the largest element gives."""
 AS_THEY_ARE = "int4-plain"
 """The scheme for weights that are to be rounded and nothing else, as those that were trained for it."""
-_OWN = re.compile(r"s([456])\Z")
+_OWN = re.compile(r"s([4-7])\Z")
 
 TABLE, ATTENDED, INNER, OTHER = "tables and heads", "queries, keys and values", "inner products", "others"
 """Roles of weights, see :func:`role_of`."""
@@ -33,7 +33,7 @@ RECIPES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     },
 }  # fmt: skip
 """By name: for each role the schemes that come into question, of which the first that suits the weight is taken."""
-SCHEMES = ("int8", *RECIPES, "int4-plain", "s4", "s5", "s6", *QUANTIZERS[2:], *FLOATS, "f32")
+SCHEMES = ("int8", *RECIPES, "int4-plain", "s4", "s5", "s6", "s7", *QUANTIZERS[2:], *FLOATS, "f32")
 """What users choose from; beside types of blocks as text: ``int4zb64f16``, ``s4b128``."""
 
 

@@ -25,7 +25,7 @@ INTEGERS = {
         QTensorType("int8", (1, 1), 192, DType.F32),
     )
 }  # fmt: skip
-SCHEMES = {s.name: s for name in (*OF_GGUF, "s4b160", "s5b64", "s6b96") if (s := scheme_named(name))}
+SCHEMES = {s.name: s for name in (*OF_GGUF, "s4b160", "s5b64", "s6b96", "s7b96") if (s := scheme_named(name))}
 NAMES = [*SCHEMES, *INTEGERS]
 
 

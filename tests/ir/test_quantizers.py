@@ -8,7 +8,7 @@ from wasat.ir import BlockArray, DType, QArray, QTensorType
 from wasat.ir.ops.quant import QUANTIZERS, quantize_array
 from wasat.ir.schemes import scheme_named
 
-WRITTEN = [s for name in (*QUANTIZERS[2:], "s4b128", "s5b64", "s6b256") if (s := scheme_named(name))]
+WRITTEN = [s for name in (*QUANTIZERS[2:], "s4b128", "s5b64", "s6b256", "s7b64") if (s := scheme_named(name))]
 SEARCHED = [QTensorType(s.name, (1, 512)) for s in WRITTEN] + [
     QTensorType("int4", (1, 512), block, DType.F16, zeros) for block in (32, 64) for zeros in (False, True)
 ]  # fmt: skip

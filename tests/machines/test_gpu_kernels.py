@@ -65,7 +65,7 @@ def packed(w: Any) -> tuple[Format, NDArray[Any]]:
     return f, f.pack(w)
 
 
-SCHEMES = {s.name: s for name in (*OF_GGUF, "s4b160", "s5b64", "s6b96") if (s := scheme_named(name))}
+SCHEMES = {s.name: s for name in (*OF_GGUF, "s4b160", "s5b64", "s6b96", "s7b96") if (s := scheme_named(name))}
 KINDS = [*FLOATS, "int8", "int4", "int4b16f32", "int8b64", *SCHEMES]
 
 
