@@ -268,6 +268,17 @@ class _RotateHalf(Rewrite):
         return _rope(b, x, m["cos"], m["sin"], repeats=2)
 
 
+def _of_spectra(node: Node) -> bool:
+    """Whether products of spectra are subtracted: complex numbers are multiplied, and no vector is turned (a convolution)."""
+    for u in (u for v in node.inputs if v.node is not None for u in v.node.inputs):
+        while u.made_by("slice", "reshape") is not None:
+            assert u.node is not None
+            u = u.node.inputs[0]
+        if u.made_by("dft") is not None:
+            return True
+    return False
+
+
 def _of(name: str, node: Node) -> bool:
     """Whether the operands of ``node`` are all results of the operation ``name``."""
     return all(v.made_by(name) is not None for v in node.inputs)
@@ -284,7 +295,7 @@ class _Halves(Rewrite):
     landmark: ClassVar[str] = "sub"
 
     def is_landmark(self, node: Node) -> bool:
-        return super().is_landmark(node) and _of("mul", node)
+        return super().is_landmark(node) and _of("mul", node) and not _of_spectra(node)
 
     def pattern(self, p: Tracer, x: Var, cos: Var, sin: Var) -> Pattern:
         x1, x2, rest = (p.shared(p.named(k, p.slice(x))) for k in ("x1", "x2", "rest"))
@@ -324,7 +335,7 @@ class _Pairs(Rewrite):
     landmark: ClassVar[str] = "sub"
 
     def is_landmark(self, node: Node) -> bool:
-        return super().is_landmark(node) and _of("mul", node)
+        return super().is_landmark(node) and _of("mul", node) and not _of_spectra(node)
 
     def pattern(self, p: Tracer, x: Var, cos: Var, sin: Var) -> Pattern:
         pairs = p.shared(p.named("pairs", p.reshape(x)))

@@ -40,3 +40,24 @@ def test_other_products_are_no_angles(angles: str) -> None:
     report = PassManager([FuseRope()]).run(program)
     assert program["f"].count("rope") == 0
     assert "no product of positions" in report.remarks("missed")[0].message
+
+
+def test_a_product_of_spectra_is_no_missed_rotation() -> None:
+    """A convolution by Fourier transforms (Hyena) multiplies complex numbers."""
+    text = """graph @f(%x: f32[b, 3, s, 1], %w: f32[3, s, 1]) {
+  %a: f32[b, 3, s, 2] = dft(%x) {length=s}
+  %c: f32[3, s, 2] = dft(%w) {length=s}
+  %ar: f32[b, 3, s, 1] = slice(%a) {starts=(0, 0, 0, 0), stops=(b, 3, s, 1)}
+  %ai: f32[b, 3, s, 1] = slice(%a) {starts=(0, 0, 0, 1), stops=(b, 3, s, 2)}
+  %cr: f32[3, s, 1] = slice(%c) {starts=(0, 0, 0), stops=(3, s, 1)}
+  %ci: f32[3, s, 1] = slice(%c) {starts=(0, 0, 1), stops=(3, s, 2)}
+  %m1: f32[b, 3, s, 1] = mul(%ar, %cr)
+  %m2: f32[b, 3, s, 1] = mul(%ai, %ci)
+  %m3: f32[b, 3, s, 1] = mul(%ar, %ci)
+  %m4: f32[b, 3, s, 1] = mul(%ai, %cr)
+  %re: f32[b, 3, s, 1] = sub(%m1, %m2)
+  %im: f32[b, 3, s, 1] = add(%m3, %m4)
+  %y: f32[b, 3, s, 2] = concat(%re, %im) {axis=3}
+  return %y
+}"""
+    assert PassManager([FuseRope()]).run(random_program(text)).remarks() == []

@@ -193,12 +193,27 @@ def picked(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
     return merged((one - 0.3 * two) @ v)
 
 
+def own_scales(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """A scale of each query and head, which the token makes, and one by position."""
+    s, v = scores(x)
+    s = s * nn.softplus(x[..., :HEADS]).swap(1, 2)[..., None] / nn.sqrt(at.cast("f32") + 1.0)[:, None]
+    return merged(nn.softmax(nn.where(nn.causal(at), s, -INF)) @ v)
+
+
+def documents(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """Documents, counted by what begins one; a finite number hides the others."""
+    s, v = scores(x)
+    number = nn.cumsum((x[..., 0] > 0.5).cast("i64"), axis=1)
+    keep = nn.causal(at) & (number[:, :, None] == number[:, None, :])
+    return merged(nn.softmax(nn.where(keep[:, None], s, -1e9)) @ v)
+
+
 BESIDE: dict[str, Mix] = {
     f.__name__: placed(f) if f in (largest_few, chosen) else f
     for f in (
         registers, registers_and_window, registers_by_position, registers_and_tokens, biased_keys, zero_key, largest_few,
         chosen, looked_up_along, flattened_indices, heads_in_rows, only_earlier, rolled,
-        counted, merged_rows, summed_ones, registers_and_sigmoid, registers_and_difference, picked,
+        counted, merged_rows, summed_ones, registers_and_sigmoid, registers_and_difference, picked, own_scales, documents,
     )
 }  # fmt: skip
 
