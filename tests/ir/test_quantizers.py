@@ -81,3 +81,17 @@ def test_rows_that_need_no_search(type):
     assert np.abs(dense[2] - x[2]).max() < 0.1
     np.testing.assert_allclose(dense[3:], x[3:], rtol=0.01)
     assert not quantize_array(x[:0], type.with_shape(0, 512), search=True).dense().size
+
+
+def test_weights_on_the_grid_of_q4_0_come_back():
+    """As those of Gemma's folders qat-q4_0-unquantized are: codes -8 to 7 times a scale for each 32, -8 among them."""
+    rng = np.random.default_rng(3)
+    codes = rng.integers(-8, 8, (16, 8, 32))
+    codes[..., 5] = -8
+    scales = (rng.standard_normal((16, 8, 1)) * 0.02).astype(np.float16).astype(np.float32)
+    x = (codes * scales).astype(np.float32).reshape(16, 256)
+    q = quantize_array(x, QTensorType("int4", x.shape))
+    np.testing.assert_array_equal(q.dense(), x)
+    in_bf16 = x.view(np.uint32) & 0xFFFF0000  # as the folders store them
+    near = quantize_array(in_bf16.view(np.float32).reshape(x.shape), QTensorType("int4", x.shape))
+    np.testing.assert_array_equal(near.values, q.values)
