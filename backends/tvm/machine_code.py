@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import tvm
+import tvm_ffi
 from tvm import relax
 from tvm.relax import vm_build
+from tvm.s_tir import SBlock
 
 from .targets import Target, cpu_count
 
@@ -58,13 +60,40 @@ def compile_module(module: tvm.IRModule, target: Target, plan_memory: bool) -> M
         module = target.pipeline(plan_memory)(module)
         builder = relax.ExecBuilder()
         kernels = vm_build._filter_tir(vm_build._vmcodegen(builder, module))
-    functions = list(kernels.functions.items()) if kernels is not None else []
-    n = max(len(functions) // _PART, 1)
-    # every n-th: kernels of one kind, which take as long, stand side by side
-    parts = [tvm.IRModule(dict(functions[i::n]), attrs=kernels.attrs) for i in range(n)] if functions else []
-    made = _side_by_side(target, lambda part: tvm.tirx.build(part, target.tvm, target.tir_pipeline or "default"), parts)
+    parts = [
+        (tvm.IRModule(dict(functions), attrs=kernels.attrs), machine)
+        for machine, kind in _by_effort(kernels, target).items()
+        for functions in _pieces(kind)
+    ]
+    made = _side_by_side(target, lambda part: tvm.tirx.build(*part, target.tir_pipeline or "default"), parts)
     linked = vm_build._ffi_api.VMLink(builder, target.tvm, made[0] if made else None, [], {})
     return MachineCode(relax.VMExecutable(linked), target, made[1:])
+
+
+def _by_effort(kernels: tvm.IRModule | None, target: Target) -> dict[Any, list[Any]]:
+    """Functions by the TVM target, which says how hard LLVM optimizes: sums and convolutions in TVM's loops gain by level 3."""
+    by: dict[Any, list[Any]] = {}
+    more = tvm.target.Target({**target.config, "opt-level": 3}) if target.on_host else target.tvm
+    for item in kernels.functions.items() if kernels is not None else ():
+        by.setdefault(more if _sums(item[1]) else target.tvm, []).append(item)
+    return by
+
+
+def _sums(function: Any) -> bool:
+    """Whether the function has a reduction in TVM's loops."""
+    found = False
+
+    def block(b: Any) -> None:
+        nonlocal found
+        found = found or b.init is not None
+
+    tvm_ffi.structural_walk(function.body, [(SBlock, block)])
+    return found
+
+
+def _pieces(functions: list[Any]) -> list[list[Any]]:
+    n = max(len(functions) // _PART, 1)
+    return [functions[i::n] for i in range(n)]  # every n-th: kernels of one kind, which take as long, stand side by side
 
 
 def _side_by_side(target: Target, work: Callable[[T], R], items: Iterable[T]) -> list[R]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,3 +56,22 @@ def test_parts_do_not_depend_on_the_machine(monkeypatch: pytest.MonkeyPatch, tmp
     code = (tmp_path / "model.so").read_bytes()
     assert b".text" in code
     assert b".debug" not in code
+
+
+class Both(nn.Module):
+    def __call__(self, x: nn.Tensor) -> nn.Tensor:
+        return nn.concat([x.sum(-1, keepdims=True), nn.exp(x)], -1)
+
+
+def test_only_sums_are_optimized_at_level_3(monkeypatch: pytest.MonkeyPatch) -> None:
+    levels: dict[str, int] = {}
+    compile = machine_code.tvm.tirx.build
+
+    def noted(part: Any, machine: Any, *rest: Any) -> Any:
+        levels.update({name.name_hint: int(machine.attrs["opt-level"]) for name in part.functions})
+        return compile(part, machine, *rest)
+
+    monkeypatch.setattr(machine_code.tvm.tirx, "build", noted)
+    build(nn.trace(Both(), {"x": "f32[n, 9, m]"}), cpu())
+    assert {name for name, level in levels.items() if level == 3} == {name for name in levels if "sum" in name}
+    assert set(levels.values()) == {2, 3}
