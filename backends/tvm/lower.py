@@ -15,12 +15,13 @@ from typing import Any, Literal, NamedTuple
 import tvm
 from tvm import relax, te, tirx
 from wasat.ir import Attrs, Graph, IRError, Loc, Node, Op, Program, QTensorType, TensorType, Type, Value
-from wasat.ir.dims import Dim, DimLike, Func, symbols_of
+from wasat.ir.dims import Dim, DimLike, symbols_of
 from wasat.ir.errors import said
 
 from . import nothing
 from .layouts import Layout, Packed, Plain, tvm_dtype
 from .ops.narrow import NARROW
+from .sizes import expression
 
 Lowered = Callable[..., Any]
 
@@ -90,9 +91,9 @@ class Result:
 class KernelCall(Op):
     """The operation "call this hand-written kernel", made for one node.
 
-    ``build(desc)`` makes the PrimFunc, whose parameters are the operands, then the results that are not in place; equal
-    descriptions share one function. Operand i is passed under ``shapes[i]`` if it is there (the same elements, row-major), or,
-    a parameter, as the arrays of ``layouts[i]``.
+    ``build(desc)`` makes the PrimFunc, whose parameters are the operands, the sizes ``desc.symbols`` if there are any, then the
+    results that are not in place; equal descriptions share one function. Operand i is passed under ``shapes[i]`` if it is there
+    (the same elements, row-major), or, a parameter, as the arrays of ``layouts[i]``.
     """
 
     kind = "control"
@@ -117,6 +118,7 @@ class KernelCall(Op):
                 args += x
             else:
                 args.append(ctx.view(x, v.shape, self.shapes[i]) if i in self.shapes else x)
+        args += [ctx.symbol(name) for name in getattr(self.desc, "symbols", ())]
         function = ctx.kernel(self.desc, lambda: self.build(self.desc), self.desc.name)
         types = [
             ctx.type(TensorType(r.type.dtype, r.shape or r.type.shape)) if r.alias is None else args[places[r.alias]].ty
@@ -267,21 +269,7 @@ class Context:
 
     def dim(self, d: DimLike) -> Any:
         """A dimension as a TIR expression (int64)."""
-        if not isinstance(d, Dim):
-            return tirx.IntImm("int64", int(d))
-        total: Any = None
-        for monomial, c in d.terms:
-            term: Any = None
-            for a in monomial:
-                x = self.symbol(a) if isinstance(a, str) else self._func(a)
-                term = x if term is None else term * x
-            scaled = tirx.IntImm("int64", c) if term is None else term if c == 1 else term * tirx.IntImm("int64", c)
-            total = scaled if total is None else total + scaled
-        return total
-
-    def _func(self, f: Func) -> Any:
-        build = {"floordiv": tirx.floordiv, "mod": tirx.floormod, "max": tirx.max, "min": tirx.min}[f.name]
-        return build(self.dim(f.lhs), self.dim(f.rhs))
+        return expression(d, self.symbol)
 
     def dims(self, shape: Sequence[DimLike]) -> list[Any]:
         return [self.dim(d) for d in shape]

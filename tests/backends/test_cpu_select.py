@@ -32,7 +32,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
         "(%x: f32[s, 40]) { param %w: f16[70, 40]\n %v: f32[70, 40] = cast(%w) {dtype=f32}\n %y: f32[s, 70] = linear(%x, %v)", ["Linear"]),
     "linear, bias no parameter": (
         "(%x: f32[s, 40], %v: f32[70]) { param %w: f32[70, 40]\n %y: f32[s, 70] = linear(%x, %w, %v)", ["Linear", "add"]),
-    "linear, weight no parameter": ("(%x: f32[s, 40], %w: f32[70, 40]) {\n %y: f32[s, 70] = linear(%x, %w)", ["linear"]),
+    "linear, weight no parameter": ("(%x: f32[s, 40], %w: f32[70, 40]) {\n %y: f32[s, 70] = linear(%x, %w)", ["Gemm"]),
     "grouped, several of a row": (
         "(%x: f32[s, 1, 40], %r: f32[s, 3]) { param %w: f32[3, 70, 40] param %v: f32[3, 70]\n %b: f32[s, 2], %g: i64[s, 2] = top_k(%r) {k=2, axis=1}\n"
         " %y: f32[s, 2, 70] = grouped_linear(%x, %w, %g, %v)", ["top_k", "GroupRows", "Grouped"]),
@@ -96,6 +96,18 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "an operand that no strides describe": (
         "(%x: f32[4, 3, 5], %w: f32[6, 2]) {\n %t: f32[3, 4, 5] = transpose(%x) {perm=(1, 0, 2)}\n"
         " %r: f32[10, 6] = reshape(%t) {shape=(10, 6)}\n %y: f32[10, 2] = matmul(%r, %w)", ["transpose", "Gemm"]),
+    "products of sizes known when they run": (
+        "(%x: f32[b, s, 40], %w: f32[t, 40], %v: f32[t], %q: f32[b, s, 6], %k: f32[b, t, 6]) {\n %a: f32[b, s, t] = linear(%x, %w, %v)\n"
+        " %h: f32[b, s, 2, 3] = reshape(%q) {shape=(b, s, 2, 3)}\n %i: f32[b, t, 2, 3] = reshape(%k) {shape=(b, t, 2, 3)}\n"
+        " %l: f32[b, 2, s, 3] = transpose(%h) {perm=(0, 2, 1, 3)}\n %r: f32[b, 2, 3, t] = transpose(%i) {perm=(0, 2, 3, 1)}\n"
+        " %p: f32[b, 2, s, t] = matmul(%l, %r)\n %z: f32[b, s, 2, t] = transpose(%p) {perm=(0, 2, 1, 3)}\n"
+        " %m: f32[b, t, 2*s] = reshape(%z) {shape=(b, t, 2*s)}\n %y: f32[b, s, 2*s] = matmul(%a, %m)",
+        ["Gemm", "add", "Gemm", "Gemm"]),
+    "a convolution of pictures of any size": (
+        "(%x: f32[b, 3, s, t], %w: f32[9, 3, 3, 2]) {\n %y: f32[b, 9, (s + 1) // 2, t - 1] = conv(%x, %w) {strides=(2, 1), low=(1, 0), high=(1, 0)}",
+        ["pad", "Gemm"]),
+    "a convolution of them with few results": (
+        "(%x: f32[b, 3, s], %w: f32[7, 3, 3]) {\n %y: f32[b, 7, s - 2] = conv(%x, %w) {strides=(1,), low=(0,), high=(0,)}", ["conv"]),
     "a product of nothing": ("(%x: f32[4, 0], %w: f32[0, 7]) {\n %y: f32[4, 7] = matmul(%x, %w)", ["matmul"]),
     "a product in f64": ("(%x: f64[4, 40], %w: f64[40, 7]) {\n %y: f64[4, 7] = matmul(%x, %w)", ["matmul"]),
     "a convolution": (
@@ -368,7 +380,7 @@ def test_embedding_counts_from_the_end() -> None:
 
 LEFT = {
     "linear, weight no parameter": (
-        "(%x: f32[s, 40], %w: f32[n, 40]) {\n %y: f32[s, n] = linear(%x, %w)", "linear", "its weight %w is no parameter"),
+        "(%x: f32[s, 40], %w: f16[n, 40]) {\n %y: f32[s, n] = linear(%x, %w)", "linear", "its weight %w is no parameter"),
     "linear in f16": (
         "(%x: f16[s, 40]) { param %w: f16[70, 40]\n %y: f16[s, 70] = linear(%x, %w)", "linear",
         "%x is f16[s, 40], and it computes with f32"),
@@ -378,8 +390,9 @@ LEFT = {
     "grouped, weight no parameter": (
         "(%x: f32[s, 40], %g: i64[s], %w: f32[3, 70, 40]) {\n %y: f32[s, 70] = grouped_linear(%x, %w, %g)", "grouped_linear",
         "its weight %w is no parameter"),
-    "product of unknown size": (
-        "(%x: f32[s, 40], %w: f32[40, 7]) {\n %y: f32[s, 7] = matmul(%x, %w)", "matmul", "of the sizes s, 40, 40, 7 not all are known"),
+    "convolution by weights of unknown size": (
+        "(%x: f32[2, 3, s], %w: f32[5, 3, k]) {\n %y: f32[2, 5, s - k + 1] = conv(%x, %w) {strides=(1,), low=(0,), high=(0,)}", "conv",
+        "of the sizes 5, 3, k not all are known"),
     "norm of an unknown size": (
         "(%x: f32[7, s], %w: f32[s]) {\n %y: f32[7, s] = rms_norm(%x, %w)", "rms_norm", "of the sizes s not all are known"),
     "attention in f16": (

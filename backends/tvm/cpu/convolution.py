@@ -5,24 +5,27 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from wasat.ir import Builder, Node, Value
+from wasat.ir import Builder, DimLike, Node, Value
 
 from .kernels.gemm import Axes, Gemm, Matrix, Windows
 from .kernels.isa import Isa
+from .panels import known
+
+_ROWS = 8  # of channels of a group, from which on it pays to find each place of a window with divisions
 
 
 def convolution(b: Builder, node: Node, isa: Isa, threads: int) -> tuple[Gemm, list[Value], bool] | None:
-    """The product that is a convolution of known sizes, and its operands, made by ``b`` where x must be padded.
+    """The product that is a convolution by weights of known sizes, and its operands, made by ``b`` where x must be padded.
 
     Its result is y [n, o, *space], row-major, or, where the third is true, [o, n, *space]: few places of many pictures (the
     gradient of a weight: as many places as it has taps) fill panels only together. None where loops are as good: nothing to
-    compute, or one channel out of a group (a depthwise convolution).
+    compute, one channel out of a group (a depthwise convolution), or few of sizes that are not known.
     """
     a: Any = node.attrs
     x, w = node.inputs
     (n, *_), (o, each, *kernel), (_, _, *out) = x.shape, w.shape, node.output.shape
     own, places = o // a.groups, math.prod(out)
-    if own == 1 or 0 in (*x.shape, *w.shape, *node.output.shape):
+    if own == 1 or (own < _ROWS and not known(n, places)) or 0 in (*x.shape, *w.shape, *node.output.shape):
         return None
     x = padded(b, x, a.low, a.high, a.input_dilation)
     strides = [math.prod(x.shape[i + 1 :]) for i in range(len(x.shape))]
@@ -33,7 +36,7 @@ def convolution(b: Builder, node: Node, isa: Isa, threads: int) -> tuple[Gemm, l
     def wasted(columns: int) -> float:
         return math.ceil(columns / isa.columns) * isa.columns / columns
 
-    together = n > 1 and wasted(places) > 1.25 * wasted(n * places)
+    together = known(n, places) and n > 1 and wasted(places) > 1.25 * wasted(n * places)
     if together:
         steps = ((n, strides[0]), *steps)
     batch, along = (() if together else (n,)), (() if together else (0,))
@@ -71,7 +74,7 @@ def padded(b: Builder, x: Value, low: Any, high: Any, spread: Any) -> Value:
 
 def _merged(axes: Axes) -> Axes:
     """The same places from fewer axes: those of one element go, neighbours that continue each other become one."""
-    made: list[tuple[int, int]] = []
+    made: list[tuple[DimLike, DimLike]] = []
     for extent, stride in axes:
         if extent == 1:
             continue

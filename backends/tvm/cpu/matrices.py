@@ -21,7 +21,6 @@ from .kernels.gemm import gemm
 from .kernels.linear_blocks import LinearBlocks, linear_blocks
 from .kernels.linear_float import Linear, linear
 from .kernels.linear_int import LinearInt, linear_int
-from .panels import ints, known
 from .strided import View, product, row_major, view_of
 
 if TYPE_CHECKING:
@@ -53,13 +52,13 @@ def _matrix(s: Selection, node: Node, kernel: Callable[..., Any], build: Callabl
 
 
 def select_linear(s: Selection, node: Node) -> None:
-    """Products with a packed weight; with other matrices, where all sizes are known, as they lie."""
+    """Products with a packed weight; with other matrices as they lie."""
     x, w = node.inputs[:2]
     need_f32(x, *node.inputs[2:])
-    if not _f32(w) or not known(*x.shape, *w.shape) or s.packs(w):
+    if not _f32(w) or s.packs(w):
         _matrix(s, node, Linear, linear, x, s.rows(x))
     else:
-        m, k = ints(s.rows(x))
+        m, k = s.rows(x)
         rows = view_of(x).reshaped((m, k)) or row_major(x, (m, k))
         y = _product(s, node, rows, view_of(w).permuted((1, 0)), row_major(node.output, (m, w.shape[0])))
         if y is not None:
@@ -69,7 +68,6 @@ def select_linear(s: Selection, node: Node) -> None:
 def select_matmul(s: Selection, node: Node) -> None:
     """Products of matrices, read where they were before they were transposed, and written as they will be."""
     need_f32(*node.inputs)
-    need_sizes(*(d for v in node.inputs for d in v.shape))
     out = node.output
     y = row_major(out, out.shape)
     [user] = out.users if len(out.uses) == 1 and not s.graph.is_output(out) else [None]
@@ -94,9 +92,9 @@ def _product(s: Selection, node: Node, a: View, b: View, y: View) -> Value | Non
 
 
 def select_conv(s: Selection, node: Node) -> None:
-    """Convolutions of known sizes, as products of matrices."""
+    """Convolutions by weights of known sizes, as products of matrices."""
     need_f32(*node.inputs)
-    need_sizes(*(d for v in node.inputs for d in v.shape))
+    need_sizes(*node.inputs[1].shape)
     found = convolution(s.builder(node), node, s.isa, s.threads)
     if found is None:
         return  # one of each channel by itself: loops do that as well

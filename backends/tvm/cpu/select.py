@@ -2,7 +2,7 @@
 
 Selected are ``linear``, ``quantized_linear`` and both of groups, ``embedding``, ``quantized_embedding``, ``rms_norm``,
 ``layer_norm``, ``glu``, ``rope``, ``attention``, ``cached_attention`` and ``linear_attention``, in f32, sizes known but for
-batch and positions; and ``linear``, ``matmul`` of row-major operands, and ``conv``, whose sizes are all known. Together go
+batch and positions; and ``linear`` and ``matmul`` of any operands, and ``conv``, at any sizes. Together go
 
 - ``a + b`` (``b`` perhaps an ``rms_norm``), the norm of the sum, and its quantization for the integer linears;
 - ``glu`` and that quantization; ``embedding`` and a scale; ``rms_norm`` and ``rope``;

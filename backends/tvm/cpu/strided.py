@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from wasat.ir import Value
+from wasat.ir import DimLike, Value, equal
 
 from .kernels.gemm import Gemm, Matrix
 from .kernels.isa import Isa
@@ -18,69 +18,63 @@ class View:
     """Element [i, j, ..] of a value of ``shape`` is element ``offset`` + the sum of index * stride of row-major ``source``."""
 
     source: Value
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    offset: int = 0
+    shape: tuple[DimLike, ...]
+    strides: tuple[DimLike, ...]
+    offset: DimLike = 0
 
     @property
-    def size(self) -> int:
+    def size(self) -> DimLike:
         """Elements of the source."""
         return math.prod(self.source.shape)
 
     def permuted(self, perm: Sequence[int]) -> View:
         return View(self.source, tuple(self.shape[i] for i in perm), tuple(self.strides[i] for i in perm), self.offset)
 
-    def broadcast(self, shape: Sequence[int]) -> View:
+    def broadcast(self, shape: Sequence[DimLike]) -> View:
         """At the larger ``shape``, by NumPy's rules."""
         lead = len(shape) - len(self.shape)
-        own = [s if n == m else 0 for n, m, s in zip(self.shape, shape[lead:], self.strides)]
+        own = [0 if n == 1 != m else s for n, m, s in zip(self.shape, shape[lead:], self.strides)]
         return View(self.source, tuple(shape), (0,) * lead + tuple(own), self.offset)
 
-    def sliced(self, starts: Sequence[int], steps: Sequence[int], shape: Sequence[int]) -> View:
+    def sliced(self, starts: Sequence[DimLike], steps: Sequence[int], shape: Sequence[DimLike]) -> View:
         offset = self.offset + sum(i * s for i, s in zip(starts, self.strides))
         return View(self.source, tuple(shape), tuple(s * k for s, k in zip(self.strides, steps)), offset)
 
-    def reshaped(self, shape: Sequence[int]) -> View | None:
+    def reshaped(self, shape: Sequence[DimLike]) -> View | None:
         """Under a shape of as many elements; None if no strides say that."""
-        strides = [0] * len(shape)
+        strides: list[DimLike] = [0] * len(shape)
         old = [(n, s) for n, s in zip(self.shape, self.strides) if n != 1]
-        at = 0  # of the old axes
-        group: list[int] = []  # new axes that together are some old ones
-        for axis, n in enumerate(shape):
-            if n == 1:
+        new = [axis for axis, n in enumerate(shape) if n != 1]
+        start, begin = 0, 0  # of the axes, old and new ones, that are as many elements as each other
+        for end in range(1, len(new) + 1):
+            total = math.prod(shape[i] for i in new[begin:end])
+            stops = (i for i in range(start + 1, len(old) + 1) if equal(math.prod(n for n, _ in old[start:i]), total))
+            stop = next(stops, None)
+            if stop is None:
                 continue
-            group.append(axis)
-            total, end, have = math.prod(shape[i] for i in group), at, 1
-            while end < len(old) and have < total:
-                have *= old[end][0]
-                end += 1
-            if have != total:
-                continue
-            if any(old[i][1] != old[i + 1][1] * old[i + 1][0] for i in range(at, end - 1)):
+            if any(s != n * stride for (_, s), (n, stride) in zip(old[start:stop], old[start + 1 : stop])):
                 return None
-            stride = old[end - 1][1]
-            for i in reversed(group):
+            stride = old[stop - 1][1]
+            for i in reversed(new[begin:end]):
                 strides[i] = stride
                 stride *= shape[i]
-            at, group = end, []
-        return None if group else View(self.source, tuple(shape), tuple(strides), self.offset)
+            start, begin = stop, end
+        return View(self.source, tuple(shape), tuple(strides), self.offset) if (start, begin) == (len(old), len(new)) else None
 
 
-def row_major(v: Value, shape: Sequence[int]) -> View:
+def row_major(v: Value, shape: Sequence[DimLike]) -> View:
     """``v`` under a shape of as many elements."""
     return View(v, tuple(shape), tuple(math.prod(shape[i + 1 :]) for i in range(len(shape))))
 
 
 def view_of(v: Value) -> View:
-    """``v``, whose sizes are known, as a view of what it was before transposes, reshapes, slices and broadcasts."""
+    """``v`` as a view of what it was before transposes, reshapes, slices and broadcasts."""
     plain = row_major(v, v.shape)
     node = v.node
     if node is None or 0 in v.shape or node.op.name not in ("transpose", "reshape", "slice", "broadcast_to"):
         return plain
     x = node.inputs[0]
     a: Any = node.attrs
-    if not all(isinstance(n, int) for n in x.shape):
-        return plain
     inner = view_of(x)
     if node.op.name == "transpose":
         return inner.permuted(a.perm)
@@ -99,7 +93,7 @@ def product(isa: Isa, a: View, b: View, y: View, threads: int) -> tuple[Gemm, li
     if y.strides[-1] != 1 and y.shape[-1] != 1:
         a, b, y = (x.permuted((*range(len(x.shape) - 2), -1, -2)) for x in (b, a, y))
     *batch, m, n = y.shape
-    while batch and not b.strides[len(batch) - 1]:  # one b for many a: more rows of one product
+    while batch and b.strides[len(batch) - 1] == 0:  # one b for many a: more rows of one product
         merged = [x.reshaped((*batch[:-1], batch[-1] * m, x.shape[-1])) for x in (a, y)]
         if merged[0] is None or merged[1] is None:
             break

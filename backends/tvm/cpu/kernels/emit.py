@@ -7,7 +7,7 @@ int64. Values are ``tvm`` expressions; a vector is an expression of dtype ``floa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -74,6 +74,10 @@ class Kernel:
         self._params.append(buffer)
         return buffer
 
+    def sizes(self, variables: Iterable[Expr]) -> None:
+        """Arguments that are numbers: sizes known at run time."""
+        self._params += variables
+
     def _alloc(self, shape: Sequence[Index], dtype: str, scope: str) -> Buffer:
         extents = [s.value if isinstance(s, tirx.IntImm) else s for s in shape]
         if any(isinstance(s, int) and s < 1 for s in extents):
@@ -129,6 +133,15 @@ class Kernel:
         self._copies[var.name] = copies
         self._emit(tirx.Bind(var, value))
         return var
+
+    def number(self, value: Index) -> Index:
+        """An int64 evaluated once, here. TVM's simplifiers do not look into it: what is computed of sizes that are not known
+        would be computed, and simplified, in every index."""
+        if isinstance(value, int | tirx.IntImm):
+            return value
+        kept = self.registers(1, "int64", 1)
+        self.store(kept, 0, value)
+        return load(kept, 0)
 
     def store(self, buffer: Buffer, index: Index | tuple[Index, ...], value: Expr) -> None:
         """Store a scalar or, from ``index`` of the last axis on, a vector."""
