@@ -120,11 +120,6 @@ UNKNOWN = {
     "turned": (
         "(%x: f32[n, m]) {\n %a: f32[n, m] = mul(%x, %x)\n %t: f32[m, n] = transpose(%a) {perm=(1, 0)}\n"
         " %y: f32[m, n] = sub(%t, 1.0:f32)", 3),
-    "a sum's elements": (
-        "(%x: f32[n, m]) {\n %a: f32[n, m] = mul(%x, %x)\n %b: f32[n, m] = neg(%a)\n %y: f32[n] = reduce_sum(%b) {axes=(1,)}", 4),
-    "read by a sum and beside it": (
-        "(%x: f32[n, m]) {\n %a: f32[n, m] = exp(%x)\n %s: f32[n, 1] = reduce_sum(%a) {axes=(1,), keepdims=true}\n"
-        " %d: f32[n, m] = div(%a, %s)\n %y: f32[n, m] = mul(%d, %d)", 4),
     "once for a row": (
         "(%x: f32[n, m], %v: f32[n, 1]) {\n %r: f32[n, 1] = exp(%v)\n %q: f32[n, 1] = add(%r, 1.0:f32)\n"
         " %w: f32[n, m] = mul(%x, %q)\n %y: f32[n, m] = neg(%w)", 4),
@@ -132,7 +127,7 @@ UNKNOWN = {
     "rounded in between": (
         "(%x: f16[n, m], %z: f16[n, m]) {\n %a: f16[n, m] = mul(%x, %z)\n %c: f16[n, m] = add(%a, %a)\n %y: f16[n, m] = mul(%c, %a)", 1),
 }  # fmt: skip
-"""Of sizes that are not known -> how many nests there are; a sum has another, which says what there is of nothing."""
+"""Of sizes that are not known -> how many nests there are."""
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
@@ -145,3 +140,56 @@ def test_elements_of_one_place_are_computed_in_one_nest(name: str) -> None:
     inputs = {v.name: rng.standard_normal(v.tensor.concrete(sizes)).astype(v.tensor.dtype.np) for v in program["g"].inputs}
     [want] = evaluate(program["g"], inputs)
     np.testing.assert_allclose(runner("g", inputs)["y"], want, rtol=1e-3 if want.dtype == np.float16 else 2e-6, atol=2e-6)
+
+
+SUMS = {
+    "a row, of what is computed there": (
+        "(%x: f32[n, m]) {\n %a: f32[n, m] = mul(%x, %x)\n %b: f32[n, m] = neg(%a)\n %y: f32[n] = reduce_sum(%b) {axes=(1,)}"),
+    "a column": "(%x: f32[n, m]) {\n %y: f32[m] = reduce_sum(%x) {axes=(0,)}",
+    "around an axis": "(%x: f32[n, m, k]) {\n %y: f32[m] = reduce_sum(%x) {axes=(0, 2)}",
+    "the largest of a middle axis": "(%x: f32[n, m, k]) {\n %y: f32[n, k] = reduce_max(%x) {axes=(1,)}",
+    "the least under another shape": (
+        "(%x: f32[n, m, 4]) {\n %r: f32[n, 4*m] = reshape(%x) {shape=(n, 4*m)}\n %y: f32[n] = reduce_min(%r) {axes=(1,)}"),
+    "all, of a size that stands nowhere by itself": (
+        "(%x: f32[2*n, m]) {\n %a: f32[2*n, m] = abs(%x)\n %y: f32[] = reduce_sum(%a) {axes=(0, 1)}"),
+    "columns of a known number, of whole numbers": (
+        "(%i: i64[n, 70], %z: i64[70]) {\n %a: i64[n, 70] = add(%i, %z)\n %y: i64[70] = reduce_sum(%a) {axes=(0,)}"),
+    "what is read beside it": (
+        "(%x: f32[n, m]) {\n %a: f32[n, m] = exp(%x)\n %s: f32[n, 1] = reduce_sum(%a) {axes=(1,), keepdims=true}\n"
+        " %d: f32[n, m] = div(%a, %s)\n %y: f32[n, m] = mul(%d, %d)"),
+    "of what is once for a row": (
+        "(%x: f32[n, m], %v: f32[n, 1]) {\n %q: f32[n, 1] = exp(%v)\n %w: f32[n, m] = mul(%x, %q)\n %y: f32[n] = reduce_sum(%w) {axes=(1,)}"),
+    "softmax": "(%x: f32[n, m]) {\n %y: f32[n, m] = softmax(%x) {axis=1}",
+}  # fmt: skip
+"""Of sizes that are not known."""
+
+
+@pytest.fixture(scope="module")
+def sums() -> Runner:
+    text = "\n".join(f"graph @case{i}{case}\n return %y\n}}" for i, case in enumerate(SUMS.values()))
+    return Runner(parse_program(text), cpu(threads=2))
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_sums_of_sizes_known_when_they_run(name: str, sums: Runner) -> None:
+    """Nothing, one, fewer and more than are summed side by side or together, on one thread and several."""
+    graph = sums.program[f"case{list(SUMS).index(name)}"]
+    rng = np.random.default_rng(0)
+    for n, m, k in [
+        (5, 7, 3), (1, 1, 1), (64, 33, 70), (0, 7, 3), (5, 0, 3), (3, 5, 0), (17, 520, 16), (300, 257, 2), (2, 16, 15), (1, 40000, 1),
+    ]:  # fmt: skip
+        sizes = {"n": n, "m": m, "k": k}
+        inputs = {
+            v.name: rng.integers(-9, 9, v.tensor.concrete(sizes)) if v.tensor.dtype.is_int
+            else rng.standard_normal(v.tensor.concrete(sizes), np.float32) for v in graph.inputs
+        }  # fmt: skip
+        with np.errstate(all="ignore"):
+            [want] = evaluate(graph, inputs)
+        got = sums(graph.name, inputs)["y"]
+        np.testing.assert_allclose(got, want, rtol=2e-6, atol=1e-6 * np.sqrt(n * m * k) * 2, err_msg=str(sizes))
+
+
+def test_sums_of_any_size_are_taken() -> None:
+    for text in SUMS.values():
+        functions = [f for f in module_of(f"graph @g{text}\n return %y\n}}").functions.values() if isinstance(f, tirx.PrimFunc)]
+        assert any("tirx.is_scheduled" in f.attrs for f in functions), text

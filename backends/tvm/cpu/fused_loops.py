@@ -4,9 +4,9 @@ TVM compiles a fused function as it stands: a nest and a buffer for each operati
 is computed where it is read, once per element; the loops that remain are ordered so that the innermost one walks memory, which
 LLVM turns into vector code; exponentials and the like are polynomials, so that nothing calls out of it.
 
-Taken are functions of known sizes made of elementwise operations and sums, products, maxima and minima. Elementwise operations
-of one shape, whose sizes are known when they run, become one nest. All else is left, and so is bf16: the pass that widens it
-loses the buffers that are declared within loops.
+Taken are functions made of elementwise operations and sums, products, maxima and minima. Of those whose sizes are known when
+they run alone, elementwise operations without a sum become one nest where they have one shape. All else is left, and so is
+bf16: the pass that widens it loses the buffers that are declared within loops.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import tvm
@@ -25,7 +26,7 @@ from tvm.ir import Call, TensorLoad
 from tvm.s_tir import SBlockRealize
 
 from .kernels.elementary import exact_erf, exact_exp, exact_sigmoid, exact_tanh
-from .kernels.emit import Buffer, Expr, Kernel, floor_div, floor_mod, int64, load, minimum
+from .kernels.emit import Buffer, Expr, Index, Kernel, ceil_div, floor_div, floor_mod, int64, load, maximum, minimum
 
 _WORK = 16384  # elements below which a second thread costs more than it saves
 _INNER = 256  # elements that the loops within one unit of work have at least
@@ -50,14 +51,14 @@ class _Stage:
     """``buffer[spatial] = value``, or, with ``combine``, the reduction of ``value`` over ``reduced``."""
 
     buffer: Buffer
-    spatial: tuple[tuple[Expr, int], ...]
+    spatial: tuple[tuple[Expr, Index], ...]
     value: Expr
-    reduced: tuple[tuple[Expr, int], ...] = ()
+    reduced: tuple[tuple[Expr, Index], ...] = ()
     combine: Any = None
     neutral: Expr = None
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> tuple[Index, ...]:
         return tuple(n for _, n in self.spatial)
 
 
@@ -119,14 +120,24 @@ def _extents(block: Any) -> list[Expr]:
     return [v.dom.extent for v in block.iter_vars]
 
 
-def _size(n: Expr) -> int:
-    if not isinstance(n, tirx.IntImm) or int(n.value) < 1:
+def _size(n: Expr) -> Index:
+    if not isinstance(n, tirx.IntImm):
+        return n
+    if int(n.value) < 1:
         raise _Unsupported
     return int(n.value)
 
 
-def _shape(buffer: Buffer) -> tuple[int, ...]:
+def _shape(buffer: Buffer) -> tuple[Index, ...]:
     return tuple(_size(n) for n in buffer.shape)
+
+
+def _known(*sizes: Index) -> bool:
+    return all(isinstance(n, int) for n in sizes)
+
+
+def _ceil(a: Index, b: int) -> Index:
+    return math.ceil(a / b) if isinstance(a, int) else ceil_div(a, b)
 
 
 def _stages(func: tirx.PrimFunc) -> list[_Stage]:
@@ -141,9 +152,9 @@ def _stages(func: tirx.PrimFunc) -> list[_Stage]:
         if not isinstance(nest, SBlockRealize) or not isinstance(nest.block.body, tirx.BufferStore) or nest.block.alloc_buffers:
             raise _Unsupported
         block, store = nest.block, nest.block.body
-        axes: dict[int, list[tuple[Expr, int]]] = {tirx.IterVar.DataPar: [], tirx.IterVar.CommReduce: []}
+        axes: dict[int, list[tuple[Expr, Index]]] = {tirx.IterVar.DataPar: [], tirx.IterVar.CommReduce: []}
         for v in block.iter_vars:
-            if v.iter_type not in axes or _size(v.dom.min + 1) != 1:
+            if v.iter_type not in axes or not isinstance(v.dom.min, tirx.IntImm) or int(v.dom.min.value):
                 raise _Unsupported
             axes[v.iter_type].append((v.var, _size(v.dom.extent)))
         spatial, reduced = axes[tirx.IterVar.DataPar], axes[tirx.IterVar.CommReduce]
@@ -176,21 +187,23 @@ class _Loops:
         self.kernel = k = Kernel(name)
         self.analyzer = tvm.sym.Analyzer()
         stages = _stages(func)
-        if not all(isinstance(p.ty, tirx.BufferType) for p in func.params):
+        if not any(s.reduced for s in stages) and not _known(*(n for s in stages for n in s.shape)):
             raise _Unsupported
-        if any(str(b.dtype) == "bfloat16" for b in [*func.params, *(s.buffer for s in stages)]):
+        given = [p for p in func.params if isinstance(p.ty, tirx.BufferType)]
+        if any(str(b.dtype) == "bfloat16" for b in [*given, *(s.buffer for s in stages)]):
             raise _Unsupported
-        self.flat = {b: k.flat(k.param(f"p{i}", _shape(b), b.dtype)) for i, b in enumerate(func.params)}
+        own = {b: k.param(f"p{i}", _shape(b), b.dtype) if b in given else k.sizes([b]) for i, b in enumerate(func.params)}
+        self.flat = {b: k.flat(own[b]) for b in given}
         self.inlined = {s.buffer: s for s in stages if s.buffer not in self.flat and not s.reduced}
         """Buffers that do not come to be."""
         for s in stages:
             if s.reduced:  # not computed several times for each element of a reduction
                 many = math.prod(s.shape) * math.prod(n for _, n in s.reduced)
-                for b in [b for b in _reads(s.value) if b in self.inlined and math.prod(_shape(b)) < many]:
+                for b in [b for b in _reads(s.value) if b in self.inlined and self._fewer(math.prod(_shape(b)), many)]:
                     del self.inlined[b]
         for s in stages:
             if s.buffer not in self.flat and s.buffer not in self.inlined:
-                self.flat[s.buffer] = k.scratch(math.prod(s.shape), s.buffer.dtype)
+                self.flat[s.buffer] = k.scratch(maximum(math.prod(s.shape), 1), s.buffer.dtype)
         self.bound: list[tuple[Buffer, list[Expr], Expr]] = []
         """Elements of inlined buffers that the innermost loop has at hand."""
         self.reads = 0
@@ -209,7 +222,7 @@ class _Loops:
         """A stage that only gives an inlined one another shape is that one."""
         while not s.reduced and isinstance(s.value, TensorLoad) and s.value.source in self.inlined:
             source = self.inlined[s.value.source]
-            if math.prod(source.shape) != math.prod(s.shape):
+            if not self._equal(math.prod(source.shape), math.prod(s.shape), 0):
                 break
             for v, n in s.spatial:
                 self._range(v, n)
@@ -220,21 +233,25 @@ class _Loops:
         return s
 
     # -- indices ------------------------------------------------------------------------------------------------------------
-    def _range(self, v: Expr, n: int) -> Expr:
+    def _range(self, v: Expr, n: Index) -> Expr:
         self.analyzer.bind(v, tvm.ir.Range(int64(0), int64(n)), True)
         return v
 
-    def _equal(self, a: Expr, b: Expr, difference: int) -> bool:
-        found = self.analyzer.simplify(a - b)
+    def _fewer(self, a: Index, b: Index) -> bool:
+        """Whether a < b, which of sizes that are not known is so unless they are equal."""
+        return a < b if _known(a, b) else not self._equal(a, b, 0)
+
+    def _equal(self, a: Index, b: Index, difference: int) -> bool:
+        found = self.analyzer.simplify(int64(a) - int64(b))
         return isinstance(found, tirx.IntImm) and int(found.value) == difference
 
-    def _offset(self, shape: Sequence[int], index: Sequence[Expr]) -> Expr:
+    def _offset(self, shape: Sequence[Index], index: Sequence[Expr]) -> Expr:
         at = int64(0)
         for n, i in zip(shape, index):
             at = at * n + i
         return self.analyzer.simplify(at)
 
-    def _split(self, at: Expr, shape: Sequence[int]) -> list[Expr]:
+    def _split(self, at: Expr, shape: Sequence[Index]) -> list[Expr]:
         """The index of element number ``at``."""
         out: list[Expr] = []
         for axis in reversed(range(len(shape))):
@@ -321,34 +338,36 @@ class _Loops:
         return sum(self._equal(b, a, 1) for a, b in zip(*places))
 
     # -- loops --------------------------------------------------------------------------------------------------------------
-    def _nest(self, stack: ExitStack, extents: Sequence[Expr | int]) -> list[Expr]:
+    def _nest(self, stack: ExitStack, extents: Sequence[Index]) -> list[Expr]:
         """Nested loops."""
-        out = []
-        for n in extents:
-            v = stack.enter_context(self.kernel.loop(n))
-            out.append(self._range(v, n) if isinstance(n, int) else v)
-        return out
+        return [self._range(stack.enter_context(self.kernel.loop(n)), n) for n in extents]
 
-    def _units(self, total: int, work: int, body: Callable[[Expr], None]) -> None:
+    def _units(self, total: Index, work: Index, body: Callable[[Expr], None]) -> None:
         """``body`` for each of ``total`` units, on all threads if it is worth it."""
 
         def part(first: Expr, last: Expr) -> None:
             with self.kernel.range(first, last) as unit:
                 body(self._range(unit, total))
 
-        self.kernel.share(self.threads if total > 1 and work >= _WORK else 1, total, part)
+        if _known(total, work):
+            self.kernel.share(self.threads if total > 1 and work >= _WORK else 1, total, part)
+        else:
+            alone, shared = (partial(self.kernel.share, threads, total, part) for threads in (1, self.threads))
+            self.kernel.either(work < _WORK, alone, shared)
 
     def _map(self, s: _Stage) -> None:
         shape, rank = s.shape, len(s.shape)
         cut = max(rank - 1, 0)
-        while cut and math.prod(shape[cut:]) < _INNER:
+        while cut and _known(*shape[cut:]) and math.prod(shape[cut:]) < _INNER:
             cut -= 1
         outer, inner = math.prod(shape[:cut]), shape[cut:]
-        width = inner[0] if inner else 1  # of what one unit does of the first inner axis
-        if outer < 4 * self.threads and math.prod(inner) >= 2 * _INNER:
+        width: Index = inner[0] if inner else 1  # of what one unit does of the first inner axis
+        if not _known(width):
+            width = math.ceil(_WORK / math.prod(inner[1:]))
+        elif _known(outer) and outer < 4 * self.threads and math.prod(inner) >= 2 * _INNER:
             width = math.ceil(width / (4 * self.threads))
             width = math.ceil(width / _LANES) * _LANES if len(inner) == 1 else width
-        blocks = math.ceil(inner[0] / width) if inner else 1
+        blocks = _ceil(inner[0], width) if inner else 1
 
         def unit(at: Expr) -> None:
             block = self._range(self.kernel.let(floor_mod(at, blocks)), blocks)
@@ -356,10 +375,12 @@ class _Loops:
             with ExitStack() as stack:
                 start = block * width
                 extents: list[Any] = list(inner)
-                if blocks > 1:
-                    extents[0] = width if inner[0] % width == 0 else self.kernel.let(minimum(width, inner[0] - start))
+                several = not _known(blocks) or blocks > 1
+                if several:
+                    even = _known(inner[0]) and inner[0] % width == 0
+                    extents[0] = width if even else self.kernel.let(minimum(width, inner[0] - start))
                 loops = self._nest(stack, extents)
-                if blocks > 1:
+                if several:
                     self._range(loops[0], width)
                     loops[0] = start + loops[0]
                 index += loops
@@ -370,7 +391,7 @@ class _Loops:
 
     def _reduce(self, s: _Stage) -> None:
         along, across = self._strides(s, -1), self._strides(s, len(s.spatial) - 1) if s.spatial else 0
-        if across >= along and across and s.shape[-1] > 1:
+        if across >= along and across and not (_known(s.shape[-1]) and s.shape[-1] == 1):
             self._columns(s)
         else:
             self._rows(s)
@@ -378,7 +399,8 @@ class _Loops:
     def _rows(self, s: _Stage) -> None:
         """A reduction whose last axis is contiguous: a row of partial results side by side."""
         k, shape, extents = self.kernel, s.shape, [n for _, n in s.reduced]
-        whole, rest = divmod(extents[-1], _LANES)
+        length = extents[-1]
+        whole, rest = divmod(length, _LANES) if isinstance(length, int) else (f(length, _LANES) for f in (floor_div, floor_mod))
 
         def unit(at: Expr) -> None:
             index = self._split(at, shape)
@@ -387,12 +409,12 @@ class _Loops:
                 k.store(acc, j, s.neutral)
             with ExitStack() as stack:
                 outer = self._nest(stack, extents[:-1])
-                if whole:
+                if not _known(whole) or whole:
                     with k.loop(whole) as i, k.loop(_LANES) as j:
                         self._range(i, whole)
                         last = i * _LANES + self._range(j, _LANES)
                         k.store(acc, j, s.combine(load(acc, j), self._element(s, index, [*outer, last])))
-                if rest:
+                if not _known(rest) or rest:
                     with k.loop(rest) as j:
                         last = self._range(j, rest) + whole * _LANES
                         k.store(acc, j, s.combine(load(acc, j), self._element(s, index, [*outer, last])))
@@ -408,15 +430,18 @@ class _Loops:
         """A reduction whose result's last axis is contiguous: columns side by side."""
         k, shape, extents = self.kernel, s.shape, [n for _, n in s.reduced]
         outer, columns = math.prod(shape[:-1]), shape[-1]
-        blocks = max(math.ceil(columns / _WIDTH), 1 if outer >= self.threads else 2 * self.threads)
-        width = min(columns, math.ceil(columns / blocks / _LANES) * _LANES)
-        blocks = math.ceil(columns / width)
+        if _known(columns):
+            blocks: Index = max(math.ceil(columns / _WIDTH), 2 * self.threads if _known(outer) and outer < self.threads else 1)
+            width = min(columns, math.ceil(columns / blocks / _LANES) * _LANES)
+        else:
+            width = _WIDTH
+        blocks = _ceil(columns, width)
 
         def unit(at: Expr) -> None:
             block = self._range(k.let(floor_mod(at, blocks)), blocks)
             index = self._split(floor_div(at, blocks), shape[:-1])
             start = block * width
-            extent = width if columns % width == 0 else k.let(minimum(width, columns - start))
+            extent = width if _known(columns) and columns % width == 0 else k.let(minimum(width, columns - start))
             acc = k.registers(width, s.buffer.dtype, 1)
             with k.loop(extent) as j:
                 k.store(acc, j, s.neutral)
