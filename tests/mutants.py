@@ -101,7 +101,7 @@ TESTS = {  # what covers a file; for others it is the file of the same name, or 
        for x in ("audio", "base", "files", "image", "video")},
     "training/step.py": ["tests/training/test_step.py", "tests/training/test_precision.py"],
     "training/places.py": ["tests/training/test_own_loss.py", "tests/training/test_step.py"],
-    "training/blame.py": ["tests/training/test_diverged.py"],
+    "training/divergence.py": ["tests/training/test_diverged.py"],
     "training/flops.py": ["tests/training/test_flops.py"],
     "training/loop.py": ["tests/training/test_loop.py", "tests/training/test_diverged.py"],
 }

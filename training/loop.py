@@ -21,11 +21,11 @@ from wasat.ir import ArrayParam, CheckpointError, IRError, Program, bind_symbols
 from wasat.passes import Inference, PassManager, Remark, RoundWeights
 
 from .bar import Bar
-from .blame import Diverged, offender
 from .checkpoint import Checkpoint, Checkpoints, replacing
 from .compiled import Compiled, Devices, specialized
 from .curve import write_curve
 from .data import Batch, Iterated
+from .divergence import Diverged, offender
 from .flops import machine_flops, step_flops
 from .optimizers import Optimizer, Schedule
 from .scaling import LossScale

@@ -11,7 +11,7 @@ from wasat.ir.axes import product
 
 from .emitter import Emitter, Options
 from .primitives import reduced
-from .table import emits
+from .registry import emits
 
 
 def _attrs(node: Node) -> Any:

@@ -19,7 +19,7 @@ from . import composites, loops, primitives  # noqa: F401  (fill the table)
 from .emitter import CODE, Emitter, Options, Weight, value_info
 from .errors import ExportError, Unsupported
 from .masks import prepare
-from .table import OLDEST, emission
+from .registry import OLDEST, emission
 
 NEWEST = defs.onnx_opset_version()
 DEFAULT = 24

@@ -11,7 +11,7 @@ from wasat.ir.ops.cond import CondAttrs
 
 from .emitter import Emitter, value_info
 from .errors import Unsupported
-from .table import emission, emits
+from .registry import emission, emits
 
 
 @emits("scan")

@@ -11,7 +11,7 @@ from wasat.ir.dims import maximum
 from wasat.ir.ops.random import PARITY, ROTATIONS
 
 from .emitter import CODE, Emitter
-from .table import emits
+from .registry import emits
 
 # -- one operator each ------------------------------------------------------------------------------------------------------
 SAME = {

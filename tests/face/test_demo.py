@@ -19,7 +19,7 @@ from wasat.runtime.media import Audio, Image, open_media
 from wasat.training.curve import write_curve
 
 from wasat.demo import tour as demo
-from wasat.demo.page import Card, Chapter, write_page
+from wasat.demo.report import Card, Chapter, write_page
 from wasat.models import gemini
 from wasat.recipes.text import byte_tokenizer
 

@@ -87,14 +87,15 @@ def test_going_back(program: ws.Program, model: Model) -> None:
 
 
 def test_growth(program: ws.Program, model: Model) -> None:
-    """Beyond the capacity that a session opens with; at the end of the context, row by row."""
+    """Beyond the capacity that a session opens with; at the end of the context, row by row. Rounding a running sum of so many
+    is up to 2.2e-5 of a logit, over three draws."""
     rng = np.random.default_rng(2)
     session: Session = model.session(2, context=304)
     tokens = rng.integers(0, VOCAB, (2, 304))
     session.step(tokens[:, :290], [290, 250])
     got = session.step(np.stack([np.pad(tokens[0, 290:], (0, 2)), tokens[1, 250:266]]), [14, 16])
-    np.testing.assert_allclose(got[0], wanted(program, tokens[0]), rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(got[1], wanted(program, tokens[1, :266]), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(got[0], wanted(program, tokens[0]), rtol=3e-5, atol=3e-5)
+    np.testing.assert_allclose(got[1], wanted(program, tokens[1, :266]), rtol=3e-5, atol=3e-5)
 
 
 class Ends(nn.Module):

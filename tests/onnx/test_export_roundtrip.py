@@ -18,7 +18,7 @@ from onnx_graphs import HF, ONNX, training_step
 from roundtrip import OPSETS, Sweep, roundtrip
 from wasat.backends.onnx import FORMATS
 from wasat.backends.onnx.errors import ExportError
-from wasat.backends.onnx.table import TABLE, Emission
+from wasat.backends.onnx.registry import TABLE, Emission
 from wasat.frontend import from_pretrained
 from wasat.frontend.onnx import from_onnx
 from wasat.ir import Graph, Node, Program, evaluate

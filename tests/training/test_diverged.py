@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from test_loop import Fixed, untimed
 from wasat.ir import ArrayParam, Builder, Program, TensorType, Value, parse, type_of
-from wasat.training.blame import Diverged, offender
 from wasat.training.checkpoint import Checkpoints
 from wasat.training.data import Batch
+from wasat.training.divergence import Diverged, offender
 from wasat.training.loop import Trained, train
 from wasat.training.optimizers import SGD, Constant
 from wasat.training.scaling import LossScale

@@ -16,7 +16,7 @@ from rich.panel import Panel
 from rich.table import Table
 
 from wasat import driver
-from wasat.demo.page import Card, Chapter, blind_score, write_page
+from wasat.demo.report import Card, Chapter, blind_score, write_page
 from wasat.ir import Graph, Node, Program, WasatError, node_text
 from wasat.passes import Report
 from wasat.quality import log_softmax
