@@ -88,7 +88,9 @@ class _Einsum:
                 self.dots = found
             axes[dots_at:dots_at] = [(n,) for n in self.dots or ()]
         if rank is not None and len(axes) != rank:
-            self.fail(f"{text.strip()!r} names {len(axes)} axes of an operand that has {rank}")
+            word = text.strip()
+            apart = f"; axes stand apart, {' '.join(word)!r}" if word.isalpha() and len(word) == rank else ""
+            self.fail(f"{word!r} names {len(axes)} axes of an operand that has {rank}{apart}")
         return axes
 
     # -- sizes ---------------------------------------------------------------------------------------------------------

@@ -89,6 +89,7 @@ def test_the_larger_side_is_not_transposed() -> None:
         ("b s d", ["b, s, 4"], {}, "has no '->'"),
         ("b s, b t -> b", ["b, s"], {}, "describes 2 operands, 1 are given"),
         ("b s -> b", ["b, s, 4"], {}, "names 2 axes of an operand that has 3"),
+        ("bij, bkj -> bik", ["b, s, 4", "b, t, 4"], {}, "names 1 axes of an operand that has 3; axes stand apart, 'b i j'"),
         ("s d, t d -> s t", ["s, 4", "t, 8"], {}, "axis d is 4 and, in operand 2 %x1: f64[t, 8], 8"),
         ("b d -> b d n", ["b, 4"], {}, "give its size: n="),
         ("b (h d) -> b h d", ["b, 12"], {}, "the sizes of h and d"),
