@@ -31,19 +31,22 @@ class Rows:
         """All elements along a new axis."""
         parts = [*(c.add_axes(x, 0) for x in self.before), self.made]
         x = c.concat(*parts, axis=0) if len(parts) > 1 else self.made
-        rest = list(range(1, c.rank(x)))
-        rest.insert(axis % c.rank(x), 0)
-        return c.permute(x, rest)
+        return first_to(c, x, axis)
 
     def joined(self, c: Emitter, axis: int) -> Any:
         """All elements one after the other along an axis that they have."""
         axis %= c.rank(self.made) - 1
-        rest = list(range(1, c.rank(self.made)))
-        rest.insert(axis, 0)
-        x = c.permute(self.made, rest)
+        x = first_to(c, self.made, axis)
         shape = list(c.shape(x))
         x = c.view(x, *shape[:axis], size_of(shape[axis : axis + 2]), *shape[axis + 2 :])
         return c.concat(*self.before, x, axis=axis) if self.before else x
 
 
-__all__ = ["Appended", "Rows"]
+def first_to(c: Emitter, x: Any, axis: int) -> Any:
+    """x with its first axis as ``axis``, the others in their order."""
+    rest = list(range(1, c.rank(x)))
+    rest.insert(c.axis(axis, c.rank(x)), 0)
+    return c.permute(x, rest)
+
+
+__all__ = ["Appended", "Rows", "first_to"]

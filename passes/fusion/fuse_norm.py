@@ -85,14 +85,16 @@ class _LayerNorm(_Norm):
         return b.layer_norm(m["x"], eps=m["eps"])
 
 
-class _LayerNormWeight(Rewrite):
-    """layer_norm(x) * w -> layer_norm(x, w)"""
+class _Weight(Rewrite):
+    """norm(x) * w -> norm(x, w), of both norms"""
 
     def pattern(self, p: Tracer, x: Var, w: Var) -> Pattern:
-        return p.mul(p.named("norm", p.layer_norm(x)), w)
+        return p.mul(p.named("norm", p.either(p.layer_norm(x), p.rms_norm(x))), w)
 
     def build(self, b: Builder, m: Match) -> Value:
-        return b.layer_norm(m["x"], _per_feature(m, "w", m["x"]), eps=m["norm"].node.attrs.eps)
+        node = m["norm"].node
+        norm = b.layer_norm if node.is_a("layer_norm") else b.rms_norm
+        return norm(m["x"], _per_feature(m, "w", m["x"]), eps=node.attrs.eps)
 
 
 class _LayerNormBias(Rewrite):
@@ -115,16 +117,6 @@ class _RmsNorm(_Norm):
     def build(self, b: Builder, m: Match) -> Value:
         weight = [_per_feature(m, "w", m["x"])] if "w" in m else []
         return b.rms_norm(m["x"], *weight, eps=m["eps"])
-
-
-class _RmsNormWeight(Rewrite):
-    """rms_norm(x) * w -> rms_norm(x, w)"""
-
-    def pattern(self, p: Tracer, x: Var, w: Var) -> Pattern:
-        return p.mul(p.named("norm", p.rms_norm(x)), w)
-
-    def build(self, b: Builder, m: Match) -> Value:
-        return b.rms_norm(m["x"], _per_feature(m, "w", m["x"]), eps=m["norm"].node.attrs.eps)
 
 
 class _Narrow(Rewrite):
@@ -153,6 +145,6 @@ class FuseNorm(Rewrites):
     name = "fuse-norm"
     # a layer norm holds an RMS norm of the centered x, so it goes first; weights join before and after casts
     rules = (
-        _Mean(), _LayerNorm(), _LayerNormWeight(), _LayerNormBias(), _RmsNorm(), _RmsNormWeight(), _Narrow(),
-        _LayerNormWeight(), _LayerNormBias(), _RmsNormWeight(),
+        _Mean(), _LayerNorm(), _Weight(), _LayerNormBias(), _RmsNorm(), _Weight(), _Narrow(),
+        _Weight(), _LayerNormBias(),
     )  # fmt: skip

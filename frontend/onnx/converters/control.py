@@ -14,7 +14,7 @@ from ..emit import Dims, Emitter, Operand
 from ..errors import FromData, OnnxError
 from ..files import element
 from ..registry import MOST, NodeView, op
-from ..sequences import Appended, Rows
+from ..sequences import Appended, Rows, first_to
 from ..turns import Line, conditions, how_often, increment, line
 
 FEW = 16
@@ -240,10 +240,7 @@ def _scanned(
 
 def _placed(c: Emitter, x: Any, axis: int, backward: int) -> Any:
     """A stacked result with its turns along ``axis``, the last first if ``backward``."""
-    x = c.reverse(x, axes=(0,)) if backward else x
-    rest = list(range(1, c.rank(x)))
-    rest.insert(c.axis(axis, c.rank(x)), 0)
-    return c.permute(x, rest)
+    return first_to(c, c.reverse(x, axes=(0,)) if backward else x, axis)
 
 
 @op("Scan", since=9)
