@@ -192,8 +192,13 @@ class _Loops:
         given = [p for p in func.params if isinstance(p.ty, tirx.BufferType)]
         if any(str(b.dtype) == "bfloat16" for b in [*given, *(s.buffer for s in stages)]):
             raise _Unsupported
-        own = {b: k.param(f"p{i}", _shape(b), b.dtype) if b in given else k.sizes([b]) for i, b in enumerate(func.params)}
-        self.flat = {b: k.flat(own[b]) for b in given}
+        own = {}
+        for i, p in enumerate(func.params):
+            if isinstance(p.ty, tirx.BufferType):
+                own[p] = k.param(f"p{i}", _shape(p), p.dtype)
+            else:
+                k.sizes([p])
+        self.flat = {b: k.flat(x) for b, x in own.items()}
         self.inlined = {s.buffer: s for s in stages if s.buffer not in self.flat and not s.reduced}
         """Buffers that do not come to be."""
         for s in stages:
