@@ -129,6 +129,14 @@ def test_a_divisor_that_is_held_above_its_count(how: str) -> None:
         np.testing.assert_allclose(stepped(p, batch, parts), stepped(p, batch, 1), atol=1e-6)
 
 
+def test_a_sum_times_another_is_no_mean() -> None:
+    """Its calls count alike: what it is multiplied by is no divisor."""
+    p = program()
+    nn.add_loss(p, lambda y, target, some: (y - target).sum() * (0.1 * some.sum()), ROWS)
+    batch = {"x": X, "target": Y, "some": SOME}
+    np.testing.assert_array_equal(stepped(p, batch, 2), stepped(p, batch, 2, weigh="calls"))
+
+
 def test_means_over_different_places_are_refused_or_count_alike() -> None:
     def both(y: nn.Tensor, target: nn.Tensor, some: nn.Tensor) -> nn.Tensor:
         each, n = _mean_of_some(y, target, some)
