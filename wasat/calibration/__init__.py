@@ -62,7 +62,7 @@ def quantize(
     Features are made one size first, where that lessens what rounding costs over the text (:class:`wasat.passes.Equalize`).
     Codes of what linear layers read make up for each other's errors (:mod:`.compensate`), and errors are weighted by what each
     feature is over the text, at most ``tokens`` of it, read in windows of ``window`` that do not see each other.
-    ``recipe``: ``"auto"`` gives each weight the scheme (``s4`` to ``s7``, ``int8``) that its measured effect on the next
+    ``recipe``: ``"auto"`` gives each weight the scheme (``s4``, ``s5``, ``s6``, ``int8``) that its measured effect on the next
     token's distribution deserves, all parameters together having at most ``bits`` (default 5) a weight, scales and what stays
     f32 included; or any other scheme of ``compile``, for all weights.
     The report compares with the program in f32 on ``held_out``, by default the last quarter of ``text``. ``target``: whose

@@ -16,7 +16,7 @@ from wasat.passes.serving.recipes import Formats, Storage, kernels_read, storage
 
 from .weights import Weight
 
-SCHEMES = ("s4", "int4b32f16", "s5", "s6", "s7", "int8")
+SCHEMES = ("s4", "int4b32f16", "s5", "s6", "int8")
 """What is chosen from; each where rows are of its blocks and the target has kernels that read it."""
 _SAMPLED = 1 << 16
 """Elements of a weight, in whole rows at even distances, from which its error in a scheme is estimated."""
