@@ -336,10 +336,11 @@ def shifted(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
 
 
 def far_back(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
-    """Three and two back, at once; a window written as shifted copies."""
+    """Three and two back, at once; a window written as shifted copies; one back, and one feature on."""
     s = x.shape[1]
+    beside = nn.pad(x, (0, 1, 1), (0, 0, 2), value=0.5)[:, :s, :DIM]
     wide = nn.pad(x, (0, 3, 0), (0, 0, 0), value=0.5)
-    return wide[:, :s] * 0.5 + wide[:, 1 : s + 1] * wide[:, 3 : s + 3]
+    return wide[:, :s] * 0.5 + wide[:, 1 : s + 1] * wide[:, 3 : s + 3] + nn.tanh(beside)
 
 
 def layers(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
@@ -477,7 +478,7 @@ def test_masks_that_differ_between_rows() -> None:
         ("recurrent", ["f32[b, 8]", "f32[b, 8]"]),
         ("folded_scan", ["f32[b, 1, 2, 1, 4, 4]"]),
         ("shifted", ["f32[b, 1, 8]", "f32[b, 1, 8]"]),
-        ("far_back", ["f32[b, 3, 8]"]),
+        ("far_back", ["f32[b, 1, 8]", "f32[b, 3, 8]"]),
         ("causal", ["f32[b, 2, 8]"]),
         ("dilated", ["f32[b, 4, 8]"]),
     ],
