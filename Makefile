@@ -24,7 +24,7 @@ test: $(READY)
 
 # what takes long and adds little: larger sweeps of what `make test` samples, with kernels that check what they are handed
 test-slow: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow --checked
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not sweep" --checked
 
 # code for ARM and Windows under emulators, for GPUs on software devices, the host in C; what is not installed is named where tests are skipped
 test-machines: $(READY)
@@ -34,7 +34,8 @@ test-machines: $(READY)
 	$(BIN)/pip install -q -e '.[cuda]' || echo "CUDA's compiler could not be installed: its tests are skipped"
 	$(BIN)/python -m pytest tests/machines tests/runtime/test_c_host.py tests/runtime/test_c_parts.py -n 2 -m machines -rs
 
-test-all: test test-slow
+test-all: test
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow --checked
 
 check: lint types test
 

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import settings
 
 HERE = Path(__file__).parent
-SAMPLE = 3
+MANY = 9
 
 settings.register_profile("same", derandomize=True, deadline=None, max_examples=100)
 settings.register_profile("search", deadline=None, max_examples=3000)
@@ -41,9 +41,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest chooses by marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Kernels for sets that this processor lacks, whose instructions are computed in software: `make test` runs a third.
+    """Kernels for sets that this processor lacks, whose instructions are computed in software: `make test` runs a sixth of the
+    cases of a test that has many, `make test-slow` half, `make test-all` the rest.
 
-    Of each test of many cases, every set gets another third, so that each case runs on some set; the slow tests run all.
+    Every set gets other cases, so that each case runs on one of any three sets before anything lands.
     """
     cases: dict[str, dict[str, list[pytest.Item]]] = {}  # the items of each test, and in it of each set
     for item in items:
@@ -54,8 +55,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for sets in cases.values():
         for first, found in enumerate(sets.values()):
             for i, item in enumerate(found):
-                if len(found) > 3 * SAMPLE and (i - first) % SAMPLE:
+                turn = (i - first) % 6 if len(found) > MANY else 0
+                if turn > 0:
                     item.add_marker(pytest.mark.slow)
+                if turn > 3:
+                    item.add_marker(pytest.mark.sweep)
 
 
 @pytest.fixture(scope="module")

@@ -132,6 +132,7 @@ graph @forward(%x: f32[b, 8]) {
     assert [d.value for d in found.outputs if d.differs] == ["y"]
 
 
+@pytest.mark.slow
 def test_the_command(run: Run, model: Program, artifact: Path, tmp_path: Path) -> None:
     ws.save_program(model, tmp_path / "model")
     code, said, err = run("compare", tmp_path / "model", artifact, "--tokens", 4)

@@ -99,6 +99,7 @@ def test_a_run_learns_resumes_and_is_served(tmp_path: Path) -> None:
     assert [name for name, _ in scores[0][0].baselines] == ["majority", "logistic regression"]
 
 
+@pytest.mark.slow
 def test_cross_attention_learns_with_weights_of_few_bits(tmp_path: Path) -> None:
     text = RECIPE.replace('family = "gemini"', 'family = "gemini"\ncross_every = 1').replace("dim = 16", "dim = 32")
     joint = recipe(tmp_path, text.replace("[rate]", '[step]\nquantize = "int4-plain"\n[rate]'))

@@ -128,6 +128,7 @@ def shown(*arguments: str) -> str:
     return done.output
 
 
+@pytest.mark.slow
 def test_a_configuration_alone_is_planned_as_its_folder(tmp_path: Path) -> None:
     pygemma = ROOT / "examples" / "pygemma"
     (tmp_path / "pygemma").mkdir()

@@ -199,6 +199,7 @@ def test_killed_at_every_moment_it_ends_with_the_same_bits(tmp_path: Path, whole
     assert made == wanted
 
 
+@pytest.mark.slow
 def test_updates_that_were_skipped_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("wasat.training.step.LossScale", partial(LossScale, initial=2.0**30, backoff=2.0**-5))
     recipe = RECIPE.replace("clip = 1", 'precision = "f16"').replace("steps = 40", f'output = "{tmp_path}/run"\nsteps = 6')
