@@ -134,10 +134,10 @@ def resized(x: np.ndarray, axis: int, size: int) -> np.ndarray:
 
 
 CHECKED = ("scan", "cond", "rope", "quantized_linear", "add", "glu", "embedding")
-"""Operations whose checks are tried always, those of all others by the slow tests."""
+"""Operations whose checks are tried always, those of all others by make test-all."""
 
 
-@pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("slow", [False, pytest.param(True, marks=[pytest.mark.slow, pytest.mark.sweep])])
 @pytest.mark.filterwarnings("ignore")
 def test_sizes_that_do_not_fit(slow: bool) -> None:
     found = [c for name in sorted(OPS) if (name in CHECKED) != slow for c in list(apart(OPS[name]))[: 9 if slow else 3]]

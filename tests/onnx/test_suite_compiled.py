@@ -32,7 +32,8 @@ def batches(tests: list[Any], *marks: pytest.MarkDecorator) -> list[Any]:
 
 
 @pytest.mark.parametrize("batch", [
-    *batches(SAMPLE), *batches([t for t in PLAIN if t not in SAMPLE], pytest.mark.slow), *batches(EXPANDED, pytest.mark.slow)
+    *batches(SAMPLE), *batches([t for t in PLAIN if t not in SAMPLE], pytest.mark.slow),
+    *batches(EXPANDED, pytest.mark.slow, pytest.mark.sweep),
 ])  # fmt: skip
 @pytest.mark.filterwarnings("ignore")
 def test_nodes(batch: list[Any]) -> None:
