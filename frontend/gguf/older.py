@@ -12,6 +12,11 @@ if TYPE_CHECKING:
     from .keys import Keys
 
 _QKV = "blk.0.attn_qkv.bias"
+_GPT2 = {
+    "hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions", "intermediate_size": "n_inner",
+}  # fmt: skip
+"""GPT-2's names of sizes, and those of what came after it."""
 
 
 def _renamed(keys: Keys, config: dict[str, Any], family: str, **names: str) -> dict[str, Any]:
@@ -36,20 +41,14 @@ def _four_times(keys: Keys, config: Mapping[str, Any]) -> None:
 
 def gpt2(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
     _heads(keys, config)
-    return _renamed(
-        keys, config, "gpt2", hidden_size="n_embd", num_hidden_layers="n_layer", num_attention_heads="n_head",
-        max_position_embeddings="n_positions", intermediate_size="n_inner",
-    )  # fmt: skip
+    return _renamed(keys, config, "gpt2", **_GPT2)
 
 
 def starcoder(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
     groups = config["num_key_value_heads"]
     if groups not in (1, config["num_attention_heads"]):
         raise keys.wrong("attention.head_count_kv", groups, "1 or as many as there are heads")
-    found = _renamed(
-        keys, config, "gpt_bigcode", hidden_size="n_embd", num_hidden_layers="n_layer", num_attention_heads="n_head",
-        max_position_embeddings="n_positions", intermediate_size="n_inner",
-    )  # fmt: skip
+    found = _renamed(keys, config, "gpt_bigcode", **_GPT2)
     return {**found, "multi_query": groups == 1}
 
 
@@ -57,10 +56,7 @@ def gptj(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
     _heads(keys, config)
     keys.refuse("rope.freq_base", 10000.0, "the reference implementation knows no other")
     part = keys.count("rope.dimension_count", config["head_dim"])
-    found = _renamed(
-        keys, config, "gptj", hidden_size="n_embd", num_hidden_layers="n_layer", num_attention_heads="n_head",
-        max_position_embeddings="n_positions", intermediate_size="n_inner",
-    )  # fmt: skip
+    found = _renamed(keys, config, "gptj", **_GPT2)
     return {**found, "rotary_dim": part}
 
 

@@ -22,7 +22,8 @@ _STARTS = {
 }  # fmt: skip
 """What names of the language model's tensors begin with, in older and newer folders, and what they are in one of text alone."""
 _OTHERS = ("vision_tower.", "vision_model.", "multi_modal_projector.")
-_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "quantization_config")
+_BESIDE = ("bos_token_id", "eos_token_id", "pad_token_id", "quantization_config")
+"""What the configuration of the whole says of the language model."""
 _Tensor = TypeVar("_Tensor")
 
 
@@ -34,7 +35,7 @@ def text_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     given = config.get("text_config")
     if not isinstance(given, dict):
         raise ConfigError(f"{where}: model_type is {kind!r}, and text_config, which describes its language model, is missing")
-    return {**SEEING[kind], **given, **{k: config[k] for k in _IDS if config.get(k) is not None}}
+    return {**SEEING[kind], **given, **{k: config[k] for k in _BESIDE if config.get(k) is not None}}
 
 
 def text_tensors(config: Mapping[str, Any], found: Mapping[str, _Tensor]) -> Mapping[str, _Tensor]:

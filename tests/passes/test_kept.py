@@ -366,12 +366,15 @@ CONVOLUTIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 @cache
-def derived(name: str) -> tuple[Program, Program]:
+def derived_of(mix: Mix) -> tuple[Program, Program]:
     """The forward program, and the one that goes on from states."""
-    mix = CONVOLUTIONS[name]() if name in CONVOLUTIONS else MIXES[name]
-    program = nn.trace(Model(mix), {"tokens": "i64[b, s]"}, outputs=["logits"])  # type: ignore[arg-type]
-    served, _ = ws.optimize(program, kv_cache=True, chunk=6)
-    return program, served
+    program = nn.trace(Model(mix), {"tokens": "i64[b, s]"}, outputs=["logits"])
+    return program, ws.optimize(program, kv_cache=True, chunk=6)[0]
+
+
+@cache
+def derived(name: str) -> tuple[Program, Program]:
+    return derived_of(CONVOLUTIONS[name]() if name in CONVOLUTIONS else MIXES[name])  # type: ignore[arg-type]
 
 
 class Rows:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kept import DIM, HEADS, INF, WIDTH, Mix, Model, check_incremental, hidden, merged, scores
+from test_kept import DIM, HEADS, INF, WIDTH, Mix, Model, check_incremental, derived_of, hidden, merged, scores
 from wasat.frontend import nn
-from wasat.ir import IRError, Program
+from wasat.ir import IRError
 
 import wasat as ws
 
@@ -218,17 +217,11 @@ BESIDE: dict[str, Mix] = {
 }  # fmt: skip
 
 
-@cache
-def derived(name: str) -> tuple[Program, Program]:
-    program = nn.trace(Model(BESIDE[name]), {"tokens": "i64[b, s]"}, outputs=["logits"])
-    return program, ws.optimize(program, kv_cache=True, chunk=6)[0]
-
-
 @pytest.mark.parametrize("name", BESIDE)
 @given(st.data())
 @settings(max_examples=2, deadline=None)
 def test_incremental_equals_full(name: str, data: st.DataObject) -> None:
-    check_incremental(*derived(name), data, least=3)  # of fewer, there are no three largest
+    check_incremental(*derived_of(BESIDE[name]), data, least=3)  # of fewer, there are no three largest
 
 
 @pytest.mark.parametrize(
@@ -242,7 +235,7 @@ def test_incremental_equals_full(name: str, data: st.DataObject) -> None:
     ],
 )
 def test_what_is_kept(name: str, kept: list[str], context: int | None) -> None:
-    _, program = derived(name)
+    _, program = derived_of(BESIDE[name])
     names = set(program.interface.state_names)
     assert [str(v.type) for v in program["decode"].inputs if v.name in names] == kept
     assert program.interface.context == context

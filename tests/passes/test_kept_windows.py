@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kept import DIM, INF, Mix, Model, check_incremental, merged, scores
+from test_kept import DIM, INF, Mix, Model, check_incremental, derived_of, merged, scores
 from wasat.frontend import nn
 from wasat.frontend.nn.tensor import emit
-from wasat.ir import IRError, Program
+from wasat.ir import IRError
 
 import wasat as ws
 
@@ -57,17 +55,11 @@ def each_place(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
 WINDOWS: dict[str, Mix] = {f.__name__: f for f in (pooled, summed_windows, heads_by_convolution, each_place)}
 
 
-@cache
-def derived(name: str) -> tuple[Program, Program]:
-    program = nn.trace(Model(WINDOWS[name]), {"tokens": "i64[b, s]"}, outputs=["logits"])
-    return program, ws.optimize(program, kv_cache=True, chunk=6)[0]
-
-
 @pytest.mark.parametrize("name", WINDOWS)
 @given(st.data())
 @settings(max_examples=2, deadline=None)
 def test_incremental_equals_full(name: str, data: st.DataObject) -> None:
-    check_incremental(*derived(name), data)
+    check_incremental(*derived_of(WINDOWS[name]), data)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +72,7 @@ def test_incremental_equals_full(name: str, data: st.DataObject) -> None:
     ],
 )
 def test_what_is_kept(name: str, kept: list[str]) -> None:
-    _, program = derived(name)
+    _, program = derived_of(WINDOWS[name])
     names = set(program.interface.state_names)
     assert sorted(str(v.type) for v in program["decode"].inputs if v.name in names) == kept
 
