@@ -65,7 +65,7 @@ bench: $(READY)
 parity: $(READY)
 	$(BIN)/pip install -q torch==2.13.0 transformers==5.23.0 onnxruntime==1.32.0
 	$(BIN)/python -m pytest tests/parity
-	PYTHONPATH=tests $(BIN)/python -m pytest -n 2 --dist worksteal -p roundtrip tests/ir tests/passes tests/frontend tests/training
+	PYTHONPATH=tests $(BIN)/python -m pytest -n 2 --dist worksteal -p roundtrip -m "not slow" tests/ir tests/passes tests/frontend tests/training
 
 # the ONNX files that packages carry (tests/real/fetch.py), through the command line, beside onnxruntime
 real: $(READY)

@@ -65,11 +65,22 @@ from .blocks import (
     SiLU,
     Tanh,
     batch_norm,
+    celu,
     elu,
     embedding,
+    glu,
     group_norm,
+    hardsigmoid,
+    hardswish,
+    hardtanh,
+    instance_norm,
     leaky_relu,
+    logsigmoid,
     mish,
+    prelu,
+    relu6,
+    selu,
+    softsign,
 )
 from .einsum import einsum
 from .experts import MoE, grouped_linear
@@ -99,6 +110,7 @@ from .losses import (
     kl_div,
     l1,
     mse,
+    smooth_l1,
 )
 from .module import Module, ModuleList, Parameter, RandomParam
 from .rope import SCALINGS, RoPE, RoPE2D, frequencies, rope, sinusoid
@@ -121,6 +133,8 @@ from .spatial import (
     interpolate,
     max_pool1d,
     max_pool2d,
+    pixel_shuffle,
+    pixel_unshuffle,
 )
 from .tensor import Tensor, emit
 from .tracing import add_loss, is_training, trace
@@ -131,14 +145,16 @@ __all__ = [
     "Embedding", "Flatten", "GroupNorm", "Identity", "LayerNorm", "LeakyReLU", "Linear", "MaxPool1d", "MaxPool2d", "Mish",
     "MoE", "Module", "ModuleList", "Parameter", "RMSNorm", "RandomParam", "ReLU", "RoPE", "RoPE2D", "Sequential", "SiLU",
     "Sigmoid", "Tanh", "Tensor", "activation", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_max_pool1d",
-    "adaptive_max_pool2d", "add_loss", "argmax", "argmin", "argsort", "attention", "avg_pool1d", "avg_pool2d", "batch_norm",
-    "bce_with_logits", "clip", "conv", "conv_transpose1d", "conv_transpose2d", "cosine_similarity", "cross_entropy", "cummax",
-    "cummin", "cumprod", "einsum", "elu", "embedding", "emit", "eye", "flatten", "flip", "frame", "frequencies", "full_like",
-    "group_norm", "grouped_linear", "huber", "init", "interpolate", "is_training", "kl_div", "l1", "layer_norm", "leaky_relu",
-    "linear_attention", "linspace", "log_mel", "logaddexp", "logcumsumexp", "logsumexp", "masked_fill", "max_pool1d",
-    "max_pool2d", "mel_filters", "mish", "mse", "normalize", "ones", "ones_like", "outer", "patches", "power_spectrum",
-    "reflect", "repeat", "resize", "rms_norm", "roll", "rope", "sample_frames", "scan", "sinusoid", "sort", "squeeze", "std",
-    "tile", "trace", "tril", "triu", "unsqueeze", "var", "zeros", "zeros_like",
+    "adaptive_max_pool2d", "add_loss", "argmax", "argmin", "argsort", "attention", "avg_pool1d", "avg_pool2d",
+    "batch_norm", "bce_with_logits", "celu", "clip", "conv", "conv_transpose1d", "conv_transpose2d", "cosine_similarity",
+    "cross_entropy", "cummax", "cummin", "cumprod", "einsum", "elu", "embedding", "emit", "eye", "flatten", "flip",
+    "frame", "frequencies", "full_like", "glu", "group_norm", "grouped_linear", "hardsigmoid", "hardswish", "hardtanh",
+    "huber", "init", "instance_norm", "interpolate", "is_training", "kl_div", "l1", "layer_norm", "leaky_relu",
+    "linear_attention", "linspace", "log_mel", "logaddexp", "logcumsumexp", "logsigmoid", "logsumexp", "masked_fill",
+    "max_pool1d", "max_pool2d", "mel_filters", "mish", "mse", "normalize", "ones", "ones_like", "outer", "patches",
+    "pixel_shuffle", "pixel_unshuffle", "power_spectrum", "prelu", "reflect", "relu6", "repeat", "resize", "rms_norm",
+    "roll", "rope", "sample_frames", "scan", "selu", "sinusoid", "smooth_l1", "softsign", "sort", "squeeze", "std", "tile",
+    "trace", "tril", "triu", "unsqueeze", "var", "zeros", "zeros_like",
 ]  # fmt: skip
 __all__ += functions.__all__
 

@@ -10,7 +10,7 @@ from wasat.ir import DType
 from wasat import ir
 
 from . import functions as F
-from .arrays import flatten, floats, zeros
+from .arrays import flatten, floats, wide, zeros
 from .layers import _sizes
 from .loops import scan
 from .module import Module, Parameter
@@ -37,6 +37,71 @@ def mish(x: Tensor) -> Tensor:
     return x * F.tanh(F.softplus(x))
 
 
+def relu6(x: Tensor) -> Tensor:
+    """``min(max(x, 0), 6)``."""
+    return hardtanh(x, 0.0, 6.0)
+
+
+def hardtanh(x: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Tensor:
+    """x, not below ``min_val`` and not above ``max_val``."""
+    floats("hardtanh", x)
+    return F.minimum(F.maximum(x, min_val), max_val)
+
+
+def hardsigmoid(x: Tensor) -> Tensor:
+    """``relu6(x + 3) / 6``."""
+    floats("hardsigmoid", x)
+    return relu6(x + 3.0) / 6.0
+
+
+def hardswish(x: Tensor) -> Tensor:
+    """``x * relu6(x + 3) / 6`` (arXiv:1905.02244)."""
+    floats("hardswish", x)
+    return x * relu6(x + 3.0) / 6.0
+
+
+def celu(x: Tensor, alpha: float = 1.0) -> Tensor:
+    """x above 0, ``alpha * (exp(x / alpha) - 1)`` below (arXiv:1704.07483)."""
+    floats("celu", x)
+    return F.where(x > 0.0, x, alpha * F.expm1(F.minimum(x, 0.0) / alpha))
+
+
+def selu(x: Tensor) -> Tensor:
+    """:func:`elu` by the scale and alpha that keep mean 0 and variance 1 (arXiv:1706.02515)."""
+    return 1.0507009873554804934193349852946 * elu(x, 1.6732632423543772848170429916717)
+
+
+def softsign(x: Tensor) -> Tensor:
+    """``x / (1 + |x|)``."""
+    floats("softsign", x)
+    return x / (1.0 + abs(x))
+
+
+def logsigmoid(x: Tensor) -> Tensor:
+    """log(sigmoid(x)), without overflow."""
+    floats("logsigmoid", x)
+    return -F.softplus(-x)
+
+
+def prelu(x: Tensor, weight: Tensor) -> Tensor:
+    """x above 0, ``weight * x`` below; the weight is one number, or one for each channel of ``[b, c, *space]``."""
+    floats("prelu", x, weight)
+    if ir.equal(weight.type.size, 1) is True:
+        slope = emit("reshape", weight, shape=())
+    elif x.rank > 1 and weight.rank == 1 and ir.equal(weight.shape[0], x.shape[1]) is True:
+        slope = weight.reshape(-1, *[1] * (x.rank - 2))
+    else:
+        fail(f"nn.prelu: the weight is one number, or one for each channel of {x.value!r}, not {weight.value!r}")
+    return F.where(x > 0.0, x, x * slope)
+
+
+def glu(x: Tensor, axis: int = -1) -> Tensor:
+    """The first half along ``axis`` times the sigmoid of the second (arXiv:1612.08083)."""
+    floats("glu", x)
+    value, gate = x.split(2, axis)
+    return value * F.sigmoid(gate)
+
+
 def embedding(ids: Tensor, weight: Tensor) -> Tensor:
     """``ids[...]``, ``weight[size, dim]`` -> ``[..., dim]``: rows of the weight."""
     return emit("embedding", weight, ids, dtype=weight.dtype)
@@ -55,11 +120,23 @@ def group_norm(
         ir.equal(c % num_groups, 0) is not True
     ):  # fmt: skip
         fail(f"nn.group_norm: {c} channels do not divide into {num_groups!r} groups")
-    y = x.cast(DType.F32).reshape(b, num_groups, c // num_groups, *space)
+    y = wide(x).reshape(b, num_groups, c // num_groups, *space)
     axes = range(2, y.rank)
     y = y - y.mean(axes, keepdims=True)
     y = (y * F.rsqrt((y * y).mean(axes, keepdims=True) + eps)).reshape(*x.shape)
     return _affine("group_norm", y, weight, bias).cast(x.dtype)
+
+
+def instance_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """Each channel of ``[b, c, *space]`` to mean 0 and variance 1 over its space, then ``* weight[c] + bias[c]``."""
+    floats("instance_norm", x)
+    if x.rank < 3:
+        fail(f"nn.instance_norm takes [b, channels, *space], not {x.value!r}")
+    y = wide(x)
+    axes = range(2, x.rank)
+    y = y - y.mean(axes, keepdims=True)
+    y = y * F.rsqrt((y * y).mean(axes, keepdims=True) + eps)
+    return _affine("instance_norm", y, weight, bias).cast(x.dtype)
 
 
 def batch_norm(
@@ -71,7 +148,7 @@ def batch_norm(
     if x.rank < 2:
         fail(f"nn.batch_norm takes [b, channels, *space], not {x.value!r}")
     mean, var = (_channels("batch_norm", x, v) for v in (running_mean, running_var))
-    y = (x.cast(DType.F32) - mean) * F.rsqrt(var + eps)
+    y = (wide(x) - mean) * F.rsqrt(var + eps)
     return _affine("batch_norm", y, weight, bias).cast(x.dtype)
 
 
@@ -79,7 +156,7 @@ def _channels(what: str, x: Tensor, v: Tensor) -> Tensor:
     """One number for each channel, beside ``x``."""
     if v.rank != 1 or ir.equal(v.shape[0], x.shape[1]) is not True:
         fail(f"nn.{what}: one number for each of {x.shape[1]} channels, not {v.value!r}")
-    return v.cast(DType.F32).reshape(-1, *(1,) * (x.rank - 2))
+    return v.cast(DType.F32 if x.dtype.bits < 32 else x.dtype).reshape(-1, *(1,) * (x.rank - 2))
 
 
 def _affine(what: str, y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -11,10 +11,12 @@ from wasat.ir import DimLike, DType
 from .tensor import Operand, Tensor, current, emit, fail
 
 __all__ = [
-    "Mask", "abs", "arange", "causal", "ceil", "concat", "constant", "cos", "cumsum", "dropout", "erf", "exp", "floor",
-    "full", "gather", "gelu", "heads", "linear", "log", "log_softmax", "maximum", "merge", "minimum", "one_hot", "pad",
-    "positions", "random_normal", "random_uniform", "relu", "rsqrt", "sigmoid", "sign", "silu", "sin", "softmax", "softplus",
-    "sqrt", "stack", "stop_gradient", "take_along", "tanh", "top_k", "where", "within",
+    "Mask", "abs", "acos", "acosh", "all", "any", "arange", "asin", "asinh", "atan", "atanh", "causal", "ceil", "concat",
+    "constant", "cos", "cosh", "cumsum", "dropout", "erf", "exp", "expm1", "floor", "full", "gather", "gelu", "heads", "isinf",
+    "isnan", "linear", "log", "log1p", "log_softmax", "matmul", "max", "maximum", "mean", "merge", "min", "minimum", "one_hot",
+    "pad", "positions", "prod", "random_normal", "random_uniform", "relu", "round", "rsqrt", "sigmoid", "sign", "silu", "sin",
+    "sinh", "softmax", "softplus", "split", "sqrt", "stack", "stop_gradient", "sum", "take_along", "tan", "tanh", "top_k",
+    "where", "within",
 ]  # fmt: skip
 
 Mask = Tensor | bool
@@ -59,14 +61,28 @@ exp = _unary("exp", "e to the power of x.")
 log = _unary("log", "Natural logarithm.")
 sqrt = _unary("sqrt", "Square root.")
 rsqrt = _unary("rsqrt", "1 / sqrt(x).")
+expm1 = _unary("expm1", "exp(x) - 1, which keeps its digits near 0.")
+log1p = _unary("log1p", "log(1 + x), which keeps its digits near 0.")
 sin = _unary("sin", "Sine.")
 cos = _unary("cos", "Cosine.")
+tan = _unary("tan", "Tangent.")
+asin = _unary("asin", "The angle of a sine; NaN beyond -1 and 1.")
+acos = _unary("acos", "The angle of a cosine; NaN beyond -1 and 1.")
+atan = _unary("atan", "The angle of a tangent.")
+sinh = _unary("sinh", "Hyperbolic sine.")
+cosh = _unary("cosh", "Hyperbolic cosine.")
 tanh = _unary("tanh", "Hyperbolic tangent.")
+asinh = _unary("asinh", "Inverse hyperbolic sine.")
+acosh = _unary("acosh", "Inverse hyperbolic cosine; NaN below 1.")
+atanh = _unary("atanh", "Inverse hyperbolic tangent; NaN beyond -1 and 1.")
 erf = _unary("erf", "Error function.")
 floor = _unary("floor", "Largest integer not above x.")
 ceil = _unary("ceil", "Smallest integer not below x.")
+round = _unary("round", "The nearest integer; of two, the even one.")  # built-in names are what everybody looks for
+isnan = _unary("isnan", "Whether x is not a number.")
+isinf = _unary("isinf", "Whether x is an infinity.")
 sign = _unary("sign", "-1, 0 or 1.")
-abs = _unary("abs", "The size of x, without its sign.")  # the name that everybody looks for
+abs = _unary("abs", "The size of x, without its sign.")
 sigmoid = _unary("sigmoid", "1 / (1 + exp(-x)).")
 silu = _unary("silu", "x * sigmoid(x).")
 relu = _unary("relu", "max(x, 0).")
@@ -161,10 +177,20 @@ def top_k(x: Tensor, k: int, axis: int = -1) -> tuple[Tensor, Tensor]:
     return emit("top_k", x, k=k, axis=axis)
 
 
+def matmul(x: Tensor, y: Tensor) -> Tensor:
+    """``x @ y``: ``[..., m, k]``, ``[..., k, n]`` -> ``[..., m, n]``."""
+    return x @ y
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, name: str | None = None) -> Tensor:
     """``x[..., k]``, ``weight[n, k]``, ``bias[n]`` -> ``[..., n]``: x @ weightᵀ + bias."""
     operands = (x, weight) if bias is None else (x, weight, bias)
     return emit("linear", *operands, name=name)
+
+
+def split(x: Tensor, parts: int | Sequence[DimLike], axis: int = -1) -> tuple[Tensor, ...]:
+    """Cut along ``axis`` into ``parts`` equal pieces (torch: ``chunk``), or into pieces of the given sizes."""
+    return x.split(parts, axis)
 
 
 def heads(x: Tensor, n: DimLike) -> Tensor:
@@ -202,6 +228,42 @@ def dropout(x: Tensor, key: Tensor | None, rate: float) -> Tensor:
     t.draws[key.value] = turn + 1
     own = key if turn == 0 else emit("random_bits", key, shape=(turn + 1, 2))[turn]
     return emit("dropout", x, own, rate=rate)
+
+
+# -- reductions: of all axes by default -------------------------------------------
+def sum(x: Tensor, axis: int | Sequence[int] | None = None, keepdims: bool = False) -> Tensor:
+    """Sum over ``axis``, one or several."""
+    return x.sum(axis, keepdims)
+
+
+def mean(x: Tensor, axis: int | Sequence[int] | None = None, keepdims: bool = False) -> Tensor:
+    """Mean over ``axis``, one or several."""
+    return x.mean(axis, keepdims)
+
+
+def max(x: Tensor, axis: int | Sequence[int] | None = None, keepdims: bool = False) -> Tensor:
+    """The largest over ``axis``, one or several."""
+    return x.max(axis, keepdims)
+
+
+def min(x: Tensor, axis: int | Sequence[int] | None = None, keepdims: bool = False) -> Tensor:
+    """The smallest over ``axis``, one or several."""
+    return x.min(axis, keepdims)
+
+
+def prod(x: Tensor, axis: int | Sequence[int] | None = None, keepdims: bool = False) -> Tensor:
+    """Product over ``axis``, one or several."""
+    return x.prod(axis, keepdims)
+
+
+def any(x: Tensor, axis: int | Sequence[int] | None = None, keepdims: bool = False) -> Tensor:
+    """Whether any element is true, over ``axis``, one or several."""
+    return x.any(axis, keepdims)
+
+
+def all(x: Tensor, axis: int | Sequence[int] | None = None, keepdims: bool = False) -> Tensor:
+    """Whether all elements are true, over ``axis``, one or several."""
+    return x.all(axis, keepdims)
 
 
 # -- masks: comparisons of positions -------------------------------------------

@@ -50,6 +50,15 @@ def huber(input: Tensor, target: Tensor, reduction: str = "mean", delta: float =
     return _reduce("huber", where(d <= delta, 0.5 * (d * d), delta * (d - 0.5 * delta)), reduction)
 
 
+def smooth_l1(input: Tensor, target: Tensor, reduction: str = "mean", beta: float = 1.0) -> Tensor:
+    """Half the square over ``beta`` up to a distance of ``beta``, a line beyond: :func:`huber` divided by its delta."""
+    if not beta > 0:
+        fail(f"nn.smooth_l1: beta is {beta!r}; it must be above 0")
+    x, y = _pair("smooth_l1", input, target)
+    d = abs(x - y)
+    return _reduce("smooth_l1", where(d < beta, (0.5 / beta) * (d * d), d - 0.5 * beta), reduction)
+
+
 def bce_with_logits(
     input: Tensor, target: Tensor, weight: Operand | None = None, reduction: str = "mean", pos_weight: Operand | None = None
 ) -> Tensor:

@@ -210,6 +210,34 @@ def interpolate(
     return resize(x.transpose(0, 2, 3, 1), sizes, method=mode, antialias=False).transpose(0, 3, 1, 2)
 
 
+def _factor(what: str, x: Tensor, factor: int) -> tuple[DimLike, DimLike, DimLike, DimLike]:
+    _space(what, x, 2)
+    if isinstance(factor, bool) or not isinstance(factor, int) or factor < 1:
+        fail(f"nn.{what}: the factor is an int of at least 1, not {factor!r}")
+    b, c, h, w = x.shape
+    return b, c, h, w
+
+
+def pixel_shuffle(x: Tensor, upscale_factor: int) -> Tensor:
+    """``[b, c * r * r, h, w] -> [b, c, h * r, w * r]``: channels become places (arXiv:1609.05158)."""
+    r = upscale_factor
+    b, c, h, w = _factor("pixel_shuffle", x, r)
+    if ir.equal(c % (r * r), 0) is not True:
+        fail(f"nn.pixel_shuffle: {c} channels do not divide into {r} x {r} places")
+    y = x.reshape(b, floordiv(c, r * r), r, r, h, w).transpose(0, 1, 4, 2, 5, 3)
+    return y.reshape(b, floordiv(c, r * r), h * r, w * r)
+
+
+def pixel_unshuffle(x: Tensor, downscale_factor: int) -> Tensor:
+    """``[b, c, h * r, w * r] -> [b, c * r * r, h, w]``: the inverse of :func:`pixel_shuffle`."""
+    r = downscale_factor
+    b, c, h, w = _factor("pixel_unshuffle", x, r)
+    if any(ir.equal(d % r, 0) is not True for d in (h, w)):
+        fail(f"nn.pixel_unshuffle: {h} x {w} places do not divide by {r}")
+    y = x.reshape(b, c, floordiv(h, r), r, floordiv(w, r), r).transpose(0, 1, 3, 5, 2, 4)
+    return y.reshape(b, c * r * r, floordiv(h, r), floordiv(w, r))
+
+
 # -- layers -------------------------------------------
 class _Pool(Module):
     def __init__(self, kernel_size: Sizes, stride: Sizes | None = None, padding: Sizes = 0) -> None:

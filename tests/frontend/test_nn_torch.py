@@ -82,8 +82,28 @@ CASES: dict[str, Callable[..., Any]] = {
     "bce_with_logits": lambda x, t, w: nn.bce_with_logits(x, t, pos_weight=w),
     "kl_div": lambda x, t: nn.kl_div(nn.log_softmax(x, 1), t, reduction="batchmean"),
     "kl_div_log": lambda x, t: nn.kl_div(x, t, log_target=True),
+    **{k: getattr(nn, k) for k in (
+        "asin", "acos", "atan", "sinh", "cosh", "tan", "asinh", "acosh", "atanh", "expm1", "log1p", "round", "isnan", "isinf",
+        "relu6", "hardtanh", "hardsigmoid", "hardswish", "selu", "softsign", "logsigmoid", "prelu", "mean", "min", "all",
+        "instance_norm",
+    )},
+    "sum": lambda x: nn.sum(x, (0, -1)),
+    "max": lambda x: nn.max(x, 1, keepdims=True),
+    "prod": lambda x: nn.prod(x, 2),
+    "any": lambda x: nn.any(x, -1),
+    "split": lambda x: nn.split(x, 2, 1)[1],
+    "matmul": lambda x, y: nn.matmul(x, y.T),
+    "celu": lambda x: nn.celu(x, 0.7),
+    "prelu_one": nn.prelu,
+    "glu": lambda x: nn.glu(x, 1),
+    "pixel_shuffle": lambda x: nn.pixel_shuffle(x, 2),
+    "pixel_unshuffle": lambda x: nn.pixel_unshuffle(x, 2),
+    "smooth_l1": lambda x, y: nn.smooth_l1(x, y, beta=0.7),
 }
-STATIC = {"conv_transpose1d", "conv_transpose2d", "group_norm", "batch_norm"}
+STATIC = {
+    "conv_transpose1d", "conv_transpose2d", "group_norm", "batch_norm", "instance_norm", "prelu", "prelu_one", "glu", "split",
+    "matmul", "pixel_shuffle", "pixel_unshuffle",
+}
 """Channels and kernels are known."""
 
 
@@ -95,7 +115,8 @@ def types(name: str, symbolic: bool, mark: str = "") -> dict[str, str]:
     """Of the inputs; symbolic: one name for each size."""
     out = {}
     for i, x in enumerate(inputs(name)):
-        fixed = set(range(x.ndim)) if i and name in STATIC else {1} if name in STATIC else set()
+        whole = name == "pixel_unshuffle" or (i and name in STATIC)  # of which nothing may be left open
+        fixed = set(range(x.ndim)) if whole else {1} if name in STATIC else set()
         shape = [f"n{d}" if symbolic and k not in fixed else d for k, d in enumerate(x.shape)]
         out[f"x{mark}{i}"] = f"{DType.of(x.dtype)}[{', '.join(map(str, shape))}]"
     return out
@@ -134,9 +155,17 @@ def test_a_function_is_torchs(name: str, symbolic: bool) -> None:
     same(np.asarray(got), GOLDEN[f"{name}.out"])
 
 
-def test_digits_near_zero_are_kept() -> None:
-    (got,) = run(nn.trace(Fn(nn.elu), types("elu_small", False)), inputs("elu_small"))
-    assert_allclose(got, GOLDEN["elu_small.out"], rtol=1e-6, atol=0)
+@pytest.mark.parametrize("name", ["elu_small", "expm1", "log1p", "asinh", "logsigmoid"])
+def test_digits_near_zero_are_kept(name: str) -> None:
+    (got,) = run(nn.trace(Fn(CASES[name]), types(name, False)), inputs(name))
+    assert_allclose(got, GOLDEN[f"{name}.out"], rtol=1e-6, atol=0)
+
+
+def test_a_norm_of_f64_is_one() -> None:
+    x = np.random.default_rng(0).standard_normal((2, 4, 5))
+    (got,) = run(nn.trace(Fn(nn.instance_norm), {"x": "f64[2, 4, 5]"}), [x])
+    want = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    assert_allclose(got, want, rtol=1e-12, atol=1e-14)
 
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
@@ -249,6 +278,14 @@ def test_recurrences_are_compiled(name: str) -> None:
         (nn.cummax, ["bool[2]"], "nn.cummax of booleans"),
         (nn.logcumsumexp, ["i64[2]"], "takes a tensor of floats"),
         (lambda x: nn.unsqueeze(x, 3), ["f32[2]"], "no place 3"),
+        (nn.prelu, ["f32[2, 3, 4]", "f32[2]"], "one for each channel"),
+        (nn.glu, ["f32[2, 3]"], "does not split into 2"),
+        (nn.hardswish, ["i32[2]"], "takes a tensor of floats"),
+        (nn.instance_norm, ["f32[2, 3]"], r"takes \[b, channels, \*space\]"),
+        (lambda x: nn.pixel_shuffle(x, 2), ["f32[1, 6, 2, 2]"], "do not divide into 2 x 2"),
+        (lambda x: nn.pixel_unshuffle(x, 2), ["f32[1, 1, 3, 2]"], "do not divide by 2"),
+        (lambda x: nn.pixel_shuffle(x, 0), ["f32[1, 4, 2, 2]"], "at least 1"),
+        (lambda x, y: nn.smooth_l1(x, y, beta=0.0), ["f32[2]", "f32[2]"], "beta is 0.0"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(f: Callable[..., Any], given: list[str], says: str) -> None:

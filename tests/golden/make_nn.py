@@ -26,6 +26,7 @@ TIES = (X * 2).round()
 TIES[1, 2, 3] = TIES[2, 0] = float("nan")
 FAR = torch.tensor([-torch.inf, 1.0, torch.inf, 3.0, 90.0])
 EDGES = torch.stack([X[0, 0] * 30, torch.full((5,), -torch.inf), FAR, X[0, 1]])
+ODD = torch.tensor([-90.0, -2.5, -1.0, -0.4, -1e-6, 0.0, 1e-6, 0.5, 1.0, 1.5, 7.0, 90.0, torch.nan, torch.inf, -torch.inf])
 
 CASES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "leaky_relu": (lambda x: F.leaky_relu(x, 0.2), (X,)),
@@ -101,6 +102,29 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
         lambda x, t: F.kl_div(torch.log_softmax(x, 1), t, reduction="batchmean"), (LOGITS, PROBABLE.where(PROBABLE > 0.1, 0)),
     ),
     "kl_div_log": (lambda x, t: F.kl_div(x, t, log_target=True), (LOGITS, LOGITS.flip(0))),
+    **{k: (getattr(torch, k), (ODD,)) for k in (
+        "asin", "acos", "atan", "sinh", "cosh", "tan", "asinh", "acosh", "atanh", "expm1", "log1p", "round", "isnan", "isinf",
+    )},
+    **{k: (getattr(F, k), (ODD,)) for k in (
+        "relu6", "hardtanh", "hardsigmoid", "hardswish", "selu", "softsign", "logsigmoid",
+    )},
+    "sum": (lambda x: torch.sum(x, (0, -1)), (X,)),
+    "mean": (torch.mean, (X,)),
+    "max": (lambda x: torch.amax(x, 1, keepdim=True), (X,)),
+    "min": (torch.amin, (TIES[0],)),
+    "prod": (lambda x: torch.prod(x, 2), (X,)),
+    "any": (lambda x: torch.any(x, -1), (MASK,)),
+    "all": (torch.all, (MASK,)),
+    "split": (lambda x: torch.chunk(x, 2, 1)[1], (X,)),
+    "matmul": (lambda x, y: torch.matmul(x, y.mT), (X, Y)),
+    "celu": (lambda x: F.celu(x, 0.7), (ODD,)),
+    "prelu": (F.prelu, (X, C4[0])),
+    "prelu_one": (F.prelu, (X, PER[:1])),
+    "glu": (lambda x: F.glu(x, 1), (X,)),
+    "instance_norm": (lambda x, w, b: F.instance_norm(x, None, None, w, b), (X, C4[0], C4[1])),
+    "pixel_shuffle": (lambda x: F.pixel_shuffle(x, 2), (IMAGE[:, :, :2],)),
+    "pixel_unshuffle": (lambda x: F.pixel_unshuffle(x, 2), (IMAGE[:, :2, :6, :4],)),
+    "smooth_l1": (lambda x, y: F.smooth_l1_loss(x, y, beta=0.7), (X, Y)),
 }  # fmt: skip
 
 
