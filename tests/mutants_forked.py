@@ -1,23 +1,33 @@
 """A plugin of pytest for `mutants.py`: tries many mutants on tests that are collected once.
 
-For each one it forks, gives the functions that the mutant changes their new code, and runs the tests. What a mutant changes in
-other places (tables, defaults, what was made when a test was imported) stays as it is: that a test fails is certain, that none
-does is not.
+First each test runs alone in a fork that notes its seconds and which lines of the file it reaches. Then for each mutant it forks,
+gives the functions that the mutant changes their new code, and runs the tests that reach the changed statement, the shortest
+first, until one fails. What a mutant changes in other places (tables, defaults, what was made when a test was imported) stays as
+it is: that a test fails is certain, that none does is not.
 """
 from __future__ import annotations
 
+import ast
 import gc
 import json
 import os
 import resource
 import signal
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import CodeType, FunctionType
+from types import CodeType, FrameType, FunctionType
+from typing import NamedTuple
 
 import pytest
-from _pytest.main import pytest_runtestloop as run_tests
+
+
+class Reached(NamedTuple):
+    """What one test is without a mutant: its seconds of the processor, and the lines of the file that it runs."""
+    seconds: float
+    lines: frozenset[int]
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:
@@ -27,43 +37,98 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
             yield from _codes(x)
 
 
-def _patch(path: str, old: str, new: str) -> None:
+def _patch(functions: Sequence[FunctionType], path: str, old: str, new: str) -> None:
     before, after = (list(_codes(compile(text, path, "exec", dont_inherit=True))) for text in (old, new))
     if [c.co_qualname for c in before] != [c.co_qualname for c in after]:
         return
     made = {(a.co_qualname, a.co_firstlineno): b for a, b in zip(before, after)}
-    for f in gc.get_objects():
-        if isinstance(f, FunctionType) and f.__code__.co_filename == path:
-            code = made.get((f.__code__.co_qualname, f.__code__.co_firstlineno))
-            if code is not None and code.co_freevars == f.__code__.co_freevars:
-                f.__code__ = code
+    for f in functions:
+        code = made.get((f.__code__.co_qualname, f.__code__.co_firstlineno))
+        if code is not None and code.co_freevars == f.__code__.co_freevars:
+            f.__code__ = code
 
 
-def _forked(session: pytest.Session, path: str, old: str, new: str, limit: float) -> int:
-    """The exit status of a process that runs the tests with a mutant: 1 if one fails."""
+def statement(source: str, mutant: str) -> set[int]:
+    """The lines of the statement that a mutant changes; of a compound one its head."""
+    old, new = source.splitlines(), mutant.splitlines()
+    line = next((i for i, (a, b) in enumerate(zip(old, new), 1) if a != b), 1)
+    within = [x for x in ast.walk(ast.parse(source)) if isinstance(x, ast.stmt) and x.lineno <= line <= (x.end_lineno or 0)]
+    if not within:
+        return {line}
+    last = max(within, key=lambda x: x.lineno)
+    body = getattr(last, "body", None)
+    end = max(body[0].lineno, last.lineno + 1) if body else (last.end_lineno or 0) + 1
+    return set(range(last.lineno, end))
+
+
+def _forked(limit: float, work: Callable[[], int]) -> int:
+    """The exit status of a process that does the work, with a limit in seconds of the processor."""
     pid = os.fork()
     if pid:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    signal.alarm(30 * int(limit))
+    signal.alarm(30 * int(limit + 1))
     resource.setrlimit(resource.RLIMIT_CPU, (int(limit) + 1, int(limit) + 1))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    status = 0
     try:
-        _patch(path, old, new)
-        run_tests(session)
-        status = int(session.testsfailed > 0)
-    except session.Failed:
-        status = 1
+        os._exit(work())
     except BaseException:  # of the machinery, not of a test
-        status = 2
-    os._exit(status)
+        os._exit(2)
+
+
+def _tried(session: pytest.Session, items: Sequence[pytest.Item]) -> int:
+    """1 if a test fails, else 0."""
+    for item, following in zip(items, [*items[1:], None]):
+        item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        if session.testsfailed:
+            return 1
+    return 0
+
+
+def _reached(session: pytest.Session, item: pytest.Item, path: str, noted: Path, limit: float) -> Reached | None:
+    """What a test reaches when it runs alone; None if it fails so."""
+    def work() -> int:
+        lines: set[int] = set()
+
+        def inside(frame: FrameType, event: str, arg: object) -> object:
+            lines.add(frame.f_lineno)
+            return inside
+
+        def called(frame: FrameType, event: str, arg: object) -> object:
+            return inside(frame, event, arg) if frame.f_code.co_filename == path else None
+
+        before = time.process_time()
+        threading.settrace(called)  # type: ignore[arg-type]
+        sys.settrace(called)  # type: ignore[arg-type]
+        status = _tried(session, [item])
+        sys.settrace(None)
+        noted.write_text(json.dumps([time.process_time() - before, sorted(lines)]))
+        return status
+
+    if _forked(limit, work):
+        return None
+    seconds, lines = json.loads(noted.read_text())
+    return Reached(seconds, frozenset(lines))
 
 
 def pytest_runtestloop(session: pytest.Session) -> bool:
-    given = json.loads(Path(os.environ["MUTANTS"]).read_text())
-    path, old = given["path"], given["source"]
-    modules = [m for m in list(sys.modules.values()) if getattr(m, "__file__", None) == path]
-    sound = bool(modules) and _forked(session, path, old, old, given["limit"]) == 0
-    killed = [sound and _forked(session, path, old, new, given["limit"]) == 1 for new in given["mutants"]]
-    Path(os.environ["MUTANTS"]).write_text(json.dumps(killed))
+    """Writes for each mutant whether a test failed, and the tests that reach its statement."""
+    told = Path(os.environ["MUTANTS"])
+    given = json.loads(told.read_text())
+    path, old, limit = given["path"], given["source"], given["limit"]
+    functions = [f for f in gc.get_objects() if isinstance(f, FunctionType) and f.__code__.co_filename == path]
+    alone = [_reached(session, item, path, told.with_suffix(".noted"), limit) for item in session.items]
+    answers = []
+    for new in given["mutants"]:
+        lines = statement(old, new)
+        reaching = sorted((r.seconds, i) for i, r in enumerate(alone) if r and r.lines & lines)
+        items = [session.items[i] for _, i in reaching]
+
+        def work() -> int:
+            _patch(functions, path, old, new)
+            return _tried(session, items)
+
+        allowed = min(limit, 10 + 3 * sum(s for s, _ in reaching))
+        killed = bool(items) and _forked(allowed, work) not in (0, 2)
+        answers.append({"killed": killed, "tests": [x.nodeid for x in items]})
+    told.write_text(json.dumps({"failing": [x.nodeid for x, r in zip(session.items, alone) if r is None], "answers": answers}))
     return True
