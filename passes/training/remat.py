@@ -47,13 +47,13 @@ class Rematerialize(Pass):
         g = old.clone()
         results = [v for n, v in zip(g.output_names, g.outputs) if self._is_forward(n) and v.node is not None]
         forward = _until(g, {v.node for v in results})
-        read = [v for node in forward for v in node.outputs if not forward.keys() >= set(v.users)]
+        values = [v for node in forward for v in node.outputs]
+        read = [v for v in values if any(user not in forward for user in v.users)]
         if not read:
             remarks.missed("the backward pass reads nothing of the forward pass", old)
             return False
         kept = self._cut(g, forward, read)
-        last = next(reversed(forward))
-        made = _Recomputation(g, forward, kept, last.outputs[0])
+        made = _Recomputation(g, forward, kept, values[-1])
         made.run()
         before, now = (sum(bytes_of(v, sizes) for v in {memory_of(v): None for v in vs}) for vs in (read, kept))
         donated = {s.name for s in program.interface.states if s.donated}

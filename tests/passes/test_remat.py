@@ -62,6 +62,11 @@ def test_text() -> None:
     assert not PassManager([Cleanup()]).run(program).steps[0].modified  # what is computed again is not merged
 
 
+def test_sizes_beyond_a_mebibyte_are_said_in_mebibytes() -> None:
+    (remark,) = rematerialized(TEXT, sizes=(("n", 20000),))[1]
+    assert "kept for the backward pass: 640,004 bytes, before 1.2 MiB" in remark
+
+
 def check_same_bits(text: str, **options: object) -> Program:
     program, before = rematerialized(text, **options)[0], parse(text)
     rng = np.random.default_rng(0)
@@ -130,6 +135,18 @@ def test_a_value_that_is_returned_is_not_computed_again() -> None:
     text = edited(("%q: f32", more[0]), ("return %loss", more[1]))
     g = check_same_bits(text, forward=("loss",))["gradients"]
     assert (g.count("sin"), g.count("cos")) == (1, 2)
+
+
+def test_of_values_that_are_returned_none_is_computed_again() -> None:
+    """They weigh nothing, however many there are."""
+    g = check_same_bits(edited(("return %loss", "return %loss, %p, %s")), forward=("loss",))["gradients"]
+    assert (g.count("sin"), g.count("cos")) == (1, 2)
+
+
+def test_what_is_computed_again_through_several_operations() -> None:
+    text = edited(("%s: f32[n, 8] = sin(%p)", "%m: f32[n, 8] = neg(%p)\n %t: f32[n, 8] = tanh(%m)\n %s: f32[n, 8] = sin(%t)"))
+    g = check_same_bits(text)["gradients"]
+    assert [g.count(x) for x in ("neg", "tanh", "sin", "cos", "matmul")] == [2, 2, 2, 2, 1]
 
 
 def test_products_are_computed_again_when_asked() -> None:
