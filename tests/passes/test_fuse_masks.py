@@ -441,15 +441,17 @@ def raised(number: str, mask: str = "%keep") -> str:
     )  # fmt: skip
 
 
-def test_scores_that_are_raised_to_the_least_number_are_fused() -> None:
-    program = random_program(raised("-3.4e+38:f32"))
+@pytest.mark.parametrize("number", ["-3.4e+38", "-10000.0"])
+def test_scores_that_are_raised_to_the_least_number_are_fused(number: str) -> None:
+    program = random_program(raised(f"{number}:f32"))
     PassManager([FuseAttention(), Cleanup()], check=InterpreterCheck([{"b": 2, "s": 5}, {"b": 1, "s": 1}])).run(program)
     assert program["f"].count("attention") == 1
     assert "causal=true" in str(program["f"])
 
 
-def test_scores_that_are_raised_to_more_stay() -> None:
-    check_untouched(FuseAttention(), raised("-100.0:f32"), "%masked is maximum")
+@pytest.mark.parametrize("number", ["-100.0", "-9999.0", "-inf"])
+def test_scores_that_are_raised_to_more_or_to_nothing_stay(number: str) -> None:
+    check_untouched(FuseAttention(), raised(f"{number}:f32"), "%masked is maximum")
 
 
 def test_what_is_raised_beside_data_that_hides_stays() -> None:
