@@ -57,6 +57,11 @@ class AxisRule:
     operands: tuple[Axes, ...]
     results: tuple[Axes, ...]
 
+    @property
+    def result(self) -> Axes:
+        """The axes of the first result."""
+        return self.results[0]
+
     def place(self, factor: Factor, result: int = 0) -> int | None:
         """The axis of a result that a factor is, alone or as a part; None where the result lacks it."""
         return next((i for i, axis in enumerate(self.results[result]) if factor in axis), None)

@@ -35,7 +35,7 @@ TESTS = {  # what covers a file; for others it is the file of the same name, or 
     "runtime/tokenizer.py": ["tests/runtime/test_text_stream.py", "tests/runtime/test_tokenizer.py"],
     "runtime/embedding.py": ["tests/runtime/test_embedding.py", "tests/face/test_embed.py"],
     "passes/analyses/rows.py": ["tests/passes/test_rows.py"],
-    **{f"passes/analyses/{x}.py": CACHES for x in ("axis", "sequence", "parts")},
+    **{f"passes/analyses/{x}.py": ["tests/passes/test_axis_labels.py", *CACHES] for x in ("axis", "sequence", "parts")},
     "passes/analyses/later.py": ["tests/passes/test_kept.py", "tests/passes/test_kept_refused.py"],
     "passes/serving/kept.py": ["tests/passes/test_kept.py", "tests/passes/test_kept_refused.py"],
     "passes/fusion/fuse_rope.py": ["tests/passes/test_fuse_rope.py", "tests/passes/test_fuse_rope_pairs.py"],

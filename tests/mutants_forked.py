@@ -1,9 +1,9 @@
 """A plugin of pytest for `mutants.py`: tries many mutants on tests that are collected once.
 
-First each test runs alone in a fork that notes its seconds and which lines of the file it reaches. Then for each mutant it forks,
-gives the functions that the mutant changes their new code, and runs the tests that reach the changed statement, the shortest
-first, until one fails. What a mutant changes in other places (tables, defaults, what was made when a test was imported) stays as
-it is: that a test fails is certain, that none does is not.
+First each test runs alone in a fork that notes its seconds and which lines of the file it reaches. Then for each mutant it
+forks, gives the functions that the mutant changes their new code, and runs the tests that reach the changed statement, the
+shortest first, until one fails. What a mutant changes in other places (tables, defaults, what was made when a test was
+imported) stays as it is: that a test fails is certain, that none does is not.
 """
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def pytest_runtestloop(session: pytest.Session) -> bool:
         reaching = sorted((r.seconds, i) for i, r in enumerate(alone) if r and r.lines & lines)
         items = [session.items[i] for _, i in reaching]
 
-        def work() -> int:
+        def work(new: str = new, items: Sequence[pytest.Item] = items) -> int:
             _patch(functions, path, old, new)
             return _tried(session, items)
 

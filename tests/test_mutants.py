@@ -5,6 +5,7 @@ import sys
 from os import environ
 
 import mutants
+import mutants_forked
 
 SOURCE = '''def f(a, b):
     """é"""
@@ -31,20 +32,39 @@ def test_of_some_lines():
     assert mutants.mutants(SOURCE, [4]) == []
 
 
+def test_the_lines_of_a_statement():
+    assert mutants_forked.statement(SOURCE, SOURCE.replace("a < b", "a <= b")) == {3}
+    assert mutants_forked.statement(SOURCE, SOURCE.replace("True", "False")) == {5}
+    long = "def f(x):\n    while (x and\n           x > 1):\n        x = [\n            x,\n        ]\n"
+    assert mutants_forked.statement(long, long.replace("x > 1", "x > 2")) == {2, 3}
+    assert mutants_forked.statement(long, long.replace("    x,", "    y,")) == {4, 5, 6}
+    assert mutants_forked.statement(long, long.replace("f(x)", "f(y)")) == {1}
+
+
 def test_forks_notice_what_a_function_does_and_no_more(tmp_path):
-    """A mutant that a test notices, one that none does, and one outside of functions, which has to be tried again."""
+    """A mutant that a test notices, one that none does, and one outside of functions, which has to be tried again. Only tests
+    that reach a statement are tried with it, and none that fails of itself."""
     file, tests = "passes/analyses/cost.py", tmp_path / "test_it.py"
-    imported = "from wasat.passes.analyses.cost import bytes_of\n"
-    tests.write_text(imported + "def test(): assert 77 not in bytes_of.__code__.co_consts\n")
+    tests.write_text(
+        "from types import SimpleNamespace\n"
+        "from wasat.passes.analyses import cost\n"
+        "GIVEN = SimpleNamespace(node=None)\n"
+        "def test_one(): assert cost.bytes_of(GIVEN, {}) == 0\n"
+        "def test_another(): assert cost.bytes_of\n"
+        "def test_broken(): assert cost.bytes_of(GIVEN, {}) == 1\n"
+    )
     copied = mutants.farm(tmp_path, file)
     source = copied.read_text()
     name = "def bytes_of("
     assert source.count(name) == 1
     at = source.index("return", source.index(name))
     noticed = source[:at] + "return 77  # " + source[at:]
+    same = source[:at] + "return  " + source[at + len("return "):]
     other = source.replace('"""', '"""Other. ', 1)
-    tried = mutants.tried_in_forks(tmp_path, copied, [noticed, source, other], [str(tests)], 60)
+    tried = mutants.tried_in_forks(tmp_path, copied, [noticed, same, other], [str(tests)], 60)
     assert [x.killed for x in tried] == [True, False, False]
+    assert [[t.rpartition("::")[2] for t in x.tests] for x in tried] == [["test_one"], ["test_one"], []]
+    assert [mutants.outside(source, x) for x in (noticed, same, other)] == [False, False, True]
 
 
 def test_the_tree_is_not_touched(tmp_path):

@@ -155,7 +155,7 @@ def _after_last(node: Node, given: Sequence[Label], symbol: str) -> Label:
 def _repeated(node: Node, rule: AxisRule, symbol: str) -> list[int]:
     """The axes along the sequence on which the result repeats what it is made of."""
     along = axes_of(node.outputs[0].shape, symbol)
-    return [i for i, axis in enumerate(rule.results[0]) if i in along and any(f.role == "repeated" for f in axis)]
+    return [i for i, axis in enumerate(rule.result) if i in along and any(f.role == "repeated" for f in axis)]
 
 
 def _pair(node: Node, axis: int, other: int, at: Indexing) -> Label:
@@ -171,7 +171,7 @@ def _by_distance(node: Node, given: Sequence[Label], at: Indexing) -> Label | No
     if not node.is_a("take_along"):
         return None
     (x, index), (v, ids), axis = given, node.inputs, AxisAttrs.of(node).axis
-    if x.kind != "scores" or x.wide >= 0 or (x.key >= 0 and x.key != axis) or axis not in x.axes:
+    if x.kind != "scores" or x.widened or (x.key >= 0 and x.key != axis) or axis not in x.axes:
         return None
     if index.kind != "pair" or index.axes != x.axes or index.rows:
         return None
@@ -202,8 +202,10 @@ def _general(
                 ends.add(image(node, rule, i, axis))
     if mixed:
         label = _over_keys(node, rule, given, ends, mixed)
-        if label.relates and label.key >= 0 and label.wide < 0 and node.op.kind != "ordered":
-            _see(node.inputs[0], label.key, labels)
+        if label.relates and not label.widened and node.op.kind != "ordered":
+            for v, x in zip(node.inputs, given):
+                if x.relates:
+                    _see(v, label.key, labels)
         return label
     ends |= set(_repeated(node, rule, symbol))
     if len(ends) > 2:
@@ -219,7 +221,7 @@ def image(node: Node, rule: AxisRule, i: int, axis: int) -> int:
     for f in factors:
         if f.role != "free":
             raise LooksAhead(_reason(node, f))
-    at = rule.results[0].index(factors) if factors in rule.results[0] else None
+    at = rule.result.index(factors) if factors in rule.result else None
     if at is None or any(rule.results[k][at : at + 1] != (factors,) for k in range(1, len(node.outputs))):
         raise LooksAhead("it merges the sequence with another axis")
     return at
@@ -245,7 +247,7 @@ def _through(node: Node, rule: AxisRule, given: Sequence[Label], ends: set[int])
     [end] = ends
     kinds = {x.kind for x in given if x.along}
     others = [axes for x, axes in zip(given, rule.operands) if not x.along]
-    if any(f in axis for axes in others for axis in axes for f in rule.results[0][end]):
+    if any(f in axis for axes in others for axis in axes for f in rule.result[end]):
         raise LooksAhead("it joins parts that run along the sequence with others that do not")
     longer = [x for x in given if x.along and x.extra]
     if longer and not all(x.kind == "token" and x.extra == longer[0].extra for x in given if x.along):
@@ -264,7 +266,6 @@ def _related(node: Node, rule: AxisRule, given: Sequence[Label], axis: int, othe
     """The label of a result along two axes: which numbers stand on either side of its diagonal."""
     if any(x.extra for x in given):
         raise LooksAhead(next(x.reason for x in given if x.extra))
-    wide = {(x.wide, x.front, x.back) for x in given if x.relates}
     if len({(x.front, x.back) for x in given if x.relates}) > 1:
         raise LooksAhead("its operands have other elements beside the positions")
     keys = {image(node, rule, i, x.key) for i, x in enumerate(given) if x.key >= 0}
@@ -272,8 +273,6 @@ def _related(node: Node, rule: AxisRule, given: Sequence[Label], axis: int, othe
         raise LooksAhead("it relates keys to keys")
     key = keys.pop() if keys else -1
     if not _tokens_in(given):
-        if any(x.wide >= 0 for x in given):
-            raise LooksAhead("it puts other elements beside the positions")
         pair = replace(_pair(node, axis, other, at), key=key)
         if pair.above is not None and pair.below is not None:
             return pair
@@ -283,9 +282,9 @@ def _related(node: Node, rule: AxisRule, given: Sequence[Label], axis: int, othe
     above, below = _sides(node, rule, given, axis, at)
     label = Label("scores", axis, other, culprit=node, reason="it relates tokens to each other", above=above, below=below,
                   key=key)  # fmt: skip
-    if any(w[0] >= 0 for w in wide):
-        i, x = next((i, x) for i, x in enumerate(given) if x.relates)
-        label = replace(label, wide=image(node, rule, i, x.wide), front=x.front, back=x.back)
+    for i, x in enumerate(given):
+        if x.widened:
+            return replace(label, wide=image(node, rule, i, x.wide), front=x.front, back=x.back)
     return label
 
 
@@ -317,14 +316,14 @@ def _over_keys(
     if f.role == "ordered" and f.how == "forward" and not others and not ends and not given[0].relates:
         if given[0].kind != "token" or given[0].extra:
             raise LooksAhead(given[0].reason or "it is a running sum over positions")
-        return Label("token", rule.results[0].index((f,)), mixes=True)
+        return Label("token", rule.result.index((f,)), mixes=True)
     scores = [(given[i], axis) for i, axis in parts if given[i].relates]
     if others or not scores or len(ends) != 1:
         met = "every position meets every other; " + _HINT
         raise LooksAhead(met if len(ends) > 1 or others else _reason(node, f))
     if any(x.extra for x in given):
         raise LooksAhead(next(x.reason for x in given if x.extra))
-    if any(x.wide not in (-1, axis) or (x.wide >= 0 and len(parts) > 1) for x, axis in scores):
+    if any(x.wide not in (-1, axis) or (x.widened and len(parts) > 1) for x, axis in scores):
         raise LooksAhead("it puts other elements beside the positions")
     neutral = f.neutral
     if node.op.kind == "product":
@@ -342,12 +341,13 @@ def _over_keys(
     end, tokens = next(iter(ends)), _tokens_in(given)
     if f.role == "reduced":
         return Label("token" if tokens else "position", end, mixes=True)
-    axis = rule.results[0].index((f,))
+    axis = rule.result.index((f,))
     x, key = scores[0]
     after = None if math.isnan(neutral) else neutralized(node, key, neutral)
-    straight = axis > end
+    first, second = sorted((axis, end))
+    straight = axis == second
     return replace(
-        x, axis=min(axis, end), other=max(axis, end), wide=axis if x.wide >= 0 else -1, key=axis, culprit=node,
+        x, axis=first, other=second, wide=axis if x.widened else -1, key=axis, culprit=node,
         above=after if straight else None, below=None if straight else after,
     )  # fmt: skip
 

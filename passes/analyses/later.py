@@ -45,7 +45,7 @@ def blind(v: Value, key: int, labels: Mapping[Value, Label]) -> Value | None:
         if node is None or not (node.op.elementwise or node.op.carries):
             continue
         rule = node.axes
-        along = [rule.results[0][query], rule.results[0][key]]
+        along = [rule.result[query], rule.result[key]]
         found = [(u, [axes.index(f) if f in axes else None for f in along]) for u, axes in zip(node.inputs, rule.operands)]
         both = [(u, a, b) for u, (a, b) in found if a is not None and b is not None and labels[u].relates]
         waiting += both

@@ -130,7 +130,7 @@ class Turn:
         """The variables of each operand, by the axis rule; None where that does not give one for each axis."""
         rule: AxisRule = node.axes
         known: dict[Factor, int | None] = {}
-        for axis, label in zip(rule.results[0], labels):
+        for axis, label in zip(rule.result, labels):
             factors = [f for f in axis if f.size != 1]
             if len(factors) > 1 or any(f.role not in ("free", "repeated") for f in axis):  # padded, perhaps, from a size of 1
                 return None

@@ -91,7 +91,7 @@ class Portions:
     def _moved(self, node: Node, axis: int, first: DimLike, size: DimLike) -> Value | None:
         """Of what makes each element along the axis of those of its operands that stand there."""
         rule, attrs = node.axes, node.attrs
-        factors = rule.results[0][axis]
+        factors = rule.result[axis]
         if len(factors) != 1 or factors[0].role not in ("free", "repeated"):
             return None
         inputs = []
@@ -129,7 +129,7 @@ def beside(v: Value, axis: int, size: DimLike) -> tuple[DimLike, DimLike] | None
         return None
     else:
         rule = node.axes
-        factors = rule.results[0][axis]
+        factors = rule.result[axis]
         found = [(v, axes.index(factors)) for v, axes in zip(node.inputs, rule.operands) if factors and factors in axes]
         return beside(*found[0], size) if found else None
     return (inner[0] + front, inner[1] + back) if inner is not None else None

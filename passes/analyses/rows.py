@@ -84,7 +84,7 @@ def repeats(v: Value, axis: int) -> bool:
     if node is None or len(node.outputs) != 1 or axis < 0:
         return False
     rule = node.axes
-    own = rule.results[0][axis]
+    own = rule.result[axis]
     if all(f.role == "repeated" for f in own):
         return True
     if len(own) != 1 or own[0].role != "free":

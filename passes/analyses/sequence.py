@@ -64,6 +64,11 @@ class Label:
         return self.kind in ("pair", "scores")
 
     @property
+    def widened(self) -> bool:
+        """Whether elements that are no positions stand beside those that are, on the axis ``wide``."""
+        return self.wide >= 0
+
+    @property
     def one_each(self) -> bool:
         """Whether there is a part of it for each token, or one for all: what can be returned."""
         return self.kind not in ("ahead", "pair", "scores") and not self.extra

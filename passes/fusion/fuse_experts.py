@@ -401,7 +401,7 @@ class _Substitution:
             if len(node.inputs) < 3:
                 return y
             return self.b.add(y, self.value(node.inputs[2], operands[2], labels))
-        roles = {f.role for axis, label in zip(rule.results[0], labels) if self.e in label for f in axis if f.size != 1}
+        roles = {f.role for axis, label in zip(rule.result, labels) if self.e in label for f in axis if f.size != 1}
         if not roles <= {"free", "repeated"}:
             raise Mismatch(f"{node!r} does not treat experts one by one")
         within = labels if node.op.elementwise else None

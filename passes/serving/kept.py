@@ -65,7 +65,7 @@ def lands(node: Node, i: int, axis: int) -> int | None:
     if isinstance(node.attrs, (Slice.Attrs, Concat.Attrs, Pad.Attrs)) or node.is_a("take_along"):
         return axis
     rule = node.axes
-    factors, result = rule.operands[i][axis], rule.results[0]
+    factors, result = rule.operands[i][axis], rule.result
     return result.index(factors) if factors and factors in result else None
 
 
@@ -367,7 +367,7 @@ def guard(d: Derivation, v: Value, x: Value, key: int, f: Factor | None, node: N
     """``x``, scores over slots along ``key``, with the number in later ones that does not matter to ``node``."""
     label = d.labels[v]
     number = label.later(key)
-    if label.wide >= 0 or number is None:  # other elements joined it, which was guarded before; or any number will do
+    if label.widened or number is None:  # other elements joined it, which was guarded before; or any number will do
         return x
     if f is not None and f.neutral is not None and stands_for(number, f.neutral):
         number = f.neutral

@@ -170,7 +170,7 @@ class _Split:
         if at is None:
             raise LooksAhead("it depends on the number of tokens")
         if not isinstance(node.attrs, Iota.Attrs):
-            if not any(f.role == "repeated" for f in node.axes.results[0][at.axis]):
+            if not any(f.role == "repeated" for f in node.axes.result[at.axis]):
                 raise LooksAhead("it depends on the number of tokens")
             self._both(node, at)
             return

@@ -137,7 +137,7 @@ class _LastFirst:
     def _moved(self, node: Node, axis: int) -> Value | None:
         """Of what makes each element along the axis of those of its operands that stand there."""
         rule = node.axes
-        factors = rule.results[0][axis]
+        factors = rule.result[axis]
         if len(factors) != 1 or factors[0].role not in ("free", "repeated"):
             return None
         if factors[0].role == "repeated":
