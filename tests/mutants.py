@@ -208,8 +208,8 @@ def passes(scratch: Path, tests: list[str], limit: float) -> bool:
 
 
 class Tried(NamedTuple):
-    """What became of a mutant in a fork: whether a test certainly notices it, and the tests that reach its statement."""
-    killed: bool
+    """What became of a mutant in a fork: whether a test notices it (None: not tried), and the tests that reach its statement."""
+    killed: bool | None
     tests: list[str]
 
 
@@ -220,7 +220,7 @@ def tried_in_forks(scratch: Path, copied: Path, drawn: list[str], tests: list[st
     _run(scratch, tests, None, "-p", "mutants_forked", MUTANTS=str(given))
     made = json.loads(given.read_text())
     if "answers" not in made:
-        return [Tried(False, [])] * len(drawn)
+        return [Tried(None, [])] * len(drawn)
     for name in made["failing"]:
         print(f"left out, fails or takes too long without a mutant: {name}", flush=True)
     return [Tried(**x) for x in made["answers"]]
@@ -248,17 +248,18 @@ def sample(file: str, seed: int, count: int, limit: float, at: Collection[int] =
         for i, (mutant, found) in enumerate(zip(drawn, tried_in_forks(Path(name), copied, drawn, tests, limit))):
             if found.killed:
                 continue
-            chosen = tests if outside(source, mutant) or not found.tests else found.tests
-            if chosen is tests and not sound:
-                copied.write_text(source)
-                if not (sound := passes(Path(name), tests, limit)):
-                    raise RuntimeError(f"{file}: {' '.join(tests)} fail without a mutant, or take more than {limit:g} s")
-            copied.write_text(mutant)
-            os.utime(copied, (i, i))  # bytecode is told apart by the second and the size
-            if passes(Path(name), chosen, limit):
-                diff = difflib.unified_diff(source.splitlines(), mutant.splitlines(), file, file, lineterm="", n=0)
-                survivors.append("\n".join(list(diff)[2:]))
-                print(survivors[-1], flush=True)
+            if found.killed is None or outside(source, mutant):  # in a process of its own, by all tests
+                if not sound:
+                    copied.write_text(source)
+                    if not (sound := passes(Path(name), tests, limit)):
+                        raise RuntimeError(f"{file}: {' '.join(tests)} fail without a mutant, or take more than {limit:g} s")
+                copied.write_text(mutant)
+                os.utime(copied, (i, i))  # bytecode is told apart by the second and the size
+                if not passes(Path(name), tests, limit):
+                    continue
+            diff = difflib.unified_diff(source.splitlines(), mutant.splitlines(), file, file, lineterm="", n=0)
+            survivors.append("\n".join(list(diff)[2:]))
+            print(survivors[-1], flush=True)
     return len(drawn), survivors
 
 

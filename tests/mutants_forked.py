@@ -3,7 +3,7 @@
 First each test runs alone in a fork that notes its seconds and which lines of the file it reaches. Then for each mutant it
 forks, gives the functions that the mutant changes their new code, and runs the tests that reach the changed statement, the
 shortest first, until one fails. What a mutant changes in other places (tables, defaults, what was made when a test was
-imported) stays as it is: that a test fails is certain, that none does is not.
+imported) stays as it is: `mutants.py` tries again what changes more than the inside of functions.
 """
 from __future__ import annotations
 
@@ -37,15 +37,18 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
             yield from _codes(x)
 
 
-def _patch(functions: Sequence[FunctionType], path: str, old: str, new: str) -> None:
+def _patch(functions: Sequence[FunctionType], path: str, old: str, new: str) -> bool:
+    """Gives functions the code that they have in another text; False where it defines others, or those read other variables."""
     before, after = (list(_codes(compile(text, path, "exec", dont_inherit=True))) for text in (old, new))
-    if [c.co_qualname for c in before] != [c.co_qualname for c in after]:
-        return
+    told = [[(c.co_qualname, c.co_freevars) for c in codes] for codes in (before, after)]
+    if told[0] != told[1]:
+        return False
     made = {(a.co_qualname, a.co_firstlineno): b for a, b in zip(before, after)}
     for f in functions:
         code = made.get((f.__code__.co_qualname, f.__code__.co_firstlineno))
-        if code is not None and code.co_freevars == f.__code__.co_freevars:
+        if code is not None:
             f.__code__ = code
+    return True
 
 
 def statement(source: str, mutant: str) -> set[int]:
@@ -111,7 +114,7 @@ def _reached(session: pytest.Session, item: pytest.Item, path: str, noted: Path,
 
 
 def pytest_runtestloop(session: pytest.Session) -> bool:
-    """Writes for each mutant whether a test failed, and the tests that reach its statement."""
+    """Writes for each mutant whether a test failed (None if that was not tried), and the tests that reach its statement."""
     told = Path(os.environ["MUTANTS"])
     given = json.loads(told.read_text())
     path, old, limit = given["path"], given["source"], given["limit"]
@@ -124,11 +127,11 @@ def pytest_runtestloop(session: pytest.Session) -> bool:
         items = [session.items[i] for _, i in reaching]
 
         def work(new: str = new, items: Sequence[pytest.Item] = items) -> int:
-            _patch(functions, path, old, new)
-            return _tried(session, items)
+            return _tried(session, items) if _patch(functions, path, old, new) else 2
 
         allowed = min(limit, 10 + 3 * sum(s for s, _ in reaching))
-        killed = bool(items) and _forked(allowed, work) not in (0, 2)
+        status = _forked(allowed, work) if items else 2
+        killed = None if status == 2 else status != 0
         answers.append({"killed": killed, "tests": [x.nodeid for x in items]})
     told.write_text(json.dumps({"failing": [x.nodeid for x, r in zip(session.items, alone) if r is None], "answers": answers}))
     return True
