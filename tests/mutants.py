@@ -213,10 +213,13 @@ class Tried(NamedTuple):
     tests: list[str]
 
 
-def tried_in_forks(scratch: Path, copied: Path, drawn: list[str], tests: list[str], limit: float) -> list[Tried]:
+def tried_in_forks(
+    scratch: Path, copied: Path, drawn: list[str], tests: list[str], limit: float, within: float = math.inf
+) -> list[Tried]:
     """What `mutants_forked` finds of each mutant, all in one process that collects the tests once."""
     given = scratch / "mutants.json"
-    given.write_text(json.dumps({"path": str(copied), "source": copied.read_text(), "mutants": drawn, "limit": limit}))
+    told = {"path": str(copied), "source": copied.read_text(), "mutants": drawn, "limit": limit, "within": within}
+    given.write_text(json.dumps(told))
     _run(scratch, tests, None, "-p", "mutants_forked", MUTANTS=str(given))
     made = json.loads(given.read_text())
     if "answers" not in made:
@@ -237,7 +240,9 @@ def outside(source: str, mutant: str) -> bool:
     return told(source) != told(mutant)
 
 
-def sample(file: str, seed: int, count: int, limit: float, at: Collection[int] = ()) -> tuple[int, list[str]]:
+def sample(
+    file: str, seed: int, count: int, limit: float, at: Collection[int] = (), within: float = math.inf
+) -> tuple[int, list[str]]:
     """Tries ``count`` mutants of a file, or every one of some lines. Returns how many, and the differences of the survivors."""
     source = (ROOT / file).read_text()
     every = mutants(source, at)
@@ -245,7 +250,8 @@ def sample(file: str, seed: int, count: int, limit: float, at: Collection[int] =
     survivors, sound = [], False
     with tempfile.TemporaryDirectory() as name:
         copied, tests = farm(Path(name), file), covering(file)
-        for i, (mutant, found) in enumerate(zip(drawn, tried_in_forks(Path(name), copied, drawn, tests, limit))):
+        tried = tried_in_forks(Path(name), copied, drawn, tests, limit, within)
+        for i, (mutant, found) in enumerate(zip(drawn, tried)):
             if found.killed:
                 continue
             if found.killed is None or outside(source, mutant):  # in a process of its own, by all tests
@@ -269,11 +275,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=40)
     parser.add_argument("--limit", type=float, default=120, help="seconds of the processor for the tests of one mutant")
+    parser.add_argument("--within", type=float, default=math.inf,
+                        help="seconds of the tests that reach it after which a mutant counts as not noticed")
     args = parser.parse_args()
     for given in args.files:
         file, _, lines = given.partition(":")
         try:
-            drawn, survivors = sample(file, args.seed, args.count, args.limit, [int(x) for x in lines.split(",") if x])
+            at = [int(x) for x in lines.split(",") if x]
+            drawn, survivors = sample(file, args.seed, args.count, args.limit, at, args.within)
         except RuntimeError as e:
             print(e, flush=True)
             continue

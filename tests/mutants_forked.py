@@ -2,13 +2,14 @@
 
 First each test runs alone in a fork that notes its seconds and which lines of the file it reaches. Then for each mutant it
 forks, gives the functions that the mutant changes their new code, and runs the tests that reach the changed statement, the
-shortest first, until one fails. What a mutant changes in other places (tables, defaults, what was made when a test was
-imported) stays as it is: `mutants.py` tries again what changes more than the inside of functions.
+shortest first, until one fails or they have taken long enough. What a mutant changes in other places (tables, defaults, what
+was made when a test was imported) stays as it is: `mutants.py` tries again what changes more than the inside of functions.
 """
 from __future__ import annotations
 
 import ast
 import gc
+import itertools
 import json
 import os
 import resource
@@ -124,6 +125,8 @@ def pytest_runtestloop(session: pytest.Session) -> bool:
     for new in given["mutants"]:
         lines = statement(old, new)
         reaching = sorted((r.seconds, i) for i, r in enumerate(alone) if r and r.lines & lines)
+        until = itertools.accumulate(s for s, _ in reaching)
+        reaching = [x for x, total in zip(reaching, until) if total <= given["within"]]
         items = [session.items[i] for _, i in reaching]
 
         def work(new: str = new, items: Sequence[pytest.Item] = items) -> int:
