@@ -208,7 +208,7 @@ def passes(scratch: Path, tests: list[str], limit: float) -> bool:
 
 
 class Tried(NamedTuple):
-    """What became of a mutant in a fork: whether a test notices it (None: not tried), and the tests that reach its statement."""
+    """What became of a mutant in a fork: whether a test notices it (None: not tried), and the tests that reach it."""
     killed: bool | None
     tests: list[str]
 
