@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OPS = ("attention", "cache", "conv", "elementwise", "index", "linalg", "nn", "cond", "reduce", "rope", "scan", "shape", "unary")
 ROOMS = ("ir", "passes", "backends", "frontend", "runtime", "training")
 VALUES = ["tests/passes/test_core.py::test_passes_are_values"]
-CACHES = [f"tests/passes/test_{x}.py" for x in ("kv_cache", "kv_cache_refused", "rows", "kept", "kept_refused")]
+CACHES = [f"tests/passes/test_{x}.py" for x in ("kv_cache_text", "kv_cache", "kv_cache_refused", "rows", "kept", "kept_refused")]
 TESTS = {  # what covers a file; for others it is the file of the same name, or the room
     "frontend/models/encoders.py": ["tests/frontend/test_sentence.py"],
     "frontend/models/modernbert.py": ["tests/frontend/test_sentence.py"],

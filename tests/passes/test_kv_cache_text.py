@@ -1,0 +1,67 @@
+"""The derivation of caches, in text: what it refuses by its options, how far tables reach, what it says and hands over."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from wasat.ir import parse
+from wasat.passes import DeriveKVCache, PassError, PassManager
+from wasat.passes.analyses.axis import analyze
+from wasat.passes.serving.kv_cache import _positions_known
+
+from wasat.testing import random_program
+
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"chunk": 0}, "chunk=0: a chunk holds at least one token"), ({"chunk": 1.5}, "chunk=1.5: a chunk"),
+    ({"granule": 0}, "granule=0: a capacity is a multiple of at least one position"),
+    ({"graph": "step"}, "there is no graph @step; there are @forward"),
+])
+def test_options_that_cannot_be(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(PassError, match=words):
+        DeriveKVCache(**options).requires(random_program(RUNNING))
+    DeriveKVCache(chunk=1, granule=1).requires(random_program(RUNNING))
+
+
+RUNNING = """graph @forward(%ids: i64[b, s], %table: f32[11, 8]) {
+  %x: f32[b, s, 8] = embedding(%table, %ids)
+  %y: f32[b, s, 8] = cumsum(%x) {axis=1}
+  return %y
+}"""
+
+
+def known(lines: str) -> int | None:
+    text = f"graph @f(%ids: i64[b, s], %table: f32[16, 4], %grid: f32[s, 16]) {{\n  %at: i64[s] = iota() {{size=s}}\n  {lines}\n}}"
+    g = parse(text)
+    return _positions_known(g, analyze(g, "s", g.inputs[0].shape[0]))
+
+
+READ = "\n  %y: f32[s, 4] = embedding(%table, %p)\n  return %y"
+PAIR = "%column: i64[s, 1] = reshape(%at) {shape=(s, 1)}\n  "
+
+
+@pytest.mark.parametrize("lines, want", [
+    ("%p: i64[s] = add(%at, 0:i64)" + READ, 16),
+    ("%p: i64[s] = add(%at, 2:i64)" + READ, 14),
+    ("%p: i64[s] = mul(%at, 2:i64)" + READ, 8),
+    ("%p: i64[s] = mul(%at, 3:i64)" + READ, 6),
+    ("%p: i64[s] = minimum(%at, 15:i64)" + READ, None),
+    ("%p: i64[s] = sub(15:i64, %at)" + READ, None),
+    ("%p: i64[s] = mul(%at, %at)" + READ, None),
+    (PAIR + "%p: i64[s, s] = add(%at, %column)\n  %y: f32[s, s, 4] = embedding(%table, %p)\n  return %y", 8),
+    (PAIR + "%p: i64[s, s] = sub(%at, %column)\n  %y: f32[s, s, 4] = embedding(%table, %p)\n  return %y", 16),
+    ("%y: f32[b, s, 4] = embedding(%table, %ids)\n  return %y", None),
+    ("%p: i64[s] = add(%at, 1:i64)\n %a: f32[s, 4] = embedding(%table, %at)\n %b: f32[s, 4] = embedding(%table, %p)\n"
+     "  %y: f32[s, 4] = add(%a, %b)\n  return %y", 15),
+])
+def test_for_how_many_positions_tables_have_rows(lines: str, want: int | None) -> None:
+    assert known(lines) == want
+
+
+@pytest.mark.parametrize("batch, donated", [("b", True), ("1", True), ("2", False)])
+def test_states_are_donated_where_all_rows_are_called_for(batch: str, donated: bool) -> None:
+    program = random_program(RUNNING.replace("[b,", f"[{batch},"))
+    PassManager([DeriveKVCache()]).run(program)
+    assert [s.donated for s in program.interface.states] == [donated]
