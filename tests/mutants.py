@@ -27,14 +27,16 @@ ROOT = Path(__file__).resolve().parents[1]
 OPS = ("attention", "cache", "conv", "elementwise", "index", "linalg", "nn", "cond", "reduce", "rope", "scan", "shape", "unary")
 ROOMS = ("ir", "passes", "backends", "frontend", "runtime", "training")
 VALUES = ["tests/passes/test_core.py::test_passes_are_values"]
-CACHES = [f"tests/passes/test_{x}.py" for x in ("kv_cache_text", "kv_cache", "kv_cache_refused", "rows", "kept", "kept_refused")]
+CACHES = [
+    f"tests/passes/test_{x}.py" for x in ("kv_cache_text", "kv_cache", "kv_cache_refused", "rows", "kept", "kept_refused")
+]
 TESTS = {  # what covers a file; for others it is the file of the same name, or the room
     "frontend/models/encoders.py": ["tests/frontend/test_sentence.py"],
     "frontend/models/modernbert.py": ["tests/frontend/test_sentence.py"],
     "runtime/template.py": ["tests/runtime/test_templates.py"],
     "runtime/tokenizer.py": ["tests/runtime/test_text_stream.py", "tests/runtime/test_tokenizer.py"],
     "runtime/embedding.py": ["tests/runtime/test_embedding.py", "tests/face/test_embed.py"],
-    "passes/analyses/rows.py": ["tests/passes/test_rows.py"],
+    "passes/analyses/rows.py": ["tests/passes/test_row_places.py", "tests/passes/test_rows.py"],
     **{f"passes/analyses/{x}.py": ["tests/passes/test_axis_labels.py", *CACHES] for x in ("axis", "sequence", "parts")},
     "passes/analyses/later.py": ["tests/passes/test_kept.py", "tests/passes/test_kept_refused.py"],
     "passes/serving/kept.py": ["tests/passes/test_kept.py", "tests/passes/test_kept_refused.py"],

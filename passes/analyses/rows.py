@@ -56,7 +56,7 @@ def places(graph: Graph, tokens: Value, labels: Mapping[Value, Label]) -> dict[V
         if label.kind == "ahead":
             continue
         if any(v in counted for v in node.inputs) or _counts(node, found, batch):
-            if label.kind == "fixed" and not any(v in found or labels[v].rows for v in node.inputs):
+            if label.kind == "fixed" and not any(labels[v].rows for v in node.inputs):
                 counted.update(node.outputs)
             elif label.kind != "fixed":
                 raise IRError(f"rows of a batch cannot be served apart: {node!r}\n  {_COUNTS}", node.loc)
@@ -87,9 +87,10 @@ def repeats(v: Value, axis: int) -> bool:
     own = rule.result[axis]
     if all(f.role == "repeated" for f in own):
         return True
-    if len(own) != 1 or own[0].role != "free":
+    factor, *others = own
+    if others or factor.role != "free":
         return False
-    found = [(u, i, a) for u, axes in zip(node.inputs, rule.operands) for i, a in enumerate(axes) if own[0] in a]
+    found = [(u, i, a) for u, axes in zip(node.inputs, rule.operands) for i, a in enumerate(axes) if factor in a]
     return bool(found) and all(a == own and repeats(u, i - len(u.shape)) for u, i, a in found)
 
 

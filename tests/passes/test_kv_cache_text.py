@@ -13,7 +13,6 @@ from wasat.passes.serving.kv_cache import _positions_known
 from wasat.testing import random_program
 
 
-
 @pytest.mark.parametrize("options, words", [
     ({"chunk": 0}, "chunk=0: a chunk holds at least one token"), ({"chunk": 1.5}, "chunk=1.5: a chunk"),
     ({"granule": 0}, "granule=0: a capacity is a multiple of at least one position"),
@@ -33,8 +32,7 @@ RUNNING = """graph @forward(%ids: i64[b, s], %table: f32[11, 8]) {
 
 
 def known(lines: str) -> int | None:
-    text = f"graph @f(%ids: i64[b, s], %table: f32[16, 4], %grid: f32[s, 16]) {{\n  %at: i64[s] = iota() {{size=s}}\n  {lines}\n}}"
-    g = parse(text)
+    g = parse(f"graph @f(%ids: i64[b, s], %table: f32[16, 4]) {{\n  %at: i64[s] = iota() {{size=s}}\n  {lines}\n}}")
     return _positions_known(g, analyze(g, "s", g.inputs[0].shape[0]))
 
 

@@ -1,0 +1,72 @@
+"""Where rows stand, operation by operation, and what makes them meet."""
+
+from __future__ import annotations
+
+import pytest
+from wasat.ir import IRError, parse
+from wasat.passes.analyses.axis import analyze
+from wasat.passes.analyses.rows import Place, places, repeats
+
+HEADS = """%h: f32[b, s, 2, 4] = reshape(%x) {shape=(b, s, 2, 4)}
+  %front: f32[2, b, s, 4] = transpose(%h) {perm=(2, 0, 1, 3)}
+  %folded: f32[2*b, s, 4] = reshape(%front) {shape=(2*b, s, 4)}
+  """
+OUTER = """%column: f32[b, 1, s, 8] = reshape(%x) {shape=(b, 1, s, 8)}
+  %row: f32[1, b, s, 8] = reshape(%x) {shape=(1, b, s, 8)}
+  """
+COUNT = """%i: i64[b] = iota() {size=b}
+  %f: f32[b] = cast(%i) {dtype=f32}
+  %n: f32[b, 1, 1] = reshape(%f) {shape=(b, 1, 1)}
+  """
+
+
+def place(lines: str) -> Place | None:
+    g = parse(f"graph @f(%x: f32[b, s, 8], %start: f32[8]) {{\n  {lines}\n  return %y\n}}")
+    return places(g, g.inputs[0], analyze(g, "s", g.inputs[0].shape[0])).get(g.outputs[0])
+
+
+@pytest.mark.parametrize("lines, want", [
+    ("%y: f32[b, s, 8] = neg(%x)", Place(0)),
+    ("%y: f32[s, b, 8] = transpose(%x) {perm=(1, 0, 2)}", Place(1)),
+    (HEADS + "%y: f32[2, b, s, 4] = neg(%front)", Place(1)),
+    (HEADS + "%y: f32[2*b, s, 4] = neg(%folded)", Place(0, 2)),
+    (HEADS + "%y: f32[2, b, s, 4] = reshape(%folded) {shape=(2, b, s, 4)}", Place(1)),
+    (HEADS + "%y: f32[2*b, s, 4] = add(%folded, %folded)", Place(0, 2)),
+    ("%t: f32[s, b, 8] = transpose(%x) {perm=(1, 0, 2)}\n  %y: f32[s, 8*b] = reshape(%t) {shape=(s, 8*b)}", Place(1, 1, 8)),
+    ("%y: f32[8] = neg(%start)", None),
+    (OUTER + "%y: f32[1, b, s, 8] = neg(%row)", Place(1)),
+])
+def test_places(lines: str, want: Place | None) -> None:
+    assert place(lines) == want
+
+
+MEETING = {
+    "two axes": (OUTER + "%y: f32[b, b, s, 8] = add(%column, %row)", "its operands keep the rows on different axes"),
+    "a mean": ("%y: f32[s, 8] = reduce_mean(%x) {axes=(0,)}", "rows meet here, or change their order"),
+    "a softmax": ("%y: f32[b, s, 8] = softmax(%x) {axis=0}", "rows meet here, or change their order"),
+    "a number of each row": (COUNT + "%y: f32[b, s, 8] = mul(%x, %n)", "it depends on which row it is of"),
+}
+
+
+@pytest.mark.parametrize("lines, words", MEETING.values(), ids=MEETING)
+def test_rows_that_meet(lines: str, words: str) -> None:
+    with pytest.raises(IRError, match=words):
+        place(lines)
+
+
+@pytest.mark.parametrize("lines, want", [
+    ("%y: f32[3, 8] = broadcast_to(%x) {shape=(3, 8)}", (True, False)),
+    ("%r: f32[3, 8] = broadcast_to(%x) {shape=(3, 8)}\n  %y: f32[3, 8] = neg(%r)", (True, False)),
+    ("%r: f32[3, 8] = broadcast_to(%x) {shape=(3, 8)}\n  %y: f32[3, 8] = add(%r, %z)", (False, False)),
+    ("%r: f32[3, 8] = broadcast_to(%x) {shape=(3, 8)}\n  %y: f32[3, 8] = add(%z, %r)", (False, False)),
+    ("%r: f32[3, 8] = broadcast_to(%x) {shape=(3, 8)}\n  %y: f32[3, 8] = mul(%r, %r)", (True, False)),
+    ("%r: f32[3, 8] = broadcast_to(%x) {shape=(3, 8)}\n  %y: f32[3, 8] = softmax(%r) {axis=0}", (False, False)),
+    ("%r: f32[3, 8] = broadcast_to(%x) {shape=(3, 8)}\n  %y: f32[24] = reshape(%r) {shape=(24,)}", (None, False)),
+    ("%y: f32[3, 8] = neg(%z)", (False, False)),
+])
+def test_what_is_the_same_along_an_axis(lines: str, want: tuple[bool | None, bool]) -> None:
+    g = parse(f"graph @f(%x: f32[8], %z: f32[3, 8]) {{\n  {lines}\n  return %y\n}}")
+    v = g.outputs[0]
+    assert (None if len(v.shape) == 1 else repeats(v, -2), repeats(v, -1)) == want
+    assert not repeats(v, -3)
+    assert not repeats(g.inputs[0], -1)
