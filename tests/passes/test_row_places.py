@@ -18,6 +18,15 @@ COUNT = """%i: i64[b] = iota() {size=b}
   %f: f32[b] = cast(%i) {dtype=f32}
   %n: f32[b, 1, 1] = reshape(%f) {shape=(b, 1, 1)}
   """
+TURNS = """%none: f32[] = reduce_sum(%start) {axes=(0,)}
+  %ones: f32[b] = broadcast_to(1.0:f32) {shape=(b,)}
+  %last: f32[], %f: f32[b] = scan(%none, %ones) {body=graph @turn(%h: f32[], %o: f32[]) {
+    %new: f32[] = add(%h, %o)
+    %own: f32[] = neg(%new)
+    return %new, %own
+  }, carries=1, slices=1}
+  %n: f32[b, 1, 1] = reshape(%f) {shape=(b, 1, 1)}
+  """
 
 
 def place(lines: str) -> Place | None:
@@ -45,6 +54,7 @@ MEETING = {
     "a mean": ("%y: f32[s, 8] = reduce_mean(%x) {axes=(0,)}", "rows meet here, or change their order"),
     "a softmax": ("%y: f32[b, s, 8] = softmax(%x) {axis=0}", "rows meet here, or change their order"),
     "a number of each row": (COUNT + "%y: f32[b, s, 8] = mul(%x, %n)", "it depends on which row it is of"),
+    "counted turn by turn": (TURNS + "%y: f32[b, s, 8] = mul(%x, %n)", "it depends on which row it is of"),
 }
 
 
