@@ -128,7 +128,7 @@ def _scan(attrs: ScanAttrs, given: Sequence[Place | None], batch: DimLike) -> li
             place = replace(place, axis=place.axis - 1)
         if place is not None:
             start[v] = place
-    for _ in range(c + 1):
+    while True:  # until a turn adds no carry
         found = dict(start)
         for node in body.nodes:
             if _counts(node, found, batch):
