@@ -43,9 +43,12 @@ class Kept:
     kind: Literal["full", "carry", "tail"]
     of: Value
     type: TensorType
-    """Rows first, then positions, if it has any."""
-    count: int = 0
-    """Of a tail: how many inputs."""
+    """Rows first, then positions or the last inputs, if it has any."""
+
+    @property
+    def count(self) -> int:
+        """Of a tail: how many inputs."""
+        return int(self.type.shape[1])
 
     def state(self, donated: bool) -> State:
         """How a session keeps it; ``donated``: it runs for rows that have tokens, and for no others. What rows start from is in
@@ -55,7 +58,8 @@ class Kept:
         return State.tail(self.name, self.count) if self.kind == "tail" else State.carry(self.name, donated=donated)
 
     def describe(self) -> str:
-        what = {"full": "all positions", "carry": "the carry", "tail": f"the last {self.count} inputs"}[self.kind]
+        what = "all positions" if self.kind == "full" else "the carry"
+        what = f"the last {self.count} inputs" if self.kind == "tail" else what
         return f"{what} of %{self.of.name} kept"
 
 
@@ -154,23 +158,23 @@ def keep(plan: Plan) -> None:
         plain = cache.window is None and plan.led is None and k is not v and not sees_ahead(node, plan.labels)
         if plain and {plan.labels[k].kind, plan.labels[v].kind} == {"token"} and len(held(plan, [k, v])) == 1:
             del plan.of[node]  # one tensor is both
-    found: list[tuple[Literal["full", "carry", "tail"], Value, int]] = [("full", v, 0) for v in held(plan, _wanted(plan))]
+    found: list[tuple[Literal["full", "carry", "tail"], Value]] = [("full", v) for v in held(plan, _wanted(plan))]
     if not found and all(c.capacity is not None for c in plan.of.values()) and any(meets(plan, n) for n in plan.forward.nodes):
-        found.append(("full", plan.tokens, 0))  # sums over positions alone: how many there may be, a state has to say
+        found.append(("full", plan.tokens))  # sums over positions alone: how many there may be, a state has to say
     for node in plan.forward.nodes:
         label = plan.labels[node.outputs[-1]]
         if not label.mixes or isinstance(node.attrs, AttentionAttrs):
             continue
         if isinstance(node.attrs, ScanAttrs):
-            found += [("carry", v, 0) for v in node.outputs[: node.attrs.carries]]
+            found += [("carry", v) for v in node.outputs[: node.attrs.carries]]
         elif node.op.recurrence:
-            found += [("carry", node.outputs[i], 0) for i in node.op.recurrence]
+            found += [("carry", node.outputs[i]) for i in node.op.recurrence]
         elif isinstance(node.attrs, CumSum.Attrs) and not plan.labels[node.inputs[0]].relates:
-            found.append(("carry", node.output, 0))
-        elif count := _in_front(node, label):
-            found.append(("tail", node.output, count))
+            found.append(("carry", node.output))
+        elif _in_front(node, label):
+            found.append(("tail", node.output))
     names = {"full": "kept", "carry": "carry", "tail": "tail"}
-    for kind, v, count in found:
+    for kind, v in found:
         label = plan.labels[v]
         source = _source(plan, v) if kind == "tail" else v
         at = plan.places.get(source)
@@ -178,11 +182,13 @@ def keep(plan: Plan) -> None:
             raise IRError(f"%{v.name}: what is kept of it is the same for all rows, which cannot be served apart", v.loc)
         axis = label.axis if label.along else None
         rest = _apart(source.shape, at, batch, axis)
-        front: list[DimLike] = [plan.capacity] if kind == "full" else [count] if kind == "tail" else []
+        front: list[DimLike] = [plan.capacity] if kind == "full" else []
+        if kind == "tail" and v.node is not None:
+            front = [_in_front(v.node, label)]
         if kind == "full":  # caches of rank 4 are written in place
             rest = (product(*rest[:-1]), product(*rest[-1:]))
         name = f"{names[kind]}.{sum(k.kind == kind for k in plan.kept.values())}"
-        plan.kept[v] = Kept(name, kind, v, TensorType(source.tensor.dtype, (batch, *front, *rest)), count)
+        plan.kept[v] = Kept(name, kind, v, TensorType(source.tensor.dtype, (batch, *front, *rest)))
 
 
 def _in_front(node: Node, label: Label) -> int:

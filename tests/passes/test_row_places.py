@@ -49,6 +49,43 @@ def test_places(lines: str, want: Place | None) -> None:
     assert place(lines) == want
 
 
+GIVEN = """graph @f(%x: f32[N, s, 8], %m: f32[SHAPE], %h: f32[8]) {
+  %z: f32[N, s, 8] = neg(%x)
+  %y: f32[SHAPE] = neg(%m)
+  return %y, %z
+}"""
+
+
+def of_input(batch: str, shape: str) -> Place | None:
+    g = parse(GIVEN.replace("N", batch).replace("SHAPE", shape))
+    return places(g, g.inputs[0], analyze(g, "s", g.inputs[0].shape[0])).get(g.outputs[0])
+
+
+@pytest.mark.parametrize("batch, shape, want", [
+    ("b", "b, 8", Place(0)), ("b", "8, b", Place(1)), ("b", "8, 8", None), ("b", "1, 8", None), ("2", "8, 2", Place(1)),
+    ("1", "1, 8", None), ("1", "1, 1", None),
+])
+def test_rows_of_an_input(batch: str, shape: str, want: Place | None) -> None:
+    assert of_input(batch, shape) == want
+
+
+@pytest.mark.parametrize("batch", ["b", "2"])
+def test_an_input_whose_rows_could_be_on_two_axes(batch: str) -> None:
+    with pytest.raises(IRError, match=f"of input %m: f32\\[{batch}, {batch}\\], several axes may be theirs"):
+        of_input(batch, f"{batch}, {batch}")
+
+
+def test_turns_over_rows_are_made_once_for_all() -> None:
+    text = GIVEN.replace("N", "b").replace("SHAPE", "b, 8").replace("neg(%m)", """scan(%h, %m) {
+    body=graph @turn(%h: f32[8], %o: f32[8]) {
+      %new: f32[8] = add(%h, %o)
+      %own: f32[8] = neg(%new)
+      return %new, %own
+    }, carries=1, slices=1}""").replace("%y: f32", "%last: f32[8], %y: f32")
+    g = parse(text)
+    assert g.outputs[0] not in places(g, g.inputs[0], analyze(g, "s", g.inputs[0].shape[0]))
+
+
 MEETING = {
     "two axes": (OUTER + "%y: f32[b, b, s, 8] = add(%column, %row)", "its operands keep the rows on different axes"),
     "a mean": ("%y: f32[s, 8] = reduce_mean(%x) {axes=(0,)}", "rows meet here, or change their order"),
