@@ -48,7 +48,9 @@ class Kept:
     @property
     def count(self) -> int:
         """Of a tail: how many inputs."""
-        return int(self.type.shape[1])
+        _, count, *_ = self.type.shape
+        assert isinstance(count, int)
+        return count
 
     def state(self, donated: bool) -> State:
         """How a session keeps it; ``donated``: it runs for rows that have tokens, and for no others. What rows start from is in

@@ -175,6 +175,12 @@ NEAR = {
         "not of one kind",
     ),
     "other inputs": (PAIR.replace("linear(%x, %k.w)", "linear(%y, %k.w)"), None),
+    "products that are no linears": (
+        PAIR.replace("linear(%x, %q.w)", "matmul(%x, %m)").replace("linear(%x, %k.w)", "matmul(%x, %n)").replace(
+            "  %q:", "%m: f32[32, 8] = transpose(%q.w) {perm=(1, 0)}\n %n: f32[32, 4] = transpose(%k.w) {perm=(1, 0)}\n %q:"),
+        None),
+    "one linear alone, of a weight of no parameter": (
+        "%o: f32[4, 32] = slice(%r) {starts=(0, 0), stops=(4, 32)}\n %k: f32[b, s, 4] = linear(%x, %o)\n return %k\n}", None),
 }  # fmt: skip
 
 
