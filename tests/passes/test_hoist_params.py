@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from wasat.ir import Array, Builder, DerivedParam, Program, QArray, Type, parse_type
 from wasat.passes import HoistParams, PassManager, Remarks
-from wasat.passes.cleanup.hoist_params import param_only, size_in_bytes
+from wasat.passes.cleanup.hoist_params import _joined, param_only, size_in_bytes
 
 from wasat.testing import InterpreterCheck, check_pass, check_untouched, random_program
 
@@ -131,7 +131,7 @@ def test_parameters_that_other_graphs_read_stay() -> None:
     assert list(program.params) == ["a.w", "a+b.w|add"]
 
 
-@pytest.mark.parametrize("growth, hoists", [(4.0, False), (8.0, True)])
+@pytest.mark.parametrize("growth, hoists", [(4.0, False), (6.3, False), (6.4, True), (8.0, True)])
 def test_broadcasts_that_grow_stay(growth: float, hoists: bool) -> None:
     body = "%t: f32[8, 4] = broadcast_to(%b) {shape=(8, 4)}\n %u: f32[8, 4] = add(%t, 1.0:f32)\n %y: f32[n, 8] = linear(%x, %u)"
     program = hoisted(body, params="param %b: f32[4]", growth=growth)
@@ -228,3 +228,8 @@ def test_size_in_bytes(text: str, size: int) -> None:
 def test_param_only_leaves_parameters_with_symbols() -> None:
     program = random_program("graph @f(%x: f32[n]) {\n param %b: f32[4]\n %y: f32[4] = neg(%b)\n return %y\n}")
     assert [v.name for v in program["f"].values() if v in param_only(program["f"])] == ["b", "y"]
+
+
+def test_words_that_all_names_share_are_written_once() -> None:
+    names = [["layers", "a", "q", "w", "x"], ["layers", "a", "k", "w", "x"], ["layers", "a", "w", "x"]]
+    assert [_joined(names[:n]) for n in (1, 2, 3)] == ["layers.a.q.w.x", "layers.a.q+k.w.x", "layers.a.q+k.w.x"]
