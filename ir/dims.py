@@ -250,7 +250,7 @@ def floordiv(lhs: DimLike, rhs: DimLike) -> DimLike:
             return q  # 0 <= r < rhs
         return q + _func("floordiv", r, rhs)
     exact = _divide(lhs, rhs)
-    return exact if exact is not None else 0 if lhs == 0 else _func("floordiv", lhs, rhs)
+    return exact if exact is not None else _func("floordiv", lhs, rhs)
 
 
 def _divide(lhs: DimLike, rhs: Dim) -> DimLike | None:
@@ -364,9 +364,9 @@ def less_equal(lhs: DimLike, rhs: DimLike, _deep: int = 3) -> bool | None:
 
 def _alone(d: DimLike) -> Func | None:
     """The atom that the dimension is and no more, if it is no symbol."""
-    if isinstance(d, Dim) and len(d.terms) == 1 and d.terms[0][1] == 1 and len(d.terms[0][0]) == 1:
-        a = d.terms[0][0][0]
-        return a if isinstance(a, Func) else None
+    match d:
+        case Dim(terms=(((Func() as atom,), 1),)):
+            return atom
     return None
 
 
@@ -485,16 +485,15 @@ def solve(equations: Iterable[tuple[DimLike, int, str]], env: Mapping[str, int] 
                     given = ", ".join(f"{s}={found[s]}" for s in symbols_of([d]) if s in found)
                     raise DimError(f"{where}: size is {size}, expected {d}" + (f" with {given}" if given else ""))
                 continue
-            unknown = left.symbols
             const = sum(c for m, c in left.terms if not m)
-            linear = [(m, c) for m, c in left.terms if m]
-            if len(unknown) == 1 and len(linear) == 1 and linear[0][0] == (unknown[0],):
-                value, remainder = divmod(-const, linear[0][1])
-                if remainder or value < 0:
-                    raise DimError(f"{where}: size is {size}, and no {unknown[0]} makes {d} that")
-                found[unknown[0]] = value
-            else:
-                rest.append((d, size, where))
+            match [(m, c) for m, c in left.terms if m]:
+                case [((str() as unknown,), factor)]:
+                    value, remainder = divmod(-const, factor)
+                    if remainder or value < 0:
+                        raise DimError(f"{where}: size is {size}, and no {unknown} makes {d} that")
+                    found[unknown] = value
+                case _:
+                    rest.append((d, size, where))
         if len(rest) == len(pending):
             return found
         pending = rest

@@ -313,3 +313,9 @@ def test_signs_of_what_is_larger_and_smaller() -> None:
     assert less_equal(0, (m - 3) // (n + 1)) is None
     assert (3 * n + 8) // 3 == n + 2
     assert parse_dim("-n + 5") == 5 - n
+
+
+def test_nothing_divided_is_nothing() -> None:
+    n = symbol("n")
+    assert 0 // n == 0
+    assert (n - n) // (n + 1) == 0
