@@ -14,6 +14,7 @@ import tvm_ffi
 from tvm import relax
 from tvm.relax import vm_build
 from tvm.s_tir import SBlock
+from tvm.tirx import BufferStore, PrimFunc, SeqStmt
 
 from .targets import Target, cpu_count
 
@@ -57,7 +58,7 @@ class MachineCode:
 def compile_module(module: tvm.IRModule, target: Target, plan_memory: bool) -> MachineCode:
     """Compiles a Relax module as tvm.compile does, which compiles all kernels one after the other."""
     with target.scope():
-        module = target.pipeline(plan_memory)(module)
+        module = _in_order(target.pipeline(plan_memory)(module))
         builder = relax.ExecBuilder()
         kernels = vm_build._filter_tir(vm_build._vmcodegen(builder, module))
     parts = [
@@ -68,6 +69,19 @@ def compile_module(module: tvm.IRModule, target: Target, plan_memory: bool) -> M
     made = _side_by_side(target, lambda part: tvm.tirx.build(*part, target.tir_pipeline or "default"), parts)
     linked = vm_build._ffi_api.VMLink(builder, target.tvm, made[0] if made else None, [], {})
     return MachineCode(relax.VMExecutable(linked), target, made[1:])
+
+
+def _in_order(module: tvm.IRModule) -> tvm.IRModule:
+    """The functions that compute sizes, each with its stores in the order of their places: TVM writes them in the order of
+    pointers, which differs from process to process. A store reads sizes that the function was given, and never another's."""
+    for name, function in module.functions_items():
+        if not isinstance(function, PrimFunc) or not function.attrs.get("tirx.is_host_func"):
+            continue
+        stores = list(function.body) if isinstance(function.body, SeqStmt) else []
+        if stores and all(isinstance(s, BufferStore) for s in stores):
+            stores.sort(key=lambda s: int(s.indices[0]))
+            module.update_func(name, function.with_body(SeqStmt(stores)))
+    return module
 
 
 def _by_effort(kernels: tvm.IRModule | None, target: Target) -> dict[Any, list[Any]]:

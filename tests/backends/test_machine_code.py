@@ -75,3 +75,25 @@ def test_only_sums_are_optimized_at_level_3(monkeypatch: pytest.MonkeyPatch) -> 
     build(nn.trace(Both(), {"x": "bf16[n, 9, m]"}), cpu())  # sums in f32 are in loops of ours
     assert {name for name, level in levels.items() if level == 3} == {name for name in levels if "sum" in name}
     assert set(levels.values()) == {2, 3}
+
+
+class Sizes(nn.Module):
+    """Tensors of many sizes, which one function computes."""
+
+    def __call__(self, x: nn.Tensor) -> nn.Tensor:
+        y = x
+        for k in (3, 5, 7, 9, 11, 13):
+            y = nn.relu(y @ nn.constant(np.ones((int(y.shape[-1]), k), np.float32)))
+        return y
+
+
+def test_a_program_is_the_same_bytes_every_time(tmp_path: Path) -> None:
+    """TVM writes the stores of functions of sizes in the order of pointers, which the first programs move."""
+    p = nn.trace(Sizes(), {"x": "f32[n, m, 2]"})
+    kept, found = [], set()
+    for i in range(3):
+        library = build(p, cpu(threads=1))
+        library.export(tmp_path / f"{i}.so")
+        found.add((tmp_path / f"{i}.so").read_bytes())
+        kept.append(library)  # what comes next lies elsewhere
+    assert len(found) == 1
