@@ -24,7 +24,8 @@ def test_options_that_cannot_be(options: dict[str, Any], words: str) -> None:
     DeriveKVCache(chunk=1, granule=1).requires(random_program(RUNNING))
 
 
-RUNNING = """graph @forward(%ids: i64[b, s], %table: f32[11, 8]) {
+RUNNING = """graph @forward(%ids: i64[b, s]) {
+  param %table: f32[11, 8]
   %x: f32[b, s, 8] = embedding(%table, %ids)
   %y: f32[b, s, 8] = cumsum(%x) {axis=1}
   return %y
@@ -63,3 +64,48 @@ def test_states_are_donated_where_all_rows_are_called_for(batch: str, donated: b
     program = random_program(RUNNING.replace("[b,", f"[{batch},"))
     PassManager([DeriveKVCache()]).run(program)
     assert [s.donated for s in program.interface.states] == [donated]
+
+
+BESIDE = """graph @forward(%ids: i64[b, s], %seen: f32[b, m, 8]) {
+  param %table: f32[11, 8]
+  %a: f32[b, 8] = reduce_mean(%seen) {axes=(1,)}
+  %c: f32[b, 1, 8] = reshape(%a) {shape=(b, 1, 8)}
+  %x: f32[b, s, 8] = embedding(%table, %ids)
+  %z: f32[b, s, 8] = add(%x, %c)
+  %y: f32[b, s, 8] = cumsum(%z) {axis=1}
+  return %y
+}"""
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_what_needs_no_token_is_computed_once(keep: bool) -> None:
+    program = random_program(BESIDE)
+    remarks = PassManager([DeriveKVCache(keep=keep)]).run(program).remarks()
+    assert list(program.graphs) == [*["forward"] * keep, "encode", "prefill", "decode"]
+    assert [v.name for v in program["encode"].inputs] == ["seen"]
+    assert [v.name for v in program["decode"].inputs] == ["ids", "past", "memory.0", "carry.0"]
+    assert [r.message for r in remarks] == ["the carry of %y kept", "@encode computes 1 values once"]
+    assert [str(v.type) for v in program["prefill"].outputs] == ["f32[b, 8]", "f32[b, 8]"]
+    assert (program.interface.chunk, program.interface.context, program.interface.tokens) == (512, None, "ids")
+
+
+def test_where_it_looks_ahead_the_graph_stays() -> None:
+    text = RUNNING.replace("cumsum(%x) {axis=1}", "softmax(%x) {axis=1}")
+    program = random_program(text)
+    report = PassManager([DeriveKVCache(required=False)]).run(program)
+    (remark,) = report.remarks("missed")
+    assert remark.message.startswith("@forward stays as it is: no KV cache can be derived for output y: along s, %y: f32")
+    assert not report.steps[0].modified
+    assert list(program.graphs) == ["forward"]
+
+
+def test_one_loss_for_all_rows_is_left_off_with_what_it_alone_reads() -> None:
+    text = RUNNING.replace("(%ids: i64[b, s]", "(%ids: i64[b, s], %targets: f32[b, s, 8]").replace("return %y", """
+  %d: f32[b, s, 8] = sub(%y, %targets)
+  %loss: f32[] = reduce_mean(%d) {axes=(0, 1, 2)}
+  return %y, %loss""")
+    program = random_program(text)
+    remarks = PassManager([DeriveKVCache()]).run(program).remarks("missed")
+    assert [r.message.partition(":")[0] for r in remarks] == ["output loss is not served"]
+    assert "targets" not in [v.name for v in program["decode"].inputs]
+    assert list(program["decode"].output_names) == ["y", "carry.0"]
