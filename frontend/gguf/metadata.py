@@ -173,6 +173,21 @@ def _bert(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _rotated_bert(family: str, act: str) -> Callable[[Keys, dict[str, Any]], dict[str, Any]]:
+    """Encoders in BERT's order of norms whose positions turn queries and keys."""
+
+    def read(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
+        _encoder(keys, config)
+        keys.refuse("moe_every_n_layers", 0, "experts are not read of this architecture")
+        types = keys.tensors.get("token_types.weight")
+        return {
+            "model_type": family, "hidden_act": act, "type_vocab_size": 0 if types is None else types.shape[0],
+            "rope_parameters": {**scaling(keys), "rope_theta": keys.number("rope.freq_base", 10000.0)},
+        }
+
+    return read
+
+
 def _modern_bert(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
     _encoder(keys, config)
     keys.refuse("rope.scaling.type", "none", "only rotation as trained is implemented for it")
@@ -324,6 +339,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma2": Architecture(_gemma2, names.GEMMA), "gemma3": Architecture(_gemma3, names.GEMMA),
     "gemma-embedding": Architecture(_gemma_embedding, names.GEMMA, embeds=True),
     "bert": Architecture(_bert, names.BERT, True, "layer_norm_eps"),
+    "nomic-bert": Architecture(_rotated_bert("nomic_bert", "silu"), names.NOMIC_BERT, True, "layer_norm_eps"),
+    "jina-bert-v3": Architecture(_rotated_bert("jina_embeddings_v3", "gelu"), names.JINA_BERT3, True, "layer_norm_eps"),
     "modern-bert": Architecture(_modern_bert, names.MODERN_BERT, True, "norm_eps"),
     "arcee": Architecture(_decoder("arcee", biases=_ATTENTION), interleaved=True),
     "cohere2": Architecture(_decoder("cohere2", more=_cohere2), eps="layer_norm_eps"),

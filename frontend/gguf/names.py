@@ -115,6 +115,16 @@ BERT = Names({
     "token_embd": "embeddings.word_embeddings", "position_embd": "embeddings.position_embeddings",
     "token_types": "embeddings.token_type_embeddings", "token_embd_norm": "embeddings.LayerNorm",
 }, "encoder.layer")  # fmt: skip
+_ROTATED = {"attn_output_norm": "norm1", "ffn_down": "mlp.fc2", "layer_output_norm": "norm2"}
+_OF_ROTATED = {
+    "token_embd": "embeddings.word_embeddings", "token_types": "embeddings.token_type_embeddings", "token_embd_norm": "emb_ln",
+}  # fmt: skip
+NOMIC_BERT = Names({
+    **_ROTATED, "attn_qkv": "attn.Wqkv", "attn_output": "attn.out_proj", "ffn_up": "mlp.fc11", "ffn_gate": "mlp.fc12",
+}, _OF_ROTATED, "encoder.layers")  # fmt: skip
+JINA_BERT3 = Names({
+    **_ROTATED, "attn_qkv": "mixer.Wqkv", "attn_output": "mixer.out_proj", "ffn_up": "mlp.fc1",
+}, _OF_ROTATED, "encoder.layers")  # fmt: skip
 MODERN_BERT = Names({
     "attn_norm": "attn_norm", "attn_qkv": "attn.Wqkv", "attn_output": "attn.Wo", "ffn_norm": "mlp_norm", "ffn_up": "mlp.Wi",
     "ffn_down": "mlp.Wo",

@@ -34,6 +34,11 @@ _CASES = (
     "|\\p{N}%s| ?[^\\s\\p{L}\\p{N}]+[\\r\\n/]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
 )
 _SHORT = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_MARKED = (
+    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
+    "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"
+)
+"""DeepSeek 3's: marks go with the letters behind them."""
 _TEKKEN, _O200K = _CASES % ("", "", ""), _CASES % (_SHORT, _SHORT, "{1,3}")
 
 
@@ -69,6 +74,9 @@ _DEFAULT = _Pre(("[\\p{P}\\$\\+<=>\\^~\\|]+", _WORDS, "\\p{N}+", "[0-9][0-9][0-9
 _LLAMA3 = _Pre((_NEWER % "\\p{N}{1,3}",), ignore_merges=True, bos=True)
 _QWEN2 = _Pre((_NEWER % "\\p{N}",))
 _DIGITS = _Pre(("\\p{N}", _WORDS))
+_DEEPSEEK3 = _Pre(("\\p{N}{1,3}", "[一-龥\u3040-ゟ゠-ヿ]+", _MARKED))
+_THREES = _Pre((_NEWER % "\\p{N}{1,3}",))
+_SENTENCES = " ?[^(\\s|.,!?…。，、।۔،)]+"
 PRE_TOKENIZERS = {
     "default": _DEFAULT, "gpt-2": _Pre((_WORDS,)), "phi-2": _Pre((_WORDS,)),
     "llama3": _LLAMA3, "llama-v3": _LLAMA3, "llama-bpe": _LLAMA3, "falcon3": _LLAMA3, "pixtral": _LLAMA3,
@@ -78,6 +86,16 @@ PRE_TOKENIZERS = {
     "smollm": _DIGITS, "starcoder": _DIGITS, "refact": _DIGITS, "command-r": _DIGITS, "codeshell": _DIGITS, "exaone": _DIGITS,
     **dict.fromkeys(("roberta-bpe", "modern-bert", "jina-v1-en", "jina-v2-code"), _Pre((_WORDS,), joined=True)),
     "tekken": _Pre((_TEKKEN,), ignore_merges=True, bos=True),
+    **dict.fromkeys(("lfm2", "falcon-h1", "midm-2.0"), _LLAMA3),
+    "glm4": _Pre(_THREES.patterns, ignore_merges=True), "chatglm-bpe": _THREES,
+    "deepseek-v3": _DEEPSEEK3, "hunyuan-dense": _DEEPSEEK3,
+    **dict.fromkeys(("exaone4", "gigachat", "jais", "trillion", "granite-docling", "mellum", "a.x-4.0"), _Pre((_WORDS,))),
+    **dict.fromkeys(("jina-es", "jina-de", "jina-v2-es", "jina-v2-de"), _Pre((_WORDS,), joined=True)),
+    **dict.fromkeys(("kormo", "hunyuan", "solar-open"), _QWEN2), "minerva-7b": _DIGITS, "mellum2": _DIGITS,
+    "llama4": _Pre((_O200K,)), "kanana2": _Pre((_O200K,)), "minimax-m2": _Pre((_O200K,)),
+    **dict.fromkeys(("bloom", "poro-chat", "gpt3-finnish"), _Pre((_SENTENCES,))), "viking": _Pre((_SENTENCES, "\\p{N}")),
+    "falcon": _Pre(("[\\p{P}\\$\\+<=>\\^~\\|`]+", _WORDS, "[0-9][0-9][0-9]")),
+    "seed-coder": _Pre((_NEWER.replace("\\p{N}]+[\\r\\n]*", "\\p{N}\\r\\n]+") % "\\p{N}",)),
 }  # fmt: skip
 """By the name in ``tokenizer.ggml.pre``."""
 

@@ -85,7 +85,9 @@ def test_quiet(run: Run, int4: Path, template: Path) -> None:
     (["--template", "{{ messages[0].content }}"], "/undo", "there is nothing to take back"),
     (["--template", "{{ messages[0].content }}"], "/retry", "there is no message to answer"),
     (["--template", "{{ messages[0].content }}"], "/save", "/save FILE: say where"),
-    (["--template", "{{ messages[0].content }}"], "/load none.json", "none.json"),
+    (["--template", "{{ messages[0].content }}"], "/load none.json", "none.json cannot be read: No such file"),
+    (["--template", "{{ messages[0].content }}"], "/load", "/load FILE: say which"),
+    (["--template", "{{ messages[0].content }}"], "/save /no/such/x", "/no/such/x cannot be written: No such file"),
     (["--template", "{{ messages[0].content }}", "--temperature", "-1"], "x", "temperature is -1"),
     (["--template", "{{ raise_exception('no') }}"], "x", "the chat template refuses the conversation, or fails: no"),
     (["--template", "{{ messages[0].content }}"], "x " * 3000, "the conversation has 3001 tokens"),
@@ -147,3 +149,22 @@ def test_ctrl_c_twice_ends_the_answer_at_once(run: Run, int4: Path, template: Pa
     code, _, err = run("chat", int4, "--template", template, "--max-tokens", 3, stdin="one\ntwo\n")
     assert code == 0, err
     assert [[m["content"] for m in c] for c in calls] == [["one"], ["two"]]
+
+
+def test_ctrl_c_while_an_answer_is_summed_up_leaves_no_half_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer was there: the message and the answer go together."""
+    class Terminal(StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    def summary() -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.stdin", Terminal("one\n"))
+    reply = SimpleNamespace(message={"role": "assistant", "content": "two"}, summary=summary)
+    model: Any = SimpleNamespace(
+        chat=lambda *args, **kwargs: reply, manifest=SimpleNamespace(interface=SimpleNamespace(name="m"))
+    )
+    c = _Conversation(model, {}, "Be.", [], quiet=False)
+    c.run()
+    assert [m["role"] for m in c.messages] == ["system"]

@@ -32,6 +32,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "xlmr_score": ("bert", {**ROBERTA, "pooling_type": 4}),
     "roberta_score": ("bert", {**ENCODER, "pooling_type": 4}),
     "modernbert_cls": ("modern-bert", MODERN),
+    "nomic_mean": ("nomic-bert", {**ENCODER, "rope.freq_base": 1000.0}),
+    "jina_mean": ("jina-bert-v3", {**ENCODER, "attention.layer_norm_epsilon": 1e-5, "rope.freq_base": 5000.0}),
     "embeddinggemma": ("gemma-embedding", {
         "attention.layer_norm_rms_epsilon": 1e-6, "attention.causal": False, "pooling_type": 1, "attention.sliding_window": 8,
         "attention.sliding_window_pattern": [True, False, True], "rope.freq_base": 1e6,
@@ -115,6 +117,9 @@ def test_as_the_folder(case: str, tmp_path: Path) -> None:
     ("bert_mean", {"pooling_type": 4}, "it scores pairs by a head that is not read"),
     ("bert_mean", {"rope.freq_base": 1e4}, "rope.freq_base"),
     ("bert_mean", {"attention.head_count_kv": 2}, "attention.head_count_kv is 2"),
+    ("nomic_mean", {"rope.scaling.type": "wavelets"}, "rope.scaling.type is 'wavelets'"),
+    ("nomic_mean", {"moe_every_n_layers": 2}, "experts are not read of this architecture"),
+    ("nomic_mean", {"rope.dimension_count": 4}, "all of them are rotated"),
     ("modernbert_cls", {"attention.sliding_window_pattern": 0}, "sliding_window_pattern is 0; a period"),
     ("modernbert_cls", {"rope.scaling.type": "yarn"}, "only rotation as trained"),
     ("qwen3_last", {"attention.causal": False}, "only models that look back"),

@@ -103,7 +103,8 @@ def main(real: Path | None) -> None:
             out["logprobs"][name] = {n: p for n, p in found if p is not None}
             del served
         sample = texts(60, 2)
-        for pre in ("default", "gpt-2", "llama-bpe", "qwen2", "smollm"):
+        for pre in ("default", "gpt-2", "llama-bpe", "qwen2", "smollm", "glm4", "deepseek-v3", "seed-coder", "bloom", "viking",
+                    "falcon"):  # fmt: skip
             files.write(path, "llama", tokens=files.merged(pre, out["merges"]), tensors=files.weights("llama", 256 + 700 + 1))
             served = Served(path)
             out["tokens"][pre] = [[t, served.tokens(t)] for t in sample]

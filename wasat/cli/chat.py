@@ -157,11 +157,12 @@ class _Conversation:
     # -- turns -----------------------------------------------------------------------------------------------------------
     def _send(self, text: str) -> None:
         content: Any = [*self.waiting, {"type": "text", "text": text}] if self.waiting else text
+        held = list(self.messages)
         self.messages.append({"role": "user", "content": content})
         try:
             self._answer()
         except BaseException:
-            self.messages.pop()
+            self.messages = held  # perhaps with an answer, while what it took was being shown
             raise
         self.waiting = []
 
@@ -223,12 +224,17 @@ class _Conversation:
         try:
             part.write_text(json.dumps(self.messages, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
             part.replace(file)
+        except (OSError, ValueError) as e:  # of characters that UTF-8 has not, which a loaded file may hold
+            raise Refusal(f"{file} cannot be written: {e.strerror if isinstance(e, OSError) else e}") from None
         finally:
-            part.unlink(missing_ok=True)
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
         if not self.quiet:
             self._say(f"{file}: {len(self.messages)} messages")
 
     def _load(self, file: str) -> None:
+        if not file:
+            raise Refusal("/load FILE: say which")
         found = _json(Path(file))
         if not isinstance(found, list) or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in found):
             raise Refusal(f"{file} is no list of messages with a role each")
@@ -272,6 +278,8 @@ def _variable(item: str) -> tuple[str, Any]:
 def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise Refusal(f"{path} cannot be read: {e.strerror}") from None
     except (ValueError, RecursionError) as e:
         raise Refusal(f"{path} is no JSON file: {e}") from None
 
