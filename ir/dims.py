@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property, wraps
+from math import gcd
 from numbers import Integral
 from typing import Any, TypeVar, Union, cast
 
@@ -248,9 +249,39 @@ def floordiv(lhs: DimLike, rhs: DimLike) -> DimLike:
         q, r = _split(lhs, rhs)
         if isinstance(r, int):
             return q  # 0 <= r < rhs
-        return q + _func("floordiv", r, rhs)
+        by = gcd(rhs, *(c for _, c in _terms(r)))
+        return q + _func("floordiv", _combine([(m, c // by) for m, c in _terms(r)]), rhs // by)
     exact = _divide(lhs, rhs)
-    return exact if exact is not None else _func("floordiv", lhs, rhs)
+    if exact is not None:
+        return exact
+    shared = _shared([*_terms(lhs), *rhs.terms])
+    if not shared:
+        return _func("floordiv", lhs, rhs)
+    return floordiv(_without(lhs, shared), _without(rhs, shared))
+
+
+def _without(d: DimLike, factors: Sequence[Atom]) -> DimLike:
+    """The quotient by ``factors``, which every term has."""
+    terms: list[tuple[Monomial, int]] = []
+    for m, c in _terms(d):
+        rest = list(m)
+        for a in factors:
+            rest.remove(a)
+        terms.append((tuple(rest), c))
+    return _combine(terms)
+
+
+def _shared(terms: Sequence[tuple[Monomial, int]]) -> list[Atom]:
+    """The names and atoms that are factors of all terms."""
+    shared = list(terms[0][0])
+    for monomial, _ in terms[1:]:
+        left, both = list(monomial), []
+        for a in shared:
+            if a in left:
+                left.remove(a)
+                both.append(a)
+        shared = both
+    return shared
 
 
 def _divide(lhs: DimLike, rhs: Dim) -> DimLike | None:

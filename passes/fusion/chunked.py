@@ -27,7 +27,7 @@ from wasat.ir.ops.shape import Pad, Slice
 
 from ..pattern import Mismatch, erase_dead
 
-_ANALYTIC = (
+ANALYTIC = (
     "add", "sub", "mul", "neg", "exp", "matmul", "cumsum", "reduce_sum", "select", "gather", "slice", "pad", "concat",
     "reshape", "transpose", "broadcast_to", "cast", "scan",
 )  # fmt: skip
@@ -55,6 +55,8 @@ class Role:
     operands: tuple[int, ...]
     """Indices of q, k, v, then decay and beta, where there are these."""
     attrs: LinearAttentionAttrs
+    decays: tuple[float, ...] = ()
+    """Of each head of the keys, where they are numbers and no operand."""
 
 
 def chunk_of(node: Node) -> tuple[int, int] | None:
@@ -87,21 +89,21 @@ def fused(graph: Graph, node: Node, axis: int, chunk: int, known: dict[str, Role
     Mismatch where it is nothing that is known. ``known``: what was found of the same graph before."""
     length = node.outputs[0].shape[axis]
     root, local = _peeled(node.inputs[0], length)
-    region = _Region.of(root, length)
+    region = Region.of(root, length)
     if region is None:
         return None
     cone = region.cone(root)
     text = f"{cone} {axis} {[x.axes for x in region.operands]}"
     if text not in known:
         try:
-            known[text] = _Search(region, cone, node.outputs[0], axis, chunk).role()
+            known[text] = Search(region, cone, node.outputs[0], axis, (chunk + 1, 1, chunk - 1, chunk, 3 * chunk + 1)).role()
         except Mismatch as e:
             known[text] = str(e)
     role = known[text]
     if isinstance(role, str):
         raise Mismatch(role)
     b = Builder(graph, before=node, loc=node.loc)
-    y = _emitted(b, [region.operands[i] for i in role.operands], role.attrs, node.outputs[0], axis)
+    y = emitted(b, region.operands, role, node.outputs[0], axis)
     for other in reversed(local):
         y = b.add(y, _unpadded(b, other, length, {}))
     chunks = node.inputs[0].node
@@ -165,14 +167,14 @@ def _unpadded(b: Builder, v: Value, length: DimLike, made: dict[Value, Value]) -
 
 
 @dataclass
-class _Region:
+class Region:
     """What stands between the paddings and the slice."""
 
     operands: list[Operand]
     nodes: list[Node]
 
     @classmethod
-    def of(cls, root: Value, length: DimLike) -> _Region | None:
+    def of(cls, root: Value, length: DimLike) -> Region | None:
         """None where something is reached that is neither padded nor computed of positions alone."""
         operands: dict[Value, Operand] = {}
         nodes: list[Node] = []
@@ -223,7 +225,7 @@ def _widen(made: Graph, nodes: Iterable[Node], env: dict[Value, Value], depends:
         if any(of_data):
             at_places = node.inputs[:1] if node.is_a("select") else node.inputs[1:] if node.is_a("gather") else ()
             narrow = node.is_a("cast") and not Cast.Attrs.of(node).dtype.is_float
-            if not node.is_a(*_ANALYTIC) or narrow or any(v in depends for v in at_places):
+            if not node.is_a(*ANALYTIC) or narrow or any(v in depends for v in at_places):
                 raise Mismatch(f"{node!r} stands between")
             depends.update(node.outputs)
         value = node.outputs[0].const
@@ -245,11 +247,11 @@ def _widen(made: Graph, nodes: Iterable[Node], env: dict[Value, Value], depends:
             env.update(zip(node.outputs, made.add_node(node.op, inputs, node.attrs).outputs))
 
 
-class _Search:
-    """Finds which operand is what, by trying."""
+class Search:
+    """Finds which operand is what, by trying. ``tokens``: so many, first to find it and then to confirm it."""
 
-    def __init__(self, region: _Region, cone: Graph, result: Value, axis: int, chunk: int) -> None:
-        self.operands, self.cone, self.axis, self.chunk = region.operands, cone, axis, chunk
+    def __init__(self, region: Region, cone: Graph, result: Value, axis: int, tokens: Sequence[int]) -> None:
+        self.operands, self.cone, self.axis, self.tokens = region.operands, cone, axis, tokens
         others = [i for i in range(len(result.shape)) if i != axis]
         if len(others) != 3:
             raise Mismatch(f"%{result.name} is not [batch, sequence, head, feature]")
@@ -261,16 +263,15 @@ class _Search:
                 raise Mismatch(f"%{x.value.name}: {x.value.type} is not [batch, sequence, head, ..]")
 
     def role(self) -> Role:
-        first = self._drawn(self.chunk + 1, 2)
+        first = self._drawn(self.tokens[0], 2)
         want = self._chunks(first)
-        found = [role for r in self._candidates() if (role := self._fits(r, first, want)) is not None]
-        if not found:
+        role = next((role for r in self._candidates(first) if (role := self._fits(r, first, want)) is not None), None)
+        if role is None:
             raise Mismatch("what its chunks come to is no form of linear attention that is known")
-        role = found[0]
-        for tokens, batch in ((1, 2), (self.chunk - 1, 1), (self.chunk, 1), (3 * self.chunk + 1, 1)):
-            drawn = self._drawn(tokens, batch)
+        for tokens in self.tokens[1:]:
+            drawn = self._drawn(tokens, 2 if tokens == 1 else 1)
             want = self._chunks(drawn)
-            if not _equal(want, self._linear(role, drawn)):
+            if not _equal(want, self._linear(role, drawn), bool(role.decays)):
                 raise Mismatch(f"of {tokens} tokens its chunks come to something else")
         return role
 
@@ -294,24 +295,53 @@ class _Search:
             raise Mismatch(f"of {tokens} tokens its chunks cannot be computed: {str(e).splitlines()[0]}") from None
         return np.transpose(np.asarray(y), self.order)[:, :tokens]
 
-    def _candidates(self) -> Iterator[Role]:
+    def _candidates(self, drawn: Sequence[np.ndarray]) -> Iterator[Role]:
         count = len(self.operands)
         sizes = [x.sizes() for x in self.operands]
-        rules = {3: ("linear",), 4: ("gated", "delta"), 5: ("gated_delta",)}[count]
-        for order in itertools.permutations(range(count)):
+        for order in _orders(count):
+            rules = {3: ("linear",), 4: ("gated", "delta"), 5: ("gated_delta",)}[len(order)]
             q, k, v, *more = (sizes[i] for i in order)
-            if not len(q) == len(k) == len(v) == 2 or q[0] != self.heads or k[0] != v[0] or q[1] != k[1] or v[1] != self.width:
+            if not len(q) == len(k) == len(v) == 2 or q[0] != self.heads or q[1] != k[1] or v[1] != self.width:
                 continue
-            if q[0] % v[0] or any(x[0] != k[0] or (len(x) == 2 and x[1] != k[1]) for x in more):
+            heads = max(k[0], v[0])
+            if q[0] % heads or heads % min(k[0], v[0]) or any(x[0] != heads or (len(x) == 2 and x[1] != k[1]) for x in more):
                 continue
             for rule, before in itertools.product(rules, (False, True)):
                 attrs = LinearAttentionAttrs(rule, before=before)
                 if not attrs.delta or len(more[-1]) == 1:
                     yield Role(order, attrs)
+                if rule == "linear" and (decays := self._decays(order, before, drawn)):
+                    yield Role(order, LinearAttentionAttrs("gated", log=min(decays) > 0, before=before), decays)
+
+    def _decays(self, order: Sequence[int], before: bool, drawn: Sequence[np.ndarray]) -> tuple[float, ...]:
+        """By how much the first token counts less, to the second that reads it: a number for each head of the keys, or of the
+        queries where they differ among those of one. None where there is none."""
+        q, k, v = (drawn[i] for i in order)
+        if q.shape[1] < 3 or order[0] == order[1]:
+            return ()
+        alone = [x.copy() for x in drawn]
+        alone[order[1]][:, 1:] = 0.0
+        read = np.einsum("thd,hd->th", q[0], spread(k, q.shape[2])[0, 0])
+        seen = self._chunks(alone)[0, :, :, 0]
+        with np.errstate(all="ignore"):
+            seen = seen / (read * spread(v, q.shape[2])[0, 0, :, 0])
+            ratio = seen[int(before) + 1] / seen[int(before)]
+            last = seen[-1] / seen[int(before)]  # numbers rounded to f32 may stand between
+            finer = np.sign(ratio) * np.abs(last) ** (1 / (len(seen) - 1 - before))
+            ratio = np.where(np.abs(finer - ratio) < 1e-6 * np.abs(ratio), finer, ratio)
+        if not np.isfinite(ratio).all() or not ratio.all():
+            return ()
+        grouped = ratio.reshape(max(k.shape[2], v.shape[2]), -1)
+        alike = np.abs(grouped - grouped[:, :1]).max() < 1e-12
+        return tuple(float(x) for x in (grouped[:, 0] if alike else ratio))
 
     def _linear(self, role: Role, drawn: Sequence[np.ndarray]) -> np.ndarray:
         q, k, v, *more = (drawn[i] for i in role.operands)
-        state = np.zeros((q.shape[0], k.shape[2], k.shape[3], v.shape[3]))
+        heads = len(role.decays) or max(k.shape[2], v.shape[2])
+        k, v = spread(k, heads), spread(v, heads)
+        state = np.zeros((q.shape[0], heads, k.shape[3], v.shape[3]))
+        if role.decays:
+            more = [np.broadcast_to(_as_given(role), k.shape[:3])]
         return LinearAttention().reference(role.attrs, q, k, v, state, *more)[0]
 
     def _fits(self, role: Role, drawn: Sequence[np.ndarray], want: np.ndarray) -> Role | None:
@@ -319,20 +349,53 @@ class _Search:
         got = self._linear(role, drawn)
         scale = float((got * want).sum() / (got * got).sum())
         scale = 1.0 if abs(scale - 1) < 1e-9 else scale
-        return Role(role.operands, LinearAttentionAttrs(role.attrs.rule, scale, True, role.attrs.before)) if _equal(
-            want, got * scale) else None  # fmt: skip
+        return replace(role, attrs=replace(role.attrs, scale=scale)) if _equal(
+            want, got * scale, bool(role.decays)) else None  # fmt: skip
 
 
-def _equal(x: np.ndarray, y: np.ndarray) -> bool:
-    """But for roundings of f64; of elements that are sums of a few hundred terms."""
-    return bool(np.isfinite(x).all() and np.abs(x - y).max(initial=0) <= 1e-10 * np.abs(y).max(initial=0) != 0)
+def spread(x: np.ndarray, heads: int) -> np.ndarray:
+    """[b, s, g, d] -> [b, s, heads, d], each head for as many."""
+    return np.repeat(x, heads // x.shape[2], axis=2)
 
 
-def _emitted(
-    b: Builder, operands: Sequence[Operand], attrs: LinearAttentionAttrs, result: Value, axis: int
-) -> Value:  # fmt: skip
-    q, k, v, *more = (b.transpose(x.value, perm=x.axes) for x in operands)
-    n, _, g, d = k.shape
+def _as_given(role: Role) -> np.ndarray:
+    """Decays as the operation takes them, in f64."""
+    decays = np.asarray(role.decays)
+    return np.log(decays) if role.attrs.log else decays
+
+
+def _equal(x: np.ndarray, y: np.ndarray, numbers: bool) -> bool:
+    """But for roundings of f64; of elements that are sums of a few hundred terms. ``numbers``: decays are numbers of the graph,
+    powers of which it has rounded to f32, each by itself."""
+    within = (1e-6 if numbers else 1e-10) * np.abs(y).max((0, 1, 3), initial=0, keepdims=True)
+    return bool(np.isfinite(x).all() and (np.abs(x - y) <= within).all() and within.any())
+
+
+def _orders(count: int) -> Iterator[tuple[int, ...]]:
+    """Operands by role: each once, then some in more than one (keys that are the values, too)."""
+    if count >= 3:
+        yield from itertools.permutations(range(count))
+    for n in range(max(3, count + 1), 6):
+        yield from (o for o in itertools.product(range(count), repeat=n) if len({*o}) == count)
+
+
+def _repeated(b: Builder, x: Value, heads: int, count: int) -> Value:
+    """[n, s, heads, d] -> [n, s, count, d], each head for as many."""
+    n, s, _, d = x.shape
+    wide = b.broadcast_to(b.reshape(x, shape=(n, s, heads, 1, d)), shape=(n, s, heads, count // heads, d))
+    return b.reshape(wide, shape=(n, s, count, d))
+
+
+def emitted(b: Builder, operands: Sequence[Operand], role: Role, result: Value, axis: int) -> Value:
+    """The operation, in the order of axes and the type of ``result``."""
+    attrs = role.attrs
+    q, k, v, *more = (b.transpose(operands[i].value, perm=operands[i].axes) for i in role.operands)
+    counts = [evaluate_dim(x.shape[2], {}) for x in (k, v)]
+    g = len(role.decays) or max(counts)
+    k, v = (x if m == g else _repeated(b, x, m, g) for x, m in zip((k, v), counts))
+    n, s, _, d = k.shape
+    if role.decays:
+        more = [b.broadcast_to(b.constant(_as_given(role).astype(np.float32)), shape=(n, s, g))]
     dtype = DType.F32 if q.tensor.dtype.bits < 32 else q.tensor.dtype
     state = b.broadcast_to(b.constant(0.0, dtype), shape=(n, g, d, v.shape[3]))
     more = [x if x.tensor.dtype in (q.tensor.dtype, DType.F32) else b.cast(x, dtype=DType.F32) for x in more]
@@ -345,4 +408,4 @@ def _emitted(
     return y if y.tensor.dtype is result.type.dtype else b.cast(y, dtype=result.type.dtype)
 
 
-__all__ = ["chunk_of", "fused"]
+__all__ = ["ANALYTIC", "Operand", "Region", "Role", "Search", "chunk_of", "emitted", "fused"]

@@ -13,13 +13,13 @@ from wasat.ir.ops.scan import ScanAttrs
 from ..analyses.multilinear import TURN, Labels, NotLinear, Part, Term, Turn
 from ..core import GraphPass, Remarks
 from ..pattern import Mismatch
-from . import chunked
+from . import chunked, squares
 
 
 @dataclass(frozen=True)
 class FuseRecurrence(GraphPass):
     """A scan whose turn decays a matrix, writes an outer product to it and reads it -> ``linear_attention``; and what computes
-    the same by chunks of the sequence (:mod:`.chunked`).
+    the same by chunks of the sequence (:mod:`.chunked`) or all at once (:mod:`.squares`).
 
     Found are decays for each head or each feature of the keys, the delta rule, states in either order of keys and values,
     reads before or after the write; what else a turn adds to what it reads, or multiplies it by, is done for all turns at once.
@@ -63,6 +63,12 @@ class FuseRecurrence(GraphPass):
                 continue
             if rule is not None:
                 remarks.applied(f"chunks of {chunk} tokens are linear attention: {rule}", graph)
+                changed = True
+        for node in list(graph.nodes):
+            scores = squares.square_of(node)
+            rule = squares.fused(graph, node, scores, known) if scores is not None else None
+            if rule is not None:
+                remarks.applied(f"scores of all tokens by decays are linear attention: {rule}", graph)
                 changed = True
         return changed
 

@@ -238,8 +238,20 @@ def test_sizes_are_bounded() -> None:
 @pytest.mark.parametrize("terms, exact", [(63, True), (64, False)])
 def test_long_division_ends(terms: int, exact: bool) -> None:
     n, quotient = symbol("n"), sum(symbol(f"s{i}") for i in range(terms))
-    assert ((quotient * n) // n == quotient) is exact
+    assert ((quotient * (n + 1)) // (n + 1) == quotient) is exact
     assert ((quotient * n) % n == 0) is exact
+
+
+def test_what_all_terms_share_cancels() -> None:
+    """As exports write the number of chunks: elements over those of one chunk."""
+    b, s = symbol("b"), symbol("s")
+    padded = (3 * (s % 4)) % 4 + s
+    assert (16 * padded * b) // (64 * b) == padded // 4
+    assert (6 * s + 3) // 9 == (2 * s + 1) // 3
+    assert (b * s + b) // (2 * b * b) == (s + 1) // (2 * b)
+    assert ((-4 * s + 2) // 8, 3) == ((-2 * s + 1) // 4, 3)
+    for n in range(20):
+        assert evaluate_dim((16 * padded * b) // (64 * b), {"b": 3, "s": n}) == -(-n // 4)
 
 
 def test_words_of_checks() -> None:

@@ -112,11 +112,20 @@ def last_columns(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
     return merged(nn.softmax(nn.where(nn.causal(at), s + slopes[:, :, 32 - x.shape[1] :], -3e38)) @ v)
 
 
+def retained(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """Decays by the distance, weights divided by their sum where that is more than 1 (RetNet, Lightning attention)"""
+    s, v = scores(x)
+    d = at[:, None] - at[None, :]
+    pace = nn.constant(np.array([[[-0.3]], [[-0.02]]], np.float32))
+    w = s * nn.where(d >= 0, nn.exp(d.cast("f32") * pace), 0.0)
+    return merged((w / nn.maximum(nn.abs(w.sum(-1, keepdims=True)), 1.0)) @ v)
+
+
 DISTANCES: dict[str, Mix] = {
     f.__name__: f
     for f in (
         skewed_table, skewed_and_window, skewed_waves, skewed_in_front, skewed_one_more, skewed_tokens, contextual, later_rows,
-        last_columns,
+        last_columns, retained,
     )
 }  # fmt: skip
 
@@ -135,6 +144,7 @@ def test_incremental_equals_full(name: str, data: st.DataObject) -> None:
         ("skewed_waves", ["f32[b, c, 2, 4]"] * 2, None),
         ("skewed_tokens", ["f32[b, c, 2, 4]"] * 3, None),
         ("later_rows", ["f32[b, c, 2, 4]"] * 2, 29),
+        ("retained", ["f32[b, 2, 4, 1]", "f32[b, 2, 4, 4]"], None),
     ],
 )
 def test_what_is_kept(name: str, kept: list[str], context: int | None) -> None:
