@@ -180,7 +180,9 @@ def _product_apart(b: Builder, node: Node) -> Value | None:
 
 
 def _broadcast(b: Builder, node: Node) -> Value | None:
-    """f(x, broadcast_to(y)) -> f(x, y) where x alone has the shape of the result."""
+    """f(x, broadcast_to(y)) -> f(x, y) where x alone has the shape of the result. A square stays one, for what looks for it."""
+    if node.inputs[0] is node.inputs[1]:
+        return None
     for i, v in enumerate(node.inputs):
         inner, other = v.made_by("broadcast_to"), node.inputs[1 - i]
         if inner is not None and not inner.checks and other.shape == node.output.shape:

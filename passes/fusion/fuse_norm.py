@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from wasat.ir import Builder, DType, Node, Value
+from wasat.ir import Builder, DType, Node, Value, equal
 
 from ..pattern import Match, Mismatch, Pattern, Rewrite, Rewrites, Tracer, Var, last_axis
 
@@ -135,16 +135,35 @@ class _Narrow(Rewrite):
         return b.emit(node.op, x, *operands, eps=node.attrs.eps)
 
 
+class _Repeated(Rewrite):
+    """norm(repeat(x)) -> repeat(norm(x)), as heads of keys are repeated for queries: attention sees what these share"""
+
+    def pattern(self, p: Tracer, one: Var, w: Var, bias: Var) -> Pattern:
+        spread = p.named("spread", p.shared(p.broadcast_to(one)))
+        x = p.either(spread, p.named("rows", p.shared(p.reshape(spread))))
+        norms = [p.rms_norm(x), p.rms_norm(x, w), p.layer_norm(x), p.layer_norm(x, w), p.layer_norm(x, w, bias)]
+        return p.named("norm", p.either(*norms))
+
+    def build(self, b: Builder, m: Match) -> Value:
+        one, spread, node = m["one"], m["spread"].shape, m["norm"].node
+        if not one.shape or any(equal(v.shape[-1], one.shape[-1]) is not True for v in (m["spread"], m["norm"])):
+            raise Mismatch(f"%{m['spread'].name} repeats features")
+        y = b.emit(node.op, one, *(m[k] for k in ("w", "bias") if k in m), eps=node.attrs.eps)
+        y = b.broadcast_to(y, shape=spread)
+        return b.reshape(y, shape=m["rows"].shape) if "rows" in m else y
+
+
 class FuseNorm(Rewrites):
     """RMS and layer normalization of the last axis, in their many spellings -> ``rms_norm``, ``layer_norm``.
 
     A weight and a bias of one number per feature join them. Casts of f16 and bf16 around a norm in f32 go, as the operations
     compute in f32 inside; a weight that is multiplied in the narrow type is then rounded once instead of twice.
+    What is repeated and then normalized is normalized once.
     """
 
     name = "fuse-norm"
     # a layer norm holds an RMS norm of the centered x, so it goes first; weights join before and after casts
     rules = (
         _Mean(), _LayerNorm(), _Weight(), _LayerNormBias(), _RmsNorm(), _Weight(), _Narrow(),
-        _Weight(), _LayerNormBias(),
+        _Weight(), _LayerNormBias(), _Repeated(),
     )  # fmt: skip

@@ -6,6 +6,7 @@ import pytest
 from wasat.frontend import nn
 from wasat.passes import Cleanup, FuseNorm, PassManager
 
+import wasat as ws
 from wasat.testing import InterpreterCheck, check_pass, check_untouched, random_program
 
 DIMS = [{"b": 1, "s": 3}, {"b": 2, "s": 1}]
@@ -207,3 +208,50 @@ def test_the_length_of_a_vector_is_not_reported(old: str, new: str) -> None:
     assert old in text
     text = text.replace(old, new) if old else text
     assert not PassManager([FuseNorm()]).run(random_program(text)).remarks("missed")
+
+
+REPEATED = """graph @f(%x: f32[b, 2, s, 8]) {
+  param %w: f32[8]
+  %one: f32[b, 2, 1, s, 8] = reshape(%x) {shape=(b, 2, 1, s, 8)}
+  %each: f32[b, 2, 3, s, 8] = broadcast_to(%one) {shape=(b, 2, 3, s, 8)}
+  %z: f32[b, 6, s, 8] = reshape(%each) {shape=(b, 6, s, 8)}
+  %y: f32[b, 6, s, 8] = rms_norm(%z, %w) {eps=0.01}
+  return %y
+}"""
+
+
+def test_repeated_heads_are_normalized_once() -> None:
+    check_pass(FuseNorm(), REPEATED, """graph @f(%x: f32[b, 2, s, 8]) {
+  param %w: f32[8]
+  %one: f32[b, 2, 1, s, 8] = reshape(%x) {shape=(b, 2, 1, s, 8)}
+  %rms_norm: f32[b, 2, 1, s, 8] = rms_norm(%one, %w) {eps=0.01}
+  %broadcast_to: f32[b, 2, 3, s, 8] = broadcast_to(%rms_norm) {shape=(b, 2, 3, s, 8)}
+  %y: f32[b, 6, s, 8] = reshape(%broadcast_to) {shape=(b, 6, s, 8)}
+  return %y
+}
+""", DIMS)  # fmt: skip
+
+
+def test_repeated_features_stay() -> None:
+    before = REPEATED.replace("%x: f32[b, 2, s, 8]", "%x: f32[b, 2, s, 1]").replace("(b, 2, 1, s, 8)", "(b, 2, 1, s, 1)")
+    before = before.replace("%one: f32[b, 2, 1, s, 8]", "%one: f32[b, 2, 1, s, 1]")
+    check_untouched(FuseNorm(), before)
+
+
+def test_one_head_of_keys_repeated_and_then_normalized_is_kept_once() -> None:
+    """A square of what is repeated stays one: the norm is found, and goes before the repetition."""
+
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            self.embed, self.head = nn.Embedding(11, 8, std=1.0), nn.Linear(8, 11)
+
+        def __call__(self, tokens: nn.Tensor) -> nn.Tensor:
+            x = self.embed(tokens)
+            k = nn.sin(x[..., :4]).heads(1).swap(1, 2).broadcast_to(x.shape[0], 2, x.shape[1], 4)
+            k = k * nn.rsqrt((k * k).mean(-1, keepdims=True) + 1e-6)
+            s = nn.where(nn.causal(nn.positions(tokens)), x.heads(2).swap(1, 2) @ k.T * 0.5, -float("inf"))
+            return self.head((nn.softmax(s) @ k).swap(1, 2).merge())
+
+    program, _ = ws.optimize(nn.trace(Decoder(), {"tokens": "i64[b, s]"}, outputs=["logits"]), chunk=8)
+    kept = {str(v.type) for v in program["decode"].inputs if v.name in program["decode"].output_names}
+    assert kept == {"f32[b, c, 1, 4]"}
