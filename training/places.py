@@ -40,7 +40,8 @@ def places(graph: Graph, trained: Collection[str]) -> Places | None:
 
     A mean over places is ``sum / count`` where the count is a sum over the data, whatever keeps it from 0; means over the same
     places add up to one. What no data or no trained parameter is in may stand beside it. Raises IRError for a sum of means over
-    different places: no weight of a call is right for all of them.
+    different places: no weight of a call is right for all of them; and for a divisor that is not as the count is, where what
+    learns stands beside the mean, or there are several divisors.
     """
     learning = _reached(graph, [v for name, v in graph.params.items() if name in trained], True)
     data = _reached(graph, graph.inputs, False)
@@ -81,7 +82,16 @@ def places(graph: Graph, trained: Collection[str]) -> Places | None:
         return None
     count = next(iter(counts.values()))
     alike = frozenset(v for v, number in numbers.items() if number == numbers[count])
-    return Places(count, next(iter(divisors.values())) if len(divisors) == 1 and not beside else None, alike)
+    if len(divisors) == 1 and not beside:
+        return Places(count, next(iter(divisors.values())), alike)
+    for divisor in divisors.values():
+        if held := _held(divisor):
+            why = "parameters that learn stand beside the mean" if beside else "the means divide by several numbers"
+            raise IRError(
+                f"the loss is a mean over %{count.name} that divides by %{divisor.name}, which {held}; as {why}, no weight of a call "
+                'is right then: divide by the count itself, or let calls count alike (weigh="calls")', divisor.loc,
+            )  # fmt: skip
+    return Places(count, None, alike)
 
 
 def _reached(graph: Graph, sources: Collection[Value], smoothly: bool) -> set[Value]:
@@ -135,6 +145,43 @@ def _count(divisor: Value, numbers: Mapping[Value, object]) -> Value | None:
         else:
             return None
     return None
+
+
+_LITTLE = 1e-6
+"""What keeps a count from 0 and does not change it."""
+
+
+def _held(divisor: Value) -> str:
+    """What makes a divisor other than its count times a number, for a count that is not 0; empty if nothing does."""
+    v = divisor
+    while v.node is not None and not v.node.is_a("reduce_sum"):
+        name, inputs = v.node.op.name, v.node.inputs
+        if name in ("cast", "reshape"):
+            v = inputs[0]
+        elif name == "select":  # from 0 alone
+            v = inputs[1]
+        else:
+            const = next(x.const for x in inputs if x.const is not None)
+            v = inputs[0] if inputs[1].const is not None else inputs[1]
+            least = float(abs(const).max()) if const.size else 0.0
+            if name == "maximum" and not (least <= _LITTLE or (least <= 1 and _whole(v))):
+                return f"is held to at least {least:g}"
+            if name == "add" and least > _LITTLE:
+                return f"adds {least:g} to it"
+    return ""
+
+
+def _whole(count: Value) -> bool:
+    """Whether a count is a whole number: a sum of what was cast from booleans or integers, or such a number."""
+    todo = [count]
+    while todo:
+        v = todo.pop()
+        if not v.tensor.dtype.is_float:
+            continue
+        if v.node is None or not v.node.is_a("reduce_sum", "cast", "reshape", "broadcast_to", "mul"):
+            return False
+        todo += v.node.inputs
+    return True
 
 
 def _compares(condition: Value, count: Value, numbers: Mapping[Value, object]) -> bool:

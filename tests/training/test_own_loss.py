@@ -108,7 +108,6 @@ FLOORS = {
     "held to one": lambda each, w: each.sum() / nn.maximum(w.sum(), 1.0),
     "and a little": lambda each, w: each.sum() / (w.sum() + 0.3),
     "of a weight that is none": lambda each, w: (each + 0.1).sum() / nn.where(w.sum() > 0.0, w.sum(), 1.0),
-    "by two divisors": lambda each, w: each.sum() / nn.maximum(w.sum(), 0.01) + each.sum() / nn.maximum(w.sum(), 0.02),
 }  # fmt: skip
 
 
@@ -159,8 +158,8 @@ def test_means_over_different_places_are_refused_or_count_alike() -> None:
         train_step(p, weigh="rows")  # type: ignore[arg-type]
 
 
-def test_a_mean_beside_a_penalty_of_parameters() -> None:
-    """Of the parameters alone there is one value, whatever the call counts."""
+def _penalized() -> Program:
+    """y = x @ w, and a penalty of w."""
 
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -169,7 +168,12 @@ def test_a_mean_beside_a_penalty_of_parameters() -> None:
         def __call__(self, x: nn.Tensor) -> tuple[nn.Tensor, nn.Tensor]:
             return self.w(x), (self.w.weight * self.w.weight).sum()
 
-    p = nn.trace(nn.Sequential(Model()), {"x": "f32[n, 3]"}, outputs=["y", "penalty"])
+    return nn.trace(nn.Sequential(Model()), {"x": "f32[n, 3]"}, outputs=["y", "penalty"])
+
+
+def test_a_mean_beside_a_penalty_of_parameters() -> None:
+    """Of the parameters alone there is one value, whatever the call counts."""
+    p = _penalized()
 
     def loss(y: nn.Tensor, penalty: nn.Tensor, target: nn.Tensor, some: nn.Tensor) -> nn.Tensor:
         each, n = _mean_of_some(y, target, some)
@@ -177,6 +181,45 @@ def test_a_mean_beside_a_penalty_of_parameters() -> None:
 
     nn.add_loss(p, loss, ROWS)
     batch = {"x": X, "target": Y, "some": SOME}
+    np.testing.assert_allclose(stepped(p, batch, 2), stepped(p, batch, 1), atol=1e-6)
+
+
+HELD = {  # a divisor that is not as the count is, beside what must be weighed otherwise
+    "one, beside a penalty": (lambda e, n, p: e.sum() / nn.maximum(n, 1.0) + 0.1 * p, "is held to at least 1.*stand beside"),
+    "above, beside a penalty": (lambda e, n, p: 0.1 * p - e.sum() / (2.0 * (n + 0.3)), "adds 0.3 to it.*stand beside"),
+    "two": (lambda e, n, p: e.sum() / nn.maximum(n, 0.01) + e.sum() / nn.maximum(n, 0.02), "at least 0.0.*several numbers"),
+    "one of two": (lambda e, n, p: e.sum() / n + e.sum() / (n + 1.0), "adds 1 to it.*several numbers"),
+}
+
+
+@pytest.mark.parametrize("how", HELD)
+def test_a_divisor_held_above_its_count_beside_others_is_refused(how: str) -> None:
+    made, says = HELD[how]
+    p = _penalized()
+    nn.add_loss(p, lambda y, penalty, target, some: made(*_mean_of_some(y, target, some), penalty), ROWS)
+    with pytest.raises(IRError, match=says + r".*weigh=\"calls\""):
+        train_step(p, accumulate=2)
+    train_step(p, accumulate=2, weigh="calls")
+
+
+BESIDE = {  # all weights are whole, or what is held is nothing beside them
+    "a whole count": lambda e, n, k, p: (e * k).sum() / nn.maximum(k.sum(), 1.0) + 0.1 * p,
+    "a little": lambda e, n, k, p: e.sum() / nn.maximum(n, 1e-6) + 0.1 * p,
+    "where it is not 0": lambda e, n, k, p: e.sum() / nn.where(n > 0.0, n, 1.0) + 0.1 * p,
+    "factors": lambda e, n, k, p: e.sum() / n + e.sum() / (2.0 * n) + 0.1 * p,
+}
+
+
+@pytest.mark.parametrize("how", BESIDE)
+def test_a_divisor_as_its_count_beside_others_is_weighed(how: str) -> None:
+    p = _penalized()
+
+    def loss(y: nn.Tensor, penalty: nn.Tensor, target: nn.Tensor, some: nn.Tensor) -> nn.Tensor:
+        each, n = _mean_of_some(y, target, some)
+        return BESIDE[how](each, n, (some > 0.6).cast("f32"), penalty)
+
+    nn.add_loss(p, loss, ROWS)
+    batch = {"x": X, "target": Y, "some": np.float32([0, 0, 0, 0, 1, 2, 0.5, 1])}
     np.testing.assert_allclose(stepped(p, batch, 2), stepped(p, batch, 1), atol=1e-6)
 
 
