@@ -54,6 +54,7 @@ TESTS = {  # what covers a file; for others it is the file of the same name, or 
         "tests/passes/test_indexing.py", "tests/passes/test_affine.py", "tests/passes/test_mask.py",
     ],
     "passes/analyses/labels.py": ["tests/passes/test_fuse_experts.py"],
+    "passes/serving/folded.py": ["tests/passes/test_rows.py"],
     "passes/cleanup/rows_apart.py": ["tests/passes/test_fuse_experts.py"],
     "passes/fusion/stack_experts.py": ["tests/passes/test_fuse_experts.py"],
     "passes/cleanup/simplify_indices.py": ["tests/passes/test_affine.py"],

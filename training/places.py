@@ -88,8 +88,8 @@ def places(graph: Graph, trained: Collection[str]) -> Places | None:
         if held := _held(divisor):
             why = "parameters that learn stand beside the mean" if beside else "the means divide by several numbers"
             raise IRError(
-                f"the loss is a mean over %{count.name} that divides by %{divisor.name}, which {held}; as {why}, no weight of a call "
-                'is right then: divide by the count itself, or let calls count alike (weigh="calls")', divisor.loc,
+                f"the loss is a mean over %{count.name} that divides by %{divisor.name}, which {held}; as {why}, no weight of "
+                'a call is right then: divide by the count itself, or let calls count alike (weigh="calls")', divisor.loc,
             )  # fmt: skip
     return Places(count, None, alike)
 

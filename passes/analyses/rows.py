@@ -35,8 +35,11 @@ class Place:
 FIRST = Place(0)
 
 
-def places(graph: Graph, tokens: Value, labels: Mapping[Value, Label]) -> dict[Value, Place]:
-    """The place of the rows in each value that differs between them.
+def places(
+    graph: Graph, tokens: Value, labels: Mapping[Value, Label], merged: dict[Node, Place] | None = None
+) -> dict[Value, Place]:
+    """The place of the rows in each value that differs between them. ``merged`` receives attention whose queries, keys and
+    values have more than rows on the axis of the rows, which is an error without it.
 
     Raises IRError, with the node and the line, where rows meet on the way of the tokens.
     """
@@ -67,6 +70,9 @@ def places(graph: Graph, tokens: Value, labels: Mapping[Value, Label]) -> dict[V
                 if place is not None:
                     found[v] = place
             if isinstance(node.attrs, AttentionAttrs) and label.mixes and found[node.output] != FIRST:
+                if merged is not None and all(v in found for v in node.inputs[:3]):
+                    merged[node] = found[node.output]
+                    continue
                 raise LooksAhead("the rows are not its first axis")
         except LooksAhead as e:
             if label.kind == "fixed":

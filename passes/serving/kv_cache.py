@@ -32,6 +32,7 @@ from ..core import Pass, PassError, Remark, Remarks
 from ..pattern import erase_dead
 from .absorb import absorb
 from .derivation import Derivation, declare
+from .folded import heads_apart
 from .kept import (
     keep,
 )
@@ -89,6 +90,8 @@ class DeriveKVCache(Pass):
     def _derive(self, program: Program, remarks: Remarks) -> None:
         forward, tokens, labels, led = _served(program[self.graph], remarks)
         seq = str(tokens.shape[1])
+        if led is None and heads_apart(forward, tokens, labels):
+            labels = analyze(forward, seq, tokens.shape[0])
         limits = [n for n in (program.interface.context, _positions_known(forward, labels)) if n is not None]
         context = min(limits, default=None)
         plan = Plan.make(forward, tokens, seq, labels, self.chunk, self.granule, context, led)

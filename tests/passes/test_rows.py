@@ -70,6 +70,51 @@ def folded_between(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
     return y.reshape(2, b, 2, s, 4).transpose(1, 3, 0, 2, 4).reshape(b, s, DIM)
 
 
+def attending(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """Attention of [b * h, s, d], as fairseq writes it."""
+    b, s, _ = x.shape
+    y = x.heads(HEADS).transpose(0, 2, 1, 3).reshape(b * HEADS, s, DIM // HEADS) * wave(at)
+    return (_seen(y, at) @ y).reshape(b, HEADS, s, DIM // HEADS).transpose(0, 2, 1, 3).merge()
+
+
+def attending_behind(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """Attention of [h * b, s, d], within a window."""
+    b, s, _ = x.shape
+    y = x.heads(HEADS).transpose(2, 0, 1, 3).reshape(HEADS * b, s, DIM // HEADS) * wave(at)
+    return (_seen(y, at, 3) @ y).reshape(HEADS, b, s, DIM // HEADS).transpose(1, 2, 0, 3).merge()
+
+
+def attending_between(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """Attention of [2 * b * 2, s, d]."""
+    b, s, _ = x.shape
+    y = x.reshape(b, s, 2, 2, 4).transpose(2, 0, 3, 1, 4).reshape(2 * b * 2, s, 4) * wave(at)
+    return (_seen(y, at) @ y).reshape(2, b, 2, s, 4).transpose(1, 3, 0, 2, 4).reshape(b, s, DIM)
+
+
+def attending_grouped(x: nn.Tensor, at: nn.Tensor, *sink: nn.Tensor) -> nn.Tensor:
+    """Attention of [b * 2, s, 2, 4], two queries to a key."""
+    b, s, _ = x.shape
+    y = x.reshape(b, s, 2, 2, 4).transpose(0, 2, 1, 3, 4).reshape(2 * b, s, 2, 4) + nn.sin(wave(at))[:, None]
+    y = nn.emit("attention", y, y[:, :, 1:], y[:, :, :1], *sink, scale=0.7, causal=True, sink=bool(sink))
+    return y.reshape(b, 2, s, 2, 4).transpose(0, 2, 1, 3, 4).reshape(b, s, DIM)
+
+
+def attending_masked(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """Attention of [2 * b, s, 2, 4] under a mask that each row has for itself."""
+    b, s, _ = x.shape
+    y = x.reshape(b, s, 2, 2, 4).transpose(2, 0, 1, 3, 4).reshape(2 * b, s, 2, 4) + nn.sin(wave(at))[:, None]
+    near = y.transpose(0, 2, 1, 3)[..., :1]
+    mask = (near - near.transpose(0, 1, 3, 2)) * 2.0
+    y = nn.emit("attention", y, y, y, mask, scale=0.7, causal=True)
+    return y.reshape(2, b, s, 2, 4).transpose(1, 2, 0, 3, 4).reshape(b, s, DIM)
+
+
+def _seen(y: nn.Tensor, at: nn.Tensor, window: int = 1000) -> nn.Tensor:
+    far = at[:, None] - at[None, :]
+    scores = y @ (y + 0.5 * nn.sin(3.0 * y)).transpose(0, 2, 1)
+    return nn.softmax(nn.where((far >= 0) & (far < window), scores, float("-inf")), axis=-1)
+
+
 def picked(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
     return nn.gather(x * wave(at), nn.constant(np.arange(DIM)[::-1].copy()), axis=2)
 
@@ -116,7 +161,8 @@ def in_turns(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
 
 APART = {f.__name__: f for f in (
     heads_first, stacked, sequence_first, features_first, folded, folded_behind, folded_between, picked, joined, of_positions,
-    repeated, written_over, in_turns,
+    repeated, written_over, in_turns, attending, attending_behind, attending_between,
+    attending_grouped, attending_masked,
 )}  # fmt: skip
 
 
@@ -279,6 +325,16 @@ def test_the_last_element_is_one() -> None:
 
     program = nn.trace(Last(), {"x": "f32[b, s, 4]"}, outputs=["y"])
     assert str(program["forward"].outputs[0].type) == "f32[b, 1, 4]"
+
+
+def test_a_sink_of_merged_heads_is_refused() -> None:
+    """A sink belongs to a head: it would have to be repeated for those that leave the axis of the rows."""
+
+    def mix(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+        return attending_grouped(x, at, nn.full((2,), 0.3))
+
+    with pytest.raises(IRError, match="the rows are not its first axis"):
+        derive(forward_of(mix))
 
 
 def test_the_check_of_passes_sees_a_wrong_cache(monkeypatch: pytest.MonkeyPatch) -> None:
