@@ -63,7 +63,7 @@ TESTS = {  # what covers a file; for others it is the file of the same name, or 
         "tests/passes/test_fuse_attention.py", "tests/passes/test_fuse_masks.py", "tests/passes/test_near_patterns.py",
     ],
     "passes/fusion/fuse_norm.py": ["tests/passes/test_fuse_norm.py", "tests/passes/test_near_patterns.py"],
-    **{f"passes/serving/{x}.py": CACHES for x in ("kv_cache", "derivation")},
+    **{f"passes/serving/{x}.py": [*CACHES, "tests/passes/test_kept_beside.py"] for x in ("kv_cache", "derivation")},
     "passes/cleanup/algebra.py": ["tests/passes/test_cleanup.py"],
     "passes/cleanup/clean_loops.py": ["tests/passes/test_clean_loops.py", "tests/passes/test_inference.py"],
     "passes/serving/inference.py": ["tests/passes/test_inference.py"],

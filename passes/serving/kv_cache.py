@@ -184,7 +184,6 @@ def _served(graph: Graph, remarks: Remarks) -> tuple[Graph, Value, dict[Value, L
                 for n, v in lost.items():
                     remarks.missed(f"output {n} is not served: {labels[v].reason}", v)
                 _leave_off(served, set(lost), tokens)
-                labels = analyze(served, seq, tokens.shape[0])
             return served, tokens, labels, led
     if failure is not None:
         raise failure

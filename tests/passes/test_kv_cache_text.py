@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from wasat.ir import parse
+from wasat.ir import IRError, parse
 from wasat.passes import DeriveKVCache, PassError, PassManager
 from wasat.passes.analyses.axis import analyze
 from wasat.passes.serving.kv_cache import _positions_known
@@ -49,6 +49,7 @@ PAIR = "%column: i64[s, 1] = reshape(%at) {shape=(s, 1)}\n  "
     ("%p: i64[s] = minimum(%at, 15:i64)" + READ, None),
     ("%p: i64[s] = sub(15:i64, %at)" + READ, None),
     ("%p: i64[s] = mul(%at, %at)" + READ, None),
+    ("%z: i64[s] = mul(%at, 0:i64)\n  %p: i64[s] = add(%z, 20:i64)" + READ, None),
     (PAIR + "%p: i64[s, s] = add(%at, %column)\n  %y: f32[s, s, 4] = embedding(%table, %p)\n  return %y", 8),
     (PAIR + "%p: i64[s, s] = sub(%at, %column)\n  %y: f32[s, s, 4] = embedding(%table, %p)\n  return %y", 16),
     ("%y: f32[b, s, 4] = embedding(%table, %ids)\n  return %y", None),
@@ -97,6 +98,17 @@ def test_where_it_looks_ahead_the_graph_stays() -> None:
     assert remark.message.startswith("@forward stays as it is: no KV cache can be derived for output y: along s, %y: f32")
     assert not report.steps[0].modified
     assert list(program.graphs) == ["forward"]
+
+
+LOSS = RUNNING.replace("return %y", "%loss: f32[8] = reduce_mean(%y) {axes=(0, 1)}\n  return %y, %loss")
+
+
+def test_of_a_given_number_of_rows_what_is_no_number_is_not_taken_for_a_loss() -> None:
+    program = random_program(LOSS)
+    PassManager([DeriveKVCache()]).run(program)
+    assert list(program["decode"].output_names) == ["y", "carry.0"]
+    with pytest.raises(IRError, match="no KV cache can be derived for output loss"):
+        PassManager([DeriveKVCache()]).run(random_program(LOSS.replace("[b,", "[2,")))
 
 
 def test_one_loss_for_all_rows_is_left_off_with_what_it_alone_reads() -> None:
