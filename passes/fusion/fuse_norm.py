@@ -48,7 +48,10 @@ def _holds_mean(v: Value, near: int = _NEAR) -> bool:
 
 
 class _Mean(Rewrite):
-    """sum(x) / n, or sum(x) * (1/n) -> mean(x), where n is the number of elements of the last axis"""
+    """sum(x) / n, or sum(x) * (1/n) -> mean(x), where n is the number of elements of the last axis
+
+    Quotients of integers, which are rounded towards 0, are of another type than a mean.
+    """
 
     def pattern(self, p: Tracer, x: Var, n: Var, inverse: Var) -> Pattern:
         total = p.named("total", p.reduce_sum(x, axes=last_axis))
@@ -59,8 +62,6 @@ class _Mean(Rewrite):
         size = m["x"].shape[-1]
         if not isinstance(size, int) or abs(n - size) > 1e-6 * size:
             raise Mismatch(f"{n:g} is not the number of elements, {size}")
-        if not m["x"].tensor.dtype.is_float:
-            raise Mismatch(f"{m['x']!r} holds integers: their quotient is rounded towards 0")
         attrs = m["total"].node.attrs
         return b.reduce_mean(m["x"], axes=attrs.axes, keepdims=attrs.keepdims)
 
@@ -129,7 +130,7 @@ class _Narrow(Rewrite):
 
     def build(self, b: Builder, m: Match) -> Value:
         x, node = m["x"], m["norm"].node
-        if not x.tensor.dtype.is_float or x.tensor.dtype.bits >= 32 or node.output.tensor.dtype is not DType.F32:
+        if not x.tensor.dtype.is_float or x.tensor.dtype.bits > 16 or node.output.tensor.dtype is not DType.F32:
             raise Mismatch(f"{x!r} is not widened to f32")
         operands: list[Any] = [_per_feature(m, k, x) for k in ("w", "bias") if k in m]
         return b.emit(node.op, x, *operands, eps=node.attrs.eps)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 from wasat.frontend import nn
+from wasat.ir import parse
 from wasat.passes import Cleanup, FuseNorm, PassManager
+from wasat.passes.fusion.fuse_norm import _holds_mean
 
 import wasat as ws
 from wasat.testing import InterpreterCheck, check_pass, check_untouched, random_program
@@ -165,6 +167,15 @@ def test_sums_that_are_no_means() -> None:
     text += "%y: f32[b] = div(%t, 8.0:f32)\n"
     check_untouched(FuseNorm(), text + "return %y\n}")
     check_untouched(FuseNorm(), text.replace("div(%t, 8.0", "mul(%t, 0.0").replace("d]", "8]") + "return %y\n}")
+    whole = text.replace("d]", "8]").replace("f32", "i64").replace("8.0:", "8:") + "return %y\n}"
+    check_untouched(FuseNorm(), whole)  # a quotient of integers is rounded towards 0
+
+
+@pytest.mark.parametrize("between, said", [(0, True), (1, True), (4, True), (5, False), (6, False), (9, False)])
+def test_how_far_from_a_root_a_mean_is_looked_for(between: int, said: bool) -> None:
+    steps = "".join(f"  %a{i + 1}: f32[b] = exp(%a{i})\n" for i in range(between))
+    text = "graph @f(%x: f32[b, 8]) {\n  %a0: f32[b] = reduce_mean(%x) {axes=(1,)}\n" + steps + f"  return %a{between}\n}}"
+    assert _holds_mean(parse(text).outputs[0]) is said
 
 
 def test_a_norm_that_is_also_read_without_its_weight() -> None:

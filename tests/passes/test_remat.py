@@ -190,6 +190,7 @@ def test_left_alone(case: str) -> None:
     assert str(program["gradients"]) == str(parse(text))
     assert remark.startswith("missed")
     assert reason in remark
+    assert not PassManager([Rematerialize(sizes=(("n", 4),))]).run(random_program(text)).steps[0].modified
 
 
 def test_refused() -> None:
