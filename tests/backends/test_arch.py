@@ -95,7 +95,7 @@ def test_who_links(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BuildError, match="compiling for aarch64 needs a C\\+\\+ compiler for aarch64"):
         check_tools(target_named("aarch64"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "ziglang")
-    assert aarch64.linker() == [sys.executable, "-m", "ziglang", "c++", "-target", "aarch64-linux-gnu.2.28"]
+    assert aarch64.linker() == [sys.executable, "-m", "ziglang", "cc", "-target", "aarch64-linux-gnu.2.28"]
 
 
 # -- the runtime --------------------------------------------------------------------------------------------------------------
@@ -144,7 +144,11 @@ def test_other_systems(fetches: list[list[str]], monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(shutil, "which", lambda name: name if "mingw" in name else None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert windows.arch.linker() == ["x86_64-w64-mingw32-g++"]
+    assert "-static" in windows.link_options()["options"]
     assert macos.missing_tools() == ["a C++ compiler for aarch64 under darwin: pip install ziglang"]
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "ziglang")
+    assert "-static" not in windows.link_options()["options"]  # an archive is what it would write
     with pytest.raises(IRError, match=r"there is no x86_64 processor 'apple-m1'"):
         target_named("windows:apple-m1")
     with pytest.raises(BuildError, match=r"windows \(x86_64 under win32\) does not run here"):

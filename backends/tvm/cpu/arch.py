@@ -119,14 +119,15 @@ class Arch:
 
     # -- linking ------------------------------------------------------------------------------------------------------------
     def linker(self) -> list[str] | None:
-        """The command of a C++ compiler that links for it; None where there is none."""
+        """The command of a compiler that links for it; None where there is none."""
         if self.here:
             return next(([c] for c in (os.environ.get("CXX", ""), "g++", "clang++", "c++") if shutil.which(c)), None)
         compiler = self.system.compiler.format(self.name)
         if compiler and shutil.which(compiler):
             return [compiler]
         if importlib.util.find_spec("ziglang"):
-            return [sys.executable, "-m", "ziglang", "c++", "-target", self.system.zig.format(self.name)]
+            # as for C: nothing of C++ is in what is linked, and ziglang would first compile that library, for minutes
+            return [sys.executable, "-m", "ziglang", "cc", "-target", self.system.zig.format(self.name)]
         return None
 
     def missing_tools(self) -> list[str]:
@@ -140,10 +141,11 @@ class Arch:
 
     def link_options(self) -> dict[str, Any]:
         """Further arguments of export_library."""
-        options = list(self.system.options)
+        command = self.linker() or []
+        options = [o for o in self.system.options if o != "-static" or "ziglang" not in command]  # it makes an archive of that
         if self.system.imports:
             options.append(str(self._runtime_file("apache-tvm-ffi", self.system.imports)))
-        return {"options": options, "fcompile": _link(self.linker() or [])}
+        return {"options": options, "fcompile": _link(command)}
 
     # -- the runtime --------------------------------------------------------------------------------------------------------
     def runtime_files(self) -> list[Path]:
