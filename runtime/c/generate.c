@@ -156,10 +156,14 @@ int main(int argc, char **argv) {
   wasat_model *model;
   if (wasat_load(places[0], &load, &model)) return fail(wasat_error());
   if (encode_only) {
-    size_t count, room = bytes + 64;
-    int32_t *ids = (int32_t *)malloc(room * sizeof *ids);
-    if (!ids || wasat_encode(model, prompt, bytes, 1, ids, room, &count)) return fail(wasat_error());
-    for (size_t i = 0; i < count && i < room; i++) printf("%d ", ids[i]);
+    size_t count, most = 0;
+    if (wasat_encode(model, prompt, bytes, 1, NULL, 0, &most)) return fail(wasat_error());
+    int32_t *ids = (int32_t *)malloc((most + 1) * sizeof *ids);
+    if (!ids) return fail("there is not enough memory");
+    if (wasat_encode(model, prompt, bytes, 1, ids, most, &count)) return fail(wasat_error());
+    for (size_t i = 0; i < count; i++) printf("%d ", ids[i]);
+    free(ids);
+    wasat_free(model);
     return puts(""), 0;
   }
   wasat_result r;

@@ -188,6 +188,7 @@ wasat_status wasat_load(const char *folder, const wasat_load_options *options, w
     wasat_load_options o = options ? *options : wasat_load_options{};
     auto made = std::make_unique<wasat_model>();
     made->folder = &given(folder, "folder");
+    if (made->folder.empty()) throw Error(WASAT_ARTIFACT, "the name of the artifact's folder is empty; give a folder that wasat compile wrote");
     made->folder = std::filesystem::absolute(std::filesystem::u8path(made->folder)).u8string();
     made->engine = start(made->folder, o);
     out = made.release();

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from c_build import CHECKED, SOURCES, SYSTEM, program, shared
 from tokenizer_files import KINDS, Texts
 from tokenizers import Tokenizer as Library
-from wasat.runtime.c import HERE
 from wasat.runtime.tokenizer import Tokenizer
 
 pytestmark = [
@@ -23,30 +23,12 @@ pytestmark = [
 ]
 
 
-PARTS = sorted(p for p in HERE.glob("*.cc") if p.stem not in ("session", "wasat"))
-"""What needs no TVM."""
-
-
 @pytest.fixture(scope="session")
 def checked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The program that tests the parts, with sanitizers."""
-    out = tmp_path_factory.mktemp("parts") / "parts"
-    subprocess.run(
-        [
-            "g++",
-            "-std=c++17",
-            "-O1",
-            "-fsanitize=address,undefined",
-            "-fno-sanitize-recover=all",
-            f"-I{HERE}",
-            str(Path(__file__).with_name("c_host.cc")),
-            *map(str, PARTS),
-            "-o",
-            str(out),
-        ],
-        check=True,
-    )
-    return out
+    own = [s for s in SOURCES if s.stem not in ("session", "wasat")]  # what needs no TVM
+    own.append(Path(__file__).with_name("c_host.cc"))
+    return program(shared(tmp_path_factory) / "checked" / "parts", own, CHECKED, SYSTEM)
 
 
 def test_numbers_are_numpys(checked: Path) -> None:
