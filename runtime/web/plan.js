@@ -24,6 +24,42 @@ const ARRAYS = {
   uint16: Uint16Array, int8: Int8Array, uint8: Uint8Array, float16: Uint16Array, bfloat16: Uint16Array,
 };
 const WIDTHS = { int64: 8, uint64: 8, float64: 8, float32: 4, int32: 4, uint32: 4, int16: 2, uint16: 2, float16: 2, bfloat16: 2 };
+const FLOAT = new Float32Array(1);
+const BITS = new Uint32Array(FLOAT.buffer);
+/** Floats of 16 bits: the bits of a number, rounded to the nearest (of two, the even one) as f32 and then to these; the number
+ * that bits are. */
+const HALVES = {
+  bfloat16: {
+    bits(x) {
+      FLOAT[0] = x;
+      const b = BITS[0];
+      return Number.isNaN(FLOAT[0]) ? (b >>> 16) | 0x40 : (b + 0x7fff + ((b >>> 16) & 1)) >>> 16;
+    },
+    number(h) {
+      BITS[0] = h << 16;
+      return FLOAT[0];
+    },
+  },
+  float16: {
+    bits(x) {
+      FLOAT[0] = x;
+      const b = BITS[0];
+      const sign = (b >>> 16) & 0x8000;
+      const size = Math.abs(FLOAT[0]);
+      if (Number.isNaN(size)) return sign | 0x7e00;
+      if (size >= 65520) return sign | 0x7c00;
+      if (size >= 2 ** -14) return sign | (((b & 0x7fffffff) - (112 << 23) + 0xfff + ((b >>> 13) & 1)) >>> 13);
+      const steps = size * 2 ** 24; // subnormal
+      const low = Math.floor(steps);
+      return sign | (low + (steps - low > 0.5 || (steps - low === 0.5 && low % 2)));
+    },
+    number(h) {
+      const [sign, exponent, rest] = [h & 0x8000 ? -1 : 1, (h >>> 10) & 31, h & 1023];
+      if (exponent === 31) return rest ? NaN : sign * Infinity;
+      return sign * (exponent ? (1024 + rest) * 2 ** (exponent - 25) : rest * 2 ** -24);
+    },
+  },
+};
 const padded = (bytes) => Math.max(Math.ceil(bytes / 4) * 4, 4);
 export const count = (shape) => shape.reduce((a, b) => a * b, 1);
 
@@ -42,7 +78,7 @@ export class Memory {
     return { ...this.device.allocate(padded(this.width(dtype) * count(shape))), dtype, shape };
   }
 
-  /** A buffer with the numbers of an array (or any list) of `dtype`. */
+  /** A buffer with the numbers of an array (or any list), as `dtype`. */
   of(values, dtype, shape) {
     const buffer = this.zeros(dtype, shape);
     this.set(buffer, values);
@@ -53,15 +89,16 @@ export class Memory {
     const Made = ARRAYS[this.storage[buffer.dtype] ?? buffer.dtype];
     if (!Made) throw new WasatError(`arrays of ${buffer.dtype} cannot be given to this device`);
     const data = new Uint8Array(padded(values.length * Made.BYTES_PER_ELEMENT));
-    new Made(data.buffer, 0, values.length).set(values);
+    const half = HALVES[buffer.dtype];
+    new Made(data.buffer, 0, values.length).set(half ? Array.from(values, (x) => half.bits(Number(x))) : values);
     this.device.write(buffer, data);
   }
 
-  /** The elements that bytes from the device are. */
+  /** The elements that bytes from the device are; floats of 16 bits as Float32Array. */
   loaded(bytes, dtype, n) {
     const Made = ARRAYS[this.storage[dtype] ?? dtype];
-    const own = bytes.slice(0, n * Made.BYTES_PER_ELEMENT);
-    return new Made(own.buffer);
+    const own = new Made(bytes.slice(0, n * Made.BYTES_PER_ELEMENT).buffer);
+    return HALVES[dtype] ? Float32Array.from(own, HALVES[dtype].number) : own;
   }
 }
 

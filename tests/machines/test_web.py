@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+import ml_dtypes
 import numpy as np
 import pytest
 from wasat.runtime.sampling import Sampler, SamplingOptions
@@ -99,6 +100,34 @@ def test_tokens_are_drawn_as_in_python(modules: Any, options: dict[str, Any]) ->
         [logits.tolist(), {NAMES.get(k, k): x for k, x in options.items()}],
     )
     assert found == expected
+
+
+@pytest.mark.parametrize("storage", ["uint16", "uint32"])
+@pytest.mark.parametrize("kind", [np.float16, ml_dtypes.bfloat16], ids=["float16", "bfloat16"])
+def test_floats_of_16_bits(modules: Any, kind: Any, storage: str) -> None:
+    """All there are, read; numbers given, among them halves between two, the largest and the smallest, rounded as in Python."""
+    name, every = np.dtype(kind).name, np.arange(2**16, dtype=np.uint16)
+    numbers = every.view(kind).astype(np.float32)
+    finite = np.sort(numbers[np.isfinite(numbers)])
+    with np.errstate(over="ignore"):
+        between = np.concatenate([(finite[1:] + finite[:-1]) / 2, finite * np.float32(1.0001), [3e38, -1e-45, 65520, np.inf]])
+        wanted = between.astype(np.float32).astype(kind)
+    found, read = modules.evaluate(
+        """async ([name, storage, numbers, bits]) => {
+            const { Memory } = await import("./plan.js");
+            let written = null;
+            const device = { allocate: (bytes) => ({ bytes }), write: (buffer, data) => { written = data; } };
+            const Stored = storage === "uint32" ? Uint32Array : Uint16Array;
+            const memory = new Memory(device, { [name]: storage });
+            memory.of(numbers, name, [numbers.length]);
+            const given = new Uint8Array(Stored.from(bits).buffer);
+            const read = memory.loaded(given, name, bits.length);
+            return [[...new Stored(written.buffer, 0, numbers.length)], [...read].map(String)];
+        }""",
+        [name, storage, between.tolist(), every.tolist()],
+    )
+    np.testing.assert_array_equal(np.array(found, np.uint16), wanted.view(np.uint16))
+    np.testing.assert_array_equal(np.array(read, np.float32), numbers)
 
 
 TEXTS = (
