@@ -14,8 +14,9 @@ import tvm_ffi
 from wasat.runtime.c import HERE
 
 SOURCES = sorted(HERE.glob("*.cc"))
-FLAGS = ("-O1", "-Wall", "-Wextra", "-Werror", f"-I{HERE}", "-isystem", str(Path(tvm_ffi.__file__).parent / "include"))
-CHECKED = (*FLAGS, "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+PLACES = (f"-I{HERE}", "-isystem", str(Path(tvm_ffi.__file__).parent / "include"))
+FLAGS = ("-O1", "-Wall", "-Wextra", "-Werror", *PLACES)
+CHECKED = ("-O1", *PLACES, "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 SYSTEM = ("-ldl", "-pthread")
 
 
@@ -42,7 +43,9 @@ def program(out: Path, sources: Sequence[Path], flags: Sequence[str], last: Sequ
 
 
 def _compiled(source: Path, to: Path, flags: Sequence[str]) -> None:
-    compiler = ["gcc", "-std=c99", "-Wpedantic"] if source.suffix == ".c" else ["g++", "-std=c++17"]
+    compiler = (
+        ["gcc", "-std=c99", "-Wall", "-Wextra", "-Wpedantic", "-Werror"] if source.suffix == ".c" else ["g++", "-std=c++17"]
+    )
     _run([*compiler, *flags, "-c", str(source), "-o", f"{to}.made"])
     Path(f"{to}.made").rename(to)
 
