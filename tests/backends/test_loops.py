@@ -103,7 +103,8 @@ def module_of(text: str) -> tvm.IRModule:
     "text, all_taken",
     [
         ("(%x: f32[40, 50]) {\n %a: f32[40, 50] = exp(%x)\n %y: f32[50] = reduce_sum(%a) {axes=(0,)}", True),
-        ("(%x: f32[s, 50]) {\n %y: f32[s, 50] = exp(%x)", False),  # sizes that are not known: see below
+        ("(%x: f32[s, 50]) {\n %y: f32[s, 50] = exp(%x)", True),
+        ("(%x: bf16[s, 50]) {\n %y: bf16[s, 50] = neg(%x)", False),  # see the module
         ("(%x: f32[40, 50]) {\n %y: f32[40, 50] = cumsum(%x) {axis=1}", False),  # a loop within a block
     ],
 )
@@ -119,27 +120,31 @@ UNKNOWN = {
         " %k: bool[n, m] = greater(%c, %x)\n %y: f32[n, m] = select(%k, %c, %x)", 1),
     "turned": (
         "(%x: f32[n, m]) {\n %a: f32[n, m] = mul(%x, %x)\n %t: f32[m, n] = transpose(%a) {perm=(1, 0)}\n"
-        " %y: f32[m, n] = sub(%t, 1.0:f32)", 3),
-    "once for a row": (
+        " %y: f32[m, n] = sub(%t, 1.0:f32)", 1),
+    "a sum, as cheap as to read it": (
+        "(%x: f32[n, m], %v: f32[n, 1]) {\n %q: f32[n, 1] = add(%v, 1.0:f32)\n %y: f32[n, m] = mul(%x, %q)", 1),
+    "a function, once for a row": (
         "(%x: f32[n, m], %v: f32[n, 1]) {\n %r: f32[n, 1] = exp(%v)\n %q: f32[n, 1] = add(%r, 1.0:f32)\n"
-        " %w: f32[n, m] = mul(%x, %q)\n %y: f32[n, m] = neg(%w)", 4),
-    "numbers": ("(%x: f32[]) {\n %a: f32[] = mul(%x, 2.0:f32)\n %b: f32[] = expm1(%a)\n %y: f32[] = neg(%b)", 0),
+        " %w: f32[n, m] = mul(%x, %q)\n %y: f32[n, m] = neg(%w)", 2),
     "rounded in between": (
         "(%x: f16[n, m], %z: f16[n, m]) {\n %a: f16[n, m] = mul(%x, %z)\n %c: f16[n, m] = add(%a, %a)\n %y: f16[n, m] = mul(%c, %a)", 1),
 }  # fmt: skip
-"""Of sizes that are not known -> how many nests there are."""
+"""Of sizes that are not known -> how many of their values are stored in memory."""
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
-def test_elements_of_one_place_are_computed_in_one_nest(name: str) -> None:
-    text, nests = UNKNOWN[name]
+def test_elements_of_sizes_known_when_they_run(name: str) -> None:
+    text, stored = UNKNOWN[name]
     program = parse_program(f"graph @g{text}\n return %y\n}}")
-    made = [f for f in module_of(str(program)).functions.values() if isinstance(f, tirx.PrimFunc)]
-    assert sum(len(re.findall(r"^    for ", f.script(), re.M)) for f in made) == nests
-    rng, sizes, runner = np.random.default_rng(0), {"n": 5, "m": 7}, Runner(program, cpu(threads=2))
-    inputs = {v.name: rng.standard_normal(v.tensor.concrete(sizes)).astype(v.tensor.dtype.np) for v in program["g"].inputs}
-    [want] = evaluate(program["g"], inputs)
-    np.testing.assert_allclose(runner("g", inputs)["y"], want, rtol=1e-3 if want.dtype == np.float16 else 2e-6, atol=2e-6)
+    (made,) = [f for f in module_of(str(program)).functions.values() if isinstance(f, tirx.PrimFunc)]
+    assert "tirx.is_scheduled" in made.attrs
+    assert len(set(re.findall(r"^ +(?!local)(\w+)\[.*\] = ", made.script(), re.M))) == stored, made.script()
+    rng, runner = np.random.default_rng(0), Runner(program, cpu(threads=2))
+    for n, m in [(5, 7), (1, 1), (0, 3), (3, 0), (300, 257), (2, 40000), (70000, 1)]:
+        sizes = {"n": n, "m": m}
+        inputs = {v.name: rng.standard_normal(v.tensor.concrete(sizes)).astype(v.tensor.dtype.np) for v in program["g"].inputs}
+        [want] = evaluate(program["g"], inputs)
+        np.testing.assert_allclose(runner("g", inputs)["y"], want, rtol=1e-3 if want.dtype == np.float16 else 2e-6, atol=2e-6)
 
 
 SUMS = {

@@ -4,16 +4,15 @@ TVM compiles a fused function as it stands: a nest and a buffer for each operati
 is computed where it is read, once per element; the loops that remain are ordered so that the innermost one walks memory, which
 LLVM turns into vector code; exponentials and the like are polynomials, so that nothing calls out of it.
 
-Taken are functions made of elementwise operations and sums, products, maxima and minima. Of those whose sizes are known when
-they run alone, elementwise operations without a sum become one nest where they have one shape. All else is left, and so is
-bf16: the pass that widens it loses the buffers that are declared within loops.
+Taken are functions made of elementwise operations and sums, products, maxima and minima, of sizes known or not. All else is
+left, and so is bf16: the pass that widens it loses the buffers that are declared within loops.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 import tvm
 import tvm.sym
 import tvm_ffi
-from tvm import s_tir, tirx
+from tvm import tirx
 from tvm.ir import Call, TensorLoad
 from tvm.s_tir import SBlockRealize
 
@@ -69,55 +68,11 @@ def schedule(threads: int) -> Any:
     def run(module: tvm.IRModule, context: Any) -> tvm.IRModule:
         for gv, f in module.functions_items():
             if isinstance(f, tirx.PrimFunc) and "tirx.is_scheduled" not in (f.attrs or {}):
-                try:
+                with suppress(_Unsupported):
                     module[gv] = _Loops(f, gv.name_hint, threads).build()
-                except _Unsupported:
-                    module[gv] = _in_one_nest(f)
         return module
 
     return run
-
-
-def _in_one_nest(func: tirx.PrimFunc) -> tirx.PrimFunc:
-    """``func``, if it is nests over one shape that is not known, and each element needs those at its own place: as one nest.
-
-    What nests handed each other is kept for an element: TVM, to which floats are numbers of no end, would simplify one
-    expression of all (x + y - y is not always x).
-    """
-    body = func.body.block.body if isinstance(func.body, SBlockRealize) else None
-    if not isinstance(body, tirx.SeqStmt):
-        return func
-    inner = list(func.body.block.alloc_buffers)
-    if any(str(b.dtype) == "bfloat16" for b in [*inner, *(p for p in func.params if isinstance(p.ty, tirx.BufferType))]):
-        return func
-    made = s_tir.Schedule(func)
-    *before, last = made.get_child_blocks(made.get_sblock(func.body.block.name_hint))
-    *firsts, final = blocks = [made.get(place) for place in (*before, last)]
-    if not all(_stores(b) and tvm_ffi.structural_equal(_extents(b), _extents(final)) for b in blocks):
-        return func
-    if not all(any(b.same_as(first.body.buffer) for b in inner) for first in firsts):  # it is another result
-        return func
-    if not made.get_loops(last):  # numbers
-        return func
-    try:
-        for place in reversed(before):
-            made.compute_at(place, made.get_loops(last)[-1])
-    except s_tir.ScheduleError:  # an element needs others than its own
-        return func
-    small = [
-        s_tir.transform.PlanAndUpdateBufferAllocationLocation(), s_tir.transform.ConvertBlocksToOpaque(),
-        s_tir.transform.CompactBufferAllocation(),
-    ]  # fmt: skip
-    return tvm.transform.Sequential(small)(made.mod)["main"].with_attrs(func.attrs)
-
-
-def _stores(block: Any) -> bool:
-    """Whether it computes an element of each axis, and no sum."""
-    return isinstance(block.body, tirx.BufferStore) and all(v.iter_type == tirx.IterVar.DataPar for v in block.iter_vars)
-
-
-def _extents(block: Any) -> list[Expr]:
-    return [v.dom.extent for v in block.iter_vars]
 
 
 def _size(n: Expr) -> Index:
@@ -187,8 +142,6 @@ class _Loops:
         self.kernel = k = Kernel(name)
         self.analyzer = tvm.sym.Analyzer()
         stages = _stages(func)
-        if not any(s.reduced for s in stages) and not _known(*(n for s in stages for n in s.shape)):
-            raise _Unsupported
         given = [p for p in func.params if isinstance(p.ty, tirx.BufferType)]
         if any(str(b.dtype) == "bfloat16" for b in [*given, *(s.buffer for s in stages)]):
             raise _Unsupported
@@ -201,11 +154,15 @@ class _Loops:
         self.flat = {b: k.flat(x) for b, x in own.items()}
         self.inlined = {s.buffer: s for s in stages if s.buffer not in self.flat and not s.reduced}
         """Buffers that do not come to be."""
-        for s in stages:
-            if s.reduced:  # not computed several times for each element of a reduction
-                many = math.prod(s.shape) * math.prod(n for _, n in s.reduced)
-                for b in [b for b in _reads(s.value) if b in self.inlined and self._fewer(math.prod(_shape(b)), many)]:
+        dear: set[Buffer] = set()
+        """Those whose elements cost more to compute than to read."""
+        for s in stages:  # what a reduction reads, or is dear, is not computed again for each element that reads it
+            many = math.prod(s.shape) * math.prod(n for _, n in s.reduced)
+            for b in {b for b in _reads(s.value) if b in self.inlined and (s.reduced or b in dear)}:
+                if self._fewer(math.prod(_shape(b)), many):
                     del self.inlined[b]
+            if _calls(s.value) or any(b in dear and b in self.inlined for b in _reads(s.value)):
+                dear.add(s.buffer)
         for s in stages:
             if s.buffer not in self.flat and s.buffer not in self.inlined:
                 self.flat[s.buffer] = k.scratch(maximum(math.prod(s.shape), 1), s.buffer.dtype)
@@ -462,16 +419,25 @@ class _Loops:
         self._units(outer * blocks, math.prod(shape) * math.prod(extents), unit)
 
 
+def _parts(e: Expr) -> Iterator[Expr]:
+    """An expression and all within it."""
+    yield e
+    names = ("a", "b", "value", "condition", "true_value", "false_value")
+    within = e.indices if isinstance(e, TensorLoad) else e.args if isinstance(e, Call) else (
+        () if isinstance(e, tirx.Var | tirx.IntImm | tirx.FloatImm) else [getattr(e, n) for n in names if hasattr(e, n)]
+    )  # fmt: skip
+    for x in within:
+        yield from _parts(x)
+
+
 def _reads(e: Expr) -> list[Buffer]:
     """The buffers that an expression reads."""
-    if isinstance(e, TensorLoad):
-        return [e.source, *(b for i in e.indices for b in _reads(i))]
-    if isinstance(e, Call):
-        return [b for x in e.args for b in _reads(x)]
-    if isinstance(e, tirx.Var | tirx.IntImm | tirx.FloatImm):
-        return []
-    names = ("a", "b", "value", "condition", "true_value", "false_value")
-    return [b for name in names if hasattr(e, name) for b in _reads(getattr(e, name))]
+    return [x.source for x in _parts(e) if isinstance(x, TensorLoad)]
+
+
+def _calls(e: Expr) -> bool:
+    """Whether a function of numbers is in an expression."""
+    return any(isinstance(x, Call) and x.op.name != "prim.if_then_else" for x in _parts(e))
 
 
 _MATH: dict[str, Callable[[Kernel, Expr], Expr]] = {
