@@ -209,8 +209,10 @@ def _cross(name: str, arch: Arch, mcpu: str, threads: int | None, cache: CacheTy
 
 
 def _near(mcpu: str, *arches: Arch) -> str:
-    near = difflib.get_close_matches(mcpu, [x for a in arches for x in a.processors()], 3)
-    return f"; near it are {', '.join(near)}" if near else ""
+    known = [x for a in arches for x in a.processors()]
+    if near := difflib.get_close_matches(mcpu, known, 3):
+        return f"; near it are {', '.join(near)}"
+    return f"; names are LLVM's, such as {' and '.join(x for x in ('x86-64-v3', 'cortex-a76') if x in known)}"
 
 
 def _cpu(name: str, arch: Arch, config: Mapping[str, Any], threads: int | None, cache: CacheType) -> Target:
@@ -336,7 +338,7 @@ def target_named(name: str, threads: int | None = None, cache: str = "f32") -> T
     takes = inspect.signature(make).parameters
     if cache != "f32" and "cache" not in takes:
         able = ", ".join(n for n, f in TARGETS.items() if "cache" in inspect.signature(f).parameters)
-        raise IRError(f"the target {name} stores keys and values as they are computed; a cache of {cache} have {able}")
+        raise IRError(f"the target {name} stores keys and values as they are computed; caches of {cache} are for {able}")
     if detail and not set(takes) - {"threads", "cache"}:
         raise IRError(f"the target {kind} has no models to choose from: write {kind}, not {name}")
     options = {"threads": threads, "cache": CACHES[cache]}

@@ -54,7 +54,7 @@ def test_ours_come_first() -> None:
         ("tpu", {}, r"no target 'tpu'; there are cpu, .*absent, keeps, plain, single"),
         ("absent:3", {}, r"target absent \(no_such_module:target\) cannot be loaded: ModuleNotFoundError"),
         ("single:3", {}, "single has no models to choose from: write single, not single:3"),
-        ("plain", {"cache": "f16"}, "; a cache of f16 have cpu, "),
+        ("plain", {"cache": "f16"}, "; caches of f16 are for cpu, "),
         ("keeps", {"cache": "int3"}, "there is no cache of 'int3'; there are f32, f16, int8, int4"),
         ("keeps", {"cache": "int8"}, "the target keeps stores keys and values as f32 or f16, not as int8"),
     ],

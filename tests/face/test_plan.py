@@ -61,9 +61,9 @@ def test_caches_by_hand() -> None:
     assert stored == [2 * 2 * (16 + 2), 2 * (16 // 2 + 2 + 32 // 2 + 2)]  # a scale of two bytes; a value's row is of 32
     with pytest.raises(ws.WasatError, match="there is no cache of 'int3'; there are f32, f16, int8, int4"):
         plan(program, cache="int3")
-    with pytest.raises(ws.WasatError, match="a cache of f16 have cpu"):
+    with pytest.raises(ws.WasatError, match="caches of f16 are for cpu"):
         plan(program, target="cuda", cache="f16")
-    with pytest.raises(ws.WasatError, match=r"the target webgpu stores keys .* cache of int4 have cpu, aarch64"):
+    with pytest.raises(ws.WasatError, match=r"the target webgpu stores keys .* caches of int4 are for cpu, aarch64"):
         plan(program, target="webgpu", cache="int4")
 
 
