@@ -13,7 +13,6 @@ from .dims import (
     maximum,
     minimum,
     require_equal,
-    solve,
     substitute,
     symbol,
     symbols_of,
@@ -36,6 +35,7 @@ from .op import OPS, Attrs, Body, ErrorSample, Literal, Op, Sample, op_named, re
 from .parser import parse, parse_program, parse_type
 from .printer import graph_text, interface_text, node_text
 from .program import Program
+from .solve import solve
 from .types import Array, BlockArray, DType, QArray, QTensorType, TensorType, Type, type_of
 from .verify import verify
 

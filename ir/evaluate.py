@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from .dims import DimError, check_text, evaluate_dim, solve
+from .dims import DimError, check_text, evaluate_dim
 from .errors import IRError, TypeMismatch, WasatError, said
 from .graph import Graph, Node, Value
+from .solve import solve
 from .types import Array, DType, QArray, TensorType, Type, type_of
 
 

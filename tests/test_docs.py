@@ -22,7 +22,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
-LONG = {"media.md", "lora.md", "c.md", "embeddings.md", "targets.md"}  # half a minute or more: with the slow tests
+LONG = {"media.md", "lora.md", "c.md", "embeddings.md", "targets.md", "compare.md", "chat.md", "accelerator.md"}  # slow
 EXAMPLES = {"own_model.py": "finished by length", "own_pass.py": "both tests pass", "hugging_face.py": "def read_file"}
 ENTRY = "from wasat.cli import main; main()"
 MARK = "\x01block "
@@ -133,6 +133,7 @@ def test_the_list_of_operations_is_the_registry() -> None:
     assert (ROOT / "docs" / "operations.md").read_text() == runpy.run_path(str(ROOT / "docs" / "list_operations.py"))["page"]()
 
 
+@pytest.mark.slow
 def test_the_page_on_attention_is_what_is_made_of_the_collections() -> None:
     """To write it anew: python docs/list_attention.py"""
     assert (ROOT / "docs" / "attention.md").read_text() == runpy.run_path(str(ROOT / "docs" / "list_attention.py"))["page"]()

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from wasat.ir import Builder, DimLike, Graph, Node, Value
+from wasat.ir import Builder, DimLike, Graph, Node, Op, Value
 from wasat.ir.dims import equal, symbols_of
 from wasat.ir.ops.reduce import ReduceAttrs
 
@@ -45,15 +45,15 @@ def square_of(node: Node) -> Value | None:
 def fused(graph: Graph, node: Node, scores: Value, known: dict[str, Role | str]) -> str | None:
     """Replaces ``node`` by linear attention; returns the rule. None where it is something else."""
     s = scores.shape[2]
-    rows: list[tuple[str, Value]] = []
+    rows: list[tuple[Op, Value]] = []
     while (made := scores.made_by("mul", "div")) is not None:  # by what each query has: after the sum as well as before it
         x, y = made.inputs
         if _of_queries(y) and equal(x.shape[2:][1], s) is True:
             scores = x
-            rows.append((made.op.name, y))
+            rows.append((made.op, y))
         elif made.is_a("mul") and _of_queries(x) and equal(y.shape[2:][1], s) is True:
             scores = y
-            rows.append(("mul", x))
+            rows.append((made.op, x))
         else:
             break
     if not _analytic(scores):
@@ -70,8 +70,8 @@ def fused(graph: Graph, node: Node, scores: Value, known: dict[str, Role | str])
         for n in reversed(dead):
             graph.erase(n)
         return None
-    for name, row in reversed(rows):
-        y = b.emit(name, y, row)
+    for op, row in reversed(rows):
+        y = b.emit(op, y, row)
     if node.is_a("reduce_sum") and not ReduceAttrs.of(node).keepdims:
         y = b.reshape(y, shape=y.shape[:3])
     graph.replace(node, [y])

@@ -91,6 +91,7 @@ def test_integers_encode() -> None:
     )
 
 
+@pytest.mark.slow
 def test_narrow_to_narrow() -> None:
     # NumPy has no cast from f8e8m0 to the other narrow ones
     pairs = [(a, b) for a, b in itertools.product(TYPES, TYPES) if a is not b and DType.F8E8M0 not in (a, b)]

@@ -69,6 +69,7 @@ class Scaled(GraphPass):
         return True
 
 
+@pytest.mark.slow
 def test_an_artifact_beside_its_model(model: Program, artifact: Path) -> None:
     found = compare(model, artifact, tokens=7)
     assert found.ok, str(found)
@@ -80,6 +81,7 @@ def test_an_artifact_beside_its_model(model: Program, artifact: Path) -> None:
     assert all(d.largest < 1e-4 for d in found.outputs)  # of logits around 10
 
 
+@pytest.mark.slow
 def test_an_artifact_of_other_weights(model: Program, artifact: Path) -> None:
     other = model.copy()
     other.params["down.weight"] = ArrayParam(model.load("down.weight") * np.float32(1.001), model.params["down.weight"].type)

@@ -70,6 +70,7 @@ def recipe(folder: Path, text: str = RECIPE) -> Joint:
     return made
 
 
+@pytest.mark.slow
 def test_a_run_learns_resumes_and_is_served(tmp_path: Path) -> None:
     class Killed(BaseException):
         pass

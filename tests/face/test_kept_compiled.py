@@ -61,6 +61,7 @@ def test_rows_of_their_own_lengths_some_of_them_idle(program: ws.Program, model:
     check_rows(program, model.session(3, context=64), turns, VOCAB, 1e-4)
 
 
+@pytest.mark.slow
 def test_forward_beside_them(program: ws.Program, tmp_path: Path) -> None:
     """All positions at once, where that is asked for; by itself nothing of the kind is there."""
     ws.compile(program, tmp_path / "out", chunk=8, keep_forward=True)

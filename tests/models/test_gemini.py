@@ -284,6 +284,7 @@ def test_a_step_reaches_every_parameter(name: str) -> None:
     assert not still
 
 
+@pytest.mark.slow
 def test_the_loss_falls(tmp_path: Path) -> None:
     program, given = with_loss(replace(TINY, text=replace(TINY.text, layers=1)), "image")
     given["tokens"] = TOKENS % (VOCAB + 8)  # of two images

@@ -104,6 +104,7 @@ def test_merged_decoders(tmp_path: Path) -> None:
     assert [str(v.type) for v in past["forward"].outputs] == [str(v.type) for v in want["forward"].outputs]
 
 
+@pytest.mark.slow
 def test_relative_positions(tmp_path: Path) -> None:
     """T5's decoder: numbers by the distance of query and key are added to the scores, in chunks and one by one."""
     ws.compile(driver.load_program(HERE / "t5_decoder_legacy.onnx"), tmp_path / "out", chunk=4)

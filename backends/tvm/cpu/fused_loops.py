@@ -5,7 +5,8 @@ is computed where it is read, once per element; the loops that remain are ordere
 LLVM turns into vector code; exponentials and the like are polynomials, so that nothing calls out of it.
 
 Taken are functions made of elementwise operations and sums, products, maxima and minima, of sizes known or not. All else is
-left, and so is bf16: the pass that widens it loses the buffers that are declared within loops.
+left, and so is bf16: the pass that widens it loses the buffers that are declared within loops. Left as well are elements of
+sizes that are not known, without a sum, whose places are quotients and remainders of another's: LLVM takes a minute for a few.
 """
 
 from __future__ import annotations
@@ -142,15 +143,20 @@ class _Loops:
         self.kernel = k = Kernel(name)
         self.analyzer = tvm.sym.Analyzer()
         stages = _stages(func)
+        self.plain = not any(s.reduced for s in stages) and not _known(*(n for s in stages for n in s.shape))
+        """Elements of sizes that are not known, and no sum."""
         given = [p for p in func.params if isinstance(p.ty, tirx.BufferType)]
         if any(str(b.dtype) == "bfloat16" for b in [*given, *(s.buffer for s in stages)]):
             raise _Unsupported
         own = {}
+        self.sizes: set[Expr] = set()
         for i, p in enumerate(func.params):
             if isinstance(p.ty, tirx.BufferType):
                 own[p] = k.param(f"p{i}", _shape(p), p.dtype)
+                self.sizes.update(x for n in p.shape for x in _parts(n) if isinstance(x, tirx.Var))
             else:
                 k.sizes([p])
+                self.sizes.add(p)
         self.flat = {b: k.flat(x) for b, x in own.items()}
         self.inlined = {s.buffer: s for s in stages if s.buffer not in self.flat and not s.reduced}
         """Buffers that do not come to be."""
@@ -202,6 +208,10 @@ class _Loops:
     def _fewer(self, a: Index, b: Index) -> bool:
         """Whether a < b, which of sizes that are not known is so unless they are equal."""
         return a < b if _known(a, b) else not self._equal(a, b, 0)
+
+    def _moves(self, e: Expr) -> bool:
+        """Whether it is another number from element to element."""
+        return any(isinstance(x, tirx.Var) and x not in self.sizes for x in _parts(e))
 
     def _equal(self, a: Index, b: Index, difference: int) -> bool:
         found = self.analyzer.simplify(int64(a) - int64(b))
@@ -255,6 +265,8 @@ class _Loops:
             at = self._offset(_shape(buffer), index)
             if self.offsets is not None:
                 self.offsets.append(at)
+            elif self.plain and any(isinstance(x, tirx.FloorDiv | tirx.FloorMod) and self._moves(x.a) for x in _parts(at)):
+                raise _Unsupported
             elif _divides(at):  # TVM's FlattenBuffer loses the 2 of (i + 2 - j) // 3 where it knows that i is 0
                 at = self.kernel.let(at)
             return load(self.flat[buffer], at)
