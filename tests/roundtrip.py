@@ -161,10 +161,12 @@ class Sweep:
             self.wrong.append(f"operator set {opset}: {type(e).__name__}: {e}\n{graph}")
 
     def finish(self) -> None:
-        """What was verified and not evaluated, on random inputs that it accepts."""
+        """What was verified and not evaluated, on random inputs that it accepts, but for graphs of operations met often."""
         from wasat.testing import feed, random_program
 
         for graph in list(self.verified.values()):
+            if all(self.met[node.op.name] >= OFTEN for node in graph.nodes):
+                continue
             try:
                 dims = {name: 4 + i for i, name in enumerate(graph.symbols)}
                 program, inputs = random_program(graph), feed(graph, dims)
