@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from wasat.backends.tvm.build import plan
-from wasat.backends.tvm.ops.narrow import carried
+from wasat.backends.tvm.ops.low_precision import carried
 from wasat.backends.tvm.targets import Target, target_named
 from wasat.frontend.huggingface import from_config
 from wasat.ir import OPS, ArrayParam, Program, evaluate, parse_program, type_of

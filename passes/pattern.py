@@ -21,6 +21,7 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -280,6 +281,19 @@ def between(first: Node | None, last: Node | None) -> set[Node]:
         found.add(last)
         last = last.prev
     return found
+
+
+@contextmanager
+def taken_back(graph: Graph, node: Node) -> Iterator[None]:
+    """Where Mismatch is raised within, which goes on, what was emitted in front of ``node`` is erased again."""
+    before = node.prev
+    try:
+        yield
+    except Mismatch:
+        while (made := node.prev) is not before:
+            assert made is not None
+            graph.erase(made)
+        raise
 
 
 def erase_dead(graph: Graph, node: Node, spare: Container[Value] = ()) -> None:

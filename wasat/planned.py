@@ -10,7 +10,7 @@ import numpy as np
 from wasat.backends.tvm.build import fitting, plan
 from wasat.backends.tvm.layouts import Layout
 from wasat.backends.tvm.ops.indices import given
-from wasat.backends.tvm.ops.narrow import carried, uncarried
+from wasat.backends.tvm.ops.low_precision import carried, uncarried
 from wasat.backends.tvm.targets import Target
 from wasat.ir import Array, Graph, Program
 from wasat.runtime.hosts.host import Host

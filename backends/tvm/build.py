@@ -25,7 +25,7 @@ from .lower import Kernels, Left, WeightPlan, lower_program, selected
 from .machine_code import MachineCode, compile_module
 from .ops.cond import EQUAL, hold_equal
 from .ops.indices import OUTSIDE, Given, given, outside
-from .ops.narrow import carried, uncarried
+from .ops.low_precision import carried, uncarried
 from .plan.fits import check_integers
 from .plan.write import Plan, Signature, make_plan
 from .targets import Target

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from wasat.ir import DType, IRError, TensorType, Type
 
-from .ops.narrow import NARROW, carried
+from .ops.low_precision import NARROW, carried
 
 TVM_DTYPE: dict[DType, str] = {
     DType.F64: "float64", DType.F32: "float32", DType.F16: "float16", DType.BF16: "bfloat16", DType.I64: "int64",

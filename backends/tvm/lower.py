@@ -20,7 +20,7 @@ from wasat.ir.errors import said
 
 from . import nothing
 from .layouts import Layout, Packed, Plain, tvm_dtype
-from .ops.narrow import NARROW
+from .ops.low_precision import NARROW
 from .sizes import expression
 
 Lowered = Callable[..., Any]

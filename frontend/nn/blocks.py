@@ -10,7 +10,7 @@ from wasat.ir import DType
 from wasat import ir
 
 from . import functions as F
-from .arrays import flatten, floats, wide, zeros
+from .arrays import clip, flatten, floats, wide, zeros
 from .layers import _sizes
 from .loops import scan
 from .module import Module, Parameter
@@ -45,7 +45,7 @@ def relu6(x: Tensor) -> Tensor:
 def hardtanh(x: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Tensor:
     """x, not below ``min_val`` and not above ``max_val``."""
     floats("hardtanh", x)
-    return F.minimum(F.maximum(x, min_val), max_val)
+    return clip(x, min_val, max_val)
 
 
 def hardsigmoid(x: Tensor) -> Tensor:
@@ -120,10 +120,7 @@ def group_norm(
         ir.equal(c % num_groups, 0) is not True
     ):  # fmt: skip
         fail(f"nn.group_norm: {c} channels do not divide into {num_groups!r} groups")
-    y = wide(x).reshape(b, num_groups, c // num_groups, *space)
-    axes = range(2, y.rank)
-    y = y - y.mean(axes, keepdims=True)
-    y = (y * F.rsqrt((y * y).mean(axes, keepdims=True) + eps)).reshape(*x.shape)
+    y = _standard(wide(x).reshape(b, num_groups, c // num_groups, *space), eps).reshape(*x.shape)
     return _affine("group_norm", y, weight, bias).cast(x.dtype)
 
 
@@ -132,11 +129,14 @@ def instance_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None =
     floats("instance_norm", x)
     if x.rank < 3:
         fail(f"nn.instance_norm takes [b, channels, *space], not {x.value!r}")
-    y = wide(x)
+    return _affine("instance_norm", _standard(wide(x), eps), weight, bias).cast(x.dtype)
+
+
+def _standard(x: Tensor, eps: float) -> Tensor:
+    """To mean 0 and variance 1 over all axes but the first two."""
     axes = range(2, x.rank)
-    y = y - y.mean(axes, keepdims=True)
-    y = y * F.rsqrt((y * y).mean(axes, keepdims=True) + eps)
-    return _affine("instance_norm", y, weight, bias).cast(x.dtype)
+    x = x - x.mean(axes, keepdims=True)
+    return x * F.rsqrt((x * x).mean(axes, keepdims=True) + eps)
 
 
 def batch_norm(

@@ -76,7 +76,7 @@ class HoistParams(Pass):
         made_of = {v: size_in_bytes(v.type) for v in graph.params.values() if v in only}
         small = set(made_of)
         for node in graph.nodes:
-            v, *_ = node.outputs  # the only one, where it is in ``only``
+            v = node.outputs[0]  # the only one, where it is in ``only``
             if v in only:
                 made_of[v] = sum(made_of.get(x) or size_in_bytes(x.type) for x in dict.fromkeys(node.inputs))
                 if size_in_bytes(v.type) <= self.growth * made_of[v]:
@@ -89,7 +89,7 @@ def _roots(graph: Graph, only: set[Value], small: set[Value]) -> list[Value]:
     needed: set[Value] = set(graph.outputs)
     roots = []
     for node in graph.nodes_reversed:
-        v, *_ = node.outputs
+        v = node.outputs[0]
         if v in only:
             if v not in needed:
                 continue

@@ -12,7 +12,7 @@ from wasat.ir.ops.scan import ScanAttrs
 
 from ..analyses.multilinear import TURN, Labels, NotLinear, Part, Term, Turn
 from ..core import GraphPass, Remarks
-from ..pattern import Mismatch
+from ..pattern import Mismatch, taken_back
 from . import chunked, squares
 
 
@@ -83,18 +83,8 @@ def _fused(graph: Graph, node: Node) -> str:
         raise Mismatch("it runs from the end" if attrs.reverse else "it takes nothing apart turn by turn")
     form = _form(node)
     b = Builder(graph, before=node, loc=node.loc)
-    before = node.prev
-    try:
+    with taken_back(graph, node):
         results = _Emitter(b, node, form).run()
-    except Mismatch:
-        made = before.next if before is not None else graph.first
-        dead = []
-        while made is not None and made is not node:
-            dead.append(made)
-            made = made.next
-        for n in reversed(dead):
-            graph.erase(n)
-        raise
     names = [v.name for v in node.outputs]
     graph.replace(node, results)
     for v, name in zip(results, names):

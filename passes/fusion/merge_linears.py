@@ -99,8 +99,8 @@ def _merge_readers(graph: Graph, found: list[_Part | tuple[Node, str]], remarks:
     plain = [g for g in groups.values() if not g[0].groups]
     if len(plain) > 1:
         kinds = "; ".join(", ".join(f"%{p.node.output.name}" for p in g) + f" {g[0].kind}" for g in plain)
-        (part, *_), *_ = plain
-        remarks.missed(f"linears that read %{part.node.inputs[0].name} are not of one kind: {kinds}", part.node)
+        node = plain[0][0].node
+        remarks.missed(f"linears that read %{node.inputs[0].name} are not of one kind: {kinds}", node)
     several = [g for g in groups.values() if len(g) > 1]
     for group in several:
         new = _merge(graph, group[0].node, _gates_first(group))
@@ -134,12 +134,11 @@ def _merge(graph: Graph, first: Node, parts: Sequence[_Part]) -> Value:
     b = Builder(graph, before=first, loc=first.loc)
     env: dict[Value, Value] = {}
     weight = b.concat(*(_moved(graph, p.weight, first, env) for p in parts), axis=-2)
-    like, *_ = parts
-    if like.stored is not None:
-        op, attrs = like.stored
+    if parts[0].stored is not None:
+        op, attrs = parts[0].stored
         weight = graph.add_node(op, [weight], attrs, before=first, loc=first.loc).output
     x = first.inputs[0]
-    operands = [x, weight, *like.groups]
+    operands = [x, weight, *parts[0].groups]
     if any(p.bias is not None for p in parts):
         zeros = [b.constant(np.zeros([int(d) for d in p.weight.shape[:-1]]), x.tensor.dtype) for p in parts if p.bias is None]
         biases = [_moved(graph, p.bias, first, env) if p.bias is not None else zeros.pop(0) for p in parts]

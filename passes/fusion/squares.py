@@ -16,7 +16,7 @@ from wasat.ir import Builder, DimLike, Graph, Node, Op, Value
 from wasat.ir.dims import equal, symbols_of
 from wasat.ir.ops.reduce import ReduceAttrs
 
-from ..pattern import Mismatch
+from ..pattern import Mismatch, taken_back
 from .chunked import ANALYTIC, Operand, Region, Role, Search, emitted
 
 _MOST = 1030
@@ -48,10 +48,10 @@ def fused(graph: Graph, node: Node, scores: Value, known: dict[str, Role | str])
     rows: list[tuple[Op, Value]] = []
     while (made := scores.made_by("mul", "div")) is not None:  # by what each query has: after the sum as well as before it
         x, y = made.inputs
-        if _of_queries(y) and equal(x.shape[2:][1], s) is True:
+        if _of_queries(y) and equal(x.shape[-1], s) is True:
             scores = x
             rows.append((made.op, y))
-        elif made.is_a("mul") and _of_queries(x) and equal(y.shape[2:][1], s) is True:
+        elif made.is_a("mul") and _of_queries(x) and equal(y.shape[-1], s) is True:
             scores = y
             rows.append((made.op, x))
         else:
@@ -59,16 +59,10 @@ def fused(graph: Graph, node: Node, scores: Value, known: dict[str, Role | str])
     if not _analytic(scores):
         return None
     b = Builder(graph, before=node, loc=node.loc)
-    before = node.prev
     try:
-        y, rule = _emitted(b, graph, node, scores, known)
+        with taken_back(graph, node):
+            y, rule = _emitted(b, node, scores, known)
     except Mismatch:
-        made, dead = before.next if before is not None else graph.first, []
-        while made is not None and made is not node:
-            dead.append(made)
-            made = made.next
-        for n in reversed(dead):
-            graph.erase(n)
         return None
     for op, row in reversed(rows):
         y = b.emit(op, y, row)
@@ -78,7 +72,7 @@ def fused(graph: Graph, node: Node, scores: Value, known: dict[str, Role | str])
     return rule
 
 
-def _emitted(b: Builder, graph: Graph, node: Node, scores: Value, known: dict[str, Role | str]) -> tuple[Value, str]:
+def _emitted(b: Builder, node: Node, scores: Value, known: dict[str, Role | str]) -> tuple[Value, str]:
     s = scores.shape[2]
     if node.is_a("matmul"):
         values, given = node.inputs[1], []

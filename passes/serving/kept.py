@@ -48,7 +48,7 @@ class Kept:
     @property
     def count(self) -> int:
         """Of a tail: how many inputs."""
-        _, count, *_ = self.type.shape
+        count = self.type.shape[1]
         assert isinstance(count, int)
         return count
 
@@ -60,8 +60,9 @@ class Kept:
         return State.tail(self.name, self.count) if self.kind == "tail" else State.carry(self.name, donated=donated)
 
     def describe(self) -> str:
+        if self.kind == "tail":
+            return f"the last {self.count} inputs of %{self.of.name} kept"
         what = "all positions" if self.kind == "full" else "the carry"
-        what = f"the last {self.count} inputs" if self.kind == "tail" else what
         return f"{what} of %{self.of.name} kept"
 
 

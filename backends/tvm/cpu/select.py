@@ -50,10 +50,10 @@ from .kernels.quantize import WORDS, QuantizeRows, quantize_rows
 from .kernels.rope import QkvToCache, Rope, Rotary, qkv_to_cache, rope
 from .matrices import of_integers, select_conv, select_embedding, select_linear, select_matmul, select_quantized_linear
 from .operands import is_past_plus_iota, part_of, rotary_of, state_of, stored_as, unrounded
+from .optimizer_steps import fuse_square_sums, fuse_updates
 from .panels import PaddedBias, Panels, ints
 from .recurrent import select_linear_attention
 from .states import CacheLayout, state_layout
-from .updates import fuse_square_sums, fuse_updates
 
 
 # -- selection --------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from wasat.ir.ops.elementwise import Cast
 
 from ..layouts import tvm_dtype
 from ..lower import Context, Lowering, lowering_into
-from .narrow import NARROW, float_code, in_bf16, integer, integer_code, numbers
+from .low_precision import NARROW, float_code, in_bf16, integer, integer_code, numbers
 
 R = relax.op
 ELEMENTWISE: dict[str, Lowering] = {}

@@ -24,7 +24,7 @@ from ..layouts import tvm_dtype
 from ..lower import Context, Lowering, lowering_into
 from .cond import COND
 from .elementwise import ELEMENTWISE, elementwise, stretched
-from .narrow import NARROW, carried
+from .low_precision import NARROW, carried
 from .ordering import INDEXING
 from .quantized import QUANTIZED
 from .scan import SCAN

@@ -12,7 +12,7 @@ from wasat.ir import DType, Node, QArray, QTensorType, TensorType, Type
 
 from ..layouts import Packed, tvm_dtype
 from ..lower import Context, Lowering
-from .narrow import NARROW
+from .low_precision import NARROW
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ pytest.importorskip("tvm")
 
 from numpy.testing import assert_allclose, assert_array_equal
 from wasat.backends.tvm.build import Runner
-from wasat.backends.tvm.cpu.updates import fuse_square_sums, fuse_updates
+from wasat.backends.tvm.cpu.optimizer_steps import fuse_square_sums, fuse_updates
 from wasat.backends.tvm.lower import KernelCall
 from wasat.backends.tvm.targets import cpu
 from wasat.ir import Graph, Interface, Program, State, evaluate, parse

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("tvm")
 
 from wasat.backends.tvm.build import Runner, plan
-from wasat.backends.tvm.ops.narrow import NARROW
+from wasat.backends.tvm.ops.low_precision import NARROW
 from wasat.backends.tvm.targets import cpu, target_named
 from wasat.ir import ArrayParam, Builder, DType, Graph, IRError, Program, QArray, QTensorType, evaluate, parse_program, type_of
 from wasat.runtime import load
