@@ -7,8 +7,7 @@ import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from importlib.util import find_spec
+from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -394,19 +393,16 @@ app.command("compare")(cli_compare.compare)
 app.command("quantize")(cli_quantize.quantize)
 
 
-def _spare_torch() -> None:
-    """TVM's runtime imports torch where it is installed, to take its tensors; no command gives it any, and torch takes seconds.
+class _WithoutTorch(MetaPathFinder):
+    """TVM imports torch where it is installed, to take its tensors; no command gives it any, and torch takes seconds.
 
     Those that compare with it import it themselves. (On Windows, the two are to be loaded in TVM's order.)
     """
-    if "tvm_ffi" in sys.modules or "torch" in sys.modules or sys.platform == "win32" or find_spec("torch") is None:
-        return
-    sys.modules["torch"] = None  # type: ignore[assignment]
-    try:
-        with suppress(ImportError):
-            import tvm_ffi  # noqa: F401
-    finally:
-        del sys.modules["torch"]
+
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
+        specs = (getattr(sys.modules.get(name), "__spec__", None) for name in ("tvm", "tvm_ffi"))
+        if fullname == "torch" and any(getattr(spec, "_initializing", False) for spec in specs):
+            raise ModuleNotFoundError("TVM is loaded without torch", name=fullname)
 
 
 def main() -> None:
@@ -414,7 +410,8 @@ def main() -> None:
 
     Anything else is a bug, and said to be one, with status 70; where ``WASAT_TRACEBACK`` is set, its traceback comes instead.
     """
-    _spare_torch()
+    if sys.platform != "win32" and not any(isinstance(finder, _WithoutTorch) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _WithoutTorch())
     try:
         app()
     except Exception as e:
