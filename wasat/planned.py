@@ -53,7 +53,7 @@ class PlanRunner:
         found = {n: uncarried(x, types[n].tensor.dtype) for n, x in zip(names, out)}
         for n in g.output_names:
             if n in self.states:
-                found[n] = self.layouts[n].unpack(uncarried(buffers[n].numpy(), types[n].tensor.dtype))
+                found[n] = self.layouts[n].unpack(uncarried(buffers[n].numpy(), self.layouts[n].type.dtype))
         return found
 
     def _buffer(self, name: str, x: np.ndarray) -> Any:

@@ -62,6 +62,12 @@ def state_behind(state: Value) -> tuple[Value | None, Value]:
     return past, held
 
 
+def state_of(v: Value) -> Value:
+    """The state that ``v`` is, before what stands first was put into it."""
+    start = v.made_by("cache_start")
+    return start.inputs[2 + start.outputs.index(v)] if start is not None else v
+
+
 class KernelSelection:
     """Replaces operations of one graph by kernel calls."""
 

@@ -27,6 +27,7 @@ from .cpu import states, tir_pipeline
 from .cpu.arch import ARCHES, MACOS, WINDOWS, Arch, arch_here, arch_of
 from .cpu.kernels.cache import GROUP, CacheType
 from .gpu import select as gpu_kernels
+from .gpu import states as gpu_states
 from .gpu.limits import Limits
 from .layouts import StateLayout
 from .lower import Select, Table
@@ -255,23 +256,24 @@ _ON_GPUS = tuple(("*", kind) for kind in ("s[4567]b*", "q*", "iq*", "mxfp4", "in
 """All but zero points."""
 
 
-def webgpu(feature: str = "") -> Target:
-    """GPUs through WebGPU, in a browser or outside. ``feature``: ``f16``, for those that compute with it."""
+def webgpu(feature: str = "", cache: CacheType = "float32") -> Target:
+    """GPUs through WebGPU, in a browser or outside. ``feature``: ``f16``, for those that compute with it; without it, an f16
+    takes as much memory as an f32, and caches are not kept so."""
     if feature not in ("", "f16"):
         raise IRError(f"webgpu has no feature {feature!r}; there is f16")
-    return _planned("webgpu", WEBGPU_F16 if feature else WEBGPU)
+    return _planned("webgpu", WEBGPU_F16 if feature else WEBGPU, cache)
 
 
-def opencl() -> Target:
-    """GPUs and processors through OpenCL 1.2."""
-    return _planned("opencl", OPENCL)
+def opencl(*, cache: CacheType = "float32") -> Target:
+    """GPUs and processors through OpenCL 1.2, which reads and writes f16 everywhere, and computes of it in f32."""
+    return _planned("opencl", OPENCL, cache)
 
 
-def cuda(arch: str = "sm_80") -> Target:
+def cuda(arch: str = "sm_80", cache: CacheType = "float32") -> Target:
     """NVIDIA GPUs of one or more architectures (sm_80,sm_90a); compiling needs no GPU."""
     archs = tuple(toolkit.architectures(arch))
     tensor = int(archs[0][3:].rstrip("af")) >= 80
-    return replace(_planned("cuda", CUDA, Cuda, tensor=tensor, arch=archs[0]), archs=archs)
+    return replace(_planned("cuda", CUDA, cache, Cuda, tensor=tensor, arch=archs[0]), archs=archs)
 
 
 def limits_of(device: Device, tensor: bool = False) -> Limits:
@@ -281,12 +283,16 @@ def limits_of(device: Device, tensor: bool = False) -> Limits:
     return Limits(device.threads, device.shared, device.f16, vectors=True, lanes=32, columns=1, tensor=tensor)
 
 
-def _planned(kind: str, device: Device, make: Callable[..., Target] = Target, tensor: bool = False, **config: Any) -> Any:
+def _planned(
+    kind: str, device: Device, cache: CacheType, make: Callable[..., Target] = Target, tensor: bool = False, **config: Any
+) -> Any:
     config |= {"kind": kind, "max_num_threads": device.threads, "max_shared_memory_per_block": device.shared}
     limits = limits_of(device, tensor)
     return make(
         kind, config, host={"kind": "llvm"}, device=device, needs_compiler=False,
-        kernels=lambda target, program: gpu_kernels.selection(limits, program.interface.states), formats=_ON_GPUS,
+        kernels=lambda target, program: gpu_kernels.selection(limits, program.interface.states, cache), formats=_ON_GPUS,
+        state_layout=lambda state, type: gpu_states.state_layout(state, type, cache),
+        caches=("f32", "f16") if device.halves else ("f32",),
     )  # fmt: skip
 
 
@@ -337,12 +343,21 @@ def target_named(name: str, threads: int | None = None, cache: str = "f32") -> T
         raise IRError(f"there is no cache of {cache!r}; there are {', '.join(CACHES)}")
     takes = inspect.signature(make).parameters
     if cache != "f32" and "cache" not in takes:
-        able = ", ".join(n for n, f in TARGETS.items() if "cache" in inspect.signature(f).parameters)
-        raise IRError(f"the target {name} stores keys and values as they are computed; caches of {cache} are for {able}")
+        raise IRError(f"the target {name} stores keys and values as they are computed; {_able(cache)}")
     if detail and not set(takes) - {"threads", "cache"}:
         raise IRError(f"the target {kind} has no models to choose from: write {kind}, not {name}")
     options = {"threads": threads, "cache": CACHES[cache]}
     target = make(*[detail] if detail else [], **{k: v for k, v in options.items() if k in takes})
     if cache not in target.caches:
-        raise IRError(f"the target {name} stores keys and values as {' or '.join(target.caches)}, not as {cache}")
+        kept = " or ".join(target.caches)
+        raise IRError(f"the target {name} stores keys and values as {kept}, not as {cache}; {_able(cache)}")
     return target
+
+
+def _able(cache: str) -> str:
+    """Which of our targets store keys and values as ``cache``."""
+    makers = {n: f for n, f in TARGETS.items() if "cache" in inspect.signature(f).parameters}
+    able = {n: cache in f(cache=CACHES[cache]).caches for n, f in makers.items()}
+    if not able["webgpu"]:
+        able["webgpu:f16"] = cache in webgpu("f16").caches
+    return f"caches of {cache} are for {', '.join(n for n, can in able.items() if can)}"

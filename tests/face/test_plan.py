@@ -61,9 +61,11 @@ def test_caches_by_hand() -> None:
     assert stored == [2 * 2 * (16 + 2), 2 * (16 // 2 + 2 + 32 // 2 + 2)]  # a scale of two bytes; a value's row is of 32
     with pytest.raises(ws.WasatError, match="there is no cache of 'int3'; there are f32, f16, int8, int4"):
         plan(program, cache="int3")
-    with pytest.raises(ws.WasatError, match="caches of f16 are for cpu"):
-        plan(program, target="cuda", cache="f16")
-    with pytest.raises(ws.WasatError, match=r"the target webgpu stores keys .* caches of int4 are for cpu, aarch64"):
+    cuda, halved = (plan(program, schemes=[], batch=2, context=48, chunk=8, target="cuda", cache=c) for c in ("f32", "f16"))
+    assert 2 * halved.caches == cuda.caches
+    with pytest.raises(ws.WasatError, match=r"webgpu stores .* as f32, not as f16; .* are for cpu, cuda, .*, webgpu:f16$"):
+        plan(program, target="webgpu", cache="f16")
+    with pytest.raises(ws.WasatError, match=r"webgpu stores .* caches of int4 are for cpu, aarch64, macos, windows$"):
         plan(program, target="webgpu", cache="int4")
 
 

@@ -80,9 +80,15 @@ def _opencl() -> Any:
     return cl, context, cl.CommandQueue(context)
 
 
+def as_bits(dtype: np.dtype[Any], memory: np.dtype[Any]) -> bool:
+    """Whether floats of ``dtype`` lie in memory as integers."""
+    return dtype == BF16 or (dtype == np.float16 and memory != dtype)
+
+
 def stored(x: NDArray[Any], device: Device) -> NDArray[Any]:
     """The array as it lies in the device's memory; never empty, as buffers are not."""
-    x = (x.view(np.uint16) if x.dtype == BF16 else x).astype(np.dtype(device.stored(str(x.dtype))))
+    memory = np.dtype(device.stored(str(x.dtype)))
+    x = (x.view(np.uint16) if as_bits(x.dtype, memory) else x).astype(memory)
     return np.ascontiguousarray(x) if x.size else np.zeros(1, x.dtype)
 
 
@@ -115,7 +121,7 @@ def run(machine: Machine, func: tvm.tirx.PrimFunc, arrays: Sequence[NDArray[Any]
 
 def _given(x: NDArray[Any], y: NDArray[Any]) -> NDArray[Any]:
     """What lies in memory for ``x``, as an array of its type."""
-    return y.astype(np.uint16).view(BF16) if x.dtype == BF16 else y.astype(x.dtype, copy=False)
+    return y.astype(np.uint16).view(x.dtype) if as_bits(x.dtype, y.dtype) else y.astype(x.dtype, copy=False)
 
 
 Steps = list[tuple[Kernel, tuple[int, ...], tuple[int, ...], list[int]]]

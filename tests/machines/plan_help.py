@@ -44,9 +44,9 @@ def need(target: str) -> None:
         pytest.skip(f"needs {lacking}")
 
 
-def loaded(program: Program, target: str, folder: Path, **files: Any) -> Model:
+def loaded(program: Program, target: str, folder: Path, cache: str = "f32", **files: Any) -> Model:
     """The program compiled as it is, without passes, and loaded."""
-    made = plan(program, target_named(target))
+    made = plan(program, target_named(target, cache=cache))
     weights = {"weights.safetensors": lambda path: write_weights(path, made.plan, program.load)}
     write_artifact(folder, manifest_of(program, made, {}), {**made.files(), **weights, **files})
     return load(folder)

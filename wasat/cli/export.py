@@ -30,6 +30,11 @@ def export(
     ] = False,
     quantize: Quantize = "f32",
     override: Override = None,
+    cache: Annotated[
+        str | None,
+        typer.Option(help="Of `--web`: how keys and values are stored, `f32` or, with `--target webgpu:f16`, `f16`.",
+                     show_default="f32"),
+    ] = None,
     external_data: Annotated[
         bool | None, typer.Option(help="Parameters in a file beside the model; default: above 1 GiB.", show_default=False)
     ] = None,
@@ -56,13 +61,15 @@ def export(
         raise Refusal("--graph, --optimized, --external-data and --matmul-nbits are for ONNX files")
     if onnx is not None and target is not None:
         raise Refusal("--target is for --c and --web: an ONNX file is for any machine")
+    if web is None and cache is not None:
+        raise Refusal("--cache is for --web; for C, compile an artifact (wasat compile --cache) and export that")
     if web is not None:
         from wasat.web import export_web
 
         with Bar() as bar:
             made = export_web(
                 driver.load_program(source), web, target=target or "webgpu", quantize=or_none(quantize),
-                overrides=overrides_of(override), progress=bar,
+                overrides=overrides_of(override), cache=cache or "f32", progress=bar,
             )  # fmt: skip
         warn_of_weights(made, quantize)
         size = sum(f.stat().st_size for f in web.iterdir())

@@ -8,16 +8,10 @@ from typing import Any, cast
 from wasat.ir import IRError, Node, State, Value, equal
 from wasat.ir.ops.rounding import before_stored_rows
 
-from ..selection import Shape
+from ..selection import Shape, state_of
 from .kernels.cache import Cache, CacheType
 from .kernels.rope import Rotary
 from .panels import known
-
-
-def state_of(v: Value) -> Value:
-    """The state that ``v`` is, before what stands first was put into it."""
-    start = v.made_by("cache_start")
-    return start.inputs[2 + start.outputs.index(v)] if start is not None else v
 
 
 def stored_as(node: Node, states: Mapping[str, State], default: CacheType) -> CacheType:

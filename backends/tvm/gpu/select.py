@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, cast
 
-from wasat.ir import DType, Graph, Node, QTensorType, State, TensorType, Value, equal
+from wasat.ir import DType, Graph, IRError, Node, QTensorType, State, TensorType, Value, equal
 from wasat.ir.ops.attention import mask_and_sink
 from wasat.ir.ops.nn import NormAttrs
 
-from ..lower import Left, Result
-from ..selection import KernelSelection, Refused, Shape, need_elements, need_sizes
+from ..lower import KernelCall, Left, Result
+from ..selection import KernelSelection, Refused, Shape, need_elements, need_sizes, state_of
 from .convolution import select_conv
 from .kernels.attention import Attention, attention
 from .kernels.elementwise import CacheWrite, Embedding, Glu, Rope, cache_write, embedding, glu, rope
@@ -27,6 +27,7 @@ from .kernels.rows import Norm, RoundRows, Softmax, norm, round_rows, softmax
 from .kernels.tensor_attention import tensor_attention
 from .limits import Limits
 from .recurrent import select_linear_attention
+from .states import state_layout
 from .weights import layout_of
 
 _TVM = {DType.F32: "float32", DType.F16: "float16", DType.BF16: "bfloat16", DType.I64: "int64", DType.I32: "int32"}
@@ -37,19 +38,19 @@ _OF_TENSOR_CORES = (
 )
 
 
-def selection(limits: Limits, states: Sequence[State] = ()) -> Callable[..., list[Left]]:
+def selection(limits: Limits, states: Sequence[State] = (), cache: str = "float32") -> Callable[..., list[Left]]:
     """The function that puts the kernels into a graph, or into the body of a node, and says what it left. Inputs named in
-    ``states`` are states."""
+    ``states`` are states; those of keys and values are stored as ``cache``."""
     by_name = {s.name: s for s in states}
-    return lambda graph: Selection(graph, limits, by_name).run()
+    return lambda graph: Selection(graph, limits, by_name, cache).run()
 
 
 class Selection(KernelSelection):
     """Replaces the operations of one graph: users before what they use, so that a norm takes the sum before it."""
 
-    def __init__(self, graph: Graph, limits: Limits, states: Mapping[str, State]) -> None:
+    def __init__(self, graph: Graph, limits: Limits, states: Mapping[str, State], cache: str = "float32") -> None:
         super().__init__(graph, states)
-        self.limits = limits
+        self.limits, self.cache = limits, cache
         self.rounded: dict[tuple[Value, int], Value] = {}
         """Rows as they are once quantized, in blocks of a size."""
         self.many: list[tuple[Linear | Attention, Node]] = []
@@ -75,6 +76,8 @@ class Selection(KernelSelection):
                 left.append(Left(self.graph.name, f"{node.op.name} has no kernel here: {e}", node.loc))
         for node in self.graph.nodes_reversed:
             self.erased(node)
+        for v in self.graph.inputs:
+            self._check_state(v, left)
         return [*left[::-1], *self._tensor_cores()]
 
     def _tensor_cores(self) -> Iterator[Left]:
@@ -311,14 +314,15 @@ class Selection(KernelSelection):
         self._heads(q, k, v)
         h, g, d, e, c = q.shape[2], k.shape[2], k.shape[3], v.shape[3], keys.shape[1]
         written = [Result(keys.tensor, alias=3), Result(values.tensor, alias=4)]
-        write = CacheWrite(self.limits, g, d, e, ring=a.ring, past=index, dtype=dtype, stored=dtype)
+        stored = self._stored(node, dtype, keys, values)
+        write = CacheWrite(self.limits, g, d, e, ring=a.ring, past=index, dtype=dtype, stored=stored)
         keys, values = self.call(node, write, cache_write, [k, v, past, keys, values], written)
         operands, how, sink = self._more(node, node.inputs[6:], (q.shape[0], h, q.shape[1], c))
         decode = equal(q.shape[1], 1) is True
         most = [n for n in (a.window, c) if isinstance(n, int)]
         desc = Attention(
             self.limits, h, g, d, e, a.scale, a.softcap, a.window, a.causal or decode, True, a.ring, decode, how,
-            min(most) if most else None, index, dtype, dtype, sink,
+            min(most) if most else None, index, dtype, stored, sink,
         )  # fmt: skip
         [y] = self._attend(node, desc, [q, past, keys, values, *operands])
         for old, new in zip(node.outputs, (y, keys, values)):
@@ -330,9 +334,36 @@ class Selection(KernelSelection):
         g, d, e = keys.shape[2], k.shape[3], v.shape[3]
         need_sizes(g, d, e)
         shared = k.shape[0] == 1
-        desc = CacheWrite(
-            self.limits, g, d, e, start=True, shared=shared, past=index, dtype=dtype, stored=dtype
-        )  # fmt: skip
+        stored = self._stored(node, dtype, keys, values)
+        desc = CacheWrite(self.limits, g, d, e, start=True, shared=shared, past=index, dtype=dtype, stored=stored)
         written = [Result(keys.tensor, alias=3), Result(values.tensor, alias=4)]
         for old, new in zip(node.outputs, self.call(node, desc, cache_write, [k, v, past, keys, values], written)):
             self.graph.replace_uses(old, new)
+
+    # -- states -------------------------------------------------------------------------------------------------------------
+    def _kept(self, v: Value) -> str | None:
+        """The element type that a state lies in memory as, where that is not its own; None: its own, or ``v`` is no state."""
+        state = self.states.get(v.name) if v.node is None and v.param is None else None
+        if state is None:
+            return None
+        kept = state_layout(state, v.tensor, self.cache).type.dtype
+        return None if kept is v.tensor.dtype else _TVM[kept]
+
+    def _stored(self, node: Node, dtype: str, *caches: Value) -> str:
+        """The element type that keys and values, which ``node`` has as ``dtype``, lie in memory as."""
+        found = {self._kept(state_of(v)) or dtype for v in caches}
+        if len(found) > 1:
+            raise Refused(f"its keys and values are stored as {' and '.join(sorted(found))}")
+        return found.pop()
+
+    def _check_state(self, v: Value, left: Sequence[Left]) -> None:
+        """What lies in memory as another type than the graph says means nothing to operations that are no kernels."""
+        if self._kept(v) is None:
+            return
+        for user in v.users:
+            if not isinstance(user.op, KernelCall):
+                why = next((f" ({x.why})" for x in left if x.loc is not None and x.loc == user.loc), "")
+                raise IRError(
+                    f"{user!r}: the cache %{v.name} is stored as f16, which attention's kernels alone read{why}; compile with "
+                    "cache=\"f32\"", user.loc,
+                )  # fmt: skip

@@ -31,6 +31,11 @@ class Device:
     vectors: bool = False
     """Whether TVM may put elements that lie side by side into vectors of the language."""
 
+    @property
+    def halves(self) -> bool:
+        """Whether an f16 lies in its memory as 16 bits."""
+        return self.stored("float16") in ("float16", "uint16")
+
     def stored(self, dtype: str) -> str:
         """The element type that lies in memory for ``dtype``."""
         return self.storage.get(dtype, dtype)
