@@ -32,7 +32,7 @@ test-machines: $(READY)
 	-$(BIN)/python -m wasat.runtime.web.fetch
 	$(BIN)/pip install -q wgpu==0.32.0 pyopencl==2026.1.4 pocl-binary-distribution==3.0 ziglang==0.17.1
 	$(BIN)/pip install -q -e '.[cuda]' || echo "CUDA's compiler could not be installed: its tests are skipped"
-	$(BIN)/python -m pytest tests/machines tests/runtime/test_c_host.py tests/runtime/test_c_parts.py -n 2 -m machines -rs
+	$(BIN)/python -m pytest tests/machines tests/runtime/test_c_host.py tests/runtime/test_c_parts.py -n 2 --dist loadgroup -m machines -rs
 
 test-all: test
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow --checked

@@ -22,7 +22,7 @@ from wasat.runtime.web import HERE, TOKENIZERS, fetched
 
 import wasat as ws
 
-pytestmark = [pytest.mark.machines, pytest.mark.xdist_group("browser")]
+pytestmark = pytest.mark.machines
 ROOT = Path(__file__).resolve().parents[2]
 MEDIA = ROOT / "examples" / "media"
 WEBGPU = [
