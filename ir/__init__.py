@@ -2,17 +2,16 @@
 
 from . import ops
 from .builder import Builder, build
+from .checks import check_text, require_equal
 from .dim_text import parse_dim
 from .dims import (
     Dim,
     DimLike,
-    check_text,
     equal,
     evaluate_dim,
     less_equal,
     maximum,
     minimum,
-    require_equal,
     substitute,
     symbol,
     symbols_of,

@@ -5,15 +5,13 @@ plain ``1``. Every symbol stands for a non-negative integer (an axis may be empt
 Floor division, modulo, ``max`` and ``min`` that do not simplify are kept as atoms.
 
 Comparison is three-valued: :func:`equal` and :func:`less_equal` answer ``True``, ``False`` or ``None`` for "it depends on the
-binding". Whoever needs a yes calls :func:`require_equal`, which records the unknown as a runtime check.
+binding". Whoever needs a yes calls :func:`wasat.ir.checks.require_equal`, which records the unknown as a runtime check.
 """
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property, wraps
 from math import gcd
@@ -29,6 +27,8 @@ _LARGEST = 1024
 models have a dozen."""
 _DEEPEST = 40
 """How deep atoms may be nested."""
+_ATOMS = 4
+"""Of how many atoms beside each other a proof of sign tries the sides."""
 
 
 @dataclass(frozen=True)
@@ -322,14 +322,35 @@ def maximum(lhs: DimLike, rhs: DimLike) -> DimLike:
     """The larger of two dimensions, simplified where their order is known."""
     if less_equal(lhs, rhs):
         return rhs
-    return lhs if less_equal(rhs, lhs) else _func("max", *sorted((lhs, rhs), key=str))
+    return lhs if less_equal(rhs, lhs) else _bounded("max", lhs, rhs)
 
 
 def minimum(lhs: DimLike, rhs: DimLike) -> DimLike:
     """The smaller of two dimensions, simplified where their order is known."""
     if less_equal(lhs, rhs):
         return lhs
-    return rhs if less_equal(rhs, lhs) else _func("min", *sorted((lhs, rhs), key=str))
+    return rhs if less_equal(rhs, lhs) else _bounded("min", lhs, rhs)
+
+
+def _bounded(name: str, lhs: DimLike, rhs: DimLike) -> DimLike:
+    """``min`` or ``max`` of two whose order is unknown, without what is beyond the other inside: sizes that follow from each
+    other, such as those of concat and slice by turns, do not grow with every step.
+
+    ``min(c, k*min(d, a) + b)`` is ``min(c, k*a + b)`` where ``c <= k*d + b``, and so for ``max``, and for ``-max`` in ``min``;
+    ``min(c, k*a + b)`` is ``min(c, c*a + b)`` where k > c > 0 and neither a nor b is negative.
+    """
+    outer, beyond = (minimum, less_equal) if name == "min" else (maximum, lambda c, d: less_equal(d, c))
+    for c, inner in ((lhs, rhs), (rhs, lhs)):
+        for m, k in _terms(inner):
+            match m:
+                case (Func(name="min" | "max") as a,) if (a.name == name) == (k > 0):
+                    rest = inner - _combine([(m, k)])
+                    for bound, other in ((a.lhs, a.rhs), (a.rhs, a.lhs)):
+                        if beyond(c, k * bound + rest):
+                            return outer(c, k * other + rest)
+        if name == "min" and isinstance(c, int) and _non_negative(inner) and any(k > c for _, k in _terms(inner)):
+            return minimum(c, _combine([(m, min(k, c)) for m, k in _terms(inner)]))
+    return _func(name, *sorted((lhs, rhs), key=str))
 
 
 def _non_negative(d: DimLike) -> bool:
@@ -371,29 +392,33 @@ def _divides(k: int, d: DimLike) -> bool:
     return all(c % k == 0 for _, c in _terms(d))
 
 
-def less_equal(lhs: DimLike, rhs: DimLike, _deep: int = 3) -> bool | None:
+def less_equal(lhs: DimLike, rhs: DimLike) -> bool | None:
     """Whether ``lhs <= rhs``: yes, no, or None where it depends on the binding."""
-    if _non_negative(rhs - lhs) or _non_negative(_multiplied(rhs - lhs)):
+    if _never_negative(rhs - lhs):
         return True
-    if _non_negative(lhs - rhs - 1) or _non_negative(_multiplied(lhs - rhs - 1)):
+    return False if _never_negative(lhs - rhs - 1) else None
+
+
+def _never_negative(d: DimLike, _deep: int = 3) -> bool:
+    """Whether ``d >= 0`` is proved: as it stands, or with a side of ``min`` and ``max`` in place of them, or of both sides."""
+    if _non_negative(d) or _non_negative(_multiplied(d)):
+        return True
+    atoms = [(m[0], c) for m, c in _terms(d) if len(m) == 1 and isinstance(m[0], Func)]
+    if not _deep or len(atoms) > _ATOMS:
         return False
-    for d, other, flip in ((lhs, rhs, False), (rhs, lhs, True)):
-        a = _alone(d) if _deep else None
-        if a is None:
-            continue
-        if a.name == "floordiv" and not flip and isinstance(a.rhs, int) and a.rhs > 0 and _non_negative(a.lhs):
-            return less_equal(a.lhs, rhs, _deep - 1) or None
+    for a, c in atoms:
+        rest = d - _combine([((a,), c)])
         if a.name in ("min", "max"):
-            sides = [less_equal(*((other, x) if flip else (x, other)), _deep - 1) for x in (a.lhs, a.rhs)]
-            one_is_enough = (a.name == "min") != flip  # min(a, b) <= c where a is or b is, c <= min(a, b) where both are
-            if (any if one_is_enough else all)(s is True for s in sides):
+            both = (a.name == "min") == (c > 0)  # c*min(x, y) is one of c*x and c*y, the smaller; c*max the larger
+            if (all if both else any)(_never_negative(rest + c * x, _deep - 1) for x in (a.lhs, a.rhs)):
                 return True
-            if (all if one_is_enough else any)(s is False for s in sides):
-                return False
-    return None
+        whole = a.name == "floordiv" and isinstance(a.rhs, int) and a.rhs > 0 and _non_negative(a.lhs)
+        if whole and c < 0 and _never_negative(rest + c * a.lhs, _deep - 1):  # x // k is at most x
+            return True
+    return False
 
 
-def _alone(d: DimLike) -> Func | None:
+def alone(d: DimLike) -> Func | None:
     """The atom that the dimension is and no more, if it is no symbol."""
     match d:
         case Dim(terms=(((Func() as atom,), 1),)):
@@ -409,60 +434,12 @@ def equal(lhs: DimLike, rhs: DimLike) -> bool | None:
     return False if _non_negative(d - 1) or _non_negative(-d - 1) else None
 
 
-Check = tuple[DimLike, DimLike]
-_checks: ContextVar[list[Check] | None] = ContextVar("checks", default=None)
-
-
-@contextlib.contextmanager
-def collect_checks() -> Iterator[list[Check]]:
-    """Collects what :func:`require_equal` could not decide, as pairs that must be equal at run time."""
-    found: list[Check] = []
-    token = _checks.set(found)
-    try:
-        yield found
-    finally:
-        _checks.reset(token)
-
-
-def require_equal(lhs: DimLike, rhs: DimLike, what: str) -> DimLike:
-    """Returns the common dimension; raises DimError if they differ; records an unknown as a runtime check.
-
-    Of two sides that may be equal the simpler (a constant, then the shorter) is returned.
-    """
-    answer = equal(lhs, rhs)
-    if answer is False:
-        raise DimError(f"{what}: {lhs} is not {rhs}")
-    if answer is None:
-        found = _checks.get()
-        if found is not None and (lhs, rhs) not in found:
-            found.append((lhs, rhs))
-    return min((lhs, rhs), key=lambda d: (isinstance(d, Dim), len(str(d))))
-
-
-def require_at_most(lhs: DimLike, rhs: DimLike, what: str) -> None:
-    """Raises DimError if ``lhs`` is larger than ``rhs``; records an unknown as the check ``max(lhs, rhs) == rhs``."""
-    answer = less_equal(lhs, rhs)
-    if answer is False:
-        raise DimError(f"{what}: {lhs} is more than {rhs}")
-    if answer is None:
-        require_equal(_func("max", *sorted((lhs, rhs), key=str)), rhs, what)
-
-
-def check_text(check: Check) -> str:
-    """A check in words: ``b == 4``, ``n <= 64``."""
-    lhs, rhs = check
-    a = _alone(lhs)
-    if a is not None and a.name == "max" and rhs in (a.lhs, a.rhs):
-        return f"{a.rhs if a.lhs == rhs else a.lhs} <= {rhs}"
-    return f"{lhs} == {rhs}"
-
-
 def span(lo: DimLike, hi: DimLike) -> DimLike:
     """``hi - lo``; of bounds clamped to each other the shorter form: ``n - max(0, n - 4)`` is ``min(4, n)``."""
     if lo == hi:
         return 0
     for d in (lo, hi):
-        a = _alone(d)
+        a = alone(d)
         if a is not None and a.name in ("min", "max"):
             parts = [span(x, hi) if d is lo else span(lo, x) for x in (a.lhs, a.rhs)]
             return (minimum if (a.name == "max") == (d is lo) else maximum)(*parts)

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from .dims import DimError, check_text, evaluate_dim
+from .checks import check_text
+from .dims import DimError, evaluate_dim
 from .errors import IRError, TypeMismatch, WasatError, said
 from .graph import Graph, Node, Value
 from .solve import solve

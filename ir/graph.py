@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
-from .dims import Check, DimError, DimLike, collect_checks, symbols_of
+from .checks import Check, collect_checks
+from .dims import DimError, DimLike, symbols_of
 from .errors import IRError, Loc, TypeMismatch, WasatError, message_of, said
 from .types import Array, QTensorType, TensorType, Type, type_of
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .axes import Axes, AxisRule, Factor
-from .dims import DimLike, collect_checks
+from .checks import collect_checks
+from .dims import DimLike
 from .errors import DimError, TypeMismatch
 from .op import Attrs, Op
 from .types import TensorType, Type

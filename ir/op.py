@@ -28,7 +28,8 @@ from typing import Literal as OneOf
 import numpy as np
 
 from .axes import AxisRule, broadcast, whole
-from .dims import Dim, DimLike, collect_checks, evaluate_dim, substitute, symbols_of
+from .checks import collect_checks
+from .dims import Dim, DimLike, evaluate_dim, substitute, symbols_of
 from .errors import IRError, NotDifferentiable, TypeMismatch
 from .types import Array, DType, QTensorType, TensorType, Type
 
@@ -434,7 +435,7 @@ def same_dtype(*types: Type) -> DType:
 
 def broadcast_shapes(*shapes: Sequence[DimLike]) -> tuple[DimLike, ...]:
     """NumPy's broadcasting over symbolic shapes: aligned at the end, only a literal 1 stretches."""
-    from .dims import require_equal
+    from .checks import require_equal
 
     rank = max((len(s) for s in shapes), default=0)
     out: list[DimLike] = []

@@ -33,7 +33,8 @@ from wasat.ir import (
     run_node,
     symbols_of,
 )
-from wasat.ir.dims import collect_checks, floordiv, mod
+from wasat.ir.checks import collect_checks
+from wasat.ir.dims import floordiv, mod
 from wasat.ir.ops.scan import ScanAttrs
 
 from .errors import FromData, OnnxError

@@ -10,7 +10,8 @@ import numpy as np
 
 from .. import op as _op
 from ..axes import Axes, AxisRule, Factor, aligned
-from ..dims import DimLike, equal, require_at_most, require_equal
+from ..checks import require_at_most, require_equal
+from ..dims import DimLike, equal
 from ..errors import TypeMismatch
 from ..op import Bounds, ErrorSample, Op, Sample, broadcast_shapes, register, same_dtype, tensor
 from ..types import DType, TensorType

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..dims import equal, require_equal
+from ..checks import require_equal
+from ..dims import equal
 from ..errors import TypeMismatch
 from ..op import Body
 from ..types import TensorType, Type

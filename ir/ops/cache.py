@@ -10,7 +10,7 @@ import numpy as np
 
 from .. import op as _op
 from ..axes import Axes, AxisRule, Factor, free
-from ..dims import require_at_most, require_equal
+from ..checks import require_at_most, require_equal
 from ..errors import TypeMismatch
 from ..op import Bounds, ErrorSample, Op, Sample, floating, register, same_dtype, tensor
 from ..types import TensorType

@@ -10,7 +10,8 @@ import numpy as np
 
 from .. import op as _op
 from ..axes import Axis, AxisRule, Factor, whole
-from ..dims import DimLike, require_at_most, require_equal
+from ..checks import require_at_most, require_equal
+from ..dims import DimLike
 from ..errors import TypeMismatch
 from ..op import ErrorSample, Op, Sample, concrete, floating, register, same_dtype
 from ..types import TensorType, Type

@@ -10,7 +10,8 @@ import numpy as np
 
 from .. import op as _op
 from ..axes import AxisRule, Factor, aligned, broadcast
-from ..dims import DimLike, require_equal
+from ..checks import require_equal
+from ..dims import DimLike
 from ..errors import TypeMismatch
 from ..op import Bounds, ErrorSample, Op, Sample, broadcast_shapes, concrete, floating, quantized, register, same_dtype, tensor
 from ..types import DType, QArray, QTensorType, TensorType, Type

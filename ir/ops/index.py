@@ -11,7 +11,8 @@ import numpy as np
 
 from .. import op as _op
 from ..axes import AxisRule, Factor, aligned, along, free, whole
-from ..dims import DimLike, equal, require_at_most, require_equal
+from ..checks import require_at_most, require_equal
+from ..dims import DimLike, equal
 from ..errors import TypeMismatch
 from ..op import AxisIndex, Bounds, ErrorSample, Op, Sample, axis_of, concrete, register, same_dtype, tensor
 from ..types import DType, TensorType, Type

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..axes import AxisRule, Factor, broadcast, free
-from ..dims import DimLike, require_equal
+from ..checks import require_equal
+from ..dims import DimLike
 from ..errors import TypeMismatch
 from ..op import Attrs, ErrorSample, Op, Sample, broadcast_shapes, floating, register, same_dtype, tensor
 from ..types import TensorType, Type

@@ -10,7 +10,8 @@ import numpy as np
 
 from .. import op as _op
 from ..axes import Axes, AxisRule, Factor
-from ..dims import DimLike, equal, require_equal
+from ..checks import require_equal
+from ..dims import DimLike, equal
 from ..errors import TypeMismatch
 from ..op import Body, ErrorSample, Op, Sample, floating, register
 from ..types import DType, TensorType

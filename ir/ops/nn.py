@@ -11,7 +11,8 @@ import numpy as np
 
 from .. import op as _op
 from ..axes import AxisRule, Factor, along, free, reduced
-from ..dims import equal, require_equal
+from ..checks import require_equal
+from ..dims import equal
 from ..errors import TypeMismatch
 from ..op import Attrs, AxisIndex, ErrorSample, Op, Sample, axis_of, floating, register
 from ..types import DType, TensorType, Type

@@ -10,7 +10,8 @@ import numpy as np
 
 from .. import op as _op
 from ..axes import AxisRule, Factor, free
-from ..dims import DimLike, require_at_most
+from ..checks import require_at_most
+from ..dims import DimLike
 from ..errors import TypeMismatch
 from ..op import ErrorSample, Op, Sample, concrete, register, tensor
 from ..types import DType, TensorType, Type

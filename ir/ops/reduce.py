@@ -11,7 +11,8 @@ import numpy as np
 
 from .. import op as _op
 from ..axes import AxisRule, Factor, along, reduced
-from ..dims import DimLike, require_at_most
+from ..checks import require_at_most
+from ..dims import DimLike
 from ..errors import TypeMismatch
 from ..op import AxisIndex, AxisIndices, ErrorSample, Op, Sample, axis_of, floating, register, tensor
 from ..types import DType, TensorType, Type

@@ -10,7 +10,7 @@ import numpy as np
 
 from .. import op as _op
 from ..axes import AxisRule, Factor, along
-from ..dims import require_equal
+from ..checks import require_equal
 from ..errors import TypeMismatch
 from ..op import ErrorSample, Op, Sample, floating, register
 from ..types import DType, QTensorType, TensorType

@@ -10,7 +10,8 @@ import numpy as np
 
 from .. import op as _op
 from ..axes import AxisRule, Factor, whole
-from ..dims import DimLike, evaluate_dim, require_equal
+from ..checks import require_equal
+from ..dims import DimLike, evaluate_dim
 from ..errors import TypeMismatch
 from ..op import Body, ErrorSample, Op, Sample, register, tensor
 from ..types import Array, Type

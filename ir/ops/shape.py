@@ -11,7 +11,8 @@ import numpy as np
 
 from .. import op as _op
 from ..axes import Axis, AxisRule, Factor, along, free, regrouped
-from ..dims import Dim, equal, require_at_most, require_equal, span
+from ..checks import require_at_most, require_equal
+from ..dims import Dim, equal, span
 from ..errors import TypeMismatch
 from ..op import (
     Amounts,

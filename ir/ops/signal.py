@@ -11,7 +11,8 @@ import numpy as np
 
 from .. import op as _op
 from ..axes import AxisRule, free, whole
-from ..dims import DimLike, less_equal, require_at_most
+from ..checks import require_at_most
+from ..dims import DimLike, less_equal
 from ..errors import TypeMismatch
 from ..op import ErrorSample, Op, Sample, concrete, floating, register
 from ..types import DType, TensorType

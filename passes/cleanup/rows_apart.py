@@ -8,7 +8,8 @@ from typing import Any
 
 from wasat.ir import Attrs, Builder, DimError, DimLike, Graph, Node, TensorType, TypeMismatch, Value, equal
 from wasat.ir.axes import product
-from wasat.ir.dims import collect_checks, symbols_of
+from wasat.ir.checks import collect_checks
+from wasat.ir.dims import symbols_of
 from wasat.ir.lift import lift
 
 from ..pattern import erase_dead

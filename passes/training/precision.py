@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 import ml_dtypes
 import numpy as np
 from wasat.ir import Builder, DType, Graph, Node, ParamSource, Program, TensorType, Type, TypeMismatch, Value
-from wasat.ir.dims import collect_checks
+from wasat.ir.checks import collect_checks
 
 from ..analyses.halves import float_holds
 from ..core import Pass, PassError, Remarks

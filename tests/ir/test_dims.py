@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,8 @@ from wasat.ir import (
     symbol,
     symbols_of,
 )
-from wasat.ir.dims import TAKEN, check_text, collect_checks, require_at_most, span
+from wasat.ir.checks import check_text, collect_checks, require_at_most
+from wasat.ir.dims import TAKEN, span
 
 NAMES = ("a", "b", "n")
 Pair = tuple[DimLike, Callable[[dict[str, int]], int]]
@@ -233,6 +235,40 @@ def test_sizes_are_bounded() -> None:
         deep = (deep + 1) // symbol("m")
     with pytest.raises(DimError, match="a size would be nested 41 deep; at most 40 is kept"):
         (deep + 1) // symbol("m")
+
+
+GROWTHS: list[tuple[Callable[[Any], Any], str]] = [  # of n, and what it is after 60 times
+    (lambda d: d + minimum(1, d), "60*min(1, n) + n"),
+    (lambda d: 2 * d + minimum(1, d), f"{2**60 - 1}*min(1, n) + {2**60}*n"),
+    (lambda d: d + minimum(3, d), "min(2*n, 3) + 58*min(3, 3*n) + min(3, n) + n"),
+    (lambda d: d + minimum(3, d + 1), "min(2*n + 2, 3) + min(3, n + 1) + n + 174"),
+    (lambda d: maximum(0, d - 1), "max(0, n - 60)"),
+    (lambda d: 9 - maximum(0, 5 - d), "9"),
+    (lambda d: span(maximum(0, d - 4), d), "min(4, n)"),
+]
+
+
+@pytest.mark.parametrize("at", range(len(GROWTHS)))
+def test_sizes_that_follow_from_each_other_stay_short(at: int) -> None:
+    step, text = GROWTHS[at]
+    found: DimLike = symbol("n")
+    numbers = list(range(12))
+    for _ in range(60):
+        found, numbers = step(found), [step(k) for k in numbers]
+    assert [evaluate_dim(found, {"n": k}) for k in range(12)] == numbers
+    assert str(found) == text
+
+
+@pytest.mark.parametrize("k", [-2, -1, 1, 2, 3])
+@pytest.mark.parametrize("outer, inner", itertools.product((minimum, maximum), repeat=2))
+def test_bounds_within_bounds(outer: Callable[..., DimLike], inner: Callable[..., DimLike], k: int) -> None:
+    """Every bound beside those where it begins to matter."""
+    a, b = symbol("a"), symbol("b")
+    for c, d, add in itertools.product(range(-3, 8), range(-1, 4), (0, 1, b, -b)):
+        found = outer(c, k * inner(d, a) + add)
+        for n, m in itertools.product(range(7), range(3)):
+            env = {"a": n, "b": m}
+            assert evaluate_dim(found, env) == outer(c, k * inner(d, n) + evaluate_dim(add, env)), (c, d, add, env)
 
 
 @pytest.mark.parametrize("terms, exact", [(63, True), (64, False)])
