@@ -249,6 +249,9 @@ def floordiv(lhs: DimLike, rhs: DimLike) -> DimLike:
         q, r = _split(lhs, rhs)
         if isinstance(r, int):
             return q  # 0 <= r < rhs
+        match next(((m, c) for m, c in _terms(r) if c == 1 and len(m) == 1 and isinstance(m[0], Func)), None):
+            case ((Func("floordiv", x, int(k)),) as m, _):  # ((n + 1)//2 + 1)//2 is (n + 3)//4
+                return q + floordiv(x + k * (r - _combine([(m, 1)])), k * rhs)
         by = gcd(rhs, *(c for _, c in _terms(r)))
         return q + _func("floordiv", _combine([(m, c // by) for m, c in _terms(r)]), rhs // by)
     exact = _divide(lhs, rhs)
@@ -412,9 +415,10 @@ def _never_negative(d: DimLike, _deep: int = 3) -> bool:
             both = (a.name == "min") == (c > 0)  # c*min(x, y) is one of c*x and c*y, the smaller; c*max the larger
             if (all if both else any)(_never_negative(rest + c * x, _deep - 1) for x in (a.lhs, a.rhs)):
                 return True
-        whole = a.name == "floordiv" and isinstance(a.rhs, int) and a.rhs > 0 and _non_negative(a.lhs)
-        if whole and c < 0 and _never_negative(rest + c * a.lhs, _deep - 1):  # x // k is at most x
-            return True
+        elif a.name == "floordiv" and isinstance(k := a.rhs, int):  # k*(x // k) is x - k + 1 to x, and d a whole number
+            least = k * rest + c * (a.lhs - (k - 1 if c > 0 else 0))
+            if _never_negative(least + k - 1, _deep - 1):
+                return True
     return False
 
 

@@ -204,7 +204,12 @@ def test_what_is_known_of_bounds() -> None:
     assert less_equal(n + 1, maximum(n, m)) is None
     assert less_equal(n // 2, n) is True
     assert less_equal((n + 3) // 4, n + 3) is True
-    assert less_equal((n + 3) // 4, n) is None
+    assert less_equal((n + 3) // 4, n) is True
+    assert less_equal((n + 4) // 4, n) is None
+    assert less_equal(n, 3 * ((n + 2) // 3)) is True
+    assert less_equal(n, 3 * ((n + 1) // 3)) is None
+    assert less_equal(n // 2, 2 * ((n + 2) // 4) + 1) is True
+    assert less_equal(n // 2, 2 * ((n + 2) // 4) - 1) is None
     assert less_equal(n // (m + 1), n) is None  # of what may be more than it seems, nothing is said
     assert less_equal((n - m) // 2, n - m) is None
     assert less_equal(n, n // 2) is None
@@ -220,7 +225,7 @@ def test_what_is_padded_to_a_multiple_is_no_smaller(k: int) -> None:
     assert less_equal(k * (padded // k) + 1, n) is False
     assert less_equal(k * (padded // k), n) is None
     assert less_equal(n, k * (n // k)) is None
-    assert less_equal(n, k * ((padded + 1) // k)) is None  # of no multiple
+    assert less_equal(n, k * ((padded - 1) // k)) is None  # of no multiple
     assert less_equal(n, m * (padded // k)) is None
 
 
@@ -245,6 +250,7 @@ GROWTHS: list[tuple[Callable[[Any], Any], str]] = [  # of n, and what it is afte
     (lambda d: maximum(0, d - 1), "max(0, n - 60)"),
     (lambda d: 9 - maximum(0, 5 - d), "9"),
     (lambda d: span(maximum(0, d - 4), d), "min(4, n)"),
+    (lambda d: (d + 1) // 2, f"(n + {2**60 - 1}) // {2**60}"),
 ]
 
 
