@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import http.server
@@ -193,8 +194,10 @@ def device(artifact: str, prompt: str, count: str, rounds: str) -> None:
 
 def python_hosts(source: Path, scheme: str, folder: Path, rounds: int, shape: tuple[list[int], int]) -> dict[str, list[Any]]:
     turns: dict[str, list[Any]] = {"webgpu": [], "opencl": []}
+    program = ws.from_pretrained(source)
+    program.declare(generation=dataclasses.replace(program.interface.generation, eos=()))  # as many tokens as the page writes
     for target in turns:
-        ws.compile(ws.from_pretrained(source), folder / target, target=target, quantize=None if scheme == "f32" else scheme)
+        ws.compile(program, folder / target, target=target, quantize=None if scheme == "f32" else scheme)
     for _ in range(rounds):
         for target, found in turns.items():
             command = [sys.executable, __file__, "device", str(folder / target), json.dumps(shape[0]), str(shape[1]), "1"]
