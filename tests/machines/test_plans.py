@@ -37,28 +37,17 @@ def test_an_operation_is_what_its_reference_says(target: str, name: str) -> None
     if name in NOT_COMPILED:
         return
     with device(target):
-        _sweep(target, name)
+        _sweep(target_named(target), name)
 
 
-BY_TURNS = ("pool", "fake_quantize", "quantized_linear", "dft")
-"""Operations whose samples took half of the sweep's time: each runs on one of the targets that take it, in turn."""
-
-
-def _takes(machine: Target, g: Graph, feeds: dict[str, Any]) -> bool:
-    """Whether a device has all types and numbers of a sample."""
+def _sweep(machine: Target, name: str) -> None:
     assert machine.device is not None
-    return not _types(g) & set(machine.device.lacks) and (machine.device.integers == 64 or _fits(g, feeds))
-
-
-def _sweep(target: str, name: str) -> None:
-    machine, machines = target_named(target), {t: target_named(t) for t in SWEPT}
     cases = [_graph(f"{name}_{i}", OPS[name], s) for i, s in enumerate(OPS[name].samples())]
     taken = []
-    for i, (g, feeds, ps) in enumerate(cases):
-        if _takes(machine, g, feeds):
-            able = [t for t, m in machines.items() if _takes(m, g, feeds)] if name in BY_TURNS else [target]
-            if able[i % len(able)] == target:
-                taken.append((g, feeds, ps))
+    for g, feeds, ps in cases:
+        lacking = _types(g) & set(machine.device.lacks)
+        if not lacking and (machine.device.integers == 64 or _fits(g, feeds)):
+            taken.append((g, feeds, ps))
             continue
         params = {k: ArrayParam(x, type_of(x)) for k, x in ps.items()}
         with pytest.raises((IRError, InputError), match=r"this target has no |does not fit into|this device keeps"):
