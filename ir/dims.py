@@ -249,9 +249,10 @@ def floordiv(lhs: DimLike, rhs: DimLike) -> DimLike:
         q, r = _split(lhs, rhs)
         if isinstance(r, int):
             return q  # 0 <= r < rhs
-        match next(((m, c) for m, c in _terms(r) if c == 1 and len(m) == 1 and isinstance(m[0], Func)), None):
-            case ((Func("floordiv", x, int(k)),) as m, _):  # ((n + 1)//2 + 1)//2 is (n + 3)//4
-                return q + floordiv(x + k * (r - _combine([(m, 1)])), k * rhs)
+        for m, c in _terms(r):
+            match m:
+                case (Func("floordiv", x, int(k)),) if c == 1:  # ((n + 1)//2 + 1)//2 is (n + 3)//4
+                    return q + floordiv(x + k * (r - _combine([(m, 1)])), k * rhs)
         by = gcd(rhs, *(c for _, c in _terms(r)))
         return q + _func("floordiv", _combine([(m, c // by) for m, c in _terms(r)]), rhs // by)
     exact = _divide(lhs, rhs)
@@ -403,7 +404,8 @@ def less_equal(lhs: DimLike, rhs: DimLike) -> bool | None:
 
 
 def _never_negative(d: DimLike, _deep: int = 3) -> bool:
-    """Whether ``d >= 0`` is proved: as it stands, or with a side of ``min`` and ``max`` in place of them, or of both sides."""
+    """Whether ``d >= 0`` is proved: as it stands, or with a side of ``min`` or ``max`` in its place, or with each of both, or
+    with the least that a quotient comes to."""
     if _non_negative(d) or _non_negative(_multiplied(d)):
         return True
     atoms = [(m[0], c) for m, c in _terms(d) if len(m) == 1 and isinstance(m[0], Func)]

@@ -210,6 +210,7 @@ def test_what_is_known_of_bounds() -> None:
     assert less_equal(n, 3 * ((n + 1) // 3)) is None
     assert less_equal(n // 2, 2 * ((n + 2) // 4) + 1) is True
     assert less_equal(n // 2, 2 * ((n + 2) // 4) - 1) is None
+    assert (m // n + maximum(n, m) + n // 2) // 2 == (2 * (m // n + maximum(n, m)) + n) // 4  # beside atoms of other kinds
     assert less_equal(n // (m + 1), n) is None  # of what may be more than it seems, nothing is said
     assert less_equal((n - m) // 2, n - m) is None
     assert less_equal(n, n // 2) is None
