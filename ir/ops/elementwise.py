@@ -337,7 +337,9 @@ class Select(Op):
 class Cast(Op):
     """x in another element type. Float to integer truncates toward zero and saturates; NaN becomes 0; to bool: x != 0.
 
-    Float to a narrower float rounds to nearest even; what is too large becomes inf (NaN in f8e4m3, which has no inf).
+    Float to a narrower float rounds to nearest even; what is too large becomes inf (NaN in f8e4m3, which has no inf). f64
+    becomes bf16, and floats of 8 and 4 bits, by way of f32, as in torch. f8e8m0 is an exponent and no more: the nearest power
+    of two, the greater of two equally near; NaN for 0 and less.
     Integer to integer wraps around.
     """
 
@@ -369,6 +371,13 @@ class Cast(Op):
             return out.astype(to.np)
         if bits_differ(source) and not to.is_float:
             return x.astype(np.int64).astype(to.np)
+        # ml_dtypes rounds f64 once since 0.7, twice before, and knows one power of two below 2**-126 only since then
+        if source is DType.F64 and to.is_float and (to is DType.BF16 or to.bits < 16):
+            x = x.astype(np.float32)
+        if source.is_float and to is DType.F8E8M0:
+            fraction, exponent = np.frexp(wide(x))
+            code = np.clip(exponent + 126 + (fraction >= 0.75), 0, 255)
+            return np.where((fraction > 0) & np.isfinite(fraction), code, 255).astype(np.uint8).view(to.np)
         return x.astype(to.np)
 
     def vjp(self, b: Builder, node: Node, g: Value) -> Grads:

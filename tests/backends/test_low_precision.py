@@ -81,6 +81,21 @@ def test_ties_and_limits_encode() -> None:
     _check_casts({(DType.F32, b): _around(b) for b in FLOATS} | wide)
 
 
+def test_powers_of_two_are_the_nearest() -> None:
+    x = np.array([1e-45, 1.49 * 2.0**-127, 1.5 * 2.0**-127, 2.0**-126, 2.9, 3, 1.49 * 2.0**127, 1.5 * 2.0**127, np.inf, 0, -1])
+    program = parse_program("graph @g(%x: f32[n]) {\n  %y: f8e8m0[n] = cast(%x) {dtype=f8e8m0}\n  return %y\n}")
+    (found,) = evaluate(program["g"], {"x": x.astype(np.float32)})
+    assert np.asarray(found).view(np.uint8).tolist() == [0, 0, 1, 1, 128, 129, 254, 255, 255, 255, 255]
+
+
+def test_f64_is_rounded_by_way_of_f32() -> None:
+    x = np.array([1 + 2.0**-8 + 2.0**-40, 1 + 3 * 2.0**-8 - 2.0**-40, -1 - 2.0**-8 - 2.0**-40, 1e300, np.nan])
+    program = parse_program("graph @g(%x: f64[n]) {\n  %y: bf16[n] = cast(%x) {dtype=bf16}\n  return %y\n}")
+    (found,) = evaluate(program["g"], {"x": x})
+    assert np.asarray(found)[:3].tolist() == [1, 1 + 2.0**-6, -1]  # rounded once, none would be a tie
+    _check_casts({(DType.F64, DType.BF16): x})
+
+
 def test_integers_encode() -> None:
     x = np.array([0, 1, -1, 3, 7, 8, -8, -9, 15, 16, 100, 127, -128], np.int64)
     _check_casts(

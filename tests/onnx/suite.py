@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from onnx.backend.test.loader import load_model_tests
 from onnx.backend.test.runner import Runner, _normalize_tensor
 from wasat.ir import Program
@@ -15,10 +17,22 @@ from wasat.onnx_backend import WasatBackend, grouped
 
 
 def node_tests() -> list[Any]:
-    """The suite's node tests, in order of their names."""
+    """The suite's node tests, in order of their names.
+
+    What casts of floats to integers of 4 and 2 bits are to give is what onnx makes of it by the ml_dtypes that is installed. Of
+    numbers beyond the type's range, which ONNX leaves open, that is the low bits before ml_dtypes 0.7, and 0 since: here it is
+    the low bits.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return sorted(load_model_tests(kind="node"), key=lambda t: t.name)
+        tests = sorted(load_model_tests(kind="node"), key=lambda t: t.name)
+        return [_of_low_bits(t) if re.match(r"test_cast(like)?_FLOAT(16)?_to_U?INT[24]", t.name) else t for t in tests]
+
+
+def _of_low_bits(test: Any) -> Any:
+    pairs = [([_normalize_tensor(x) for x in inputs], _normalize_tensor(wanted)) for inputs, (wanted,) in test.data_sets]
+    made = [(inputs, [inputs[0].astype(np.int64).astype(wanted.dtype)]) for inputs, wanted in pairs]
+    return dataclasses.replace(test, data_sets=made)
 
 
 def run_test(test: Any) -> None:

@@ -103,7 +103,7 @@ def _rounded_code(dtype: DType, v: Any) -> Any:
 def _exponent_code(v: Any) -> Any:
     """f8e8m0 is an exponent and no more: the nearest power of two, the greater of two equally near; NaN for 0 and less."""
     a, negative = _magnitude(v)
-    subnormal = tirx.Select(a > _i32(0x400000), _i32(1), _i32(0))  # above 2**-127, f32's subnormals count as 2**-126
+    subnormal = tirx.Select(a < _i32(0x600000), _i32(0), _i32(1))  # of f32; 1.5 * 2**-127 is in the middle of the least two
     code = tirx.Select(a < _i32(0x800000), subnormal, tirx.shift_right(a + _i32(0x400000), _i32(23)))
     code = tirx.Select(tirx.any(negative, a == _i32(0)), _i32(255), tirx.min(code, _i32(255)))
     return tirx.Cast("uint8", code)
