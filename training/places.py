@@ -2,37 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from wasat.ir import Graph, IRError, Node, Value, copy_node
+from wasat.ir import Builder, Graph, IRError, Node, Value, copy_node
 
 
 @dataclass(frozen=True)
 class Places:
     """What a mean is over: ``count``, how many places or how much weight; and ``divisor``, the number that it divides by: the
-    count and what keeps it from 0. None: there are several, or what learns beside the mean has no part in its sum. ``alike``:
-    all values that are the count, however often the graph computes it."""
+    count and what keeps it from 0. ``alike``: all values that are the count, however often the graph computes it. ``beside``:
+    scalars without data that the loss adds to the mean and that learn, and ``sums``, the nodes from these to the loss."""
 
     count: Value
-    divisor: Value | None
+    divisor: Value
     alike: frozenset[Value]
+    beside: frozenset[Value]
+    sums: frozenset[Node]
 
     def over(self, graph: Graph, source: Graph, total: Value, env: Mapping[Value, Value]) -> Value:
-        """The divisor, were the count ``total``: ``env`` has the values of ``source`` in ``graph``, which it is added to."""
-        assert self.divisor is not None
-        here, above, todo = {**env, **dict.fromkeys(self.alike, total)}, set(), [self.divisor]
+        """The divisor, were the count ``total``, a scalar of any kind: ``env`` has the values of ``source`` in ``graph``, which
+        it is added to."""
+        b = Builder(graph)
+        alike = b.reshape(b.cast(total, dtype=self.count.tensor.dtype), shape=self.count.shape)
+        changed, above, todo = dict.fromkeys(self.alike, alike), set(), [self.divisor]
         while todo:
             v = todo.pop()
             if v not in self.alike and v.node is not None and v.node not in above:
                 above.add(v.node)
                 todo += v.node.inputs
-        changed = set(self.alike)
-        for node in source.nodes:
-            if node in above and not changed.isdisjoint(node.inputs):
-                copy_node(graph, node, here)
-                changed.update(node.outputs)
-        return here[self.divisor]
+        _copy_changed(graph, [node for node in source.nodes if node in above], changed, env)
+        return changed[self.divisor]
+
+    def shared(self, graph: Graph, share: Value) -> Value:
+        """The loss of a graph, its first output, in which what stands beside the mean has this share, a scalar; added to it."""
+        b = Builder(graph)
+        changed = {v: b.mul(v, b.cast(share, dtype=v.tensor.dtype)) for v in self.beside}
+        _copy_changed(graph, [node for node in graph.nodes if node in self.sums], changed, {})
+        return changed[graph.outputs[0]]
+
+
+def _copy_changed(graph: Graph, nodes: Sequence[Node], changed: dict[Value, Value], env: Mapping[Value, Value]) -> None:
+    """Appends the nodes that read what changed, and adds what they give to it; all else stands in ``env``, or is the same."""
+    for node in nodes:
+        if not changed.keys().isdisjoint(node.inputs):
+            here = {v: changed.get(v, env.get(v, v)) for v in node.inputs}
+            copy_node(graph, node, here)
+            changed.update((v, here[v]) for v in node.outputs)
 
 
 def places(graph: Graph, trained: Collection[str]) -> Places | None:
@@ -40,29 +56,33 @@ def places(graph: Graph, trained: Collection[str]) -> Places | None:
 
     A mean over places is ``sum / count`` where the count is a sum over the data, whatever keeps it from 0; means over the same
     places add up to one. What no data or no trained parameter is in may stand beside it. Raises IRError for a sum of means over
-    different places: no weight of a call is right for all of them; and for a divisor that is not as the count is, where what
-    learns stands beside the mean, or there are several divisors.
+    different places: no weight of a call is right for all of them; and for means over the same places whose divisors differ by
+    more than a factor.
     """
     learning = _reached(graph, [v for name, v in graph.params.items() if name in trained], True)
     data = _reached(graph, graph.inputs, False)
     numbers = _numbered(graph)
     counts: dict[object, Value] = {}
     divisors: dict[object, Value] = {}
-    beside = False
+    beside: set[Value] = set()
+    sums: set[Node] = set()
     kinds: dict[object, Value] = {}
     todo = [graph.outputs[0]]
     while todo:
         v = todo.pop()
         if v not in learning or v not in data or v.node is None:
-            beside = beside or v in learning
+            if v in learning:
+                beside.add(v)
             continue
         name, inputs = v.node.op.name, v.node.inputs
         fixed = [x for x in inputs if x not in data and x not in learning]
         if name in ("add", "sub", "neg", "cast", "reshape") and all(x.tensor.size == 1 for x in inputs):
+            sums.add(v.node)
             todo += inputs
         elif name == "reduce_sum" and inputs[0].node is not None and _divisor(inputs[0].node, learning) is not None:
             todo.append(inputs[0])
         elif (name == "mul" and fixed) or (name == "div" and inputs[1] in fixed):
+            sums.add(v.node)
             todo.append(inputs[0] if inputs[1] in fixed else inputs[1])
         else:
             divisor = _divisor(v.node, learning)
@@ -82,16 +102,14 @@ def places(graph: Graph, trained: Collection[str]) -> Places | None:
         return None
     count = next(iter(counts.values()))
     alike = frozenset(v for v, number in numbers.items() if number == numbers[count])
-    if len(divisors) == 1 and not beside:
-        return Places(count, next(iter(divisors.values())), alike)
-    for divisor in divisors.values():
-        if held := _held(divisor):
-            why = "parameters that learn stand beside the mean" if beside else "the means divide by several numbers"
-            raise IRError(
-                f"the loss is a mean over %{count.name} that divides by %{divisor.name}, which {held}; as {why}, no weight of "
-                'a call is right then: divide by the count itself, or let calls count alike (weigh="calls")', divisor.loc,
-            )  # fmt: skip
-    return Places(count, None, alike)
+    if len(divisors) > 1 and not all(map(_follows, divisors.values())):
+        names = ", ".join(f"%{v.name}" + (f" ({v.loc})" if v.loc else "") for v in divisors.values())
+        raise IRError(
+            f"the loss adds means over %{count.name}, divided by several numbers, {names}; they differ by more than a factor, "
+            "and no weight of a call that is accumulated is right then: divide by one of them, or let calls count alike "
+            '(weigh="calls")'
+        )
+    return Places(count, next(iter(divisors.values())), alike, frozenset(beside), frozenset(sums))
 
 
 def _reached(graph: Graph, sources: Collection[Value], smoothly: bool) -> set[Value]:
@@ -147,40 +165,13 @@ def _count(divisor: Value, numbers: Mapping[Value, object]) -> Value | None:
     return None
 
 
-_LITTLE = 1e-6
-"""What keeps a count from 0 and does not change it."""
-
-
-def _held(divisor: Value) -> str:
-    """What makes a divisor other than its count times a number, for a count that is not 0; empty if nothing does."""
+def _follows(divisor: Value) -> bool:
+    """Whether a divisor is its count times a number."""
     v = divisor
-    while v.node is not None and not v.node.is_a("reduce_sum"):
-        name, inputs = v.node.op.name, v.node.inputs
-        if name in ("cast", "reshape"):
-            v = inputs[0]
-        elif name == "select":  # from 0 alone
-            v = inputs[1]
-        else:
-            const = next(x.const for x in inputs if x.const is not None)
-            v = inputs[0] if inputs[1].const is not None else inputs[1]
-            least = float(abs(const).max()) if const.size else 0.0
-            if name == "maximum" and not (least <= _LITTLE or (least <= 1 and _whole(v))):
-                return f"is held to at least {least:g}"
-            if name == "add" and least > _LITTLE:
-                return f"adds {least:g} to it"
-    return ""
-
-
-def _whole(count: Value) -> bool:
-    """Whether a count is a whole number: a sum of what was cast from booleans or integers, or such a number."""
-    todo = [count]
-    while todo:
-        v = todo.pop()
-        if not v.tensor.dtype.is_float:
-            continue
-        if v.node is None or not v.node.is_a("reduce_sum", "cast", "reshape", "broadcast_to", "mul"):
+    while (node := v.node) is not None and not node.is_a("reduce_sum"):
+        if not node.is_a("mul", "reshape") and not (node.is_a("cast") and v.tensor.dtype.is_float):
             return False
-        todo += v.node.inputs
+        v = node.inputs[node.is_a("mul") and node.inputs[0].const is not None]
     return True
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -11,13 +11,14 @@ from wasat.ir import Builder, DType, Graph, Interface, IRError, Program, State, 
 from wasat.passes import Cleanup, Differentiate, MixedPrecision, Pass, PassManager, Remark, Rematerialize
 
 from .optimizers import AdamW, Constant, Optimizer, Schedule, clipped, global_norm
-from .places import places
+from .places import Places, places
 from .scaling import GOOD, SCALE, SKIPPED, LossScale
 
 COUNT = "optimizer.count"
 PLACES = "optimizer.places"
-_SCALED = "optimizer.scaled_loss"
-_KEPT = (COUNT, PLACES, SCALE, GOOD, SKIPPED, _SCALED)
+DIVISOR = "optimizer.divisor"
+_LEARNED = "optimizer.loss"
+_KEPT = (COUNT, PLACES, DIVISOR, SCALE, GOOD, SKIPPED, _LEARNED)
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def train_step(
     lowers the peak of memory at these sizes (:class:`wasat.passes.training.remat.Rematerialize`).
 
     Raises IRError for a parameter of another type, for options out of range, and for ``accumulate`` of a loss that adds means
-    over different places; what Differentiate and Rematerialize raise.
+    over different places, or by different divisors; what Differentiate and Rematerialize raise.
     """
     if accumulate < 1 or (clip is not None and clip <= 0) or (ema is not None and not 0 <= ema < 1):
         raise IRError(f"accumulate={accumulate}, clip={clip}, ema={ema}: needed are accumulate >= 1, clip > 0, 0 <= ema < 1")
@@ -79,8 +80,11 @@ def train_step(
         raise IRError(f"outputs of @{graph} named {', '.join(own)}: gradients are called so; rename them")
     if precision == "f16":
         scaling = scaling or LossScale()
-        _scale(made[graph])
-    PassManager([Differentiate(graph, train, of=_SCALED if scaling else None, into="train_step")]).run(made)
+    differentiate = Differentiate(graph, train, into="train_step")
+    over = places(made[graph], differentiate.chosen(made[graph])) if accumulate > 1 and weigh == "places" else None
+    if _learned(made[graph], over, scaling):
+        differentiate = replace(differentiate, of=_LEARNED)
+    PassManager([differentiate]).run(made)
     if chosen := [k for k in inputs if k in train]:
         raise IRError(f"train= names inputs of @{graph}: {', '.join(chosen)}; only parameters are trained")
     step = _Step(made["train_step"], optimizer or AdamW(), rate or Constant(1e-3), clip, accumulate, weigh, ema, scaling)
@@ -100,11 +104,25 @@ def train_step(
     return TrainStep(result, states, tuple(remarks), step.averages)
 
 
-def _scale(g: Graph) -> None:
-    """Adds an output: the loss times the scale, an input."""
-    scale = g.add_input(SCALE, TensorType(DType.F32, ()))
-    scaled = Builder(g).mul(g.outputs[0], scale)
-    g.set_outputs([*g.outputs, scaled], [*g.output_names, _SCALED])
+def _learned(g: Graph, over: Places | None, scaling: LossScale | None) -> bool:
+    """Adds an output to learn from where that is not the loss: of calls that are accumulated what stands beside a mean has
+    the share by which this call adds to the divisor of all, as its gradients are weighed by its own; and times the scale."""
+    b, loss = Builder(g), g.outputs[0]
+    if over is not None and over.beside:
+        total = b.add(g.add_input(PLACES, TensorType(DType.F32, ())), _number(b, over.count))
+        whole = over.over(g, g, total, {})
+        more = b.sub(_number(b, whole), g.add_input(DIVISOR, TensorType(DType.F32, ())))
+        loss = over.shared(g, b.div(more, _number(b, over.divisor)))
+    if scaling is not None:
+        loss = b.mul(loss, g.add_input(SCALE, TensorType(DType.F32, ())))
+    if loss is g.outputs[0]:
+        return False
+    g.set_outputs([*g.outputs, loss], [*g.output_names, _LEARNED])
+    return True
+
+
+def _number(b: Builder, v: Value) -> Value:
+    return b.reshape(b.cast(v, dtype=DType.F32), shape=())
 
 
 class _Step:
@@ -133,7 +151,7 @@ class _Step:
 
     def emit(self) -> None:
         source, g, b = self.source, self.graph, self.b
-        env = {v: g.add_input(v.name, v.type) if v.name != SCALE else self._state(SCALE, v.tensor) for v in source.inputs}
+        env = {v: self._state(v.name, v.tensor) if v.name in _KEPT else g.add_input(v.name, v.type) for v in source.inputs}
         for name, v in source.params.items():
             if name not in self.trained:
                 env[v] = g.add_param(name, v.type)
@@ -143,7 +161,7 @@ class _Step:
                 env[v] = self._state(name, v.tensor)
         slots = {name: self._slots(self.states[name]) for name in self.trained}
         calls = self._state(COUNT, TensorType(DType.I64, ()))
-        if self.places is not None:
+        if self.places is not None and PLACES not in self.states:
             self._state(PLACES, TensorType(DType.F32, ()))
         if self.scaling is not None:
             for name in (GOOD, SKIPPED):
@@ -154,21 +172,17 @@ class _Step:
         if self.scaling is not None:
             grads = {k: b.div(v, self.states[SCALE]) for k, v in grads.items()}
         new: dict[str, Value] = {COUNT: b.add(calls, 1)}
-        due = total = None
+        due = None
         sums = grads
+        totals: dict[str, Value] = {}
         if self.accumulate > 1:
             due = b.equal(b.mod(new[COUNT], self.accumulate), 0)
-        if self.places is not None:  # the loss is a mean over these: weigh this call's by their number
-            count, divisor = self.places.count, self.places.divisor
-            here = self._number(env[count])
-            total = b.add(self.states[PLACES], here)
-            whole, own = total, here
-            if divisor is not None:  # the sums themselves: a call may count nothing, or less than its divisor is held to
-                own = self._number(env[divisor])
-                alike = b.reshape(b.cast(total, dtype=count.tensor.dtype), shape=count.shape)
-                whole = self._number(self.places.over(g, source, alike, env))
+        if self.places is not None:  # the sum itself adds up, as a call may count nothing, or less than its divisor is held to
+            total = b.add(self.states[PLACES], _number(b, env[self.places.count]))
+            whole, own = _number(b, self.places.over(g, source, total, env)), _number(b, env[self.places.divisor])
+            totals = {k: v for k, v in ((PLACES, total), (DIVISOR, whole)) if k in self.states}
             sums = {k: b.add(self.states[self.sums[k]], b.mul(v, own)) for k, v in grads.items()}
-            grads = {k: b.div(v, b.select(b.greater(whole, 0.0), whole, b.constant(1.0))) for k, v in sums.items()}
+            grads = {k: b.div(v, b.select(b.not_equal(whole, 0.0), whole, b.constant(1.0))) for k, v in sums.items()}
         elif due is not None:
             share = float(self.accumulate)
             sums = grads = {k: b.add(self.states[self.sums[k]], b.div(v, share)) for k, v in grads.items()}
@@ -176,8 +190,7 @@ class _Step:
         size = b.abs(env[source.outputs[0]])
         sound = b.logical_and(b.less(norm, float("inf")), b.less(size, float("inf")))  # no NaN is
         if due is not None:
-            summed = {self.sums[k]: v for k, v in sums.items()} | ({} if total is None else {PLACES: total})
-            for name, v in summed.items():
+            for name, v in ({self.sums[k]: v for k, v in sums.items()} | totals).items():
                 new[name] = b.select(due, b.constant(0.0), v)
                 if self.scaling is None:  # else a sum takes up an overflow, so that its update is left out
                     new[name] = b.select(sound, new[name], self.states[name])
@@ -200,7 +213,8 @@ class _Step:
                 moved[average.name] = b.add(average, b.mul(b.sub(changed, average), 1 - self.ema))
             new |= {k: b.select(due, v, self.states[k]) for k, v in moved.items()}
             self.donated |= moved.keys()
-        outputs = {n: env[v] for n, v in zip(source.output_names, source.outputs) if not n.startswith("grad.") and n != _SCALED}
+        named = zip(source.output_names, source.outputs)
+        outputs = {n: env[v] for n, v in named if not n.startswith("grad.") and n != _LEARNED}
         more = {"grad_norm": norm, "rate": rate, **said, **{k: new[k] for k in self.states}}
         if taken := sorted(outputs.keys() & more.keys()):
             raise IRError(f"@train_step has outputs of its own named {', '.join(taken)}; rename those of the loss graph")
@@ -219,9 +233,6 @@ class _Step:
         new[SKIPPED] = b.add(skipped, b.cast(overflow, dtype=DType.I64))
         said = {"skipped": b.cast(overflow, dtype=DType.F32), "loss_scale": scale}
         return b.sub(updates, skipped), finite if due is None else b.logical_and(due, finite), said
-
-    def _number(self, v: Value) -> Value:
-        return self.b.reshape(self.b.cast(v, dtype=DType.F32), shape=())
 
     def _state(self, name: str, type: TensorType) -> Value:
         self.states[name] = self.graph.add_input(name, type)

@@ -36,7 +36,7 @@ class Differentiate(Pass):
 
     def run(self, program: Program, remarks: Remarks) -> bool:
         g = program[self.graph].clone(self.into)
-        y, chosen = self._output(g), self._chosen(g)
+        y, chosen = self._output(g), self.chosen(g)
         b = Builder(g, loc=y.loc)
         grads = []
         for (name, x), dx in zip(chosen.items(), backward(b, [y], [b.constant(1.0, y.tensor.dtype)], list(chosen.values()))):
@@ -63,7 +63,8 @@ class Differentiate(Pass):
             raise PassError(f"output {self._of(g)} of @{self.graph} is {y.type}: only a float scalar has gradients")
         return y
 
-    def _chosen(self, g: Graph) -> dict[str, Value]:
+    def chosen(self, g: Graph) -> dict[str, Value]:
+        """What is differentiated by, by name, in a graph such as @graph."""
         named = {v.name: v for v in g.inputs} | g.params
         chosen: dict[str, Value] = {}
         for want in self.wrt:

@@ -104,6 +104,13 @@ def test_means_as_people_write_them_are_accumulated_as_one(how: str) -> None:
     assert abs(stepped(p, batch, 2, weigh="calls") - stepped(p, batch, 1)).max() > 1e-3
 
 
+def test_weights_whose_sum_is_negative_divide_by_it() -> None:
+    p = program()
+    nn.add_loss(p, lambda y, target, some: MEANS["divided"](*_mean_of_some(y, target, some), y), ROWS)
+    batch = {"x": X, "target": Y, "some": np.where(np.arange(8) == 4, 1, -SOME)}
+    np.testing.assert_allclose(stepped(p, batch, 2), stepped(p, batch, 1), atol=1e-6)
+
+
 FLOORS = {
     "held to one": lambda each, w: each.sum() / nn.maximum(w.sum(), 1.0),
     "and a little": lambda each, w: each.sum() / (w.sum() + 0.3),
@@ -184,34 +191,47 @@ def test_a_mean_beside_a_penalty_of_parameters() -> None:
     np.testing.assert_allclose(stepped(p, batch, 2), stepped(p, batch, 1), atol=1e-6)
 
 
-HELD = {  # a divisor that is not as the count is, beside what must be weighed otherwise
-    "one, beside a penalty": (lambda e, n, p: e.sum() / nn.maximum(n, 1.0) + 0.1 * p, "is held to at least 1.*stand beside"),
-    "above, beside a penalty": (lambda e, n, p: 0.1 * p - e.sum() / (2.0 * (n + 0.3)), "adds 0.3 to it.*stand beside"),
-    "two": (lambda e, n, p: e.sum() / nn.maximum(n, 0.01) + e.sum() / nn.maximum(n, 0.02), "at least 0.0.*several numbers"),
-    "one of two": (lambda e, n, p: e.sum() / n + e.sum() / (n + 1.0), "adds 1 to it.*several numbers"),
+SEVERAL = {
+    "held": lambda e, n: e.sum() / nn.maximum(n, 0.01) + e.sum() / nn.maximum(n, 0.02),
+    "one held": lambda e, n: e.sum() / n + e.sum() / (n + 1.0),
+    "one cut": lambda e, n: e.sum() / n + e.sum() / n.cast("i32").cast("f32"),
 }
 
 
-@pytest.mark.parametrize("how", HELD)
-def test_a_divisor_held_above_its_count_beside_others_is_refused(how: str) -> None:
-    made, says = HELD[how]
-    p = _penalized()
-    nn.add_loss(p, lambda y, penalty, target, some: made(*_mean_of_some(y, target, some), penalty), ROWS)
-    with pytest.raises(IRError, match=says + r".*weigh=\"calls\""):
+@pytest.mark.parametrize("how", SEVERAL)
+def test_divisors_that_differ_by_more_than_a_factor_are_refused(how: str) -> None:
+    p = program()
+    nn.add_loss(p, lambda y, target, some: SEVERAL[how](*_mean_of_some(y, target, some)), ROWS)
+    with pytest.raises(IRError, match=r"by several numbers, %.*test_own_loss.*, %.*weigh=\"calls\""):
         train_step(p, accumulate=2)
     train_step(p, accumulate=2, weigh="calls")
 
 
-BESIDE = {  # all weights are whole, or what is held is nothing beside them
+BESIDE = {  # whatever the mean divides by
     "a whole count": lambda e, n, k, p: (e * k).sum() / nn.maximum(k.sum(), 1.0) + 0.1 * p,
     "a little": lambda e, n, k, p: e.sum() / nn.maximum(n, 1e-6) + 0.1 * p,
     "where it is not 0": lambda e, n, k, p: e.sum() / nn.where(n > 0.0, n, 1.0) + 0.1 * p,
     "factors": lambda e, n, k, p: e.sum() / n + e.sum() / (2.0 * n) + 0.1 * p,
+    "held": lambda e, n, k, p: 0.2 * p - 3.0 * (e.sum() / nn.maximum(n, 2.5)),
+    "held in each call, not in all": lambda e, n, k, p: e.sum() / nn.maximum(n, 4.0) + 0.1 * p,
+    "more": lambda e, n, k, p: 0.1 * p - e.sum() / (2.0 * (n + 0.3)) + 0.3 * p,
+    "cut": lambda e, n, k, p: e.sum() / nn.maximum(n.cast("i32").cast("f32"), 1.0) + 0.1 * p,
+}
+
+
+WEIGHTS = {
+    "none in one": [0, 0, 0, 0, 1, 2, 0.5, 1],
+    "parts": [0.5, 0.2, 0.4, 0.6, 1, 0.7, 0.5, 1],
+    "signed": [-2, 1, 0.2, 0.1, 1, 2, 0.5, 1],
 }
 
 
 @pytest.mark.parametrize("how", BESIDE)
-def test_a_divisor_as_its_count_beside_others_is_weighed(how: str) -> None:
+@pytest.mark.parametrize("some", WEIGHTS.values(), ids=WEIGHTS)
+def test_a_divisor_and_a_penalty_beside_it(how: str, some: list[float]) -> None:
+    """However little a call counts: nothing, less than the divisor is held to, or less than nothing."""
+    if how == "factors" and some[0] == 0:
+        some = [0.1, *some[1:]]  # by 0 it divides
     p = _penalized()
 
     def loss(y: nn.Tensor, penalty: nn.Tensor, target: nn.Tensor, some: nn.Tensor) -> nn.Tensor:
@@ -219,8 +239,34 @@ def test_a_divisor_as_its_count_beside_others_is_weighed(how: str) -> None:
         return BESIDE[how](each, n, (some > 0.6).cast("f32"), penalty)
 
     nn.add_loss(p, loss, ROWS)
-    batch = {"x": X, "target": Y, "some": np.float32([0, 0, 0, 0, 1, 2, 0.5, 1])}
+    batch = {"x": X, "target": Y, "some": np.float32(some)}
     np.testing.assert_allclose(stepped(p, batch, 2), stepped(p, batch, 1), atol=1e-6)
+    np.testing.assert_allclose(stepped(p, batch, 4), stepped(p, batch, 1), atol=1e-6)
+
+
+def test_the_next_update_begins_anew() -> None:
+    """Two updates of two calls each, one of which is not finite and adds nothing."""
+    p = _penalized()
+
+    def loss(y: nn.Tensor, penalty: nn.Tensor, target: nn.Tensor, some: nn.Tensor) -> nn.Tensor:
+        each, n = _mean_of_some(y, target, some)
+        return each.sum() / nn.maximum(n, 2.0) + 0.1 * penalty
+
+    nn.add_loss(p, loss, ROWS)
+    made = train_step(p, accumulate=2, optimizer=SGD(), rate=Constant(0.1))
+    g, states = made.program["train_step"], dict(made.states)
+    calls = [slice(0, 4), slice(4, 8), slice(2, 6), slice(0, 3)]
+    for i, at in enumerate(calls):
+        x = X[at] * (np.inf if i == 2 else 1)
+        out = dict(zip(g.output_names, evaluate(g, {"x": x.astype(np.float32), "target": Y[at], "some": SOME[at], **states})))
+        states = {k: np.asarray(out[k]) for k in states}
+    once = train_step(p, optimizer=SGD(), rate=Constant(0.1))
+    g, want = once.program["train_step"], dict(once.states)
+    for at in (slice(0, 8), slice(0, 3)):
+        out = dict(zip(g.output_names, evaluate(g, {"x": X[at], "target": Y[at], "some": SOME[at], **want})))
+        want = {k: np.asarray(out[k]) for k in want}
+    name = next(k for k in want if k.endswith("weight"))
+    np.testing.assert_allclose(states[name], want[name], atol=1e-6)
 
 
 def test_what_is_no_loss_is_refused() -> None:
