@@ -149,6 +149,11 @@ def _changes(node: ast.AST) -> Iterator[ast.AST]:
         yield ast.Pass()
 
 
+def _told(x: ast.AST) -> bool:
+    """Whether it is an operation's samples, which are tests themselves."""
+    return isinstance(x, ast.FunctionDef) and x.name in ("samples", "errors")
+
+
 def mutants(source: str, at: Collection[int] = ()) -> list[str]:
     """Every mutant of a source text (in the lines ``at``), each a whole text: only the place of the fault differs."""
     lines = source.encode().splitlines(keepends=True)
@@ -157,7 +162,7 @@ def mutants(source: str, at: Collection[int] = ()) -> list[str]:
         starts.append(starts[-1] + len(line))
     data, made = source.encode(), []
     tree = ast.parse(source)
-    inside = {x for f in ast.walk(tree) if isinstance(f, ast.JoinedStr) for x in ast.walk(f)}  # of messages
+    inside = {x for f in ast.walk(tree) if isinstance(f, ast.JoinedStr) or _told(f) for x in ast.walk(f)}
     for node in ast.walk(tree):
         if node in inside or (at and getattr(node, "lineno", None) not in at):
             continue
