@@ -91,7 +91,7 @@ TESTS = {  # what covers a file; for others it is the file of the same name, or 
     "ir/vjp.py": ["tests/ir/test_vjp.py", *(f"tests/passes/test_autodiff.py::test_{x}" for x in (
         "text", "an_operation_without_gradient_is_named_with_its_line", "a_model_of_everything_against_differences",
     ))],
-    "ir/ops/quant.py": ["tests/ir/test_registry.py", "tests/passes/test_quantize.py"],
+    "ir/ops/quant.py": ["tests/ir/test_registry.py", "tests/ir/test_axes.py", "tests/passes/test_quantize.py"],
     **{f"ir/ops/{x}.py": ["tests/ir/test_registry.py", "tests/ir/test_axes.py", "tests/ir/test_vjp.py"] for x in OPS},
     "runtime/artifact.py": ["tests/runtime/test_artifact_written.py", "tests/runtime/test_artifact.py"],
     "runtime/manifest.py": ["tests/runtime/test_manifest.py", "tests/runtime/test_artifact.py"],

@@ -157,6 +157,23 @@ def test_decomposition_equals_reference(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_indices_are_taken_just_within_their_bounds(name: str) -> None:
+    """What compiled programs are checked by is what the reference refuses."""
+    for sample in OPS[name].samples():
+        g, feed = graph_of(OPS[name], arrays_of(sample), sample.attrs)
+        node = g.outputs[0].node
+        assert node is not None
+        for i, (low, high) in node.op.bounds(node.attrs, *(v.type for v in node.inputs)).items():
+            x = feed[f"x{i}"]
+            assert isinstance(x, np.ndarray)
+            for index in (low, high - 1):
+                evaluate(g, {**feed, f"x{i}": np.full_like(x, index)})
+            for index in (low - 1, *([high] if high < 2**32 else [])):  # a ring is never full
+                with pytest.raises(IRError, match=r"is outside|cannot hold -1|positions outside"):
+                    evaluate(g, {**feed, f"x{i}": np.full_like(x, index)})
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_text_round_trip(name: str) -> None:
     for sample in OPS[name].samples():
         g, feed = graph_of(OPS[name], arrays_of(sample), sample.attrs)
