@@ -129,8 +129,9 @@ def train(
         "seed": seed, "graph": str(made.program["train_step"]), "model": sha256(str(run.program[graph]).encode()).hexdigest(),
         "batch": {k: f"{x.dtype}{list(x.shape)}" for k, x in first.items()},
         "options": {
-            "optimizer": _text(optimizer), "rate": _text(rate), "clip": clip, "accumulate": accumulate, "ema": ema,
-            "train": list(train), "precision": precision, "scaling": str(scaling), "remat": remat, "quantize": quantize,
+            "optimizer": _text(optimizer), "rate": _text(rate), "clip": clip, "accumulate": accumulate, "weigh": weigh,
+            "ema": ema, "train": list(train), "precision": precision, "scaling": str(scaling), "remat": remat,
+            "quantize": quantize,
         },
     }  # fmt: skip
     with run.alone():
@@ -309,9 +310,10 @@ def _text(made: object) -> str:
 
 def _differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What another run was made of, and what this one is."""
-    flat = [{"seed": x["seed"], **x["options"], **{f"batch input {k}": v for k, v in x["batch"].items()}} for x in (was, now)]
-    there, here = ({k: x.get(k) for k in {**flat[0], **flat[1]}} for x in flat)
-    said = [f"{k} was {there[k]}, and is {here[k]}" for k in there if there[k] != here[k]]
+    there, here = (
+        {"seed": x["seed"], **x["options"], **{f"batch input {k}": v for k, v in x["batch"].items()}} for x in (was, now)
+    )
+    said = [f"{k} was {there.get(k)}, and is {here.get(k)}" for k in {**there, **here} if there.get(k) != here.get(k)]
     if was["model"] != now["model"]:
         said.append("the model or the loss is another")
     own = "this version of Wasat, or an optimizer or rate of your own, makes another step of the same model"

@@ -43,11 +43,13 @@ def test_a_nan_stops_with_the_node(tmp_path: Path) -> None:
 
 
 class Rows(nn.Module):
-    def __init__(self) -> None:
-        self.w = nn.Parameter([3, 2])
+    """The sum of some rows of every parameter."""
+
+    def __init__(self, count: int) -> None:
+        self.w = [nn.Parameter([3, 2]) for _ in range(count)]
 
     def __call__(self, x: nn.Tensor) -> nn.Tensor:
-        return nn.gather(self.w, x).sum()
+        return nn.concat([nn.gather(w, x) for w in self.w], axis=0).sum()
 
 
 class Signs:
@@ -62,9 +64,10 @@ class Signs:
         return b.sub(p, b.mul(b.div(g, b.abs(g)), rate)), {}
 
 
-def test_an_update_that_spoils_what_the_loss_does_not_see(tmp_path: Path) -> None:
-    p = nn.trace(Rows(), {"x": "i64[n]"}, name="loss", outputs=["loss"])
-    with pytest.raises(Diverged, match="step 2: w hold what is not finite, and loss and gradients do not"):
+@pytest.mark.parametrize("count, names", [(3, "w.0, w.1, w.2"), (4, "w.0, w.1, w.2, …")])
+def test_an_update_that_spoils_what_the_loss_does_not_see(tmp_path: Path, count: int, names: str) -> None:
+    p = nn.trace(Rows(count), {"x": "i64[n]"}, name="loss", outputs=["loss"])
+    with pytest.raises(Diverged, match=f"step 2: {re.escape(names)} hold what is not finite, and loss and gradients do not"):
         train(
             p, Fixed({"x": np.array([0, 2])}), tmp_path, steps=3, optimizer=Signs(), rate=Constant(0.1), save_every=2,
             progress=lambda *a: None,

@@ -24,6 +24,7 @@ from wasat.training.data import Batch, Packed, Source
 from wasat.training.loop import Trained, train
 from wasat.training.losses import add_loss, cross_entropy
 from wasat.training.optimizers import SGD, AdamW, Constant
+from wasat.training.scaling import LossScale
 
 import wasat as ws
 from wasat import nn
@@ -127,11 +128,12 @@ DISTANCE = """graph @loss(%x: f32[2]) {
   %d: f32[2] = sub(%w, %x)
   %dd: f32[2] = mul(%d, %d)
   %loss: f32[] = reduce_mean(%dd) {axes=(0,)}
-  return %loss
+  %gone: f32[] = reduce_mean(%w) {axes=(0,)}
+  return %loss, %gone
 }"""
 
 
-def walked(folder: Path, kill: int | None = None) -> Trained:
+def walked(folder: Path, kill: int | None = None, name: str = "x", **options: Any) -> Trained:
     """w goes from 0 to 10, and is evaluated by its distance from 4, which it has at step 5."""
     zero = np.zeros(2, np.float32)
 
@@ -139,10 +141,11 @@ def walked(folder: Path, kill: int | None = None) -> Trained:
         if step == kill:
             raise Killed
 
+    program = Program({"loss": parse(DISTANCE.replace("%x", f"%{name}"))}, {"w": ArrayParam(zero, type_of(zero))})
+    options = {"steps": 13, "save_every": 100, "keep": 1, "evaluate_every": 2, **options}
     return train(
-        Program({"loss": parse(DISTANCE)}, {"w": ArrayParam(zero, type_of(zero))}), Fixed({"x": zero + 10}), folder, steps=13,
-        optimizer=SGD(), rate=Constant(0.1), clip=None, save_every=100, keep=1, evaluate_every=2,
-        evaluation=lambda: [{"x": zero + 4}], progress=progress,
+        program, Fixed({name: zero + 10}), folder, optimizer=SGD(), rate=Constant(0.1), clip=None,
+        evaluation=lambda: [{name: zero + 4}], progress=progress, **options,
     )  # fmt: skip
 
 
@@ -199,6 +202,11 @@ ANOTHER: dict[str, tuple[dict[str, Any], str]] = {
     "precision": ({"precision": "bf16"}, "precision was f32, and is bf16"),
     "remat": ({"remat": True}, "remat was False, and is True"),
     "train": ({"train": ("head.*",)}, r"train was \['\*'\], and is \['head.\*'\]"),
+    "weigh": ({"accumulate": 2, "weigh": "calls"}, "accumulate was 1, and is 2, weigh was places, and is calls"),
+    "scaling": (
+        {"precision": "f16", "scaling": LossScale(8.0)},
+        r"precision was f32, and is f16, scaling was None, and is LossScale\(initial=8.0.*",
+    ),
     "two": ({"ema": None, "clip": None}, "clip was 1.0, and is None, ema was 0.5, and is None"),
 }
 
@@ -210,6 +218,26 @@ def test_another_run_is_refused_by_what_differs(whole: tuple[Path, Trained], cas
     with pytest.raises(CheckpointError, match=f"holds another run: {message}; choose another folder, or remove it"):
         run(whole[0], **options)
     assert {p.name: p.read_bytes() for p in whole[0].iterdir()} == before
+
+
+def test_an_input_of_another_name_is_named_on_both_sides(tmp_path: Path) -> None:
+    walked(tmp_path, steps=1)
+    was, now = (f"batch input {name} was {a}, and is {b}" for name, a, b in (
+        ("x", r"float32\[2\]", "None"), ("z", "None", r"float32\[2\]"),
+    ))  # fmt: skip
+    with pytest.raises(CheckpointError, match=f"{was}, {now}, the model or the loss is another; choose"):
+        walked(tmp_path, name="z", steps=1)
+
+
+def test_by_default_each_hundredth_step_is_evaluated_and_saved(tmp_path: Path) -> None:
+    """And the last three of these stay, beside the best."""
+    zero = np.zeros(2, np.float32)
+    done = train(
+        Program({"loss": parse(DISTANCE)}, {"w": ArrayParam(zero, type_of(zero))}), Fixed({"x": zero + 10}), tmp_path,
+        steps=500, optimizer=SGD(), rate=Constant(0.01), evaluation=lambda: [{"x": zero}], progress=lambda *a: None,
+    )  # fmt: skip
+    assert [line["step"] for line in done.log if "eval.loss" in line] == [100, 200, 300, 400, 500]
+    assert Checkpoints(tmp_path).steps() == [100, 300, 400, 500]
 
 
 def test_a_rate_of_ones_own_goes_on(tmp_path: Path) -> None:
