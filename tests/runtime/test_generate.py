@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tiny_model import BOS, CHUNK, CONTEXT, EOS, VOCAB, Reference, edit_manifest
 from wasat.ir import Program
-from wasat.runtime import ArtifactError, ContextLimitError, InputError, Model, SamplingOptions, Tokenizer, load
+from wasat.runtime import ArtifactError, ContextLimitError, Generation, InputError, Model, SamplingOptions, Tokenizer, load
 
 PROMPT = "naïve "
 LONG = "a prompt of several chunks, longer than any window: " * 2
@@ -164,10 +165,26 @@ def test_logprobs(model: Model, program: Program) -> None:
     assert model.generate(PROMPT, max_tokens=2)[0].logprobs is None
 
 
-def test_without_a_limit_the_context_is_filled(model: Model) -> None:
-    prompt = [1] * (CONTEXT - 5)
-    (got,) = model.generate([prompt])
-    assert (len(got.tokens), got.finish) == (5, "length")
+@pytest.mark.parametrize("room, asked", [(5, None), (5, 5), (1, None), (1, 1)])
+def test_the_context_is_filled_to_its_end(model: Model, room: int, asked: int | None) -> None:
+    (got,) = model.generate([[1] * (CONTEXT - room)], max_tokens=asked)
+    assert (len(got.tokens), got.finish) == (room, "length")
+
+
+def test_a_summary_says_how_fast() -> None:
+    made = Generation("", [5, 6, 7], "stop", None, 10, 2, prefill_seconds=0.5, decode_seconds=0.25)
+    assert made.summary() == "10 prompt tokens in 0.500 s (20/s), 3 tokens in 0.250 s (8.0/s), finished by stop"
+    at_once = replace(made, tokens=[5], finish="eos", steps=0, prefill_seconds=0.0)
+    assert at_once.summary() == "10 prompt tokens in 0.000 s, 1 tokens, finished by eos"
+    assert replace(made, decode_seconds=0.0).summary().endswith("3 tokens, finished by stop")
+
+
+def test_what_ends_a_text_twice_is_its_own_end(model: Model, copy: Path) -> None:
+    (first,) = model.generate(PROMPT, max_tokens=1)
+    edit_manifest(copy, "interface.generation.eos", first.tokens)
+    for stop_tokens in ((), first.tokens, [VOCAB - 1]):
+        (got,) = load(copy).generate(PROMPT, max_tokens=1, stop_tokens=stop_tokens)
+        assert (got.tokens, got.finish, got.steps) == ([], "eos", 0)
 
 
 def test_the_context_limit_says_so(model: Model) -> None:
@@ -185,6 +202,7 @@ def test_the_context_limit_says_so(model: Model) -> None:
     ({"prompts": [[VOCAB]]}, f"token {VOCAB} is outside"),
     ({"prompts": "a", "max_tokens": 0}, "max_tokens is 0"),
     ({"prompts": "a", "logprobs": -1}, "logprobs is -1"),
+    ({"prompts": "a", "stop_tokens": [VOCAB]}, f"stop_tokens: a token is {VOCAB}"),
     ({"prompts": "a", "stop": [""]}, "empty stop string"),
 ])  # fmt: skip
 def test_what_cannot_be_asked(model: Model, arguments: dict, message: str) -> None:
