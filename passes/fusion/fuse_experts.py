@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from wasat.ir import Builder, DimLike, Graph, Node, TypeMismatch, Value
+from wasat.ir import Builder, Graph, Node, TypeMismatch, Value
 from wasat.ir.axes import product
 from wasat.ir.op import concrete
-from wasat.ir.ops.index import AxisAttrs, ScatterAttrs, TopK
+from wasat.ir.ops.index import AxisAttrs, ScatterAttrs
+from wasat.ir.ops.shape import Concat
 
-from ..analyses.labels import Atom, Label, Labels, arrange, every, flat, fresh, is_view, operand_labels, peel
+from ..analyses.labels import Atom, Labels, arrange, every, flat, fresh, is_view, operand_labels, peel
 from ..cleanup.hoist_params import param_only
 from ..cleanup.rows_apart import rows_apart
 from ..core import GraphPass, Remarks
-from ..pattern import Mismatch, number_of, replace
-from .stack_experts import Stack, share_of, terms_of
+from ..pattern import Mismatch, erase_dead, replace
+from .expert_shares import Choice, axis_of, choice_of, chosen_by, is_number, support
+from .stack_experts import Alike, Stack, terms_of
 
 _NOT_ZERO = "no share is known to be zero but at the places of top_k"
 
@@ -33,7 +33,8 @@ class FuseExperts(GraphPass):
     - all experts computed and summed over with shares of which most are zero, as is proved from how they are made: scattered to
       the places of a ``top_k``, products with a ``one_hot`` of them (so is dispatch by one), or a softmax over -inf elsewhere.
       What is computed for each expert is then computed for those at these places;
-    - experts that are modules of their own, added up one after the other, each times its element of such shares.
+    - experts that are modules of their own: added up one after the other, each times its element of such shares or where its
+      number was chosen, or in one after they were computed; likewise what is taken at the places of a choice.
 
     What an expert that is not chosen computes is multiplied by zero; were it infinite or NaN, so would be the sum.
     """
@@ -47,24 +48,14 @@ class FuseExperts(GraphPass):
         return found
 
 
-@dataclass(frozen=True)
-class _Choice:
-    """Places along an axis of experts: everything at others counts for nothing."""
-
-    places: Value
-    labels: Labels
-    experts: Atom
-
-    def per_token(self, of: Iterable[Atom]) -> list[Atom]:
-        """The atoms of ``places`` that are not among those ``of`` a value: one for each of a token's experts."""
-        return [a for a in every(self.labels) if a not in of]
-
-
 class _Run:
     """One sweep over a graph."""
 
     def __init__(self, graph: Graph, remarks: Remarks) -> None:
         self.graph, self.remarks, self.only = graph, remarks, param_only(graph)
+        self.sizes = {n.inputs[0].shape[axis_of(n)] for n in graph.nodes if n.is_a("top_k", "arg_max", "arg_min")}
+        """How many there are to choose from, where there is a choice."""
+        self.alike = Alike(graph if self.sizes else Graph("none"), self.only, self.sizes)
         self.arranged: dict[tuple[Value, tuple[Any, ...], tuple[int, ...]], Value] = {}
         """Rows and places in the form in which products read them."""
         self.b = Builder(graph)
@@ -72,7 +63,7 @@ class _Run:
 
     def run(self) -> bool:
         found = 0
-        for attempt in (self.gathered, self.gated, self.looped):
+        for attempt in (self.gathered, self.gated, self.picked, self.looped):
             self.arranged.clear()  # what an earlier sweep made may stand behind
             for node in list(self.graph.nodes):
                 if node.erased or len(node.outputs) != 1:
@@ -93,6 +84,8 @@ class _Run:
                 self.remarks.applied(f"%{node.output.name}: {self.made} grouped product{'s' * (self.made > 1)}", node)
                 replace(self.graph, node.output, new)
                 found += self.made
+        for node in list(self.graph.nodes_reversed) if found else ():
+            erase_dead(self.graph, node)  # experts that were stacked, and chosen from since
         self._experts_left()
         return bool(found)
 
@@ -100,19 +93,14 @@ class _Run:
         while node.prev is not None and node.prev is not last:
             self.graph.erase(node.prev)
 
-    def _chosen_from(self) -> set[DimLike]:
-        """How many there are to choose from, where there is a choice."""
-        return {n.inputs[0].shape[TopK.Attrs.of(n).axis] for n in self.graph.nodes if n.is_a("top_k")}
-
     def _experts_left(self) -> None:
         """Names products of all experts beside a choice of some."""
-        sizes = self._chosen_from()
         for node in self.graph.nodes:
             for v, axes in zip(node.inputs, _rule(node).operands) if node.op.kind == "product" else ():
                 if any(f.role == "indexed" for axis in axes for f in axis):
                     continue
                 base = _base(v)
-                if v in self.only and len(base.shape) > 2 and base.shape[0] in sizes and node.inputs[0] not in self.only:
+                if v in self.only and len(base.shape) > 2 and base.shape[0] in self.sizes and node.inputs[0] not in self.only:
                     which = f"all {base.shape[0]} experts of %{base.name}"
                     self.remarks.missed(f"%{node.output.name}: {which} are computed: {_NOT_ZERO}", node)
 
@@ -133,10 +121,10 @@ class _Run:
             experts = stack[AxisAttrs.of(taken).axis]
             if len(experts) != 1 or not every(places):
                 continue
-            if not set(every(w_labels)) - set(every(out)):
+            if set(every(stack)) - {experts[0]} <= set(every(out)):
                 continue  # nothing is summed over: no product
             which = self.counted(taken.inputs[1], concrete(experts[0].size))
-            choice = _Choice(*peel(which, places), experts[0])
+            choice = Choice(*peel(which, places), experts[0], concrete(experts[0].size))
             return self.grouped(*peel(*parts[1 - i]), taken.inputs[0], stack, choice, out)
         return None
 
@@ -145,13 +133,13 @@ class _Run:
         node = places.node
         turned = node is not None and node.is_a("add") and _is_turn(node.inputs[1].node, node.inputs[0])
         front = node.inputs[0] if node is not None and turned else places  # exporters write it
-        if _is_choice(_base(front)):
+        if chosen_by(front) is not None:
             return front
         b, dtype = self.b, places.tensor.dtype
         turn = b.select(b.less(places, 0), b.constant(size, dtype), b.constant(0, dtype))
         return b.add(places, turn)
 
-    def grouped(self, x: Value, x_labels: Labels, w: Value, w_labels: Labels, choice: _Choice, out: Labels) -> Value:
+    def grouped(self, x: Value, x_labels: Labels, w: Value, w_labels: Labels, choice: Choice, out: Labels) -> Value:
         """The product of x with each row's matrix of w, as ``out``. Raises Mismatch."""
         b, wanted, own = self.b, every(out), every(w_labels)
         n = tuple(a for a in own if a in wanted)
@@ -168,7 +156,7 @@ class _Run:
         shape = (*(a.size for (a,) in lead), *y.shape[-1:])
         return arrange(b, y if y.shape == shape else b.broadcast_to(y, shape=shape), (*lead, n), out)
 
-    def places(self, choice: _Choice, to: Labels) -> Value:
+    def places(self, choice: Choice, to: Labels) -> Value:
         return self.shaped(choice.places, choice.labels, to)
 
     def shaped(self, v: Value, labels: Labels, to: Labels) -> Value:
@@ -189,125 +177,88 @@ class _Run:
         out = fresh(node.output.shape)
         try:
             operands, _ = operand_labels(node, out)
-            found = (self.support(v, labels) for v, labels in _factors(node, operands))
+            found = (support(v, labels) for v, labels in _factors(node, operands))
             choice = next((c for c in found if c is not None and c.experts not in every(out)), None)
         except Mismatch:  # nothing says that there are experts
             return None
         return None if choice is None else _Substitution(self, choice, every(out)).root(node, operands, out)
 
     def looped(self, node: Node) -> Value | None:
-        """A sum of experts that are modules of their own, each times its share."""
-        shares: dict[tuple[Value, int], dict[int, Value]] = {}
-        others = []
-        for term in terms_of(node):
-            found = share_of(term)
-            known = shares.setdefault(found[:2], {}) if found is not None else {}
-            if found is None or found[2] in known:
-                others.append(term)
-            else:
-                known[found[2]] = term
-        for (share, axis), terms in shares.items():
-            if len(terms) < 2 or len(terms) != share.shape[axis] or self.support(share, fresh(share.shape)) is None:
-                if len(terms) > 1 and share.shape[axis] in self._chosen_from():
-                    self.remarks.missed(f"%{node.output.name}: all {len(terms)} experts are computed: {_NOT_ZERO}", node)
-                others += terms.values()
-                continue
-            every_expert, _ = Stack(self.b, len(terms), self.only).of([terms[i] for i in range(len(terms))])
-            total = self.b.reduce_sum(every_expert, axes=(0,), keepdims=False)
-            made = self.gated(total.node)
-            if made is None:
-                raise Mismatch("their shares are not along the axis of experts")
-            others.append(made)
-        if not self.made:
+        """A sum of experts that are modules of their own, each times its share, or the cases of a choice."""
+        terms = self.alike.cases(self.b, node) or terms_of(node) if self.sizes else []
+        kinds: dict[int, list[Value]] = {}
+        for term in terms:
+            kinds.setdefault(self.alike.kind(term), []).append(term)
+        groups = {kind: self.alike.numbered(of) for kind, of in kinds.items() if len(of) > 1}
+        whole = [experts for experts in groups.values() if len(experts) > 1 and max(experts) - min(experts) < len(experts)]
+        if any(groups.values()) and not whole:
+            numbers = [(i, v.name) for of in kinds.values() for i, v in self.alike.numbered(of).items()]
+            if len(numbers) in self.sizes and len(dict(numbers)) == len(numbers):
+                raise Mismatch(f"one is not computed as another expert is: %{', %'.join(name for _, name in numbers)}")
+        sums = []
+        for experts in whole:
+            if (made := self.summed([experts[i] for i in sorted(experts)], node)) is not None:
+                sums.append(made)
+                for v in experts.values():
+                    terms.remove(v)
+        if not sums:
             return None
-        y = others[-1]
-        for v in others[-2::-1]:
+        y, *rest = sums[::-1] + terms[::-1]
+        for v in rest:
             y = self.b.add(y, v)
         return y
 
-    def support(self, v: Value, labels: Labels) -> _Choice | None:
-        """Where ``v`` is not known to be zero, if that is at some places of an axis."""
-        node = v.node
-        if node is None or v in self.only:
+    def summed(self, experts: list[Value], node: Node) -> Value | None:
+        """The sum of what one expert after the other gives; None where each may count for something."""
+        stacked, _ = Stack(self.b, len(experts), self.only).of(experts)
+        made = self.gated(self.b.reduce_sum(stacked, axes=(0,), keepdims=False).node)
+        if made is None and len(experts) in self.sizes:
+            self.remarks.missed(f"%{node.output.name}: all {len(experts)} experts are computed: {_NOT_ZERO}", node)
+        return made
+
+    def picked(self, node: Node) -> Value | None:
+        """Of what all experts give, that of the chosen ones."""
+        if not node.is_a("take_along") or node.inputs[0] in self.only:
             return None
+        out = fresh(node.output.shape)
         try:
-            return self._support(node, labels)
+            (x, places), _ = operand_labels(node, out)
+            axis = AxisAttrs.of(node).axis
+            choice = choice_of(node.inputs[1], places, x[axis])
         except Mismatch:
             return None
-
-    def _support(self, node: Node, labels: Labels, zero: float = 0.0) -> _Choice | None:
-        name, inputs = node.op.name, node.inputs
-        if name == "one_hot" and zero == 0:
-            return self._choice(inputs[0], labels[:-1], labels[-1])
-        if name == "scatter_along" and _is_number(inputs[0], zero):
-            axis = ScatterAttrs.of(node).axis
-            places = inputs[1].shape
-            spread = [i for i, (d, e) in enumerate(zip(places, node.output.shape)) if d != e and i != axis]
-            chosen = (Atom(places[axis]),) if places[axis] != 1 else ()
-            own = tuple(chosen if i == axis else x for i, x in enumerate(labels))
-            return None if spread else self._choice(inputs[1], own, labels[axis])
-        operands, rule = operand_labels(node, labels)
-
-        def of(i: int, zero: float = 0.0) -> _Choice | None:
-            made = inputs[i].node
-            return None if made is None else self._support(made, operands[i], zero)
-
-        if name == "select":
-            if _is_number(inputs[2], zero):
-                return of(0) or (of(1, zero) if zero == 0 else None)
+        if choice is None or choice.partial:
             return None
-        if name == "add" and zero != 0:  # a mask that is added
-            return of(0, zero) or of(1, zero)
-        if name == "cast" or is_view(node):
-            return of(0, zero)
-        if zero != 0:
-            return None
-        if name == "equal":
-            for i in (0, 1):
-                steps, step_labels = peel(inputs[i], operands[i])
-                if _is_iota(steps):
-                    return self._choice(inputs[1 - i], operands[1 - i], step_labels[0])
-            return None
-        if name in ("mul", "logical_and"):
-            return of(0) or of(1)
-        if name in ("greater", "greater_equal", "not_equal"):  # of zero it is false
-            c = number_of(inputs[1])
-            never = c is not None and {"greater": c >= 0, "greater_equal": c > 0, "not_equal": c == 0}[name]
-            return of(0) if never else None
-        if name in ("neg", "relu") or (name == "div" and _experts_free(of(0), operands[1])):
-            return of(0)
-        if name == "softmax":
-            return of(0, float("-inf"))
-        if node.op.kind == "product":
-            return of(0) or (of(1) if len(inputs) == 2 else None)
-        if node.op.kind == "reduction" and all(
-            f.how in ("sum", "max", "any") for axis in rule.operands[0] for f in axis if f.role == "reduced" and f.size != 1
-        ):
-            return of(0)
-        return None
-
-    def _choice(self, places: Value, labels: Labels, experts: Label) -> _Choice | None:
-        base, base_labels = peel(places, labels)
-        experts = tuple(flat(experts))
-        if len(experts) != 1 or not _is_choice(base):
-            return None
-        return _Choice(base, base_labels, experts[0])
+        return _Substitution(self, choice, [a for a in every(out) if a not in flat(out[axis])]).picked(node.inputs[0], x, out)
 
 
 class _Substitution:
     """What is computed for each expert, computed for the chosen ones."""
 
-    def __init__(self, run: _Run, choice: _Choice, out: list[Atom]) -> None:
+    def __init__(self, run: _Run, choice: Choice, out: list[Atom]) -> None:
         self.run, self.b, self.choice, self.e = run, run.b, choice, choice.experts
+        self.original, self.inside = choice.places, None
+        if choice.partial:  # the first expert stands for none, and counts for nothing
+            b, dtype = run.b, choice.places.tensor.dtype
+            places = b.sub(choice.places, b.constant(choice.first, dtype)) if choice.first else choice.places
+            self.inside = b.less(places, b.constant(self.e.size, dtype))
+            if choice.first:
+                self.inside = b.logical_and(self.inside, b.greater_equal(places, b.constant(0, dtype)))
+            self.choice = dataclasses.replace(choice, places=b.select(self.inside, places, b.constant(0, dtype)))
         self.each = choice.per_token(out)
         """Of the places: which of a token's experts."""
-        node = choice.places.node
-        assert node is not None
-        chosen = flat(choice.labels[TopK.Attrs.of(node).axis]) if node.is_a("top_k") else []
-        if self.each and self.each != chosen:
+        places = self.original
+        while (part := places.made_by("slice")) is not None:
+            places = part.inputs[0]
+        chosen = places.made_by("top_k")
+        if self.each and self.each != (flat(choice.labels[axis_of(chosen)]) if chosen is not None else []):
             raise Mismatch("it is summed over tokens, too")
-        self.tokens = [a for a in every(choice.labels) if a not in self.each]
         self.known: dict[tuple[Value, Labels], Value] = {}
+
+    @property
+    def tokens(self) -> list[Atom]:
+        """Of the places: which token. Atoms may have been taken apart since the last look."""
+        return [a for a in every(self.choice.labels) if a not in flat(self.each)]
 
     def changed(self, labels: Labels) -> Labels:
         return tuple(tuple(b for a in flat(label) for b in (self.each if a is self.e else [a])) for label in labels)
@@ -318,6 +269,13 @@ class _Substitution:
             raise Mismatch("the axis of experts is taken apart")
         return made
 
+    def picked(self, v: Value, labels: Labels, out: Labels) -> Value:
+        """``v`` at the places, an axis of which is that of experts."""
+        made = self.value(v, labels)
+        if self.e.parts:
+            raise Mismatch("the axis of experts is taken apart")
+        return arrange(self.b, made, self.changed(labels), out)
+
     def _root(self, node: Node, operands: list[Labels], out: Labels) -> Value:
         weights = [i for i, v in enumerate(node.inputs) if v in self.run.only and self.e in every(operands[i])]
         if weights and node.op.kind == "product":  # the sum over experts is that of a product with their weights
@@ -327,9 +285,19 @@ class _Substitution:
             x = self.value(node.inputs[1 - i], operands[1 - i])
             whole = (tuple(self.each), *out)
             y = self.run.grouped(x, self.changed(operands[1 - i]), node.inputs[i], operands[i], self.choice, whole)
-            return self.b.reduce_sum(y, axes=(0,), keepdims=False)
+            return self.b.reduce_sum(self.within_experts(y, whole), axes=(0,), keepdims=False)
         new = [self.value(v, x) for v, x in zip(node.inputs, operands)]
+        if self.inside is not None:
+            i = next(i for i, x in enumerate(operands) if {self.e, *self.tokens} <= set(every(x)))  # the shares are in one
+            new[i] = self.within_experts(new[i], self.changed(operands[i]))
         return self.run.graph.add_node(node.op, new, node.attrs, before=self.b.before, loc=node.loc).output
+
+    def within_experts(self, v: Value, labels: Labels) -> Value:
+        """``v``, and zero where the place is no expert."""
+        if self.inside is None:
+            return v
+        inside = arrange(self.b, self.inside, self.choice.labels, labels)
+        return self.b.select(inside, v, self.b.constant(0.0, v.tensor.dtype))
 
     def value(self, v: Value, labels: Labels, within: Labels | None = None) -> Value:
         """``v`` with the chosen experts in the place of all. ``within``: labels of the result of an elementwise operation."""
@@ -379,7 +347,7 @@ class _Substitution:
                 made = hot.made_by("one_hot")
                 if made is not None and own[-1] and flat(own[-1]) == [self.e]:
                     parts = [(made.inputs[0], own[:-1]), *parts[:i], *parts[i + 1 :]]
-        if len(parts) != 2 or peel(*parts[0])[0] is not self.choice.places:
+        if len(parts) != 2 or peel(*parts[0])[0] is not self.original:
             return None
         which = [a for a in every(parts[0][1]) if a not in every(labels)]
         x, own = parts[1]
@@ -388,6 +356,11 @@ class _Substitution:
         return x, tuple(tuple(dict(zip(which, self.each)).get(a, a) for a in flat(label)) for label in own)
 
     def computed(self, node: Node, labels: Labels) -> Value:
+        if node.is_a("concat") and labels[axis := Concat.Attrs.of(node).axis] == (self.e,) and len(node.inputs) == self.e.size:
+            stacked, _ = Stack(self.b, len(node.inputs), self.run.only).of(node.inputs)  # modules of their own
+            rank = len(labels)
+            turned = self.b.transpose(stacked, perm=(*range(1, axis + 1), 0, *range(axis + 1, rank + 1)))
+            return self.value(self.b.reshape(turned, shape=node.output.shape), labels)
         operands, rule = operand_labels(node, labels)
         weights = [i for i, v in enumerate(node.inputs) if v in self.run.only and self.e in every(operands[i])]
         if node.op.kind == "product" and weights and weights[0] < 2:
@@ -435,39 +408,12 @@ def _factors(node: Node, operands: list[Labels]) -> list[tuple[Value, Labels]]:
     return []
 
 
-def _is_number(v: Value, number: float) -> bool:
-    while is_view(v.node) and v.const is None:
-        assert v.node is not None
-        v = v.node.inputs[0]
-    if v.const is None or not v.const.size:
-        return False
-    if number == 0:
-        return number_of(v) == 0 or not v.const.any()
-    return bool(np.all(v.const.astype(np.float64) <= np.finfo(np.float32).min * 0.99)) if number < 0 else False
-
-
-def _is_iota(v: Value) -> bool:
-    c = v.const
-    return (v.made_by("iota") is not None) or (
-        c is not None and c.ndim == 1 and np.array_equal(c, np.arange(len(c)))
-    )
-
-
-def _is_choice(v: Value) -> bool:
-    """Whether these are places of different elements, for each token."""
-    return v.node is not None and (v.node.is_a("arg_max", "arg_min") or (v.node.is_a("top_k") and v.index == 1))
-
-
-def _experts_free(choice: _Choice | None, labels: Labels) -> bool:
-    return choice is not None and choice.experts not in every(labels)
-
-
 def _is_turn(node: Node | None, x: Value) -> bool:
     """Whether it is a number where x is below zero, and zero elsewhere."""
-    if node is None or not node.is_a("select") or not _is_number(node.inputs[2], 0.0):
+    if node is None or not node.is_a("select") or not is_number(node.inputs[2], 0.0):
         return False
     below = node.inputs[0].node
-    return below is not None and below.is_a("less") and below.inputs[0] is x and _is_number(below.inputs[1], 0.0)
+    return below is not None and below.is_a("less") and below.inputs[0] is x and is_number(below.inputs[1], 0.0)
 
 
 def _base(v: Value) -> Value:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
-from wasat.ir import Attrs, Builder, DimError, DimLike, Node, TypeMismatch, Value
+from wasat.ir import Attrs, Builder, DimError, DimLike, Graph, Node, TypeMismatch, Value
 from wasat.ir.lift import lift
 from wasat.ir.op import concrete
 from wasat.ir.ops.shape import Slice
 
 from ..analyses.labels import is_view
 from ..pattern import Mismatch
+from .expert_shares import axis_of, chosen_by
 
 
 def terms_of(node: Node) -> list[Value]:
@@ -30,17 +31,90 @@ def terms_of(node: Node) -> list[Value]:
     return found
 
 
-def share_of(term: Value) -> tuple[Value, int, int] | None:
-    """Of a term that is multiplied by one element of an axis: what it is an element of, the axis, and which."""
-    node = term.node
-    for v in node.inputs if node is not None and node.is_a("mul") else ():
-        while v.node is not None and not v.node.is_a("slice") and is_view(v.node):
-            v = v.node.inputs[0]
-        if (part := v.made_by("slice")) is not None:
-            a, shape = Slice.Attrs.of(part), part.inputs[0].shape
-            cut = [i for i, (lo, hi, d) in enumerate(zip(a.starts, a.stops, shape)) if (lo, hi) != (0, d)]
-            if len(cut) == 1 and v.shape[cut[0]] == 1 and isinstance(a.starts[cut[0]], int):
-                return part.inputs[0], cut[0], concrete(a.starts[cut[0]])
+class Alike:
+    """Which values are computed in the same way, but for the parameters, and for the one of ``sizes`` experts they are of."""
+
+    def __init__(self, graph: Graph, only: Collection[Value], sizes: Collection[DimLike]) -> None:
+        self.only, self.sizes = only, sizes
+        self.kinds: dict[object, int] = {}
+        self.known: dict[Value, int] = {}
+        for v in graph.values():  # in order: however deep a graph is
+            self.kind(v)
+
+    def kind(self, v: Value) -> int:
+        """A number that values have in common."""
+        if v not in self.known:
+            node, what = v.node, (v,)  # type: tuple[Node | None, tuple[object, ...]]
+            if v in self.only or v.const is not None:
+                what = (v.type,)
+            elif node is not None:
+                cut = self._cut(node)
+                attrs = node.attrs if cut is None else (node.output.type, cut[0])
+                what = (node.op, attrs, v.index, *map(self.kind, node.inputs))
+            self.known[v] = self.kinds.setdefault(what, len(self.kinds))
+        return self.known[v]
+
+    def numbered(self, values: Sequence[Value]) -> dict[int, Value]:
+        """Values of one kind by which expert they are of: the element that they read of an axis, or the number that a choice
+        is compared with; of several for an expert the first. Empty where nothing tells."""
+        seen, todo = set(), [tuple(values)]
+        while todo:
+            own = todo.pop()
+            nodes = [v.node for v in own if v.node is not None and v not in self.only]
+            if own in seen or len(nodes) < len(own) or (len(own) > 1 and len(set(own)) == 1):
+                continue
+            seen.add(own)
+            found = [self._cut(node) or case_of(node) for node in nodes]
+            numbers = [x[1] for x in found if x is not None]
+            if len(numbers) == len(own) and (len(own) == 1 or len(set(numbers)) > 1):
+                return dict(zip(numbers[::-1], values[::-1]))
+            todo += list(zip(*(node.inputs for node in nodes)))[::-1]
+        return {}
+
+    def _cut(self, node: Node) -> tuple[int, int] | None:
+        """Of one element of an axis of experts: the axis, and which."""
+        if not node.is_a("slice"):
+            return None
+        a, shape = Slice.Attrs.of(node), node.inputs[0].shape
+        cut = [i for i, (lo, hi, d) in enumerate(zip(a.starts, a.stops, shape)) if (lo, hi) != (0, d)]
+        if len(cut) != 1 or node.output.shape[cut[0]] != 1 or shape[cut[0]] not in self.sizes:
+            return None
+        return cut[0], concrete(a.starts[cut[0]])
+
+    def cases(self, b: Builder, node: Node) -> list[Value]:
+        """A chain of selects, each where one choice is another number, as terms of which one alone is not zero. Raises Mismatch
+        where there are more numbers."""
+        user = node.output.users[0] if len(node.output.uses) == 1 else None
+        if user is not None and user.is_a("select") and user.inputs[2] is node.output:
+            return []
+        found: dict[int, Node] = {}
+        v, of = node.output, None
+        while (made := v.made_by("select")) is not None and made.output.type == node.output.type:
+            case = case_of(made.inputs[0].node)
+            if case is None or case[1] in found or of not in (None, (case[0], self.kind(made.inputs[0]))):
+                break
+            of = case[0], self.kind(made.inputs[0])
+            found[case[1]] = made
+            v = made.inputs[2]
+        chosen = chosen_by(of[0]) if of is not None else None
+        if chosen is None or len({self.kind(made.inputs[1]) for made in found.values()}) > 1 or len(found) < 2:
+            return []
+        count = chosen.inputs[0].shape[axis_of(chosen)]
+        if set(found) != set(range(len(found))) or len(found) != count:
+            raise Mismatch(f"cases {sorted(found)} are not all of the {count} that may be chosen")
+        zero = b.constant(0.0, node.output.tensor.dtype)
+        return [b.select(*made.inputs[:2], zero) for made in found.values()]
+
+
+def case_of(node: Node | None) -> tuple[Value, int] | None:
+    """What is compared with a number for equality, whatever views follow, and the number."""
+    while node is not None and is_view(node):
+        node = node.inputs[0].node
+    if node is None or not node.is_a("equal"):
+        return None
+    for v, x in (node.inputs, node.inputs[::-1]):
+        if x.const is not None and x.const.size == 1 and x.const.dtype.kind in "iu":
+            return v, int(x.const.reshape(()))
     return None
 
 
@@ -68,6 +142,7 @@ class Stack:
         if len(constants) == len(values):
             if all(np.array_equal(c, constants[0]) for c in constants):
                 return first, False
+            return self.b.constant(np.stack(constants)), True
         elif all(v in self.only for v in values):
             return self._parameter(self.b.concat(*(self._in_front(v, 1) for v in values), axis=0)), True
         nodes = [v.node for v in values]
@@ -93,7 +168,8 @@ class Stack:
         whole = nodes[0].inputs[0]
         found = [Slice.Attrs.of(n) for n in nodes]
         cuts = [i for i in range(len(whole.shape)) if len({a.starts[i] for a in found}) > 1]
-        if len(cuts) != 1 or [a.starts[cuts[0]] for a in found] != list(range(self.size)) or whole.shape[cuts[0]] != self.size:
+        first = concrete(found[0].starts[cuts[0]]) if cuts else 0
+        if len(cuts) != 1 or [a.starts[cuts[0]] for a in found] != list(range(first, first + self.size)):
             raise Mismatch(f"parts of %{whole.name} are not one for each expert")
         (axis,) = cuts
         every = list(zip(found[0].starts, found[0].stops, found[0].steps))
@@ -101,6 +177,9 @@ class Stack:
         if others != [(0, d, 1) for i, d in enumerate(whole.shape) if i != axis] or nodes[0].output.shape[axis] != 1:
             raise Mismatch(f"parts of %{whole.name} are not one for each expert")
         perm = (axis, *(i for i in range(len(whole.shape)) if i != axis))
+        if whole.shape[axis] != self.size:
+            stops = tuple(first + self.size if i == axis else d for i, d in enumerate(whole.shape))
+            whole = self.b.slice(whole, starts=tuple(first if i == axis else 0 for i in range(len(stops))), stops=stops)
         turned = self.b.transpose(whole, perm=perm)
         return self.b.reshape(turned, shape=(self.size, *nodes[0].output.shape))
 

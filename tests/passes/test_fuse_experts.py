@@ -228,7 +228,7 @@ class Unlike(Modules):
     def __init__(self) -> None:
         super().__init__(False)
         self.other = nn.MLP(DIM, HIDDEN, bias=False)
-        self.experts = nn.ModuleList([*(nn.GLU(DIM, HIDDEN) for _ in range(E - 1)), self.other])
+        self.experts = nn.ModuleList([self.other if e == 2 else nn.GLU(DIM, HIDDEN) for e in range(E)])
 
 
 @pytest.mark.parametrize(("bias", "count"), [(False, E), (True, E), (False, 2)])
