@@ -119,3 +119,15 @@ def turned(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
     part = keys.count("rope.dimension_count", config["head_dim"])
     theta = keys.number("rope.freq_base", 10000.0)
     return {"rope_parameters": {**scaling(keys), "rope_theta": theta, "partial_rotary_factor": part / config["head_dim"]}}
+
+
+def sections(keys: Keys, config: Mapping[str, Any]) -> None:
+    """``rope.dimension_sections`` of models that see: which pairs turn by time, height and width, which are all the position in
+    a text; a fourth part, which would not turn in it, is refused."""
+    name, pairs = "rope.dimension_sections", config["head_dim"] // 2
+    given = keys.take(name, object, None)
+    if given is None:
+        return
+    fits = isinstance(given, np.ndarray) and given.dtype.kind in "iu" and 3 <= len(given) <= 4 and (given >= 0).all()
+    if not fits or given[:3].sum() != pairs or given[3:].any():
+        raise keys.wrong(name, given, f"the {pairs} pairs of a head by time, height and width")

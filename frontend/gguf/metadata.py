@@ -13,7 +13,7 @@ from wasat.ir import CheckpointError
 from ..fields import brief
 from . import mixtures, names, older
 from .deepseek import deepseek2
-from .keys import Keys, scaling, slides, turned
+from .keys import Keys, scaling, sections, slides, turned
 from .names import Names
 
 POOLINGS = {1: "mean", 2: "cls", 3: "lasttoken", 4: "rank"}
@@ -116,6 +116,19 @@ def _qwen(family: str) -> Callable[[Keys, dict[str, Any]], dict[str, Any]]:
     return read
 
 
+def _qwen_that_sees(family: str) -> Callable[[Keys, dict[str, Any]], dict[str, Any]]:
+    """Qwen's models of pictures: their text. Pictures' features are added to layers (``n_deepstack_layers``) where there are
+    pictures alone."""
+
+    def read(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
+        sections(keys, config)
+        keys.ignore("n_deepstack_layers")
+        more = mixtures.mixture(keys, config) if family == "qwen3_moe" else {}
+        return {**_qwen(family)(keys, config), **more}
+
+    return read
+
+
 def _gemma3(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
     layers = config["num_hidden_layers"]
     sliding = slides(keys, layers, 6)
@@ -200,6 +213,10 @@ def _modern_bert(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
         "global_rope_theta": keys.number("rope.freq_base", 160000.0),
         "local_rope_theta": keys.number("rope.freq_base_swa", 10000.0),
     }
+
+
+def _eurobert(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
+    return {**_decoder("eurobert")(keys, config), "tie_word_embeddings": True}
 
 
 def _gemma_embedding(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
@@ -341,7 +358,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "bert": Architecture(_bert, names.BERT, True, "layer_norm_eps"),
     "nomic-bert": Architecture(_rotated_bert("nomic_bert", "silu"), names.NOMIC_BERT, True, "layer_norm_eps"),
     "jina-bert-v3": Architecture(_rotated_bert("jina_embeddings_v3", "gelu"), names.JINA_BERT3, True, "layer_norm_eps"),
+    "eurobert": Architecture(_eurobert, embeds=True),
     "modern-bert": Architecture(_modern_bert, names.MODERN_BERT, True, "norm_eps"),
+    "chatglm": Architecture(_decoder("glm", biases=_ATTENTION, partial=True), names.CHATGLM, partial=True),
     "arcee": Architecture(_decoder("arcee", biases=_ATTENTION), interleaved=True),
     "cohere2": Architecture(_decoder("cohere2", more=_cohere2), eps="layer_norm_eps"),
     "command-r": Architecture(_decoder("cohere", more=_command), eps="layer_norm_eps"),
@@ -378,6 +397,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "phi3": Architecture(_decoder("phi3", partial=True, window=True), names.PHI3, partial=True),
     "qwen2moe": Architecture(_decoder("qwen2_moe", more=mixtures.mixture), names.experts("mlp"), experts=True),
     "qwen3moe": Architecture(_decoder("qwen3_moe", more=mixtures.mixture), names.experts("mlp"), experts=True),
+    "qwen2vl": Architecture(_qwen_that_sees("qwen2")), "qwen3vl": Architecture(_qwen_that_sees("qwen3")),
+    "qwen3vlmoe": Architecture(_qwen_that_sees("qwen3_moe"), names.experts("mlp"), experts=True),
     "seed_oss": Architecture(
         _decoder("seed_oss", biases={"attention_bias": "attn_q", "attention_out_bias": "attn_output"}), names.SEED_OSS
     ),

@@ -34,7 +34,7 @@ def mixture(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
         raise keys.fail(f"{keys.arch}.{hidden} is missing")
     if keys.arch == "qwen2moe":
         found["shared_expert_intermediate_size"] = keys.count("expert_shared_feed_forward_length")
-    shared = keys.arch == "qwen3moe"
+    shared = keys.arch in ("qwen3moe", "qwen3vlmoe")
     keys.refuse("expert_weights_norm", shared, "this architecture's shares are otherwise")
     return {**found, "norm_topk_prob": shared}
 

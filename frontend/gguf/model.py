@@ -21,6 +21,7 @@ from ..models.decoder import CausalLM, OffsetNorm, SelfAttention
 from ..models.decoder import Names as Checkpoint
 from .deepseek import Joined, joined
 from .embedding import Model, embedding
+from .fused import apart
 from .keys import FACTORS
 from .metadata import ARCHITECTURES, config_of, pooling_of
 from .names import Names
@@ -49,7 +50,7 @@ def from_gguf(path: str | Path, context: int | None = None) -> Program:
     Raises ConfigError for an architecture or a key that is not implemented, CheckpointError for files that are damaged or do
     not fit.
     """
-    g = read_gguf(path)
+    g = apart(read_gguf(path))
     config = config_of(g)
     fields = Fields(config, str(g.path))
     fields.serve(context)

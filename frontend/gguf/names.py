@@ -37,6 +37,7 @@ GLM4 = Names({
     **_LAYER, "ffn_up": "mlp.gate_up_proj", "post_attention_norm": "post_self_attn_layernorm",
     "post_ffw_norm": "post_mlp_layernorm",
 }, _WHOLE)  # fmt: skip
+CHATGLM = Names({**_LAYER, "ffn_up": "mlp.gate_up_proj"}, _WHOLE)
 PHI3 = Names({**_LAYER, "attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}, _WHOLE)
 PHI2 = Names({
     **_LAYER, "attn_output": "self_attn.dense", "ffn_up": "mlp.fc1", "ffn_down": "mlp.fc2",

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import re
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
@@ -73,6 +73,13 @@ class GgufTensor:
             return BlockArray(t, data)
         values, scales = (read_q8_0 if name == "q8_0" else read_q4_0)(data)
         return QArray(t, values.reshape(shape), scales[..., 0])
+
+    def rows(self, name: str, start: int, count: int) -> GgufTensor:
+        """``count`` rows of a matrix, or elements of a vector, as a tensor of their own; they lie together in the file."""
+        whole = self.shape[0]
+        if not 0 <= start <= start + count <= whole:
+            raise ValueError(f"rows {start} to {start + count} of {whole}")
+        return replace(self, name=name, shape=(count, *self.shape[1:]), offset=self.offset + _bytes(self) // whole * start)
 
     def _map(self, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
         try:

@@ -44,6 +44,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "rope.scaling.yarn_beta_fast": 4.0, "rope.scaling.yarn_beta_slow": 0.5,
     }),
     "gemma": ("gemma", {RMS: 1e-6}),
+    "glm": ("chatglm", {RMS: 1.5625e-7, "rope.dimension_count": 8}),
     "glm4": ("glm4", {RMS: 1.5625e-7, "rope.dimension_count": 8}),
     "granite": ("granite", {
         RMS: 1e-6, "attention.scale": 0.2, "embedding_scale": 3.0, "residual_scale": 0.7, "logit_scale": 2.0,
@@ -111,6 +112,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "expert_shared_feed_forward_length": 28,
     }),
     "qwen3_moe": ("qwen3moe", {RMS: 1e-6, "expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 24}),
+    "qwen2vl": ("qwen2vl", {RMS: 1e-6, "rope.dimension_sections": [1, 1, 2, 0]}),
+    "qwen3vl": ("qwen3vl", {RMS: 1e-6, "rope.dimension_sections": [3, 3, 2, 0], "n_deepstack_layers": 3}),
+    "qwen3vlmoe": ("qwen3vlmoe", {
+        RMS: 1e-6, "expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 24,
+        "rope.dimension_sections": [3, 3, 2, 0], "n_deepstack_layers": 3,
+    }),
     "seed_oss": ("seed_oss", {RMS: 1e-6}),
     "smollm3": ("smollm3", {RMS: 1e-6}),
     "stablelm": ("stablelm", {LAYER: 1e-5, "rope.dimension_count": 4, "use_parallel_residual": False}),
@@ -122,7 +129,10 @@ LONGROPE = ("phi3", {
     "rope.dimension_count": 8, "rope.scaling.original_context_length": 16,
     "rope.scaling.attn_factor": (1 + np.log(8) / np.log(16)) ** 0.5,
 })  # fmt: skip
-LIKE = {"exaone": "llama_plain", "internlm2": "llama_plain", "xverse": "llama_plain", "minicpm": "granite_plain"}
+LIKE = {
+    "exaone": "llama_plain", "internlm2": "llama_plain", "xverse": "llama_plain", "minicpm": "granite_plain",
+    "qwen2vl": "qwen2_plain", "qwen3vl": "qwen3_plain", "qwen3vlmoe": "qwen3_moe",
+}  # fmt: skip
 """Cases whose logits are another one's."""
 PERMUTED = ("arcee", "granite", "granitemoe", "internlm2", "llama", "minicpm", "olmo", "smollm3", "xverse")
 """Whose queries and keys the converter puts in the order of neighbouring pairs."""
@@ -205,7 +215,7 @@ def tensors(name: str, arch: str, config: dict[str, Any], shapes: dict[str, tupl
 
 def written(
     name: str, path: Path, kinds: Callable[[str], str] = lambda name: "F32", beside: dict[str, np.ndarray] | None = None,
-    **more: Any,
+    only: dict[str, np.ndarray] | None = None, **more: Any,
 ) -> Path:  # fmt: skip
     arch, keys = CASES.get(name) or LONGROPE
     config, shapes, _, _ = golden(name)
@@ -222,7 +232,7 @@ def written(
         "tokens": [*files.byte_vocabulary()[0][:46], '!"', "<|end|>"], "merges": ['! "'], "token_type": [1] * 47 + [3],
         "eos_token_id": 47,
     }  # fmt: skip
-    found = tensors(name, arch, config, shapes) | (beside or {})
+    found = (tensors(name, arch, config, shapes) if only is None else only) | (beside or {})
     files.write(path / "m.gguf", arch, keys=given, tokens=tokens, tensors=found, without=absent, kinds=kinds)
     return path / "m.gguf"
 
@@ -238,6 +248,38 @@ def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     params = {k: p.load() for k, p in program.params.items()}
     found = evaluate(program["forward"], {"tokens": ids}, params)[0]
     np.testing.assert_allclose(found, logits, rtol=1e-4, atol=2e-5)  # their spread is 0.6 to 3.7
+
+
+@pytest.mark.parametrize("name, kind", [("glm", "F32"), ("qwen2vl", "Q8_0"), ("internlm2", "Q5_0"), ("arcee", "F16")])
+def test_queries_keys_and_values_of_one_tensor(name: str, kind: str, tmp_path: Path) -> None:
+    """Are rows of it, in its format: the program is that of the file that has them apart."""
+    (tmp_path / "fused").mkdir()
+    arch = CASES[name][0]
+    config, shapes, _, _ = golden(name)
+    given = tensors(name, arch, config, shapes)
+    fused = {k: x for k, x in given.items() if ".attn_" not in k or "output" in k or "norm" in k}
+    for i in range(config["num_hidden_layers"]):
+        for part in ("weight", "bias") if f"blk.{i}.attn_q.bias" in given else ("weight",):
+            fused[f"blk.{i}.attn_qkv.{part}"] = np.concatenate([given[f"blk.{i}.attn_{x}.{part}"] for x in "qkv"])
+    kinds = (lambda key: kind if "attn_" in key and "output" not in key else "F32")
+    whole = from_gguf(written(name, tmp_path, kinds))
+    one = from_gguf(written(name, tmp_path / "fused", kinds, only=fused))
+    assert str(one["forward"]) == str(whole["forward"])
+    assert list(one.params) == list(whole.params)
+    for key, p in whole.params.items():
+        x, y = one.params[key].load(), p.load()
+        assert x.type == y.type if isinstance(y, QArray) else x.dtype == y.dtype
+        dense = [z.dense() if isinstance(z, QArray) else z for z in (x, y)]
+        np.testing.assert_array_equal(*dense, strict=True)
+
+
+def test_rows_that_are_no_queries_keys_and_values_are_refused(tmp_path: Path) -> None:
+    given = tensors("glm", "chatglm", *golden("glm")[:2])
+    fused = {k: x for k, x in given.items() if not k.startswith(("blk.0.attn_q.", "blk.0.attn_k.", "blk.0.attn_v."))}
+    for rows in (64, 97, 40):
+        odd = fused | {"blk.0.attn_qkv.weight": np.zeros((rows, 32), np.float32)}
+        with pytest.raises(CheckpointError, match=rf"unexpected: blk\.0\.attn_qkv\.weight F32\[{rows}, 32\]"):
+            from_gguf(written("glm", tmp_path, only=odd))
 
 
 def test_longrope_has_factors_of_long_texts_for_a_long_context(tmp_path: Path) -> None:
@@ -293,6 +335,9 @@ def test_every_architecture_of_a_decoder_is_here() -> None:
     ("deepseek_v3_even", {"nextn_predict_layers": 2}, "nextn_predict_layers = 2 must be at most 1"),
     ("glm4_moe", {"expert_gating_func": 1}, "expert_gating_func is 1"),
     ("glm4_moe", {"rope.dimension_sections": [1, 1, 2, 0]}, "rope.dimension_sections"),
+    ("qwen2vl", {"rope.dimension_sections": [1, 1, 1, 1]}, "rope.dimension_sections"),
+    ("qwen3vl", {"rope.dimension_sections": [4, 2, 1, 0]}, "rope.dimension_sections"),
+    ("qwen3vl", {"rope.dimension_sections": 8}, "must be the 8 pairs of a head by time, height and width"),
     ("llama4_published", {"attention.sliding_window": 0}, "layers that all see everything"),
     ("mpt_published", {"attention.max_alibi_bias": 0.0}, "MPT without ALiBi is not read"),
     ("mpt_published", {"attention.max_alibi_bias": 4.0}, "attention.max_alibi_bias is 4.0"),

@@ -34,6 +34,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "modernbert_cls": ("modern-bert", MODERN),
     "nomic_mean": ("nomic-bert", {**ENCODER, "rope.freq_base": 1000.0}),
     "jina_mean": ("jina-bert-v3", {**ENCODER, "attention.layer_norm_epsilon": 1e-5, "rope.freq_base": 5000.0}),
+    "eurobert_mean": ("eurobert", {
+        "attention.layer_norm_rms_epsilon": 1e-5, "attention.causal": False, "rope.freq_base": 5000.0, "pooling_type": 1,
+        "rope.scaling.type": "none",
+    }),
     "embeddinggemma": ("gemma-embedding", {
         "attention.layer_norm_rms_epsilon": 1e-6, "attention.causal": False, "pooling_type": 1, "attention.sliding_window": 8,
         "attention.sliding_window_pattern": [True, False, True], "rope.freq_base": 1e6,

@@ -166,6 +166,7 @@ CASES: dict[str, dict] = {
         },
     },
     "phi3_longrope_long": LONG,
+    "qwen2_plain": {**rope(), "model_type": "qwen2"}, "qwen3_plain": {**rope(), "model_type": "qwen3", "head_dim": 16},
     "qwen2_moe": {
         **rope(), **EXPERTS, "norm_topk_prob": False, "shared_expert_intermediate_size": 28, "decoder_sparse_step": 1,
     },
