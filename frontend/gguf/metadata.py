@@ -186,6 +186,17 @@ def _bert(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _jina_bert2(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
+    """Jina 2: ALiBi both ways, a gate of GELU, in a matrix of its own in files of early 2024."""
+    _encoder(keys, config)
+    keys.refuse("attention.max_alibi_bias", 8.0, "the reference implementation knows no other")
+    types = keys.tensors.get("token_types.weight")
+    return {
+        "model_type": "bert", "position_embedding_type": "alibi", "feed_forward_type": "geglu",
+        "gate_apart": "blk.0.ffn_gate.weight" in keys.tensors, "type_vocab_size": 0 if types is None else types.shape[0],
+    }
+
+
 def _rotated_bert(family: str, act: str) -> Callable[[Keys, dict[str, Any]], dict[str, Any]]:
     """Encoders in BERT's order of norms whose positions turn queries and keys."""
 
@@ -341,12 +352,12 @@ class Architecture:
     """Layers behind the last may foretell further tokens; they are not read."""
     hybrid: bool = False
     """Layers without heads of keys have something else than attention."""
-    two_norms: Names | None = None
-    """Names where there is ``attn_norm_2``."""
+    other: tuple[str, Names] | None = None
+    """A tensor of the first layer, and the names where there is one."""
 
     def names_of(self, tensors: Iterable[str]) -> Names:
         """Names of a file that has these tensors."""
-        return self.two_norms if self.two_norms is not None and "blk.0.attn_norm_2.weight" in tensors else self.names
+        return self.other[1] if self.other is not None and f"blk.0.{self.other[0]}.weight" in tensors else self.names
 
 
 _ATTENTION = {"attention_bias": "attn_q"}
@@ -359,6 +370,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "nomic-bert": Architecture(_rotated_bert("nomic_bert", "silu"), names.NOMIC_BERT, True, "layer_norm_eps"),
     "jina-bert-v3": Architecture(_rotated_bert("jina_embeddings_v3", "gelu"), names.JINA_BERT3, True, "layer_norm_eps"),
     "eurobert": Architecture(_eurobert, embeds=True),
+    "jina-bert-v2": Architecture(
+        _jina_bert2, names.JINA_BERT2, True, "layer_norm_eps", other=("ffn_gate", names.JINA_BERT2_APART)
+    ),
     "modern-bert": Architecture(_modern_bert, names.MODERN_BERT, True, "norm_eps"),
     "chatglm": Architecture(_decoder("glm", biases=_ATTENTION, partial=True), names.CHATGLM, partial=True),
     "arcee": Architecture(_decoder("arcee", biases=_ATTENTION), interleaved=True),
@@ -388,7 +402,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "starcoder": Architecture(older.starcoder, names.GPT2, eps="layer_norm_epsilon", partial=True),
     "gptneox": Architecture(older.gpt_neox, names.GPT_NEOX, eps="layer_norm_eps", partial=True),
     "bloom": Architecture(older.bloom, names.BLOOM, eps="layer_norm_epsilon", partial=True),
-    "falcon": Architecture(older.falcon, names.BLOOM, eps="layer_norm_epsilon", partial=True, two_norms=names.FALCON_40B),
+    "falcon": Architecture(
+        older.falcon, names.BLOOM, eps="layer_norm_epsilon", partial=True, other=("attn_norm_2", names.FALCON_40B)
+    ),
     "nemotron": Architecture(_decoder("nemotron", biases=_ATTENTION, partial=True), eps="norm_eps", partial=True),
     "olmo": Architecture(_decoder("olmo", more=_olmo), interleaved=True, eps="eps"),
     "olmo2": Architecture(_olmo2, names.OLMO2),

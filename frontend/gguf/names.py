@@ -116,6 +116,13 @@ BERT = Names({
     "token_embd": "embeddings.word_embeddings", "position_embd": "embeddings.position_embeddings",
     "token_types": "embeddings.token_type_embeddings", "token_embd_norm": "embeddings.LayerNorm",
 }, "encoder.layer")  # fmt: skip
+JINA_BERT2 = Names({
+    **{k: v for k, v in BERT.layer.items() if k not in ("ffn_up", "ffn_down", "layer_output_norm")},
+    "ffn_up": "mlp.gated_layers", "ffn_down": "mlp.wo", "layer_output_norm": "mlp.layernorm",
+}, BERT.whole, BERT.layers)  # fmt: skip
+JINA_BERT2_APART = Names({
+    **JINA_BERT2.layer, "ffn_up": "mlp.gated_layers_v", "ffn_gate": "mlp.gated_layers_w",
+}, BERT.whole, BERT.layers)  # fmt: skip
 _ROTATED = {"attn_output_norm": "norm1", "ffn_down": "mlp.fc2", "layer_output_norm": "norm2"}
 _OF_ROTATED = {
     "token_embd": "embeddings.word_embeddings", "token_types": "embeddings.token_type_embeddings", "token_embd_norm": "emb_ln",

@@ -64,6 +64,8 @@ class Names:
     up: str
     down: str
     norm: str
+    gate: str = ""
+    """Of what is activated, where that and what it is multiplied by (``up``) have a matrix each."""
 
 
 BERT = Names(
@@ -74,6 +76,7 @@ JINA2 = Names(
     "encoder.layer", "attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
     "attention.output.LayerNorm", "mlp.gated_layers", "mlp.wo", "mlp.layernorm",
 )  # fmt: skip
+JINA2_APART = replace(JINA2, up="mlp.gated_layers_v", gate="mlp.gated_layers_w")
 MPNET = Names(
     "encoder.layer", "attention.attn.q", "attention.attn.k", "attention.attn.v", "attention.attn.o", "attention.LayerNorm",
     "intermediate.dense", "output.dense", "output.LayerNorm",
@@ -142,7 +145,8 @@ class Layer(nn.Module):
         )
         attention_norm = put(self, n.attention_norm, nn.LayerNorm(o.dim, o.eps))
         self.gated = o.gated
-        up = put(self, n.up, nn.Linear(o.dim, 2 * o.hidden if o.gated else o.hidden, bias=not o.gated))
+        self.gate = put(self, n.gate, nn.Linear(o.dim, o.hidden)) if n.gate else None
+        up = put(self, n.up, nn.Linear(o.dim, 2 * o.hidden if o.gated and not n.gate else o.hidden, bias=not o.gated))
         down = put(self, n.down, nn.Linear(o.hidden, o.dim, bias=True))
         self.parts = (query, key, value, out, attention_norm, up, down, put(self, n.norm, nn.LayerNorm(o.dim, o.eps)))
 
@@ -156,7 +160,10 @@ class Layer(nn.Module):
             probs = nn.softmax(nn.where(keep[:, None], scores, -math.inf))
             mixed = nn.einsum("b h s t, b t h e -> b s h e", probs, v)
         x = attention_norm(x + out(mixed.merge()))
-        first, *gated = up(x).split(2) if self.gated else (up(x),)
+        if self.gate is not None:
+            first, *gated = self.gate(x), up(x)
+        else:
+            first, *gated = up(x).split(2) if self.gated else (up(x),)
         wide = self.act(first) * gated[0] if gated else self.act(first)
         y: nn.Tensor = norm(x + down(wide))
         return y
@@ -249,7 +256,8 @@ def _jina2(fields: Fields) -> Encoder:
     fields.ignore("hidden_act")  # which the gate does not read
     options = _options(fields, types=types, gated=True)
     options = replace(options, act={"geglu": "gelu", "reglu": "relu"}[kind], slopes=slopes(options.heads))
-    return _encoder(fields, options, JINA2, "bert with ALiBi")
+    apart = fields.flag("gate_apart", False)  # which GGUF files of early 2024 have, and no folder
+    return _encoder(fields, options, JINA2_APART if apart else JINA2, "bert with ALiBi")
 
 
 def roberta(fields: Fields) -> Encoder:

@@ -15,7 +15,8 @@ gguf: Any = pytest.importorskip("gguf")
 import gguf_files as files
 from rounding import assert_near, bound, spread
 from safetensors.numpy import load_file
-from wasat.frontend import CheckpointError, ConfigError
+from test_authors_folders import JINA, jina
+from wasat.frontend import CheckpointError, ConfigError, from_pretrained
 from wasat.frontend.gguf import from_gguf
 from wasat.ir import Program, evaluate
 
@@ -131,6 +132,36 @@ def test_as_the_folder(case: str, tmp_path: Path) -> None:
 def test_refused_by_name(case: str, keys: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises((CheckpointError, ConfigError), match=message):
         from_gguf(written(case, tmp_path, **keys))
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["one matrix", "a gate apart"])
+def test_jina_2(apart: bool, tmp_path: Path) -> None:
+    """As its folder, which tests/frontend/test_authors_folders.py holds beside the published computation."""
+    folder, given = jina(tmp_path / "m", JINA)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.JINA_BERT_V2, 2)
+    whole = dict[str, np.ndarray]()
+    for name, x in given.items():
+        both = zip("wv", np.split(x, 2)) if apart and "gated_layers" in name else [("", x)]
+        for part, y in both:
+            known = name.replace("gated_layers", f"gated_layers_{part}") if part else name
+            whole[names.get_name(known, try_suffixes=(".weight", ".bias"))] = np.ascontiguousarray(y)
+    assert ("blk.1.ffn_gate.weight" in whole) == apart
+    keys = {
+        "block_count": 2, "embedding_length": 24, "feed_forward_length": 20, "context_length": 64, "attention.head_count": 6,
+        **ENCODER,
+    }  # fmt: skip
+    absent = tuple(f"attention.{k}" for k in ("layer_norm_rms_epsilon", "head_count_kv", "key_length", "value_length"))
+    tokens = {
+        "tokens": [*files.byte_vocabulary()[0][:49], '!"'], "merges": ['! "'], "token_type": [1] * 50, "eos_token_id": 1,
+        "padding_token_id": 0, "pre": "jina-v2-de",
+    }  # fmt: skip
+    files.write(tmp_path / "m.gguf", "jina-bert-v2", keys=keys, tokens=tokens, tensors=whole, without=absent)
+    ids, lengths = np.random.default_rng(1).integers(1, 50, (3, 17)), np.array([17, 4, 9])
+    wanted, _ = result(from_pretrained(folder), tokens=ids, lengths=lengths)
+    wanted = wanted / np.linalg.norm(wanted, axis=-1, keepdims=True)
+    found, _ = result(from_gguf(tmp_path / "m.gguf"), tokens=ids, lengths=lengths)
+    assert wanted.std() > 0.1
+    np.testing.assert_allclose(found, wanted, atol=2e-6)
 
 
 def test_pooling_by_default(tmp_path: Path) -> None:
