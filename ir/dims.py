@@ -242,8 +242,6 @@ def floordiv(lhs: DimLike, rhs: DimLike) -> DimLike:
     if isinstance(rhs, int):
         if rhs == 0:
             raise DimError(f"division of dimension {lhs} by zero")
-        if isinstance(lhs, int):
-            return lhs // rhs
         if rhs < 0:
             return floordiv(-lhs, -rhs)
         q, r = _split(lhs, rhs)
@@ -315,8 +313,6 @@ def mod(lhs: DimLike, rhs: DimLike) -> DimLike:
     if isinstance(rhs, int):
         if rhs <= 0:
             raise DimError(f"{lhs} % {rhs}: the modulus must be positive")
-        if isinstance(lhs, int):
-            return lhs % rhs
         _, r = _split(lhs, rhs)
         return r % rhs if isinstance(r, int) else _func("mod", r, rhs)
     return 0 if _divide(lhs, rhs) is not None else _func("mod", lhs, rhs)
@@ -365,8 +361,8 @@ def _non_negative(d: DimLike) -> bool:
 def _atom_non_negative(a: Atom) -> bool:
     if isinstance(a, str):
         return True
-    if a.name == "mod":
-        return True
+    if a.name == "mod":  # of its divisor's sign
+        return _non_negative(a.rhs)
     if a.name == "max":
         return _non_negative(a.lhs) or _non_negative(a.rhs)
     return _non_negative(a.lhs) and _non_negative(a.rhs)

@@ -112,9 +112,10 @@ def _empty(where: tuple[Affine, ...], shape: tuple[DimLike, ...]) -> bool:
 
 
 def _sign(d: DimLike) -> int:
+    """1 of what is never below 0, -1 of what is never above; 0 where neither is known, and of 0."""
     if d == 0:
         return 0
-    return 1 if less_equal(1, d) is True else -1 if less_equal(d, -1) is True else 0
+    return 1 if less_equal(0, d) is True else -1 if less_equal(d, 0) is True else 0
 
 
 def implies(where: Sequence[Affine], constraint: Affine, shape: Sequence[DimLike]) -> bool:
@@ -129,10 +130,10 @@ def of_array(array: np.ndarray) -> tuple[Piece, ...] | None:
     if found is not None:
         return (Piece((), found),)
     values = np.unique(array.reshape(-1)[:4096])
-    if len(values) > 4 or array.dtype.kind not in "biuf" or np.isnan(values.astype(np.float64)).any():
+    if len(values) > 4 or array.dtype.kind not in "biuf":
         return None
     values = np.unique(array)
-    if len(values) > 4:
+    if len(values) > 4 or np.isnan(values.astype(np.float64)).any():
         return None
     inside: list[tuple[tuple[Affine, ...], np.generic]] = []
     rest: np.generic | None = None
@@ -165,7 +166,7 @@ def _affine_of(array: np.ndarray) -> Affine | None:
     if corner.size < array.size and _affine_of(corner) is None:
         return None
     exact = array.astype(np.float64)
-    if not ((np.abs(exact) <= 2**53).all() and (exact == np.trunc(exact)).all()):  # NaN is not
+    if not ((np.abs(exact) < 2**53).all() and (exact == np.trunc(exact)).all()):  # NaN is not; 2**53 may have been rounded to
         return None
     x = exact.astype(np.int64)
     terms = [int(np.diff(x, axis=a).flat[0]) if n > 1 else 0 for a, n in enumerate(x.shape)]

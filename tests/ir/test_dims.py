@@ -215,6 +215,20 @@ def test_what_is_known_of_bounds() -> None:
     assert less_equal((n - m) // 2, n - m) is None
     assert less_equal(n, n // 2) is None
     assert less_equal(n // 2, m) is None
+    assert less_equal(1, (n + 1) // 4) is None
+    assert less_equal(1, (3 * n + 4) // 4) is True
+
+
+def test_proofs_are_short() -> None:
+    """Three sides in turn, of four atoms at most: a proof is to end soon."""
+    n, m = symbol("n"), symbol("m")
+    lesser = [minimum(symbol(f"x{i}"), symbol(f"y{i}")) for i in range(4)]
+    xs = [symbol(f"x{i}") for i in range(4)]
+    assert less_equal(sum(lesser[:3]), sum(xs[:3])) is True
+    assert less_equal(sum(lesser), sum(xs)) is None
+    beside = [x // 2 for x in xs]
+    assert less_equal(n, maximum(n, m) + sum(beside[:3])) is True
+    assert less_equal(n, maximum(n, m) + sum(beside)) is None
 
 
 @pytest.mark.parametrize("k", [2, 4, 5, 16])
@@ -327,6 +341,7 @@ def test_the_shorter_form_of_a_length() -> None:
     assert span(maximum(0, n - 4), n) == minimum(4, n)
     assert span(0, minimum(4, n)) == minimum(4, n)
     assert span(m, maximum(m, n)) == maximum(0, n - m)
+    assert span(minimum(n, m), minimum(n, m)) == 0
     assert str(span(minimum(n, m), n)) == "max(-m + n, 0)"
 
 
@@ -366,6 +381,8 @@ def test_signs_of_what_is_larger_and_smaller() -> None:
     assert less_equal(0, minimum(n, m - 3)) is None
     assert less_equal(0, minimum(m - 3, n)) is None
     assert less_equal(0, (m - 3) // (n + 1)) is None
+    assert less_equal(0, n % (m + 1)) is True
+    assert less_equal(0, n % (m - 3)) is None  # of the divisor's sign
     assert (3 * n + 8) // 3 == n + 2
     assert parse_dim("-n + 5") == 5 - n
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from wasat.ir import Builder, DType, Graph, TensorType, Value, evaluate, symbol
+from wasat.ir import Builder, DimLike, DType, Graph, TensorType, Value, evaluate, symbol
 from wasat.ir.dims import evaluate_dim
 from wasat.passes.analyses.affine import Affine, Piece, empty, implies, of_array
 from wasat.passes.analyses.indexing import Indexing
@@ -183,6 +183,59 @@ def test_other_tables_are_not_read(make: Callable[[Any, Any], Any]) -> None:
     assert of_array(make(i, j)) is None
     assert of_array(np.full((3, 3), np.nan)) is None
     assert of_array(np.zeros((0, 3))) is None
+
+
+def test_tables_beyond_what_is_looked_at_first_and_beyond_what_f64_holds() -> None:
+    table = np.zeros((80, 80), np.float32)
+    table[79, 3] = np.nan
+    assert of_array(table) is None
+    for first in (2**53, 2**53 - 1, -(2**53) - 1, -(2**53)):
+        array = np.array([first, first + 1])
+        found = of_array(array)
+        assert found is not None
+        holds(found, array, {})
+    array = np.array([0, 2**53, 2**53 + 1, 4, 5])
+    assert of_array(array) is None
+
+
+def test_a_table_has_few_values_and_few_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    bands = np.repeat([3, 1, 7, 0, 20], 2)  # none a multiple of the others
+    four, five = bands[:8], bands
+    found = of_array(four)
+    assert found is not None
+    holds(found, four, {})
+    assert of_array(five) is None
+    assert of_array(np.concatenate([np.resize(four[:2], 4096), five])) is None
+    box = np.pad(np.ones((2, 2), bool), 2)
+    assert len(of_array(box) or ()) == 5
+    monkeypatch.setattr("wasat.passes.analyses.affine.MOST_PIECES", 5)
+    assert len(of_array(box) or ()) == 5
+    monkeypatch.setattr("wasat.passes.analyses.affine.MOST_PIECES", 4)
+    assert of_array(box) is None
+
+
+@pytest.mark.parametrize("count, known", [(24, True), (25, False)])
+def test_functions_of_many_pieces_are_not_followed(count: int, known: bool) -> None:
+    b = Builder(Graph("f"))
+    v = b.concat(*(b.constant(np.full(2, k * k)) for k in range(count)), axis=0)
+    found = Indexing([]).pieces(v)
+    assert len(found) == (count if known else 1)
+    assert (found[0].value is not None) is known
+
+
+def test_signs_that_are_known_and_that_are_not() -> None:
+    def f(slope: DimLike, const: DimLike) -> Affine:
+        return Affine((slope,), const)
+
+    assert empty([f(S, -1), f(-1, 0)], (4,))  # s*i >= 1, i <= 0
+    assert empty([f(-S, -1)], (4,))
+    assert empty([f(-S - 1, 0), f(1, -1)], (4,))
+    assert not empty([f(S - 1, -S), f(-1, 1)], (4,))  # s = i = 0
+    assert not empty([f(1 - S, S - 2), f(1, -1)], (4,))  # s = 0, i = 2
+    assert not empty([f(S, -3)], (4,))  # s = i = 2
+    for above, below, known in ((16, 4, True), (13, 5, False)):  # 64 pairs are tried, with the two of the bounds, and no more
+        lows, highs = [f(1, -k - 1) for k in range(above - 1)], [f(-1, -k) for k in range(below - 1)]
+        assert empty([*lows, *highs], (99,)) is known
 
 
 @pytest.mark.parametrize("seed", range(20))
