@@ -87,7 +87,7 @@ TESTS = {  # what covers a file; for others it is the file of the same name, or 
        for x in ("weights/gguf", "gguf/metadata", "gguf/model", "gguf/tokenizer")},
     "ir/lift.py": ["tests/ir/test_lift.py", "tests/passes/test_rows.py"],
     **{f"ir/{x}.py": ["tests/ir/test_text.py", "tests/ir/test_hostile_text.py"] for x in ("parser", "tokens")},
-    **{f"ir/{x}.py": ["tests/ir/test_dims.py"] for x in ("dims", "solve")},
+    **{f"ir/{x}.py": ["tests/ir/test_dims.py"] for x in ("dims", "solve", "checks")},
     "ir/vjp.py": ["tests/ir/test_vjp.py", *(f"tests/passes/test_autodiff.py::test_{x}" for x in (
         "text", "an_operation_without_gradient_is_named_with_its_line", "a_model_of_everything_against_differences",
     ))],
