@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import combinations
 
+import ml_dtypes
 import numpy as np
 from wasat.ir import DimLike, DType, less_equal
 
@@ -101,21 +102,15 @@ def _empty(where: tuple[Affine, ...], shape: tuple[DimLike, ...]) -> bool:
     used = {a for c in rows for a, t in enumerate(c.terms) if t != 0}
     rows += [c for i, c in enumerate(bounds_of(shape)) if i // 2 in used]
     for axis in sorted(used):
-        above = [c for c in rows if _sign(c.terms[axis]) > 0]
-        below = [c for c in rows if _sign(c.terms[axis]) < 0]
+        sloped = [c for c in rows if c.terms[axis] != 0]
+        above = [c for c in sloped if less_equal(0, c.terms[axis]) is True]
+        below = [c for c in sloped if less_equal(c.terms[axis], 0) is True]
         rows = [c for c in rows if c.terms[axis] == 0]  # one whose sign is not known says nothing
         if len(above) * len(below) > _MOST_CONSTRAINTS:
             return False
         rows += [a.scaled(-1 * b.terms[axis]).plus(b.scaled(a.terms[axis])) for a in above for b in below]
         rows = list(dict.fromkeys(rows))
     return any(less_equal(c.const, -1) is True for c in rows)
-
-
-def _sign(d: DimLike) -> int:
-    """1 of what is never below 0, -1 of what is never above; 0 where neither is known, and of 0."""
-    if d == 0:
-        return 0
-    return 1 if less_equal(0, d) is True else -1 if less_equal(d, 0) is True else 0
 
 
 def implies(where: Sequence[Affine], constraint: Affine, shape: Sequence[DimLike]) -> bool:
@@ -130,7 +125,7 @@ def of_array(array: np.ndarray) -> tuple[Piece, ...] | None:
     if found is not None:
         return (Piece((), found),)
     values = np.unique(array.reshape(-1)[:4096])
-    if len(values) > 4 or array.dtype.kind not in "biuf":
+    if len(values) > 4:
         return None
     values = np.unique(array)
     if len(values) > 4 or np.isnan(values.astype(np.float64)).any():
@@ -185,15 +180,15 @@ def number(x: float, rank: int, dtype: DType) -> Affine | float | None:
     return Affine((0,) * rank, int(x)) if low <= x <= high and x == int(x) else float(x)
 
 
+@cache
 def limits(dtype: DType) -> tuple[int, int]:
     """The least and the greatest integer up to which a type holds all of them."""
     if dtype is DType.BOOL:
         return 0, 1
-    if dtype.is_float:
-        high = 2 ** {DType.BF16: 8, DType.F16: 11, DType.F32: 24}.get(dtype, 53)
-        return -high, high
-    info = np.iinfo(dtype.np)
-    return int(info.min), int(info.max)
+    if not dtype.is_float:
+        return dtype.range
+    high = 2 ** (int(ml_dtypes.finfo(dtype.np).nmant) + 1)
+    return 1 if dtype is DType.F8E8M0 else -high, high  # powers of two alone
 
 
 def _hull(inside: np.ndarray) -> tuple[Affine, ...] | None:

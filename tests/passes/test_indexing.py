@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from wasat.ir import Builder, DimLike, DType, Graph, TensorType, Value, evaluate, symbol
 from wasat.ir.dims import evaluate_dim
-from wasat.passes.analyses.affine import Affine, Piece, empty, implies, of_array
+from wasat.passes.analyses.affine import Affine, Piece, empty, implies, limits, of_array
 from wasat.passes.analyses.indexing import Indexing
 
 S = symbol("s")
@@ -169,7 +169,7 @@ def test_much_random_arithmetic_is_what_is_computed(kind: str) -> None:
 def test_tables(make: Callable[[Any, Any], Any]) -> None:
     i, j = np.indices((7, 9))
     table = make(i, j)
-    for array in (table, ~table, np.where(table, 0, -np.inf).astype(np.float32), table.astype(np.int8)[None]):
+    for array in (table, ~table, np.where(table, 0, -np.inf).astype(DType.BF16.np), table.astype(np.int8)[None]):
         pieces = of_array(array)
         assert pieces is not None
         holds(pieces, array, {})
@@ -194,8 +194,28 @@ def test_tables_beyond_what_is_looked_at_first_and_beyond_what_f64_holds() -> No
         found = of_array(array)
         assert found is not None
         holds(found, array, {})
-    array = np.array([0, 2**53, 2**53 + 1, 4, 5])
-    assert of_array(array) is None
+    assert of_array(np.array([0, 2**53, 2**53 + 1, 4, 5])) is None
+    assert of_array(3 - 2 * np.arange(40)) == (Piece((), Affine((-2,), 3)),)
+    assert of_array(np.where(np.arange(40) < 39, np.arange(40), 0)) is None
+
+
+@pytest.mark.parametrize("dtype", list(DType))
+def test_integers_that_a_type_holds(dtype: DType) -> None:
+    """All of them between the limits, at both ends; of floats not the next one, and integers end there."""
+    low, high = limits(dtype)
+    for x in (low, low + 1, high - 1, high):
+        assert int(np.array(x).astype(dtype.np)) == x
+    if dtype.is_float:
+        assert int(np.array(high + 1, np.float64).astype(dtype.np)) != high + 1
+    elif dtype is not DType.BOOL:
+        assert (low, high) == ((0, 2**dtype.bits - 1) if dtype.value[0] == "u" else (-(2 ** (dtype.bits - 1)), -low - 1))
+
+
+@pytest.mark.parametrize("dtype, known", [("f8e4m3", False), ("i4", False), ("u8", True), ("f16", True)])
+def test_positions_in_narrow_types(dtype: str, known: bool) -> None:
+    b = Builder(Graph("f"))
+    v = b.cast(b.cast(b.iota(size=40), dtype=dtype), dtype="i64")
+    assert Indexing([]).pieces(v) == (Piece((), Affine((1,), 0) if known else None),)
 
 
 def test_a_table_has_few_values_and_few_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,6 +249,8 @@ def test_signs_that_are_known_and_that_are_not() -> None:
 
     assert empty([f(S, -1), f(-1, 0)], (4,))  # s*i >= 1, i <= 0
     assert empty([f(-S, -1)], (4,))
+    assert empty([f(1, -S)], (S,))
+    assert not empty([f(1, 1 - S)], (S,))
     assert empty([f(-S - 1, 0), f(1, -1)], (4,))
     assert not empty([f(S - 1, -S), f(-1, 1)], (4,))  # s = i = 0
     assert not empty([f(1 - S, S - 2), f(1, -1)], (4,))  # s = 0, i = 2
