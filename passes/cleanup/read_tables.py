@@ -41,6 +41,11 @@ class ReadTables(Pass):
             for name, v in list(graph.params.items()):
                 if _is_square(v) and _masks(v):
                     changed |= self._compute(graph, v, program.params[name].load(), remarks)
+                elif _are_square(v) and _masks(v):
+                    changed |= self._halve(graph, v, program.params[name].load(), remarks)
+            for v in [n.output for n in graph.nodes if n.is_a("constant")]:
+                if v.const is not None and (_is_square(v) or _are_square(v)) and _masks(v) and of_array(v.const) is None:
+                    changed |= self._halve(graph, v, v.const, remarks)
             for node in graph.nodes:
                 changed |= node.is_a("slice") and self._look_up(program, graph, node, remarks)
         changed |= self._wave(program, remarks)
@@ -52,13 +57,46 @@ class ReadTables(Pass):
 
     def _compute(self, graph: Graph, v: Value, table: Array | QArray, remarks: Remarks) -> bool:
         pieces = of_array(table) if not isinstance(table, QArray) else None
-        if pieces is None or not v.uses:
+        if pieces is None:
+            return self._halve(graph, v, table, remarks)
+        if not v.uses:
             return False
         first = next(node for node in graph.nodes if v in node.inputs)
         b = Builder(graph, before=first, loc=first.loc)
         remarks.applied(f"parameter {v.param} is computed: {len(pieces)} regions of positions", first)
         graph.replace_uses(v, _emit(b, pieces, v.tensor))
         return True
+
+    def _halve(self, graph: Graph, v: Value, table: Array | QArray, remarks: Remarks) -> bool:
+        """Says by positions that one number stands on one side of the diagonal; what else the table has is looked up."""
+        axes = [i for i, d in enumerate(v.shape) if d != 1][-2:]
+        if isinstance(table, QArray) or len({v.shape[a] for a in axes}) != 1 or not v.uses:
+            return False
+        if all(n.is_a("select") and n.inputs[0] is not v for n in v.users):  # it was said before
+            return False
+        index: Sequence[np.ndarray] = np.indices(table.shape, sparse=True)
+        i, j = index[axes[0]], index[axes[1]]
+        for side, where in (("above", j > i), ("below", j < i)):
+            numbers = table[np.broadcast_to(where, table.shape)]
+            if numbers.size == 0 or not (numbers == numbers[0]).all():
+                continue
+            first, *others = [node for node in graph.nodes if v in node.inputs]
+            b = Builder(graph, before=first, loc=first.loc)
+            query, key = (_position(b, v.tensor, a) for a in axes)
+            inside = b.greater_equal(query, key) if side == "above" else b.greater_equal(key, query)
+            inside = b.broadcast_to(inside, shape=v.shape)
+            own, known = table[np.broadcast_to(i == j, table.shape)], v
+            if (own == own[0]).all():  # what a token sees of itself shows that it sees something
+                here = b.broadcast_to(b.equal(query, key), shape=v.shape)
+                known = b.select(here, b.constant(own[0].item(), v.tensor.dtype), v)
+            whole = b.select(inside, known, b.constant(numbers[0].item(), v.tensor.dtype))
+            name = f"parameter {v.param}" if v.param is not None else f"%{v.name}"
+            remarks.applied(f"{name} is {numbers[0]} {side} its diagonal", first)
+            for node in (first, *others):
+                operands = [whole if u is v else u for u in node.inputs]
+                graph.replace(node, graph.add_node(node.op, operands, node.attrs, before=node, loc=node.loc).outputs)
+            return True
+        return False
 
     def _wave(self, program: Program, remarks: Remarks) -> bool:
         found = []
@@ -88,14 +126,15 @@ class ReadTables(Pass):
         table = node.inputs[0]
         if not isinstance(table.type, TensorType) or not table.type.dtype.is_float or not only_weighed(graph, node.output):
             return False
+        if table.const is None and table.param is None:
+            return False
         numbers = table.const if table.const is not None else program.params[table.param or ""].load()
         return not isinstance(numbers, QArray) and even(numbers)
 
     def _look_up(self, program: Program, graph: Graph, node: Node, remarks: Remarks) -> bool:
         table, attrs = node.inputs[0], Slice.Attrs.of(node)
         cut = [a for a, (lo, hi, n) in enumerate(zip(attrs.starts, attrs.stops, table.shape)) if (lo, hi) != (0, n)]
-        given = table.const is not None or (table.param is not None and table.tensor.dtype.is_float)
-        if not given or not cut or set(attrs.steps) != {1}:
+        if not cut or set(attrs.steps) != {1} or not _of_tables(table):
             return False
         sizes = {node.output.shape[a] for a in cut}
         first = {attrs.starts[a] for a in cut}
@@ -260,18 +299,45 @@ def _fixed(v: Value) -> bool:
     return v.param is not None or v.const is not None or made
 
 
+def _of_tables(v: Value) -> bool:
+    """Whether it is made of parameters, constants and positions, by moving, picking and element by element."""
+    waiting, seen = [v], {v}
+    while waiting:
+        v = waiting.pop()
+        if v.const is not None or v.param is not None:
+            continue
+        node = v.node
+        if node is None or not (
+            node.op.carries or node.op.elementwise or node.is_a("iota") or node.op.picks(node.attrs) is not None
+        ):
+            return False
+        waiting += [u for u in node.inputs if u not in seen]
+        seen.update(node.inputs)
+    return True
+
+
+def _are_square(v: Value) -> bool:
+    """Whether it could be tables of queries and keys: in front stand heads."""
+    shape = v.type.shape
+    if not isinstance(v.type, TensorType) or not all(isinstance(d, int) for d in shape):
+        return False
+    sizes = [d for d in shape if d != 1]
+    return len(sizes) > 2 and sizes[-1] == sizes[-2] and prod(map(concrete, shape)) <= _LARGEST
+
+
+def _position(b: Builder, type: TensorType, axis: int) -> Value:
+    at = b.iota(size=type.shape[axis])
+    return b.reshape(at, shape=tuple(d if i == axis else 1 for i, d in enumerate(type.shape)))
+
+
 def _emit(b: Builder, pieces: Sequence[Piece], type: TensorType) -> Value:
     """The table, computed from the positions along its axes."""
-
-    def position(axis: int) -> Value:
-        at = b.iota(size=type.shape[axis])
-        return b.reshape(at, shape=tuple(d if i == axis else 1 for i, d in enumerate(type.shape)))
 
     def function(x: Affine) -> Value:
         y: Value | None = None
         for axis, t in enumerate(x.terms):
             if t != 0:
-                term = b.mul(position(axis), t)
+                term = b.mul(_position(b, type, axis), t)
                 y = term if y is None else b.add(y, term)
         return b.add(y, x.const) if y is not None else b.constant(x.const, "i64")
 

@@ -21,6 +21,7 @@ from wasat.ir.ops.index import AxisAttrs
 
 from ..analyses.affine import Affine, empty
 from ..analyses.axis import analyze, refuse, uncut
+from ..analyses.confirm import tables
 from ..analyses.indexing import Indexing
 from ..analyses.rows import places
 from ..analyses.sequence import Label
@@ -77,7 +78,8 @@ class DeriveKVCache(Pass):
 
     def run(self, program: Program, remarks: Remarks) -> bool:
         try:
-            self._derive(program, remarks)
+            with tables(program):
+                self._derive(program, remarks)
         except IRError as e:
             if (loop := unrolled(program[self.graph])) is not None:
                 e = IRError(f"{e.message}\n  {said(loop)}", e.loc)

@@ -144,6 +144,21 @@ def test_the_last_element_by_computed_bounds_has_size_1() -> None:
     assert str(from_onnx(file)["forward"].outputs[0].type) == "f32[b, 1]"
 
 
+def test_a_table_cut_twice_has_what_is_asked_for() -> None:
+    """Rows, then columns of what is made of them; sizes that torch computes from such a part are those of what it met."""
+    nodes = [
+        _width("x", "s"), helper.make_node("Slice", ["table", "zero", "s", "zero"], ["rows"]),
+        helper.make_node("Neg", ["rows"], ["r"]), helper.make_node("Slice", ["r", "zero", "s", "one"], ["part"]),
+        helper.make_node("Add", ["x", "part"], ["z"]),
+        helper.make_node("Min", ["s", "nine"], ["least"]), helper.make_node("Concat", ["least", "least"], ["shape"], axis=0),
+        helper.make_node("Reshape", ["z", "shape"], ["y"]),
+    ]  # fmt: skip
+    table = np.arange(81, dtype=np.float32).reshape(9, 9)
+    m = model(nodes, {"x": ["s", "s"]}, table=table, zero=np.array([0]), one=ONE, nine=np.array([9]))
+    g = from_onnx(m)["forward"]
+    assert {str(n.output.type) for n in g.nodes if n.op.name in ("slice", "add", "reshape")} <= {"f32[s, 9]", "f32[s, s]"}
+
+
 def test_the_last_of_as_many_as_there_are() -> None:
     """``x[-s:]``, as masks of padding are cut by exports of Mamba2's kin: all, of none, too."""
     file = model([_width("x", "w"), helper.make_node("Neg", ["w"], ["from"]),

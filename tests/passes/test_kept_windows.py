@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from test_kept import DIM, INF, Mix, Model, check_incremental, derived_of, merged, scores
 from wasat.frontend import nn
 from wasat.frontend.nn.tensor import emit
-from wasat.ir import IRError
+from wasat.ir import ArrayParam, IRError, type_of
 
 import wasat as ws
 
@@ -52,7 +52,34 @@ def each_place(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
     return conv(x.swap(1, 2), weight, groups=2).swap(1, 2)
 
 
+def layout(blind: bool = False) -> np.ndarray:
+    """Which of 48 see which: the first block of four, their own, some by chance; ``blind``: one sees nothing."""
+    i, j = np.indices((48, 48))
+    seen = (j < 4) | (i // 4 == j // 4) | (np.random.default_rng(0).random((48, 48)) < 0.2)
+    return seen & (j <= i) & ~((i == 5) & blind)
+
+
+def block_table(x: nn.Tensor, at: nn.Tensor, table: np.ndarray | None = None) -> nn.Tensor:
+    """A table of what sees what, its first rows and columns; a finite number hides."""
+    (s, v), n = scores(x), at.shape[0]
+    return merged(nn.softmax(nn.where(nn.constant(layout() if table is None else table)[:n, :n], s, -1e9)) @ v)
+
+
+def head_tables(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """A table of numbers for each head, added: slopes, and minus infinity at later keys."""
+    (s, v), n, (i, j) = scores(x), at.shape[0], np.indices((48, 48))
+    slopes = np.stack([np.where(j <= i, (j - i) * m, -INF) for m in (0.5, 0.1)]).astype(np.float32)
+    return merged(nn.softmax(s + nn.constant(slopes)[:, :n, :n]) @ v)
+
+
+def picked_table(x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+    """Rows of a table at the positions, of these the first columns."""
+    (s, v), n = scores(x), at.shape[0]
+    return merged(nn.softmax(nn.where(nn.gather(nn.constant(layout()), at)[:, :n], s, -INF)) @ v)
+
+
 WINDOWS: dict[str, Mix] = {f.__name__: f for f in (pooled, summed_windows, heads_by_convolution, each_place)}
+WINDOWS |= {f.__name__: f for f in (block_table, head_tables, picked_table)}
 
 
 @pytest.mark.parametrize("name", WINDOWS)
@@ -69,6 +96,9 @@ def test_incremental_equals_full(name: str, data: st.DataObject) -> None:
         ("summed_windows", ["f32[b, 2, 8]"]),
         ("heads_by_convolution", ["f32[b, c, 2, 4]"]),
         ("each_place", []),
+        ("block_table", ["f32[b, c, 2, 4]", "f32[b, c, 2, 4]"]),
+        ("head_tables", ["f32[b, c, 2, 4]", "f32[b, c, 2, 4]"]),
+        ("picked_table", ["f32[b, c, 2, 4]", "f32[b, c, 2, 4]"]),
     ],
 )
 def test_what_is_kept(name: str, kept: list[str]) -> None:
@@ -78,6 +108,8 @@ def test_what_is_kept(name: str, kept: list[str]) -> None:
 
 
 AHEAD: dict[str, tuple[Mix, str]] = {
+    "a token sees nothing": (lambda x, at: block_table(x, at, layout(blind=True)), "some token sees nothing"),
+    "the first sees nothing": (lambda x, at: block_table(x, at, layout() & ~np.eye(48, dtype=bool)), "token sees nothing"),
     "one ahead": (lambda x, at: window(x, "max", 3, low=1, high=1), "element i of its result depends on token i + 1"),
     "shorter": (lambda x, at: nn.pad(window(x, "sum", 3), (0, 2, 0), (0, 0, 0)), "depends on token i + 2"),
     "every other": (lambda x, at: x + window(x, "sum", 1, stride=2).sum(1, keepdims=True), "windows of the sequence"),
@@ -102,3 +134,30 @@ def test_what_looks_ahead_is_refused(name: str) -> None:
     with pytest.raises(IRError) as e:
         ws.optimize(nn.trace(Model(mix), {"tokens": "i64[b, s]"}, outputs=["logits"]), kv_cache=True, chunk=6)
     assert reason in str(e.value)
+
+
+class BlocksSeen(nn.Module):
+    """Which block of four sees which, as a parameter that positions pick from; a finite number hides."""
+
+    def __init__(self) -> None:
+        self.table = nn.Parameter((12, 12))
+
+    def __call__(self, x: nn.Tensor, at: nn.Tensor) -> nn.Tensor:
+        (s, v), block = scores(x), at // 4
+        seen = (nn.gather(nn.gather(self.table, block), block, axis=1) > 0) & nn.causal(at)
+        return merged(nn.softmax(nn.where(seen, s, -1e9)) @ v)
+
+
+@pytest.mark.parametrize("blind", [False, True])
+def test_tables_are_looked_at_for_tokens_that_see_nothing(blind: bool) -> None:
+    """Under a number, such a token weighs all keys alike, later ones too."""
+    program = nn.trace(Model(BlocksSeen()), {"tokens": "i64[b, s]"}, outputs=["logits"])
+    [name] = [n for n in program.params if "table" in n]
+    table = (np.eye(12) + (np.arange(12) == 0)).astype(np.float32)
+    table[7] *= not blind
+    program.params[name] = ArrayParam(table, type_of(table))
+    if not blind:
+        assert "decode" in ws.optimize(program, kv_cache=True, chunk=6)[0].graphs
+        return
+    with pytest.raises(IRError, match="some token sees nothing"):
+        ws.optimize(program, kv_cache=True, chunk=6)

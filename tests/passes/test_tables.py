@@ -59,7 +59,6 @@ def test_first_rows_and_columns() -> None:
         ("starts=(0, 0, 0), stops=(1, s, 8)", "starts=(0, 32 - s, 0), stops=(1, 32, 8)"),  # the last ones
         ("starts=(0, 0, 0), stops=(1, s, 8)", "starts=(0, 1, 0), stops=(1, 2*s + 1, 8), steps=(1, 2, 1)"),
         ("stops=(1, s, 8)}", "stops=(1, 4, 8)}"),  # always the first four
-        ("param %position.weight: f32[1, 32, 8]", "param %position.weight: i32[1, 32, 8]"),
     ],
 )
 def test_other_parts_stay(old: str, new: str) -> None:
@@ -389,3 +388,24 @@ def test_last_columns_of_other_uses_stay(old: str, new: str) -> None:
 def test_last_columns_of_other_tables_stay(table: np.ndarray) -> None:
     with np.errstate(invalid="ignore"):  # inf - inf in the softmax
         assert not shifted(SLOPES, table.astype(np.float32))
+
+
+@pytest.mark.parametrize("dtype", ["bool", "i64", "f32"])
+@pytest.mark.parametrize("above", [True, False])
+@pytest.mark.parametrize("own", ["1", "0", "any"])
+def test_one_side_of_a_table_is_said_by_positions(dtype: str, above: bool, own: str) -> None:
+    """Whatever stands on the other; once, not again."""
+    i, j = np.indices((9, 9))
+    table = (np.random.default_rng(0).random((1, 1, 9, 9)) < 0.5) & ((j <= i) if above else (j >= i))
+    table = np.where(i == j, own == "1", table) if own != "any" else table
+    array = table.astype({"bool": "bool", "i64": "int64", "f32": "float32"}[dtype])
+    program = with_table(MASKED.replace("DTYPE", dtype), array)
+    inputs = {s: feed(program["f"], {"b": 2, "s": s}) for s in (1, 4, 9)}
+    want = [evaluate(program["f"], x, {"mask": array})[0] for x in inputs.values()]
+    PassManager([ReadTables()]).run(program)
+    assert program["f"].count("select") == (3 if own != "any" else 2)
+    before = str(program)
+    PassManager([ReadTables()]).run(program)
+    assert str(program) == before
+    for x, y in zip(inputs.values(), want):
+        np.testing.assert_array_equal(evaluate(program["f"], x, {"mask": array})[0], y)

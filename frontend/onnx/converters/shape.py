@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 from wasat.ir import DimLike, DType, equal, less_equal, maximum, minimum, substitute, symbol, symbols_of
-from wasat.ir.dims import floordiv
+from wasat.ir.dims import alone, floordiv
 
-from ..emit import Emitter, Operand, is_constant, known, objects, size_of
+from ..emit import Emitter, Operand, is_constant, is_table, known, objects, size_of
 from ..errors import FromData
 from ..registry import NodeView, op
 from ..turns import increment
@@ -63,7 +63,18 @@ def reshape(c: Emitter, n: NodeView, x: Operand, shape: Operand) -> Any:
         total = size_of(c.shape(x))
         rest = size_of([d for d in given if d != -1])
         given[given.index(-1)] = 0 if rest == 0 else floordiv(total, rest)
+    elif equal(total := size_of(c.shape(x)), size_of(given)) is None:
+        asked = list(map(_asked_for, given))  # a table cut to min(64, s) rows met s elements: there are no more than 64
+        given = asked if equal(total, size_of(asked)) else given
     return c.view(x, *given)
+
+
+def _asked_for(d: DimLike) -> DimLike:
+    """s of ``min(64, s)``."""
+    bound = alone(d)
+    if bound is None or bound.name != "min" or isinstance(bound.lhs, int) == isinstance(bound.rhs, int):
+        return d
+    return bound.rhs if isinstance(bound.lhs, int) else bound.lhs
 
 
 @op("Flatten")
@@ -142,7 +153,7 @@ def slice_(
             lo, step = first_kept, -step
         else:
             lo, hi = _place(lo, size), _place(hi, size)
-        if not isinstance(hi, int) and isinstance(size, int) and is_constant(x) and less_equal(0, hi):
+        if not isinstance(hi, int) and isinstance(size, int) and is_table(x) and less_equal(0, hi):
             hi = maximum(hi, lo)  # part of a table: it has as many rows as are asked for, which the slice checks
             x = c.cut(x, axis, minimum(maximum(lo, 0), size), hi, step)
             continue
