@@ -108,6 +108,13 @@ def _llama(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
     return {**more, "model_type": "llama"}
 
 
+def _baichuan(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
+    """Built like Llama; of 13B, whose layers tell it apart, scores grow with positions, which no file says."""
+    if config["num_hidden_layers"] == 40:
+        raise keys.fail("it is Baichuan 13B, whose positions are ALiBi's; 7B is read")
+    return _llama(keys, config)
+
+
 def _qwen(family: str) -> Callable[[Keys, dict[str, Any]], dict[str, Any]]:
     def read(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
         theta = keys.number("rope.freq_base", 10000.0)
@@ -369,7 +376,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "bert": Architecture(_bert, names.BERT, True, "layer_norm_eps"),
     "nomic-bert": Architecture(_rotated_bert("nomic_bert", "silu"), names.NOMIC_BERT, True, "layer_norm_eps"),
     "jina-bert-v3": Architecture(_rotated_bert("jina_embeddings_v3", "gelu"), names.JINA_BERT3, True, "layer_norm_eps"),
-    "eurobert": Architecture(_eurobert, embeds=True),
+    "eurobert": Architecture(_eurobert, embeds=True), "llama-embed": Architecture(_eurobert, embeds=True, interleaved=True),
     "jina-bert-v2": Architecture(
         _jina_bert2, names.JINA_BERT2, True, "layer_norm_eps", other=("ffn_gate", names.JINA_BERT2_APART)
     ),
@@ -384,7 +391,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma": Architecture(_decoder("gemma")),
     "glm4": Architecture(_decoder("glm4", biases=_ATTENTION, partial=True), names.GLM4, partial=True),
     "granite": Architecture(_decoder("granite", biases=_ATTENTION, more=mixtures.granite), interleaved=True),
-    "internlm2": Architecture(_llama, interleaved=True), "xverse": Architecture(_llama, interleaved=True),
+    **{name: Architecture(_llama, interleaved=True) for name in ("internlm2", "xverse", "mistral3")},
+    "baichuan": Architecture(_baichuan, interleaved=True), "pangu-embedded": Architecture(_llama),
     "minicpm": Architecture(_decoder("granite", more=_minicpm), interleaved=True),
     "granitemoe": Architecture(
         _decoder("granitemoe", biases=_ATTENTION, more=mixtures.granite_experts), names.experts("block_sparse_moe"),

@@ -61,7 +61,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "feed_forward_length": 44, "expert_feed_forward_length": 40, "expert_count": 4, "expert_used_count": 1,
         "interleave_moe_layer_step": 2,
     }),
-    "exaone": ("exaone", {RMS: 1e-6}), "internlm2": ("internlm2", {RMS: 1e-6}), "xverse": ("xverse", {RMS: 1e-6}),
+    "exaone": ("exaone", {RMS: 1e-6}), "internlm2": ("internlm2", {RMS: 1e-6}), "mistral3": ("mistral3", {RMS: 1e-6}),
+    "baichuan": ("baichuan", {RMS: 1e-6}), "pangu": ("pangu-embedded", {RMS: 1e-6}),
+    "xverse": ("xverse", {RMS: 1e-6}),
     "minicpm": ("minicpm", {RMS: 1e-6, "embedding_scale": 3.0, "residual_scale": 0.7, "logit_scale": 2.0}),
     "mpt_published": ("mpt", {
         LAYER: 1e-5, "attention.max_alibi_bias": 8.0, "rope.freq_base": None, "feed_forward_length": 128,
@@ -130,11 +132,14 @@ LONGROPE = ("phi3", {
     "rope.scaling.attn_factor": (1 + np.log(8) / np.log(16)) ** 0.5,
 })  # fmt: skip
 LIKE = {
-    "exaone": "llama_plain", "internlm2": "llama_plain", "xverse": "llama_plain", "minicpm": "granite_plain",
+    "minicpm": "granite_plain",
+    **dict.fromkeys(("baichuan", "exaone", "internlm2", "mistral3", "pangu", "xverse"), "llama_plain"),
     "qwen2vl": "qwen2_plain", "qwen3vl": "qwen3_plain", "qwen3vlmoe": "qwen3_moe",
 }  # fmt: skip
 """Cases whose logits are another one's."""
-PERMUTED = ("arcee", "granite", "granitemoe", "internlm2", "llama", "minicpm", "olmo", "smollm3", "xverse")
+PERMUTED = (
+    "arcee", "baichuan", "granite", "granitemoe", "internlm2", "llama", "minicpm", "mistral3", "olmo", "smollm3", "xverse",
+)  # fmt: skip
 """Whose queries and keys the converter puts in the order of neighbouring pairs."""
 
 
@@ -345,6 +350,8 @@ def test_every_architecture_of_a_decoder_is_here() -> None:
     ("gptj", {"rope.freq_base": 500.0}, "rope.freq_base is 500.0"),
     ("gpt_bigcode", {"attention.head_count_kv": 2}, "1 or as many as there are heads"),
     ("minicpm", {"logit_scale": None}, "convert the model again"),
+    ("baichuan", {"block_count": 40}, "block_count is 40, and the file has"),
+    ("mistral3", {"attention.temperature_scale": 0.1}, "attention.temperature_scale"),
     ("cohere2", {"rope.freq_base_swa": 5e3}, "only layers that slide are rotated"),
     ("granitemoe", {"expert_shared_feed_forward_length": 8}, "0.block_sparse_moe.shared_expert.gate_proj.weight f32[8, 32]"),
     ("lfm2", {"attention.head_count_kv": [0, 2, 1]}, "one positive integer"),
@@ -388,3 +395,9 @@ def test_gpt_4o_cuts_between_cases_and_behind_three_digits() -> None:
     text = "HelloWorld isn't 12345, I'LL  see\n\n//x"
     pieces = ["Hello", "World", " isn't", " ", "123", "45", ",", " I'LL", " ", " see", "\n\n", "//", "x"]
     assert [p for p, _ in cut(text)] == pieces
+
+
+def test_baichuan_13b_is_told_by_its_layers(tmp_path: Path) -> None:
+    many = {f"blk.{i}.attn_norm.weight": np.ones(32, np.float32) for i in range(2, 40)}
+    with pytest.raises(ConfigError, match="whose positions are ALiBi's; 7B is read"):
+        from_gguf(written("baichuan", tmp_path, beside=many, block_count=40))
