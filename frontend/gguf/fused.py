@@ -28,7 +28,7 @@ def apart(g: Gguf) -> Gguf:
         of_layer = _FUSED.match(name)
         out = g.tensors.get(f"{of_layer[1]}.attn_output.weight") if of_layer else None
         rest = 0 if out is None else t.shape[0] - out.shape[-1]
-        if of_layer is None or out is None or rest <= 0 or rest % 2:
+        if of_layer is None or out is None or rest <= 0 or rest % 2 or not t.has_rows:
             found[name] = t
             continue
         queries, keys = out.shape[-1], rest // 2

@@ -74,6 +74,11 @@ class GgufTensor:
         values, scales = (read_q8_0 if name == "q8_0" else read_q4_0)(data)
         return QArray(t, values.reshape(shape), scales[..., 0])
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether what lies along the first axis lies apart in the file; blocks of a vector hold several of its elements."""
+        return len(self.shape) > 1 or self.kind in _FLOATS
+
     def rows(self, name: str, start: int, count: int) -> GgufTensor:
         """``count`` rows of a matrix, or elements of a vector, as a tensor of their own; they lie together in the file."""
         whole = self.shape[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ gguf: Any = pytest.importorskip("gguf")
 import gguf_files as files
 from wasat.frontend import CheckpointError, ConfigError
 from wasat.frontend.gguf import from_gguf
+from wasat.frontend.gguf.fused import apart
 from wasat.frontend.gguf.metadata import ARCHITECTURES
+from wasat.frontend.weights.gguf import read_gguf
 from wasat.ir import QArray, evaluate
 
 LAYER, RMS = "attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon"
@@ -285,6 +288,15 @@ def test_rows_that_are_no_queries_keys_and_values_are_refused(tmp_path: Path) ->
         odd = fused | {"blk.0.attn_qkv.weight": np.zeros((rows, 32), np.float32)}
         with pytest.raises(CheckpointError, match=rf"unexpected: blk\.0\.attn_qkv\.weight F32\[{rows}, 32\]"):
             from_gguf(written("glm", tmp_path, only=odd))
+
+
+def test_vectors_in_blocks_are_not_cut(tmp_path: Path) -> None:
+    """A block of 32 elements may be of queries and keys."""
+    g = read_gguf(written("glm", tmp_path))
+    out = g.tensors["blk.0.attn_output.weight"]
+    for kind, left in ((0, False), (1, False), (8, True)):  # F32, F16, Q8_0
+        t = replace(out, name="blk.0.attn_qkv.bias", kind=kind, shape=(out.shape[-1] + 64,))
+        assert (t.name in apart(replace(g, tensors={out.name: out, t.name: t})).tensors) == left
 
 
 def test_longrope_has_factors_of_long_texts_for_a_long_context(tmp_path: Path) -> None:
