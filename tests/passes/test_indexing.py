@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from wasat.ir import Builder, DimLike, DType, Graph, TensorType, Value, evaluate, symbol
 from wasat.ir.dims import evaluate_dim
-from wasat.passes.analyses.affine import Affine, Piece, empty, implies, limits, of_array
+from wasat.passes.analyses.affine import Affine, Piece, empty, implies, limits, number, of_array
 from wasat.passes.analyses.indexing import Indexing
 
 S = symbol("s")
@@ -195,6 +195,8 @@ def test_tables_beyond_what_is_looked_at_first_and_beyond_what_f64_holds() -> No
         assert found is not None
         holds(found, array, {})
     assert of_array(np.array([0, 2**53, 2**53 + 1, 4, 5])) is None
+    assert of_array(np.array([2**53 - 2, 2**53 - 1])) == (Piece((), Affine((1,), 2**53 - 2)),)
+    assert of_array(np.array([[3], [5]])) == (Piece((), Affine((2, 0), 3)),)
     assert of_array(3 - 2 * np.arange(40)) == (Piece((), Affine((-2,), 3)),)
     assert of_array(np.where(np.arange(40) < 39, np.arange(40), 0)) is None
 
@@ -205,6 +207,7 @@ def test_integers_that_a_type_holds(dtype: DType) -> None:
     low, high = limits(dtype)
     for x in (low, low + 1, high - 1, high):
         assert int(np.array(x).astype(dtype.np)) == x
+        assert number(x, 0, dtype) == Affine((), x)
     if dtype.is_float:
         assert int(np.array(high + 1, np.float64).astype(dtype.np)) != high + 1
     elif dtype is not DType.BOOL:
