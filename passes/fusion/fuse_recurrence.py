@@ -57,9 +57,12 @@ class FuseRecurrence(GraphPass):
             try:
                 rule = chunked.fused(graph, node, axis, chunk, known)
             except Mismatch as e:
-                remarks.missed(
-                    f"{node!r}, computed by chunks of {chunk} tokens, is not fused: {e}; what is meant can be written with "
-                    "nn.linear_attention, ONNX LinearAttention or a scan over tokens", node)  # fmt: skip
+                remedy = (
+                    "attention of windows is attention of all tokens under a mask, of which a cache is derived, such as "
+                    f"(query // {chunk} - key // {chunk} <= 1) & (key <= query)" if _weighs(node) else
+                    "what is meant can be written with nn.linear_attention, ONNX LinearAttention or a scan over tokens"
+                )  # fmt: skip
+                remarks.missed(f"{node!r}, computed by chunks of {chunk} tokens, is not fused: {e}; {remedy}", node)
                 continue
             if rule is not None:
                 remarks.applied(f"chunks of {chunk} tokens are linear attention: {rule}", graph)
@@ -71,6 +74,28 @@ class FuseRecurrence(GraphPass):
                 remarks.applied(f"scores of all tokens by decays are linear attention: {rule}", graph)
                 changed = True
         return changed
+
+
+def _weighs(node: Node) -> bool:
+    """Whether a softmax has a part in what ``node`` puts together, behind the layers that made its operands."""
+    waiting, seen = [node], {node}
+    while waiting:
+        n = waiting.pop()
+        if n.is_a("softmax"):
+            return True
+        if n.op.kind == "product" and any(map(_given, n.inputs)):
+            continue
+        makers = [v.node for v in n.inputs if v.node is not None and v.node not in seen]
+        waiting += makers
+        seen.update(makers)
+    return False
+
+
+def _given(v: Value) -> bool:
+    """Whether it is a parameter, moved."""
+    while v.node is not None and v.node.op.carries and len(v.node.inputs) == 1:
+        v = v.node.inputs[0]
+    return v.param is not None
 
 
 def _fused(graph: Graph, node: Node) -> str:

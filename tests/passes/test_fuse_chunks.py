@@ -155,6 +155,7 @@ def neighbours(a: nn.Tensor) -> nn.Tensor:
 MISSES: dict[str, tuple[dict[str, Any], str]] = {
     "a condition on data": ({"scores": lambda s: nn.where(s > 0.0, s, 0.0)}, "stands between"),
     "not analytic": ({"scores": nn.tanh}, "stands between"),
+    "a softmax": ({"scores": lambda s: nn.softmax(s)}, "(query // 4 - key // 4 <= 1) & (key <= query)"),
     "squared": ({"scores": lambda s: s * s}, "no form of linear attention that is known"),
     "nothing from chunk to chunk": ({"between": lambda a: segsum(a) - INF}, "no form of linear attention"),
     "from the chunk before alone": ({"between": neighbours}, f"of {3 * SIZE + 1} tokens its chunks come to something else"),
@@ -187,3 +188,19 @@ def test_the_triangular_system_is_solved_as_it_must_be() -> None:
     _, _, report = fused(gated_delta, DELTA, solved=lambda a: a * 2.0)
     missed, *_ = report.remarks("missed")
     assert "no form of linear attention that is known" in missed.message
+
+
+class Behind(nn.Module):
+    """What is computed by chunks, of what a layer makes of a softmax."""
+
+    def __init__(self) -> None:
+        self.up = nn.Linear(5, 5)
+
+    def __call__(self, x: nn.Tensor, dt: nn.Tensor, B: nn.Tensor, C: nn.Tensor) -> nn.Tensor:
+        return ssd(self.up(nn.softmax(x)), dt, B, C, scores=nn.tanh)
+
+
+def test_a_softmax_of_an_earlier_layer_is_none_of_windows() -> None:
+    report = PassManager([Cleanup(), FuseRecurrence()]).run(nn.trace(Behind(), SSD, outputs=["y"]))
+    [missed] = report.remarks("missed")
+    assert "nn.linear_attention" in missed.message
