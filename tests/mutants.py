@@ -80,7 +80,7 @@ TESTS = {  # what covers a file; for others it is the file of the same name, or 
         ("attention", "attention"), ("flash", "attention"), ("linear_float", "linear_float"), ("linear_int", "linear_int"),
         ("norm", "norm_glu"), ("glu", "norm_glu"), ("rope", "rope_cache"), ("cache", "rope_cache"),
     )},
-    "backends/tvm/cpu/kernels/gemm.py": ["tests/backends/test_kernels_gemm.py"],
+    "backends/tvm/cpu/kernels/gemm.py": ["tests/backends/test_kernels_gemm.py", "tests/backends/test_symbolic_products.py"],
     "backends/tvm/cpu/kernels/blocks.py": ["tests/backends/test_kernels_blocks.py"],
     "backends/tvm/cpu/kernels/linear_blocks.py": ["tests/backends/test_kernels_blocks.py"],
     **{f"frontend/{x}.py": [f"tests/frontend/test_gguf{y}.py" for y in ("", "_hostile", "_llamacpp")]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 
 os.environ.setdefault("TVM_NUM_THREADS", "2")
@@ -89,6 +91,24 @@ def build(func: tvm.tirx.PrimFunc, isa: Isa) -> Any:
 
 def tensor(x: NDArray[Any]) -> Any:
     return tvm.runtime.tensor(np.ascontiguousarray(x))
+
+
+def guarded(x: NDArray[Any]) -> Any:
+    """A copy as a tensor behind whose last byte no memory may be read: what reads beyond it ends the process.
+
+    The copy begins as aligned as allocated memory; so its bytes must be whole multiples of 64.
+    """
+    if x.nbytes % 64:
+        raise ValueError(f"{x.nbytes} bytes are not a multiple of 64")
+    pages = -(-x.nbytes // mmap.PAGESIZE)
+    held = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)
+    whole = np.frombuffer(held, np.uint8)
+    end = pages * mmap.PAGESIZE
+    if ctypes.CDLL(None).mprotect(ctypes.c_void_p(whole.ctypes.data + end), ctypes.c_size_t(mmap.PAGESIZE), 0):
+        raise OSError("a page cannot be protected")
+    inside = whole[end - x.nbytes : end].view(x.dtype).reshape(x.shape)
+    inside[...] = x
+    return tvm.runtime.from_dlpack(inside)
 
 
 def run(compiled: Any, inputs: list[Any], *outputs: tuple[tuple[int, ...], str]) -> list[NDArray[Any]]:
