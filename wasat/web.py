@@ -33,23 +33,28 @@ SHARD = 32 << 20
 
 def export_web(
     program: Program, out: str | Path, *, quantize: str | None = None, overrides: Mapping[str, str] | None = None,
-    target: str = "webgpu", cache: str = "f32", shard: int = SHARD, progress: driver.Progress = driver.quiet,
+    target: str = "webgpu", activation: str | None = "int8", chunk: int = 512, cache: str = "f32", shard: int = SHARD,
+    progress: driver.Progress = driver.quiet,
 ) -> Report:  # fmt: skip
     """Writes ``program`` as the folder ``out``, to be put on any web server; see :func:`wasat.compile` for the options.
 
     ``target``: ``webgpu``, or ``webgpu:f16`` where GPUs compute in f16; these can keep keys and values so, too (``cache``).
+    ``activation``: ``"int8"`` or None; ``"f16"`` and ``"bf16"`` are refused, as no browser ran them.
     ``shard``: most bytes of weights in a file.
     The folder is complete or absent; one that was exported before is replaced. Raises what :func:`wasat.compile` does, and
     ArtifactError where the JavaScript package of tokenizers was not fetched (``python -m wasat.runtime.web.fetch``).
     """
     if target.partition(":")[0] != "webgpu":
         raise ArtifactError(f"browsers run what is compiled for webgpu, not {target}")
+    if activation not in (None, "int8"):
+        raise ArtifactError(f"pages compute activations in f32 or, beside integers, in int8, not in {activation}: leave it out")
     page = web.files(with_tokenizer=bool(program.origin.tokenizer))
     with tempfile.TemporaryDirectory() as tmp:
         artifact = Path(tmp) / "model.wasat"
         report = driver.compile(
-            program, artifact, target=target, quantize=quantize, overrides=overrides, cache=cache, progress=progress
-        )
+            program, artifact, target=target, quantize=quantize, overrides=overrides, activation=activation, chunk=chunk,
+            cache=cache, progress=progress,
+        )  # fmt: skip
         raw = json.loads((artifact / MANIFEST).read_text(encoding="utf-8"))
         manifest = parse_manifest(raw)  # this machine need not have what runs it
         storage = json.loads((artifact / PLAN).read_text(encoding="utf-8"))["storage"]

@@ -319,6 +319,8 @@ def test_weights_that_become_f32_are_said(run: Run, pygemma: Path) -> None:
     (["--web", "site", "--graph", "decode"], "--graph, --optimized"), (["--c", "host", "--optimized"], "are for ONNX files"),
     (["--onnx", "x.onnx", "--target", "webgpu"], "an ONNX file is for any machine"), ([], "say what to write"),
     (["--web", "site", "--onnx", "x.onnx"], "say what to write"), (["--c", "host", "--cache", "f16"], "--cache is for --web"),
+    (["--c", "host", "--chunk", "4"], "--chunk is for --web"),
+    (["--onnx", "x.onnx", "--context", "64"], "--context is for --web"),
     (["--web", "site", "--cache", "f16"], "caches of f16 are for cpu"),
 ])  # fmt: skip
 def test_export_takes_what_belongs_together(run: Run, tiny: Path, options: list[str], said: str) -> None:

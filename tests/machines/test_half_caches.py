@@ -25,6 +25,7 @@ from wasat.backends.tvm.gpu.kernels.elementwise import CacheWrite, cache_write
 from wasat.backends.tvm.targets import target_named
 from wasat.ir import Builder, DType, IRError, Program, evaluate
 from wasat.ir.op import OPS
+from wasat.runtime.errors import ArtifactError
 
 import wasat as ws
 from wasat import nn
@@ -165,4 +166,18 @@ def test_an_exported_page(tmp_path: Path) -> None:
     assert manifest["settings"]["cache"] == "f16"
     with pytest.raises(IRError, match=r"the target webgpu stores keys and values as f32, not as f16; .*, webgpu:f16$"):
         export_web(program, tmp_path / "refused", cache="f16")
+    assert not (tmp_path / "refused").exists()
+
+
+def test_options_of_a_page(tmp_path: Path) -> None:
+    """What compiling was told is what the page reads; what no browser ran is refused before the work."""
+    make, inputs = CASES["begin of text"]
+    program = nn.trace(make(), inputs, outputs=["logits"])
+    export_web(program, tmp_path / "web", activation=None, chunk=4)
+    manifest = json.loads((tmp_path / "web" / "manifest.json").read_text())
+    assert manifest["settings"]["activation"] is None
+    assert manifest["limits"]["chunk"] == 4
+    for narrow in ("f16", "bf16"):
+        with pytest.raises(ArtifactError, match=f"not in {narrow}: leave it out"):
+            export_web(program, tmp_path / "refused", activation=narrow)
     assert not (tmp_path / "refused").exists()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -35,6 +35,16 @@ def export(
         typer.Option(help="Of `--web`: how keys and values are stored, `f32` or, with `--target webgpu:f16`, `f16`.",
                      show_default="f32"),
     ] = None,
+    activation: Annotated[
+        Literal["int8", "f32"] | None,
+        typer.Option(help="Of `--web`: where weights are integers, integer dot products, or in f32.", show_default="int8"),
+    ] = None,
+    chunk: Annotated[
+        int | None, typer.Option(help="Of `--web`: most prompt tokens per call.", min=1, show_default="512")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(help="Of `--web`: positions that it is made for; default: the model's limit.", min=1)
+    ] = None,
     external_data: Annotated[
         bool | None, typer.Option(help="Parameters in a file beside the model; default: above 1 GiB.", show_default=False)
     ] = None,
@@ -63,13 +73,17 @@ def export(
         raise Refusal("--target is for --c and --web: an ONNX file is for any machine")
     if web is None and cache is not None:
         raise Refusal("--cache is for --web; for C, compile an artifact (wasat compile --cache) and export that")
+    given = [f"--{n}" for n, x in (("activation", activation), ("chunk", chunk), ("context", context)) if x is not None]
+    if web is None and given:
+        raise Refusal(f"{given[0]} is for --web; for C, compile an artifact (wasat compile {given[0]}) and export that")
     if web is not None:
         from wasat.web import export_web
 
         with Bar() as bar:
             made = export_web(
-                driver.load_program(source), web, target=target or "webgpu", quantize=or_none(quantize),
-                overrides=overrides_of(override), cache=cache or "f32", progress=bar,
+                driver.load_program(source, context=context), web, target=target or "webgpu", quantize=or_none(quantize),
+                overrides=overrides_of(override), activation=or_none(activation or "int8"),
+                chunk=512 if chunk is None else chunk, cache=cache or "f32", progress=bar,
             )  # fmt: skip
         warn_of_weights(made, quantize)
         size = sum(f.stat().st_size for f in web.iterdir())
