@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kept import DIM, INF, Mix, Model, check_incremental, derived_of, merged, scores
+from test_kept import DIM, INF, VOCAB, Mix, Model, Rows, check_incremental, derived, derived_of, merged, scores
 from wasat.frontend import nn
 from wasat.frontend.nn.tensor import emit
 from wasat.ir import ArrayParam, IRError, type_of
@@ -161,3 +161,13 @@ def test_tables_are_looked_at_for_tokens_that_see_nothing(blind: bool) -> None:
         return
     with pytest.raises(IRError, match="some token sees nothing"):
         ws.optimize(program, kv_cache=True, chunk=6)
+
+
+def test_a_ring_behind_the_first_positions_turns_round() -> None:
+    """Of 16 slots, at the 17th position."""
+    forward, served = derived("streaming")
+    session, tokens = Rows(served, 1), np.random.default_rng(0).integers(0, VOCAB, (1, 19))
+    for n in range(0, 18, 6):
+        session.feed(tokens[:, n : n + 6], np.array([6]))
+    got = session.feed(tokens[:, 18:], np.array([1]))
+    np.testing.assert_allclose(got[0], ws.run(forward, tokens=tokens)["logits"][0, -1], rtol=1e-4, atol=1e-5)
