@@ -159,6 +159,20 @@ def test_a_table_cut_twice_has_what_is_asked_for() -> None:
     assert {str(n.output.type) for n in g.nodes if n.op.name in ("slice", "add", "reshape")} <= {"f32[s, 9]", "f32[s, s]"}
 
 
+def test_sizes_that_only_a_reshape_bounds_stay_bounded() -> None:
+    """No table says that there are no more than nine."""
+    nodes = [
+        _width("x", "s"), helper.make_node("Min", ["s", "nine"], ["least"]),
+        helper.make_node("Concat", ["least", "least"], ["shape"], axis=0), helper.make_node("Reshape", ["x", "shape"], ["y"]),
+    ]  # fmt: skip
+    program = from_onnx(model(nodes, {"x": ["s", "s"]}, nine=np.array([9])))
+    for s in (1, 9):
+        x = np.ones((s, s), np.float32)
+        np.testing.assert_array_equal(ws.run(program, x=x)["y"], x)
+    with pytest.raises(IRError, match="min"):
+        ws.run(program, x=np.ones((10, 10), np.float32))
+
+
 def test_the_last_of_as_many_as_there_are() -> None:
     """``x[-s:]``, as masks of padding are cut by exports of Mamba2's kin: all, of none, too."""
     file = model([_width("x", "w"), helper.make_node("Neg", ["w"], ["from"]),

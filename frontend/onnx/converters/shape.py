@@ -64,17 +64,19 @@ def reshape(c: Emitter, n: NodeView, x: Operand, shape: Operand) -> Any:
         rest = size_of([d for d in given if d != -1])
         given[given.index(-1)] = 0 if rest == 0 else floordiv(total, rest)
     elif equal(total := size_of(c.shape(x)), size_of(given)) is None:
-        asked = list(map(_asked_for, given))  # a table cut to min(64, s) rows met s elements: there are no more than 64
+        asked = [_asked_for(c, d) for d in given]
         given = asked if equal(total, size_of(asked)) else given
     return c.view(x, *given)
 
 
-def _asked_for(d: DimLike) -> DimLike:
-    """s of ``min(64, s)``."""
+def _asked_for(c: Emitter, d: DimLike) -> DimLike:
+    """s of ``min(64, s)``, where s is no more than 64 already, as for a table's rows that met s elements."""
     bound = alone(d)
     if bound is None or bound.name != "min" or isinstance(bound.lhs, int) == isinstance(bound.rhs, int):
         return d
-    return bound.rhs if isinstance(bound.lhs, int) else bound.lhs
+    most, size = sorted((bound.lhs, bound.rhs), key=lambda x: not isinstance(x, int))
+    known = any((maximum(size, most), most) in node.checks for node in c.graph.nodes)
+    return size if known else d
 
 
 @op("Flatten")
