@@ -82,28 +82,47 @@ class Alike:
         return cut[0], concrete(a.starts[cut[0]])
 
     def cases(self, b: Builder, node: Node) -> list[Value]:
-        """A chain of selects, each where one choice is another number, as terms of which one alone is not zero. Raises Mismatch
-        where there are more numbers."""
-        user = node.output.users[0] if len(node.output.uses) == 1 else None
-        if user is not None and user.is_a("select") and user.inputs[2] is node.output:
-            return []
-        found: dict[int, Node] = {}
-        v, of = node.output, None
-        while (made := v.made_by("select")) is not None and made.output.type == node.output.type:
-            case = case_of(made.inputs[0].node)
-            if case is None or case[1] in found or of not in (None, (case[0], self.kind(made.inputs[0]))):
-                break
-            of = case[0], self.kind(made.inputs[0])
-            found[case[1]] = made
-            v = made.inputs[2]
+        """A chain of selects, each where one choice is another number, as terms of which one alone is not zero; what stands at
+        its end is the case of the number that is left. Raises Mismatch where there are more numbers."""
+        of = self._compared(node)
         chosen = chosen_by(of[0]) if of is not None else None
-        if chosen is None or len({self.kind(made.inputs[1]) for made in found.values()}) > 1 or len(found) < 2:
+        user = node.output.users[0] if len(node.output.uses) == 1 else None
+        if chosen is None or (user is not None and self._compared(user) == of and user.inputs[2] is node.output):
             return []
+        found: dict[int, tuple[Value, Value]] = {}
+        v: Value = node.output
+        while (made := v.made_by("select")) is not None and self._compared(made) == of and v.type == node.output.type:
+            case = case_of(made.inputs[0].node)
+            assert case is not None
+            found.setdefault(case[1], (made.inputs[0], made.inputs[1]))  # the outer one of equal ones
+            v = made.inputs[2]
+        kinds = {self.kind(expert) for _, expert in found.values()}
         count = chosen.inputs[0].shape[axis_of(chosen)]
-        if set(found) != set(range(len(found))) or len(found) != count:
+        left = set(range(count)) - found.keys() if isinstance(count, int) else set()
+        if len(left) == 1 and {self.kind(v)} == kinds:
+            (number,) = left
+            found[number] = _with_number(b, next(iter(found.values()))[0], number), v
+        if len(kinds) > 1 or len(found) < 2:
+            return []
+        if len(found) != count or found.keys() != set(range(len(found))):
             raise Mismatch(f"cases {sorted(found)} are not all of the {count} that may be chosen")
         zero = b.constant(0.0, node.output.tensor.dtype)
-        return [b.select(*made.inputs[:2], zero) for made in found.values()]
+        return [b.select(condition, expert, zero) for condition, expert in found.values()]
+
+    def _compared(self, node: Node) -> tuple[Value, int] | None:
+        """Of a select where a value is some number: the value, and a number for how it is compared."""
+        case = case_of(node.inputs[0].node) if node.is_a("select") else None
+        return (case[0], self.kind(node.inputs[0])) if case is not None else None
+
+
+def _with_number(b: Builder, condition: Value, number: int) -> Value:
+    """The same condition of another number."""
+    node = condition.node
+    assert node is not None
+    if node.is_a("equal"):
+        made = b.equal(*(v if v.const is None else b.constant(number, v.tensor.dtype) for v in node.inputs))
+        return made if made.shape == condition.shape else b.reshape(made, shape=condition.shape)
+    return b.graph.add_node(node.op, [_with_number(b, node.inputs[0], number)], node.attrs, before=b.before, loc=b.loc).output
 
 
 def case_of(node: Node | None) -> tuple[Value, int] | None:

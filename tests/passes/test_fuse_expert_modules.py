@@ -86,6 +86,17 @@ def cases(m: Model, x: nn.Tensor, which: nn.Tensor | None = None, numbers: tuple
     return y
 
 
+def otherwise(m: Model, x: nn.Tensor) -> nn.Tensor:
+    which, y = nn.argmax(m.router(x), -1), m.experts[0](x)
+    for e in (4, 1, 2):
+        y = nn.where((e == which)[..., None], m.experts[e](x), y)
+    return nn.where((which == 0)[..., None], m.experts[3](x), y)
+
+
+def one_or_the_other(m: Model, x: nn.Tensor) -> nn.Tensor:
+    return nn.where(nn.argmax(m.router(x), -1, keepdims=True) == 1, m.experts[0](x), m.experts[1](x))
+
+
 def cases_for_each(m: Model, x: nn.Tensor) -> nn.Tensor:
     share, which = m.choice(x)
     return cases(m, x, which[..., 0]) * share[..., :1] + cases(m, x, which[..., 1]) * share[..., 1:]
@@ -146,6 +157,9 @@ SPELLINGS: dict[str, tuple[Formula, int, int]] = {  # outputs of the router, gro
     "backwards": (backwards, E, 2),
     "cases": (cases, E, 2),
     "cases, one of them twice": (lambda m, x: cases(m, x, numbers=(0, 1, 2, 3, 4, 0)), E, 2),
+    "cases, the last one otherwise": (otherwise, E, 2),
+    "cases behind a mask": (lambda m, x: nn.where(x[..., :1] > 0.0, x, cases(m, x)), E, 2),
+    "one case or the other": (one_or_the_other, 2, 2),
     "cases for each": (cases_for_each, E, 4),
     "added where": (added_where, E, 4),
     "stacked": (lambda m, x: (m.all(x, -2) * m.shares(x)[..., None]).sum(-2), E, 2),
