@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 from wasat.frontend import nn
-from wasat.ir import IRError, Program
+from wasat.ir import IRError, Program, evaluate, parse_program, verify
+from wasat.passes import PassManager, default_pipeline
+from wasat.passes.cleanup.rows_apart import rows_apart
 from wasat.passes.core import Report
 
 import wasat as ws
+from wasat.testing import InterpreterCheck, feed
 
 DIM, HIDDEN, E, K = 6, 10, 5, 2
 
@@ -277,6 +280,86 @@ def test_a_near_miss_stays_and_says_why(name: str) -> None:
         assert not after["forward"].count("grouped_linear")
     if why:
         assert [r for r in report.remarks("missed") if re.search(why, r.message)], report.explain("missed")
+
+
+ROWS = """
+graph @g(%x: f32[b, s, 4], %w: f32[3, 1, 1], %v: f32[3, b*s, 4], %t: f32[s, b, 4], %u: f32[3, b, s], %k: f32[2, 3, 4]) {
+  %flat: f32[1, b*s, 4] = reshape(%x) {shape=(1, b*s, 4)}
+  %front: f32[3, b*s, 4] = mul(%w, %flat)
+  <node>
+  return %z
+}"""
+
+
+@pytest.mark.parametrize(
+    ("node", "apart"),
+    [
+        ("%z: f32[3, b*s, 4] = softmax(%front) {axis=2}", True),
+        ("%z: f32[3, b*s, 4] = softmax(%front) {axis=0}", True),
+        ("%z: f32[b*s, 4] = reduce_sum(%front) {axes=(0,)}", True),
+        ("%z: f32[4, b*s, 3] = transpose(%front) {perm=(2, 1, 0)}", True),
+        ("%z: f32[3, b*s, 2] = slice(%front) {starts=(0, 0, 1), stops=(3, b*s, 3), steps=(1, 1, 1)}", True),
+        ("%z: f32[3, b*s, 8] = concat(%front, %front) {axis=2}", True),
+        ("%z: f32[6, b*s, 4] = concat(%front, %front) {axis=0}", True),
+        ("%z: f32[3, b*s, 4] = sub(%flat, %front)", True),
+        ("%z: f32[3, 2*b*s, 4] = concat(%front, %front) {axis=1}", False),
+        ("%z: f32[3, b*s, 4] = softmax(%front) {axis=1}", False),
+        ("%z: f32[3, b*s, 4] = cumsum(%front) {axis=1}", False),
+        ("%z: f32[3, 4] = reduce_sum(%front) {axes=(1,)}", False),
+        ("%z: f32[3, b*s, 4] = reverse(%front) {axes=(1,)}", False),
+        ("%z: f32[3, b*s, 4] = add(%front, %v)", False),
+        ("%o: f32[1, b*s, 4] = reshape(%t) {shape=(1, b*s, 4)}\n  %z: f32[3, b*s, 4] = add(%front, %o)", False),
+        ("%o: f32[b*s, 3] = reshape(%u) {shape=(b*s, 3)}\n  %z: f32[b*s, 3] = softmax(%o) {axis=1}", False),
+        ("%o: f32[6, 4] = reshape(%k) {shape=(6, 4)}\n  %z: f32[6, 4] = softmax(%o) {axis=1}", False),
+        ("%r: f32[1, b*s, 4] = reduce_max(%v) {axes=(0,), keepdims=true}\n"
+         "  %o: f32[3, b*s, 4] = broadcast_to(%r) {shape=(3, b*s, 4)}\n  %z: f32[3, b*s, 4] = add(%front, %o)", False),
+        ("%r: f32[b, 1, 4] = reduce_max(%x) {axes=(1,), keepdims=true}\n"
+         "  %o: f32[b, 4] = reshape(%r) {shape=(b, 4)}\n  %z: f32[b, 4] = softmax(%o) {axis=1}", False),
+    ],
+)
+def test_rows_are_apart_wherever_their_axis_is(node: str, apart: bool) -> None:
+    program = parse_program(ROWS.replace("<node>", node))
+    g = program["g"]
+    given = feed(g, {"b": 2, "s": 3})
+    want = evaluate(g, given)
+    assert rows_apart(g)
+    verify(g)
+    made = g.outputs[0].node
+    assert made is not None
+    assert made.is_a("reshape") is apart, g
+    assert_allclose(np.asarray(evaluate(g, given)[0]), np.asarray(want[0]), rtol=1e-6)
+
+
+class Decoder(nn.Module):
+    """Experts of rows: batch and sequence in one axis."""
+
+    def __init__(self, formula: Formula, outputs: int) -> None:
+        self.embed, self.attention = nn.Embedding(20, DIM), nn.Attention(DIM, 1, rope=nn.RoPE(DIM))
+        self.model, self.head = Model(formula, outputs), nn.Linear(DIM, 20)
+
+    def __call__(self, tokens: nn.Tensor) -> nn.Tensor:
+        x = self.embed(tokens)
+        x = x + self.attention(x, nn.positions(x))
+        return self.head(x + self.model(x.reshape(-1, DIM)).reshape(*x.shape))
+
+
+MERGED: dict[str, tuple[Formula, int]] = {
+    "compared": (compared, E),
+    "multiplied": (multiplied, E),
+    "cases": (cases, E),
+    "added where": (added_where, E),
+    "stacked": (lambda m, x: (m.all(x, 0) * m.shares(x).transpose(1, 0)[..., None]).sum(0), E),
+    "some say what they hear": (identities, E + 2),
+    "in an axis of three": (lambda m, x: compared(m, x.reshape(1, -1, DIM)).reshape(-1, DIM), E),
+}
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_merged_rows_get_a_cache(name: str) -> None:
+    program = nn.trace(Decoder(*MERGED[name]), {"tokens": "i64[b, s]"}, outputs=["logits"])
+    check = InterpreterCheck([{"b": 1, "s": 3, "c": 16}, {"b": 2, "s": 5, "c": 16}], rtol=1e-4, atol=1e-5)
+    PassManager(default_pipeline(chunk=8), check=check).run(program)
+    assert program["decode"].count("grouped_linear") == program["prefill"].count("grouped_linear") >= 2
 
 
 def test_cases_that_overlap_stay() -> None:
