@@ -73,6 +73,10 @@ class Builder:
         return lambda *inputs, **attrs: self.emit(op, *inputs, **attrs)
 
     # -- what gradients and decompositions keep needing ----------------------------------------------------------------
+    def countable(self, ids: Value) -> Value:
+        """Integers in a type that every place of an axis fits: theirs, or i32."""
+        return ids if ids.tensor.dtype.bits >= 32 else self.cast(ids, dtype=DType.I32)
+
     def sum_to(self, x: Value, shape: Sequence[DimLike]) -> Value:
         """Sums ``x`` over the axes along which ``shape`` was broadcast to ``x.shape``: the gradient of broadcasting."""
         shape = tuple(shape)

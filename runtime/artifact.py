@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from .hosts.plan import PLAN, SOURCES
 from .machine import check_machine
 from .manifest import Manifest, check_format, is_file_name, parse_manifest
 
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 MANIFEST, LIBRARY, WEIGHTS, TOKENIZER = "manifest.json", "model.so", "weights.safetensors", "tokenizer.json"
 _RUNTIME = {"darwin": "libtvm_runtime.dylib", "win32": "tvm_runtime.dll"}
 PROGRAM = "__tvm_ffi__library_bin"
@@ -84,8 +86,8 @@ def check_destination(out: Path) -> None:
     try:
         data = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
         files = data["files"]
-        ours = ("digest" in data or "format" in data) and isinstance(files, dict) and len(files) > 0
-        ours = ours and all(isinstance(x["sha256"], str) and x["bytes"] >= 0 for x in files.values())
+        ours = isinstance(files, dict) and len(files) > 0 and _is_ours(data)
+        ours = ours and all(_SHA256.fullmatch(x["sha256"]) and x["bytes"] >= 0 for x in files.values())
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         ours = False
     if not ours:
@@ -97,6 +99,13 @@ def check_destination(out: Path) -> None:
         raise ArtifactError(
             f"{out} holds {foreign[0]}, which is no file of the artifact there; move it away or choose another place"
         )
+
+
+def _is_ours(manifest: Mapping[str, Any]) -> bool:
+    """Whether it has the digest of its own text, or, as first versions and damaged ones have not, says who wrote it."""
+    if manifest.get("digest") == digest(manifest):
+        return True
+    return type(manifest.get("format")) is int and isinstance(manifest.get("wasat"), str)
 
 
 def check_above(out: Path) -> None:

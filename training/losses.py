@@ -67,7 +67,7 @@ def cross_entropy(
 
 def accuracy(b: Builder, logits: Value, labels: Value, *, mask: Value | None = None) -> Value:
     """Share of the places, those of :func:`cross_entropy`, whose largest logit is the label's, f32; 0 of no places."""
-    right = b.equal(b.cast(b.arg_max(logits, axis=-1), dtype=labels.tensor.dtype), labels)
+    right = b.equal(b.arg_max(logits, axis=-1), b.cast(labels, dtype=DType.I64))
     return _mean(b, b.cast(right, dtype=DType.F32), _places(b, labels, mask), None)
 
 

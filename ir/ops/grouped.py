@@ -191,6 +191,7 @@ class GroupedOuter(Op):
         (n, k), e = (y.shape[-1], x.shape[-1]), attrs.size
         y = b.transpose(b.reshape(b.broadcast_to(y, shape=(*lead, n)), shape=(m, n)), perm=(1, 0))
         x = b.reshape(b.broadcast_to(x, shape=(*lead, k)), shape=(m, k))
+        groups = b.countable(groups)
         own = b.reshape(b.broadcast_to(groups, shape=lead), shape=(1, 1, m))
         each = b.reshape(b.iota(size=e, dtype=groups.tensor.dtype), shape=(e, 1, 1))
         return b.matmul(b.select(b.equal(own, each), y, 0.0), x)

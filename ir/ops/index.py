@@ -301,6 +301,7 @@ class OneHot(Op):
         return (ids[..., None] == np.arange(concrete(attrs.size))).astype(attrs.dtype.np)
 
     def decompose(self, b: Builder, attrs: Attrs, ids: Value) -> Value:
+        ids = b.countable(ids)
         hit = b.equal(b.reshape(ids, shape=(*ids.shape, 1)), b.iota(size=attrs.size, dtype=ids.tensor.dtype))
         return b.cast(hit, dtype=attrs.dtype)
 

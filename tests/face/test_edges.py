@@ -197,6 +197,19 @@ INDICES: dict[str, tuple[str, list[Run]]] = {
     "one_hot has no outside": ("(%i: i64[m]) {\n %y: f32[m, 3] = one_hot(%i) {size=3}", [
         ({"i": np.array([2, 3, -1, 10**12])}, f([0, 0, 1], [0] * 3, [0] * 3, [0] * 3)),
     ]),
+    "one_hot of more than a byte": (
+        "(%i: u8[m], %w: f32[300, 1]) {\n %h: f32[m, 300] = one_hot(%i) {size=300}\n %y: f32[m, 1] = matmul(%h, %w)", [
+            ({"i": np.array([0, 255], np.uint8), "w": count(300, 1)}, f([1], [256])),
+        ]),
+    "one_hot of more than signed bytes": (
+        "(%i: i8[m], %w: f32[200, 1]) {\n %h: f32[m, 200] = one_hot(%i) {size=200}\n %y: f32[m, 1] = matmul(%h, %w)", [
+            ({"i": np.array([-100, 127], np.int8), "w": count(200, 1)}, f([0], [128])),
+        ]),
+    "groups of more than a byte": (
+        "(%x: f32[m, 1], %z: f32[m, 1], %i: u8[m]) {\n %y: f32[258, 1, 1] = grouped_outer(%x, %z, %i) {size=258}", [
+            ({"x": count(2, 1), "z": count(2, 1), "i": np.array([0, 255], np.uint8)},
+             np.array([1, *[0] * 254, 4, 0, 0], np.float32).reshape(258, 1, 1)),
+        ]),
 }  # fmt: skip
 
 _A, _B = np.array([True, True, False, False]), np.array([True, False, True, False])

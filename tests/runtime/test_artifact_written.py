@@ -132,6 +132,10 @@ def test_a_link_to_an_artifact_stays_one(tmp_path: Path) -> None:
     '{"files": {"index.html": {"sha256": "", "bytes": 8}, "a": {"sha256": 1, "bytes": 1}}}',
     '{"files": ["index.html"], "format": 3, "wasat": "1"}', "[" * 100_000, '{"files": {}}', '{"files": {}, "format": 3}',
     '{"files": {"index.html": {"sha256": "", "bytes": 8}}}',
+    *(f'{{"files": {{"index.html": {{"sha256": "{sha}", "bytes": 8}}}}, {more}}}' for sha, more in (
+        ("", '"format": 1, "wasat": "1"'), ("0" * 63 + "g", '"format": 1, "wasat": "1"'), ("0" * 64, '"format": 1'),
+        ("0" * 64, '"format": "1", "wasat": "1"'), ("0" * 64, '"digest": "0"'), ("0" * 64, '"format": true, "wasat": "1"'),
+    )),
 ])  # fmt: skip
 def test_another_kind_of_manifest_is_not_replaced(tmp_path: Path, manifest: str) -> None:
     (tmp_path / "app").mkdir()

@@ -111,6 +111,10 @@ def test_accuracy() -> None:
     assert share([False] * 4) == 0
     assert share(None, (2, -1, 1, -100)) == 1
     assert share([False, True, True, True], (2, -1, 1, 1)) == 0.5
+    wide = np.zeros((2, 301), np.float32)
+    wide[0, 300] = wide[1, 44] = 1  # the first is no 44
+    g = build("g", [("x", parse_type("f32[2, 301]"))], lambda b, v: accuracy(b, v, b.constant(np.array([44, 44], np.uint8))))
+    assert evaluate(g, {"x": wide})[0] == 0.5
 
 
 FORWARD = "graph @forward(%x: f32[n, 3]) {\n %logits: f32[n, 3] = neg(%x)\n return %logits\n}"
