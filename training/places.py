@@ -56,8 +56,8 @@ def places(graph: Graph, trained: Collection[str]) -> Places | None:
 
     A mean over places is ``sum / count`` where the count is a sum over the data, whatever keeps it from 0; means over the same
     places add up to one. What no data or no trained parameter is in may stand beside it. Raises IRError for a sum of means over
-    different places: no weight of a call is right for all of them; and for means over the same places whose divisors differ by
-    more than a factor.
+    different places: no weight of a call is right for all of them; for means over the same places whose divisors differ by more
+    than a factor; and for a divisor that the data decide in another way.
     """
     learning = _reached(graph, [v for name, v in graph.params.items() if name in trained], True)
     data = _reached(graph, graph.inputs, False)
@@ -79,14 +79,19 @@ def places(graph: Graph, trained: Collection[str]) -> Places | None:
         if name in ("add", "sub", "neg", "cast", "reshape") and all(x.tensor.size == 1 for x in inputs):
             sums.add(v.node)
             todo += inputs
-        elif name == "reduce_sum" and inputs[0].node is not None and _divisor(inputs[0].node, learning) is not None:
-            todo.append(inputs[0])
         elif (name == "mul" and fixed) or (name == "div" and inputs[1] in fixed):
             sums.add(v.node)
             todo.append(inputs[0] if inputs[1] in fixed else inputs[1])
         else:
-            divisor = _divisor(v.node, learning)
+            divisor = _divisor_of(v, learning, data)
             count = None if divisor is None else _count(divisor, numbers)
+            if divisor is not None and count is None:
+                at = f" ({divisor.loc})" if divisor.loc else ""
+                raise IRError(
+                    f"the loss divides by %{divisor.name}{at}, which the data decide and which is not read as how many places "
+                    "they have or what these weigh, so that calls that are accumulated cannot be weighed: divide by a sum over "
+                    'the data, or let calls count alike (weigh="calls")'
+                )
             kind = None if count is None else numbers[count]
             kinds.setdefault(kind, v)
             if count is not None and divisor is not None:
@@ -131,14 +136,30 @@ def _numbered(graph: Graph) -> dict[Value, object]:
     return numbers
 
 
+def _divisor_of(v: Value, learning: Collection[Value], data: Collection[Value]) -> Value | None:
+    """The one number that the data decide by which what ``v`` is a sum of is divided."""
+    while (node := v.node) is not None:
+        if (divisor := _divisor(node, learning)) is not None and divisor in data:
+            return divisor
+        own = [x for x in node.inputs if x in learning]
+        if len(own) != 1 or not node.is_a("reduce_sum", "mul", "neg", "div", "cast", "reshape", "broadcast_to"):
+            return None
+        if node.is_a("div") and own[0] is not node.inputs[0]:
+            return None
+        (v,) = own
+    return None
+
+
 def _divisor(node: Node, learning: Collection[Value]) -> Value | None:
     """The one number that no parameter is in by which the node divides."""
     if node.is_a("div"):
         divisor = node.inputs[1]
     elif node.is_a("mul"):
         made = next((v.node for v in node.inputs if v.node is not None and v not in learning), None)
-        if made is None or not made.is_a("div") or made.inputs[0].const is None:
-            return None
+        while made is not None and made.is_a("broadcast_to", "reshape"):
+            made = made.inputs[0].node
+        if made is None or not made.is_a("div") or (made.inputs[0].const is None and made.inputs[0].tensor.size == 1):
+            return None  # a number over another is no weight of each place
         divisor = made.inputs[1]
     else:
         return None

@@ -73,6 +73,10 @@ MEANS = {  # as people write the mean over the rows of weight ``some``, not all 
     "a little more": lambda each, n, y: 3.0 * (each.sum() / (n + 1e-8)),
     "a number first": lambda each, n, y: each.sum() / (1e-8 + n),
     "two over the same": lambda each, n, y: each.sum() / n - 0.5 * ((each * each).sum() / n),
+    "divided, then weighed": lambda each, n, y: ((each * 1.5) / n * 2.0).sum(),
+    "weights divided": lambda each, n, y: (each * (nn.stop_gradient(each * 0.0 + 1.5) / n)).sum(),
+    "negative": lambda each, n, y: (-(each / n)).sum(),
+    "summed twice": lambda each, n, y: (each.reshape(-1, 1) / n).sum(1).sum(),
     "beside what does not learn": lambda each, n, y: each.sum() / n + (nn.stop_gradient(y) * 2.0).mean(),
 }
 
@@ -189,6 +193,33 @@ def test_a_mean_beside_a_penalty_of_parameters() -> None:
     nn.add_loss(p, loss, ROWS)
     batch = {"x": X, "target": Y, "some": SOME}
     np.testing.assert_allclose(stepped(p, batch, 2), stepped(p, batch, 1), atol=1e-6)
+
+
+UNREAD = {
+    "a case of its own": lambda e, n: e.sum() / nn.where(n == 0.0, 1.0, n),
+    "one less": lambda e, n: e.sum() / (n - 1.0),
+    "held from above": lambda e, n: e.sum() / nn.minimum(n, 3.0),
+    "a root": lambda e, n: e.sum() / nn.sqrt(n),
+    "of each": lambda e, n: (-(e / nn.sqrt(n))).sum(),
+}
+
+
+@pytest.mark.parametrize("how", UNREAD)
+def test_a_divisor_that_is_not_read_as_a_count_is_refused(how: str) -> None:
+    p = program()
+    nn.add_loss(p, lambda y, target, some: UNREAD[how](*_mean_of_some(y, target, some)), ROWS)
+    with pytest.raises(IRError, match=r"divides by %.*test_own_loss.*, which the data decide.*weigh=\"calls\""):
+        train_step(p, accumulate=2)
+    train_step(p, accumulate=2, weigh="calls")
+
+
+def test_a_count_that_is_given_is_refused() -> None:
+    """Of one call, or of all that one update takes: nothing tells."""
+    p = program()
+    nn.add_loss(p, lambda y, target, count: abs(y - target).sum() / count, {"target": "f32[n, 2]", "count": "f32[]"})
+    with pytest.raises(IRError, match=r"divides by %count, which the data decide"):
+        train_step(p, accumulate=2)
+    train_step(p)
 
 
 SEVERAL = {
