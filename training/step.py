@@ -65,7 +65,7 @@ def train_step(
     lowers the peak of memory at these sizes (:class:`wasat.passes.training.remat.Rematerialize`).
 
     Raises IRError for a parameter of another type, for options out of range, and for ``accumulate`` of a loss that adds means
-    over different places, or by different divisors; what Differentiate and Rematerialize raise.
+    over different places, by different divisors, or by what is no count; what Differentiate and Rematerialize raise.
     """
     if accumulate < 1 or (clip is not None and clip <= 0) or (ema is not None and not 0 <= ema < 1):
         raise IRError(f"accumulate={accumulate}, clip={clip}, ema={ema}: needed are accumulate >= 1, clip > 0, 0 <= ema < 1")
