@@ -53,9 +53,10 @@ class _Run:
 
     def __init__(self, graph: Graph, remarks: Remarks) -> None:
         self.graph, self.remarks, self.only = graph, remarks, param_only(graph)
-        self.sizes = {n.inputs[0].shape[axis_of(n)] for n in graph.nodes if n.is_a("top_k", "arg_max", "arg_min")}
+        chosen_from = (n.inputs[0].shape[axis_of(n)] for n in graph.nodes if n.is_a("top_k", "arg_max", "arg_min"))
+        self.sizes = {d for d in chosen_from if isinstance(d, int)}
         """How many there are to choose from, where there is a choice."""
-        self.alike = Alike(graph if self.sizes else Graph("none"), self.only, self.sizes)
+        self.alike = Alike(graph.values() if self.sizes else (), self.only, self.sizes)
         self.arranged: dict[tuple[Value, tuple[Any, ...], tuple[int, ...]], Value] = {}
         """Rows and places in the form in which products read them."""
         self.b = Builder(graph)
@@ -264,17 +265,16 @@ class _Substitution:
         return tuple(tuple(b for a in flat(label) for b in (self.each if a is self.e else [a])) for label in labels)
 
     def root(self, node: Node, operands: list[Labels], out: Labels) -> Value:
-        made = self._root(node, operands, out)
-        if self.e.parts:  # after something was taken to be the same for all experts
-            raise Mismatch("the axis of experts is taken apart")
-        return made
+        return self._whole(self._root(node, operands, out))
 
     def picked(self, v: Value, labels: Labels, out: Labels) -> Value:
         """``v`` at the places, an axis of which is that of experts."""
-        made = self.value(v, labels)
-        if self.e.parts:
+        return arrange(self.b, self._whole(self.value(v, labels)), self.changed(labels), out)
+
+    def _whole(self, made: Value) -> Value:
+        if self.e.parts:  # after something was taken to be the same for all experts
             raise Mismatch("the axis of experts is taken apart")
-        return arrange(self.b, made, self.changed(labels), out)
+        return made
 
     def _root(self, node: Node, operands: list[Labels], out: Labels) -> Value:
         weights = [i for i, v in enumerate(node.inputs) if v in self.run.only and self.e in every(operands[i])]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
-from wasat.ir import Attrs, Builder, DimError, DimLike, Graph, Node, TypeMismatch, Value
+from wasat.ir import Attrs, Builder, DimError, DimLike, Node, TypeMismatch, Value
 from wasat.ir.lift import lift
-from wasat.ir.op import concrete
 from wasat.ir.ops.shape import Slice
 
 from ..analyses.labels import is_view
@@ -34,23 +33,23 @@ def terms_of(node: Node) -> list[Value]:
 class Alike:
     """Which values are computed in the same way, but for the parameters, and for the one of ``sizes`` experts they are of."""
 
-    def __init__(self, graph: Graph, only: Collection[Value], sizes: Collection[DimLike]) -> None:
+    def __init__(self, values: Iterable[Value], only: Collection[Value], sizes: Collection[int]) -> None:
         self.only, self.sizes = only, sizes
         self.kinds: dict[object, int] = {}
         self.known: dict[Value, int] = {}
-        for v in graph.values():  # in order: however deep a graph is
+        for v in values:  # in order: however deep a graph is
             self.kind(v)
 
     def kind(self, v: Value) -> int:
         """A number that values have in common."""
         if v not in self.known:
-            node, what = v.node, (v,)  # type: tuple[Node | None, tuple[object, ...]]
+            what: tuple[object, ...] = (v,)
             if v in self.only or v.const is not None:
                 what = (v.type,)
-            elif node is not None:
-                cut = self._cut(node)
-                attrs = node.attrs if cut is None else (node.output.type, cut[0])
-                what = (node.op, attrs, v.index, *map(self.kind, node.inputs))
+            elif v.node is not None:
+                cut = self._cut(v.node)
+                attrs = v.node.attrs if cut is None else (v.type, cut[0])
+                what = (v.node.op, attrs, v.index, *map(self.kind, v.node.inputs))
             self.known[v] = self.kinds.setdefault(what, len(self.kinds))
         return self.known[v]
 
@@ -79,7 +78,8 @@ class Alike:
         cut = [i for i, (lo, hi, d) in enumerate(zip(a.starts, a.stops, shape)) if (lo, hi) != (0, d)]
         if len(cut) != 1 or node.output.shape[cut[0]] != 1 or shape[cut[0]] not in self.sizes:
             return None
-        return cut[0], concrete(a.starts[cut[0]])
+        start = a.starts[cut[0]]
+        return (cut[0], start) if isinstance(start, int) else None
 
     def cases(self, b: Builder, node: Node) -> list[Value]:
         """A chain of selects, each where one choice is another number, as terms of which one alone is not zero; what stands at
@@ -187,8 +187,9 @@ class Stack:
         whole = nodes[0].inputs[0]
         found = [Slice.Attrs.of(n) for n in nodes]
         cuts = [i for i in range(len(whole.shape)) if len({a.starts[i] for a in found}) > 1]
-        first = concrete(found[0].starts[cuts[0]]) if cuts else 0
-        if len(cuts) != 1 or [a.starts[cuts[0]] for a in found] != list(range(first, first + self.size)):
+        starts = [a.starts[cuts[0]] for a in found] if len(cuts) == 1 else []
+        first = starts[0] if starts else None
+        if not isinstance(first, int) or starts != list(range(first, first + self.size)):
             raise Mismatch(f"parts of %{whole.name} are not one for each expert")
         (axis,) = cuts
         every = list(zip(found[0].starts, found[0].stops, found[0].steps))

@@ -10,7 +10,7 @@ import pytest
 from numpy.testing import assert_allclose
 from wasat.frontend import nn
 from wasat.ir import IRError, Program, evaluate, parse_program, verify
-from wasat.passes import PassManager, default_pipeline
+from wasat.passes import FuseExperts, PassManager, default_pipeline
 from wasat.passes.cleanup.rows_apart import rows_apart
 from wasat.passes.core import Report
 
@@ -280,6 +280,27 @@ def test_a_near_miss_stays_and_says_why(name: str) -> None:
         assert not after["forward"].count("grouped_linear")
     if why:
         assert [r for r in report.remarks("missed") if re.search(why, r.message)], report.explain("missed")
+
+
+def test_elements_at_open_places_are_of_no_expert() -> None:
+    """Of as many tokens as there are one is chosen, and the last is read; of experts, one that the width says."""
+
+    def formula(m: Model, x: nn.Tensor) -> nn.Tensor:
+        chosen = nn.argmax(x.sum(-1), -1, keepdims=True)[..., None]
+        return compared(m, x) + x[:, -1][:, None] * 2.0 + x[:, 0][:, None] * (chosen == 0).cast("f32")
+
+    _, after, _ = optimized(Model(formula))
+    assert after["forward"].count("grouped_linear") == 2
+    text = """graph @g(%x: f32[n], %r: f32[t, 5]) {
+  %best: f32[t, 2], %which: i64[t, 2] = top_k(%r) {k=2, axis=1}
+  %a: f32[t, 1] = slice(%r) {starts=(0, n), stops=(t, n + 1), steps=(1, 1)}
+  %b: f32[t, 1] = slice(%r) {starts=(0, n + 1), stops=(t, n + 2), steps=(1, 1)}
+  %p: f32[t, 1] = exp(%a)
+  %q: f32[t, 1] = exp(%b)
+  %y: f32[t, 1] = add(%p, %q)
+  return %y, %which
+}"""
+    assert PassManager([FuseExperts()]).run(parse_program(text)).remarks() == []
 
 
 ROWS = """
