@@ -28,7 +28,7 @@ from .errors import (
     WasatError,
 )
 from .evaluate import bind_symbols, evaluate, run_node, run_nodes
-from .graph import ArrayParam, DerivedParam, Graph, Node, ParamSource, Value, copy_node
+from .graph import ArrayParam, DerivedParam, Graph, Node, ParamSource, Value, copy_node, is_table
 from .interface import Embedder, Encoder, Generation, Head, Interface, Media, Origin, State
 from .op import OPS, Attrs, Body, ErrorSample, Literal, Op, Sample, op_named, register
 from .parser import parse, parse_program, parse_type
@@ -44,6 +44,7 @@ __all__ = [
     "Literal", "Loc", "Media", "Node", "NotDifferentiable", "Op", "Origin", "ParamSource", "ParseError", "Program", "QArray",
     "QTensorType", "Sample", "State", "TensorType", "Type", "TypeMismatch", "Value", "VerifyError", "WasatError",
     "bind_symbols", "build", "check_text", "copy_node", "equal", "evaluate", "evaluate_dim", "graph_text", "interface_text",
-    "less_equal", "maximum", "minimum", "node_text", "op_named", "ops", "parse", "parse_dim", "parse_program", "parse_type",
-    "register", "require_equal", "run_node", "run_nodes", "solve", "substitute", "symbol", "symbols_of", "type_of", "verify",
+    "is_table", "less_equal", "maximum", "minimum", "node_text", "op_named", "ops", "parse", "parse_dim", "parse_program",
+    "parse_type", "register", "require_equal", "run_node", "run_nodes", "solve", "substitute", "symbol", "symbols_of",
+    "type_of", "verify",
 ]  # fmt: skip

@@ -383,6 +383,23 @@ def copy_node(
     return new
 
 
+def is_table(v: Value) -> bool:
+    """Whether it is made of parameters, constants and positions alone, by moving, picking and element by element."""
+    waiting, seen = [v], {v}
+    while waiting:
+        v = waiting.pop()
+        node = v.node
+        if node is None:
+            if v.param is None:
+                return False
+            continue
+        if not (node.op.kind == "source" or node.op.carries or node.op.elementwise or node.op.picks(node.attrs) is not None):
+            return False
+        waiting += [u for u in node.inputs if u not in seen]
+        seen.update(node.inputs)
+    return True
+
+
 def infer(op: Op, attrs: Attrs, inputs: Sequence[Value], loc: Loc | None) -> tuple[list[Type], tuple[Check, ...]]:
     """Output types of an operation and the checks they rest on; errors name the operation, operands and ``loc``."""
     try:

@@ -180,7 +180,7 @@ class _Step:
         if self.places is not None:  # the sum itself adds up, as a call may count nothing, or less than its divisor is held to
             total = b.add(self.states[PLACES], _number(b, env[self.places.count]))
             whole, own = _number(b, self.places.over(g, source, total, env)), _number(b, env[self.places.divisor])
-            totals = {k: v for k, v in ((PLACES, total), (DIVISOR, whole)) if k in self.states}
+            totals = {PLACES: total} | ({DIVISOR: whole} if DIVISOR in self.states else {})
             sums = {k: b.add(self.states[self.sums[k]], b.mul(v, own)) for k, v in grads.items()}
             grads = {k: b.div(v, b.select(b.not_equal(whole, 0.0), whole, b.constant(1.0))) for k, v in sums.items()}
         elif due is not None:

@@ -99,22 +99,6 @@ def is_constant(x: Operand) -> bool:
     return isinstance(x, np.ndarray) or (isinstance(x, Value) and (x.const is not None or x.param is not None))
 
 
-def is_table(x: Operand) -> bool:
-    """Whether it is made of arrays of the file and of positions alone, by moving, picking and element by element."""
-    waiting, seen = [x], set[Value]()
-    while waiting:
-        x = waiting.pop()
-        if is_constant(x):
-            continue
-        node = x.node if isinstance(x, Value) else None
-        if node is None or not (node.op.carries or node.op.elementwise or node.op.kind == "source"
-                                or node.op.picks(node.attrs) is not None):  # fmt: skip
-            return False
-        waiting += [v for v in node.inputs if v not in seen]
-        seen.update(node.inputs)
-    return True
-
-
 def known(array: np.ndarray, dtype: DType) -> Operand:
     """Dims, or a plain array where every element is a number."""
     if any(isinstance(d, Dim) for d in array.flat):

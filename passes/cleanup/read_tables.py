@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 
 import numpy as np
-from wasat.ir import Array, Builder, DimLike, DType, Graph, Node, Program, QArray, TensorType, Value
+from wasat.ir import Array, Builder, DimLike, DType, Graph, Node, Program, QArray, TensorType, Value, is_table
 from wasat.ir.op import concrete
 from wasat.ir.ops.shape import Slice
 
@@ -134,7 +134,7 @@ class ReadTables(Pass):
     def _look_up(self, program: Program, graph: Graph, node: Node, remarks: Remarks) -> bool:
         table, attrs = node.inputs[0], Slice.Attrs.of(node)
         cut = [a for a, (lo, hi, n) in enumerate(zip(attrs.starts, attrs.stops, table.shape)) if (lo, hi) != (0, n)]
-        if not cut or set(attrs.steps) != {1} or not _of_tables(table):
+        if not cut or set(attrs.steps) != {1} or not is_table(table):
             return False
         sizes = {node.output.shape[a] for a in cut}
         first = {attrs.starts[a] for a in cut}
@@ -297,23 +297,6 @@ def _fixed(v: Value) -> bool:
     node = v.node
     made = node is not None and node.op.elementwise and all(map(_fixed, node.inputs))
     return v.param is not None or v.const is not None or made
-
-
-def _of_tables(v: Value) -> bool:
-    """Whether it is made of parameters, constants and positions, by moving, picking and element by element."""
-    waiting, seen = [v], {v}
-    while waiting:
-        v = waiting.pop()
-        if v.const is not None or v.param is not None:
-            continue
-        node = v.node
-        if node is None or not (
-            node.op.carries or node.op.elementwise or node.is_a("iota") or node.op.picks(node.attrs) is not None
-        ):
-            return False
-        waiting += [u for u in node.inputs if u not in seen]
-        seen.update(node.inputs)
-    return True
 
 
 def _are_square(v: Value) -> bool:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from wasat.ir import DimLike, DType, equal, less_equal, maximum, minimum, substitute, symbol, symbols_of
+from wasat.ir import DimLike, DType, Value, equal, is_table, less_equal, maximum, minimum, substitute, symbol, symbols_of
 from wasat.ir.dims import alone, floordiv
 
-from ..emit import Emitter, Operand, is_constant, is_table, known, objects, size_of
+from ..emit import Emitter, Operand, is_constant, known, objects, size_of
 from ..errors import FromData
 from ..registry import NodeView, op
 from ..turns import increment
@@ -155,7 +155,8 @@ def slice_(
             lo, step = first_kept, -step
         else:
             lo, hi = _place(lo, size), _place(hi, size)
-        if not isinstance(hi, int) and isinstance(size, int) and is_table(x) and less_equal(0, hi):
+        open_end = isinstance(size, int) and not isinstance(hi, int) and less_equal(0, hi)
+        if open_end and (not isinstance(x, Value) or is_table(x)):
             hi = maximum(hi, lo)  # part of a table: it has as many rows as are asked for, which the slice checks
             x = c.cut(x, axis, minimum(maximum(lo, 0), size), hi, step)
             continue
